@@ -1,0 +1,316 @@
+"""Event tables turned into samples: sharded Parquet, a corpus table and the mask tables.
+
+Everything is an Ibis expression, run out of core by the backend that holds the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfrs_pipeline.events.schema import DataError, Stage, Tables
+from tfrs_pipeline.samples.positives import select_positives
+
+logger = logging.getLogger(__name__)
+
+HistoryOrder = Literal["timestamp", "event_number", "none"]
+
+SAMPLES_PER_SHARD = 1_000_000
+SAMPLES_PER_ROW_GROUP = 131_072
+
+
+@dataclass(frozen=True)
+class RowLists:
+    """One list of candidate rows per key row, as offsets into flat values.
+
+    Args:
+        offsets: [num_keys + 1] int64; the list of key i is values[offsets[i]:offsets[i + 1]].
+        values: [total] int32 candidate rows.
+    """
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, key: int) -> np.ndarray:
+        return self.values[self.offsets[key] : self.offsets[key + 1]]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[np.ndarray]) -> RowLists:
+        """Packs a list of 1-D integer arrays."""
+        offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
+        values = np.concatenate(lists) if len(lists) else np.zeros(0)
+        return cls(offsets, values.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training samples in memory, one per positive.
+
+    Args:
+        query_rows: [num_samples] int32, the user's row.
+        candidate_rows: [num_samples] int32, the positive.
+        weights: [num_samples] float32.
+        histories: The user's positives strictly before the event, most recent first.
+        known_positives: Per query row, the sorted candidate rows that it clicked in training.
+        exposed: Per query row, the sorted candidate rows shown in training and never clicked.
+        counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
+    """
+
+    query_rows: np.ndarray
+    candidate_rows: np.ndarray
+    weights: np.ndarray
+    histories: RowLists
+    known_positives: RowLists
+    exposed: RowLists
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+
+def build_samples(
+    tables: Tables,
+    training_events: ibis.Table,
+    folder: Path,
+    *,
+    history_length: int,
+    seed: int,
+    order: HistoryOrder = "timestamp",
+) -> dict[str, int]:
+    """Writes the samples of the training part below `folder`.
+
+    Files: `corpus.parquet` (candidate_row from 1, item_id, count), `queries.parquet` (query_row
+    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight, history_rows),
+    `known_positives.parquet` and `exposed.parquet` (query_row, candidate_rows).
+    Row 0 is "unknown" on both sides. Counts, histories and masks come from `training_events`
+    alone. Shards hold the samples in an order shuffled by `seed`: a batch is a fair draw.
+
+    Args:
+        tables: Every item and every user, whichever part they are in.
+        training_events: Events of the training part, all stages.
+        folder: Where to write; made if missing.
+        history_length: Most recent positives to keep per history, 1 or more.
+        seed: Of the shuffle.
+        order: What "before" means: an earlier timestamp (ties, and items of the same request, do
+            not enter), an earlier place in the log, or, for logs without any order, every other
+            positive of the user.
+
+    Returns:
+        Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
+        num_known_positives, num_exposed, num_candidates_without_count.
+
+    Raises:
+        DataError: If no training event is a positive.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    items = _number_rows(tables.items, "item_id", "candidate_row")
+    users = _number_rows(tables.users, "user_id", "query_row")
+    numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
+    # Written once, so that the window and the joins are not run again for every output.
+    numbered = _materialise(numbered.drop("item_id", "user_id"), folder / "_numbered.parquet")
+    positives = select_positives(numbered)
+
+    counts = positives.group_by("candidate_row").agg(count=lambda t: t.count())
+    corpus = items.left_join(counts, "candidate_row").select(
+        "candidate_row", "item_id", count=ibis.coalesce(counts["count"], 0)
+    )
+    corpus.order_by("candidate_row").to_parquet(folder / "corpus.parquet")
+    users.order_by("query_row").to_parquet(folder / "queries.parquet")
+
+    known = positives.select("query_row", "candidate_row").distinct()
+    exposed = (
+        numbered.filter(numbered["stage"] == Stage.EXPOSED.value)
+        .select("query_row", "candidate_row")
+        .distinct()
+        .anti_join(known, ["query_row", "candidate_row"])
+    )
+    for name, pairs in (("known_positives", known), ("exposed", exposed)):
+        lists = pairs.group_by("query_row").agg(
+            candidate_rows=pairs["candidate_row"].collect(order_by=pairs["candidate_row"])
+        )
+        lists.order_by("query_row").to_parquet(folder / f"{name}.parquet")
+
+    samples = _with_history(positives, history_length, order)
+    num_samples = _write_shards(samples, folder / "samples", seed)
+    (folder / "_numbered.parquet").unlink()
+    if num_samples == 0:
+        raise DataError(
+            "The training part holds no positive (an item exposed and clicked). "
+            "Check the label (stage_values, rating_threshold) and the split."
+        )
+    report = _report(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    return report
+
+
+def read_samples(folder: Path) -> Samples:
+    """Loads what `build_samples` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder holds no samples.
+    """
+    shards = sorted((folder / "samples").glob("shard-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
+    table = pa.concat_tables([pq.read_table(shard) for shard in shards]).combine_chunks()
+    corpus = pq.read_table(folder / "corpus.parquet")
+    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
+    counts = np.zeros(corpus.num_rows + 1, np.int64)
+    counts[corpus["candidate_row"].to_numpy()] = corpus["count"].to_numpy()
+    history_offsets, history_values = _unpack(table["history_rows"])
+    return Samples(
+        query_rows=table["query_row"].to_numpy().astype(np.int32),
+        candidate_rows=table["candidate_row"].to_numpy().astype(np.int32),
+        weights=table["weight"].to_numpy().astype(np.float32),
+        histories=RowLists(history_offsets, history_values),
+        known_positives=_read_lists(folder / "known_positives.parquet", num_queries + 1),
+        exposed=_read_lists(folder / "exposed.parquet", num_queries + 1),
+        counts=counts,
+    )
+
+
+def read_ids(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the ids behind the rows.
+
+    Returns:
+        `candidate_ids` [num_candidates] and `query_ids` [num_queries], int64 or object (str): the
+        id of row r stands at r - 1.
+    """
+    corpus = pq.read_table(folder / "corpus.parquet", columns=["item_id"])["item_id"]
+    queries = pq.read_table(folder / "queries.parquet", columns=["user_id"])["user_id"]
+    return corpus.to_numpy(), queries.to_numpy()
+
+
+def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
+    row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
+    return table.select(id_column, **{row_column: row.cast("int32")})
+
+
+def _materialise(table: ibis.Table, path: Path) -> ibis.Table:
+    table.to_parquet(path)
+    return table.get_backend().read_parquet(path)
+
+
+def _with_history(
+    positives: ibis.Table, history_length: int, order: HistoryOrder
+) -> ibis.Table:
+    if "weight" not in positives.columns:
+        positives = positives.mutate(weight=ibis.literal(1.0))
+    if order == "none":
+        return _with_other_positives(positives, history_length)
+    positives = positives.mutate(time=positives[order])
+    if "request_id" in positives.columns:
+        # A request's query is made at its start: nothing clicked within it was known then.
+        by_request = ibis.window(group_by=["query_row", "request_id"])
+        start = positives["time"].min().over(by_request)
+        positives = positives.mutate(
+            query_time=positives["request_id"].isnull().ifelse(positives["time"], start)
+        )
+    else:
+        positives = positives.mutate(query_time=positives["time"])
+    # One group per user and moment. The positives of the last N groups hold the last N strictly
+    # earlier ones, ties left out; a window by rows would take in events of the same second.
+    entry = ibis.struct({"time": positives["time"], "row": positives["candidate_row"]})
+    moments = positives.group_by(["query_row", "query_time"]).agg(
+        entries=entry.collect(order_by=[positives["time"], positives["event_number"]])
+    )
+    earlier = ibis.window(
+        group_by="query_row", order_by="query_time", preceding=(history_length, 1)
+    )
+    moments = moments.mutate(earlier=moments["entries"].collect().over(earlier).flatten())
+    known = moments.mutate(
+        # Only a request that began earlier and was clicked later leaves anything for this filter.
+        earlier=moments["earlier"].filter(lambda e: e["time"] < moments["query_time"])
+    )
+    rows = known["earlier"].map(lambda e: e["row"])
+    first = ibis.greatest(rows.length() - history_length, 0)
+    known = known.select("query_row", "query_time", history_rows=rows[first:])
+    joined = positives.inner_join(known, ["query_row", "query_time"])
+    return joined.select(
+        "query_row", "candidate_row", "weight", "event_number", "history_rows"
+    )
+
+
+def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Table:
+    rows = positives["candidate_row"]
+    lists = positives.group_by("query_row").agg(
+        all_rows=rows.collect(order_by=positives["event_number"])
+    )
+    joined = positives.inner_join(lists, "query_row")
+    others = joined["all_rows"].filter(lambda row: row != joined["candidate_row"])
+    first = ibis.greatest(others.length() - history_length, 0)
+    return joined.select(
+        "query_row", "candidate_row", "weight", "event_number", history_rows=others[first:]
+    )
+
+
+def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("shard-*.parquet"):
+        old.unlink()
+    key = (samples["event_number"].cast("string") + f":{seed}").hash()
+    shuffled = samples.order_by([key, samples["event_number"]]).drop("event_number")
+    num_samples, shard = 0, 0
+    writer: pq.ParquetWriter | None = None
+    for batch in shuffled.to_pyarrow_batches(chunk_size=SAMPLES_PER_ROW_GROUP):
+        if writer is None:
+            writer = pq.ParquetWriter(folder / f"shard-{shard:05d}.parquet", batch.schema)
+        writer.write_batch(batch)
+        num_samples += batch.num_rows
+        if num_samples >= (shard + 1) * SAMPLES_PER_SHARD:
+            writer.close()
+            writer, shard = None, shard + 1
+    if writer is not None:
+        writer.close()
+    return num_samples
+
+
+def _unpack(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns lists, oldest first, into offsets and values, most recent first; null is empty."""
+    if column.num_chunks == 0:
+        return np.zeros(1, np.int64), np.zeros(0, np.int32)
+    array = column.combine_chunks()
+    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+    # Position j of list i moves to position length_i - 1 - j.
+    starts = np.repeat(offsets[:-1], lengths)
+    ends = np.repeat(offsets[1:], lengths)
+    return offsets, values[starts + ends - 1 - np.arange(len(values))]
+
+
+def _read_lists(path: Path, num_keys: int) -> RowLists:
+    table = pq.read_table(path)
+    lengths = np.zeros(num_keys, np.int64)
+    if table.num_rows:
+        lists = table["candidate_rows"].combine_chunks()
+        lengths[table["query_row"].to_numpy()] = lists.value_lengths().to_numpy()
+        values = lists.flatten().to_numpy().astype(np.int32)
+    else:
+        values = np.zeros(0, np.int32)
+    return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+
+
+def _report(folder: Path) -> dict[str, int]:
+    samples = read_samples(folder)
+    return {
+        "num_samples": len(samples),
+        "num_empty_histories": int((np.diff(samples.histories.offsets) == 0).sum()),
+        "num_candidates": len(samples.counts) - 1,
+        "num_candidates_without_count": int((samples.counts[1:] == 0).sum()),
+        "num_queries": len(samples.known_positives) - 1,
+        "num_known_positives": len(samples.known_positives.values),
+        "num_exposed": len(samples.exposed.values),
+    }

@@ -1,0 +1,260 @@
+"""Samples turned into `tf.data` batches: positives, easy negatives, their log_q, the mask.
+
+A training batch is a function of (seed, step) alone: the order of the samples is a permutation
+evaluated in the graph, and draws are stateless. The same seed gives the same batches whatever the
+parallelism, and a run goes on from any step by starting there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.samples.builder import RowLists, Samples
+from tfrs_pipeline.samples.easy_negatives import AliasSampler
+from tfrs_pipeline.samples.mixture import expected_count, log_expected_count
+from tfrs_pipeline.samples.popularity import sampling_probability
+from tfrs_pipeline.samples.positives import positive_probability
+
+Batch = dict[str, tf.Tensor]
+
+# Streams of randomness: the order is keyed by the epoch, the draws by the step; easy sampler i
+# uses _EASY_STREAM + i.
+_ORDER_STREAM = 0
+_DROPOUT_STREAM = 1
+_EASY_STREAM = 2
+INT32_MAX = np.iinfo(np.int32).max
+
+
+class TrainingBatches:
+    """Builds the training batches of one mixture of negatives.
+
+    A batch holds B positives and M easy negatives shared by its rows; column j < B of the scores
+    is row j's positive, column B + j the easy negative j.
+
+    Args:
+        samples: The training samples.
+        batch_size: B. Epochs are strung together, so that every batch is full.
+        easy_negatives: Pairs (alpha, num): draw `num` candidates per batch with p(c) ~
+            counts(c)^alpha, with replacement. alpha = 0 is uniform.
+        history_length: N, most recent history rows per query.
+        seed: Of the order and of the draws.
+        in_batch: Whether the other rows' positives are negatives.
+        mask_known_positives: Whether a query's other training positives are left out.
+        mask_exposed: Whether a query's exposed and never clicked items are left out.
+
+    Raises:
+        ValueError: If there are fewer samples than `batch_size`, or no negative at all.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        easy_negatives: Sequence[tuple[float, int]],
+        history_length: int,
+        seed: int,
+        in_batch: bool = True,
+        mask_known_positives: bool = True,
+        mask_exposed: bool = True,
+    ) -> None:
+        if len(samples) < batch_size:
+            raise ValueError(
+                f"A batch needs {batch_size} positives and the training part has {len(samples)}: "
+                "there is no partial batch. Lower training.batch_size."
+            )
+        if len(samples) > INT32_MAX:
+            raise ValueError(
+                f"{len(samples)} samples are more than the {INT32_MAX} that one order holds."
+            )
+        self.num_samples = len(samples)
+        self.batch_size = batch_size
+        self.history_length = history_length
+        self._seed = seed
+        self._in_batch = in_batch
+        easy = [(sampling_probability(samples.counts, alpha), num) for alpha, num in easy_negatives]
+        self.expected_count = expected_count(
+            positive_probability(samples.counts), batch_size, easy, in_batch=in_batch
+        )
+        self._log_expected_count = tf.constant(log_expected_count(self.expected_count))
+        self._samplers = [(AliasSampler(probability), num) for probability, num in easy]
+        self._query_rows = tf.constant(samples.query_rows)
+        self._candidate_rows = tf.constant(samples.candidate_rows)
+        self._weights = tf.constant(samples.weights)
+        self._histories = _ragged(samples.histories)
+        masked = [
+            lists
+            for lists, used in (
+                (samples.known_positives, mask_known_positives),
+                (samples.exposed, mask_exposed),
+            )
+            if used
+        ]
+        self._masked = [_ragged(lists) for lists in masked]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per pass over the samples, rounded: epochs do not end with a batch."""
+        return max(1, round(self.num_samples / self.batch_size))
+
+    def dataset(self, start_step: int = 0, num_steps: int | None = None) -> tf.data.Dataset:
+        """Streams the batches of steps `start_step`, `start_step` + 1, ...
+
+        Args:
+            start_step: First step; continuing from it gives what an unbroken run would have seen.
+            num_steps: How many batches; endless if None.
+
+        Returns:
+            Dataset of the dicts that `batch` describes.
+        """
+        stop = np.iinfo(np.int64).max if num_steps is None else start_step + num_steps
+        steps = tf.data.Dataset.range(start_step, stop)
+        batches = steps.map(self.batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return batches.prefetch(tf.data.AUTOTUNE)
+
+    def batch(self, step: tf.Tensor) -> Batch:
+        """Builds the batch of one step.
+
+        Args:
+            step: Scalar int64, 0 or more.
+
+        Returns:
+            query_row: [B] int32.
+            history_rows: [B, N] int32, most recent first, padded with 0.
+            candidate_row: [B] int32, the positives.
+            weight: [B] float32.
+            easy_candidate_row: [M] int32.
+            log_q: [1, B + M] float32, log n(c) of the column's candidate (see `mixture`).
+            dropout_seed: [2] int32, for the model's dropout.
+            is_counted: [B, B + M] bool. False: accidental hit, known positive, exposed item.
+                The row's own positive, on the diagonal, is always True.
+        """
+        index = self._sample_index(step)
+        query_row = tf.gather(self._query_rows, index)
+        candidate_row = tf.gather(self._candidate_rows, index)
+        easy = [
+            sampler.sample(num, self._stream(step, _EASY_STREAM + i))
+            for i, (sampler, num) in enumerate(self._samplers)
+        ]
+        easy_row = tf.concat(easy, axis=0) if easy else tf.zeros([0], tf.int32)
+        columns = tf.concat([candidate_row, easy_row], axis=0)
+        return {
+            "query_row": query_row,
+            "history_rows": _leading(tf.gather(self._histories, index), self.history_length),
+            "candidate_row": candidate_row,
+            "weight": tf.gather(self._weights, index),
+            "easy_candidate_row": easy_row,
+            "log_q": tf.gather(self._log_expected_count, columns)[tf.newaxis, :],
+            "dropout_seed": self._stream(step, _DROPOUT_STREAM),
+            "is_counted": self._is_counted(query_row, candidate_row, columns),
+        }
+
+    def _sample_index(self, step: tf.Tensor) -> tf.Tensor:
+        """Returns the [B] samples of a step: each epoch is a permutation of all samples."""
+        place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
+        index = tf.cast(place % self.num_samples, tf.int32)
+        first_epoch = step * self.batch_size // self.num_samples
+        # A batch is no larger than an epoch, so it reaches into the next one at most.
+        is_next = place // self.num_samples > first_epoch
+        return tf.where(
+            is_next,
+            self._shuffled(index, first_epoch + 1),
+            self._shuffled(index, first_epoch),
+        )
+
+    def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        seed = self._stream(epoch, _ORDER_STREAM)
+        return tf.random.experimental.index_shuffle(index, seed, self.num_samples - 1)
+
+    def _stream(self, key: tf.Tensor, stream: int) -> tf.Tensor:
+        seed = tf.random.experimental.stateless_fold_in([self._seed, stream], key)
+        return tf.cast(seed, tf.int32)
+
+    def _is_counted(
+        self, query_row: tf.Tensor, candidate_row: tf.Tensor, columns: tf.Tensor
+    ) -> tf.Tensor:
+        is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
+        for lists in self._masked:
+            is_counted &= ~_contains(tf.gather(lists, query_row), columns)
+        own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
+        if not self._in_batch:
+            is_counted &= tf.range(tf.shape(columns)[0])[tf.newaxis, :] >= self.batch_size
+        return is_counted | own
+
+
+def evaluation_batches(
+    query_rows: np.ndarray,
+    histories: RowLists,
+    relevant: RowLists,
+    excluded: RowLists,
+    *,
+    history_length: int,
+    batch_size: int = 512,
+) -> tf.data.Dataset:
+    """Builds the batches that `TwoTowerModel.evaluate` takes.
+
+    Args:
+        query_rows: [num_queries] int32.
+        histories: Per query, most recent first.
+        relevant: Per query, the candidate rows to be found.
+        excluded: Per query, the candidate rows left out of the ranking.
+        history_length: N.
+        batch_size: Queries per batch; the last one may be smaller.
+
+    Returns:
+        Dataset of dicts: query_row [b], history_rows [b, N], relevant_rows [b, R] and
+        excluded_rows [b, E] int32, padded with 0.
+    """
+    queries = tf.data.Dataset.from_tensor_slices(
+        {
+            "query_row": query_rows.astype(np.int32),
+            "history_rows": _ragged(histories),
+            "relevant_rows": _ragged(relevant),
+            "excluded_rows": _ragged(excluded),
+        }
+    )
+
+    def pad(batch: dict[str, tf.Tensor | tf.RaggedTensor]) -> Batch:
+        return {
+            "query_row": batch["query_row"],
+            "history_rows": _leading(batch["history_rows"], history_length),
+            "relevant_rows": batch["relevant_rows"].to_tensor(),
+            "excluded_rows": batch["excluded_rows"].to_tensor(),
+        }
+
+    return queries.ragged_batch(batch_size).map(pad).prefetch(tf.data.AUTOTUNE)
+
+
+def _ragged(lists: RowLists) -> tf.RaggedTensor:
+    return tf.RaggedTensor.from_row_splits(lists.values, lists.offsets, validate=False)
+
+
+def _leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
+    """Returns the first `length` entries of each list, padded with 0: [num_lists, length]."""
+    return lists[:, :length].to_tensor(shape=[None, length])
+
+
+def _contains(lists: tf.RaggedTensor, columns: tf.Tensor) -> tf.Tensor:
+    """Tells which columns' candidates are in each row's list.
+
+    Args:
+        lists: [num_rows, None] int32.
+        columns: [num_columns] int32, repeats allowed.
+
+    Returns:
+        [num_rows, num_columns] bool.
+    """
+    distinct, slot = tf.unique(tf.sort(columns))
+    del slot
+    num_distinct = tf.shape(distinct)[0]
+    place = tf.searchsorted(distinct, lists.values)
+    is_hit = tf.gather(distinct, tf.minimum(place, num_distinct - 1)) == lists.values
+    cell = tf.cast(lists.value_rowids(), tf.int32) * num_distinct + place
+    hits = tf.boolean_mask(cell, is_hit)
+    num_rows = tf.cast(lists.nrows(), tf.int32)
+    table = tf.scatter_nd(hits[:, tf.newaxis], tf.ones_like(hits), [num_rows * num_distinct])
+    table = tf.reshape(table > 0, [num_rows, num_distinct])
+    return tf.gather(table, tf.searchsorted(distinct, columns), axis=1)
