@@ -1,0 +1,146 @@
+"""HybridRetrieval against its parent, against slow loops, against the full softmax."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+from tfrs_pipeline.model.task import HybridRetrieval
+
+B, C, H, D = 6, 10, 3, 4
+RNG = np.random.default_rng(0)
+QUERIES = RNG.normal(size=(B, D)).astype(np.float32)
+CANDIDATES = RNG.normal(size=(C, D)).astype(np.float32)
+HARD = RNG.normal(size=(B, H, D)).astype(np.float32)
+WEIGHTS = RNG.random(B).astype(np.float32)
+LOG_Q = RNG.normal(size=(B, C)).astype(np.float32)
+HARD_LOG_Q = RNG.normal(size=(B, H)).astype(np.float32)
+MASK = (RNG.random((B, C)) > 0.3) | np.eye(B, C, dtype=bool)
+HARD_MASK = RNG.random((B, H)) > 0.4
+
+
+def value_and_gradients(task: tfrs.tasks.Retrieval, **options: object) -> list[np.ndarray]:
+    queries, candidates = tf.Variable(QUERIES), tf.Variable(CANDIDATES)
+    with tf.GradientTape() as tape:
+        loss = task(queries, candidates, **options)
+    gradients = tape.gradient(loss, [queries, candidates])
+    return [loss.numpy(), *(tf.convert_to_tensor(g).numpy() for g in gradients)]
+
+
+def slow_loss(temperature: float, correct_positive: bool = False) -> float:
+    total = 0.0
+    for i in range(B):
+        logits = []
+        for j in range(C):
+            logit = QUERIES[i] @ CANDIDATES[j] / temperature
+            if j != i or correct_positive:
+                logit -= LOG_Q[i, j]
+            if MASK[i, j]:
+                logits.append((j == i, logit))
+        for h in range(H):
+            if HARD_MASK[i, h]:
+                logits.append((False, QUERIES[i] @ HARD[i, h] / temperature - HARD_LOG_Q[i, h]))
+        positive = next(logit for is_own, logit in logits if is_own)
+        total += WEIGHTS[i] * (np.log(sum(np.exp(logit) for _, logit in logits)) - positive)
+    return total
+
+
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_loss_matches_a_loop(correct_positive: bool) -> None:
+    task = HybridRetrieval(0.5, correct_positive=correct_positive)
+    loss = task(
+        QUERIES,
+        CANDIDATES,
+        sample_weight=WEIGHTS,
+        log_q=LOG_Q,
+        score_mask=MASK,
+        hard_embeddings=HARD,
+        hard_log_q=HARD_LOG_Q,
+        hard_mask=HARD_MASK,
+    )
+    np.testing.assert_allclose(loss, slow_loss(0.5, correct_positive), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_probability", [False, True])
+def test_equals_the_parent_inside_its_range(with_probability: bool) -> None:
+    options: dict[str, object] = {"sample_weight": WEIGHTS, "score_mask": MASK}
+    if with_probability:
+        probability = np.linspace(1e-6, 1, C).astype(np.float32)
+        options["candidate_sampling_probability"] = tf.constant(probability)
+    ours = value_and_gradients(HybridRetrieval(0.7), **options)
+    parents = value_and_gradients(tfrs.tasks.Retrieval(temperature=0.7), **options)
+    for got, expected in zip(ours, parents, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 9e-7, 1.5])
+def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
+    probability = np.full(C, 0.1, np.float32)
+    probability[3] = value
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
+        HybridRetrieval()(QUERIES, CANDIDATES, candidate_sampling_probability=tf.constant(probability))
+
+
+def test_log_q_is_not_clipped() -> None:
+    def loss(log_q: float) -> float:
+        return float(HybridRetrieval()(QUERIES, CANDIDATES, log_q=tf.fill([C], log_q)))
+
+    # The negatives' logits all rise by 40: so does the loss of each row.
+    assert loss(-80.0) - loss(-40.0) == pytest.approx(40 * B, rel=1e-5)
+
+
+def test_all_candidates_as_columns_is_the_full_softmax() -> None:
+    """With every candidate once and log_q = 0 (n(c) = 1) nothing is estimated."""
+    loss = HybridRetrieval(0.5)(QUERIES, CANDIDATES, log_q=tf.zeros([C]))
+    logits = QUERIES @ CANDIDATES.T / 0.5
+    log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(loss, -np.trace(log_softmax[:, :B]), rtol=1e-5)
+
+
+def test_masked_columns_get_no_gradient() -> None:
+    mask = np.ones((B, C), bool)
+    mask[:, 8] = False
+    gradients = value_and_gradients(HybridRetrieval(), score_mask=mask, log_q=tf.constant(LOG_Q))
+    assert (gradients[2][8] == 0).all()
+    assert (gradients[2][7] != 0).any()
+
+
+def test_a_hard_negative_moves_its_own_row_alone() -> None:
+    hard = tf.Variable(HARD)
+    options = {"hard_log_q": HARD_LOG_Q, "log_q": tf.constant(LOG_Q)}
+    with tf.GradientTape() as tape:
+        loss = HybridRetrieval()(
+            QUERIES, CANDIDATES, sample_weight=np.eye(B)[2].astype("f"), hard_embeddings=hard, **options
+        )
+    gradient = tape.gradient(loss, hard).numpy()
+    assert (gradient[2] != 0).all()
+    assert (np.delete(gradient, 2, axis=0) == 0).all()
+
+
+def test_own_loss_and_batch_metrics_see_the_same_logits() -> None:
+    metric = tf.keras.metrics.TopKCategoricalAccuracy(k=C + H)
+    loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum")
+    task = HybridRetrieval(0.5, loss=loss, batch_metrics=[metric])
+    options = {
+        "sample_weight": WEIGHTS,
+        "log_q": tf.constant(LOG_Q),
+        "score_mask": MASK,
+        "hard_embeddings": HARD,
+        "hard_log_q": HARD_LOG_Q,
+        "hard_mask": HARD_MASK,
+    }
+    np.testing.assert_allclose(task(QUERIES, CANDIDATES, **options), slow_loss(0.5), rtol=1e-5)
+    assert metric.result() == 1
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        HybridRetrieval()(
+            QUERIES, CANDIDATES, log_q=tf.zeros([C]), candidate_sampling_probability=tf.ones([C])
+        )
+    with pytest.raises(ValueError, match=r"\[num_candidates\].*\(10, 1\)"):
+        HybridRetrieval()(QUERIES, CANDIDATES, candidate_sampling_probability=tf.ones([C, 1]))
+    with pytest.raises(ValueError, match="hard_log_q"):
+        HybridRetrieval()(QUERIES, CANDIDATES, hard_embeddings=HARD)
+    with pytest.raises(ValueError, match="num_hard_negatives"):
+        HybridRetrieval(num_hard_negatives=3)

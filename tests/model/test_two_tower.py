@@ -1,0 +1,195 @@
+"""The model as a Keras user meets it: fit, evaluate, save, load; and the loss it minimises."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.events.split import EvaluationQueries
+from tfrs_pipeline.model.queries import exact_retriever
+from tfrs_pipeline.model.training import train
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.samples.builder import RowLists
+from tfrs_pipeline.samples.dataset import evaluation_batches
+
+QUERY_ROWS = np.arange(1, NUM_QUERIES + 1)
+
+
+def evaluation_data(problem: Problem) -> tf.data.Dataset:
+    known = RowLists.from_lists([problem.samples.known_positives[row] for row in QUERY_ROWS])
+    return evaluation_batches(
+        QUERY_ROWS, known, problem.relevant, known, history_length=5, batch_size=7
+    )
+
+
+def test_fit_learns_and_reports_the_mean_loss_of_the_epoch(problem: Problem) -> None:
+    model = problem.model()
+    model.compile(optimizer=tf.keras.optimizers.Adam(0.01))
+    batches = problem.batches()
+    before = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
+    twin = problem.model()
+    twin.set_weights(model.get_weights())
+    twin.compile(optimizer=tf.keras.optimizers.Adam(0.01))
+    expected = [
+        twin.fit(batches.dataset(step, 1), verbose=0).history["loss"][0] for step in range(3)
+    ]
+    history = model.fit(batches.dataset(0, 3), verbose=0).history
+    assert history["loss"][0] == pytest.approx(np.mean(expected), rel=1e-5)
+    model.fit(batches.dataset(3, 60), epochs=1, verbose=0)
+    after = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
+    assert set(after) == {"recall@3", "ndcg@3", "recall@8", "ndcg@8"}
+    assert after["recall@8"] > 0.9 > before["recall@8"] + 0.2
+
+
+def test_evaluate_agrees_with_the_evaluation_room(problem: Problem) -> None:
+    model = problem.model()
+    model.compile()
+    got = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
+    candidate_ids = np.arange(1, NUM_CANDIDATES + 1) * 10
+    known = [problem.samples.known_positives[row] * 10 for row in QUERY_ROWS]
+    queries = EvaluationQueries(
+        user_ids=QUERY_ROWS,
+        histories=[ids[::-1] for ids in known],
+        relevant=[problem.relevant[row - 1] * 10 for row in QUERY_ROWS],
+        clicked=known,
+        seen=known,
+    )
+    result = evaluate(
+        exact_retriever(model, QUERY_ROWS, candidate_ids),
+        queries,
+        candidate_ids=candidate_ids,
+        candidate_counts=problem.samples.counts[1:],
+        cutoffs=(3, 8),
+    )
+    for name, value in got.items():
+        assert value == pytest.approx(result.overall.intervals[name].mean, abs=1e-6)
+
+
+def test_loss_subtracts_log_q_and_drops_masked_columns(problem: Problem) -> None:
+    """Recomputes a batch's loss from the embeddings, one row at a time."""
+    model = problem.model(temperature=0.2)
+    batch = next(iter(problem.batches().dataset(0, 1)))
+    queries = model.embed_queries(batch["query_row"], batch["history_rows"]).numpy()
+    columns = np.concatenate([batch["candidate_row"], batch["easy_candidate_row"]])
+    candidates = model.embed_corpus()[columns - 1]
+    losses = []
+    for i, query in enumerate(queries):
+        logits = query @ candidates.T / 0.2
+        corrected = logits - batch["log_q"].numpy()[0]
+        corrected[i] = logits[i]
+        kept = corrected[batch["is_counted"].numpy()[i]]
+        losses.append(np.log(np.exp(kept).sum()) - logits[i])
+    assert model.compute_loss(batch).numpy() == pytest.approx(np.mean(losses), rel=1e-5)
+    plain = problem.model(temperature=0.2, correct_sampling=False)
+    plain.set_weights(model.get_weights())
+    assert abs(plain.compute_loss(batch).numpy() - np.mean(losses)) > 0.1
+
+
+def test_weights_scale_the_rows(problem: Problem) -> None:
+    model = problem.model()
+    batch = dict(next(iter(problem.batches().dataset(0, 1))))
+    whole = model.compute_loss(batch)
+    batch["weight"] = tf.one_hot(4, 32)
+    one = model.compute_loss(batch)
+    batch["weight"] = tf.ones(32) - tf.one_hot(4, 32)
+    rest = model.compute_loss(batch)
+    assert 32 * whole.numpy() == pytest.approx(one.numpy() + 31 * rest.numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["", ".keras"])
+def test_saved_and_loaded_by_keras(problem: Problem, tmp_path: Path, suffix: str) -> None:
+    model = problem.model()
+    model.compile(optimizer=tf.keras.optimizers.Adam(0.01))
+    model.fit(problem.batches().dataset(0, 4), epochs=1, verbose=0)
+    model.save(tmp_path / f"model{suffix}")
+    loaded = tf.keras.models.load_model(tmp_path / f"model{suffix}")
+    assert isinstance(loaded, TwoTowerModel)
+    np.testing.assert_allclose(loaded.embed_corpus(), model.embed_corpus(), rtol=1e-6)
+    pairs = {
+        "query_row": tf.constant([1, 0]),
+        "history_rows": tf.constant([[3, 4, 0, 0, 0]] * 2),
+        "candidate_row": tf.constant([7, 8]),
+    }
+    np.testing.assert_allclose(loaded(pairs), model(pairs), rtol=1e-6)
+
+
+def test_saved_by_tf_saved_model(problem: Problem, tmp_path: Path) -> None:
+    model = problem.model()
+    tf.saved_model.save(model, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    rows = tf.constant([[1, 2, 0, 0, 0]])
+    answer = loaded.signatures["serving_default"](
+        query_row=tf.constant([1]), history_rows=rows, candidate_row=tf.constant([5])
+    )
+    expected = model(
+        {"query_row": tf.constant([1]), "history_rows": rows, "candidate_row": tf.constant([5])}
+    )
+    np.testing.assert_allclose(next(iter(answer.values())), expected, rtol=1e-6)
+
+
+def test_training_keeps_the_best_epoch_and_stops(problem: Problem) -> None:
+    model = problem.model()
+    result = train(
+        model,
+        problem.batches(),
+        max_epochs=30,
+        optimizer="adam",
+        learning_rate=0.02,
+        validation=evaluation_data(problem),
+        monitor="ndcg@8",
+        patience=2,
+    )
+    values = result.history["val_ndcg@8"]
+    assert result.best_epoch == int(np.argmax(values)) + 1
+    assert len(values) == min(30, result.best_epoch + 2)
+    kept = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
+    assert kept["ndcg@8"] == pytest.approx(max(values), abs=1e-6)
+    with pytest.raises(ValueError, match="Cannot monitor 'ndcg@9'"):
+        train(
+            model,
+            problem.batches(),
+            max_epochs=1,
+            validation=evaluation_data(problem),
+            monitor="ndcg@9",
+        )
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    problem: Problem, tmp_path: Path, optimizer: str
+) -> None:
+    start = problem.model().get_weights()
+
+    def run(folder: Path | None, stop_after: int | None = None) -> list[np.ndarray]:
+        model = problem.model()
+        model.set_weights(start)
+
+        def on_epoch(epoch: int, logs: dict[str, float]) -> None:
+            if epoch == stop_after:
+                raise Stopped
+
+        train(
+            model,
+            problem.batches(),
+            max_epochs=5,
+            optimizer=optimizer,  # type: ignore[arg-type]
+            checkpoint_folder=folder,
+            on_epoch=on_epoch,
+        )
+        return model.get_weights()
+
+    unbroken = run(None)
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_after=2)
+    resumed = run(tmp_path)
+    again = run(tmp_path)
+    for expected, got, kept in zip(unbroken, resumed, again, strict=True):
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(kept, expected)

@@ -1,0 +1,104 @@
+"""Raw queries and ids turned into rows, and a trained model into a `Retriever`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.retrieval import Query
+
+QUERY_BATCH = 1024
+
+
+def history_rows(history: np.ndarray, length: int) -> np.ndarray:
+    """Turns candidate rows, oldest first, into the form of a batch.
+
+    Args:
+        history: [n] int rows, 0 (unknown) left out of the result.
+        length: N.
+
+    Returns:
+        [N] int32, most recent first, padded with 0.
+
+    Example:
+        >>> history_rows(np.array([4, 0, 7, 9]), length=5)
+        array([9, 7, 4, 0, 0], dtype=int32)
+    """
+    known = history[history > 0][::-1][:length]
+    rows = np.zeros(length, np.int32)
+    rows[: len(known)] = known
+    return rows
+
+
+class QueryEncoder:
+    """Embeds raw queries with a model's query tower.
+
+    Args:
+        model: The model.
+        query_ids: [num_queries] user ids, in the order of the model's rows 1, 2, ...
+        candidate_ids: [num_candidates] item ids, likewise.
+    """
+
+    def __init__(
+        self, model: TwoTowerModel, query_ids: np.ndarray, candidate_ids: np.ndarray
+    ) -> None:
+        self._model = model
+        self._queries = CandidateIds(query_ids)
+        self._corpus = CandidateIds(candidate_ids)
+        length = model.history_length
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec([None], tf.int32),
+                tf.TensorSpec([None, length], tf.int32),
+            ]
+        )
+        def embed(query_rows: tf.Tensor, histories: tf.Tensor) -> tf.Tensor:
+            return model.embed_queries(query_rows, histories)
+
+        self._embed = embed
+
+    def rows(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up the rows of queries.
+
+        Args:
+            queries: `user_id` and `history` are read; either may be left out. Unknown users have
+                row 0, unknown items are left out of the history.
+
+        Returns:
+            query_rows [n] int32 and history_rows [n, N] int32.
+        """
+        length = self._model.history_length
+        users = self._queries.rows([query.get("user_id") for query in queries]) + 1
+        histories = [
+            history_rows(self._corpus.rows(list(query.get("history", ()))) + 1, length)
+            for query in queries
+        ]
+        return users.astype(np.int32), np.stack(histories) if histories else np.zeros(
+            (0, length), np.int32
+        )
+
+    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries: [n, embedding_dim] float32."""
+        query_rows, histories = self.rows(queries)
+        blocks = [
+            self._embed(
+                tf.constant(query_rows[start : start + QUERY_BATCH]),
+                tf.constant(histories[start : start + QUERY_BATCH]),
+            ).numpy()
+            for start in range(0, len(queries), QUERY_BATCH)
+        ]
+        return np.concatenate(blocks)
+
+
+def exact_retriever(
+    model: TwoTowerModel, query_ids: np.ndarray, candidate_ids: np.ndarray
+) -> ExactRetriever:
+    """Makes a model a `Retriever`: every candidate scored, embeddings as of now."""
+    encoder = QueryEncoder(model, query_ids, candidate_ids)
+    return ExactRetriever(candidate_ids, model.embed_corpus(), encoder)

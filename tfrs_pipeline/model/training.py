@@ -1,0 +1,198 @@
+"""Training: optimizer, early stopping on the validation metric, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.samples.dataset import TrainingBatches
+
+logger = logging.getLogger(__name__)
+
+OptimizerName = Literal["adagrad", "adam"]
+OPTIMIZERS: dict[OptimizerName, Callable[[float], tf.keras.optimizers.Optimizer]] = {
+    # Both update the rows of an embedding that a batch touches; only Adagrad's cost stays free of
+    # the size of the table (Adam's moments decay densely).
+    "adagrad": lambda learning_rate: tf.keras.optimizers.Adagrad(learning_rate),
+    "adam": lambda learning_rate: tf.keras.optimizers.Adam(learning_rate),
+}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train` did.
+
+    Args:
+        history: Per logged name, one value an epoch.
+        best_epoch: Epochs after which the kept weights were reached, counted from 1.
+        seconds: Wall time, validation included, earlier parts of a resumed run included.
+    """
+
+    history: dict[str, list[float]]
+    best_epoch: int
+    seconds: float
+
+
+def train(
+    model: TwoTowerModel,
+    batches: TrainingBatches,
+    *,
+    max_epochs: int,
+    optimizer: OptimizerName = "adagrad",
+    learning_rate: float = 0.05,
+    validation: tf.data.Dataset | None = None,
+    monitor: str = "ndcg@100",
+    patience: int = 3,
+    checkpoint_folder: Path | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainingResult:
+    """Trains a model and leaves it with its best weights.
+
+    A batch and the dropout are functions of (seed, step), so that a run that was stopped goes on
+    from its last whole epoch and ends as an unbroken one would have.
+
+    Args:
+        model: Compiled here.
+        batches: Training batches.
+        max_epochs: Epochs at most; exactly, without validation.
+        optimizer: "adagrad" or "adam".
+        learning_rate: Step size.
+        validation: `evaluation_batches`, or None to train `max_epochs` and keep the last weights.
+        monitor: Validation metric to maximise, such as "ndcg@100".
+        patience: Epochs without a better value before training stops.
+        checkpoint_folder: Where every epoch is saved and a stopped run is resumed from.
+        on_epoch: Called after each epoch with its number, from 1, and its logs.
+
+    Returns:
+        The history, the best epoch and the time.
+
+    Raises:
+        ValueError: If `monitor` is not a metric of the model.
+    """
+    if validation is not None and monitor not in model.ranking_metric_names:
+        raise ValueError(
+            f"Cannot monitor '{monitor}': evaluate() reports {model.ranking_metric_names}. "
+            "Add its cutoff to evaluation.cutoffs or choose one of these."
+        )
+    model.compile(optimizer=OPTIMIZERS[optimizer](learning_rate))
+    model.optimizer.build(model.trainable_variables)
+    keeper = _BestEpoch(
+        f"val_{monitor}" if validation is not None else None,
+        patience=patience,
+        folder=checkpoint_folder,
+        on_epoch=on_epoch,
+    )
+    first_epoch = keeper.restore(model)
+    if first_epoch and first_epoch < max_epochs:
+        logger.info("training: resuming after epoch %d", first_epoch)
+    if first_epoch < max_epochs and not keeper.is_over:
+        steps = batches.steps_per_epoch
+        model.fit(
+            batches.dataset(first_epoch * steps, (max_epochs - first_epoch) * steps),
+            initial_epoch=first_epoch,
+            epochs=max_epochs,
+            steps_per_epoch=steps,
+            validation_data=validation,
+            callbacks=[keeper],
+            verbose=0,
+        )
+    keeper.keep_best(model)
+    return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
+
+
+class _BestEpoch(tf.keras.callbacks.Callback):
+    """Early stopping that remembers the best weights, and saves itself after each epoch."""
+
+    def __init__(
+        self,
+        monitor: str | None,
+        *,
+        patience: int,
+        folder: Path | None,
+        on_epoch: Callable[[int, dict[str, float]], None] | None,
+    ) -> None:
+        super().__init__()
+        self._monitor = monitor
+        self._patience = patience
+        self._folder = folder
+        self._on_epoch = on_epoch
+        self._best_weights: list[np.ndarray] | None = None
+        self._started = 0.0
+        self._seconds_before = 0.0
+        self.history: dict[str, list[float]] = {}
+
+    @property
+    def best_epoch(self) -> int:
+        values = self.history.get(self._monitor or "loss", [])
+        if self._monitor is None:
+            return len(values)
+        return int(np.argmax(values)) + 1 if values else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        num_epochs = len(self.history.get("loss", []))
+        return self._monitor is not None and num_epochs - self.best_epoch >= self._patience
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + (time.monotonic() - self._started if self._started else 0.0)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._started = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        for name, value in (logs or {}).items():
+            self.history.setdefault(name, []).append(float(value))
+        if self._monitor is None or self.best_epoch == epoch + 1:
+            self._best_weights = self.model.get_weights()
+        if self._folder is not None:
+            self._save(self.model, epoch + 1)
+        if self.is_over:
+            self.model.stop_training = True
+        if self._on_epoch is not None:
+            self._on_epoch(epoch + 1, dict(logs or {}))
+
+    def keep_best(self, model: TwoTowerModel) -> None:
+        self._seconds_before, self._started = self.seconds, 0.0
+        if self._best_weights is not None:
+            model.set_weights(self._best_weights)
+
+    def restore(self, model: TwoTowerModel) -> int:
+        """Loads the last saved epoch into the model and returns its number, 0 if there is none."""
+        if self._folder is None or not (self._folder / "state.json").exists():
+            return 0
+        state = json.loads((self._folder / "state.json").read_text())
+        epoch = state["epoch"]
+        self.history, self._seconds_before = state["history"], state["seconds"]
+        best = tf.train.Checkpoint(model=model)
+        best.read(str(self._folder / f"epoch-{self.best_epoch}")).expect_partial()
+        self._best_weights = model.get_weights()
+        last = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        last.read(str(self._folder / f"epoch-{epoch}")).assert_existing_objects_matched()
+        return epoch
+
+    def _save(self, model: TwoTowerModel, epoch: int) -> None:
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        checkpoint.write(str(self._folder / f"epoch-{epoch}"))
+        state = {"epoch": epoch, "history": self.history, "seconds": self.seconds}
+        # state.json names the epoch that counts: it is replaced once the checkpoint is whole.
+        partial = self._folder / "state.json.partial"
+        partial.write_text(json.dumps(state))
+        os.replace(partial, self._folder / "state.json")
+        keep = {epoch, self.best_epoch}
+        for file in self._folder.glob("epoch-*"):
+            if int(file.name.split("-")[1].split(".")[0]) not in keep:
+                file.unlink()
