@@ -1,6 +1,7 @@
 """A tiny problem that a two-tower model can learn: three tastes of users and items."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,13 +26,19 @@ class Problem:
     query_columns: dict[str, np.ndarray]
     candidate_columns: dict[str, np.ndarray]
 
-    def model(self, **options: object) -> TwoTowerModel:
+    def model(self, **options: Any) -> TwoTowerModel:
         model = TwoTowerModel(
             num_queries=NUM_QUERIES,
             num_candidates=NUM_CANDIDATES,
             query_features=[feature.spec for feature in self.query_features],
             candidate_features=[feature.spec for feature in self.candidate_features],
-            **{"embedding_dim": 8, "feature_dim": 4, "history_length": 5, "cutoffs": (3, 8), **options},
+            **{
+                "embedding_dim": 8,
+                "feature_dim": 4,
+                "history_length": 5,
+                "cutoffs": (3, 8),
+                **options,
+            },
         )
         model.set_features(self.query_columns, self.candidate_columns)
         return model

@@ -26,7 +26,9 @@ def test_text_keeps_apostrophes_and_letters_of_any_language() -> None:
 
 
 def test_lists_are_padded_and_cut() -> None:
-    feature = Feature.fit("genres", "multi_categorical", [["a", "b", "c"], ["a"], None], max_values=2)
+    feature = Feature.fit(
+        "genres", "multi_categorical", [["a", "b", "c"], ["a"], None], max_values=2
+    )
     assert feature.encode([["c", "a", "b"], ["b"], [], None]).tolist() == [
         [3, 1],
         [2, 0],
@@ -68,7 +70,10 @@ def test_weighted_mean_matches_a_loop() -> None:
     rng = np.random.default_rng(0)
     vectors, weights = rng.normal(size=(3, 4, 2)), rng.random((3, 4))
     weights[1] = 0
-    expected = [np.average(v, axis=0, weights=w) if w.any() else np.zeros(2) for v, w in zip(vectors, weights, strict=True)]
+    expected = [
+        np.average(v, axis=0, weights=w) if w.any() else np.zeros(2)
+        for v, w in zip(vectors, weights, strict=True)
+    ]
     np.testing.assert_allclose(weighted_mean(tf.constant(vectors), tf.constant(weights)), expected)
 
 

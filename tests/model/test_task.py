@@ -78,7 +78,9 @@ def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
     probability = np.full(C, 0.1, np.float32)
     probability[3] = value
     with pytest.raises(tf.errors.InvalidArgumentError, match="Pass log_q instead"):
-        HybridRetrieval()(QUERIES, CANDIDATES, candidate_sampling_probability=tf.constant(probability))
+        HybridRetrieval()(
+            QUERIES, CANDIDATES, candidate_sampling_probability=tf.constant(probability)
+        )
 
 
 def test_log_q_is_not_clipped() -> None:
@@ -110,7 +112,11 @@ def test_a_hard_negative_moves_its_own_row_alone() -> None:
     options = {"hard_log_q": HARD_LOG_Q, "log_q": tf.constant(LOG_Q)}
     with tf.GradientTape() as tape:
         loss = HybridRetrieval()(
-            QUERIES, CANDIDATES, sample_weight=np.eye(B)[2].astype("f"), hard_embeddings=hard, **options
+            QUERIES,
+            CANDIDATES,
+            sample_weight=np.eye(B)[2].astype("f"),
+            hard_embeddings=hard,
+            **options,
         )
     gradient = tape.gradient(loss, hard).numpy()
     assert (gradient[2] != 0).all()

@@ -1,5 +1,7 @@
 """Towers: masks, padding, the empty history."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,8 +9,12 @@ import tensorflow as tf
 from tfrs_pipeline.model.towers import HistoryEncoder, Tower
 
 
-def make_encoder(**options: object) -> HistoryEncoder:
-    settings = {"poolings": ("mean", "recency"), "recency_decay": 0.5, "dropout": 0.5}
+def make_encoder(**options: Any) -> HistoryEncoder:
+    settings: dict[str, Any] = {
+        "poolings": ("mean", "recency"),
+        "recency_decay": 0.5,
+        "dropout": 0.5,
+    }
     return HistoryEncoder(9, 3, **{**settings, **options})
 
 
@@ -71,10 +77,10 @@ def test_dropout_drops_its_share() -> None:
     assert abs(is_empty.mean() - 0.3**3) < 4 * np.sqrt(0.027 / 4000)
 
 
-def make_tower(**options: object) -> Tower:
-    settings = {
+def make_tower(**options: Any) -> Tower:
+    settings: dict[str, Any] = {
         "embedding_dim": 4,
-        "hidden_layers": (5,),
+        "hidden_layers": (),
         "features": (),
         "feature_dim": 2,
         "normalize": True,

@@ -15,13 +15,13 @@ from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.builder import RowLists
 from tfrs_pipeline.samples.dataset import evaluation_batches
 
-QUERY_ROWS = np.arange(1, NUM_QUERIES + 1)
+QUERY_ROWS = range(1, NUM_QUERIES + 1)
 
 
 def evaluation_data(problem: Problem) -> tf.data.Dataset:
     known = RowLists.from_lists([problem.samples.known_positives[row] for row in QUERY_ROWS])
     return evaluation_batches(
-        QUERY_ROWS, known, problem.relevant, known, history_length=5, batch_size=7
+        np.array(QUERY_ROWS), known, problem.relevant, known, history_length=5, batch_size=7
     )
 
 
@@ -51,14 +51,14 @@ def test_evaluate_agrees_with_the_evaluation_room(problem: Problem) -> None:
     candidate_ids = np.arange(1, NUM_CANDIDATES + 1) * 10
     known = [problem.samples.known_positives[row] * 10 for row in QUERY_ROWS]
     queries = EvaluationQueries(
-        user_ids=QUERY_ROWS,
+        user_ids=np.array(QUERY_ROWS),
         histories=[ids[::-1] for ids in known],
         relevant=[problem.relevant[row - 1] * 10 for row in QUERY_ROWS],
         clicked=known,
         seen=known,
     )
     result = evaluate(
-        exact_retriever(model, QUERY_ROWS, candidate_ids),
+        exact_retriever(model, np.array(QUERY_ROWS), candidate_ids),
         queries,
         candidate_ids=candidate_ids,
         candidate_counts=problem.samples.counts[1:],

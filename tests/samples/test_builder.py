@@ -1,5 +1,6 @@
 """Samples from event tables, against slow loops over the raw events."""
 
+import tempfile
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -126,6 +127,8 @@ def test_histories_counts_and_masks_match_a_loop(
     tmp_path: Path, events: list[Event], with_request: bool, length: int
 ) -> None:
     tables = make_tables(events, with_request=with_request)
+    # One folder an example: the fixture's is shared by all of them.
+    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
     built = build(tables, tmp_path, history_length=length)
     assert built == slow_histories(events, length, with_request)
 
@@ -158,11 +161,10 @@ def test_nothing_after_the_cut_reaches_a_sample_a_count_or_a_mask(
         for user, item, second, _, request in [event]
     ]
     outputs = []
+    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
     for name, log in (("as_it_was", events), ("future_changed", moved)):
         tables = make_tables(log)
-        before = tables.events.filter(
-            tables.events["timestamp"] < START + timedelta(seconds=cut)
-        )
+        before = tables.events.filter(tables.events["timestamp"] < START + timedelta(seconds=cut))
         built = build(tables, tmp_path / name, events=before)
         samples = read_samples(tmp_path / name)
         outputs.append(

@@ -100,7 +100,7 @@ def test_log_q_is_the_log_of_the_expected_copies() -> None:
 
 
 def test_drawn_negatives_follow_the_declared_mixture() -> None:
-    drawn = Counter()
+    drawn: Counter[int] = Counter()
     num_steps = 600
     for batch in batch_list(make_batches(), num_steps):
         drawn.update(batch["easy_candidate_row"].tolist())

@@ -166,8 +166,7 @@ class FeatureTable(tf.keras.layers.Layer):
             expected = (variable.shape[0] - 1, *variable.shape[1:])
             if columns[name].shape != expected:
                 raise ValueError(
-                    f"Feature '{name}' must have shape {expected}. "
-                    f"Received: {columns[name].shape}"
+                    f"Feature '{name}' must have shape {expected}. Received: {columns[name].shape}"
                 )
             first = variable[:1].numpy()
             variable.assign(np.concatenate([first, columns[name]]))

@@ -46,7 +46,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         super().__init__(temperature=temperature, name=name, **kwargs)
         self._correct_positive = correct_positive
 
-    def call(  # noqa: D417
+    def call(
         self,
         query_embeddings: tf.Tensor,
         candidate_embeddings: tf.Tensor,
@@ -91,7 +91,9 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
         num_rows = tf.shape(query_embeddings)[0]
-        scores = self._scaled(tf.linalg.matmul(query_embeddings, candidate_embeddings, transpose_b=True))
+        scores = self._scaled(
+            tf.linalg.matmul(query_embeddings, candidate_embeddings, transpose_b=True)
+        )
         correction = self._correction(log_q, candidate_sampling_probability, scores)
         logits = scores if correction is None else scores - correction
         if score_mask is not None:

@@ -142,9 +142,7 @@ class Tower(tf.keras.layers.Layer):
         if self._id_embedding is not None:
             parts.append(self._id_embedding(rows))
         if self._history is not None:
-            parts.append(
-                self._history(history_rows, training=training, dropout_seed=dropout_seed)
-            )
+            parts.append(self._history(history_rows, training=training, dropout_seed=dropout_seed))
         hidden = tf.concat(parts, axis=1)
         for layer in self._hidden:
             hidden = layer(hidden)

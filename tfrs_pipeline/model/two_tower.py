@@ -209,9 +209,7 @@ class TwoTowerModel(tfrs.Model):
         Returns:
             [B] float32 dot products, not divided by the temperature.
         """
-        queries = self.embed_queries(
-            inputs["query_row"], inputs["history_rows"], training=training
-        )
+        queries = self.embed_queries(inputs["query_row"], inputs["history_rows"], training=training)
         candidates = self.embed_candidates(inputs["candidate_row"], training=training)
         return tf.reduce_sum(queries * candidates, axis=1)
 

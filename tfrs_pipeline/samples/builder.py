@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,9 @@ def build_samples(
     users = _number_rows(tables.users, "user_id", "query_row")
     numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
     # Written once, so that the window and the joins are not run again for every output.
-    numbered = _materialise(numbered.drop("item_id", "user_id"), folder / "_numbered.parquet")
+    # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
+    numbered_path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
+    numbered = _materialise(numbered.drop("item_id", "user_id"), numbered_path)
     positives = select_positives(numbered)
 
     counts = positives.group_by("candidate_row").agg(count=lambda t: t.count())
@@ -144,7 +147,7 @@ def build_samples(
 
     samples = _with_history(positives, history_length, order)
     num_samples = _write_shards(samples, folder / "samples", seed)
-    (folder / "_numbered.parquet").unlink()
+    numbered_path.unlink()
     if num_samples == 0:
         raise DataError(
             "The training part holds no positive (an item exposed and clicked). "
@@ -203,9 +206,7 @@ def _materialise(table: ibis.Table, path: Path) -> ibis.Table:
     return table.get_backend().read_parquet(path)
 
 
-def _with_history(
-    positives: ibis.Table, history_length: int, order: HistoryOrder
-) -> ibis.Table:
+def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrder) -> ibis.Table:
     if "weight" not in positives.columns:
         positives = positives.mutate(weight=ibis.literal(1.0))
     if order == "none":
@@ -238,9 +239,7 @@ def _with_history(
     first = ibis.greatest(rows.length() - history_length, 0)
     known = known.select("query_row", "query_time", history_rows=rows[first:])
     joined = positives.inner_join(known, ["query_row", "query_time"])
-    return joined.select(
-        "query_row", "candidate_row", "weight", "event_number", "history_rows"
-    )
+    return joined.select("query_row", "candidate_row", "weight", "event_number", "history_rows")
 
 
 def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Table:

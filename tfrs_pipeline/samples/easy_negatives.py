@@ -28,7 +28,7 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ValueError: If a value is negative or not finite, or the sum is not 1.
 
     Example:
-        >>> accept, alias = build_alias_table(np.array([.25, .75]))
+        >>> accept, alias = build_alias_table(np.array([0.25, 0.75]))
         >>> accept, alias
         (array([0.5, 1. ], dtype=float32), array([1, 1], dtype=int32))
     """

@@ -50,8 +50,8 @@ def expected_count(
             a probability; if there is no negative at all.
 
     Example:
-        >>> q = np.array([0, .75, .25])
-        >>> expected_count(q, batch_size=5, easy=[(np.array([0, .5, .5]), 2)])
+        >>> q = np.array([0, 0.75, 0.25])
+        >>> expected_count(q, batch_size=5, easy=[(np.array([0, 0.5, 0.5]), 2)])
         array([0., 4., 2.])
     """
     terms = [(q_positive, batch_size - 1)] if in_batch else []

@@ -1,0 +1,35 @@
+# Every target works from a fresh clone: the environment is made when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv check format test test-slow notebooks
+
+venv: .venv/.installed
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: venv
+	$(BIN)/pytest
+
+test-slow: venv
+	$(BIN)/pytest -m slow
+
+# Runs every notebook in full, on the real data, and saves its output in place.
+notebooks: venv
+	for notebook in notebooks/*.ipynb; do \
+		echo "$$notebook"; \
+		$(BIN)/jupyter execute --inplace --timeout=1800 "$$notebook" || exit 1; \
+	done

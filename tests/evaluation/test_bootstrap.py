@@ -1,0 +1,89 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+
+
+def test_interval_is_near_the_normal_approximation() -> None:
+    values = np.random.default_rng(0).gamma(2.0, size=(2000, 2))
+    for column, interval in enumerate(bootstrap_intervals(values, num_bootstrap=4000)):
+        mean = values[:, column].mean()
+        half_width = 1.96 * values[:, column].std() / math.sqrt(len(values))
+        assert interval.mean == pytest.approx(mean, rel=1e-12)
+        # A quantile of 4000 draws is off by about sqrt(.025 * .975 / 4000) / density(1.96) = .042
+        # standard errors; four of those, against 1.96 of them.
+        assert interval.low == pytest.approx(mean - half_width, abs=half_width * 4 * 0.042 / 1.96)
+        assert interval.high == pytest.approx(mean + half_width, abs=half_width * 4 * 0.042 / 1.96)
+
+
+def test_a_wider_confidence_is_wider() -> None:
+    values = np.random.default_rng(0).random((200, 1))
+    (narrow,) = bootstrap_intervals(values, confidence=0.5)
+    (wide,) = bootstrap_intervals(values, confidence=0.99)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+
+def test_nan_is_left_out_as_if_the_query_were_not_there() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.random(3000)
+    with_gaps = np.where(rng.random(3000) < 0.5, np.nan, values)
+    left = with_gaps[~np.isnan(with_gaps)]
+    (interval,) = bootstrap_intervals(with_gaps[:, None])
+    assert interval.mean == pytest.approx(left.mean(), rel=1e-12)
+    half_width = 1.96 * left.std() / math.sqrt(len(left))
+    assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.1)
+
+
+def test_columns_are_resampled_together() -> None:
+    values = np.random.default_rng(3).random((300, 1))
+    a, b, difference = bootstrap_intervals(np.hstack([values, values + 1, values - values - 1]))
+    assert b.low == pytest.approx(a.low + 1)
+    assert difference == Interval(-1, -1, -1)
+
+
+def test_seed_decides_the_interval_whatever_stands_beside_the_column(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.random.default_rng(4).random((100, 3))
+    whole = bootstrap_intervals(values, seed=5)
+    assert bootstrap_intervals(values, seed=5) == whole
+    assert bootstrap_intervals(values, seed=6) != whole
+    (alone,) = bootstrap_intervals(values[:, 1:2], seed=5)
+    assert alone.low == pytest.approx(whole[1].low, rel=1e-12)
+    monkeypatch.setattr("tfrs_pipeline.evaluation.bootstrap._DRAWS_PER_BLOCK", 100 * 7)
+    in_blocks = bootstrap_intervals(values, seed=5)
+    assert [x.low for x in in_blocks] == pytest.approx([x.low for x in whole], rel=1e-12)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), max_size=8))
+def test_the_interval_holds_within_the_values(values: Any) -> None:
+    (interval,) = bootstrap_intervals(np.array(values).reshape(-1, 1), num_bootstrap=50)
+    finite = [x for x in values if not math.isnan(x)]
+    if finite:
+        slack = 1e-9
+        assert min(finite) - slack <= interval.low <= interval.high <= max(finite) + slack
+    else:
+        assert interval.as_dict() == {"mean": None, "low": None, "high": None}
+
+
+def test_no_resamples_give_the_mean_alone() -> None:
+    (interval,) = bootstrap_intervals(np.array([[1.0], [3.0]]), num_bootstrap=0)
+    assert interval.as_dict() == {"mean": 2.0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    "values, options",
+    [
+        (np.zeros(3), {}),
+        (np.zeros((3, 1)), {"num_bootstrap": -1}),
+        (np.zeros((3, 1)), {"confidence": 1.0}),
+    ],
+)
+def test_refuses_what_does_not_fit(values: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Received"):
+        bootstrap_intervals(values, **options)

@@ -1,0 +1,126 @@
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
+
+Problem: TypeAlias = tuple[np.ndarray, int, list[np.ndarray], int]
+
+
+def slow_top_k(scores: Any, k: int, exclude_rows: list[np.ndarray]) -> list[list[int]]:
+    """Sorts everything, stably, one query at a time."""
+    answers = []
+    for query_scores, excluded in zip(scores, exclude_rows, strict=True):
+        left = [
+            row
+            for row in range(len(query_scores))
+            if row not in excluded and query_scores[row] > -np.inf
+        ]
+        best = sorted(left, key=lambda row: -query_scores[row])[:k]
+        answers.append(best + [-1] * (k - len(best)))
+    return answers
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    num_queries = draw(st.integers(0, 6))
+    num_candidates = draw(st.integers(1, 12))
+    # Few distinct values, so that most answers turn on ties.
+    value = st.sampled_from([-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 3.0, np.inf])
+    scores = [[draw(value) for _ in range(num_candidates)] for _ in range(num_queries)]
+    excluded = [
+        draw(st.lists(st.integers(0, num_candidates - 1), max_size=num_candidates))
+        for _ in range(num_queries)
+    ]
+    return (
+        np.array(scores, np.float32).reshape(num_queries, num_candidates),
+        draw(st.integers(1, 15)),
+        [np.array(rows, np.int32) for rows in excluded],
+        draw(st.integers(1, 7)),
+    )
+
+
+@given(problems())
+def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
+    scores, k, excluded, block_size = problem
+    before = scores.copy()
+    rows, top_scores = top_k_in_blocks(
+        lambda block: scores[block], len(scores), scores.shape[1], k, excluded, block_size
+    )
+    assert rows.tolist() == slow_top_k(scores, k, excluded)
+    assert rows.dtype == np.int32
+    assert top_scores.dtype == np.float32
+    assert rows.shape == top_scores.shape == (len(scores), k)
+    found = np.take_along_axis(scores, np.maximum(rows, 0), axis=1)
+    np.testing.assert_array_equal(top_scores, np.where(rows >= 0, found, -np.inf))
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_equals_a_stable_sort_on_many_candidates() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(20, 3000)).round(2)
+    excluded = [rng.choice(3000, size=500) for _ in range(20)]
+    rows, _ = top_k_in_blocks(lambda block: scores[block], 20, 3000, 100, excluded)
+    assert rows.tolist() == slow_top_k(scores.astype(np.float32), 100, excluded)
+
+
+def test_asks_for_each_query_once_and_in_blocks() -> None:
+    asked = []
+
+    def score_block(block: Any) -> np.ndarray:
+        asked.append(block)
+        return np.zeros((block.stop - block.start, 3))
+
+    top_k_in_blocks(score_block, 5, 3, 1, block_size=2)
+    assert asked == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def test_refuses_nan_since_it_has_no_place_in_an_order() -> None:
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+        top_k_in_blocks(lambda _: np.array([[np.nan, 1.0]]), 1, 2, 1)
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+def test_refuses_an_excluded_row_outside_the_corpus(row: int) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\)"):
+        top_k_in_blocks(lambda _: np.zeros((1, 2)), 1, 2, 1, [np.array([row])])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"k": 0}, "k=0"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"exclude_rows": []}, "0 for 1 queries"),
+        ({"num_candidates": 3}, r"\(1, 3\)"),
+    ],
+)
+def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    arguments = {"num_queries": 1, "num_candidates": 2, "k": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        top_k_in_blocks(lambda _: np.zeros((1, 2)), **arguments)
+
+
+def test_exact_retriever_scores_by_dot_product() -> None:
+    rng = np.random.default_rng(1)
+    candidates = rng.integers(-5, 6, size=(30, 4))
+    towers = rng.integers(-5, 6, size=(8, 4))
+    ids = rng.permutation(1000)[:30]
+    retriever = ExactRetriever(ids, candidates, lambda qs: towers[[q["user_id"] for q in qs]])
+    found, scores = retriever.retrieve([{"user_id": i} for i in range(8)], 5)
+    for query in range(8):
+        products = [int(towers[query] @ candidate) for candidate in candidates]
+        best = sorted(range(30), key=lambda row: -products[row])[:5]
+        assert found[query].tolist() == [ids[row] for row in best]
+        assert scores[query].tolist() == [products[row] for row in best]
+
+
+def test_exact_retriever_refuses_shapes_that_do_not_match() -> None:
+    with pytest.raises(ValueError, match=r"must be \[2, dim\]"):
+        ExactRetriever([1, 2], np.zeros((3, 4)), lambda _: np.zeros((1, 4)))
+    retriever = ExactRetriever([1, 2], np.zeros((2, 4)), lambda _: np.zeros((1, 5)))
+    with pytest.raises(ValueError, match=r"\(1, 4\).*\(1, 5\)"):
+        retriever.retrieve([{}], 1)

@@ -1,0 +1,89 @@
+"""Search structures against exact scoring."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfrs_pipeline.serving.index import (
+    ExactIndex,
+    ScannIndex,
+    ScannSettings,
+    build_scann_index,
+    index_recall,
+    resolve_index_kind,
+)
+
+
+def clustered(num: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(20, dim))
+    points = centres[rng.integers(0, 20, num)] + 0.3 * rng.normal(size=(num, dim))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+EMBEDDINGS, QUERIES = clustered(2000), clustered(50, seed=1)
+
+
+def exact_order(queries: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-(queries @ EMBEDDINGS.T), axis=1, kind="stable")[:, :k]
+
+
+def test_exact_index_is_a_full_sort() -> None:
+    places, scores = ExactIndex(EMBEDDINGS).search(tf.constant(QUERIES), 10)
+    np.testing.assert_array_equal(places, exact_order(QUERIES, 10))
+    expected = np.take_along_axis(QUERIES @ EMBEDDINGS.T, places.numpy(), axis=1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_scann_keeps_its_promise() -> None:
+    index, recall = build_scann_index(EMBEDDINGS, QUERIES, k=100, target_recall=0.95)
+    places, scores = index.search(tf.constant(QUERIES), 100)
+    hits = [
+        len(set(a) & set(b)) for a, b in zip(places.numpy(), exact_order(QUERIES, 100), strict=True)
+    ]
+    assert recall >= 0.95
+    assert np.mean(hits) / 100 == pytest.approx(recall, abs=1e-3)
+    # Rescored exactly: the score is the dot product of what was found.
+    expected = np.take_along_axis(QUERIES @ EMBEDDINGS.T, places.numpy(), axis=1)
+    is_found = np.isfinite(scores)
+    np.testing.assert_allclose(scores[is_found], expected[is_found], rtol=1e-4, atol=1e-5)
+    assert index.settings.num_leaves_to_search < index.settings.num_leaves
+
+
+def test_an_impossible_promise_fails_with_what_was_tried() -> None:
+    # Nothing can find candidates of equal score in the same order as exact search.
+    same = np.tile(EMBEDDINGS[:1], (500, 1))
+    with pytest.raises(RuntimeError, match=r"index_recall@10 = 1.0.*of 22 leaves"):
+        build_scann_index(same, QUERIES, k=10, target_recall=1.0)
+
+
+def test_empty_slots_have_no_score() -> None:
+    index = ScannIndex(EMBEDDINGS[:40], ScannSettings(8, 1, num_reordered=40))
+    _, scores = index.search(tf.constant(QUERIES), 40)
+    num_empty = np.isneginf(scores.numpy()).sum(axis=1)
+    assert num_empty.any()
+    assert not np.isnan(scores.numpy()).any()
+
+
+def test_two_indexes_in_one_process_do_not_mix() -> None:
+    first = ScannIndex(EMBEDDINGS[:500], ScannSettings(5, 5, 500))
+    second = ScannIndex(EMBEDDINGS[500:1000], ScannSettings(5, 5, 500))
+    for index, points in ((first, EMBEDDINGS[:500]), (second, EMBEDDINGS[500:1000])):
+        places, _ = index.search(tf.constant(QUERIES), 1)
+        np.testing.assert_array_equal(places[:, 0], (QUERIES @ points.T).argmax(axis=1))
+
+
+def test_refuses_more_leaves_than_candidates() -> None:
+    with pytest.raises(ValueError, match=r"the 40 candidates.*41"):
+        ScannIndex(EMBEDDINGS[:40], ScannSettings(41, 1, 10))
+
+
+def test_auto_takes_exact_search_for_a_small_corpus() -> None:
+    assert resolve_index_kind("auto", 19_999) == "exact"
+    assert resolve_index_kind("auto", 20_000) == "scann"
+    assert resolve_index_kind("scann", 10) == "scann"
+
+
+def test_index_recall_is_the_share_found() -> None:
+    found, exact = np.array([[1, 2, -1], [4, 5, 6]]), np.array([[2, 1, 3], [7, 8, 9]])
+    assert index_recall(found, exact) == pytest.approx((2 / 3 + 0) / 2)

@@ -1,0 +1,452 @@
+"""Settings: what is refused, how it is said, and that a file gives back what was written."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EasySampler,
+    EvaluationConfig,
+    ExportConfig,
+    ModelConfig,
+    RunConfig,
+    SamplesConfig,
+    SplitConfig,
+    StageName,
+    TrainingConfig,
+    dump_config,
+    load_config,
+    main_job_config,
+    with_settings,
+)
+from tfrs_pipeline.events.schema import Stage
+
+TABLES: list[type[Config]] = [
+    DataConfig,
+    SplitConfig,
+    EasySampler,
+    SamplesConfig,
+    ModelConfig,
+    TrainingConfig,
+    EvaluationConfig,
+    ExportConfig,
+    RunConfig,
+]
+FIELDS = [(table, name) for table in TABLES for name in table.model_fields]
+
+
+def load(folder: Path, text: str) -> RunConfig:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def problems(table: type[Config], **settings: Any) -> dict[str, str]:
+    with pytest.raises(ConfigError) as raised:
+        table(**settings)
+    return dict(raised.value.problems)
+
+
+# Files
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == RunConfig()
+
+
+def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+        seed = 3
+        [training]
+        batch_size = 512
+        [samples]
+        easy_negatives = [{alpha = 1.0, num = 7}]
+        [data]
+        source = "clicks"
+        path = "clicks.csv"
+        columns = {user_id = "viewer"}
+        items_path = "items.csv"
+        item_features = {title = "text"}
+        """,
+    )
+    assert config.seed == 3
+    assert config.training == TrainingConfig(batch_size=512)
+    assert config.samples.easy_negatives == (EasySampler(alpha=1.0, num=7),)
+    assert config.data.path == Path("clicks.csv")
+    assert config.data.columns == {"user_id": "viewer"}
+    assert config.model == ModelConfig()
+
+
+def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, 'sed = 1\n[training]\nlearning_rte = 1\npatience = 0\noptimizer = "sgd"\n')
+    first, *lines = str(raised.value).splitlines()
+    assert first == f"{tmp_path / 'run.toml'}:"
+    assert {line.strip() for line in lines} == {
+        "sed: unknown setting; did you mean 'seed'?",
+        "training.learning_rte: unknown setting; did you mean 'learning_rate'?",
+        "training.patience: got 0; must be greater than 0",
+        "training.optimizer: got 'sgd'; must be 'adagrad' or 'adam'",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed = ", "is not a TOML file: Invalid value"),
+        (b"seed = 1\nseed = 2\n", "is not a TOML file: .*line 2"),
+        (b"name = '\xff'", "is not a TOML file: .*utf-8"),
+        (b"training = 3", "training: got 3; must be a table of settings"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"(?s)^{re.escape(str(path))}:.*{message}"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)nowhere\.toml:.*No such file"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("config", [RunConfig(), main_job_config()])
+def test_a_dump_loads_back_equal(tmp_path: Path, config: RunConfig) -> None:
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
+    def names(tree: dict[str, Any]) -> Iterator[str]:
+        for name, value in tree.items():
+            yield name
+            if isinstance(value, dict):
+                yield from (f"{name}.{inner}" for inner in names(value))
+
+    dumped = set(names(tomllib.loads(dump_config(main_job_config()))))
+    for name, table in [
+        (name, getattr(main_job_config(), name)) for name in RunConfig.model_fields
+    ]:
+        if isinstance(table, Config):
+            for setting in type(table).model_fields:
+                is_left_out = f"{name}.{setting}" not in dumped
+                assert is_left_out == (getattr(table, setting) is None), setting
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)
+ZONES = st.sampled_from(
+    [UTC, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-8))]
+)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    test_start = draw(st.datetimes(datetime(2001, 1, 1), datetime(2030, 1, 1), timezones=ZONES))
+    numbers = st.floats(1e-9, 1e9)
+    return RunConfig(
+        data=DataConfig(
+            source="events",
+            path=Path(draw(st.from_regex(r"[a-zé ]{1,9}/[a-z\"'\\]{1,9}", fullmatch=True))),
+            columns=draw(st.dictionaries(st.sampled_from(["user_id", "item_id"]), TEXT)),
+            stage_values=draw(st.dictionaries(TEXT, st.sampled_from(["exposed", "clicked"]))),
+            item_features=draw(st.dictionaries(TEXT, st.sampled_from(["text", "numeric"]))),
+            items_path=Path("items"),
+            list_separator=draw(TEXT),
+        ),
+        split=SplitConfig(
+            kind="time",
+            test_start=test_start,
+            validation_start=test_start - timedelta(microseconds=draw(st.integers(1, 10**15))),
+        ),
+        samples=SamplesConfig(
+            easy_negatives=tuple(
+                EasySampler(alpha=alpha, num=num)
+                for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
+            )
+        ),
+        model=ModelConfig(temperature=draw(numbers), query_layers=()),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+@given(configs())
+def test_any_config_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(dump_config(config), encoding="utf-8", newline="")
+    assert load_config(path) == config
+
+
+# Every field
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_a_field_has_a_sentence_for_the_help(table: type[Config], name: str) -> None:
+    description = table.model_fields[name].description
+    assert description is not None
+    assert description.endswith(".")
+    assert "\n" not in description
+    assert "  " not in description
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_a_field_that_may_be_none_is_none_by_default(table: type[Config], name: str) -> None:
+    """TOML has no null, so that None is written by leaving the setting out."""
+    field = table.model_fields[name]
+    if type(None) in get_args(field.annotation):
+        assert field.default is None
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_a_field_has_a_default(table: type[Config], name: str) -> None:
+    assert not table.model_fields[name].is_required()
+
+
+def number_fields() -> Iterator[tuple[type[Config], str]]:
+    for table, name in FIELDS:
+        kinds = {
+            table.model_fields[name].annotation,
+            *get_args(table.model_fields[name].annotation),
+        }
+        if kinds & {int, float} and (table, name) != (DataConfig, "rating_threshold"):
+            yield table, name
+
+
+@pytest.mark.parametrize(("table", "name"), list(number_fields()))
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "many"])
+def test_a_number_has_a_range(table: type[Config], name: str, value: Any) -> None:
+    assert name in problems(table, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value"),
+    [
+        (ModelConfig, "temperature", 0),
+        (ModelConfig, "history_dropout", 1),
+        (ModelConfig, "recency_decay", 0),
+        (ModelConfig, "recency_decay", 1.01),
+        (ModelConfig, "query_layers", [64, 0]),
+        (SplitConfig, "test_share", 0),
+        (SplitConfig, "test_share", 1),
+        (SplitConfig, "min_positives", 0),
+        (TrainingConfig, "batch_size", 1),
+        (TrainingConfig, "max_epochs", 0),
+        (TrainingConfig, "monitor", "ndcg"),
+        (TrainingConfig, "monitor", "ndcg@0"),
+        (TrainingConfig, "monitor", "loss@10"),
+        (EvaluationConfig, "cutoffs", []),
+        (EvaluationConfig, "cutoffs", [20, 20]),
+        (EvaluationConfig, "ease_l2", [0]),
+        (EvaluationConfig, "baselines", ["ease", "ease"]),
+        (ExportConfig, "target_recall", 1.5),
+        (ExportConfig, "name", "../elsewhere"),
+        (ExportConfig, "name", ""),
+        (EasySampler, "num", 0),
+        (RunConfig, "seed", 2**31),
+    ],
+)
+def test_a_value_out_of_range_is_refused(table: type[Config], name: str, value: Any) -> None:
+    (setting,) = problems(table, **{name: value})
+    assert setting.split(".")[0] == name
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value"),
+    [
+        (EasySampler, "alpha", 0),
+        (ModelConfig, "query_layers", []),
+        (ModelConfig, "history_dropout", 0),
+        (ModelConfig, "recency_decay", 1),
+        (TrainingConfig, "monitor", "recall@5"),
+        (ExportConfig, "target_recall", 1),
+        (EvaluationConfig, "baselines", []),
+        (RunConfig, "seed", 2**31 - 1),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed(table: type[Config], name: str, value: Any) -> None:
+    table(**{name: value})
+
+
+# Unknown settings
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "message"),
+    [
+        (TrainingConfig, "learning_rte", "did you mean 'learning_rate'?"),
+        (RunConfig, "batch_size", "did you mean 'training.batch_size'?"),
+        (RunConfig, "trainig", "did you mean 'training'?"),
+        (EasySampler, "zzz", "known: alpha, num"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest(
+    table: type[Config], name: str, message: str
+) -> None:
+    assert problems(table, **{name: 1}) == {name: f"unknown setting; {message}"}
+
+
+def test_a_problem_within_a_list_of_tables_has_its_place() -> None:
+    found = problems(RunConfig, samples={"easy_negatives": [{"alpha": 1}, {"alpah": 1}]})
+    assert found == {
+        "samples.easy_negatives.1.alpah": "unknown setting; did you mean 'alpha'?",
+    }
+
+
+# Settings that ask for each other
+
+
+def test_files_need_a_path_and_ratings_a_threshold() -> None:
+    assert set(problems(DataConfig, source="ratings")) == {"path", "rating_threshold"}
+    assert set(problems(DataConfig, source="events")) == {"path"}
+    DataConfig(source="ratings", path="ratings.csv", rating_threshold=4)
+
+
+def test_features_need_the_file_that_holds_them() -> None:
+    features = {"item_features": {"title": "text"}, "user_features": {"gender": "categorical"}}
+    found = problems(DataConfig, source="clicks", path="x.csv", **features)
+    assert set(found) == {"items_path", "users_path"}
+    DataConfig(**features)
+    DataConfig(source="clicks", path="x", items_path="y", users_path="z", **features)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings"),
+    [
+        ("clicks", {"rating_threshold": 4}),
+        ("clicks", {"stage_values": {"view": "exposed"}}),
+        ("movielens-100k", {"columns": {"user_id": "viewer"}}),
+        ("movielens-100k", {"items_path": "items.csv"}),
+    ],
+)
+def test_a_setting_without_effect_is_refused(source: str, settings: dict[str, Any]) -> None:
+    ((name, message),) = problems(DataConfig, source=source, path="x.csv", **settings).items()
+    assert name in settings
+    assert message.startswith(f"has no effect with source '{source}'")
+
+
+def test_columns_are_named_as_the_package_names_them() -> None:
+    found = problems(DataConfig, source="clicks", path="x.csv", columns={"user": "viewer"})
+    assert found == {"columns.user": "unknown column; did you mean 'user_id'?"}
+
+
+def test_a_stage_and_a_feature_kind_are_known_ones() -> None:
+    settings = {"stage_values": {"view": "shown"}, "item_features": {"title": "string"}}
+    found = problems(DataConfig, source="events", path="x.csv", items_path="y.csv", **settings)
+    assert set(found) == {"stage_values.view", "item_features.title"}
+
+
+def test_a_time_zone_exists() -> None:
+    found = problems(DataConfig, source="clicks", path="x.csv", time_zone="Europe/Pari")
+    assert found == {"time_zone": "unknown time zone 'Europe/Pari'; did you mean 'Europe/Paris'?"}
+
+
+def test_starts_of_a_split_by_time() -> None:
+    early, late = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 2, 1, tzinfo=UTC)
+    SplitConfig(kind="time", validation_start=early, test_start=late)
+    assert "test_start" in problems(
+        SplitConfig, kind="time", validation_start=late, test_start=early
+    )
+    assert "" in problems(SplitConfig, kind="time", test_start=late)
+    assert set(problems(SplitConfig, validation_start=early, test_start=late)) == {
+        "validation_start",
+        "test_start",
+    }
+
+
+def test_a_start_without_time_zone_is_refused(tmp_path: Path) -> None:
+    starts = "validation_start = 2024-01-01\ntest_start = 2024-02-01T00:00:00Z"
+    with pytest.raises(ConfigError, match="write 2024-01-01T00:00:00Z if it is UTC"):
+        load(tmp_path, f'[split]\nkind = "time"\n{starts}')
+
+
+def test_shares_leave_something_to_train_on() -> None:
+    assert "sum to less than 1" in problems(SplitConfig, test_share=0.5, validation_share=0.5)[""]
+
+
+def test_there_are_negatives() -> None:
+    assert "no negatives" in problems(SamplesConfig, in_batch=False, easy_negatives=())[""]
+    SamplesConfig(in_batch=True, easy_negatives=())
+    SamplesConfig(in_batch=False)
+
+
+def test_the_default_mixture_can_draw_every_item() -> None:
+    assert any(sampler.alpha == 0 for sampler in SamplesConfig().easy_negatives)
+
+
+def test_only_a_corrected_model_corrects_the_positive() -> None:
+    assert "correct_positive" in problems(ModelConfig, correct_positive=True, correction="none")
+
+
+def test_each_tower_reads_something() -> None:
+    blind = {"history_pooling": (), "use_candidate_id": False}
+    lines = [message for _, message in _all_problems(RunConfig, model=blind)]
+    assert [line.split(":")[0] for line in lines] == [
+        "the query tower reads nothing",
+        "the candidate tower reads nothing",
+    ]
+    features = {"item_features": {"title": "text"}, "user_features": {"gender": "categorical"}}
+    RunConfig(model=blind, data=features)
+
+
+def _all_problems(table: type[Config], **settings: Any) -> tuple[tuple[str, str], ...]:
+    with pytest.raises(ConfigError) as raised:
+        table(**settings)
+    return raised.value.problems
+
+
+# Frozen, replaced
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        RunConfig().seed = 1  # type: ignore[misc]
+    assert RunConfig() == RunConfig()
+
+
+def test_replaced_settings_are_checked() -> None:
+    base = main_job_config()
+    changed = with_settings(base, {"training.max_epochs": 2, "samples.easy_negatives": []})
+    assert changed.training.max_epochs == 2
+    assert changed.samples.easy_negatives == ()
+    assert changed.data == base.data
+    assert base == main_job_config()
+    for name, value, message in [
+        ("training.max_epochs", 0, "must be greater than 0"),
+        ("training.max_epoch", 2, "did you mean 'max_epochs'"),
+        ("train.max_epochs", 2, "did you mean 'training.max_epochs'"),
+        ("seed.max_epochs", 2, "did you mean 'training.max_epochs'"),
+        ("export.index", "faiss", "must be 'auto', 'scann' or 'exact'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            with_settings(base, {name: value})
+
+
+def test_the_main_job_is_movielens_served_by_scann() -> None:
+    config = main_job_config()
+    assert config.data.source == "movielens-100k"
+    assert config.data.item_features == {
+        "title": "text",
+        "year": "categorical",
+        "genres": "multi_categorical",
+    }
+    assert config.export.index == "scann"
+    assert config.model_name == "movielens-100k"
+    assert RunConfig(data={"source": "clicks", "path": "logs/shop.csv"}).model_name == "shop"
+
+
+def test_stages_are_those_of_the_event_table() -> None:
+    assert set(get_args(StageName)) == {stage.value for stage in Stage}

@@ -1,0 +1,166 @@
+"""Imports go one way, and the counting half of the package is free of TensorFlow."""
+
+import ast
+import functools
+import graphlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tfrs_pipeline
+
+PACKAGE = Path(tfrs_pipeline.__file__).parent
+ROOMS = [
+    "retrieval",
+    "config",
+    "events",
+    "samples",
+    "evaluation",
+    "model",
+    "serving",
+    "pipeline",
+    "compare",
+    "cli",
+]
+TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
+WITHOUT_TENSORFLOW = (
+    "retrieval",
+    "config",
+    "events",
+    "evaluation",
+    "samples.positives",
+    "samples.popularity",
+    "samples.builder",
+    "samples.mixture",
+    "samples.hard_negatives",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """Yields what a module imports, also within functions, public names of the package resolved."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            parts = parts[: len(parts) + is_package - node.level] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            for alias in node.names:
+                if base == "tfrs_pipeline":
+                    home = tfrs_pipeline._PUBLIC.get(alias.name, alias.name)
+                    yield f"tfrs_pipeline.{home}"
+                else:
+                    yield (
+                        base
+                        if base in SOURCES and f"{base}.{alias.name}" not in SOURCES
+                        else (f"{base}.{alias.name}")
+                    )
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Returns what every module of the package imports."""
+    return {
+        module: set(imports(path.read_text(), module, is_package=path.name == "__init__.py"))
+        for module, path in SOURCES.items()
+    }
+
+
+def reached(module: str, edges: dict[str, set[str]]) -> set[str]:
+    """Returns all that importing a module can import, directly or not, its packages included."""
+    seen: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        parents = name.rpartition(".")[0]
+        pending += [*edges.get(name, ()), *([parents] if parents in edges else [])]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import numpy as np, os.path", {"numpy", "os.path"}),
+        ("def f():\n    import tensorflow as tf", {"tensorflow"}),
+        ("if x:\n    from tensorflow import keras", {"tensorflow.keras"}),
+        ("from tfrs_pipeline import config", {"tfrs_pipeline.config"}),
+        ("from tfrs_pipeline import RunConfig", {"tfrs_pipeline.config"}),
+        ("from tfrs_pipeline.config import RunConfig", {"tfrs_pipeline.config"}),
+        ("from . import schema", {"tfrs_pipeline.events.schema"}),
+        ("from .. import retrieval", {"tfrs_pipeline.retrieval"}),
+        ("from ..config import RunConfig", {"tfrs_pipeline.config"}),
+    ],
+)
+def test_the_reader_of_imports_sees(source: str, expected: set[str]) -> None:
+    assert set(imports(source, "tfrs_pipeline.events.schema")) == expected
+
+
+def test_the_reader_of_imports_sees_relative_ones_of_a_package() -> None:
+    found = imports("from . import schema", "tfrs_pipeline.events", is_package=True)
+    assert set(found) == {"tfrs_pipeline.events.schema"}
+
+
+def test_every_module_has_its_room_in_the_order() -> None:
+    assert {room(module) for module in SOURCES} - {""} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if room(module)])
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    for name in graph()[module]:
+        if name.split(".")[0] == "tfrs_pipeline" and room(name) in ROOMS:
+            assert ROOMS.index(room(name)) <= ROOMS.index(room(module)), f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    edges = {module: names & SOURCES.keys() - {module} for module, names in graph().items()}
+    tuple(graphlib.TopologicalSorter(edges).static_order())  # Raises CycleError.
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        module
+        for module in SOURCES
+        if module.removeprefix("tfrs_pipeline.").startswith(WITHOUT_TENSORFLOW)
+    ],
+)
+def test_no_tensorflow_is_reached_from(module: str) -> None:
+    roots = {name.split(".")[0] for name in reached(module, graph())}
+    assert not roots & TENSORFLOW
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    names = {module.rpartition(".")[2] for module in SOURCES}
+    names |= {path.stem for path in Path(__file__).parent.rglob("*.py")}
+    assert not names & {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+
+
+@pytest.mark.parametrize("name", tfrs_pipeline.__all__)
+def test_a_public_name_is_that_of_its_module(name: str) -> None:
+    value = getattr(tfrs_pipeline, name)
+    if name != "__version__":
+        home = importlib.import_module(f"tfrs_pipeline.{tfrs_pipeline._PUBLIC[name]}")
+        assert value is getattr(home, name)
+    assert name in dir(tfrs_pipeline)
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'RunConfg'"):
+        _ = tfrs_pipeline.RunConfg

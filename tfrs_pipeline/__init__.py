@@ -1,0 +1,64 @@
+"""Retrieval models from the logs of a recommendation funnel.
+
+Importing this package selects Keras 2 (TensorFlow Recommenders needs it) and imports no TensorFlow.
+Public names are resolved on first use, so `import tfrs_pipeline` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "Query": "retrieval",
+    "Retriever": "retrieval",
+    "ConfigError": "config",
+    "RunConfig": "config",
+    "dump_config": "config",
+    "load_config": "config",
+    "main_job_config": "config",
+    "with_settings": "config",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def _select_keras_2() -> None:
+    """Selects Keras 2 for `tf.keras`.
+
+    TensorFlow chooses the Keras behind `tf.keras` when that is first touched, so the variable may
+    still be set after TensorFlow was imported, but not after `tf.keras` was used.
+
+    Raises:
+        ImportError: If `tf.keras` is already Keras 3.
+    """
+    # vars() looks at TensorFlow's lazy loader without making it choose.
+    keras = vars(sys.modules["tensorflow"]).get("keras") if "tensorflow" in sys.modules else None
+    model = vars(keras).get("Model") if keras is not None else None
+    if model is not None and not model.__module__.startswith("tf_keras."):
+        raise ImportError(
+            "tfrs_pipeline needs Keras 2, and tf.keras is already Keras 3 in this process "
+            f"(tf.keras.Model comes from {model.__module__}). Import tfrs_pipeline before "
+            "tensorflow, or set TF_USE_LEGACY_KERAS=1 in the environment, and start a new process."
+        )
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_select_keras_2()

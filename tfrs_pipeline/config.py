@@ -1,0 +1,582 @@
+"""The settings of a run: one frozen, validated class a stage.
+
+The sentence under each field is its documentation and its help in the command line. Every table of
+settings refuses unknown keys and names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import zoneinfo
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
+import tomli_w
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import ErrorDetails
+
+FeatureKind: TypeAlias = Literal["categorical", "multi_categorical", "numeric", "text"]
+StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+
+Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+
+_COLUMNS = (
+    "user_id",
+    "item_id",
+    "timestamp",
+    "stage",
+    "rating",
+    "request_id",
+    "rank",
+    "score",
+    "weight",
+)
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used.
+
+    Attributes:
+        problems: (setting, message) pairs; the setting is a dotted name, `"training.batch_size"`,
+            or empty where the problem lies in no single setting.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, str]], source: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = [f"{setting}: {message}" if setting else message for setting, message in problems]
+        super().__init__("\n  ".join([f"{source}:", *lines]) if source else "\n".join(lines))
+
+
+class Config(pydantic.BaseModel):
+    """A table of settings: frozen, checked when made, unknown keys refused.
+
+    Raises:
+        ConfigError: If a value is out of range or a key unknown; all such problems at once, and
+            what does not fit together once the values by themselves are right.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Unwraps the lines of the fields' sentences, for the command line's help."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except pydantic.ValidationError as error:
+            problems = [
+                problem
+                for details in error.errors(include_url=False)
+                for problem in _problems(details, type(self))
+            ]
+            raise ConfigError(problems) from None
+
+
+def _refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> None:
+    """Raises a ConfigError if there is any problem."""
+    if found := list(problems):
+        raise ConfigError(found)
+
+
+class DataConfig(Config):
+    """Where events, items and users come from."""
+
+    source: Literal["movielens-100k", "events", "clicks", "ratings"] = "movielens-100k"
+    """MovieLens-100K, or a file of the user's own: an event log with stages, a plain click log, or
+    ratings with a threshold."""
+    path: Path | None = None
+    """CSV or Parquet file of events, or a folder of them; for movielens-100k a folder with u.data,
+    u.item and u.user, fetched if not given."""
+    items_path: Path | None = None
+    """CSV or Parquet file of items, or a folder of them."""
+    users_path: Path | None = None
+    """CSV or Parquet file of users, or a folder of them."""
+    columns: dict[str, str] = {}
+    """Names of the columns in the user's files, by the name this package gives them, such as
+    user_id=viewer; a column that is not listed keeps its name."""
+    stage_values: dict[str, StageName] = {}
+    """Stages by the value that the file's stage column holds, such as impression=exposed."""
+    rating_threshold: float | None = None
+    """Ratings at or above this are clicks, those below are exposures; only for ratings, which need
+    it."""
+    timestamp_unit: Literal["s", "ms", "us", "ns"] | None = None
+    """Unit of timestamps that are stored as numbers."""
+    time_zone: str | None = None
+    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris."""
+    ordered: bool = True
+    """Whether the order of the rows is the order of the events, for events without timestamps."""
+    item_features: dict[str, FeatureKind] = {}
+    """Columns of the item table that the model reads, and the kind of each."""
+    user_features: dict[str, FeatureKind] = {}
+    """Columns of the user table that the model reads, and the kind of each."""
+    list_separator: str = Field("|", min_length=1)
+    """What separates the values of a multi_categorical feature in a CSV file."""
+    unknown_items: Literal["keep", "drop", "error"] = "keep"
+    """What to do with events whose item is not in the item table: keep them with empty features,
+    drop and count them, or stop."""
+    duplicates: Literal["keep", "drop", "error"] = "keep"
+    """What to do with events equal in user, item, time, stage and request: keep all of them, drop
+    and count all but the first, or stop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        _refuse([*self._source_problems(), *self._value_problems()])
+        return self
+
+    def _source_problems(self) -> Iterator[tuple[str, str]]:
+        """Yields what the source needs and lacks, and what was set although it has no effect."""
+        if self.source != "movielens-100k" and self.path is None:
+            yield "path", f"required for source {self.source!r}: the file or folder of its events"
+        if self.source == "ratings" and self.rating_threshold is None:
+            yield (
+                "rating_threshold",
+                "required for source 'ratings': the lowest rating that is a click",
+            )
+        for table in ("item", "user"):
+            features, path = getattr(self, f"{table}_features"), getattr(self, f"{table}s_path")
+            if self.source != "movielens-100k" and features and path is None:
+                yield f"{table}s_path", f"required for {table}_features: the file that holds them"
+        files = ("events", "clicks", "ratings")
+        effective = {
+            "items_path": files,
+            "users_path": files,
+            "columns": files,
+            "timestamp_unit": files,
+            "time_zone": files,
+            "stage_values": ("events",),
+            "rating_threshold": ("ratings",),
+        }
+        for name, sources in effective.items():
+            if getattr(self, name) not in (None, {}) and self.source not in sources:
+                where = " or ".join(repr(source) for source in sources)
+                yield name, f"has no effect with source {self.source!r}: only with {where}"
+
+    def _value_problems(self) -> Iterator[tuple[str, str]]:
+        for name in self.columns:
+            if name not in _COLUMNS:
+                yield f"columns.{name}", f"unknown column; {_suggest(name, _COLUMNS)}"
+        if self.time_zone is not None and not _is_time_zone(self.time_zone):
+            zones = zoneinfo.available_timezones()
+            yield (
+                "time_zone",
+                f"unknown time zone {self.time_zone!r}; {_suggest(self.time_zone, zones)}",
+            )
+
+
+class SplitConfig(Config):
+    """Which events train the model, which choose its settings, which test it."""
+
+    kind: Literal["last_share", "last_n", "time", "held_out_users"] = "last_share"
+    """Test on the last share or the last few positives of each user, on what came after a point in
+    time, or on users that training never saw."""
+    test_share: Share = 0.2
+    """Share of positives (or of held-out users) that tests."""
+    validation_share: Share = 0.1
+    """Share that validates: of what the test left of each user for last_share, else of all."""
+    num_test: PositiveInt = 1
+    """Positives of each user that test, for last_n."""
+    num_validation: PositiveInt = 1
+    """Positives of each user that validate, for last_n."""
+    validation_start: datetime | None = None
+    """Start of validation, with a time zone, for time; if not given, the shares decide."""
+    test_start: datetime | None = None
+    """Start of the test, with a time zone, for time; if not given, the shares decide."""
+    target_share: Share = 0.2
+    """Share of a held-out user's last positives that is to be found, for held_out_users."""
+    min_positives: PositiveInt = 5
+    """Users with fewer positives are left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        _refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.test_share + self.validation_share >= 1:
+            yield "", "test_share and validation_share must sum to less than 1: the rest trains"
+        starts = {"validation_start": self.validation_start, "test_start": self.test_start}
+        given = {name: start for name, start in starts.items() if start is not None}
+        for name, start in given.items():
+            if self.kind != "time":
+                yield name, f"has no effect with kind {self.kind!r}: only with 'time'"
+            if start.tzinfo is None:
+                text = start.isoformat()
+                yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
+        if len(given) == 1:
+            yield "", "give both validation_start and test_start, or neither"
+        elif self.validation_start and self.test_start and not _is_before(**given):
+            yield "test_start", "must be after validation_start"
+
+
+class EasySampler(Config):
+    """A sampler of easy negatives: p(c) proportional to clicks(c)^alpha."""
+
+    alpha: float = Field(0.75, ge=0)
+    """Power of the training clicks: 0 is uniform, 1 is the popularity itself."""
+    num: PositiveInt = 256
+    """Negatives drawn a batch, with replacement, shared by all its rows."""
+
+
+class SamplesConfig(Config):
+    """Which items a positive is compared with."""
+
+    history_length: PositiveInt = 50
+    """Latest positives before the event that the query holds."""
+    in_batch: bool = True
+    """Whether the positives of the other rows of the batch are negatives too."""
+    easy_negatives: tuple[EasySampler, ...] = (EasySampler(alpha=0), EasySampler(alpha=0.75))
+    """Samplers of easy negatives, all of them used together."""
+    mask_known_positives: bool = True
+    """Whether a user's other training positives are kept from being negatives."""
+    mask_exposed: bool = True
+    """Whether items that the user was shown and did not click are kept from being negatives."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplesConfig:
+        if not self.in_batch and not self.easy_negatives:
+            _refuse(
+                [("", "no negatives: set in_batch or list at least one easy_negatives sampler")]
+            )
+        return self
+
+
+class ModelConfig(Config):
+    """The two towers and their score."""
+
+    embedding_dim: PositiveInt = 64
+    """Length of the query and candidate embeddings."""
+    query_layers: tuple[PositiveInt, ...] = ()
+    """Sizes of the hidden layers of the query tower."""
+    candidate_layers: tuple[PositiveInt, ...] = ()
+    """Sizes of the hidden layers of the candidate tower."""
+    use_user_id: bool = False
+    """Whether the query tower has an embedding for each user id."""
+    use_candidate_id: bool = True
+    """Whether the candidate tower has an embedding for each item id."""
+    history_pooling: tuple[Literal["mean", "recency"], ...] = ("mean", "recency")
+    """How the history's embeddings are pooled: a plain mean, one weighted by recency, or both."""
+    recency_decay: float = Field(0.85, gt=0, le=1)
+    """Weight of a step back in the history, relative to the step after it."""
+    history_dropout: float = Field(0.5, ge=0, lt=1)
+    """Share of the history's items that is dropped at random in training."""
+    feature_dim: PositiveInt = 4
+    """Length of the embedding of each feature."""
+    normalize: bool = True
+    """Whether embeddings have length 1, so that scores are cosines."""
+    temperature: PositiveFloat = 0.15
+    """What scores are divided by in the loss."""
+    correction: Literal["mixture", "none"] = "mixture"
+    """Whether logits are corrected by the expected count of each candidate in the batch."""
+    correct_positive: bool = False
+    """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.correct_positive and self.correction == "none":
+            _refuse([("correct_positive", "has no effect with correction 'none'")])
+        if len(set(self.history_pooling)) < len(self.history_pooling):
+            _refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
+        return self
+
+
+class TrainingConfig(Config):
+    """How the model is fitted."""
+
+    batch_size: int = Field(1024, ge=2)
+    """Positives in a batch."""
+    max_epochs: PositiveInt = 30
+    """Epochs at most."""
+    optimizer: Literal["adagrad", "adam"] = "adam"
+    """Optimizer."""
+    learning_rate: PositiveFloat = 0.002
+    """Step size of the optimizer."""
+    patience: PositiveInt = 3
+    """Epochs without a better validation metric after which training stops."""
+    monitor: str = "ndcg@100"
+    """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
+    refit: bool = True
+    """Whether to train again on training and validation events for the chosen number of epochs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
+            message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
+            _refuse([("monitor", f"got {self.monitor!r}; {message}")])
+        return self
+
+
+class EvaluationConfig(Config):
+    """What is measured on the test, and against which baselines."""
+
+    cutoffs: tuple[PositiveInt, ...] = (20, 100)
+    """Lengths of the ranking at which metrics are reported."""
+    exclude: Literal["clicked", "seen", "none"] = "clicked"
+    """What is left out of a user's ranking: clicked items, all items shown, or nothing."""
+    num_bootstrap: PositiveInt = 1000
+    """Resamples of the queries behind each confidence interval."""
+    uncorrected: bool = True
+    """Whether to train the same model without the correction too, and to show it in the table."""
+    baselines: tuple[Literal["popularity", "ease", "ials"], ...] = ("popularity", "ease", "ials")
+    """Baselines in the same table."""
+    ease_l2: tuple[PositiveFloat, ...] = (200.0,)
+    """Regularisation of EASE; of several values, validation chooses."""
+    max_ease_candidates: PositiveInt = 20_000
+    """EASE is skipped above this many items: it inverts a matrix of items by items."""
+    ials_num_factors: tuple[PositiveInt, ...] = (128,)
+    """Factors of iALS; of several values, validation chooses."""
+    ials_regularization: tuple[PositiveFloat, ...] = (30.0,)
+    """Regularisation of iALS; of several values, validation chooses."""
+    ials_alpha: tuple[PositiveFloat, ...] = (6.0,)
+    """Weight of a positive in iALS; of several values, validation chooses."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        _refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        for name, values in self:
+            if not isinstance(values, tuple):
+                continue
+            if not values and name != "baselines":
+                yield name, "must list at least one value"
+            if len(set(values)) < len(values):
+                yield name, f"got {list(values)!r}: a value twice"
+
+
+class ExportConfig(Config):
+    """The model in service: its index and where it is saved."""
+
+    name: str | None = None
+    """Name of the model's folder; if not given, that of the events' file or of the data source."""
+    directory: Path = Path("saved_models")
+    """Folder that holds the models, as DIRECTORY/NAME/VERSION."""
+    index: Literal["auto", "scann", "exact"] = "auto"
+    """Search structure: ScaNN, exact search, or whichever suits the size of the corpus."""
+    target_recall: float = Field(0.98, gt=0, le=1)
+    """Share of the exact top items that the ScaNN index must find; it is tuned to that."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ExportConfig:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            message = "must be letters, digits, '.', '_' and '-', a letter or digit first"
+            _refuse([("name", f"got {self.name!r}; {message}")])
+        return self
+
+
+class RunConfig(Config):
+    """Everything a run depends on."""
+
+    data: DataConfig = DataConfig()
+    """Where events, items and users come from."""
+    split: SplitConfig = SplitConfig()
+    """Which events train the model, which choose its settings, which test it."""
+    samples: SamplesConfig = SamplesConfig()
+    """Which items a positive is compared with."""
+    model: ModelConfig = ModelConfig()
+    """The two towers and their score."""
+    training: TrainingConfig = TrainingConfig()
+    """How the model is fitted."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured on the test, and against which baselines."""
+    export: ExportConfig = ExportConfig()
+    """The model in service: its index and where it is saved."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random in the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        _refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Yields what stages ask of each other and do not get."""
+        model = self.model
+        cutoffs = self.evaluation.cutoffs
+        if int(self.training.monitor.partition("@")[2]) not in cutoffs:
+            yield (
+                "training.monitor",
+                f"got {self.training.monitor!r}; evaluation.cutoffs are {list(cutoffs)}",
+            )
+        if not (model.use_user_id or model.history_pooling or self.data.user_features):
+            yield (
+                "model",
+                "the query tower reads nothing: set use_user_id, history_pooling or user_features",
+            )
+        if not (model.use_candidate_id or self.data.item_features):
+            yield (
+                "model",
+                "the candidate tower reads nothing: set use_candidate_id or item_features",
+            )
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model's folder."""
+        if self.export.name is not None:
+            return self.export.name
+        return self.data.source if self.data.path is None else self.data.path.stem
+
+
+def main_job_config() -> RunConfig:
+    """Returns the settings of the main job: MovieLens-100K, served by ScaNN."""
+    return RunConfig(
+        data=DataConfig(
+            item_features={"title": "text", "year": "categorical", "genres": "multi_categorical"},
+            user_features={
+                "age_group": "categorical",
+                "gender": "categorical",
+                "occupation": "categorical",
+            },
+        ),
+        export=ExportConfig(name="movielens-100k", index="scann"),
+    )
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """Reads the settings of a run from a TOML file.
+
+    Args:
+        path: File with one table a stage; what it leaves out has its default.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not TOML, or holds settings that cannot be used;
+            each problem has a line.
+    """
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
+    except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
+        raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
+    try:
+        return RunConfig(**settings)
+    except ConfigError as error:
+        raise ConfigError(error.problems, str(path)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Writes settings as TOML that `load_config` reads back equal.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Every setting, defaults included. TOML has no null: settings that are None are left out.
+    """
+    return tomli_w.dumps(_plain(config.model_dump(exclude_none=True)))
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Returns the settings with some of them replaced, checked as a whole.
+
+    Args:
+        config: The settings to start from.
+        settings: New values by dotted name.
+
+    Returns:
+        The new settings.
+
+    Raises:
+        ConfigError: If a name is unknown or a value cannot be used.
+
+    Example:
+        >>> config = with_settings(RunConfig(), {"training.batch_size": 512, "seed": 7})
+        >>> config.training.batch_size, config.training.max_epochs, config.seed
+        (512, 30, 7)
+    """
+    tree = config.model_dump()
+    for name, value in settings.items():
+        *tables, setting = name.split(".")
+        table = tree
+        for depth, key in enumerate(tables):
+            if not isinstance(table.get(key), dict):
+                known = _setting_names(RunConfig)
+                raise ConfigError([(name, f"unknown setting; {_suggest(name, known)}")])
+            table = table[tables[depth]]
+        table[setting] = value
+    return RunConfig(**tree)
+
+
+def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str, str]]:
+    """Translates one of pydantic's errors in a table into (setting, message) pairs."""
+    setting = ".".join(str(key) for key in details["loc"])
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
+        for name, message in cause.problems:
+            yield ".".join(part for part in (setting, name) if part), message
+    elif details["type"] == "extra_forbidden":
+        yield setting, f"unknown setting; {_suggest(setting, _setting_names(table))}"
+    elif details["type"] in ("model_type", "model_attributes_type"):
+        yield setting, f"got {details['input']!r}; must be a table of settings"
+    else:
+        message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+        message = message[0].lower() + message[1:]
+        yield setting, f"got {details['input']!r}; {message}"
+
+
+def _setting_names(table: type[Config]) -> list[str]:
+    """Returns the dotted names of a table's settings, those of tables within it included."""
+    names = []
+    for name, field in table.model_fields.items():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            names += [f"{name}.{inner}" for inner in _setting_names(field.annotation)]
+    return names
+
+
+def _suggest(name: str, known: Sequence[str] | set[str]) -> str:
+    """Says which known name is nearest, by the whole name or its last part, or lists them."""
+    by_last_part = {other.rpartition(".")[2]: other for other in known}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:
+        last_parts = difflib.get_close_matches(
+            name.rpartition(".")[2], by_last_part, n=1, cutoff=0.8
+        )
+        near = [by_last_part[part] for part in last_parts]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if len(known) > 30:
+        return "no known one is near"
+    return "known: " + ", ".join(sorted(known))
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of `model_dump` with paths as strings, for TOML."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_time_zone(name: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
+
+
+def _is_before(validation_start: datetime, test_start: datetime) -> bool:
+    """Compares two times, of which one may lack a time zone (that is reported by itself)."""
+    if (validation_start.tzinfo is None) != (test_start.tzinfo is None):
+        return True
+    return validation_start < test_start

@@ -1,0 +1,89 @@
+"""Bootstrap intervals of means over queries."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+# Random draws held at a time: 64 MB as float64.
+_DRAWS_PER_BLOCK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over queries with its 95% bootstrap interval; NaN where no query was measured."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Returns the numbers for JSON, with None for NaN."""
+        return {name: None if np.isnan(x) else x for name, x in asdict(self).items()}
+
+
+def bootstrap_intervals(
+    values: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> list[Interval]:
+    """Computes the mean of each column of per-query values, with a percentile interval.
+
+    Whole queries are drawn with replacement, the same ones for every column, so that columns stay
+    paired: the interval of a difference of two models is that of the column of their differences.
+
+    Args:
+        values: [num_queries, num_columns] floats. NaN is left out of its column's means.
+        num_bootstrap: How many resamples. 0 computes the means only and sets low and high to NaN.
+        seed: Same seed and number of queries, same resamples.
+        confidence: Probability mass of the interval, in (0, 1).
+
+    Returns:
+        An interval a column.
+
+    Raises:
+        ValueError: If `values` is not a matrix, or a number is out of range.
+
+    Example:
+        >>> bootstrap_intervals(np.array([[1.0], [1.0], [np.nan]]))
+        [Interval(mean=1.0, low=1.0, high=1.0)]
+    """
+    if values.ndim != 2 or num_bootstrap < 0 or not 0 < confidence < 1:
+        raise ValueError(
+            "Needs values [num_queries, num_columns], num_bootstrap >= 0 and 0 < confidence < 1. "
+            f"Received: `values.shape` = {values.shape}, num_bootstrap={num_bootstrap}, "
+            f"confidence={confidence}."
+        )
+    is_measured = ~np.isnan(values)
+    filled = np.where(is_measured, values, 0.0)
+    # The measured ones count in the denominator, so that each resample has a mean of its own.
+    both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
+    means = _divide(both.sum(axis=0)[None])[0]
+    resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
+    tail = (1 - confidence) / 2
+    intervals = []
+    for column, mean in enumerate(means):
+        draws = resampled[:, column]
+        draws = draws[~np.isnan(draws)]
+        low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (np.nan, np.nan)
+        intervals.append(Interval(float(mean), float(low), float(high)))
+    return intervals
+
+
+def _resampled_sums(values: np.ndarray, num_bootstrap: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums the columns of resampled rows: [num_bootstrap, num_columns]."""
+    num_queries = len(values)
+    sums = np.zeros((num_bootstrap, values.shape[1]))
+    block_size = max(1, _DRAWS_PER_BLOCK // max(1, num_queries))
+    for start in range(0, num_bootstrap if num_queries else 0, block_size):
+        stop = min(start + block_size, num_bootstrap)
+        copies = np.empty((stop - start, num_queries))
+        for row in copies:
+            row[:] = np.bincount(rng.integers(num_queries, size=num_queries), minlength=num_queries)
+        sums[start:stop] = copies @ values
+    return sums
+
+
+def _divide(sums: np.ndarray) -> np.ndarray:
+    """Divides the left half, sums of values, by the right half, how many there were."""
+    totals, counts = np.split(sums, 2, axis=1)
+    return np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)

@@ -1,0 +1,1 @@
+"""What happened: sources of event, item and user tables, and their split. No TensorFlow."""

@@ -1,0 +1,446 @@
+"""A user's own files: CSV or Parquet, one file or a folder, turned into the three tables."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+from ibis.backends.duckdb import Backend as DuckDB
+
+from tfrs_pipeline.events.columns import (
+    TimestampUnit,
+    convert_context,
+    convert_feature,
+    convert_number,
+    convert_timestamp,
+    is_integer_id,
+)
+from tfrs_pipeline.events.schema import (
+    DataError,
+    Dropped,
+    FeatureKind,
+    Source,
+    Stage,
+    Tables,
+    check_entities,
+    check_events,
+    count_missing,
+    require_column,
+)
+
+logger = logging.getLogger(__name__)
+
+EventKind = Literal["events", "clicks", "ratings"]
+
+_CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_OWN_COLUMN: dict[EventKind, str | None] = {"events": "stage", "clicks": None, "ratings": "rating"}
+_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight")
+_MADE_HERE = ("event_number", "part")
+
+
+@dataclass(frozen=True)
+class _File:
+    """What one path holds, as a DuckDB table."""
+
+    name: str
+    table: ibis.Table  # all columns of the file, and _row: the order in it, from 0
+    path: Path
+    is_text: bool  # CSV: every column is a string yet
+
+    @property
+    def columns(self) -> list[str]:
+        return [name for name in self.table.columns if name != "_row"]
+
+
+def load_tables(
+    events_path: Path,
+    *,
+    kind: EventKind,
+    columns: Mapping[str, str] | None = None,
+    rating_threshold: float | None = None,
+    stage_values: Mapping[str, str] | None = None,
+    timestamp_unit: TimestampUnit | None = None,
+    time_zone: str | None = None,
+    items_path: Path | None = None,
+    users_path: Path | None = None,
+    item_features: Mapping[str, FeatureKind] | None = None,
+    user_features: Mapping[str, FeatureKind] | None = None,
+    list_separator: str = "|",
+    unknown_items: Literal["keep", "drop", "error"] = "keep",
+    duplicates: Literal["keep", "drop", "error"] = "keep",
+    connection: DuckDB | None = None,
+) -> Tables:
+    """Loads an event log, a click log, or ratings.
+
+    Files of a folder are read in the order of their names. The order of the rows becomes
+    `event_number`. Integer ids stay integers; ids in CSV are integers if all are written as such.
+
+    Args:
+        events_path: CSV (with a header) or Parquet; a file or a folder of them.
+        kind: "events" has a stage column, "clicks" holds clicks alone, "ratings" has a rating
+            column: at or above the threshold is clicked, below it exposed (never a negative).
+        columns: Canonical name -> column in the file. A column called by its canonical name needs
+            no entry. A name of your own makes a context column.
+        rating_threshold: Lowest rating that is a positive; for ratings.
+        stage_values: Value in the stage column -> stage, where they differ.
+        timestamp_unit: What numeric timestamps count since 1970; None means seconds.
+        time_zone: Of timestamps without one; None refuses them.
+        items_path: Item table, one row an id; its id column is named as in the events, or item_id.
+            None makes one of the ids alone. A column `title` is kept, feature or not.
+        users_path: The same of users. Users that it lacks are kept, with null features.
+        item_features: Feature column -> kind.
+        user_features: Feature column -> kind.
+        list_separator: Parts the values of multi_categorical features in a string.
+        unknown_items: Events whose item is not in the item table: keep them (the item is added with
+            null features), drop them, or refuse.
+        duplicates: Events equal in user, item, time, stage and request: keep all, drop all but the
+            first, or refuse.
+        connection: DuckDB connection for the tables; a new one, in memory, if None.
+
+    Returns:
+        Tables that keep the contract; `dropped` counts what was left out.
+
+    Raises:
+        DataError: Naming file, column, row count and remedy.
+        ValueError: If the arguments contradict each other.
+    """
+    connection = connection or ibis.duckdb.connect()
+    columns, stage_values = dict(columns or {}), dict(stage_values or {})
+    item_features, user_features = dict(item_features or {}), dict(user_features or {})
+    _check_arguments(kind, columns, rating_threshold, stage_values, items_path, item_features)
+    _check_user_arguments(users_path, user_features)
+    file = _open(connection, Path(events_path))
+    item_file = _open(connection, Path(items_path)) if items_path else None
+    user_file = _open(connection, Path(users_path)) if users_path else None
+    names = _name_columns(file, kind, columns)
+    source = Source(str(file.path), names)
+    item_id, other_item_id = _matching_ids(file, item_file, "item_id", source)
+    user_id, other_user_id = _matching_ids(file, user_file, "user_id", source)
+
+    converted: dict[str, ir.Value] = {"user_id": user_id, "item_id": item_id}
+    if "timestamp" in names:
+        converted["timestamp"] = convert_timestamp(
+            file.table,
+            names["timestamp"],
+            source,
+            is_text=file.is_text,
+            unit=timestamp_unit,
+            time_zone=time_zone,
+        )
+    converted["event_number"] = file.table["_row"]
+    converted["stage"] = _stage(file, kind, source, rating_threshold, stage_values)
+    for name in names:
+        if name not in (*converted, "rating"):
+            converted[name] = _other_column(file, name, source)
+    events = _store(connection, file.table.select(**converted), source)
+    check_events(events, source)
+
+    items = _entities(item_file, other_item_id, "item_id", item_features, events, list_separator)
+    users = _entities(user_file, other_user_id, "user_id", user_features, events, list_separator)
+    kept, dropped = _settle_unknown_items(events, items, source, unknown_items)
+    kept, dropped_duplicates = _settle_duplicates(kept, source, duplicates)
+    dropped += dropped_duplicates
+    for reason in dropped:
+        logger.info("%s: dropped %d events: %s", source.name, reason.num_rows, reason.reason)
+    if dropped:
+        kept = _store(connection, kept, source)
+        check_events(kept, source)
+    items = _add_missing(items, kept, "item_id", item_file)
+    users = _add_missing(users, kept, "user_id", user_file)
+    items = _store(connection, items.order_by("item_id"), source)
+    users = _store(connection, users.order_by("user_id"), source)
+    for opened in (file, item_file, user_file):
+        if opened is not None:
+            connection.drop_table(opened.name)
+    return Tables(
+        events=kept,
+        items=items,
+        users=users,
+        item_features=item_features,
+        user_features=user_features,
+        dropped=tuple(dropped),
+    )
+
+
+def _check_arguments(
+    kind: EventKind,
+    columns: Mapping[str, str],
+    rating_threshold: float | None,
+    stage_values: Mapping[str, str],
+    items_path: Path | None,
+    item_features: Mapping[str, FeatureKind],
+) -> None:
+    if kind not in _OWN_COLUMN:
+        raise ValueError(f"kind must be one of {', '.join(_OWN_COLUMN)}. Received: {kind!r}.")
+    if (kind == "ratings") != (rating_threshold is not None):
+        raise ValueError(
+            "rating_threshold goes with kind='ratings', which needs it: the lowest rating that is "
+            f"a positive. Received: kind={kind!r}, rating_threshold={rating_threshold}."
+        )
+    if stage_values and kind != "events":
+        raise ValueError(f"stage_values goes with kind='events'. Received: kind={kind!r}.")
+    stages = [str(stage) for stage in Stage]
+    if wrong := sorted(set(stage_values.values()) - set(stages)):
+        raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
+    if wrong := sorted(set(columns) & set(_MADE_HERE)):
+        raise ValueError(f"columns: {', '.join(wrong)} is made here; name the column otherwise.")
+    if item_features and items_path is None:
+        raise ValueError("item_features needs items_path: the file that holds the features.")
+
+
+def _check_user_arguments(
+    users_path: Path | None, user_features: Mapping[str, FeatureKind]
+) -> None:
+    if user_features and users_path is None:
+        raise ValueError("user_features needs users_path: the file that holds the features.")
+
+
+def _open(connection: DuckDB, path: Path) -> _File:
+    """Opens a path as one DuckDB table; rows are numbered in the order of files and rows."""
+    paths, is_text = _list_files(path)
+    quoted = [_quote(str(each)) for each in paths]
+    if is_text:
+        header, delimiter = _read_header(paths)
+        types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
+        reader = (
+            f"read_csv([{', '.join(quoted)}], columns={{{types}}}, delim={_quote(delimiter)}, "
+            "header=true, auto_detect=false, quote='\"', escape='\"')"
+        )
+    else:
+        reader = f"read_parquet([{', '.join(quoted)}])"
+    name = ibis.util.gen_name("file")
+    try:
+        # A row number without an order runs in the order of the scan, on one thread.
+        connection.con.execute(
+            f'CREATE TEMP TABLE "{name}" AS '
+            f"SELECT *, row_number() OVER () - 1 AS _row FROM {reader}"
+        )
+    except duckdb.Error as error:
+        raise DataError(
+            f"{path} cannot be read: {str(error).strip()} Give CSV with a header, or Parquet."
+        ) from error
+    return _File(name, connection.table(name, database="temp.main"), path, is_text)
+
+
+def _list_files(path: Path) -> tuple[list[Path], bool]:
+    """Lists the files of a path, by name, and tells whether they are CSV."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Give a CSV or Parquet file, or a folder of them.")
+    if path.is_dir():
+        below = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
+        # Engines leave _SUCCESS, ._x.crc and the like beside their output.
+        visible = [each for each in below if not any(p[0] in "._" for p in each.parts)]
+        paths = [path / each for each in sorted(visible)]
+    else:
+        paths = [path]
+    is_csv = [each.name.lower().endswith(_CSV_SUFFIXES) for each in paths]
+    is_parquet = [each.name.lower().endswith((".parquet", ".pq")) for each in paths]
+    if not paths or not (all(is_csv) or all(is_parquet)):
+        raise DataError(
+            f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
+            f"It holds {len(paths)} files: {', '.join(each.name for each in paths[:5])}."
+        )
+    return paths, is_csv[0]
+
+
+def _read_header(paths: list[Path]) -> tuple[list[str], str]:
+    """Reads the column names, and the delimiter, from the first lines of CSV files."""
+    lines = []
+    for path in paths:
+        opener = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opener(path, "rt", encoding="utf-8-sig", newline="") as opened:
+                lines.append(opened.readline().rstrip("\r\n"))
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path} cannot be read: {error}. Give UTF-8 CSV with a header."
+            ) from error
+        if not lines[-1].strip():
+            raise DataError(f"{path}: 0 rows, and no header. Give a file that holds events.")
+        if lines[-1] != lines[0]:
+            raise DataError(
+                f"{path} has another header than {paths[0].name}: {lines[-1]!r}, not "
+                f"{lines[0]!r}. Give the files of a folder the same columns."
+            )
+    delimiter = max(",;\t|", key=lines[0].count)
+    header = next(csv.reader([lines[0]], delimiter=delimiter))
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated or "" in header:
+        raise DataError(
+            f"{paths[0]}: the first line must name each column once. Repeated or empty: "
+            f"{', '.join(repeated) or 'a column without a name'}."
+        )
+    return header, delimiter
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _name_columns(file: _File, kind: EventKind, columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns canonical name -> column in the file, of all columns to be taken."""
+    own = _OWN_COLUMN[kind]
+    required = ["user_id", "item_id"] + ([own] if own else [])
+    for name in dict.fromkeys([*required, *columns]):
+        remedy = f"Say which column it is: columns={{{name!r}: ...}}."
+        require_column(file.columns, columns.get(name, name), Source(str(file.path)), remedy)
+    optional = [name for name in _OPTIONAL if name in file.columns]
+    wanted = dict.fromkeys([*required, *optional, *columns])
+    if kind == "clicks":
+        wanted.pop("stage", None)
+    return {name: columns.get(name, name) for name in wanted}
+
+
+def _matching_ids(
+    file: _File, other: _File | None, name: str, source: Source
+) -> tuple[ir.Value, ir.Value | None]:
+    """Returns the ids of the events, and of the item or user file, in one type."""
+    column = source.columns[name]
+    is_integer = is_integer_id(file.table, column, source, is_text=file.is_text)
+    if other is None:
+        return file.table[column].cast("int64" if is_integer else "string"), None
+    other_source = Source(str(other.path))
+    other_column = column if column in other.columns else name
+    remedy = f"Its ids must stand in a column {column!r} or {name!r}."
+    require_column(other.columns, other_column, other_source, remedy)
+    is_integer &= is_integer_id(other.table, other_column, other_source, is_text=other.is_text)
+    to = "int64" if is_integer else "string"
+    return file.table[column].cast(to), other.table[other_column].cast(to)
+
+
+def _stage(
+    file: _File,
+    kind: EventKind,
+    source: Source,
+    rating_threshold: float | None,
+    stage_values: Mapping[str, str],
+) -> ir.StringValue:
+    if kind == "clicks":
+        return ibis.literal(Stage.CLICKED.value)
+    if kind == "events":
+        value = file.table[source.columns["stage"]].cast("string")
+        if not stage_values:
+            return value
+        cases = [(value == found, stage) for found, stage in stage_values.items()]
+        return ibis.cases(*cases, else_=value)
+    column = source.columns["rating"]
+    rating = convert_number(file.table, column, source)
+    counts = file.table.aggregate(num_rows=file.table.count(), num_null=rating.isnull().sum())
+    row = counts.to_pyarrow().to_pylist()[0]
+    if row["num_null"]:
+        raise DataError(
+            f"{source.column('rating')} is null in {row['num_null']} of {row['num_rows']} rows. "
+            "Drop these rows, or rate them."
+        )
+    is_clicked = rating >= rating_threshold
+    return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+
+
+def _other_column(file: _File, name: str, source: Source) -> ir.Value:
+    column = source.columns[name]
+    if name == "rank":
+        return convert_number(file.table, column, source, to="int64")
+    if name in ("score", "weight"):
+        return convert_number(file.table, column, source)
+    if name == "request_id":
+        is_integer = is_integer_id(file.table, column, source, is_text=file.is_text)
+        return file.table[column].cast("int64" if is_integer else "string")
+    return convert_context(file.table, column, is_text=file.is_text)
+
+
+def _entities(
+    file: _File | None,
+    ids: ir.Value | None,
+    id_name: str,
+    features: Mapping[str, FeatureKind],
+    events: ibis.Table,
+    list_separator: str,
+) -> ibis.Table:
+    """Makes an item or user table of a file, or of the ids in the events where there is none."""
+    if file is None or ids is None:
+        return events.select(id_name).distinct()
+    source = Source(str(file.path))
+    columns = {id_name: ids}
+    for name, kind in features.items():
+        require_column(file.columns, name, source, "List the features under their own names.")
+        columns[name] = convert_feature(
+            file.table, name, kind, source, is_text=file.is_text, list_separator=list_separator
+        )
+    if "title" in file.columns and id_name == "item_id":
+        columns.setdefault("title", file.table["title"].cast("string"))
+    entities = file.table.select(**columns)
+    check_entities(entities, id_name, features, source)
+    return entities
+
+
+def _add_missing(
+    entities: ibis.Table, events: ibis.Table, id_name: str, file: _File | None
+) -> ibis.Table:
+    if file is None:
+        return entities
+    missing = events.select(id_name).distinct().anti_join(entities, id_name)
+    num_missing = int(missing.count().to_pyarrow().as_py())
+    if not num_missing:
+        return entities
+    logger.warning(
+        "%s: lacks %d ids of the events; added with null features", file.path, num_missing
+    )
+    nulls = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
+    return entities.union(missing.mutate(**nulls).select(*entities.columns))
+
+
+def _settle_unknown_items(
+    events: ibis.Table, items: ibis.Table, source: Source, unknown_items: str
+) -> tuple[ibis.Table, list[Dropped]]:
+    num_unknown = count_missing(events, items, "item_id")
+    if not num_unknown or unknown_items == "keep":
+        return events, []
+    if unknown_items == "error":
+        num_rows = events.count().to_pyarrow().as_py()
+        example = events.anti_join(items, "item_id")["item_id"].min().to_pyarrow().as_py()
+        raise DataError(
+            f"{source.column('item_id')}: {num_unknown} of {num_rows} rows hold an item that the "
+            f"item table lacks, such as {example!r}. Add it there, or pass unknown_items='keep' "
+            "(with null features) or 'drop'."
+        )
+    dropped = [Dropped("item is not in the item table", num_unknown)]
+    return events.semi_join(items, "item_id"), dropped
+
+
+def _settle_duplicates(
+    events: ibis.Table, source: Source, duplicates: str
+) -> tuple[ibis.Table, list[Dropped]]:
+    if duplicates == "keep":
+        return events, []
+    keys = ["user_id", "item_id", "timestamp", "stage", "request_id"]
+    same = ibis.window(
+        group_by=[name for name in keys if name in events.columns], order_by="event_number"
+    )
+    numbered = events.mutate(_copy=ibis.row_number().over(same))
+    num_copies = int((numbered["_copy"] > 0).sum().to_pyarrow().as_py() or 0)
+    if not num_copies:
+        return events, []
+    if duplicates == "error":
+        num_rows = events.count().to_pyarrow().as_py()
+        raise DataError(
+            f"{source.name}: {num_copies} of {num_rows} rows repeat an earlier one in user, item, "
+            "time, stage and request. Remove them, or pass duplicates='drop' or 'keep'."
+        )
+    return numbered.filter(numbered["_copy"] == 0).drop("_copy"), [
+        Dropped("repeats an earlier event", num_copies)
+    ]
+
+
+def _store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
+    try:
+        return connection.create_table(ibis.util.gen_name("tables"), expression)
+    except duckdb.Error as error:
+        raise DataError(f"{source.name}: {str(error).strip()}") from error

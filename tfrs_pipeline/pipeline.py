@@ -1,0 +1,708 @@
+"""The stages composed: from a config to a model in service, one folder a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+import tensorflow as tf
+
+from tfrs_pipeline.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SamplesConfig,
+    SplitConfig,
+    dump_config,
+    load_config,
+)
+from tfrs_pipeline.evaluation.baselines import (
+    EaseRetriever,
+    IalsRetriever,
+    PopularityRetriever,
+)
+from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate
+from tfrs_pipeline.events import split as splits
+from tfrs_pipeline.events.movielens import load_movielens_100k
+from tfrs_pipeline.events.schema import Tables, read_tables, write_tables
+from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries, split_report
+from tfrs_pipeline.events.tables import load_tables
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
+from tfrs_pipeline.model.training import TrainingResult, train
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.samples.builder import (
+    HistoryOrder,
+    RowLists,
+    Samples,
+    build_samples,
+    read_ids,
+    read_samples,
+)
+from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
+from tfrs_pipeline.samples.mixture import num_unreachable
+from tfrs_pipeline.samples.positives import select_positives
+from tfrs_pipeline.serving.export import RetrievalModule, file_hash, write_export
+from tfrs_pipeline.serving.index import (
+    ExactIndex,
+    ScannIndex,
+    build_scann_index,
+    resolve_index_kind,
+)
+
+logger = logging.getLogger(__name__)
+
+PROMISED_K = 100
+NUM_INDEX_PROBES = 1000
+NUM_EXPORT_PROBES = 20
+
+OnStage = Callable[["StageReport"], None]
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StageReport:
+    """What one stage did.
+
+    Args:
+        name: Of the stage.
+        notes: Lines for the user: counts, what was dropped.
+        seconds: Wall time.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Args:
+        folder: Of the run: config.toml, metrics.json, data, samples, checkpoints.
+        export_folder: The new version of the model.
+        metrics: What metrics.json holds.
+    """
+
+    folder: Path
+    export_folder: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Ids and encoded features behind the rows of a run.
+
+    Args:
+        candidate_ids: [num_candidates] item ids, in the order of the rows from 1.
+        query_ids: [num_queries] user ids, likewise.
+        candidate_features: How item columns are encoded.
+        query_features: How user columns are encoded.
+        candidate_columns: Encoded item features by name.
+        query_columns: Encoded user features by name.
+    """
+
+    candidate_ids: np.ndarray
+    query_ids: np.ndarray
+    candidate_features: tuple[Feature, ...]
+    query_features: tuple[Feature, ...]
+    candidate_columns: dict[str, np.ndarray]
+    query_columns: dict[str, np.ndarray]
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    on_stage: OnStage = lambda report: None,
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> RunResult:
+    """Runs the whole pipeline.
+
+    A folder that holds a stopped run of the same config is resumed: finished data and samples are
+    kept, training goes on from its last epoch.
+
+    Args:
+        config: What to do.
+        folder: The run's folder; made if missing.
+        on_stage: Called as each stage ends.
+        on_progress: Called within long stages with a task's name, steps done and steps in all.
+
+    Returns:
+        Where things lie, and the metrics.
+
+    Raises:
+        ValueError: If the folder holds a run of another config, or the data is refused
+            (`DataError`).
+    """
+    _claim_folder(config, folder)
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[StageReport]:
+        report = StageReport(name)
+        start = time.monotonic()
+        on_progress(name, 0, 0)
+        yield report
+        report.seconds = seconds[name] = round(time.monotonic() - start, 3)
+        on_stage(report)
+
+    with stage("data") as report:
+        tables = _load_data(config.data, folder / "data", report)
+    with stage("split") as report:
+        split = _split(tables, config, folder / "data", report)
+        validation_queries = evaluation_queries(split, "validation")
+        test_queries = evaluation_queries(split, "test")
+    with stage("samples") as report:
+        selection = _samples(tables, split, ("train",), folder / "samples" / "selection", config)
+        training_parts = ("train", "validation") if config.training.refit else ("train",)
+        final = _samples(tables, split, training_parts, folder / "samples" / "final", config)
+        corpus = _corpus(tables, folder / "samples" / "final")
+        report.notes += _describe_samples(folder / "samples" / "final")
+    models: dict[str, Retriever] = {}
+    trained: dict[str, TrainingResult] = {}
+    two_tower: TwoTowerModel | None = None
+    for name, model_config in _variants(config).items():
+        with stage(f"train {name}") as report:
+            model, trained[name] = _train_and_refit(
+                config,
+                model_config,
+                corpus,
+                selection,
+                final,
+                validation_queries,
+                folder / "checkpoints" / name,
+                name,
+                report,
+                on_progress,
+            )
+            models[name] = exact_retriever(model, corpus.query_ids, corpus.candidate_ids)
+        two_tower = two_tower or model
+    assert two_tower is not None
+    with stage("baselines") as report:
+        models |= _baselines(
+            config, corpus, selection, final, validation_queries, report, on_progress
+        )
+    with stage("evaluate") as report:
+        results = {
+            name: _evaluate(config, retriever, corpus, final, test_queries, name, on_progress)
+            for name, retriever in models.items()
+        }
+        report.notes += _describe_evaluation(results["two_tower"])
+    with stage("export") as report:
+        metrics: dict[str, Any] = {
+            "dataset": config.model_name,
+            "split": split_report(split),
+            "models": {name: result.summary() for name, result in results.items()},
+            "training": {
+                name: {"best_epoch": result.best_epoch, "history": result.history}
+                for name, result in trained.items()
+            },
+        }
+        export_folder, metrics["index"] = _export(
+            config, tables, corpus, two_tower, test_queries, folder, metrics, report
+        )
+    metrics["seconds"] = seconds
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    return RunResult(folder, export_folder, metrics)
+
+
+def load_data(config: DataConfig) -> Tables:
+    """Loads the event, item and user tables that a config names (see `events`)."""
+    if config.source == "movielens-100k":
+        tables = load_movielens_100k(config.path)
+        return dataclasses.replace(
+            tables, item_features=config.item_features, user_features=config.user_features
+        )
+    assert config.path is not None  # The config's own check.
+    return load_tables(
+        config.path,
+        kind=config.source,
+        columns=config.columns,
+        rating_threshold=config.rating_threshold,
+        stage_values=config.stage_values,
+        timestamp_unit=config.timestamp_unit,
+        time_zone=config.time_zone,
+        items_path=config.items_path,
+        users_path=config.users_path,
+        item_features=config.item_features,
+        user_features=config.user_features,
+        list_separator=config.list_separator,
+        unknown_items=config.unknown_items,
+        duplicates=config.duplicates,
+    )
+
+
+def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
+    """Adds the column `part` by the split that a config names (see `events.split`)."""
+    if config.kind == "last_share":
+        return splits.split_last_share(
+            events,
+            validation_share=config.validation_share,
+            test_share=config.test_share,
+            min_positives=config.min_positives,
+        )
+    if config.kind == "last_n":
+        return splits.split_last_n(
+            events,
+            num_validation=config.num_validation,
+            num_test=config.num_test,
+            min_positives=config.min_positives,
+        )
+    if config.kind == "held_out_users":
+        return splits.split_held_out_users(
+            events,
+            validation_share=config.validation_share,
+            test_share=config.test_share,
+            target_share=config.target_share,
+            min_positives=config.min_positives,
+            seed=seed,
+        )
+    validation_start, test_start = config.validation_start, config.test_start
+    if validation_start is None or test_start is None:
+        validation_start, test_start = splits.time_cuts(
+            events, validation_share=config.validation_share, test_share=config.test_share
+        )
+    return splits.split_by_time(events, validation_start=validation_start, test_start=test_start)
+
+
+def build_model(
+    config: ModelConfig,
+    samples: SamplesConfig,
+    corpus: Corpus,
+    *,
+    cutoffs: tuple[int, ...] = (20, 100),
+    name: str = "two_tower",
+) -> TwoTowerModel:
+    """Builds the two-tower model of a config, with the corpus' features in it, untrained."""
+    settings = config.model_dump(exclude={"correction"})
+    model = TwoTowerModel(
+        num_queries=len(corpus.query_ids),
+        num_candidates=len(corpus.candidate_ids),
+        query_features=[feature.spec for feature in corpus.query_features],
+        candidate_features=[feature.spec for feature in corpus.candidate_features],
+        history_length=samples.history_length,
+        correct_sampling=config.correction == "mixture",
+        cutoffs=cutoffs,
+        name=name,
+        **settings,
+    )
+    model.set_features(corpus.query_columns, corpus.candidate_columns)
+    return model
+
+
+def training_batches(
+    config: RunConfig, samples: Samples, *, seed: int | None = None
+) -> TrainingBatches:
+    """Makes the hybrid batches of a config from samples."""
+    return TrainingBatches(
+        samples,
+        batch_size=config.training.batch_size,
+        easy_negatives=[(sampler.alpha, sampler.num) for sampler in config.samples.easy_negatives],
+        history_length=config.samples.history_length,
+        seed=config.seed if seed is None else seed,
+        in_batch=config.samples.in_batch,
+        mask_known_positives=config.samples.mask_known_positives,
+        mask_exposed=config.samples.mask_exposed,
+    )
+
+
+def validation_batches(
+    model: TwoTowerModel,
+    corpus: Corpus,
+    queries: EvaluationQueries,
+    exclude: Literal["clicked", "seen", "none"],
+) -> tf.data.Dataset:
+    """Makes the batches for `model.evaluate` from evaluation queries."""
+    encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
+    query_rows, histories = encoder.rows(queries.as_queries())
+    nothing = [np.zeros(0, np.int64)] * len(queries)
+    left_out = {"clicked": queries.clicked, "seen": queries.seen, "none": nothing}[exclude]
+    row_of = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
+
+    def rows(lists: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.array([row_of[id_] for id_ in ids.tolist()], np.int32) for ids in lists]
+
+    excluded = rows(left_out)
+    relevant = [np.setdiff1d(a, b) for a, b in zip(rows(queries.relevant), excluded, strict=True)]
+    return evaluation_batches(
+        query_rows,
+        RowLists.from_lists([history[history > 0] for history in histories]),
+        RowLists.from_lists(relevant),
+        RowLists.from_lists(excluded),
+        history_length=model.history_length,
+    )
+
+
+def _claim_folder(config: RunConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    if not path.exists():
+        path.write_text(dump_config(config))
+    elif load_config(path) != config:
+        raise ValueError(
+            f"{folder} holds a run with other settings (see {path}). Choose another folder with "
+            f"--run-dir, or delete this one."
+        )
+
+
+def _load_data(config: DataConfig, folder: Path, report: StageReport) -> Tables:
+    if not (folder / "tables.json").exists():
+        write_tables(load_data(config), folder)
+    tables = read_tables(folder)
+    counts = {
+        name: table.count().to_pyarrow().as_py()
+        for name, table in (
+            ("events", tables.events),
+            ("items", tables.items),
+            ("users", tables.users),
+        )
+    }
+    report.notes.append(", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    report.notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
+    if not tables.dropped:
+        report.notes.append("dropped nothing")
+    return tables
+
+
+def _split(tables: Tables, config: RunConfig, folder: Path, report: StageReport) -> ibis.Table:
+    path = folder / "split.parquet"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        split_events(tables.events, config.split, config.seed).to_parquet(partial)
+        partial.rename(path)
+    split = tables.events.get_backend().read_parquet(path)
+    counts = split_report(split, tables.events)
+    for part in splits.PARTS:
+        if part in counts:
+            row = counts[part]
+            report.notes.append(
+                f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
+                f"{row['num_events']:,} events"
+            )
+    report.notes.append(
+        f"dropped {counts['num_users_dropped']:,} users with fewer than "
+        f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
+    )
+    return split
+
+
+def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
+    if "timestamp" in events.columns:
+        return "timestamp"
+    return "event_number" if config.ordered else "none"
+
+
+def _samples(
+    tables: Tables, split: ibis.Table, parts: tuple[str, ...], folder: Path, config: RunConfig
+) -> Samples:
+    if not (folder / "report.json").exists():
+        build_samples(
+            tables,
+            split.filter(split["part"].isin(parts)),
+            folder,
+            history_length=config.samples.history_length,
+            seed=config.seed,
+            order=_history_order(split, config.data),
+        )
+    return read_samples(folder)
+
+
+def _describe_samples(folder: Path) -> list[str]:
+    counts = json.loads((folder / "report.json").read_text())
+    return [
+        f"{counts['num_samples']:,} positives, {counts['num_empty_histories']:,} of them with an "
+        "empty history",
+        f"{counts['num_candidates']:,} candidates, {counts['num_candidates_without_count']:,} of "
+        "them never clicked in training",
+        f"masked as negatives of their user: {counts['num_known_positives']:,} known positives, "
+        f"{counts['num_exposed']:,} exposed and not clicked",
+    ]
+
+
+def _corpus(tables: Tables, folder: Path) -> Corpus:
+    candidate_ids, query_ids = read_ids(folder)
+    items = tables.items.order_by("item_id").to_pyarrow()
+    users = tables.users.order_by("user_id").to_pyarrow()
+    candidate_features, candidate_columns = _encode(items, tables.item_features)
+    query_features, query_columns = _encode(users, tables.user_features)
+    return Corpus(
+        candidate_ids,
+        query_ids,
+        candidate_features,
+        query_features,
+        candidate_columns,
+        query_columns,
+    )
+
+
+def _encode(
+    table: pa.Table, kinds: Mapping[str, Any]
+) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
+    features, columns = [], {}
+    for name, kind in kinds.items():
+        column = table[name].to_pylist()
+        features.append(Feature.fit(name, kind, column, min_count=2 if kind == "text" else 1))
+        columns[name] = features[-1].encode(column)
+    return tuple(features), columns
+
+
+def _variants(config: RunConfig) -> dict[str, ModelConfig]:
+    variants = {"two_tower": config.model}
+    if config.evaluation.uncorrected and config.model.correction != "none":
+        without = {"correction": "none", "correct_positive": False}
+        variants["two_tower_uncorrected"] = ModelConfig(**{**config.model.model_dump(), **without})
+    return variants
+
+
+def _train_and_refit(
+    config: RunConfig,
+    model_config: ModelConfig,
+    corpus: Corpus,
+    selection: Samples,
+    final: Samples,
+    validation_queries: EvaluationQueries,
+    folder: Path,
+    name: str,
+    report: StageReport,
+    on_progress: OnProgress,
+) -> tuple[TwoTowerModel, TrainingResult]:
+    """Chooses the number of epochs on validation, then trains on all that precedes the test."""
+
+    def fit(samples: Samples, step: str, max_epochs: int, with_validation: bool) -> Any:
+        tf.keras.utils.set_random_seed(config.seed)
+        cutoffs = config.evaluation.cutoffs
+        model = build_model(model_config, config.samples, corpus, cutoffs=cutoffs, name=name)
+        batches = training_batches(config, samples)
+        validation = (
+            validation_batches(model, corpus, validation_queries, config.evaluation.exclude)
+            if with_validation
+            else None
+        )
+        result = train(
+            model,
+            batches,
+            max_epochs=max_epochs,
+            optimizer=config.training.optimizer,
+            learning_rate=config.training.learning_rate,
+            validation=validation,
+            monitor=config.training.monitor,
+            patience=config.training.patience,
+            checkpoint_folder=folder / step,
+            on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
+        )
+        return model, result, batches
+
+    model, chosen, batches = fit(selection, "selection", config.training.max_epochs, True)
+    monitored = chosen.history[f"val_{config.training.monitor}"]
+    report.notes.append(
+        f"best validation {config.training.monitor} {max(monitored):.4f} after "
+        f"{chosen.best_epoch} of {len(monitored)} epochs"
+    )
+    if config.training.refit:
+        model, refitted, batches = fit(final, "refit", chosen.best_epoch, False)
+        report.notes.append(
+            f"trained again on training and validation positives for {chosen.best_epoch} epochs, "
+            f"{batches.num_samples * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
+            "positives/s"
+        )
+    unreachable = num_unreachable(batches.expected_count)
+    report.notes.append(f"{unreachable:,} items can be drawn by no sampler as a negative")
+    return model, chosen
+
+
+def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
+    """Returns [num_users, num_candidates] of 0 and 1 from the samples' known positives."""
+    rows = np.repeat(
+        np.arange(len(samples.known_positives)), np.diff(samples.known_positives.offsets)
+    )
+    columns = samples.known_positives.values - 1
+    shape = (len(samples.known_positives), len(samples.counts) - 1)
+    matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
+    return matrix[np.diff(matrix.indptr) > 0]
+
+
+def _baselines(
+    config: RunConfig,
+    corpus: Corpus,
+    selection: Samples,
+    final: Samples,
+    validation_queries: EvaluationQueries,
+    report: StageReport,
+    on_progress: OnProgress,
+) -> dict[str, Retriever]:
+    settings = config.evaluation
+    fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
+        "popularity": (PopularityRetriever.fit, [{}]),
+        "ease": (EaseRetriever.fit, [{"l2": l2} for l2 in settings.ease_l2]),
+        "ials": (
+            IalsRetriever.fit,
+            [
+                {
+                    "num_factors": num_factors,
+                    "regularization": regularization,
+                    "alpha": alpha,
+                    "seed": config.seed,
+                }
+                for num_factors, regularization, alpha in itertools.product(
+                    settings.ials_num_factors, settings.ials_regularization, settings.ials_alpha
+                )
+            ],
+        ),
+    }
+    found: dict[str, Retriever] = {}
+    training, everything = _interactions(selection), _interactions(final)
+    for name in settings.baselines:
+        fitter, grid = fitters[name]
+        if name == "ease" and len(corpus.candidate_ids) > settings.max_ease_candidates:
+            report.notes.append(
+                f"ease: skipped, {len(corpus.candidate_ids):,} items are more than "
+                f"evaluation.max_ease_candidates = {settings.max_ease_candidates:,}"
+            )
+            continue
+        scores = []
+        for i, options in enumerate(grid if len(grid) > 1 else []):
+            on_progress(f"{name}, choosing on validation", i, len(grid))
+            retriever = fitter(training, corpus.candidate_ids, **options)
+            result = _evaluate(config, retriever, corpus, selection, validation_queries)
+            scores.append(result.overall.intervals[config.training.monitor].mean)
+        best = grid[int(np.argmax(scores))] if scores else grid[0]
+        found[name] = fitter(everything, corpus.candidate_ids, **best)
+        if scores:
+            chosen = ", ".join(f"{k}={v}" for k, v in best.items() if k != "seed")
+            report.notes.append(f"{name}: {chosen}, best of {len(grid)} on validation")
+    return found
+
+
+def _evaluate(
+    config: RunConfig,
+    retriever: Retriever,
+    corpus: Corpus,
+    samples: Samples,
+    queries: EvaluationQueries,
+    name: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> EvaluationResult:
+    """Evaluates a retriever; without a name, only the means."""
+    return evaluate(
+        retriever,
+        queries,
+        candidate_ids=corpus.candidate_ids,
+        candidate_counts=samples.counts[1:],
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        num_bootstrap=config.evaluation.num_bootstrap if name else 0,
+        seed=config.seed,
+        on_progress=(lambda done, total: on_progress(name, done, total))
+        if name and on_progress
+        else None,
+    )
+
+
+def _describe_evaluation(result: EvaluationResult) -> list[str]:
+    return [
+        f"{len(result.user_ids):,} queries, {result.overall.num_relevant:,} items to find",
+        f"skipped {result.num_skipped:,} queries with nothing to find; "
+        f"{result.num_relevant_excluded:,} items to find were left out of the ranking",
+    ]
+
+
+def _export(
+    config: RunConfig,
+    tables: Tables,
+    corpus: Corpus,
+    model: TwoTowerModel,
+    test_queries: EvaluationQueries,
+    folder: Path,
+    metrics: dict[str, Any],
+    report: StageReport,
+) -> tuple[Path, dict[str, Any]]:
+    embeddings = model.embed_corpus()
+    exact = ExactIndex(embeddings)
+    kind = resolve_index_kind(config.export.index, len(embeddings))
+    index: ExactIndex | ScannIndex = exact
+    description: dict[str, Any] = {"kind": kind}
+    if kind == "scann":
+        encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
+        probes = encoder(test_queries.as_queries()[:NUM_INDEX_PROBES])
+        index, recall = build_scann_index(
+            embeddings, probes, k=PROMISED_K, target_recall=config.export.target_recall
+        )
+        promised = min(PROMISED_K, len(embeddings))
+        description |= {f"index_recall@{promised}": recall, "settings": index.describe()}
+        report.notes.append(
+            f"ScaNN finds {recall:.4f} of the exact top {promised}, searching "
+            f"{index.settings.num_leaves_to_search} of {index.settings.num_leaves} leaves"
+        )
+    else:
+        report.notes.append(f"exact search over {len(embeddings):,} candidates")
+    histories, known = _latest_histories(corpus, tables.events)
+    modules = [
+        RetrievalModule(
+            model,
+            search,
+            exact,
+            query_ids=corpus.query_ids,
+            candidate_ids=corpus.candidate_ids,
+            histories=histories,
+            known_positives=known,
+        )
+        for search in ([index, exact] if kind == "scann" else [exact])
+    ]
+    items = tables.items.order_by("item_id")
+    columns = ["item_id", *(["title"] if "title" in items.columns else [])]
+    data_files = sorted((folder / "data").glob("*.parquet"))
+    manifest = {
+        "config": config.model_dump(mode="json"),
+        "data": {path.name: file_hash(path) for path in data_files},
+        "example_user": test_queries.user_ids[0],
+        "counts": json.loads((folder / "samples" / "final" / "report.json").read_text()),
+        "metrics": metrics["models"]["two_tower"],
+        "index": description,
+    }
+    export_folder = write_export(
+        config.export.directory,
+        config.model_name,
+        module=modules[0],
+        twin=modules[1] if len(modules) > 1 else None,
+        manifest=manifest,
+        items=items.select(columns).to_pyarrow(),
+        probe_users=corpus.query_ids[:NUM_EXPORT_PROBES].tolist(),
+    )
+    report.notes.append("a fresh process loaded the export and gave the same answers")
+    return export_folder, description
+
+
+def _latest_histories(corpus: Corpus, events: ibis.Table) -> tuple[RowLists, RowLists]:
+    """Collects what is known of each user now, the test part included: it has happened."""
+    positives = select_positives(events)
+    keys = ["timestamp"] if "timestamp" in events.columns else []
+    table = (
+        positives.order_by(["user_id", *keys, "event_number"])
+        .select("user_id", "item_id")
+        .to_pyarrow()
+    )
+    query_row = {id_: row for row, id_ in enumerate(corpus.query_ids.tolist(), 1)}
+    candidate_row = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
+    lists: list[list[int]] = [[] for _ in range(len(query_row) + 1)]
+    for user_id, item_id in zip(
+        table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True
+    ):
+        lists[query_row[user_id]].append(candidate_row[item_id])
+    histories = [np.array(rows[::-1], np.int32) for rows in lists]
+    known = [np.unique(np.array(rows, np.int32)) for rows in lists]
+    return RowLists.from_lists(histories), RowLists.from_lists(known)

@@ -1,0 +1,45 @@
+"""What evaluation, mining and serving ask of anything that retrieves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+Query: TypeAlias = Mapping[str, Any]
+"""Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
+ids, oldest first; feature columns by name."""
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Finds the best candidates of each query: a model, a baseline, an index, a server's client.
+
+    One contract test runs on every retriever of the package.
+    """
+
+    def retrieve(
+        self,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Sequence[Collection[Any]] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Retrieves the k best candidates of each query.
+
+        Ties are broken by the order of the corpus. A query gives the same answer alone as in any
+        batch. Where fewer than k candidates are left, the last slots are empty.
+
+        Args:
+            queries: One mapping a query. Ids in a history that the corpus does not know are
+                ignored.
+            k: How many candidates a query, 1 or more; may exceed the corpus.
+            exclude: One collection of candidate ids a query, never to be returned for it. Ids that
+                the corpus does not know are ignored. None excludes nothing.
+
+        Returns:
+            candidate_ids: [num_queries, k], best first, in the type of the corpus: int64 with -1 in
+                empty slots, or object (str) with "" in them.
+            scores: [num_queries, k] float32, -inf in empty slots.
+        """
+        ...

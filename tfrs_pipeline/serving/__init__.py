@@ -1,0 +1,1 @@
+"""From embeddings to answers: the index, the export, the loaded retriever."""

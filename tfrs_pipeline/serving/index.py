@@ -1,0 +1,229 @@
+"""Search structures over candidate embeddings, as TensorFlow modules that can be exported."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+logger = logging.getLogger(__name__)
+
+IndexKind = Literal["auto", "scann", "exact"]
+
+# Below this, scoring every candidate is as fast as any index, and exact.
+SMALLEST_SCANN_CORPUS = 20_000
+
+
+def resolve_index_kind(kind: IndexKind, num_candidates: int) -> Literal["scann", "exact"]:
+    """Chooses what "auto" means: exact search below 20,000 candidates, ScaNN from there on."""
+    if kind != "auto":
+        return kind
+    chosen: Literal["scann", "exact"] = (
+        "exact" if num_candidates < SMALLEST_SCANN_CORPUS else "scann"
+    )
+    logger.info("index: %s, for %d candidates", chosen, num_candidates)
+    return chosen
+
+
+def load_scann_ops() -> Any:
+    """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded.
+
+    Raises:
+        ImportError: If the package is missing or does not fit the TensorFlow in use.
+    """
+    try:
+        from scann import scann_ops
+    except Exception as error:  # A TensorFlow of another version fails in the loader.
+        raise ImportError(
+            "The ScaNN index needs the package scann, built for this TensorFlow "
+            f"({tf.__version__}): pip install 'scann==1.4.2' with tensorflow 2.20, or use "
+            f"index = 'exact'. The import said: {error}"
+        ) from error
+    return scann_ops
+
+
+class ExactIndex(tf.Module):
+    """Scores every candidate.
+
+    Args:
+        embeddings: [num_candidates, dim] float32.
+    """
+
+    def __init__(self, embeddings: np.ndarray) -> None:
+        super().__init__(name="exact_index")
+        self.embeddings = tf.Variable(embeddings, trainable=False, name="candidate_embeddings")
+        self.num_candidates = len(embeddings)
+
+    def scores(self, queries: tf.Tensor) -> tf.Tensor:
+        """Scores queries, [B, dim], against all: [B, num_candidates] float32."""
+        return tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
+
+    def search(self, queries: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds the k best candidates.
+
+        Args:
+            queries: [B, dim] float32.
+            k: Scalar int32, at most num_candidates.
+
+        Returns:
+            places: [B, k] int32 from 0, best first, ties by the smaller place.
+            scores: [B, k] float32.
+        """
+        scores, places = tf.math.top_k(self.scores(queries), k)
+        return places, scores
+
+
+@dataclass(frozen=True)
+class ScannSettings:
+    """How a ScaNN tree is built and searched.
+
+    Args:
+        num_leaves: Partitions of the corpus.
+        num_leaves_to_search: Of them, searched for each query.
+        num_reordered: Candidates rescored exactly.
+        dimensions_per_block: Of the asymmetric hashing.
+        anisotropic_threshold: Of the hashing (Guo et al., ICML 2020).
+    """
+
+    num_leaves: int
+    num_leaves_to_search: int
+    num_reordered: int
+    dimensions_per_block: int = 2
+    anisotropic_threshold: float = 0.2
+
+
+class ScannIndex(tf.Module):
+    """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
+
+    Built on `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
+    threshold nor settings that can be given with a search.
+
+    Args:
+        embeddings: [num_candidates, dim] float32.
+        settings: How to build and search.
+
+    Raises:
+        ImportError: If ScaNN is missing.
+        ValueError: If there are more leaves than candidates.
+    """
+
+    def __init__(self, embeddings: np.ndarray, settings: ScannSettings) -> None:
+        super().__init__(name="scann_index")
+        if settings.num_leaves > len(embeddings):
+            raise ValueError(
+                f"num_leaves must not exceed the {len(embeddings)} candidates. "
+                f"Received: {settings.num_leaves}"
+            )
+        self._ops = load_scann_ops()
+        self.settings = settings
+        self.num_candidates = len(embeddings)
+        sample = min(len(embeddings), 100_000)
+        searcher = (
+            self._ops.builder(embeddings, settings.num_reordered, "dot_product")
+            .tree(
+                num_leaves=settings.num_leaves,
+                num_leaves_to_search=settings.num_leaves_to_search,
+                training_sample_size=sample,
+                min_partition_size=1,
+            )
+            .score_ah(
+                settings.dimensions_per_block,
+                anisotropic_quantization_threshold=settings.anisotropic_threshold,
+                training_sample_size=sample,
+            )
+            .reorder(settings.num_reordered)
+            .build()
+        )
+        self._state = searcher.serialize_to_module()
+
+    def search(
+        self, queries: tf.Tensor, k: tf.Tensor, num_leaves_to_search: int | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds about the k best candidates.
+
+        Args:
+            queries: [B, dim] float32.
+            k: Scalar int32.
+            num_leaves_to_search: Instead of the setting's.
+
+        Returns:
+            places: [B, <=k] int32 from 0, best first; what stands in an empty slot means nothing.
+            scores: [B, <=k] float32, -inf in empty slots.
+        """
+        searcher = self._ops.searcher_from_module(self._state)
+        leaves = num_leaves_to_search or self.settings.num_leaves_to_search
+        places, scores = searcher.search_batched(
+            queries,
+            final_num_neighbors=k,
+            pre_reorder_num_neighbors=tf.maximum(k, self.settings.num_reordered),
+            leaves_to_search=leaves,
+        )
+        # ScaNN pads with NaN where the searched leaves hold fewer than k candidates.
+        scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
+        return tf.cast(places, tf.int32), scores
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings, for the manifest."""
+        return asdict(self.settings)
+
+
+def index_recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Computes the mean share of the exact top k that an approximate search found.
+
+    Args:
+        found: [num_queries, k] places.
+        exact: [num_queries, k] places.
+    """
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
+    return float(np.mean(hits)) / exact.shape[1]
+
+
+def build_scann_index(
+    embeddings: np.ndarray, queries: np.ndarray, *, k: int, target_recall: float
+) -> tuple[ScannIndex, float]:
+    """Builds a ScaNN index that keeps a promise on recall, measured against exact search.
+
+    The tree has about sqrt(num_candidates) leaves; the share of them that is searched is doubled
+    until index_recall@k reaches the target.
+
+    Args:
+        embeddings: [num_candidates, dim] float32.
+        queries: [num_queries, dim] float32 to measure on, not empty.
+        k: Of the promise; capped at num_candidates.
+        target_recall: In (0, 1].
+
+    Returns:
+        The index and its index_recall@k.
+
+    Raises:
+        RuntimeError: If searching every leaf does not reach the target.
+    """
+    num_candidates = len(embeddings)
+    k = min(k, num_candidates)
+    num_leaves = max(1, round(np.sqrt(num_candidates)))
+    _, exact = tf.math.top_k(tf.linalg.matmul(queries, embeddings, transpose_b=True), k)
+    tried = []
+    for num_reordered in (min(2 * k, num_candidates), min(5 * k, num_candidates)):
+        settings = ScannSettings(num_leaves, max(1, num_leaves // 10), num_reordered)
+        index = ScannIndex(embeddings, settings)
+        leaves = settings.num_leaves_to_search
+        while True:
+            places, scores = index.search(queries, k, leaves)
+            found = tf.where(scores > -np.inf, places, -1).numpy()
+            recall = index_recall(found, exact.numpy())
+            tried.append(
+                f"{leaves} of {num_leaves} leaves, {num_reordered} reordered: {recall:.4f}"
+            )
+            if recall >= target_recall:
+                index.settings = ScannSettings(num_leaves, leaves, num_reordered)
+                return index, recall
+            if leaves == num_leaves:
+                break
+            leaves = min(2 * leaves, num_leaves)
+    raise RuntimeError(
+        f"No ScaNN setting reaches index_recall@{k} = {target_recall}: {'; '.join(tried)}. "
+        "Lower export.target_recall, or set export.index = 'exact'."
+    )
