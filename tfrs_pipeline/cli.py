@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 130
         after Ctrl-C.
     """
-    # TensorFlow's C++ start-up chatter helps nobody here; its errors still come through.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow's C++ log helps nobody here; what fails comes as a Python error too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -116,6 +116,9 @@ class DataConfig(Config):
     it."""
     timestamp_unit: Literal["s", "ms", "us", "ns"] | None = None
     """Unit of timestamps that are stored as numbers."""
+    label: dict[str, PositiveFloat] = {}
+    """Columns that make an exposed event a positive, each with the weight that it adds, such as
+    is_click=1 long_view=2; if not given, the stage clicked does."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris."""
     ordered: bool = True
@@ -159,6 +162,7 @@ class DataConfig(Config):
             "timestamp_unit": files,
             "time_zone": files,
             "stage_values": ("events",),
+            "label": ("events",),
             "rating_threshold": ("ratings",),
         }
         for name, sources in effective.items():
@@ -232,8 +236,38 @@ class EasySampler(Config):
     """Negatives drawn a batch, with replacement, shared by all its rows."""
 
 
+class HardSampler(Config):
+    """A stage of the funnel whose losers are hard negatives."""
+
+    stage: StageName = "pre_ranked"
+    """Furthest stage that the items reached: retrieved lost in pre-rank, pre_ranked lost in rank,
+    ranked ended low in rank."""
+    share: PositiveFloat = 0.5
+    """Part of the hard share, relative to the other stages."""
+    num: PositiveInt = 4
+    """Columns drawn for each row from its pool of this stage."""
+
+
+_EVEN_LOSERS = ({"stage": "retrieved"}, {"stage": "pre_ranked"})
+PRESETS: dict[str, dict[str, Any]] = {
+    "easy": {"hard_share": 0.0},
+    "hybrid_1_100": {"hard_share": 0.01, "hard_negatives": _EVEN_LOSERS},
+    "hybrid_50_50": {"hard_share": 0.5, "hard_negatives": _EVEN_LOSERS},
+}
+
+_EXPOSED_REASON = (
+    "an item that was exposed to a user and not clicked is never a negative of that user in "
+    "retrieval: the funnel chose it, and it is for ranking to learn from; to see what it does all "
+    "the same, set allow_exposed_as_negatives"
+)
+
+
 class SamplesConfig(Config):
     """Which items a positive is compared with."""
+
+    preset: Literal["easy", "hybrid_1_100", "hybrid_50_50"] | None = None
+    """Named mixture: sets hard_share to 0, .01 or .5, half of it from pre-rank losers and half from
+    rank losers."""
 
     history_length: PositiveInt = 50
     """Latest positives before the event that the query holds."""
@@ -245,6 +279,48 @@ class SamplesConfig(Config):
     """Whether a user's other training positives are kept from being negatives."""
     mask_exposed: bool = True
     """Whether items that the user was shown and did not click are kept from being negatives."""
+    hard_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the negatives' weight that hard negatives hold, in rows that have any."""
+    hard_negatives: tuple[HardSampler, ...] = (
+        HardSampler(stage="retrieved"),
+        HardSampler(stage="pre_ranked"),
+    )
+    """Stages whose losers are hard negatives, used if hard_share is above 0."""
+    hard_min_pool: int = Field(4, ge=0)
+    """Losers of a stage in the positive's own request below which those of the user's recent
+    requests are taken too."""
+    hard_max_pool: PositiveInt = 100
+    """Losers kept for a positive and stage, at most."""
+    hard_window_hours: PositiveFloat = 24.0
+    """How far back recent requests may lie."""
+    ranked_bottom_share: float = Field(0.5, gt=0, le=1)
+    """Low part of the ranked list that may be hard negatives: a share of the request's ranks."""
+    ranked_min_rank: int | None = Field(None, ge=0)
+    """Low part of the ranked list as a rank instead (0 is the best): this one and worse."""
+    allow_exposed_as_negatives: bool = False
+    """Insist on exposed and not clicked items as negatives, to see what they do."""
+    resampling: Literal["none", "power_law", "keep_rule"] = "none"
+    """Down-sample positives of popular items and up-sample the others: by counts to the power of
+    -resampling_exponent, or by word2vec's keep-rule."""
+    resampling_as: Literal["drawing", "weights"] = "drawing"
+    """Whether positives are drawn by that rate, or weighted by it."""
+    resampling_exponent: float = Field(0.5, ge=0, le=1)
+    """Exponent of the power law: 0 changes nothing, 1 makes every clicked item equally likely."""
+    resampling_threshold: float = Field(0.001, gt=0)
+    """Share of the positives above which the keep-rule begins to thin an item out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, settings: Any) -> Any:
+        preset = settings.get("preset") if isinstance(settings, Mapping) else None
+        if preset not in PRESETS:
+            return settings
+        # A setting at its default counts as not given; another value is refused below.
+        merged = dict(settings)
+        for name, value in PRESETS[preset].items():
+            if merged.get(name) in (None, cls.model_fields[name].default):
+                merged[name] = value
+        return merged
 
     @model_validator(mode="after")
     def _check(self) -> SamplesConfig:
@@ -252,7 +328,24 @@ class SamplesConfig(Config):
             _refuse(
                 [("", "no negatives: set in_batch or list at least one easy_negatives sampler")]
             )
+        _refuse(self._hard_problems())
         return self
+
+    def _hard_problems(self) -> Iterator[tuple[str, str]]:
+        stages = [sampler.stage for sampler in self.hard_negatives]
+        if self.preset is not None and self.hard_share != PRESETS[self.preset]["hard_share"]:
+            yield "hard_share", f"got {self.hard_share}, which preset {self.preset!r} does not have"
+        if len(set(stages)) < len(stages):
+            yield "hard_negatives", f"got {stages}: a stage twice"
+        if self.hard_share > 0 and not stages:
+            yield "hard_negatives", "needs a stage, since hard_share is above 0"
+        if "clicked" in stages:
+            yield "hard_negatives", "a clicked item is a positive"
+        if not self.allow_exposed_as_negatives:
+            if "exposed" in stages:
+                yield "hard_negatives", f"got 'exposed'; {_EXPOSED_REASON}"
+            if not self.mask_exposed:
+                yield "mask_exposed", f"got no; {_EXPOSED_REASON}"
 
 
 class ModelConfig(Config):

@@ -221,17 +221,31 @@ class TwoTowerModel(tfrs.Model):
             training=training,
             dropout_seed=inputs.get("dropout_seed"),
         )
-        columns = tf.concat([inputs["candidate_row"], inputs["easy_candidate_row"]], axis=0)
+        shared = tf.concat([inputs["candidate_row"], inputs["easy_candidate_row"]], axis=0)
+        hard_rows = inputs.get("hard_candidate_row")
+        has_hard = hard_rows is not None
+        columns = tf.concat([shared, tf.reshape(hard_rows, [-1])], axis=0) if has_hard else shared
         # Copies of a candidate are separate columns; the tower's work is shared.
         distinct, slot = tf.unique(columns)
         candidates = tf.gather(self.embed_candidates(distinct, training=training), slot)
+        num_shared = tf.shape(shared)[0]
+        hard: dict[str, tf.Tensor] = {}
+        if has_hard:
+            shape = tf.concat([tf.shape(hard_rows), tf.shape(candidates)[1:]], axis=0)
+            log_q = inputs["hard_log_q"]
+            hard = {
+                "hard_embeddings": tf.reshape(candidates[num_shared:], shape),
+                "hard_log_q": log_q if self._correct_sampling else tf.zeros_like(log_q),
+                "hard_mask": inputs["hard_is_counted"],
+            }
         loss = self.task(
             queries,
-            candidates,
+            candidates[:num_shared],
             sample_weight=inputs["weight"],
             log_q=inputs["log_q"] if self._correct_sampling else None,
             score_mask=inputs["is_counted"],
             compute_metrics=False,
+            **hard,
         )
         # The parent's loss is a sum; a mean keeps the step size free of the batch size.
         total_weight = tf.reduce_sum(inputs["weight"])

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ibis
 import numpy as np
@@ -19,6 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.events.schema import DataError, Stage, Tables
+from tfrs_pipeline.samples.hard_negatives import (
+    HARD_STAGES,
+    HardNegativeRules,
+    add_pools,
+    describe_pools,
+    find_losers,
+    pool_column,
+)
 from tfrs_pipeline.samples.positives import select_positives
 
 logger = logging.getLogger(__name__)
@@ -67,6 +75,7 @@ class Samples:
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
+        hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
     """
 
     query_rows: np.ndarray
@@ -76,6 +85,7 @@ class Samples:
     known_positives: RowLists
     exposed: RowLists
     counts: np.ndarray
+    hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -89,7 +99,8 @@ def build_samples(
     history_length: int,
     seed: int,
     order: HistoryOrder = "timestamp",
-) -> dict[str, int]:
+    hard_negatives: HardNegativeRules | None = None,
+) -> dict[str, Any]:
     """Writes the samples of the training part below `folder`.
 
     Files: `corpus.parquet` (candidate_row from 1, item_id, count), `queries.parquet` (query_row
@@ -107,10 +118,13 @@ def build_samples(
         order: What "before" means: an earlier timestamp (ties, and items of the same request, do
             not enter), an earlier place in the log, or, for logs without any order, every other
             positive of the user.
+        hard_negatives: Which losers of the funnel become the samples' hard negatives; None leaves
+            them out. A shard then has a column `hard_<stage>_rows` per stage.
 
     Returns:
         Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
-        num_known_positives, num_exposed, num_candidates_without_count.
+        num_known_positives, num_exposed, num_candidates_without_count; with hard negatives,
+        "hard_negatives" by stage and "hard_negatives_removed" by reason.
 
     Raises:
         DataError: If no training event is a positive.
@@ -121,6 +135,9 @@ def build_samples(
     numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
     # Written once, so that the window and the joins are not run again for every output.
     # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
+    numbered = numbered.mutate(
+        time=numbered["timestamp" if order == "timestamp" else "event_number"]
+    )
     numbered_path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
     numbered = _materialise(numbered.drop("item_id", "user_id"), numbered_path)
     positives = select_positives(numbered)
@@ -146,6 +163,10 @@ def build_samples(
         lists.order_by("query_row").to_parquet(folder / f"{name}.parquet")
 
     samples = _with_history(positives, history_length, order)
+    removed: dict[str, int] = {}
+    if hard_negatives is not None:
+        losers, removed = find_losers(numbered, hard_negatives, known, exposed)
+        samples = add_pools(samples, losers, hard_negatives, seed)
     num_samples = _write_shards(samples, folder / "samples", seed)
     numbered_path.unlink()
     if num_samples == 0:
@@ -153,7 +174,7 @@ def build_samples(
             "The training part holds no positive (an item exposed and clicked). "
             "Check the label (stage_values, rating_threshold) and the split."
         )
-    report = _report(folder)
+    report = _report(folder, removed)
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     return report
 
@@ -181,6 +202,11 @@ def read_samples(folder: Path) -> Samples:
         known_positives=_read_lists(folder / "known_positives.parquet", num_queries + 1),
         exposed=_read_lists(folder / "exposed.parquet", num_queries + 1),
         counts=counts,
+        hard_pools={
+            stage.value: RowLists(*_unpack(table[pool_column(stage)]))
+            for stage in HARD_STAGES
+            if pool_column(stage) in table.column_names
+        },
     )
 
 
@@ -211,7 +237,6 @@ def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrde
         positives = positives.mutate(weight=ibis.literal(1.0))
     if order == "none":
         return _with_other_positives(positives, history_length)
-    positives = positives.mutate(time=positives[order])
     if "request_id" in positives.columns:
         # A request's query is made at its start: nothing clicked within it was known then.
         by_request = ibis.window(group_by=["query_row", "request_id"])
@@ -238,8 +263,7 @@ def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrde
     rows = known["earlier"].map(lambda e: e["row"])
     first = ibis.greatest(rows.length() - history_length, 0)
     known = known.select("query_row", "query_time", history_rows=rows[first:])
-    joined = positives.inner_join(known, ["query_row", "query_time"])
-    return joined.select("query_row", "candidate_row", "weight", "event_number", "history_rows")
+    return _sample_columns(positives.inner_join(known, ["query_row", "query_time"]))
 
 
 def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Table:
@@ -250,9 +274,13 @@ def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Ta
     joined = positives.inner_join(lists, "query_row")
     others = joined["all_rows"].filter(lambda row: row != joined["candidate_row"])
     first = ibis.greatest(others.length() - history_length, 0)
-    return joined.select(
-        "query_row", "candidate_row", "weight", "event_number", history_rows=others[first:]
-    )
+    return _sample_columns(joined.mutate(history_rows=others[first:]))
+
+
+def _sample_columns(samples: ibis.Table) -> ibis.Table:
+    """Keeps a sample's columns, and those by which its hard negatives are found."""
+    columns = ("query_row", "candidate_row", "weight", "history_rows", "event_number", "time")
+    return samples.select(*columns, *(["request_id"] if "request_id" in samples.columns else []))
 
 
 def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
@@ -260,7 +288,8 @@ def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
     for old in folder.glob("shard-*.parquet"):
         old.unlink()
     key = (samples["event_number"].cast("string") + f":{seed}").hash()
-    shuffled = samples.order_by([key, samples["event_number"]]).drop("event_number")
+    keys = {"event_number", "time", "request_id"} & set(samples.columns)
+    shuffled = samples.order_by([key, samples["event_number"]]).drop(*keys)
     num_samples, shard = 0, 0
     writer: pq.ParquetWriter | None = None
     for batch in shuffled.to_pyarrow_batches(chunk_size=SAMPLES_PER_ROW_GROUP):
@@ -302,9 +331,9 @@ def _read_lists(path: Path, num_keys: int) -> RowLists:
     return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
 
 
-def _report(folder: Path) -> dict[str, int]:
+def _report(folder: Path, removed: Mapping[str, int]) -> dict[str, Any]:
     samples = read_samples(folder)
-    return {
+    report: dict[str, Any] = {
         "num_samples": len(samples),
         "num_empty_histories": int((np.diff(samples.histories.offsets) == 0).sum()),
         "num_candidates": len(samples.counts) - 1,
@@ -313,3 +342,8 @@ def _report(folder: Path) -> dict[str, int]:
         "num_known_positives": len(samples.known_positives.values),
         "num_exposed": len(samples.exposed.values),
     }
+    if samples.hard_pools:
+        sizes = {stage: np.diff(pool.offsets) for stage, pool in samples.hard_pools.items()}
+        report["hard_negatives"] = describe_pools(sizes)
+        report["hard_negatives_removed"] = dict(removed)
+    return report

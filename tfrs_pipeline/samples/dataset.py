@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.events.schema import Stage
 from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.easy_negatives import AliasSampler
 from tfrs_pipeline.samples.mixture import expected_count, log_expected_count
@@ -20,11 +21,16 @@ from tfrs_pipeline.samples.positives import positive_probability
 
 Batch = dict[str, tf.Tensor]
 
+# Samplers of easy negatives: (alpha, num). Of a row's own hard ones: (stage, share, num).
+EasySampling = tuple[float, int]
+HardSampling = tuple[str, float, int]
+
 # Streams of randomness: the order is keyed by the epoch, the draws by the step; easy sampler i
 # uses _EASY_STREAM + i.
 _ORDER_STREAM = 0
 _DROPOUT_STREAM = 1
-_EASY_STREAM = 2
+_HARD_STREAM = 2
+_EASY_STREAM = 3
 INT32_MAX = np.iinfo(np.int32).max
 
 
@@ -32,7 +38,8 @@ class TrainingBatches:
     """Builds the training batches of one mixture of negatives.
 
     A batch holds B positives and M easy negatives shared by its rows; column j < B of the scores
-    is row j's positive, column B + j the easy negative j.
+    is row j's positive, column B + j the easy negative j. Each row may have H hard negatives of its
+    own besides.
 
     Args:
         samples: The training samples.
@@ -44,9 +51,18 @@ class TrainingBatches:
         in_batch: Whether the other rows' positives are negatives.
         mask_known_positives: Whether a query's other training positives are left out.
         mask_exposed: Whether a query's exposed and never clicked items are left out.
+        hard_share: f in [0, 1), share of the target's negative weight that the row's own hard
+            negatives hold; a row without any has 0.
+        hard_negatives: Per stage, its part of the hard share (relative to the other stages in which
+            the row has any) and how many columns to draw from its pool, with replacement.
+        positive_rate: [num_candidates + 1] rates at which positives are drawn, by candidate; then
+            an epoch is `len(samples)` draws with replacement. None is every sample once an epoch.
+        positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
+            scaled to a mean of 1 over the samples.
 
     Raises:
-        ValueError: If there are fewer samples than `batch_size`, or no negative at all.
+        ValueError: If there are fewer samples than `batch_size`, no negative at all, or hard
+            negatives are asked for that the samples do not have.
     """
 
     def __init__(
@@ -54,12 +70,16 @@ class TrainingBatches:
         samples: Samples,
         *,
         batch_size: int,
-        easy_negatives: Sequence[tuple[float, int]],
+        easy_negatives: Sequence[EasySampling],
         history_length: int,
         seed: int,
         in_batch: bool = True,
         mask_known_positives: bool = True,
         mask_exposed: bool = True,
+        hard_share: float = 0.0,
+        hard_negatives: Sequence[HardSampling] = (),
+        positive_rate: np.ndarray | None = None,
+        positive_weight: np.ndarray | None = None,
     ) -> None:
         if len(samples) < batch_size:
             raise ValueError(
@@ -76,24 +96,38 @@ class TrainingBatches:
         self._seed = seed
         self._in_batch = in_batch
         easy = [(sampling_probability(samples.counts, alpha), num) for alpha, num in easy_negatives]
-        self.expected_count = expected_count(
-            positive_probability(samples.counts), batch_size, easy, in_batch=in_batch
-        )
+        self.q_positive = positive_probability(samples.counts, positive_rate)
+        self.expected_count = expected_count(self.q_positive, batch_size, easy, in_batch=in_batch)
         self._log_expected_count = tf.constant(log_expected_count(self.expected_count))
         self._samplers = [(AliasSampler(probability), num) for probability, num in easy]
         self._query_rows = tf.constant(samples.query_rows)
         self._candidate_rows = tf.constant(samples.candidate_rows)
-        self._weights = tf.constant(samples.weights)
+        weights = samples.weights
+        if positive_weight is not None:
+            factor = positive_weight[samples.candidate_rows]
+            weights = (weights * factor / factor.mean()).astype(np.float32)
+        self._weights = tf.constant(weights)
+        # Each candidate's share of the positives' weight: of the draws, times their weights.
+        per_candidate = np.bincount(
+            samples.candidate_rows, weights, minlength=len(samples.counts)
+        ) * (1.0 if positive_rate is None else positive_rate)
+        self.positive_share = per_candidate / per_candidate.sum()
+        self.counts = samples.counts
+        self._positive_sampler = None
+        if positive_rate is not None:
+            rate = positive_rate[samples.candidate_rows]
+            self._positive_sampler = AliasSampler(rate / rate.sum())
         self._histories = _ragged(samples.histories)
-        masked = [
-            lists
-            for lists, used in (
-                (samples.known_positives, mask_known_positives),
-                (samples.exposed, mask_exposed),
-            )
-            if used
-        ]
-        self._masked = [_ragged(lists) for lists in masked]
+        self._known_positives = _ragged(samples.known_positives) if mask_known_positives else None
+        self._exposed = _ragged(samples.exposed) if mask_exposed else None
+        self._num_candidates = len(samples.counts) - 1
+        self._hard_share = hard_share
+        self._hard = _checked_hard(samples, hard_share, hard_negatives)
+        self._hard_pools = [_ragged(samples.hard_pools[stage]) for stage, _, _ in self._hard]
+        has_hard = np.zeros(len(samples), bool)
+        for stage, _, _ in self._hard:
+            has_hard |= np.diff(samples.hard_pools[stage].offsets) > 0
+        self.mean_hard_share = hard_share * float(has_hard.mean())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,10 +161,16 @@ class TrainingBatches:
             candidate_row: [B] int32, the positives.
             weight: [B] float32.
             easy_candidate_row: [M] int32.
-            log_q: [1, B + M] float32, log n(c) of the column's candidate (see `mixture`).
+            log_q: [1, B + M] float32, log n(c) of the column's candidate (see `mixture`); with hard
+                negatives [B, B + M], log( n(c) / (1 - f) ), f being the row's own.
             dropout_seed: [2] int32, for the model's dropout.
             is_counted: [B, B + M] bool. False: accidental hit, known positive, exposed item.
                 The row's own positive, on the diagonal, is always True.
+            hard_candidate_row: [B, H] int32, with hard negatives, as the rest: 0 where the row has
+                none of the stage.
+            hard_log_q: [B, H] float32, log( H_k / (V * f * w_k) ).
+            hard_is_counted: [B, H] bool. False: nothing drawn, known positive, exposed item.
+            hard_share: [B] float32, the row's f.
         """
         index = self._sample_index(step)
         query_row = tf.gather(self._query_rows, index)
@@ -141,19 +181,26 @@ class TrainingBatches:
         ]
         easy_row = tf.concat(easy, axis=0) if easy else tf.zeros([0], tf.int32)
         columns = tf.concat([candidate_row, easy_row], axis=0)
-        return {
+        log_q = tf.gather(self._log_expected_count, columns)[tf.newaxis, :]
+        hard: Batch = {}
+        if self._hard:
+            hard = self._hard_negatives(step, index, query_row, candidate_row)
+            log_q -= tf.math.log1p(-hard["hard_share"])[:, tf.newaxis]
+        return hard | {
             "query_row": query_row,
             "history_rows": _leading(tf.gather(self._histories, index), self.history_length),
             "candidate_row": candidate_row,
             "weight": tf.gather(self._weights, index),
             "easy_candidate_row": easy_row,
-            "log_q": tf.gather(self._log_expected_count, columns)[tf.newaxis, :],
+            "log_q": log_q,
             "dropout_seed": self._stream(step, _DROPOUT_STREAM),
             "is_counted": self._is_counted(query_row, candidate_row, columns),
         }
 
     def _sample_index(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns the [B] samples of a step: each epoch is a permutation of all samples."""
+        """Returns the [B] samples of a step: a permutation an epoch, or draws by rate."""
+        if self._positive_sampler is not None:
+            return self._positive_sampler.sample(self.batch_size, self._stream(step, _ORDER_STREAM))
         place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
         index = tf.cast(place % self.num_samples, tf.int32)
         first_epoch = step * self.batch_size // self.num_samples
@@ -177,12 +224,68 @@ class TrainingBatches:
         self, query_row: tf.Tensor, candidate_row: tf.Tensor, columns: tf.Tensor
     ) -> tf.Tensor:
         is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
-        for lists in self._masked:
-            is_counted &= ~_contains(tf.gather(lists, query_row), columns)
+        for lists in (self._known_positives, self._exposed):
+            if lists is not None:
+                is_counted &= ~_contains(tf.gather(lists, query_row), columns)
         own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
         if not self._in_batch:
             is_counted &= tf.range(tf.shape(columns)[0])[tf.newaxis, :] >= self.batch_size
         return is_counted | own
+
+    def _hard_negatives(
+        self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+    ) -> Batch:
+        """Draws each row's own hard negatives, stage by stage, with their log_q."""
+        rows, is_counted, num_left = [], [], []
+        for i, (stage, _, num) in enumerate(self._hard):
+            seed = tf.random.experimental.stateless_fold_in(self._stream(step, _HARD_STREAM), i)
+            drawn = _draw_from_lists(tf.gather(self._hard_pools[i], index), num, seed)
+            # The pools were cleared of these when they were built; a mask does not trust that.
+            is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
+            if self._known_positives is not None:
+                is_good &= ~_is_member(tf.gather(self._known_positives, query_row), drawn)
+            if self._exposed is not None and stage != Stage.EXPOSED:
+                is_good &= ~_is_member(tf.gather(self._exposed, query_row), drawn)
+            rows.append(drawn)
+            is_counted.append(is_good)
+            num_left.append(tf.reduce_sum(tf.cast(is_good, tf.float32), axis=1))
+        shares = tf.constant([share for _, share, _ in self._hard], tf.float32)
+        left = tf.stack(num_left, axis=1)
+        available = tf.where(left > 0, shares, tf.zeros_like(left))
+        stage_share = tf.math.divide_no_nan(
+            available, tf.reduce_sum(available, axis=1, keepdims=True)
+        )
+        # -inf * 0 and log 0 stand only in columns that are masked.
+        log_q = tf.math.log(left) - tf.math.log(
+            self._num_candidates * self._hard_share * stage_share
+        )
+        log_q = tf.where(left > 0, log_q, tf.zeros_like(log_q))
+        has_hard = tf.reduce_any(left > 0, axis=1)
+        stage_of_column = np.repeat(np.arange(len(self._hard)), [num for _, _, num in self._hard])
+        return {
+            "hard_candidate_row": tf.concat(rows, axis=1),
+            "hard_log_q": tf.gather(log_q, stage_of_column, axis=1),
+            "hard_is_counted": tf.concat(is_counted, axis=1),
+            "hard_share": tf.where(has_hard, tf.constant(self._hard_share, tf.float32), 0.0),
+        }
+
+
+def _checked_hard(
+    samples: Samples, hard_share: float, hard_negatives: Sequence[HardSampling]
+) -> list[HardSampling]:
+    if not 0 <= hard_share < 1:
+        raise ValueError(f"hard_share must be in [0, 1). Received: {hard_share}")
+    if hard_share == 0:
+        return []
+    used = [sampling for sampling in hard_negatives if sampling[1] > 0 and sampling[2] > 0]
+    missing = [stage for stage, _, _ in used if stage not in samples.hard_pools]
+    if missing or not used:
+        raise ValueError(
+            f"hard_share = {hard_share} needs hard negatives of some stage. Asked for: "
+            f"{[stage for stage, _, _ in used] or 'none'}; the samples hold: "
+            f"{sorted(samples.hard_pools) or 'none'}. Build them with HardNegativeRules."
+        )
+    return used
 
 
 def evaluation_batches(
@@ -235,6 +338,28 @@ def _ragged(lists: RowLists) -> tf.RaggedTensor:
 def _leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
     """Returns the first `length` entries of each list, padded with 0: [num_lists, length]."""
     return lists[:, :length].to_tensor(shape=[None, length])
+
+
+def _draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
+    """Draws `num` entries of each list with replacement; 0s from an empty one: [n, num] int32."""
+    lengths = lists.row_lengths()[:, tf.newaxis]
+    drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], num], seed)
+    place = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
+    # A product can round up to the length itself.
+    place = lists.row_starts()[:, tf.newaxis] + tf.minimum(place, tf.maximum(lengths - 1, 0))
+    padded = tf.concat([lists.values, [0]], axis=0)
+    return tf.where(lengths > 0, tf.gather(padded, place), 0)
+
+
+def _is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
+    """Tells which entries of line i of `rows`, [n, m] int32, are in list i, sorted: [n, m] bool."""
+    # (list, value) pairs as one ascending sequence.
+    pairs = lists.value_rowids() * 2**32 + tf.cast(lists.values, tf.int64)
+    line = tf.range(tf.shape(rows, tf.int64)[0])[:, tf.newaxis]
+    keys = tf.reshape(line * 2**32 + tf.cast(rows, tf.int64), [-1])
+    place = tf.searchsorted(pairs, keys)
+    padded = tf.concat([pairs, [-1]], axis=0)
+    return tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows))
 
 
 def _contains(lists: tf.RaggedTensor, columns: tf.Tensor) -> tf.Tensor:
