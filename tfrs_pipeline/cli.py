@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -14,16 +15,16 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tfrs_pipeline.config import (
     Config,
     ConfigError,
-    EasySampler,
     RunConfig,
     load_config,
     main_job_config,
@@ -55,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TensorFlow's C++ log helps nobody here; what fails comes as a Python error too.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tfrs_pipeline").setLevel(
         logging.INFO if options.verbose else logging.WARNING
     )
     try:
+        if unknown:
+            raise _unknown_argument(unknown[0], options.parser)
         return int(options.command(options))
     except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.exception("the whole trace")
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands, common)
     _add_query(commands, common)
     return parser
+
+
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UsageError:
+    if not argument.startswith("-"):
+        return UsageError(f"unexpected {argument!r}; see {parser.prog} --help")
+    flag = argument.partition("=")[0]
+    near = difflib.get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]!r}?" if near else f"see {parser.prog} --help"
+    return UsageError(f"unknown flag {flag}; {hint}")
 
 
 def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -111,7 +125,7 @@ def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         "runs/.",
     )
     _add_settings(run, RunConfig)
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, parser=run)
 
 
 def _add_settings(parser: Any, table: type[Config], prefix: str = "") -> None:
@@ -119,7 +133,7 @@ def _add_settings(parser: Any, table: type[Config], prefix: str = "") -> None:
     defaults = main_job_config().model_dump()
     for name, field in table.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Config):
+        if _is_table(annotation):
             group = parser.add_argument_group(f"{name} settings", field.description)
             _add_settings(group, annotation, f"{prefix}{name}.")
             continue
@@ -141,6 +155,10 @@ def _add_settings(parser: Any, table: type[Config], prefix: str = "") -> None:
             parser.add_argument(flag, metavar=_metavar(annotation), **options)
 
 
+def _is_table(annotation: Any) -> TypeGuard[type[Config]]:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
 def _metavar(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -154,19 +172,20 @@ def _metavar(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         names = [_metavar(option) for option in inner if option is not type(None)]
         return "|".join([*names, "none"])
-    if annotation is EasySampler:
-        return "ALPHA:NUM"
+    if _is_table(annotation):
+        return ":".join(annotation.model_fields).upper()
     return {"str": "TEXT", "Path": "PATH", "datetime": "TIME"}.get(
         annotation.__name__, annotation.__name__.upper()
     )
 
 
 def _shown(value: Any) -> str:
+    """Writes a value as its flag takes it."""
     if isinstance(value, Mapping):
         return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
     if isinstance(value, tuple | list):
-        parts = [f"{v['alpha']:g}:{v['num']}" if isinstance(v, Mapping) else str(v) for v in value]
-        return " ".join(parts) or "none"
+        entries = [v.values() if isinstance(v, Mapping) else [v] for v in value]
+        return " ".join(":".join(map(str, entry)) for entry in entries) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
@@ -178,8 +197,7 @@ def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
     for name, value in vars(options).items():
         table: Any = RunConfig
         for key in name.split("."):
-            is_table = isinstance(table, type) and issubclass(table, Config)
-            if not is_table or key not in table.model_fields:
+            if not _is_table(table) or key not in table.model_fields:
                 break
             table = table.model_fields[key].annotation
         else:
@@ -190,20 +208,23 @@ def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
 def _parsed(name: str, annotation: Any, value: Any) -> Any:
     """Turns a flag's text into what the config takes; the config checks and converts the rest."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (dict, tuple) and value == ["none"]:
+        value = []
     if origin is dict:
-        return dict(_parts(name, entry, "=", "NAME=VALUE") for entry in value)
-    if origin is tuple and inner[0] is EasySampler:
-        pairs = [_parts(name, entry, ":", "ALPHA:NUM") for entry in value]
-        return [{"alpha": alpha, "num": num} for alpha, num in pairs]
+        return dict(_parts(name, entry, "=", ["NAME", "VALUE"]) for entry in value)
+    if origin is tuple and _is_table(inner[0]):
+        fields = list(inner[0].model_fields)
+        return [dict(zip(fields, _parts(name, entry, ":", fields), strict=True)) for entry in value]
     is_optional = origin in (typing.Union, types.UnionType) and type(None) in inner
     return None if is_optional and value == "none" else value
 
 
-def _parts(name: str, entry: str, separator: str, form: str) -> tuple[str, str]:
-    left, found, right = entry.partition(separator)
-    if not found:
+def _parts(name: str, entry: str, separator: str, names: Sequence[str]) -> list[str]:
+    parts = entry.split(separator, maxsplit=len(names) - 1)
+    if len(parts) < len(names):
+        form = separator.join(names).upper()
         raise UsageError(f"--{name.replace('_', '-')}: got {entry!r}; write {form}")
-    return left, right
+    return parts
 
 
 def _base_config(options: argparse.Namespace, given: Mapping[str, Any]) -> RunConfig:
@@ -225,7 +246,7 @@ def _run(options: argparse.Namespace) -> int:
         options.run_dir or Path("runs") / f"{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     console = Console()
-    console.print(f"run folder: {folder}")
+    _say(console, f"run folder: {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (
@@ -237,7 +258,8 @@ def _run(options: argparse.Namespace) -> int:
             result = run(config, folder, on_stage=on_stage, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join(["tfrs-pipeline", "run", "--run-dir", str(folder)])
-        console.print(f"\nstopped; go on with:  {again}", soft_wrap=True)
+        has_begun = (folder / "config.toml").exists()
+        _say(console, f"\nstopped; go on with:  {again}" if has_begun else "\nstopped")
         return INTERRUPTED
     _print_result(console, config, result)
     return 0
@@ -264,27 +286,35 @@ def _native_errors_to(path: Path) -> Iterator[None]:
             sys.stderr = python_errors
 
 
+def _say(console: Console, text: str) -> None:
+    # As it stands: markup could be read into the "[...]" of a user's file name.
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
     """Shows a bar for the task at hand, and a line with its notes for each finished stage."""
     bar = Progress(
         TextColumn("  {task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         console=console,
         transient=True,
     )
-    task = bar.add_task("starting", total=None)
+    bar.add_task("starting", total=None, count="")
 
     def on_progress(name: str, done: int, total: int) -> None:
-        bar.update(task, description=name, completed=done, total=total or None)
+        (task,) = bar.tasks
+        if task.description != name:  # A task cannot lose its total, nor start its clock again.
+            bar.remove_task(task.id)
+            bar.add_task(name, total=total or None, count="")
+        bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
 
     def on_stage(report: StageReport) -> None:
-        # A tag of markup could be read into "[...]" of a user's file name.
-        console.print(f"{report.name:<28}{report.seconds:8.1f} s", markup=False, highlight=False)
+        _say(console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
-            console.print(f"    {note}", markup=False, highlight=False, soft_wrap=True)
+            _say(console, f"    {note}")
 
     with bar:
         yield on_stage, on_progress
@@ -293,20 +323,24 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
 def _print_result(console: Console, config: RunConfig, result: RunResult) -> None:
     from tfrs_pipeline.evaluation.table import format_table
 
-    cutoffs = config.evaluation.cutoffs
-    columns = [f"ndcg@{max(cutoffs)}", f"recall@{max(cutoffs)}", f"recall@{min(cutoffs)}"]
-    columns += [f"mrr@{min(cutoffs)}", f"coverage@{min(cutoffs)}", f"tail/recall@{max(cutoffs)}"]
-    table = format_table(result.metrics["models"], list(dict.fromkeys(columns)))
+    shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
+    columns = [f"ndcg@{longest}", f"recall@{shortest}", f"tail/recall@{longest}"]
+    columns += [f"recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
+    columns = list(dict.fromkeys(columns))
+    table = format_table(result.metrics["models"], columns)
+    # A wrapped table cannot be read; metrics.json has every number.
+    while console.is_terminal and len(table.partition("\n")[0]) > console.width and columns[1:]:
+        table = format_table(result.metrics["models"], columns := columns[:-1])
     left_out = {"clicked": ", clicked items left out", "seen": ", seen items left out", "none": ""}
-    console.print(f"\nOn the test part{left_out[config.evaluation.exclude]}:", highlight=False)
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\nmetrics  {result.folder / 'metrics.json'}", soft_wrap=True, highlight=False)
-    console.print(f"config   {result.folder / 'config.toml'}", soft_wrap=True, highlight=False)
-    console.print(f"model    {result.export_folder}", soft_wrap=True, highlight=False)
+    _say(console, f"\nOn the test part{left_out[config.evaluation.exclude]}:")
+    _say(console, table)
+    _say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
+    _say(console, f"config   {result.folder / 'config.toml'}")
+    _say(console, f"model    {result.export_folder}")
     manifest = json.loads((result.export_folder / "manifest.json").read_text())
     command = ["tfrs-pipeline", "query", str(result.export_folder.parent)]
     command += ["--user", str(manifest["example_user"]), "-k", "10"]
-    console.print(f"\nnext:  {shlex.join(command)}", soft_wrap=True, highlight=False)
+    _say(console, f"\nnext:  {shlex.join(command)}")
 
 
 def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -337,7 +371,7 @@ def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
         "--exact", action="store_true", help="Use the brute-force twin instead of the index."
     )
     query.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    query.set_defaults(command=_query)
+    query.set_defaults(command=_query, parser=query)
 
 
 def _query(options: argparse.Namespace) -> int:
@@ -348,7 +382,8 @@ def _query(options: argparse.Namespace) -> int:
     retriever = load_retriever(options.model, exact=options.exact)
     user_id = retriever.parse_user_id(options.user)
     exclude = [retriever.parse_item_id(text) for text in options.exclude]
-    ids, scores, is_known = retriever.retrieve_user([user_id], options.k, [exclude])
+    k = min(options.k, retriever.num_candidates)
+    ids, scores, is_known = retriever.retrieve_user([user_id], k, [exclude])
     titles = retriever.titles()
     found = [
         {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(float(score), 6)}
@@ -361,17 +396,18 @@ def _query(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     if not is_known[0]:
-        console.print(
+        _say(
+            console,
             f"User {options.user} is unknown to this model: the answer for an empty history.",
-            markup=False,
         )
     table = Table("rank", "item", *(["title"] if titles else []), "score")
     for item in found:
         title = [item["title"] or ""] if titles else []
-        table.add_row(str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}")
+        cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
+        table.add_row(*map(Text, cells))
     console.print(table)
     if len(found) < options.k:
-        console.print(f"Only {len(found)} items are left for this user.")
+        _say(console, f"Only {len(found)} items are left for this user.")
     return 0
 
 

@@ -203,7 +203,7 @@ class SplitConfig(Config):
     target_share: Share = 0.2
     """Share of a held-out user's last positives that is to be found, for held_out_users."""
     min_positives: PositiveInt = 5
-    """Users with fewer positives are left out."""
+    """Users with fewer positives are left out, except by time, which keeps every user."""
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:

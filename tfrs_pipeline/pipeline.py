@@ -8,8 +8,9 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +34,11 @@ from tfrs_pipeline.evaluation.baselines import (
     IalsRetriever,
     PopularityRetriever,
 )
-from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate
+from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate, popularity_slices
 from tfrs_pipeline.events import split as splits
+from tfrs_pipeline.events.labels import relabel
 from tfrs_pipeline.events.movielens import load_movielens_100k
-from tfrs_pipeline.events.schema import Tables, read_tables, write_tables
+from tfrs_pipeline.events.schema import Stage, Tables, read_tables, write_tables
 from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries, split_report
 from tfrs_pipeline.events.tables import load_tables
 from tfrs_pipeline.model.features import Feature
@@ -53,8 +55,14 @@ from tfrs_pipeline.samples.builder import (
     read_samples,
 )
 from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
+from tfrs_pipeline.samples.hard_negatives import HardNegativeRules
 from tfrs_pipeline.samples.mixture import num_unreachable
-from tfrs_pipeline.samples.positives import select_positives
+from tfrs_pipeline.samples.positives import (
+    keep_rate,
+    positive_probability,
+    power_law_rate,
+    select_positives,
+)
 from tfrs_pipeline.serving.export import RetrievalModule, file_hash, write_export
 from tfrs_pipeline.serving.index import (
     ExactIndex,
@@ -168,11 +176,14 @@ def run(
         validation_queries = evaluation_queries(split, "validation")
         test_queries = evaluation_queries(split, "test")
     with stage("samples") as report:
-        selection = _samples(tables, split, ("train",), folder / "samples" / "selection", config)
+        samples_folder = folder / "samples"
+        selection = training_samples(
+            config, tables, split, ("train",), samples_folder / "selection"
+        )
         training_parts = ("train", "validation") if config.training.refit else ("train",)
-        final = _samples(tables, split, training_parts, folder / "samples" / "final", config)
-        corpus = _corpus(tables, folder / "samples" / "final")
-        report.notes += _describe_samples(folder / "samples" / "final")
+        final = training_samples(config, tables, split, training_parts, samples_folder / "final")
+        corpus = read_corpus(tables, samples_folder / "final")
+        report.notes += _describe_samples(samples_folder / "final")
     models: dict[str, Retriever] = {}
     trained: dict[str, TrainingResult] = {}
     two_tower: TwoTowerModel | None = None
@@ -194,9 +205,11 @@ def run(
         two_tower = two_tower or model
     assert two_tower is not None
     with stage("baselines") as report:
-        models |= _baselines(
-            config, corpus, selection, final, validation_queries, report, on_progress
+        baselines, notes = fit_baselines(
+            config, corpus, selection, final, validation_queries, on_progress=on_progress
         )
+        models |= baselines
+        report.notes += notes
     with stage("evaluate") as report:
         results = {
             name: _evaluate(config, retriever, corpus, final, test_queries, name, on_progress)
@@ -206,16 +219,28 @@ def run(
     with stage("export") as report:
         metrics: dict[str, Any] = {
             "dataset": config.model_name,
-            "split": split_report(split),
+            "split": split_report(split, tables.events),
             "models": {name: result.summary() for name, result in results.items()},
             "training": {
                 name: {"best_epoch": result.best_epoch, "history": result.history}
                 for name, result in trained.items()
             },
         }
-        export_folder, metrics["index"] = _export(
-            config, tables, corpus, two_tower, test_queries, folder, metrics, report
+        data_files = sorted((folder / "data").glob("*.parquet"))
+        export_folder, metrics["index"] = export_model(
+            config,
+            tables,
+            corpus,
+            two_tower,
+            test_queries,
+            manifest={
+                "data": {path.name: file_hash(path) for path in data_files},
+                "counts": json.loads((samples_folder / "final" / "report.json").read_text()),
+                "metrics": metrics["models"]["two_tower"],
+            },
         )
+        report.notes += _describe_index(metrics["index"], corpus)
+        report.notes.append("a fresh process loaded the export and gave the same answers")
     metrics["seconds"] = seconds
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return RunResult(folder, export_folder, metrics)
@@ -229,10 +254,11 @@ def load_data(config: DataConfig) -> Tables:
             tables, item_features=config.item_features, user_features=config.user_features
         )
     assert config.path is not None  # The config's own check.
-    return load_tables(
+    tables = load_tables(
         config.path,
         kind=config.source,
-        columns=config.columns,
+        # The label's columns are carried along as context.
+        columns={**{name: name for name in config.label}, **config.columns},
         rating_threshold=config.rating_threshold,
         stage_values=config.stage_values,
         timestamp_unit=config.timestamp_unit,
@@ -245,6 +271,9 @@ def load_data(config: DataConfig) -> Tables:
         unknown_items=config.unknown_items,
         duplicates=config.duplicates,
     )
+    if not config.label:
+        return tables
+    return dataclasses.replace(tables, events=relabel(tables.events, config.label))
 
 
 def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
@@ -280,6 +309,56 @@ def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Tab
     return splits.split_by_time(events, validation_start=validation_start, test_start=test_start)
 
 
+def training_samples(
+    config: RunConfig, tables: Tables, split: ibis.Table, parts: Sequence[str], folder: Path
+) -> Samples:
+    """Builds the samples of a config from some parts of the split, or reads those of the folder.
+
+    Args:
+        config: Of the run.
+        tables: As loaded.
+        split: The events with their `part` (`split_events`).
+        parts: Those to train on: "train", and "validation" once it has chosen the settings.
+        folder: Where the samples lie; whole ones are read as they are, whatever made them.
+
+    Returns:
+        One sample per positive of these parts, with counts and masks from the same parts alone.
+    """
+    if not (folder / "report.json").exists():
+        build_samples(
+            tables,
+            split.filter(split["part"].isin(list(parts))),
+            folder,
+            history_length=config.samples.history_length,
+            seed=config.seed,
+            order=_history_order(split, config.data),
+            hard_negatives=hard_negative_rules(config.samples),
+        )
+    return read_samples(folder)
+
+
+def read_corpus(tables: Tables, samples_folder: Path) -> Corpus:
+    """Reads the ids behind the rows of samples, and encodes the features that stand beside them.
+
+    Args:
+        tables: Those that the samples were built from.
+        samples_folder: As given to `training_samples`; all samples of the same tables share rows.
+    """
+    candidate_ids, query_ids = read_ids(samples_folder)
+    items = tables.items.order_by("item_id").to_pyarrow()
+    users = tables.users.order_by("user_id").to_pyarrow()
+    candidate_features, candidate_columns = _encode(items, tables.item_features)
+    query_features, query_columns = _encode(users, tables.user_features)
+    return Corpus(
+        candidate_ids,
+        query_ids,
+        candidate_features,
+        query_features,
+        candidate_columns,
+        query_columns,
+    )
+
+
 def build_model(
     config: ModelConfig,
     samples: SamplesConfig,
@@ -309,6 +388,9 @@ def training_batches(
     config: RunConfig, samples: Samples, *, seed: int | None = None
 ) -> TrainingBatches:
     """Makes the hybrid batches of a config from samples."""
+    # By drawing it is a rate, by weights a factor; without resampling neither.
+    kinds = {"drawing": "rate", "weights": "weight"}
+    resampled = [kinds[config.samples.resampling_as]] if config.samples.resampling != "none" else []
     return TrainingBatches(
         samples,
         batch_size=config.training.batch_size,
@@ -318,7 +400,36 @@ def training_batches(
         in_batch=config.samples.in_batch,
         mask_known_positives=config.samples.mask_known_positives,
         mask_exposed=config.samples.mask_exposed,
+        hard_share=config.samples.hard_share,
+        hard_negatives=[
+            (sampler.stage, sampler.share, sampler.num) for sampler in config.samples.hard_negatives
+        ],
+        **{f"positive_{how}": resampling_rate(config.samples, samples.counts) for how in resampled},
     )
+
+
+def hard_negative_rules(config: SamplesConfig) -> HardNegativeRules | None:
+    """Makes the rules for hard negatives of a config; None if it asks for none."""
+    if config.hard_share == 0:
+        return None
+    return HardNegativeRules(
+        stages=[Stage(sampler.stage) for sampler in config.hard_negatives],
+        min_pool=config.hard_min_pool,
+        max_pool=config.hard_max_pool,
+        window=timedelta(hours=config.hard_window_hours),
+        bottom_share=config.ranked_bottom_share,
+        min_rank=config.ranked_min_rank,
+        allow_exposed=config.allow_exposed_as_negatives,
+    )
+
+
+def resampling_rate(config: SamplesConfig, counts: np.ndarray) -> np.ndarray:
+    """Computes the rates, by candidate row, at which a config resamples positives."""
+    if config.resampling == "power_law":
+        return power_law_rate(counts, config.resampling_exponent)
+    if config.resampling == "keep_rule":
+        return keep_rate(counts, config.resampling_threshold)
+    return (counts > 0).astype(np.float64)
 
 
 def validation_batches(
@@ -348,10 +459,212 @@ def validation_batches(
     )
 
 
+def train_model(
+    config: RunConfig,
+    model_config: ModelConfig,
+    corpus: Corpus,
+    batches: TrainingBatches,
+    *,
+    validation_queries: EvaluationQueries | None = None,
+    max_epochs: int | None = None,
+    name: str = "two_tower",
+    checkpoint_folder: Path | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[TwoTowerModel, TrainingResult]:
+    """Builds a model and trains it by the settings of a config (see `model.training.train`).
+
+    Args:
+        config: Of the run; its seed also starts the weights.
+        model_config: The model's own settings: `config.model`, or a variant of it.
+        corpus: Ids and features behind the rows of the batches.
+        batches: Of `training_batches`.
+        validation_queries: Queries that choose the epoch to keep and stop the training early; None
+            trains all epochs and keeps the last.
+        max_epochs: Epochs at most; None is the config's number.
+        name: Of the model.
+        checkpoint_folder: Where every epoch is saved and a stopped training is resumed from.
+        on_epoch: Called after each epoch with its number, from 1, and its logs.
+
+    Returns:
+        The model with its best weights, and how it got there.
+    """
+    tf.keras.utils.set_random_seed(config.seed)
+    cutoffs = config.evaluation.cutoffs
+    model = build_model(model_config, config.samples, corpus, cutoffs=cutoffs, name=name)
+    validation = (
+        validation_batches(model, corpus, validation_queries, config.evaluation.exclude)
+        if validation_queries is not None
+        else None
+    )
+    result = train(
+        model,
+        batches,
+        max_epochs=config.training.max_epochs if max_epochs is None else max_epochs,
+        optimizer=config.training.optimizer,
+        learning_rate=config.training.learning_rate,
+        validation=validation,
+        monitor=config.training.monitor,
+        patience=config.training.patience,
+        checkpoint_folder=checkpoint_folder,
+        on_epoch=on_epoch,
+    )
+    return model, result
+
+
+def fit_baselines(
+    config: RunConfig,
+    corpus: Corpus,
+    selection: Samples,
+    final: Samples,
+    validation_queries: EvaluationQueries,
+    *,
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> tuple[dict[str, Retriever], list[str]]:
+    """Fits the baselines of a config, their settings chosen on validation where it lists several.
+
+    Args:
+        config: Of the run; `evaluation` lists the baselines and their settings.
+        corpus: Ids behind the rows of the samples.
+        selection: Samples of the training part.
+        final: Samples of all that precedes the test; the baselines are fitted to these.
+        validation_queries: Queries that choose.
+        on_progress: As in `run`.
+
+    Returns:
+        The baselines by name, and notes on what was chosen and what was skipped.
+    """
+    settings = config.evaluation
+    notes = []
+    fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
+        "popularity": (PopularityRetriever.fit, [{}]),
+        "ease": (EaseRetriever.fit, [{"l2": l2} for l2 in settings.ease_l2]),
+        "ials": (
+            IalsRetriever.fit,
+            [
+                {
+                    "num_factors": num_factors,
+                    "regularization": regularization,
+                    "alpha": alpha,
+                    "seed": config.seed,
+                }
+                for num_factors, regularization, alpha in itertools.product(
+                    settings.ials_num_factors, settings.ials_regularization, settings.ials_alpha
+                )
+            ],
+        ),
+    }
+    found: dict[str, Retriever] = {}
+    training, everything = _interactions(selection), _interactions(final)
+    for name in settings.baselines:
+        fitter, grid = fitters[name]
+        if name == "ease" and len(corpus.candidate_ids) > settings.max_ease_candidates:
+            notes.append(
+                f"ease: skipped, {len(corpus.candidate_ids):,} items are more than "
+                f"evaluation.max_ease_candidates = {settings.max_ease_candidates:,}"
+            )
+            continue
+        scores = []
+        for i, options in enumerate(grid if len(grid) > 1 else []):
+            on_progress(f"{name}, choosing on validation", i, len(grid))
+            retriever = fitter(training, corpus.candidate_ids, **options)
+            result = _evaluate(config, retriever, corpus, selection, validation_queries)
+            scores.append(result.overall.intervals[config.training.monitor].mean)
+        best = grid[int(np.argmax(scores))] if scores else grid[0]
+        found[name] = fitter(everything, corpus.candidate_ids, **best)
+        if scores:
+            chosen = ", ".join(f"{k}={v}" for k, v in best.items() if k != "seed")
+            notes.append(f"{name}: {chosen}, best of {len(grid)} on validation")
+    return found, notes
+
+
+def export_model(
+    config: RunConfig,
+    tables: Tables,
+    corpus: Corpus,
+    model: TwoTowerModel,
+    queries: EvaluationQueries,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Exports a model with its index, proven in a fresh process (see `serving.export`).
+
+    What is known of each user in service is all of `tables.events`, the test part included: it has
+    happened.
+
+    Args:
+        config: Of the run; `export` says where and with which index.
+        tables: As loaded.
+        corpus: Ids behind the model's rows.
+        model: Trained.
+        queries: What a ScaNN index is tuned and measured on; the manifest's example user is the
+            first.
+        manifest: More to write into the manifest, such as metrics; JSON-able.
+
+    Returns:
+        The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings" and
+        the "index_recall@100" against exact search.
+
+    Raises:
+        ExportError: If a fresh process cannot load the export or answers otherwise.
+    """
+    embeddings = model.embed_corpus()
+    exact = ExactIndex(embeddings)
+    kind = resolve_index_kind(config.export.index, len(embeddings))
+    index: ExactIndex | ScannIndex = exact
+    description: dict[str, Any] = {"kind": kind}
+    if kind == "scann":
+        encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
+        probes = encoder(queries.as_queries()[:NUM_INDEX_PROBES])
+        index, recall = build_scann_index(
+            embeddings, probes, k=PROMISED_K, target_recall=config.export.target_recall
+        )
+        promised = min(PROMISED_K, len(embeddings))
+        description |= {f"index_recall@{promised}": recall, "settings": index.describe()}
+    histories, known = _latest_histories(corpus, tables.events)
+    modules = [
+        RetrievalModule(
+            model,
+            search,
+            exact,
+            query_ids=corpus.query_ids,
+            candidate_ids=corpus.candidate_ids,
+            histories=histories,
+            known_positives=known,
+        )
+        for search in ([index, exact] if kind == "scann" else [exact])
+    ]
+    items = tables.items.order_by("item_id")
+    columns = ["item_id", *(["title"] if "title" in items.columns else [])]
+    export_folder = write_export(
+        config.export.directory,
+        config.model_name,
+        module=modules[0],
+        twin=modules[1] if len(modules) > 1 else None,
+        manifest={
+            "config": config.model_dump(mode="json"),
+            "example_user": queries.user_ids.tolist()[0],
+            **(manifest or {}),
+            "index": description,
+        },
+        items=items.select(columns).to_pyarrow(),
+        probe_users=corpus.query_ids[:NUM_EXPORT_PROBES].tolist(),
+    )
+    return export_folder, description
+
+
 def _claim_folder(config: RunConfig, folder: Path) -> None:
+    for written in (folder, config.export.directory):
+        # TensorFlow takes these for a pattern when it reads, and not when it writes.
+        if wrong := sorted(set("[\\") & set(str(written))):
+            raise ValueError(
+                f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
+                "writes there. Choose a folder without."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
-    if not path.exists():
+    # A run whose data was refused has left nothing behind: its settings may be mended in place.
+    has_begun = path.exists() and (folder / "data" / "tables.json").exists()
+    if not has_begun:
         path.write_text(dump_config(config))
     elif load_config(path) != config:
         raise ValueError(
@@ -394,10 +707,11 @@ def _split(tables: Tables, config: RunConfig, folder: Path, report: StageReport)
                 f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
                 f"{row['num_events']:,} events"
             )
-    report.notes.append(
-        f"dropped {counts['num_users_dropped']:,} users with fewer than "
-        f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
-    )
+    if config.split.kind != "time":  # Which keeps every user.
+        report.notes.append(
+            f"dropped {counts['num_users_dropped']:,} users with fewer than "
+            f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
+        )
     return split
 
 
@@ -405,21 +719,6 @@ def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
     if "timestamp" in events.columns:
         return "timestamp"
     return "event_number" if config.ordered else "none"
-
-
-def _samples(
-    tables: Tables, split: ibis.Table, parts: tuple[str, ...], folder: Path, config: RunConfig
-) -> Samples:
-    if not (folder / "report.json").exists():
-        build_samples(
-            tables,
-            split.filter(split["part"].isin(parts)),
-            folder,
-            history_length=config.samples.history_length,
-            seed=config.seed,
-            order=_history_order(split, config.data),
-        )
-    return read_samples(folder)
 
 
 def _describe_samples(folder: Path) -> list[str]:
@@ -431,23 +730,32 @@ def _describe_samples(folder: Path) -> list[str]:
         "them never clicked in training",
         f"masked as negatives of their user: {counts['num_known_positives']:,} known positives, "
         f"{counts['num_exposed']:,} exposed and not clicked",
+        *(
+            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
+            f"{pool['mean_pool']:.1f} on average"
+            for stage, pool in counts.get("hard_negatives", {}).items()
+        ),
+        *(
+            f"never hard negatives, {reason}: {num_rows:,} rows"
+            for reason, num_rows in counts.get("hard_negatives_removed", {}).items()
+        ),
     ]
 
 
-def _corpus(tables: Tables, folder: Path) -> Corpus:
-    candidate_ids, query_ids = read_ids(folder)
-    items = tables.items.order_by("item_id").to_pyarrow()
-    users = tables.users.order_by("user_id").to_pyarrow()
-    candidate_features, candidate_columns = _encode(items, tables.item_features)
-    query_features, query_columns = _encode(users, tables.user_features)
-    return Corpus(
-        candidate_ids,
-        query_ids,
-        candidate_features,
-        query_features,
-        candidate_columns,
-        query_columns,
-    )
+def _describe_batches(batches: TrainingBatches, config: SamplesConfig) -> list[str]:
+    unreachable = num_unreachable(batches.expected_count)
+    notes = [f"{unreachable:,} items can be drawn by no sampler as a negative"]
+    if config.hard_share:
+        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
+    if config.resampling != "none":
+        slices = popularity_slices(batches.counts[1:])
+        for when, q in (
+            ("before", positive_probability(batches.counts)),
+            ("after", batches.positive_share),
+        ):
+            shares = ", ".join(f"{name} {q[1:][rows].sum():.3f}" for name, rows in slices.items())
+            notes.append(f"positives {when} resampling: {shares}")
+    return notes
 
 
 def _encode(
@@ -483,45 +791,40 @@ def _train_and_refit(
 ) -> tuple[TwoTowerModel, TrainingResult]:
     """Chooses the number of epochs on validation, then trains on all that precedes the test."""
 
-    def fit(samples: Samples, step: str, max_epochs: int, with_validation: bool) -> Any:
-        tf.keras.utils.set_random_seed(config.seed)
-        cutoffs = config.evaluation.cutoffs
-        model = build_model(model_config, config.samples, corpus, cutoffs=cutoffs, name=name)
-        batches = training_batches(config, samples)
-        validation = (
-            validation_batches(model, corpus, validation_queries, config.evaluation.exclude)
-            if with_validation
-            else None
-        )
-        result = train(
-            model,
+    def fit(
+        batches: TrainingBatches,
+        step: str,
+        max_epochs: int,
+        validation: EvaluationQueries | None = None,
+    ) -> tuple[TwoTowerModel, TrainingResult]:
+        return train_model(
+            config,
+            model_config,
+            corpus,
             batches,
+            validation_queries=validation,
             max_epochs=max_epochs,
-            optimizer=config.training.optimizer,
-            learning_rate=config.training.learning_rate,
-            validation=validation,
-            monitor=config.training.monitor,
-            patience=config.training.patience,
+            name=name,
             checkpoint_folder=folder / step,
             on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
         )
-        return model, result, batches
 
-    model, chosen, batches = fit(selection, "selection", config.training.max_epochs, True)
+    batches = training_batches(config, selection)
+    model, chosen = fit(batches, "selection", config.training.max_epochs, validation_queries)
     monitored = chosen.history[f"val_{config.training.monitor}"]
     report.notes.append(
         f"best validation {config.training.monitor} {max(monitored):.4f} after "
         f"{chosen.best_epoch} of {len(monitored)} epochs"
     )
     if config.training.refit:
-        model, refitted, batches = fit(final, "refit", chosen.best_epoch, False)
+        batches = training_batches(config, final)
+        model, refitted = fit(batches, "refit", chosen.best_epoch)
         report.notes.append(
             f"trained again on training and validation positives for {chosen.best_epoch} epochs, "
             f"{batches.num_samples * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
             "positives/s"
         )
-    unreachable = num_unreachable(batches.expected_count)
-    report.notes.append(f"{unreachable:,} items can be drawn by no sampler as a negative")
+    report.notes += _describe_batches(batches, config.samples)
     return model, chosen
 
 
@@ -534,58 +837,6 @@ def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
     shape = (len(samples.known_positives), len(samples.counts) - 1)
     matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
     return matrix[np.diff(matrix.indptr) > 0]
-
-
-def _baselines(
-    config: RunConfig,
-    corpus: Corpus,
-    selection: Samples,
-    final: Samples,
-    validation_queries: EvaluationQueries,
-    report: StageReport,
-    on_progress: OnProgress,
-) -> dict[str, Retriever]:
-    settings = config.evaluation
-    fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
-        "popularity": (PopularityRetriever.fit, [{}]),
-        "ease": (EaseRetriever.fit, [{"l2": l2} for l2 in settings.ease_l2]),
-        "ials": (
-            IalsRetriever.fit,
-            [
-                {
-                    "num_factors": num_factors,
-                    "regularization": regularization,
-                    "alpha": alpha,
-                    "seed": config.seed,
-                }
-                for num_factors, regularization, alpha in itertools.product(
-                    settings.ials_num_factors, settings.ials_regularization, settings.ials_alpha
-                )
-            ],
-        ),
-    }
-    found: dict[str, Retriever] = {}
-    training, everything = _interactions(selection), _interactions(final)
-    for name in settings.baselines:
-        fitter, grid = fitters[name]
-        if name == "ease" and len(corpus.candidate_ids) > settings.max_ease_candidates:
-            report.notes.append(
-                f"ease: skipped, {len(corpus.candidate_ids):,} items are more than "
-                f"evaluation.max_ease_candidates = {settings.max_ease_candidates:,}"
-            )
-            continue
-        scores = []
-        for i, options in enumerate(grid if len(grid) > 1 else []):
-            on_progress(f"{name}, choosing on validation", i, len(grid))
-            retriever = fitter(training, corpus.candidate_ids, **options)
-            result = _evaluate(config, retriever, corpus, selection, validation_queries)
-            scores.append(result.overall.intervals[config.training.monitor].mean)
-        best = grid[int(np.argmax(scores))] if scores else grid[0]
-        found[name] = fitter(everything, corpus.candidate_ids, **best)
-        if scores:
-            chosen = ", ".join(f"{k}={v}" for k, v in best.items() if k != "seed")
-            report.notes.append(f"{name}: {chosen}, best of {len(grid)} on validation")
-    return found
 
 
 def _evaluate(
@@ -621,70 +872,15 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
     ]
 
 
-def _export(
-    config: RunConfig,
-    tables: Tables,
-    corpus: Corpus,
-    model: TwoTowerModel,
-    test_queries: EvaluationQueries,
-    folder: Path,
-    metrics: dict[str, Any],
-    report: StageReport,
-) -> tuple[Path, dict[str, Any]]:
-    embeddings = model.embed_corpus()
-    exact = ExactIndex(embeddings)
-    kind = resolve_index_kind(config.export.index, len(embeddings))
-    index: ExactIndex | ScannIndex = exact
-    description: dict[str, Any] = {"kind": kind}
-    if kind == "scann":
-        encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
-        probes = encoder(test_queries.as_queries()[:NUM_INDEX_PROBES])
-        index, recall = build_scann_index(
-            embeddings, probes, k=PROMISED_K, target_recall=config.export.target_recall
-        )
-        promised = min(PROMISED_K, len(embeddings))
-        description |= {f"index_recall@{promised}": recall, "settings": index.describe()}
-        report.notes.append(
-            f"ScaNN finds {recall:.4f} of the exact top {promised}, searching "
-            f"{index.settings.num_leaves_to_search} of {index.settings.num_leaves} leaves"
-        )
-    else:
-        report.notes.append(f"exact search over {len(embeddings):,} candidates")
-    histories, known = _latest_histories(corpus, tables.events)
-    modules = [
-        RetrievalModule(
-            model,
-            search,
-            exact,
-            query_ids=corpus.query_ids,
-            candidate_ids=corpus.candidate_ids,
-            histories=histories,
-            known_positives=known,
-        )
-        for search in ([index, exact] if kind == "scann" else [exact])
+def _describe_index(description: Mapping[str, Any], corpus: Corpus) -> list[str]:
+    if description["kind"] == "exact":
+        return [f"exact search over {len(corpus.candidate_ids):,} candidates"]
+    promised = min(PROMISED_K, len(corpus.candidate_ids))
+    settings = description["settings"]
+    return [
+        f"ScaNN finds {description[f'index_recall@{promised}']:.4f} of the exact top {promised}, "
+        f"searching {settings['num_leaves_to_search']} of {settings['num_leaves']} leaves"
     ]
-    items = tables.items.order_by("item_id")
-    columns = ["item_id", *(["title"] if "title" in items.columns else [])]
-    data_files = sorted((folder / "data").glob("*.parquet"))
-    manifest = {
-        "config": config.model_dump(mode="json"),
-        "data": {path.name: file_hash(path) for path in data_files},
-        "example_user": test_queries.user_ids[0],
-        "counts": json.loads((folder / "samples" / "final" / "report.json").read_text()),
-        "metrics": metrics["models"]["two_tower"],
-        "index": description,
-    }
-    export_folder = write_export(
-        config.export.directory,
-        config.model_name,
-        module=modules[0],
-        twin=modules[1] if len(modules) > 1 else None,
-        manifest=manifest,
-        items=items.select(columns).to_pyarrow(),
-        probe_users=corpus.query_ids[:NUM_EXPORT_PROBES].tolist(),
-    )
-    report.notes.append("a fresh process loaded the export and gave the same answers")
-    return export_folder, description
 
 
 def _latest_histories(corpus: Corpus, events: ibis.Table) -> tuple[RowLists, RowLists]:

@@ -28,7 +28,9 @@ class Retriever(Protocol):
         """Retrieves the k best candidates of each query.
 
         Ties are broken by the order of the corpus. A query gives the same answer alone as in any
-        batch. Where fewer than k candidates are left, the last slots are empty.
+        batch. Where fewer than k candidates are left, the last slots are empty. An approximate
+        index may miss candidates, and which ones can change with k, with what is excluded and with
+        the batch; in all else, and in the order of what it finds, it keeps to this too.
 
         Args:
             queries: One mapping a query. Ids in a history that the corpus does not know are

@@ -136,7 +136,7 @@ RULES = {
     "own request only": HardNegativeRules([Stage.PRE_RANKED], min_pool=0),
     "low part by share": HardNegativeRules([Stage.RANKED], bottom_share=0.3),
     "low part by rank": HardNegativeRules([Stage.RANKED, Stage.RETRIEVED], min_rank=2),
-    "exposed, insisted on": HardNegativeRules([Stage.EXPOSED], allow_exposed=True),
+    "exposed, insisted on": HardNegativeRules([Stage.EXPOSED, Stage.RETRIEVED], allow_exposed=True),
 }
 
 

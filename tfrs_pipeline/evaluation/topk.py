@@ -58,7 +58,7 @@ def top_k_in_blocks(
             f"k and block_size must be 1 or more. Received: k={k}, block_size={block_size}."
         )
     if exclude_rows is not None:
-        _check_one_each("exclude_rows", exclude_rows, num_queries)
+        check_one_each("exclude_rows", exclude_rows, num_queries)
     rows = np.full((num_queries, k), -1, np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
     for start in range(0, num_queries, block_size):
@@ -74,7 +74,12 @@ def top_k_in_blocks(
     return rows, scores
 
 
-def _check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
+def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
+    """Refuses what should hold one collection a query and does not.
+
+    Raises:
+        ValueError: With both numbers.
+    """
     if len(values) != num_queries:
         raise ValueError(
             f"{name} must hold one collection a query, an empty one to leave nothing out. "
@@ -160,7 +165,7 @@ def exclude_rows_of(
     """
     if exclude is None:
         return None
-    _check_one_each("exclude", exclude, len(queries))
+    check_one_each("exclude", exclude, len(queries))
     return [corpus.known_rows(ids) for ids in exclude]
 
 

@@ -91,7 +91,7 @@ class QueryEncoder:
                 tf.constant(query_rows[start : start + QUERY_BATCH]),
                 tf.constant(histories[start : start + QUERY_BATCH]),
             ).numpy()
-            for start in range(0, len(queries), QUERY_BATCH)
+            for start in range(0, max(len(queries), 1), QUERY_BATCH)
         ]
         return np.concatenate(blocks)
 

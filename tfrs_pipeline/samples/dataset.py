@@ -54,7 +54,7 @@ class TrainingBatches:
         hard_share: f in [0, 1), share of the target's negative weight that the row's own hard
             negatives hold; a row without any has 0.
         hard_negatives: Per stage, its part of the hard share (relative to the other stages in which
-            the row has any) and how many columns to draw from its pool, with replacement.
+            the row has any) and how many columns to draw from its pool.
         positive_rate: [num_candidates + 1] rates at which positives are drawn, by candidate; then
             an epoch is `len(samples)` draws with replacement. None is every sample once an epoch.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
@@ -224,9 +224,9 @@ class TrainingBatches:
         self, query_row: tf.Tensor, candidate_row: tf.Tensor, columns: tf.Tensor
     ) -> tf.Tensor:
         is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
-        for lists in (self._known_positives, self._exposed):
-            if lists is not None:
-                is_counted &= ~_contains(tf.gather(lists, query_row), columns)
+        kinds = [lists for lists in (self._known_positives, self._exposed) if lists is not None]
+        if kinds:
+            is_counted &= ~_contains([tf.gather(lists, query_row) for lists in kinds], columns)
         own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
         if not self._in_batch:
             is_counted &= tf.range(tf.shape(columns)[0])[tf.newaxis, :] >= self.batch_size
@@ -341,12 +341,17 @@ def _leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
 
 
 def _draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
-    """Draws `num` entries of each list with replacement; 0s from an empty one: [n, num] int32."""
+    """Draws `num` entries of each list, of random order; 0s from an empty one: [n, num] int32.
+
+    They are consecutive from a random start, around the end: each column is a uniform draw, and
+    entries repeat only once all have come, which keeps the mean over them steadier than independent
+    draws would.
+    """
     lengths = lists.row_lengths()[:, tf.newaxis]
-    drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], num], seed)
-    place = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
-    # A product can round up to the length itself.
-    place = lists.row_starts()[:, tf.newaxis] + tf.minimum(place, tf.maximum(lengths - 1, 0))
+    drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
+    start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
+    place = (start + tf.range(num, dtype=tf.int64)) % tf.maximum(lengths, 1)
+    place += lists.row_starts()[:, tf.newaxis]
     padded = tf.concat([lists.values, [0]], axis=0)
     return tf.where(lengths > 0, tf.gather(padded, place), 0)
 
@@ -362,24 +367,29 @@ def _is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows))
 
 
-def _contains(lists: tf.RaggedTensor, columns: tf.Tensor) -> tf.Tensor:
-    """Tells which columns' candidates are in each row's list.
+def _contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
+    """Tells which columns' candidates are in any of each row's lists.
 
     Args:
-        lists: [num_rows, None] int32.
+        kinds: One or more [num_rows, None] int32, candidate rows from 1.
         columns: [num_columns] int32, repeats allowed.
 
     Returns:
         [num_rows, num_columns] bool.
     """
-    distinct, slot = tf.unique(tf.sort(columns))
-    del slot
-    num_distinct = tf.shape(distinct)[0]
-    place = tf.searchsorted(distinct, lists.values)
-    is_hit = tf.gather(distinct, tf.minimum(place, num_distinct - 1)) == lists.values
-    cell = tf.cast(lists.value_rowids(), tf.int32) * num_distinct + place
-    hits = tf.boolean_mask(cell, is_hit)
-    num_rows = tf.cast(lists.nrows(), tf.int32)
-    table = tf.scatter_nd(hits[:, tf.newaxis], tf.ones_like(hits), [num_rows * num_distinct])
-    table = tf.reshape(table > 0, [num_rows, num_distinct])
-    return tf.gather(table, tf.searchsorted(distinct, columns), axis=1)
+    distinct, _ = tf.unique(tf.sort(columns))
+    padded = tf.concat([distinct, [0]], axis=0)
+    cells = []
+    for lists in kinds:
+        place = tf.searchsorted(distinct, lists.values)
+        found = tf.where(tf.gather(padded, place) == lists.values)[:, 0]
+        row = tf.searchsorted(lists.row_splits, found, side="right", out_type=tf.int32) - 1
+        cells.append(tf.stack([tf.gather(place, found), row], axis=1))
+    cell = tf.concat(cells, axis=0)
+    table = tf.tensor_scatter_nd_update(
+        tf.zeros([tf.shape(distinct)[0], kinds[0].nrows(tf.int32)], tf.bool),
+        cell,
+        tf.ones(tf.shape(cell)[:1], tf.bool),
+    )
+    # A candidate a line, so that repeats copy whole lines: several times faster than cell by cell.
+    return tf.transpose(tf.gather(table, tf.searchsorted(distinct, columns)))

@@ -94,10 +94,11 @@ def find_losers(
     losers = taken.select(*pairs, "stage", "time", "request_id")
     removed["clicked by the user in training"] = _num_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
-    if Stage.EXPOSED not in rules.stages:
-        removed["exposed to the user and not clicked"] = _num_rows(losers.semi_join(exposed, pairs))
-        losers = losers.anti_join(exposed, pairs)
-    return losers, removed
+    # The stage "exposed" itself is here only where the user insists.
+    was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
+    others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
+    removed["exposed to the user and not clicked"] = _num_rows(others.semi_join(exposed, pairs))
+    return others.anti_join(exposed, pairs).union(was_exposed), removed
 
 
 def add_pools(

@@ -8,11 +8,12 @@ Exits with 0 if they are the same, else with 1 and the difference on standard er
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.serving.export import SCORE_TOLERANCE
+from tfrs_pipeline.serving.export import EXACT_TWIN, SCORE_TOLERANCE
 from tfrs_pipeline.serving.index import load_scann_ops
 
 
@@ -47,7 +48,8 @@ def differences(folder: str, probe_path: str) -> str:
 def main() -> int:
     """Runs the check of the two paths on the command line."""
     folder, probe_path = sys.argv[1:]
-    if "exact" not in folder.split("/"):
+    # Judged by the whole ending: a model or a folder above it may be called "exact" too.
+    if Path(folder).parts[-len(EXACT_TWIN.parts) :] != EXACT_TWIN.parts:
         try:
             load_scann_ops()
         except ImportError as error:

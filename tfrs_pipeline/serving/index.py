@@ -155,15 +155,25 @@ class ScannIndex(tf.Module):
         """
         searcher = self._ops.searcher_from_module(self._state)
         leaves = num_leaves_to_search or self.settings.num_leaves_to_search
-        places, scores = searcher.search_batched(
-            queries,
-            final_num_neighbors=k,
-            pre_reorder_num_neighbors=tf.maximum(k, self.settings.num_reordered),
-            leaves_to_search=leaves,
+
+        def search() -> tuple[tf.Tensor, tf.Tensor]:
+            places, scores = searcher.search_batched(
+                queries,
+                final_num_neighbors=k,
+                pre_reorder_num_neighbors=tf.maximum(k, self.settings.num_reordered),
+                leaves_to_search=leaves,
+            )
+            return tf.cast(places, tf.int32), scores
+
+        # ScaNN fails on a batch of no queries.
+        places, scores = tf.cond(
+            tf.shape(queries)[0] > 0,
+            search,
+            lambda: (tf.zeros([0, k], tf.int32), tf.zeros([0, k], tf.float32)),
         )
         # ScaNN pads with NaN where the searched leaves hold fewer than k candidates.
         scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
-        return tf.cast(places, tf.int32), scores
+        return places, scores
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings, for the manifest."""

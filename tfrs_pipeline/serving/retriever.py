@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.index import load_scann_ops
@@ -46,8 +47,8 @@ class LoadedRetriever:
         answer = self._loaded.signatures["retrieve"](
             user_id=_ids(users, self._user_dtype),
             history=self._padded([query.get("history", ()) for query in queries]),
-            exclude=self._padded([()] * len(queries) if exclude is None else exclude),
-            k=tf.constant(k),
+            exclude=self._excluded(exclude, len(queries)),
+            k=_checked_k(k),
         )
         return _decoded(answer["candidate_ids"]), answer["scores"].numpy()
 
@@ -66,8 +67,8 @@ class LoadedRetriever:
         """
         answer = self._loaded.signatures["retrieve_user"](
             user_id=_ids(user_ids, self._user_dtype),
-            exclude=self._padded([()] * len(user_ids) if exclude is None else exclude),
-            k=tf.constant(k),
+            exclude=self._excluded(exclude, len(user_ids)),
+            k=_checked_k(k),
         )
         ids = _decoded(answer["candidate_ids"])
         return ids, answer["scores"].numpy(), answer["is_known_user"].numpy()
@@ -84,6 +85,11 @@ class LoadedRetriever:
         """Turns an item id typed by a person into the type of the model's ids; as above."""
         return _parse_id(text, self._item_dtype, "item")
 
+    @property
+    def num_candidates(self) -> int:
+        """Size of the corpus."""
+        return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
+
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the items, by id; empty if there are none."""
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
@@ -91,12 +97,17 @@ class LoadedRetriever:
             return {}
         return dict(zip(items["item_id"], items["title"], strict=True))
 
+    def _excluded(self, exclude: Sequence[Collection[Any]] | None, num_queries: int) -> tf.Tensor:
+        if exclude is None:
+            return self._padded([()] * num_queries)
+        check_one_each("exclude", exclude, num_queries)
+        return self._padded(exclude)
+
     def _padded(self, lists: Sequence[Collection[Any]]) -> tf.Tensor:
         width = max((len(ids) for ids in lists), default=0)
         fill = _empty(self._item_dtype)
-        rows = [
-            [*ids, *[fill] * (width - len(ids))] for ids in map(_of_type(self._item_dtype), lists)
-        ]
+        known = ([id_ for id_ in ids if _can_be(id_, self._item_dtype)] for ids in lists)
+        rows = [[*ids, *[fill] * (width - len(ids))] for ids in known]
         return tf.reshape(tf.constant(rows, self._item_dtype), [len(lists), width])
 
 
@@ -123,6 +134,12 @@ def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
     return LoadedRetriever(folder, exact=exact)
 
 
+def _checked_k(k: int) -> tf.Tensor:
+    if not 1 <= k <= tf.int32.max:
+        raise ValueError(f"k must be 1 or more, and an int32. Received: {k}")
+    return tf.constant(k, tf.int32)
+
+
 def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
     if dtype == tf.string:
         return text
@@ -136,15 +153,15 @@ def _empty(dtype: tf.DType) -> int | str:
     return "" if dtype == tf.string else -1
 
 
-def _of_type(dtype: tf.DType) -> Any:
-    """Returns a function that keeps the ids that can be ids of the type: others are unknown."""
-    kind = str if dtype == tf.string else int | np.integer
-    return lambda ids: [id_ for id_ in ids if isinstance(id_, kind)]
+def _can_be(id_: Any, dtype: tf.DType) -> bool:
+    """Tells whether an id is of the model's type; of another it is unknown."""
+    if dtype == tf.string:
+        return isinstance(id_, str)
+    return isinstance(id_, int | np.integer) and tf.int64.min <= id_ <= tf.int64.max
 
 
 def _ids(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    kind = str if dtype == tf.string else int | np.integer
-    known = [id_ if isinstance(id_, kind) else _empty(dtype) for id_ in ids]
+    known = [id_ if _can_be(id_, dtype) else _empty(dtype) for id_ in ids]
     return tf.reshape(tf.constant(known, dtype), [len(known)])
 
 

@@ -1,0 +1,306 @@
+"""Measures whether the input pipeline keeps up, and what its parts cost, over a generated corpus.
+
+A million items with Zipf counts, a million samples, 50 known positives and 50 exposed items a user
+on average, histories of up to 50. Batches of B = 1024 positives and M = 1024 easy negatives, half
+of them uniform, half ~ clicks^0.75.
+
+    pipeline    batches a second of TrainingBatches alone
+    step        training steps a second of a model of ids alone, 64-d, Adagrad, on one batch
+                repeated: the fastest consumer there is
+    together    training steps a second fed by the pipeline
+    masks       batches a second without masks, with one of the two kinds, with both
+    samplers    draws a second: the alias table against inverse CDFs, and the share of the items
+                that each can draw at all
+
+What is compared is measured in turn, several rounds, and the median round is reported.
+
+    python benchmarks/batches.py --json benchmarks/results/batches.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from record import write_json
+
+from tfrs_pipeline.model.training import OPTIMIZERS
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.samples.builder import RowLists, Samples
+from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.samples.easy_negatives import AliasSampler
+from tfrs_pipeline.samples.popularity import sampling_probability
+
+BATCH_SIZE = 1024
+MIXTURE = ((0.0, 512), (0.75, 512))
+EMBEDDING_DIM = 64
+MEAN_LIST = 50
+HISTORY_LENGTH = 50
+ZIPF_EXPONENT = 0.9
+# A batch's worth, and enough for the cost of a call not to count.
+DRAWS_PER_CALL = (1024, 1_000_000)
+
+# Known positives, exposed items.
+MASKS = {
+    "none": (False, False),
+    "known_positives": (True, False),
+    "exposed": (False, True),
+    "both": (True, True),
+}
+
+
+def make_samples(num_candidates: int, num_samples: int, seed: int) -> Samples:
+    """Generates samples whose users have 50 positives, and 50 exposed items, on average."""
+    rng = np.random.default_rng(seed)
+    num_users = num_samples // MEAN_LIST
+    mass = np.arange(1, num_candidates + 1) ** -ZIPF_EXPONENT
+    cdf = np.cumsum(mass) / mass.sum()
+
+    def draw(num: int) -> np.ndarray:
+        place = np.minimum(np.searchsorted(cdf, rng.random(num)), num_candidates - 1)
+        return (1 + place).astype(np.int32)
+
+    def sorted_lists(users: np.ndarray, rows: np.ndarray) -> RowLists:
+        pairs = np.unique(users.astype(np.int64) << 32 | rows)
+        return _lists(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), num_users + 1)
+
+    # In the order of time; a sample's history is the user's samples before it.
+    users = 1 + np.sort(rng.integers(num_users, size=num_samples))
+    rows = draw(num_samples)
+    starts = np.searchsorted(users, users)
+    lengths = np.minimum(np.arange(num_samples) - starts, HISTORY_LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    # Most recent first: entry j of sample i is sample i - 1 - j.
+    sample = np.repeat(np.arange(num_samples), lengths)
+    histories = RowLists(offsets, rows[sample - 1 - (np.arange(offsets[-1]) - offsets[sample])])
+    known = sorted_lists(users, rows)
+    exposed = sorted_lists(1 + rng.integers(num_users, size=num_samples), draw(num_samples))
+    return Samples(
+        query_rows=users.astype(np.int32),
+        candidate_rows=rows,
+        weights=np.ones(num_samples, np.float32),
+        histories=histories,
+        known_positives=known,
+        exposed=exposed,
+        counts=np.bincount(rows, minlength=num_candidates + 1),
+    )
+
+
+def _lists(keys: np.ndarray, values: np.ndarray, num_keys: int) -> RowLists:
+    lengths = np.bincount(keys, minlength=num_keys)
+    return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+
+
+def make_batches(
+    samples: Samples, seed: int, masks: tuple[bool, bool] = MASKS["both"]
+) -> TrainingBatches:
+    """Makes the batches of this benchmark."""
+    return TrainingBatches(
+        samples,
+        batch_size=BATCH_SIZE,
+        easy_negatives=MIXTURE,
+        history_length=HISTORY_LENGTH,
+        seed=seed,
+        mask_known_positives=masks[0],
+        mask_exposed=masks[1],
+    )
+
+
+def rates(workloads: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Runs workloads in turn.
+
+    Args:
+        workloads: Each does some units of work and returns how many.
+        rounds: Turns, after one that is not counted.
+
+    Returns:
+        Units a second, the median over the rounds.
+    """
+    found: dict[str, list[float]] = {name: [] for name in workloads}
+    for turn in range(rounds + 1):
+        for name, work in workloads.items():
+            start = time.perf_counter()
+            num_units = work()
+            if turn:
+                found[name].append(num_units / (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def measure_training(samples: Samples, seed: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Measures the pipeline alone, the step alone, and both together."""
+    batches = make_batches(samples, seed)
+    model = TwoTowerModel(
+        num_queries=len(samples.known_positives) - 1,
+        num_candidates=len(samples.counts) - 1,
+        embedding_dim=EMBEDDING_DIM,
+        use_user_id=True,
+        history_pooling=(),
+        history_length=HISTORY_LENGTH,
+    )
+    model.compile(optimizer=OPTIMIZERS["adagrad"](0.05))
+    one_batch = next(iter(batches.dataset(num_steps=1)))
+    repeated = tf.data.Dataset.from_tensors(one_batch).repeat()
+    place = iter(range(0, 2**31, steps))
+
+    def fit(dataset: tf.data.Dataset) -> int:
+        model.fit(dataset, steps_per_epoch=steps, verbose=0)
+        return steps
+
+    found = rates(
+        {
+            "pipeline": lambda: consume(batches, next(place), steps),
+            "step": lambda: fit(repeated),
+            "together": lambda: fit(batches.dataset(next(place), steps)),
+        },
+        rounds,
+    )
+    return {
+        "per_second": found,
+        "pipeline_over_step": found["pipeline"] / found["step"],
+        "together_over_step": found["together"] / found["step"],
+    }
+
+
+def consume(batches: TrainingBatches, start_step: int, num_steps: int) -> int:
+    """Builds batches and drops them."""
+    for _ in batches.dataset(start_step, num_steps):
+        pass
+    return num_steps
+
+
+def measure_masks(samples: Samples, seed: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Measures the pipeline with and without masks."""
+    kinds = {name: make_batches(samples, seed, masks) for name, masks in MASKS.items()}
+    place = iter(range(0, 2**31, steps))
+
+    def workload(batches: TrainingBatches) -> Callable[[], int]:
+        return lambda: consume(batches, next(place), steps)
+
+    found = rates({name: workload(batches) for name, batches in kinds.items()}, rounds)
+    return {
+        "per_second": found,
+        "ms_more_than_none": {
+            name: 1000 / rate - 1000 / found["none"] for name, rate in found.items()
+        },
+    }
+
+
+class InverseCdfSampler:
+    """Draws by a binary search in the cumulative distribution.
+
+    Args:
+        probability: [num_rows], sum 1.
+        dtype: Of the cumulative distribution and the uniform draws.
+    """
+
+    def __init__(self, probability: np.ndarray, dtype: tf.DType) -> None:
+        cdf = np.cumsum(probability, dtype=np.float64).astype(dtype.as_numpy_dtype)
+        cdf[-1] = 1
+        self._cdf = tf.constant(cdf)
+        # A row whose step vanishes in rounding is never found.
+        self.share_of_rows = float((np.diff(cdf) > 0).mean())
+
+    def sample(self, num: int, seed: tf.Tensor) -> tf.Tensor:
+        """Draws [num] int32 rows."""
+        uniform = tf.random.stateless_uniform([num], seed, dtype=self._cdf.dtype)
+        return tf.searchsorted(self._cdf, uniform, side="right")
+
+
+def measure_samplers(samples: Samples, rounds: int) -> dict[str, Any]:
+    """Measures draws a second from clicks^0.75, over all items that have clicks."""
+    probability = sampling_probability(samples.counts + 1, 0.75)
+    inverse = {
+        "inverse_cdf_float64": InverseCdfSampler(probability, tf.float64),
+        "inverse_cdf_float32": InverseCdfSampler(probability, tf.float32),
+    }
+    samplers: dict[str, Any] = {"alias": AliasSampler(probability), **inverse}
+
+    def workload(sampler: Any, num: int) -> Callable[[], int]:
+        calls = max(1, 5_000_000 // num // 5)
+        draw = tf.function(lambda seed: tf.reduce_max(sampler.sample(num, seed)))
+        draw.get_concrete_function(tf.TensorSpec([2], tf.int32))
+
+        def work() -> int:
+            for call in range(calls):
+                draw(tf.constant([0, call])).numpy()
+            return calls * num
+
+        return work
+
+    return {
+        "draws_per_second": {
+            str(num): rates({k: workload(s, num) for k, s in samplers.items()}, rounds)
+            for num in DRAWS_PER_CALL
+        },
+        "share_of_items_drawn": {name: s.share_of_rows for name, s in inverse.items()},
+    }
+
+
+def run(
+    num_candidates: int, num_samples: int, seed: int, steps: int, rounds: int
+) -> dict[str, Any]:
+    """Measures everything."""
+    samples = make_samples(num_candidates, num_samples, seed)
+    return {
+        "num_candidates": num_candidates,
+        "num_samples": num_samples,
+        "batch_size": BATCH_SIZE,
+        "num_easy": sum(num for _, num in MIXTURE),
+        "mean_list": {
+            "known_positives": len(samples.known_positives.values)
+            / (len(samples.known_positives) - 1),
+            "exposed": len(samples.exposed.values) / (len(samples.exposed) - 1),
+        },
+        "steps_per_round": steps,
+        "rounds": rounds,
+        "training": measure_training(samples, seed, steps, rounds),
+        "masks": measure_masks(samples, seed, steps, rounds),
+        "samplers": measure_samplers(samples, rounds),
+    }
+
+
+def print_report(figures: Mapping[str, Any]) -> None:
+    """Prints the figures."""
+    training = figures["training"]
+    print("batches or steps a second")
+    for name, rate in training["per_second"].items():
+        print(f"  {name:20} {rate:12.1f}")
+    print(f"  pipeline / step      {training['pipeline_over_step']:12.2f}")
+    print(f"  together / step      {training['together_over_step']:12.2f}")
+    print("pipeline with masks, batches a second (ms more a batch)")
+    for name, rate in figures["masks"]["per_second"].items():
+        print(f"  {name:20} {rate:12.1f} ({figures['masks']['ms_more_than_none'][name]:.2f})")
+    for num, found in figures["samplers"]["draws_per_second"].items():
+        print(f"draws a second, {int(num):,} a call")
+        for name, rate in found.items():
+            print(f"  {name:20} {rate:12,.0f}")
+    print("share of the items that can be drawn")
+    for name, share in figures["samplers"]["share_of_items_drawn"].items():
+        print(f"  {name:20} {share:12.4f}")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--candidates", type=int, default=1_000_000, metavar="N")
+    parser.add_argument("--samples", type=int, default=1_000_000, metavar="N")
+    parser.add_argument("--steps", type=int, default=50, help="Batches in a round (50).")
+    parser.add_argument("--rounds", type=int, default=7, help="Turns that are counted (7).")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    figures = run(options.candidates, options.samples, options.seed, options.steps, options.rounds)
+    print_report(figures)
+    if options.json:
+        write_json(options.json, figures, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

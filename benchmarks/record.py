@@ -1,0 +1,86 @@
+"""Writes a benchmark's figures with what is needed to judge and repeat them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "implicit",
+    "numpy",
+    "scann",
+    "scipy",
+    "tensorflow",
+    "tensorflow-recommenders",
+    "tf-keras",
+    "tfrs-pipeline",
+)
+
+
+def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = None) -> None:
+    """Writes figures beside the date, the command, the machine and the library versions.
+
+    Args:
+        path: File to write; its folder is made if missing.
+        figures: What was measured, JSON-able.
+        seed: First seed that was used, if it is not among the figures.
+    """
+    record = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command(sys.argv),
+        **({} if seed is None else {"seed": seed}),
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+
+
+def command(arguments: list[str]) -> str:
+    """Returns the command line, absolute paths cut to their last part.
+
+    Example:
+        >>> command(["/home/me/benchmarks/batches.py", "--json", "/tmp/batches.json"])
+        'python benchmarks/batches.py --json batches.json'
+    """
+    script, *options = arguments
+    names = [Path(option).name if Path(option).is_absolute() else option for option in options]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *names])
+
+
+def machine() -> dict[str, Any]:
+    """Describes the machine: cores, memory, CPU model, Python."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        # Above the number of cores, something else was running and times are too long.
+        "load_average_5_min": round(os.getloadavg()[1], 1),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _rounded(value: Any) -> Any:
+    """Cuts floats to six digits, in dicts and lists too."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

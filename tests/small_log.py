@@ -1,0 +1,105 @@
+"""A generated log of users with a taste, and settings that run the pipeline on it in seconds."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from tfrs_pipeline.config import RunConfig
+
+NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
+EVENTS_PER_USER = 24
+Ids = Literal["int", "str"]
+
+
+def user_id(number: int, ids: Ids) -> Any:
+    return number + 1 if ids == "int" else f"user {number}"
+
+
+def item_id(number: int, ids: Ids) -> Any:
+    return number * 10 if ids == "int" else f"film-é-{number}"
+
+
+def event_table(ids: Ids, *, seed: int = 0) -> pa.Table:
+    """Makes a log, in the order of time: items of a user's own taste are shown more and clicked.
+
+    Columns user_id, item_id, timestamp (seconds; some events of a user share theirs), stage,
+    rating (3 or more is a click).
+    """
+    rng = np.random.default_rng(seed)
+    appeal = (1 + np.arange(NUM_ITEMS)) ** -0.4
+    rows = []
+    for user in range(NUM_USERS):
+        is_own = np.arange(NUM_ITEMS) % NUM_TASTES == user % NUM_TASTES
+        shares = appeal * np.where(is_own, 12, 1)
+        shown = rng.choice(
+            NUM_ITEMS, size=EVENTS_PER_USER, replace=False, p=shares / shares.sum()
+        ).tolist()
+        times = np.sort(rng.integers(0, 40, EVENTS_PER_USER)) * 3600 + 1_700_000_000
+        for item, time in zip(shown, times.tolist(), strict=True):
+            is_click = rng.random() < (0.9 if is_own[item] else 0.3)
+            rows.append(
+                {
+                    "user_id": user_id(user, ids),
+                    "item_id": item_id(item, ids),
+                    "timestamp": time,
+                    "stage": "clicked" if is_click else "exposed",
+                    "rating": int(rng.integers(3, 6) if is_click else rng.integers(1, 3)),
+                }
+            )
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["timestamp"]))
+
+
+def item_table(ids: Ids) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": [item_id(item, ids) for item in range(NUM_ITEMS)],
+            "title": [f"Film {item} [b]of[/b] :star: {item % 7}" for item in range(NUM_ITEMS)],
+            "genre": [f"genre {item % NUM_TASTES}" for item in range(NUM_ITEMS)],
+        }
+    )
+
+
+def user_table(ids: Ids) -> pa.Table:
+    return pa.table(
+        {
+            "user_id": [user_id(user, ids) for user in range(NUM_USERS)],
+            "age": [20.0 + user % 50 for user in range(NUM_USERS)],
+        }
+    )
+
+
+def write(table: pa.Table, path: Path) -> Path:
+    """Writes a table as CSV or Parquet, by the name of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    return path
+
+
+def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any]) -> RunConfig:
+    """Makes settings of a tiny run; `settings` replaces some of them, by table."""
+    small: dict[str, dict[str, Any]] = {
+        "samples": {"history_length": 10, "easy_negatives": [{"alpha": 0, "num": 32}]},
+        "model": {"embedding_dim": 16},
+        "training": {
+            "batch_size": 256,
+            "max_epochs": 2,
+            "learning_rate": 0.02,
+            "monitor": "ndcg@20",
+        },
+        "evaluation": {
+            "cutoffs": [5, 20],
+            "num_bootstrap": 20,
+            "baselines": ["popularity"],
+            "uncorrected": False,
+        },
+        "export": {"name": "films", "directory": folder / "saved_models", "index": "exact"},
+    }
+    tables = {name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings}
+    return RunConfig(data=data, **tables)

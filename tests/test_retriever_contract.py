@@ -1,0 +1,380 @@
+"""What every retriever owes its callers, on data whose best answer is known.
+
+A retriever joins by a line in FACTORIES: (problem) -> Retriever.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.sparse
+import tensorflow as tf
+
+from tfrs_pipeline.evaluation.baselines import EaseRetriever, IalsRetriever, PopularityRetriever
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.queries import exact_retriever
+from tfrs_pipeline.model.training import train
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.retrieval import Query, Retriever
+from tfrs_pipeline.samples.builder import RowLists, Samples
+from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
+from tfrs_pipeline.serving.retriever import load_retriever
+
+NUM_USERS, NUM_CANDIDATES = 300, 24
+HISTORY_LENGTH = 10
+# Rows (from 1) of candidates that are made equal to others of their community.
+TWIN_ROWS, TWINS_OF = [4, 23, 14, 20], [10, 5, 6, 6]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two communities of users: one clicks even candidates only, the other odd ones.
+
+    interactions: [NUM_USERS, NUM_CANDIDATES] of 0 and 1; candidate_ids: [NUM_CANDIDATES];
+    folder: for exports.
+    """
+
+    interactions: scipy.sparse.csr_matrix
+    candidate_ids: np.ndarray
+    folder: Path
+
+    @functools.cached_property
+    def trained_model(self) -> TwoTowerModel:
+        clicks = [row.indices + 1 for row in self.interactions]
+        lists = RowLists.from_lists([np.zeros(0, int), *map(np.sort, clicks)])
+        query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
+        others = [
+            np.setdiff1d(lists[query], [candidate])
+            for query, candidate in zip(query_rows.tolist(), lists.values, strict=True)
+        ]
+        samples = Samples(
+            query_rows=query_rows,
+            candidate_rows=lists.values,
+            weights=np.ones(len(query_rows), np.float32),
+            histories=RowLists.from_lists(others),
+            known_positives=lists,
+            exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
+            counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
+        )
+        tf.keras.utils.set_random_seed(0)
+        model = TwoTowerModel(
+            num_queries=NUM_USERS,
+            num_candidates=NUM_CANDIDATES,
+            embedding_dim=8,
+            history_length=HISTORY_LENGTH,
+        )
+        batches = TrainingBatches(
+            samples,
+            batch_size=256,
+            easy_negatives=[(0.0, 32)],
+            history_length=HISTORY_LENGTH,
+            seed=0,
+        )
+        train(model, batches, max_epochs=12, optimizer="adam", learning_rate=0.05)
+        # Twins among the candidates: what they score is equal to the last bit.
+        (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
+        table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
+        return model
+
+    def exported(self, kind: str) -> Path:
+        """Exports the model with an index of a kind, and a twin beside ScaNN, once."""
+        folder = self.folder / kind
+        if folder.exists():
+            return folder / "model"
+        embeddings = self.trained_model.embed_corpus()
+        exact_index = ExactIndex(embeddings)
+        # Every leaf is searched and everything rescored: what is approximate is not the contract.
+        scann_settings = ScannSettings(4, num_leaves_to_search=4, num_reordered=NUM_CANDIDATES)
+        indices: dict[str, list[ExactIndex | ScannIndex]] = {
+            "exact": [exact_index],
+            "scann": [ScannIndex(embeddings, scann_settings), exact_index],
+        }
+        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_USERS + 1))
+        module, *twins = [
+            export.RetrievalModule(
+                self.trained_model,
+                index,
+                exact_index,
+                query_ids=np.arange(NUM_USERS),
+                candidate_ids=self.candidate_ids,
+                histories=nothing,
+                known_positives=nothing,
+            )
+            for index in indices[kind]
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            # The check in a fresh process takes seconds, and has its own tests.
+            patch.setattr(export, "_prove", lambda *arguments: None)
+            export.write_export(
+                folder,
+                "model",
+                module=module,
+                twin=twins[0] if twins else None,
+                manifest={"index": {"kind": kind}},
+                items=pa.table({"item_id": self.candidate_ids.tolist()}),
+                probe_users=[],
+            )
+        return folder / "model"
+
+
+Factory: TypeAlias = Callable[[Problem], Retriever]
+
+
+def exact(problem: Problem) -> Retriever:
+    """Dot products of one-hot communities, so that scores are whole and ties many."""
+    community = np.arange(NUM_CANDIDATES) % 2
+    embeddings = np.eye(2)[community] * (1 + np.arange(NUM_CANDIDATES) // 8)[:, None]
+    row_of = {id_: row for row, id_ in enumerate(problem.candidate_ids)}
+
+    def query_fn(queries: Sequence[Query]) -> np.ndarray:
+        return np.array(
+            [
+                np.eye(2)[[community[row_of[i]] for i in q.get("history", ()) if i in row_of]].sum(
+                    axis=0
+                )
+                for q in queries
+            ]
+        )
+
+    return ExactRetriever(problem.candidate_ids, embeddings, query_fn)
+
+
+def popularity(problem: Problem) -> Retriever:
+    return PopularityRetriever.fit(problem.interactions, problem.candidate_ids)
+
+
+def ease(problem: Problem) -> Retriever:
+    return EaseRetriever.fit(problem.interactions, problem.candidate_ids, l2=10.0)
+
+
+def ials(problem: Problem) -> Retriever:
+    return IalsRetriever.fit(
+        problem.interactions, problem.candidate_ids, num_factors=2, regularization=1.0, alpha=5.0
+    )
+
+
+def two_tower(problem: Problem) -> Retriever:
+    return exact_retriever(problem.trained_model, np.arange(NUM_USERS), problem.candidate_ids)
+
+
+def exported_exact(problem: Problem) -> Retriever:
+    return load_retriever(problem.exported("exact"))
+
+
+def exported_scann(problem: Problem) -> Retriever:
+    return load_retriever(problem.exported("scann"))
+
+
+def twin_of_scann(problem: Problem) -> Retriever:
+    return load_retriever(problem.exported("scann"), exact=True)
+
+
+FACTORIES: list[Factory] = [
+    exact,
+    popularity,
+    ease,
+    ials,
+    two_tower,
+    exported_exact,
+    exported_scann,
+    twin_of_scann,
+]
+IGNORES_HISTORY = {popularity}
+NEEDS_HISTORY = {ease, ials}
+HAS_TIES = {exact, popularity, two_tower, exported_exact, exported_scann, twin_of_scann}
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
+    """Of both types of ids, kept for all retrievers: each trains and exports once."""
+    rng = np.random.default_rng(0)
+    user_community = np.arange(NUM_USERS) % 2
+    clicks = rng.random((NUM_USERS, NUM_CANDIDATES)) < 0.3
+    clicks &= np.arange(NUM_CANDIDATES) % 2 == user_community[:, None]
+    interactions = scipy.sparse.csr_matrix(clicks.astype(np.float32))
+    numbers = np.random.default_rng(1).permutation(1000)[:NUM_CANDIDATES] + 1
+    ids = {"int": numbers, "str": np.array([f"i{n}" for n in numbers], object)}
+    return {
+        kind: Problem(interactions, ids[kind], tmp_path_factory.mktemp("exports")) for kind in ids
+    }
+
+
+@pytest.fixture(scope="module", params=["int", "str"])
+def problem(request: pytest.FixtureRequest, problems: dict[str, Problem]) -> Problem:
+    return problems[request.param]
+
+
+@pytest.fixture(scope="module")
+def ids(problem: Problem) -> np.ndarray:
+    return problem.candidate_ids
+
+
+@pytest.fixture(scope="module", params=FACTORIES, ids=lambda factory: factory.__name__)
+def factory(request: pytest.FixtureRequest) -> Factory:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def retriever(factory: Factory, problem: Problem) -> Retriever:
+    return factory(problem)
+
+
+@pytest.fixture
+def queries(ids: np.ndarray) -> list[Query]:
+    rng = np.random.default_rng(2)
+    histories = [rng.choice(ids[i % 2 :: 2], size=1 + i % 4, replace=False) for i in range(9)]
+    return [{"user_id": i, "history": h.tolist()} for i, h in enumerate([*histories, ids[:0]])]
+
+
+def unknown(ids: np.ndarray) -> Any:
+    return 10_001 if ids.dtype == np.int64 else "never seen"
+
+
+def empty(ids: np.ndarray) -> Any:
+    return -1 if ids.dtype == np.int64 else ""
+
+
+def test_is_a_retriever(retriever: Retriever) -> None:
+    assert isinstance(retriever, Retriever)
+
+
+def test_shapes_types_and_order(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    found, scores = retriever.retrieve(queries, 7)
+    assert found.shape == scores.shape == (len(queries), 7)
+    assert found.dtype == ids.dtype
+    assert scores.dtype == np.float32
+    assert np.all(scores[:, 1:] <= scores[:, :-1])
+
+
+def test_every_candidate_comes_once(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    found, _ = retriever.retrieve(queries, NUM_CANDIDATES)
+    for ranking in found:
+        assert sorted(ranking.tolist()) == sorted(ids.tolist())
+
+
+def test_ties_are_broken_by_corpus_order(
+    factory: Factory, retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
+    found, scores = retriever.retrieve(queries, NUM_CANDIDATES)
+    for ranking, ranking_scores in zip(found.tolist(), scores.tolist(), strict=True):
+        pairs = [(-score, row_of[id_]) for id_, score in zip(ranking, ranking_scores, strict=True)]
+        assert pairs == sorted(pairs)
+        if factory in HAS_TIES:
+            assert len(set(ranking_scores)) < len(ranking_scores)
+
+
+def test_finds_the_community_of_the_history(
+    factory: Factory, retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    if factory in IGNORES_HISTORY:
+        pytest.skip("gives everyone the same")
+    found, _ = retriever.retrieve(queries[:-1], 8)
+    for i, ranking in enumerate(found.tolist()):
+        assert set(ranking) <= set(ids[i % 2 :: 2].tolist())
+
+
+def test_k_is_a_prefix_of_a_larger_k(retriever: Retriever, queries: list[Query]) -> None:
+    few, few_scores = retriever.retrieve(queries, 3)
+    many, many_scores = retriever.retrieve(queries, 12)
+    np.testing.assert_array_equal(few, many[:, :3])
+    np.testing.assert_array_equal(few_scores, many_scores[:, :3])
+
+
+@pytest.mark.parametrize("collection", [list, set, tuple, np.array])
+def test_excluded_are_left_out_and_nothing_else_moves(
+    retriever: Retriever, queries: list[Query], collection: Callable[[list[Any]], Collection[Any]]
+) -> None:
+    everything, all_scores = retriever.retrieve(queries, NUM_CANDIDATES)
+    # Each query its own: the best, the third, and one far down; none for the last query.
+    excluded = [ranking[[0, 2, 15]].tolist() for ranking in everything[:-1]] + [[]]
+    found, scores = retriever.retrieve(queries, 10, [collection(e) for e in excluded])
+    for i, gone in enumerate(excluded):
+        is_left = ~np.isin(everything[i], gone)
+        assert found[i].tolist() == everything[i][is_left][:10].tolist()
+        np.testing.assert_array_equal(scores[i], all_scores[i][is_left][:10])
+
+
+def test_unknown_ids_change_nothing(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    stranger = unknown(ids)
+    strange = [{**q, "history": [stranger, *q["history"], stranger]} for q in queries]
+    found, scores = retriever.retrieve(strange, 5, [[stranger]] * len(queries))
+    expected, expected_scores = retriever.retrieve(queries, 5)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+def test_k_beyond_what_is_left_gives_empty_slots_last(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    excluded = [ids[: 4 + i] for i in range(len(queries))]
+    found, scores = retriever.retrieve(queries, NUM_CANDIDATES + 5, excluded)
+    for i in range(len(queries)):
+        num_left = NUM_CANDIDATES - (4 + i)
+        assert set(found[i, :num_left].tolist()) == set(ids[4 + i :].tolist())
+        assert np.all(np.isfinite(scores[i, :num_left]))
+        assert found[i, num_left:].tolist() == [empty(ids)] * (9 + i)
+        assert np.all(scores[i, num_left:] == -np.inf)
+
+
+def test_a_batch_equals_its_single_calls(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    excluded = [ids[i : i + 3] for i in range(len(queries))]
+    found, scores = retriever.retrieve(queries, 6, excluded)
+    for i, query in enumerate(queries):
+        alone, alone_scores = retriever.retrieve([query], 6, [excluded[i]])
+        np.testing.assert_array_equal(alone[0], found[i])
+        # Matrix products round differently by shape.
+        np.testing.assert_allclose(alone_scores[0], scores[i], rtol=1e-5, atol=1e-6)
+
+
+def test_asking_twice_gives_the_same(retriever: Retriever, queries: list[Query]) -> None:
+    for first, second in zip(
+        retriever.retrieve(queries, 6), retriever.retrieve(queries, 6), strict=True
+    ):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_query_without_a_history_is_refused_or_as_one_with_an_empty_one(
+    factory: Factory, retriever: Retriever
+) -> None:
+    if factory in NEEDS_HISTORY:
+        with pytest.raises(ValueError, match=r"query\['history'\]: pass \[\]"):
+            retriever.retrieve([{"user_id": 3}], 4)
+        return
+    bare: list[Query] = [{}, {"history": []}]
+    answers = [retriever.retrieve([query], 4) for query in bare]
+    for without, with_empty in zip(*answers, strict=True):
+        np.testing.assert_array_equal(without, with_empty)
+
+
+def test_no_queries_give_no_rows(retriever: Retriever, ids: np.ndarray) -> None:
+    found, scores = retriever.retrieve([], 4)
+    assert found.shape == scores.shape == (0, 4)
+    assert found.dtype == ids.dtype
+
+
+def test_refuses_k_below_one(retriever: Retriever, queries: list[Query]) -> None:
+    with pytest.raises(ValueError, match="k"):
+        retriever.retrieve(queries, 0)
+
+
+def test_refuses_exclusions_that_do_not_match_the_queries(
+    retriever: Retriever, ids: np.ndarray, queries: list[Query]
+) -> None:
+    with pytest.raises(ValueError, match=r"1 .*for 10 queries"):
+        retriever.retrieve(queries, 3, [[ids[0]]])
