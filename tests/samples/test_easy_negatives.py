@@ -28,8 +28,9 @@ def test_table_gives_back_the_distribution(masses: list[float]) -> None:
     assert (rebuilt[probability == 0] == 0).all()
 
 
-def test_drawn_frequencies_match_over_a_million_items() -> None:
-    probability = sampling_probability(zipf_counts(1_000_000), alpha=0.75)
+@pytest.mark.parametrize("alpha", [0.0, 0.75, 1.0])
+def test_drawn_frequencies_match_over_a_million_items(alpha: float) -> None:
+    probability = sampling_probability(zipf_counts(1_000_000), alpha)
     sampler = AliasSampler(probability)
     num_draws, num_batches = 2_000_000, 10
     observed = np.zeros(len(probability), np.int64)
