@@ -13,8 +13,8 @@ of them uniform, half ~ clicks^0.75.
                 share of the items that each can draw at all
 
 What is compared is measured in turn, several rounds, and each one's fastest round is reported:
-whatever else runs on the machine can only slow it. Processor time, all threads together, is steadier
-still, and tells what share of the machine the pipeline takes from the training.
+whatever else runs on the machine can only slow it. Processor time, all threads together, is
+steadier still, and tells what share of the machine the pipeline takes from the training.
 
     python benchmarks/batches.py --json benchmarks/results/batches.json
 """

@@ -450,3 +450,29 @@ def test_the_main_job_is_movielens_served_by_scann() -> None:
 
 def test_stages_are_those_of_the_event_table() -> None:
     assert set(get_args(StageName)) == {stage.value for stage in Stage}
+
+
+def test_a_preset_sets_the_hard_share_and_a_new_one_replaces_it() -> None:
+    one = with_settings(RunConfig(), {"samples.preset": "hybrid_1_100"})
+    half = with_settings(one, {"samples.preset": "hybrid_50_50"})
+    easy = with_settings(half, {"samples.preset": "easy"})
+    assert [c.samples.hard_share for c in (one, half, easy)] == [0.01, 0.5, 0.0]
+    assert [s.stage for s in half.samples.hard_negatives] == ["retrieved", "pre_ranked"]
+    free = with_settings(half, {"samples.preset": None, "samples.hard_share": 0.05})
+    assert free.samples.hard_share == 0.05
+    for other in (
+        {"hard_share": 0.3},
+        {"hard_share": 0.0},
+        {"hard_negatives": [{"stage": "ranked"}]},
+    ):
+        with pytest.raises(ConfigError, match="is not what preset 'hybrid_50_50' sets"):
+            SamplesConfig(preset="hybrid_50_50", **other)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mask_exposed": False}, {"hard_negatives": [{"stage": "exposed"}]}]
+)
+def test_exposed_items_are_negatives_only_for_who_insists(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"never a negative.*allow_exposed_as_negatives"):
+        SamplesConfig(**settings)
+    assert SamplesConfig(**settings, allow_exposed_as_negatives=True)

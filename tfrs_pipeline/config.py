@@ -255,6 +255,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hybrid_50_50": {"hard_share": 0.5, "hard_negatives": _EVEN_LOSERS},
 }
 
+
+def _losers(samplers: Sequence[Mapping[str, Any]]) -> tuple[HardSampler, ...]:
+    return tuple(HardSampler(**sampler) for sampler in samplers)
+
+
 _EXPOSED_REASON = (
     "an item that was exposed to a user and not clicked is never a negative of that user in "
     "retrieval: the funnel chose it, and it is for ranking to learn from; to see what it does all "
@@ -292,7 +297,7 @@ class SamplesConfig(Config):
     hard_max_pool: PositiveInt = 100
     """Losers kept for a positive and stage, at most."""
     hard_window_hours: PositiveFloat = 24.0
-    """How far back recent requests may lie."""
+    """How far back recent requests may lie; in a log without timestamps, any earlier one may."""
     ranked_bottom_share: float = Field(0.5, gt=0, le=1)
     """Low part of the ranked list that may be hard negatives: a share of the request's ranks."""
     ranked_min_rank: int | None = Field(None, ge=0)
@@ -315,12 +320,7 @@ class SamplesConfig(Config):
         preset = settings.get("preset") if isinstance(settings, Mapping) else None
         if preset not in PRESETS:
             return settings
-        # A setting at its default counts as not given; another value is refused below.
-        merged = dict(settings)
-        for name, value in PRESETS[preset].items():
-            if merged.get(name) in (None, cls.model_fields[name].default):
-                merged[name] = value
-        return merged
+        return {**PRESETS[preset], **settings}  # What differs from the preset is refused below.
 
     @model_validator(mode="after")
     def _check(self) -> SamplesConfig:
@@ -333,8 +333,11 @@ class SamplesConfig(Config):
 
     def _hard_problems(self) -> Iterator[tuple[str, str]]:
         stages = [sampler.stage for sampler in self.hard_negatives]
-        if self.preset is not None and self.hard_share != PRESETS[self.preset]["hard_share"]:
-            yield "hard_share", f"got {self.hard_share}, which preset {self.preset!r} does not have"
+        preset = PRESETS.get(self.preset or "", {})
+        for name, value in preset.items():
+            expected = _losers(value) if name == "hard_negatives" else value
+            if getattr(self, name) != expected:
+                yield name, f"is not what preset {self.preset!r} sets; leave one of the two out"
         if len(set(stages)) < len(stages):
             yield "hard_negatives", f"got {stages}: a stage twice"
         if self.hard_share > 0 and not stages:
@@ -596,6 +599,10 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         (512, 30, 7)
     """
     tree = config.model_dump()
+    if "samples.preset" in settings:
+        # A new preset replaces what the old one, or the default, had set.
+        for name in ("hard_share", "hard_negatives"):
+            del tree["samples"][name]
     for name, value in settings.items():
         *tables, setting = name.split(".")
         table = tree

@@ -180,7 +180,9 @@ def run(
         selection = training_samples(
             config, tables, split, ("train",), samples_folder / "selection"
         )
-        training_parts = ("train", "validation") if config.training.refit else ("train",)
+        # Held-out users stay out of training: then there is nothing to add to it.
+        adds_validation = config.training.refit and config.split.kind != "held_out_users"
+        training_parts = ("train", "validation") if adds_validation else ("train",)
         final = training_samples(config, tables, split, training_parts, samples_folder / "final")
         corpus = read_corpus(tables, samples_folder / "final")
         report.notes += _describe_samples(samples_folder / "final")
@@ -270,6 +272,7 @@ def load_data(config: DataConfig) -> Tables:
         list_separator=config.list_separator,
         unknown_items=config.unknown_items,
         duplicates=config.duplicates,
+        requires_positives=not config.label,
     )
     if not config.label:
         return tables
@@ -388,9 +391,8 @@ def training_batches(
     config: RunConfig, samples: Samples, *, seed: int | None = None
 ) -> TrainingBatches:
     """Makes the hybrid batches of a config from samples."""
-    # By drawing it is a rate, by weights a factor; without resampling neither.
-    kinds = {"drawing": "rate", "weights": "weight"}
-    resampled = [kinds[config.samples.resampling_as]] if config.samples.resampling != "none" else []
+    rate = resampling_rate(config.samples, samples.counts)
+    is_drawn = config.samples.resampling_as == "drawing"
     return TrainingBatches(
         samples,
         batch_size=config.training.batch_size,
@@ -404,7 +406,8 @@ def training_batches(
         hard_negatives=[
             (sampler.stage, sampler.share, sampler.num) for sampler in config.samples.hard_negatives
         ],
-        **{f"positive_{how}": resampling_rate(config.samples, samples.counts) for how in resampled},
+        positive_rate=rate if is_drawn else None,
+        positive_weight=None if is_drawn else rate,
     )
 
 
@@ -423,13 +426,13 @@ def hard_negative_rules(config: SamplesConfig) -> HardNegativeRules | None:
     )
 
 
-def resampling_rate(config: SamplesConfig, counts: np.ndarray) -> np.ndarray:
-    """Computes the rates, by candidate row, at which a config resamples positives."""
+def resampling_rate(config: SamplesConfig, counts: np.ndarray) -> np.ndarray | None:
+    """Computes the rates, by candidate row, at which a config resamples positives, if it does."""
     if config.resampling == "power_law":
         return power_law_rate(counts, config.resampling_exponent)
     if config.resampling == "keep_rule":
         return keep_rate(counts, config.resampling_threshold)
-    return (counts > 0).astype(np.float64)
+    return None
 
 
 def validation_batches(
@@ -537,7 +540,10 @@ def fit_baselines(
     notes = []
     fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
         "popularity": (PopularityRetriever.fit, [{}]),
-        "ease": (EaseRetriever.fit, [{"l2": l2} for l2 in settings.ease_l2]),
+        "ease": (
+            EaseRetriever.fit,
+            [{"l2": l2, "max_candidates": settings.max_ease_candidates} for l2 in settings.ease_l2],
+        ),
         "ials": (
             IalsRetriever.fit,
             [

@@ -96,8 +96,8 @@ def slow_histories(events: list[Event], length: int, with_request: bool) -> list
     """Loops over positives: what was clicked before the request, or the event, began."""
     numbered = [(*event, number) for number, event in enumerate(events)]
     starts: dict[tuple[int, int], int] = {}
-    for user, _, second, stage, request, _ in numbered:
-        if with_request and request is not None and stage == "clicked":
+    for user, _, second, _, request, _ in numbered:
+        if with_request and request is not None:
             key = (user, request)
             starts[key] = min(second, starts.get(key, second))
 

@@ -35,6 +35,8 @@ def random_log(seed: int, *, num_requests: int = 25) -> list[dict[str, Any]]:
         ranks: dict[int, int] = dict(zip(rng.permutation(ranked).tolist(), range(99), strict=False))
         for i, (item, stage) in enumerate(zip(items.tolist(), stages.tolist(), strict=True)):
             has_rank = i in ranks and rng.random() < 0.9
+            # Losers may carry the rank that the stage before gave them: another scale.
+            lost_rank = int(rng.integers(50)) if i not in ranks and rng.random() < 0.5 else None
             rows.append(
                 {
                     "query_row": user,
@@ -42,7 +44,7 @@ def random_log(seed: int, *, num_requests: int = 25) -> list[dict[str, Any]]:
                     "stage": stage,
                     "time": START + timedelta(hours=hour),
                     "request_id": request,
-                    "rank": ranks[i] if has_rank else None,
+                    "rank": ranks[i] if has_rank else lost_rank,
                     "event_number": len(rows),
                 }
             )
@@ -98,7 +100,9 @@ def slow_pools(
         ranks = sorted(
             r["rank"]
             for r in rows
-            if r["request_id"] == row["request_id"] and r["rank"] is not None
+            if r["request_id"] == row["request_id"]
+            and r["rank"] is not None
+            and r["stage"] in ("ranked", "exposed", "clicked")
         )
         num_low = int(np.ceil(rules.bottom_share * len(ranks)))
         return row["rank"] in ranks[len(ranks) - num_low :]
@@ -170,6 +174,7 @@ def test_what_the_guard_removes_is_counted() -> None:
     ]
     assert removed == {
         "ranked without a rank": len(without_rank),
+        "ranked without a request": 0,
         "ranked, not in the low part": 0,
         "clicked by the user in training": sum(pair in clicked for pair in losers),
         "exposed to the user and not clicked": sum(

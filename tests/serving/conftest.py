@@ -82,6 +82,6 @@ def served(request: pytest.FixtureRequest) -> Served:
     if request.param == "int":
         query_ids, candidate_ids = np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
     else:
-        query_ids = np.array([f"user {i}" for i in range(NUM_QUERIES)], object)
+        query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
     return Served(model, query_ids, candidate_ids, histories)

@@ -114,16 +114,19 @@ def check_tables(tables: Tables) -> None:
             )
 
 
-def check_events(events: ibis.Table, source: Source) -> None:
+def check_events(events: ibis.Table, source: Source, *, requires_positives: bool = True) -> None:
     """Checks an event table by itself.
 
     Args:
         events: The table.
         source: Its name in messages.
+        requires_positives: Whether a table without a positive is refused; a label may still make
+            some.
 
     Raises:
         DataError: On a missing column, a wrong type, an empty table, null or reserved ids, null
-            timestamps, an unknown stage, repeated event numbers, or no positive at all.
+            timestamps, weights that are null, negative or not finite, an unknown stage, repeated
+            event numbers, or no positive at all.
     """
     for name in ("user_id", "item_id", "event_number", "stage"):
         require_column(events.columns, name, source, "Rename or add it.")
@@ -140,6 +143,7 @@ def check_events(events: ibis.Table, source: Source) -> None:
         events,
         num_positives=events["stage"] == Stage.CLICKED.value,
         num_unknown_stages=events["stage"].isnull() | events["stage"].notin(stages),
+        **_bad_weight(events, source),
         **{
             f"null {name}": events[name].isnull()
             for name in ("event_number", "timestamp")
@@ -164,11 +168,27 @@ def check_events(events: ibis.Table, source: Source) -> None:
             f"{source.column('event_number')} holds {num_distinct} different numbers in {num_rows} "
             "rows. It is the order in the source, which breaks ties in time: number the rows."
         )
-    if not counts["num_positives"]:
+    if counts.get("bad weight"):
+        raise DataError(
+            f"{source.column('weight')} is null, negative or not finite in {counts['bad weight']} "
+            f"of {num_rows} rows. Give these rows a weight (1 is neutral), or drop them."
+        )
+    if requires_positives and not counts["num_positives"]:
         raise DataError(
             f"{source.column('stage')}: none of {num_rows} rows is a positive (stage 'clicked'). "
             "Check stage_values, or the rating threshold."
         )
+
+
+def _bad_weight(events: ibis.Table, source: Source) -> dict[str, ibis.Value]:
+    """Names the condition under which an event's weight cannot be used, if there are weights."""
+    if "weight" not in events.columns:
+        return {}
+    weight = events["weight"]
+    if not weight.type().is_numeric():
+        raise DataError(_wrong_type(events, "weight", "a number", source))
+    value = weight.cast("float64")
+    return {"bad weight": value.isnull() | (value < 0) | value.isnan() | value.isinf()}
 
 
 def check_entities(

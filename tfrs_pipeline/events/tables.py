@@ -76,6 +76,7 @@ def load_tables(
     list_separator: str = "|",
     unknown_items: Literal["keep", "drop", "error"] = "keep",
     duplicates: Literal["keep", "drop", "error"] = "keep",
+    requires_positives: bool = True,
     connection: DuckDB | None = None,
 ) -> Tables:
     """Loads an event log, a click log, or ratings.
@@ -103,6 +104,7 @@ def load_tables(
             null features), drop them, or refuse.
         duplicates: Events equal in user, item, time, stage and request: keep all, drop all but the
             first, or refuse.
+        requires_positives: Whether a log without a click is refused; a label may still make some.
         connection: DuckDB connection for the tables; a new one, in memory, if None.
 
     Returns:
@@ -138,10 +140,10 @@ def load_tables(
     converted["event_number"] = file.table["_row"]
     converted["stage"] = _stage(file, kind, source, rating_threshold, stage_values)
     for name in names:
-        if name not in (*converted, "rating"):
+        if name not in converted and not (name == "rating" and kind == "ratings"):
             converted[name] = _other_column(file, name, source)
     events = _store(connection, file.table.select(**converted), source)
-    check_events(events, source)
+    check_events(events, source, requires_positives=requires_positives)
 
     items = _entities(item_file, other_item_id, "item_id", item_features, events, list_separator)
     users = _entities(user_file, other_user_id, "user_id", user_features, events, list_separator)
@@ -152,7 +154,7 @@ def load_tables(
         logger.info("%s: dropped %d events: %s", source.name, reason.num_rows, reason.reason)
     if dropped:
         kept = _store(connection, kept, source)
-        check_events(kept, source)
+        check_events(kept, source, requires_positives=requires_positives)
     items = _add_missing(items, kept, "item_id", item_file)
     users = _add_missing(users, kept, "user_id", user_file)
     items = _store(connection, items.order_by("item_id"), source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,6 @@ class Feature:
     def spec(self) -> FeatureSpec:
         """What a layer needs to know of the feature."""
         return FeatureSpec(self.name, self.kind, len(self.vocabulary) + 1, self.num_values)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns a JSON-able dict; `Feature(**dict)` reads it back."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

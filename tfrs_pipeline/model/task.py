@@ -101,6 +101,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if hard_embeddings is not None:
             if hard_log_q is None:
                 raise ValueError("hard_embeddings need their hard_log_q: [B, H].")
+            if len(hard_log_q.shape) != 2:
+                raise ValueError(
+                    f"hard_log_q must be [B, H]. Received: shape {tuple(hard_log_q.shape)}"
+                )
             hard = self._scaled(tf.einsum("bd,bhd->bh", query_embeddings, hard_embeddings))
             hard -= hard_log_q
             if hard_mask is not None:
@@ -139,6 +143,11 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     ) -> tf.Tensor | None:
         if log_q is not None and probability is not None:
             raise ValueError("Pass log_q or candidate_sampling_probability, not both.")
+        if log_q is not None and len(log_q.shape) == 1 and log_q.shape[0] != scores.shape[1]:
+            raise ValueError(
+                "log_q must be [num_rows, num_columns], [1, num_columns] or [num_columns], here of "
+                f"{scores.shape[1]} columns. Received: shape {tuple(log_q.shape)}"
+            )
         if probability is not None:
             if probability.shape.rank != 1:
                 raise ValueError(

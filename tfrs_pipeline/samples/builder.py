@@ -130,6 +130,8 @@ def build_samples(
         DataError: If no training event is a positive.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # The report is written last: while it is missing, the samples are not whole.
+    (folder / "report.json").unlink(missing_ok=True)
     items = _number_rows(tables.items, "item_id", "candidate_row")
     users = _number_rows(tables.users, "user_id", "query_row")
     numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
@@ -138,6 +140,7 @@ def build_samples(
     numbered = numbered.mutate(
         time=numbered["timestamp" if order == "timestamp" else "event_number"]
     )
+    numbered = numbered.mutate(query_time=_query_time(numbered))
     numbered_path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
     numbered = _materialise(numbered.drop("item_id", "user_id"), numbered_path)
     positives = select_positives(numbered)
@@ -237,15 +240,6 @@ def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrde
         positives = positives.mutate(weight=ibis.literal(1.0))
     if order == "none":
         return _with_other_positives(positives, history_length)
-    if "request_id" in positives.columns:
-        # A request's query is made at its start: nothing clicked within it was known then.
-        by_request = ibis.window(group_by=["query_row", "request_id"])
-        start = positives["time"].min().over(by_request)
-        positives = positives.mutate(
-            query_time=positives["request_id"].isnull().ifelse(positives["time"], start)
-        )
-    else:
-        positives = positives.mutate(query_time=positives["time"])
     # One group per user and moment. The positives of the last N groups hold the last N strictly
     # earlier ones, ties left out; a window by rows would take in events of the same second.
     entry = ibis.struct({"time": positives["time"], "row": positives["candidate_row"]})
@@ -264,6 +258,14 @@ def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrde
     first = ibis.greatest(rows.length() - history_length, 0)
     known = known.select("query_row", "query_time", history_rows=rows[first:])
     return _sample_columns(positives.inner_join(known, ["query_row", "query_time"]))
+
+
+def _query_time(events: ibis.Table) -> ibis.Value:
+    """Says when an event's query was made: at the start of its request, if it has one."""
+    if "request_id" not in events.columns:
+        return events["time"]
+    start = events["time"].min().over(ibis.window(group_by=["query_row", "request_id"]))
+    return events["request_id"].isnull().ifelse(events["time"], start)
 
 
 def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Table:

@@ -125,9 +125,10 @@ class TrainingBatches:
         self._hard = _checked_hard(samples, hard_share, hard_negatives)
         self._hard_pools = [_ragged(samples.hard_pools[stage]) for stage, _, _ in self._hard]
         has_hard = np.zeros(len(samples), bool)
+        draws = None if positive_rate is None else positive_rate[samples.candidate_rows]
         for stage, _, _ in self._hard:
             has_hard |= np.diff(samples.hard_pools[stage].offsets) > 0
-        self.mean_hard_share = hard_share * float(has_hard.mean())
+        self.mean_hard_share = hard_share * float(np.average(has_hard, weights=draws))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -165,13 +165,24 @@ def _low_part(
     ranked, others = taken.filter(is_ranked), taken.filter(~is_ranked)
     if "rank" not in events.columns:
         return others, {"ranked without a rank": _num_rows(ranked)}
+    without_request = 0
     without_rank = _num_rows(ranked.filter(ranked["rank"].isnull()))
     ranked = ranked.filter(ranked["rank"].notnull())
     if rules.min_rank is not None:
         low = ranked.filter(ranked["rank"] >= rules.min_rank)
     else:
-        logged = events.filter(events["rank"].notnull())
-        by_request = ibis.window(group_by=["query_row", "request_id"], order_by="rank")
+        # Ranks of the list that was ranked last: those of losers are on another scale.
+        last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
+        logged = events.filter(
+            events["rank"].notnull()
+            & events["request_id"].notnull()
+            & events["stage"].isin(last_stages)
+        )
+        without_request = _num_rows(ranked.filter(ranked["request_id"].isnull()))
+        ranked = ranked.filter(ranked["request_id"].notnull())
+        by_request = ibis.window(
+            group_by=["query_row", "request_id"], order_by=["rank", "event_number"]
+        )
         whole = ibis.window(group_by=["query_row", "request_id"])
         # Place among the logged ranks, from 1: share s keeps the last ceil(s * n).
         place = logged.select(
@@ -186,6 +197,7 @@ def _low_part(
         )
     removed = {
         "ranked without a rank": without_rank,
+        "ranked without a request": without_request,
         "ranked, not in the low part": _num_rows(ranked) - _num_rows(low),
     }
     return others.union(low.select(*others.columns)), removed

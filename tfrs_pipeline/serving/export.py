@@ -341,7 +341,7 @@ def _prove(
         probe = folder / "probe.npz"
         np.savez(
             probe,
-            user_id=users.numpy().astype(str) if users.dtype == tf.string else users.numpy(),
+            user_id=_plain(users.numpy()),
             candidate_ids=_plain(expected["candidate_ids"].numpy()),
             scores=expected["scores"].numpy(),
         )
