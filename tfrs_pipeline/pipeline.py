@@ -159,6 +159,7 @@ def run(
     """
     _claim_folder(config, folder)
     seconds: dict[str, float] = {}
+    stage_notes: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[StageReport]:
@@ -166,6 +167,7 @@ def run(
         start = time.monotonic()
         on_progress(name, 0, 0)
         yield report
+        stage_notes[name] = report.notes
         report.seconds = seconds[name] = round(time.monotonic() - start, 3)
         on_stage(report)
 
@@ -243,6 +245,7 @@ def run(
         )
         report.notes += _describe_index(metrics["index"], corpus)
         report.notes.append("a fresh process loaded the export and gave the same answers")
+    metrics["notes"] = stage_notes
     metrics["seconds"] = seconds
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return RunResult(folder, export_folder, metrics)
@@ -578,7 +581,9 @@ def fit_baselines(
         best = grid[int(np.argmax(scores))] if scores else grid[0]
         found[name] = fitter(everything, corpus.candidate_ids, **best)
         if scores:
-            chosen = ", ".join(f"{k}={v}" for k, v in best.items() if k != "seed")
+            chosen = ", ".join(
+                f"{k}={v}" for k, v in best.items() if k not in ("seed", "max_candidates")
+            )
             notes.append(f"{name}: {chosen}, best of {len(grid)} on validation")
     return found, notes
 
@@ -751,6 +756,8 @@ def _describe_samples(folder: Path) -> list[str]:
 def _describe_batches(batches: TrainingBatches, config: SamplesConfig) -> list[str]:
     unreachable = num_unreachable(batches.expected_count)
     notes = [f"{unreachable:,} items can be drawn by no sampler as a negative"]
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes.append(f"left out of the columns that rows share: {masked}")
     if config.hard_share:
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
     if config.resampling != "none":

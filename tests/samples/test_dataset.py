@@ -168,3 +168,14 @@ def test_evaluation_batches_keep_every_query_with_its_lists() -> None:
                 row = batch[name][i]
                 assert row[row > 0].tolist() == source[query - 1][:length].tolist()
     assert seen == list(range(1, 12))
+
+
+def test_masked_shares_add_up_to_what_is_masked() -> None:
+    batches = make_batches()
+    shares = batches.masked_shares(num_steps=4)
+    cells = np.concatenate([batch["is_counted"] for batch in batch_list(batches, 4)])
+    num_others = cells.size - len(cells)
+    assert sum(shares.values()) * num_others == pytest.approx((~cells).sum())
+    assert min(shares.values()) > 0
+    without = make_batches(mask_exposed=False).masked_shares(num_steps=4)
+    assert without == {**shares, "exposed items": 0}

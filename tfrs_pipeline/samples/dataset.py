@@ -198,6 +198,37 @@ class TrainingBatches:
             "is_counted": self._is_counted(query_row, candidate_row, columns),
         }
 
+    def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
+        """Counts why shared columns do not count, over the first batches.
+
+        Args:
+            num_steps: Batches to look at.
+
+        Returns:
+            By reason, the share of the columns that are not the row's own positive: accidental
+            hits (the same candidate again), then known positives, then exposed items.
+        """
+        masked = {"accidental hits": 0, "known positives": 0, "exposed items": 0}
+        num_cells = 0
+        for step in range(num_steps):
+            batch = self.batch(tf.constant(step, tf.int64))
+            columns = tf.concat([batch["candidate_row"], batch["easy_candidate_row"]], axis=0)
+            own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
+            is_left = ~own
+            num_cells += int(tf.math.count_nonzero(is_left))
+            is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
+            reasons = {"accidental hits": is_hit}
+            for name, lists in (
+                ("known positives", self._known_positives),
+                ("exposed items", self._exposed),
+            ):
+                if lists is not None:
+                    reasons[name] = _contains([tf.gather(lists, batch["query_row"])], columns)
+            for name, is_masked in reasons.items():
+                masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
+                is_left &= ~is_masked
+        return {name: count / num_cells for name, count in masked.items()}
+
     def _sample_index(self, step: tf.Tensor) -> tf.Tensor:
         """Returns the [B] samples of a step: a permutation an epoch, or draws by rate."""
         if self._positive_sampler is not None:
