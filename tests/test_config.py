@@ -453,13 +453,16 @@ def test_stages_are_those_of_the_event_table() -> None:
 
 
 def test_a_preset_sets_the_hard_share_and_a_new_one_replaces_it() -> None:
-    one = with_settings(RunConfig(), {"samples.preset": "hybrid_1_100"})
+    events = RunConfig(data=DataConfig(source="events", path=Path("log.csv")))
+    one = with_settings(events, {"samples.preset": "hybrid_1_100"})
     half = with_settings(one, {"samples.preset": "hybrid_50_50"})
     easy = with_settings(half, {"samples.preset": "easy"})
     assert [c.samples.hard_share for c in (one, half, easy)] == [0.01, 0.5, 0.0]
     assert [s.stage for s in half.samples.hard_negatives] == ["retrieved", "pre_ranked"]
     free = with_settings(half, {"samples.preset": None, "samples.hard_share": 0.05})
     assert free.samples.hard_share == 0.05
+    with pytest.raises(ConfigError, match="no losers of a funnel"):
+        with_settings(RunConfig(), {"samples.preset": "hybrid_50_50"})
     for other in (
         {"hard_share": 0.3},
         {"hard_share": 0.0},

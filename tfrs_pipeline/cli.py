@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import time
 import types
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+PROGRAM = "tfrs-pipeline"
 
 
 class UsageError(ValueError):
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
     logging.getLogger("tfrs_pipeline").setLevel(
         logging.INFO if options.verbose else logging.WARNING
     )
@@ -75,6 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Logs to the standard error of the moment: a run sends the one of C++ libraries elsewhere."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _program() -> str:
+    """Names this program so that a command printed for the user works as it stands."""
+    called = Path(sys.argv[0])
+    is_script = called.name == PROGRAM and called.exists()
+    on_path = shutil.which(PROGRAM)
+    if not is_script or (on_path and Path(on_path).samefile(called)):
+        return PROGRAM
+    return str(called)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,7 +277,7 @@ def _run(options: argparse.Namespace) -> int:
 
             result = run(config, folder, on_stage=on_stage, on_progress=on_progress)
     except KeyboardInterrupt:
-        again = shlex.join(["tfrs-pipeline", "run", "--run-dir", str(folder)])
+        again = shlex.join([_program(), "run", "--run-dir", str(folder)])
         has_begun = (folder / "config.toml").exists()
         _say(console, f"\nstopped; go on with:  {again}" if has_begun else "\nstopped")
         return INTERRUPTED
@@ -324,8 +344,8 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
     from tfrs_pipeline.evaluation.table import format_table
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
-    columns = [f"ndcg@{longest}", f"recall@{shortest}", f"tail/recall@{longest}"]
-    columns += [f"recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
+    columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
+    columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     columns = list(dict.fromkeys(columns))
     table = format_table(result.metrics["models"], columns)
     # A wrapped table cannot be read; metrics.json has every number.
@@ -338,7 +358,7 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
     _say(console, f"config   {result.folder / 'config.toml'}")
     _say(console, f"model    {result.export_folder}")
     manifest = json.loads((result.export_folder / "manifest.json").read_text())
-    command = ["tfrs-pipeline", "query", str(result.export_folder.parent)]
+    command = [_program(), "query", str(result.export_folder.parent)]
     command += ["--user", str(manifest["example_user"]), "-k", "10"]
     _say(console, f"\nnext:  {shlex.join(command)}")
 

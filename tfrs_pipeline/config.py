@@ -503,6 +503,12 @@ class RunConfig(Config):
     def _problems(self) -> Iterator[tuple[str, str]]:
         """Yields what stages ask of each other and do not get."""
         model = self.model
+        if self.samples.hard_share and self.data.source != "events":
+            yield (
+                "samples.hard_share",
+                f"got {self.samples.hard_share} with source {self.data.source!r}, which holds no "
+                "losers of a funnel: only 'events' does",
+            )
         cutoffs = self.evaluation.cutoffs
         if int(self.training.monitor.partition("@")[2]) not in cutoffs:
             yield (

@@ -38,7 +38,7 @@ from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate, popula
 from tfrs_pipeline.events import split as splits
 from tfrs_pipeline.events.labels import relabel
 from tfrs_pipeline.events.movielens import load_movielens_100k
-from tfrs_pipeline.events.schema import Stage, Tables, read_tables, write_tables
+from tfrs_pipeline.events.schema import DataError, Stage, Tables, read_tables, write_tables
 from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries, split_report
 from tfrs_pipeline.events.tables import load_tables
 from tfrs_pipeline.model.features import Feature
@@ -188,6 +188,7 @@ def run(
         final = training_samples(config, tables, split, training_parts, samples_folder / "final")
         corpus = read_corpus(tables, samples_folder / "final")
         report.notes += _describe_samples(samples_folder / "final")
+        _require_hard_negatives(config.samples, final)
     models: dict[str, Retriever] = {}
     trained: dict[str, TrainingResult] = {}
     two_tower: TwoTowerModel | None = None
@@ -753,9 +754,19 @@ def _describe_samples(folder: Path) -> list[str]:
     ]
 
 
+def _require_hard_negatives(config: SamplesConfig, samples: Samples) -> None:
+    if config.hard_share and not any(len(pool.values) for pool in samples.hard_pools.values()):
+        stages = ", ".join(sampler.stage for sampler in config.hard_negatives)
+        raise DataError(
+            f"samples.hard_share = {config.hard_share}, and none of {len(samples):,} positives has "
+            f"a hard negative of the stages {stages}. The log must hold items of these stages, of "
+            "the same users within samples.hard_window_hours; or set samples.hard_share to 0."
+        )
+
+
 def _describe_batches(batches: TrainingBatches, config: SamplesConfig) -> list[str]:
     unreachable = num_unreachable(batches.expected_count)
-    notes = [f"{unreachable:,} items can be drawn by no sampler as a negative"]
+    notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"left out of the columns that rows share: {masked}")
     if config.hard_share:
