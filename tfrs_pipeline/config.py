@@ -406,7 +406,8 @@ class TrainingConfig(Config):
     monitor: str = "ndcg@100"
     """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
     refit: bool = True
-    """Whether to train again on training and validation events for the chosen number of epochs."""
+    """Whether to train again on training and validation events for the chosen number of epochs;
+    held-out users are never trained on."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

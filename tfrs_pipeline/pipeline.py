@@ -182,9 +182,7 @@ def run(
         selection = training_samples(
             config, tables, split, ("train",), samples_folder / "selection"
         )
-        # Held-out users stay out of training: then there is nothing to add to it.
-        adds_validation = config.training.refit and config.split.kind != "held_out_users"
-        training_parts = ("train", "validation") if adds_validation else ("train",)
+        training_parts = ("train", "validation") if _is_refitted(config) else ("train",)
         final = training_samples(config, tables, split, training_parts, samples_folder / "final")
         corpus = read_corpus(tables, samples_folder / "final")
         report.notes += _describe_samples(samples_folder / "final")
@@ -801,6 +799,11 @@ def _variants(config: RunConfig) -> dict[str, ModelConfig]:
     return variants
 
 
+def _is_refitted(config: RunConfig) -> bool:
+    """Says whether there is a second training; held-out users would add nothing to it."""
+    return config.training.refit and config.split.kind != "held_out_users"
+
+
 def _train_and_refit(
     config: RunConfig,
     model_config: ModelConfig,
@@ -840,7 +843,7 @@ def _train_and_refit(
         f"best validation {config.training.monitor} {max(monitored):.4f} after "
         f"{chosen.best_epoch} of {len(monitored)} epochs"
     )
-    if config.training.refit:
+    if _is_refitted(config):
         batches = training_batches(config, final)
         model, refitted = fit(batches, "refit", chosen.best_epoch)
         report.notes.append(
