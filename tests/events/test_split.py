@@ -17,6 +17,7 @@ from tfrs_pipeline.events.schema import DataError
 from tfrs_pipeline.events.split import (
     EvaluationPart,
     evaluation_queries,
+    split_by_column,
     split_by_time,
     split_held_out_users,
     split_last_n,
@@ -334,6 +335,84 @@ def test_columns_of_the_events_are_kept_and_only_part_is_added() -> None:
     events = make_events([(1, i, i, "clicked") for i in range(6)]).mutate(page=ibis.literal("home"))
     for name, split in all_splits(events).items():
         assert split.columns == (*events.columns, "part"), name
+
+
+def with_parts(rows: list[Event], names: list[str | None], **options: Any) -> ibis.Table:
+    """Makes a log whose own column says which part each row is of."""
+    events = make_events(rows, **options)
+    own = pa.table({"event_number": range(len(rows)), "part": pa.array(names, pa.string())})
+    return events.inner_join(
+        CONNECTION.create_table(ibis.util.gen_name("part"), own), "event_number"
+    )
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.integers(0, 2**32 - 1))
+def test_the_log_itself_says_which_part(seed: int) -> None:
+    """Against a loop: parts as they are, and all that is not later known to a test query."""
+    rng = np.random.default_rng(seed)
+    rows: list[Event] = [(u, i, 0, s) for u, i in ((1, 1), (2, 2)) for s in ("clicked", "exposed")]
+    names: list[str | None] = ["train", "validation", "test", "train"]
+    rows[2] = (2, 2, 0, "clicked")
+    for _ in range(40):
+        stage = ("clicked", "exposed", "retrieved")[rng.integers(3)]
+        rows.append((int(rng.integers(4)), int(rng.integers(9)), int(rng.integers(9)), stage))
+        names.append((None, "train", "validation", "test")[rng.integers(4)])
+    events = with_parts(rows, names)
+    split = split_by_column(events)
+    assert parts(split) == {i: name for i, name in enumerate(names) if name is not None}
+    assert split.columns == events.columns
+    report = split_report(split, events)
+    assert report["num_events_dropped"] == names.count(None)
+    assert report["test"]["num_events"] == names.count("test")
+    queries = evaluation_queries(split, "test")
+    in_order = sorted(range(len(rows)), key=lambda i: (rows[i][2], i))
+    known = [i for i in in_order if names[i] in ("train", "validation")]
+    for user, history, relevant, seen in zip(
+        queries.user_ids, queries.histories, queries.relevant, queries.seen, strict=True
+    ):
+        own = [rows[i] for i in known if rows[i][0] == user]
+        assert history.tolist() == [item for _, item, _, stage in own if stage == "clicked"]
+        assert set(seen.tolist()) == {item for _, item, _, stage in own if stage != "retrieved"}
+        found = {
+            row[1]
+            for row, name in zip(rows, names, strict=True)
+            if (row[0], row[3], name) == (user, "clicked", "test")
+        }
+        assert set(relevant.tolist()) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train", "validation", "dev", "test"], "1 of 4 rows hold 'dev'. It must hold train, v"),
+        (["train", "validation", "fold_in", None], "1 of 4 rows hold 'fold_in'"),
+        (["train", "train", "test", None], "no row is of the part validation; 1 rows are null"),
+        (["train", "validation", "train", None], "no row is of the part test"),
+        (["train", "validation", "validation", "test"], "none of the 1 rows of the part test is"),
+        (["validation", "test", "test", "train"], "none of the 1 rows of the part train is"),
+    ],
+)
+def test_a_column_that_is_no_split_is_refused(names: list[str | None], message: str) -> None:
+    rows = [(1, i, i, "clicked") for i in range(3)]
+    with pytest.raises(DataError, match=message):
+        split_by_column(with_parts([*rows, (1, 3, 3, "exposed")], names))
+
+
+def test_a_log_without_the_column_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no column 'part'.*columns=.*split_last_share"):
+        split_by_column(one_user("ccc"))
+
+
+def test_another_split_takes_the_place_of_the_column() -> None:
+    rows: list[Event] = [(user, i, i, "clicked") for user in range(10) for i in range(6)]
+    without = make_events(rows)
+    events = with_parts(rows, ["test"] * len(rows))
+    for (name, split), (_, wanted) in zip(
+        all_splits(events).items(), all_splits(without).items(), strict=True
+    ):
+        assert sorted(split.columns) == sorted(events.columns), name
+        assert parts(split) == parts(wanted), name
 
 
 @pytest.mark.parametrize(

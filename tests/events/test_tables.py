@@ -249,6 +249,14 @@ def test_zipped_files_windows_line_ends_and_byte_order_marks(tmp_path: Path) -> 
     assert column(tables.events, "item_id") == ["é"]
 
 
+def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
+    text = "user_id,item_id,{0}\n1,2,train\n1,3,\n1,2,test\n1,2,test\n"
+    for tables in (load(text.format("part")), load(text.format("fold"), columns={"part": "fold"})):
+        assert column(tables.events, "part") == ["train", None, "test", "test"]
+    dropped = load(text.format("part"), duplicates="drop")
+    assert column(dropped.events, "part") == ["train", None, "test"]
+
+
 @pytest.mark.parametrize(
     "text, options, message",
     [

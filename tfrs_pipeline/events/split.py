@@ -1,13 +1,15 @@
 """Which events train, which are left for evaluation.
 
-Every split adds a column `part` to the event table: "train", "validation", "test", or "fold_in"
-(history of a held-out user: never trained on). Positives are the events of stage `clicked`. The
-order of a user's events is by timestamp, ties by event number; by event number alone where the log
-has no time. The splits are lazy expressions, run by the backend that holds the table.
+Every split adds a column `part` to the event table, or replaces the one that is there: "train",
+"validation", "test", or "fold_in" (history of a held-out user: never trained on). Positives are the
+events of stage `clicked`. The order of a user's events is by timestamp, ties by event number; by
+event number alone where the log has no time. The splits are lazy expressions, run by the backend
+that holds the table.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +22,10 @@ import pyarrow as pa
 from tfrs_pipeline.events.schema import DataError, Stage
 from tfrs_pipeline.retrieval import Query
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("train", "validation", "test", "fold_in")
+COLUMN_PARTS = ("train", "validation", "test")
 EvaluationPart = Literal["validation", "test"]
 
 # What a query may know: everything before the user's cut, so for "test" the validation part too.
@@ -226,7 +231,55 @@ def split_held_out_users(
     is_target = counted["num_so_far"] > num_positives - _ceil(num_positives * target_share)
     is_history = (counted["_role"] != "train") & ~is_target
     part = is_history.ifelse("fold_in", counted["_role"])
-    return counted.mutate(part=part).select(*events.columns, "part")
+    return counted.mutate(part=part).select(*_columns(events), "part")
+
+
+def split_by_column(events: ibis.Table) -> ibis.Table:
+    """Splits as the log itself says, in its column `part`.
+
+    Args:
+        events: Event table with `part`: "train", "validation" or "test", or null for events to
+            leave out, which are counted in the log. Each part must have events, and there must be
+            positives to train on and to test on.
+
+    Returns:
+        `events` that have a part. No user is dropped for having few positives: the log has chosen
+        its users.
+
+    Raises:
+        DataError: If the column is missing, holds other values, or lacks a part.
+    """
+    if "part" not in events.columns:
+        raise DataError(
+            "The event table has no column 'part', by which it is to be split. Say which column of "
+            "the file it is (columns={'part': ...}), or split otherwise (split_last_share)."
+        )
+    counts = events.group_by("part").agg(
+        num_events=events.count(), num_positives=_is_positive(events).sum()
+    )
+    rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
+    num_left_out = rows.pop(None, {"num_events": 0})["num_events"]
+    if unknown := [value for value in rows if value not in COLUMN_PARTS]:
+        num_unknown = sum(rows[value]["num_events"] for value in unknown)
+        listed = ", ".join(sorted(repr(value) for value in unknown)[:10])
+        num_events = num_left_out + sum(row["num_events"] for row in rows.values())
+        raise DataError(
+            f"event table: column 'part': {num_unknown} of {num_events} rows hold {listed}. It "
+            f"must hold {', '.join(COLUMN_PARTS)}, or null for events to leave out."
+        )
+    if missing := [part for part in COLUMN_PARTS if part not in rows]:
+        raise DataError(
+            f"event table: column 'part': no row is of the part {' or '.join(missing)}; "
+            f"{num_left_out} rows are null. Mark some, or split otherwise (split_last_share)."
+        )
+    if empty := [part for part in ("train", "test") if not rows[part]["num_positives"]]:
+        raise DataError(
+            f"event table: column 'part': none of the {rows[empty[0]]['num_events']} rows of the "
+            f"part {empty[0]} is a positive. Check the label, or mark the rows otherwise."
+        )
+    if num_left_out:
+        logger.info("split by column: left out %d events, whose part is null", num_left_out)
+    return events.filter(events["part"].notnull())
 
 
 def split_report(split: ibis.Table, events: ibis.Table | None = None) -> dict[str, Any]:
@@ -341,6 +394,11 @@ def _is_positive(events: ibis.Table) -> ibis.expr.types.BooleanValue:
     return events["stage"] == Stage.CLICKED.value
 
 
+def _columns(events: ibis.Table) -> list[str]:
+    """Names the columns that a split keeps: a `part` that the log came with gives way to it."""
+    return [name for name in events.columns if name != "part"]
+
+
 def _order_keys(events: ibis.Table) -> list[str]:
     return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]
 
@@ -367,7 +425,7 @@ def _part_by_place(
         (counted["num_so_far"] > ibis.greatest(num_train, 0), "validation"),
         else_="train",
     )
-    return counted.mutate(part=part).select(*events.columns, "part")
+    return counted.mutate(part=part).select(*_columns(events), "part")
 
 
 def _ceil(value: ibis.expr.types.NumericValue) -> ibis.expr.types.IntegerValue:

@@ -39,15 +39,17 @@ from tfrs_pipeline.events.schema import (
 logger = logging.getLogger(__name__)
 
 EventKind = Literal["events", "clicks", "ratings"]
+UnknownItems = Literal["keep", "drop", "error"]
+Duplicates = Literal["keep", "drop", "error"]
 
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _OWN_COLUMN: dict[EventKind, str | None] = {"events": "stage", "clicks": None, "ratings": "rating"}
-_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight")
-_MADE_HERE = ("event_number", "part")
+_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
+_MADE_HERE = ("event_number",)
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """What one path holds, as a DuckDB table."""
 
     name: str
@@ -57,6 +59,7 @@ class _File:
 
     @property
     def columns(self) -> list[str]:
+        """Column names of the file, in its order."""
         return [name for name in self.table.columns if name != "_row"]
 
 
@@ -74,8 +77,8 @@ def load_tables(
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
     list_separator: str = "|",
-    unknown_items: Literal["keep", "drop", "error"] = "keep",
-    duplicates: Literal["keep", "drop", "error"] = "keep",
+    unknown_items: UnknownItems = "keep",
+    duplicates: Duplicates = "keep",
     requires_positives: bool = True,
     connection: DuckDB | None = None,
 ) -> Tables:
@@ -89,7 +92,8 @@ def load_tables(
         kind: "events" has a stage column, "clicks" holds clicks alone, "ratings" has a rating
             column: at or above the threshold is clicked, below it exposed (never a negative).
         columns: Canonical name -> column in the file. A column called by its canonical name needs
-            no entry. A name of your own makes a context column.
+            no entry. A name of your own makes a context column; `part` is the log's own split (see
+            `split.split_by_column`).
         rating_threshold: Lowest rating that is a positive; for ratings.
         stage_values: Value in the stage column -> stage, where they differ.
         timestamp_unit: What numeric timestamps count since 1970; None means seconds.
@@ -114,14 +118,14 @@ def load_tables(
         DataError: Naming file, column, row count and remedy.
         ValueError: If the arguments contradict each other.
     """
-    connection = connection or ibis.duckdb.connect()
+    connection = connection or connect()
     columns, stage_values = dict(columns or {}), dict(stage_values or {})
     item_features, user_features = dict(item_features or {}), dict(user_features or {})
     _check_arguments(kind, columns, rating_threshold, stage_values, items_path, item_features)
     _check_user_arguments(users_path, user_features)
-    file = _open(connection, Path(events_path))
-    item_file = _open(connection, Path(items_path)) if items_path else None
-    user_file = _open(connection, Path(users_path)) if users_path else None
+    file = open_file(connection, Path(events_path))
+    item_file = open_file(connection, Path(items_path)) if items_path else None
+    user_file = open_file(connection, Path(users_path)) if users_path else None
     names = _name_columns(file, kind, columns)
     source = Source(str(file.path), names)
     item_id, other_item_id = _matching_ids(file, item_file, "item_id", source)
@@ -142,33 +146,89 @@ def load_tables(
     for name in names:
         if name not in converted and not (name == "rating" and kind == "ratings"):
             converted[name] = _other_column(file, name, source)
-    events = _store(connection, file.table.select(**converted), source)
+    events = store(connection, file.table.select(**converted), source)
     check_events(events, source, requires_positives=requires_positives)
 
-    items = _entities(item_file, other_item_id, "item_id", item_features, events, list_separator)
-    users = _entities(user_file, other_user_id, "user_id", user_features, events, list_separator)
-    kept, dropped = _settle_unknown_items(events, items, source, unknown_items)
-    kept, dropped_duplicates = _settle_duplicates(kept, source, duplicates)
-    dropped += dropped_duplicates
-    for reason in dropped:
-        logger.info("%s: dropped %d events: %s", source.name, reason.num_rows, reason.reason)
-    if dropped:
-        kept = _store(connection, kept, source)
-        check_events(kept, source, requires_positives=requires_positives)
-    items = _add_missing(items, kept, "item_id", item_file)
-    users = _add_missing(users, kept, "user_id", user_file)
-    items = _store(connection, items.order_by("item_id"), source)
-    users = _store(connection, users.order_by("user_id"), source)
+    items = read_entities(
+        item_file, other_item_id, "item_id", item_features, events, list_separator
+    )
+    users = read_entities(
+        user_file, other_user_id, "user_id", user_features, events, list_separator
+    )
+    tables = finish_tables(
+        connection,
+        Tables(events, items, users, item_features, user_features),
+        source,
+        items_path=items_path,
+        users_path=users_path,
+        unknown_items=unknown_items,
+        duplicates=duplicates,
+        requires_positives=requires_positives,
+    )
     for opened in (file, item_file, user_file):
         if opened is not None:
             connection.drop_table(opened.name)
+    return tables
+
+
+def connect() -> DuckDB:
+    """Opens a DuckDB in memory, without the progress bar that it would write to the output."""
+    connection = ibis.duckdb.connect()
+    connection.con.execute("SET enable_progress_bar = false")
+    return connection
+
+
+def finish_tables(
+    connection: DuckDB,
+    tables: Tables,
+    source: Source,
+    *,
+    items_path: Path | None,
+    users_path: Path | None,
+    unknown_items: UnknownItems = "keep",
+    duplicates: Duplicates = "keep",
+    requires_positives: bool = True,
+) -> Tables:
+    """Makes a source's tables keep the contract: what every source does last.
+
+    Events of unknown items and repeated events are settled, ids that the item and user tables lack
+    are added with null features, and all of it is stored.
+
+    Args:
+        connection: Where the tables are, and where the finished ones are stored.
+        tables: Checked events, and item and user tables that may lack ids of the events; `dropped`
+            is what the source left out so far.
+        source: The events' name in messages.
+        items_path: The file of the item table, for messages; None if there is none.
+        users_path: The same of users.
+        unknown_items: As in `load_tables`.
+        duplicates: As in `load_tables`.
+        requires_positives: As in `load_tables`.
+
+    Returns:
+        Tables that keep the contract; `dropped` counts all that was left out.
+
+    Raises:
+        DataError: If unknown items or duplicates are refused, or nothing is left.
+    """
+    events = tables.events
+    kept, unknown = _settle_unknown_items(events, tables.items, source, unknown_items)
+    kept, repeated = _settle_duplicates(kept, source, duplicates)
+    dropped = (*tables.dropped, *unknown, *repeated)
+    for reason in dropped:
+        logger.info("%s: dropped %d events: %s", source.name, reason.num_rows, reason.reason)
+    if unknown or repeated:
+        kept = store(connection, kept, source)
+        check_events(kept, source, requires_positives=requires_positives)
+    items = _add_missing(tables.items, kept, "item_id", items_path)
+    users = _add_missing(tables.users, kept, "user_id", users_path)
     return Tables(
         events=kept,
-        items=items,
-        users=users,
-        item_features=item_features,
-        user_features=user_features,
-        dropped=tuple(dropped),
+        items=store(connection, items.order_by("item_id"), source),
+        users=store(connection, users.order_by("user_id"), source),
+        item_features=tables.item_features,
+        user_features=tables.user_features,
+        dropped=dropped,
     )
 
 
@@ -205,20 +265,15 @@ def _check_user_arguments(
         raise ValueError("user_features needs users_path: the file that holds the features.")
 
 
-def _open(connection: DuckDB, path: Path) -> _File:
-    """Opens a path as one DuckDB table; rows are numbered in the order of files and rows."""
+def open_file(connection: DuckDB, path: Path) -> File:
+    """Opens a path as one DuckDB table; rows are numbered in the order of files and rows.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     paths, is_text = _list_files(path)
-    quoted = [_quote(str(each)) for each in paths]
-    if is_text:
-        header, delimiter = _read_header(paths)
-        types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
-        reader = (
-            f"read_csv([{', '.join(quoted)}], columns={{{types}}}, delim={_quote(delimiter)}, "
-            "header=true, auto_detect=false, quote='\"', escape='\"')"
-        )
-    else:
-        reader = f"read_parquet([{', '.join(quoted)}])"
     name = ibis.util.gen_name("file")
+    reader = csv_scan(paths)[1] if is_text else f"read_parquet({_quote_all(paths)})"
     try:
         # A row number without an order runs in the order of the scan, on one thread.
         connection.con.execute(
@@ -229,7 +284,21 @@ def _open(connection: DuckDB, path: Path) -> _File:
         raise DataError(
             f"{path} cannot be read: {str(error).strip()} Give CSV with a header, or Parquet."
         ) from error
-    return _File(name, connection.table(name, database="temp.main"), path, is_text)
+    return File(name, connection.table(name, database="temp.main"), path, is_text)
+
+
+def csv_scan(paths: list[Path]) -> tuple[list[str], str]:
+    """Returns the columns of CSV files, and SQL that scans the files in this order, all as text.
+
+    Raises:
+        DataError: If the headers differ, or one cannot be read.
+    """
+    header, delimiter = _read_header(paths)
+    types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
+    return header, (
+        f"read_csv({_quote_all(paths)}, columns={{{types}}}, delim={_quote(delimiter)}, "
+        "header=true, auto_detect=false, quote='\"', escape='\"')"
+    )
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:
@@ -287,7 +356,11 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _name_columns(file: _File, kind: EventKind, columns: Mapping[str, str]) -> dict[str, str]:
+def _quote_all(paths: list[Path]) -> str:
+    return "[" + ", ".join(_quote(str(path)) for path in paths) + "]"
+
+
+def _name_columns(file: File, kind: EventKind, columns: Mapping[str, str]) -> dict[str, str]:
     """Returns canonical name -> column in the file, of all columns to be taken."""
     own = _OWN_COLUMN[kind]
     required = ["user_id", "item_id"] + ([own] if own else [])
@@ -302,7 +375,7 @@ def _name_columns(file: _File, kind: EventKind, columns: Mapping[str, str]) -> d
 
 
 def _matching_ids(
-    file: _File, other: _File | None, name: str, source: Source
+    file: File, other: File | None, name: str, source: Source
 ) -> tuple[ir.Value, ir.Value | None]:
     """Returns the ids of the events, and of the item or user file, in one type."""
     column = source.columns[name]
@@ -319,7 +392,7 @@ def _matching_ids(
 
 
 def _stage(
-    file: _File,
+    file: File,
     kind: EventKind,
     source: Source,
     rating_threshold: float | None,
@@ -346,7 +419,7 @@ def _stage(
     return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
 
 
-def _other_column(file: _File, name: str, source: Source) -> ir.Value:
+def _other_column(file: File, name: str, source: Source) -> ir.Value:
     column = source.columns[name]
     if name == "rank":
         return convert_number(file.table, column, source, to="int64")
@@ -358,15 +431,30 @@ def _other_column(file: _File, name: str, source: Source) -> ir.Value:
     return convert_context(file.table, column, is_text=file.is_text)
 
 
-def _entities(
-    file: _File | None,
+def read_entities(
+    file: File | None,
     ids: ir.Value | None,
     id_name: str,
     features: Mapping[str, FeatureKind],
     events: ibis.Table,
     list_separator: str,
 ) -> ibis.Table:
-    """Makes an item or user table of a file, or of the ids in the events where there is none."""
+    """Makes an item or user table of a file, or of the ids in the events where there is none.
+
+    Args:
+        file: Holds the features; None if there is no such file.
+        ids: The file's ids, as the events have them.
+        id_name: `item_id` or `user_id`.
+        features: Feature column -> kind.
+        events: The events.
+        list_separator: Parts the values of multi_categorical features in a string.
+
+    Returns:
+        The id, the features and, of items, a column `title` where the file has one; checked.
+
+    Raises:
+        DataError: Naming file, column and remedy.
+    """
     if file is None or ids is None:
         return events.select(id_name).distinct()
     source = Source(str(file.path))
@@ -384,23 +472,21 @@ def _entities(
 
 
 def _add_missing(
-    entities: ibis.Table, events: ibis.Table, id_name: str, file: _File | None
+    entities: ibis.Table, events: ibis.Table, id_name: str, path: Path | None
 ) -> ibis.Table:
-    if file is None:
+    if path is None:
         return entities
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     num_missing = int(missing.count().to_pyarrow().as_py())
     if not num_missing:
         return entities
-    logger.warning(
-        "%s: lacks %d ids of the events; added with null features", file.path, num_missing
-    )
+    logger.warning("%s: lacks %d ids of the events; added with null features", path, num_missing)
     nulls = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
     return entities.union(missing.mutate(**nulls).select(*entities.columns))
 
 
 def _settle_unknown_items(
-    events: ibis.Table, items: ibis.Table, source: Source, unknown_items: str
+    events: ibis.Table, items: ibis.Table, source: Source, unknown_items: UnknownItems
 ) -> tuple[ibis.Table, list[Dropped]]:
     num_unknown = count_missing(events, items, "item_id")
     if not num_unknown or unknown_items == "keep":
@@ -418,11 +504,12 @@ def _settle_unknown_items(
 
 
 def _settle_duplicates(
-    events: ibis.Table, source: Source, duplicates: str
+    events: ibis.Table, source: Source, duplicates: Duplicates
 ) -> tuple[ibis.Table, list[Dropped]]:
     if duplicates == "keep":
         return events, []
-    keys = ["user_id", "item_id", "timestamp", "stage", "request_id"]
+    # An event of the test part is not a repeat of one in the training part.
+    keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     same = ibis.window(
         group_by=[name for name in keys if name in events.columns], order_by="event_number"
     )
@@ -441,7 +528,12 @@ def _settle_duplicates(
     ]
 
 
-def _store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
+def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
+    """Stores an expression as a table of its own.
+
+    Raises:
+        DataError: If the engine fails, with its message.
+    """
     try:
         return connection.create_table(ibis.util.gen_name("tables"), expression)
     except duckdb.Error as error:
