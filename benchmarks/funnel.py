@@ -149,7 +149,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
                 embedding_dim=32,
                 recency_decay=0.98,
                 temperature=options.temperature,
-                correct_sampling=plan.correct_sampling,
+                correction="mixture" if plan.correct_sampling else "none",
             )
             settings = dict(plan.batches)
             exponent = settings.pop("resampling_exponent", None)

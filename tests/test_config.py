@@ -330,12 +330,39 @@ def test_features_need_the_file_that_holds_them() -> None:
         ("clicks", {"stage_values": {"view": "exposed"}}),
         ("movielens-100k", {"columns": {"user_id": "viewer"}}),
         ("movielens-100k", {"items_path": "items.csv"}),
+        ("movielens-100k", {"unknown_items": "drop"}),
+        ("movielens-100k", {"label": {"is_click": 1}}),
+        ("kuairand", {"columns": {"user_id": "viewer"}}),
+        ("kuairand", {"timestamp_unit": "ms"}),
+        ("kuairand", {"list_separator": ","}),
+        ("recflow", {"stage_values": {"view": "exposed"}}),
+        ("recflow", {"users_path": "users.csv"}),
+        ("recflow", {"time_zone": "UTC"}),
+        ("recflow", {"unknown_items": "error"}),
     ],
 )
 def test_a_setting_without_effect_is_refused(source: str, settings: dict[str, Any]) -> None:
     ((name, message),) = problems(DataConfig, source=source, path="x.csv", **settings).items()
     assert name in settings
     assert message.startswith(f"has no effect with source '{source}'")
+
+
+@pytest.mark.parametrize("source", ["kuairand", "recflow"])
+def test_a_published_log_needs_its_folder_and_no_other_file(source: str) -> None:
+    assert set(problems(DataConfig, source=source)) == {"path"}
+    settings = {"label": {"long_view": 1}, "duplicates": "drop"}
+    features = {"item_features": {"author_id": "categorical"}, "user_features": {"age": "numeric"}}
+    DataConfig(source=source, path="folder", **settings, **features)
+
+
+def test_a_split_by_column_needs_a_log_that_may_have_it() -> None:
+    split = SplitConfig(kind="column")
+    for source in ("events", "clicks", "kuairand"):
+        RunConfig(data=DataConfig(source=source, path="x"), split=split)
+    for data in (DataConfig(), DataConfig(source="recflow", path="x")):
+        found = problems(RunConfig, data=data, split=split)
+        assert set(found) == {"split.kind"}
+        assert "no column part" in found["split.kind"]
 
 
 def test_columns_are_named_as_the_package_names_them() -> None:

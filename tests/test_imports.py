@@ -22,6 +22,7 @@ ROOMS = [
     "serving",
     "pipeline",
     "compare",
+    "run_report",
     "cli",
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}

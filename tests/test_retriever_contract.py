@@ -17,14 +17,14 @@ import tensorflow as tf
 
 from tfrs_pipeline.evaluation.baselines import EaseRetriever, IalsRetriever, PopularityRetriever
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.model.queries import exact_retriever
+from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
 from tfrs_pipeline.model.training import train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.dataset import TrainingBatches
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
+from tfrs_pipeline.serving.index import ExactIndex, IndexRetriever, ScannIndex, ScannSettings
 from tfrs_pipeline.serving.retriever import load_retriever
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
@@ -164,6 +164,17 @@ def two_tower(problem: Problem) -> Retriever:
     return exact_retriever(problem.trained_model, np.arange(NUM_USERS), problem.candidate_ids)
 
 
+def in_process_scann(problem: Problem) -> Retriever:
+    model = problem.trained_model
+    embeddings = model.embed_corpus()
+    return IndexRetriever(
+        ScannIndex(embeddings, ScannSettings(4, 4, NUM_CANDIDATES)),
+        ExactIndex(embeddings),
+        problem.candidate_ids,
+        QueryEncoder(model, np.arange(NUM_USERS), problem.candidate_ids),
+    )
+
+
 def exported_exact(problem: Problem) -> Retriever:
     return load_retriever(problem.exported("exact"))
 
@@ -182,6 +193,7 @@ FACTORIES: list[Factory] = [
     ease,
     ials,
     two_tower,
+    in_process_scann,
     exported_exact,
     exported_scann,
     twin_of_scann,

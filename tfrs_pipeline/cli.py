@@ -14,7 +14,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -33,6 +33,7 @@ from tfrs_pipeline.config import (
 )
 
 if TYPE_CHECKING:
+    from tfrs_pipeline.compare import Comparison
     from tfrs_pipeline.pipeline import RunResult, StageReport
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("tfrs_pipeline").setLevel(
         logging.INFO if options.verbose else logging.WARNING
     )
+    # A model a plan traces its functions anew, and TensorFlow takes that for a fault.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         if unknown:
             raise _unknown_argument(unknown[0], options.parser)
@@ -109,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="Log what happens within stages.")
     _add_run(commands, common)
+    _add_compare(commands, common)
+    _add_report(commands, common)
     _add_query(commands, common)
     return parser
 
@@ -144,14 +149,45 @@ def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         help="Folder of the run; one that holds a stopped run resumes it. Default: a new one in "
         "runs/.",
     )
-    _add_settings(run, RunConfig)
+    _add_settings(run, RunConfig, without=("compare",))
     run.set_defaults(command=_run, parser=run)
 
 
-def _add_settings(parser: Any, table: type[Config], prefix: str = "") -> None:
+def _add_compare(commands: Any, common: argparse.ArgumentParser) -> None:
+    compare = commands.add_parser(
+        "compare",
+        parents=[common],
+        allow_abbrev=False,
+        usage="tfrs-pipeline compare [--config FILE] [--run-dir DIR] [--SETTING VALUE ...]",
+        help="Compare ways of choosing negatives on your data.",
+        description=(
+            "Trains the same towers with one sampling plan after another, within the same budget, "
+            "and shows what each of them finds, what of the tail, and how well it tells positives "
+            "from the corpus, from the losers of the funnel and from exposed items. Settings come "
+            "from --config, or from the comparison in --run-dir that is to be resumed; flags "
+            "replace them."
+        ),
+    )
+    compare.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings.")
+    compare.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="Folder of the comparison; one that holds a stopped comparison resumes it. Default: a "
+        "new one in runs/.",
+    )
+    _add_settings(compare, RunConfig, without=("export",))
+    compare.set_defaults(command=_compare, parser=compare)
+
+
+def _add_settings(
+    parser: Any, table: type[Config], prefix: str = "", without: Sequence[str] = ()
+) -> None:
     """Adds a flag for every setting, from the config classes themselves."""
     defaults = main_job_config().model_dump()
     for name, field in table.model_fields.items():
+        if name in without:
+            continue
         annotation = field.annotation
         if _is_table(annotation):
             group = parser.add_argument_group(f"{name} settings", field.description)
@@ -260,11 +296,39 @@ def _base_config(options: argparse.Namespace, given: Mapping[str, Any]) -> RunCo
 
 
 def _run(options: argparse.Namespace) -> int:
+    def work(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
+        from tfrs_pipeline.pipeline import run
+        from tfrs_pipeline.run_report import write_report
+
+        result = run(config, folder, **callbacks)
+        callbacks["on_progress"]("report", 0, 0)
+        write_report(folder)
+        return result
+
+    return _work(options, "run", "", work, _print_result)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    def work(config: RunConfig, folder: Path, **callbacks: Any) -> Comparison:
+        from tfrs_pipeline.compare import compare
+
+        return compare(config, folder, **callbacks)
+
+    return _work(options, "compare", "compare-", work, _print_comparison)
+
+
+def _work(
+    options: argparse.Namespace,
+    command: str,
+    prefix: str,
+    work: Callable[..., Any],
+    print_result: Callable[[Console, RunConfig, Any], None],
+) -> int:
+    """Does long work in a folder, which says how to go on if it is stopped."""
     given = _settings_of(options)
     config = with_settings(_base_config(options, given), given)
-    folder = (
-        options.run_dir or Path("runs") / f"{config.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = options.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()
     _say(console, f"run folder: {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,15 +337,13 @@ def _run(options: argparse.Namespace) -> int:
             _native_errors_to(folder / "native.log"),
             _progress(console) as (on_stage, on_progress),
         ):
-            from tfrs_pipeline.pipeline import run
-
-            result = run(config, folder, on_stage=on_stage, on_progress=on_progress)
+            result = work(config, folder, on_stage=on_stage, on_progress=on_progress)
     except KeyboardInterrupt:
-        again = shlex.join([_program(), "run", "--run-dir", str(folder)])
+        again = shlex.join([_program(), command, "--run-dir", str(folder)])
         has_begun = (folder / "config.toml").exists()
         _say(console, f"\nstopped; go on with:  {again}" if has_begun else "\nstopped")
         return INTERRUPTED
-    _print_result(console, config, result)
+    print_result(console, config, result)
     return 0
 
 
@@ -356,11 +418,49 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
     _say(console, table)
     _say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
     _say(console, f"config   {result.folder / 'config.toml'}")
+    _say(console, f"report   {result.folder / 'report.html'}")
     _say(console, f"model    {result.export_folder}")
     manifest = json.loads((result.export_folder / "manifest.json").read_text())
     command = [_program(), "query", str(result.export_folder.parent)]
     command += ["--user", str(manifest["example_user"]), "-k", "10"]
     _say(console, f"\nnext:  {shlex.join(command)}")
+
+
+def _print_comparison(console: Console, config: RunConfig, result: Comparison) -> None:
+    _say(console, "")
+    _say(console, result.table)
+    reference = config.compare.reference
+    _say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
+    for note in result.notes:
+        _say(console, note)
+    for kind in ("md", "png", "json"):
+        _say(console, f"{kind:5} {result.folder / f'comparison.{kind}'}")
+
+
+def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
+    report = commands.add_parser(
+        "report",
+        parents=[common],
+        allow_abbrev=False,
+        help="Write the report of a run as one HTML page.",
+        description=(
+            "Writes one HTML page about a finished run: data, sampling, training, metrics, index, "
+            "recommendations for a few users. It needs no other file and no network. A run writes "
+            "it at its end too."
+        ),
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help="Folder of the run.")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="Where to write (default: RUN/report.html)."
+    )
+    report.set_defaults(command=_report, parser=report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from tfrs_pipeline.run_report import write_report
+
+    print(write_report(options.run, options.output))
+    return 0
 
 
 def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -22,6 +22,19 @@ from pydantic_core import ErrorDetails
 
 FeatureKind: TypeAlias = Literal["categorical", "multi_categorical", "numeric", "text"]
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+PlanKind: TypeAlias = Literal[
+    "in_batch_uncorrected",
+    "in_batch",
+    "uniform",
+    "popularity",
+    "mixed",
+    "hybrid",
+    "hybrid_50_50",
+    "mined",
+    "resampled",
+    "exposed",
+]
+HardSource: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "mined"]
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
@@ -35,6 +48,7 @@ _COLUMNS = (
     "rank",
     "score",
     "weight",
+    "part",
 )
 
 
@@ -96,12 +110,14 @@ def _refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> 
 class DataConfig(Config):
     """Where events, items and users come from."""
 
-    source: Literal["movielens-100k", "events", "clicks", "ratings"] = "movielens-100k"
-    """MovieLens-100K, or a file of the user's own: an event log with stages, a plain click log, or
-    ratings with a threshold."""
+    source: Literal["movielens-100k", "kuairand", "recflow", "events", "clicks", "ratings"] = (
+        "movielens-100k"
+    )
+    """MovieLens-100K, KuaiRand, RecFlow, or a file of the user's own: an event log with stages, a
+    plain click log, or ratings with a threshold."""
     path: Path | None = None
-    """CSV or Parquet file of events, or a folder of them; for movielens-100k a folder with u.data,
-    u.item and u.user, fetched if not given."""
+    """CSV or Parquet file of events, or a folder of them; for kuairand and recflow the folder as
+    published; for movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
     items_path: Path | None = None
     """CSV or Parquet file of items, or a folder of them."""
     users_path: Path | None = None
@@ -118,7 +134,8 @@ class DataConfig(Config):
     """Unit of timestamps that are stored as numbers."""
     label: dict[str, PositiveFloat] = {}
     """Columns that make an exposed event a positive, each with the weight that it adds, such as
-    is_click=1 long_view=2; if not given, the stage clicked does."""
+    is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand (long_view in
+    its cut of Parquet files), effective_view in recflow."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris."""
     ordered: bool = True
@@ -143,6 +160,7 @@ class DataConfig(Config):
 
     def _source_problems(self) -> Iterator[tuple[str, str]]:
         """Yields what the source needs and lacks, and what was set although it has no effect."""
+        files = ("events", "clicks", "ratings")
         if self.source != "movielens-100k" and self.path is None:
             yield "path", f"required for source {self.source!r}: the file or folder of its events"
         if self.source == "ratings" and self.rating_threshold is None:
@@ -152,9 +170,8 @@ class DataConfig(Config):
             )
         for table in ("item", "user"):
             features, path = getattr(self, f"{table}_features"), getattr(self, f"{table}s_path")
-            if self.source != "movielens-100k" and features and path is None:
+            if self.source in files and features and path is None:
                 yield f"{table}s_path", f"required for {table}_features: the file that holds them"
-        files = ("events", "clicks", "ratings")
         effective = {
             "items_path": files,
             "users_path": files,
@@ -162,11 +179,15 @@ class DataConfig(Config):
             "timestamp_unit": files,
             "time_zone": files,
             "stage_values": ("events",),
-            "label": ("events",),
+            "label": ("events", "kuairand", "recflow"),
             "rating_threshold": ("ratings",),
+            "list_separator": files,
+            "unknown_items": (*files, "kuairand"),
+            "duplicates": (*files, "kuairand", "recflow"),
         }
         for name, sources in effective.items():
-            if getattr(self, name) not in (None, {}) and self.source not in sources:
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if not is_default and self.source not in sources:
                 where = " or ".join(repr(source) for source in sources)
                 yield name, f"has no effect with source {self.source!r}: only with {where}"
 
@@ -185,9 +206,10 @@ class DataConfig(Config):
 class SplitConfig(Config):
     """Which events train the model, which choose its settings, which test it."""
 
-    kind: Literal["last_share", "last_n", "time", "held_out_users"] = "last_share"
+    kind: Literal["last_share", "last_n", "time", "held_out_users", "column"] = "last_share"
     """Test on the last share or the last few positives of each user, on what came after a point in
-    time, or on users that training never saw."""
+    time, on users that training never saw, or as the log's own column part says: train, validation
+    or test."""
     test_share: Share = 0.2
     """Share of positives (or of held-out users) that tests."""
     validation_share: Share = 0.1
@@ -203,7 +225,8 @@ class SplitConfig(Config):
     target_share: Share = 0.2
     """Share of a held-out user's last positives that is to be found, for held_out_users."""
     min_positives: PositiveInt = 5
-    """Users with fewer positives are left out, except by time, which keeps every user."""
+    """Users with fewer positives are left out, except by time and by column, which keep every
+    user."""
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
@@ -237,22 +260,24 @@ class EasySampler(Config):
 
 
 class HardSampler(Config):
-    """A stage of the funnel whose losers are hard negatives."""
+    """Where hard negatives come from: a stage of the funnel that they lost in, or the model."""
 
-    stage: StageName = "pre_ranked"
+    stage: HardSource = "pre_ranked"
     """Furthest stage that the items reached: retrieved lost in pre-rank, pre_ranked lost in rank,
-    ranked ended low in rank."""
+    ranked ended low in rank; or mined: what the model itself retrieves, for logs without losers."""
     share: PositiveFloat = 0.5
     """Part of the hard share, relative to the other stages."""
     num: PositiveInt = 4
     """Columns drawn for each row from its pool of this stage."""
 
 
+_MINED = ({"stage": "mined", "num": 8},)
 _EVEN_LOSERS = ({"stage": "retrieved"}, {"stage": "pre_ranked"})
 PRESETS: dict[str, dict[str, Any]] = {
     "easy": {"hard_share": 0.0},
     "hybrid_1_100": {"hard_share": 0.01, "hard_negatives": _EVEN_LOSERS},
     "hybrid_50_50": {"hard_share": 0.5, "hard_negatives": _EVEN_LOSERS},
+    "mined_1_100": {"hard_share": 0.01, "hard_negatives": _MINED},
 }
 
 
@@ -270,9 +295,9 @@ _EXPOSED_REASON = (
 class SamplesConfig(Config):
     """Which items a positive is compared with."""
 
-    preset: Literal["easy", "hybrid_1_100", "hybrid_50_50"] | None = None
+    preset: Literal["easy", "hybrid_1_100", "hybrid_50_50", "mined_1_100"] | None = None
     """Named mixture: sets hard_share to 0, .01 or .5, half of it from pre-rank losers and half from
-    rank losers."""
+    rank losers; or to .01, mined from the model."""
 
     history_length: PositiveInt = 50
     """Latest positives before the event that the query holds."""
@@ -280,6 +305,8 @@ class SamplesConfig(Config):
     """Whether the positives of the other rows of the batch are negatives too."""
     easy_negatives: tuple[EasySampler, ...] = (EasySampler(alpha=0), EasySampler(alpha=0.75))
     """Samplers of easy negatives, all of them used together."""
+    bank_batches: int = Field(0, ge=0)
+    """Earlier batches whose positives' embeddings are negatives too, as they were then."""
     mask_known_positives: bool = True
     """Whether a user's other training positives are kept from being negatives."""
     mask_exposed: bool = True
@@ -302,6 +329,15 @@ class SamplesConfig(Config):
     """Low part of the ranked list that may be hard negatives: a share of the request's ranks."""
     ranked_min_rank: int | None = Field(None, ge=0)
     """Low part of the ranked list as a rank instead (0 is the best): this one and worse."""
+    mined_min_rank: int = Field(100, ge=0)
+    """Best rank that mining keeps, 0 being the top, known positives and exposed items left out:
+    above it stands much that the user would like and has not met."""
+    mined_max_rank: PositiveInt = 500
+    """First rank that mining does not keep."""
+    mined_margin: float | None = Field(None, ge=0)
+    """Mining drops what scores above the positive's score less this; if not given, nothing."""
+    mined_every: PositiveInt = 3
+    """Epochs between two minings; before the first one there are no mined negatives."""
     allow_exposed_as_negatives: bool = False
     """Insist on exposed and not clicked items as negatives, to see what they do."""
     resampling: Literal["none", "power_law", "keep_rule"] = "none"
@@ -328,6 +364,9 @@ class SamplesConfig(Config):
             _refuse(
                 [("", "no negatives: set in_batch or list at least one easy_negatives sampler")]
             )
+        if self.bank_batches and not self.in_batch:
+            message = "the batch's own positives are the same negatives, up to date: set in_batch"
+            _refuse([("bank_batches", f"got {self.bank_batches} without in_batch; {message}")])
         _refuse(self._hard_problems())
         return self
 
@@ -342,8 +381,8 @@ class SamplesConfig(Config):
             yield "hard_negatives", f"got {stages}: a stage twice"
         if self.hard_share > 0 and not stages:
             yield "hard_negatives", "needs a stage, since hard_share is above 0"
-        if "clicked" in stages:
-            yield "hard_negatives", "a clicked item is a positive"
+        if self.mined_min_rank >= self.mined_max_rank:
+            yield "mined_max_rank", f"got {self.mined_max_rank}; must be above mined_min_rank"
         if not self.allow_exposed_as_negatives:
             if "exposed" in stages:
                 yield "hard_negatives", f"got 'exposed'; {_EXPOSED_REASON}"
@@ -376,10 +415,13 @@ class ModelConfig(Config):
     """Whether embeddings have length 1, so that scores are cosines."""
     temperature: PositiveFloat = 0.15
     """What scores are divided by in the loss."""
-    correction: Literal["mixture", "none"] = "mixture"
-    """Whether logits are corrected by the expected count of each candidate in the batch."""
+    correction: Literal["mixture", "streaming", "none"] = "mixture"
+    """Whether logits are corrected by the expected count of each candidate in the batch: from the
+    training counts, or with the popularity of positives estimated from the batches so far."""
     correct_positive: bool = False
     """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
+    frequency_learning_rate: float = Field(0.01, gt=0, le=1)
+    """Weight of an item's latest gap in its popularity, with correction 'streaming'."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -476,6 +518,52 @@ class ExportConfig(Config):
         return self
 
 
+class CompareConfig(Config):
+    """What `tfrs-pipeline compare` tries."""
+
+    plans: tuple[PlanKind, ...] = (
+        "in_batch_uncorrected",
+        "in_batch",
+        "uniform",
+        "popularity",
+        "mixed",
+        "hybrid",
+        "hybrid_50_50",
+        "resampled",
+        "exposed",
+    )
+    """Sampling plans; exposed is left out unless samples.allow_exposed_as_negatives is set."""
+    reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
+        "mixed"
+    )
+    """Plan that the others are compared with, query by query."""
+    hard_shares: tuple[Share, ...] = (0.01, 0.05, 0.2)
+    """Hard shares of the plans hybrid, mined and exposed: one plan each."""
+    resampling_exponents: tuple[Share, ...] = (0.3, 0.6)
+    """Exponents of the power law in the plan resampled: one plan each."""
+    max_steps: PositiveInt | None = None
+    """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
+    max_seconds: PositiveFloat | None = None
+    """Budget of a plan in seconds, after which no epoch is begun."""
+    num_corpus_items: PositiveInt = 1000
+    """Items of the corpus, drawn uniformly, that positives are set against in the AUC."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CompareConfig:
+        _refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("plans", "hard_shares", "resampling_exponents"):
+            values = getattr(self, name)
+            if not values:
+                yield name, "must list at least one value"
+            if len(set(values)) < len(values):
+                yield name, f"got {list(values)!r}: a value twice"
+        if self.reference not in self.plans:
+            yield "reference", f"got {self.reference!r}, which is not among compare.plans"
+
+
 class RunConfig(Config):
     """Everything a run depends on."""
 
@@ -493,6 +581,8 @@ class RunConfig(Config):
     """What is measured on the test, and against which baselines."""
     export: ExportConfig = ExportConfig()
     """The model in service: its index and where it is saved."""
+    compare: CompareConfig = CompareConfig()
+    """What `tfrs-pipeline compare` tries."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
@@ -504,11 +594,20 @@ class RunConfig(Config):
     def _problems(self) -> Iterator[tuple[str, str]]:
         """Yields what stages ask of each other and do not get."""
         model = self.model
-        if self.samples.hard_share and self.data.source != "events":
+        if self.split.kind == "column" and self.data.source in ("movielens-100k", "recflow"):
             yield (
-                "samples.hard_share",
-                f"got {self.samples.hard_share} with source {self.data.source!r}, which holds no "
-                "losers of a funnel: only 'events' does",
+                "split.kind",
+                f"got 'column' with source {self.data.source!r}, whose log has no column part; "
+                "choose another kind",
+            )
+        stages = [sampler.stage for sampler in self.samples.hard_negatives]
+        logged = [stage for stage in stages if stage not in ("mined", "exposed")]
+        if self.samples.hard_share and logged and self.data.source not in ("events", "recflow"):
+            yield (
+                "samples.hard_negatives",
+                f"got {logged} with source {self.data.source!r}, which holds no losers of a "
+                "funnel: only 'events' and 'recflow' do. Mine them from the model: preset "
+                "mined_1_100, or stage 'mined'",
             )
         cutoffs = self.evaluation.cutoffs
         if int(self.training.monitor.partition("@")[2]) not in cutoffs:
@@ -516,6 +615,8 @@ class RunConfig(Config):
                 "training.monitor",
                 f"got {self.training.monitor!r}; evaluation.cutoffs are {list(cutoffs)}",
             )
+        if model.correction == "streaming":
+            yield from self._counting()
         if not (model.use_user_id or model.history_pooling or self.data.user_features):
             yield (
                 "model",
@@ -526,6 +627,18 @@ class RunConfig(Config):
                 "model",
                 "the candidate tower reads nothing: set use_candidate_id or item_features",
             )
+
+    def _counting(self) -> Iterator[tuple[str, str]]:
+        """Yields what needs training counts, which a streaming correction does without."""
+        reason = "needs training counts, which model.correction 'streaming' does without"
+        alphas = [sampler.alpha for sampler in self.samples.easy_negatives if sampler.alpha > 0]
+        if alphas:
+            yield (
+                "samples.easy_negatives",
+                f"got alpha {alphas}, which {reason}: use alpha 0 and in_batch",
+            )
+        if self.samples.resampling != "none":
+            yield "samples.resampling", f"got {self.samples.resampling!r}, which {reason}"
 
     @property
     def model_name(self) -> str:

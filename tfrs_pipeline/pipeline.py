@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import logging
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ import pyarrow as pa
 import scipy.sparse
 import tensorflow as tf
 
+from tfrs_pipeline import __version__
 from tfrs_pipeline.config import (
     DataConfig,
     ModelConfig,
@@ -34,16 +37,20 @@ from tfrs_pipeline.evaluation.baselines import (
     IalsRetriever,
     PopularityRetriever,
 )
+from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate, popularity_slices
 from tfrs_pipeline.events import split as splits
+from tfrs_pipeline.events.kuairand import load_kuairand
 from tfrs_pipeline.events.labels import relabel
 from tfrs_pipeline.events.movielens import load_movielens_100k
+from tfrs_pipeline.events.recflow import load_recflow
 from tfrs_pipeline.events.schema import DataError, Stage, Tables, read_tables, write_tables
 from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries, split_report
 from tfrs_pipeline.events.tables import load_tables
 from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.model.training import TrainingResult, train
+from tfrs_pipeline.model.training import BeforeEpochs, TrainingResult, train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.samples.builder import (
@@ -56,6 +63,7 @@ from tfrs_pipeline.samples.builder import (
 )
 from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
 from tfrs_pipeline.samples.hard_negatives import HardNegativeRules
+from tfrs_pipeline.samples.mined_negatives import MINED, MiningReport, MiningRules
 from tfrs_pipeline.samples.mixture import num_unreachable
 from tfrs_pipeline.samples.positives import (
     keep_rate,
@@ -63,9 +71,10 @@ from tfrs_pipeline.samples.positives import (
     power_law_rate,
     select_positives,
 )
-from tfrs_pipeline.serving.export import RetrievalModule, file_hash, write_export
+from tfrs_pipeline.serving.export import LIBRARIES, RetrievalModule, file_hash, write_export
 from tfrs_pipeline.serving.index import (
     ExactIndex,
+    IndexRetriever,
     ScannIndex,
     build_scann_index,
     resolve_index_kind,
@@ -76,6 +85,8 @@ logger = logging.getLogger(__name__)
 PROMISED_K = 100
 NUM_INDEX_PROBES = 1000
 NUM_EXPORT_PROBES = 20
+NUM_EXAMPLES = 4
+EXAMPLE_LENGTH = 10
 
 OnStage = Callable[["StageReport"], None]
 OnProgress = Callable[[str, int, int], None]
@@ -94,6 +105,36 @@ class StageReport:
     name: str
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+
+class Stages:
+    """Times the stages of a command, shows them and keeps their notes.
+
+    Args:
+        on_stage: Called as each stage ends.
+        on_progress: Called as each stage begins, with its name and no total.
+
+    Attributes:
+        notes: Stage -> its lines.
+        seconds: Stage -> wall time.
+    """
+
+    def __init__(self, on_stage: OnStage, on_progress: OnProgress) -> None:
+        self._on_stage = on_stage
+        self._on_progress = on_progress
+        self.notes: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[StageReport]:
+        """Runs a stage within; what is noted in its report is kept."""
+        report = StageReport(name)
+        start = time.monotonic()
+        self._on_progress(name, 0, 0)
+        yield report
+        self.notes[name] = report.notes
+        report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
+        self._on_stage(report)
 
 
 @dataclass(frozen=True)
@@ -157,24 +198,12 @@ def run(
         ValueError: If the folder holds a run of another config, or the data is refused
             (`DataError`).
     """
-    _claim_folder(config, folder)
-    seconds: dict[str, float] = {}
-    stage_notes: dict[str, list[str]] = {}
-
-    @contextlib.contextmanager
-    def stage(name: str) -> Iterator[StageReport]:
-        report = StageReport(name)
-        start = time.monotonic()
-        on_progress(name, 0, 0)
-        yield report
-        stage_notes[name] = report.notes
-        report.seconds = seconds[name] = round(time.monotonic() - start, 3)
-        on_stage(report)
-
+    claim_folder(config, folder)
+    stage = Stages(on_stage, on_progress)
     with stage("data") as report:
-        tables = _load_data(config.data, folder / "data", report)
+        tables, report.notes = stored_data(config.data, folder / "data")
     with stage("split") as report:
-        split = _split(tables, config, folder / "data", report)
+        split, report.notes = stored_split(tables, config, folder / "data")
         validation_queries = evaluation_queries(split, "validation")
         test_queries = evaluation_queries(split, "test")
     with stage("samples") as report:
@@ -182,27 +211,26 @@ def run(
         selection = training_samples(
             config, tables, split, ("train",), samples_folder / "selection"
         )
-        training_parts = ("train", "validation") if _is_refitted(config) else ("train",)
-        final = training_samples(config, tables, split, training_parts, samples_folder / "final")
+        final_parts = parts_before_test(config)
+        final = training_samples(config, tables, split, final_parts, samples_folder / "final")
         corpus = read_corpus(tables, samples_folder / "final")
-        report.notes += _describe_samples(samples_folder / "final")
+        report.notes += describe_samples(samples_folder / "final")
         _require_hard_negatives(config.samples, final)
     models: dict[str, Retriever] = {}
     trained: dict[str, TrainingResult] = {}
     two_tower: TwoTowerModel | None = None
     for name, model_config in _variants(config).items():
         with stage(f"train {name}") as report:
-            model, trained[name] = _train_and_refit(
+            model, trained[name], report.notes = train_and_refit(
                 config,
-                model_config,
                 corpus,
                 selection,
                 final,
                 validation_queries,
-                folder / "checkpoints" / name,
-                name,
-                report,
-                on_progress,
+                model_config=model_config,
+                folder=folder / "checkpoints" / name,
+                name=name,
+                on_progress=on_progress,
             )
             models[name] = exact_retriever(model, corpus.query_ids, corpus.candidate_ids)
         two_tower = two_tower or model
@@ -215,7 +243,9 @@ def run(
         report.notes += notes
     with stage("evaluate") as report:
         results = {
-            name: _evaluate(config, retriever, corpus, final, test_queries, name, on_progress)
+            name: evaluate_retriever(
+                config, retriever, corpus, final, test_queries, name, on_progress
+            )
             for name, retriever in models.items()
         }
         report.notes += _describe_evaluation(results["two_tower"])
@@ -228,6 +258,9 @@ def run(
                 name: {"best_epoch": result.best_epoch, "history": result.history}
                 for name, result in trained.items()
             },
+            "differences": _differences(results, config),
+            "examples": _examples(models["two_tower"], test_queries, corpus, config),
+            "versions": library_versions(),
         }
         data_files = sorted((folder / "data").glob("*.parquet"))
         export_folder, metrics["index"] = export_model(
@@ -244,8 +277,8 @@ def run(
         )
         report.notes += _describe_index(metrics["index"], corpus)
         report.notes.append("a fresh process loaded the export and gave the same answers")
-    metrics["notes"] = stage_notes
-    metrics["seconds"] = seconds
+    metrics["notes"] = stage.notes
+    metrics["seconds"] = stage.seconds
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return RunResult(folder, export_folder, metrics)
 
@@ -258,6 +291,23 @@ def load_data(config: DataConfig) -> Tables:
             tables, item_features=config.item_features, user_features=config.user_features
         )
     assert config.path is not None  # The config's own check.
+    if config.source == "kuairand":
+        return load_kuairand(
+            config.path,
+            label=config.label,
+            item_features=config.item_features,
+            user_features=config.user_features,
+            unknown_items=config.unknown_items,
+            duplicates=config.duplicates,
+        )
+    if config.source == "recflow":
+        return load_recflow(
+            config.path,
+            label=config.label,
+            item_features=config.item_features,
+            user_features=config.user_features,
+            duplicates=config.duplicates,
+        )
     tables = load_tables(
         config.path,
         kind=config.source,
@@ -306,6 +356,8 @@ def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Tab
             min_positives=config.min_positives,
             seed=seed,
         )
+    if config.kind == "column":
+        return splits.split_by_column(events)
     validation_start, test_start = config.validation_start, config.test_start
     if validation_start is None or test_start is None:
         validation_start, test_start = splits.time_cuts(
@@ -370,20 +422,29 @@ def build_model(
     corpus: Corpus,
     *,
     cutoffs: tuple[int, ...] = (20, 100),
+    bank_size: int = 0,
     name: str = "two_tower",
 ) -> TwoTowerModel:
-    """Builds the two-tower model of a config, with the corpus' features in it, untrained."""
-    settings = config.model_dump(exclude={"correction"})
+    """Builds the two-tower model of a config, with the corpus' features in it, untrained.
+
+    Args:
+        config: The model's settings.
+        samples: Those of the samples.
+        corpus: Ids and features behind the model's rows.
+        cutoffs: Of the metrics that `evaluate` reports.
+        bank_size: That of the batches (`TrainingBatches.bank_size`).
+        name: Of the model.
+    """
     model = TwoTowerModel(
         num_queries=len(corpus.query_ids),
         num_candidates=len(corpus.candidate_ids),
         query_features=[feature.spec for feature in corpus.query_features],
         candidate_features=[feature.spec for feature in corpus.candidate_features],
         history_length=samples.history_length,
-        correct_sampling=config.correction == "mixture",
         cutoffs=cutoffs,
+        bank_size=bank_size,
         name=name,
-        **settings,
+        **config.model_dump(),
     )
     model.set_features(corpus.query_columns, corpus.candidate_columns)
     return model
@@ -392,7 +453,10 @@ def build_model(
 def training_batches(
     config: RunConfig, samples: Samples, *, seed: int | None = None
 ) -> TrainingBatches:
-    """Makes the hybrid batches of a config from samples."""
+    """Makes the hybrid batches of a config from samples; mined pools are empty to begin with."""
+    if _is_mined(config.samples):
+        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples))
+        samples = dataclasses.replace(samples, hard_pools={**samples.hard_pools, MINED: nothing})
     rate = resampling_rate(config.samples, samples.counts)
     is_drawn = config.samples.resampling_as == "drawing"
     return TrainingBatches(
@@ -410,21 +474,60 @@ def training_batches(
         ],
         positive_rate=rate if is_drawn else None,
         positive_weight=None if is_drawn else rate,
+        bank_batches=config.samples.bank_batches,
+        frequency="streaming" if config.model.correction == "streaming" else "counted",
     )
 
 
 def hard_negative_rules(config: SamplesConfig) -> HardNegativeRules | None:
-    """Makes the rules for hard negatives of a config; None if it asks for none."""
-    if config.hard_share == 0:
+    """Makes the rules for hard negatives from the log; None if a config asks for none."""
+    stages = [Stage(s.stage) for s in config.hard_negatives if s.stage != MINED]
+    if config.hard_share == 0 or not stages:
         return None
     return HardNegativeRules(
-        stages=[Stage(sampler.stage) for sampler in config.hard_negatives],
+        stages=stages,
         min_pool=config.hard_min_pool,
         max_pool=config.hard_max_pool,
         window=timedelta(hours=config.hard_window_hours),
         bottom_share=config.ranked_bottom_share,
         min_rank=config.ranked_min_rank,
         allow_exposed=config.allow_exposed_as_negatives,
+    )
+
+
+def mined_pools(
+    config: RunConfig,
+    corpus: Corpus,
+    batches: TrainingBatches,
+    *,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MinedPools | None:
+    """Makes what mines hard negatives for a training; None if a config asks for none.
+
+    Args:
+        config: Of the run.
+        corpus: Ids behind the rows of the batches.
+        batches: Of `training_batches`.
+        folder: Where pools are kept for a stopped training.
+        on_progress: Called while mining with the samples done and their total.
+    """
+    settings = config.samples
+    if not _is_mined(settings):
+        return None
+    return MinedPools(
+        batches,
+        MiningRules(
+            settings.mined_min_rank,
+            settings.mined_max_rank,
+            settings.mined_margin,
+            settings.hard_max_pool,
+        ),
+        every=settings.mined_every,
+        make_retriever=lambda model: _retriever_of_rows(config, model, corpus, batches.samples),
+        seed=config.seed,
+        folder=folder,
+        on_progress=on_progress,
     )
 
 
@@ -472,6 +575,8 @@ def train_model(
     *,
     validation_queries: EvaluationQueries | None = None,
     max_epochs: int | None = None,
+    max_seconds: float | None = None,
+    before_epochs: BeforeEpochs | None = None,
     name: str = "two_tower",
     checkpoint_folder: Path | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
@@ -486,6 +591,8 @@ def train_model(
         validation_queries: Queries that choose the epoch to keep and stop the training early; None
             trains all epochs and keeps the last.
         max_epochs: Epochs at most; None is the config's number.
+        max_seconds: No epoch is begun after this time.
+        before_epochs: What prepares the batches, such as `mined_pools`.
         name: Of the model.
         checkpoint_folder: Where every epoch is saved and a stopped training is resumed from.
         on_epoch: Called after each epoch with its number, from 1, and its logs.
@@ -495,7 +602,14 @@ def train_model(
     """
     tf.keras.utils.set_random_seed(config.seed)
     cutoffs = config.evaluation.cutoffs
-    model = build_model(model_config, config.samples, corpus, cutoffs=cutoffs, name=name)
+    model = build_model(
+        model_config,
+        config.samples,
+        corpus,
+        cutoffs=cutoffs,
+        bank_size=batches.bank_size,
+        name=name,
+    )
     validation = (
         validation_batches(model, corpus, validation_queries, config.evaluation.exclude)
         if validation_queries is not None
@@ -510,6 +624,8 @@ def train_model(
         validation=validation,
         monitor=config.training.monitor,
         patience=config.training.patience,
+        max_seconds=max_seconds,
+        before_epochs=before_epochs,
         checkpoint_folder=checkpoint_folder,
         on_epoch=on_epoch,
     )
@@ -575,7 +691,7 @@ def fit_baselines(
         for i, options in enumerate(grid if len(grid) > 1 else []):
             on_progress(f"{name}, choosing on validation", i, len(grid))
             retriever = fitter(training, corpus.candidate_ids, **options)
-            result = _evaluate(config, retriever, corpus, selection, validation_queries)
+            result = evaluate_retriever(config, retriever, corpus, selection, validation_queries)
             scores.append(result.overall.intervals[config.training.monitor].mean)
         best = grid[int(np.argmax(scores))] if scores else grid[0]
         found[name] = fitter(everything, corpus.candidate_ids, **best)
@@ -662,7 +778,12 @@ def export_model(
     return export_folder, description
 
 
-def _claim_folder(config: RunConfig, folder: Path) -> None:
+def claim_folder(config: RunConfig, folder: Path) -> None:
+    """Writes the settings into a folder, or checks that they are those of what it holds.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, or its path cannot be used.
+    """
     for written in (folder, config.export.directory):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):
@@ -683,7 +804,8 @@ def _claim_folder(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _load_data(config: DataConfig, folder: Path, report: StageReport) -> Tables:
+def stored_data(config: DataConfig, folder: Path) -> tuple[Tables, list[str]]:
+    """Loads the tables of a config into a folder, or reads those that it holds; with notes."""
     if not (folder / "tables.json").exists():
         write_tables(load_data(config), folder)
     tables = read_tables(folder)
@@ -695,14 +817,15 @@ def _load_data(config: DataConfig, folder: Path, report: StageReport) -> Tables:
             ("users", tables.users),
         )
     }
-    report.notes.append(", ".join(f"{count:,} {name}" for name, count in counts.items()))
-    report.notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
+    notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
+    notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
     if not tables.dropped:
-        report.notes.append("dropped nothing")
-    return tables
+        notes.append("dropped nothing")
+    return tables, notes
 
 
-def _split(tables: Tables, config: RunConfig, folder: Path, report: StageReport) -> ibis.Table:
+def stored_split(tables: Tables, config: RunConfig, folder: Path) -> tuple[ibis.Table, list[str]]:
+    """Splits the events into a folder, or reads the split that it holds; with notes."""
     path = folder / "split.parquet"
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -710,19 +833,23 @@ def _split(tables: Tables, config: RunConfig, folder: Path, report: StageReport)
         partial.rename(path)
     split = tables.events.get_backend().read_parquet(path)
     counts = split_report(split, tables.events)
+    notes = []
     for part in splits.PARTS:
         if part in counts:
             row = counts[part]
-            report.notes.append(
+            notes.append(
                 f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
                 f"{row['num_events']:,} events"
             )
-    if config.split.kind != "time":  # Which keeps every user.
-        report.notes.append(
+    if config.split.kind == "column":
+        if counts["num_events_dropped"]:
+            notes.append(f"left out {counts['num_events_dropped']:,} events without a part")
+    elif config.split.kind != "time":  # Which keeps every user.
+        notes.append(
             f"dropped {counts['num_users_dropped']:,} users with fewer than "
             f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
         )
-    return split
+    return split, notes
 
 
 def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
@@ -731,7 +858,8 @@ def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
     return "event_number" if config.ordered else "none"
 
 
-def _describe_samples(folder: Path) -> list[str]:
+def describe_samples(folder: Path) -> list[str]:
+    """Says what samples hold, and what was kept from being a negative."""
     counts = json.loads((folder / "report.json").read_text())
     return [
         f"{counts['num_samples']:,} positives, {counts['num_empty_histories']:,} of them with an "
@@ -753,6 +881,8 @@ def _describe_samples(folder: Path) -> list[str]:
 
 
 def _require_hard_negatives(config: SamplesConfig, samples: Samples) -> None:
+    if _is_mined(config):
+        return
     if config.hard_share and not any(len(pool.values) for pool in samples.hard_pools.values()):
         stages = ", ".join(sampler.stage for sampler in config.hard_negatives)
         raise DataError(
@@ -780,6 +910,52 @@ def _describe_batches(batches: TrainingBatches, config: SamplesConfig) -> list[s
     return notes
 
 
+def _is_mined(config: SamplesConfig) -> bool:
+    return config.hard_share > 0 and any(s.stage == MINED for s in config.hard_negatives)
+
+
+def _retriever_of_rows(
+    config: RunConfig, model: TwoTowerModel, corpus: Corpus, samples: Samples
+) -> Retriever:
+    """Makes the model of the moment a retriever whose ids are rows, through its index."""
+    query_rows = np.arange(1, len(corpus.query_ids) + 1)
+    candidate_rows = np.arange(1, len(corpus.candidate_ids) + 1)
+    if resolve_index_kind("auto", len(candidate_rows)) == "exact":
+        return exact_retriever(model, query_rows, candidate_rows)
+    encoder = QueryEncoder(model, query_rows, candidate_rows)
+    embeddings = model.embed_corpus()
+    probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
+    queries = [
+        {"user_id": int(samples.query_rows[i]), "history": samples.histories[i][::-1]}
+        for i in probes.tolist()
+    ]
+    index, _ = build_scann_index(
+        embeddings, encoder(queries), k=PROMISED_K, target_recall=config.export.target_recall
+    )
+    return IndexRetriever(index, ExactIndex(embeddings), candidate_rows, encoder)
+
+
+def _describe_mining(reports: Mapping[int, MiningReport]) -> list[str]:
+    """Says what the last mining kept and dropped."""
+    if not reports:
+        return ["no hard negatives were mined: training ended before samples.mined_every epochs"]
+    epoch, report = max(reports.items())
+    dropped = {
+        "known positives": report.known_positives,
+        "exposed and not clicked": report.exposed,
+        "of a better rank": report.better_rank,
+        "of a worse rank": report.worse_rank,
+        "within the margin": report.within_margin,
+        "beyond the pool's size": report.beyond_pool,
+    }
+    return [
+        f"mined after epoch {epoch}: {report.num_kept:,} hard negatives for "
+        f"{report.num_samples - report.num_without:,} of {report.num_samples:,} positives",
+        f"dropped of {report.num_retrieved:,} retrieved: "
+        + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count),
+    ]
+
+
 def _encode(
     table: pa.Table, kinds: Mapping[str, Any]
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
@@ -804,55 +980,95 @@ def _is_refitted(config: RunConfig) -> bool:
     return config.training.refit and config.split.kind != "held_out_users"
 
 
-def _train_and_refit(
+def parts_before_test(config: RunConfig) -> tuple[str, ...]:
+    """Returns the parts that the model in service is trained on."""
+    return ("train", "validation") if _is_refitted(config) else ("train",)
+
+
+def train_and_refit(
     config: RunConfig,
-    model_config: ModelConfig,
     corpus: Corpus,
     selection: Samples,
     final: Samples,
     validation_queries: EvaluationQueries,
-    folder: Path,
-    name: str,
-    report: StageReport,
-    on_progress: OnProgress,
-) -> tuple[TwoTowerModel, TrainingResult]:
-    """Chooses the number of epochs on validation, then trains on all that precedes the test."""
+    *,
+    model_config: ModelConfig | None = None,
+    max_epochs: int | None = None,
+    max_seconds: float | None = None,
+    folder: Path | None = None,
+    name: str = "two_tower",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> tuple[TwoTowerModel, TrainingResult, list[str]]:
+    """Chooses the number of epochs on validation, then trains on all that precedes the test.
+
+    Args:
+        config: Of the run; `training.refit` says whether there is a second training.
+        corpus: Ids and features behind the rows.
+        selection: Samples of the training part.
+        final: Samples of all that precedes the test.
+        validation_queries: Queries that choose the epoch.
+        model_config: Instead of the config's own.
+        max_epochs: Instead of the config's own.
+        max_seconds: After this time the first training begins no epoch.
+        folder: Where both trainings are kept, to be resumed if stopped.
+        name: Of the model.
+        on_progress: As in `run`.
+
+    Returns:
+        The model, how the first training went, and notes for the user.
+    """
+    model_config = model_config or config.model
+    max_epochs = max_epochs or config.training.max_epochs
+    notes: list[str] = []
 
     def fit(
         batches: TrainingBatches,
         step: str,
         max_epochs: int,
+        max_seconds: float | None = None,
         validation: EvaluationQueries | None = None,
     ) -> tuple[TwoTowerModel, TrainingResult]:
-        return train_model(
+        mining = mined_pools(
+            config,
+            corpus,
+            batches,
+            folder=None if folder is None else folder / step,
+            on_progress=lambda done, total: on_progress(f"{name}, mining", done, total),
+        )
+        model, result = train_model(
             config,
             model_config,
             corpus,
             batches,
             validation_queries=validation,
             max_epochs=max_epochs,
+            max_seconds=max_seconds,
+            before_epochs=mining,
             name=name,
-            checkpoint_folder=folder / step,
+            checkpoint_folder=None if folder is None else folder / step,
             on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
         )
+        if mining is not None:
+            notes.extend(f"{step}: {line}" for line in _describe_mining(mining.reports))
+        return model, result
 
     batches = training_batches(config, selection)
-    model, chosen = fit(batches, "selection", config.training.max_epochs, validation_queries)
+    model, chosen = fit(batches, "selection", max_epochs, max_seconds, validation_queries)
     monitored = chosen.history[f"val_{config.training.monitor}"]
-    report.notes.append(
+    notes.append(
         f"best validation {config.training.monitor} {max(monitored):.4f} after "
         f"{chosen.best_epoch} of {len(monitored)} epochs"
     )
     if _is_refitted(config):
         batches = training_batches(config, final)
         model, refitted = fit(batches, "refit", chosen.best_epoch)
-        report.notes.append(
+        notes.append(
             f"trained again on training and validation positives for {chosen.best_epoch} epochs, "
             f"{batches.num_samples * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
             "positives/s"
         )
-    report.notes += _describe_batches(batches, config.samples)
-    return model, chosen
+    notes += _describe_batches(batches, config.samples)
+    return model, chosen, notes
 
 
 def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
@@ -866,7 +1082,7 @@ def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
     return matrix[np.diff(matrix.indptr) > 0]
 
 
-def _evaluate(
+def evaluate_retriever(
     config: RunConfig,
     retriever: Retriever,
     corpus: Corpus,
@@ -875,7 +1091,7 @@ def _evaluate(
     name: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> EvaluationResult:
-    """Evaluates a retriever; without a name, only the means."""
+    """Evaluates a retriever by the settings of a config; without a name, only the means."""
     return evaluate(
         retriever,
         queries,
@@ -897,6 +1113,78 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
         f"skipped {result.num_skipped:,} queries with nothing to find; "
         f"{result.num_relevant_excluded:,} items to find were left out of the ranking",
     ]
+
+
+def _differences(
+    results: Mapping[str, EvaluationResult], config: RunConfig
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Sets the two-tower model against every other, query by query (see `paired_difference`).
+
+    Returns:
+        Other model -> metric -> "mean", "low" and "high" of the two-tower model minus the other.
+    """
+    reference = results["two_tower"].per_query
+    keys = [(name, metric) for name in results if name != "two_tower" for metric in reference]
+    if not keys:
+        return {}
+    # All in one draw of queries: a bootstrap a pair would take most of a run with many queries.
+    intervals = bootstrap_intervals(
+        np.stack([reference[metric] - results[name].per_query[metric] for name, metric in keys], 1),
+        num_bootstrap=config.evaluation.num_bootstrap,
+        seed=config.seed,
+    )
+    differences: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (name, metric), interval in zip(keys, intervals, strict=True):
+        differences.setdefault(name, {})[metric] = interval.as_dict()
+    return differences
+
+
+def _examples(
+    retriever: Retriever, queries: EvaluationQueries, corpus: Corpus, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Shows what a few test queries are answered, chosen by length of history, short to long.
+
+    Returns:
+        A dict a query: user_id; history, the latest ids first, `EXAMPLE_LENGTH` at most, of
+        num_history; recommended, ids, best first, what the evaluation excludes left out; found,
+        those of them that are among the num_relevant items to find.
+    """
+    order = np.argsort([len(history) for history in queries.histories], kind="stable")
+    places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
+    numbers = list(dict.fromkeys(order[places].tolist()))
+    everything = queries.as_queries()
+    excluded = {"clicked": queries.clicked, "seen": queries.seen, "none": None}[
+        config.evaluation.exclude
+    ]
+    ids, scores = retriever.retrieve(
+        [everything[i] for i in numbers],
+        min(EXAMPLE_LENGTH, len(corpus.candidate_ids)),
+        None if excluded is None else [excluded[i] for i in numbers],
+    )
+    examples = []
+    for i, recommended, is_item in zip(numbers, ids, scores > -np.inf, strict=True):
+        relevant = set(queries.relevant[i].tolist())
+        shown = recommended[is_item].tolist()
+        examples.append(
+            {
+                "user_id": queries.user_ids[i : i + 1].tolist()[0],
+                "num_history": len(queries.histories[i]),
+                "history": queries.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
+                "recommended": shown,
+                "num_relevant": len(relevant),
+                "found": [id_ for id_ in shown if id_ in relevant],
+            }
+        )
+    return examples
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python, of this package and of the libraries that an export needs."""
+    return {
+        "tfrs-pipeline": __version__,
+        "python": platform.python_version(),
+        **{library: importlib.metadata.version(library) for library in LIBRARIES},
+    }
 
 
 def _describe_index(description: Mapping[str, Any], corpus: Corpus) -> list[str]:

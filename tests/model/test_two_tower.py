@@ -83,7 +83,7 @@ def test_loss_subtracts_log_q_and_drops_masked_columns(problem: Problem) -> None
         kept = corrected[batch["is_counted"].numpy()[i]]
         losses.append(np.log(np.exp(kept).sum()) - logits[i])
     assert model.compute_loss(batch).numpy() == pytest.approx(np.mean(losses), rel=1e-5)
-    plain = problem.model(temperature=0.2, correct_sampling=False)
+    plain = problem.model(temperature=0.2, correction="none")
     plain.set_weights(model.get_weights())
     assert abs(plain.compute_loss(batch).numpy() - np.mean(losses)) > 0.1
 

@@ -16,7 +16,7 @@ from tests.samples.test_dataset import (
 )
 from tfrs_pipeline.model.task import HybridRetrieval
 from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.samples.dataset import TrainingBatches, shared_columns
 from tfrs_pipeline.samples.positives import keep_rate, positive_probability, power_law_rate
 
 HARD = (("retrieved", 3.0, 5), ("pre_ranked", 1.0, 4))
@@ -129,21 +129,23 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted() -> None:
 
 
 @pytest.mark.parametrize("hard_share", [0.05, 0.5])
-@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize(("in_batch", "bank_batches"), [(True, 0), (False, 0), (True, 2)])
 @pytest.mark.parametrize("easy", [(), ((0.0, 30),), ((0.75, 30),), ((0.0, 20), (0.75, 20))])
 def test_mean_denominator_is_the_target(
-    hard_share: float, in_batch: bool, easy: tuple[tuple[float, int], ...]
+    hard_share: float, in_batch: bool, bank_batches: int, easy: tuple[tuple[float, int], ...]
 ) -> None:
     """From the pipeline's own draws to the sum in the loss, for each sample of one query."""
-    if not easy and not in_batch:
+    if (not easy and not in_batch) or (bank_batches and len(easy) == 1):
         return
     exp_scores = np.exp(np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1))
-    batches = hybrid_batches(in_batch=in_batch, easy_negatives=easy, hard_share=hard_share)
+    batches = hybrid_batches(
+        in_batch=in_batch, easy_negatives=easy, hard_share=hard_share, bank_batches=bank_batches
+    )
     reachable = batches.expected_count > 0
     # Rows of the same sample over many steps: only the draws differ.
     sums: dict[int, list[float]] = {}
     for batch in batch_list(batches, 1500):
-        columns = columns_of(batch)
+        columns = shared_columns(batch).numpy()
         counted = batch["is_counted"] & ~np.eye(32, len(columns), dtype=bool)
         shared = np.where(counted, exp_scores[columns] / np.exp(batch["log_q"]), 0).sum(axis=1)
         hard = exp_scores[batch["hard_candidate_row"]] / np.exp(batch["hard_log_q"])
@@ -165,7 +167,7 @@ def test_mean_denominator_is_the_target(
         ratios.append(np.mean(values) / exact)
         z_scores.append((np.mean(values) - exact) / (np.std(values) / np.sqrt(len(values))))
     # An epoch is drawn without replacement: a row's 31 others come from the 149 other samples, so
-    # that the in-batch term is 150 / 149 of what is declared.
+    # that the in-batch term is 150 / 149 of what is declared; so is the bank's within the epoch.
     assert np.abs(z_scores).max() < 5
     assert np.mean(ratios) == pytest.approx(1, abs=0.01)
 

@@ -15,21 +15,25 @@ Q_POSITIVE = positive_probability(COUNTS)
 UNIFORM = sampling_probability(COUNTS, 0)
 SMOOTHED = sampling_probability(COUNTS, 0.75)
 
-MIXTURES = {
-    "in_batch": (True, []),
-    "uniform": (False, [(UNIFORM, 64)]),
-    "smoothed": (False, [(SMOOTHED, 64)]),
-    "in_batch_uniform": (True, [(UNIFORM, 40)]),
-    "all": (True, [(UNIFORM, 24), (SMOOTHED, 24)]),
+Mixture = tuple[bool, list[tuple[np.ndarray, int]], int]
+# In-batch or not, easy samplers, entries of the bank.
+MIXTURES: dict[str, Mixture] = {
+    "in_batch": (True, [], 0),
+    "uniform": (False, [(UNIFORM, 64)], 0),
+    "smoothed": (False, [(SMOOTHED, 64)], 0),
+    "in_batch_uniform": (True, [(UNIFORM, 40)], 0),
+    "all": (True, [(UNIFORM, 24), (SMOOTHED, 24)], 0),
+    "in_batch_bank": (True, [], 2 * BATCH),
+    "all_bank": (True, [(UNIFORM, 24), (SMOOTHED, 24)], 2 * BATCH),
 }
 
 
-def draw_sums(
-    weights: np.ndarray, in_batch: bool, easy: list[tuple[np.ndarray, int]], num_draws: int
-) -> np.ndarray:
+def draw_sums(weights: np.ndarray, mixture: Mixture, num_draws: int) -> np.ndarray:
     """Draws batches and sums `weights` [num_rows] over the columns of each: [num_draws]."""
+    in_batch, easy, bank_size = mixture
     rng = np.random.default_rng(0)
     terms = [(Q_POSITIVE, BATCH - 1)] if in_batch else []
+    terms += [(Q_POSITIVE, BATCH)] * (bank_size // BATCH)
     sums = np.zeros(num_draws)
     for probability, num in [*terms, *easy]:
         rows = rng.choice(len(probability), size=(num_draws, num), p=probability)
@@ -39,14 +43,14 @@ def draw_sums(
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mean_of_the_estimated_denominator_is_the_exact_one(name: str) -> None:
-    in_batch, easy = MIXTURES[name]
-    count = expected_count(Q_POSITIVE, BATCH, easy, in_batch=in_batch)
+    in_batch, easy, bank_size = MIXTURES[name]
+    count = expected_count(Q_POSITIVE, BATCH, easy, in_batch=in_batch, bank_size=bank_size)
     exp_scores = np.exp(np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1))
     exp_scores[0] = 0
     weights = np.zeros(len(count))
     drawn = count > 0
     weights[drawn] = exp_scores[drawn] / np.exp(log_expected_count(count)[drawn])
-    sums = draw_sums(weights, in_batch, easy, num_draws=20_000)
+    sums = draw_sums(weights, MIXTURES[name], num_draws=20_000)
     exact = exp_scores[count > 0].sum()
     standard_error = sums.std() / np.sqrt(len(sums))
     assert abs(sums.mean() - exact) < 4 * standard_error
@@ -54,25 +58,24 @@ def test_mean_of_the_estimated_denominator_is_the_exact_one(name: str) -> None:
 
 
 def test_the_in_batch_probability_on_all_columns_is_far_off() -> None:
-    in_batch, easy = MIXTURES["in_batch_uniform"]
     exp_scores = np.exp(np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1))
     exp_scores[0] = 0
     num_columns = BATCH - 1 + 40
     weights = np.zeros(NUM_CANDIDATES + 1)
     drawn = Q_POSITIVE > 0
     weights[drawn] = exp_scores[drawn] / (num_columns * Q_POSITIVE[drawn])
-    sums = draw_sums(weights, in_batch, easy, num_draws=2_000)
+    sums = draw_sums(weights, MIXTURES["in_batch_uniform"], num_draws=2_000)
     assert abs(sums.mean() / exp_scores[drawn].sum() - 1) > 0.4
 
 
 def test_expected_count_is_the_mean_number_of_copies() -> None:
-    in_batch, easy = MIXTURES["all"]
-    count = expected_count(Q_POSITIVE, BATCH, easy, in_batch=in_batch)
-    assert count.sum() == pytest.approx(BATCH - 1 + 48)
+    in_batch, easy, bank_size = MIXTURES["all_bank"]
+    count = expected_count(Q_POSITIVE, BATCH, easy, in_batch=in_batch, bank_size=bank_size)
+    assert count.sum() == pytest.approx(BATCH - 1 + 48 + 2 * BATCH)
     for row in (1, 50, NUM_CANDIDATES):
         one = np.zeros(NUM_CANDIDATES + 1)
         one[row] = 1
-        copies = draw_sums(one, in_batch, easy, num_draws=20_000)
+        copies = draw_sums(one, MIXTURES["all_bank"], num_draws=20_000)
         tolerance = 4 * copies.std() / np.sqrt(len(copies))
         assert abs(copies.mean() - count[row]) < tolerance
 

@@ -25,15 +25,7 @@ def format_table(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
         model       recall@20  coverage@20
         ease   0.2500 ±0.0100       0.5000
     """
-    lines = _cells(models, columns)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return format_cells(_cells(models, columns))
 
 
 def format_markdown_table(
@@ -47,8 +39,31 @@ def format_markdown_table(
         |---|---:|
         | ease | 0.5000 |
     """
-    header, *lines = ("| " + " | ".join(line) + " |" for line in _cells(models, columns))
-    return "\n".join([header, "|---|" + "---:|" * len(columns), *lines])
+    return format_markdown_cells(_cells(models, columns))
+
+
+def format_cells(lines: Sequence[Sequence[str]]) -> str:
+    """Lays lines of cells out as plain text: the first column to the left, the rest to the right.
+
+    Example:
+        >>> print(format_cells([["plan", "n"], ["a", "12"]]))
+        plan   n
+        a     12
+    """
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:
+    """Lays lines of cells out as a Markdown table; the first line is its header."""
+    header, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rest])
 
 
 def _cells(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Training: optimizer, early stopping on the validation metric, resume."""
+"""Training: optimizer, early stopping on the validation metric, budget, resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +26,26 @@ OPTIMIZERS: dict[OptimizerName, Callable[[float], tf.keras.optimizers.Optimizer]
     "adagrad": lambda learning_rate: tf.keras.optimizers.Adagrad(learning_rate),
     "adam": lambda learning_rate: tf.keras.optimizers.Adam(learning_rate),
 }
+
+
+class BeforeEpochs(Protocol):
+    """Prepares the batches for the next `every` epochs, such as by mining hard negatives.
+
+    Attributes:
+        every: Epochs that one preparation lasts, 1 or more.
+    """
+
+    every: int
+
+    def prepare(self, model: TwoTowerModel, epoch: int) -> None:
+        """Prepares the batches.
+
+        Args:
+            model: As trained so far: by `epoch` epochs, or by some more where a stopped run goes on
+                between two preparations; what was prepared then must be kept for that.
+            epoch: Epochs done when the preparation is due: 0, `every`, twice `every`, ...
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ def train(
     validation: tf.data.Dataset | None = None,
     monitor: str = "ndcg@100",
     patience: int = 3,
+    max_seconds: float | None = None,
+    before_epochs: BeforeEpochs | None = None,
     checkpoint_folder: Path | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainingResult:
@@ -70,6 +92,9 @@ def train(
         validation: `evaluation_batches`, or None to train `max_epochs` and keep the last weights.
         monitor: Validation metric to maximise, such as "ndcg@100".
         patience: Epochs without a better value before training stops.
+        max_seconds: No epoch is begun once training has taken this long, validation and earlier
+            parts of a resumed run included.
+        before_epochs: Called before the first epoch and every few epochs from then on.
         checkpoint_folder: Where every epoch is saved and a stopped run is resumed from.
         on_epoch: Called after each epoch with its number, from 1, and its logs.
 
@@ -89,23 +114,32 @@ def train(
     keeper = _BestEpoch(
         f"val_{monitor}" if validation is not None else None,
         patience=patience,
+        max_seconds=max_seconds,
         folder=checkpoint_folder,
         on_epoch=on_epoch,
     )
     first_epoch = keeper.restore(model)
     if first_epoch and first_epoch < max_epochs:
         logger.info("training: resuming after epoch %d", first_epoch)
-    if first_epoch < max_epochs and not keeper.is_over:
-        steps = batches.steps_per_epoch
+    steps = batches.steps_per_epoch
+    keeper.start_clock()
+    epoch = first_epoch
+    while epoch < max_epochs and not keeper.is_over:
+        until = max_epochs
+        if before_epochs is not None:
+            due = epoch - epoch % before_epochs.every
+            before_epochs.prepare(model, due)
+            until = min(due + before_epochs.every, max_epochs)
         model.fit(
-            batches.dataset(first_epoch * steps, (max_epochs - first_epoch) * steps),
-            initial_epoch=first_epoch,
-            epochs=max_epochs,
+            batches.dataset(epoch * steps, (until - epoch) * steps),
+            initial_epoch=epoch,
+            epochs=until,
             steps_per_epoch=steps,
             validation_data=validation,
             callbacks=[keeper],
             verbose=0,
         )
+        epoch = until
     keeper.keep_best(model)
     return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
 
@@ -118,12 +152,14 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         monitor: str | None,
         *,
         patience: int,
+        max_seconds: float | None,
         folder: Path | None,
         on_epoch: Callable[[int, dict[str, float]], None] | None,
     ) -> None:
         super().__init__()
         self._monitor = monitor
         self._patience = patience
+        self._max_seconds = max_seconds
         self._folder = folder
         self._on_epoch = on_epoch
         self._best_weights: list[np.ndarray] | None = None
@@ -140,15 +176,17 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     @property
     def is_over(self) -> bool:
-        """Whether patience has run out."""
+        """Whether patience or the time has run out."""
         num_epochs = len(self.history.get("loss", []))
+        if self._max_seconds is not None and num_epochs and self.seconds >= self._max_seconds:
+            return True
         return self._monitor is not None and num_epochs - self.best_epoch >= self._patience
 
     @property
     def seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._started if self._started else 0.0)
 
-    def on_train_begin(self, logs: Any = None) -> None:
+    def start_clock(self) -> None:
         self._started = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:

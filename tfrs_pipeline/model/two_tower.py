@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from tfrs_pipeline.model.embedding_bank import EmbeddingBank
 from tfrs_pipeline.model.features import FeatureSpec, FeatureTable
 from tfrs_pipeline.model.task import HybridRetrieval
 from tfrs_pipeline.model.towers import HistoryEncoder, Tower
+from tfrs_pipeline.samples.dataset import shared_columns
+from tfrs_pipeline.samples.streaming_frequency import StreamingFrequency
+
+Correction = Literal["mixture", "streaming", "none"]
 
 # Candidates embedded at once when the whole corpus is.
 CORPUS_BLOCK = 65_536
+# Of the streaming frequency: few candidates share a bucket, and its state is 3 MB to 200 MB.
+BUCKETS_PER_CANDIDATE, MIN_BUCKETS, MAX_BUCKETS = 4, 2**16, 2**22
 
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
@@ -43,8 +50,14 @@ class TwoTowerModel(tfrs.Model):
         history_dropout: Share of the history items dropped in training.
         normalize: Cosine scores instead of dot products.
         temperature: Scores are divided by it in the loss.
-        correct_sampling: Whether log_q is subtracted; False shows what leaving it out does.
+        correction: What is subtracted from the logits of sampled columns: "mixture", the batch's
+            log_q; "streaming", the same with the share of each candidate among the positives as
+            estimated from the batches so far (`StreamingFrequency`), for data without counts;
+            "none" shows what leaving it out does.
         correct_positive: Whether the positive's logit is corrected too.
+        frequency_learning_rate: Of the streaming estimate: weight of a candidate's latest gap.
+        bank_size: Candidates of earlier batches whose embeddings are kept as negatives: the
+            batches' `bank_size`.
         cutoffs: k of recall@k and ndcg@k in `evaluate`.
     """
 
@@ -67,8 +80,10 @@ class TwoTowerModel(tfrs.Model):
         history_dropout: float = 0.5,
         normalize: bool = True,
         temperature: float = 0.15,
-        correct_sampling: bool = True,
+        correction: Correction = "mixture",
         correct_positive: bool = False,
+        frequency_learning_rate: float = 0.01,
+        bank_size: int = 0,
         cutoffs: Sequence[int] = (20, 100),
         name: str = "two_tower",
     ) -> None:
@@ -118,7 +133,15 @@ class TwoTowerModel(tfrs.Model):
             num_ids=num_candidates if use_candidate_id else None,
         )
         self.task = HybridRetrieval(temperature, correct_positive=correct_positive)
-        self._correct_sampling = correct_sampling
+        self._correction = correction
+        self._frequency = (
+            StreamingFrequency(
+                num_buckets=_num_buckets(num_candidates), learning_rate=frequency_learning_rate
+            )
+            if correction == "streaming"
+            else None
+        )
+        self._bank = EmbeddingBank(bank_size, embedding_dim) if bank_size else None
         self._cutoffs = tuple(cutoffs)
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
         self._ranking_metrics = {
@@ -214,44 +237,104 @@ class TwoTowerModel(tfrs.Model):
         return tf.reduce_sum(queries * candidates, axis=1)
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Computes the mean loss of a training batch (`TrainingBatches.batch`)."""
+        """Computes the mean loss of a training batch.
+
+        In training the batch's positives also enter the streaming estimate, before the loss, and
+        their embeddings the bank, after it. So the estimate has seen every positive that it is
+        asked for, and is high for those that have come once or twice only: t examples into the
+        stream, an in-batch candidate of frequency q weighs 1 - exp(-q * t) of its part in the
+        target on average. That is too little until it is due to have come a few times, and never
+        too much, as it would be with an estimate from before the batch.
+
+        Args:
+            inputs: As `TrainingBatches.batch` describes.
+            training: Whether dropout is on and the two states move on.
+
+        Returns:
+            Scalar float32.
+
+        Raises:
+            ValueError: If the batch was made for another correction or bank.
+            tf.errors.InvalidArgumentError: If the bank does not hold the steps just before.
+        """
+        self._check_batch(inputs)
         queries = self.embed_queries(
             inputs["query_row"],
             inputs["history_rows"],
             training=training,
             dropout_seed=inputs.get("dropout_seed"),
         )
-        shared = tf.concat([inputs["candidate_row"], inputs["easy_candidate_row"]], axis=0)
+        fresh = tf.concat([inputs["candidate_row"], inputs["easy_candidate_row"]], axis=0)
         hard_rows = inputs.get("hard_candidate_row")
         has_hard = hard_rows is not None
-        columns = tf.concat([shared, tf.reshape(hard_rows, [-1])], axis=0) if has_hard else shared
+        columns = tf.concat([fresh, tf.reshape(hard_rows, [-1])], axis=0) if has_hard else fresh
         # Copies of a candidate are separate columns; the tower's work is shared.
         distinct, slot = tf.unique(columns)
         candidates = tf.gather(self.embed_candidates(distinct, training=training), slot)
-        num_shared = tf.shape(shared)[0]
+        num_fresh = tf.shape(fresh)[0]
+        shared = candidates[:num_fresh]
+        if self._bank is not None:
+            shared = tf.concat([shared, self._bank(inputs["bank_candidate_row"])], axis=0)
+        if self._frequency is not None and training:
+            self._frequency.update(inputs["candidate_row"])
         hard: dict[str, tf.Tensor] = {}
         if has_hard:
             shape = tf.concat([tf.shape(hard_rows), tf.shape(candidates)[1:]], axis=0)
             log_q = inputs["hard_log_q"]
             hard = {
-                "hard_embeddings": tf.reshape(candidates[num_shared:], shape),
-                "hard_log_q": log_q if self._correct_sampling else tf.zeros_like(log_q),
+                "hard_embeddings": tf.reshape(candidates[num_fresh:], shape),
+                "hard_log_q": tf.zeros_like(log_q) if self._correction == "none" else log_q,
                 "hard_mask": inputs["hard_is_counted"],
             }
         loss = self.task(
             queries,
-            candidates[:num_shared],
+            shared,
             sample_weight=inputs["weight"],
-            log_q=inputs["log_q"] if self._correct_sampling else None,
+            log_q=self._log_q(inputs),
             score_mask=inputs["is_counted"],
             compute_metrics=False,
             **hard,
         )
+        if self._bank is not None and training:
+            num_rows = tf.shape(inputs["candidate_row"])[0]
+            # After the loss: a step that the bank refuses leaves it as it was.
+            with tf.control_dependencies([loss]):
+                self._bank.push(inputs["candidate_row"], candidates[:num_rows])
         # The parent's loss is a sum; a mean keeps the step size free of the batch size.
         total_weight = tf.reduce_sum(inputs["weight"])
         mean_loss = tf.math.divide_no_nan(loss, total_weight)
         self._loss_metric.update_state(mean_loss, sample_weight=total_weight)
         return mean_loss
+
+    def _log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        """Returns log_q of a batch's shared columns, [1 or B, C]; None without a correction."""
+        if self._correction == "none":
+            return None
+        if self._frequency is None:
+            return inputs["log_q"]
+        columns = shared_columns(inputs)
+        count = inputs["positive_draws"] * self._frequency(columns)
+        count += inputs["other_expected_count"]
+        # Entries of the bank that are not filled have row 0: they are masked, and have no count.
+        log_q = tf.math.log(tf.where(columns > 0, count, 1.0))
+        if "hard_share" in inputs:
+            log_q -= tf.math.log1p(-inputs["hard_share"])[:, tf.newaxis]
+        return log_q
+
+    def _check_batch(self, inputs: Mapping[str, tf.Tensor]) -> None:
+        needed = {"mixture": "log_q", "streaming": "positive_draws"}.get(self._correction)
+        if needed is not None and needed not in inputs:
+            frequency = "streaming" if self._correction == "streaming" else "counted"
+            raise ValueError(
+                f"The model's correction is {self._correction!r} and the batch holds no "
+                f"'{needed}'. Make the batches with frequency={frequency!r}."
+            )
+        if (self._bank is not None) != ("bank_candidate_row" in inputs):
+            raise ValueError(
+                f"The model {'keeps a' if self._bank is not None else 'keeps no'} bank of earlier "
+                f"embeddings and the batch {'names no' if self._bank is not None else 'names its'} "
+                "entries. Give the model the batches' bank_size."
+            )
 
     def train_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Runs one step; the loss it reports is the epoch's mean so far."""
@@ -298,6 +381,12 @@ class TwoTowerModel(tfrs.Model):
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
         self({"query_row": row, "history_rows": history, "candidate_row": row})
+
+
+def _num_buckets(num_candidates: int) -> int:
+    """Returns a power of two, some times the number of candidates, between floor and ceiling."""
+    wanted = 2 ** (BUCKETS_PER_CANDIDATE * num_candidates - 1).bit_length()
+    return min(max(wanted, MIN_BUCKETS), MAX_BUCKETS)
 
 
 def _specs(features: Sequence[FeatureSpec | Mapping[str, Any]]) -> list[FeatureSpec]:

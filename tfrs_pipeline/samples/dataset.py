@@ -7,7 +7,8 @@ parallelism, and a run goes on from any step by starting there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,7 @@ Batch = dict[str, tf.Tensor]
 # Samplers of easy negatives: (alpha, num). Of a row's own hard ones: (stage, share, num).
 EasySampling = tuple[float, int]
 HardSampling = tuple[str, float, int]
+Frequency = Literal["counted", "streaming"]
 
 # Streams of randomness: the order is keyed by the epoch, the draws by the step; easy sampler i
 # uses _EASY_STREAM + i.
@@ -38,8 +40,11 @@ class TrainingBatches:
     """Builds the training batches of one mixture of negatives.
 
     A batch holds B positives and M easy negatives shared by its rows; column j < B of the scores
-    is row j's positive, column B + j the easy negative j. Each row may have H hard negatives of its
-    own besides.
+    is row j's positive, column B + j the easy negative j. With `bank_batches` = K the positives of
+    the K batches before follow as K * B more columns, whose embeddings the model has kept (Wang et
+    al. 2021, "Cross-Batch Negative Sampling for Training Two-Tower Recommenders"): which candidates
+    they are is a function of (seed, step) too. Each row may have H hard negatives of its own
+    besides.
 
     Args:
         samples: The training samples.
@@ -59,10 +64,20 @@ class TrainingBatches:
             an epoch is `len(samples)` draws with replacement. None is every sample once an epoch.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
+        bank_batches: K, earlier batches whose positives are negatives too; 0 is none.
+        frequency: Where the share of a candidate among the positives comes from: "counted" from the
+            samples, or "streaming" from the model's own estimate. Then batches hold the other parts
+            of n(c) instead of log_q, and the samples' counts are not used.
+
+    Attributes:
+        q_positive: [num_candidates + 1] float64, the distribution that positives are drawn from,
+            counted from the samples.
+        expected_count: [num_candidates + 1] float64, n(c) once the bank is full, by `q_positive`.
 
     Raises:
-        ValueError: If there are fewer samples than `batch_size`, no negative at all, or hard
-            negatives are asked for that the samples do not have.
+        ValueError: If there are fewer samples than `batch_size`, no negative at all, hard negatives
+            are asked for that the samples do not have, a bank without in-batch negatives, or draws
+            that need counts with a "streaming" frequency.
     """
 
     def __init__(
@@ -80,6 +95,8 @@ class TrainingBatches:
         hard_negatives: Sequence[HardSampling] = (),
         positive_rate: np.ndarray | None = None,
         positive_weight: np.ndarray | None = None,
+        bank_batches: int = 0,
+        frequency: Frequency = "counted",
     ) -> None:
         if len(samples) < batch_size:
             raise ValueError(
@@ -90,15 +107,31 @@ class TrainingBatches:
             raise ValueError(
                 f"{len(samples)} samples are more than the {INT32_MAX} that one order holds."
             )
+        _check_bank(bank_batches, in_batch)
+        counts = samples.counts
+        if frequency == "streaming":
+            _check_streaming(easy_negatives, positive_rate)
+            counts = np.bincount(samples.candidate_rows, minlength=len(samples.counts))
+        self.samples = samples
         self.num_samples = len(samples)
         self.batch_size = batch_size
+        self.bank_size = bank_batches * batch_size
+        self._bank_batches = bank_batches
+        self._frequency = frequency
         self.history_length = history_length
         self._seed = seed
         self._in_batch = in_batch
-        easy = [(sampling_probability(samples.counts, alpha), num) for alpha, num in easy_negatives]
-        self.q_positive = positive_probability(samples.counts, positive_rate)
-        self.expected_count = expected_count(self.q_positive, batch_size, easy, in_batch=in_batch)
+        easy = [(sampling_probability(counts, alpha), num) for alpha, num in easy_negatives]
+        self.q_positive = positive_probability(counts, positive_rate)
+        self.expected_count = expected_count(
+            self.q_positive, batch_size, easy, in_batch=in_batch, bank_size=self.bank_size
+        )
         self._log_expected_count = tf.constant(log_expected_count(self.expected_count))
+        # n(c) in parts, for where draws change with the step, or q_positive with the model.
+        self._easy_count = tf.constant(
+            sum((num * probability for probability, num in easy), np.zeros(len(counts)))
+        )
+        self._q_positive = tf.constant(self.q_positive)
         self._samplers = [(AliasSampler(probability), num) for probability, num in easy]
         self._query_rows = tf.constant(samples.query_rows)
         self._candidate_rows = tf.constant(samples.candidate_rows)
@@ -112,7 +145,7 @@ class TrainingBatches:
             samples.candidate_rows, weights, minlength=len(samples.counts)
         ) * (1.0 if positive_rate is None else positive_rate)
         self.positive_share = per_candidate / per_candidate.sum()
-        self.counts = samples.counts
+        self.counts = counts
         self._positive_sampler = None
         if positive_rate is not None:
             rate = positive_rate[samples.candidate_rows]
@@ -123,12 +156,43 @@ class TrainingBatches:
         self._num_candidates = len(samples.counts) - 1
         self._hard_share = hard_share
         self._hard = _checked_hard(samples, hard_share, hard_negatives)
-        self._hard_pools = [_ragged(samples.hard_pools[stage]) for stage, _, _ in self._hard]
-        has_hard = np.zeros(len(samples), bool)
-        draws = None if positive_rate is None else positive_rate[samples.candidate_rows]
+        self._hard_pools: dict[str, tf.RaggedTensor] = {}
+        self._has_hard: dict[str, np.ndarray] = {}
+        self._draw_rate = None if positive_rate is None else positive_rate[samples.candidate_rows]
         for stage, _, _ in self._hard:
-            has_hard |= np.diff(samples.hard_pools[stage].offsets) > 0
-        self.mean_hard_share = hard_share * float(np.average(has_hard, weights=draws))
+            self.set_hard_pool(stage, samples.hard_pools[stage])
+
+    def set_hard_pool(self, stage: str, pool: RowLists) -> None:
+        """Replaces the pools of a stage, in datasets that are made from now on.
+
+        Args:
+            stage: One of those that the batches draw from.
+            pool: Per sample, the candidate rows of its hard negatives, in random order.
+
+        Raises:
+            ValueError: If the batches do not draw from this stage, or the lists are not one a
+                sample.
+        """
+        if stage not in [known for known, _, _ in self._hard]:
+            raise ValueError(
+                f"No hard negatives of stage {stage!r} are drawn. "
+                f"Drawn: {[known for known, _, _ in self._hard] or 'none'}"
+            )
+        if len(pool) != self.num_samples:
+            raise ValueError(
+                f"A pool must hold one list for each of {self.num_samples} samples. "
+                f"Received: {len(pool)}"
+            )
+        self._hard_pools[stage] = _ragged(pool)
+        self._has_hard[stage] = np.diff(pool.offsets) > 0
+
+    @property
+    def mean_hard_share(self) -> float:
+        """Mean of f over the samples as they are drawn: it is 0 where a sample has no pool."""
+        if not self._has_hard:
+            return 0.0
+        has_hard = np.any(list(self._has_hard.values()), axis=0)
+        return self._hard_share * float(np.average(has_hard, weights=self._draw_rate))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -162,11 +226,20 @@ class TrainingBatches:
             candidate_row: [B] int32, the positives.
             weight: [B] float32.
             easy_candidate_row: [M] int32.
-            log_q: [1, B + M] float32, log n(c) of the column's candidate (see `mixture`); with hard
-                negatives [B, B + M], log( n(c) / (1 - f) ), f being the row's own.
+            bank_candidate_row: [K * B] int32, with a bank: the positives of step - 1, then those of
+                step - 2, ...; 0 for steps before 0. C = B + M + K * B in all that follows.
+            log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`), the bank's
+                term as far as it is filled; 0 where it is not. With hard negatives [B, C],
+                log( n(c) / (1 - f) ), f being the row's own. Not with frequency "streaming".
+            positive_draws: Scalar float32, with frequency "streaming": B - 1 in-batch negatives and
+                the filled entries of the bank, so that n(c) = positive_draws * q_hat(c) +
+                other_expected_count.
+            other_expected_count: [1, C] float32, with frequency "streaming": the easy samplers'
+                expected copies of the column's candidate.
             dropout_seed: [2] int32, for the model's dropout.
-            is_counted: [B, B + M] bool. False: accidental hit, known positive, exposed item.
-                The row's own positive, on the diagonal, is always True.
+            is_counted: [B, C] bool. False: accidental hit, known positive, exposed item, entry of
+                the bank that is not filled. The row's own positive, on the diagonal, is always
+                True.
             hard_candidate_row: [B, H] int32, with hard negatives, as the rest: 0 where the row has
                 none of the stage.
             hard_log_q: [B, H] float32, log( H_k / (V * f * w_k) ).
@@ -181,25 +254,32 @@ class TrainingBatches:
             for i, (sampler, num) in enumerate(self._samplers)
         ]
         easy_row = tf.concat(easy, axis=0) if easy else tf.zeros([0], tf.int32)
-        columns = tf.concat([candidate_row, easy_row], axis=0)
-        log_q = tf.gather(self._log_expected_count, columns)[tf.newaxis, :]
-        hard: Batch = {}
-        if self._hard:
-            hard = self._hard_negatives(step, index, query_row, candidate_row)
-            log_q -= tf.math.log1p(-hard["hard_share"])[:, tf.newaxis]
-        return hard | {
+        batch: Batch = {
             "query_row": query_row,
-            "history_rows": _leading(tf.gather(self._histories, index), self.history_length),
+            "history_rows": leading(tf.gather(self._histories, index), self.history_length),
             "candidate_row": candidate_row,
             "weight": tf.gather(self._weights, index),
             "easy_candidate_row": easy_row,
-            "log_q": log_q,
             "dropout_seed": self._stream(step, _DROPOUT_STREAM),
-            "is_counted": self._is_counted(query_row, candidate_row, columns),
         }
+        if self._bank_batches:
+            batch["bank_candidate_row"] = self._bank_rows(step)
+        if self._hard:
+            batch |= self._hard_negatives(step, index, query_row, candidate_row)
+        columns = shared_columns(batch)
+        batch["is_counted"] = self._is_counted(query_row, candidate_row, columns)
+        if self._frequency == "streaming":
+            batch["positive_draws"] = tf.cast(self._positive_draws(step), tf.float32)
+            easy_count = tf.cast(tf.gather(self._easy_count, columns), tf.float32)
+            batch["other_expected_count"] = easy_count[tf.newaxis, :]
+            return batch
+        batch["log_q"] = self._log_q(step, columns)[tf.newaxis, :]
+        if self._hard:
+            batch["log_q"] -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
+        return batch
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Counts why shared columns do not count, over the first batches.
+        """Counts why shared columns do not count, over the first batches that have a full bank.
 
         Args:
             num_steps: Batches to look at.
@@ -210,9 +290,9 @@ class TrainingBatches:
         """
         masked = {"accidental hits": 0, "known positives": 0, "exposed items": 0}
         num_cells = 0
-        for step in range(num_steps):
+        for step in range(self._bank_batches, self._bank_batches + num_steps):
             batch = self.batch(tf.constant(step, tf.int64))
-            columns = tf.concat([batch["candidate_row"], batch["easy_candidate_row"]], axis=0)
+            columns = shared_columns(batch)
             own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
             is_left = ~own
             num_cells += int(tf.math.count_nonzero(is_left))
@@ -223,7 +303,7 @@ class TrainingBatches:
                 ("exposed items", self._exposed),
             ):
                 if lists is not None:
-                    reasons[name] = _contains([tf.gather(lists, batch["query_row"])], columns)
+                    reasons[name] = contains([tf.gather(lists, batch["query_row"])], columns)
             for name, is_masked in reasons.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
@@ -244,6 +324,28 @@ class TrainingBatches:
             self._shuffled(index, first_epoch),
         )
 
+    def _bank_rows(self, step: tf.Tensor) -> tf.Tensor:
+        """Returns the positives of the K steps before, the latest step first: [K * B] int32."""
+        batches = []
+        for age in range(1, self._bank_batches + 1):
+            index = self._sample_index(tf.maximum(step - age, 0))
+            batches.append(tf.where(step >= age, tf.gather(self._candidate_rows, index), 0))
+        return tf.concat(batches, axis=0)
+
+    def _positive_draws(self, step: tf.Tensor) -> tf.Tensor:
+        """Counts the shared columns that are positives of other rows: scalar float64."""
+        filled = self.batch_size * tf.minimum(step, self._bank_batches)
+        return tf.cast(filled + (self.batch_size - 1 if self._in_batch else 0), tf.float64)
+
+    def _log_q(self, step: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+        """Computes log n(c) of each column's candidate, 0 in unfilled ones: [C] float32."""
+        if not self._bank_batches:
+            return tf.gather(self._log_expected_count, columns)
+        # In float64, as the table of logs was made, which is for a full bank alone.
+        count = tf.gather(self._easy_count, columns)
+        count += self._positive_draws(step) * tf.gather(self._q_positive, columns)
+        return tf.cast(tf.math.log(tf.where(columns > 0, count, 1.0)), tf.float32)
+
     def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         seed = self._stream(epoch, _ORDER_STREAM)
         return tf.random.experimental.index_shuffle(index, seed, self.num_samples - 1)
@@ -258,8 +360,10 @@ class TrainingBatches:
         is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
         kinds = [lists for lists in (self._known_positives, self._exposed) if lists is not None]
         if kinds:
-            is_counted &= ~_contains([tf.gather(lists, query_row) for lists in kinds], columns)
+            is_counted &= ~contains([tf.gather(lists, query_row) for lists in kinds], columns)
         own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
+        if self._bank_batches:
+            is_counted &= columns > 0
         if not self._in_batch:
             is_counted &= tf.range(tf.shape(columns)[0])[tf.newaxis, :] >= self.batch_size
         return is_counted | own
@@ -271,7 +375,9 @@ class TrainingBatches:
         rows, is_counted, num_left = [], [], []
         for i, (stage, _, num) in enumerate(self._hard):
             seed = tf.random.experimental.stateless_fold_in(self._stream(step, _HARD_STREAM), i)
-            drawn = _draw_from_lists(tf.gather(self._hard_pools[i], index), num, seed)
+            drawn = _draw_from_lists(tf.gather(self._hard_pools[stage], index), num, seed)
+            # Graphs lose the static shape on the way; the loss wants its rank.
+            drawn = tf.ensure_shape(drawn, [self.batch_size, num])
             # The pools were cleared of these when they were built; a mask does not trust that.
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
             if self._known_positives is not None:
@@ -300,6 +406,47 @@ class TrainingBatches:
             "hard_is_counted": tf.concat(is_counted, axis=1),
             "hard_share": tf.where(has_hard, tf.constant(self._hard_share, tf.float32), 0.0),
         }
+
+
+def shared_columns(batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """Lists the candidates of a batch's shared columns, in the order of the scores.
+
+    Args:
+        batch: As `TrainingBatches.batch` describes.
+
+    Returns:
+        [C] int32: B positives, M easy negatives, then the bank's entries, if there are any.
+    """
+    names = ("candidate_row", "easy_candidate_row", "bank_candidate_row")
+    return tf.concat([batch[name] for name in names if name in batch], axis=0)
+
+
+def _check_bank(bank_batches: int, in_batch: bool) -> None:
+    if bank_batches < 0:
+        raise ValueError(f"bank_batches must be 0 or more. Received: {bank_batches}")
+    if bank_batches and not in_batch:
+        raise ValueError(
+            f"bank_batches = {bank_batches} with in_batch = False: a bank adds older positives of "
+            "the same distribution as the batch's own, which cost nothing and are up to date. Use "
+            "in_batch = True, or bank_batches = 0."
+        )
+
+
+def _check_streaming(
+    easy_negatives: Sequence[EasySampling], positive_rate: np.ndarray | None
+) -> None:
+    counting = [alpha for alpha, _ in easy_negatives if alpha > 0]
+    if counting:
+        raise ValueError(
+            f"Easy negatives with alpha = {counting} are drawn by counts, which a streaming "
+            "frequency does without. Use alpha = 0 (uniform) and in_batch, whose negatives are as "
+            "popular as the positives."
+        )
+    if positive_rate is not None:
+        raise ValueError(
+            "positive_rate resamples positives by their counts, which a streaming frequency does "
+            "without. Leave it out, or use frequency = 'counted'."
+        )
 
 
 def _checked_hard(
@@ -355,7 +502,7 @@ def evaluation_batches(
     def pad(batch: dict[str, tf.Tensor | tf.RaggedTensor]) -> Batch:
         return {
             "query_row": batch["query_row"],
-            "history_rows": _leading(batch["history_rows"], history_length),
+            "history_rows": leading(batch["history_rows"], history_length),
             "relevant_rows": batch["relevant_rows"].to_tensor(),
             "excluded_rows": batch["excluded_rows"].to_tensor(),
         }
@@ -367,7 +514,7 @@ def _ragged(lists: RowLists) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_splits(lists.values, lists.offsets, validate=False)
 
 
-def _leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
+def leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
     """Returns the first `length` entries of each list, padded with 0: [num_lists, length]."""
     return lists[:, :length].to_tensor(shape=[None, length])
 
@@ -396,10 +543,10 @@ def _is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
     keys = tf.reshape(line * 2**32 + tf.cast(rows, tf.int64), [-1])
     place = tf.searchsorted(pairs, keys)
     padded = tf.concat([pairs, [-1]], axis=0)
-    return tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows))
+    return tf.ensure_shape(tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows)), rows.shape)
 
 
-def _contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
+def contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
     """Tells which columns' candidates are in any of each row's lists.
 
     Args:

@@ -14,7 +14,15 @@ Both sums are estimated from sampled columns with the logit s - log_q:
 
 n(c) is the expected number of copies of c among the shared columns, whichever sampler drew them:
 a column does not remember its sampler, and need not. Then the expectation of the sum over columns
-is the sum over the corpus. All functions here are NumPy: tables are computed once, in float64.
+is the sum over the corpus. Where positives of earlier batches are columns too (a bank of K batches
+of B), their term is filled * q_positive(c), `filled` being the entries that the bank holds by then:
+min(step, K) * B. It grows over the first K steps, so that `TrainingBatches` takes n(c) in parts.
+
+Where counts are unknown or drift, q_positive(c) is an estimate q_hat(c) of the model's own
+(`streaming_frequency`), and n(c) = (B - 1 + filled) * q_hat(c) + the easy samplers' terms; the rest
+of the table stays as it is.
+
+All functions here are NumPy: tables are computed once, in float64.
 """
 
 from __future__ import annotations
@@ -30,10 +38,12 @@ def expected_count(
     easy: Sequence[tuple[np.ndarray, int]] = (),
     *,
     in_batch: bool = True,
+    bank_size: int = 0,
 ) -> np.ndarray:
     """Computes n(c), the expected copies of candidate c among a row's shared columns.
 
-    n(c) = (batch_size - 1) * q_positive(c) [in-batch] + sum of num * p(c) over the easy samplers.
+    n(c) = (batch_size - 1) * q_positive(c) [in-batch] + bank_size * q_positive(c)
+           + sum of num * p(c) over the easy samplers.
 
     Args:
         q_positive: [num_rows] distribution that positives are drawn from, 0 at row 0.
@@ -41,6 +51,7 @@ def expected_count(
         easy: Pairs of a sampler's [num_rows] distribution and how many it draws per batch, with
             replacement.
         in_batch: Whether the other rows' positives are negatives too.
+        bank_size: Positives of earlier batches that are negatives too.
 
     Returns:
         [num_rows] float64. 0 where no sampler in use can draw the candidate.
@@ -55,6 +66,7 @@ def expected_count(
         array([0., 4., 2.])
     """
     terms = [(q_positive, batch_size - 1)] if in_batch else []
+    terms += [(q_positive, bank_size)] if bank_size else []
     terms += list(easy)
     count = np.zeros(len(q_positive), np.float64)
     for probability, num in terms:

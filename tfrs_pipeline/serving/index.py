@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
+
+from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.evaluation.topk import exclude_rows_of, top_k_in_blocks
+from tfrs_pipeline.retrieval import Query
 
 logger = logging.getLogger(__name__)
 
@@ -237,3 +242,70 @@ def build_scann_index(
         f"No ScaNN setting reaches index_recall@{k} = {target_recall}: {'; '.join(tried)}. "
         "Lower export.target_recall, or set export.index = 'exact'."
     )
+
+
+class IndexRetriever:
+    """A `Retriever` over an index in this process: a model that is still training, a trial.
+
+    Args:
+        index: Over the embeddings of the candidates.
+        exact: Over the same; answers where the index finds fewer than there are.
+        candidate_ids: [num_candidates] distinct ids, in the order of the embeddings.
+        query_fn: The query tower: queries -> [num_queries, dim] float32.
+    """
+
+    def __init__(
+        self,
+        index: ExactIndex | ScannIndex,
+        exact: ExactIndex,
+        candidate_ids: Collection[Any] | np.ndarray,
+        query_fn: Callable[[Sequence[Query]], np.ndarray],
+    ) -> None:
+        self.corpus = CandidateIds(candidate_ids)
+        self._exact = exact
+        self._query_fn = query_fn
+        self._search = tf.function(
+            index.search,
+            input_signature=[tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([], tf.int32)],
+        )
+
+    def retrieve(
+        self,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Sequence[Collection[Any]] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
+        if k < 1:
+            raise ValueError(f"k must be 1 or more. Received: k={k}.")
+        excluded = exclude_rows_of(self.corpus, queries, exclude)
+        if excluded is None:
+            excluded = [np.zeros(0, np.int32)] * len(queries)
+        rows = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        if not len(queries):
+            return self.corpus.take(rows), scores
+        embeddings = self._query_fn(queries)
+        depth = min(k + max(map(len, excluded)), len(self.corpus))
+        found, found_scores = (x.numpy() for x in self._search(embeddings, depth))
+        if exclude is None and np.isfinite(found_scores).all():
+            rows[:, :depth], scores[:, :depth] = found, found_scores
+            return self.corpus.take(rows), scores
+        short = []
+        for i, left_out in enumerate(excluded):
+            is_good = (found_scores[i] > -np.inf) & ~np.isin(found[i], left_out)
+            places = np.flatnonzero(is_good)[:k]
+            if len(places) < min(k, len(self.corpus) - len(left_out)):
+                short.append(i)
+                continue
+            rows[i, : len(places)] = found[i][places]
+            scores[i, : len(places)] = found_scores[i][places]
+        if short:
+            rows[short], scores[short] = top_k_in_blocks(
+                lambda block: self._exact.scores(embeddings[short][block]).numpy(),
+                len(short),
+                len(self.corpus),
+                k,
+                [excluded[i] for i in short],
+            )
+        return self.corpus.take(rows), scores

@@ -1,0 +1,174 @@
+"""Measures ways of training against the default one, on MovieLens-100K, in paired seeds.
+
+The split, the settings and the two trainings (epochs chosen on validation, then again on both) are
+those of the main job; plans share a seed's initial weights and order of the positives. Sets of
+plans, the first of each the one that the others are compared with:
+
+    mined      no hard negatives; mined at ranks 100 to 500, renewed every three epochs, f = .005
+               and .05
+    streaming  in-batch and uniform negatives with counted frequencies; the same with those of the
+               streaming estimator, which needs no counting pass
+    bank       in-batch and uniform negatives; the same with the candidates of one and of four
+               earlier batches
+
+    python benchmarks/paired_seeds.py --set mined --seeds 10 --json benchmarks/results/mined.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow Recommenders, since it selects Keras 2.
+from tfrs_pipeline import RunConfig, main_job_config, with_settings
+
+# isort: split
+import numpy as np
+import tensorflow as tf
+from record import write_json
+
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.events.split import evaluation_queries
+from tfrs_pipeline.model.queries import exact_retriever
+from tfrs_pipeline.pipeline import (
+    load_data,
+    mined_pools,
+    read_corpus,
+    split_events,
+    train_model,
+    training_batches,
+    training_samples,
+)
+
+METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
+
+
+MINED = ({"stage": "mined", "num": 8},)
+WITHOUT_COUNTS = {"samples.easy_negatives": ({"alpha": 0.0, "num": 512},)}
+SETS: dict[str, dict[str, dict[str, Any]]] = {
+    "mined": {
+        "none": {},
+        "mined, f = .005": {"samples.hard_share": 0.005, "samples.hard_negatives": MINED},
+        "mined, f = .05": {"samples.hard_share": 0.05, "samples.hard_negatives": MINED},
+    },
+    "streaming": {
+        "counted": WITHOUT_COUNTS,
+        "streaming": {**WITHOUT_COUNTS, "model.correction": "streaming"},
+    },
+    "bank": {
+        "none": WITHOUT_COUNTS,
+        "one batch": {**WITHOUT_COUNTS, "samples.bank_batches": 1},
+        "four batches": {**WITHOUT_COUNTS, "samples.bank_batches": 4},
+    },
+}
+
+
+def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) -> list[dict]:
+    """Trains and measures every plan with one seed."""
+    config = with_settings(config, {"seed": seed})
+    tables = load_data(config.data)
+    split = split_events(tables.events, config.split, config.seed)
+    validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {"selection": ("train",), "final": ("train", "validation")}
+        samples = {
+            name: training_samples(config, tables, split, parts, Path(scratch) / name)
+            for name, parts in folders.items()
+        }
+        corpus = read_corpus(tables, Path(scratch) / "final")
+        for name, added in settings.items():
+            plan = with_settings(config, added)
+            start = time.monotonic()
+            epochs, chosen = None, None
+            for part, queries in (("selection", validation), ("final", None)):
+                batches = training_batches(plan, samples[part])
+                model, result = train_model(
+                    plan,
+                    plan.model,
+                    corpus,
+                    batches,
+                    validation_queries=queries,
+                    max_epochs=epochs,
+                    before_epochs=mined_pools(plan, corpus, batches),
+                )
+                epochs, chosen = result.best_epoch, chosen or result
+            measured = evaluate(
+                exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
+                test,
+                candidate_ids=corpus.candidate_ids,
+                candidate_counts=samples["final"].counts[1:],
+                exclude="clicked",
+                num_bootstrap=0,
+            )
+            row = {
+                "seed": seed,
+                "plan": name,
+                "num_epochs": epochs,
+                "validation_ndcg@100": max(chosen.history["val_ndcg@100"]),
+                **{metric: measured.overall.intervals[metric].mean for metric in METRICS[:3]},
+                "tail/recall@100": measured.slices["tail"].intervals["recall@100"].mean,
+                "seconds": time.monotonic() - start,
+            }
+            rows.append(row)
+            print(
+                f"seed {seed}  {name:18} "
+                + "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float)),
+                f"  {epochs} epochs",
+                flush=True,
+            )
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Computes each plan's means and its paired differences from the first one."""
+    table: dict[str, Any] = {}
+    base = {row["seed"]: row for row in rows if row["plan"] == rows[0]["plan"]}
+    for plan in dict.fromkeys(row["plan"] for row in rows):
+        own = [row for row in rows if row["plan"] == plan]
+        table[plan] = {"num_seeds": len(own)}
+        for metric in ("validation_ndcg@100", *METRICS, "seconds"):
+            values = np.array([row[metric] for row in own])
+            difference = values - np.array([base[row["seed"]][metric] for row in own])
+            table[plan][metric] = {
+                "mean": float(values.mean()),
+                "deviation": float(values.std(ddof=1)) if len(own) > 1 else None,
+                "difference": float(difference.mean()),
+                "standard_error": float(difference.std(ddof=1) / np.sqrt(len(own)))
+                if len(own) > 1
+                else None,
+                "num_seeds_ahead": int((difference > 0).sum()),
+            }
+    return table
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--set", choices=SETS, required=True, help="Which plans.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        rows += run_seed(seed, main_job_config(), SETS[options.set])
+        if options.json:  # Hours of work: kept as it comes.
+            write_json(options.json, {"plans": summarise(rows), "runs": rows})
+    for plan, row in summarise(rows).items():
+        cells = [
+            f"{name} {row[name]['mean']:.4f} ({row[name]['difference']:+.4f} "
+            f"± {row[name]['standard_error'] or float('nan'):.4f}, "
+            f"{row[name]['num_seeds_ahead']} ahead)"
+            for name in ("validation_ndcg@100", *METRICS)
+        ]
+        print(f"{plan:18}", "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""AUC against scikit-learn and a slow loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from tfrs_pipeline.evaluation.auc import auc, auc_per_query, draw_corpus_rows
+
+scores = st.lists(st.integers(-3, 3), min_size=1, max_size=20)
+
+
+@given(positives=scores, negatives=scores)
+def test_equals_scikit_learn(positives: list[int], negatives: list[int]) -> None:
+    labels = [1] * len(positives) + [0] * len(negatives)
+    expected = roc_auc_score(labels, positives + negatives)
+    assert auc(np.array(positives), np.array(negatives)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_empty_and_nan() -> None:
+    some = np.array([1.0])
+    assert np.isnan(auc(some, np.zeros(0)))
+    assert np.isnan(auc(np.zeros(0), some))
+    with pytest.raises(ValueError, match="NaN"):
+        auc(np.array([np.nan]), some)
+
+
+def test_per_query_uses_the_query_s_own_items() -> None:
+    rng = np.random.default_rng(0)
+    queries, candidates = rng.normal(size=(6, 3)), rng.normal(size=(30, 3))
+    positives = [rng.choice(30, size=n, replace=False) for n in (1, 4, 0, 2, 5, 3)]
+    negatives = [rng.choice(30, size=n, replace=False) for n in (7, 1, 4, 0, 9, 2)]
+    found = auc_per_query(queries, candidates, positives, negatives)
+    for i in range(6):
+        pairs = [
+            float(candidates[p] @ queries[i] > candidates[n] @ queries[i]) + 0.5 * float(p == n)
+            for p in positives[i]
+            for n in negatives[i]
+        ]
+        if pairs:
+            assert found[i] == pytest.approx(np.mean(pairs))
+        else:
+            assert np.isnan(found[i])
+    with pytest.raises(ValueError, match="6 queries"):
+        auc_per_query(queries, candidates, positives[:5], negatives)
+
+
+def test_corpus_rows_leave_out_and_are_uniform() -> None:
+    left_out = [np.array([0, 3]), np.zeros(0, int)]
+    everything = draw_corpus_rows(5, left_out, 100, seed=0)
+    assert [rows.tolist() for rows in everything] == [[1, 2, 4], [0, 1, 2, 3, 4]]
+    counts = np.zeros(50)
+    for seed in range(400):
+        (rows,) = draw_corpus_rows(50, [np.zeros(0, int)], 10, seed=seed)
+        assert len(np.unique(rows)) == 10
+        counts[rows] += 1
+    # 400 draws of 10 in 50: mean 80, variance 400 * .2 * .8; five deviations.
+    assert np.abs(counts - 80).max() < 5 * np.sqrt(64)

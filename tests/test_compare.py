@@ -1,0 +1,333 @@
+"""Comparison of sampling plans: what each plan is, that they share everything else, resuming."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tests.small_log import event_table, small_config, write
+from tfrs_pipeline import compare as module
+from tfrs_pipeline.compare import Comparison, compare, sampling_plans
+from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
+from tfrs_pipeline.evaluation.comparison import comparison_figure
+from tfrs_pipeline.events.split import evaluation_queries
+from tfrs_pipeline.events.synthetic import FunnelOptions, simulate_funnel
+from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
+from tfrs_pipeline.pipeline import (
+    evaluate_retriever,
+    load_data,
+    read_corpus,
+    split_events,
+    train_and_refit,
+    training_samples,
+)
+
+PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
+
+
+def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
+    """Makes settings for a small simulated funnel, written to `folder` once."""
+    path = folder / "funnel.parquet"
+    if not path.exists():
+        simulation = simulate_funnel(
+            num_users=80,
+            num_items=60,
+            num_requests=1500,
+            seed=1,
+            options=FunnelOptions(
+                num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
+            ),
+        )
+        folder.mkdir(exist_ok=True)
+        simulation.tables.events.to_parquet(path)
+    return small_config(
+        folder,
+        {"source": "events", "path": path},
+        samples={
+            "history_length": 10,
+            "easy_negatives": [{"alpha": 0, "num": 32}],
+            "mined_min_rank": 10,
+            "mined_max_rank": 30,
+            "mined_every": 1,
+        },
+        split={"kind": "last_share"},
+        compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
+    )
+
+
+class Stopped(Exception):
+    """In the middle of a comparison."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return funnel_config(
+        tmp_path_factory.mktemp("funnel"), plans=["in_batch_uncorrected", "mixed", "hybrid"]
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return compare(config, tmp_path_factory.mktemp("compared"))
+
+
+# What the plans are
+
+
+def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
+    config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
+    config = with_settings(config, {"samples.allow_exposed_as_negatives": True})
+    plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60)
+    assert notes == []
+    of = {plan.name: with_settings(config, plan.settings) for plan in plans}
+    assert list(of) == [
+        "in_batch_uncorrected",
+        "in_batch",
+        "uniform",
+        "popularity",
+        "mixed",
+        "hybrid_0.1",
+        "mined_0.1",
+        "hybrid_50_50",
+        "resampled_0.5",
+        "exposed_0.1",
+    ]
+    for name, plan in of.items():
+        rest = {"samples": config.samples, "model": config.model}
+        assert plan.model_copy(update=rest) == config, name
+        towers = {"correction": "mixture", "correct_positive": False}
+        assert plan.model.model_copy(update=towers) == config.model, name
+        assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
+    num_columns = {
+        name: plan.samples.in_batch * (plan.training.batch_size - 1)
+        + sum(sampler.num for sampler in plan.samples.easy_negatives)
+        for name, plan in of.items()
+    }
+    # In-batch alone cannot have more; all others have as many.
+    assert num_columns.pop("in_batch") == num_columns.pop("in_batch_uncorrected") == 255
+    assert set(num_columns.values()) == {255 + 32}
+    assert [s.alpha for s in of["popularity"].samples.easy_negatives] == [0.75]
+    assert [s.alpha for s in of["uniform"].samples.easy_negatives] == [0.0]
+    hard = {
+        name: (plan.samples.hard_share, [s.stage for s in plan.samples.hard_negatives])
+        for name, plan in of.items()
+        if plan.samples.hard_share
+    }
+    assert hard == {
+        "hybrid_0.1": (0.1, ["retrieved", "pre_ranked"]),
+        "mined_0.1": (0.1, ["mined"]),
+        "hybrid_50_50": (0.5, ["retrieved", "pre_ranked"]),
+        "exposed_0.1": (0.1, ["exposed"]),
+    }
+    assert {name for name, p in of.items() if p.samples.resampling != "none"} == {"resampled_0.5"}
+
+
+def test_exposed_items_are_negatives_only_behind_the_flag(tmp_path: Path) -> None:
+    config = funnel_config(tmp_path, plans=["mixed", "exposed"])
+    plans, (note,) = sampling_plans(config, ["exposed"], 60)
+    assert [plan.name for plan in plans] == ["mixed"]
+    assert "not for retrieval" in note
+    assert "allow_exposed_as_negatives" in note
+
+
+def test_without_losers_hybrids_are_mined_or_left_out(tmp_path: Path) -> None:
+    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50"])
+    plans, notes = sampling_plans(config, [], 60)
+    assert [plan.name for plan in plans] == ["mixed", "mined_0.1", "mined_50_50"]
+    assert all("no losers" in note for note in notes)
+    plans, notes = sampling_plans(config, [], 10)
+    assert [plan.name for plan in plans] == ["mixed"]
+    assert ["left out" in note for note in notes] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plans": ["in_batch"]}, "reference: got 'mixed', which is not among"),
+        ({"plans": []}, "plans: must list at least one"),
+        ({"hard_shares": [0.1, 0.1]}, "hard_shares.*twice"),
+        ({"plans": ["mixt"]}, "plans"),
+        ({"max_steps": 0}, "max_steps"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        funnel_config(tmp_path, **settings)
+
+
+# What comes out
+
+
+def test_rows_and_differences(compared: Comparison) -> None:
+    assert [row.name for row in compared.rows] == ["in_batch_uncorrected", "mixed", "hybrid_0.1"]
+    uncorrected, mixed, _ = compared.rows
+    assert mixed.differences == {}
+    for metric, interval in uncorrected.differences.items():
+        expected = uncorrected.metrics[metric].mean - mixed.metrics[metric].mean
+        assert interval.mean == pytest.approx(expected, abs=1e-12), metric
+        assert interval.low <= interval.mean <= interval.high
+    aucs = {name for name in mixed.metrics if name.startswith("auc_")}
+    assert aucs == {"auc_corpus", "auc_pre_rank_losers", "auc_rank_losers", "auc_exposed"}
+    # Tighter than the two intervals apart: queries are paired.
+    width = uncorrected.differences["ndcg@20"].high - uncorrected.differences["ndcg@20"].low
+    apart = [row.metrics["ndcg@20"] for row in (uncorrected, mixed)]
+    assert width < sum(interval.high - interval.low for interval in apart)
+
+
+def test_files_hold_the_rows(compared: Comparison) -> None:
+    saved = json.loads((compared.folder / "comparison.json").read_text())
+    assert saved["plans"][2]["metrics"] == {
+        name: interval.as_dict() for name, interval in compared.rows[2].metrics.items()
+    }
+    text = (compared.folder / "comparison.md").read_text()
+    for row in compared.rows:
+        assert row.name in text
+        assert f"{row.metrics['recall@20'].mean:.4f}" in compared.table
+    assert "AUC rank losers" in text
+    assert (compared.folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
+    config: RunConfig, compared: Comparison, tmp_path: Path
+) -> None:
+    tables = load_data(config.data)
+    split = split_events(tables.events, config.split, config.seed)
+    selection, final = (
+        training_samples(config, tables, split, parts, tmp_path / name)
+        for name, parts in (("selection", ("train",)), ("final", ("train", "validation")))
+    )
+    corpus = read_corpus(tables, tmp_path / "final")
+    validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
+    model, _, _ = train_and_refit(config, corpus, selection, final, validation)
+    result = evaluate_retriever(
+        config,
+        exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
+        corpus,
+        final,
+        test,
+    )
+    row = compared.rows[1]
+    for metric, interval in result.overall.intervals.items():
+        assert row.metrics[metric].mean == pytest.approx(interval.mean, abs=1e-9), metric
+    tail = result.slices["tail"].intervals["recall@20"].mean
+    assert row.metrics["tail/recall@20"].mean == pytest.approx(tail, abs=1e-9)
+
+    # The exposed and never clicked of the test, user by user, from the rows of the split.
+    order = ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+    furthest: dict[tuple[int, int], int] = Counter()
+    in_test: dict[tuple[int, int], int] = Counter()
+    for event in split.to_pyarrow().to_pylist():
+        key = (event["user_id"], event["item_id"])
+        stage = order.index(event["stage"])
+        furthest[key] = max(furthest[key], stage)
+        if event["part"] == "test":
+            in_test[key] = max(in_test[key], stage)
+    place = {id_: i for i, id_ in enumerate(corpus.candidate_ids.tolist())}
+    queries = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)(test.as_queries())
+    scores = queries @ model.embed_corpus().T
+    for column, stage in (("auc_exposed", 3), ("auc_rank_losers", 1)):
+        values = []
+        for i, user in enumerate(test.user_ids.tolist()):
+            positives = [place[id_] for id_ in test.relevant[i].tolist()]
+            negatives = [
+                place[item]
+                for (who, item), reached in furthest.items()
+                if who == user and reached == stage == in_test[who, item]
+            ]
+            if negatives:
+                labels = [1] * len(positives) + [0] * len(negatives)
+                values.append(roc_auc_score(labels, scores[i, positives + negatives]))
+        assert len(values) > 10
+        assert row.metrics[column].mean == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_figure_shows_the_rows(compared: Comparison) -> None:
+    figure = comparison_figure(compared.rows, "mixed", (5, 20))
+    gains, slices, aucs = figure.axes
+    assert [label.get_text() for label in gains.get_yticklabels()] == [
+        row.name for row in compared.rows
+    ]
+    (tail,) = (line for line in slices.lines if line.get_label() == "tail")
+    expected = [row.summary["slices"]["tail"]["recall@20"]["mean"] for row in compared.rows]
+    assert np.asarray(tail.get_xdata()).tolist() == expected
+    (corpus,) = (line for line in aucs.lines if line.get_label() == "the corpus")
+    expected = [row.metrics["auc_corpus"].mean for row in compared.rows]
+    assert np.asarray(corpus.get_xdata()).tolist() == expected
+
+
+# How it runs
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(
+    config: RunConfig, compared: Comparison, tmp_path: Path
+) -> None:
+    told: list[tuple[str, int]] = []
+
+    def stop_at(name: str, step: int) -> Any:
+        def on_progress(task: str, done: int, total: int) -> None:
+            told.append((task, done))
+            if (task, done) == (name, step):
+                raise Stopped
+
+        return on_progress
+
+    for stop in (("mixed, selection", 1), ("hybrid_0.1", 0)):
+        with pytest.raises(Stopped):
+            compare(config, tmp_path / "run", on_progress=stop_at(*stop))
+    again = compare(config, tmp_path / "run", on_progress=stop_at("", 0))
+    for row, expected in zip(again.rows, compared.rows, strict=True):
+        assert row.metrics == expected.metrics
+        assert row.differences == expected.differences
+    epochs = [step for step in told if ", " in step[0] and step[1]]
+    assert max(Counter(epochs).values()) == 1
+
+
+def test_budget_in_steps_and_seconds(config: RunConfig, tmp_path: Path) -> None:
+    only_mixed = {"compare.plans": ["mixed"], "training.max_epochs": 30, "training.patience": 30}
+    steps = compare(with_settings(config, {**only_mixed, "compare.max_steps": 1}), tmp_path / "a")
+    saved = json.loads((steps.folder / "plans" / "mixed" / "result.json").read_text())
+    assert len(saved["history"]["loss"]) == 1
+    seconds = with_settings(config, {**only_mixed, "compare.max_seconds": 1e-3})
+    saved_folder = compare(seconds, tmp_path / "b").folder / "plans" / "mixed"
+    assert len(json.loads((saved_folder / "result.json").read_text())["history"]["loss"]) == 1
+
+
+def test_exposed_are_left_out_of_rankings_where_they_cannot_come_back(tmp_path: Path) -> None:
+    path = write(event_table("int"), tmp_path / "ratings.parquet")
+    data = {"source": "ratings", "path": path, "rating_threshold": 3, "timestamp_unit": "s"}
+    config = small_config(
+        tmp_path, data, compare={"plans": ["mixed"], "max_steps": 1}, training={"max_epochs": 1}
+    )
+    with pytest.raises(ConfigError):
+        with_settings(config, {"compare.reference": "hybrid"})
+    config = with_settings(config, {"training.monitor": "ndcg@20"})
+    result = compare(config, tmp_path / "run")
+    assert json.loads((result.folder / "comparison.json").read_text())["exclude"] == "seen"
+    assert any("exposed items are left out of every ranking" in note for note in result.notes)
+
+
+def test_exposed_stay_in_rankings_where_they_come_back(
+    config: RunConfig, compared: Comparison
+) -> None:
+    saved = json.loads((compared.folder / "comparison.json").read_text())
+    assert saved["exclude"] == config.evaluation.exclude == "clicked"
+    assert not any("left out of every ranking" in note for note in compared.notes)
+
+
+def test_a_result_is_taken_as_it_is(config: RunConfig, compared: Comparison) -> None:
+    """A plan that is done is not trained again: its file decides."""
+    path = compared.folder / "plans" / "mixed" / "result.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "num_epochs": 77}))
+    again = compare(config, compared.folder)
+    path.write_text(json.dumps(saved))
+    assert again.rows[1].num_epochs == 77
+    assert dataclasses.replace(again.rows[1], num_epochs=saved["num_epochs"]).metrics == (
+        compared.rows[1].metrics
+    )
+    assert module.AUC_STAGES.keys() <= again.rows[1].metrics.keys()

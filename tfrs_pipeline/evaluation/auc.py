@@ -1,0 +1,92 @@
+"""AUC of each query: how often a positive scores above an item of some other kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def auc(positive_scores: np.ndarray, negative_scores: np.ndarray) -> float:
+    """Computes the share of (positive, negative) pairs in which the positive scores higher.
+
+    The area under the ROC curve (Mann-Whitney); a tie counts a half.
+
+    Args:
+        positive_scores: [num_positives] floats.
+        negative_scores: [num_negatives] floats.
+
+    Returns:
+        In [0, 1]; NaN if either is empty.
+
+    Raises:
+        ValueError: If a score is NaN.
+
+    Example:
+        >>> auc(np.array([2.0, 0.5]), np.array([1.0, 0.5]))
+        0.625
+    """
+    if np.isnan(positive_scores).any() or np.isnan(negative_scores).any():
+        raise ValueError("Scores are NaN, which have no place in an order: the model has diverged.")
+    if not len(positive_scores) or not len(negative_scores):
+        return float("nan")
+    in_order = np.sort(negative_scores)
+    num_below = np.searchsorted(in_order, positive_scores, side="left")
+    num_not_above = np.searchsorted(in_order, positive_scores, side="right")
+    return float((num_below + num_not_above).mean() / (2 * len(in_order)))
+
+
+def auc_per_query(
+    query_embeddings: np.ndarray,
+    candidate_embeddings: np.ndarray,
+    positive_rows: Sequence[np.ndarray],
+    negative_rows: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Computes the AUC of each query's positives against its own negatives, by dot products.
+
+    Args:
+        query_embeddings: [num_queries, dim] floats.
+        candidate_embeddings: [num_candidates, dim] floats.
+        positive_rows: Per query, places in `candidate_embeddings`, from 0.
+        negative_rows: Likewise.
+
+    Returns:
+        [num_queries] float64 in [0, 1]; NaN where a query lacks either.
+
+    Raises:
+        ValueError: If there is not one array a query, or a score is NaN.
+    """
+    num_queries = len(query_embeddings)
+    if not len(positive_rows) == len(negative_rows) == num_queries:
+        raise ValueError(
+            f"Needs one array of positives and of negatives for each of {num_queries} queries. "
+            f"Received: {len(positive_rows)} and {len(negative_rows)}."
+        )
+    values = np.full(num_queries, np.nan)
+    for i, (positives, negatives) in enumerate(zip(positive_rows, negative_rows, strict=True)):
+        if len(positives) and len(negatives):
+            rows = np.concatenate([positives, negatives])
+            scores = candidate_embeddings[rows] @ query_embeddings[i]
+            values[i] = auc(scores[: len(positives)], scores[len(positives) :])
+    return values
+
+
+def draw_corpus_rows(
+    num_candidates: int, left_out: Sequence[np.ndarray], num_drawn: int, seed: int
+) -> list[np.ndarray]:
+    """Draws, uniformly, items of the corpus to compare each query's positives with.
+
+    Args:
+        num_candidates: Size of the corpus.
+        left_out: Per query, rows from 0 that are not to be drawn: positives, exposed items.
+        num_drawn: Distinct rows drawn for all queries; the whole corpus if it holds no more.
+        seed: Of the draw.
+
+    Returns:
+        Per query, the drawn rows without those left out: int64, ascending.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.arange(num_candidates)
+    if num_drawn < num_candidates:
+        drawn = np.sort(rng.choice(num_candidates, num_drawn, replace=False))
+    return [np.setdiff1d(drawn, rows) for rows in left_out]

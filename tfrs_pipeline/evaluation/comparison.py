@@ -1,0 +1,171 @@
+"""A comparison of sampling plans as a table and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfrs_pipeline.evaluation.bootstrap import Interval
+from tfrs_pipeline.evaluation.table import format_cells, format_markdown_cells
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AUC_TITLES = {
+    "auc_corpus": "the corpus",
+    "auc_pre_rank_losers": "pre-rank losers",
+    "auc_rank_losers": "rank losers",
+    "auc_exposed": "exposed, not clicked",
+}
+# Distinct in colour (Okabe and Ito 2008) and in shape.
+_MARKS = (("o", "#0072B2"), ("s", "#E69F00"), ("^", "#009E73"), ("D", "#CC79A7"))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one plan came to.
+
+    Args:
+        name: Of the plan.
+        metrics: Per-query metric -> mean and interval: "ndcg@100", "tail/recall@100", and of
+            "auc_corpus" and the others those that the log has items for.
+        differences: The same names -> paired difference from the reference; empty for itself.
+        summary: `EvaluationResult.summary()`.
+        num_epochs: Chosen on validation.
+        seconds: Of the training that chose it, validation included.
+    """
+
+    name: str
+    metrics: Mapping[str, Interval]
+    differences: Mapping[str, Interval]
+    summary: Mapping[str, Any]
+    num_epochs: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the numbers for JSON."""
+        return {
+            "name": self.name,
+            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
+            "differences": {n: interval.as_dict() for n, interval in self.differences.items()},
+            "summary": dict(self.summary),
+            "num_epochs": self.num_epochs,
+            "seconds": self.seconds,
+        }
+
+
+def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdown: bool) -> str:
+    """Lays a comparison out as text.
+
+    Args:
+        rows: The plans.
+        cutoffs: Of the evaluation: the longest for recall, NDCG and the tail, the shortest for
+            coverage and average popularity.
+        markdown: As a Markdown table, or as plain text.
+    """
+    shortest, longest = min(cutoffs), max(cutoffs)
+    aucs = [name for name in AUC_TITLES if any(name in row.metrics for row in rows)]
+    header = [
+        "plan",
+        f"ndcg@{longest}",
+        "difference",
+        f"recall@{longest}",
+        "difference",
+        f"tail recall@{longest}",
+        f"coverage@{shortest}",
+        "avg popularity",
+        *(f"AUC {AUC_TITLES[name]}" for name in aucs),
+        "epochs",
+        "seconds",
+    ]
+    lines = []
+    for row in rows:
+        cells = [row.name]
+        for metric in (f"ndcg@{longest}", f"recall@{longest}"):
+            cells += [f"{row.metrics[metric].mean:.4f}", _difference(row.differences.get(metric))]
+        popularity = row.summary[f"average_popularity@{shortest}"]
+        cells += [
+            _mean(row.metrics.get(f"tail/recall@{longest}")),
+            f"{row.summary[f'coverage@{shortest}']:.3f}",
+            "-" if popularity is None else f"{popularity:,.0f}",
+            *(_mean(row.metrics.get(name)) for name in aucs),
+            str(row.num_epochs),
+            f"{row.seconds:.0f}",
+        ]
+        lines.append(cells)
+    return (format_markdown_cells if markdown else format_cells)([header, *lines])
+
+
+def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:
+    """Draws a comparison: what a plan gains, where in popularity, and what it finds easy.
+
+    Args:
+        rows: The plans; the first is drawn on top.
+        reference: Name of the plan that differences are from.
+        cutoffs: Of the evaluation; the longest is drawn.
+
+    Returns:
+        A figure of three panels with a line a plan.
+    """
+    from matplotlib.figure import Figure  # Not pyplot: no window, no state.
+
+    longest = max(cutoffs)
+    figure = Figure(figsize=(13, 1.6 + 0.36 * len(rows)), layout="constrained")
+    gains, slices, aucs = figure.subplots(1, 3, sharey=True)
+    places = np.arange(len(rows))
+    _draw_gains(gains, rows, f"ndcg@{longest}", reference)
+    for (marker, colour), part in zip(_MARKS, ("head", "torso", "tail"), strict=False):
+        means = [row.summary["slices"][part][f"recall@{longest}"]["mean"] for row in rows]
+        slices.plot(
+            [np.nan if mean is None else mean for mean in means],
+            places,
+            linestyle="none",
+            marker=marker,
+            color=colour,
+            label=part,
+        )
+    slices.set_xlabel(f"recall@{longest} by popularity of the item")
+    for (marker, colour), (name, title) in zip(_MARKS, AUC_TITLES.items(), strict=True):
+        means = [row.metrics[name].mean if name in row.metrics else np.nan for row in rows]
+        if not np.all(np.isnan(means)):
+            aucs.plot(means, places, linestyle="none", marker=marker, color=colour, label=title)
+    aucs.axvline(0.5, color="0.6", linewidth=1, zorder=0)
+    aucs.set_xlabel("AUC of the positives against")
+    for axes in (gains, slices, aucs):
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (slices, aucs):
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+    gains.set_yticks(places, [row.name for row in rows])
+    gains.set_ylim(len(rows) - 0.5, -0.5)
+    return figure
+
+
+def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str) -> None:
+    base = next(row.metrics[metric].mean for row in rows if row.name == reference)
+    for place, row in enumerate(rows):
+        interval = row.differences.get(metric, Interval(0.0, 0.0, 0.0))
+        is_different = interval.low > 0 or interval.high < 0
+        colour = "#0072B2" if is_different else "0.55"
+        if not np.isnan(interval.low):
+            axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
+        axes.plot(interval.mean, place, "o", color=colour)
+    axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    axes.set_xlabel(f"{metric} above that of {reference} ({base:.4f}), 95% interval")
+
+
+def _mean(interval: Interval | None) -> str:
+    return "-" if interval is None or np.isnan(interval.mean) else f"{interval.mean:.4f}"
+
+
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
+        return "reference"
+    if np.isnan(interval.low):
+        return f"{interval.mean:+.4f}"
+    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
