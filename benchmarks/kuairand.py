@@ -28,9 +28,13 @@ from tfrs_pipeline.pipeline import StageReport
 SETTINGS = {
     "data": {"source": "kuairand", "item_features": {"tag": "multi_categorical"}},
     "split": {"kind": "column"},
-    "training": {"max_epochs": 8, "patience": 2},
-    "samples": {"allow_exposed_as_negatives": True},
-    "evaluation": {"uncorrected": False},
+    "samples": {
+        "easy_negatives": ({"alpha": 0.0, "num": 128}, {"alpha": 0.75, "num": 128}),
+        "allow_exposed_as_negatives": True,
+        "mined_every": 2,
+    },
+    "model": {"embedding_dim": 32},
+    "compare": {"hard_shares": (0.01, 0.2), "resampling_exponents": (0.5,)},
 }
 
 
@@ -51,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the cut.")
     parser.add_argument("--run-dir", type=Path, help="Where to work, to be resumed if stopped.")
-    parser.add_argument("--max-epochs", type=int, default=8)
+    parser.add_argument("--max-epochs", type=int, default=3)
     parser.add_argument("--plans", nargs="+", help="Instead of all plans.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")

@@ -35,11 +35,9 @@ from tfrs_pipeline.events.split import evaluation_queries
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.pipeline import (
     load_data,
-    mined_pools,
     read_corpus,
     split_events,
-    train_model,
-    training_batches,
+    train_and_refit,
     training_samples,
 )
 
@@ -83,19 +81,9 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
         for name, added in settings.items():
             plan = with_settings(config, added)
             start = time.monotonic()
-            epochs, chosen = None, None
-            for part, queries in (("selection", validation), ("final", None)):
-                batches = training_batches(plan, samples[part])
-                model, result = train_model(
-                    plan,
-                    plan.model,
-                    corpus,
-                    batches,
-                    validation_queries=queries,
-                    max_epochs=epochs,
-                    before_epochs=mined_pools(plan, corpus, batches),
-                )
-                epochs, chosen = result.best_epoch, chosen or result
+            model, chosen, _ = train_and_refit(
+                plan, corpus, samples["selection"], samples["final"], validation
+            )
             measured = evaluate(
                 exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
                 test,
@@ -107,7 +95,7 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
             row = {
                 "seed": seed,
                 "plan": name,
-                "num_epochs": epochs,
+                "num_epochs": chosen.best_epoch,
                 "validation_ndcg@100": max(chosen.history["val_ndcg@100"]),
                 **{metric: measured.overall.intervals[metric].mean for metric in METRICS[:3]},
                 "tail/recall@100": measured.slices["tail"].intervals["recall@100"].mean,
@@ -117,7 +105,7 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
             print(
                 f"seed {seed}  {name:18} "
                 + "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float)),
-                f"  {epochs} epochs",
+                f"  {chosen.best_epoch} epochs",
                 flush=True,
             )
     return rows

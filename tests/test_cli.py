@@ -376,7 +376,7 @@ def test_a_run_says_what_it_did_and_where_things_lie(of_int: Run) -> None:
     for name in ("two_tower", "popularity"):
         (row,) = (line for line in lines if line.startswith(f"{name} "))
         assert len(row) == len(header)
-    for name in ("metrics.json", "config.toml"):
+    for name in ("metrics.json", "config.toml", "report.html"):
         assert (of_int.folder / RUN / name).exists()
         assert any(line.endswith(f"{RUN}/{name}") for line in lines)
     assert lines[-1].startswith("next:  tfrs-pipeline query ")
@@ -393,6 +393,51 @@ def test_the_next_command_it_names_works(
     assert (answer.code, answer.err) == (0, "")
     assert "unknown" not in answer.out
     assert answer.out.count("Film ") == 10
+
+
+def test_report_writes_a_page_where_it_is_told_to(
+    command: Any, of_int: Run, tmp_path: Path
+) -> None:
+    page = of_int.folder / RUN / "report.html"
+    written = page.read_text()
+    assert written.startswith("<!DOCTYPE html>")
+    page.unlink()
+    answer = command("report", of_int.folder / RUN)
+    assert (answer.code, answer.out, answer.err) == (0, f"{page}\n", "")
+    assert page.read_text() == written
+    assert command("report", of_int.folder / RUN, "--output", tmp_path / "page.html").code == 0
+    assert (tmp_path / "page.html").read_text() == written
+    assert "&quot;" in written or "&#x27;" in written  # The folder's name has a quote.
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "is no run: it has no config.toml"),
+        (["config.toml"], "not finished; finish it with:  tfrs-pipeline run --run-dir {quoted}"),
+        (
+            ["config.toml", "plans/mixed/x"],
+            "not finished; finish it with:  tfrs-pipeline compare --run-dir {quoted}",
+        ),
+        (
+            ["config.toml", "comparison.json"],
+            "holds a comparison, and its report is there: {folder}/comparison.md, with the figure "
+            "{folder}/comparison.png",
+        ),
+    ],
+)
+def test_report_says_what_to_do_with_a_folder_that_holds_no_finished_run(
+    command: Any, tmp_path: Path, files: list[str], expected: str
+) -> None:
+    folder = tmp_path / RUN
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    answer = command("report", folder)
+    assert answer.code == 1
+    assert answer.out == ""
+    assert answer.err.count("\n") == 1
+    assert expected.format(folder=folder, quoted=shlex.quote(str(folder))) in answer.err
 
 
 def test_a_folder_of_another_run_is_refused_in_a_line(command: Any, of_int: Run) -> None:

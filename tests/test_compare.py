@@ -35,8 +35,8 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
     path = folder / "funnel.parquet"
     if not path.exists():
         simulation = simulate_funnel(
-            num_users=80,
-            num_items=60,
+            num_users=150,
+            num_items=400,
             num_requests=1500,
             seed=1,
             options=FunnelOptions(
@@ -217,29 +217,29 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
     tail = result.slices["tail"].intervals["recall@20"].mean
     assert row.metrics["tail/recall@20"].mean == pytest.approx(tail, abs=1e-9)
 
-    # The exposed and never clicked of the test, user by user, from the rows of the split.
+    # What each user met in the test part alone, from the rows of the split.
     order = ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
     furthest: dict[tuple[int, int], int] = Counter()
-    in_test: dict[tuple[int, int], int] = Counter()
+    met_before = set()
     for event in split.to_pyarrow().to_pylist():
         key = (event["user_id"], event["item_id"])
-        stage = order.index(event["stage"])
-        furthest[key] = max(furthest[key], stage)
-        if event["part"] == "test":
-            in_test[key] = max(in_test[key], stage)
+        furthest[key] = max(furthest[key], order.index(event["stage"]))
+        if event["part"] != "test":
+            met_before.add(key)
     place = {id_: i for i, id_ in enumerate(corpus.candidate_ids.tolist())}
     queries = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)(test.as_queries())
     scores = queries @ model.embed_corpus().T
     for column, stage in (("auc_exposed", 3), ("auc_rank_losers", 1)):
         values = []
         for i, user in enumerate(test.user_ids.tolist()):
-            positives = [place[id_] for id_ in test.relevant[i].tolist()]
+            known = set(test.clicked[i].tolist())
+            positives = [place[id_] for id_ in test.relevant[i].tolist() if id_ not in known]
             negatives = [
                 place[item]
                 for (who, item), reached in furthest.items()
-                if who == user and reached == stage == in_test[who, item]
+                if who == user and reached == stage and (who, item) not in met_before
             ]
-            if negatives:
+            if positives and negatives:
                 labels = [1] * len(positives) + [0] * len(negatives)
                 values.append(roc_auc_score(labels, scores[i, positives + negatives]))
         assert len(values) > 10

@@ -58,6 +58,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
             "mined_max_rank": MAX_RANK,
             "mined_every": 2,
         },
+        training={"max_epochs": 6},
     )
     tables = load_data(config.data)
     split = split_events(tables.events, config.split, config.seed)
@@ -155,6 +156,7 @@ def test_a_pool_is_replaced_for_its_own_stage_alone(log: Log) -> None:
         ({"samples.hard_negatives": [{"stage": "ranked"}]}, r"'ranked'.*no losers.*mined_1_100"),
         ({"samples.mined_max_rank": 10}, "mined_max_rank: got 10; must be above mined_min_rank"),
         ({"samples.mined_margin": -1}, "mined_margin"),
+        ({"training.max_epochs": 2}, "mined_every: got 2.*nothing would be mined"),
     ],
 )
 def test_settings_that_cannot_be(log: Log, settings: dict[str, Any], message: str) -> None:

@@ -13,10 +13,15 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
+SAMPLING = NOTEBOOKS / "02_sampling.ipynb"
 NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
-MAX_BYTES = 400_000
-FIGURES = ("popularity", "curve", "slices", "nearest")
+MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000}
+FIGURES = {
+    QUICKSTART: ("popularity", "curve", "slices", "nearest"),
+    SAMPLING: ("positives", "samplers", "correction", "hard", "auc", "exposed", "figure"),
+}
 MACHINE = re.compile(r"/(?:work|tmp|root|home|usr|private)/")
+DECIMAL = re.compile(r"[-+]?\d*\.\d+")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -60,8 +65,28 @@ def code_cells(notebook: Any) -> Iterator[Any]:
 
 
 def outputs(cell: Any) -> str:
-    """Returns what a cell printed."""
-    return "".join(output.get("text", "") for output in cell.outputs)
+    """Returns what a cell printed or showed as text."""
+    texts = []
+    for output in cell.outputs:
+        texts.append(output.get("text", ""))
+        shown = output.get("data", {})
+        texts += [shown[kind] for kind in ("text/plain", "text/markdown") if kind in shown]
+    return "\n".join(texts)
+
+
+def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs a notebook without network and returns its code cells by id."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nothing listens: a fetch would fail.
+    notebook = nbformat.read(path, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+    cells = {cell.id: cell for cell in code_cells(notebook)}
+    assert not [o for c in cells.values() for o in c.outputs if o.output_type == "error"]
+    for name in FIGURES[path]:
+        assert any("image/png" in output.get("data", {}) for output in cells[name].outputs), name
+    return cells
 
 
 def test_quickstart_runs_on_a_small_log_without_network(
@@ -71,37 +96,66 @@ def test_quickstart_runs_on_a_small_log_without_network(
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
     monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nothing listens: a fetch would fail.
-    notebook = nbformat.read(QUICKSTART, as_version=4)
-    for cell in code_cells(notebook):
-        cell.outputs = []
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    cells = {cell.id: cell for cell in code_cells(notebook)}
-    assert not [o for c in cells.values() for o in c.outputs if o.output_type == "error"]
+    cells = run(QUICKSTART, tmp_path, monkeypatch)
     assert f"{NUM_USERS:,} users" in outputs(cells["data"])
     assert "ease" in outputs(cells["metrics"])
     assert "kind: scann" in outputs(cells["export"])
     assert len(outputs(cells["query"]).splitlines()) == 15
-    for name in FIGURES:
-        assert any("image/png" in output.get("data", {}) for output in cells[name].outputs)
     assert not (tmp_path / "empty_cache").exists()
 
 
-def test_quickstart_is_committed_with_its_output() -> None:
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "1")
+    cells = run(SAMPLING, tmp_path, monkeypatch)
+    assert "150,000" in outputs(cells["funnel"])
+    for plan in ("mixed_uncorrected", "in_batch_uncorrected", "resampled_0.6"):
+        assert plan in outputs(cells["correction"])
+    for plan in ("hybrid_0.05", "mined_0.05", "mined_top_0.05"):
+        assert plan in outputs(cells["hard"])
+    assert "exposed_0.05" in outputs(cells["exposed"])
+    assert "| exposed_0.05 |" in outputs(cells["table"])
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_notebook_is_committed_with_its_output(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert QUICKSTART.stat().st_size < MAX_BYTES
+    assert path.stat().st_size < MAX_BYTES[path]
     cells = list(code_cells(notebook))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
-    assert "100,000 events" in outputs({cell.id: cell for cell in cells}["data"])
     figures = {c.id for c in cells for o in c.outputs if "image/png" in o.get("data", {})}
-    assert figures == set(FIGURES)
+    assert figures == set(FIGURES[path])
 
 
-def test_saved_output_holds_no_path_and_no_log() -> None:
-    notebook = nbformat.read(QUICKSTART, as_version=4)
-    for cell in code_cells(notebook):
+def test_notebooks_are_committed_with_the_output_of_the_whole_data() -> None:
+    for path, cell, text in (
+        (QUICKSTART, "data", "100,000 events"),
+        (SAMPLING, "funnel", "in all     1,000,000"),
+    ):
+        cells = {c.id: c for c in code_cells(nbformat.read(path, as_version=4))}
+        assert text in outputs(cells[cell])
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_saved_output_holds_no_path_and_no_log(path: Path) -> None:
+    for cell in code_cells(nbformat.read(path, as_version=4)):
         assert not MACHINE.search(outputs(cell)), cell.id
         assert not [o.text for o in cell.outputs if o.get("name") == "stderr"], cell.id
+
+
+def test_numbers_in_the_text_are_those_of_the_output() -> None:
+    """A cell of text "x-out" says what came out of the code cell "x"."""
+    notebook = nbformat.read(SAMPLING, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    num_checked = 0
+    for name in [name for name in cells if name.endswith("-out")]:
+        printed = [float(x) for x in DECIMAL.findall(outputs(cells[name.removesuffix("-out")]))]
+        for number in DECIMAL.findall(cells[name].source):
+            num_decimals = len(number.partition(".")[2])
+            signed = number[0] in "+-"
+            rounded = {round(x if signed else abs(x), num_decimals) for x in printed}
+            assert float(number) in rounded, (name, number)
+            num_checked += 1
+    assert num_checked > 20

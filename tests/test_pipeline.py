@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from tests.small_log import (
     user_table,
     write,
 )
-from tfrs_pipeline.config import RunConfig, load_config
-from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline import pipeline, run_report
+from tfrs_pipeline.config import RunConfig, load_config, with_settings
+from tfrs_pipeline.evaluation.baselines import PopularityRetriever
+from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.evaluation.evaluate import evaluate, paired_difference
 from tfrs_pipeline.events.schema import read_tables
 from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.pipeline import (
@@ -39,6 +43,7 @@ from tfrs_pipeline.pipeline import (
     training_batches,
     validation_batches,
 )
+from tfrs_pipeline.run_report import gather_facts, write_report
 from tfrs_pipeline.samples.builder import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load_retriever
@@ -166,6 +171,123 @@ def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 # What a run reports
+
+
+def flat_numbers(tree: Any) -> set[float]:
+    if isinstance(tree, dict):
+        return set().union(*map(flat_numbers, tree.values()))
+    return {tree} if isinstance(tree, int | float) else set()
+
+
+def test_the_report_shows_the_numbers_of_the_metrics(finished: Finished, tmp_path: Path) -> None:
+    page = write_report(finished.folder, tmp_path / "page.html").read_text()
+    shown = {float(value) for value in re.findall(r'<data value="([^"]*)">', page)}
+    metrics = json.loads((finished.folder / "metrics.json").read_text())
+    names = [f"{name}@{k}" for name in ("ndcg", "recall", "mrr", "coverage") for k in (5, 20)]
+    for model in metrics["models"].values():
+        values = [model[name] for name in names]
+        assert {value["mean"] if isinstance(value, dict) else value for value in values} <= shown
+    assert flat_numbers(metrics["split"]) <= shown
+    assert flat_numbers(metrics["seconds"]) <= shown
+    assert flat_numbers(metrics["index"]) <= shown
+    assert not (finished.folder / "page.html").exists()
+
+
+def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -> None:
+    facts = gather_facts(of_stages.folder)
+    rows = split_of(of_stages.folder).to_pyarrow().to_pylist()
+    expected: dict[str, Counter[str]] = {"exposed": Counter(), "clicked": Counter()}
+    for row in rows:
+        expected[row["stage"]][row["part"]] += 1
+    assert facts.events_by_stage == expected
+    for part in ("train", "validation", "test"):
+        ids = {row["item_id"] for row in rows if row["part"] == part}
+        assert facts.items_by_part[part] == len(ids)
+    before_test = [
+        row["item_id"] for row in rows if row["part"] != "test" and row["stage"] == "clicked"
+    ]
+    counts = Counter(before_test)
+    # Items stand in the order of their ids.
+    in_order = sorted(item_id(number, "str") for number in range(NUM_ITEMS))
+    assert facts.popularity.counts.tolist() == [counts[id_] for id_ in in_order]
+    share = facts.popularity.counts / len(before_test)
+    np.testing.assert_allclose(facts.popularity.after, share)
+    np.testing.assert_allclose(facts.popularity.samplers["in-batch"], share)
+    np.testing.assert_allclose(facts.popularity.samplers["uniform"], 1 / NUM_ITEMS)
+    shown = {id_ for example in of_stages.metrics["examples"] for id_ in example["recommended"]}
+    items = item_table("str").to_pydict()
+    titles = dict(zip(items["item_id"], items["title"], strict=True))
+    assert {id_: facts.titles[id_] for id_ in shown} == {id_: titles[id_] for id_ in shown}
+
+
+def test_the_report_shows_positives_as_they_are_resampled(of_stages: Finished) -> None:
+    settings = {"samples.resampling": "power_law", "samples.resampling_exponent": 1.0}
+    batches = training_batches(
+        with_settings(of_stages.config, settings),
+        read_samples(of_stages.folder / "samples" / "final"),
+    )
+    popularity = run_report._popularity(of_stages.config, batches)
+    clicked = popularity.counts > 0
+    np.testing.assert_allclose(popularity.after, clicked / clicked.sum())
+    np.testing.assert_allclose(popularity.before, popularity.counts / popularity.counts.sum())
+
+
+def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
+    metrics = of_stages.metrics
+    reference, *others = metrics["models"]
+    assert list(metrics["differences"]) == others
+    for name in others:
+        for metric, interval in metrics["differences"][name].items():
+            gap = metrics["models"][reference][metric]["mean"]
+            gap -= metrics["models"][name][metric]["mean"]
+            assert interval["mean"] == pytest.approx(gap, abs=1e-12)
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+
+
+def test_differences_of_all_models_at_once_are_those_of_each_pair(of_stages: Finished) -> None:
+    queries = of_stages.queries("test")
+    rng = np.random.default_rng(0)
+    ids = np.array(sorted(item_id(number, "str") for number in range(NUM_ITEMS)), object)
+    results = {
+        name: evaluate(
+            PopularityRetriever(CandidateIds(ids), rng.random(NUM_ITEMS)),
+            queries,
+            candidate_ids=ids,
+            candidate_counts=np.ones(NUM_ITEMS),
+            num_bootstrap=0,
+        )
+        for name in ("two_tower", "a", "b")
+    }
+    found = pipeline._differences(results, of_stages.config)
+    settings = {"num_bootstrap": of_stages.config.evaluation.num_bootstrap, "seed": 0}
+    for name in ("a", "b"):
+        for metric in ("ndcg@20", "recall@100"):
+            expected = paired_difference(results["two_tower"], results[name], metric, **settings)
+            assert found[name][metric] == pytest.approx(expected.as_dict())
+
+
+def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
+    queries = finished.queries("test")
+    retriever = load_retriever(finished.result.export_folder, exact=True)
+    place = {user: i for i, user in enumerate(queries.user_ids.tolist())}
+    lengths = []
+    for example in finished.metrics["examples"]:
+        i = place[example["user_id"]]
+        history = queries.histories[i].tolist()
+        assert example["history"] == history[::-1][:10]
+        assert example["num_history"] == len(history)
+        lengths.append(len(history))
+        is_seen = finished.config.evaluation.exclude == "seen"
+        excluded = (queries.seen if is_seen else queries.clicked)[i]
+        assert not set(example["recommended"]) & set(excluded.tolist())
+        query = {"user_id": example["user_id"], "history": history}
+        ids, _ = retriever.retrieve([query], 10, [excluded.tolist()])
+        assert example["recommended"] == ids[0].tolist()
+        relevant = set(queries.relevant[i].tolist())
+        assert example["num_relevant"] == len(relevant)
+        assert set(example["found"]) == relevant & set(example["recommended"])
+    assert len(lengths) == 4
+    assert lengths == sorted(lengths)
 
 
 def test_metrics_have_the_form_that_is_promised(finished: Finished) -> None:

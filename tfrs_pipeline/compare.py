@@ -28,6 +28,7 @@ from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.pipeline import (
+    NOTHING_MINED,
     Corpus,
     OnProgress,
     OnStage,
@@ -48,7 +49,8 @@ from tfrs_pipeline.samples.builder import Samples
 logger = logging.getLogger(__name__)
 
 LOSERS = (Stage.RETRIEVED, Stage.PRE_RANKED)
-# What positives are set against: name of the column -> stage of the items; None is the corpus.
+# What positives are set against: name of the column -> stage of the items, of those that the user
+# met in the test part alone; None is the corpus, without what the user has seen or clicked.
 AUC_STAGES: dict[str, Stage | None] = {
     "auc_corpus": None,
     "auc_pre_rank_losers": Stage.RETRIEVED,
@@ -147,7 +149,7 @@ def compare(
         report.notes += notes
     with stage("samples") as report:
         task, plans, left_out = _prepare(config, tables, split, folder)
-        report.notes += [*describe_samples(folder / "samples" / "final"), *left_out]
+        report.notes += [*describe_samples(folder / "compared_samples" / "final"), *left_out]
         notes += left_out
     results = {}
     for plan in plans:
@@ -155,6 +157,12 @@ def compare(
             results[plan.name], report.notes = _run_plan(
                 plan, task, folder / "plans" / plan.name, on_progress
             )
+    notes += [
+        f"{name}: {note}"
+        for name, result in results.items()
+        for note in result["notes"]
+        if NOTHING_MINED in note
+    ]
     rows = _rows(results, config)
     return _write(rows, config, notes, {plan.name: plan for plan in plans}, folder)
 
@@ -174,9 +182,14 @@ def sampling_plans(
 
     Returns:
         The plans, and notes on what was left out.
+
+    Raises:
+        ValueError: If the reference is left out, or a plan does not go with the other settings.
     """
     settings, samples = config.compare, config.samples
-    num_columns = config.training.batch_size - 1 + sum(s.num for s in samples.easy_negatives)
+    num_columns = sum(sampler.num for sampler in samples.easy_negatives)
+    if samples.in_batch:
+        num_columns += (1 + samples.bank_batches) * config.training.batch_size - 1
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
     common = {
         "model.correction": corrected,
@@ -184,28 +197,20 @@ def sampling_plans(
         "samples.hard_share": 0.0,
         "samples.resampling": "none",
     }
-    losers = [stage.value for stage in LOSERS if stage.value in hard_stages]
-    can_mine = num_candidates > samples.mined_min_rank
-    notes = []
+    notes: list[str] = []
     plans: list[Plan] = []
 
     def add(name: str, **changed: Any) -> None:
         dotted = {name.replace("__", "."): value for name, value in changed.items()}
         plans.append(Plan(name, {**common, **dotted}))
 
-    def add_hard(name: str, stages: Sequence[str], shares: Sequence[float]) -> None:
-        samplers = [
-            {"stage": stage, "share": 1 / len(stages), "num": 8 // len(stages)} for stage in stages
-        ]
-        for share in shares:
-            add(
-                f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}",
-                samples__hard_share=share,
-                samples__hard_negatives=samplers,
-            )
-
     for kind in settings.plans:
-        if kind == "in_batch_uncorrected":
+        if corrected == "streaming" and kind in ("popularity", "resampled"):
+            notes.append(
+                f"plan {kind} is left out: it draws by training counts, which model.correction "
+                "'streaming' does without"
+            )
+        elif kind == "in_batch_uncorrected":
             add(
                 kind,
                 model__correction="none",
@@ -217,7 +222,12 @@ def sampling_plans(
             add(kind, samples__easy_negatives=(), samples__in_batch=True)
         elif kind in ("uniform", "popularity"):
             sampler = {"alpha": 0.0 if kind == "uniform" else 0.75, "num": num_columns}
-            add(kind, samples__easy_negatives=(sampler,), samples__in_batch=False)
+            add(
+                kind,
+                samples__easy_negatives=(sampler,),
+                samples__in_batch=False,
+                samples__bank_batches=0,
+            )
         elif kind == "mixed":
             add(kind)
         elif kind == "resampled":
@@ -227,31 +237,60 @@ def sampling_plans(
                     samples__resampling="power_law",
                     samples__resampling_exponent=exponent,
                 )
-        elif kind == "exposed":
-            if not samples.allow_exposed_as_negatives:
-                notes.append(
-                    "plan exposed is left out: items that were shown and not clicked are not for "
-                    "retrieval; samples.allow_exposed_as_negatives shows what they do"
-                )
-            elif "exposed" not in hard_stages:
-                notes.append("plan exposed is left out: the log holds no exposed items")
-            else:
-                add_hard("exposed", ["exposed"], settings.hard_shares)
         else:
-            shares = (0.5,) if kind == "hybrid_50_50" else settings.hard_shares
-            if kind != "mined" and losers:
-                add_hard("hybrid", losers, shares)
-            elif can_mine:
-                if kind != "mined":
-                    notes.append(f"plan {kind}: the log holds no losers; mined from the model")
-                add_hard("mined", ["mined"], shares)
-            else:
-                notes.append(
-                    f"plan {kind} is left out: {num_candidates:,} items have no rank "
-                    f"samples.mined_min_rank = {samples.mined_min_rank}"
-                )
+            hard, note = _hard_plans(kind, config, hard_stages, num_candidates)
+            plans += [Plan(plan.name, {**common, **plan.settings}) for plan in hard]
+            notes += [note] if note else []
     distinct = {plan.name: plan for plan in plans}
+    if settings.reference not in distinct:
+        raise ValueError(
+            f"compare.reference is {settings.reference!r}, a plan that is left out here "
+            f"({'; '.join(notes)}). Choose another reference."
+        )
+    for plan in plans:  # Refused before the first one is trained.
+        with_settings(config, plan.settings)
     return list(distinct.values()), notes
+
+
+def _hard_plans(
+    kind: str, config: RunConfig, hard_stages: Sequence[str], num_candidates: int
+) -> tuple[list[Plan], str]:
+    """Turns a kind of plan with hard negatives into settings, a plan a share; with a note."""
+    samples = config.samples
+    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
+    losers = [stage.value for stage in LOSERS if stage.value in hard_stages]
+    note = ""
+    if kind == "exposed":
+        if not samples.allow_exposed_as_negatives:
+            return [], (
+                "plan exposed is left out: items that were shown and not clicked are not for "
+                "retrieval; samples.allow_exposed_as_negatives shows what they do"
+            )
+        if "exposed" not in hard_stages:
+            return [], "plan exposed is left out: the log holds no exposed items"
+        name, stages = "exposed", ["exposed"]
+    elif kind != "mined" and losers:
+        name, stages = "hybrid", losers
+    elif num_candidates > samples.mined_min_rank:
+        name, stages = "mined", ["mined"]
+        if kind != "mined":
+            note = f"plan {kind}: the log holds no losers; mined from the model"
+    else:
+        return [], (
+            f"plan {kind} is left out: {num_candidates:,} items have no rank "
+            f"samples.mined_min_rank = {samples.mined_min_rank}"
+        )
+    samplers = [
+        {"stage": stage, "share": 1 / len(stages), "num": 8 // len(stages)} for stage in stages
+    ]
+    plans = [
+        Plan(
+            f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}",
+            {"samples.hard_share": share, "samples.hard_negatives": samplers},
+        )
+        for share in shares
+    ]
+    return plans, note
 
 
 def _with_exposed_left_out(config: RunConfig, split: ibis.Table) -> tuple[RunConfig, list[str]]:
@@ -267,7 +306,8 @@ def _with_exposed_left_out(config: RunConfig, split: ibis.Table) -> tuple[RunCon
         exposed = np.setdiff1d(seen, clicked)
         num_exposed += len(exposed)
         num_back += len(np.intersect1d(relevant, exposed))
-    if num_back or not num_exposed or config.evaluation.exclude == "seen":
+    # With "none" a clicked item may be found again, and "seen" would leave it out.
+    if num_back or not num_exposed or config.evaluation.exclude != "clicked":
         return config, []
     config = with_settings(config, {"evaluation.exclude": "seen"})
     return config, [
@@ -298,36 +338,46 @@ def _prepare(
         )
         assert hard_negative_rules(building.samples) is not None
     selection, final = (
-        training_samples(building, tables, split, parts, folder / "samples" / name)
+        training_samples(building, tables, split, parts, folder / "compared_samples" / name)
         for name, parts in (("selection", ("train",)), ("final", parts_before_test(config)))
     )
-    corpus = read_corpus(tables, folder / "samples" / "final")
+    corpus = read_corpus(tables, folder / "compared_samples" / "final")
     validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
     plans, notes = sampling_plans(
         config,
         [stage for stage in stages if len(final.hard_pools[stage].values)],
         len(corpus.candidate_ids),
     )
-    ids = CandidateIds(corpus.candidate_ids)
-    of_stages = items_by_stage(
-        split, "test", test.user_ids, [stage for stage in AUC_STAGES.values() if stage]
+    positive_rows, others = _auc_rows(config, split, test, CandidateIds(corpus.candidate_ids))
+    task = _Task(config, corpus, selection, final, validation, test, positive_rows, others)
+    return task, plans, notes
+
+
+def _auc_rows(
+    config: RunConfig, split: ibis.Table, test: EvaluationQueries, ids: CandidateIds
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
+    """Finds the places of each test query's positives, and of what they are set against."""
+    relevant, seen = (
+        [ids.known_rows(items) for items in lists] for lists in (test.relevant, test.seen)
     )
-    positive_rows = [ids.known_rows(relevant) for relevant in test.relevant]
-    everyone = [
-        np.union1d(ids.known_rows(seen), positives)
-        for seen, positives in zip(test.seen, positive_rows, strict=True)
-    ]
+    # As the ranking: what it leaves out is not to be found, here either.
+    nothing = [np.zeros(0, np.int32)] * len(test)
+    clicked = [ids.known_rows(items) for items in test.clicked]
+    excluded = {"clicked": clicked, "seen": seen, "none": nothing}[config.evaluation.exclude]
+    positives = [np.setdiff1d(a, b) for a, b in zip(relevant, excluded, strict=True)]
+    stages = [stage for stage in AUC_STAGES.values() if stage is not None]
+    of_stages = items_by_stage(split, "test", test.user_ids, stages)
     others: dict[str, list[np.ndarray] | None] = {}
     for name, of_stage in AUC_STAGES.items():
         if of_stage is None:
+            met = [np.union1d(a, b) for a, b in zip(seen, relevant, strict=True)]
             others[name] = draw_corpus_rows(
-                len(ids), everyone, config.compare.num_corpus_items, config.seed
+                len(ids), met, config.compare.num_corpus_items, config.seed
             )
         else:
             rows = [ids.known_rows(items) for items in of_stages[of_stage]]
             others[name] = rows if any(map(len, rows)) else None
-    task = _Task(config, corpus, selection, final, validation, test, positive_rows, others)
-    return task, plans, notes
+    return positives, others
 
 
 def _run_plan(

@@ -150,8 +150,8 @@ class DataConfig(Config):
     """What to do with events whose item is not in the item table: keep them with empty features,
     drop and count them, or stop."""
     duplicates: Literal["keep", "drop", "error"] = "keep"
-    """What to do with events equal in user, item, time, stage and request: keep all of them, drop
-    and count all but the first, or stop."""
+    """What to do with events equal in user, item, time, stage, request and part: keep all of them,
+    drop and count all but the first, or stop."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -601,6 +601,13 @@ class RunConfig(Config):
                 "choose another kind",
             )
         stages = [sampler.stage for sampler in self.samples.hard_negatives]
+        is_mined = self.samples.hard_share > 0 and "mined" in stages
+        if is_mined and self.samples.mined_every >= self.training.max_epochs:
+            yield (
+                "samples.mined_every",
+                f"got {self.samples.mined_every} with training.max_epochs "
+                f"{self.training.max_epochs}: nothing would be mined",
+            )
         logged = [stage for stage in stages if stage not in ("mined", "exposed")]
         if self.samples.hard_share and logged and self.data.source not in ("events", "recflow"):
             yield (

@@ -63,7 +63,12 @@ from tfrs_pipeline.samples.builder import (
 )
 from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
 from tfrs_pipeline.samples.hard_negatives import HardNegativeRules
-from tfrs_pipeline.samples.mined_negatives import MINED, MiningReport, MiningRules
+from tfrs_pipeline.samples.mined_negatives import (
+    MINED,
+    MiningReport,
+    MiningRules,
+    query_of_sample,
+)
 from tfrs_pipeline.samples.mixture import num_unreachable
 from tfrs_pipeline.samples.positives import (
     keep_rate,
@@ -87,6 +92,8 @@ NUM_INDEX_PROBES = 1000
 NUM_EXPORT_PROBES = 20
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
+
+NOTHING_MINED = "no hard negatives were mined"
 
 OnStage = Callable[["StageReport"], None]
 OnProgress = Callable[[str, int, int], None]
@@ -925,10 +932,7 @@ def _retriever_of_rows(
     encoder = QueryEncoder(model, query_rows, candidate_rows)
     embeddings = model.embed_corpus()
     probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
-    queries = [
-        {"user_id": int(samples.query_rows[i]), "history": samples.histories[i][::-1]}
-        for i in probes.tolist()
-    ]
+    queries = [query_of_sample(samples, i) for i in probes.tolist()]
     index, _ = build_scann_index(
         embeddings, encoder(queries), k=PROMISED_K, target_recall=config.export.target_recall
     )
@@ -938,7 +942,7 @@ def _retriever_of_rows(
 def _describe_mining(reports: Mapping[int, MiningReport]) -> list[str]:
     """Says what the last mining kept and dropped."""
     if not reports:
-        return ["no hard negatives were mined: training ended before samples.mined_every epochs"]
+        return [f"{NOTHING_MINED}: training ended within the first samples.mined_every epochs"]
     epoch, report = max(reports.items())
     dropped = {
         "known positives": report.known_positives,

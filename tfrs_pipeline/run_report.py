@@ -16,6 +16,7 @@ from tfrs_pipeline.events.schema import Tables, read_tables
 from tfrs_pipeline.pipeline import stored_split, training_batches
 from tfrs_pipeline.samples.builder import read_samples
 from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.samples.mined_negatives import MINED
 from tfrs_pipeline.samples.mixture import num_unreachable
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import positive_probability
@@ -55,6 +56,7 @@ def gather_facts(folder: Path) -> RunFacts:
     split, _ = stored_split(tables, config, folder / "data")
     samples_folder = folder / "samples" / "final"
     batches = training_batches(config, read_samples(samples_folder))
+    is_mined = any(sampler.stage == MINED for sampler in config.samples.hard_negatives)
     return RunFacts(
         folder=str(folder),
         config=config,
@@ -72,7 +74,7 @@ def gather_facts(folder: Path) -> RunFacts:
         items_by_part=_items_by_part(split),
         samples=json.loads((samples_folder / "report.json").read_text()),
         masked_shares=batches.masked_shares(),
-        mean_hard_share=batches.mean_hard_share,
+        mean_hard_share=None if is_mined else batches.mean_hard_share,
         popularity=_popularity(config, batches),
         titles=_titles(tables, metrics),
     )

@@ -252,8 +252,9 @@ def test_all_stage_is_read_before_realshow(
     assert "no losers" in caplog.text
     write(tmp_path, "all_stage", [[positive, make_row(video_id=5, prerank_neg=1)]])
     (tmp_path / "all_stage" / ".DS_Store").touch()
-    assert [event["item_id"] for event in events_of(load(tmp_path))] == [1, 5]
-    assert "2 days of realshow are not in all_stage" in caplog.text
+    # The first day has all stages now, the others still what was shown.
+    assert [event["item_id"] for event in events_of(load(tmp_path))] == [1, 5, 1, 1]
+    assert "2 days are read from realshow" in caplog.text
     assert "2024-01-14.feather" in caplog.text
 
 

@@ -156,6 +156,7 @@ def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str
             axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         axes.plot(interval.mean, place, "o", color=colour)
     axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    axes.locator_params(axis="x", nbins=6)  # More labels than that run into each other.
     axes.set_xlabel(f"{metric} above that of {reference} ({base:.4f}), 95% interval")
 
 

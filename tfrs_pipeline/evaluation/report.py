@@ -70,7 +70,8 @@ class RunFacts:
         samples: Report of the samples that the model in service was trained on
             (`build_samples`).
         masked_shares: Reason -> share of the columns that rows share and that do not count.
-        mean_hard_share: Mean of f over the positives.
+        mean_hard_share: Mean of f over the positives; None where hard negatives are mined, so that
+            it changes while training.
         popularity: Of the same samples.
         titles: Item id -> title, of those that are shown.
     """
@@ -84,7 +85,7 @@ class RunFacts:
     items_by_part: Mapping[str, int]
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
-    mean_hard_share: float
+    mean_hard_share: float | None
     popularity: Popularity
     titles: Mapping[Any, str]
 
@@ -305,7 +306,7 @@ def _data(facts: RunFacts) -> str:
     return (
         _paragraph(f"Source {source.source}{where}: {sizes}.")
         + _table("Split", ["part", "events", "positives", "users", "items"], parts)
-        + _table("Dropped", ["what was dropped", "rows"], dropped)
+        + _table("Dropped", ["what was dropped", "number"], dropped)
     )
 
 
@@ -338,8 +339,7 @@ def _funnel(facts: RunFacts) -> str:
             "Counted in all that the model in service was trained on. An item that was shown and "
             "not clicked is for ranking, not for retrieval."
             + (
-                " This run uses such items as hard negatives all the same "
-                "(samples.allow_exposed_as_negatives)."
+                " This run allows them all the same (samples.allow_exposed_as_negatives)."
                 if facts.config.samples.allow_exposed_as_negatives
                 else ""
             )
@@ -383,10 +383,14 @@ def _hard_negatives(facts: RunFacts) -> str:
         share = pool["num_samples"] / num_samples
         cells = [Number(share, f"{share:.1%}"), _measured(pool["mean_pool"], 1)]
         rows.append([stage, _whole(pool["num_samples"]), *cells])
-    text = (
-        f"Hard share {config.hard_share:g} of the negative weight; effective mean "
-        f"{facts.mean_hard_share:.4f}, as a positive without hard negatives has none."
-    )
+    text = f"Hard share {config.hard_share:g} of the negative weight; "
+    if facts.mean_hard_share is None:
+        text += "mined from the model while it was trained: see what the stages said."
+    else:
+        text += (
+            f"effective mean {facts.mean_hard_share:.4f}, as a positive without hard negatives "
+            "has none."
+        )
     header = ["stage", "positives with some", "share of the positives", "mean size of the pool"]
     return (
         "<h3>Hard negatives</h3>"
@@ -502,9 +506,8 @@ def _examples(facts: RunFacts) -> str:
             f'<article class="example"><h3>User {_text(example["user_id"])}</h3>'
             f"<div><h4>Clicked before ({latest})</h4>{listed(example['history'])}</div>"
             f"<div><h4>Recommended</h4>{listed(example['recommended'], example['found'])}"
-            f"<p>The user went on to click {_count(example['num_relevant'])} items; "
-            f"{len(example['found'])} are among these {len(example['recommended'])}.</p>"
-            "</div></article>"
+            f"<p>Among these: {len(example['found'])} of the {_count(example['num_relevant'])} "
+            "that the user clicked in the test part.</p></div></article>"
         )
     return _paragraph(
         f"What {model} recommends by the history before the test part, and what of it the "
@@ -536,7 +539,7 @@ def _times(facts: RunFacts) -> str:
 
 def _settings(facts: RunFacts) -> str:
     return (
-        _paragraph("All settings, as TOML: saved to a file, `run --config FILE` takes them.")
+        _paragraph("All settings, as TOML: saved to a file, they are what --config takes.")
         + '<pre tabindex="0" aria-label="Settings as TOML">'
         + f"{_text(dump_config(facts.config))}</pre>"
     )
@@ -624,7 +627,7 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) 
         for name, number in zip(header, is_number, strict=True)
     )
     body = "".join(
-        f'<tr><th scope="row">{_text(first)}</th>'
+        f'<tr><th scope="row">{_content(first)}</th>'
         + "".join(map(_cell, rest, is_number[1:]))
         + "</tr>"
         for first, *rest in rows
@@ -638,8 +641,11 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) 
 
 def _cell(cell: Cell, is_number: bool) -> str:
     """Writes a cell; in a column of numbers words stand to the right as well."""
-    content = _text(cell) if isinstance(cell, str) else _number(cell)
-    return f'<td class="num">{content}</td>' if is_number else f"<td>{content}</td>"
+    return f"<td{' class=num' if is_number else ''}>{_content(cell)}</td>"
+
+
+def _content(cell: Cell) -> str:
+    return _text(cell) if isinstance(cell, str) else _number(cell)
 
 
 def _number(number: Number) -> str:

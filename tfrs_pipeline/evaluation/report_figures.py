@@ -205,10 +205,11 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, top: float = 1.0) -> None:
+    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, top),
-        ncols=2,
+        ncols=2 if longest <= 22 else 1,  # As many as fit beside each other.
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,
@@ -227,7 +228,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     file = io.StringIO()
     # Text stays text: it can be read aloud, found and copied.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)

@@ -15,6 +15,8 @@ import ibis.expr.types as ir
 from tfrs_pipeline.events.schema import DataError, FeatureKind, Source
 
 TimestampUnit = Literal["s", "ms", "us", "ns"]
+MILLISECONDS = (10**11, 10**14 - 1)
+"""First and last number that is read as a time in milliseconds: of 1973 to 5138."""
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 # A time of 1973 or later, as a number, tells its unit: the four ranges do not overlap until 5138.
@@ -92,7 +94,7 @@ def convert_timestamp(
         if time_zone is None:
             raise DataError(
                 f"{source.name}: column {column!r} holds times without a time zone "
-                f"({_num_rows(table)} rows). Say where they were read off the clock: "
+                f"({count_rows(table)} rows). Say where they were read off the clock: "
                 "time_zone='UTC', or 'Europe/Berlin'."
             )
         return _in_time_zone(ibis.literal(time_zone), value.cast(_NAIVE))
@@ -200,7 +202,7 @@ def _type_time(table: ibis.Table, column: str, source: Source) -> ir.Value:
     if _count(table, has_offset):
         raise DataError(
             f"{source.name}: column {column!r} holds {num_naive} times without an offset among "
-            f"{_num_rows(table)} rows, the others have one. Write all of them the same way."
+            f"{count_rows(table)} rows, the others have one. Write all of them the same way."
         )
     return value.try_cast(_NAIVE)
 
@@ -214,15 +216,15 @@ def _from_numbers(
     where = f"{source.name}: column {column!r}"
     if unit is None and 19_000_101 <= largest <= 21_001_231:
         raise DataError(
-            f"{where} holds numbers up to {largest:.0f} ({_num_rows(table)} rows), which look like "
-            "dates (YYYYMMDD). Write them as 2024-01-31, or pass timestamp_unit='s' if they are "
-            "seconds."
+            f"{where} holds numbers up to {largest:.0f} ({count_rows(table)} rows), which look "
+            "like dates (YYYYMMDD). Write them as 2024-01-31, or pass timestamp_unit='s' if they "
+            "are seconds."
         )
     looks_like = next(name for below, name in _UNIT_BELOW if largest < below)
     if largest and looks_like != (unit or "s"):
         raise DataError(
             f"{where} must be UTC in {_UNIT_NAMES[unit or 's']}. Largest value {largest:.2g} "
-            f"({_num_rows(table)} rows) looks like {_UNIT_NAMES[looks_like]}: pass "
+            f"({count_rows(table)} rows) looks like {_UNIT_NAMES[looks_like]}: pass "
             f"timestamp_unit={looks_like!r}."
         )
     if unit == "ns" and value.type().is_integer():  # Past the whole numbers that a float holds.
@@ -243,7 +245,7 @@ def _refuse_unread(
         example = table.filter(is_unread).limit(1).to_pyarrow()[column][0].as_py()
         raise DataError(
             f"{source.name}: column {column!r} must hold {what}; {num_unread} of "
-            f"{_num_rows(table)} rows do not, such as {example!r}. Correct them, or name another "
+            f"{count_rows(table)} rows do not, such as {example!r}. Correct them, or name another "
             "column."
         )
 
@@ -251,7 +253,7 @@ def _refuse_unread(
 def _wrong_type(table: ibis.Table, column: str, wanted: str, source: Source) -> str:
     return (
         f"{source.name}: column {column!r} must be {wanted}, it is {table.schema()[column]} "
-        f"({_num_rows(table)} rows). Cast it, or name another column."
+        f"({count_rows(table)} rows). Cast it, or name another column."
     )
 
 
@@ -259,5 +261,6 @@ def _count(table: ibis.Table, condition: ir.BooleanValue) -> int:
     return int(table.filter(condition).count().to_pyarrow().as_py())
 
 
-def _num_rows(table: ibis.Table) -> int:
+def count_rows(table: ibis.Table) -> int:
+    """Counts the rows of a table, for messages."""
     return int(table.count().to_pyarrow().as_py())

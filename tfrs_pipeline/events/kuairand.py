@@ -23,7 +23,7 @@ import ibis
 import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.events.columns import is_integer_id
+from tfrs_pipeline.events.columns import MILLISECONDS, count_rows, is_integer_id
 from tfrs_pipeline.events.labels import relabel
 from tfrs_pipeline.events.schema import (
     DataError,
@@ -224,8 +224,9 @@ def _read_logs(
     for name in needed:
         require_column(header, name, source, "Take the logs as they were published.")
     whole = {name: _whole(name) for name in needed}
+    first, last = MILLISECONDS
     # An unreadable time may not stop the scan: it is counted below, with all else.
-    in_range = f"CASE WHEN {whole['time_ms']} BETWEEN 100000000000 AND 99999999999999 THEN"
+    in_range = f"CASE WHEN {whole['time_ms']} BETWEEN {first} AND {last} THEN"
     table = ibis.util.gen_name("kuairand_events")
     columns = [
         f"{whole['user_id']} AS user_id",
@@ -254,7 +255,7 @@ def _read_logs(
         if number:
             raise DataError(
                 f"{source.column(name)} must hold {what.get(name, 'whole numbers')}; {number} of "
-                f"{_num_rows(events)} rows do not. Take the logs as they were published, or drop "
+                f"{count_rows(events)} rows do not. Take the logs as they were published, or drop "
                 "these rows."
             )
     return events
@@ -278,7 +279,7 @@ def _read_cut(
         if not sequences.schema()[name].is_array():
             raise DataError(
                 f"{folder / _CUT_FILES[0]}: column {name!r} must be a list of videos, it is "
-                f"{sequences.schema()[name]} ({_num_rows(sequences)} rows). {_CUT_REMEDY}"
+                f"{sequences.schema()[name]} ({count_rows(sequences)} rows). {_CUT_REMEDY}"
             )
     _check_users(sequences, folder / _CUT_FILES[0])
     for name in _CUT_FILES[1:]:
@@ -311,7 +312,7 @@ WITH users AS (
 ), events AS (
     SELECT user_id, video_id, 0 AS long_view, NULL AS is_rand, NULL AS tab, 'train' AS part,
         0 AS file, user_id AS first, 0 AS second, place AS third
-    FROM watched WHERE NOT list_contains(long_watch_seq, video_id)
+    FROM watched WHERE list_contains(long_watch_seq, video_id) IS NOT TRUE
     UNION ALL
     SELECT user_id, unnest(long_watch_seq), 1, NULL, NULL, 'train',
         0, user_id, 1, generate_subscripts(long_watch_seq, 1)
@@ -337,7 +338,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _check_users(sequences: ibis.Table, path: Path) -> None:
-    num_rows = _num_rows(sequences)
+    num_rows = count_rows(sequences)
     num_users = int(sequences["user_id"].nunique().to_pyarrow().as_py())
     if num_users != num_rows:
         raise DataError(
@@ -352,7 +353,7 @@ def _check_exposures(exposures: ibis.Table, path: Path) -> None:
         if not exposures.schema()[name].is_integer():
             raise DataError(
                 f"{path}: column {name!r} must be an integer, it is {exposures.schema()[name]} "
-                f"({_num_rows(exposures)} rows). {_CUT_REMEDY}"
+                f"({count_rows(exposures)} rows). {_CUT_REMEDY}"
             )
     long_view = exposures["long_view"]
     wrong = {
@@ -363,7 +364,7 @@ def _check_exposures(exposures: ibis.Table, path: Path) -> None:
         if number:
             raise DataError(
                 f"{path}: column {name!r} must hold {wrong[name][1]}; {number} of "
-                f"{_num_rows(exposures)} rows do not. {_CUT_REMEDY}"
+                f"{count_rows(exposures)} rows do not. {_CUT_REMEDY}"
             )
 
 
@@ -424,8 +425,8 @@ def _read_features(
     require_column(file.columns, column, source, "Take the file as it was published.")
     if not is_integer_id(file.table, column, source, is_text=file.is_text):
         raise DataError(
-            f"{source.column(column)} must hold whole numbers ({_num_rows(file.table)} rows). Take "
-            "the file as it was published."
+            f"{source.column(column)} must hold whole numbers ({count_rows(file.table)} rows). "
+            "Take the file as it was published."
         )
     file = dataclasses.replace(file, table=_as_categories(file, features))
     ids = file.table[column].cast("int64")
@@ -444,10 +445,11 @@ def _as_categories(file: File, features: Mapping[str, FeatureKind]) -> ibis.Tabl
             is_whole = value == value.round()
         elif file.is_text:
             is_whole = value.re_search(_WHOLE_NUMBER)
+            value = value.re_replace(r"\.0$", "")  # Not by a float: ids may be long.
         else:
             continue
         if not _counts(file.table, {name: value.notnull() & ~is_whole})[name]:
-            integers[name] = value.cast("float64").cast("int64")
+            integers[name] = value.cast("int64")
     return file.table.mutate(**integers)
 
 
@@ -464,7 +466,3 @@ def _counts(table: ibis.Table, conditions: Mapping[str, ir.BooleanValue]) -> dic
     sums = {name: condition.sum() for name, condition in conditions.items()}
     row = table.aggregate(**sums).to_pyarrow().to_pylist()[0]
     return {name: int(value or 0) for name, value in row.items()}
-
-
-def _num_rows(table: ibis.Table) -> int:
-    return int(table.count().to_pyarrow().as_py())

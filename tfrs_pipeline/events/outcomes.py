@@ -15,10 +15,10 @@ _ORDER = {stage.value: number for number, stage in enumerate(Stage)}
 def items_by_stage(
     split: ibis.Table, part: str, user_ids: np.ndarray, stages: Sequence[Stage]
 ) -> dict[Stage, list[np.ndarray]]:
-    """Collects each user's items whose furthest stage was reached in a part.
+    """Collects the items that each user met in a part alone, by the furthest stage they reached.
 
-    An item counts once, for the furthest stage that it ever reached with this user, in any part:
-    one that lost here and was clicked there is no loser.
+    An item that the user met in another part is left out: what a model learned of the very pair
+    would be measured, and one that lost here and was clicked there is no loser.
 
     Args:
         split: Event table with `part`.
@@ -32,15 +32,13 @@ def items_by_stage(
     """
     rank = split["stage"].cases(*_ORDER.items())
     furthest = (
-        split.mutate(rank=rank, rank_in_part=(split["part"] == part).ifelse(rank, -1))
+        split.mutate(rank=rank, is_in_part=split["part"] == part)
         .group_by(["user_id", "item_id"])
-        .agg(rank=lambda t: t["rank"].max(), rank_in_part=lambda t: t["rank_in_part"].max())
+        .agg(rank=lambda t: t["rank"].max(), is_alone=lambda t: t["is_in_part"].all())
     )
     wanted = [_ORDER[stage.value] for stage in stages]
     pairs = (
-        furthest.filter(
-            (furthest["rank"] == furthest["rank_in_part"]) & furthest["rank"].isin(wanted)
-        )
+        furthest.filter(furthest["is_alone"] & furthest["rank"].isin(wanted))
         .order_by(["user_id", "item_id"])
         .select("user_id", "item_id", "rank")
         .to_pyarrow()

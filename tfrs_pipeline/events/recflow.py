@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.dataset
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.events.columns import convert_feature
+from tfrs_pipeline.events.columns import MILLISECONDS, convert_feature
 from tfrs_pipeline.events.labels import relabel
 from tfrs_pipeline.events.schema import (
     DataError,
@@ -84,8 +84,6 @@ COLUMNS = (*_REQUEST_COLUMNS, *USER_COLUMNS, *ITEM_COLUMNS, *_FLAGS, *_POSITIONS
 
 _FILE_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})\.feather")
 _REMEDY = "Take the files as they were published."
-# Milliseconds of 1973 to 5138, which no other unit of a time after 1973 falls into.
-_MILLISECONDS = (100_000_000_000, 99_999_999_999_999)
 
 
 def load_recflow(
@@ -172,22 +170,21 @@ def load_recflow(
 
 def _list_days(folder: Path) -> list[Path]:
     """Lists the files to read, by date."""
-    days = {name: list(_days_of(folder / name)) for name in ("all_stage", "realshow")}
-    if days["all_stage"]:
-        names = {path.name for path in days["all_stage"]}
-        if missing := [path.name for path in days["realshow"] if path.name not in names]:
-            logger.warning(
-                "%s: %d days of realshow are not in all_stage and are left out: %s",
-                folder,
-                len(missing),
-                ", ".join(missing[:5]),
-            )
-        return days["all_stage"]
-    if days["realshow"]:
+    days = {
+        name: {path.name: path for path in _days_of(folder / name)}
+        for name in ("realshow", "all_stage")
+    }
+    # What was shown on a day without all stages still must never be a negative.
+    if shown := sorted(set(days["realshow"]) - set(days["all_stage"])):
         logger.warning(
-            "%s: no all_stage, so realshow alone: exposures, and no losers of the funnel", folder
+            "%s: %d days are read from realshow, for want of all_stage: exposures, and no losers "
+            "of the funnel: %s",
+            folder,
+            len(shown),
+            ", ".join(shown[:5]),
         )
-        return days["realshow"]
+    if files := days["realshow"] | days["all_stage"]:
+        return [files[name] for name in sorted(files)]
     raise DataError(
         f"{folder}: no all_stage/YYYY-MM-DD.feather and no realshow/YYYY-MM-DD.feather. Name the "
         "folder that holds these folders."
@@ -292,7 +289,7 @@ class _Staging:
 
     def _check_values(self, path: Path, scan: str) -> int:
         """Checks flags, outcomes, times and ids; returns the number of rows."""
-        low, high = _MILLISECONDS
+        first, last = MILLISECONDS
         outcomes = self._outcomes or ("effective_view",)
         wrong = {
             **{name: (f'coalesce("{name}" NOT IN (0, 1), true)', "0 or 1") for name in _FLAGS},
@@ -303,7 +300,7 @@ class _Staging:
                 if name in BINARY_OUTCOMES
             },
             "request_timestamp": (
-                f"coalesce(request_timestamp NOT BETWEEN {low} AND {high}, true)",
+                f"coalesce(request_timestamp NOT BETWEEN {first} AND {last}, true)",
                 "milliseconds since 1970",
             ),
             **{

@@ -59,7 +59,7 @@ class Tables:
     Args:
         events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
-            `score`, `weight` and context columns.
+            `score`, `weight`, `part` (the log's own split) and context columns.
         items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
             `title`, if there is one, is what people are shown.
         users: One row an id: `user_id` and feature columns. Holds every user of `events`.

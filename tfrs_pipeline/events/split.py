@@ -247,7 +247,8 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
         its users.
 
     Raises:
-        DataError: If the column is missing, holds other values, or lacks a part.
+        DataError: If the column is missing, holds other values, lacks a part, or marks no positive
+            to train on or to test on.
     """
     if "part" not in events.columns:
         raise DataError(

@@ -106,8 +106,8 @@ def load_tables(
         list_separator: Parts the values of multi_categorical features in a string.
         unknown_items: Events whose item is not in the item table: keep them (the item is added with
             null features), drop them, or refuse.
-        duplicates: Events equal in user, item, time, stage and request: keep all, drop all but the
-            first, or refuse.
+        duplicates: Events equal in user, item, time, stage, request and part: keep all, drop all
+            but the first, or refuse.
         requires_positives: Whether a log without a click is refused; a label may still make some.
         connection: DuckDB connection for the tables; a new one, in memory, if None.
 
@@ -174,7 +174,9 @@ def load_tables(
 def connect() -> DuckDB:
     """Opens a DuckDB in memory, without the progress bar that it would write to the output."""
     connection = ibis.duckdb.connect()
-    connection.con.execute("SET enable_progress_bar = false")
+    shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
+    if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and may not even be set.
+        connection.con.execute("SET enable_progress_bar = false")
     return connection
 
 

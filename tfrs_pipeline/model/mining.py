@@ -65,6 +65,9 @@ class MinedPools:
         if folder is not None and (folder / "mining.json").exists():
             saved = json.loads((folder / "mining.json").read_text())
             self.reports = {int(epoch): MiningReport(**report) for epoch, report in saved.items()}
+            # A training that is over asks for no more pools: what it had is what it reports.
+            if (pool := self._load(max(self.reports))) is not None:
+                batches.set_hard_pool(MINED, pool)
 
     def prepare(self, model: TwoTowerModel, epoch: int) -> None:
         """Gives the batches the pools of the next epochs: mined now, or kept from before."""

@@ -73,6 +73,10 @@ class TrainingBatches:
         q_positive: [num_candidates + 1] float64, the distribution that positives are drawn from,
             counted from the samples.
         expected_count: [num_candidates + 1] float64, n(c) once the bank is full, by `q_positive`.
+        positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
+            weight: of the draws, times their weights.
+        counts: [num_candidates + 1] training positives, those of the samples; with frequency
+            "streaming" counted from them.
 
     Raises:
         ValueError: If there are fewer samples than `batch_size`, no negative at all, hard negatives

@@ -117,7 +117,7 @@ def mine_hard_negatives(
         samples: Training samples.
         rules: Which ranks to keep.
         seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
-        batch_size: Samples a call of the retriever; fewer for a corpus of more than 60,000 items.
+        batch_size: Samples a call of the retriever; fewer for a corpus of more than 65,000 items.
         on_progress: Called after each batch with the samples done and their total.
 
     Returns:
@@ -147,7 +147,7 @@ def mine_hard_negatives(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         k = min(num_candidates, rules.max_rank + int(num_dropped_at_most[batch].max()))
-        rows, scores = retriever.retrieve([_query(samples, i) for i in batch.tolist()], k)
+        rows, scores = retriever.retrieve([query_of_sample(samples, i) for i in batch.tolist()], k)
         is_found = rows > 0
         num_retrieved += int(is_found.sum())
         left, dropped = _kept(
@@ -175,7 +175,8 @@ def mine_hard_negatives(
     return mined, report
 
 
-def _query(samples: Samples, i: int) -> Query:
+def query_of_sample(samples: Samples, i: int) -> Query:
+    """Makes the query of a sample for a retriever whose ids are rows."""
     return {"user_id": int(samples.query_rows[i]), "history": samples.histories[i][::-1]}
 
 
