@@ -148,6 +148,22 @@ def test_features_are_those_asked_for(published: Path, caplog: pytest.LogCapture
     assert "user_features_27k.csv: lacks 1 ids" in caplog.text
 
 
+def test_upload_days_are_those_of_the_logs_time_zone(published: Path) -> None:
+    path = published / "data" / "video_features_basic_27k.csv"
+    days = ("upload_dt", "2022-04-10", "", "2021-12-31")
+    lines = zip(VIDEOS.splitlines(), days, strict=True)
+    path.write_text("".join(f"{line},{day}\n" for line, day in lines))
+    kinds = {"upload_dt": "timestamp", "music_type": "hashed", "video_duration": "bucketized"}
+    items = load(published, item_features=kinds).items.order_by("item_id").to_pyarrow()
+    assert items["upload_dt"].to_pylist() == [
+        datetime(2022, 4, 9, 16, tzinfo=UTC),
+        None,
+        datetime(2021, 12, 30, 16, tzinfo=UTC),
+    ]
+    assert items["music_type"].to_pylist() == [9, None, 4]
+    assert items["video_duration"].to_pylist() == [1000.5, None, 20.0]
+
+
 @pytest.mark.parametrize("unknown_items", ["keep", "drop", "error"])
 def test_videos_without_features_follow_the_setting(published: Path, unknown_items: Any) -> None:
     path = published / "data" / "video_features_basic_27k.csv"

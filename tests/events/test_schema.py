@@ -36,14 +36,22 @@ def make_tables(**changes: Any) -> Tables:
             "title": ["Bee", None],
             "genres": pa.array([["x", "y"], None], pa.list_(pa.string())),
             "price": [1.5, None],
+            "added": [datetime(2023, 5, 1, tzinfo=UTC), None],
+            "vector": pa.array([[1.0, 2.0], None], pa.list_(pa.float32())),
         }
     )
     return Tables(
         events=ibis.memtable(pa.table(columns)),
         items=ibis.memtable(items),
         users=ibis.memtable(pa.table({"user_id": [8, 7], "age": [30, None]})),
-        item_features={"title": "text", "genres": "multi_categorical", "price": "numeric"},
-        user_features={"age": "categorical"},
+        item_features={
+            "title": "text",
+            "genres": "multi_categorical",
+            "price": "numeric",
+            "added": "timestamp",
+            "vector": "vector",
+        },
+        user_features={"age": "hashed"},
         dropped=(Dropped("no id", 3),),
     )
 
@@ -100,6 +108,19 @@ def test_empty_events_are_refused() -> None:
         ({"item_id": ["a", "b"], "g": ["x", "y"]}, {"g": "multi_categorical"}, "array<string>"),
         ({"item_id": ["a", "b"], "t": [1, 2]}, {"t": "text"}, "'t' must be string"),
         ({"item_id": ["a", "b"], "c": [1.0, 2.0]}, {"c": "categorical"}, "string or int64"),
+        ({"item_id": ["a", "b"], "c": [1.0, 2.0]}, {"c": "hashed"}, r"int64 \(hashed\)"),
+        ({"item_id": ["a", "b"], "p": [1, 2]}, {"p": "bucketized"}, "'p' must be float64"),
+        (
+            {"item_id": ["a", "b"], "when": [datetime(2024, 1, 1), None]},
+            {"when": "timestamp"},
+            r"'when' must be timestamp\('UTC'\) \(timestamp\), it is timestamp",
+        ),
+        ({"item_id": ["a", "b"], "v": [[1.0], None]}, {"v": "vector"}, "must be array<float32>"),
+        (
+            {"item_id": ["a", "b"], "v": pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float32()))},
+            {"v": "vector"},
+            "item table: column 'v' must hold vectors of one length; 1 of 2 rows have length 2",
+        ),
         ({"item_id": ["a", "b"]}, {"title": "text"}, "item table: no column 'title'"),
     ],
 )

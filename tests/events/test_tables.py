@@ -204,6 +204,71 @@ def test_features_in_parquet(load: Any) -> None:
     ]
 
 
+NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
+MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
+IN_ORDER = ("item_id", "when", "v", "price", "author")
+
+
+def load_more(load: Any, items: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
+    tables = load("user_id,item_id\n1,5\n1,9\n", items=items, item_features=MORE_KINDS, **options)
+    assert tables.items.columns == IN_ORDER
+    assert str(tables.items.schema()["when"]).startswith("timestamp('UTC'")
+    assert str(tables.items.schema()["v"]) == "array<float32>"
+    rows: list[dict[str, Any]] = tables.items.order_by("item_id").to_pyarrow().to_pylist()
+    assert rows[-1] == dict.fromkeys(IN_ORDER) | {"item_id": 9}  # Of the events alone.
+    return rows[:-1]
+
+
+@pytest.mark.parametrize(
+    "moment, options",
+    [
+        ("1706702400", {}),
+        ("1706702400000", {"timestamp_unit": "ms"}),
+        ("2024-01-31T12:00:00Z", {}),
+        ("2024-01-31 13:00:00", {"time_zone": "Europe/Berlin"}),
+    ],
+)
+def test_times_vectors_buckets_and_hashes_in_csv(
+    load: Any, moment: str, options: dict[str, str]
+) -> None:
+    items = f"item_id,when,v,price,author\n5,{moment},0.5| -2e1|3,1.5,007\n6,,,,\n"
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [0.5, -20.0, 3.0], "price": 1.5, "author": "007"},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize(
+    "moment, type_, options",
+    [
+        (pa.array([NOON, None], pa.timestamp("ms", "Asia/Tokyo")), pa.list_(pa.float32()), {}),
+        (
+            pa.array([datetime(2024, 1, 31, 12), None]),
+            pa.list_(pa.float64(), 2),
+            {"time_zone": "UTC"},
+        ),
+        (pa.array([1_706_702_400, None]), pa.large_list(pa.int16()), {}),
+    ],
+)
+def test_times_vectors_buckets_and_hashes_in_parquet(
+    load: Any, moment: pa.Array, type_: pa.DataType, options: dict[str, str]
+) -> None:
+    columns = {"item_id": [5, 6], "when": moment, "v": pa.array([[4, -2], None], type_)}
+    items = pa.table(columns | {"price": [3, None], "author": [11, None]})
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [4.0, -2.0], "price": 3.0, "author": 11},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
+def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
+    items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})
+    message = "none of 2 rows holds a vector" if column_type == pa.float64() else "must be a list"
+    with pytest.raises(DataError, match=rf"items\.parquet: column 'v'.*{message}"):
+        load("user_id,item_id\n1,5\n", items=items, item_features={"v": "vector"})
+
+
 def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:
     text, items = "user_id,item_id\n1,5\n2,99\n2,98\n2,5\n", "item_id,title\n5,Five\n6,Six\n"
     kept = load(text, items=items)
@@ -330,6 +395,57 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
             "'c' must",
         ),
         ("item_id\n6\n", {"unknown_items": "drop"}, "0 rows"),
+        (
+            "item_id,v\n5,1|2\n6,1;2\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold numbers separated by '\|' \(list_separator\); "
+            "1 of 2 rows do not, such as '1;2'",
+        ),
+        ("item_id,v\n5,1|\n", {"item_features": {"v": "vector"}}, "1 of 1 rows do not"),
+        (
+            "item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold vectors of one length; 2 of 4 rows have length 2, "
+            "1 rows another, such as 3",
+        ),
+        (
+            "item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold finite numbers; 3 of 4 rows do not",
+        ),
+        (
+            pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}),
+            {"item_features": {"v": "vector"}},
+            r"items\.parquet: column 'v' must hold finite numbers; 2 of 3 rows",
+        ),
+        (
+            pa.table({"item_id": [5], "v": [["1"]]}),
+            {"item_features": {"v": "vector"}},
+            "must be a list of numbers or a string, it is array<string>",
+        ),
+        ("item_id,v\n5,\n", {"item_features": {"v": "vector"}}, "none of 1 rows holds a vector"),
+        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite numbers; 1 of 1"),
+        ("item_id,p\n5,much\n", {"item_features": {"p": "bucketized"}}, "'p' must hold numbers"),
+        (
+            "item_id,t\n5,2024-01-31\n",
+            {"item_features": {"t": "timestamp"}},
+            r"items\.csv: column 't' holds times without a time zone \(1 rows\)",
+        ),
+        (
+            "item_id,t\n5,1999\n6,\n7,2024\n",
+            {"item_features": {"t": "timestamp"}},
+            r"'t' holds numbers from 1999 to 2024 \(3 rows\), which look like years",
+        ),
+        (
+            "item_id,t\n5,2024-01-31\n6,infinity\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02\n",
+            {"item_features": {"t": "timestamp"}, "time_zone": "UTC"},
+            r"items\.csv: column 't' must hold times of the years 2 to 9998; 3 of 5 rows do not",
+        ),
+        (
+            pa.table({"item_id": [5], "c": [1.5]}),
+            {"item_features": {"c": "hashed"}},
+            "'c' must be an integer or a string",
+        ),
     ],
 )
 def test_item_files_that_are_refused(

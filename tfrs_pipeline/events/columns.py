@@ -6,6 +6,7 @@ looks at the first rows loses leading zeros and fails late.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Literal
 
 import ibis
@@ -141,6 +142,8 @@ def convert_feature(
     *,
     is_text: bool,
     list_separator: str,
+    timestamp_unit: TimestampUnit | None = None,
+    time_zone: str | None = None,
 ) -> ir.Value:
     """Gives a feature column the type of its kind (see `Tables`).
 
@@ -150,34 +153,76 @@ def convert_feature(
         kind: What it becomes.
         source: For messages.
         is_text: Whether strings may stand for other types (CSV).
-        list_separator: Parts the values of a multi_categorical feature written in one string.
+        list_separator: Parts the values of a multi_categorical or vector feature written in one
+            string.
+        timestamp_unit: Of a timestamp feature, as `unit` of `convert_timestamp`.
+        time_zone: Likewise.
 
     Raises:
-        DataError: If the column's type does not fit the kind.
+        DataError: If the column's type does not fit the kind, or a value cannot be read.
     """
-    value = table[column]
-    dtype = value.type()
-    if kind == "numeric":
+    if kind in ("numeric", "bucketized"):
         return convert_number(table, column, source)
-    if kind == "categorical":
-        if is_text:
-            is_integer = is_integer_id(table, column, source, is_text=True)
-            return value.cast("int64") if is_integer else value
-        if dtype.is_integer():
-            return value.cast("int64")
-        if dtype.is_string() or dtype.is_boolean():
-            return value.cast("string")
-        raise DataError(_wrong_type(table, column, "an integer or a string", source))
+    if kind in ("categorical", "hashed"):
+        return _convert_category(table, column, source, is_text=is_text)
     if kind == "multi_categorical":
-        if isinstance(dtype, dt.Array):
-            return value.cast("array<string>")
-        if dtype.is_string():
-            stripped = value.split(list_separator).map(lambda part: part.strip())
-            return stripped.filter(lambda part: part != "")
-        raise DataError(_wrong_type(table, column, "a list or a string", source))
-    if not dtype.is_string():
+        return _convert_categories(table, column, source, list_separator)
+    if kind == "vector":
+        return _convert_vector(table, column, source, list_separator)
+    if kind == "timestamp":
+        time = convert_timestamp(
+            table, column, source, is_text=is_text, unit=timestamp_unit, time_zone=time_zone
+        )
+        _refuse_far_times(table, time, column, source)
+        if timestamp_unit is None:
+            _refuse_years(table, time, column, source)
+        return time
+    value = table[column]
+    if not value.type().is_string():
         raise DataError(_wrong_type(table, column, "a string", source))
     return value
+
+
+def _convert_category(table: ibis.Table, column: str, source: Source, *, is_text: bool) -> ir.Value:
+    value = table[column]
+    dtype = value.type()
+    if is_text:
+        is_integer = is_integer_id(table, column, source, is_text=True)
+        return value.cast("int64") if is_integer else value
+    if dtype.is_integer():
+        return value.cast("int64")
+    if dtype.is_string() or dtype.is_boolean():
+        return value.cast("string")
+    raise DataError(_wrong_type(table, column, "an integer or a string", source))
+
+
+def _convert_categories(
+    table: ibis.Table, column: str, source: Source, list_separator: str
+) -> ir.Value:
+    value = table[column]
+    if isinstance(value.type(), dt.Array):
+        return value.cast("array<string>")
+    if value.type().is_string():
+        stripped = value.split(list_separator).map(lambda part: part.strip())
+        return stripped.filter(lambda part: part != "")
+    raise DataError(_wrong_type(table, column, "a list or a string", source))
+
+
+def _convert_vector(
+    table: ibis.Table, column: str, source: Source, list_separator: str
+) -> ir.Value:
+    """Makes lists of float32; what cannot be one becomes a null in the list, for the checks."""
+    value = table[column]
+    dtype = value.type()
+    if isinstance(dtype, dt.Array) and dtype.value_type.is_numeric():
+        return value.cast(dt.Array(dtype.value_type)).map(lambda part: part.try_cast("float32"))
+    if not dtype.is_string():
+        raise DataError(_wrong_type(table, column, "a list of numbers or a string", source))
+    parts = value.split(list_separator).map(lambda part: part.strip())
+    is_unread = parts.map(lambda part: part.try_cast("float64").isnull()).anys()
+    what = f"numbers separated by {list_separator!r} (list_separator)"
+    _refuse_unread(table, column, is_unread, what, source)
+    return parts.map(lambda part: part.try_cast("float32"))
 
 
 def _as_integer_text(value: ir.StringValue) -> ir.StringValue:
@@ -235,6 +280,33 @@ def _from_numbers(
     if value.type().is_integer():
         return _from_microseconds(value.cast("int64") * int(factor))
     return _from_microseconds((value.cast("float64") * factor).round().cast("int64"))
+
+
+def _refuse_far_times(
+    table: ibis.Table, time: ir.TimestampValue, column: str, source: Source
+) -> None:
+    """Refuses times that no calendar of Python holds, such as a database's infinity."""
+    earliest, end = (datetime(year, 1, 1, tzinfo=UTC) for year in (2, 9999))
+    num_far = _count(table, (time < earliest) | (time >= end))
+    if num_far:
+        raise DataError(
+            f"{source.name}: column {column!r} must hold times of the years 2 to 9998; {num_far} "
+            f"of {count_rows(table)} rows do not. Leave the time empty where it is not known."
+        )
+
+
+def _refuse_years(table: ibis.Table, time: ir.TimestampValue, column: str, source: Source) -> None:
+    """Refuses years read as seconds, which all fall into the same half hour of 1970."""
+    row = table.aggregate(first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
+    if row["first"] is None:
+        return
+    first, last = (int(row[name].timestamp()) for name in ("first", "last"))
+    if first >= 1000 and last <= 3000:
+        raise DataError(
+            f"{source.name}: column {column!r} holds numbers from {first} to {last} "
+            f"({count_rows(table)} rows), which look like years. Make it numeric or bucketized, "
+            "write dates such as 1999-01-31, or pass timestamp_unit='s' if they are seconds."
+        )
 
 
 def _refuse_unread(

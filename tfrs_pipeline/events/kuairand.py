@@ -107,7 +107,7 @@ def load_kuairand(
             as published, long_view in the cut, which can have no other.
         item_features: Column of video_features_basic -> kind, such as author_id, video_type,
             upload_type, music_type (categorical), tag (multi_categorical), video_duration
-            (numeric, ms).
+            (numeric, ms), upload_dt (timestamp; days of UTC+8).
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
         unknown_items: As in `load_tables`, for videos that video_features_basic lacks.
         duplicates: As in `load_tables`. The cut's lists have no times: a video watched twice is two
@@ -430,14 +430,15 @@ def _read_features(
         )
     file = dataclasses.replace(file, table=_as_categories(file, features))
     ids = file.table[column].cast("int64")
-    return read_entities(file, ids, id_name, features, events, ",")
+    # upload_dt is a day without a zone; the logs' own `date` is UTC+8, so it is taken as that too.
+    return read_entities(file, ids, id_name, features, events, ",", time_zone="Asia/Shanghai")
 
 
 def _as_categories(file: File, features: Mapping[str, FeatureKind]) -> ibis.Table:
     """Makes integers of categories that were written as floats ("9.0") beside missing ones."""
     integers: dict[str, ir.Value] = {}
     for name, kind in features.items():
-        if kind != "categorical" or name not in file.columns:
+        if kind not in ("categorical", "hashed") or name not in file.columns:
             continue
         value = file.table[name]
         if value.type().is_floating():

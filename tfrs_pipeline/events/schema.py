@@ -63,8 +63,9 @@ class Tables:
         items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
             `title`, if there is one, is what people are shown.
         users: One row an id: `user_id` and feature columns. Holds every user of `events`.
-        item_features: Feature columns of `items` and their kinds: categorical (string or int64),
-            multi_categorical (array<string>), numeric (float64), text (string). Nulls are missing
+        item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
+            int64), multi_categorical (array<string>), numeric or bucketized (float64), text
+            (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
         user_features: The same of `users`.
         dropped: What the source left out, and why.
@@ -203,7 +204,8 @@ def check_entities(
         source: Its name in messages.
 
     Raises:
-        DataError: On a missing column, a wrong type, null, reserved or repeated ids.
+        DataError: On a missing column, a wrong type, null, reserved or repeated ids, numbers that
+            are not finite, or vectors of several lengths.
     """
     require_column(table.columns, id_name, source, "Rename or add it.")
     _check_id_type(table, id_name, source)
@@ -211,6 +213,10 @@ def check_entities(
         require_column(table.columns, name, source, "List the features under their own names.")
         if not _fits_kind(table.schema()[name], kind):
             raise DataError(_wrong_type(table, name, f"{_KIND_TYPES[kind]} ({kind})", source))
+        if kind == "vector":
+            _check_vectors(table, name, source)
+        elif kind in ("numeric", "bucketized"):
+            _refuse_not_finite(table, name, table[name].isinf(), source)
     check_ids(table, id_name, source)
     counts = table.aggregate(num_rows=table.count(), num_ids=table[id_name].nunique())
     row = counts.to_pyarrow().to_pylist()[0]
@@ -315,18 +321,64 @@ def read_tables(folder: Path, connection: DuckDB | None = None) -> Tables:
 
 _KIND_TYPES: dict[FeatureKind, str] = {
     "categorical": "string or int64",
+    "hashed": "string or int64",
     "multi_categorical": "array<string>",
     "numeric": "float64",
+    "bucketized": "float64",
     "text": "string",
+    "timestamp": "timestamp('UTC')",
+    "vector": "array<float32>",
 }
 
 
 def _fits_kind(dtype: dt.DataType, kind: FeatureKind) -> bool:
-    if kind == "categorical":
+    if kind in ("categorical", "hashed"):
         return dtype.is_string() or dtype.is_int64()
     if kind == "multi_categorical":
         return isinstance(dtype, dt.Array) and dtype.value_type.is_string()
-    return dtype.is_float64() if kind == "numeric" else dtype.is_string()
+    if kind == "vector":
+        return isinstance(dtype, dt.Array) and dtype.value_type.is_float32()
+    if kind == "timestamp":
+        return isinstance(dtype, dt.Timestamp) and dtype.timezone == "UTC"
+    return dtype.is_float64() if kind in ("numeric", "bucketized") else dtype.is_string()
+
+
+def _check_vectors(table: ibis.Table, name: str, source: Source) -> None:
+    """Refuses vectors of several lengths or with numbers that are not finite, or none at all."""
+    vector = table[name]
+    is_bad = vector.map(lambda part: part.isnull() | part.isnan() | part.isinf()).anys()
+    _refuse_not_finite(table, name, is_bad, source)
+    lengths = (
+        table.filter(vector.notnull())
+        .group_by(length=vector.length())
+        .aggregate(num_rows=ibis._.count())
+        .order_by(ibis.desc("num_rows"), ibis.desc("length"))
+        .to_pyarrow()
+        .to_pylist()
+    )
+    num_rows = table.count().to_pyarrow().as_py()
+    if not any(row["length"] for row in lengths):
+        raise DataError(
+            f"{source.column(name)}: none of {num_rows} rows holds a vector. Name another column, "
+            "or leave the feature out."
+        )
+    if len(lengths) > 1:
+        num_other = sum(row["num_rows"] for row in lengths[1:])
+        raise DataError(
+            f"{source.column(name)} must hold vectors of one length; {lengths[0]['num_rows']} of "
+            f"{num_rows} rows have length {lengths[0]['length']}, {num_other} rows another, such "
+            f"as {lengths[1]['length']}. Correct them, or leave them null where there is none."
+        )
+
+
+def _refuse_not_finite(table: ibis.Table, name: str, is_bad: ibis.Value, source: Source) -> None:
+    counts = _count(table, bad=is_bad)
+    if counts["bad"]:
+        raise DataError(
+            f"{source.column(name)} must hold finite numbers; {counts['bad']} of "
+            f"{counts['num_rows']} rows do not (float32 at most, in vectors). Correct them, or "
+            "leave them null where there is none."
+        )
 
 
 def _count(table: ibis.Table, **conditions: ibis.Value) -> dict[str, int]:

@@ -96,14 +96,15 @@ def load_tables(
             `split.split_by_column`).
         rating_threshold: Lowest rating that is a positive; for ratings.
         stage_values: Value in the stage column -> stage, where they differ.
-        timestamp_unit: What numeric timestamps count since 1970; None means seconds.
-        time_zone: Of timestamps without one; None refuses them.
+        timestamp_unit: What numeric timestamps count since 1970, those of features too; None means
+            seconds.
+        time_zone: Of timestamps without one, those of features too; None refuses them.
         items_path: Item table, one row an id; its id column is named as in the events, or item_id.
             None makes one of the ids alone. A column `title` is kept, feature or not.
         users_path: The same of users. Users that it lacks are kept, with null features.
         item_features: Feature column -> kind.
         user_features: Feature column -> kind.
-        list_separator: Parts the values of multi_categorical features in a string.
+        list_separator: Parts the values of multi_categorical and vector features in a string.
         unknown_items: Events whose item is not in the item table: keep them (the item is added with
             null features), drop them, or refuse.
         duplicates: Events equal in user, item, time, stage, request and part: keep all, drop all
@@ -149,11 +150,21 @@ def load_tables(
     events = store(connection, file.table.select(**converted), source)
     check_events(events, source, requires_positives=requires_positives)
 
-    items = read_entities(
-        item_file, other_item_id, "item_id", item_features, events, list_separator
-    )
-    users = read_entities(
-        user_file, other_user_id, "user_id", user_features, events, list_separator
+    items, users = (
+        read_entities(
+            opened,
+            ids,
+            id_name,
+            features,
+            events,
+            list_separator,
+            timestamp_unit=timestamp_unit,
+            time_zone=time_zone,
+        )
+        for opened, ids, id_name, features in (
+            (item_file, other_item_id, "item_id", item_features),
+            (user_file, other_user_id, "user_id", user_features),
+        )
     )
     tables = finish_tables(
         connection,
@@ -440,6 +451,9 @@ def read_entities(
     features: Mapping[str, FeatureKind],
     events: ibis.Table,
     list_separator: str,
+    *,
+    timestamp_unit: TimestampUnit | None = None,
+    time_zone: str | None = None,
 ) -> ibis.Table:
     """Makes an item or user table of a file, or of the ids in the events where there is none.
 
@@ -449,7 +463,9 @@ def read_entities(
         id_name: `item_id` or `user_id`.
         features: Feature column -> kind.
         events: The events.
-        list_separator: Parts the values of multi_categorical features in a string.
+        list_separator: Parts the values of multi_categorical and vector features in a string.
+        timestamp_unit: Of timestamp features, as in `load_tables`.
+        time_zone: Likewise.
 
     Returns:
         The id, the features and, of items, a column `title` where the file has one; checked.
@@ -464,7 +480,14 @@ def read_entities(
     for name, kind in features.items():
         require_column(file.columns, name, source, "List the features under their own names.")
         columns[name] = convert_feature(
-            file.table, name, kind, source, is_text=file.is_text, list_separator=list_separator
+            file.table,
+            name,
+            kind,
+            source,
+            is_text=file.is_text,
+            list_separator=list_separator,
+            timestamp_unit=timestamp_unit,
+            time_zone=time_zone,
         )
     if "title" in file.columns and id_name == "item_id":
         columns.setdefault("title", file.table["title"].cast("string"))
