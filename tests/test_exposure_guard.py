@@ -75,7 +75,7 @@ def random_tables(seed: int) -> tuple[Tables, dict[int, set[int]]]:
 
 def build(tables: Tables, folder: Path, seed: int) -> Samples:
     rules = HardNegativeRules(LOSERS, window=timedelta(seconds=2), bottom_share=0.9)
-    build_samples(tables, tables.events, folder, history_length=5, seed=seed, hard_negatives=rules)
+    build_samples(tables, tables.events, folder, seed=seed, hard_negatives=rules)
     return read_samples(folder)
 
 

@@ -71,7 +71,6 @@ def build(
     folder: Path,
     *,
     events: ibis.Table | None = None,
-    history_length: int = 4,
     order: HistoryOrder = "timestamp",
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """Builds and returns (user, item, history oldest first), sorted; here ids equal rows."""
@@ -79,20 +78,19 @@ def build(
         tables,
         tables.events if events is None else events,
         folder,
-        history_length=history_length,
         seed=0,
         order=order,
     )
     samples = read_samples(folder)
     return sorted(
-        (int(query), int(candidate), tuple(samples.histories[i][::-1].tolist()))
+        (int(query), int(candidate), tuple(samples.history(i).tolist()))
         for i, (query, candidate) in enumerate(
             zip(samples.query_rows, samples.candidate_rows, strict=True)
         )
     )
 
 
-def slow_histories(events: list[Event], length: int, with_request: bool) -> list[Any]:
+def slow_histories(events: list[Event], with_request: bool) -> list[Any]:
     """Loops over positives: what was clicked before the request, or the event, began."""
     numbered = [(*event, number) for number, event in enumerate(events)]
     starts: dict[tuple[int, int], int] = {}
@@ -108,29 +106,24 @@ def slow_histories(events: list[Event], length: int, with_request: bool) -> list
     positives = [event for event in numbered if event[3] == "clicked"]
     samples = []
     for event in positives:
-        # The pipeline takes whole moments, the latest `length` of them that began earlier.
-        earlier = [p for p in positives if p[0] == event[0] and began(p) < began(event)]
-        moments = sorted({began(p) for p in earlier})[-length:]
-        kept = sorted(
-            (p for p in earlier if began(p) in moments and p[2] < began(event)),
-            key=lambda p: (began(p), p[2], p[5]),
-        )
-        samples.append((event[0], event[1], tuple(p[1] for p in kept[-length:])))
+        earlier = [p for p in positives if p[0] == event[0] and p[2] < began(event)]
+        kept = sorted(earlier, key=lambda p: (p[2], p[5]))
+        samples.append((event[0], event[1], tuple(p[1] for p in kept)))
     return sorted(samples)
 
 
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(events=EVENTS, with_request=st.booleans(), length=st.integers(1, 4))
+@given(events=EVENTS, with_request=st.booleans())
 def test_histories_counts_and_masks_match_a_loop(
-    tmp_path: Path, events: list[Event], with_request: bool, length: int
+    tmp_path: Path, events: list[Event], with_request: bool
 ) -> None:
     tables = make_tables(events, with_request=with_request)
     # One folder an example: the fixture's is shared by all of them.
     tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
-    built = build(tables, tmp_path, history_length=length)
-    assert built == slow_histories(events, length, with_request)
+    built = build(tables, tmp_path)
+    assert built == slow_histories(events, with_request)
 
     clicked, exposed, counts = defaultdict(set), defaultdict(set), np.zeros(8, np.int64)
     for user, item, _, stage, _ in events:
@@ -215,9 +208,9 @@ def test_shards_are_shuffled_by_the_seed(tmp_path: Path) -> None:
     tables = make_tables(events)
     orders = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        build_samples(tables, tables.events, tmp_path / name, history_length=3, seed=seed)
+        build_samples(tables, tables.events, tmp_path / name, seed=seed)
         table = pq.read_table(sorted((tmp_path / name / "samples").iterdir())[0])
-        orders.append(table["history_rows"].to_pylist())
+        orders.append(table["num_earlier"].to_pylist())
     assert orders[0] == orders[1] != orders[2]
     assert sorted(map(str, orders[0])) == sorted(map(str, orders[2]))
 

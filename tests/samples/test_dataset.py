@@ -8,7 +8,7 @@ import scipy.stats
 import tensorflow as tf
 
 from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
+from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches, shared_columns
 
 NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150
 MIXTURE = ((0.0, 12), (0.75, 10))
@@ -24,14 +24,15 @@ def make_samples(seed: int = 0) -> Samples:
         np.setdiff1d(rng.integers(1, NUM_CANDIDATES + 1, rng.integers(0, 6)), known[row])
         for row in range(NUM_QUERIES + 1)
     ]
-    histories = [
-        rng.integers(1, NUM_CANDIDATES + 1, rng.integers(0, 7)) for _ in range(NUM_SAMPLES)
-    ]
+    # A query's samples in their order; a tie is a sample that knows fewer than precede it.
+    place = np.array([np.sum(query_rows[:i] == row) for i, row in enumerate(query_rows)])
+    sequences = [candidate_rows[query_rows == row] for row in range(NUM_QUERIES + 1)]
     return Samples(
         query_rows=query_rows,
         candidate_rows=candidate_rows.astype(np.int32),
         weights=rng.random(NUM_SAMPLES).astype(np.float32),
-        histories=RowLists.from_lists(histories),
+        sequences=RowLists.from_lists(sequences),
+        num_earlier=(place - (rng.random(NUM_SAMPLES) < 0.3)).clip(0).astype(np.int32),
         known_positives=RowLists.from_lists(known),
         exposed=RowLists.from_lists(exposed),
         counts=np.bincount(candidate_rows, minlength=NUM_CANDIDATES + 1),
@@ -53,7 +54,7 @@ def batch_list(
 
 
 def columns_of(batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.concatenate([batch["candidate_row"], batch["easy_candidate_row"]])
+    return shared_columns(batch).numpy()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -69,8 +70,7 @@ def test_mask_matches_a_loop(known: bool, exposed: bool, in_batch: bool) -> None
             left_out |= set(SAMPLES.known_positives[query]) if known else set()
             left_out |= set(SAMPLES.exposed[query]) if exposed else set()
             expected = [
-                j == i or (column not in left_out and (in_batch or j >= 32))
-                for j, column in enumerate(columns)
+                (in_batch and j == i) or column not in left_out for j, column in enumerate(columns)
             ]
             assert batch["is_counted"][i].tolist() == expected
             num_masked += expected.count(False)
@@ -79,7 +79,7 @@ def test_mask_matches_a_loop(known: bool, exposed: bool, in_batch: bool) -> None
 
 def test_rows_of_a_batch_belong_together() -> None:
     table = {
-        (int(q), int(c), float(w)): SAMPLES.histories[i][:4].tolist()
+        (int(q), int(c), float(w)): SAMPLES.history(i)[::-1][:4].tolist()
         for i, (q, c, w) in enumerate(
             zip(SAMPLES.query_rows, SAMPLES.candidate_rows, SAMPLES.weights, strict=True)
         )

@@ -146,7 +146,9 @@ def test_mean_denominator_is_the_target(
     sums: dict[int, list[float]] = {}
     for batch in batch_list(batches, 1500):
         columns = shared_columns(batch).numpy()
-        counted = batch["is_counted"] & ~np.eye(32, len(columns), dtype=bool)
+        counted = batch["is_counted"]
+        if in_batch:
+            counted = counted & ~np.eye(32, len(columns), dtype=bool)
         shared = np.where(counted, exp_scores[columns] / np.exp(batch["log_q"]), 0).sum(axis=1)
         hard = exp_scores[batch["hard_candidate_row"]] / np.exp(batch["hard_log_q"])
         total = shared + np.where(batch["hard_is_counted"], hard, 0).sum(axis=1)

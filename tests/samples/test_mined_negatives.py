@@ -31,14 +31,14 @@ def make_samples(
         for clicked in known
     ]
     exposed[0] = np.zeros(0, int)
-    histories = [
-        rng.integers(1, num_candidates + 1, rng.integers(0, 4)) for _ in range(num_samples)
-    ]
+    sequences = [candidate_rows[query_rows == user] for user in range(num_users + 1)]
+    place = np.array([np.sum(query_rows[:i] == user) for i, user in enumerate(query_rows)])
     return Samples(
         query_rows=query_rows.astype(np.int32),
         candidate_rows=candidate_rows.astype(np.int32),
         weights=np.ones(num_samples, np.float32),
-        histories=RowLists.from_lists(histories),
+        sequences=RowLists.from_lists(sequences),
+        num_earlier=np.minimum(place, 3).astype(np.int32),
         known_positives=RowLists.from_lists(known),
         exposed=RowLists.from_lists(exposed),
         counts=np.bincount(candidate_rows, minlength=num_candidates + 1),
@@ -77,7 +77,7 @@ def eligible(samples: Samples, retriever: TableRetriever, rules: MiningRules) ->
     result = []
     for i in range(len(samples)):
         user, positive = int(samples.query_rows[i]), int(samples.candidate_rows[i])
-        query = {"user_id": user, "history": samples.histories[i][::-1]}
+        query = {"user_id": user, "history": samples.history(i)}
         rows, scores = retriever.retrieve([query], len(samples.counts) - 1)
         score_of = dict(zip(rows[0].tolist(), scores[0].tolist(), strict=True))
         never = {positive, *samples.known_positives[user], *samples.exposed[user]}
@@ -132,7 +132,8 @@ def test_counts_by_reason() -> None:
         query_rows=np.array([1], np.int32),
         candidate_rows=np.array([4], np.int32),
         weights=np.ones(1, np.float32),
-        histories=RowLists.from_lists([np.array([1])]),
+        sequences=RowLists.from_lists([np.zeros(0), np.array([1, 4])]),
+        num_earlier=np.array([1], np.int32),
         known_positives=RowLists.from_lists([np.zeros(0), np.array([1, 4])]),
         exposed=RowLists.from_lists([np.zeros(0), np.array([2])]),
         counts=np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 0]),

@@ -71,7 +71,10 @@ class Samples:
         query_rows: [num_samples] int32, the user's row.
         candidate_rows: [num_samples] int32, the positive.
         weights: [num_samples] float32.
-        histories: The user's positives strictly before the event, most recent first.
+        sequences: Per query row, the candidate rows of all its training positives, oldest first.
+        num_earlier: [num_samples] int32, how many of the query's sequence lie strictly before the
+            sample: its history is that prefix, or the latest of it. None in a log without order:
+            then it is the rest of the sequence, copies of the positive left out.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
@@ -81,7 +84,8 @@ class Samples:
     query_rows: np.ndarray
     candidate_rows: np.ndarray
     weights: np.ndarray
-    histories: RowLists
+    sequences: RowLists
+    num_earlier: np.ndarray | None
     known_positives: RowLists
     exposed: RowLists
     counts: np.ndarray
@@ -90,13 +94,29 @@ class Samples:
     def __len__(self) -> int:
         return len(self.query_rows)
 
+    def history(self, i: int, length: int | None = None) -> np.ndarray:
+        """Returns the history of sample i.
+
+        Args:
+            i: Place of the sample.
+            length: Of the most recent rows to return; None is all.
+
+        Returns:
+            [at most length] int32 candidate rows, oldest first.
+        """
+        sequence = self.sequences[self.query_rows[i]]
+        if self.num_earlier is None:
+            rows = sequence[sequence != self.candidate_rows[i]]
+        else:
+            rows = sequence[: self.num_earlier[i]]
+        return rows if length is None else rows[max(len(rows) - length, 0) :]
+
 
 def build_samples(
     tables: Tables,
     training_events: ibis.Table,
     folder: Path,
     *,
-    history_length: int,
     seed: int,
     order: HistoryOrder = "timestamp",
     hard_negatives: HardNegativeRules | None = None,
@@ -104,8 +124,9 @@ def build_samples(
     """Writes the samples of the training part below `folder`.
 
     Files: `corpus.parquet` (candidate_row from 1, item_id, count), `queries.parquet` (query_row
-    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight, history_rows),
-    `known_positives.parquet` and `exposed.parquet` (query_row, candidate_rows).
+    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight and, unless order
+    is "none", num_earlier), `sequences.parquet`, `known_positives.parquet` and `exposed.parquet`
+    (query_row, candidate_rows).
     Row 0 is "unknown" on both sides. Counts, histories and masks come from `training_events`
     alone. Shards hold the samples in an order shuffled by `seed`: a batch is a fair draw.
 
@@ -113,7 +134,6 @@ def build_samples(
         tables: Every item and every user, whichever part they are in.
         training_events: Events of the training part, all stages.
         folder: Where to write; made if missing.
-        history_length: Most recent positives to keep per history, 1 or more.
         seed: Of the shuffle.
         order: What "before" means: an earlier timestamp (ties, and items of the same request, do
             not enter), an earlier place in the log, or, for logs without any order, every other
@@ -159,13 +179,19 @@ def build_samples(
         .distinct()
         .anti_join(known, ["query_row", "candidate_row"])
     )
-    for name, pairs in (("known_positives", known), ("exposed", exposed)):
-        lists = pairs.group_by("query_row").agg(
-            candidate_rows=pairs["candidate_row"].collect(order_by=pairs["candidate_row"])
+    for name, rows, by in (
+        ("sequences", positives, ["time", "event_number"]),
+        ("known_positives", known, ["candidate_row"]),
+        ("exposed", exposed, ["candidate_row"]),
+    ):
+        lists = rows.group_by("query_row").agg(
+            candidate_rows=rows["candidate_row"].collect(order_by=[rows[key] for key in by])
         )
         lists.order_by("query_row").to_parquet(folder / f"{name}.parquet")
 
-    samples = _with_history(positives, history_length, order)
+    samples = positives if order == "none" else _with_num_earlier(positives)
+    if "weight" not in samples.columns:
+        samples = samples.mutate(weight=ibis.literal(1.0))
     removed: dict[str, int] = {}
     if hard_negatives is not None:
         losers, removed = find_losers(numbered, hard_negatives, known, exposed)
@@ -196,12 +222,14 @@ def read_samples(folder: Path) -> Samples:
     num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
     counts = np.zeros(corpus.num_rows + 1, np.int64)
     counts[corpus["candidate_row"].to_numpy()] = corpus["count"].to_numpy()
-    history_offsets, history_values = _unpack(table["history_rows"])
     return Samples(
         query_rows=table["query_row"].to_numpy().astype(np.int32),
         candidate_rows=table["candidate_row"].to_numpy().astype(np.int32),
         weights=table["weight"].to_numpy().astype(np.float32),
-        histories=RowLists(history_offsets, history_values),
+        sequences=_read_lists(folder / "sequences.parquet", num_queries + 1),
+        num_earlier=table["num_earlier"].to_numpy().astype(np.int32)
+        if "num_earlier" in table.column_names
+        else None,
         known_positives=_read_lists(folder / "known_positives.parquet", num_queries + 1),
         exposed=_read_lists(folder / "exposed.parquet", num_queries + 1),
         counts=counts,
@@ -235,29 +263,20 @@ def _materialise(table: ibis.Table, path: Path) -> ibis.Table:
     return table.get_backend().read_parquet(path)
 
 
-def _with_history(positives: ibis.Table, history_length: int, order: HistoryOrder) -> ibis.Table:
-    if "weight" not in positives.columns:
-        positives = positives.mutate(weight=ibis.literal(1.0))
-    if order == "none":
-        return _with_other_positives(positives, history_length)
-    # One group per user and moment. The positives of the last N groups hold the last N strictly
-    # earlier ones, ties left out; a window by rows would take in events of the same second.
-    entry = ibis.struct({"time": positives["time"], "row": positives["candidate_row"]})
-    moments = positives.group_by(["query_row", "query_time"]).agg(
-        entries=entry.collect(order_by=[positives["time"], positives["event_number"]])
-    )
-    earlier = ibis.window(
-        group_by="query_row", order_by="query_time", preceding=(history_length, 1)
-    )
-    moments = moments.mutate(earlier=moments["entries"].collect().over(earlier).flatten())
-    known = moments.mutate(
-        # Only a request that began earlier and was clicked later leaves anything for this filter.
-        earlier=moments["earlier"].filter(lambda e: e["time"] < moments["query_time"])
-    )
-    rows = known["earlier"].map(lambda e: e["row"])
-    first = ibis.greatest(rows.length() - history_length, 0)
-    known = known.select("query_row", "query_time", history_rows=rows[first:])
-    return _sample_columns(positives.inner_join(known, ["query_row", "query_time"]))
+def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
+    """Counts, for each positive, the user's positives before its query: the column num_earlier.
+
+    In the order of time they are a prefix of the user's sequence: what was clicked before the query
+    was made. Ties are left out, and so are items of the same request.
+    """
+    # Clicks and queries on one line of time; a query goes before the clicks of its moment.
+    clicks = positives.select("query_row", at="time", is_click=1, asker=ibis.null("int64"))
+    queries = positives.select("query_row", at="query_time", is_click=0, asker="event_number")
+    line = clicks.union(queries)
+    before = ibis.cumulative_window(group_by="query_row", order_by=["at", "is_click"])
+    line = line.mutate(num_earlier=line["is_click"].sum().over(before).cast("int32"))
+    counts = line.filter(line["is_click"] == 0).select("num_earlier", event_number="asker")
+    return positives.inner_join(counts, "event_number")
 
 
 def _query_time(events: ibis.Table) -> ibis.Value:
@@ -268,30 +287,16 @@ def _query_time(events: ibis.Table) -> ibis.Value:
     return events["request_id"].isnull().ifelse(events["time"], start)
 
 
-def _with_other_positives(positives: ibis.Table, history_length: int) -> ibis.Table:
-    rows = positives["candidate_row"]
-    lists = positives.group_by("query_row").agg(
-        all_rows=rows.collect(order_by=positives["event_number"])
-    )
-    joined = positives.inner_join(lists, "query_row")
-    others = joined["all_rows"].filter(lambda row: row != joined["candidate_row"])
-    first = ibis.greatest(others.length() - history_length, 0)
-    return _sample_columns(joined.mutate(history_rows=others[first:]))
-
-
-def _sample_columns(samples: ibis.Table) -> ibis.Table:
-    """Keeps a sample's columns, and those by which its hard negatives are found."""
-    columns = ("query_row", "candidate_row", "weight", "history_rows", "event_number", "time")
-    return samples.select(*columns, *(["request_id"] if "request_id" in samples.columns else []))
-
-
 def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("shard-*.parquet"):
         old.unlink()
     key = (samples["event_number"].cast("string") + f":{seed}").hash()
-    keys = {"event_number", "time", "request_id"} & set(samples.columns)
-    shuffled = samples.order_by([key, samples["event_number"]]).drop(*keys)
+    pools = [name for name in samples.columns if name in map(pool_column, HARD_STAGES)]
+    earlier = [name for name in samples.columns if name == "num_earlier"]
+    shuffled = samples.order_by([key, samples["event_number"]]).select(
+        "query_row", "candidate_row", "weight", *earlier, *pools
+    )
     num_samples, shard = 0, 0
     writer: pq.ParquetWriter | None = None
     for batch in shuffled.to_pyarrow_batches(chunk_size=SAMPLES_PER_ROW_GROUP):
@@ -308,17 +313,14 @@ def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
 
 
 def _unpack(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns lists, oldest first, into offsets and values, most recent first; null is empty."""
+    """Turns lists into offsets and values; null is empty."""
     if column.num_chunks == 0:
         return np.zeros(1, np.int64), np.zeros(0, np.int32)
     array = column.combine_chunks()
     lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    # Position j of list i moves to position length_i - 1 - j.
-    starts = np.repeat(offsets[:-1], lengths)
-    ends = np.repeat(offsets[1:], lengths)
-    return offsets, values[starts + ends - 1 - np.arange(len(values))]
+    return offsets, values
 
 
 def _read_lists(path: Path, num_keys: int) -> RowLists:
@@ -337,7 +339,7 @@ def _report(folder: Path, removed: Mapping[str, int]) -> dict[str, Any]:
     samples = read_samples(folder)
     report: dict[str, Any] = {
         "num_samples": len(samples),
-        "num_empty_histories": int((np.diff(samples.histories.offsets) == 0).sum()),
+        "num_empty_histories": _num_empty_histories(samples),
         "num_candidates": len(samples.counts) - 1,
         "num_candidates_without_count": int((samples.counts[1:] == 0).sum()),
         "num_queries": len(samples.known_positives) - 1,
@@ -349,3 +351,11 @@ def _report(folder: Path, removed: Mapping[str, int]) -> dict[str, Any]:
         report["hard_negatives"] = describe_pools(sizes)
         report["hard_negatives_removed"] = dict(removed)
     return report
+
+
+def _num_empty_histories(samples: Samples) -> int:
+    if samples.num_earlier is not None:
+        return int(np.count_nonzero(samples.num_earlier == 0))
+    # Without an order only users of a single item have nothing else.
+    num_known = np.diff(samples.known_positives.offsets)
+    return int(np.count_nonzero(num_known[samples.query_rows] == 1))

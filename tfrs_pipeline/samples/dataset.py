@@ -39,12 +39,13 @@ INT32_MAX = np.iinfo(np.int32).max
 class TrainingBatches:
     """Builds the training batches of one mixture of negatives.
 
-    A batch holds B positives and M easy negatives shared by its rows; column j < B of the scores
-    is row j's positive, column B + j the easy negative j. With `bank_batches` = K the positives of
-    the K batches before follow as K * B more columns, whose embeddings the model has kept (Wang et
-    al. 2021, "Cross-Batch Negative Sampling for Training Two-Tower Recommenders"): which candidates
-    they are is a function of (seed, step) too. Each row may have H hard negatives of its own
-    besides.
+    A batch holds B positives and M easy negatives shared by its rows; shared column j < B of the
+    scores is row j's positive, column B + j the easy negative j. Without in-batch negatives the
+    positives are no shared columns: each row has its own, and column j is the easy negative j. With
+    `bank_batches` = K the positives of the K batches before follow as K * B more columns, whose
+    embeddings the model has kept (Wang et al. 2021, "Cross-Batch Negative Sampling for Training
+    Two-Tower Recommenders"): which candidates they are is a function of (seed, step) too. Each row
+    may have H hard negatives of its own besides.
 
     Args:
         samples: The training samples.
@@ -154,7 +155,10 @@ class TrainingBatches:
         if positive_rate is not None:
             rate = positive_rate[samples.candidate_rows]
             self._positive_sampler = AliasSampler(rate / rate.sum())
-        self._histories = _ragged(samples.histories)
+        self._sequences = _ragged(samples.sequences)
+        self._num_earlier = (
+            None if samples.num_earlier is None else tf.constant(samples.num_earlier, tf.int64)
+        )
         self._known_positives = _ragged(samples.known_positives) if mask_known_positives else None
         self._exposed = _ragged(samples.exposed) if mask_exposed else None
         self._num_candidates = len(samples.counts) - 1
@@ -231,10 +235,13 @@ class TrainingBatches:
             weight: [B] float32.
             easy_candidate_row: [M] int32.
             bank_candidate_row: [K * B] int32, with a bank: the positives of step - 1, then those of
-                step - 2, ...; 0 for steps before 0. C = B + M + K * B in all that follows.
+                step - 2, ...; 0 for steps before 0. C = B + M + K * B in all that follows, or M
+                without in-batch negatives.
             log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`), the bank's
                 term as far as it is filled; 0 where it is not. With hard negatives [B, C],
                 log( n(c) / (1 - f) ), f being the row's own. Not with frequency "streaming".
+            positive_log_q: [B] float32, without in-batch negatives: what log_q would be in a shared
+                column of the row's positive.
             positive_draws: Scalar float32, with frequency "streaming": B - 1 in-batch negatives and
                 the filled entries of the bank, so that n(c) = positive_draws * q_hat(c) +
                 other_expected_count.
@@ -242,8 +249,8 @@ class TrainingBatches:
                 expected copies of the column's candidate.
             dropout_seed: [2] int32, for the model's dropout.
             is_counted: [B, C] bool. False: accidental hit, known positive, exposed item, entry of
-                the bank that is not filled. The row's own positive, on the diagonal, is always
-                True.
+                the bank that is not filled. The row's own positive, on the diagonal of the in-batch
+                columns, is always True.
             hard_candidate_row: [B, H] int32, with hard negatives, as the rest: 0 where the row has
                 none of the stage.
             hard_log_q: [B, H] float32, log( H_k / (V * f * w_k) ).
@@ -253,23 +260,35 @@ class TrainingBatches:
         index = self._sample_index(step)
         query_row = tf.gather(self._query_rows, index)
         candidate_row = tf.gather(self._candidate_rows, index)
+        return {
+            **self._compared(step, index, query_row, candidate_row),
+            "history_rows": self._histories(index, query_row, candidate_row),
+        }
+
+    def _compared(
+        self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+    ) -> Batch:
+        """Builds all of a batch but the histories, from the samples at `index`, [B]."""
         easy = [
             sampler.sample(num, self._stream(step, _EASY_STREAM + i))
             for i, (sampler, num) in enumerate(self._samplers)
         ]
-        easy_row = tf.concat(easy, axis=0) if easy else tf.zeros([0], tf.int32)
         batch: Batch = {
             "query_row": query_row,
-            "history_rows": leading(tf.gather(self._histories, index), self.history_length),
             "candidate_row": candidate_row,
             "weight": tf.gather(self._weights, index),
-            "easy_candidate_row": easy_row,
+            "easy_candidate_row": tf.concat(easy, axis=0) if easy else tf.zeros([0], tf.int32),
             "dropout_seed": self._stream(step, _DROPOUT_STREAM),
         }
+        if not self._in_batch:
+            # No term of n(c) but the easy samplers', which do not change with the step.
+            batch["positive_log_q"] = tf.gather(self._log_expected_count, candidate_row)
         if self._bank_batches:
             batch["bank_candidate_row"] = self._bank_rows(step)
         if self._hard:
             batch |= self._hard_negatives(step, index, query_row, candidate_row)
+            if not self._in_batch:
+                batch["positive_log_q"] -= tf.math.log1p(-batch["hard_share"])
         columns = shared_columns(batch)
         batch["is_counted"] = self._is_counted(query_row, candidate_row, columns)
         if self._frequency == "streaming":
@@ -297,8 +316,7 @@ class TrainingBatches:
         for step in range(self._bank_batches, self._bank_batches + num_steps):
             batch = self.batch(tf.constant(step, tf.int64))
             columns = shared_columns(batch)
-            own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
-            is_left = ~own
+            is_left = ~self._is_own(batch["query_row"], columns)
             num_cells += int(tf.math.count_nonzero(is_left))
             is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
             reasons = {"accidental hits": is_hit}
@@ -307,7 +325,7 @@ class TrainingBatches:
                 ("exposed items", self._exposed),
             ):
                 if lists is not None:
-                    reasons[name] = contains([tf.gather(lists, batch["query_row"])], columns)
+                    reasons[name] = self._holds([lists], batch["query_row"], columns)
             for name, is_masked in reasons.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
@@ -327,6 +345,24 @@ class TrainingBatches:
             self._shuffled(index, first_epoch + 1),
             self._shuffled(index, first_epoch),
         )
+
+    def _histories(
+        self, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the latest of each sample's history: [B, N] int32, most recent first."""
+        sequences, length = self._sequences, self.history_length
+        start = tf.gather(sequences.row_starts(), query_row)[:, tf.newaxis]
+        if self._num_earlier is not None:
+            num_known = tf.gather(self._num_earlier, index)[:, tf.newaxis]
+            steps_ago = tf.range(1, length + 1, dtype=tf.int64)
+            place = start + num_known - steps_ago
+            is_known = steps_ago <= num_known
+            return tf.where(is_known, tf.gather(sequences.values, tf.maximum(place, start)), 0)
+        # Without an order: the rest of the sequence, copies of the positive left out.
+        lists = tf.gather(sequences, query_row)
+        is_other = lists.with_values(lists.values != tf.repeat(candidate_row, lists.row_lengths()))
+        others = tf.reverse(tf.ragged.boolean_mask(lists, is_other), axis=[1])
+        return leading(others, length)
 
     def _bank_rows(self, step: tf.Tensor) -> tf.Tensor:
         """Returns the positives of the K steps before, the latest step first: [K * B] int32."""
@@ -364,13 +400,21 @@ class TrainingBatches:
         is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
         kinds = [lists for lists in (self._known_positives, self._exposed) if lists is not None]
         if kinds:
-            is_counted &= ~contains([tf.gather(lists, query_row) for lists in kinds], columns)
-        own = tf.eye(self.batch_size, tf.shape(columns)[0], dtype=tf.bool)
+            is_counted &= ~self._holds(kinds, query_row, columns)
         if self._bank_batches:
             is_counted &= columns > 0
-        if not self._in_batch:
-            is_counted &= tf.range(tf.shape(columns)[0])[tf.newaxis, :] >= self.batch_size
-        return is_counted | own
+        return is_counted | self._is_own(query_row, columns) if self._in_batch else is_counted
+
+    def _holds(
+        self, kinds: Sequence[tf.RaggedTensor], query_row: tf.Tensor, columns: tf.Tensor
+    ) -> tf.Tensor:
+        """Tells which columns are in a list of the row's query, of any kind: [B, C] bool."""
+        return contains([tf.gather(lists, query_row) for lists in kinds], columns)
+
+    def _is_own(self, query_row: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+        """Tells which shared columns are the row's own positive: [B, C] bool."""
+        shape = [tf.shape(query_row)[0], tf.shape(columns)[0]]
+        return tf.eye(*shape, dtype=tf.bool) if self._in_batch else tf.zeros(shape, tf.bool)
 
     def _hard_negatives(
         self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
@@ -381,7 +425,7 @@ class TrainingBatches:
             seed = tf.random.experimental.stateless_fold_in(self._stream(step, _HARD_STREAM), i)
             drawn = _draw_from_lists(tf.gather(self._hard_pools[stage], index), num, seed)
             # Graphs lose the static shape on the way; the loss wants its rank.
-            drawn = tf.ensure_shape(drawn, [self.batch_size, num])
+            drawn = tf.ensure_shape(drawn, [index.shape[0], num])
             # The pools were cleared of these when they were built; a mask does not trust that.
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
             if self._known_positives is not None:
@@ -419,10 +463,18 @@ def shared_columns(batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
         batch: As `TrainingBatches.batch` describes.
 
     Returns:
-        [C] int32: B positives, M easy negatives, then the bank's entries, if there are any.
+        [C] int32: B positives if they are in-batch negatives, M easy negatives, then the bank's
+        entries, if there are any.
     """
-    names = ("candidate_row", "easy_candidate_row", "bank_candidate_row")
+    names = ["easy_candidate_row", "bank_candidate_row"]
+    if has_in_batch(batch):
+        names.insert(0, "candidate_row")
     return tf.concat([batch[name] for name in names if name in batch], axis=0)
+
+
+def has_in_batch(batch: Mapping[str, tf.Tensor]) -> bool:
+    """Tells whether a batch's positives are shared columns, negatives of the other rows."""
+    return "positive_log_q" not in batch
 
 
 def _check_bank(bank_batches: int, in_batch: bool) -> None:

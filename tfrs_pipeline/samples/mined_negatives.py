@@ -104,6 +104,7 @@ def mine_hard_negatives(
     rules: MiningRules,
     *,
     seed: int | Sequence[int],
+    history_length: int | None = None,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[RowLists, MiningReport]:
@@ -117,6 +118,7 @@ def mine_hard_negatives(
         samples: Training samples.
         rules: Which ranks to keep.
         seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
+        history_length: Most recent items of a history in a query; None is all.
         batch_size: Samples a call of the retriever; fewer for a corpus of more than 65,000 items.
         on_progress: Called after each batch with the samples done and their total.
 
@@ -147,7 +149,8 @@ def mine_hard_negatives(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         k = min(num_candidates, rules.max_rank + int(num_dropped_at_most[batch].max()))
-        rows, scores = retriever.retrieve([query_of_sample(samples, i) for i in batch.tolist()], k)
+        queries = [query_of_sample(samples, i, history_length) for i in batch.tolist()]
+        rows, scores = retriever.retrieve(queries, k)
         is_found = rows > 0
         num_retrieved += int(is_found.sum())
         left, dropped = _kept(
@@ -175,9 +178,9 @@ def mine_hard_negatives(
     return mined, report
 
 
-def query_of_sample(samples: Samples, i: int) -> Query:
+def query_of_sample(samples: Samples, i: int, history_length: int | None = None) -> Query:
     """Makes the query of a sample for a retriever whose ids are rows."""
-    return {"user_id": int(samples.query_rows[i]), "history": samples.histories[i][::-1]}
+    return {"user_id": int(samples.query_rows[i]), "history": samples.history(i, history_length)}
 
 
 def _kept(
