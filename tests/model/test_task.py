@@ -124,7 +124,7 @@ def test_a_hard_negative_moves_its_own_row_alone() -> None:
 
 
 def test_own_loss_and_batch_metrics_see_the_same_logits() -> None:
-    metric = tf.keras.metrics.TopKCategoricalAccuracy(k=C + H)
+    metric = tf.keras.metrics.TopKCategoricalAccuracy(k=3)
     loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum")
     task = HybridRetrieval(0.5, loss=loss, batch_metrics=[metric])
     options = {
@@ -136,7 +136,17 @@ def test_own_loss_and_batch_metrics_see_the_same_logits() -> None:
         "hard_mask": HARD_MASK,
     }
     np.testing.assert_allclose(task(QUERIES, CANDIDATES, **options), slow_loss(0.5), rtol=1e-5)
-    assert metric.result() == 1
+    # The share of rows with fewer than three columns above the positive, weighted; by a loop.
+    is_near_top = []
+    for i in range(B):
+        own = QUERIES[i] @ CANDIDATES[i] / 0.5
+        shared = QUERIES[i] @ CANDIDATES.T / 0.5 - LOG_Q[i]
+        hard = QUERIES[i] @ HARD[i].T / 0.5 - HARD_LOG_Q[i]
+        others = [*np.delete(shared, i)[np.delete(MASK[i], i)], *hard[HARD_MASK[i]]]
+        is_near_top.append(np.sum(np.array(others) > own) < 3)
+    assert 0 < sum(is_near_top) < B
+    expected = np.average(is_near_top, weights=WEIGHTS)
+    assert metric.result().numpy() == pytest.approx(expected, rel=1e-5)
 
 
 def test_refusals() -> None:
@@ -150,3 +160,72 @@ def test_refusals() -> None:
         HybridRetrieval()(QUERIES, CANDIDATES, hard_embeddings=HARD)
     with pytest.raises(ValueError, match="num_hard_negatives"):
         HybridRetrieval(num_hard_negatives=3)
+
+
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_a_positive_of_its_own_row_is_as_one_on_the_diagonal(correct_positive: bool) -> None:
+    """The shared columns without the first B, which hold the positives, against a mask on them."""
+    task = HybridRetrieval(0.5, correct_positive=correct_positive)
+    own = np.eye(B, C, dtype=bool)
+    mask = MASK.copy()
+    mask[:, :B] = own[:, :B]
+    rest: dict[str, object] = {
+        "sample_weight": WEIGHTS,
+        "hard_embeddings": HARD,
+        "hard_log_q": HARD_LOG_Q,
+        "hard_mask": HARD_MASK,
+    }
+    shared = task(QUERIES, CANDIDATES, log_q=LOG_Q, score_mask=mask, **rest)
+    alone = task(
+        QUERIES,
+        CANDIDATES[B:],
+        log_q=LOG_Q[:, B:],
+        score_mask=mask[:, B:],
+        positive_embeddings=CANDIDATES[:B],
+        positive_log_q=np.diag(LOG_Q),
+        **rest,
+    )
+    np.testing.assert_allclose(alone, shared, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs positive_log_q"):
+        HybridRetrieval(correct_positive=True)(
+            QUERIES, CANDIDATES, log_q=LOG_Q, positive_embeddings=CANDIDATES[:B]
+        )
+
+
+def test_bfloat16_products_are_near_those_of_float32() -> None:
+    options: dict[str, object] = {"log_q": tf.constant(LOG_Q)}
+    exact = value_and_gradients(HybridRetrieval(0.5), **options)
+    near = value_and_gradients(HybridRetrieval(0.5, score_dtype=tf.bfloat16), **options)
+    # bfloat16 keeps 8 bits: a product is off by up to 2^-8 of the size of its terms.
+    bound = 2**-7 * np.abs(QUERIES).max() * np.abs(CANDIDATES).max() * D / 0.5
+    assert 0 < abs(near[0] - exact[0]) < B * bound
+    for got, expected in zip(near[1:], exact[1:], strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, atol=0.15)
+
+
+def test_own_loss_sees_positives_of_their_own_row() -> None:
+    options: dict[str, object] = {
+        "log_q": LOG_Q[:, B:],
+        "positive_embeddings": CANDIDATES[:B],
+        "hard_embeddings": HARD,
+        "hard_log_q": HARD_LOG_Q,
+    }
+    own_loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum")
+    expected = HybridRetrieval(0.5)(QUERIES, CANDIDATES[B:], **options)
+    got = HybridRetrieval(0.5, loss=own_loss)(QUERIES, CANDIDATES[B:], **options)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_weights_in_a_column_are_those_of_the_rows() -> None:
+    column = {"sample_weight": WEIGHTS[:, None]}
+    ours = value_and_gradients(HybridRetrieval(), **column)
+    parents = value_and_gradients(tfrs.tasks.Retrieval(), **column)
+    np.testing.assert_allclose(ours[0], parents[0], rtol=1e-5)
+
+
+def test_ids_of_candidates_that_are_no_positives_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        HybridRetrieval()(
+            QUERIES, CANDIDATES, candidate_ids=tf.range(C), positive_embeddings=CANDIDATES[:B]
+        )

@@ -1,4 +1,4 @@
-"""Towers: masks, padding, the empty history."""
+"""Towers: what they read, how they join it, the row of the unknown, the bias."""
 
 from typing import Any
 
@@ -6,75 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.model.towers import HistoryEncoder, Tower
-
-
-def make_encoder(**options: Any) -> HistoryEncoder:
-    settings: dict[str, Any] = {
-        "poolings": ("mean", "recency"),
-        "recency_decay": 0.5,
-        "dropout": 0.5,
-    }
-    return HistoryEncoder(9, 3, **{**settings, **options})
-
-
-def embedding_table(encoder: HistoryEncoder) -> tf.Variable:
-    encoder(tf.zeros([1, 1], tf.int32))
-    return next(v for v in encoder.trainable_variables if v.shape == (10, 3))
-
-
-def test_history_is_pooled_as_a_loop_would() -> None:
-    encoder = make_encoder()
-    pooled = encoder(tf.constant([[4, 2, 7, 0]])).numpy()[0]
-    table = embedding_table(encoder).numpy()
-    rows = table[[4, 2, 7]]
-    np.testing.assert_allclose(pooled[:3], rows.mean(axis=0), rtol=1e-5)
-    # The most recent item comes first and weighs most.
-    np.testing.assert_allclose(pooled[3:], np.average(rows, axis=0, weights=[4, 2, 1]), rtol=1e-5)
-
-
-def test_padding_changes_nothing() -> None:
-    encoder = make_encoder()
-    np.testing.assert_allclose(
-        encoder(tf.constant([[4, 2, 0, 0, 0]])), encoder(tf.constant([[4, 2]])), rtol=1e-6
-    )
-
-
-def test_an_empty_history_has_a_vector_that_learns() -> None:
-    encoder = make_encoder()
-    with tf.GradientTape() as tape:
-        pooled = encoder(tf.constant([[0, 0], [3, 0]]))
-        loss = tf.reduce_sum(pooled[0])
-    empty = next(v for v in encoder.trainable_variables if "empty_history" in v.name)
-    np.testing.assert_array_equal(pooled[0], empty)
-    assert (tape.gradient(loss, empty).numpy() == 1).all()
-
-
-def test_dropout_is_a_function_of_its_seed_and_of_training() -> None:
-    encoder = make_encoder()
-    rows = tf.constant(np.random.default_rng(0).integers(1, 10, (200, 8)))
-
-    def encode(seed: list[int]) -> np.ndarray:
-        return encoder(rows, training=True, dropout_seed=tf.constant(seed)).numpy()
-
-    np.testing.assert_array_equal(encode([1, 2]), encode([1, 2]))
-    assert (encode([1, 2]) != encode([1, 3])).any()
-    assert (encode([1, 2]) != encoder(rows).numpy()).any()
-    np.testing.assert_array_equal(encoder(rows, training=False), encoder(rows))
-
-
-def test_dropout_drops_its_share() -> None:
-    encoder = make_encoder(poolings=("mean",), dropout=0.3)
-    empty = encoder(tf.zeros([1, 3], tf.int32)).numpy()
-    # Row i's embedding is its indicator: a pooled vector shows what was kept.
-    embedding_table(encoder).assign(np.eye(10, 3, k=-1))
-    rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
-    pooled = encoder(rows, training=True, dropout_seed=tf.constant([0, 1])).numpy()
-    is_empty = (pooled == empty).all(axis=1)
-    share = (pooled[~is_empty] > 0).sum() / rows.shape.num_elements()
-    # 4 standard errors of 12,000 draws.
-    assert abs(share - 0.7) < 4 * np.sqrt(0.7 * 0.3 / 12_000)
-    assert abs(is_empty.mean() - 0.3**3) < 4 * np.sqrt(0.027 / 4000)
+from tfrs_pipeline.model.features import FeatureSpec
+from tfrs_pipeline.model.towers import Tower
 
 
 def make_tower(**options: Any) -> Tower:
@@ -99,3 +32,64 @@ def test_normalised_output_has_length_one() -> None:
 def test_a_tower_needs_an_input() -> None:
     with pytest.raises(ValueError, match="has no input"):
         make_tower(num_ids=None)
+
+
+def test_a_sum_adds_up_what_the_tower_reads() -> None:
+    features = [FeatureSpec("genre", "categorical", size=5, num_values=1)]
+    tower = make_tower(features=features, combination="sum", normalize=False)
+    both = tower(tf.constant([2, 3]), {"genre": tf.constant([1, 4])}).numpy()
+    table = {v.shape[0]: v.numpy() for v in tower.trainable_variables if "embeddings" in v.name}
+    (kernel,) = (v.numpy() for v in tower.trainable_variables if "kernel" in v.name)
+    expected = table[7][[2, 3]] + table[5][[1, 4]] @ kernel
+    np.testing.assert_allclose(both, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_rate_trains_row_zero_and_leaves_the_rest_alone() -> None:
+    tower = make_tower(unknown_rate=0.25, normalize=False)
+    rows = tf.constant(np.tile(np.arange(1, 7), 1000), tf.int32)
+    known, unknown = tower(rows, {}).numpy(), tower(tf.zeros([1], tf.int32), {}).numpy()
+    seed = tf.constant([5, 6])
+    trained = tower(rows, {}, training=True, dropout_seed=seed).numpy()
+    is_unknown = np.isclose(trained, unknown).all(axis=1)
+    np.testing.assert_allclose(trained[~is_unknown], known[~is_unknown], rtol=1e-5)
+    assert abs(is_unknown.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 6000)
+    again = tower(rows, {}, training=True, dropout_seed=seed).numpy()
+    np.testing.assert_array_equal(trained, again)
+
+
+def test_feature_dropout_is_a_missing_feature_in_training_alone() -> None:
+    spec = FeatureSpec("genre", "categorical", size=5, num_values=1)
+    tower = make_tower(features=[spec], num_ids=None, feature_dropout=0.3, normalize=False)
+    rows, genre = tf.zeros([4000], tf.int32), tf.fill([4000], 3)
+    with_genre, without = (
+        tower(rows[:1], {"genre": tf.constant([code])}).numpy() for code in (3, 0)
+    )
+    trained = tower(rows, {"genre": genre}, training=True, dropout_seed=tf.constant([1, 2])).numpy()
+    is_dropped = np.isclose(trained, without).all(axis=1)
+    np.testing.assert_allclose(trained[~is_dropped], np.repeat(with_genre, sum(~is_dropped), 0))
+    assert abs(is_dropped.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
+    np.testing.assert_allclose(tower(rows[:9], {"genre": genre[:9]}), np.repeat(with_genre, 9, 0))
+
+
+def test_an_unknown_id_has_the_bias_of_the_unknown() -> None:
+    tower = make_tower(has_bias=True, unknown_rate=0.5)
+    tower(tf.range(7), {})
+    (bias,) = (v for v in tower.trainable_variables if v.shape == (7, 1))
+    bias.assign(np.arange(7.0)[:, None] + 1)
+    rows = tf.constant([3] * 200)
+    trained = tower(rows, {}, training=True, dropout_seed=tf.constant([1, 2])).numpy()
+    is_unknown = trained[:, -1] == 1
+    assert set(trained[~is_unknown, -1]) == {4.0}
+    assert 50 < is_unknown.sum() < 150
+    unknown = tower(tf.constant([0]), {}).numpy()
+    np.testing.assert_allclose(trained[is_unknown], np.repeat(unknown, sum(is_unknown), 0))
+
+
+def test_a_bias_is_the_ids_and_begins_at_zero() -> None:
+    tower = make_tower(has_bias=True)
+    plain = make_tower()
+    embedded = tower(tf.range(7), {}).numpy()
+    assert embedded.shape == (7, plain(tf.range(7), {}).shape[1] + 1)
+    np.testing.assert_array_equal(embedded[:, -1], np.zeros(7))
+    with pytest.raises(ValueError, match="a bias is the id's"):
+        make_tower(has_bias=True, num_ids=None, features=[FeatureSpec("x", "numeric", 1, 1)])

@@ -1,6 +1,7 @@
 """The model as a Keras user meets it: fit, evaluate, save, load; and the loss it minimises."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import tensorflow as tf
 from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.events.split import EvaluationQueries
-from tfrs_pipeline.model.queries import exact_retriever
+from tfrs_pipeline.model.queries import exact_retriever, history_rows
 from tfrs_pipeline.model.training import train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.builder import RowLists
-from tfrs_pipeline.samples.dataset import evaluation_batches
+from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
+from tfrs_pipeline.samples.sequences import SequenceBatches
 
 QUERY_ROWS = range(1, NUM_QUERIES + 1)
 
@@ -86,6 +88,70 @@ def test_loss_subtracts_log_q_and_drops_masked_columns(problem: Problem) -> None
     plain = problem.model(temperature=0.2, correction="none")
     plain.set_weights(model.get_weights())
     assert abs(plain.compute_loss(batch).numpy() - np.mean(losses)) > 0.1
+
+
+@pytest.mark.parametrize("poolings", [("mean", "recency"), ("attention",)])
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_all_positions_have_the_loss_of_single_positives(
+    problem: Problem, poolings: tuple[str, ...], correct_positive: bool
+) -> None:
+    """One pass over the sequences against one query a positive, each with its own history."""
+    model = problem.model(
+        history_pooling=poolings, temperature=0.2, correct_positive=correct_positive
+    )
+    samples = problem.samples
+    batches = SequenceBatches(
+        samples, batch_size=40, easy_negatives=[(0.0, 16)], history_length=5, seed=1
+    )
+    batch = batches.batch(0)
+    history = {
+        (int(samples.query_rows[i]), int(samples.candidate_rows[i])): samples.history(i)
+        for i in range(len(samples))
+    }
+    pairs = zip(batch["query_row"].numpy(), batch["candidate_row"].numpy(), strict=True)
+    rows = np.stack([history_rows(history[int(q), int(c)], 5) for q, c in pairs])
+    queries = model.embed_queries(batch["query_row"], tf.constant(rows)).numpy()
+    corpus = model.embed_corpus()
+    columns = batch["easy_candidate_row"].numpy()
+    losses = []
+    for i, query in enumerate(queries):
+        own = query @ corpus[batch["candidate_row"][i] - 1] / 0.2
+        if correct_positive:
+            own -= np.log(16 / corpus.shape[0])
+        logits = query @ corpus[columns - 1].T / 0.2 - batch["log_q"].numpy()[0]
+        kept = logits[batch["is_counted"].numpy()[i]]
+        losses.append(np.log(np.exp(own) + np.exp(kept).sum()) - own)
+    assert model.compute_loss(batch).numpy() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_bias_is_added_to_the_score(problem: Problem) -> None:
+    plain, biased = (problem.model(candidate_bias=has_bias) for has_bias in (False, True))
+    bias = np.linspace(-1, 1, 25).astype(np.float32)[:, None]
+    of_plain = {variable.name: variable for variable in plain.weights}
+    for variable in biased.weights:
+        if "bias/embeddings" in variable.name:
+            variable.assign(bias)
+        elif "corpus_embeddings" not in variable.name:  # One entry longer, and filled anew.
+            variable.assign(of_plain[variable.name])
+    pairs = {
+        "query_row": tf.constant([1, 2, 0]),
+        "history_rows": tf.constant([[3, 4, 0, 0, 0]] * 3),
+        "candidate_row": tf.constant([7, 24, 1]),
+    }
+    np.testing.assert_allclose(biased(pairs), plain(pairs) + bias[[7, 24, 1], 0], rtol=1e-5)
+    assert biased.embed_corpus().shape == (24, 9)
+
+
+def test_a_shared_embedding_is_read_by_both_towers(problem: Problem) -> None:
+    model = problem.model(share_item_embedding=True)
+    tables = [v for v in model.trainable_variables if v.shape == (25, 8)]
+    assert len(tables) == 1
+    batch = problem.batches().batch(tf.constant(0, tf.int64))
+    rows = batch["history_rows"]
+    with tf.GradientTape() as tape:
+        queries = model.embed_queries(batch["query_row"], rows)
+    gradient = tf.convert_to_tensor(tape.gradient(queries, tables[0])).numpy()
+    assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == set(np.unique(rows)) - {0}
 
 
 def test_weights_scale_the_rows(problem: Problem) -> None:
@@ -161,14 +227,28 @@ class Stopped(Exception):
     """Stands for a kill in the middle of a run."""
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "lazy_adam"])
+@pytest.mark.parametrize("positions", ["one", "all"])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    problem: Problem, tmp_path: Path, optimizer: str
+    problem: Problem, tmp_path: Path, optimizer: str, positions: str
 ) -> None:
-    start = problem.model().get_weights()
+    options: dict[str, Any] = {}
+    batches: TrainingBatches = problem.batches()
+    if positions == "all":
+        options = {
+            "history_pooling": ("mean", "attention"),
+            "unknown_rate": 0.1,
+            "feature_dropout": 0.2,
+            "share_item_embedding": True,
+            "candidate_bias": True,
+        }
+        batches = SequenceBatches(
+            problem.samples, batch_size=32, easy_negatives=[(0.5, 16)], history_length=5, seed=1
+        )
+    start = problem.model(**options).get_weights()
 
     def run(folder: Path | None, stop_after: int | None = None) -> list[np.ndarray]:
-        model = problem.model()
+        model = problem.model(**options)
         model.set_weights(start)
 
         def on_epoch(epoch: int, logs: dict[str, float]) -> None:
@@ -177,7 +257,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
         train(
             model,
-            problem.batches(),
+            batches,
             max_epochs=5,
             optimizer=optimizer,  # type: ignore[arg-type]
             checkpoint_folder=folder,

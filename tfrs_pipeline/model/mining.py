@@ -82,6 +82,7 @@ class MinedPools:
                 self._batches.samples,
                 self._rules,
                 seed=[self._seed, epoch],
+                history_length=self._batches.history_length,
                 on_progress=self._on_progress,
             )
             self.reports[epoch] = report

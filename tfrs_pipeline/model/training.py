@@ -1,4 +1,4 @@
-"""Training: optimizer, early stopping on the validation metric, budget, resume."""
+"""Training: early stopping on the validation metric, budget, resume, diagnostics."""
 
 from __future__ import annotations
 
@@ -9,23 +9,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.model.optimizers import Decay, OptimizerName, make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.dataset import TrainingBatches
 
 logger = logging.getLogger(__name__)
-
-OptimizerName = Literal["adagrad", "adam"]
-OPTIMIZERS: dict[OptimizerName, Callable[[float], tf.keras.optimizers.Optimizer]] = {
-    # Both update the rows of an embedding that a batch touches; only Adagrad's cost stays free of
-    # the size of the table (Adam's moments decay densely).
-    "adagrad": lambda learning_rate: tf.keras.optimizers.Adagrad(learning_rate),
-    "adam": lambda learning_rate: tf.keras.optimizers.Adam(learning_rate),
-}
 
 
 class BeforeEpochs(Protocol):
@@ -68,14 +61,19 @@ def train(
     batches: TrainingBatches,
     *,
     max_epochs: int,
-    optimizer: OptimizerName = "adam",
+    optimizer: OptimizerName = "lazy_adam",
     learning_rate: float = 0.002,
+    warmup_steps: int = 0,
+    decay: Decay = "none",
+    decay_to: float = 0.0,
+    decay_epochs: int | None = None,
     validation: tf.data.Dataset | None = None,
     monitor: str = "ndcg@100",
     patience: int = 3,
     max_seconds: float | None = None,
     before_epochs: BeforeEpochs | None = None,
     checkpoint_folder: Path | None = None,
+    tensorboard_folder: Path | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainingResult:
     """Trains a model and leaves it with its best weights.
@@ -87,8 +85,15 @@ def train(
         model: Compiled here.
         batches: Training batches.
         max_epochs: Epochs at most; exactly, without validation.
-        optimizer: "adagrad" or "adam".
-        learning_rate: Step size.
+        optimizer: "adagrad", "adam" or "lazy_adam".
+        learning_rate: Step size; with a warm-up or a decay, its peak.
+        warmup_steps: Steps of a linear warm-up (see `WarmupDecay`).
+        decay: "none", "cosine" or "linear", after the warm-up.
+        decay_to: Share of the peak that the decay ends at.
+        decay_epochs: Epochs whose steps the decay goes over; None is `max_epochs`. A second
+            training for the number of epochs that a first one chose needs the first one's
+            `max_epochs`: then epoch e has the same step sizes in both, which is what was chosen. A
+            decay squeezed into fewer epochs would be another training, that nothing has validated.
         validation: `evaluation_batches`, or None to train `max_epochs` and keep the last weights.
         monitor: Validation metric to maximise, such as "ndcg@100".
         patience: Epochs without a better value before training stops.
@@ -96,20 +101,32 @@ def train(
             parts of a resumed run included.
         before_epochs: Called before the first epoch and every few epochs from then on.
         checkpoint_folder: Where every epoch is saved and a stopped run is resumed from.
+        tensorboard_folder: Where event files for TensorBoard are written; None writes none.
         on_epoch: Called after each epoch with its number, from 1, and its logs.
 
     Returns:
         The history, the best epoch and the time.
 
     Raises:
-        ValueError: If `monitor` is not a metric of the model.
+        ValueError: If `monitor` is not a metric of the model, or the warm-up leaves no step for the
+            decay.
     """
     if validation is not None and monitor not in model.ranking_metric_names:
         raise ValueError(
             f"Cannot monitor '{monitor}': evaluate() reports {model.ranking_metric_names}. "
             "Add its cutoff to evaluation.cutoffs or choose one of these."
         )
-    model.compile(optimizer=OPTIMIZERS[optimizer](learning_rate))
+    steps = batches.steps_per_epoch
+    model.compile(
+        optimizer=make_optimizer(
+            optimizer,
+            learning_rate,
+            num_steps=(decay_epochs or max_epochs) * steps,
+            warmup_steps=warmup_steps,
+            decay=decay,
+            decay_to=decay_to,
+        )
+    )
     model.optimizer.build(model.trainable_variables)
     keeper = _BestEpoch(
         f"val_{monitor}" if validation is not None else None,
@@ -121,7 +138,10 @@ def train(
     first_epoch = keeper.restore(model)
     if first_epoch and first_epoch < max_epochs:
         logger.info("training: resuming after epoch %d", first_epoch)
-    steps = batches.steps_per_epoch
+    callbacks: list[tf.keras.callbacks.Callback] = [keeper]
+    if tensorboard_folder is not None:
+        # Before the keeper: an epoch that counts as done has its events.
+        callbacks.insert(0, _EventFiles(tensorboard_folder, batches))
     keeper.start_clock()
     epoch = first_epoch
     while epoch < max_epochs and not keeper.is_over:
@@ -136,12 +156,37 @@ def train(
             epochs=until,
             steps_per_epoch=steps,
             validation_data=validation,
-            callbacks=[keeper],
+            callbacks=callbacks,
             verbose=0,
         )
         epoch = until
     keeper.keep_best(model)
     return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
+
+
+class _EventFiles(tf.keras.callbacks.Callback):
+    """Writes each epoch's logs, step size and diagnostics for TensorBoard."""
+
+    def __init__(self, folder: Path, batches: TrainingBatches) -> None:
+        super().__init__()
+        self._folder = folder
+        self._batches = batches
+        self._writer: tf.summary.SummaryWriter | None = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(str(self._folder))
+        model = self.model
+        last_step = (epoch + 1) * self._batches.steps_per_epoch - 1
+        scalars: dict[str, Any] = {
+            "learning_rate": model.optimizer.learning_rate,
+            **{name.replace("val_", "validation/"): x for name, x in (logs or {}).items()},
+            **model.diagnose(self._batches.batch(tf.constant(last_step, tf.int64))),
+        }
+        with self._writer.as_default():
+            for name, value in scalars.items():
+                tf.summary.scalar(name, float(value), step=epoch + 1)
+        self._writer.flush()
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):

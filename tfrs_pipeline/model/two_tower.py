@@ -12,10 +12,12 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.model.embedding_bank import EmbeddingBank
-from tfrs_pipeline.model.features import FeatureSpec, FeatureTable
+from tfrs_pipeline.model.features import FeatureSpec, FeatureTable, bucket_count
+from tfrs_pipeline.model.histories import HistoryEncoder
+from tfrs_pipeline.model.randomness import Stream, fold
 from tfrs_pipeline.model.task import HybridRetrieval
-from tfrs_pipeline.model.towers import HistoryEncoder, Tower
-from tfrs_pipeline.samples.dataset import shared_columns
+from tfrs_pipeline.model.towers import Combination, Tower
+from tfrs_pipeline.samples.dataset import has_in_batch, shared_columns
 from tfrs_pipeline.samples.streaming_frequency import StreamingFrequency
 
 Correction = Literal["mixture", "streaming", "none"]
@@ -42,12 +44,24 @@ class TwoTowerModel(tfrs.Model):
         query_layers: Hidden sizes of the query tower's MLP.
         candidate_layers: Hidden sizes of the candidate tower's MLP.
         feature_dim: Embedding size of a feature.
+        feature_dropout: Share of the features that training takes for missing, row by row.
         use_user_id: Whether the query tower embeds the user's row.
         use_candidate_id: Whether the candidate tower embeds the candidate's row.
-        history_pooling: Any of "mean" and "recency"; none leaves the history out.
+        unknown_rate: Share of the ids that training takes for unknown: it trains the embedding that
+            a new user or item gets, beside its features.
+        candidate_bias: Whether each item has a number that is added to its scores; embeddings then
+            have one entry more.
+        share_item_embedding: Whether the history's items are read with the candidate tower's id
+            embedding.
+        history_pooling: Any of "mean", "recency" and "attention" (see `HistoryEncoder`); none
+            leaves the history out.
         history_length: Most recent history items that a query carries.
         recency_decay: Of the "recency" pooling, per step.
         history_dropout: Share of the history items dropped in training.
+        attention_blocks: Of the "attention" pooling.
+        attention_heads: Of each block; must divide `embedding_dim`.
+        attention_dropout: Share of the activations of the blocks dropped in training.
+        combination: "concat" or "sum" of what a tower reads (see `Tower`).
         normalize: Cosine scores instead of dot products.
         temperature: Scores are divided by it in the loss.
         correction: What is subtracted from the logits of sampled columns: "mixture", the batch's
@@ -55,11 +69,15 @@ class TwoTowerModel(tfrs.Model):
             estimated from the batches so far (`StreamingFrequency`), for data without counts;
             "none" shows what leaving it out does.
         correct_positive: Whether the positive's logit is corrected too.
+        score_dtype: Type in which training multiplies embeddings: "float32" or "bfloat16".
         frequency_learning_rate: Of the streaming estimate: weight of a candidate's latest gap.
         bank_size: Candidates of earlier batches whose embeddings are kept as negatives: the
             batches' `bank_size`.
         cutoffs: k of recall@k and ndcg@k in `evaluate`.
     """
+
+    # Of `report_tail`: [num_candidates + 1] bool.
+    _is_tail: tf.Variable | None = None
 
     def __init__(
         self,
@@ -72,16 +90,25 @@ class TwoTowerModel(tfrs.Model):
         query_layers: Sequence[int] = (),
         candidate_layers: Sequence[int] = (),
         feature_dim: int = 4,
+        feature_dropout: float = 0.0,
         use_user_id: bool = False,
         use_candidate_id: bool = True,
+        unknown_rate: float = 0.0,
+        candidate_bias: bool = False,
+        share_item_embedding: bool = False,
         history_pooling: Sequence[str] = ("mean", "recency"),
         history_length: int = 50,
         recency_decay: float = 0.85,
         history_dropout: float = 0.5,
+        attention_blocks: int = 2,
+        attention_heads: int = 2,
+        attention_dropout: float = 0.2,
+        combination: Combination = "concat",
         normalize: bool = True,
         temperature: float = 0.15,
         correction: Correction = "mixture",
         correct_positive: bool = False,
+        score_dtype: str = "float32",
         frequency_learning_rate: float = 0.01,
         bank_size: int = 0,
         cutoffs: Sequence[int] = (20, 100),
@@ -102,46 +129,70 @@ class TwoTowerModel(tfrs.Model):
         self.candidate_table = FeatureTable(
             candidate_specs, num_candidates + 1, name="candidate_features"
         )
+        towers: dict[str, Any] = {
+            "embedding_dim": embedding_dim,
+            "feature_dim": feature_dim,
+            "normalize": normalize,
+            "combination": combination,
+            "unknown_rate": unknown_rate,
+            "feature_dropout": feature_dropout,
+        }
+        self.candidate_tower = Tower(
+            "candidate_tower",
+            hidden_layers=candidate_layers,
+            features=candidate_specs,
+            num_ids=num_candidates if use_candidate_id else None,
+            has_bias=candidate_bias,
+            **towers,
+        )
+        if share_item_embedding and not use_candidate_id:
+            raise ValueError(
+                "share_item_embedding needs use_candidate_id: its embedding is shared."
+            )
         history = (
             HistoryEncoder(
                 num_candidates,
                 embedding_dim,
                 poolings=history_pooling,
+                max_length=history_length,
                 recency_decay=recency_decay,
                 dropout=history_dropout,
+                attention_blocks=attention_blocks,
+                attention_heads=attention_heads,
+                attention_dropout=attention_dropout,
+                item_embedding=self.candidate_tower.id_embedding if share_item_embedding else None,
             )
             if history_pooling
             else None
         )
         self.query_tower = Tower(
             "query_tower",
-            embedding_dim=embedding_dim,
             hidden_layers=query_layers,
             features=query_specs,
-            feature_dim=feature_dim,
-            normalize=normalize,
             num_ids=num_queries if use_user_id else None,
             history=history,
+            **towers,
         )
-        self.candidate_tower = Tower(
-            "candidate_tower",
-            embedding_dim=embedding_dim,
-            hidden_layers=candidate_layers,
-            features=candidate_specs,
-            feature_dim=feature_dim,
-            normalize=normalize,
-            num_ids=num_candidates if use_candidate_id else None,
+        self._has_bias = candidate_bias
+        output_dim = embedding_dim + int(candidate_bias)
+        self.task = HybridRetrieval(
+            temperature, correct_positive=correct_positive, score_dtype=tf.as_dtype(score_dtype)
         )
-        self.task = HybridRetrieval(temperature, correct_positive=correct_positive)
         self._correction = correction
         self._frequency = (
             StreamingFrequency(
-                num_buckets=_num_buckets(num_candidates), learning_rate=frequency_learning_rate
+                num_buckets=bucket_count(
+                    num_candidates,
+                    per_value=BUCKETS_PER_CANDIDATE,
+                    low=MIN_BUCKETS,
+                    high=MAX_BUCKETS,
+                ),
+                learning_rate=frequency_learning_rate,
             )
             if correction == "streaming"
             else None
         )
-        self._bank = EmbeddingBank(bank_size, embedding_dim) if bank_size else None
+        self._bank = EmbeddingBank(bank_size, output_dim) if bank_size else None
         self._cutoffs = tuple(cutoffs)
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
         self._ranking_metrics = {
@@ -152,7 +203,7 @@ class TwoTowerModel(tfrs.Model):
         # Filled by `evaluate`: a step scores against all of it.
         self._corpus_embeddings = self.add_weight(
             name="corpus_embeddings",
-            shape=[num_candidates, embedding_dim],
+            shape=[num_candidates, output_dim],
             initializer="zeros",
             trainable=False,
         )
@@ -161,7 +212,7 @@ class TwoTowerModel(tfrs.Model):
     @property
     def ranking_metric_names(self) -> list[str]:
         """Names of what `evaluate` reports, such as "ndcg@100"."""
-        return list(self._ranking_metrics)
+        return list(self._reported_metrics)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
@@ -201,20 +252,88 @@ class TwoTowerModel(tfrs.Model):
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
 
         Returns:
-            [B, embedding_dim] float32.
+            [B, output_dim] float32: embedding_dim, and one more, which is 1, with a candidate bias.
         """
+        history = None
+        if self.query_tower.history is not None:
+            history = self.query_tower.history(
+                history_rows, training=training, dropout_seed=dropout_seed
+            )
+        return self._queries(query_rows, history, features, training, dropout_seed)
+
+    def embed_positions(
+        self,
+        query_rows: tf.Tensor,
+        sequence_rows: tf.Tensor,
+        state: tf.Tensor,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Embeds queries whose histories are beginnings of sequences, in one pass over these.
+
+        Args:
+            query_rows: [P] int32, 0 is an unknown user.
+            sequence_rows: [W, L] int32, oldest first, 0 is padding and comes last.
+            state: [P] int32, w * (L + 1) + j for the first j items of sequence w.
+            training: Whether dropout is on.
+            dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
+
+        Returns:
+            [P, output_dim] float32, as `embed_queries`.
+
+        Raises:
+            ValueError: If the query tower reads no history.
+        """
+        encoder = self.query_tower.history
+        if encoder is None:
+            raise ValueError("Positions of sequences need a history: give history_pooling.")
+        states = encoder.states(sequence_rows, training=training, dropout_seed=dropout_seed)
+        history = tf.gather(tf.reshape(states, [-1, states.shape[-1]]), state)
+        return self._queries(query_rows, history, None, training, dropout_seed)
+
+    def _queries(
+        self,
+        query_rows: tf.Tensor,
+        history: tf.Tensor | None,
+        features: dict[str, tf.Tensor] | None,
+        training: bool,
+        dropout_seed: tf.Tensor | None,
+    ) -> tf.Tensor:
         features = self.query_table(query_rows) if features is None else features
-        return self.query_tower(
-            query_rows, features, history_rows, training=training, dropout_seed=dropout_seed
+        queries = self.query_tower(
+            query_rows, features, history, training=training, dropout_seed=dropout_seed
+        )
+        if not self._has_bias:
+            return queries
+        return tf.concat([queries, tf.ones_like(queries[:, :1])], axis=1)
+
+    def embed_candidates(
+        self,
+        candidate_rows: tf.Tensor,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Embeds candidates of the corpus.
+
+        Args:
+            candidate_rows: [n] int32.
+            training: Whether ids are taken for unknown at `unknown_rate`.
+            dropout_seed: [2] int32 that this is a function of; None draws anew each time.
+
+        Returns:
+            [n, output_dim] float32: embedding_dim, and the bias with a candidate bias.
+        """
+        if dropout_seed is not None:  # Not the draws of the query tower.
+            dropout_seed = fold(dropout_seed, Stream.CANDIDATES)
+        return self.candidate_tower(
+            candidate_rows,
+            self.candidate_table(candidate_rows),
+            training=training,
+            dropout_seed=dropout_seed,
         )
 
-    def embed_candidates(self, candidate_rows: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Embeds candidates of the corpus: [n] int32 rows -> [n, embedding_dim] float32."""
-        features = self.candidate_table(candidate_rows)
-        return self.candidate_tower(candidate_rows, features, training=training)
-
     def embed_corpus(self) -> np.ndarray:
-        """Embeds every candidate, rows 1, 2, ... : [num_candidates, embedding_dim] float32."""
+        """Embeds every candidate, rows 1, 2, ... : [num_candidates, output_dim] float32."""
         rows = np.arange(1, self.num_candidates + 1, dtype=np.int32)
         blocks = [
             self._embed_candidates_graph(tf.constant(rows[start : start + CORPUS_BLOCK])).numpy()
@@ -258,31 +377,20 @@ class TwoTowerModel(tfrs.Model):
             tf.errors.InvalidArgumentError: If the bank does not hold the steps just before.
         """
         self._check_batch(inputs)
-        queries = self.embed_queries(
-            inputs["query_row"],
-            inputs["history_rows"],
-            training=training,
-            dropout_seed=inputs.get("dropout_seed"),
-        )
-        fresh = tf.concat([inputs["candidate_row"], inputs["easy_candidate_row"]], axis=0)
-        hard_rows = inputs.get("hard_candidate_row")
-        has_hard = hard_rows is not None
-        columns = tf.concat([fresh, tf.reshape(hard_rows, [-1])], axis=0) if has_hard else fresh
-        # Copies of a candidate are separate columns; the tower's work is shared.
-        distinct, slot = tf.unique(columns)
-        candidates = tf.gather(self.embed_candidates(distinct, training=training), slot)
-        num_fresh = tf.shape(fresh)[0]
-        shared = candidates[:num_fresh]
-        if self._bank is not None:
-            shared = tf.concat([shared, self._bank(inputs["bank_candidate_row"])], axis=0)
+        queries = self._embed_batch_queries(inputs, training)
+        positives, shared, hard = self._embed_columns(inputs, training)
         if self._frequency is not None and training:
             self._frequency.update(inputs["candidate_row"])
-        hard: dict[str, tf.Tensor] = {}
-        if has_hard:
-            shape = tf.concat([tf.shape(hard_rows), tf.shape(candidates)[1:]], axis=0)
+        own: dict[str, tf.Tensor] = {}
+        if not has_in_batch(inputs):
+            own = {
+                "positive_embeddings": positives,
+                "positive_log_q": inputs["positive_log_q"],
+            }
+        if hard is not None:
             log_q = inputs["hard_log_q"]
-            hard = {
-                "hard_embeddings": tf.reshape(candidates[num_fresh:], shape),
+            own |= {
+                "hard_embeddings": hard,
                 "hard_log_q": tf.zeros_like(log_q) if self._correction == "none" else log_q,
                 "hard_mask": inputs["hard_is_counted"],
             }
@@ -293,18 +401,57 @@ class TwoTowerModel(tfrs.Model):
             log_q=self._log_q(inputs),
             score_mask=inputs["is_counted"],
             compute_metrics=False,
-            **hard,
+            **own,
         )
         if self._bank is not None and training:
-            num_rows = tf.shape(inputs["candidate_row"])[0]
             # After the loss: a step that the bank refuses leaves it as it was.
             with tf.control_dependencies([loss]):
-                self._bank.push(inputs["candidate_row"], candidates[:num_rows])
+                self._bank.push(inputs["candidate_row"], positives)
         # The parent's loss is a sum; a mean keeps the step size free of the batch size.
         total_weight = tf.reduce_sum(inputs["weight"])
         mean_loss = tf.math.divide_no_nan(loss, total_weight)
         self._loss_metric.update_state(mean_loss, sample_weight=total_weight)
         return mean_loss
+
+    def _embed_columns(
+        self, inputs: Mapping[str, tf.Tensor], training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        """Embeds a batch's candidates: positives [B, D], shared [C, D] and own hard [B, H, D]."""
+        positive_rows = inputs["candidate_row"]
+        fresh = tf.concat([positive_rows, inputs["easy_candidate_row"]], axis=0)
+        hard_rows = inputs.get("hard_candidate_row")
+        columns = fresh
+        if hard_rows is not None:
+            columns = tf.concat([fresh, tf.reshape(hard_rows, [-1])], axis=0)
+        # Copies of a candidate are separate columns; the tower's work is shared.
+        distinct, slot = tf.unique(columns)
+        embedded = self.embed_candidates(
+            distinct, training=training, dropout_seed=inputs.get("dropout_seed")
+        )
+        candidates = tf.gather(embedded, slot)
+        num_rows, num_fresh = tf.shape(positive_rows)[0], tf.shape(fresh)[0]
+        shared = candidates[(0 if has_in_batch(inputs) else num_rows) : num_fresh]
+        if self._bank is not None:
+            shared = tf.concat([shared, self._bank(inputs["bank_candidate_row"])], axis=0)
+        hard = None
+        if hard_rows is not None:
+            shape = tf.concat([tf.shape(hard_rows), tf.shape(candidates)[1:]], axis=0)
+            hard = tf.reshape(candidates[num_fresh:], shape)
+        return candidates[:num_rows], shared, hard
+
+    def _embed_batch_queries(self, inputs: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
+        seed = inputs.get("dropout_seed")
+        if "sequence_rows" in inputs:
+            return self.embed_positions(
+                inputs["query_row"],
+                inputs["sequence_rows"],
+                inputs["state"],
+                training=training,
+                dropout_seed=seed,
+            )
+        return self.embed_queries(
+            inputs["query_row"], inputs["history_rows"], training=training, dropout_seed=seed
+        )
 
     def _log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         """Returns log_q of a batch's shared columns, [1 or B, C]; None without a correction."""
@@ -362,12 +509,94 @@ class TwoTowerModel(tfrs.Model):
             ndcg = tf.math.divide_no_nan(tf.linalg.matvec(hits, discounts[:k]), best)
             self._ranking_metrics[f"recall@{k}"].update_state(recall, has_relevant)
             self._ranking_metrics[f"ndcg@{k}"].update_state(ndcg, has_relevant)
-        return {name: metric.result() for name, metric in self._ranking_metrics.items()}
+        if self._is_tail is not None:
+            self._update_tail(self._is_tail, gains, top + 1, relevant)
+        return {name: metric.result() for name, metric in self._reported_metrics.items()}
+
+    @property
+    def _reported_metrics(self) -> dict[str, tf.keras.metrics.Mean]:
+        tail = {} if self._is_tail is None else self._tail_metrics
+        return {**self._ranking_metrics, **tail}
+
+    def report_tail(self, is_tail: np.ndarray) -> None:
+        """Makes `evaluate` report the recall of tail items as well, as "tail/recall@k".
+
+        It is what `evaluation.evaluate` reports of the slice "tail": the share of a query's
+        relevant tail items that are in the top k of the whole corpus, averaged over the queries
+        that have any.
+
+        Args:
+            is_tail: [num_candidates] bool, of rows 1, 2, ..., such as
+                `popularity_slices(counts[1:])["tail"]`.
+
+        Raises:
+            ValueError: If it is not one bool a candidate.
+        """
+        if is_tail.shape != (self.num_candidates,) or is_tail.dtype != bool:
+            raise ValueError(
+                f"is_tail must be [{self.num_candidates}] bool, one for each candidate. "
+                f"Received: shape {is_tail.shape}, {is_tail.dtype}"
+            )
+        if self._is_tail is None:
+            self._tail_metrics = {
+                f"tail/recall@{k}": tf.keras.metrics.Mean(name=f"tail/recall@{k}")
+                for k in self._cutoffs
+            }
+            self._is_tail = tf.Variable(
+                tf.zeros([self.num_candidates + 1], tf.bool), trainable=False, name="is_tail"
+            )
+            # Keras keeps the graph of an earlier evaluation, which does not report it.
+            self.test_function = None
+        self._is_tail.assign(np.concatenate([[False], is_tail]))
+
+    def _update_tail(
+        self, is_tail: tf.Variable, gains: tf.Tensor, top_rows: tf.Tensor, relevant: tf.Tensor
+    ) -> None:
+        """Takes in a batch: gains and candidate rows of its ranking, [b, depth]; [b, R] rows."""
+        gains *= tf.cast(tf.gather(is_tail, top_rows), tf.float32)
+        num_relevant = tf.reduce_sum(tf.cast(tf.gather(is_tail, relevant), tf.float32), axis=1)
+        for k in self._cutoffs:
+            recall = tf.math.divide_no_nan(tf.reduce_sum(gains[:, :k], axis=1), num_relevant)
+            self._tail_metrics[f"tail/recall@{k}"].update_state(recall, num_relevant > 0)
+
+    def diagnose(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Computes what tells a training gone wrong, from one batch; nothing is changed.
+
+        Args:
+            inputs: As `TrainingBatches.batch` describes.
+
+        Returns:
+            Scalar float32 by name. "log_q/min" and "log_q/max": over the shared columns that count,
+            unless nothing is corrected. "masked_share": of the shared columns that do not.
+            "norm/query" and "norm/candidate": mean length of the embeddings of the batch's queries
+            and positives, 1 where the model normalizes and has no candidate bias.
+            "norm/TOWER/LAYER": mean length of a row of each embedding table of a tower, such as
+            "norm/candidate_tower/id"; a table that both read is the candidate tower's.
+        """
+        is_counted = inputs["is_counted"]
+        queries = self._embed_batch_queries(inputs, training=False)
+        figures = {
+            "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),
+            "norm/query": _mean_norm(queries),
+            "norm/candidate": _mean_norm(self.embed_candidates(inputs["candidate_row"])),
+        }
+        log_q = self._log_q(inputs)
+        if log_q is not None:
+            counted = tf.boolean_mask(tf.broadcast_to(log_q, tf.shape(is_counted)), is_counted)
+            figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
+        shared = self.candidate_tower.id_embedding
+        for tower in (self.query_tower, self.candidate_tower):
+            for layer in tower.submodules:
+                is_table = isinstance(layer, tf.keras.layers.Embedding)
+                if is_table and (layer is not shared or tower is self.candidate_tower):
+                    figures[f"norm/{tower.name}/{layer.name}"] = _mean_norm(layer.embeddings)
+        return figures
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates on `evaluation_batches`: mean recall@k and ndcg@k over the whole corpus.
 
-        Takes and returns what `tf.keras.Model.evaluate` does.
+        After `report_tail`, "tail/recall@k" too. Takes and returns what `tf.keras.Model.evaluate`
+        does.
         """
         self._corpus_embeddings.assign(self.embed_corpus())
         return super().evaluate(*args, **kwargs)
@@ -383,10 +612,8 @@ class TwoTowerModel(tfrs.Model):
         self({"query_row": row, "history_rows": history, "candidate_row": row})
 
 
-def _num_buckets(num_candidates: int) -> int:
-    """Returns a power of two, some times the number of candidates, between floor and ceiling."""
-    wanted = 2 ** (BUCKETS_PER_CANDIDATE * num_candidates - 1).bit_length()
-    return min(max(wanted, MIN_BUCKETS), MAX_BUCKETS)
+def _mean_norm(vectors: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_mean(tf.norm(vectors, axis=1))
 
 
 def _specs(features: Sequence[FeatureSpec | Mapping[str, Any]]) -> list[FeatureSpec]:

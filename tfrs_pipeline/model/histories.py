@@ -1,0 +1,305 @@
+"""A query's history turned into a vector: pooled, or read by causal self-attention."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import tensorflow as tf
+
+from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
+
+
+class HistoryEncoder(tf.keras.layers.Layer):
+    """Encodes the items of a query's history, alone or at every place of a sequence.
+
+    Each pooling gives one vector:
+
+    - "mean": the mean of the items' embeddings.
+    - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
+    - "attention": the last output of a causal Transformer over them (`SelfAttention`).
+
+    A history with nothing left has a learned vector per pooling.
+
+    Attributes:
+        num_vectors: One a pooling.
+
+    Args:
+        num_candidates: Candidates, row 0 not counted.
+        dim: Embedding size.
+        poolings: Any of the three.
+        max_length: Longest history.
+        recency_decay: Weight of an item relative to the one after it, in (0, 1].
+        dropout: Share of the items dropped at random in training.
+        attention_blocks: Blocks of the Transformer.
+        attention_heads: Heads of each; must divide `dim`.
+        attention_dropout: Share of the Transformer's activations dropped in training.
+        item_embedding: Embedding of candidate rows to read the items with, such as the candidate
+            tower's own; None is one of the history's own.
+    """
+
+    def __init__(
+        self,
+        num_candidates: int,
+        dim: int,
+        *,
+        poolings: Sequence[str],
+        max_length: int,
+        recency_decay: float,
+        dropout: float,
+        attention_blocks: int = 2,
+        attention_heads: int = 2,
+        attention_dropout: float = 0.2,
+        item_embedding: tf.keras.layers.Embedding | None = None,
+    ) -> None:
+        super().__init__(name="history")
+        self._embedding = item_embedding or tf.keras.layers.Embedding(
+            num_candidates + 1, dim, name="history_item"
+        )
+        self._poolings = tuple(poolings)
+        self.num_vectors = len(self._poolings)
+        self._recency_decay = recency_decay
+        self._dropout = dropout
+        self._dim = dim
+        pooled = [pooling for pooling in self._poolings if pooling != "attention"]
+        if pooled:
+            self._empty = self.add_weight(
+                name="empty_history", shape=[len(pooled) * dim], initializer="uniform"
+            )
+        if "attention" in self._poolings:
+            self._attention = SelfAttention(
+                dim,
+                max_length=max_length,
+                num_blocks=attention_blocks,
+                num_heads=attention_heads,
+                dropout=attention_dropout,
+            )
+
+    def call(
+        self,
+        history_rows: tf.Tensor,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Encodes histories.
+
+        Args:
+            history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
+            training: Whether items are dropped.
+            dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
+
+        Returns:
+            [B, num_poolings * dim] float32.
+        """
+        kept = self._kept(history_rows, training, dropout_seed)
+        lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
+        parts = []
+        if self._num_pooled:
+            parts.append(self._pooled(history_rows, kept))
+        if "attention" in self._poolings:
+            # Only as wide as the longest history of the batch.
+            width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
+            oldest_first, kept = (
+                tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
+                for values in (history_rows, kept)
+            )
+            states = self._attended(oldest_first, kept, training, dropout_seed)
+            parts.append(tf.gather(states, lengths, batch_dims=1))
+        return tf.concat(parts, axis=1)
+
+    def states(
+        self,
+        sequence_rows: tf.Tensor,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Encodes every beginning of sequences in one pass.
+
+        Args:
+            sequence_rows: [W, L] int32, oldest first, 0 is padding and comes last.
+            training: Whether items are dropped.
+            dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
+
+        Returns:
+            [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
+            beyond a sequence's length mean nothing.
+        """
+        kept = self._kept(sequence_rows, training, dropout_seed)
+        parts = []
+        if self._num_pooled:
+            parts.append(self._pooled_states(sequence_rows, kept))
+        if "attention" in self._poolings:
+            parts.append(self._attended(sequence_rows, kept, training, dropout_seed))
+        return tf.concat(parts, axis=2)
+
+    @property
+    def _num_pooled(self) -> int:
+        return sum(pooling != "attention" for pooling in self._poolings)
+
+    def _kept(self, rows: tf.Tensor, training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor:
+        """Returns 1 for items that count and 0 for padding and dropped ones: float32."""
+        is_kept = rows > 0
+        seed = pass_seed(training, dropout_seed)
+        if seed is not None and self._dropout:
+            drawn = tf.random.stateless_uniform(tf.shape(rows), fold(seed, Stream.HISTORY))
+            is_kept &= drawn >= self._dropout
+        return tf.cast(is_kept, tf.float32)
+
+    def _pooled_states(self, sequence_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+        """Pools every beginning of sequences: [W, L] -> [W, L + 1, num_pooled * dim]."""
+        vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
+        length = tf.shape(sequence_rows)[1]
+        # Entry [j, i] weighs item i in the first j items.
+        steps_ago = tf.range(length + 1)[:, tf.newaxis] - 1 - tf.range(length)[tf.newaxis, :]
+        is_before = tf.cast(steps_ago >= 0, tf.float32)
+        decay = self._recency_decay ** tf.cast(tf.maximum(steps_ago, 0), tf.float32)
+        weights = {"mean": is_before, "recency": is_before * decay}
+        pooled = [
+            tf.math.divide_no_nan(
+                tf.einsum("ji,wid->wjd", weights[pooling], vectors),
+                tf.einsum("ji,wi->wj", weights[pooling], kept)[:, :, tf.newaxis],
+            )
+            for pooling in self._poolings
+            if pooling != "attention"
+        ]
+        num_kept = tf.einsum("ji,wi->wj", is_before, kept)
+        is_empty = (num_kept == 0)[:, :, tf.newaxis]
+        return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
+
+    def _pooled(self, history_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+        """Pools histories, [B, N] rows and what of them counts: [B, num_pooled * dim]."""
+        steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
+        weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago}
+        # Only what counts is looked up: of long histories, most places are padding or dropped.
+        place = tf.where(kept > 0)
+        vectors = self._embedding(tf.gather_nd(history_rows, place))
+        num_rows = tf.shape(history_rows)[0]
+        pooled = []
+        for pooling in self._poolings:
+            if pooling == "attention":
+                continue
+            weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
+            total = tf.math.unsorted_segment_sum(weighted, place[:, 0], num_rows)
+            share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
+            pooled.append(tf.math.divide_no_nan(total, share))
+        is_empty = ~tf.reduce_any(kept > 0, axis=1, keepdims=True)
+        return tf.where(is_empty, self._empty, tf.concat(pooled, axis=1))
+
+    def _attended(
+        self,
+        sequence_rows: tf.Tensor,
+        kept: tf.Tensor,
+        training: bool,
+        dropout_seed: tf.Tensor | None,
+    ) -> tf.Tensor:
+        """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
+        # The place of a dropped item stays; it only says nothing.
+        vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
+        return self._attention(vectors, pass_seed(training, dropout_seed))
+
+
+class SelfAttention(tf.keras.layers.Layer):
+    """A causal Transformer with learned positions: each output has seen what comes before alone.
+
+    Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
+    normalised once more. A learned vector stands before the first item, so that there is an output
+    for nothing too. Padding must come last: causality then keeps it out of all that counts.
+
+    Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM.
+
+    Args:
+        dim: Size of inputs and outputs.
+        max_length: Longest sequence.
+        num_blocks: Blocks.
+        num_heads: Heads of each; must divide `dim`.
+        dropout: Share of activations dropped in training.
+
+    Raises:
+        ValueError: If the heads do not divide `dim`.
+    """
+
+    def __init__(
+        self, dim: int, *, max_length: int, num_blocks: int, num_heads: int, dropout: float
+    ) -> None:
+        super().__init__(name="self_attention")
+        if dim % num_heads:
+            raise ValueError(
+                f"The number of heads must divide the embedding size {dim}. Received: {num_heads}"
+            )
+        self._num_heads = num_heads
+        self._dropout = dropout
+        self._scale = dim**0.5
+        self._start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
+        self._positions = self.add_weight(
+            name="positions", shape=[max_length + 1, dim], initializer=_normal()
+        )
+        self._blocks = [
+            {
+                "attention_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
+                "query_key_value": tf.keras.layers.Dense(3 * dim),
+                "attended": tf.keras.layers.Dense(dim),
+                "mlp_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
+                "hidden": tf.keras.layers.Dense(dim, "relu"),
+                "output": tf.keras.layers.Dense(dim),
+            }
+            for _ in range(num_blocks)
+        ]
+        self._norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
+
+    def call(self, vectors: tf.Tensor, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
+        """Attends.
+
+        Args:
+            vectors: [W, L, dim] float32, oldest first, L at most `max_length`.
+            dropout_seed: [2] int32 that the dropout is a function of; None is no dropout.
+
+        Returns:
+            [W, L + 1, dim] float32: output j has seen the first j vectors.
+
+        Raises:
+            tf.errors.InvalidArgumentError: If a sequence is longer than `max_length`.
+        """
+        shape = tf.shape(vectors)
+        tf.debugging.assert_less(
+            shape[1],
+            self._positions.shape[0],
+            f"A history may hold {self._positions.shape[0] - 1} items at most: give the latest.",
+        )
+        start = tf.tile(self._start, [shape[0], 1, 1])
+        # As in SASRec: without it the positions would weigh as much as the items.
+        hidden = tf.concat([start, vectors * self._scale], axis=1)
+        hidden += self._positions[: shape[1] + 1]
+        # A seed for each place where something is dropped; none outside training.
+        seed = None if dropout_seed is None else fold(dropout_seed, Stream.ATTENTION)
+        seeds = (None if seed is None else fold(seed, i) for i in itertools.count())
+        hidden = self._dropped(hidden, seeds)
+        for block in self._blocks:
+            attended = block["attended"](self._attend(block, block["attention_norm"](hidden)))
+            hidden += self._dropped(attended, seeds)
+            output = block["output"](block["hidden"](block["mlp_norm"](hidden)))
+            hidden += self._dropped(output, seeds)
+        return self._norm(hidden)
+
+    def _attend(self, block: dict[str, tf.keras.layers.Layer], hidden: tf.Tensor) -> tf.Tensor:
+        shape = tf.shape(hidden)
+        num_heads = self._num_heads
+        projected = tf.reshape(
+            block["query_key_value"](hidden),
+            [shape[0], shape[1], 3, num_heads, hidden.shape[2] // num_heads],
+        )
+        query, key, value = tf.unstack(tf.transpose(projected, [2, 0, 3, 1, 4]))
+        scores = tf.matmul(query, key, transpose_b=True) / (query.shape[-1] ** 0.5)
+        is_before = tf.linalg.band_part(tf.ones([shape[1], shape[1]], tf.bool), -1, 0)
+        weights = tf.nn.softmax(tf.where(is_before, scores, scores.dtype.min))
+        attended = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
+        return tf.reshape(attended, shape)
+
+    def _dropped(self, values: tf.Tensor, seeds: Iterator[tf.Tensor | None]) -> tf.Tensor:
+        seed = next(seeds)
+        if seed is None or not self._dropout:
+            return values
+        return tf.nn.experimental.stateless_dropout(values, self._dropout, seed)
+
+
+def _normal() -> tf.keras.initializers.Initializer:
+    return tf.keras.initializers.RandomNormal(stddev=0.02)
