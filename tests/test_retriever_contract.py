@@ -15,6 +15,7 @@ import pytest
 import scipy.sparse
 import tensorflow as tf
 
+from tests.serving.running_server import address_of
 from tfrs_pipeline.evaluation.baselines import EaseRetriever, IalsRetriever, PopularityRetriever
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
@@ -24,6 +25,7 @@ from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.dataset import TrainingBatches
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.index import ExactIndex, IndexRetriever, ScannIndex, ScannSettings
 from tfrs_pipeline.serving.retriever import load_retriever
 
@@ -50,15 +52,12 @@ class Problem:
         clicks = [row.indices + 1 for row in self.interactions]
         lists = RowLists.from_lists([np.zeros(0, int), *map(np.sort, clicks)])
         query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
-        others = [
-            np.setdiff1d(lists[query], [candidate])
-            for query, candidate in zip(query_rows.tolist(), lists.values, strict=True)
-        ]
         samples = Samples(
             query_rows=query_rows,
             candidate_rows=lists.values,
             weights=np.ones(len(query_rows), np.float32),
-            histories=RowLists.from_lists(others),
+            sequences=lists,
+            num_earlier=None,
             known_positives=lists,
             exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
             counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
@@ -183,6 +182,10 @@ def exported_scann(problem: Problem) -> Retriever:
     return load_retriever(problem.exported("scann"))
 
 
+def served_scann(problem: Problem) -> Retriever:
+    return ServedRetriever(address_of(problem.exported("scann")))
+
+
 def twin_of_scann(problem: Problem) -> Retriever:
     return load_retriever(problem.exported("scann"), exact=True)
 
@@ -197,10 +200,19 @@ FACTORIES: list[Factory] = [
     exported_exact,
     exported_scann,
     twin_of_scann,
+    served_scann,
 ]
 IGNORES_HISTORY = {popularity}
 NEEDS_HISTORY = {ease, ials}
-HAS_TIES = {exact, popularity, two_tower, exported_exact, exported_scann, twin_of_scann}
+HAS_TIES = {
+    exact,
+    popularity,
+    two_tower,
+    exported_exact,
+    exported_scann,
+    twin_of_scann,
+    served_scann,
+}
 
 
 @pytest.fixture(scope="session")

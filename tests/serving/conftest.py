@@ -51,6 +51,11 @@ class Served:
 
 @pytest.fixture(scope="session", params=["int", "str"])
 def served(request: pytest.FixtureRequest) -> Served:
+    return make_served(request.param)
+
+
+def make_served(ids: str) -> Served:
+    """Makes the model with ids of a type, "int" or "str"."""
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
     genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
@@ -79,7 +84,7 @@ def served(request: pytest.FixtureRequest) -> Served:
         rng.permutation(np.arange(1, NUM_CANDIDATES + 1))[: 2 * i].astype(np.int32)
         for i in range(NUM_QUERIES)
     ]
-    if request.param == "int":
+    if ids == "int":
         query_ids, candidate_ids = np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)

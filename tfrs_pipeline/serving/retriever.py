@@ -86,6 +86,11 @@ class LoadedRetriever:
         return _parse_id(text, self._item_dtype, "item")
 
     @property
+    def saved_model(self) -> Any:
+        """The model as `tf.saved_model.load` gives it: its signatures and its parts."""
+        return self._loaded
+
+    @property
     def num_candidates(self) -> int:
         """Size of the corpus."""
         return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)

@@ -1,0 +1,57 @@
+"""The client beside the model in memory; what a server refuses."""
+
+import socket
+
+import numpy as np
+import pytest
+
+from tests.serving.conftest import Served
+from tests.serving.running_server import address_of
+from tests.serving.test_server import write_version
+from tfrs_pipeline.serving.client import BLOCK, ServedRetriever
+
+
+@pytest.fixture(scope="module")
+def url(served: Served, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return address_of(write_version(served, tmp_path_factory.mktemp("client"), "exact").parent)
+
+
+def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str) -> None:
+    rng = np.random.default_rng(0)
+    users = [*served.query_ids.tolist(), None, 3.5, 10**30, "stranger"]
+    queries = [
+        {
+            "user_id": users[i % len(users)],
+            "history": rng.choice(served.candidate_ids, i % 6).tolist(),
+        }
+        for i in range(BLOCK + 7)
+    ]
+    exclude = [rng.choice(served.candidate_ids, i % 9) for i in range(len(queries))]
+    ids, scores = ServedRetriever(url).retrieve(queries, 11, exclude)
+    known = [q if q["user_id"] in served.query_ids else {"history": q["history"]} for q in queries]
+    expected_ids, expected_scores = served.in_memory.retrieve(known, 11, exclude)
+    assert ids.dtype == expected_ids.dtype
+    assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+
+
+def test_no_queries(url: str) -> None:
+    ids, scores = ServedRetriever(url).retrieve([], 4)
+    assert ids.shape == scores.shape == (0, 4)
+
+
+def test_a_refusal_is_the_servers_own_words(served: Served, url: str) -> None:
+    retriever = ServedRetriever(url + "/")
+    with pytest.raises(ValueError, match=r"k must be from 1 to 2000. Got: 5000"):
+        retriever.retrieve([{}], 5000)
+    with pytest.raises(ValueError, match=r"k must be 1 or more. Received: 0"):
+        retriever.retrieve([{}], 0)
+    with pytest.raises(ValueError, match=r"404 .*This server serves 'films'"):
+        ServedRetriever(url.replace("films", "songs"))
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(OSError, match="refused"):
+        ServedRetriever(f"http://127.0.0.1:{port}/v1/models/films")

@@ -1,0 +1,652 @@
+"""The server within this process: TensorFlow Serving's form, limits, hostile input, the page."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+from google.protobuf import json_format
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+from tfrs_pipeline.serving.server import ModelServer, create_app
+from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.versions import ServedVersion
+
+PREDICT = "/v1/models/films:predict"
+EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
+
+
+def write_version(served: Served, directory: Path, kind: str) -> Path:
+    """Exports a version; the check in a fresh process has its own tests."""
+    titles = [f"The {i}th Film" for i in range(NUM_CANDIDATES)]
+    titles[5] = EVIL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_prove", lambda *arguments: None)
+        return export.write_export(
+            directory,
+            "films",
+            module=served.module(kind),
+            twin=served.module("exact") if kind == "scann" else None,
+            manifest={"index": {"kind": kind}, "example_user": served.query_ids.tolist()[3]},
+            items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
+            probe_users=[],
+        )
+
+
+class Running:
+    """A started server, its loop in a thread; requests go straight to the application."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        self.server = ModelServer(model, ServeSettings(poll_seconds=0.05, **settings))
+        self.server.versions.load_first()
+        self.app = create_app(self.server)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> "Running":
+        self._thread.start()
+        self._stack = contextlib.AsyncExitStack()
+        self.run(self._open())
+        return self
+
+    async def _open(self) -> None:
+        await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
+        self.client = await self._stack.enter_async_context(client)
+
+    def __exit__(self, *error: object) -> None:
+        self.run(self._stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.run(self.client.get(path))
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return self.run(self.client.post(path, **options))
+
+    def predict(self, **document: Any) -> Any:
+        response = self.post(PREDICT, json=document)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "application/json"
+        return response.json()
+
+    def metric(self, name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+@pytest.fixture(scope="module", params=["exact", "scann"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(served: Served, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_version(served, tmp_path_factory.mktemp("models"), kind).parent
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Running]:
+    with Running(folder, batch_wait_ms=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedRetriever:
+    return load_retriever(folder)
+
+
+@pytest.fixture(scope="module")
+def int_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with integer ids and an exact index, for what has nothing to do with either."""
+    return write_version(make_served("int"), tmp_path_factory.mktemp("int"), "exact").parent
+
+
+@pytest.fixture(scope="module")
+def small(int_folder: Path) -> Iterator[Running]:
+    limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
+    with Running(int_folder, **limits, max_body_bytes=20_000, body_timeout_seconds=0.3) as running:
+        yield running
+
+
+def retrieve_user(users: list[Any], exclude: list[list[Any]], k: int) -> dict[str, Any]:
+    inputs = {"user_id": users, "exclude": exclude, "k": k}
+    return {"signature_name": "retrieve_user", "inputs": inputs}
+
+
+def check(answer: dict[str, Any], ids: np.ndarray, scores: np.ndarray) -> None:
+    """Compares an answer with one from Python."""
+    assert answer["candidate_ids"] == ids.tolist()
+    np.testing.assert_allclose(np.array(answer["scores"], np.float32), scores, rtol=1e-5)
+
+
+def test_users_by_rows_and_columns_get_what_python_gets(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    users = served.query_ids.tolist()
+    ids, scores, _ = loaded.retrieve_user(users, export.DEFAULT_K)
+    columns = running.predict(inputs=users)["outputs"]
+    check(columns, ids, scores)
+    assert columns["is_known_user"] == [True] * NUM_QUERIES
+    rows = running.predict(instances=users)["predictions"]
+    assert rows == [{name: columns[name][i] for name in columns} for i in range(NUM_QUERIES)]
+    named = [{"user_id": user} for user in users]
+    assert running.predict(instances=named)["predictions"] == rows
+
+
+def test_k_and_exclusions(served: Served, running: Running, loaded: LoadedRetriever) -> None:
+    users = served.query_ids[:2].tolist()
+    first = running.predict(**retrieve_user(users, [[], []], 4))["outputs"]
+    exclude = [[ids[0], ids[2]] for ids in first["candidate_ids"]]
+    second = running.predict(**retrieve_user(users, exclude, 4))["outputs"]
+    check(second, *loaded.retrieve_user(users, 4, exclude)[:2])
+    for before, after in zip(first["candidate_ids"], second["candidate_ids"], strict=True):
+        assert after[:2] == [before[1], before[3]]
+
+
+def test_a_history_given_with_the_query(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    history = served.candidate_ids[[3, 30, 12]].tolist()
+    nobody = -1 if served.query_ids.dtype == np.int64 else ""
+    inputs = {"user_id": [nobody], "history": [history], "exclude": [history[:1]], "k": 6}
+    answer = running.predict(signature_name="retrieve", inputs=inputs)["outputs"]
+    check(answer, *loaded.retrieve([{"history": history}], 6, [history[:1]]))
+    assert answer["is_known_user"] == [False]
+
+
+def test_empty_slots_are_minus_infinity_as_tensorflow_serving_writes_it(
+    served: Served, running: Running
+) -> None:
+    user = served.query_ids.tolist()[5]
+    response = running.post(PREDICT, json=retrieve_user([user], [[]], NUM_CANDIDATES))
+    assert "-Infinity]" in response.text
+    answer = response.json()["outputs"]
+    num_left = NUM_CANDIDATES - len(served.known(6))
+    empty = -1 if served.candidate_ids.dtype == np.int64 else ""
+    assert answer["candidate_ids"][0][num_left:] == [empty] * len(served.known(6))
+    assert empty not in answer["candidate_ids"][0][:num_left]
+    assert np.isneginf(answer["scores"][0][num_left:]).all()
+
+
+def test_a_request_of_no_query(served: Served, running: Running) -> None:
+    answer = running.predict(inputs=[])
+    assert answer == {"outputs": {"candidate_ids": [], "scores": [], "is_known_user": []}}
+
+
+def test_many_at_once_share_calls_and_each_gets_its_own(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    rng = np.random.default_rng(0)
+    users = rng.choice(served.query_ids, 60).tolist()
+    exclude = [rng.choice(served.candidate_ids, i % 7).tolist() for i in range(60)]
+    before = running.metric("tfrs_model_call_requests_count")
+
+    async def ask() -> list[httpx.Response]:
+        documents = [retrieve_user([u], [e], 9) for u, e in zip(users, exclude, strict=True)]
+        posts = [running.client.post(PREDICT, json=document) for document in documents]
+        return await asyncio.gather(*posts)
+
+    answers = [response.json()["outputs"] for response in running.run(ask())]
+    for user, left_out, answer in zip(users, exclude, answers, strict=True):
+        check(answer, *loaded.retrieve_user([user], 9, [left_out])[:2])
+    assert running.metric("tfrs_model_call_requests_count") - before < 60
+
+
+def test_state_and_metadata_are_tensorflow_servings_own_messages(
+    served: Served, running: Running, folder: Path
+) -> None:
+    from tensorflow.core.protobuf import saved_model_pb2
+    from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+
+    status = json_format.ParseDict(
+        running.get("/v1/models/films").json(), get_model_status_pb2.GetModelStatusResponse()
+    )
+    (version,) = status.model_version_status
+    assert (version.version, version.state) == (1, version.AVAILABLE)
+    assert (
+        running.get("/v1/models/films/versions/1").json() == running.get("/v1/models/films").json()
+    )
+    metadata = running.get("/v1/models/films/versions/1/metadata").json()
+    spec = json_format.ParseDict(metadata["model_spec"], model_pb2.ModelSpec())
+    assert (spec.name, spec.version.value) == ("films", 1)
+    signatures = json_format.ParseDict(
+        metadata["metadata"]["signature_def"], get_model_metadata_pb2.SignatureDefMap()
+    ).signature_def
+    saved = saved_model_pb2.SavedModel()
+    # The twin has the same signatures: a stock server takes the same requests.
+    twin = folder / "1" / "exact" / "1"
+    source = twin if twin.exists() else folder / "1"
+    saved.ParseFromString((source / "saved_model.pb").read_bytes())
+    expected = saved.meta_graphs[0].signature_def
+    assert set(export.SIGNATURES) <= set(signatures)
+    for name in export.SIGNATURES:
+        for side in ("inputs", "outputs"):
+            mine, theirs = getattr(signatures[name], side), getattr(expected[name], side)
+            assert set(mine) == set(theirs)
+            for key in mine:
+                assert mine[key].dtype == theirs[key].dtype
+                assert len(mine[key].tensor_shape.dim) == len(theirs[key].tensor_shape.dim)
+
+
+def test_a_request_by_tensorflow_servings_protos_is_the_rest_one(
+    served: Served, running: Running, folder: Path
+) -> None:
+    """What a gRPC client of TensorFlow Serving sends, put to the same signature, answers alike."""
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2
+
+    user, left_out = served.query_ids.tolist()[4], served.candidate_ids.tolist()[:3]
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "films", "retrieve_user"
+    id_type = tf.int64 if isinstance(user, int) else tf.string
+    request.inputs["user_id"].CopyFrom(tf.make_tensor_proto([user], id_type))
+    request.inputs["exclude"].CopyFrom(tf.make_tensor_proto([left_out], id_type))
+    request.inputs["k"].CopyFrom(tf.make_tensor_proto(7, tf.int32))
+    request = predict_pb2.PredictRequest.FromString(request.SerializeToString())
+    twin = folder / "1" / "exact" / "1"
+    loaded = tf.saved_model.load(str(twin if twin.exists() else folder / "1"))
+    signature = loaded.signatures[request.model_spec.signature_name]
+    tensors = {name: tf.constant(tf.make_ndarray(p)) for name, p in request.inputs.items()}
+    response = predict_pb2.PredictResponse()
+    for name, tensor in signature(**tensors).items():
+        response.outputs[name].CopyFrom(tf.make_tensor_proto(tensor))
+    expected = {name: tf.make_ndarray(p) for name, p in response.outputs.items()}
+    answer = running.predict(**retrieve_user([user], [left_out], 7))["outputs"]
+    ids = [i.decode() if isinstance(i, bytes) else i for i in expected["candidate_ids"][0]]
+    assert answer["candidate_ids"] == [ids]
+    np.testing.assert_allclose(answer["scores"], expected["scores"], rtol=1e-5)
+    assert answer["is_known_user"] == expected["is_known_user"].tolist()
+
+
+GOOD = retrieve_user([101], [[]], 5)
+TEXT = json.dumps(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/other/metadata", 404),
+        ("POST", "/v1/models/other:predict", 404),
+        ("POST", "/v1/models/films/versions/2:predict", 404),
+        ("POST", "/v1/models/films/versions/x:predict", 404),
+        ("POST", f"/v1/models/films/versions/{'9' * 400}:predict", 404),
+        ("GET", "/v1/models/films/versions/2", 404),
+        ("GET", "/v1/models/films/versions/2/metadata", 404),
+        ("GET", "/v1/models/films/versions/%D9%A1", 404),
+        ("GET", PREDICT, 405),
+        ("GET", "/v1/models/films/versions/1:predict", 405),
+        ("PUT", PREDICT, 405),
+        ("DELETE", "/v1/models/films", 405),
+        ("POST", "/v1/models/films", 405),
+        ("POST", "/metrics", 405),
+        ("GET", "/page/query", 405),
+        ("POST", "/v1/models/films:classify", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/../etc/passwd", 404),
+        ("GET", "/v1/models/films/metadata/x", 404),
+    ],
+)
+def test_wrong_addresses_and_methods(small: Running, method: str, path: str, status: int) -> None:
+    response = small.run(small.client.request(method, path, content=TEXT, follow_redirects=False))
+    assert response.status_code == status
+    assert set(response.json()) == {"error"}
+    if status == 405:
+        assert response.headers["allow"] in ("GET", "POST", "GET, HEAD", "HEAD, GET")
+
+
+HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
+    "not JSON": (400, {"content": "{"}),
+    "empty": (400, {"content": ""}),
+    "a list": (400, {"content": "[]"}),
+    "deep": (400, {"content": "[" * 10_000}),
+    "deep within": (400, {"content": '{"inputs":' * 1_000 + "1" + "}" * 1_000}),
+    "nan": (400, {"content": '{"inputs": [NaN]}'}),
+    "infinity": (400, {"content": '{"inputs": [-Infinity]}'}),
+    "a float": (400, {"content": '{"inputs": [1.5]}'}),
+    "huge integer": (400, {"content": '{"inputs": [%s]}' % ("9" * 30)}),
+    "thousands of digits": (400, {"content": '{"inputs": [%s]}' % ("9" * 9_000)}),
+    "null": (400, {"content": '{"inputs": null}'}),
+    "an object for a user": (400, {"json": {"inputs": [{"a": 1}]}}),
+    "wrong type": (400, {"json": retrieve_user(["101"], [[]], 5)}),
+    "huge k": (400, {"json": retrieve_user([101], [[]], 10**9)}),
+    "k beyond int32": (400, {"json": retrieve_user([101], [[]], 2**40)}),
+    "k of 0": (400, {"json": retrieve_user([101], [[]], 0)}),
+    "negative k": (400, {"json": retrieve_user([101], [[]], -3)}),
+    "k just too large": (400, {"json": retrieve_user([101], [[]], 101)}),
+    "k as a float": (400, {"json": retrieve_user([101], [[]], 5.0)}),  # type: ignore[arg-type]
+    "k as a bool": (400, {"json": retrieve_user([101], [[]], True)}),
+    "too many queries": (400, {"json": {"inputs": list(range(11))}}),
+    "too many excluded": (400, {"json": retrieve_user([101], [list(range(51))], 5)}),
+    "a million excluded": (413, {"json": retrieve_user([101], [list(range(1_000_000))], 5)}),
+    "too long a history": (
+        400,
+        {
+            "json": {
+                "signature_name": "retrieve",
+                "inputs": {"user_id": [1], "history": [[1] * 41], "exclude": [[]], "k": 1},
+            }
+        },
+    ),
+    "unknown signature": (400, {"json": {**GOOD, "signature_name": "__saved_model_init_op"}}),
+    "unknown input": (400, {"json": {"inputs": {"user_id": [1], "x": 2}}}),
+    "missing input": (400, {"json": {"signature_name": "retrieve_user", "inputs": {"k": 1}}}),
+    "binary": (400, {"content": bytes(range(256))}),
+    "a form": (415, {"files": {"file": b"x"}}),
+    "xml": (415, {"content": TEXT, "headers": {"content-type": "text/xml"}}),
+    "plain text": (415, {"content": TEXT, "headers": {"content-type": "text/plain"}}),
+    "compressed": (415, {"content": b"\x1f\x8b", "headers": {"content-encoding": "gzip"}}),
+    "long": (413, {"content": b" " * 20_001}),
+    "longer than what is read away": (413, {"content": b" " * 700_000}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_input_is_answered_and_not_felt(small: Running, case: str) -> None:
+    status, options = HOSTILE[case]
+
+    async def ask() -> list[httpx.Response]:
+        bad = small.client.post(PREDICT, **options)
+        return list(await asyncio.gather(bad, small.client.post(PREDICT, json=GOOD)))
+
+    bad, good = small.run(ask())
+    assert bad.status_code == status, bad.text
+    assert set(bad.json()) == {"error"}
+    assert len(bad.text) < 1000
+    assert good.status_code == 200
+    assert len(good.json()["outputs"]["candidate_ids"][0]) == 5
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json; charset=utf-8", "application/x-www-form-urlencoded", ""]
+)
+def test_what_clients_of_tensorflow_serving_send_as_type(small: Running, content_type: str) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    response = small.post(PREDICT, content=TEXT, headers=headers)
+    assert response.status_code == 200
+
+
+def test_limits_hold_at_their_edge(small: Running) -> None:
+    edge = retrieve_user([101] * 10, [list(range(50))] * 10, 100)
+    assert len(small.predict(**edge)["outputs"]["scores"]) == 10
+    padded = TEXT + " " * (20_000 - len(TEXT))
+    assert small.post(PREDICT, content=padded).status_code == 200
+
+
+def test_a_slow_body_is_timed_out_and_not_felt(small: Running) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield TEXT[:10].encode()
+        await asyncio.sleep(20)
+        yield TEXT[10:].encode()
+
+    async def ask() -> None:
+        start = time.monotonic()
+        slow = [asyncio.create_task(small.client.post(PREDICT, content=drip())) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert not any(task.done() for task in slow)
+        for response in await asyncio.gather(*slow):
+            assert response.status_code == 408
+            assert response.headers["connection"] == "close"
+            assert "0.3 seconds" in response.json()["error"]
+        assert time.monotonic() - start < 15
+
+    small.run(ask())
+
+
+def test_a_full_queue_says_when_to_come_again(int_folder: Path) -> None:
+    with Running(int_folder, max_waiting=1, batch=False) as running:
+        gate, called = threading.Event(), threading.Event()
+        index = running.server.versions.current.index
+        real = index.call
+
+        def held(*arguments: Any) -> Any:
+            called.set()
+            gate.wait(20)
+            return real(*arguments)
+
+        index.call = held  # type: ignore[method-assign, assignment]
+
+        async def ask() -> list[httpx.Response]:
+            first = asyncio.create_task(running.client.post(PREDICT, json=GOOD))
+            await asyncio.to_thread(called.wait, 20)
+            others = [asyncio.create_task(running.client.post(PREDICT, json=GOOD)) for _ in "abc"]
+            refused: list[asyncio.Task[httpx.Response]] = []
+            while len(refused) < 2:
+                await asyncio.sleep(0.01)
+                refused = [task for task in others if task.done()]
+            gate.set()
+            return await asyncio.gather(first, *others)
+
+        responses = running.run(ask())
+        assert sorted(response.status_code for response in responses) == [200, 200, 503, 503]
+        busy = next(response for response in responses if response.status_code == 503)
+        assert busy.headers["retry-after"] == "1"
+        assert "busy" in busy.json()["error"]
+        assert running.metric("tfrs_requests_total", handler="predict", code="503") == 2
+
+
+def test_an_inner_error_says_nothing_of_the_inside(int_folder: Path) -> None:
+    with Running(int_folder) as running:
+        index = running.server.versions.current.index
+
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("secret path")
+
+        index.call = fail  # type: ignore[method-assign, assignment]
+        response = running.post(PREDICT, json=GOOD)
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert running.metric("tfrs_requests_total", handler="predict", code="500") == 1
+
+
+def test_health_readiness_and_metrics(int_folder: Path) -> None:
+    with Running(int_folder) as running:
+        assert running.get("/healthz").text == "ok\n"
+        assert running.get("/readyz").text == "ok: films version 1\n"
+        for _ in range(3):
+            running.predict(instances=[101, 102])
+        running.post(PREDICT, content="{")
+        assert running.metric("tfrs_requests_total", handler="predict", code="200") == 3
+        assert running.metric("tfrs_requests_total", handler="predict", code="400") == 1
+        assert running.metric("tfrs_request_seconds_count", handler="predict") == 4
+        assert running.metric("tfrs_model_call_queries_sum") == 6
+        assert running.metric("tfrs_model_version", model="films") == 1
+        assert running.metric("tfrs_model_loads_total", outcome="ok") == 1
+        running.get("/" + "x" * 50)
+        assert "xxx" not in running.get("/metrics").text
+        running.run(asyncio.to_thread(running.server.batcher.stop))
+        assert running.get("/readyz").status_code == 503
+        assert running.get("/healthz").status_code == 200
+
+
+def put(source: Path, folder: Path, number: int) -> None:
+    partial = folder / f".partial-{number}"
+    shutil.copytree(source, partial)
+    os.rename(partial, folder / str(number))
+
+
+def test_new_versions_are_taken_up_without_a_failed_request(
+    int_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "films"
+    put(int_folder / "1", folder, 1)
+    with Running(folder) as running:
+
+        async def ask(end: asyncio.Event) -> list[int]:
+            codes = []
+            while not end.is_set():
+                codes.append((await running.client.post(PREDICT, json=GOOD)).status_code)
+            return codes
+
+        async def until(number: int, state: str) -> None:
+            while True:
+                statuses = (await running.client.get("/v1/models/films")).json()
+                for status in statuses["model_version_status"]:
+                    if (status["version"], status["state"]) == (str(number), state):
+                        return
+                await asyncio.sleep(0.02)
+
+        async def swap() -> list[int]:
+            end = asyncio.Event()
+            clients = [asyncio.create_task(ask(end)) for _ in range(4)]
+            for number in (2, 3):
+                await asyncio.to_thread(put, int_folder / "1", folder, number)
+                await asyncio.wait_for(until(number, "AVAILABLE"), 50)
+                await asyncio.wait_for(until(number - 1, "END"), 50)
+            end.set()
+            return [code for codes in await asyncio.gather(*clients) for code in codes]
+
+        assert running.get("/page/items").status_code == 200  # Reads the titles of version 1.
+        first = weakref.ref(running.server.versions.current)
+        codes = running.run(swap())
+        assert set(codes) == {200}
+        gc.collect()
+        assert first() is None
+        assert running.metric("tfrs_model_version") == 3
+        path = "/v1/models/films/versions/{}:predict"
+        assert running.post(path.format(3), json=GOOD).status_code == 200
+        assert running.post(path.format(1), json=GOOD).status_code == 404
+
+        # A broken one: its status says so, and the one before it goes on.
+        put(int_folder / "1", tmp_path / "films-broken", 4)
+        (tmp_path / "films-broken" / "4" / "saved_model.pb").write_bytes(b"not a model")
+        os.rename(tmp_path / "films-broken" / "4", folder / "4")
+        running.run(asyncio.wait_for(until(4, "END"), 50))
+        statuses = running.get("/v1/models/films/versions/4").json()["model_version_status"]
+        assert statuses[0]["status"]["error_code"] == "UNKNOWN"
+        assert "Version 4 cannot be loaded" in statuses[0]["status"]["error_message"]
+        assert running.metric("tfrs_model_loads_total", outcome="failed") == 1
+        assert running.metric("tfrs_model_version") == 3
+        assert running.get("/readyz").text == "ok: films version 3\n"
+        running.predict(**GOOD)
+
+
+def test_the_page_is_one_file_that_asks_nobody_else(running: Running) -> None:
+    response = running.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for outside in ("http://", "https://", "//cdn", "src=", "@import", "innerHTML"):
+        assert outside not in response.text
+
+
+def test_the_page_shows_the_card_of_the_model(served: Served, running: Running, kind: str) -> None:
+    card = running.get("/page/model").json()
+    assert (card["name"], card["version"], card["num_candidates"]) == ("films", 1, NUM_CANDIDATES)
+    assert card["example_user"] == served.query_ids.tolist()[3]
+    assert card["can_compare"] == (kind == "scann")
+
+
+def test_items_are_found_by_title_and_id(served: Served, running: Running) -> None:
+    def find(words: str) -> list[Any]:
+        response = running.run(running.client.get("/page/items", params={"search": words}))
+        return [item["item_id"] for item in response.json()["items"]]
+
+    ids = served.candidate_ids.tolist()
+    assert find("the 7TH film") == [ids[7]]
+    assert find("  7th ") == [i for i in ids if ids.index(i) % 10 == 7]
+    assert find("quoted") == [ids[5]]
+    assert find(str(ids[59])) == [ids[59]]
+    assert len(find("film")) == 20
+    assert find("") == find("no such film") == find("\n") == []
+    # Nothing is found across the border of two titles.
+    assert find(f"{ids[7]} the 8th") == []
+
+
+def test_the_page_retrieves_for_a_user_and_for_items(
+    served: Served, running: Running, loaded: LoadedRetriever, kind: str
+) -> None:
+    user = served.query_ids.tolist()[2]
+    answer = running.post("/page/query", json={"user_id": str(user), "k": 6}).json()
+    ids, scores, _ = loaded.retrieve_user([user], 6)
+    items = answer["index"]["items"]
+    assert [item["item_id"] for item in items] == ids[0].tolist()
+    np.testing.assert_allclose([item["score"] for item in items], scores[0], rtol=1e-4)
+    titles = loaded.titles()
+    assert [item["title"] for item in items] == [titles[id_] for id_ in ids[0].tolist()]
+    assert answer["index"]["is_known_user"]
+    assert answer["index"]["latency_ms"] > 0
+    if kind == "scann":
+        assert answer["num_common"] == 6
+        assert [i["item_id"] for i in answer["exact"]["items"]] == ids[0].tolist()
+    else:
+        assert answer["exact"] is None
+    history = served.candidate_ids[[4, 9]].tolist()
+    answer = running.post("/page/query", json={"items": history, "k": 5}).json()
+    expected, _ = loaded.retrieve([{"history": history}], 5, [history])
+    assert [item["item_id"] for item in answer["index"]["items"]] == expected[0].tolist()
+    everything = running.post("/page/query", json={"items": history, "k": 100}).json()
+    found = {item["item_id"] for item in everything["index"]["items"]}
+    assert found == set(served.candidate_ids.tolist()) - set(history)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {},
+        {"user_id": "1", "items": [3]},
+        {"user_id": "one"},
+        {"user_id": 10**30},
+        {"user_id": None},
+        {"user_id": [1]},
+        {"items": []},
+        {"items": [3] * 41},
+        {"items": ["x"]},
+        {"items": 3},
+        {"user_id": "1", "k": 0},
+        {"user_id": "1", "k": 101},
+        {"user_id": "1", "k": "3"},
+        {"user_id": "1", "n": 3},
+        {"user_id": "\ud800"},
+    ],
+    ids=str,
+)
+def test_the_page_refuses_what_is_no_query(small: Running, query: dict[str, Any]) -> None:
+    response = small.post("/page/query", content=json.dumps(query))
+    assert response.status_code == 400
+    assert set(response.json()) == {"error"}
+
+
+def test_a_released_version_leaves_no_index_behind(folder: Path, kind: str) -> None:
+    import tensorflow as tf
+
+    version = ServedVersion(folder / "1", with_exact=False)
+    if kind == "exact":  # Holds nothing that TensorFlow keeps by name.
+        version.release()
+        return
+    handle = version.index.retriever.saved_model._index._state.recreate_handle()
+    version.release()
+    with pytest.raises(tf.errors.NotFoundError):
+        tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=False)
+
+
+def test_without_the_page_no_twin_is_loaded(folder: Path, kind: str) -> None:
+    with Running(folder, page=False) as running:
+        version = running.server.versions.current
+        assert version.exact is (version.index if kind == "exact" else None)
+        for path in ("/", "/page/model"):
+            assert running.get(path).status_code == 404

@@ -1,0 +1,226 @@
+"""`tfrs-pipeline serve` as a user runs it: flags, sockets, signals."""
+
+import builtins
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.conftest import make_served
+from tests.serving.test_server import GOOD, PREDICT, TEXT, write_version
+from tfrs_pipeline import cli
+from tfrs_pipeline.serving import server
+from tfrs_pipeline.serving.settings import ServeSettings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with a ScaNN index: its op must be there in a fresh process."""
+    return write_version(make_served("int"), tmp_path_factory.mktemp("served"), "scann").parent
+
+
+@pytest.fixture
+def process(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    model = tmp_path / "films"
+    shutil.copytree(folder, model)
+    command = [sys.executable, "-m", "tfrs_pipeline.cli", "serve", str(model), "--port", "0"]
+    flags = ["--poll-seconds", "0.1", "--body-timeout-seconds", "3", "--max-body-bytes", "100000"]
+    running = subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    yield running
+    running.kill()
+    running.communicate()
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert re.fullmatch(r"serving .* at http://127\.0\.0\.1:\d+\n", line)
+    return int(line.rsplit(":", 1)[1])
+
+
+def begun(port: int, num_bytes: int) -> socket.socket:
+    """Opens a connection and sends a request but for the end of its body."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(TEXT)}\r\n\r\n"
+    connection.sendall((head + TEXT[:num_bytes]).encode())
+    return connection
+
+
+def answer_of(connection: socket.socket) -> str:
+    """Reads until the server closes the connection."""
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+    return data.decode()
+
+
+def begins_to_stop(port: int) -> None:
+    """Waits until no new connection is taken."""
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("still listening after 30 s")
+
+
+@pytest.mark.slow
+def test_slow_and_long_bodies_a_new_version_and_sigterm(
+    process: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    port = port_of(process)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        slow = [begun(port, 20) for _ in range(20)]
+        assert client.post(PREDICT, json=GOOD).status_code == 200
+        for connection in slow:
+            text = answer_of(connection)
+            assert text.startswith("HTTP/1.1 408 ")
+            assert '{"error":"The body did not come within 3 seconds."}' in text
+        long = client.post(PREDICT, content=b"x" * 1_000_000)
+        assert long.status_code == 413
+        garbage = socket.create_connection(("127.0.0.1", port), timeout=30)
+        garbage.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        assert answer_of(garbage).startswith("HTTP/1.1 400 ")
+
+        codes: list[int] = []
+        end = threading.Event()
+
+        def ask() -> None:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as own:
+                while not end.is_set():
+                    codes.append(own.post(PREDICT, json=GOOD).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        models = tmp_path / "films"
+        shutil.copytree(models / "1", models / ".partial")
+        os.rename(models / ".partial", models / "2")
+        while client.get("/readyz").text != "ok: films version 2\n":
+            time.sleep(0.05)
+        end.set()
+        for thread in threads:
+            thread.join()
+        assert set(codes) == {200}
+
+        # What is under way when the signal comes is answered.
+        late = begun(port, 20)
+        client.get("/healthz")  # The server has read the request's beginning by now.
+        process.send_signal(signal.SIGTERM)
+        begins_to_stop(port)
+        late.sendall(TEXT[20:].encode())
+        text = answer_of(late)
+        assert text.startswith("HTTP/1.1 200 ")
+        assert len(json.loads(text.partition("\r\n\r\n")[2])["outputs"]["scores"][0]) == 5
+    assert process.wait(60) == 0
+    assert process.stderr is not None
+    log = process.stderr.read()
+    assert "films: version 2 in use" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_without_an_error(process: subprocess.Popen[str]) -> None:
+    port = port_of(process)
+    assert httpx.post(f"http://127.0.0.1:{port}{PREDICT}", json=GOOD).status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    code = cli.main(["serve", *map(str, arguments)])
+    return code, capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        code, err = run(capsys, folder, "--port", other.getsockname()[1])
+    assert code == 1
+    assert "Cannot listen on 127.0.0.1" in err
+    assert "Try --port 0" in err
+
+
+def test_wrong_flags_and_folders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, folder, "--max-k", "0")[0] == 2
+    assert run(capsys, folder, "--port", "70000")[0] == 2
+    code, err = run(capsys, tmp_path)
+    assert code == 1
+    assert f"No exported model at '{tmp_path}'" in err
+
+
+def test_flags_become_settings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *arguments: got.extend(arguments))
+    flags = ["--host", "::1", "--batch-wait-ms", "2.5", "--no-batch", "--no-page", "--max-k", "7"]
+    assert run(capsys, folder, *flags)[0] == 0
+    assert got[0] == folder
+    expected = ServeSettings(host="::1", batch_wait_ms=2.5, batch=False, page=False, max_k=7)
+    assert got[1] == expected
+
+
+def test_every_setting_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in ServeSettings.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert field.description
+        assert field.description[:50] in text
+
+
+def test_without_the_extra_the_message_says_what_to_install(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without_uvicorn(name: str, *arguments: Any) -> Any:
+        if name == "uvicorn":
+            raise ModuleNotFoundError("No module named 'uvicorn'")
+        return real(name, *arguments)
+
+    monkeypatch.delitem(sys.modules, "tfrs_pipeline.serving.server")
+    monkeypatch.setattr(builtins, "__import__", without_uvicorn)
+    code, err = run(capsys, folder)
+    assert code == 1
+    assert "pip install 'tfrs-pipeline[serve]'" in err
+    assert "No module named 'uvicorn'" in err
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.com")),
+    ],
+)
+def test_an_address_of_a_network_is_told_from_this_machines(host: str, is_local: bool) -> None:
+    assert server._is_local(host) == is_local
+
+
+def test_answers_are_sent_at_once() -> None:
+    # asyncio switches Nagle's algorithm off only where the protocol is named; with it on, every
+    # answer waits for the client's delayed acknowledgement.
+    with server._bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

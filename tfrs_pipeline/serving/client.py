@@ -1,0 +1,115 @@
+"""A served model as a `Retriever`: over HTTP, from a process without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.evaluation.topk import check_one_each
+from tfrs_pipeline.retrieval import Query
+
+BLOCK = 64
+
+
+class ServedRetriever:
+    """A `Retriever` on a server: this package's or TensorFlow Serving.
+
+    Args:
+        url: Of the model, such as "http://127.0.0.1:8501/v1/models/movielens-100k".
+        timeout_seconds: Longest time for a request.
+
+    Raises:
+        OSError: If the server cannot be reached.
+        ValueError: If it has no such model.
+    """
+
+    def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:
+        self._url = url.rstrip("/")
+        self._timeout_seconds = timeout_seconds
+        metadata = self._ask("/metadata", None)["metadata"]
+        inputs = metadata["signature_def"]["signature_def"]["retrieve"]["inputs"]
+        self._users_are_text = inputs["user_id"]["dtype"] == "DT_STRING"
+        self._items_are_text = inputs["history"]["dtype"] == "DT_STRING"
+
+    def retrieve(
+        self,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Sequence[Collection[Any]] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
+
+        `user_id` and `history` are read. Nothing is left out but `exclude`.
+
+        Raises:
+            ValueError: If the server refuses the request, as for a k beyond its limit.
+            OSError: If it does not answer, or with an error of its own.
+        """
+        if k < 1:
+            raise ValueError(f"k must be 1 or more. Received: {k}")
+        if exclude is None:
+            exclude = [()] * len(queries)
+        check_one_each("exclude", exclude, len(queries))
+        ids = np.full((len(queries), k), "" if self._items_are_text else -1)
+        ids = ids.astype(object if self._items_are_text else np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for start in range(0, len(queries), BLOCK):
+            block = slice(start, start + BLOCK)
+            ids[block], scores[block] = self._retrieve(queries[block], k, exclude[block])
+        return ids, scores
+
+    def _retrieve(
+        self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]]
+    ) -> tuple[list[list[Any]], list[list[float]]]:
+        nobody = _empty(self._users_are_text)
+        users = [query.get("user_id", nobody) for query in queries]
+        histories = [query.get("history", ()) for query in queries]
+        inputs = {
+            "user_id": [
+                nobody if (plain := _plain(u, self._users_are_text)) is None else plain
+                for u in users
+            ],
+            "history": _padded(histories, self._items_are_text),
+            "exclude": _padded(exclude, self._items_are_text),
+            "k": k,
+        }
+        answer = self._ask(":predict", {"signature_name": "retrieve", "inputs": inputs})["outputs"]
+        return answer["candidate_ids"], answer["scores"]
+
+    def _ask(self, path: str, document: Any) -> Any:
+        body = None if document is None else json.dumps(document).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout_seconds) as answer:
+                # Python's reader knows the bare word -Infinity of empty slots.
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            message = f"{self._url}: {error.code} {error.read().decode(errors='replace')[:500]}"
+            if error.code < 500:
+                raise ValueError(message) from None
+            raise OSError(message) from None
+
+
+def _empty(is_text: bool) -> Any:
+    return "" if is_text else -1
+
+
+def _plain(id_: Any, is_text: bool) -> Any:
+    """Returns an id as JSON writes it; None for one that the model cannot know."""
+    if is_text:
+        return id_ if isinstance(id_, str) else None
+    is_integer = isinstance(id_, int | np.integer) and -(2**63) <= id_ < 2**63
+    return int(id_) if is_integer else None
+
+
+def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
+    """Makes lists of one length; ids that the model cannot know are left out."""
+    known = [[p for id_ in ids if (p := _plain(id_, is_text)) is not None] for ids in lists]
+    width = max(map(len, known), default=0)
+    return [[*ids, *[_empty(is_text)] * (width - len(ids))] for ids in known]
