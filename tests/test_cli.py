@@ -260,7 +260,7 @@ def test_the_folder_of_a_run_gives_the_settings_to_go_on_with(
         ("query", "the following arguments are required: MODEL, --user"),
         ("query model --user 3 -k ten", "argument -k: invalid int value: 'ten'"),
         ("query model --user 3 -k 0", "-k: got 0; must be 1 or more"),
-        ("serve", "argument COMMAND: invalid choice: 'serve'"),
+        ("server", "argument COMMAND: invalid choice: 'server'"),
         ("", "the following arguments are required: COMMAND"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfrs_pipeline.config import (
+    RUN_PRESETS,
     Config,
     ConfigError,
     DataConfig,
@@ -28,6 +29,7 @@ from tfrs_pipeline.config import (
     dump_config,
     load_config,
     main_job_config,
+    with_preset,
     with_settings,
 )
 from tfrs_pipeline.events.schema import Stage
@@ -99,7 +101,7 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
         "sed: unknown setting; did you mean 'seed'?",
         "training.learning_rte: unknown setting; did you mean 'learning_rate'?",
         "training.patience: got 0; must be greater than 0",
-        "training.optimizer: got 'sgd'; must be 'adagrad' or 'adam'",
+        "training.optimizer: got 'sgd'; must be 'adagrad', 'adam' or 'lazy_adam'",
     }
 
 
@@ -506,3 +508,49 @@ def test_exposed_items_are_negatives_only_for_who_insists(settings: dict[str, An
     with pytest.raises(ConfigError, match=r"never a negative.*allow_exposed_as_negatives"):
         SamplesConfig(**settings)
     assert SamplesConfig(**settings, allow_exposed_as_negatives=True)
+
+
+@pytest.mark.parametrize("name", RUN_PRESETS)
+def test_presets_of_runs_go_with_the_main_job_and_with_clicks(tmp_path: Path, name: str) -> None:
+    clicks = RunConfig(data={"source": "clicks", "path": "clicks.csv"})
+    for base in (main_job_config(), clicks):
+        config = with_preset(base, name)
+        assert config != base
+        assert load(tmp_path, dump_config(config)) == config
+        assert with_preset(config, name) == config
+        assert config.data.path == base.data.path
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'sequence'"):
+        with_preset(main_job_config(), "sequences")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"samples.in_batch": True}, "samples.in_batch.*alpha 1"),
+        ({"samples.resampling": "power_law"}, "resampling_as.*'weights'"),
+        ({"model.history_pooling": (), "model.use_user_id": True}, "history_pooling"),
+        ({"model.correction": "streaming"}, "model.correction.*no in-batch"),
+        ({"training.batch_size": 64}, "training.batch_size.*must be 402 or more"),
+    ],
+)
+def test_what_does_not_go_with_all_positions_is_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_settings(with_preset(main_job_config(), "sequence"), changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"history_pooling": ("attention",), "attention_heads": 3}, "must divide embedding_dim 64"),
+        ({"share_item_embedding": True, "use_candidate_id": False}, "needs use_candidate_id"),
+        ({"candidate_bias": True, "use_candidate_id": False}, "needs use_candidate_id"),
+    ],
+)
+def test_towers_that_cannot_be_built_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**changed)

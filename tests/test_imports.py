@@ -36,6 +36,8 @@ WITHOUT_TENSORFLOW = (
     "samples.builder",
     "samples.mixture",
     "samples.hard_negatives",
+    "serving.settings",
+    "serving.client",
 )
 
 

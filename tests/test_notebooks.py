@@ -106,7 +106,7 @@ def test_quickstart_runs_on_a_small_log_without_network(
 
 def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
-    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "1")
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")  # Mined after the first.
     cells = run(SAMPLING, tmp_path, monkeypatch)
     assert "150,000" in outputs(cells["funnel"])
     for plan in ("mixed_uncorrected", "in_batch_uncorrected", "resampled_0.6"):

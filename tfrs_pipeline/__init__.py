@@ -22,6 +22,7 @@ _PUBLIC = {
     "dump_config": "config",
     "load_config": "config",
     "main_job_config": "config",
+    "with_preset": "config",
     "with_settings": "config",
 }
 

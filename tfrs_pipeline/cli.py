@@ -24,13 +24,16 @@ from rich.table import Table
 from rich.text import Text
 
 from tfrs_pipeline.config import (
+    RUN_PRESETS,
     Config,
     ConfigError,
     RunConfig,
     load_config,
     main_job_config,
+    preset_settings,
     with_settings,
 )
+from tfrs_pipeline.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import Comparison
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands, common)
     _add_report(commands, common)
     _add_query(commands, common)
+    _add_serve(commands, common)
     return parser
 
 
@@ -132,7 +136,8 @@ def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         "run",
         parents=[common],
         allow_abbrev=False,
-        usage="tfrs-pipeline run [--config FILE] [--run-dir DIR] [--SETTING VALUE ...]",
+        usage="tfrs-pipeline run [--config FILE] [--run-dir DIR] [--preset NAME] "
+        "[--SETTING VALUE ...]",
         help="Train, evaluate and export a model.",
         description=(
             "Trains a two-tower retrieval model, compares it with baselines and exports it with "
@@ -148,6 +153,12 @@ def _add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Folder of the run; one that holds a stopped run resumes it. Default: a new one in "
         "runs/.",
+    )
+    goods = "; ".join(f"{name}: {good_for}" for name, (good_for, _) in RUN_PRESETS.items())
+    run.add_argument(
+        "--preset",
+        metavar="{" + ",".join(RUN_PRESETS) + "}",
+        help=f"Settings by what they are good for, which flags may replace. {goods}.",
     )
     _add_settings(run, RunConfig, without=("compare",))
     run.set_defaults(command=_run, parser=run)
@@ -326,7 +337,9 @@ def _work(
 ) -> int:
     """Does long work in a folder, which says how to go on if it is stopped."""
     given = _settings_of(options)
-    config = with_settings(_base_config(options, given), given)
+    # At once: a flag may mend what a preset alone would not go with.
+    preset = preset_settings(options.preset) if getattr(options, "preset", None) else {}
+    config = with_settings(_base_config(options, given), {**preset, **given})
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = options.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()
@@ -528,6 +541,48 @@ def _query(options: argparse.Namespace) -> int:
     console.print(table)
     if len(found) < options.k:
         _say(console, f"Only {len(found)} items are left for this user.")
+    return 0
+
+
+def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
+    serve = commands.add_parser(
+        "serve",
+        parents=[common],
+        allow_abbrev=False,
+        help="Serve an exported model over HTTP.",
+        description=(
+            "Answers TensorFlow Serving's REST requests for a model, picks up its new versions, "
+            "and has a page to try it on. Listens on this machine alone unless --host says "
+            "otherwise; docs/serving.md says what a network takes. SIGTERM or Ctrl-C stops it."
+        ),
+    )
+    serve.add_argument(
+        "model", type=Path, metavar="MODEL", help="Folder saved_models/NAME[/VERSION]."
+    )
+    for name, field in ServeSettings.model_fields.items():
+        is_switch = field.annotation is bool
+        serve.add_argument(
+            "--" + name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} (default: {_shown(field.default)})".replace("%", "%%"),
+            **({"action": argparse.BooleanOptionalAction} if is_switch else {}),
+            **({} if is_switch else {"metavar": _metavar(field.annotation)}),
+        )
+    serve.set_defaults(command=_serve, parser=serve)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    given = {k: v for k, v in vars(options).items() if k in ServeSettings.model_fields}
+    settings = ServeSettings(**given)
+    from tfrs_pipeline.serving.server import serve
+
+    # What went wrong is in the answers too, but a server's log must say when.
+    logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
+    serve(
+        options.model,
+        settings,
+        lambda address: print(f"serving {options.model} at {address}", flush=True),
+    )
     return 0
 
 

@@ -198,6 +198,10 @@ def sampling_plans(
         "samples.resampling": "none",
     }
     notes: list[str] = []
+    if config.training.positions == "all":
+        # For every plan alike: in-batch negatives are positives of single examples.
+        common["training.positions"] = "one"
+        notes.append("every plan is trained with training.positions 'one'")
     plans: list[Plan] = []
 
     def add(name: str, **changed: Any) -> None:

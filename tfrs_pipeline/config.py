@@ -20,7 +20,16 @@ import tomli_w
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import ErrorDetails
 
-FeatureKind: TypeAlias = Literal["categorical", "multi_categorical", "numeric", "text"]
+FeatureKind: TypeAlias = Literal[
+    "categorical",
+    "hashed",
+    "multi_categorical",
+    "text",
+    "numeric",
+    "bucketized",
+    "timestamp",
+    "vector",
+]
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 PlanKind: TypeAlias = Literal[
     "in_batch_uncorrected",
@@ -131,21 +140,25 @@ class DataConfig(Config):
     """Ratings at or above this are clicks, those below are exposures; only for ratings, which need
     it."""
     timestamp_unit: Literal["s", "ms", "us", "ns"] | None = None
-    """Unit of timestamps that are stored as numbers."""
+    """Unit of timestamps that are stored as numbers, those of features too."""
     label: dict[str, PositiveFloat] = {}
     """Columns that make an exposed event a positive, each with the weight that it adds, such as
     is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand (long_view in
     its cut of Parquet files), effective_view in recflow."""
     time_zone: str | None = None
-    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris."""
+    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris; those of
+    features too."""
     ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
     item_features: dict[str, FeatureKind] = {}
-    """Columns of the item table that the model reads, and the kind of each."""
+    """Columns of the item table that the model reads, and the kind of each: categorical, or hashed
+    for very many values; multi_categorical; text; numeric, or bucketized for a number whose effect
+    is no straight line; timestamp; vector, a list of numbers from another model."""
     user_features: dict[str, FeatureKind] = {}
-    """Columns of the user table that the model reads, and the kind of each."""
+    """Columns of the user table that the model reads, and the kind of each, as of items."""
     list_separator: str = Field("|", min_length=1)
-    """What separates the values of a multi_categorical feature in a CSV file."""
+    """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
+    CSV file."""
     unknown_items: Literal["keep", "drop", "error"] = "keep"
     """What to do with events whose item is not in the item table: keep them with empty features,
     drop and count them, or stop."""
@@ -403,16 +416,36 @@ class ModelConfig(Config):
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
     """Whether the candidate tower has an embedding for each item id."""
-    history_pooling: tuple[Literal["mean", "recency"], ...] = ("mean", "recency")
-    """How the history's embeddings are pooled: a plain mean, one weighted by recency, or both."""
+    unknown_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the ids that training takes for unknown, at random: it trains what stands for a new
+    user or item, besides its features."""
+    candidate_bias: bool = False
+    """Whether each item has a number of its own that is added to its scores."""
+    share_item_embedding: bool = False
+    """Whether the history's items have the same embedding as the candidates."""
+    history_pooling: tuple[Literal["mean", "recency", "attention"], ...] = ("mean", "recency")
+    """How the history becomes a vector: a plain mean, one weighted by recency, causal
+    self-attention, or several of them."""
     recency_decay: float = Field(0.85, gt=0, le=1)
     """Weight of a step back in the history, relative to the step after it."""
     history_dropout: float = Field(0.5, ge=0, lt=1)
     """Share of the history's items that is dropped at random in training."""
+    attention_blocks: PositiveInt = 2
+    """Blocks of the self-attention, with history_pooling attention."""
+    attention_heads: PositiveInt = 2
+    """Heads of each block of the self-attention; must divide embedding_dim."""
+    attention_dropout: float = Field(0.2, ge=0, lt=1)
+    """Share of the activations of the self-attention that is dropped at random in training."""
     feature_dim: PositiveInt = 4
     """Length of the embedding of each feature."""
+    feature_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the features that is taken for missing at random in training."""
+    combination: Literal["concat", "sum"] = "concat"
+    """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
+    brought to embedding_dim and added up."""
     normalize: bool = True
-    """Whether embeddings have length 1, so that scores are cosines."""
+    """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
+    one."""
     temperature: PositiveFloat = 0.15
     """What scores are divided by in the loss."""
     correction: Literal["mixture", "streaming", "none"] = "mixture"
@@ -420,6 +453,9 @@ class ModelConfig(Config):
     training counts, or with the popularity of positives estimated from the batches so far."""
     correct_positive: bool = False
     """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
+    score_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which training multiplies embeddings; bfloat16 is less exact and, where the machine
+    has it, faster."""
     frequency_learning_rate: float = Field(0.01, gt=0, le=1)
     """Weight of an item's latest gap in its popularity, with correction 'streaming'."""
 
@@ -429,6 +465,15 @@ class ModelConfig(Config):
             _refuse([("correct_positive", "has no effect with correction 'none'")])
         if len(set(self.history_pooling)) < len(self.history_pooling):
             _refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
+        if "attention" in self.history_pooling and self.embedding_dim % self.attention_heads:
+            message = f"got {self.attention_heads}; must divide embedding_dim {self.embedding_dim}"
+            _refuse([("attention_heads", message)])
+        if self.share_item_embedding and not self.history_pooling:
+            _refuse([("share_item_embedding", "has no effect without history_pooling")])
+        if not self.use_candidate_id:
+            for name in ("share_item_embedding", "candidate_bias"):
+                if getattr(self, name):
+                    _refuse([(name, "needs use_candidate_id")])
         return self
 
 
@@ -437,12 +482,23 @@ class TrainingConfig(Config):
 
     batch_size: int = Field(1024, ge=2)
     """Positives in a batch."""
+    positions: Literal["one", "all"] = "one"
+    """Whether each positive is an example by itself, or one pass over a user's sequence trains all
+    its positions; then batches have about batch_size positives."""
     max_epochs: PositiveInt = 30
     """Epochs at most."""
-    optimizer: Literal["adagrad", "adam"] = "adam"
-    """Optimizer."""
+    optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"
+    """Optimizer; lazy_adam is Adam that updates only the rows of a table that a batch has, and
+    costs what they do, where adam goes over the whole table each step."""
     learning_rate: PositiveFloat = 0.002
-    """Step size of the optimizer."""
+    """Step size of the optimizer; with a warm-up or a decay, its peak."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the step size rises from 0 to its peak."""
+    decay: Literal["none", "cosine", "linear"] = "none"
+    """How the step size falls after the warm-up, over the steps of max_epochs; a training that
+    stops early stops on the way, and the second training goes the same way, epoch by epoch."""
+    decay_to: float = Field(0.0, ge=0, le=1)
+    """Share of the peak that the decay ends at."""
     patience: PositiveInt = 3
     """Epochs without a better validation metric after which training stops."""
     monitor: str = "ndcg@100"
@@ -450,13 +506,22 @@ class TrainingConfig(Config):
     refit: bool = True
     """Whether to train again on training and validation events for the chosen number of epochs;
     held-out users are never trained on."""
+    tensorboard: bool = False
+    """Whether to write event files for TensorBoard beside the checkpoints: loss, step size,
+    validation metrics with the recall of tail items, range of log_q, share of masked columns,
+    norms of embeddings, once an epoch."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        _refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
             message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
-            _refuse([("monitor", f"got {self.monitor!r}; {message}")])
-        return self
+            yield "monitor", f"got {self.monitor!r}; {message}"
+        if self.decay_to and self.decay == "none":
+            yield "decay_to", f"got {self.decay_to} with decay 'none', where it has no effect"
 
 
 class EvaluationConfig(Config):
@@ -624,6 +689,8 @@ class RunConfig(Config):
             )
         if model.correction == "streaming":
             yield from self._counting()
+        if self.training.positions == "all":
+            yield from self._sequence_problems()
         if not (model.use_user_id or model.history_pooling or self.data.user_features):
             yield (
                 "model",
@@ -633,6 +700,34 @@ class RunConfig(Config):
             yield (
                 "model",
                 "the candidate tower reads nothing: set use_candidate_id or item_features",
+            )
+
+    def _sequence_problems(self) -> Iterator[tuple[str, str]]:
+        """Yields what does not go with training all positions of a sequence at once."""
+        samples, reason = self.samples, "with training.positions 'all'"
+        if samples.in_batch:
+            yield (
+                "samples.in_batch",
+                f"got yes {reason}: a batch holds whole sequences and is no fair draw; set it to "
+                "no, and use an easy_negatives sampler with alpha 1, which draws as often",
+            )
+        if samples.resampling != "none" and samples.resampling_as == "drawing":
+            yield "samples.resampling_as", f"got 'drawing' {reason}: use 'weights'"
+        if not self.model.history_pooling:
+            yield "model.history_pooling", f"got none {reason}, which reads the history"
+        if not self.data.ordered:
+            yield (
+                "training.positions",
+                "got 'all', and the log has no order (data.ordered is no): use 'one'",
+            )
+        if self.model.correction == "streaming":
+            yield "model.correction", f"got 'streaming' {reason}, which has no in-batch negatives"
+        shortest = 2 * (samples.history_length + 1)
+        if self.training.batch_size < shortest:
+            yield (
+                "training.batch_size",
+                f"got {self.training.batch_size} {reason}: must be {shortest} or more, twice "
+                "(samples.history_length + 1)",
             )
 
     def _counting(self) -> Iterator[tuple[str, str]]:
@@ -668,6 +763,73 @@ def main_job_config() -> RunConfig:
         ),
         export=ExportConfig(name="movielens-100k", index="scann"),
     )
+
+
+_NO_IN_BATCH = {"samples.in_batch": False, "training.positions": "all"}
+# Name -> what it is good for, and the settings that it changes, by dotted name.
+RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quick": (
+        "a first look at a log with an order: small embeddings, histories pooled at all positions "
+        "at once, ten epochs at most, popularity as the only baseline",
+        {
+            **_NO_IN_BATCH,
+            "samples.easy_negatives": ({"alpha": 0, "num": 256}, {"alpha": 0.75, "num": 256}),
+            "model.embedding_dim": 32,
+            "training.max_epochs": 10,
+            "training.patience": 2,
+            "training.learning_rate": 0.004,
+            "evaluation.uncorrected": False,
+            "evaluation.baselines": ("popularity",),
+        },
+    ),
+    "ids": (
+        "a fixed set of users without an order in their events: an embedding a user and an item, "
+        "no history, no features; whoever is not in the log gets the answer for an unknown user",
+        {
+            "data.item_features": {},
+            "data.user_features": {},
+            "model.use_user_id": True,
+            "model.history_pooling": (),
+            "model.unknown_rate": 0.01,
+            "model.combination": "sum",
+        },
+    ),
+    "sequence": (
+        "logs in which the order of the events tells what comes next: causal self-attention over "
+        "the history, trained at all positions at once",
+        {
+            **_NO_IN_BATCH,
+            "samples.history_length": 200,
+            "samples.easy_negatives": ({"alpha": 0, "num": 512}, {"alpha": 0.75, "num": 512}),
+            "model.history_pooling": ("attention",),
+            "model.share_item_embedding": True,
+            "model.combination": "sum",
+            "model.history_dropout": 0.2,
+            "training.max_epochs": 100,
+        },
+    ),
+}
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """Returns what a preset in `RUN_PRESETS` changes, by dotted name.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    if name not in RUN_PRESETS:
+        message = f"unknown preset {name!r}; {_suggest(name, list(RUN_PRESETS))}"
+        raise ConfigError([("preset", message)])
+    return RUN_PRESETS[name][1]
+
+
+def with_preset(config: RunConfig, name: str) -> RunConfig:
+    """Returns the settings with those of a preset in `RUN_PRESETS` replaced.
+
+    Raises:
+        ConfigError: If there is no such preset, or it does not go with the other settings.
+    """
+    return with_settings(config, preset_settings(name))
 
 
 def load_config(path: Path | str) -> RunConfig:

@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ from tfrs_pipeline.samples.positives import (
     power_law_rate,
     select_positives,
 )
+from tfrs_pipeline.samples.sequences import SequenceBatches
 from tfrs_pipeline.serving.export import LIBRARIES, RetrievalModule, file_hash, write_export
 from tfrs_pipeline.serving.index import (
     ExactIndex,
@@ -393,7 +394,6 @@ def training_samples(
             tables,
             split.filter(split["part"].isin(list(parts))),
             folder,
-            history_length=config.samples.history_length,
             seed=config.seed,
             order=_history_order(split, config.data),
             hard_negatives=hard_negative_rules(config.samples),
@@ -411,8 +411,11 @@ def read_corpus(tables: Tables, samples_folder: Path) -> Corpus:
     candidate_ids, query_ids = read_ids(samples_folder)
     items = tables.items.order_by("item_id").to_pyarrow()
     users = tables.users.order_by("user_id").to_pyarrow()
-    candidate_features, candidate_columns = _encode(items, tables.item_features)
-    query_features, query_columns = _encode(users, tables.user_features)
+    end = None
+    if "timestamp" in tables.events.columns:
+        end = tables.events["timestamp"].max().to_pyarrow().as_py()
+    candidate_features, candidate_columns = _encode(items, tables.item_features, end)
+    query_features, query_columns = _encode(users, tables.user_features, end)
     return Corpus(
         candidate_ids,
         query_ids,
@@ -466,23 +469,28 @@ def training_batches(
         samples = dataclasses.replace(samples, hard_pools={**samples.hard_pools, MINED: nothing})
     rate = resampling_rate(config.samples, samples.counts)
     is_drawn = config.samples.resampling_as == "drawing"
+    common: dict[str, Any] = {
+        "batch_size": config.training.batch_size,
+        "easy_negatives": [(easy.alpha, easy.num) for easy in config.samples.easy_negatives],
+        "history_length": config.samples.history_length,
+        "seed": config.seed if seed is None else seed,
+        "mask_known_positives": config.samples.mask_known_positives,
+        "mask_exposed": config.samples.mask_exposed,
+        "hard_share": config.samples.hard_share,
+        "hard_negatives": [
+            (hard.stage, hard.share, hard.num) for hard in config.samples.hard_negatives
+        ],
+        "positive_weight": None if is_drawn else rate,
+    }
+    if config.training.positions == "all":
+        return SequenceBatches(samples, **common)
     return TrainingBatches(
         samples,
-        batch_size=config.training.batch_size,
-        easy_negatives=[(sampler.alpha, sampler.num) for sampler in config.samples.easy_negatives],
-        history_length=config.samples.history_length,
-        seed=config.seed if seed is None else seed,
         in_batch=config.samples.in_batch,
-        mask_known_positives=config.samples.mask_known_positives,
-        mask_exposed=config.samples.mask_exposed,
-        hard_share=config.samples.hard_share,
-        hard_negatives=[
-            (sampler.stage, sampler.share, sampler.num) for sampler in config.samples.hard_negatives
-        ],
         positive_rate=rate if is_drawn else None,
-        positive_weight=None if is_drawn else rate,
         bank_batches=config.samples.bank_batches,
         frequency="streaming" if config.model.correction == "streaming" else "counted",
+        **common,
     )
 
 
@@ -582,6 +590,7 @@ def train_model(
     *,
     validation_queries: EvaluationQueries | None = None,
     max_epochs: int | None = None,
+    decay_epochs: int | None = None,
     max_seconds: float | None = None,
     before_epochs: BeforeEpochs | None = None,
     name: str = "two_tower",
@@ -598,6 +607,8 @@ def train_model(
         validation_queries: Queries that choose the epoch to keep and stop the training early; None
             trains all epochs and keeps the last.
         max_epochs: Epochs at most; None is the config's number.
+        decay_epochs: Epochs that the decay of the step size goes over; None is the config's
+            `max_epochs`, whatever `max_epochs` here: a second training goes the way of the first.
         max_seconds: No epoch is begun after this time.
         before_epochs: What prepares the batches, such as `mined_pools`.
         name: Of the model.
@@ -606,7 +617,15 @@ def train_model(
 
     Returns:
         The model with its best weights, and how it got there.
+
+    Raises:
+        ValueError: If event files are asked for and there is no folder for them.
     """
+    if config.training.tensorboard and checkpoint_folder is None:
+        raise ValueError(
+            "training.tensorboard writes into the folder of the checkpoints, and there is none: "
+            "pass checkpoint_folder, or set training.tensorboard to false."
+        )
     tf.keras.utils.set_random_seed(config.seed)
     cutoffs = config.evaluation.cutoffs
     model = build_model(
@@ -622,18 +641,27 @@ def train_model(
         if validation_queries is not None
         else None
     )
+    tensorboard_folder = None
+    if config.training.tensorboard and checkpoint_folder is not None:
+        tensorboard_folder = checkpoint_folder / "tensorboard"
+        model.report_tail(popularity_slices(batches.counts[1:])["tail"])
     result = train(
         model,
         batches,
         max_epochs=config.training.max_epochs if max_epochs is None else max_epochs,
         optimizer=config.training.optimizer,
         learning_rate=config.training.learning_rate,
+        warmup_steps=config.training.warmup_steps,
+        decay=config.training.decay,
+        decay_to=config.training.decay_to,
+        decay_epochs=decay_epochs or config.training.max_epochs,
         validation=validation,
         monitor=config.training.monitor,
         patience=config.training.patience,
         max_seconds=max_seconds,
         before_epochs=before_epochs,
         checkpoint_folder=checkpoint_folder,
+        tensorboard_folder=tensorboard_folder,
         on_epoch=on_epoch,
     )
     return model, result
@@ -932,7 +960,8 @@ def _retriever_of_rows(
     encoder = QueryEncoder(model, query_rows, candidate_rows)
     embeddings = model.embed_corpus()
     probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
-    queries = [query_of_sample(samples, i) for i in probes.tolist()]
+    length = config.samples.history_length
+    queries = [query_of_sample(samples, i, length) for i in probes.tolist()]
     index, _ = build_scann_index(
         embeddings, encoder(queries), k=PROMISED_K, target_recall=config.export.target_recall
     )
@@ -961,12 +990,15 @@ def _describe_mining(reports: Mapping[int, MiningReport]) -> list[str]:
 
 
 def _encode(
-    table: pa.Table, kinds: Mapping[str, Any]
+    table: pa.Table, kinds: Mapping[str, Any], end: datetime | None
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
+    """Fits and encodes features; ages count from the end of the log, if it has times."""
     features, columns = [], {}
     for name, kind in kinds.items():
-        column = table[name].to_pylist()
-        features.append(Feature.fit(name, kind, column, min_count=2 if kind == "text" else 1))
+        # Vectors as arrays: a Python float a number would take 8 times the memory.
+        column = table[name].to_numpy() if kind == "vector" else table[name].to_pylist()
+        min_count = 2 if kind == "text" else 1
+        features.append(Feature.fit(name, kind, column, min_count=min_count, reference=end))
         columns[name] = features[-1].encode(column)
     return tuple(features), columns
 
@@ -1023,6 +1055,8 @@ def train_and_refit(
     """
     model_config = model_config or config.model
     max_epochs = max_epochs or config.training.max_epochs
+    # Of both trainings: the second one stops at the chosen epoch, at the step size that it had.
+    decay_epochs = max_epochs
     notes: list[str] = []
 
     def fit(
@@ -1046,6 +1080,7 @@ def train_and_refit(
             batches,
             validation_queries=validation,
             max_epochs=max_epochs,
+            decay_epochs=decay_epochs,
             max_seconds=max_seconds,
             before_epochs=mining,
             name=name,
