@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.model.training import OPTIMIZERS
+from tfrs_pipeline.model.optimizers import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.dataset import TrainingBatches
@@ -74,18 +74,14 @@ def make_samples(num_candidates: int, num_samples: int, seed: int) -> Samples:
     users = 1 + np.sort(rng.integers(num_users, size=num_samples))
     rows = draw(num_samples)
     starts = np.searchsorted(users, users)
-    lengths = np.minimum(np.arange(num_samples) - starts, HISTORY_LENGTH)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    # Most recent first: entry j of sample i is sample i - 1 - j.
-    sample = np.repeat(np.arange(num_samples), lengths)
-    histories = RowLists(offsets, rows[sample - 1 - (np.arange(offsets[-1]) - offsets[sample])])
     known = sorted_lists(users, rows)
     exposed = sorted_lists(1 + rng.integers(num_users, size=num_samples), draw(num_samples))
     return Samples(
         query_rows=users.astype(np.int32),
         candidate_rows=rows,
         weights=np.ones(num_samples, np.float32),
-        histories=histories,
+        sequences=_lists(users, rows, num_users + 1),
+        num_earlier=(np.arange(num_samples) - starts).astype(np.int32),
         known_positives=known,
         exposed=exposed,
         counts=np.bincount(rows, minlength=num_candidates + 1),
@@ -149,7 +145,7 @@ def measure_training(samples: Samples, seed: int, steps: int, rounds: int) -> di
         history_pooling=(),
         history_length=HISTORY_LENGTH,
     )
-    model.compile(optimizer=OPTIMIZERS["adagrad"](0.05))
+    model.compile(optimizer=make_optimizer("adagrad", 0.05))
     one_batch = next(iter(batches.dataset(num_steps=1)))
     repeated = tf.data.Dataset.from_tensors(one_batch).repeat()
     place = iter(range(0, 2**31, steps))

@@ -133,7 +133,6 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             simulation.tables,
             split.filter(split["part"] == "train"),
             folder,
-            history_length=50,
             seed=seed,
             hard_negatives=rules,
         )

@@ -36,13 +36,11 @@ from tfrs_pipeline import RunConfig, main_job_config, with_settings
 
 # isort: split
 import numpy as np
-import tensorflow as tf
-import tensorflow_recommenders as tfrs
 from record import write_json
+from tutorial import NUM_EPOCHS, NUM_EPOCHS_CORRECTED, fit_tutorial
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.events.schema import Tables
 from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.model.queries import exact_retriever
@@ -56,16 +54,11 @@ from tfrs_pipeline.pipeline import (
     training_batches,
     training_samples,
 )
-from tfrs_pipeline.retrieval import Query, Retriever
+from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.samples.builder import Samples
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
 EXCLUDES: tuple[Literal["clicked", "seen"], ...] = ("clicked", "seen")
-
-TUTORIAL_DIM = 32
-TUTORIAL_BATCH_SIZE = 8192
-TUTORIAL_LEARNING_RATE = 0.1
-TUTORIAL_SHUFFLE = 100_000
 
 
 @dataclass(frozen=True)
@@ -92,58 +85,16 @@ class Task:
 Fitted = tuple[Retriever, dict[str, Any]]
 
 
-class TutorialModel(tfrs.Model):
-    """The model of TFRS' "Recommending movies: retrieval", its metrics left out of training."""
-
-    def __init__(self, user_ids: Sequence[str], item_ids: Sequence[str]) -> None:
-        super().__init__()
-        self.user_model = _tutorial_tower(user_ids)
-        self.item_model = _tutorial_tower(item_ids)
-        self.task = tfrs.tasks.Retrieval()
-
-    def compute_loss(self, features: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Computes the summed loss of a batch of user_id, item_id and sampling_probability."""
-        del training
-        return self.task(
-            self.user_model(features["user_id"]),
-            self.item_model(features["item_id"]),
-            candidate_sampling_probability=features.get("sampling_probability"),
-            # They change no weight and take most of the time.
-            compute_metrics=False,
-        )
-
-
-def _tutorial_tower(ids: Sequence[str]) -> tf.keras.Model:
-    return tf.keras.Sequential(
-        [
-            tf.keras.layers.StringLookup(vocabulary=list(ids), mask_token=None),
-            tf.keras.layers.Embedding(len(ids) + 1, TUTORIAL_DIM),
-        ]
-    )
-
-
-def fit_tutorial(task: Task, *, num_epochs: int, corrected: bool) -> Fitted:
+def fit_tutorial_model(task: Task, *, num_epochs: int, corrected: bool) -> Fitted:
     """Trains the tutorial's model; a query is a user's id, whatever the history."""
-    tf.keras.utils.set_random_seed(task.config.seed)
-    user_ids = task.corpus.query_ids.astype(str)
-    item_ids = task.corpus.candidate_ids.astype(str)
-    rows = task.final.candidate_rows
-    features = {"user_id": user_ids[task.final.query_rows - 1], "item_id": item_ids[rows - 1]}
-    if corrected:
-        share = task.final.counts / task.final.counts.sum()
-        features["sampling_probability"] = share[rows].astype(np.float32)
-    pairs = tf.data.Dataset.from_tensor_slices(features)
-    # The tutorial's order of calls: the same batches come again in each epoch.
-    batches = pairs.shuffle(TUTORIAL_SHUFFLE).batch(TUTORIAL_BATCH_SIZE).cache()
-    model = TutorialModel(user_ids.tolist(), item_ids.tolist())
-    model.compile(optimizer=tf.keras.optimizers.Adagrad(TUTORIAL_LEARNING_RATE))
-    model.fit(batches, epochs=num_epochs, verbose=0)
-
-    def embed_queries(queries: Sequence[Query]) -> np.ndarray:
-        return model.user_model(tf.constant([str(query["user_id"]) for query in queries])).numpy()
-
-    candidates = model.item_model(tf.constant(item_ids.tolist())).numpy()
-    retriever = ExactRetriever(task.corpus.candidate_ids, candidates, embed_queries)
+    retriever = fit_tutorial(
+        task.final,
+        task.corpus.query_ids,
+        task.corpus.candidate_ids,
+        num_epochs=num_epochs,
+        corrected=corrected,
+        seed=task.config.seed,
+    )
     return retriever, {"num_epochs": num_epochs}
 
 
@@ -189,8 +140,10 @@ def fit_baseline(task: Task, name: str) -> Fitted:
 UNCORRECTED = {"model.correction": "none"}
 IN_BATCH = {"samples.easy_negatives": ()}
 MODELS: dict[str, Callable[[Task], Fitted]] = {
-    "tutorial": lambda task: fit_tutorial(task, num_epochs=3, corrected=False),
-    "tutorial_corrected": lambda task: fit_tutorial(task, num_epochs=20, corrected=True),
+    "tutorial": lambda task: fit_tutorial_model(task, num_epochs=NUM_EPOCHS, corrected=False),
+    "tutorial_corrected": lambda task: fit_tutorial_model(
+        task, num_epochs=NUM_EPOCHS_CORRECTED, corrected=True
+    ),
     "two_tower": lambda task: fit_two_tower(task, {}),
     "two_tower_uncorrected": lambda task: fit_two_tower(task, UNCORRECTED),
     "in_batch": lambda task: fit_two_tower(task, IN_BATCH),
