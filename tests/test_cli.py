@@ -374,7 +374,7 @@ def test_a_run_says_what_it_did_and_where_things_lie(of_int: Run) -> None:
         *("model", "ndcg@20", "recall@20", "recall@5", "tail/recall@20", "coverage@5", "mrr@5"),
     ]
     for name in ("two_tower", "popularity"):
-        (row,) = (line for line in lines if line.startswith(f"{name} "))
+        (row,) = (line for line in lines if line.startswith(f"{name}  "))
         assert len(row) == len(header)
     for name in ("metrics.json", "config.toml", "report.html"):
         assert (of_int.folder / RUN / name).exists()
@@ -610,3 +610,24 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(state.read_text())["epoch"] == 50
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").exists()
+
+
+def test_a_verdict_follows_the_interval() -> None:
+    def x(mean: float | None, low: float | None, high: float | None) -> dict[str, float | None]:
+        return {"mean": mean, "low": low, "high": high}
+
+    lines = list(
+        cli._verdicts(
+            {
+                "ease": {"ndcg@9": x(0.02, 0.01, 0.03), "recall@3": x(-0.2, -0.3, -0.1)},
+                "ials": {"ndcg@9": x(0.0, -0.1, 0.1), "recall@3": x(None, None, None)},
+                "popularity": {"ndcg@9": x(None, None, None), "recall@3": x(None, None, None)},
+            },
+            ["ndcg@9", "recall@3"],
+        )
+    )
+    assert lines == [
+        "two_tower against ease: ndcg@9 +0.0200 [+0.0100, +0.0300], better; "
+        "recall@3 -0.2000 [-0.3000, -0.1000], worse",
+        "two_tower against ials: ndcg@9 +0.0000 [-0.1000, +0.1000], no clear difference",
+    ]

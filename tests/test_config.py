@@ -344,7 +344,7 @@ def test_features_need_the_file_that_holds_them() -> None:
     ],
 )
 def test_a_setting_without_effect_is_refused(source: str, settings: dict[str, Any]) -> None:
-    ((name, message),) = problems(DataConfig, source=source, path="x.csv", **settings).items()
+    ((name, message),) = problems(DataConfig, source=source, path="x", **settings).items()
     assert name in settings
     assert message.startswith(f"has no effect with source '{source}'")
 
@@ -554,3 +554,8 @@ def test_what_does_not_go_with_all_positions_is_refused(
 def test_towers_that_cannot_be_built_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**changed)
+
+
+def test_a_file_without_a_source_is_told_which_sources_read_one() -> None:
+    found = problems(DataConfig, path="clicks.csv")
+    assert "'clicks', 'events' and 'ratings'" in found["source"]

@@ -167,7 +167,8 @@ def finished(request: pytest.FixtureRequest) -> Finished:
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     """What of the metrics must come out the same again."""
     # The notes hold how many positives a second were trained.
-    return {name: value for name, value in metrics.items() if name not in ("seconds", "notes")}
+    other = ("seconds", "notes", "export_folder")
+    return {name: value for name, value in metrics.items() if name not in other}
 
 
 # What a run reports
@@ -375,7 +376,8 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     left = [row for row in rows[:-9] if row["item_id"] not in lost]
     notes = reports["data"].notes
     assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 2} items, {NUM_USERS} users"
-    assert notes[1:] == [
+    assert re.fullmatch(r"from 2023-11-14 22:13 to 2023-11-\d\d \d\d:\d\d UTC", notes[1])
+    assert notes[2:] == [
         f"dropped {num_lost:,} rows: item is not in the item table",
         f"dropped {len(repeated):,} rows: repeats an earlier event",
     ]
@@ -511,6 +513,14 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     # No epoch was run twice.
     epochs = [step for step in told if step[1] and ", " in step[0] and "ease" not in step[0]]
     assert max(Counter(epochs).values()) == 1
+
+
+def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finished) -> None:
+    reports: list[StageReport] = []
+    again = run(of_ratings.config, of_ratings.folder, on_stage=reports.append)
+    assert again.export_folder == of_ratings.result.export_folder
+    assert [report.name for report in reports] == ["finished before"]
+    assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
 
 
 def test_a_folder_of_another_run_is_refused(of_stages: Finished) -> None:

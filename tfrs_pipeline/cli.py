@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+# Of progress, where the output is no terminal.
+SECONDS_BETWEEN_LINES = 15.0
 PROGRAM = "tfrs-pipeline"
 
 
@@ -399,7 +401,15 @@ def _progress(console: Console) -> Iterator[tuple[Any, Any]]:
     )
     bar.add_task("starting", total=None, count="")
 
+    said = time.monotonic()
+
     def on_progress(name: str, done: int, total: int) -> None:
+        nonlocal said
+        if not console.is_terminal:  # No bar: a line now and then.
+            if total and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                _say(console, f"    {name} {done:,}/{total:,}")
+            return
         (task,) = bar.tasks
         if task.description != name:  # A task cannot lose its total, nor start its clock again.
             bar.remove_task(task.id)
@@ -429,6 +439,8 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
     left_out = {"clicked": ", clicked items left out", "seen": ", seen items left out", "none": ""}
     _say(console, f"\nOn the test part{left_out[config.evaluation.exclude]}:")
     _say(console, table)
+    for line in _verdicts(result.metrics["differences"], [f"ndcg@{longest}", f"recall@{shortest}"]):
+        _say(console, line)
     _say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
     _say(console, f"config   {result.folder / 'config.toml'}")
     _say(console, f"report   {result.folder / 'report.html'}")
@@ -437,6 +449,22 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
     command = [_program(), "query", str(result.export_folder.parent)]
     command += ["--user", str(manifest["example_user"]), "-k", "10"]
     _say(console, f"\nnext:  {shlex.join(command)}")
+
+
+def _verdicts(
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
+) -> Iterator[str]:
+    """Says of each other model whether two_tower is better, by 95% intervals of the difference."""
+    for other, by_metric in differences.items():
+        found = []
+        for metric in metrics:
+            x = by_metric[metric]
+            if x["low"] is None:  # No query, or one alone: nothing to tell.
+                continue
+            word = "better" if x["low"] > 0 else "worse" if x["high"] < 0 else "no clear difference"
+            found.append(f"{metric} {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}], {word}")
+        if found:
+            yield f"two_tower against {other}: {'; '.join(found)}"
 
 
 def _print_comparison(console: Console, config: RunConfig, result: Comparison) -> None:

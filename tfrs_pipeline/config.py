@@ -174,6 +174,10 @@ class DataConfig(Config):
     def _source_problems(self) -> Iterator[tuple[str, str]]:
         """Yields what the source needs and lacks, and what was set although it has no effect."""
         files = ("events", "clicks", "ratings")
+        is_file = self.path is not None and self.path.suffix in (".csv", ".parquet")
+        if self.source == "movielens-100k" and is_file:
+            message = "one of 'clicks', 'events' and 'ratings' reads a file of your own"
+            yield "source", f"got {self.source!r} with the path {self.path}; {message}"
         if self.source != "movielens-100k" and self.path is None:
             yield "path", f"required for source {self.source!r}: the file or folder of its events"
         if self.source == "ratings" and self.rating_threshold is None:
@@ -770,7 +774,7 @@ _NO_IN_BATCH = {"samples.in_batch": False, "training.positions": "all"}
 RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
         "a first look at a log with an order: small embeddings, histories pooled at all positions "
-        "at once, ten epochs at most, popularity as the only baseline",
+        "at once, ten epochs at most, popularity and EASE beside it",
         {
             **_NO_IN_BATCH,
             "samples.easy_negatives": ({"alpha": 0, "num": 256}, {"alpha": 0.75, "num": 256}),
@@ -779,7 +783,7 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.patience": 2,
             "training.learning_rate": 0.004,
             "evaluation.uncorrected": False,
-            "evaluation.baselines": ("popularity",),
+            "evaluation.baselines": ("popularity", "ease"),
         },
     ),
     "ids": (

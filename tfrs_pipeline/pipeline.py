@@ -191,7 +191,8 @@ def run(
     """Runs the whole pipeline.
 
     A folder that holds a stopped run of the same config is resumed: finished data and samples are
-    kept, training goes on from its last epoch.
+    kept, training goes on from its last epoch. A finished run whose export is still there is given
+    back as it is: another export would be another version for a server to take up.
 
     Args:
         config: What to do.
@@ -207,6 +208,9 @@ def run(
             (`DataError`).
     """
     claim_folder(config, folder)
+    if (finished := _finished_run(folder)) is not None:
+        on_stage(StageReport("finished before", ["its results follow; nothing was done"]))
+        return finished
     stage = Stages(on_stage, on_progress)
     with stage("data") as report:
         tables, report.notes = stored_data(config.data, folder / "data")
@@ -285,10 +289,21 @@ def run(
         )
         report.notes += _describe_index(metrics["index"], corpus)
         report.notes.append("a fresh process loaded the export and gave the same answers")
+    metrics["export_folder"] = str(export_folder)
     metrics["notes"] = stage.notes
     metrics["seconds"] = stage.seconds
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     return RunResult(folder, export_folder, metrics)
+
+
+def _finished_run(folder: Path) -> RunResult | None:
+    """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    metrics = json.loads(path.read_text())
+    export_folder = Path(metrics["export_folder"])
+    return RunResult(folder, export_folder, metrics) if export_folder.is_dir() else None
 
 
 def load_data(config: DataConfig) -> Tables:
@@ -853,6 +868,11 @@ def stored_data(config: DataConfig, folder: Path) -> tuple[Tables, list[str]]:
         )
     }
     notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
+    if "timestamp" in tables.events.columns:
+        times = tables.events["timestamp"]
+        first, last = (value.to_pyarrow().as_py() for value in (times.min(), times.max()))
+        # A wrong unit shows here.
+        notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
     notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
     if not tables.dropped:
         notes.append("dropped nothing")

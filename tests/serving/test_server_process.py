@@ -204,7 +204,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without_uvicorn)
     code, err = run(capsys, folder)
     assert code == 1
-    assert "pip install 'tfrs-pipeline[serve]'" in err
+    assert "pip install -c constraints.txt -e '.[serve]'" in err
     assert "No module named 'uvicorn'" in err
 
 

@@ -369,7 +369,8 @@ def evaluation_queries(split: ibis.Table, part: EvaluationPart) -> EvaluationQue
     )
     if rows.num_rows == 0:
         raise DataError(
-            f"The {part} part has no positive. Make its share larger, or the cut earlier."
+            f"The {part} part has no positive. Make its share larger or the cut earlier, or keep "
+            "users with fewer positives: split.min_positives leaves out those with less."
         )
     columns = {name: rows[name].to_numpy() for name in rows.column_names}
     user_ids = columns["user_id"]

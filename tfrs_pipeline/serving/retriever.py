@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.index import load_scann_ops
+
+# What a `Retriever` may be asked with; `features` are not read by this one.
+_QUERY_KEYS = ("user_id", "history", "features")
 
 
 class LoadedRetriever:
@@ -42,7 +46,11 @@ class LoadedRetriever:
 
         `user_id` and `history` are read. Nothing is left out but `exclude`: not what the user is
         known to have clicked.
+
+        Raises:
+            ValueError: If a query holds another key than `user_id`, `history` and `features`.
         """
+        _check_keys(queries)
         users = [query.get("user_id", _empty(self._user_dtype)) for query in queries]
         answer = self._loaded.signatures["retrieve"](
             user_id=_ids(users, self._user_dtype),
@@ -137,6 +145,15 @@ def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
             )
         folder = folder / str(versions[-1])
     return LoadedRetriever(folder, exact=exact)
+
+
+def _check_keys(queries: Sequence[Query]) -> None:
+    """Refuses a misspelt key: its query would have the answer for an empty history."""
+    for query in queries:
+        if unknown := sorted(set(query) - set(_QUERY_KEYS)):
+            near = difflib.get_close_matches(unknown[0], _QUERY_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_QUERY_KEYS)}"
+            raise ValueError(f"Unknown key {unknown[0]!r} in a query; {hint}")
 
 
 def _checked_k(k: int) -> tf.Tensor:

@@ -31,7 +31,8 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 except ImportError as missing:
     raise ImportError(
-        f"The server needs the extra 'serve': pip install 'tfrs-pipeline[serve]'. "
+        "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
+        f"project's folder. "
         f"The import said: {missing}"
     ) from missing
 
