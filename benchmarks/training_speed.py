@@ -3,8 +3,8 @@
 Speed: positives a second of `fit`, and a CPU second of the process, all loops in turn, some epochs
 each, several rounds; ratios are taken round by round, medians are reported. Each loop runs once
 before, so that tracing and the tutorial's cache do not count. Ids alone, 32-d, batch 8192, likes of
-the training part; the tutorial's loop with its Adagrad of 0.1, the package's with lazy_adam of 0.03,
-chosen on validation.
+the training part; the tutorial's loop with its Adagrad of 0.1, the package's with lazy_adam of
+0.03, chosen on validation.
 
     tutorial              the tutorial's loop as it stands, its FactorizedTopK metrics in training
     tutorial_no_metrics   the same with compute_metrics=False
@@ -68,8 +68,8 @@ CLOCKS: dict[str, Callable[[], float]] = {
     "second": time.perf_counter,
     "cpu_second": time.process_time,
 }
-# Ids alone, as the tutorial's towers are, with its batch. Not with its optimizer: its loss is a sum,
-# the package's a mean, whose gradients are small beside what Adagrad begins with.
+# Ids alone, as the tutorial's towers are, with its batch. Not with its optimizer: its loss is a
+# sum, the package's a mean, whose gradients are small beside what Adagrad begins with.
 LIKE_TUTORIAL = {
     "data.item_features": {},
     "data.user_features": {},
@@ -312,7 +312,7 @@ def measure_time_to_target(task: Task, options: argparse.Namespace) -> dict[str,
 
 
 def _ids_alone(task: Task) -> Task:
-    """Takes the features away, and sets the tutorial's sizes, batch and optimizer."""
+    """Takes the features away, and sets the tutorial's sizes and batch."""
     corpus = dataclasses.replace(
         task.corpus,
         candidate_features=(),
