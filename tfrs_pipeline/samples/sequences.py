@@ -151,9 +151,10 @@ class SequenceBatches(TrainingBatches):
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         """Draws an epoch: the windows of each of its batches, a function of (seed, epoch)."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = epoch, self._draw_epoch(epoch)
-        return self._drawn[1]
+        drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
+        if drawn is None or drawn[0] != epoch:
+            drawn = self._drawn = epoch, self._draw_epoch(epoch)
+        return drawn[1]
 
     def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self._seed, _ORDER_STREAM, epoch])
