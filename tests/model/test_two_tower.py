@@ -227,7 +227,7 @@ class Stopped(Exception):
     """Stands for a kill in the middle of a run."""
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "lazy_adam"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "lazy_adam"])
 @pytest.mark.parametrize("positions", ["one", "all"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     problem: Problem, tmp_path: Path, optimizer: str, positions: str
