@@ -33,7 +33,7 @@ NUM_TIME_VALUES = 5
 
 _NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
 _LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")
-_DAY = 86_400.0
+DAY_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Feature:
 
     The hash is the FarmHash fingerprint of the value as text (`tf.strings.to_hash_bucket_fast`):
     the same in every process, which Python's own is not, promised never to change, and there in a
-    TensorFlow graph too.
+    TensorFlow graph too. `RawFeatures` encodes all kinds in a graph.
 
     Args:
         name: Column name.
@@ -110,18 +110,18 @@ class Feature:
                 are not finite, or are all missing.
         """
         if kind == "numeric":
-            mean, scale = _moments(_numbers(column))
+            mean, scale = _moments(to_numbers(column))
             return cls(name, kind, mean=mean, scale=scale)
         if kind == "bucketized":
-            return cls(name, kind, boundaries=_boundaries(_numbers(column)))
+            return cls(name, kind, boundaries=_boundaries(to_numbers(column)))
         if kind == "timestamp":
             return cls._fit_times(name, column, reference)
         if kind == "vector":
-            vectors = _vectors(name, column)
+            vectors = to_vectors(name, column)
             known = vectors[~np.isnan(vectors[:, 0])].astype(np.float64)
             scale = float(np.sqrt((known**2).sum(axis=1).mean())) or 1.0
             return cls(name, kind, num_values=vectors.shape[1], scale=scale)
-        rows = [_values(kind, value) for value in column]
+        rows = [to_values(kind, value) for value in column]
         counts = Counter(value for row in rows for value in set(row))
         if kind == "hashed":
             buckets = bucket_count(
@@ -139,10 +139,10 @@ class Feature:
     def _fit_times(
         cls, name: str, column: Sequence[Any] | np.ndarray, reference: datetime | None
     ) -> Feature:
-        seconds = _seconds(name, column)
+        seconds = to_seconds(name, column)
         known = seconds[~np.isnan(seconds)]
         if reference is not None:
-            start = float(_seconds(name, [reference])[0])
+            start = float(to_seconds(name, [reference])[0])
         else:
             start = float(known.max()) if len(known) else 0.0
         if len(known) and known.min() >= start and known.max() > start:
@@ -173,32 +173,37 @@ class Feature:
                 ones, or numbers that are not finite.
         """
         if self.kind == "numeric":
-            return ((_numbers(column) - self.mean) / self.scale).astype(np.float32)
+            return ((to_numbers(column) - self.mean) / self.scale).astype(np.float32)
         if self.kind == "bucketized":
-            numbers = _numbers(column)
+            numbers = to_numbers(column)
             codes = 1 + np.searchsorted(np.array(self.boundaries), numbers, side="right")
             return np.where(np.isnan(numbers), 0, codes).astype(np.int32)
         if self.kind == "timestamp":
-            seconds = _seconds(self.name, column)
+            seconds = to_seconds(self.name, column)
             age = (_log_age(seconds, self.reference) - self.mean) / self.scale
             return np.column_stack([age, *_cycles(seconds)]).astype(np.float32)
         if self.kind == "vector":
-            return _vectors(self.name, column, self.num_values) / np.float32(self.scale)
+            return to_vectors(self.name, column, self.num_values) / np.float32(self.scale)
         if self.kind == "hashed":
             return self._hash(column)
-        index = {value: i + 1 for i, value in enumerate(self.vocabulary)}
+        places = self.places
         codes = np.zeros((len(column), self.num_values), np.int32)
         for i, value in enumerate(column):
-            known = [index.get(v, 0) for v in _values(self.kind, value)][: self.num_values]
+            known = [places.get(v, 0) for v in to_values(self.kind, value)][: self.num_values]
             codes[i, : len(known)] = known
         return codes[:, 0] if self.kind == "categorical" else codes
 
     def _hash(self, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-        values = [_values(self.kind, value) for value in column]
+        values = [to_values(self.kind, value) for value in column]
         texts = tf.constant([row[0] if row else "" for row in values], tf.string, [len(values)])
         buckets = tf.strings.to_hash_bucket_fast(texts, self.num_buckets).numpy()
         is_known = np.array([bool(row) for row in values], bool)
         return np.where(is_known, 1 + buckets, 0).astype(np.int32)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Code of each known value: its place in the vocabulary, from 1."""
+        return {value: i + 1 for i, value in enumerate(self.vocabulary)}
 
     @property
     def spec(self) -> FeatureSpec:
@@ -261,7 +266,7 @@ class FeatureSpec:
         return np.zeros(shape, np.int32)
 
 
-def _numbers(column: Sequence[Any] | np.ndarray) -> np.ndarray:
+def to_numbers(column: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Returns [n] float64, NaN where missing."""
     return np.asarray([np.nan if value is None else value for value in column], np.float64)
 
@@ -298,7 +303,7 @@ def bucket_count(num_values: int, *, per_value: int, low: int, high: int) -> int
     return min(max(wanted, low), high)
 
 
-def _seconds(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
+def to_seconds(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Returns [n] float64 seconds since 1970, NaN where missing.
 
     Raises:
@@ -318,19 +323,19 @@ def _seconds(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
 
 
 def _log_age(seconds: np.ndarray, reference: float) -> np.ndarray:
-    return np.log1p(np.maximum(reference - seconds, 0.0) / _DAY)
+    return np.log1p(np.maximum(reference - seconds, 0.0) / DAY_SECONDS)
 
 
 def _cycles(seconds: np.ndarray) -> Iterable[np.ndarray]:
     """Yields sine and cosine of the time of day, then of the weekday, in UTC."""
-    days = np.floor(seconds / _DAY)
+    days = np.floor(seconds / DAY_SECONDS)
     # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
-    for turns in (seconds / _DAY - days, (days + 3) % 7 / 7):
+    for turns in (seconds / DAY_SECONDS - days, (days + 3) % 7 / 7):
         yield np.sin(2 * np.pi * turns)
         yield np.cos(2 * np.pi * turns)
 
 
-def _vectors(
+def to_vectors(
     name: str, column: Sequence[Any] | np.ndarray, length: int | None = None
 ) -> np.ndarray:
     """Returns [n, length] float32, NaN in rows that are missing.
@@ -339,7 +344,7 @@ def _vectors(
         ValueError: If lengths differ (from `length`, if given), a number is not finite, or all are
             missing and no length is given.
     """
-    rows = [None if _is_missing(value) else value for value in column]
+    rows = [None if is_missing_value(value) else value for value in column]
     if wrong := [row for row in rows if row is not None and np.ndim(row) != 1]:
         raise ValueError(
             f"Feature '{name}' must hold vectors. Received: {len(wrong)} of {len(rows)} rows that "
@@ -372,12 +377,25 @@ def _vectors(
     return vectors
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing_value(value: Any) -> bool:
+    """Says whether an entry of a column is missing: None, or NaN."""
     return value is None or (isinstance(value, float) and np.isnan(value))
 
 
-def _values(kind: FeatureKind, value: Any) -> list[str]:
-    if _is_missing(value):
+def to_values(kind: FeatureKind, value: Any) -> list[str]:
+    """Returns what the vocabulary is looked up for, of one entry of a column; [] if missing.
+
+    Args:
+        kind: One of categorical, hashed, multi_categorical and text.
+        value: Entry of the column, as the table of `Feature` says.
+
+    Example:
+        >>> to_values("multi_categorical", ["a", 7, None])
+        ['a', '7']
+        >>> to_values("text", "Schindler's  List!")
+        ["schindler's", 'list']
+    """
+    if is_missing_value(value):
         return []
     if kind == "text":
         return _TOKEN.findall(str(value).lower())
