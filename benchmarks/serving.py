@@ -50,8 +50,10 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
 
     from tfrs_pipeline.model.two_tower import TwoTowerModel
     from tfrs_pipeline.samples.builder import RowLists
-    from tfrs_pipeline.serving.export import RetrievalModule, write_export
+    from tfrs_pipeline.serving.encoder import Encoder
+    from tfrs_pipeline.serving.export import write_export
     from tfrs_pipeline.serving.index import ExactIndex, build_scann_index
+    from tfrs_pipeline.serving.module import RetrievalModule
 
     rng = np.random.default_rng(seed)
     cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)
@@ -77,18 +79,15 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     ).numpy()
     index, recall = build_scann_index(embeddings, queries[:256], k=100, target_recall=0.95)
     exact = ExactIndex(embeddings)
+    encoder = Encoder(
+        model,
+        query_ids=np.arange(NUM_USERS),
+        candidate_ids=np.arange(num_candidates),
+        histories=histories,
+        known_positives=RowLists.from_lists([np.unique(rows).astype(np.int32) for rows in lists]),
+    )
     modules = [
-        RetrievalModule(
-            model,
-            kind,
-            exact,
-            query_ids=np.arange(NUM_USERS),
-            candidate_ids=np.arange(num_candidates),
-            histories=histories,
-            known_positives=RowLists.from_lists(
-                [np.unique(rows).astype(np.int32) for rows in lists]
-            ),
-        )
+        RetrievalModule(encoder, kind, exact, candidate_ids=np.arange(num_candidates))
         for kind in (index, exact)
     ]
     return write_export(
@@ -103,7 +102,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
                 "title": [f"Item {i} of cluster {c}" for i, c in enumerate(cluster.tolist())],
             }
         ),
-        probe_users=list(range(8)),
+        queries=[{"user_id": user} for user in range(8)],
     )
 
 

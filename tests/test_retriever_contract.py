@@ -26,7 +26,9 @@ from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.dataset import TrainingBatches
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.client import ServedRetriever
+from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex, IndexRetriever, ScannIndex, ScannSettings
+from tfrs_pipeline.serving.module import RetrievalModule
 from tfrs_pipeline.serving.retriever import load_retriever
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
@@ -96,16 +98,15 @@ class Problem:
             "scann": [ScannIndex(embeddings, scann_settings), exact_index],
         }
         nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_USERS + 1))
+        encoder = Encoder(
+            self.trained_model,
+            query_ids=np.arange(NUM_USERS),
+            candidate_ids=self.candidate_ids,
+            histories=nothing,
+            known_positives=nothing,
+        )
         module, *twins = [
-            export.RetrievalModule(
-                self.trained_model,
-                index,
-                exact_index,
-                query_ids=np.arange(NUM_USERS),
-                candidate_ids=self.candidate_ids,
-                histories=nothing,
-                known_positives=nothing,
-            )
+            RetrievalModule(encoder, index, exact_index, candidate_ids=self.candidate_ids)
             for index in indices[kind]
         ]
         with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +119,7 @@ class Problem:
                 twin=twins[0] if twins else None,
                 manifest={"index": {"kind": kind}},
                 items=pa.table({"item_id": self.candidate_ids.tolist()}),
-                probe_users=[],
+                queries=[],
             )
         return folder / "model"
 

@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands, common)
     _add_query(commands, common)
     _add_serve(commands, common)
+    _add_tune_index(commands, common)
+    _add_refresh_index(commands, common)
     return parser
 
 
@@ -612,6 +614,154 @@ def _serve(options: argparse.Namespace) -> int:
         lambda address: print(f"serving {options.model} at {address}", flush=True),
     )
     return 0
+
+
+def _add_tune_index(commands: Any, common: argparse.ArgumentParser) -> None:
+    tune = commands.add_parser(
+        "tune-index",
+        parents=[common],
+        allow_abbrev=False,
+        help="Measure what an index costs for what it finds.",
+        description=(
+            "Measures ScaNN indexes over the items of an exported model: the share of the exact "
+            "top k that they find for its held-out queries, against time a query. Prints the "
+            "settings that no other beats, marks the one that keeps the promise at the least time, "
+            "and draws them. The model stays as it is: `run` and `refresh-index` choose by the same "
+            "measure."
+        ),
+    )
+    tune.add_argument(
+        "model", type=Path, metavar="MODEL", help="Folder saved_models/NAME[/VERSION]."
+    )
+    tune.add_argument(
+        "--target-recall",
+        metavar="SHARE",
+        help="The promise, in (0, 1] (default: that of the model's config).",
+    )
+    tune.add_argument("-k", default="100", metavar="K", help="Of the promise (default: 100).")
+    tune.add_argument(
+        "--figure", type=Path, metavar="FILE", help="Picture (default: NAME-VERSION-frontier.png)."
+    )
+    tune.add_argument("--json", type=Path, metavar="FILE", help="Where to write every point.")
+    tune.set_defaults(command=_tune_index, parser=tune)
+
+
+def _tune_index(options: argparse.Namespace) -> int:
+    target_recall = _share("--target-recall", options.target_recall)
+    k = _whole_number("-k", options.k)
+    from tfrs_pipeline.serving.frontier import measure_frontier
+    from tfrs_pipeline.serving.retriever import load_retriever
+
+    retriever = load_retriever(options.model, exact=True)
+    if target_recall is None:
+        target_recall = retriever.manifest["config"]["export"]["target_recall"]
+    _, frontier = measure_frontier(
+        retriever.candidate_embeddings(),
+        retriever.embed_queries(retriever.held_out_queries()),
+        k=k,
+        target_recall=target_recall,
+        num_structures=None,
+    )
+    console = Console()
+    _say(console, frontier.table())
+    name, version = retriever.folder.parts[-2:]
+    figure = options.figure or Path(f"{name}-{version}-frontier.png")
+    frontier.figure().savefig(figure, dpi=150)
+    _say(console, f"\nfigure  {figure}")
+    if options.json:
+        options.json.write_text(json.dumps(frontier.as_dict(), indent=1))
+        _say(console, f"json    {options.json}")
+    return 0
+
+
+def _add_refresh_index(commands: Any, common: argparse.ArgumentParser) -> None:
+    refresh = commands.add_parser(
+        "refresh-index",
+        parents=[common],
+        allow_abbrev=False,
+        help="Exchange the items of an exported model, without training.",
+        description=(
+            "Writes a new version of a model that retrieves the items of a file: new ones are "
+            "embedded by their features, those that the file lacks are gone. The towers stay as "
+            "they are. A server picks the version up."
+        ),
+    )
+    refresh.add_argument(
+        "model", type=Path, metavar="MODEL", help="Folder saved_models/NAME[/VERSION]."
+    )
+    refresh.add_argument(
+        "--items",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="CSV or Parquet of all items to retrieve, with the item features of the model.",
+    )
+    refresh.add_argument(
+        "--index",
+        choices=("auto", "scann", "exact"),
+        help="Search structure (default: that of the model's config).",
+    )
+    refresh.add_argument(
+        "--target-recall", metavar="SHARE", help="Of a ScaNN index, in (0, 1] (default: likewise)."
+    )
+    refresh.add_argument(
+        "--keep-versions",
+        metavar="N",
+        help="Keep the newest N versions, delete older ones (default: likewise).",
+    )
+    refresh.set_defaults(command=_refresh_index, parser=refresh)
+
+
+def _refresh_index(options: argparse.Namespace) -> int:
+    target_recall = _share("--target-recall", options.target_recall)
+    keep = options.keep_versions
+    keep_versions = None if keep is None else _whole_number("--keep-versions", keep)
+    from tfrs_pipeline.serving.export import describe_index
+    from tfrs_pipeline.serving.refresh import refresh_index
+
+    console = Console()
+    with _progress(console) as (_, on_progress):
+        done = refresh_index(
+            options.model,
+            options.items,
+            index=options.index,
+            target_recall=target_recall,
+            keep_versions=keep_versions,
+            on_progress=on_progress,
+        )
+    _say(console, f"{done.num_items:,} items: {done.num_new:,} are new, {done.num_dropped:,} gone")
+    if done.num_untrained:
+        _say(
+            console, f"{done.num_untrained:,} were in no training: embedded by their features alone"
+        )
+    if done.num_left_out:
+        _say(
+            console,
+            f"left out {done.num_left_out:,} of the file: the model reads no item features, and "
+            "its training did not have them",
+        )
+    for line in describe_index(done.index, done.num_items):
+        _say(console, line)
+    _say(console, f"model  {done.folder}")
+    return 0
+
+
+def _share(flag: str, text: str | None) -> float | None:
+    """Reads a share in (0, 1]."""
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise UsageError(f"{flag}: got {text!r}; must be above 0, and 1 at most")
+
+
+def _whole_number(flag: str, text: str) -> int:
+    """Reads a whole number of 1 or more."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise UsageError(f"{flag}: got {text!r}; must be a whole number, 1 or more")
 
 
 if __name__ == "__main__":

@@ -578,6 +578,10 @@ class ExportConfig(Config):
     """Search structure: ScaNN, exact search, or whichever suits the size of the corpus."""
     target_recall: float = Field(0.98, gt=0, le=1)
     """Share of the exact top items that the ScaNN index must find; it is tuned to that."""
+    filter_by: str | None = None
+    """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
+    keep_versions: PositiveInt | None = None
+    """Versions of the model to keep, the newest; older ones are deleted. If not given, all."""
 
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
@@ -695,6 +699,14 @@ class RunConfig(Config):
             yield from self._counting()
         if self.training.positions == "all":
             yield from self._sequence_problems()
+        filter_by = self.export.filter_by
+        kinds = ("categorical", "multi_categorical")
+        if filter_by is not None and self.data.item_features.get(filter_by) not in kinds:
+            yield (
+                "export.filter_by",
+                f"got {filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "
+                f"data.item_features has {', '.join(self.data.item_features) or 'none'}",
+            )
         if not (model.use_user_id or model.history_pooling or self.data.user_features):
             yield (
                 "model",

@@ -77,20 +77,25 @@ from tfrs_pipeline.samples.positives import (
     select_positives,
 )
 from tfrs_pipeline.samples.sequences import SequenceBatches
-from tfrs_pipeline.serving.export import LIBRARIES, RetrievalModule, file_hash, write_export
+from tfrs_pipeline.serving.encoder import Encoder
+from tfrs_pipeline.serving.export import (
+    LIBRARIES,
+    PROMISED_K,
+    describe_index,
+    export_index,
+    file_hash,
+)
 from tfrs_pipeline.serving.index import (
     ExactIndex,
     IndexRetriever,
-    ScannIndex,
     build_scann_index,
     resolve_index_kind,
 )
+from tfrs_pipeline.serving.module import ItemFilter
 
 logger = logging.getLogger(__name__)
 
-PROMISED_K = 100
 NUM_INDEX_PROBES = 1000
-NUM_EXPORT_PROBES = 20
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
 
@@ -287,7 +292,7 @@ def run(
                 "metrics": metrics["models"]["two_tower"],
             },
         )
-        report.notes += _describe_index(metrics["index"], corpus)
+        report.notes += describe_index(metrics["index"], len(corpus.candidate_ids))
         report.notes.append("a fresh process loaded the export and gave the same answers")
     metrics["export_folder"] = str(export_folder)
     metrics["notes"] = stage.notes
@@ -782,50 +787,45 @@ def export_model(
 
     Raises:
         ExportError: If a fresh process cannot load the export or answers otherwise.
+        RuntimeError: If no ScaNN index reaches the recall.
     """
-    embeddings = model.embed_corpus()
-    exact = ExactIndex(embeddings)
-    kind = resolve_index_kind(config.export.index, len(embeddings))
-    index: ExactIndex | ScannIndex = exact
-    description: dict[str, Any] = {"kind": kind}
-    if kind == "scann":
-        encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
-        probes = encoder(queries.as_queries()[:NUM_INDEX_PROBES])
-        index, recall = build_scann_index(
-            embeddings, probes, k=PROMISED_K, target_recall=config.export.target_recall
-        )
-        promised = min(PROMISED_K, len(embeddings))
-        description |= {f"index_recall@{promised}": recall, "settings": index.describe()}
     histories, known = _latest_histories(corpus, tables.events)
-    modules = [
-        RetrievalModule(
-            model,
-            search,
-            exact,
-            query_ids=corpus.query_ids,
-            candidate_ids=corpus.candidate_ids,
-            histories=histories,
-            known_positives=known,
-        )
-        for search in ([index, exact] if kind == "scann" else [exact])
-    ]
+    encoder = Encoder(
+        model,
+        query_ids=corpus.query_ids,
+        candidate_ids=corpus.candidate_ids,
+        histories=histories,
+        known_positives=known,
+        query_features=corpus.query_features,
+        candidate_features=corpus.candidate_features,
+    )
     items = tables.items.order_by("item_id")
     columns = ["item_id", *(["title"] if "title" in items.columns else [])]
-    export_folder = write_export(
+    filter_by, item_filter = config.export.filter_by, None
+    if filter_by is not None:
+        item_filter = ItemFilter.of_column(filter_by, items[filter_by].to_pyarrow().to_pylist())
+    return export_index(
         config.export.directory,
         config.model_name,
-        module=modules[0],
-        twin=modules[1] if len(modules) > 1 else None,
+        encoder=encoder,
+        embeddings=model.embed_corpus(),
+        candidate_ids=corpus.candidate_ids,
+        queries=queries.as_queries(),
+        index=config.export.index,
+        target_recall=config.export.target_recall,
         manifest={
             "config": config.model_dump(mode="json"),
+            "features": {
+                "query": [feature.to_dict() for feature in corpus.query_features],
+                "candidate": [feature.to_dict() for feature in corpus.candidate_features],
+            },
             "example_user": queries.user_ids.tolist()[0],
             **(manifest or {}),
-            "index": description,
         },
         items=items.select(columns).to_pyarrow(),
-        probe_users=corpus.query_ids[:NUM_EXPORT_PROBES].tolist(),
+        item_filter=item_filter,
+        keep_versions=config.export.keep_versions,
     )
-    return export_folder, description
 
 
 def claim_folder(config: RunConfig, folder: Path) -> None:
@@ -1244,17 +1244,6 @@ def library_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-
-
-def _describe_index(description: Mapping[str, Any], corpus: Corpus) -> list[str]:
-    if description["kind"] == "exact":
-        return [f"exact search over {len(corpus.candidate_ids):,} candidates"]
-    promised = min(PROMISED_K, len(corpus.candidate_ids))
-    settings = description["settings"]
-    return [
-        f"ScaNN finds {description[f'index_recall@{promised}']:.4f} of the exact top {promised}, "
-        f"searching {settings['num_leaves_to_search']} of {settings['num_leaves']} leaves"
-    ]
 
 
 def _latest_histories(corpus: Corpus, events: ibis.Table) -> tuple[RowLists, RowLists]:

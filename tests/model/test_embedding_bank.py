@@ -25,8 +25,9 @@ from tfrs_pipeline.samples.builder import RowLists, Samples
 from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches, shared_columns
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import power_law_rate
-from tfrs_pipeline.serving.export import RetrievalModule
+from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex
+from tfrs_pipeline.serving.module import RetrievalModule
 
 B, M = 32, 22
 Q = SAMPLES.counts / SAMPLES.counts.sum()
@@ -304,15 +305,14 @@ def test_an_export_carries_no_bank(tmp_path: Path) -> None:
     batches = make_batches(bank_batches=50)
     model = make_model(batches)
     exact = ExactIndex(model.embed_corpus())
-    module = RetrievalModule(
+    encoder = Encoder(
         model,
-        exact,
-        exact,
         query_ids=np.arange(NUM_QUERIES),
         candidate_ids=np.arange(NUM_CANDIDATES),
         histories=nothing(NUM_QUERIES + 1),
         known_positives=nothing(NUM_QUERIES + 1),
     )
+    module = RetrievalModule(encoder, exact, exact, candidate_ids=np.arange(NUM_CANDIDATES))
     tf.saved_model.save(module, str(tmp_path), signatures=module.exported)
     saved = tf.train.load_checkpoint(str(tmp_path / "variables" / "variables"))
     shapes = list(saved.get_variable_to_shape_map().values())

@@ -11,8 +11,9 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.builder import RowLists
-from tfrs_pipeline.serving.export import RetrievalModule
+from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
+from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 
@@ -25,6 +26,9 @@ class Served:
     query_ids: np.ndarray
     candidate_ids: np.ndarray
     histories: list[np.ndarray]
+    features: tuple[Feature, Feature]
+    genders: list[str]
+    genres: list[list[str]]
 
     @property
     def in_memory(self) -> ExactRetriever:
@@ -34,19 +38,35 @@ class Served:
         """Ids of the user's known positives, oldest first."""
         return self.candidate_ids[self.histories[row][::-1] - 1].tolist()
 
+    def encoder(self) -> Encoder:
+        return Encoder(
+            self.model,
+            query_ids=self.query_ids,
+            candidate_ids=self.candidate_ids,
+            histories=RowLists.from_lists(self.histories),
+            known_positives=RowLists.from_lists([np.unique(rows) for rows in self.histories]),
+            query_features=self.features[:1],
+            candidate_features=self.features[1:],
+        )
+
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
         embeddings = self.model.embed_corpus()
         exact = ExactIndex(embeddings)
         settings = ScannSettings(8, num_leaves_to_search, num_reordered=60)
         return RetrievalModule(
-            self.model,
+            self.encoder(),
             ScannIndex(embeddings, settings) if kind == "scann" else exact,
             exact,
-            query_ids=self.query_ids,
             candidate_ids=self.candidate_ids,
-            histories=RowLists.from_lists(self.histories),
-            known_positives=RowLists.from_lists([np.unique(rows) for rows in self.histories]),
+            item_filter=ItemFilter.of_column("genres", self.genres),
         )
+
+    def queries(self) -> list[dict[str, Any]]:
+        """A query of each user, the history that is stored."""
+        return [
+            {"user_id": user, "history": self.known(row)}
+            for row, user in enumerate(self.query_ids.tolist(), 1)
+        ]
 
 
 @pytest.fixture(scope="session", params=["int", "str"])
@@ -59,6 +79,8 @@ def make_served(ids: str) -> Served:
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
     genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
+    all_genders = rng.choice(["M", "F"], NUM_QUERIES).tolist()
+    all_genres = [rng.choice(list("abc"), n).tolist() for n in rng.integers(0, 3, NUM_CANDIDATES)]
     model = TwoTowerModel(
         num_queries=NUM_QUERIES,
         num_candidates=NUM_CANDIDATES,
@@ -70,8 +92,7 @@ def make_served(ids: str) -> Served:
         use_user_id=True,
     )
     model.set_features(
-        {"gender": rng.integers(1, 3, NUM_QUERIES)},
-        {"genres": rng.integers(0, 4, (NUM_CANDIDATES, 2))},
+        {"gender": gender.encode(all_genders)}, {"genres": genres.encode(all_genres)}
     )
     # An untrained Keras embedding is nearly zero: spread the answers out.
     model.set_weights(
@@ -89,4 +110,12 @@ def make_served(ids: str) -> Served:
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    return Served(model, query_ids, candidate_ids, histories)
+    return Served(
+        model,
+        query_ids,
+        candidate_ids,
+        histories,
+        (gender, genres),
+        all_genders,
+        all_genres,
+    )

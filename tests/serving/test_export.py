@@ -1,8 +1,6 @@
 """The exported graph against a loop, in memory and reloaded; the act of publishing."""
 
 import json
-import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ from hypothesis import strategies as st
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.export import ExportError, RetrievalModule, versions_of, write_export
-from tfrs_pipeline.serving.retriever import load_retriever
+from tfrs_pipeline.serving.export import ExportError, write_export
+from tfrs_pipeline.serving.module import RetrievalModule
+from tfrs_pipeline.serving.publishing import versions_of
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 
 KINDS = ("exact", "scann")
 
@@ -53,10 +53,7 @@ def decoded(ids: tf.Tensor) -> list[list[Any]]:
 def test_retrieve_user_is_the_model_without_what_the_user_knows(
     served: Served, modules: dict[str, RetrievalModule]
 ) -> None:
-    queries = [
-        {"user_id": user, "history": served.known(row)}
-        for row, user in enumerate(served.query_ids.tolist(), 1)
-    ]
+    queries = served.queries()
     known = [served.known(row) for row in range(1, NUM_QUERIES + 1)]
     expected_ids, expected_scores = served.in_memory.retrieve(queries, 12, exclude=known)
     for name in ("exact", "scann"):
@@ -120,16 +117,124 @@ def test_refuses_a_k_below_one(served: Served, modules: dict[str, RetrievalModul
         modules["exact"].retrieve_user(user, as_ids(served, [[]]), 0)
 
 
-def publish(served: Served, directory: Path, kind: str) -> Path:
+def test_embeddings_are_those_that_the_scores_are_products_of(
+    served: Served, modules: dict[str, RetrievalModule]
+) -> None:
+    module = modules["exact"]
+    users = as_users(served, served.query_ids.tolist())
+    stored = module.embed_user(users)
+    histories = as_ids(served, [served.known(row) for row in range(1, NUM_QUERIES + 1)])
+    given = module.embed_query(users, histories)
+    np.testing.assert_allclose(stored["embeddings"], given["embeddings"], atol=1e-6)
+    items = module.embed_candidate(
+        item_id=as_ids(served, [served.candidate_ids.tolist()])[0],
+        genres=tf.constant([[*genres, "", ""][:2] for genres in served.genres]),
+    )
+    np.testing.assert_allclose(items["embeddings"], served.model.embed_corpus(), atol=1e-6)
+    assert items["is_known_item"].numpy().all()
+    scores = stored["embeddings"].numpy() @ items["embeddings"].numpy().T
+    answer = module.retrieve(users, histories, as_ids(served, [[]] * NUM_QUERIES), NUM_CANDIDATES)
+    np.testing.assert_allclose(answer["scores"], -np.sort(-scores, axis=1), atol=1e-5)
+
+
+def test_a_new_item_is_embedded_by_its_features(
+    served: Served, modules: dict[str, RetrievalModule]
+) -> None:
+    new = 5 if served.candidate_ids.dtype == np.int64 else "premiere"
+    items = modules["exact"].embed_candidate(
+        item_id=as_ids(served, [[new, new]])[0], genres=tf.constant([["a", "c"], ["c", "new"]])
+    )
+    assert not items["is_known_item"].numpy().any()
+    encoded = served.features[1].encode([["a", "c"], ["c", "new"]])
+    expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
+    np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+
+
+def test_features_of_a_query_replace_the_stored_ones(
+    served: Served, modules: dict[str, RetrievalModule]
+) -> None:
+    users = as_users(served, [served.query_ids[0]] * 3)
+    history = as_ids(served, [served.known(3)] * 3)
+    nothing = as_ids(served, [[]] * 3)
+    genders = [served.genders[0], "F" if served.genders[0] == "M" else "M", ""]
+    answer = modules["scann"].retrieve_with_features(
+        user_id=users, history=history, exclude=nothing, k=tf.constant(8), gender=genders
+    )
+    by_id = modules["scann"].retrieve(users, history, nothing, 8)
+    np.testing.assert_allclose(answer["scores"][0], by_id["scores"][0], rtol=1e-5)
+    embeddings = (
+        modules["scann"]
+        .embed_query_with_features(user_id=users, history=history, gender=tf.constant(genders))[
+            "embeddings"
+        ]
+        .numpy()
+    )
+    expected = -np.sort(-embeddings @ served.model.embed_corpus().T, axis=1)[:, :8]
+    np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
+    for i, j in ((0, 1), (1, 2), (0, 2)):
+        assert np.abs(embeddings[i] - embeddings[j]).max() > 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_filter_matches_a_loop(
+    served: Served, modules: dict[str, RetrievalModule], data: st.DataObject
+) -> None:
+    module = modules[data.draw(st.sampled_from(sorted(modules)))]
+    k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
+    ids = served.candidate_ids.tolist()
+    some_ids = st.lists(st.sampled_from(ids), max_size=70)
+    some_genres = st.lists(st.sampled_from([*"abc", "unheard", ""]), max_size=4)
+    allowed = data.draw(st.lists(some_genres, min_size=1, max_size=3))
+    excluded = [data.draw(some_ids) for _ in allowed]
+    users = served.query_ids[: len(allowed)].tolist()
+    width = max(map(len, allowed))
+    padded = tf.constant([[*x, *[""] * (width - len(x))] for x in allowed], tf.string)
+    padded = tf.reshape(padded, [len(allowed), width])
+    nothing = as_ids(served, [[]] * len(users))
+    answers = [
+        module.retrieve_filtered(
+            as_users(served, users), nothing, as_ids(served, excluded), padded, k
+        ),
+        module.retrieve_user_filtered(as_users(served, users), as_ids(served, excluded), padded, k),
+    ]
+    for i, user in enumerate(users):
+        for answer, history in zip(answers, ([], served.known(i + 1)), strict=True):
+            ranked, _ = served.in_memory.retrieve(
+                [{"user_id": user, "history": history}], NUM_CANDIDATES
+            )
+            left_out = {*excluded[i], *history}
+            chosen = set(allowed[i]) - {""}
+            best = [
+                id_
+                for id_ in ranked[0].tolist()
+                if id_ not in left_out
+                and (not chosen or chosen & set(served.genres[ids.index(id_)]))
+            ][:k]
+            got = decoded(answer["candidate_ids"])[i]
+            assert got == best + [empty_of(served)] * (k - len(best))
+            assert np.isneginf(answer["scores"][i].numpy()[len(best) :]).all()
+
+
+def publish(served: Served, directory: Path, kind: str, keep_versions: int | None = None) -> Path:
     titles = [f"title of {id_}" for id_ in served.candidate_ids.tolist()]
     return write_export(
         directory,
         "films",
         module=served.module(kind),
         twin=served.module("exact") if kind == "scann" else None,
-        manifest={"index": {"kind": kind}, "counts": {"num_samples": 3}},
+        manifest={
+            "index": {"kind": kind},
+            "counts": {"num_samples": 3},
+            "features": {
+                side: [feature.to_dict()]
+                for side, feature in zip(("query", "candidate"), served.features, strict=True)
+            },
+        },
         items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
-        probe_users=served.query_ids.tolist(),
+        queries=served.queries(),
+        keep_versions=keep_versions,
     )
 
 
@@ -157,9 +262,41 @@ def test_published_model_answers_as_the_one_in_memory(
         ids, scores = loaded.retrieve(queries, 15, exclude)
         assert ids.tolist() == expected_ids.tolist()
         np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+        check_of_loaded(served, loaded)
     assert loaded.titles()[served.candidate_ids[1]] == f"title of {served.candidate_ids[1]}"
-    assert publish(served, tmp_path, "exact").name == "2"
+    assert publish(served, tmp_path, "exact", keep_versions=1).name == "2"
     assert load_retriever(tmp_path / "films").folder.name == "2"
+    assert versions_of(tmp_path / "films") == [2]
+
+
+def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
+    """Checks what only a loaded model does: raw features, filters, embeddings."""
+    user, history = served.query_ids[0], served.known(3)
+    queries = [
+        {"user_id": user, "history": history, "features": {"gender": gender}}
+        for gender in (served.genders[0], None)
+    ] + [{"user_id": user, "history": history}]
+    ids, scores = loaded.retrieve(queries, 9)
+    assert ids[0].tolist() == ids[2].tolist()
+    assert np.abs(scores[1] - scores[0]).max() > 0.01
+    with pytest.raises(ValueError, match=r"no user feature 'age'; known: gender"):
+        loaded.retrieve([{"features": {"age": 3}}], 2)
+    filtered, _ = loaded.retrieve(queries[2:] * 2, NUM_CANDIDATES, allowed=[["b"], []])
+    by_id = dict(zip(served.candidate_ids.tolist(), served.genres, strict=True))
+    all_ids, _ = loaded.retrieve(queries[2:], NUM_CANDIDATES)
+    with_b = [id_ for id_ in all_ids[0].tolist() if "b" in by_id[id_]]
+    assert 0 < len(with_b) < NUM_CANDIDATES
+    assert filtered[0].tolist()[: len(with_b)] == with_b
+    assert filtered[0].tolist()[len(with_b)] == empty_of(served)
+    assert filtered[1].tolist() == all_ids[0].tolist()
+    with pytest.raises(ValueError, match="stored features"):
+        loaded.retrieve(queries, 3, allowed=[[]] * 3)
+    items, is_known = loaded.embed_candidates(
+        served.candidate_ids.tolist(), {"genres": served.genres}
+    )
+    assert is_known.all()
+    expected = -np.sort(-loaded.embed_queries(queries[2:]) @ items.T, axis=1)
+    np.testing.assert_allclose(loaded.retrieve(queries[2:], 60)[1], expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -167,7 +304,7 @@ def test_an_export_that_answers_otherwise_is_not_published(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_another_model(module: RetrievalModule, *args: Any, **kwargs: Any) -> None:
-        bias = next(v for v in module._query_variables if "bias" in v.name)
+        bias = next(v for v in module.encoder._variables if "bias" in v.name)
         before = bias.numpy()
         bias.assign_add(np.linspace(-3, 3, len(before)).astype(np.float32))
         saved(module, *args, **kwargs)
@@ -178,42 +315,6 @@ def test_an_export_that_answers_otherwise_is_not_published(
     with pytest.raises(ExportError, match="differ"):
         publish(served, tmp_path, "exact")
     assert list((tmp_path / "films").iterdir()) == []
-
-
-def make_partial(parent: Path, payload: str) -> Path:
-    partial = parent / f".partial-{payload}"
-    partial.mkdir(parents=True)
-    (partial / "manifest.json").write_text(payload)
-    return partial
-
-
-def test_versions_count_up_and_ignore_what_is_not_whole(tmp_path: Path) -> None:
-    (tmp_path / "7").mkdir()
-    (tmp_path / "notes").mkdir()
-    assert versions_of(tmp_path) == []
-    assert versions_of(tmp_path / "nowhere") == []
-    put = [export._put_in_place(make_partial(tmp_path, name), tmp_path) for name in "abc"]
-    assert [path.name for path in put] == ["1", "2", "3"]
-    shutil.rmtree(tmp_path / "1")
-    assert versions_of(tmp_path) == [2, 3]
-
-
-def test_exports_at_once_do_not_mix(tmp_path: Path) -> None:
-    partials = [make_partial(tmp_path, f"payload-{i}") for i in range(20)]
-    start = threading.Barrier(len(partials))
-
-    def put(partial: Path) -> None:
-        start.wait()
-        export._put_in_place(partial, tmp_path)
-
-    threads = [threading.Thread(target=put, args=[partial]) for partial in partials]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert versions_of(tmp_path) == list(range(1, 21))
-    payloads = {(tmp_path / str(v) / "manifest.json").read_text() for v in versions_of(tmp_path)}
-    assert payloads == {f"payload-{i}" for i in range(20)}
 
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_limits_hold_at_their_edge() -> None:
     assert limits(k=11) == "400 k must be from 1 to 10. Got: 11"
     assert limits(k=0) == "400 k must be from 1 to 10. Got: 0"
     assert "may hold 2 queries. Got: 3" in limits(user_id=[1, 2, 3])
-    assert "'exclude' may hold 3 items for each query. Got: 4" in limits(exclude=np.zeros((1, 4)))
+    assert "'exclude' may hold 3 entries for each query. Got: 4" in limits(exclude=np.zeros((1, 4)))
     assert "'history' may hold 4 items" in limits(history=np.zeros((1, 5)))
 
 

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.module import DEFAULT_K
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -44,7 +45,7 @@ def write_version(served: Served, directory: Path, kind: str) -> Path:
             twin=served.module("exact") if kind == "scann" else None,
             manifest={"index": {"kind": kind}, "example_user": served.query_ids.tolist()[3]},
             items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
-            probe_users=[],
+            queries=[],
         )
 
 
@@ -146,7 +147,7 @@ def test_users_by_rows_and_columns_get_what_python_gets(
     served: Served, running: Running, loaded: LoadedRetriever
 ) -> None:
     users = served.query_ids.tolist()
-    ids, scores, _ = loaded.retrieve_user(users, export.DEFAULT_K)
+    ids, scores, _ = loaded.retrieve_user(users, DEFAULT_K)
     columns = running.predict(inputs=users)["outputs"]
     check(columns, ids, scores)
     assert columns["is_known_user"] == [True] * NUM_QUERIES
@@ -241,8 +242,9 @@ def test_state_and_metadata_are_tensorflow_servings_own_messages(
     source = twin if twin.exists() else folder / "1"
     saved.ParseFromString((source / "saved_model.pb").read_bytes())
     expected = saved.meta_graphs[0].signature_def
-    assert set(export.SIGNATURES) <= set(signatures)
-    for name in export.SIGNATURES:
+    assert {"serving_default", "retrieve_with_features", "embed_candidate"} <= set(signatures)
+    assert set(signatures) == set(expected)
+    for name in signatures:
         for side in ("inputs", "outputs"):
             mine, theirs = getattr(signatures[name], side), getattr(expected[name], side)
             assert set(mine) == set(theirs)

@@ -182,6 +182,60 @@ def load_tables(
     return tables
 
 
+def load_items(
+    path: str | Path,
+    *,
+    is_integer: bool,
+    item_features: Mapping[str, FeatureKind],
+    id_column: str = "item_id",
+    list_separator: str = "|",
+    timestamp_unit: TimestampUnit | None = None,
+    time_zone: str | None = None,
+) -> ibis.Table:
+    """Loads an item table by itself, such as today's for a model of last week's.
+
+    Args:
+        path: CSV or Parquet, one row an id.
+        is_integer: Whether the ids are integers, as in the events that the model was trained on;
+            else they are read as text.
+        item_features: Feature column -> kind.
+        id_column: Where the ids stand, if not in item_id.
+        list_separator: Parts the values of multi_categorical and vector features in a string.
+        timestamp_unit: Of timestamp features, as in `load_tables`.
+        time_zone: Likewise.
+
+    Returns:
+        item_id, the features, and `title` where the file has one, by ascending item_id.
+
+    Raises:
+        DataError: Naming file, column, row count and remedy.
+    """
+    connection = connect()
+    file = open_file(connection, Path(path))
+    source = Source(str(file.path))
+    column = id_column if id_column in file.columns else "item_id"
+    require_column(
+        file.columns, column, source, f"Ids must stand in a column {id_column!r} or 'item_id'."
+    )
+    if is_integer and not is_integer_id(file.table, column, source, is_text=file.is_text):
+        raise DataError(
+            f"{source.column(column)} holds text, and the model's item ids are integers. "
+            "Give the ids of the events that it was trained on."
+        )
+    ids = file.table[column].cast("int64" if is_integer else "string")
+    items = read_entities(
+        file,
+        ids,
+        "item_id",
+        item_features,
+        file.table,
+        list_separator,
+        timestamp_unit=timestamp_unit,
+        time_zone=time_zone,
+    )
+    return items.order_by("item_id")
+
+
 def connect() -> DuckDB:
     """Opens a DuckDB in memory, without the progress bar that it would write to the output."""
     connection = ibis.duckdb.connect()

@@ -310,13 +310,16 @@ class TwoTowerModel(tfrs.Model):
     def embed_candidates(
         self,
         candidate_rows: tf.Tensor,
+        features: dict[str, tf.Tensor] | None = None,
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Embeds candidates of the corpus.
+        """Embeds candidates.
 
         Args:
-            candidate_rows: [n] int32.
+            candidate_rows: [n] int32, 0 is an unknown item.
+            features: Encoded features, for items that the model does not hold; None takes those of
+                `candidate_rows`.
             training: Whether ids are taken for unknown at `unknown_rate`.
             dropout_seed: [2] int32 that this is a function of; None draws anew each time.
 
@@ -327,7 +330,7 @@ class TwoTowerModel(tfrs.Model):
             dropout_seed = fold(dropout_seed, Stream.CANDIDATES)
         return self.candidate_tower(
             candidate_rows,
-            self.candidate_table(candidate_rows),
+            self.candidate_table(candidate_rows) if features is None else features,
             training=training,
             dropout_seed=dropout_seed,
         )

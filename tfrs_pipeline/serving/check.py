@@ -20,28 +20,59 @@ from tfrs_pipeline.serving.index import load_scann_ops
 def differences(folder: str, probe_path: str) -> str:
     """Describes how the reloaded model's answers differ from the probe's; "" if they do not.
 
-    Equal scores may come in either order: ids are compared where the score stands alone.
+    Args:
+        folder: Of the SavedModel.
+        probe_path: Arrays by "SIGNATURE/input/NAME" and "SIGNATURE/output/NAME".
     """
     with np.load(probe_path) as probe:
-        expected_ids, expected_scores = probe["candidate_ids"], probe["scores"]
-        users = tf.constant(probe["user_id"])
+        arrays = {tuple(name.split("/", 2)): array for name, array in probe.items()}
     loaded = tf.saved_model.load(folder)
-    answer = loaded.signatures["serving_default"](user_id=users)
-    scores = answer["scores"].numpy()
-    ids = answer["candidate_ids"].numpy()
+    problems = []
+    for signature in dict.fromkeys(name for name, _, _ in arrays):
+        function = loaded.signatures[signature]
+        specs = function.structured_input_signature[1]
+        inputs = {
+            key: tf.constant(array, specs[key].dtype, shape=array.shape)
+            for (name, role, key), array in arrays.items()
+            if (name, role) == (signature, "input")
+        }
+        expected = {
+            key: array
+            for (name, role, key), array in arrays.items()
+            if (name, role) == (signature, "output")
+        }
+        problem = _difference(expected, {k: x.numpy() for k, x in function(**inputs).items()})
+        if problem:
+            problems.append(f"{signature}: {problem}")
+    return "; ".join(problems)
+
+
+def _difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> str:
+    """Describes how an answer differs; equal scores may come in either order."""
+    if set(expected) != set(answer):
+        return f"{sorted(answer)} instead of {sorted(expected)}"
+    for key, array in answer.items():
+        if array.shape != expected[key].shape:
+            return f"{key} has shape {array.shape} instead of {expected[key].shape}"
+    for key, array in expected.items():
+        if array.dtype.kind == "f":
+            if not np.allclose(answer[key], array, rtol=0, atol=SCORE_TOLERANCE):
+                finite = np.isfinite(array) & np.isfinite(answer[key])
+                worst = np.abs(np.where(finite, answer[key] - array, 0)).max(initial=0)
+                return f"{key} differ by up to {worst}"
+        elif array.dtype == bool and (array != answer[key]).any():
+            return f"{key} differ"
+    if "candidate_ids" not in expected:
+        return ""
+    ids, scores = answer["candidate_ids"], expected["scores"]
     if ids.dtype == object:
         ids = np.char.decode(ids.astype(bytes), "utf-8")
-    if scores.shape != expected_scores.shape:
-        return f"shape {scores.shape} instead of {expected_scores.shape}"
-    if not np.allclose(scores, expected_scores, rtol=0, atol=SCORE_TOLERANCE):
-        finite = np.isfinite(scores) & np.isfinite(expected_scores)
-        worst = np.abs(np.where(finite, scores - expected_scores, 0)).max(initial=0)
-        return f"scores differ by up to {worst}"
+    # Ids are compared where the score stands alone.
     is_tied = np.zeros(scores.shape, bool)
-    is_close = np.diff(expected_scores, axis=1) > -2 * SCORE_TOLERANCE
+    is_close = np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE
     is_tied[:, 1:] |= is_close
     is_tied[:, :-1] |= is_close
-    num_other = int(((ids != expected_ids) & ~is_tied & np.isfinite(expected_scores)).sum())
+    num_other = int(((ids != expected["candidate_ids"]) & ~is_tied & np.isfinite(scores)).sum())
     return f"{num_other} of {ids.size} candidate ids differ" if num_other else ""
 
 

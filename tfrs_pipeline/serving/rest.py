@@ -46,10 +46,17 @@ class InputSpec:
     Args:
         dtype: Of its values.
         rank: 0 for one value for the whole request; else the first dimension is the queries'.
+        width: Of the second dimension, where it is fixed.
     """
 
-    dtype: Literal["int32", "int64", "string"]
+    dtype: Literal["int32", "int64", "float32", "float64", "string"]
     rank: int
+    width: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether values may have a fraction, and be missing (NaN)."""
+        return self.dtype in ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class PredictRequest:
 
     Args:
         signature: Its name.
-        inputs: Array of each input: int32, int64, or object with `bytes`.
+        inputs: Array of each input: of numbers as its spec says, or object with `bytes`.
         is_row_format: Whether it came as `instances` and is answered with `predictions`.
     """
 
@@ -190,7 +197,7 @@ def _tensor(value: Any, spec: InputSpec, name: str, is_row_format: bool) -> np.n
     while flat and isinstance(flat[0], list):
         size = len(flat[0])
         if any(not isinstance(inner, list) or len(inner) != size for inner in flat):
-            empty = '""' if spec.dtype == "string" else "-1"
+            empty = '""' if spec.dtype == "string" else "NaN" if spec.is_float else "-1"
             raise RequestError(
                 400,
                 f"Input {name!r} must have lists of one length at each level; fill the shorter "
@@ -200,8 +207,14 @@ def _tensor(value: Any, spec: InputSpec, name: str, is_row_format: bool) -> np.n
         flat = [leaf for inner in flat for leaf in inner]
     if len(shape) != spec.rank:
         raise _rank_error(name, spec, len(shape), is_row_format)
-    values = _strings(flat, name) if spec.dtype == "string" else _integers(flat, spec.dtype, name)
-    return values.reshape(shape)
+    if spec.width is not None and shape[1] != spec.width:
+        raise RequestError(
+            400, f"Input {name!r} must have {spec.width} numbers for each query. Got: {shape[1]}"
+        )
+    if spec.dtype == "string":
+        return _strings(flat, name).reshape(shape)
+    numbers = _floats_of if spec.is_float else _integers
+    return numbers(flat, spec.dtype, name).reshape(shape)
 
 
 def _rank_error(name: str, spec: InputSpec, rank: int, is_row_format: bool) -> RequestError:
@@ -232,6 +245,15 @@ def _integers(values: list[Any], dtype: str, name: str) -> np.ndarray:
     else:
         wrong = next(v for v in values if type(v) is not int)
     raise RequestError(400, f"Input {name!r} takes {dtype} values. Got: {_shown(wrong)}")
+
+
+def _floats_of(values: list[Any], dtype: str, name: str) -> np.ndarray:
+    if wrong := [v for v in values if type(v) not in (int, float)]:
+        raise RequestError(400, f"Input {name!r} takes {dtype} values. Got: {_shown(wrong[0])}")
+    try:
+        return np.array(values, np.float64).astype(dtype)
+    except OverflowError:  # An integer of more digits than any float has.
+        raise RequestError(400, f"Input {name!r} has a number that is no {dtype}.") from None
 
 
 def _strings(values: list[Any], name: str) -> np.ndarray:
@@ -279,16 +301,17 @@ def check_limits(
     k = int(inputs.get("k", np.array(1)))
     if not 1 <= k <= max_k:
         raise RequestError(400, f"k must be from 1 to {max_k}. Got: {k}")
-    num_queries = len(inputs["user_id"])
+    num_queries = next(len(array) for array in inputs.values() if array.ndim)
     if num_queries > max_queries:
         raise RequestError(
             400, f"A request may hold {max_queries} queries. Got: {num_queries}; send several."
         )
-    for name, limit in (("exclude", max_exclude), ("history", max_history)):
+    limits = {"exclude": max_exclude, "allowed": max_exclude, "history": max_history}
+    for name, limit in limits.items():
         if name in inputs and inputs[name].shape[1] > limit:
             raise RequestError(
                 400,
-                f"Input {name!r} may hold {limit} items for each query. "
+                f"Input {name!r} may hold {limit} entries for each query. "
                 f"Got: {inputs[name].shape[1]}",
             )
 

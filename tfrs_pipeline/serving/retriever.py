@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.evaluation.topk import check_one_each
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.raw_features import raw_columns
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.encoder import empty_id
+from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, QUERIES_FILE
 from tfrs_pipeline.serving.index import load_scann_ops
+from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
 
-# What a `Retriever` may be asked with; `features` are not read by this one.
+# What a `Retriever` may be asked with.
 _QUERY_KEYS = ("user_id", "history", "features")
 
 
@@ -33,32 +37,92 @@ class LoadedRetriever:
         self._loaded = tf.saved_model.load(
             str(folder / EXACT_TWIN if exact and is_scann else folder)
         )
-        spec = self._loaded.signatures["retrieve"].structured_input_signature[1]
-        self._user_dtype, self._item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        signatures = self._loaded.signatures
+        spec = signatures["retrieve"].structured_input_signature[1]
+        self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        self.has_filter = "retrieve_filtered" in signatures
+        features = self.manifest.get("features", {})
+        self._query_features, self._candidate_features = (
+            [Feature.from_dict(settings) for settings in features.get(side, ())]
+            for side in ("query", "candidate")
+        )
 
     def retrieve(
         self,
         queries: Sequence[Query],
         k: int,
         exclude: Sequence[Collection[Any]] | None = None,
+        *,
+        allowed: Sequence[Collection[str]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id` and `history` are read. Nothing is left out but `exclude`: not what the user is
-        known to have clicked.
+        `user_id`, `history` and `features` are read: these, raw values by column name, replace all
+        of the user's stored ones. Nothing is left out but `exclude`: not what the user is known to
+        have clicked.
+
+        Args:
+            queries: One mapping a query.
+            k: How many candidates a query.
+            exclude: Per query, ids to leave out.
+            allowed: Per query, values of the model's item filter (its config's export.filter_by):
+                items that have one of them are retrieved alone; an empty list allows all.
 
         Raises:
-            ValueError: If a query holds another key than `user_id`, `history` and `features`.
+            ValueError: If a query holds another key than `user_id`, `history` and `features`, or a
+                feature that the model does not read; if `allowed` is given and the model has no
+                item filter, or is given together with features.
         """
         _check_keys(queries)
-        users = [query.get("user_id", _empty(self._user_dtype)) for query in queries]
-        answer = self._loaded.signatures["retrieve"](
-            user_id=_ids(users, self._user_dtype),
-            history=self._padded([query.get("history", ()) for query in queries]),
-            exclude=self._excluded(exclude, len(queries)),
-            k=_checked_k(k),
+        has_features = np.array([bool(query.get("features")) for query in queries], bool)
+        inputs = {
+            **self._query_inputs(queries),
+            "exclude": self._excluded(exclude, len(queries)),
+            "k": _checked_k(k),
+        }
+        if allowed is not None:
+            if has_features.any():
+                raise ValueError("A filtered query goes by the stored features of its user.")
+            return _found(self._signature_filtered()(**inputs, allowed=_values(allowed, queries)))
+        if not has_features.any():
+            return _found(self._loaded.signatures["retrieve"](**inputs))
+        ids, scores = _found(self._loaded.signatures["retrieve"](**inputs))
+        places = np.flatnonzero(has_features)
+        chosen = {
+            name: tensor if name == "k" else tf.gather(tensor, places)
+            for name, tensor in inputs.items()
+        }
+        raw = self._raw_query_features([queries[i] for i in places.tolist()])
+        answer = self._loaded.signatures["retrieve_with_features"](**chosen, **raw)
+        ids[places], scores[places] = _found(answer)
+        return ids, scores
+
+    def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries, whose `user_id` and `history` are read: [n, D] float32."""
+        _check_keys(queries)
+        answer = self._loaded.signatures["embed_query"](**self._query_inputs(queries))
+        return answer["embeddings"].numpy()
+
+    def embed_candidates(
+        self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items, those too that are not in the index.
+
+        Args:
+            item_ids: [n] ids; one that the training did not have is embedded by its features.
+            features: By name, [n] raw values as in the item table; None is missing.
+
+        Returns:
+            embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
+
+        Raises:
+            ValueError: If a feature that the model reads is missing.
+        """
+        raw = raw_columns(self._candidate_features, features, len(item_ids))
+        answer = self._loaded.signatures["embed_candidate"](
+            item_id=_ids(item_ids, self.item_dtype), **raw
         )
-        return _decoded(answer["candidate_ids"]), answer["scores"].numpy()
+        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def retrieve_user(
         self, user_ids: Sequence[Any], k: int, exclude: Sequence[Collection[Any]] | None = None
@@ -74,12 +138,11 @@ class LoadedRetriever:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
         """
         answer = self._loaded.signatures["retrieve_user"](
-            user_id=_ids(user_ids, self._user_dtype),
+            user_id=_ids(user_ids, self.user_dtype),
             exclude=self._excluded(exclude, len(user_ids)),
             k=_checked_k(k),
         )
-        ids = _decoded(answer["candidate_ids"])
-        return ids, answer["scores"].numpy(), answer["is_known_user"].numpy()
+        return *_found(answer), answer["is_known_user"].numpy()
 
     def parse_user_id(self, text: str) -> Any:
         """Turns a user id typed by a person into the type of the model's ids.
@@ -87,11 +150,11 @@ class LoadedRetriever:
         Raises:
             ValueError: If the model's ids are integers and the text is not one.
         """
-        return _parse_id(text, self._user_dtype, "user")
+        return _parse_id(text, self.user_dtype, "user")
 
     def parse_item_id(self, text: str) -> Any:
         """Turns an item id typed by a person into the type of the model's ids; as above."""
-        return _parse_id(text, self._item_dtype, "item")
+        return _parse_id(text, self.item_dtype, "item")
 
     @property
     def saved_model(self) -> Any:
@@ -103,12 +166,46 @@ class LoadedRetriever:
         """Size of the corpus."""
         return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
 
+    def candidate_ids(self) -> list[Any]:
+        """Reads the ids of the items, in the order of their embeddings."""
+        return pq.read_table(self.folder / ITEMS_FILE)["item_id"].to_pylist()
+
+    def candidate_embeddings(self) -> np.ndarray:
+        """Returns the embeddings of the items: [num_candidates, D] float32."""
+        return self._loaded.exact.embeddings.numpy()
+
+    def held_out_queries(self) -> list[Query]:
+        """Reads the queries that the index was measured on: their user_id and history."""
+        return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
+
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the items, by id; empty if there are none."""
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
         if "title" not in items:
             return {}
         return dict(zip(items["item_id"], items["title"], strict=True))
+
+    def _query_inputs(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+        empty = empty_id(self.user_dtype)
+        return {
+            "user_id": _ids([query.get("user_id", empty) for query in queries], self.user_dtype),
+            "history": self._padded([query.get("history", ()) for query in queries]),
+        }
+
+    def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, np.ndarray]:
+        names = [feature.name for feature in self._query_features]
+        if unknown := {name for query in queries for name in query["features"]} - set(names):
+            raise ValueError(
+                f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
+                f"{', '.join(names) or 'none'}"
+            )
+        columns = {name: [query["features"].get(name) for query in queries] for name in names}
+        return raw_columns(self._query_features, columns, len(queries))
+
+    def _signature_filtered(self) -> Any:
+        if not self.has_filter:
+            raise ValueError("This model has no item filter: export it with export.filter_by.")
+        return self._loaded.signatures["retrieve_filtered"]
 
     def _excluded(self, exclude: Sequence[Collection[Any]] | None, num_queries: int) -> tf.Tensor:
         if exclude is None:
@@ -118,10 +215,10 @@ class LoadedRetriever:
 
     def _padded(self, lists: Sequence[Collection[Any]]) -> tf.Tensor:
         width = max((len(ids) for ids in lists), default=0)
-        fill = _empty(self._item_dtype)
-        known = ([id_ for id_ in ids if _can_be(id_, self._item_dtype)] for ids in lists)
+        fill = empty_id(self.item_dtype)
+        known = ([id_ for id_ in ids if _can_be(id_, self.item_dtype)] for ids in lists)
         rows = [[*ids, *[fill] * (width - len(ids))] for ids in known]
-        return tf.reshape(tf.constant(rows, self._item_dtype), [len(lists), width])
+        return tf.reshape(tf.constant(rows, self.item_dtype), [len(lists), width])
 
 
 def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
@@ -171,10 +268,6 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
 
 
-def _empty(dtype: tf.DType) -> int | str:
-    return "" if dtype == tf.string else -1
-
-
 def _can_be(id_: Any, dtype: tf.DType) -> bool:
     """Tells whether an id is of the model's type; of another it is unknown."""
     if dtype == tf.string:
@@ -183,8 +276,18 @@ def _can_be(id_: Any, dtype: tf.DType) -> bool:
 
 
 def _ids(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    known = [id_ if _can_be(id_, dtype) else _empty(dtype) for id_ in ids]
+    known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
     return tf.reshape(tf.constant(known, dtype), [len(known)])
+
+
+def _values(allowed: Sequence[Collection[str]], queries: Sequence[Query]) -> tf.Tensor:
+    check_one_each("allowed", allowed, len(queries))
+    lists = tf.ragged.constant([list(values) for values in allowed], tf.string, ragged_rank=1)
+    return lists.to_tensor("")
+
+
+def _found(answer: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    return _decoded(answer["candidate_ids"]), answer["scores"].numpy()
 
 
 def _decoded(ids: tf.Tensor) -> np.ndarray:

@@ -19,13 +19,20 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.serving.batching import Arrays
-from tfrs_pipeline.serving.export import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.export import missing_input, signature_inputs
+from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.rest import InputSpec, RequestError
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = {"candidate_ids", "scores", "is_known_user"}
+# By the first part of a signature's name.
+OUTPUTS = {
+    "serving": {"candidate_ids", "scores", "is_known_user"},
+    "retrieve": {"candidate_ids", "scores", "is_known_user"},
+    "embed": {"embeddings", "is_known_user"},
+}
+OUTPUTS_OF_CANDIDATES = {"embeddings", "is_known_item"}
 # A version that could not be loaded is tried again after 10 s, 20 s, 40 s, ..., 10 minutes:
 # a folder that is still being copied is whole a little later.
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 10.0, 600.0
@@ -42,12 +49,10 @@ class SavedModelCalls:
     def __init__(self, retriever: LoadedRetriever) -> None:
         self.retriever = retriever
         self._functions = dict(retriever.saved_model.signatures)
+        self._specs = {name: signature_inputs(fn) for name, fn in self._functions.items()}
         self.signatures = {
-            name: {
-                input_name: _input_spec(tensor)
-                for input_name, tensor in function.structured_input_signature[1].items()
-            }
-            for name, function in self._functions.items()
+            name: {input_name: _input_spec(spec) for input_name, spec in specs.items()}
+            for name, specs in self._specs.items()
         }
 
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -66,13 +71,17 @@ class SavedModelCalls:
         Raises:
             ValueError: If an answer has not the form it should have.
         """
-        for name, specs in self.signatures.items():
-            answer = self.call(name, {key: _nothing(spec) for key, spec in specs.items()})
+        for name, specs in self._specs.items():
+            inputs = {key: missing_input(spec, 1).numpy() for key, spec in specs.items()}
+            answer = self.call(name, inputs)
+            expected = OUTPUTS.get(name.partition("_")[0], set())
+            if name == "embed_candidate":
+                expected = OUTPUTS_OF_CANDIDATES
             shapes = {key: array.shape for key, array in answer.items()}
-            if set(answer) != OUTPUTS or any(shape[:1] != (1,) for shape in shapes.values()):
+            if set(answer) != expected or any(shape[:1] != (1,) for shape in shapes.values()):
                 raise ValueError(
-                    f"Signature {name} must answer one query with {', '.join(sorted(OUTPUTS))}. "
-                    f"Received: {shapes}"
+                    f"Signature {name} must answer one query with "
+                    f"{', '.join(sorted(expected)) or 'what a known one does'}. Received: {shapes}"
                 )
 
     def release(self) -> None:
@@ -128,18 +137,10 @@ class ServedVersion:
 
 def _input_spec(tensor: tf.TensorSpec) -> InputSpec:
     name = tensor.dtype.name
-    if name not in ("int32", "int64", "string"):
-        raise ValueError(f"Input {tensor.name} must be int32, int64 or string. Received: {name}")
-    return InputSpec(name, tensor.shape.rank)
-
-
-def _nothing(spec: InputSpec) -> np.ndarray:
-    """Makes the input of a query without user, history and exclusions, with a k of 1."""
-    if spec.rank == 0:
-        return np.array(1, spec.dtype)
-    empty: Any = b"" if spec.dtype == "string" else -1
-    dtype = object if spec.dtype == "string" else spec.dtype
-    return np.full([1] if spec.rank == 1 else [1, 0], empty, dtype)
+    if name not in ("int32", "int64", "float32", "float64", "string"):
+        raise ValueError(f"Input {tensor.name} must hold numbers or strings. Received: {name}")
+    width = tensor.shape[1] if tensor.shape.rank > 1 else None
+    return InputSpec(name, tensor.shape.rank, width)
 
 
 def _signature_def(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""An exported model over another set of items, without another training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from tfrs_pipeline.events.schema import DataError
+from tfrs_pipeline.events.tables import load_items
+from tfrs_pipeline.serving.export import export_index, file_hash
+from tfrs_pipeline.serving.index import IndexKind
+from tfrs_pipeline.serving.module import ItemFilter
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+
+logger = logging.getLogger(__name__)
+
+ITEMS_PER_CALL = 8192
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What became of a model's items.
+
+    Args:
+        folder: The new version.
+        num_items: Items of its index.
+        num_new: Of them, those that the version before did not have.
+        num_untrained: Of them, those that the training did not have: embedded by their features.
+        num_dropped: Items of the version before that are gone.
+        num_left_out: Items of the file that cannot be embedded: the training did not have them, and
+            the model reads no item features.
+        index: Kind, settings and recall, as `export_index` returns it.
+    """
+
+    folder: Path
+    num_items: int
+    num_new: int
+    num_untrained: int
+    num_dropped: int
+    num_left_out: int
+    index: dict[str, Any]
+
+
+def refresh_index(
+    model: str | Path,
+    items: str | Path,
+    *,
+    index: IndexKind | None = None,
+    target_recall: float | None = None,
+    keep_versions: int | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> Refreshed:
+    """Writes a new version of an exported model whose index holds the items of a file.
+
+    Every item is embedded anew, by its id, where the training had it, and by its features. The
+    towers, and what is known of the users, stay as they are: the history of a user may hold items
+    that are gone, and items that are new mean nothing in a history.
+
+    Args:
+        model: A model's folder, whose newest version is taken, or a version's.
+        items: CSV or Parquet with item_id, every item feature of the model under its name and,
+            if there is one, title: the items to be retrieved, all of them.
+        index: Kind of index; None takes that of the model's config.
+        target_recall: Of a ScaNN index; None likewise.
+        keep_versions: How many versions to keep, the newest; None likewise.
+        on_progress: Called with a task's name, steps done and steps in all.
+
+    Returns:
+        The new version, which a fresh process has loaded and answered with, and what it holds.
+
+    Raises:
+        DataError: If the file cannot be read, lacks a column, or holds no item for the index.
+        FileNotFoundError: If there is no exported model.
+        ValueError: If the model was exported without what this needs.
+        ExportError: If a fresh process cannot load the export or answers otherwise.
+        RuntimeError: If no ScaNN index reaches the recall.
+    """
+    # The twin needs no ScaNN, and has the same encoder.
+    retriever = load_retriever(model, exact=True)
+    manifest = retriever.manifest
+    if "features" not in manifest:
+        raise ValueError(
+            f"{retriever.folder} was exported by a version of this package that could not refresh "
+            "it. Export the model anew with `tfrs-pipeline run`."
+        )
+    config = manifest["config"]
+    table = _read_items(Path(items), retriever)
+    before = set(retriever.candidate_ids())
+    embeddings, is_trained = _embed(retriever, table, on_progress)
+    num_left_out = 0
+    if not config["data"]["item_features"]:
+        num_left_out = int((~is_trained).sum())
+        table = table.filter(pa.array(is_trained))
+        embeddings, is_trained = embeddings[is_trained], is_trained[is_trained]
+    if not len(embeddings):
+        raise DataError(
+            f"{items} holds no item that the model can embed: it reads no item features, and its "
+            f"training had none of the {num_left_out} ids."
+        )
+    ids = table["item_id"].to_pylist()
+    num_new = len(set(ids) - before)
+    on_progress("index", 0, 0)
+    export = config["export"]
+    filter_by, item_filter = export["filter_by"], None
+    if filter_by is not None:
+        item_filter = ItemFilter.of_column(filter_by, table[filter_by].to_pylist())
+    folder, description = export_index(
+        retriever.folder.parent.parent,
+        retriever.folder.parent.name,
+        encoder=retriever.saved_model.encoder,
+        embeddings=embeddings,
+        candidate_ids=table["item_id"].to_numpy(),
+        queries=retriever.held_out_queries(),
+        index=index or export["index"],
+        target_recall=target_recall or export["target_recall"],
+        manifest={
+            **manifest,
+            "refreshed": {
+                "from_version": int(retriever.folder.name),
+                "items": {Path(items).name: file_hash(Path(items))},
+                "num_items": len(ids),
+                "num_untrained": int((~is_trained).sum()),
+            },
+        },
+        items=table.select(["item_id", *(["title"] if "title" in table.column_names else [])]),
+        item_filter=item_filter,
+        keep_versions=keep_versions or export["keep_versions"],
+    )
+    return Refreshed(
+        folder=folder,
+        num_items=len(ids),
+        num_new=num_new,
+        num_untrained=int((~is_trained).sum()),
+        num_dropped=len(before - set(ids)),
+        num_left_out=num_left_out,
+        index=description,
+    )
+
+
+def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
+    data = retriever.manifest["config"]["data"]
+    return load_items(
+        path,
+        is_integer=retriever.item_dtype == tf.int64,
+        item_features=data["item_features"],
+        id_column=data["columns"].get("item_id", "item_id"),
+        list_separator=data["list_separator"],
+        timestamp_unit=data["timestamp_unit"],
+        time_zone=data["time_zone"],
+    ).to_pyarrow()
+
+
+def _embed(
+    retriever: LoadedRetriever, items: pa.Table, on_progress: Callable[[str, int, int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds an item table: [n, D] float32, and [n] whether the training had the item."""
+    kinds = retriever.manifest["config"]["data"]["item_features"]
+    blocks = []
+    for start in range(0, items.num_rows, ITEMS_PER_CALL):
+        on_progress("embed items", start, items.num_rows)
+        block = items.slice(start, ITEMS_PER_CALL)
+        # Vectors as arrays: a Python float a number would take 8 times the memory.
+        columns = {
+            name: block[name].to_numpy() if kind == "vector" else block[name].to_pylist()
+            for name, kind in kinds.items()
+        }
+        blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
+    embeddings, is_trained = zip(*blocks, strict=True)
+    return np.concatenate(embeddings), np.concatenate(is_trained)
