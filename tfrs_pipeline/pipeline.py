@@ -78,11 +78,11 @@ from tfrs_pipeline.samples.positives import (
 )
 from tfrs_pipeline.samples.sequences import SequenceBatches
 from tfrs_pipeline.serving.export import LIBRARIES, RetrievalModule, file_hash, write_export
+from tfrs_pipeline.serving.frontier import measure_frontier
 from tfrs_pipeline.serving.index import (
     ExactIndex,
     IndexRetriever,
     ScannIndex,
-    build_scann_index,
     resolve_index_kind,
 )
 
@@ -791,11 +791,11 @@ def export_model(
     if kind == "scann":
         encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
         probes = encoder(queries.as_queries()[:NUM_INDEX_PROBES])
-        index, recall = build_scann_index(
+        index, frontier = measure_frontier(
             embeddings, probes, k=PROMISED_K, target_recall=config.export.target_recall
         )
-        promised = min(PROMISED_K, len(embeddings))
-        description |= {f"index_recall@{promised}": recall, "settings": index.describe()}
+        recall = frontier.chosen.recall
+        description |= {f"index_recall@{frontier.k}": recall, "settings": index.describe()}
     histories, known = _latest_histories(corpus, tables.events)
     modules = [
         RetrievalModule(
@@ -982,8 +982,12 @@ def _retriever_of_rows(
     probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
     length = config.samples.history_length
     queries = [query_of_sample(samples, i, length) for i in probes.tolist()]
-    index, _ = build_scann_index(
-        embeddings, encoder(queries), k=PROMISED_K, target_recall=config.export.target_recall
+    index, _ = measure_frontier(
+        embeddings,
+        encoder(queries),
+        k=PROMISED_K,
+        target_recall=config.export.target_recall,
+        num_structures=1,  # Built anew every few epochs.
     )
     return IndexRetriever(index, ExactIndex(embeddings), candidate_rows, encoder)
 
