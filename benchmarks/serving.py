@@ -52,7 +52,8 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     from tfrs_pipeline.samples.builder import RowLists
     from tfrs_pipeline.serving.encoder import Encoder
     from tfrs_pipeline.serving.export import write_export
-    from tfrs_pipeline.serving.index import ExactIndex, build_scann_index
+    from tfrs_pipeline.serving.frontier import measure_frontier
+    from tfrs_pipeline.serving.index import ExactIndex
     from tfrs_pipeline.serving.module import RetrievalModule
 
     rng = np.random.default_rng(seed)
@@ -77,7 +78,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     queries = model.embed_queries(
         tf.range(1, NUM_USERS + 1), tf.constant(np.stack(lists[1:]), tf.int32)
     ).numpy()
-    index, recall = build_scann_index(embeddings, queries[:256], k=100, target_recall=0.95)
+    index, frontier = measure_frontier(embeddings, queries[:256], k=100, target_recall=0.95)
     exact = ExactIndex(embeddings)
     encoder = Encoder(
         model,
@@ -95,7 +96,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
         NAME,
         module=modules[0],
         twin=modules[1],
-        manifest={"index": {"kind": "scann", "recall": recall}, "example_user": 7},
+        manifest={"index": {"kind": "scann", "recall": frontier.chosen.recall}, "example_user": 7},
         items=pa.table(
             {
                 "item_id": np.arange(num_candidates),

@@ -625,9 +625,9 @@ def _add_tune_index(commands: Any, common: argparse.ArgumentParser) -> None:
         description=(
             "Measures ScaNN indexes over the items of an exported model: the share of the exact "
             "top k that they find for its held-out queries, against time a query. Prints the "
-            "settings that no other beats, marks the one that keeps the promise at the least time, "
-            "and draws them. The model stays as it is: `run` and `refresh-index` choose by the same "
-            "measure."
+            "settings that no other beats, marks the one that keeps the promise at the least time "
+            "and draws them. The model stays as it is: `run` and `refresh-index` choose by the "
+            "same measure."
         ),
     )
     tune.add_argument(

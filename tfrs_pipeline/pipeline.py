@@ -85,10 +85,10 @@ from tfrs_pipeline.serving.export import (
     export_index,
     file_hash,
 )
+from tfrs_pipeline.serving.frontier import measure_frontier
 from tfrs_pipeline.serving.index import (
     ExactIndex,
     IndexRetriever,
-    build_scann_index,
     resolve_index_kind,
 )
 from tfrs_pipeline.serving.module import ItemFilter
@@ -982,8 +982,12 @@ def _retriever_of_rows(
     probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
     length = config.samples.history_length
     queries = [query_of_sample(samples, i, length) for i in probes.tolist()]
-    index, _ = build_scann_index(
-        embeddings, encoder(queries), k=PROMISED_K, target_recall=config.export.target_recall
+    index, _ = measure_frontier(
+        embeddings,
+        encoder(queries),
+        k=PROMISED_K,
+        target_recall=config.export.target_recall,
+        num_structures=1,  # Built anew every few epochs.
     )
     return IndexRetriever(index, ExactIndex(embeddings), candidate_rows, encoder)
 

@@ -31,11 +31,11 @@ import tensorflow as tf
 
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import Encoder, empty_id
+from tfrs_pipeline.serving.frontier import measure_frontier
 from tfrs_pipeline.serving.index import (
     ExactIndex,
     IndexKind,
     ScannIndex,
-    build_scann_index,
     resolve_index_kind,
 )
 from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
@@ -91,8 +91,8 @@ def export_index(
         keep_versions: As for `write_export`.
 
     Returns:
-        The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings" and
-        the "index_recall@100" against exact search.
+        The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings",
+        the "index_recall@100" against exact search and the "frontier" that it was chosen from.
 
     Raises:
         ExportError: If a fresh process cannot load the export or answers otherwise.
@@ -105,10 +105,14 @@ def export_index(
     indexes: list[ExactIndex | ScannIndex] = [exact]
     if kind == "scann":
         k = min(PROMISED_K, len(embeddings))
-        scann, recall = build_scann_index(
+        scann, frontier = measure_frontier(
             embeddings, embed_queries(encoder, queries), k=k, target_recall=target_recall
         )
-        description |= {f"index_recall@{k}": recall, "settings": scann.describe()}
+        description |= {
+            f"index_recall@{k}": frontier.chosen.recall,
+            "settings": scann.describe(),
+            "frontier": frontier.as_dict(),
+        }
         indexes.insert(0, scann)
     module, *twin = (
         RetrievalModule(

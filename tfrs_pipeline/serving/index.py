@@ -20,6 +20,8 @@ IndexKind = Literal["auto", "scann", "exact"]
 
 # Below this, scoring every candidate is as fast as any index, and exact.
 SMALLEST_SCANN_CORPUS = 20_000
+# Codes of a block.
+_SMALLEST_HASHED_CORPUS = 16
 
 
 def resolve_index_kind(kind: IndexKind, num_candidates: int) -> Literal["scann", "exact"]:
@@ -83,10 +85,10 @@ class ExactIndex(tf.Module):
 
 @dataclass(frozen=True)
 class ScannSettings:
-    """How a ScaNN tree is built and searched.
+    """How a ScaNN index is built and searched.
 
     Args:
-        num_leaves: Partitions of the corpus.
+        num_leaves: Partitions of the corpus; 1 is none.
         num_leaves_to_search: Of them, searched for each query.
         num_reordered: Candidates rescored exactly.
         dimensions_per_block: Of the asymmetric hashing.
@@ -112,7 +114,7 @@ class ScannIndex(tf.Module):
 
     Raises:
         ImportError: If ScaNN is missing.
-        ValueError: If there are more leaves than candidates.
+        ValueError: If there are more leaves than candidates, or fewer than 16 candidates.
     """
 
     def __init__(self, embeddings: np.ndarray, settings: ScannSettings) -> None:
@@ -122,19 +124,25 @@ class ScannIndex(tf.Module):
                 f"num_leaves must not exceed the {len(embeddings)} candidates. "
                 f"Received: {settings.num_leaves}"
             )
+        if len(embeddings) < _SMALLEST_HASHED_CORPUS:
+            raise ValueError(
+                f"ScaNN learns its hashing from {_SMALLEST_HASHED_CORPUS} candidates or more; use "
+                f"index = 'exact'. Received: {len(embeddings)} candidates"
+            )
         self._ops = load_scann_ops()
         self.settings = settings
         self.num_candidates = len(embeddings)
         sample = min(len(embeddings), 100_000)
-        searcher = (
-            self._ops.builder(embeddings, settings.num_reordered, "dot_product")
-            .tree(
+        builder = self._ops.builder(embeddings, settings.num_reordered, "dot_product")
+        if settings.num_leaves > 1:
+            builder = builder.tree(
                 num_leaves=settings.num_leaves,
                 num_leaves_to_search=settings.num_leaves_to_search,
                 training_sample_size=sample,
                 min_partition_size=1,
             )
-            .score_ah(
+        searcher = (
+            builder.score_ah(
                 settings.dimensions_per_block,
                 anisotropic_quantization_threshold=settings.anisotropic_threshold,
                 training_sample_size=sample,
@@ -143,29 +151,39 @@ class ScannIndex(tf.Module):
             .build()
         )
         self._state = searcher.serialize_to_module()
+        # Searches load the state; the builder's own copy of it would stay for good.
+        tf.raw_ops.DestroyResourceOp(resource=searcher.searcher_handle)
 
     def search(
-        self, queries: tf.Tensor, k: tf.Tensor, num_leaves_to_search: int | None = None
+        self,
+        queries: tf.Tensor,
+        k: tf.Tensor,
+        num_leaves_to_search: tf.Tensor | int | None = None,
+        num_reordered: tf.Tensor | int | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds about the k best candidates.
 
         Args:
             queries: [B, dim] float32.
             k: Scalar int32.
-            num_leaves_to_search: Instead of the setting's.
+            num_leaves_to_search: Scalar int32, instead of the setting's.
+            num_reordered: Scalar int32, instead of the setting's; k at least.
 
         Returns:
             places: [B, <=k] int32 from 0, best first; what stands in an empty slot means nothing.
             scores: [B, <=k] float32, -inf in empty slots.
         """
         searcher = self._ops.searcher_from_module(self._state)
-        leaves = num_leaves_to_search or self.settings.num_leaves_to_search
+        leaves = num_leaves_to_search
+        if leaves is None:
+            leaves = self.settings.num_leaves_to_search
+        reordered = self.settings.num_reordered if num_reordered is None else num_reordered
 
         def search() -> tuple[tf.Tensor, tf.Tensor]:
             places, scores = searcher.search_batched(
                 queries,
                 final_num_neighbors=k,
-                pre_reorder_num_neighbors=tf.maximum(k, self.settings.num_reordered),
+                pre_reorder_num_neighbors=tf.maximum(k, reordered),
                 leaves_to_search=leaves,
             )
             return tf.cast(places, tf.int32), scores
@@ -189,59 +207,11 @@ def index_recall(found: np.ndarray, exact: np.ndarray) -> float:
     """Computes the mean share of the exact top k that an approximate search found.
 
     Args:
-        found: [num_queries, k] places.
-        exact: [num_queries, k] places.
+        found: [num_queries, any] places; -1 is an empty slot and never a hit.
+        exact: [num_queries, k] places from 0.
     """
     hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
     return float(np.mean(hits)) / exact.shape[1]
-
-
-def build_scann_index(
-    embeddings: np.ndarray, queries: np.ndarray, *, k: int, target_recall: float
-) -> tuple[ScannIndex, float]:
-    """Builds a ScaNN index that keeps a promise on recall, measured against exact search.
-
-    The tree has about sqrt(num_candidates) leaves; the share of them that is searched is doubled
-    until index_recall@k reaches the target.
-
-    Args:
-        embeddings: [num_candidates, dim] float32.
-        queries: [num_queries, dim] float32 to measure on, not empty.
-        k: Of the promise; capped at num_candidates.
-        target_recall: In (0, 1].
-
-    Returns:
-        The index and its index_recall@k.
-
-    Raises:
-        RuntimeError: If searching every leaf does not reach the target.
-    """
-    num_candidates = len(embeddings)
-    k = min(k, num_candidates)
-    num_leaves = max(1, round(np.sqrt(num_candidates)))
-    _, exact = tf.math.top_k(tf.linalg.matmul(queries, embeddings, transpose_b=True), k)
-    tried = []
-    for num_reordered in (min(2 * k, num_candidates), min(5 * k, num_candidates)):
-        settings = ScannSettings(num_leaves, max(1, num_leaves // 10), num_reordered)
-        index = ScannIndex(embeddings, settings)
-        leaves = settings.num_leaves_to_search
-        while True:
-            places, scores = index.search(queries, k, leaves)
-            found = tf.where(scores > -np.inf, places, -1).numpy()
-            recall = index_recall(found, exact.numpy())
-            tried.append(
-                f"{leaves} of {num_leaves} leaves, {num_reordered} reordered: {recall:.4f}"
-            )
-            if recall >= target_recall:
-                index.settings = ScannSettings(num_leaves, leaves, num_reordered)
-                return index, recall
-            if leaves == num_leaves:
-                break
-            leaves = min(2 * leaves, num_leaves)
-    raise RuntimeError(
-        f"No ScaNN setting reaches index_recall@{k} = {target_recall}: {'; '.join(tried)}. "
-        "Lower export.target_recall, or set export.index = 'exact'."
-    )
 
 
 class IndexRetriever:
