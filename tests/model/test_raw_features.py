@@ -381,7 +381,7 @@ def test_a_loaded_model_encodes_the_same(loaded: Any) -> None:
 
 
 def test_a_graph_divides_as_python_does(loaded: Any) -> None:
-    # Multiplied by a rounded reciprocal instead, some hundred of the vectors' numbers differ.
+    # Multiplied by a rounded reciprocal instead, almost half of the vectors' numbers differ.
     rng = np.random.default_rng(0)
     columns: dict[str, Any] = {name: [None] * 1000 for name in new_columns()}
     columns["a_numeric"] = rng.normal(size=1000)

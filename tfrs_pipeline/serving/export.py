@@ -92,7 +92,7 @@ def export_index(
 
     Returns:
         The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings",
-        the "index_recall@100" against exact search and the "frontier" that it was chosen from.
+        the "index_recall@100" against exact search and the "frontier" that it was chosen from (`Frontier.records`).
 
     Raises:
         ExportError: If a fresh process cannot load the export or answers otherwise.
@@ -111,7 +111,7 @@ def export_index(
         description |= {
             f"index_recall@{k}": frontier.chosen.recall,
             "settings": scann.describe(),
-            "frontier": frontier.as_dict(),
+            "frontier": frontier.records(),
         }
         indexes.insert(0, scann)
     module, *twin = (

@@ -143,14 +143,7 @@ class Frontier:
             every: Show all points; otherwise the chosen one and those on the frontier, without
                 those far below the target.
         """
-        least = min(self.target_recall - _MARGIN, max(point.recall for point in self.points))
-        shown = [
-            point
-            for point in sorted(self.points, key=lambda p: (p.recall, p.microseconds))
-            if every
-            or point in self.kept[:1]
-            or (point.recall >= least and is_on_frontier(point, self.points))
-        ]
+        shown = sorted(self.points, key=_by_recall) if every else self._shown()
         header = ["leaves", "searched", "dims/block", "reordered", f"recall@{self.k}"]
         lines = [[*header, "us/query", "build s", "promise"]]
         for point in shown:
@@ -171,6 +164,29 @@ class Frontier:
         exact_time = f"{self.exact_microseconds:.1f}"
         lines.append(["exact", "-", "-", "-", "1.0000", exact_time, "-", "-"])
         return f"{self._title()}\n{format_cells(lines)}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns what `table` shows of the index as flat records, for a report or a manifest.
+
+        Each has the settings by name, "index_recall@k" and "query_ms", milliseconds a query.
+        """
+        return [
+            {
+                **asdict(point.settings),
+                f"index_recall@{self.k}": point.recall,
+                "query_ms": round(point.microseconds / 1000, 5),
+            }
+            for point in self._shown()
+        ]
+
+    def _shown(self) -> list[FrontierPoint]:
+        least = min(self.target_recall - _MARGIN, max(point.recall for point in self.points))
+        return [
+            point
+            for point in sorted(self.points, key=_by_recall)
+            if point in self.kept[:1]
+            or (point.recall >= least and is_on_frontier(point, self.points))
+        ]
 
     def figure(self) -> Figure:
         """Draws time against recall: the frontier as a line, the target, the chosen point, exact.
@@ -252,6 +268,10 @@ class Frontier:
                 zorder=2,
                 label=f"{_leaves(leaves)}, {dimensions} dims/block",
             )
+
+
+def _by_recall(point: FrontierPoint) -> tuple[float, float]:
+    return point.recall, point.microseconds
 
 
 def _structure(point: FrontierPoint) -> tuple[int, int]:
