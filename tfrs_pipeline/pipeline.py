@@ -50,6 +50,7 @@ from tfrs_pipeline.events.tables import load_tables
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
+from tfrs_pipeline.model.raw_features import raw_signature
 from tfrs_pipeline.model.training import BeforeEpochs, TrainingResult, train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.retrieval import Retriever
@@ -818,6 +819,12 @@ def export_model(
             "features": {
                 "query": [feature.to_dict() for feature in corpus.query_features],
                 "candidate": [feature.to_dict() for feature in corpus.candidate_features],
+            },
+            "feature_inputs": {
+                "query": {n: spec.name for n, spec in raw_signature(corpus.query_features).items()},
+                "candidate": {
+                    n: spec.name for n, spec in raw_signature(corpus.candidate_features).items()
+                },
             },
             "example_user": queries.user_ids.tolist()[0],
             **(manifest or {}),

@@ -44,6 +44,10 @@ _CASED = (
 )
 
 
+# What a signature may take beside features.
+_OTHER_INPUTS = ("user_id", "item_id", "history", "exclude", "allowed", "k")
+
+
 class RawFeatures(tf.Module):
     """Encodes raw values in the graph, exactly as `Feature.encode` does in Python.
 
@@ -107,15 +111,8 @@ class RawFeatures(tf.Module):
 
     @property
     def signature(self) -> dict[str, tf.TensorSpec]:
-        """What a call takes, by the features' names, in their order.
-
-        Each spec has the name of its input in an exported signature. That is the feature's where
-        TensorFlow allows it; others get one of ASCII letters, digits and underscores.
-        """
-        return {
-            feature.name: tf.TensorSpec(*_raw_shape_and_dtype(feature), name)
-            for feature, name in zip(self._features, _input_names(self._features), strict=True)
-        }
+        """What a call takes (see `raw_signature`)."""
+        return raw_signature(self._features)
 
     def __call__(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes raw values.
@@ -161,6 +158,27 @@ class RawFeatures(tf.Module):
             words = _words(raw, self._lower_case)[:, : feature.num_values]
             raw = words.to_tensor("", shape=[None, feature.num_values])
         return self._vocabularies[feature.name].lookup(raw)
+
+
+def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
+    """Returns what `RawFeatures` takes, by the features' names, in their order.
+
+    Each spec has the name of its input in an exported signature. That is the feature's where
+    TensorFlow allows it and no other input has it; others get one of ASCII letters, digits and
+    underscores.
+
+    Args:
+        features: Fitted features.
+
+    Example:
+        >>> date = Feature.fit("release date", "numeric", [1990.0, 1994.0])
+        >>> raw_signature([date])
+        {'release date': TensorSpec(shape=(None,), dtype=tf.float64, name='release_date')}
+    """
+    return {
+        feature.name: tf.TensorSpec(*_raw_shape_and_dtype(feature), name)
+        for feature, name in zip(features, _input_names(features), strict=True)
+    }
 
 
 def raw_columns(
@@ -209,7 +227,7 @@ def _raw_shape_and_dtype(feature: Feature) -> tuple[list[int | None], tf.DType]:
 
 def _input_names(features: Sequence[Feature]) -> list[str]:
     """Returns names, one a feature, that inputs of a SavedModel's signature can have."""
-    names: dict[str, str] = {}
+    names = {name: name for name in _OTHER_INPUTS}
     for feature in features:
         name = re.sub(r"[^A-Za-z0-9_]", "_", feature.name)
         if not name[:1].isalpha():
@@ -218,7 +236,7 @@ def _input_names(features: Sequence[Feature]) -> list[str]:
         while name.lower() in names:
             name += "_"
         names[name.lower()] = name
-    return list(names.values())
+    return list(names.values())[len(_OTHER_INPUTS) :]
 
 
 def _raw_column(feature: Feature, column: Sequence[Any] | np.ndarray) -> np.ndarray:

@@ -92,7 +92,8 @@ def export_index(
 
     Returns:
         The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings",
-        the "index_recall@100" against exact search and the "frontier" that it was chosen from (`Frontier.records`).
+        the "index_recall@100" against exact search, and the "frontier" that it was chosen from
+        (`Frontier.records`).
 
     Raises:
         ExportError: If a fresh process cannot load the export or answers otherwise.

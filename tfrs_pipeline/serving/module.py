@@ -51,15 +51,17 @@ class RetrievalModule(tf.Module):
     - `retrieve(user_id [B], history [B, L], exclude [B, E], k [])`: by a history given with the
       query, oldest first; nothing is left out but `exclude`.
     - `retrieve_with_features(...)`, for a model with user features: as `retrieve`, with the raw
-      value of each feature beside, under the column's name, instead of the stored ones.
+      value of each feature beside, instead of the stored ones (see `RawFeatures`). An input is
+      called as the column, where that can be the name of an input: "release date" is
+      `release_date`; the manifest has them all.
     - `retrieve_user_filtered(..., allowed [B, F])` and `retrieve_filtered(..., allowed [B, F])`,
       where there is an item filter: of the items that have one of the values alone; a list without
       values allows every item. They score every item, however the index is built.
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
-    - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature under the
-      column's name: embeddings [B, D] float32 and is_known_item [B]. The score of a query and a
-      candidate is the dot product of their embeddings.
+    - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
+      embeddings [B, D] float32 and is_known_item [B]. The score of a query and a candidate is the
+      dot product of their embeddings.
 
     Those that retrieve return `candidate_ids` [B, k], `scores` [B, k] float32 (-inf in empty
     slots), best first, and `is_known_user` [B] bool. Unknown items in `history` and `exclude` are
@@ -163,11 +165,13 @@ class RetrievalModule(tf.Module):
         def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
             return encoder.embed_query(user_id, history)
 
-        def embed_candidate(item_id: tf.Tensor, **features: tf.Tensor) -> dict[str, tf.Tensor]:
+        def embed_candidate(
+            item_id: tf.Tensor, features: dict[str, tf.Tensor]
+        ) -> dict[str, tf.Tensor]:
             return encoder.embed_candidate(item_id, features)
 
         def embed_query_with_features(
-            user_id: tf.Tensor, history: tf.Tensor, **features: tf.Tensor
+            user_id: tf.Tensor, history: tf.Tensor, features: dict[str, tf.Tensor]
         ) -> dict[str, tf.Tensor]:
             assert by_features is not None
             return by_features(user_id, history, features)
@@ -177,7 +181,7 @@ class RetrievalModule(tf.Module):
             history: tf.Tensor,
             exclude: tf.Tensor,
             k: tf.Tensor,
-            **features: tf.Tensor,
+            features: dict[str, tf.Tensor],
         ) -> dict[str, tf.Tensor]:
             assert by_features is not None
             return self._answer(by_features(user_id, history, features), exclude, k)
@@ -311,11 +315,16 @@ def _traced(
     specs: Sequence[tf.TensorSpec],
     features: Mapping[str, tf.TensorSpec],
 ) -> Any:
-    """Traces a function whose features are inputs by their own names."""
-    named = {spec.name: spec for spec in specs} | {
-        name: tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in features.items()
-    }
-    return tf.function(function).get_concrete_function(**named)
+    """Traces a function whose last argument is features, each an input of its own."""
+    inputs = {spec.name: spec for spec in [*specs, *features.values()]}
+
+    def with_inputs(**values: tf.Tensor) -> Any:
+        own = {spec.name: values[spec.name] for spec in specs}
+        return function(
+            **own, features={name: values[spec.name] for name, spec in features.items()}
+        )
+
+    return tf.function(with_inputs).get_concrete_function(**inputs)
 
 
 def _num_distinct(rows: tf.Tensor) -> tf.Tensor:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw_features import raw_columns
+from tfrs_pipeline.model.raw_features import raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import empty_id
 from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, QUERIES_FILE
@@ -118,7 +118,7 @@ class LoadedRetriever:
         Raises:
             ValueError: If a feature that the model reads is missing.
         """
-        raw = raw_columns(self._candidate_features, features, len(item_ids))
+        raw = _raw_inputs(self._candidate_features, features, len(item_ids))
         answer = self._loaded.signatures["embed_candidate"](
             item_id=_ids(item_ids, self.item_dtype), **raw
         )
@@ -192,7 +192,7 @@ class LoadedRetriever:
             "history": self._padded([query.get("history", ()) for query in queries]),
         }
 
-    def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, np.ndarray]:
+    def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         names = [feature.name for feature in self._query_features]
         if unknown := {name for query in queries for name in query["features"]} - set(names):
             raise ValueError(
@@ -200,7 +200,7 @@ class LoadedRetriever:
                 f"{', '.join(names) or 'none'}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return raw_columns(self._query_features, columns, len(queries))
+        return _raw_inputs(self._query_features, columns, len(queries))
 
     def _signature_filtered(self) -> Any:
         if not self.has_filter:
@@ -284,6 +284,18 @@ def _values(allowed: Sequence[Collection[str]], queries: Sequence[Query]) -> tf.
     check_one_each("allowed", allowed, len(queries))
     lists = tf.ragged.constant([list(values) for values in allowed], tf.string, ragged_rank=1)
     return lists.to_tensor("")
+
+
+def _raw_inputs(
+    features: Sequence[Feature], columns: Mapping[str, Sequence[Any] | np.ndarray], num_rows: int
+) -> dict[str, tf.Tensor]:
+    """Makes the inputs of a signature, by their names, of columns by the features' names."""
+    raw = raw_columns(features, columns, num_rows)
+    specs = raw_signature(features)
+    return {
+        spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
+        for name, spec in specs.items()
+    }
 
 
 def _found(answer: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
