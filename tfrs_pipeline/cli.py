@@ -655,13 +655,14 @@ def _tune_index(options: argparse.Namespace) -> int:
     retriever = load_retriever(options.model, exact=True)
     if target_recall is None:
         target_recall = retriever.manifest["config"]["export"]["target_recall"]
-    _, frontier = measure_frontier(
-        retriever.candidate_embeddings(),
-        retriever.embed_queries(retriever.held_out_queries()),
-        k=k,
-        target_recall=target_recall,
-        num_structures=None,
-    )
+    with _native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
+        _, frontier = measure_frontier(
+            retriever.candidate_embeddings(),
+            retriever.embed_queries(retriever.held_out_queries()),
+            k=k,
+            target_recall=target_recall,
+            num_structures=None,
+        )
     console = Console()
     _say(console, frontier.table())
     name, version = retriever.folder.parts[-2:]
@@ -720,7 +721,7 @@ def _refresh_index(options: argparse.Namespace) -> int:
     from tfrs_pipeline.serving.refresh import refresh_index
 
     console = Console()
-    with _progress(console) as (_, on_progress):
+    with _native_errors_to(Path(os.devnull)), _progress(console) as (_, on_progress):
         done = refresh_index(
             options.model,
             options.items,

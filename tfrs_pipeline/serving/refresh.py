@@ -92,6 +92,8 @@ def refresh_index(
         )
     config = manifest["config"]
     table = _read_items(Path(items), retriever)
+    if not table.num_rows:
+        raise DataError(f"{items} holds no row: it must list all items to retrieve.")
     before = set(retriever.candidate_ids())
     embeddings, is_trained = _embed(retriever, table, on_progress)
     num_left_out = 0

@@ -1,0 +1,238 @@
+"""A model over other items: what is new is found by its features, what is gone is gone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.serving.conftest import NUM_CANDIDATES, Served
+from tfrs_pipeline.cli import main
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.events.schema import DataError
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.export import write_export
+from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.refresh import refresh_index
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+
+NUM_GONE = 7
+
+
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the check in a fresh process, which takes seconds and has its own tests."""
+    monkeypatch.setattr(export, "_prove", lambda *arguments: None)
+
+
+def publish(served: Served, directory: Path, **export_settings: Any) -> Path:
+    config = RunConfig().model_dump(mode="json")
+    config["data"]["item_features"] = {"genres": "multi_categorical"}
+    config["export"] |= {"index": "exact", "filter_by": "genres", **export_settings}
+    features = {
+        side: [feature.to_dict()]
+        for side, feature in zip(("query", "candidate"), served.features, strict=True)
+    }
+    return write_export(
+        directory,
+        "films",
+        module=served.module("exact"),
+        twin=None,
+        manifest={"index": {"kind": "exact"}, "config": config, "features": features},
+        items=pa.table({"item_id": served.candidate_ids.tolist()}),
+        queries=served.queries(),
+    ).parent
+
+
+def new_ids(served: Served) -> list[Any]:
+    """Two ids: one sorts before, one after those of the training."""
+    is_integer = served.candidate_ids.dtype == np.int64
+    return [1, 10_000] if is_integer else ["a film", "zum Film"]
+
+
+def write_items(served: Served, path: Path) -> pa.Table:
+    """Writes today's items: the first ones are gone, two are new, one has changed its genres."""
+    first, last = new_ids(served)
+    rows: list[tuple[Any, list[str], str | None]] = [(first, ["a", "c"], "A premiere")]
+    rows += [
+        (id_, genres, f"title of {id_}")
+        for id_, genres in zip(
+            served.candidate_ids.tolist()[NUM_GONE:], served.genres[NUM_GONE:], strict=True
+        )
+    ]
+    rows[1] = (rows[1][0], ["c"], rows[1][2])
+    rows.append((last, [], None))
+    ids, genres, titles = zip(*rows, strict=True)
+    table = pa.table(
+        {
+            "title": list(titles),
+            "genres": pa.array(list(genres), pa.list_(pa.string())),
+            "item_id": list(ids),
+        }
+    )
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(ids))), path)
+    return table
+
+
+def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
+    """Embeds the items with the model itself: row 0 is what the training did not have."""
+    row = {id_: i for i, id_ in enumerate(served.candidate_ids.tolist(), 1)}
+    rows = np.array([row.get(id_, 0) for id_ in items["item_id"].to_pylist()], np.int32)
+    encoded = served.features[1].encode(items["genres"].to_pylist())
+    return served.model.embed_candidates(rows, {"genres": encoded}).numpy()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_a_refreshed_model_ranks_todays_items(served: Served, tmp_path: Path) -> None:
+    folder = publish(served, tmp_path)
+    items = write_items(served, tmp_path / "items.parquet")
+    done = refresh_index(folder, tmp_path / "items.parquet")
+    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
+    assert (done.num_dropped, done.num_left_out) == (NUM_GONE, 0)
+    assert done.folder == folder / "2"
+
+    ids = items["item_id"].to_pylist()
+    loaded = load_retriever(folder)
+    queries = served.queries()
+    embeddings = expected_embeddings(served, items)
+    scores = loaded.embed_queries(queries) @ embeddings.T
+    found, found_scores = loaded.retrieve(queries, len(ids))
+    np.testing.assert_allclose(found_scores, -np.sort(-scores, axis=1), atol=1e-5)
+    for i in range(len(queries)):
+        place = {id_: j for j, id_ in enumerate(ids)}
+        mine = [scores[i, place[id_]] for id_ in found[i].tolist()]
+        np.testing.assert_allclose(mine, found_scores[i], atol=1e-5)
+    assert loaded.titles()[ids[0]] == "A premiere"
+    by_id = dict(zip(loaded.candidate_ids(), loaded.candidate_embeddings(), strict=True))
+    np.testing.assert_allclose([by_id[id_] for id_ in ids], embeddings, atol=1e-6)
+
+
+@pytest.mark.usefixtures("unproven")
+def test_users_are_as_they_were(served: Served, tmp_path: Path) -> None:
+    folder = publish(served, tmp_path)
+    write_items(served, tmp_path / "items.parquet")
+    refresh_index(folder, tmp_path / "items.parquet")
+    before, after = load_retriever(folder / "1"), load_retriever(folder / "2")
+    np.testing.assert_allclose(
+        before.embed_queries(served.queries()), after.embed_queries(served.queries()), atol=1e-6
+    )
+    gone = set(served.candidate_ids.tolist()[:NUM_GONE])
+    users = served.query_ids.tolist()
+    ids, scores, is_known = after.retrieve_user(users, NUM_CANDIDATES)
+    assert is_known.all()
+    for row, user_ids in enumerate(ids.tolist(), 1):
+        known = set(served.known(row))
+        left = set(after.candidate_ids()) - known
+        assert set(user_ids[: len(left)]) == left
+        assert not set(user_ids[: len(left)]) & gone
+        assert np.isneginf(scores[row - 1][len(left) :]).all()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_filters_go_by_todays_values(served: Served, tmp_path: Path) -> None:
+    folder = publish(served, tmp_path)
+    items = write_items(served, tmp_path / "items.parquet")
+    refresh_index(folder, tmp_path / "items.parquet")
+    found, scores = load_retriever(folder).retrieve([{}], 60, allowed=[["a"]])
+    with_a = {
+        id_
+        for id_, genres in zip(
+            items["item_id"].to_pylist(), items["genres"].to_pylist(), strict=True
+        )
+        if "a" in genres
+    }
+    assert set(found[0][np.isfinite(scores[0])].tolist()) == with_a
+    assert new_ids(served)[0] in with_a
+
+
+@pytest.mark.usefixtures("unproven")
+def test_refreshing_again_goes_back_to_what_was_dropped(served: Served, tmp_path: Path) -> None:
+    """An item that comes back has its trained embedding: the encoder never forgets."""
+    folder = publish(served, tmp_path, keep_versions=2)
+    write_items(served, tmp_path / "items.parquet")
+    refresh_index(folder, tmp_path / "items.parquet")
+    all_items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
+    pq.write_table(all_items, tmp_path / "all.parquet")
+    done = refresh_index(folder, tmp_path / "all.parquet")
+    assert (done.num_new, done.num_untrained, done.num_dropped) == (NUM_GONE, 0, 2)
+    assert versions_of(folder) == [2, 3]
+    expected, _ = served.in_memory.retrieve(served.queries(), 20)
+    found, _ = load_retriever(folder).retrieve(served.queries(), 20)
+    assert found.tolist() == expected.tolist()
+    manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
+    assert manifest["refreshed"]["from_version"] == 2
+    assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
+
+
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["genres"]), r"genres.*List the features under their own names"),
+        (lambda t: t.drop_columns(["item_id"]), r"Ids must stand in a column 'item_id'"),
+        (lambda t: pa.concat_tables([t, t.slice(0, 3)]), r"One row an id"),
+        (lambda t: t.slice(0, 0), r"holds no row"),
+    ],
+    ids=["no feature", "no id", "an id twice", "no row"],
+)
+def test_a_bad_item_table_changes_nothing(
+    served: Served, tmp_path: Path, change: Any, message: str
+) -> None:
+    folder = publish(served, tmp_path)
+    table = change(write_items(served, tmp_path / "items.parquet"))
+    pq.write_table(table, tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match=message):
+        refresh_index(folder, tmp_path / "bad.parquet")
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+@pytest.mark.usefixtures("unproven")
+def test_text_ids_are_refused_by_a_model_of_integers(served: Served, tmp_path: Path) -> None:
+    if served.candidate_ids.dtype != np.int64:
+        pytest.skip("text is what these ids are")
+    folder = publish(served, tmp_path)
+    pq.write_table(pa.table({"item_id": ["x"], "genres": [["a"]]}), tmp_path / "text.parquet")
+    with pytest.raises(DataError, match="holds text, and the model's item ids are integers"):
+        refresh_index(folder, tmp_path / "text.parquet")
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_did(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = publish(served, tmp_path)
+    write_items(served, tmp_path / "items.parquet")
+    command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
+    assert main([*command, "--index", "scann", "--keep-versions", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "55 items: 2 are new, 7 gone" in said
+    assert "2 were in no training: embedded by their features alone" in said
+    assert "ScaNN finds" in said
+    assert versions_of(folder) == [2]
+    loaded: LoadedRetriever = load_retriever(folder)
+    assert loaded.manifest["index"]["kind"] == "scann"
+    figure, points = tmp_path / "frontier.png", tmp_path / "frontier.json"
+    command = ["tune-index", str(folder), "--figure", str(figure), "--json", str(points)]
+    assert main([*command, "-k", "10", "--target-recall", "0.9"]) == 0
+    assert "chosen" in capsys.readouterr().out
+    assert figure.stat().st_size > 1000
+    assert json.loads(points.read_text())["target_recall"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("refresh-index m --items i --target-recall 1.5", "--target-recall: got '1.5'"),
+        ("refresh-index m --items i --keep-versions 0", "--keep-versions: got '0'"),
+        ("tune-index m -k two", "-k: got 'two'; must be a whole number"),
+        ("tune-index m --target-recal 1", "did you mean '--target-recall'?"),
+    ],
+)
+def test_wrong_flags_are_explained(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
