@@ -62,6 +62,48 @@ def test_strings_come_as_utf_8_or_base64() -> None:
     assert request.inputs["k"].shape == ()
 
 
+NUMBERS = {
+    "embed": {
+        "price": InputSpec("float64", 1),
+        "vector": InputSpec("float32", 2, width=3),
+        "k": InputSpec("int32", 0),
+    }
+}
+
+
+def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
+    body = b'{"signature_name": "embed", "inputs": {"price": [1, 2.5, NaN], "k": 1, "vector": '
+    body += b"[[1, 2, 3], [0.1, -2e3, 0], [NaN, NaN, NaN]]}}"
+    inputs = rest.parse_predict(rest.parse_json(body, 8), NUMBERS).inputs
+    assert inputs["price"].dtype == np.float64
+    np.testing.assert_array_equal(inputs["price"], [1.0, 2.5, np.nan])
+    assert inputs["vector"].dtype == np.float32
+    np.testing.assert_array_equal(
+        inputs["vector"],
+        np.array([[1, 2, 3], [0.1, -2000, 0], [np.nan] * 3], np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"price": ["1"]}, "'price' takes float64 values. Got: '1'"),
+        ({"price": [True]}, "'price' takes float64 values. Got: True"),
+        ({"price": [None]}, "'price' takes float64 values. Got: None"),
+        ({"price": [10**400]}, "'price' has a number that is no float64"),
+        ({"price": [[1.0]]}, "Got: nested 2 deep"),
+        ({"vector": [[1.0, 2.0]]}, "'vector' must have 3 numbers for each query. Got: 2"),
+        ({"vector": [[1.0, 2.0], [1.0]]}, "fill the shorter ones with NaN"),
+        ({"k": 1.0}, "takes int32 values. Got: 1.0"),
+    ],
+)
+def test_a_refused_number_is_explained(changed: dict[str, Any], message: str) -> None:
+    inputs = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "k": 1, **changed}
+    with pytest.raises(RequestError) as caught:
+        rest.parse_predict({"signature_name": "embed", "inputs": inputs}, NUMBERS)
+    assert message in caught.value.message
+
+
 def test_nothing_to_exclude_is_a_list_of_empty_lists() -> None:
     request = parsed(**retrieve(user_id=["a", "b"], exclude=[[], []], k=2))
     assert request.inputs["exclude"].shape == (2, 0)
@@ -180,7 +222,7 @@ def test_limits_hold_at_their_edge() -> None:
     assert limits(k=0) == "400 k must be from 1 to 10. Got: 0"
     assert "may hold 2 queries. Got: 3" in limits(user_id=[1, 2, 3])
     assert "'exclude' may hold 3 entries for each query. Got: 4" in limits(exclude=np.zeros((1, 4)))
-    assert "'history' may hold 4 items" in limits(history=np.zeros((1, 5)))
+    assert "'history' may hold 4 entries" in limits(history=np.zeros((1, 5)))
 
 
 FLOATS = st.floats(width=32)

@@ -43,7 +43,14 @@ def write_version(served: Served, directory: Path, kind: str) -> Path:
             "films",
             module=served.module(kind),
             twin=served.module("exact") if kind == "scann" else None,
-            manifest={"index": {"kind": kind}, "example_user": served.query_ids.tolist()[3]},
+            manifest={
+                "index": {"kind": kind},
+                "example_user": served.query_ids.tolist()[3],
+                "features": {
+                    side: [feature.to_dict()]
+                    for side, feature in zip(("query", "candidate"), served.features, strict=True)
+                },
+            },
             items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
             queries=[],
         )
@@ -214,6 +221,42 @@ def test_many_at_once_share_calls_and_each_gets_its_own(
     for user, left_out, answer in zip(users, exclude, answers, strict=True):
         check(answer, *loaded.retrieve_user([user], 9, [left_out])[:2])
     assert running.metric("tfrs_model_call_requests_count") - before < 60
+
+
+def test_features_filters_and_embeddings_are_served(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    user = served.query_ids.tolist()[0]
+    history = served.known(4)
+    query = {"user_id": [user], "history": [history]}
+    other = "F" if served.genders[0] == "M" else "M"
+    for gender in (other, ""):
+        document = {**query, "exclude": [[]], "k": 7, "gender": [gender]}
+        answer = running.predict(signature_name="retrieve_with_features", inputs=document)
+        features = {"gender": gender or None}
+        ids, scores = loaded.retrieve(
+            [{"user_id": user, "history": history, "features": features}], 7
+        )
+        check(answer["outputs"], ids, scores)
+    document = {**query, "exclude": [[]], "k": 60, "allowed": [["b", ""]]}
+    answer = running.predict(signature_name="retrieve_filtered", inputs=document)["outputs"]
+    ids, scores = loaded.retrieve([{"user_id": user, "history": history}], 60, allowed=[["b"]])
+    check(answer, ids, scores)
+    embedded = running.predict(signature_name="embed_query", inputs=query)["outputs"]
+    np.testing.assert_allclose(
+        embedded["embeddings"],
+        loaded.embed_queries([{"user_id": user, "history": history}]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    items = served.candidate_ids.tolist()[:2]
+    rows = [{"item_id": id_, "genres": ["a", "c"]} for id_ in items]
+    predictions = running.predict(signature_name="embed_candidate", instances=rows)["predictions"]
+    expected, _ = loaded.embed_candidates(items, {"genres": [["a", "c"]] * 2})
+    np.testing.assert_allclose(
+        [row["embeddings"] for row in predictions], expected, rtol=1e-5, atol=1e-6
+    )
+    assert [row["is_known_item"] for row in predictions] == [True, True]
 
 
 def test_state_and_metadata_are_tensorflow_servings_own_messages(
