@@ -1,0 +1,222 @@
+r"""Measures whether items that the training never saw are found, once the index is refreshed.
+
+On MovieLens-100K a tenth of the items, drawn by a seed, is taken out of the log, as if they had not
+been there yet. The package's model is trained and exported without them, then refreshed with the
+whole item table, where they are known by title words, year and genres alone. The queries are those
+of the main job's test, their relevant items the new ones that the user likes in the test part.
+
+    all items    a new item must come up among the whole corpus, the user's earlier likes left out
+    new items    the new items are ranked among themselves
+
+    default      the main job's settings
+    unknown_ids  the same, a tenth of the ids taken for unknown in training (model.unknown_rate), so
+                 that the embedding of an unknown id is trained
+    features     the same without ids (model.use_candidate_id)
+    popularity   by likes before the test, of which a new item has none: the last of all items, and
+                 in no order among themselves
+    best order   of the new items by their likes before the test, which nobody could know: what an
+                 order that is the same for all can reach
+
+    python benchmarks/new_items.py --seeds 3 --json benchmarks/results/new_items.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow, since it selects Keras 2.
+from tfrs_pipeline import RunConfig, main_job_config, with_settings
+
+# isort: split
+import numpy as np
+import pyarrow.parquet as pq
+from record import write_json
+
+from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
+from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.evaluation.metrics import recall_at_k
+from tfrs_pipeline.events.schema import Tables
+from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.pipeline import (
+    export_model,
+    load_data,
+    parts_before_test,
+    read_corpus,
+    split_events,
+    train_and_refit,
+    training_samples,
+)
+from tfrs_pipeline.serving.refresh import refresh_index
+from tfrs_pipeline.serving.retriever import load_retriever
+
+NEW_SHARE = 0.1
+CUTOFFS = {"all items": 100, "new items": 20}
+MODELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "unknown_ids": {"model.unknown_rate": 0.1},
+    "features": {"model.use_candidate_id": False},
+}
+LIKES = ("popularity", "best order")
+
+
+def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Takes items out, trains, refreshes and measures.
+
+    Returns:
+        By model and ranking, each query's recall.
+    """
+    config = with_settings(
+        main_job_config(),
+        {"seed": seed, "evaluation.uncorrected": False, "export.index": "exact"},
+    )
+    tables = load_data(config.data)
+    split = split_events(tables.events, config.split, seed)
+    all_ids = np.array(tables.items["item_id"].to_pyarrow().to_pylist())
+    all_ids.sort()
+    rng = np.random.default_rng(seed)
+    new_ids = rng.choice(all_ids, round(NEW_SHARE * len(all_ids)), replace=False)
+    pq.write_table(tables.items.to_pyarrow(), folder / "items.parquet")
+    queries = evaluation_queries(split, "test")
+    is_new = set(new_ids.tolist())
+    relevant = [[id_ for id_ in ids if id_ in is_new] for ids in queries.relevant]
+    asked = [i for i, ids in enumerate(relevant) if ids]
+    likes = split.filter((split["stage"] == "clicked") & (split["part"] != "test"))
+    counts = dict.fromkeys(all_ids.tolist(), 0)
+    for row in likes.group_by("item_id").agg(n=likes.count()).to_pyarrow().to_pylist():
+        counts[row["item_id"]] = row["n"]
+
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, settings in MODELS.items():
+        own = with_settings(
+            config, {**settings, "export.directory": folder / "models", "export.name": name}
+        )
+        export_without(own, tables, split, new_ids, queries, folder / name)
+        refresh_index(folder / "models" / name, folder / "items.parquet")
+        scores = score(folder / "models" / name, all_ids, queries, asked)
+        found[name] = measure(scores, all_ids, new_ids, queries, relevant, asked)
+    for name in LIKES:
+        visible = [
+            0 if id_ in is_new and name == "popularity" else counts[id_] for id_ in all_ids.tolist()
+        ]
+        # Ties in random order, another for each query.
+        ties = rng.random((len(asked), len(all_ids)))
+        scores = np.array(visible, np.float64) + ties
+        found[name] = measure(scores, all_ids, new_ids, queries, relevant, asked)
+    return found
+
+
+def export_without(
+    config: RunConfig,
+    tables: Tables,
+    split: Any,
+    new_ids: np.ndarray,
+    queries: EvaluationQueries,
+    folder: Path,
+) -> None:
+    """Trains and exports the package's model as if the new items were not there yet."""
+    new = new_ids.tolist()
+    old = dataclasses.replace(
+        tables,
+        events=tables.events.filter(~tables.events["item_id"].isin(new)),
+        items=tables.items.filter(~tables.items["item_id"].isin(new)),
+    )
+    known = split.filter(~split["item_id"].isin(new))
+    parts = {"selection": ("train",), "final": parts_before_test(config)}
+    selection, final = (
+        training_samples(config, old, known, parts[name], folder / name) for name in parts
+    )
+    corpus = read_corpus(old, folder / "final")
+    model, chosen, _ = train_and_refit(
+        config, corpus, selection, final, evaluation_queries(known, "validation")
+    )
+    print(f"  trained {chosen.best_epoch} epochs", flush=True)
+    # What the user did in the test is not known when the queries are asked.
+    before_test = dataclasses.replace(old, events=known.filter(known["part"] != "test"))
+    export_model(config, before_test, corpus, model, queries)
+
+
+def score(
+    model: Path, all_ids: np.ndarray, queries: EvaluationQueries, asked: list[int]
+) -> np.ndarray:
+    """Scores all items for the queries that are asked: [num_asked, num_items] float32."""
+    retriever = load_retriever(model)
+    every = queries.as_queries()
+    ids, scores = retriever.retrieve([every[i] for i in asked], len(all_ids))
+    by_item = np.zeros(ids.shape, np.float32)
+    np.put_along_axis(by_item, np.searchsorted(all_ids, ids), scores, axis=1)
+    return by_item
+
+
+def measure(
+    scores: np.ndarray,
+    all_ids: np.ndarray,
+    new_ids: np.ndarray,
+    queries: EvaluationQueries,
+    relevant: list[list[Any]],
+    asked: list[int],
+) -> dict[str, np.ndarray]:
+    """Measures how much of a query's relevant new items is found, in both rankings."""
+    rows = CandidateIds(all_ids)
+    known, is_relevant = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
+    for place, i in enumerate(asked):
+        is_relevant[place, rows.rows(relevant[i])] = True
+        mine = rows.rows(list(queries.histories[i]))
+        known[place, mine[mine >= 0]] = True
+    is_new = np.isin(all_ids, new_ids)
+    left_out = {"all items": known, "new items": known | ~is_new}
+    recalls = {}
+    for name, k in CUTOFFS.items():
+        ranked = np.argsort(np.where(left_out[name], np.inf, -scores), axis=1, kind="stable")
+        is_hit = np.take_along_axis(is_relevant, ranked[:, :k], axis=1)
+        recalls[name] = recall_at_k(is_hit, is_relevant.sum(axis=1), k)
+    return recalls
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Retracing a model is no fault here.
+    by_seed = []
+    for seed in range(options.seeds):
+        print(f"seed {seed}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            by_seed.append(run(seed, Path(folder)))
+    figures: dict[str, Any] = {"cutoffs": CUTOFFS, "new_share": NEW_SHARE, "models": {}}
+    print(f"{'':14}" + "".join(f"  recall@{k} among {name:12}" for name, k in CUTOFFS.items()))
+    for name in (*MODELS, *LIKES):
+        # Other items are new, and other users asked, with every seed.
+        joined = {
+            ranking: np.concatenate([s[name][ranking] for s in by_seed]) for ranking in CUTOFFS
+        }
+        intervals = bootstrap_intervals(
+            np.stack(list(joined.values()), axis=1), num_bootstrap=1000, seed=0
+        )
+        figures["models"][name] = {
+            ranking: {
+                **interval.as_dict(),
+                "by_seed": [float(np.nanmean(s[name][ranking])) for s in by_seed],
+                "num_queries": len(joined[ranking]),
+            }
+            for ranking, interval in zip(CUTOFFS, intervals, strict=True)
+        }
+        cells = (figures["models"][name][ranking] for ranking in CUTOFFS)
+        print(
+            f"{name:14}"
+            + "".join(f"  {c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]      " for c in cells)
+        )
+    if options.json:
+        write_json(options.json, figures, seed=0)
+
+
+if __name__ == "__main__":
+    main()
