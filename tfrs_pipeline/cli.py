@@ -735,6 +735,12 @@ def _refresh_index(options: argparse.Namespace) -> int:
         _say(
             console, f"{done.num_untrained:,} were in no training: embedded by their features alone"
         )
+        if not done.has_trained_unknown:
+            _say(
+                console,
+                "    beside the embedding of an unknown id, which was not trained: they will seldom "
+                "be found. Train with model.unknown_rate above 0, such as 0.1",
+            )
     if done.num_left_out:
         _say(
             console,

@@ -36,6 +36,8 @@ class Refreshed:
         num_dropped: Items of the version before that are gone.
         num_left_out: Items of the file that cannot be embedded: the training did not have them, and
             the model reads no item features.
+        has_trained_unknown: Whether the embedding that such an item has in place of its id's was
+            trained, or there is none.
         index: Kind, settings and recall, as `export_index` returns it.
     """
 
@@ -45,6 +47,7 @@ class Refreshed:
     num_untrained: int
     num_dropped: int
     num_left_out: int
+    has_trained_unknown: bool
     index: dict[str, Any]
 
 
@@ -142,6 +145,8 @@ def refresh_index(
         num_untrained=int((~is_trained).sum()),
         num_dropped=len(before - set(ids)),
         num_left_out=num_left_out,
+        has_trained_unknown=config["model"]["unknown_rate"] > 0
+        or not config["model"]["use_candidate_id"],
         index=description,
     )
 
