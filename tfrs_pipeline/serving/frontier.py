@@ -29,7 +29,6 @@ SMALLEST_PARTITIONED_CORPUS = 10_000
 _REORDERED_OVER_K = (20, 10, 5, 3, 2, 1.5, 1)
 # A setting further than this below the target is not worth varying.
 _MARGIN = 0.05
-
 # Halvings, by ratio, of the step between too few leaves and enough.
 _NUM_REFINEMENTS = 3
 # The median over fewer would be noise.
@@ -482,15 +481,14 @@ class _Sweep:
 def _structures(num_candidates: int, k: int) -> list[ScannSettings]:
     """Returns what suits a corpus, quickest to build first.
 
-    About sqrt(num_candidates) leaves and two dimensions a block is ScaNN's own advice; at high
-    recall one dimension a block can be cheaper, since fewer candidates need rescoring, and so can
-    more leaves.
+    About sqrt(num_candidates) leaves and two dimensions a block is ScaNN's own advice. More leaves
+    can be cheaper, and so can one dimension a block, after which fewer candidates need rescoring.
     """
     leaves = max(1, round(math.sqrt(num_candidates)))
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         shapes = [(1, 2), (1, 1), (leaves, 2)]
     else:
-        shapes = [(leaves, 2), (4 * leaves, 1), (leaves, 1), (4 * leaves, 2)]
+        shapes = [(leaves, 2), (4 * leaves, 2), (leaves, 1), (4 * leaves, 1)]
     num_reordered = max(_numbers_reordered(k, num_candidates))
     return [
         ScannSettings(num_leaves, num_leaves, num_reordered, dimensions_per_block=dimensions)
