@@ -92,7 +92,7 @@ def test_of_the_points_that_keep_the_promise_the_least_time_is_chosen(seed: int)
     assert np.mean(recalls[1::2]) == pytest.approx(frontier.chosen.recall, abs=2e-3)
 
 
-def test_what_is_chosen_depends_on_the_clock_alone() -> None:
+def test_what_is_chosen_depends_on_the_clock() -> None:
     chosen = {
         measure_frontier(EMBEDDINGS, QUERIES, k=50, target_recall=0.8, clock=random_clock(seed))[
             1

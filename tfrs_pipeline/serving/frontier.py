@@ -29,7 +29,6 @@ SMALLEST_PARTITIONED_CORPUS = 10_000
 _REORDERED_OVER_K = (20, 10, 5, 3, 2, 1.5, 1)
 # A setting further than this below the target is not worth varying.
 _MARGIN = 0.05
-
 # Halvings, by ratio, of the step between too few leaves and enough.
 _NUM_REFINEMENTS = 3
 # The median over fewer would be noise.
@@ -298,7 +297,8 @@ def measure_frontier(
     keep the promise on the others too. Structures are built once each; the leaves searched and the
     candidates rescored are arguments of a search. More leaves are tried up to recall 1 or, once the
     promise is kept, until they take longer than exact search or twice the cheapest that keeps it.
-    So the choice depends on the clock; that the promise is kept does not.
+    So the choice depends on the clock, and ScaNN draws its partitions anew each time: the same call
+    may give another index, but none that breaks the promise.
 
     Searches go through a `tf.function`, as a request's do: ScaNN on one thread, exact search on
     TensorFlow's.
@@ -338,15 +338,7 @@ def measure_frontier(
             points.append(point)
             if point.keeps(target_recall) and point.microseconds < cheapest:
                 best, cheapest = index, point.microseconds
-    frontier = Frontier(
-        k=k,
-        target_recall=target_recall,
-        num_candidates=len(embeddings),
-        num_queries=len(queries),
-        batch_size=batch_size,
-        exact_microseconds=probes.exact_microseconds,
-        points=tuple(points),
-    )
+    frontier = probes.frontier(points, target_recall)
     chosen = frontier.chosen
     logger.info("index: %s", frontier.table())
     assert best is not None  # Of the chosen point.
@@ -365,7 +357,8 @@ class _Probes:
         batch_size: int,
         clock: Callable[[], float],
     ) -> None:
-        self.k, self._num_queries, self._clock = k, len(queries), clock
+        self.k, self._clock = k, clock
+        self._num_candidates, self._num_queries = len(embeddings), len(queries)
         # The last batch is filled up from the start, so that all take alike.
         rows = np.resize(np.arange(len(queries)), (-(-len(queries) // batch_size), batch_size))
         self._batches = [tf.constant(queries[batch], tf.float32) for batch in rows]
@@ -380,6 +373,18 @@ class _Probes:
             self._tuning, self._held_out = slice(0, None, 2), slice(1, None, 2)
         index = ExactIndex(embeddings)
         self._exact, self.exact_microseconds = self._search(_compiled(index.search, 1), k)
+
+    def frontier(self, points: Sequence[FrontierPoint], target_recall: float) -> Frontier:
+        """Puts points beside exact search."""
+        return Frontier(
+            k=self.k,
+            target_recall=target_recall,
+            num_candidates=self._num_candidates,
+            num_queries=self._num_queries,
+            batch_size=len(self._batches[0]),
+            exact_microseconds=self.exact_microseconds,
+            points=tuple(points),
+        )
 
     def measure(self, search: _Search, *options: int) -> tuple[float, float, float]:
         """Searches for k; returns held-out recall, tuning recall and microseconds a query."""
@@ -434,21 +439,23 @@ class _Sweep:
         self._search = _compiled(index.search, 3)
         self._probes, self._target = probes, target_recall
         self._build_seconds, self._cheapest = build_seconds, cheapest
+        self._num_leaves = max(1, index.settings.num_leaves // 128)
 
     def run(self) -> list[FrontierPoint]:
         """Doubles the leaves; where the promise is first kept, looks closer below and goes on."""
-        most = self._settings.num_leaves
-        too_few, leaves = 0, max(1, most // 128)
-        is_kept = self._measure(leaves)
-        while not (is_kept or leaves == most or self._is_pointless(leaves)):
-            too_few, leaves = leaves, min(2 * leaves, most)
-            is_kept = self._measure(leaves)
+        too_few = 0
+        while not (is_kept := self._measure(self._num_leaves)) and not self._is_over():
+            too_few = self._num_leaves
+            self._double()
         if is_kept:
-            self._refine(too_few, leaves)
-        while not (leaves == most or self._is_pointless(leaves)):
-            leaves = min(2 * leaves, most)
-            self._measure(leaves)
+            self._refine(too_few, self._num_leaves)
+        while not self._is_over():
+            self._double()
+            self._measure(self._num_leaves)
         return self.points
+
+    def _double(self) -> None:
+        self._num_leaves = min(2 * self._num_leaves, self._settings.num_leaves)
 
     def _refine(self, too_few: int, enough: int) -> None:
         for _ in range(_NUM_REFINEMENTS):
@@ -482,10 +489,10 @@ class _Sweep:
                 break
         return is_kept
 
-    def _is_pointless(self, num_leaves: int) -> bool:
-        """Says whether more leaves than these have nothing more to find, or cost too much."""
-        row = [p for p in self.points if p.settings.num_leaves_to_search == num_leaves]
-        if row[0].keeps(1.0):
+    def _is_over(self) -> bool:
+        """Says whether more leaves than now have nothing more to find, or cost too much."""
+        row = [p for p in self.points if p.settings.num_leaves_to_search == self._num_leaves]
+        if self._num_leaves == self._settings.num_leaves or row[0].keeps(1.0):
             return True
         dearest = min(self._probes.exact_microseconds, 2 * self._cheapest)
         return self._cheapest < math.inf and min(p.microseconds for p in row) > dearest
@@ -494,15 +501,14 @@ class _Sweep:
 def _structures(num_candidates: int, k: int) -> list[ScannSettings]:
     """Returns what suits a corpus, quickest to build first.
 
-    About sqrt(num_candidates) leaves and two dimensions a block is ScaNN's own advice; at high
-    recall one dimension a block can be cheaper, since fewer candidates need rescoring, and so can
-    more leaves.
+    About sqrt(num_candidates) leaves and two dimensions a block is ScaNN's own advice. More leaves
+    can be cheaper, and so can one dimension a block, after which fewer candidates need rescoring.
     """
     leaves = max(1, round(math.sqrt(num_candidates)))
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         shapes = [(1, 2), (1, 1), (leaves, 2)]
     else:
-        shapes = [(leaves, 2), (4 * leaves, 1), (leaves, 1), (4 * leaves, 2)]
+        shapes = [(leaves, 2), (4 * leaves, 2), (leaves, 1), (4 * leaves, 1)]
     num_reordered = max(_numbers_reordered(k, num_candidates))
     return [
         ScannSettings(num_leaves, num_leaves, num_reordered, dimensions_per_block=dimensions)
