@@ -738,8 +738,8 @@ def _refresh_index(options: argparse.Namespace) -> int:
         if not done.has_trained_unknown:
             _say(
                 console,
-                "    beside the embedding of an unknown id, which was not trained: they will seldom "
-                "be found. Train with model.unknown_rate above 0, such as 0.1",
+                "    beside the embedding of an unknown id, which was not trained: they will "
+                "seldom be found. Train with model.unknown_rate above 0, such as 0.1",
             )
     if done.num_left_out:
         _say(
