@@ -488,9 +488,9 @@ class TrainingConfig(Config):
     """Positives in a batch."""
     positions: Literal["one", "all"] = "one"
     """Whether each positive is an example by itself, or one pass over a user's sequence trains all
-    its positions; then batches have about batch_size positives. In a log without an order, all is a
-    query a user and epoch: it reads a random half of the user's positives, of which history_dropout
-    drops its share besides, and is to find the other half."""
+    its positions; then batches have about batch_size positives. In a log without an order, all
+    makes one query a user and epoch: it reads a random half of the user's positives, less what
+    history_dropout drops, and has the other half to find."""
     max_epochs: PositiveInt = 30
     """Epochs at most."""
     optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"

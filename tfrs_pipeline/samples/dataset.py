@@ -327,7 +327,7 @@ class TrainingBatches:
         for step in range(self._bank_batches, self._bank_batches + num_steps):
             batch = self.batch(tf.constant(step, tf.int64))
             columns, query_row = shared_columns(batch), batch["query_row"]
-            if "positive_query" in batch:  # Columns are those of a positive, as anywhere.
+            if "positive_query" in batch:  # Counted once a positive, as without it.
                 query_row = tf.gather(query_row, batch["positive_query"])
             is_left = ~self._is_own(query_row, columns)
             num_cells += int(tf.math.count_nonzero(is_left))
