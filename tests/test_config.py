@@ -543,6 +543,33 @@ def test_what_does_not_go_with_all_positions_is_refused(
         with_settings(with_preset(main_job_config(), "sequence"), changed)
 
 
+UNORDERED = {
+    "data": {"source": "clicks", "path": "clicks.csv", "ordered": False},
+    "samples": {"in_batch": False},
+    "training": {"positions": "all", "batch_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"samples.in_batch": True}, "samples.in_batch.*alpha 1"),
+        ({"samples.resampling": "power_law"}, "resampling_as.*'weights'"),
+        ({"samples.preset": "mined_1_100"}, "samples.hard_share.*'one'"),
+        ({"samples.mask_known_positives": False}, "mask_known_positives.*hold none of them"),
+        ({"model.history_pooling": (), "model.use_user_id": True}, "history_pooling"),
+        ({"model.correction": "streaming"}, "model.correction.*no in-batch"),
+    ],
+)
+def test_what_does_not_go_with_users_as_sets_is_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    # A batch may be shorter than any window would let it.
+    config = RunConfig(**UNORDERED)
+    with pytest.raises(ConfigError, match=message):
+        with_settings(config, changed)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -45,6 +45,7 @@ from tfrs_pipeline.pipeline import (
 )
 from tfrs_pipeline.run_report import gather_facts, write_report
 from tfrs_pipeline.samples.builder import read_samples
+from tfrs_pipeline.samples.user_sets import UserSetBatches
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load_retriever
 
@@ -667,6 +668,27 @@ def test_a_log_without_any_order(tmp_path: Path) -> None:
     ):
         others = set(samples.known_positives[query].tolist()) - {int(candidate)}
         assert sorted(samples.history(i).tolist()) == sorted(others)
+
+
+def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> None:
+    settings = {
+        "data.ordered": False,
+        "samples.in_batch": False,
+        "training.positions": "all",
+        "training.max_epochs": 4,
+        "training.tensorboard": True,
+        "evaluation.baselines": ("popularity",),
+        "export.index": "exact",
+    }
+    config = with_settings(ratings_config(tmp_path), settings)
+    finished = go(config, tmp_path / "run", "int")
+    batches = training_batches(config, read_samples(finished.folder / "samples" / "final"))
+    assert isinstance(batches, UserSetBatches)
+    models = finished.metrics["models"]
+    assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes = finished.reports["train two_tower"].notes
+    assert f"left out of the columns that rows share: {masked}" in notes
 
 
 @pytest.mark.slow

@@ -488,7 +488,9 @@ class TrainingConfig(Config):
     """Positives in a batch."""
     positions: Literal["one", "all"] = "one"
     """Whether each positive is an example by itself, or one pass over a user's sequence trains all
-    its positions; then batches have about batch_size positives."""
+    its positions; then batches have about batch_size positives. In a log without an order, all
+    makes one query a user and epoch: it reads a random half of the user's positives, less what
+    history_dropout drops, and has the other half to find."""
     max_epochs: PositiveInt = 30
     """Epochs at most."""
     optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"
@@ -719,31 +721,45 @@ class RunConfig(Config):
             )
 
     def _sequence_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what does not go with training all positions of a sequence at once."""
+        """Yields what does not go with training all positives of a user at once."""
         samples, reason = self.samples, "with training.positions 'all'"
         if samples.in_batch:
             yield (
                 "samples.in_batch",
-                f"got yes {reason}: a batch holds whole sequences and is no fair draw; set it to "
+                f"got yes {reason}: a batch holds whole users and is no fair draw; set it to "
                 "no, and use an easy_negatives sampler with alpha 1, which draws as often",
             )
         if samples.resampling != "none" and samples.resampling_as == "drawing":
             yield "samples.resampling_as", f"got 'drawing' {reason}: use 'weights'"
         if not self.model.history_pooling:
             yield "model.history_pooling", f"got none {reason}, which reads the history"
-        if not self.data.ordered:
-            yield (
-                "training.positions",
-                "got 'all', and the log has no order (data.ordered is no): use 'one'",
-            )
         if self.model.correction == "streaming":
             yield "model.correction", f"got 'streaming' {reason}, which has no in-batch negatives"
+        if not self.data.ordered:
+            yield from self._set_problems(reason)
+            return
         shortest = 2 * (samples.history_length + 1)
         if self.training.batch_size < shortest:
             yield (
                 "training.batch_size",
                 f"got {self.training.batch_size} {reason}: must be {shortest} or more, twice "
                 "(samples.history_length + 1)",
+            )
+
+    def _set_problems(self, reason: str) -> Iterator[tuple[str, str]]:
+        """Yields what does not go with queries that have many positives."""
+        reason += " in a log without an order (data.ordered is no)"
+        if self.samples.hard_share:
+            yield (
+                "samples.hard_share",
+                f"got {self.samples.hard_share} {reason}: hard negatives are those of one "
+                "positive, where a query has many; set it to 0, or training.positions to 'one'",
+            )
+        if not self.samples.mask_known_positives:
+            yield (
+                "samples.mask_known_positives",
+                f"got no {reason}: all of a user's positives have the same negatives, which must "
+                "hold none of them; set it to yes, or training.positions to 'one'",
             )
 
     def _counting(self) -> Iterator[tuple[str, str]]:

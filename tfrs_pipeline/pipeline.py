@@ -78,6 +78,7 @@ from tfrs_pipeline.samples.positives import (
     select_positives,
 )
 from tfrs_pipeline.samples.sequences import SequenceBatches
+from tfrs_pipeline.samples.user_sets import UserSetBatches
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.export import (
     LIBRARIES,
@@ -504,7 +505,8 @@ def training_batches(
         "positive_weight": None if is_drawn else rate,
     }
     if config.training.positions == "all":
-        return SequenceBatches(samples, **common)
+        is_ordered = samples.num_earlier is not None
+        return (SequenceBatches if is_ordered else UserSetBatches)(samples, **common)
     return TrainingBatches(
         samples,
         in_batch=config.samples.in_batch,
@@ -1134,7 +1136,7 @@ def train_and_refit(
         model, refitted = fit(batches, "refit", chosen.best_epoch)
         notes.append(
             f"trained again on training and validation positives for {chosen.best_epoch} epochs, "
-            f"{batches.num_samples * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
+            f"{batches.positives_per_epoch * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
             "positives/s"
         )
     notes += _describe_batches(batches, config.samples)

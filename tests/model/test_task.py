@@ -229,3 +229,82 @@ def test_ids_of_candidates_that_are_no_positives_are_refused() -> None:
         HybridRetrieval()(
             QUERIES, CANDIDATES, candidate_ids=tf.range(C), positive_embeddings=CANDIDATES[:B]
         )
+
+
+# Several positives a row, and a row with none.
+POSITIVE_QUERY = np.array([0, 0, 1, 2, 2, 2, 5, 4])
+POSITIVES = RNG.normal(size=(8, D)).astype(np.float32)
+POSITIVE_OPTIONS = {
+    "positive_log_q": RNG.normal(size=8).astype(np.float32),
+    "sample_weight": RNG.random(8).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_positives_that_share_a_row_are_as_rows_repeated(correct_positive: bool) -> None:
+    """The loss and its gradients, in the row's hard negatives too, against a row a positive."""
+    task = HybridRetrieval(0.5, correct_positive=correct_positive)
+
+    def gradients(is_repeated: bool) -> list[np.ndarray]:
+        variables = [tf.Variable(x) for x in (QUERIES, CANDIDATES, POSITIVES, HARD)]
+        with tf.GradientTape() as tape:
+            queries, candidates, positives, hard = (tf.identity(x) for x in variables)
+            rows = [queries, hard, LOG_Q, MASK, HARD_LOG_Q, HARD_MASK]
+            if is_repeated:
+                rows = [tf.gather(x, POSITIVE_QUERY) for x in rows]
+            queries, hard, log_q, mask, hard_log_q, hard_mask = rows
+            loss = task(
+                queries,
+                candidates,
+                positive_embeddings=positives,
+                positive_query=None if is_repeated else tf.constant(POSITIVE_QUERY),
+                log_q=log_q,
+                score_mask=mask,
+                hard_embeddings=hard,
+                hard_log_q=tf.constant(hard_log_q),
+                hard_mask=hard_mask,
+                **POSITIVE_OPTIONS,
+            )
+        return [loss.numpy(), *map(tf.convert_to_tensor, tape.gradient(loss, variables))]
+
+    for got, expected in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_positives_that_share_a_row_match_a_loop() -> None:
+    total = 0.0
+    for p, (row, positive) in enumerate(zip(POSITIVE_QUERY, POSITIVES, strict=True)):
+        own = np.float64(QUERIES[row] @ positive / 0.5) - POSITIVE_OPTIONS["positive_log_q"][p]
+        others = (QUERIES[row] @ CANDIDATES.T / 0.5 - LOG_Q[row])[MASK[row]]
+        loss = np.log(np.exp(own) + np.exp(others).sum()) - own
+        total += POSITIVE_OPTIONS["sample_weight"][p] * loss
+    options: dict[str, object] = {
+        "positive_embeddings": POSITIVES,
+        "positive_query": tf.constant(POSITIVE_QUERY),
+        "log_q": LOG_Q,
+        "score_mask": MASK,
+        **POSITIVE_OPTIONS,
+    }
+    own_loss = tf.keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum")
+    for loss in (None, own_loss):
+        task = HybridRetrieval(0.5, loss=loss, correct_positive=True)
+        np.testing.assert_allclose(task(QUERIES, CANDIDATES, **options), total, rtol=1e-5)
+    with pytest.raises(ValueError, match="positive_query needs the positive_embeddings"):
+        HybridRetrieval()(QUERIES, CANDIDATES, positive_query=tf.constant(POSITIVE_QUERY))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
+def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected: float) -> None:
+    """Two positives, of a row with one column whose logit is the opposite, and of one without."""
+    query = tf.Variable([[1.0], [0.0]])
+    with tf.GradientTape() as tape:
+        loss = HybridRetrieval()(
+            query,
+            tf.constant([[-scale]]),
+            positive_embeddings=tf.constant([[scale], [scale]]),
+            positive_query=tf.constant([0, 1]),
+            score_mask=tf.constant([[True], [False]]),
+        )
+    assert loss.numpy() == pytest.approx(expected)
+    gradient = tf.convert_to_tensor(tape.gradient(loss, query)).numpy()
+    np.testing.assert_allclose(gradient, [[-2 * scale if expected else 0.0], [0.0]])

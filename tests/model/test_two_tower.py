@@ -1,5 +1,6 @@
 """The model as a Keras user meets it: fit, evaluate, save, load; and the loss it minimises."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.builder import RowLists
 from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
 from tfrs_pipeline.samples.sequences import SequenceBatches
+from tfrs_pipeline.samples.user_sets import UserSetBatches
 
 QUERY_ROWS = range(1, NUM_QUERIES + 1)
 
@@ -122,6 +124,67 @@ def test_all_positions_have_the_loss_of_single_positives(
         kept = logits[batch["is_counted"].numpy()[i]]
         losses.append(np.log(np.exp(own) + np.exp(kept).sum()) - own)
     assert model.compute_loss(batch).numpy() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def set_batch(problem: Problem) -> dict[str, tf.Tensor]:
+    samples = dataclasses.replace(problem.samples, num_earlier=None)
+    batches = UserSetBatches(
+        samples,
+        batch_size=32,
+        easy_negatives=[(0.0, 10), (0.5, 6)],
+        history_length=2,
+        seed=1,
+        positive_weight=np.linspace(1, 2, NUM_CANDIDATES + 1),
+    )
+    return batches.batch(1)
+
+
+@pytest.mark.parametrize("poolings", [("mean", "recency"), ("attention",)])
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_users_as_sets_have_the_loss_of_single_positives(
+    problem: Problem, poolings: tuple[str, ...], correct_positive: bool
+) -> None:
+    """The loss, its gradients and the diagnosis, against a query of its own for each positive."""
+    model = problem.model(
+        history_pooling=poolings,
+        temperature=0.2,
+        correct_positive=correct_positive,
+        share_item_embedding=True,
+        use_user_id=True,
+    )
+    batch = set_batch(problem)
+    of_positive = batch["positive_query"]
+    assert len(of_positive) > len(batch["query_row"])
+    repeated = {name: value for name, value in batch.items() if name != "positive_query"}
+    for name in ("query_row", "history_rows", "is_counted"):
+        repeated[name] = tf.gather(batch[name], of_positive)
+    losses, gradients = [], []
+    for inputs in (batch, repeated):
+        with tf.GradientTape() as tape:
+            losses.append(model.compute_loss(inputs))
+        gradients.append(tape.gradient(losses[-1], model.trainable_variables))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for got, expected in zip(*gradients, strict=True):
+        if expected is not None:
+            np.testing.assert_allclose(
+                tf.convert_to_tensor(got), tf.convert_to_tensor(expected), rtol=1e-4, atol=1e-6
+            )
+    whole, single = model.diagnose(batch), model.diagnose(repeated)
+    assert whole["masked_share"] > 0
+    for name in single.keys() - {"norm/query"}:
+        np.testing.assert_allclose(whole[name], single[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("poolings", [("mean", "recency"), ("attention",)])
+def test_histories_may_be_as_wide_as_the_longest_or_padded(
+    problem: Problem, poolings: tuple[str, ...]
+) -> None:
+    model = problem.model(history_pooling=poolings)
+    batch = set_batch(problem)
+    for rows in (batch["history_rows"], batch["history_rows"][:, :0]):
+        padded = tf.pad(rows, [[0, 0], [0, 5 - rows.shape[1]]])
+        narrow, wide = (model.compute_loss({**batch, "history_rows": x}) for x in (rows, padded))
+        np.testing.assert_allclose(narrow, wide, rtol=1e-6)
 
 
 def test_a_bias_is_added_to_the_score(problem: Problem) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     The parent's `candidate_sampling_probability` is one number per column, clipped to [1e-6, 1],
     and corrects the positive as well. Here `log_q` may differ by row, is never clipped, and the
     row's own positive keeps its bare logit unless `correct_positive`. Hard negatives of a row are
-    columns of that row alone: B * H products, not B * B * H.
+    columns of that row alone: B * H products, not B * B * H. A row may have several positives, each
+    with a loss of its own over the same negatives, which are scored once.
 
     Args:
         temperature: Scores are divided by it.
@@ -66,6 +68,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         log_q: tf.Tensor | None = None,
         positive_embeddings: tf.Tensor | None = None,
         positive_log_q: tf.Tensor | None = None,
+        positive_query: tf.Tensor | None = None,
         hard_embeddings: tf.Tensor | None = None,
         hard_log_q: tf.Tensor | None = None,
         hard_mask: tf.Tensor | None = None,
@@ -76,7 +79,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             query_embeddings: [B, D] float.
             candidate_embeddings: [C, D], the shared columns. Without `positive_embeddings`, C >= B
                 and the first B are the rows' positives.
-            sample_weight: [B] or [B, 1], optional.
+            sample_weight: [B] or [B, 1], optional; [P] with `positive_query`.
             candidate_sampling_probability: [C], in [1e-6, 1]: as in the parent, the positive is
                 corrected with it too. Not together with `log_q`.
             candidate_ids: [C] ids for the parent's factorized metrics; not together with
@@ -90,30 +93,35 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             positive_embeddings: [B, D], the rows' positives where they are no shared columns: each
                 is a column of its own row alone, and no column is on a diagonal.
             positive_log_q: [B], for `correct_positive` with `positive_embeddings`.
+            positive_query: [P] int32 in [0, B), the rows that `positive_embeddings`, then [P, D],
+                and `positive_log_q`, [P], belong to; any number a row. Without it, one a row.
             hard_embeddings: [B, H, D], each row's own negatives.
             hard_log_q: [B, H], required with `hard_embeddings`.
             hard_mask: [B, H] bool, True where a hard negative counts.
 
         Returns:
-            Scalar, the weighted sum over rows of logsumexp(logits) - logit of the positive.
+            Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
+            the logits being its own and those of its row's negatives.
 
         Raises:
-            ValueError: If both corrections are given, shapes do not fit, or hard negatives come
-                without their log_q.
+            ValueError: If both corrections are given, shapes do not fit, hard negatives come
+                without their log_q, or `positive_query` without `positive_embeddings`.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
         num_rows = tf.shape(query_embeddings)[0]
-        if sample_weight is not None:  # The parent takes [B, 1] too.
-            sample_weight = tf.reshape(sample_weight, [num_rows])
         if candidate_ids is not None and positive_embeddings is not None:
             raise ValueError(
                 "candidate_ids name the first B candidates as the rows' positives, which they are "
                 "not with positive_embeddings: leave one of the two out."
             )
         is_diagonal = positive_embeddings is None
+        if is_diagonal and positive_query is not None:
+            raise ValueError("positive_query needs the positive_embeddings of its rows: [P, D].")
         positives = candidate_embeddings[:num_rows] if is_diagonal else positive_embeddings
+        if sample_weight is not None:  # The parent takes [B, 1] too.
+            sample_weight = tf.reshape(sample_weight, [tf.shape(positives)[0]])
         queries = self._scaled(query_embeddings)
-        own = self._products("bd,bd->b", queries, positives)
+        own = self._products("bd,bd->b", _of_positives(queries, positive_query), positives)
         shared = self._products("bd,cd->bc", queries, candidate_embeddings)
         correction, own_correction = self._corrections(
             log_q, candidate_sampling_probability, positive_log_q, shared, is_diagonal
@@ -128,18 +136,20 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if hard_embeddings is not None:
             blocks.append(self._hard_logits(queries, hard_embeddings, hard_log_q, hard_mask))
         if self._has_own_loss or (compute_batch_metrics and self._batch_metrics):
-            logits, labels = _matrix(own, blocks, is_diagonal)
+            repeated = [_of_positives(block, positive_query) for block in blocks]
+            logits, labels = _matrix(own, repeated, is_diagonal)
         if self._has_own_loss:
             loss = self._loss(y_true=labels, y_pred=logits, sample_weight=sample_weight)
         else:
-            losses = _log_sum_exp(own, blocks) - own
+            # log(exp(own) + exp(others)) - own.
+            losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
             loss = tf.reduce_sum(losses if sample_weight is None else losses * sample_weight)
         updates = [metric.update_state(loss) for metric in self._loss_metrics]
         if compute_metrics:
             ids = None if candidate_ids is None else candidate_ids[:num_rows]
             updates += [
                 metric.update_state(
-                    query_embeddings,
+                    _of_positives(query_embeddings, positive_query),
                     positives,
                     true_candidate_ids=ids,
                     sample_weight=sample_weight,
@@ -229,26 +239,28 @@ def _checked_log(probability: tf.Tensor) -> tf.Tensor:
         return tf.math.log(probability)
 
 
-def _log_sum_exp(own: tf.Tensor, blocks: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Computes the log of the summed exponentials of each row, over a column and blocks of columns.
+def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tensor:
+    """Returns what belongs to each positive: rows as they are, or the rows of `positive_query`."""
+    return rows if positive_query is None else tf.gather(rows, positive_query)
+
+
+def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Computes the log of the summed exponentials of each row, over blocks of columns.
 
     The blocks are not joined: a copy of the scores, and the labels of a cross-entropy, would cost
     half as much again as the rest of the loss.
 
     Args:
-        own: [B] logits.
-        blocks: Logits, [B, any] each.
+        blocks: Logits, [B, any] each, of one column in all at least.
 
     Returns:
         [B].
     """
-    highest = own
-    for block in blocks:
-        highest = tf.maximum(highest, tf.reduce_max(block, axis=1))
+    highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
     highest = tf.stop_gradient(highest)
-    total = tf.exp(own - highest)
-    for block in blocks:
-        total += tf.reduce_sum(tf.exp(block - highest[:, tf.newaxis]), axis=1)
+    total = tf.add_n(
+        [tf.reduce_sum(tf.exp(block - highest[:, tf.newaxis]), axis=1) for block in blocks]
+    )
     return tf.math.log(total) + highest
 
 

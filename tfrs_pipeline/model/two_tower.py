@@ -369,7 +369,7 @@ class TwoTowerModel(tfrs.Model):
         too much, as it would be with an estimate from before the batch.
 
         Args:
-            inputs: As `TrainingBatches.batch` describes.
+            inputs: As `TrainingBatches.batch` or one of its children describes.
             training: Whether dropout is on and the two states move on.
 
         Returns:
@@ -389,6 +389,7 @@ class TwoTowerModel(tfrs.Model):
             own = {
                 "positive_embeddings": positives,
                 "positive_log_q": inputs["positive_log_q"],
+                "positive_query": inputs.get("positive_query"),
             }
         if hard is not None:
             log_q = inputs["hard_log_q"]
@@ -419,7 +420,7 @@ class TwoTowerModel(tfrs.Model):
     def _embed_columns(
         self, inputs: Mapping[str, tf.Tensor], training: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Embeds a batch's candidates: positives [B, D], shared [C, D] and own hard [B, H, D]."""
+        """Embeds a batch's candidates: positives [B or P, D], shared [C, D], own hard [B, H, D]."""
         positive_rows = inputs["candidate_row"]
         fresh = tf.concat([positive_rows, inputs["easy_candidate_row"]], axis=0)
         hard_rows = inputs.get("hard_candidate_row")
@@ -432,15 +433,15 @@ class TwoTowerModel(tfrs.Model):
             distinct, training=training, dropout_seed=inputs.get("dropout_seed")
         )
         candidates = tf.gather(embedded, slot)
-        num_rows, num_fresh = tf.shape(positive_rows)[0], tf.shape(fresh)[0]
-        shared = candidates[(0 if has_in_batch(inputs) else num_rows) : num_fresh]
+        num_positives, num_fresh = tf.shape(positive_rows)[0], tf.shape(fresh)[0]
+        shared = candidates[(0 if has_in_batch(inputs) else num_positives) : num_fresh]
         if self._bank is not None:
             shared = tf.concat([shared, self._bank(inputs["bank_candidate_row"])], axis=0)
         hard = None
         if hard_rows is not None:
             shape = tf.concat([tf.shape(hard_rows), tf.shape(candidates)[1:]], axis=0)
             hard = tf.reshape(candidates[num_fresh:], shape)
-        return candidates[:num_rows], shared, hard
+        return candidates[:num_positives], shared, hard
 
     def _embed_batch_queries(self, inputs: Mapping[str, tf.Tensor], training: bool) -> tf.Tensor:
         seed = inputs.get("dropout_seed")
@@ -566,17 +567,20 @@ class TwoTowerModel(tfrs.Model):
         """Computes what tells a training gone wrong, from one batch; nothing is changed.
 
         Args:
-            inputs: As `TrainingBatches.batch` describes.
+            inputs: As `TrainingBatches.batch` or one of its children describes.
 
         Returns:
             Scalar float32 by name. "log_q/min" and "log_q/max": over the shared columns that count,
-            unless nothing is corrected. "masked_share": of the shared columns that do not.
+            unless nothing is corrected. "masked_share": of each positive's shared columns, those
+            that do not.
             "norm/query" and "norm/candidate": mean length of the embeddings of the batch's queries
             and positives, 1 where the model normalizes and has no candidate bias.
             "norm/TOWER/LAYER": mean length of a row of each embedding table of a tower, such as
             "norm/candidate_tower/id"; a table that both read is the candidate tower's.
         """
         is_counted = inputs["is_counted"]
+        if "positive_query" in inputs:
+            is_counted = tf.gather(is_counted, inputs["positive_query"])
         queries = self._embed_batch_queries(inputs, training=False)
         figures = {
             "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),

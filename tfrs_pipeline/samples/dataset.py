@@ -161,6 +161,9 @@ class TrainingBatches:
         )
         self._known_positives = _ragged(samples.known_positives) if mask_known_positives else None
         self._exposed = _ragged(samples.exposed) if mask_exposed else None
+        self._left_out = [
+            lists for lists in (self._known_positives, self._exposed) if lists is not None
+        ]
         self._num_candidates = len(samples.counts) - 1
         self._hard_share = hard_share
         self._hard = _checked_hard(samples, hard_share, hard_negatives)
@@ -203,9 +206,14 @@ class TrainingBatches:
         return self._hard_share * float(np.average(has_hard, weights=self._draw_rate))
 
     @property
+    def positives_per_epoch(self) -> float:
+        """Positives that an epoch trains, on average."""
+        return self.num_samples
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches per pass over the samples, rounded: epochs do not end with a batch."""
-        return max(1, round(self.num_samples / self.batch_size))
+        return max(1, round(self.positives_per_epoch / self.batch_size))
 
     def dataset(self, start_step: int = 0, num_steps: int | None = None) -> tf.data.Dataset:
         """Streams the batches of steps `start_step`, `start_step` + 1, ...
@@ -268,7 +276,10 @@ class TrainingBatches:
     def _compared(
         self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
     ) -> Batch:
-        """Builds all of a batch but the histories, from the samples at `index`, [B]."""
+        """Builds all of a batch but the histories, from the samples at `index`, [B].
+
+        `query_row` are the queries of the rows of `is_counted`, which `_is_counted` makes.
+        """
         easy = [
             sampler.sample(num, self._stream(step, _EASY_STREAM + i))
             for i, (sampler, num) in enumerate(self._samplers)
@@ -315,8 +326,10 @@ class TrainingBatches:
         num_cells = 0
         for step in range(self._bank_batches, self._bank_batches + num_steps):
             batch = self.batch(tf.constant(step, tf.int64))
-            columns = shared_columns(batch)
-            is_left = ~self._is_own(batch["query_row"], columns)
+            columns, query_row = shared_columns(batch), batch["query_row"]
+            if "positive_query" in batch:  # Counted once a positive, as without it.
+                query_row = tf.gather(query_row, batch["positive_query"])
+            is_left = ~self._is_own(query_row, columns)
             num_cells += int(tf.math.count_nonzero(is_left))
             is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
             reasons = {"accidental hits": is_hit}
@@ -325,7 +338,7 @@ class TrainingBatches:
                 ("exposed items", self._exposed),
             ):
                 if lists is not None:
-                    reasons[name] = self._holds([lists], batch["query_row"], columns)
+                    reasons[name] = self._holds([lists], query_row, columns)
             for name, is_masked in reasons.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
@@ -398,9 +411,8 @@ class TrainingBatches:
         self, query_row: tf.Tensor, candidate_row: tf.Tensor, columns: tf.Tensor
     ) -> tf.Tensor:
         is_counted = columns[tf.newaxis, :] != candidate_row[:, tf.newaxis]
-        kinds = [lists for lists in (self._known_positives, self._exposed) if lists is not None]
-        if kinds:
-            is_counted &= ~self._holds(kinds, query_row, columns)
+        if self._left_out:
+            is_counted &= ~self._holds(self._left_out, query_row, columns)
         if self._bank_batches:
             is_counted &= columns > 0
         return is_counted | self._is_own(query_row, columns) if self._in_batch else is_counted

@@ -7,21 +7,21 @@ it. What the positives are compared with, and how it weighs, is as in `TrainingB
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import Batch, EasySampling, HardSampling, TrainingBatches
-
-_ORDER_STREAM = 0
+from tfrs_pipeline.samples.dataset import Batch, EasySampling, HardSampling
+from tfrs_pipeline.samples.epochs import EpochBatches
 
 # Windows of like length are batched together, out of this many batches' worth in random order.
 BATCHES_PER_POOL = 16
 
 
-class SequenceBatches(TrainingBatches):
+class SequenceBatches(EpochBatches):
     """Builds training batches in which every position of a sequence is a positive.
 
     A sequence is cut into windows of `history_length` items from its end; a window trains the
@@ -30,6 +30,12 @@ class SequenceBatches(TrainingBatches):
     as it takes; windows of like length come together, which leaves little padding.
 
     There are no in-batch negatives: a sampler with alpha 1 draws from the same distribution.
+
+    `batch` returns what `TrainingBatches.batch` describes, with P positives (about B), but for
+    history_rows, and:
+        sequence_rows: [W, L'] int32, the windows, oldest first, padded with 0; L' is the longest
+            one's length.
+        state: [P] int32, w * (L' + 1) + j where the history is the first j items of window w.
 
     Args:
         samples: The training samples, of a log with an order.
@@ -48,6 +54,9 @@ class SequenceBatches(TrainingBatches):
             for `TrainingBatches`.
     """
 
+    # The windows of a batch.
+    _chosen: ClassVar[Any] = tf.TensorSpec([None], tf.int32)
+
     def __init__(
         self,
         samples: Samples,
@@ -65,8 +74,7 @@ class SequenceBatches(TrainingBatches):
         if samples.num_earlier is None:
             raise ValueError(
                 "All positions at once need an order: a history must be a beginning of its user's "
-                "sequence. Train each positive by itself (training.positions = 'one'), or give the "
-                "log its order."
+                "sequence. Give the log its order, or train its users as sets (UserSetBatches)."
             )
         super().__init__(
             samples,
@@ -83,8 +91,7 @@ class SequenceBatches(TrainingBatches):
         )
         windows = _Windows.cut(samples, history_length)
         self._num_positives = np.diff(windows.samples.offsets)
-        self._num_batches = max(1, round(len(samples) / batch_size))
-        self._drawn: tuple[int, list[np.ndarray]] | None = None
+        self._num_batches = self.steps_per_epoch
         longest = int(self._num_positives.max())
         # Else a stretch of that many positives might hold the middle of no window.
         if self._num_batches > 1 and len(samples) / self._num_batches <= longest:
@@ -100,64 +107,7 @@ class SequenceBatches(TrainingBatches):
             windows.samples.values, windows.samples.offsets, validate=False
         )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per pass over the samples."""
-        return self._num_batches
-
-    def dataset(self, start_step: int = 0, num_steps: int | None = None) -> tf.data.Dataset:
-        """Streams the batches of steps `start_step`, `start_step` + 1, ...
-
-        Args:
-            start_step: First step; continuing from it gives what an unbroken run would have seen.
-            num_steps: How many batches; endless if None.
-
-        Returns:
-            Dataset of the dicts that `batch` describes.
-        """
-
-        def windows() -> Iterator[tuple[int, np.ndarray]]:
-            step = start_step
-            while num_steps is None or step < start_step + num_steps:
-                epoch, place = divmod(step, self._num_batches)
-                yield step, self._epoch(epoch)[place]
-                step += 1
-
-        signature = (tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32))
-        chosen = tf.data.Dataset.from_generator(windows, output_signature=signature)
-        batches = chosen.map(
-            self._window_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        )
-        return batches.prefetch(tf.data.AUTOTUNE)
-
-    def batch(self, step: tf.Tensor | int) -> Batch:
-        """Builds the batch of one step, outside a graph.
-
-        Args:
-            step: 0 or more.
-
-        Returns:
-            What `TrainingBatches.batch` describes, with P positives (about B), but for
-            history_rows, and:
-            sequence_rows: [W, L'] int32, the windows, oldest first, padded with 0; L' is the
-                longest one's length.
-            state: [P] int32, w * (L' + 1) + j where the history is the first j items of window w.
-        """
-        number = int(step)
-        epoch, place = divmod(number, self._num_batches)
-        return self._window_batch(
-            tf.constant(number, tf.int64), tf.constant(self._epoch(epoch)[place])
-        )
-
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        """Draws an epoch: the windows of each of its batches, a function of (seed, epoch)."""
-        drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
-        if drawn is None or drawn[0] != epoch:
-            drawn = self._drawn = epoch, self._draw_epoch(epoch)
-        return drawn[1]
-
-    def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([self._seed, _ORDER_STREAM, epoch])
+    def _draw_epoch(self, rng: np.random.Generator) -> list[np.ndarray]:
         order = rng.permutation(len(self._num_positives))
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         pool = done * self._num_batches // (self.num_samples * BATCHES_PER_POOL)
@@ -169,23 +119,16 @@ class SequenceBatches(TrainingBatches):
         batches = np.split(order.astype(np.int32), ends)
         return [batches[i] for i in rng.permutation(self._num_batches)]
 
-    def _holds(
-        self, kinds: Sequence[tf.RaggedTensor], query_row: tf.Tensor, columns: tf.Tensor
-    ) -> tf.Tensor:
-        # Once a query: its positions have the same lists.
-        queries, slot = tf.unique(query_row)
-        return tf.gather(super()._holds(kinds, queries, columns), slot)
-
-    def _window_batch(self, step: tf.Tensor, windows: tf.Tensor) -> Batch:
-        lists = tf.gather(self._window_samples, windows)
+    def _build(self, step: tf.Tensor, chosen: tf.Tensor) -> Batch:
+        lists = tf.gather(self._window_samples, chosen)
         index = lists.values
         query_row = tf.gather(self._query_rows, index)
         candidate_row = tf.gather(self._candidate_rows, index)
-        starts = tf.gather(self._window_start, windows)
-        lengths = tf.gather(self._window_length, windows)
+        starts = tf.gather(self._window_start, chosen)
+        lengths = tf.gather(self._window_length, chosen)
         width = tf.reduce_max(lengths)
         place = tf.range(width)[tf.newaxis, :]
-        first = tf.gather(self._sequences.row_starts(), tf.gather(self._window_query, windows))
+        first = tf.gather(self._sequences.row_starts(), tf.gather(self._window_query, chosen))
         source = tf.cast(first, tf.int32) + starts
         is_item = place < lengths[:, tf.newaxis]
         source = source[:, tf.newaxis] + tf.where(is_item, place, 0)
