@@ -114,22 +114,25 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "training.patience": 6,
         },
     },
-    # An embedding of the user and the mean of the history's, both in the space of the items.
-    "ids_and_history": {
+    # The mean of the history, of a table of its own: the user's items without an order, at random
+    # half read and half found.
+    "user_sets": {
         "gowalla": {
             "samples.in_batch": False,
-            "samples.easy_negatives": ({"alpha": 0, "num": 1024},),
-            "samples.history_length": 100,
-            "model.use_user_id": True,
+            "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
+            "samples.history_length": 300,
+            "model.embedding_dim": 256,
             "model.history_pooling": ("mean",),
+            "model.history_dropout": 0.0,
             "model.combination": "sum",
-            "model.share_item_embedding": True,
-            "model.temperature": 0.1,
-            "training.batch_size": 2048,
+            "model.temperature": 0.07,
+            "training.positions": "all",
+            "training.batch_size": 3072,
             "training.decay": "cosine",
-            "training.learning_rate": 0.003,
-            "training.max_epochs": 14,
-            "training.patience": 6,
+            "training.learning_rate": 0.01,
+            "training.warmup_steps": 50,
+            "training.max_epochs": 40,
+            "training.patience": 10,
         },
     },
 }
