@@ -61,6 +61,11 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "one batch": {**WITHOUT_COUNTS, "samples.bank_batches": 1},
         "four batches": {**WITHOUT_COUNTS, "samples.bank_batches": 4},
     },
+    "unknown": {
+        "none": {},
+        "5%": {"model.unknown_rate": 0.05},
+        "10%": {"model.unknown_rate": 0.1},
+    },
 }
 
 
