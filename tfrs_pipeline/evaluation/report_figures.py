@@ -165,6 +165,7 @@ def frontier_figure(
     axes.plot(ordered[:, 0], ordered[:, 1], color=SERIES[0], marker="o", markersize=4)
     axes.set_xlabel(axes_names[0])
     axes.set_ylabel(axes_names[1])
+    axes.locator_params(axis="x", nbins=5)  # Costs that differ little have long labels.
     axes.grid(color=GRID)
     return _svg(figure, name, f"{axes_names[1]} against {axes_names[0]}")
 
