@@ -121,7 +121,8 @@ def test_a_command_explains_itself_and_each_of_its_flags(command: Any, name: str
     for action in parser._actions:
         assert action.help, action.option_strings
     listed = command("--help").out
-    assert re.search(rf"^ +{name} +\w.*\.$", listed, re.MULTILINE)
+    # After a long name the line is broken.
+    assert re.search(rf"^ +{name}\s+\w.*\.$", listed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
