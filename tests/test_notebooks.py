@@ -14,11 +14,13 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
 SAMPLING = NOTEBOOKS / "02_sampling.ipynb"
+SERVING = NOTEBOOKS / "03_serving.ipynb"
 NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
-MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000}
+MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
 FIGURES = {
     QUICKSTART: ("popularity", "curve", "slices", "nearest"),
     SAMPLING: ("positives", "samplers", "correction", "hard", "auc", "exposed", "figure"),
+    SERVING: ("frontier", "ranks", "space", "nearest"),
 }
 MACHINE = re.compile(r"/(?:work|tmp|root|home|usr|private)/")
 DECIMAL = re.compile(r"[-+]?\d*\.\d+")
@@ -117,6 +119,26 @@ def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| exposed_0.05 |" in outputs(cells["table"])
 
 
+def test_serving_runs_on_a_small_log_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tables(tmp_path)
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
+    monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
+    cells = run(SERVING, tmp_path, monkeypatch)
+    kept_away = re.search(rf"{NUM_ITEMS} films, (\d+) of them kept away", outputs(cells["data"]))
+    assert kept_away is not None
+    num_new = int(kept_away[1])
+    assert num_new > 0
+    assert f"{NUM_ITEMS} items, {num_new} of them new" in outputs(cells["refresh"])
+    assert "chosen" in outputs(cells["frontier"])
+    # More was asked for than there is: three slots are empty.
+    assert re.search(r"(-1 *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
+    assert f"the last {num_new}" in outputs(cells["ranks"])
+    assert not (tmp_path / "empty_cache").exists()
+
+
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_notebook_is_committed_with_its_output(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -133,6 +155,7 @@ def test_notebooks_are_committed_with_the_output_of_the_whole_data() -> None:
     for path, cell, text in (
         (QUICKSTART, "data", "100,000 events"),
         (SAMPLING, "funnel", "in all     1,000,000"),
+        (SERVING, "data", "1,682 films, 40 of them"),
     ):
         cells = {c.id: c for c in code_cells(nbformat.read(path, as_version=4))}
         assert text in outputs(cells[cell])
@@ -145,9 +168,12 @@ def test_saved_output_holds_no_path_and_no_log(path: Path) -> None:
         assert not [o.text for o in cell.outputs if o.get("name") == "stderr"], cell.id
 
 
-def test_numbers_in_the_text_are_those_of_the_output() -> None:
+@pytest.mark.parametrize(
+    ("path", "num_numbers"), [(SAMPLING, 20), (SERVING, 10)], ids=["02_sampling", "03_serving"]
+)
+def test_numbers_in_the_text_are_those_of_the_output(path: Path, num_numbers: int) -> None:
     """A cell of text "x-out" says what came out of the code cell "x"."""
-    notebook = nbformat.read(SAMPLING, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     cells = {cell.id: cell for cell in notebook.cells}
     num_checked = 0
     for name in [name for name in cells if name.endswith("-out")]:
@@ -158,4 +184,4 @@ def test_numbers_in_the_text_are_those_of_the_output() -> None:
             rounded = {round(x if signed else abs(x), num_decimals) for x in printed}
             assert float(number) in rounded, (name, number)
             num_checked += 1
-    assert num_checked > 20
+    assert num_checked > num_numbers
