@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.export import ExportError, write_export
-from tfrs_pipeline.serving.module import RetrievalModule
+from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
 from tfrs_pipeline.serving.publishing import versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 
@@ -231,6 +231,7 @@ def publish(served: Served, directory: Path, kind: str, keep_versions: int | Non
         manifest={
             "index": {"kind": kind},
             "counts": {"num_samples": 3},
+            "filter": ItemFilter.of_column("genres", served.genres).describe(),
             "features": {
                 side: [feature.to_dict()]
                 for side, feature in zip(("query", "candidate"), served.features, strict=True)
@@ -293,6 +294,25 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
     assert filtered[0].tolist()[: len(with_b)] == with_b
     assert filtered[0].tolist()[len(with_b)] == empty_of(served)
     assert filtered[1].tolist() == all_ids[0].tolist()
+    with_filter, _, _ = loaded.retrieve_user([user], 5, allowed=[["b"]])
+    without, _, _ = loaded.retrieve_user([user], NUM_CANDIDATES)
+    assert (
+        with_filter[0].tolist()
+        == [id_ for id_ in without[0].tolist() if "b" in by_id.get(id_, ())][:5]
+    )
+    for allowed, message in (
+        (["b"], r"did you mean \['b'\]\?"),
+        ([["B"]], r"No item has 'B' as its genres"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.retrieve(queries[2:], 3, allowed=allowed)
+    embedded = loaded.embed_queries(queries)
+    assert np.abs(embedded[1] - embedded[2]).max() > 0.01
+    np.testing.assert_allclose(embedded[0], embedded[2], atol=1e-6)
+    with pytest.raises(ValueError, match=r"Queries come in a list"):
+        loaded.retrieve({"history": []}, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"A history is a list of item ids"):
+        loaded.retrieve([{"history": history[0]}], 3)
     with pytest.raises(ValueError, match="stored features"):
         loaded.retrieve(queries, 3, allowed=[[]] * 3)
     items, is_known = loaded.embed_candidates(

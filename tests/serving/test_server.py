@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.module import DEFAULT_K
+from tfrs_pipeline.serving.module import DEFAULT_K, ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -46,6 +46,7 @@ def write_version(served: Served, directory: Path, kind: str) -> Path:
             manifest={
                 "index": {"kind": kind},
                 "example_user": served.query_ids.tolist()[3],
+                "filter": ItemFilter.of_column("genres", served.genres).describe(),
                 "features": {
                     side: [feature.to_dict()]
                     for side, feature in zip(("query", "candidate"), served.features, strict=True)

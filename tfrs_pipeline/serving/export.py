@@ -126,7 +126,11 @@ def export_index(
         name,
         module=module,
         twin=twin[0] if twin else None,
-        manifest={**manifest, "index": description},
+        manifest={
+            **manifest,
+            "index": description,
+            "filter": item_filter and item_filter.describe(),
+        },
         items=items,
         queries=queries,
         keep_versions=keep_versions,

@@ -194,6 +194,7 @@ class Frontier:
         """Draws time against recall: the frontier as a line, the target, the chosen point, exact.
 
         Filled marks keep the promise, hollow ones do not. Recalls far below the target are cut off.
+        A notebook shows it after `%matplotlib inline`.
         """
         from matplotlib.figure import Figure
 

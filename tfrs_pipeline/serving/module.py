@@ -39,6 +39,10 @@ class ItemFilter:
         lists = [value if isinstance(value, list | tuple) else [value] for value in column]
         return cls(name, [list(dict.fromkeys(str(v) for v in x if v is not None)) for x in lists])
 
+    def describe(self) -> dict[str, Any]:
+        """Returns name and distinct values, for the manifest."""
+        return {"name": self.name, "values": sorted({v for values in self.values for v in values})}
+
 
 class RetrievalModule(tf.Module):
     """An encoder and an index behind raw ids.
@@ -98,7 +102,7 @@ class RetrievalModule(tf.Module):
         self._trace()
 
     def _set_filter(self, item_filter: ItemFilter) -> None:
-        known = sorted({value for values in item_filter.values for value in values})
+        known = item_filter.describe()["values"]
         code = {value: i for i, value in enumerate(known, 1)}
         width = max([1, *map(len, item_filter.values)])
         codes = np.zeros((self._num_candidates, width), np.int32)

@@ -64,7 +64,9 @@ def refresh_index(
 
     Every item is embedded anew, by its id, where the training had it, and by its features. The
     towers, and what is known of the users, stay as they are: the history of a user may hold items
-    that are gone, and items that are new mean nothing in a history.
+    that are gone, and items that are new mean nothing in a history. A new item has the embedding of
+    an unknown id beside its features. Where the model's `unknown_rate` is 0 that was not trained,
+    and the item is seldom found.
 
     Args:
         model: A model's folder, whose newest version is taken, or a version's.

@@ -26,7 +26,16 @@ _QUERY_KEYS = ("user_id", "history", "features")
 
 
 class LoadedRetriever:
-    """A `Retriever` on an exported model; see `load_retriever`."""
+    """A `Retriever` on an exported model; see `load_retriever`.
+
+    Attributes:
+        folder: Of the version.
+        manifest: What `manifest.json` holds.
+        user_dtype: Type of the user ids, int64 or string.
+        item_dtype: Of the item ids.
+        item_filter: "name" of the column that requests may filter by and all its "values"; None
+            without a filter.
+    """
 
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.folder = folder
@@ -40,7 +49,7 @@ class LoadedRetriever:
         signatures = self._loaded.signatures
         spec = signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
-        self.has_filter = "retrieve_filtered" in signatures
+        self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
         features = self.manifest.get("features", {})
         self._query_features, self._candidate_features = (
             [Feature.from_dict(settings) for settings in features.get(side, ())]
@@ -71,7 +80,7 @@ class LoadedRetriever:
         Raises:
             ValueError: If a query holds another key than `user_id`, `history` and `features`, or a
                 feature that the model does not read; if `allowed` is given and the model has no
-                item filter, or is given together with features.
+                item filter, holds a value that no item has, or comes together with features.
         """
         _check_keys(queries)
         has_features = np.array([bool(query.get("features")) for query in queries], bool)
@@ -82,8 +91,12 @@ class LoadedRetriever:
         }
         if allowed is not None:
             if has_features.any():
-                raise ValueError("A filtered query goes by the stored features of its user.")
-            return _found(self._signature_filtered()(**inputs, allowed=_values(allowed, queries)))
+                raise ValueError(
+                    "`allowed` and `features` do not go together: a filtered query goes by the "
+                    "stored features of its user. Leave one of them out."
+                )
+            inputs["allowed"] = self._allowed(allowed, len(queries))
+            return _found(self._loaded.signatures["retrieve_filtered"](**inputs))
         if not has_features.any():
             return _found(self._loaded.signatures["retrieve"](**inputs))
         ids, scores = _found(self._loaded.signatures["retrieve"](**inputs))
@@ -98,10 +111,17 @@ class LoadedRetriever:
         return ids, scores
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries, whose `user_id` and `history` are read: [n, D] float32."""
+        """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
         _check_keys(queries)
-        answer = self._loaded.signatures["embed_query"](**self._query_inputs(queries))
-        return answer["embeddings"].numpy()
+        inputs = self._query_inputs(queries)
+        embeddings = self._loaded.signatures["embed_query"](**inputs)["embeddings"].numpy()
+        places = np.flatnonzero([bool(query.get("features")) for query in queries])
+        if len(places):
+            chosen = {name: tf.gather(tensor, places) for name, tensor in inputs.items()}
+            raw = self._raw_query_features([queries[i] for i in places.tolist()])
+            answer = self._loaded.signatures["embed_query_with_features"](**chosen, **raw)
+            embeddings[places] = answer["embeddings"].numpy()
+        return embeddings
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -125,7 +145,12 @@ class LoadedRetriever:
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def retrieve_user(
-        self, user_ids: Sequence[Any], k: int, exclude: Sequence[Collection[Any]] | None = None
+        self,
+        user_ids: Sequence[Any],
+        k: int,
+        exclude: Sequence[Collection[Any]] | None = None,
+        *,
+        allowed: Sequence[Collection[str]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves by the stored history of users, their known positives left out.
 
@@ -133,15 +158,24 @@ class LoadedRetriever:
             user_ids: [n] ids; an unknown one gets the answer for an empty history.
             k: How many candidates.
             exclude: Per user, further ids to leave out.
+            allowed: Per user, values of the item filter, as in `retrieve`.
 
         Returns:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
+
+        Raises:
+            ValueError: If `allowed` is given and the model has no item filter, or another value.
         """
-        answer = self._loaded.signatures["retrieve_user"](
-            user_id=_ids(user_ids, self.user_dtype),
-            exclude=self._excluded(exclude, len(user_ids)),
-            k=_checked_k(k),
-        )
+        inputs = {
+            "user_id": _ids(user_ids, self.user_dtype),
+            "exclude": self._excluded(exclude, len(user_ids)),
+            "k": _checked_k(k),
+        }
+        if allowed is None:
+            answer = self._loaded.signatures["retrieve_user"](**inputs)
+        else:
+            inputs["allowed"] = self._allowed(allowed, len(user_ids))
+            answer = self._loaded.signatures["retrieve_user_filtered"](**inputs)
         return *_found(answer), answer["is_known_user"].numpy()
 
     def parse_user_id(self, text: str) -> Any:
@@ -202,10 +236,25 @@ class LoadedRetriever:
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
         return _raw_inputs(self._query_features, columns, len(queries))
 
-    def _signature_filtered(self) -> Any:
-        if not self.has_filter:
+    def _allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> tf.Tensor:
+        if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with export.filter_by.")
-        return self._loaded.signatures["retrieve_filtered"]
+        check_one_each("allowed", allowed, num_queries)
+        known = self.item_filter["values"]
+        for values in allowed:
+            if isinstance(values, str):
+                raise ValueError(
+                    f"`allowed` takes a list of values per query. Received: {values!r}; did you "
+                    f"mean [{values!r}]?"
+                )
+            if unknown := [value for value in values if value not in known]:
+                near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
+                raise ValueError(
+                    f"No item has {unknown[0]!r} as its {self.item_filter['name']}; {hint}"
+                )
+        lists = tf.ragged.constant([list(values) for values in allowed], tf.string, ragged_rank=1)
+        return lists.to_tensor("")
 
     def _excluded(self, exclude: Sequence[Collection[Any]] | None, num_queries: int) -> tf.Tensor:
         if exclude is None:
@@ -246,7 +295,14 @@ def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
 
 def _check_keys(queries: Sequence[Query]) -> None:
     """Refuses a misspelt key: its query would have the answer for an empty history."""
+    if isinstance(queries, Mapping):
+        raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
     for query in queries:
+        if isinstance(query.get("history", ()), str | int):
+            raise ValueError(
+                f"A history is a list of item ids. Received: {query['history']!r}; did you mean "
+                f"[{query['history']!r}]?"
+            )
         if unknown := sorted(set(query) - set(_QUERY_KEYS)):
             near = difflib.get_close_matches(unknown[0], _QUERY_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_QUERY_KEYS)}"
@@ -278,12 +334,6 @@ def _can_be(id_: Any, dtype: tf.DType) -> bool:
 def _ids(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
     return tf.reshape(tf.constant(known, dtype), [len(known)])
-
-
-def _values(allowed: Sequence[Collection[str]], queries: Sequence[Query]) -> tf.Tensor:
-    check_one_each("allowed", allowed, len(queries))
-    lists = tf.ragged.constant([list(values) for values in allowed], tf.string, ragged_rank=1)
-    return lists.to_tensor("")
 
 
 def _raw_inputs(
