@@ -90,6 +90,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "histories": {
         "ml-100k": {
             **_ALL_POSITIONS,
+            "model.unknown_rate": 0.0,
             "model.embedding_dim": 128,
             "model.recency_decay": 0.8,
             "model.candidate_bias": True,
@@ -105,6 +106,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             **_ALL_POSITIONS,
             "data.item_features": {},
             "data.user_features": {},
+            "model.unknown_rate": 0.0,
             "model.history_pooling": ("attention",),
             "model.combination": "sum",
             "model.history_dropout": 0.1,
@@ -121,6 +123,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "samples.in_batch": False,
             "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
             "samples.history_length": 300,
+            "model.unknown_rate": 0.0,
             "model.embedding_dim": 256,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,

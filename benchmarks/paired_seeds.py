@@ -62,7 +62,7 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "four batches": {**WITHOUT_COUNTS, "samples.bank_batches": 4},
     },
     "unknown": {
-        "none": {},
+        "none": {"model.unknown_rate": 0.0},
         "5%": {"model.unknown_rate": 0.05},
         "10%": {"model.unknown_rate": 0.1},
     },

@@ -420,7 +420,7 @@ class ModelConfig(Config):
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
     """Whether the candidate tower has an embedding for each item id."""
-    unknown_rate: float = Field(0.0, ge=0, lt=1)
+    unknown_rate: float = Field(0.05, ge=0, lt=1)
     """Share of the ids that training takes for unknown, at random: it trains what stands for a new
     user or item, besides its features."""
     candidate_bias: bool = False
@@ -824,6 +824,27 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_pooling": (),
             "model.unknown_rate": 0.01,
             "model.combination": "sum",
+        },
+    ),
+    "sets": (
+        "a log without an order: the mean of the history, of which training reads a random half "
+        "and finds the other, a user at a time; users who come later are answered by their history",
+        {
+            **_NO_IN_BATCH,
+            "data.ordered": False,
+            "samples.history_length": 300,
+            "samples.easy_negatives": ({"alpha": 0.5, "num": 2048},),
+            "model.embedding_dim": 128,
+            "model.history_pooling": ("mean",),
+            "model.history_dropout": 0.0,
+            "model.combination": "sum",
+            "model.temperature": 0.07,
+            "training.batch_size": 3072,
+            "training.learning_rate": 0.01,
+            "training.decay": "cosine",
+            "training.warmup_steps": 50,
+            "training.max_epochs": 40,
+            "training.patience": 10,
         },
     ),
     "sequence": (
