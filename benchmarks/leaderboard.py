@@ -125,6 +125,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "samples.history_length": 300,
             "model.unknown_rate": 0.0,
             "model.embedding_dim": 256,
+            "model.candidate_bias": True,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
             "model.combination": "sum",
@@ -134,8 +135,8 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "training.decay": "cosine",
             "training.learning_rate": 0.01,
             "training.warmup_steps": 50,
-            "training.max_epochs": 40,
-            "training.patience": 10,
+            "training.max_epochs": 60,
+            "training.patience": 20,
         },
     },
 }

@@ -586,3 +586,13 @@ def test_towers_that_cannot_be_built_are_refused(changed: dict[str, Any], messag
 def test_a_file_without_a_source_is_told_which_sources_read_one() -> None:
     found = problems(DataConfig, path="clicks.csv")
     assert "'clicks', 'events' and 'ratings'" in found["source"]
+
+
+def test_a_filter_goes_by_a_feature_with_values(tmp_path: Path) -> None:
+    config = main_job_config()
+    assert with_settings(config, {"export.filter_by": "year"}).export.filter_by == "year"
+    for name in ("title", "genre"):
+        with pytest.raises(
+            ConfigError, match=rf"export.filter_by: got '{name}'.*data.item_features has title"
+        ):
+            with_settings(config, {"export.filter_by": name})

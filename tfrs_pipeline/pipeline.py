@@ -93,7 +93,6 @@ from tfrs_pipeline.serving.index import (
     IndexRetriever,
     resolve_index_kind,
 )
-from tfrs_pipeline.serving.module import ItemFilter
 
 logger = logging.getLogger(__name__)
 
@@ -802,17 +801,11 @@ def export_model(
         query_features=corpus.query_features,
         candidate_features=corpus.candidate_features,
     )
-    items = tables.items.order_by("item_id")
-    columns = ["item_id", *(["title"] if "title" in items.columns else [])]
-    filter_by, item_filter = config.export.filter_by, None
-    if filter_by is not None:
-        item_filter = ItemFilter.of_column(filter_by, items[filter_by].to_pyarrow().to_pylist())
     return export_index(
         config.export.directory,
         config.model_name,
         encoder=encoder,
         embeddings=model.embed_corpus(),
-        candidate_ids=corpus.candidate_ids,
         queries=queries.as_queries(),
         index=config.export.index,
         target_recall=config.export.target_recall,
@@ -831,8 +824,8 @@ def export_model(
             "example_user": queries.user_ids.tolist()[0],
             **(manifest or {}),
         },
-        items=items.select(columns).to_pyarrow(),
-        item_filter=item_filter,
+        items=tables.items.order_by("item_id").to_pyarrow(),
+        filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,
     )
 

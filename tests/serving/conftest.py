@@ -81,6 +81,8 @@ def make_served(ids: str) -> Served:
     genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
     all_genders = rng.choice(["M", "F"], NUM_QUERIES).tolist()
     all_genres = [rng.choice(list("abc"), n).tolist() for n in rng.integers(0, 3, NUM_CANDIDATES)]
+    all_genres[7] = ["", "b"]
+    all_genres[8] = [""]
     model = TwoTowerModel(
         num_queries=NUM_QUERIES,
         num_candidates=NUM_CANDIDATES,

@@ -1,6 +1,7 @@
 """A model over other items: what is new is found by its features, what is gone is gone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from tests.serving.conftest import NUM_CANDIDATES, Served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.events.schema import DataError
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.samples.builder import RowLists
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.export import write_export
+from tfrs_pipeline.serving.encoder import Encoder
+from tfrs_pipeline.serving.export import export_index, write_export
 from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
@@ -32,6 +36,7 @@ def publish(served: Served, directory: Path, **export_settings: Any) -> Path:
     config = RunConfig().model_dump(mode="json")
     config["data"]["item_features"] = {"genres": "multi_categorical"}
     config["export"] |= {"index": "exact", "filter_by": "genres", **export_settings}
+    config["model"]["unknown_rate"] = 0.0
     features = {
         side: [feature.to_dict()]
         for side, feature in zip(("query", "candidate"), served.features, strict=True)
@@ -165,6 +170,92 @@ def test_refreshing_again_goes_back_to_what_was_dropped(served: Served, tmp_path
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
     assert manifest["refreshed"]["from_version"] == 2
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
+
+
+@pytest.mark.usefixtures("unproven")
+def test_what_a_refreshment_asks_for_holds_for_the_next(served: Served, tmp_path: Path) -> None:
+    """From exact search to ScaNN and on from there, the settings those of the last one."""
+    folder = publish(served, tmp_path, filter_by=None)
+    items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
+    pq.write_table(items, tmp_path / "items.parquet")
+    refresh_index(folder, tmp_path / "items.parquet", index="scann", target_recall=0.9)
+    done = refresh_index(folder / "2", tmp_path / "items.parquet", keep_versions=1)
+    assert versions_of(folder) == [3]
+    assert done.index["kind"] == "scann"
+    manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
+    asked = {"index": "scann", "target_recall": 0.9, "keep_versions": 1, "filter_by": None}
+    assert {name: manifest["config"]["export"][name] for name in asked} == asked
+    assert manifest["filter"] is None
+    expected, _ = served.in_memory.retrieve(served.queries(), 10)
+    found, _ = load_retriever(folder, exact=True).retrieve(served.queries(), 10)
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="keep must be 1 or more"):
+        refresh_index(folder, tmp_path / "items.parquet", keep_versions=0)
+
+
+@pytest.mark.usefixtures("unproven")
+def test_without_features_new_items_are_left_out(tmp_path: Path) -> None:
+    model = TwoTowerModel(num_queries=2, num_candidates=20, embedding_dim=4, history_length=3)
+    nothing = RowLists.from_lists([np.zeros(0, np.int32)] * 3)
+    encoder = Encoder(
+        model,
+        query_ids=np.arange(2),
+        candidate_ids=np.arange(20),
+        histories=nothing,
+        known_positives=nothing,
+    )
+    folder, _ = export_index(
+        tmp_path,
+        "ids",
+        encoder=encoder,
+        embeddings=model.embed_corpus(),
+        queries=[{"history": [3]}, {}],
+        index="exact",
+        target_recall=0.9,
+        manifest={
+            "config": RunConfig().model_dump(mode="json"),
+            "features": {"query": [], "candidate": []},
+        },
+        items=pa.table({"item_id": np.arange(20)}),
+    )
+    (tmp_path / "items.csv").write_text("item_id,colour\n5,red\n77,blue\n6,red\n")
+    done = refresh_index(folder.parent, tmp_path / "items.csv")
+    assert (done.num_items, done.num_left_out, done.num_untrained) == (2, 1, 0)
+    assert load_retriever(folder.parent).candidate_ids() == [5, 6]
+    (tmp_path / "new.csv").write_text("item_id\n77\n78\n")
+    with pytest.raises(DataError, match="holds no item that the model can embed"):
+        refresh_index(folder.parent, tmp_path / "new.csv")
+
+
+@pytest.mark.usefixtures("unproven")
+def test_paths_are_judged_before_the_work(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish(served, tmp_path)
+    write_items(served, tmp_path / "items.parquet")
+    # By a link, and from within: the model's own name and number count.
+    (folder / "latest").symlink_to("1")
+    assert refresh_index(folder / "latest", tmp_path / "items.parquet").folder == folder / "2"
+    monkeypatch.chdir(folder)
+    assert refresh_index(".", tmp_path / "items.parquet").folder == folder / "3"
+    assert json.loads((folder / "3" / MANIFEST_FILE).read_text())["name"] == "films"
+    shutil.copytree(folder / "3", tmp_path / "copy")
+    with pytest.raises(ValueError, match="named by its number"):
+        refresh_index(tmp_path / "copy", tmp_path / "items.parquet")
+
+
+@pytest.mark.usefixtures("unproven")
+def test_a_filter_without_any_value_allows_nothing_but_all(served: Served, tmp_path: Path) -> None:
+    folder = publish(served, tmp_path)
+    ids = served.candidate_ids.tolist()
+    genres = pa.array([None] * len(ids), pa.list_(pa.string()))
+    pq.write_table(pa.table({"item_id": ids, "genres": genres}), tmp_path / "items.parquet")
+    refresh_index(folder, tmp_path / "items.parquet")
+    loaded = load_retriever(folder)
+    found, _ = loaded.retrieve([{}], 60, allowed=[[]])
+    assert sorted(found[0].tolist()) == sorted(ids)
+    with pytest.raises(ValueError, match="No item has 'a'"):
+        loaded.retrieve([{}], 60, allowed=[["a"]])
 
 
 @pytest.mark.usefixtures("unproven")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -385,12 +386,14 @@ def is_missing_value(value: Any) -> bool:
 def to_values(kind: FeatureKind, value: Any) -> list[str]:
     """Returns what the vocabulary is looked up for, of one entry of a column; [] if missing.
 
+    The empty string is missing, as an empty field of a CSV file is.
+
     Args:
         kind: One of categorical, hashed, multi_categorical and text.
         value: Entry of the column, as the table of `Feature` says.
 
     Example:
-        >>> to_values("multi_categorical", ["a", 7, None])
+        >>> to_values("multi_categorical", ["a", 7, None, ""])
         ['a', '7']
         >>> to_values("text", "Schindler's  List!")
         ["schindler's", 'list']
@@ -399,10 +402,23 @@ def to_values(kind: FeatureKind, value: Any) -> list[str]:
         return []
     if kind == "text":
         return _TOKEN.findall(str(value).lower())
-    if kind == "multi_categorical":
-        values: Iterable[Any] = [value] if isinstance(value, str) else value
-        return [str(v) for v in values if v is not None]
-    return [str(value)]
+    values: Iterable[Any] = [value]
+    if kind == "multi_categorical" and not isinstance(value, str):
+        values = value
+    return [text for v in values if v is not None and (text := str(v))]
+
+
+def layer_name(column: str) -> str:
+    """Returns a name that TensorFlow takes for a layer: the column's, where it can be.
+
+    Example:
+        >>> layer_name("year"), layer_name("release date")
+        ('year', 'xrelease_date_9cebf073')
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", column)
+    if name == column and name[:1].isalnum():
+        return name
+    return f"x{name}_{zlib.crc32(column.encode()):08x}"
 
 
 class FeatureTable(tf.keras.layers.Layer):
@@ -419,7 +435,7 @@ class FeatureTable(tf.keras.layers.Layer):
         for spec in specs:
             missing = spec.empty(1)
             self._columns[spec.name] = self.add_weight(
-                name=spec.name,
+                name=layer_name(spec.name),
                 shape=(num_rows, *missing.shape[1:]),
                 dtype=tf.as_dtype(missing.dtype),
                 initializer=tf.constant_initializer(missing.flat[0]),
@@ -465,13 +481,14 @@ class FeatureEmbedding(tf.keras.layers.Layer):
     """
 
     def __init__(self, spec: FeatureSpec, dim: int) -> None:
-        super().__init__(name=f"{spec.name}_embedding")
+        name = layer_name(spec.name)
+        super().__init__(name=f"{name}_embedding")
         self._kind = spec.kind
         if spec.kind == "vector":
             # Without a bias, so that a missing vector is mapped to zeros.
-            self._projection = tf.keras.layers.Dense(dim, use_bias=False, name=spec.name)
+            self._projection = tf.keras.layers.Dense(dim, use_bias=False, name=name)
         elif spec.kind not in _NUMBERS:
-            self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=spec.name)
+            self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=name)
 
     def call(self, values: tf.Tensor) -> tf.Tensor:
         """Embeds encoded values.

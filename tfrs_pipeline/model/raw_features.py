@@ -6,7 +6,7 @@ A SavedModel that holds it embeds an item or a user that no table knows, from ra
 from __future__ import annotations
 
 import functools
-import logging
+import keyword
 import re
 import sys
 from collections import Counter
@@ -25,8 +25,6 @@ from tfrs_pipeline.model.features import (
     to_values,
     to_vectors,
 )
-
-logger = logging.getLogger(__name__)
 
 # RE2's own \w is ASCII; these are the characters of Python's.
 _LETTER = r"[\p{L}\p{N}_]"
@@ -64,8 +62,7 @@ class RawFeatures(tf.Module):
     ages and angles of times but for the last float64 digits of logarithm, sine and cosine, which
     can tip their rounding to float32. Where it differs:
 
-    - The empty string is a missing value, in vocabularies and hashed features too, where Python's
-      side takes it for a value of its own. Within a list it keeps its place, as code 0.
+    - The empty string within a list keeps its place, as code 0; Python's side leaves it out.
     - Infinite vectors and times are missing; Python's side refuses them.
     - Numbers too small to be normal (float32: below 1.2e-38) may count as 0, as everywhere in
       TensorFlow.
@@ -233,7 +230,8 @@ def _input_names(features: Sequence[Feature]) -> list[str]:
         if not name[:1].isalpha():
             name = f"input_{name}"
         # TensorFlow renames inputs that differ in case alone, and refuses to save them then.
-        while name.lower() in names:
+        # A signature's inputs are called by keyword.
+        while name.lower() in names or keyword.iskeyword(name) or name == "self":
             name += "_"
         names[name.lower()] = name
     return list(names.values())[len(_OTHER_INPUTS) :]
@@ -267,12 +265,8 @@ def _check_present(names: Sequence[str], given: Mapping[str, Any]) -> None:
 
 
 def _vocabulary_table(feature: Feature) -> tf.lookup.StaticHashTable:
-    if "" in feature.places:
-        logger.warning(
-            "Feature %r knows the empty string as a value; raw, it stands for a missing one.",
-            feature.name,
-        )
-    # The empty string also keeps a table from being empty, which TensorFlow refuses.
+    # No vocabulary has the empty string: it keeps a table from being empty, which TensorFlow
+    # refuses.
     return _table({**feature.places, "": 0}, tf.string, default=0)
 
 

@@ -7,7 +7,12 @@ from typing import Literal
 
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import FeatureEmbedding, FeatureSpec, drop_features
+from tfrs_pipeline.model.features import (
+    FeatureEmbedding,
+    FeatureSpec,
+    drop_features,
+    layer_name,
+)
 from tfrs_pipeline.model.histories import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 
@@ -80,7 +85,7 @@ class Tower(tf.keras.layers.Layer):
         # A history of one vector has the size of the output.
         projected = [*self._features, *(["history"] if history and history.num_vectors > 1 else [])]
         self._projections = {
-            name: tf.keras.layers.Dense(embedding_dim, name=f"{name}_projection")
+            name: tf.keras.layers.Dense(embedding_dim, name=f"{layer_name(name)}_projection")
             for name in (projected if self._is_sum else [])
         }
         self._hidden = [tf.keras.layers.Dense(size, "relu") for size in hidden_layers]

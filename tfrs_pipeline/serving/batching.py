@@ -142,7 +142,9 @@ class Batcher:
     def _key(self, model: SignatureModel, signature: str, inputs: Arrays) -> tuple[Any, ...] | None:
         if not self._share:
             return None
-        if any(array.shape[1] > MAX_SHARED_WIDTH for array in inputs.values() if array.ndim > 1):
+        # Vectors, which are numbers with a fraction, are equally long in every call.
+        lists = [array for array in inputs.values() if array.ndim > 1 and array.dtype.kind != "f"]
+        if any(array.shape[1] > MAX_SHARED_WIDTH for array in lists):
             return None
         scalars = [(name, array.item()) for name, array in inputs.items() if not array.ndim]
         return (id(model), signature, *scalars)

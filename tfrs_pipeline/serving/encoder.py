@@ -163,8 +163,9 @@ def with_empty(ids: np.ndarray) -> tf.Tensor:
 
 def row_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:
     """Makes the table of rows 1, 2, ... by id; whatever else has row 0."""
-    rows = tf.range(1, len(ids) + 1, dtype=tf.int64)
-    keys = tf.constant(ids.tolist(), id_dtype(ids))
+    # The empty id keeps the table from being empty, which TensorFlow refuses.
+    rows = tf.range(0, len(ids) + 1, dtype=tf.int64)
+    keys = with_empty(ids)
     entries = tf.lookup.KeyValueTensorInitializer(keys, rows)
     return tf.lookup.StaticHashTable(entries, default_value=0)
 

@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.raw_features import raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import Encoder, empty_id
 from tfrs_pipeline.serving.frontier import measure_frontier
@@ -65,13 +68,12 @@ def export_index(
     *,
     encoder: Encoder,
     embeddings: np.ndarray,
-    candidate_ids: np.ndarray,
     queries: Sequence[Query],
     index: IndexKind,
     target_recall: float,
     manifest: Mapping[str, Any],
     items: pa.Table,
-    item_filter: ItemFilter | None = None,
+    filter_by: str | None = None,
     keep_versions: int | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Builds an index over candidates and exports it behind an encoder (see `write_export`).
@@ -80,14 +82,14 @@ def export_index(
         directory: Such as `saved_models`.
         name: Model name.
         encoder: `Encoder`, or what one was loaded as.
-        embeddings: [num_candidates, D] float32.
-        candidate_ids: [num_candidates] item ids.
+        embeddings: [num_candidates, D] float32, of the rows of `items`.
         queries: Held-out ones, on the first 1,000 of which a ScaNN index is tuned and measured.
         index: Which kind.
         target_recall: Share of the exact top 100 that a ScaNN index must find.
-        manifest: As for `write_export`; the index is added.
-        items: As for `write_export`.
-        item_filter: Values that requests may filter by.
+        manifest: As for `write_export`; the index and the filter are added.
+        items: The candidates, with `item_id`, the column of the filter and, if there is one,
+            `title`.
+        filter_by: Column by whose values requests may filter.
         keep_versions: As for `write_export`.
 
     Returns:
@@ -100,6 +102,9 @@ def export_index(
         RuntimeError: If no ScaNN index reaches the recall.
     """
     queries = queries[:NUM_QUERIES]
+    item_filter = None
+    if filter_by is not None:
+        item_filter = ItemFilter.of_column(filter_by, items[filter_by].to_pylist())
     exact = ExactIndex(embeddings)
     kind = resolve_index_kind(index, len(embeddings))
     description: dict[str, Any] = {"kind": kind}
@@ -117,7 +122,11 @@ def export_index(
         indexes.insert(0, scann)
     module, *twin = (
         RetrievalModule(
-            encoder, search, exact, candidate_ids=candidate_ids, item_filter=item_filter
+            encoder,
+            search,
+            exact,
+            candidate_ids=items["item_id"].to_numpy(),
+            item_filter=item_filter,
         )
         for search in indexes
     )
@@ -131,7 +140,7 @@ def export_index(
             "index": description,
             "filter": item_filter and item_filter.describe(),
         },
-        items=items,
+        items=items.select(["item_id", *({"title"} & set(items.column_names))]),
         queries=queries,
         keep_versions=keep_versions,
     )
@@ -207,8 +216,10 @@ def write_export(
             "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
         }
         (partial / MANIFEST_FILE).write_text(json.dumps(full, indent=2, default=str))
-        item_ids = items["item_id"].to_pylist()[:NUM_PROBES]
-        _prove(partial, module, twin, queries[:NUM_PROBES], item_ids)
+        probes = _Probes(
+            queries[:NUM_PROBES], items["item_id"].to_pylist()[:NUM_PROBES], _example_values(full)
+        )
+        _prove(partial, module, twin, probes)
     return version.folder
 
 
@@ -224,12 +235,13 @@ def _query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tenso
     inputs = {}
     if "user_id" in specs:
         dtype = specs["user_id"].dtype
-        users = [query.get("user_id", empty_id(dtype)) for query in queries]
+        given = [query.get("user_id") for query in queries]
+        users = [empty_id(dtype) if user is None else user for user in given]
         inputs["user_id"] = tf.constant(users, dtype, [len(users)])
     if "history" in specs:
         dtype = specs["history"].dtype
         histories = tf.ragged.constant(
-            [list(query.get("history", ())) for query in queries], dtype, ragged_rank=1
+            [list(query.get("history") or ()) for query in queries], dtype, ragged_rank=1
         )
         inputs["history"] = histories.to_tensor(empty_id(dtype))
     return inputs
@@ -246,12 +258,55 @@ def _query_table(queries: Sequence[Query], items: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
+@dataclass(frozen=True)
+class _Probes:
+    """What every signature is asked before a version is put in place.
+
+    Args:
+        queries: Their `user_id` and `history`.
+        item_ids: Of candidates to be embedded.
+        values: Values of other inputs by name: of the filter, and of raw features.
+    """
+
+    queries: Sequence[Query]
+    item_ids: Sequence[Any]
+    values: Mapping[str, Any]
+
+    def inputs(self, function: Any) -> dict[str, tf.Tensor]:
+        """Makes the inputs of a signature; what has no value here is missing."""
+        specs = signature_inputs(function)
+        if "item_id" in specs:
+            num_rows = len(self.item_ids)
+            inputs = {"item_id": tf.constant(list(self.item_ids), specs["item_id"].dtype)}
+        else:
+            num_rows = len(self.queries)
+            inputs = {"k": tf.constant(10), **_query_inputs(function, self.queries)}
+        for name, value in self.values.items():
+            if name in specs:
+                spec = specs[name]
+                shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
+                inputs[name] = tf.fill(shape, tf.constant(value, spec.dtype))
+        return {
+            name: inputs[name] if name in inputs else missing_input(spec, num_rows)
+            for name, spec in specs.items()
+        }
+
+
+def _example_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a value of the filter and of every feature, by the name of its input."""
+    values: dict[str, Any] = {}
+    if manifest.get("filter") and manifest["filter"]["values"]:
+        values["allowed"] = manifest["filter"]["values"][0]
+    for side in manifest.get("features", {}).values():
+        features = [Feature.from_dict(settings) for settings in side]
+        for feature, spec in zip(features, raw_signature(features).values(), strict=True):
+            is_text = spec.dtype == tf.string
+            values[spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
+    return values
+
+
 def _prove(
-    partial: Path,
-    module: RetrievalModule,
-    twin: RetrievalModule | None,
-    queries: Sequence[Query],
-    item_ids: Sequence[Any],
+    partial: Path, module: RetrievalModule, twin: RetrievalModule | None, probes: _Probes
 ) -> None:
     for folder, source in ((partial, module), (partial / EXACT_TWIN, twin)):
         if source is None:
@@ -259,7 +314,7 @@ def _prove(
         probe = folder / "probe.npz"
         arrays: dict[str, np.ndarray] = {}
         for name, function in source.exported.items():
-            inputs = _probe_inputs(function, queries, item_ids)
+            inputs = probes.inputs(function)
             arrays |= {f"{name}/input/{key}": _plain(x.numpy()) for key, x in inputs.items()}
             outputs = function(**inputs)
             arrays |= {f"{name}/output/{key}": _plain(x.numpy()) for key, x in outputs.items()}
@@ -272,22 +327,6 @@ def _prove(
                 f"A fresh process could not use the export of {partial.parent.name}: "
                 f"{done.stderr.strip()[-2000:]}"
             )
-
-
-def _probe_inputs(
-    function: Any, queries: Sequence[Query], item_ids: Sequence[Any]
-) -> dict[str, tf.Tensor]:
-    """Makes the inputs that a signature is proven with: every feature is missing."""
-    specs = signature_inputs(function)
-    if "item_id" in specs:
-        values = {"item_id": tf.constant(list(item_ids), specs["item_id"].dtype)}
-    else:
-        values = {"k": tf.constant(10), **_query_inputs(function, queries)}
-    num_rows = len(item_ids) if "item_id" in specs else len(queries)
-    return {
-        name: values[name] if name in values else missing_input(spec, num_rows)
-        for name, spec in specs.items()
-    }
 
 
 def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:

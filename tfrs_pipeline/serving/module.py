@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.model.features import to_values
 from tfrs_pipeline.serving.encoder import (
     Encoder,
     id_dtype,
@@ -35,9 +36,8 @@ class ItemFilter:
 
     @classmethod
     def of_column(cls, name: str, column: Sequence[Any]) -> ItemFilter:
-        """Makes a filter of a column whose entries are a value, a list of values, or None."""
-        lists = [value if isinstance(value, list | tuple) else [value] for value in column]
-        return cls(name, [list(dict.fromkeys(str(v) for v in x if v is not None)) for x in lists])
+        """Makes a filter of a column of values or of lists of values; None and "" are none."""
+        return cls(name, [list(dict.fromkeys(to_values("multi_categorical", x))) for x in column])
 
     def describe(self) -> dict[str, Any]:
         """Returns name and distinct values, for the manifest."""
@@ -256,9 +256,17 @@ class RetrievalModule(tf.Module):
     def _is_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
         """Tells which candidates have one of the values of a query: [B, num_candidates] bool."""
         codes = lookup(self._allowed_table, allowed)
-        is_chosen = tf.reduce_any(tf.one_hot(codes, self._num_codes + 1, True, False), axis=1)
-        # Code 0 is padding, here of the candidates' values.
-        is_chosen = tf.concat([tf.zeros_like(is_chosen[:, :1]), is_chosen[:, 1:]], axis=1)
+        cells = tf.where(codes > 0)
+        cells = tf.stack([cells[:, 0], tf.cast(tf.gather_nd(codes, cells), tf.int64)], axis=1)
+        # Code 0 is padding, here of the candidates' values: nobody's choice.
+        is_chosen = (
+            tf.scatter_nd(
+                cells,
+                tf.ones([tf.shape(cells)[0]], tf.int32),
+                tf.cast([tf.shape(allowed)[0], self._num_codes + 1], tf.int64),
+            )
+            > 0
+        )
         has_filter = tf.reduce_any(allowed != "", axis=1, keepdims=True)
         is_allowed = tf.gather(is_chosen, self._codes[0], axis=1)
         for column in self._codes[1:]:

@@ -90,15 +90,17 @@ class NewVersion:
 
 def _put_in_place(partial: Path, parent: Path) -> Path:
     while True:
-        version = max(versions_of(parent), default=0) + 1
+        # Also of what is no version, or none yet: its number is taken.
+        taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
+        folder = parent / str(max(taken, default=0) + 1)
         try:
             # Fails where another export took the number: a folder that is not empty stays.
-            os.rename(partial, parent / str(version))
+            os.rename(partial, folder)
         except OSError:
-            if not (parent / str(version)).exists():
+            if not folder.exists():
                 raise
             continue
-        return parent / str(version)
+        return folder
 
 
 def _discard(folder: Path) -> None:

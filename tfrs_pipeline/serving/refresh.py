@@ -16,7 +16,6 @@ from tfrs_pipeline.events.schema import DataError
 from tfrs_pipeline.events.tables import load_items
 from tfrs_pipeline.serving.export import export_index, file_hash
 from tfrs_pipeline.serving.index import IndexKind
-from tfrs_pipeline.serving.module import ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 
 logger = logging.getLogger(__name__)
@@ -83,74 +82,98 @@ def refresh_index(
     Raises:
         DataError: If the file cannot be read, lacks a column, or holds no item for the index.
         FileNotFoundError: If there is no exported model.
-        ValueError: If the model was exported without what this needs.
+        ValueError: If the model was exported without what this needs, its folder is no numbered
+            version, or ScaNN is asked to index fewer than 16 items.
         ExportError: If a fresh process cannot load the export or answers otherwise.
         RuntimeError: If no ScaNN index reaches the recall.
     """
     # The twin needs no ScaNN, and has the same encoder.
     retriever = load_retriever(model, exact=True)
-    manifest = retriever.manifest
-    if "features" not in manifest:
-        raise ValueError(
-            f"{retriever.folder} was exported by a version of this package that could not refresh "
-            "it. Export the model anew with `tfrs-pipeline run`."
-        )
-    config = manifest["config"]
-    table = _read_items(Path(items), retriever)
-    if not table.num_rows:
-        raise DataError(f"{items} holds no row: it must list all items to retrieve.")
+    _check_refreshable(retriever)
     before = set(retriever.candidate_ids())
-    embeddings, is_trained = _embed(retriever, table, on_progress)
-    num_left_out = 0
-    if not config["data"]["item_features"]:
-        num_left_out = int((~is_trained).sum())
-        table = table.filter(pa.array(is_trained))
-        embeddings, is_trained = embeddings[is_trained], is_trained[is_trained]
-    if not len(embeddings):
-        raise DataError(
-            f"{items} holds no item that the model can embed: it reads no item features, and its "
-            f"training had none of the {num_left_out} ids."
-        )
-    ids = table["item_id"].to_pylist()
-    num_new = len(set(ids) - before)
+    table, embeddings, is_trained, num_left_out = _embedded_items(
+        Path(items), retriever, on_progress
+    )
     on_progress("index", 0, 0)
-    export = config["export"]
-    filter_by, item_filter = export["filter_by"], None
-    if filter_by is not None:
-        item_filter = ItemFilter.of_column(filter_by, table[filter_by].to_pylist())
+    config = retriever.manifest["config"]
+    export = dict(config["export"])
+    given = {"index": index, "target_recall": target_recall, "keep_versions": keep_versions}
+    export |= {name: value for name, value in given.items() if value is not None}
+    ids = table["item_id"].to_pylist()
+    num_untrained = int((~is_trained).sum())
     folder, description = export_index(
         retriever.folder.parent.parent,
         retriever.folder.parent.name,
         encoder=retriever.saved_model.encoder,
         embeddings=embeddings,
-        candidate_ids=table["item_id"].to_numpy(),
         queries=retriever.held_out_queries(),
-        index=index or export["index"],
-        target_recall=target_recall or export["target_recall"],
+        index=export["index"],
+        target_recall=export["target_recall"],
         manifest={
-            **manifest,
+            **retriever.manifest,
+            # What was asked for holds for the next refreshment too.
+            "config": {**config, "export": export},
             "refreshed": {
                 "from_version": int(retriever.folder.name),
                 "items": {Path(items).name: file_hash(Path(items))},
                 "num_items": len(ids),
-                "num_untrained": int((~is_trained).sum()),
+                "num_untrained": num_untrained,
             },
         },
-        items=table.select(["item_id", *(["title"] if "title" in table.column_names else [])]),
-        item_filter=item_filter,
-        keep_versions=keep_versions or export["keep_versions"],
+        items=table,
+        filter_by=export["filter_by"],
+        keep_versions=export["keep_versions"],
     )
+    model_config = config["model"]
     return Refreshed(
         folder=folder,
         num_items=len(ids),
-        num_new=num_new,
-        num_untrained=int((~is_trained).sum()),
+        num_new=len(set(ids) - before),
+        num_untrained=num_untrained,
         num_dropped=len(before - set(ids)),
         num_left_out=num_left_out,
-        has_trained_unknown=config["model"]["unknown_rate"] > 0
-        or not config["model"]["use_candidate_id"],
+        has_trained_unknown=model_config["unknown_rate"] > 0
+        or not model_config["use_candidate_id"],
         index=description,
     )
+
+
+def _check_refreshable(retriever: LoadedRetriever) -> None:
+    if "features" not in retriever.manifest:
+        raise ValueError(
+            f"{retriever.folder} was exported by a version of this package that could not refresh "
+            "it. Export the model anew with `tfrs-pipeline run`."
+        )
+    if not retriever.folder.name.isdecimal():
+        raise ValueError(
+            "A version's folder is named by its number, such as saved_models/NAME/3: the new one "
+            f"is written beside it. Received: {retriever.folder}"
+        )
+
+
+def _embedded_items(
+    path: Path, retriever: LoadedRetriever, on_progress: Callable[[str, int, int], None]
+) -> tuple[pa.Table, np.ndarray, np.ndarray, int]:
+    """Reads and embeds the items of a file, those alone that can be embedded.
+
+    Returns:
+        The table, embeddings [n, D] float32, [n] whether the training had the item, and how many
+        items were left out.
+    """
+    table = _read_items(path, retriever)
+    if not table.num_rows:
+        raise DataError(f"{path} holds no row: it must list all items to retrieve.")
+    embeddings, is_trained = _embed(retriever, table, on_progress)
+    if retriever.manifest["config"]["data"]["item_features"] or is_trained.all():
+        return table, embeddings, is_trained, 0
+    num_left_out = int((~is_trained).sum())
+    if num_left_out == len(is_trained):
+        raise DataError(
+            f"{path} holds no item that the model can embed: it reads no item features, and its "
+            f"training had none of the {num_left_out} ids."
+        )
+    table = table.filter(pa.array(is_trained))
+    return table, embeddings[is_trained], is_trained[is_trained], num_left_out
 
 
 def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:

@@ -50,6 +50,7 @@ class LoadedRetriever:
         spec = signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
+        self._num_candidates = int(pq.read_metadata(folder / ITEMS_FILE).num_rows)
         features = self.manifest.get("features", {})
         self._query_features, self._candidate_features = (
             [Feature.from_dict(settings) for settings in features.get(side, ())]
@@ -83,45 +84,58 @@ class LoadedRetriever:
                 item filter, holds a value that no item has, or comes together with features.
         """
         _check_keys(queries)
-        has_features = np.array([bool(query.get("features")) for query in queries], bool)
         inputs = {
             **self._query_inputs(queries),
             "exclude": self._excluded(exclude, len(queries)),
             "k": _checked_k(k),
         }
         if allowed is not None:
-            if has_features.any():
+            if any("features" in query for query in queries):
                 raise ValueError(
                     "`allowed` and `features` do not go together: a filtered query goes by the "
                     "stored features of its user. Leave one of them out."
                 )
             inputs["allowed"] = self._allowed(allowed, len(queries))
             return _found(self._loaded.signatures["retrieve_filtered"](**inputs))
-        if not has_features.any():
-            return _found(self._loaded.signatures["retrieve"](**inputs))
-        ids, scores = _found(self._loaded.signatures["retrieve"](**inputs))
-        places = np.flatnonzero(has_features)
-        chosen = {
-            name: tensor if name == "k" else tf.gather(tensor, places)
-            for name, tensor in inputs.items()
-        }
-        raw = self._raw_query_features([queries[i] for i in places.tolist()])
-        answer = self._loaded.signatures["retrieve_with_features"](**chosen, **raw)
-        ids[places], scores[places] = _found(answer)
-        return ids, scores
+        answer = self._answered(queries, inputs, "retrieve", "retrieve_with_features")
+        return _decoded(answer["candidate_ids"]), answer["scores"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
         _check_keys(queries)
         inputs = self._query_inputs(queries)
-        embeddings = self._loaded.signatures["embed_query"](**inputs)["embeddings"].numpy()
-        places = np.flatnonzero([bool(query.get("features")) for query in queries])
-        if len(places):
-            chosen = {name: tf.gather(tensor, places) for name, tensor in inputs.items()}
-            raw = self._raw_query_features([queries[i] for i in places.tolist()])
-            answer = self._loaded.signatures["embed_query_with_features"](**chosen, **raw)
-            embeddings[places] = answer["embeddings"].numpy()
-        return embeddings
+        names = ("embed_query", "embed_query_with_features")
+        return self._answered(queries, inputs, *names)["embeddings"]
+
+    def _answered(
+        self,
+        queries: Sequence[Query],
+        inputs: Mapping[str, tf.Tensor],
+        signature: str,
+        signature_with_features: str,
+    ) -> dict[str, np.ndarray]:
+        """Asks the one signature for queries without features, the other for those with."""
+        has_features = np.array(["features" in query for query in queries], bool)
+        if not has_features.any():
+            answer = self._loaded.signatures[signature](**inputs)
+            return {name: tensor.numpy() for name, tensor in answer.items()}
+        raw = self._raw_query_features([query for query in queries if "features" in query])
+        parts, order = [], []
+        for is_chosen, name, more in (
+            (~has_features, signature, {}),
+            (has_features, signature_with_features, raw),
+        ):
+            places = np.flatnonzero(is_chosen)
+            chosen = {
+                key: tensor if key == "k" else tf.gather(tensor, places)
+                for key, tensor in inputs.items()
+            }
+            parts.append(self._loaded.signatures[name](**chosen, **more))
+            order.append(places)
+        back = np.argsort(np.concatenate(order))
+        return {
+            name: np.concatenate([part[name].numpy() for part in parts])[back] for name in parts[0]
+        }
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -198,7 +212,7 @@ class LoadedRetriever:
     @property
     def num_candidates(self) -> int:
         """Size of the corpus."""
-        return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
+        return self._num_candidates
 
     def candidate_ids(self) -> list[Any]:
         """Reads the ids of the items, in the order of their embeddings."""
@@ -228,10 +242,12 @@ class LoadedRetriever:
 
     def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         names = [feature.name for feature in self._query_features]
+        if not names:
+            raise ValueError("The model reads no user features: leave `features` out.")
         if unknown := {name for query in queries for name in query["features"]} - set(names):
             raise ValueError(
                 f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
-                f"{', '.join(names) or 'none'}"
+                f"{', '.join(names)}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
         return _raw_inputs(self._query_features, columns, len(queries))
@@ -240,7 +256,7 @@ class LoadedRetriever:
         if self.item_filter is None:
             raise ValueError("This model has no item filter: export it with export.filter_by.")
         check_one_each("allowed", allowed, num_queries)
-        known = self.item_filter["values"]
+        known = set(self.item_filter["values"])
         for values in allowed:
             if isinstance(values, str):
                 raise ValueError(
@@ -281,7 +297,7 @@ def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs ScaNN and it is missing.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()
     if not (folder / MANIFEST_FILE).is_file():
         versions = versions_of(folder)
         if not versions:
@@ -349,11 +365,10 @@ def _raw_inputs(
 
 
 def _found(answer: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    return _decoded(answer["candidate_ids"]), answer["scores"].numpy()
+    return _decoded(answer["candidate_ids"].numpy()), answer["scores"].numpy()
 
 
-def _decoded(ids: tf.Tensor) -> np.ndarray:
-    array = ids.numpy()
-    if array.dtype != object:
-        return array
-    return np.array([[id_.decode() for id_ in row] for row in array], object).reshape(array.shape)
+def _decoded(ids: np.ndarray) -> np.ndarray:
+    if ids.dtype != object:
+        return ids
+    return np.array([[id_.decode() for id_ in row] for row in ids], object).reshape(ids.shape)

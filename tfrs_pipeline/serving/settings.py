@@ -36,7 +36,7 @@ class ServeSettings(Config):
     max_queries: PositiveInt = 256
     """Most queries in a request."""
     max_exclude: PositiveInt = 2_000
-    """Longest list of items to leave out, for each query."""
+    """Longest list of items to leave out, and of values to filter by, for each query."""
     max_history: PositiveInt = 1_000
     """Longest history given with a query; of it, the model uses the most recent part."""
     batch: bool = True
