@@ -126,6 +126,7 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
     from scann import scann_ops_pybind
 
     from tfrs_pipeline.serving.frontier import is_on_frontier, measure_frontier
+    from tfrs_pipeline.serving.index import build_searcher
 
     candidates, queries = task.load("candidates"), task.load("queries")
     start = time.perf_counter()
@@ -150,24 +151,7 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
     frontier = replace(frontier, points=tuple(shown))
     result |= {"tuning_seconds": tuning_seconds, "frontier": frontier.as_dict()}
     start = time.perf_counter()
-    sample = min(len(candidates), 100_000)
-    builder = scann_ops_pybind.builder(candidates, settings.num_reordered, "dot_product")
-    if settings.num_leaves > 1:
-        builder = builder.tree(
-            settings.num_leaves,
-            settings.num_leaves_to_search,
-            training_sample_size=sample,
-            min_partition_size=1,
-        )
-    searcher = (
-        builder.score_ah(
-            settings.dimensions_per_block,
-            anisotropic_quantization_threshold=settings.anisotropic_threshold,
-            training_sample_size=sample,
-        )
-        .reorder(settings.num_reordered)
-        .build()
-    )
+    searcher = build_searcher(scann_ops_pybind.builder, candidates, settings)
     seconds = time.perf_counter() - start
     alone = task.measure(
         "ScaNN, alone",

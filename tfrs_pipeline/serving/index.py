@@ -102,6 +102,33 @@ class ScannSettings:
     anisotropic_threshold: float = 0.2
 
 
+def build_searcher(
+    builder: Callable[..., Any], embeddings: np.ndarray, settings: ScannSettings
+) -> Any:
+    """Builds a searcher of dot products as the settings say.
+
+    Args:
+        builder: ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` outside TensorFlow.
+        embeddings: [num_candidates, dim] float32.
+        settings: How to build.
+    """
+    sample = min(len(embeddings), 100_000)
+    configured = builder(embeddings, settings.num_reordered, "dot_product")
+    if settings.num_leaves > 1:
+        configured = configured.tree(
+            num_leaves=settings.num_leaves,
+            num_leaves_to_search=settings.num_leaves_to_search,
+            training_sample_size=sample,
+            min_partition_size=1,
+        )
+    hashed = configured.score_ah(
+        settings.dimensions_per_block,
+        anisotropic_quantization_threshold=settings.anisotropic_threshold,
+        training_sample_size=sample,
+    )
+    return hashed.reorder(settings.num_reordered).build()
+
+
 class ScannIndex(tf.Module):
     """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
 
@@ -132,24 +159,7 @@ class ScannIndex(tf.Module):
         self._ops = load_scann_ops()
         self.settings = settings
         self.num_candidates = len(embeddings)
-        sample = min(len(embeddings), 100_000)
-        builder = self._ops.builder(embeddings, settings.num_reordered, "dot_product")
-        if settings.num_leaves > 1:
-            builder = builder.tree(
-                num_leaves=settings.num_leaves,
-                num_leaves_to_search=settings.num_leaves_to_search,
-                training_sample_size=sample,
-                min_partition_size=1,
-            )
-        searcher = (
-            builder.score_ah(
-                settings.dimensions_per_block,
-                anisotropic_quantization_threshold=settings.anisotropic_threshold,
-                training_sample_size=sample,
-            )
-            .reorder(settings.num_reordered)
-            .build()
-        )
+        searcher = build_searcher(self._ops.builder, embeddings, settings)
         self._state = searcher.serialize_to_module()
         # Searches load the state; the builder's own copy of it would stay for good.
         tf.raw_ops.DestroyResourceOp(resource=searcher.searcher_handle)
