@@ -240,8 +240,9 @@ def _query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tenso
         inputs["user_id"] = tf.constant(users, dtype, [len(users)])
     if "history" in specs:
         dtype = specs["history"].dtype
+        given = [query.get("history") for query in queries]
         histories = tf.ragged.constant(
-            [list(query.get("history") or ()) for query in queries], dtype, ragged_rank=1
+            [[] if history is None else list(history) for history in given], dtype, ragged_rank=1
         )
         inputs["history"] = histories.to_tensor(empty_id(dtype))
     return inputs
