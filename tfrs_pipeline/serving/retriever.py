@@ -302,8 +302,8 @@ def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
         versions = versions_of(folder)
         if not versions:
             raise FileNotFoundError(
-                f"No exported model at '{folder}': expected {folder}/{MANIFEST_FILE} or "
-                f"{folder}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
+                f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
+                f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
             )
         folder = folder / str(versions[-1])
     return LoadedRetriever(folder, exact=exact)
