@@ -835,6 +835,7 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "samples.history_length": 300,
             "samples.easy_negatives": ({"alpha": 0.5, "num": 2048},),
             "model.embedding_dim": 128,
+            "model.candidate_bias": True,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
             "model.combination": "sum",
