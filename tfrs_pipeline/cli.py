@@ -710,6 +710,11 @@ def _add_refresh_index(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Keep the newest N versions, delete older ones (default: likewise).",
     )
+    refresh.add_argument(
+        "--all-new",
+        action="store_true",
+        help="Accept a file without any item that the model knows.",
+    )
     refresh.set_defaults(command=_refresh_index, parser=refresh)
 
 
@@ -728,9 +733,14 @@ def _refresh_index(options: argparse.Namespace) -> int:
             index=options.index,
             target_recall=target_recall,
             keep_versions=keep_versions,
+            allow_all_new=options.all_new,
             on_progress=on_progress,
         )
-    _say(console, f"{done.num_items:,} items: {done.num_new:,} are new, {done.num_dropped:,} gone")
+    _say(
+        console,
+        f"{done.num_items:,} items: {done.num_new:,} are new, {done.num_dropped:,} gone since the "
+        "version before",
+    )
     if done.num_untrained:
         _say(
             console, f"{done.num_untrained:,} were in no training: embedded by their features alone"

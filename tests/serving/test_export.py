@@ -311,6 +311,10 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
     np.testing.assert_allclose(embedded[0], embedded[2], atol=1e-6)
     with pytest.raises(ValueError, match=r"Queries come in a list"):
         loaded.retrieve({"history": []}, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"A query is a mapping"):
+        loaded.retrieve([history], 3)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"User ids come in a list"):
+        loaded.retrieve_user("u0", 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):
         loaded.retrieve([{"history": history[0]}], 3)
     with pytest.raises(ValueError, match="stored features"):

@@ -281,6 +281,19 @@ def test_a_bad_item_table_changes_nothing(
 
 
 @pytest.mark.usefixtures("unproven")
+def test_ids_of_another_kind_are_refused_unless_all_are_new(served: Served, tmp_path: Path) -> None:
+    folder = publish(served, tmp_path)
+    is_integer = served.candidate_ids.dtype == np.int64
+    ids = [2, 4, 5] if is_integer else ["2", "4", "5"]
+    pq.write_table(pa.table({"item_id": ids, "genres": [["a"]] * 3}), tmp_path / "new.parquet")
+    with pytest.raises(DataError, match=r"none of its 3 ids, such as '?2'?, is known"):
+        refresh_index(folder, tmp_path / "new.parquet")
+    assert versions_of(folder) == [1]
+    done = refresh_index(folder, tmp_path / "new.parquet", allow_all_new=True)
+    assert (done.num_items, done.num_untrained) == (3, 3)
+
+
+@pytest.mark.usefixtures("unproven")
 def test_text_ids_are_refused_by_a_model_of_integers(served: Served, tmp_path: Path) -> None:
     if served.candidate_ids.dtype != np.int64:
         pytest.skip("text is what these ids are")

@@ -57,6 +57,7 @@ def refresh_index(
     index: IndexKind | None = None,
     target_recall: float | None = None,
     keep_versions: int | None = None,
+    allow_all_new: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> Refreshed:
     """Writes a new version of an exported model whose index holds the items of a file.
@@ -74,13 +75,16 @@ def refresh_index(
         index: Kind of index; None takes that of the model's config.
         target_recall: Of a ScaNN index; None likewise.
         keep_versions: How many versions to keep, the newest; None likewise.
+        allow_all_new: Whether the file may hold no item of the version before nor of the training,
+            which would otherwise be taken for ids of another kind.
         on_progress: Called with a task's name, steps done and steps in all.
 
     Returns:
         The new version, which a fresh process has loaded and answered with, and what it holds.
 
     Raises:
-        DataError: If the file cannot be read, lacks a column, or holds no item for the index.
+        DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
+            holds no known item, and `allow_all_new` is not set.
         FileNotFoundError: If there is no exported model.
         ValueError: If the model was exported without what this needs, its folder is no numbered
             version, or ScaNN is asked to index fewer than 16 items.
@@ -100,6 +104,12 @@ def refresh_index(
     given = {"index": index, "target_recall": target_recall, "keep_versions": keep_versions}
     export |= {name: value for name, value in given.items() if value is not None}
     ids = table["item_id"].to_pylist()
+    if not (allow_all_new or is_trained.any() or before & set(ids)):
+        raise DataError(
+            f"{items}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, whose "
+            f"ids are like {min(before)!r}. Give the ids of the log that it was trained on, or "
+            "say that all are new (--all-new, allow_all_new=True)."
+        )
     num_untrained = int((~is_trained).sum())
     folder, description = export_index(
         retriever.folder.parent.parent,

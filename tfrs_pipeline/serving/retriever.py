@@ -180,6 +180,8 @@ class LoadedRetriever:
         Raises:
             ValueError: If `allowed` is given and the model has no item filter, or another value.
         """
+        if isinstance(user_ids, str):
+            raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         inputs = {
             "user_id": _ids(user_ids, self.user_dtype),
             "exclude": self._excluded(exclude, len(user_ids)),
@@ -314,6 +316,11 @@ def _check_keys(queries: Sequence[Query]) -> None:
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
     for query in queries:
+        if not isinstance(query, Mapping):
+            raise ValueError(
+                "A query is a mapping, such as {'history': [...]} or {'user_id': ...}. "
+                f"Received: {query!r}"
+            )
         if isinstance(query.get("history", ()), str | int):
             raise ValueError(
                 f"A history is a list of item ids. Received: {query['history']!r}; did you mean "
