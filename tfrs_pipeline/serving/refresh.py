@@ -107,8 +107,8 @@ def refresh_index(
     if not (allow_all_new or is_trained.any() or before & set(ids)):
         raise DataError(
             f"{items}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
-            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained on, or "
-            "say that all are new (--all-new, allow_all_new=True)."
+            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+            "on, or say that all are new (--all-new, allow_all_new=True)."
         )
     num_untrained = int((~is_trained).sum())
     folder, description = export_index(
