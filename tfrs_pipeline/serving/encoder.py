@@ -66,11 +66,9 @@ class Encoder(tf.Module):
         self._candidate_rows = row_table(candidate_ids)
         self._user_dtype, self._item_dtype = id_dtype(query_ids), id_dtype(candidate_ids)
         # Place 0 holds the empty id: an empty slot has row 0.
-        self._candidate_ids = with_empty(candidate_ids)
-        self._histories = tf.RaggedTensor.from_row_splits(histories.values, histories.offsets)
-        self._known = tf.RaggedTensor.from_row_splits(
-            known_positives.values, known_positives.offsets
-        )
+        self._candidate_ids = stored(with_empty(candidate_ids))
+        self._histories = [stored(histories.values), stored(histories.offsets)]
+        self._known = [stored(known_positives.values), stored(known_positives.offsets)]
         self._query_features = RawFeatures(query_features)
         self._candidate_features = RawFeatures(candidate_features)
         self._trace()
@@ -84,7 +82,7 @@ class Encoder(tf.Module):
         @tf.function(input_signature=[user_id])
         def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
             query_rows = lookup(self._query_rows, user_id)
-            return self._embed(query_rows, tf.gather(self._histories, query_rows), None)
+            return self._embed(query_rows, _lists(self._histories, query_rows), None)
 
         @tf.function(input_signature=[user_id, history])
         def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -109,7 +107,7 @@ class Encoder(tf.Module):
 
         @tf.function(input_signature=[user_id])
         def known_items(user_id: tf.Tensor) -> tf.Tensor:
-            rows = tf.gather(self._known, lookup(self._query_rows, user_id)).to_tensor()
+            rows = _lists(self._known, lookup(self._query_rows, user_id)).to_tensor()
             return tf.gather(self._candidate_ids, rows)
 
         self.embed_user = embed_user
@@ -138,6 +136,12 @@ class Encoder(tf.Module):
         }
 
 
+def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:
+    """Gathers the lists of rows."""
+    values, offsets = values_and_offsets
+    return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)
+
+
 class _Untracked:
     """Keeps a model out of the exported object graph."""
 
@@ -161,15 +165,27 @@ def with_empty(ids: np.ndarray) -> tf.Tensor:
     return tf.constant([empty_id(dtype), *ids.tolist()], dtype)
 
 
-def row_table(ids: np.ndarray) -> tf.lookup.StaticHashTable:
-    """Makes the table of rows 1, 2, ... by id; whatever else has row 0."""
-    # The empty id keeps the table from being empty, which TensorFlow refuses.
-    rows = tf.range(0, len(ids) + 1, dtype=tf.int64)
-    keys = with_empty(ids)
-    entries = tf.lookup.KeyValueTensorInitializer(keys, rows)
-    return tf.lookup.StaticHashTable(entries, default_value=0)
+def stored(values: Any) -> tf.Variable:
+    """Makes a variable of what never changes.
+
+    A constant would be written into the graph, which must not exceed 2 GB: histories of many users
+    do, and ids of many items.
+    """
+    return tf.Variable(values, trainable=False)
 
 
-def lookup(table: tf.lookup.StaticHashTable, ids: tf.Tensor) -> tf.Tensor:
+def row_table(ids: np.ndarray) -> tf.lookup.experimental.MutableHashTable:
+    """Makes the table of rows 1, 2, ... by id; whatever else has row 0.
+
+    It never changes, but is of the kind whose entries are saved with the variables (see `stored`).
+    """
+    dtype = id_dtype(ids)
+    table = tf.lookup.experimental.MutableHashTable(dtype, tf.int64, default_value=0)
+    table.insert(tf.constant(ids.tolist(), dtype), tf.range(1, len(ids) + 1, dtype=tf.int64))
+    return table
+
+
+def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf.Tensor:
     """Looks up rows: int32, of the shape of `ids`."""
-    return tf.cast(table.lookup(ids), tf.int32)
+    # Such a table tells nothing of the shape.
+    return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)

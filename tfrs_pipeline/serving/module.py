@@ -15,6 +15,7 @@ from tfrs_pipeline.serving.encoder import (
     id_dtype,
     lookup,
     row_table,
+    stored,
     with_empty,
 )
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
@@ -95,8 +96,8 @@ class RetrievalModule(tf.Module):
         self._num_candidates = len(candidate_ids)
         self._candidate_rows = row_table(candidate_ids)
         self._id_dtype = id_dtype(candidate_ids)
-        self._candidate_ids = with_empty(candidate_ids)
-        self._allowed_table: tf.lookup.StaticHashTable | None = None
+        self._candidate_ids = stored(with_empty(candidate_ids))
+        self._allowed_table: tf.lookup.experimental.MutableHashTable | None = None
         if item_filter is not None:
             self._set_filter(item_filter)
         self._trace()
@@ -111,7 +112,7 @@ class RetrievalModule(tf.Module):
         self._allowed_table = row_table(np.array(known, object))
         self._num_codes = len(known)
         # By place in the list: a request gathers [B, num_candidates] at a time.
-        self._codes = [tf.constant(column) for column in codes.T]
+        self._codes = [stored(column) for column in codes.T]
 
     @property
     def exported(self) -> dict[str, Any]:
