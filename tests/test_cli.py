@@ -30,6 +30,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.pipeline import StageReport
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.retriever import load_retriever
 
 RUN = "it's a run"  # A folder's name that a shell needs in quotes.
 
@@ -72,7 +73,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     def run(*arguments: Any) -> RunConfig:
         given = [] if "--run-dir" in arguments else ["--run-dir", tmp_path / "run"]
         answer = command("run", *arguments, *given)
-        assert answer.err == "error: enough\n"
+        assert answer.err == ("error: enough\nIt came unforeseen: --verbose shows where from.\n")
         return configs[-1]
 
     return run
@@ -258,7 +259,8 @@ def test_the_folder_of_a_run_gives_the_settings_to_go_on_with(
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
         ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
-        ("query", "the following arguments are required: MODEL, --user"),
+        ("query", "the following arguments are required: MODEL"),
+        ("query model", "give --user ID, or --history ITEM ... for someone without an id"),
         ("query model --user 3 -k ten", "argument -k: invalid int value: 'ten'"),
         ("query model --user 3 -k 0", "-k: got 0; must be 1 or more"),
         ("server", "argument COMMAND: invalid choice: 'server'"),
@@ -289,6 +291,9 @@ def test_a_wrong_word_is_told_in_a_line(
         ("run --data.source clicks --data.path other.csv", "no column 'user_id'. Nearest: usr_id"),
         ("run --data.source clicks --data.path few.csv --split.kind last_n --split.min-positives 1",
          "batch needs 1024 positives .* Lower training.batch_size"),
+        ("run --data.source clicks --data.path old.csv", "pass --data.timestamp-unit ms"),
+        ("run --data.source clicks --data.path naive.csv",
+         "--data.time-zone UTC, or 'Europe/Berlin'"),
         ("query nowhere --user 3", r"No exported model at 'nowhere': .*`tfrs-pipeline run`"),
     ],
 )  # fmt: skip
@@ -299,6 +304,8 @@ def test_what_cannot_be_used_is_told_in_a_line(
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("other.csv"))
     few = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [1, 2, 3, 1, 2, 3]}
     write(pa.table(few), Path("few.csv"))
+    for name, time_ in (("old", 1_700_000_000_000), ("naive", "2024-01-31 12:00:00")):
+        write(pa.table({"user_id": [1], "item_id": [2], "timestamp": [time_]}), Path(f"{name}.csv"))
     answer = command(*shlex.split(arguments))
     assert answer.code == 1
     assert re.fullmatch(rf"error: .*{message}.*\n", answer.err)
@@ -341,14 +348,14 @@ def run_arguments(folder: Path, ids: Any, *more: Any) -> list[str]:
     return [str(argument) for argument in arguments]
 
 
-def run_once(folder: Path, ids: Any) -> Run:
+def run_once(folder: Path, ids: Any, *more: Any) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         # The check in a fresh process takes seconds, and has its own tests.
         patch.setattr(export, "_prove", lambda *arguments: None)
         out, err = io.StringIO(), io.StringIO()
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
-        code = cli.main(run_arguments(folder, ids))
+        code = cli.main(run_arguments(folder, ids, *more))
     return Run(folder, folder / "saved_models" / "films", Answer(code, out.getvalue(), ""))
 
 
@@ -359,7 +366,12 @@ def of_int(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def of_str(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_once(tmp_path_factory.mktemp("str"), "str")
+    return run_once(
+        tmp_path_factory.mktemp("str"),
+        "str",
+        *("--data.item-features", "title=text", "genre=categorical"),
+        *("--export.filter-by", "genre"),
+    )
 
 
 def test_a_run_says_what_it_did_and_where_things_lie(of_int: Run) -> None:
@@ -509,6 +521,40 @@ def test_query_tells_of_an_unknown_user(command: Any, of_int: Run, of_str: Run) 
         assert not answered["is_known_user"]
         assert len(answered["items"]) == 10
     assert "User [b]nobody[/b] is" in command("query", of_str.model, "--user", "[b]nobody[/b]").out
+
+
+def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, of_int: Run) -> None:
+    retriever = load_retriever(of_int.model)
+    history = [30, 10, 50, 70]
+    for order in (history, history[::-1]):
+        answer = command("query", of_int.model, "-k", 5, "--json", "--history", *order, 999)
+        answered = json.loads(answer.out)
+        assert (answered["history"], answered["unknown_items"]) == ([*order, 999], [999])
+        ids, scores = retriever.retrieve([{"history": order}], 5, [history])
+        assert [item["item_id"] for item in answered["items"]] == ids[0].tolist()
+        found = [item["score"] for item in answered["items"]]
+        assert found == pytest.approx(scores[0], abs=1e-6)
+    table = command("query", of_int.model, "--user", 7, "--history", *history, 999)
+    assert table.out.startswith(
+        "1 of 5 items of the history are not among this model's items, first 999.\n"
+    )
+
+
+def test_query_filters(command: Any, of_int: Run, of_str: Run) -> None:
+    genres = dict(
+        zip(*item_table("str").select(["item_id", "genre"]).to_pydict().values(), strict=True)
+    )
+    first, *others = sorted(set(genres.values()))
+    for asked in (["--user", "user 7"], ["--history", *list(genres)[:2]]):
+        for values in ([first], others):
+            answer = command(
+                "query", of_str.model, *asked, "-k", NUM_ITEMS, "--json", "--filter", *values
+            )
+            items = json.loads(answer.out)["items"]
+            assert {genres[item["item_id"]] for item in items} == set(values)
+    answer = command("query", of_int.model, "--user", 7, "--filter", first)
+    assert answer.code == 1
+    assert answer.err.startswith("error: This model has no item filter")
 
 
 def test_query_refuses_an_id_of_the_wrong_type(command: Any, of_int: Run) -> None:

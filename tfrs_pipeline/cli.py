@@ -8,15 +8,17 @@ import difflib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,6 +29,7 @@ from tfrs_pipeline.config import (
     RUN_PRESETS,
     Config,
     ConfigError,
+    DataConfig,
     RunConfig,
     load_config,
     main_job_config,
@@ -36,8 +39,11 @@ from tfrs_pipeline.config import (
 from tfrs_pipeline.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tfrs_pipeline.compare import Comparison
     from tfrs_pipeline.pipeline import RunResult, StageReport
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +85,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {_in_flags(str(error))}", file=sys.stderr)
         if options.verbose:
             logger.exception("the whole trace")
-        print(f"error: {error}", file=sys.stderr)
+        elif not _is_ours(error):
+            print("It came unforeseen: --verbose shows where from.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _in_flags(message: str) -> str:
+    """Writes a remedy's arguments as flags: the loaders speak to callers from Python."""
+    names = "|".join(DataConfig.model_fields)
+    return re.sub(
+        rf"\b({names})='([^']*)'",
+        lambda match: f"--data.{match[1].replace('_', '-')} {shlex.quote(match[2])}",
+        message,
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Says whether the package raised an error itself, as what it foresaw, and no library did."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
@@ -512,15 +536,21 @@ def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="Ask an exported model for a user's items.",
         description=(
-            "Prints the best items of a user with ids, titles and scores. The user's known items "
-            "are left out; an unknown user gets the answer for an empty history."
+            "Prints the best items of a user, or for a history, with ids, titles and scores. The "
+            "user's known items and those of the history are left out; an unknown user gets the "
+            "answer for an empty history."
         ),
     )
     query.add_argument(
         "model", type=Path, metavar="MODEL", help="Folder saved_models/NAME[/VERSION]."
     )
+    query.add_argument("--user", metavar="ID", help="Id of the user, as in the logs.")
     query.add_argument(
-        "--user", required=True, metavar="ID", help="Id of the user, as in the logs."
+        "--history",
+        nargs="+",
+        metavar="ITEM",
+        help="Ids of the items that the user liked, oldest first, for someone whom the model "
+        "does not know or in place of what it knows.",
     )
     query.add_argument("-k", type=int, default=10, metavar="K", help="How many (default: 10).")
     query.add_argument(
@@ -529,6 +559,13 @@ def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ITEM",
         help="Ids of further items to leave out.",
+    )
+    query.add_argument(
+        "--filter",
+        nargs="+",
+        metavar="VALUE",
+        help="Only items with one of these values of the feature that the model filters by "
+        "(export.filter_by).",
     )
     query.add_argument(
         "--exact", action="store_true", help="Use the brute-force twin instead of the index."
@@ -540,29 +577,25 @@ def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
 def _query(options: argparse.Namespace) -> int:
     if options.k < 1:
         raise UsageError(f"-k: got {options.k}; must be 1 or more")
+    if options.user is None and options.history is None:
+        raise UsageError("give --user ID, or --history ITEM ... for someone without an id")
     from tfrs_pipeline.serving.retriever import load_retriever
 
     retriever = load_retriever(options.model, exact=options.exact)
-    user_id = retriever.parse_user_id(options.user)
-    exclude = [retriever.parse_item_id(text) for text in options.exclude]
-    k = min(options.k, retriever.num_candidates)
-    ids, scores, is_known = retriever.retrieve_user([user_id], k, [exclude])
+    ask = _ask_by_user if options.history is None else _ask_by_history
+    ids, scores, about, note = ask(retriever, options)
     titles = retriever.titles()
     found = [
         {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(float(score), 6)}
-        for rank, (id_, score) in enumerate(zip(ids[0].tolist(), scores[0], strict=True), 1)
+        for rank, (id_, score) in enumerate(zip(ids.tolist(), scores, strict=True), 1)
         if score > -float("inf")
     ]
     if options.json:
-        answer = {"user_id": user_id, "is_known_user": bool(is_known[0]), "items": found}
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps({**about, "items": found}, ensure_ascii=False))
         return 0
     console = Console()
-    if not is_known[0]:
-        _say(
-            console,
-            f"User {options.user} is unknown to this model: the answer for an empty history.",
-        )
+    if note:
+        _say(console, note)
     table = Table("rank", "item", *(["title"] if titles else []), "score")
     for item in found:
         title = [item["title"] or ""] if titles else []
@@ -572,6 +605,50 @@ def _query(options: argparse.Namespace) -> int:
     if len(found) < options.k:
         _say(console, f"Only {len(found)} items are left for this user.")
     return 0
+
+
+# Ids and scores of the best items, what to say of the question in JSON, and to a reader.
+_Answer: TypeAlias = "tuple[np.ndarray, np.ndarray, dict[str, Any], str]"
+
+
+def _ask_by_user(retriever: LoadedRetriever, options: argparse.Namespace) -> _Answer:
+    user_id = retriever.parse_user_id(options.user)
+    exclude = [retriever.parse_item_id(text) for text in options.exclude]
+    ids, scores, is_known = retriever.retrieve_user(
+        [user_id], min(options.k, retriever.num_candidates), [exclude], allowed=_allowed(options)
+    )
+    unknown = f"User {options.user} is unknown to this model: the answer for an empty history."
+    about = {"user_id": user_id, "is_known_user": bool(is_known[0])}
+    return ids[0], scores[0], about, "" if is_known[0] else unknown
+
+
+def _ask_by_history(retriever: LoadedRetriever, options: argparse.Namespace) -> _Answer:
+    history, exclude = (
+        [retriever.parse_item_id(text) for text in texts]
+        for texts in (options.history, options.exclude)
+    )
+    query: dict[str, Any] = {"history": history}
+    if options.user is not None:
+        query["user_id"] = retriever.parse_user_id(options.user)
+    ids, scores = retriever.retrieve(
+        [query],
+        min(options.k, retriever.num_candidates),
+        [[*history, *exclude]],
+        allowed=_allowed(options),
+    )
+    known = set(retriever.candidate_ids())
+    unknown = [id_ for id_ in history if id_ not in known]
+    note = (
+        f"{len(unknown)} of {len(history)} items of the history are not among this model's items, "
+        f"first {unknown[0]!r}."
+        if unknown
+        else ""
+    )
+    return ids[0], scores[0], {**query, "unknown_items": unknown}, note
+
+
+def _allowed(options: argparse.Namespace) -> list[list[str]] | None:
+    return None if options.filter is None else [options.filter]
 
 
 def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
