@@ -677,6 +677,28 @@ def test_the_page_refuses_what_is_no_query(small: Running, query: dict[str, Any]
     assert set(response.json()) == {"error"}
 
 
+def test_a_released_version_leaves_no_table_behind(folder: Path, kind: str) -> None:
+    import tensorflow as tf
+
+    version = ServedVersion(folder / "1", with_exact=True)
+    models = [calls.retriever.saved_model for calls in (version.index, version.exact) if calls]
+    handles = [
+        table.resource_handle
+        for model in models
+        for table in (
+            model.encoder._query_rows,
+            model.encoder._candidate_rows,
+            model._candidate_rows,
+        )
+    ]
+    sizes = [int(tf.raw_ops.LookupTableSizeV2(table_handle=handle)) for handle in handles]
+    assert min(sizes) > 0
+    version.release()
+    for handle in handles:
+        with pytest.raises(tf.errors.NotFoundError):
+            tf.raw_ops.LookupTableSizeV2(table_handle=handle)
+
+
 def test_a_released_version_leaves_no_index_behind(folder: Path, kind: str) -> None:
     import tensorflow as tf
 

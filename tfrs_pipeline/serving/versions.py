@@ -85,11 +85,19 @@ class SavedModelCalls:
                 )
 
     def release(self) -> None:
-        """Frees what would outlive the model: ScaNN's index, which TensorFlow keeps by its name."""
-        index = getattr(self.retriever.saved_model, "_index", None)
-        state = getattr(index, "_state", None)
+        """Frees what would outlive the model: TensorFlow keeps tables and ScaNN's index by name."""
+        module = self.retriever.saved_model
+        handles = [
+            getattr(owner, name).resource_handle
+            for owner in (module, module.encoder)
+            for name in ("_query_rows", "_candidate_rows", "_allowed_table")
+            if hasattr(owner, name)
+        ]
+        state = getattr(getattr(module, "_index", None), "_state", None)
         if state is not None:
-            tf.raw_ops.DestroyResourceOp(resource=state.recreate_handle())
+            handles.append(state.recreate_handle())
+        for handle in handles:
+            tf.raw_ops.DestroyResourceOp(resource=handle)
 
 
 class ServedVersion:
@@ -133,6 +141,8 @@ class ServedVersion:
     def release(self) -> None:
         """Frees its memory; it must not be called any more."""
         self.index.release()
+        if self.exact is not None:
+            self.exact.release()
 
 
 def _input_spec(tensor: tf.TensorSpec) -> InputSpec:
