@@ -688,7 +688,10 @@ def test_a_released_version_leaves_no_table_behind(folder: Path, kind: str) -> N
         for table in (
             model.encoder._query_rows,
             model.encoder._candidate_rows,
+            model.encoder._query_features._vocabularies["gender"],
+            model.encoder._candidate_features._vocabularies["genres"],
             model._candidate_rows,
+            model._allowed_table,
         )
     ]
     sizes = [int(tf.raw_ops.LookupTableSizeV2(table_handle=handle)) for handle in handles]

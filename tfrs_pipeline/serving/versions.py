@@ -87,17 +87,25 @@ class SavedModelCalls:
     def release(self) -> None:
         """Frees what would outlive the model: TensorFlow keeps tables and ScaNN's index by name."""
         module = self.retriever.saved_model
-        handles = [
-            getattr(owner, name).resource_handle
-            for owner in (module, module.encoder)
-            for name in ("_query_rows", "_candidate_rows", "_allowed_table")
-            if hasattr(owner, name)
-        ]
+        handles = [table.resource_handle for table in _tables(module)]
         state = getattr(getattr(module, "_index", None), "_state", None)
         if state is not None:
             handles.append(state.recreate_handle())
         for handle in handles:
             tf.raw_ops.DestroyResourceOp(resource=handle)
+
+
+def _tables(root: Any) -> Iterator[tf.saved_model.experimental.TrackableResource]:
+    """Yields the hash tables in a loaded SavedModel: those of ids, of vocabularies, of a filter."""
+    seen, left = {id(root)}, [root]
+    while left:
+        for child in left.pop()._trackable_children().values():
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            left.append(child)
+            if isinstance(child, tf.saved_model.experimental.TrackableResource):
+                yield child
 
 
 class ServedVersion:
