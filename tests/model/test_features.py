@@ -219,6 +219,17 @@ def test_a_reference_before_all_times_is_pointed_out(caplog: pytest.LogCaptureFi
     assert early.encode(MOMENTS)[[0, 2, 3], 0].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", ["numeric", "bucketized"])
+def test_only_numbers_are_taken(kind: Any) -> None:
+    message = r"'price' must hold numbers\. Received: 'cheap' in row 2 of 3; None is missing"
+    with pytest.raises(ValueError, match=message):
+        Feature.fit("price", kind, [1.5, None, "cheap"])
+    feature = Feature.fit("price", kind, [1.5, None, "2.5"])
+    assert feature.encode([2.5]).tolist() == feature.encode(["2.5"]).tolist()
+    with pytest.raises(ValueError, match=message):
+        feature.encode([1.5, None, "cheap"])
+
+
 def test_only_times_with_a_zone_are_taken() -> None:
     feature = Feature.fit("t", "timestamp", MOMENTS)
     for value in (datetime(2024, 1, 1), 1_700_000_000, "2024-01-01"):

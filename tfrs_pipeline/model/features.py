@@ -107,14 +107,15 @@ class Feature:
                 None means the latest value of the column.
 
         Raises:
-            ValueError: If a time has no time zone, or vectors differ in length, hold numbers that
-                are not finite, or are all missing.
+            ValueError: If an entry is no number where the kind has numbers, a time has no time
+                zone, or vectors differ in length, hold numbers that are not finite, or are all
+                missing.
         """
         if kind == "numeric":
-            mean, scale = _moments(to_numbers(column))
+            mean, scale = _moments(to_numbers(name, column))
             return cls(name, kind, mean=mean, scale=scale)
         if kind == "bucketized":
-            return cls(name, kind, boundaries=_boundaries(to_numbers(column)))
+            return cls(name, kind, boundaries=_boundaries(to_numbers(name, column)))
         if kind == "timestamp":
             return cls._fit_times(name, column, reference)
         if kind == "vector":
@@ -170,13 +171,14 @@ class Feature:
             and of the weekday), [n, num_values] float32 (vector), NaN where missing.
 
         Raises:
-            ValueError: If a time has no time zone, or a vector has another length than the fitted
-                ones, or numbers that are not finite.
+            ValueError: If an entry is no number where the kind has numbers, a time has no time
+                zone, or a vector has another length than the fitted ones, or numbers that are not
+                finite.
         """
         if self.kind == "numeric":
-            return ((to_numbers(column) - self.mean) / self.scale).astype(np.float32)
+            return ((to_numbers(self.name, column) - self.mean) / self.scale).astype(np.float32)
         if self.kind == "bucketized":
-            numbers = to_numbers(column)
+            numbers = to_numbers(self.name, column)
             codes = 1 + np.searchsorted(np.array(self.boundaries), numbers, side="right")
             return np.where(np.isnan(numbers), 0, codes).astype(np.int32)
         if self.kind == "timestamp":
@@ -267,9 +269,24 @@ class FeatureSpec:
         return np.zeros(shape, np.int32)
 
 
-def to_numbers(column: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Returns [n] float64, NaN where missing."""
-    return np.asarray([np.nan if value is None else value for value in column], np.float64)
+def to_numbers(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Returns [n] float64, NaN where missing.
+
+    Raises:
+        ValueError: If an entry is no number.
+    """
+    numbers = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        if value is None:
+            continue
+        try:
+            numbers[i] = value
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Feature '{name}' must hold numbers. Received: {value!r} in row {i} of "
+                f"{len(column)}; None is missing."
+            ) from None
+    return numbers
 
 
 def _moments(numbers: np.ndarray) -> tuple[float, float]:

@@ -239,7 +239,7 @@ def _input_names(features: Sequence[Feature]) -> list[str]:
 
 def _raw_column(feature: Feature, column: Sequence[Any] | np.ndarray) -> np.ndarray:
     if feature.kind in ("numeric", "bucketized"):
-        return to_numbers(column)
+        return to_numbers(feature.name, column)
     if feature.kind == "timestamp":
         return to_seconds(feature.name, column)
     if feature.kind == "vector":
