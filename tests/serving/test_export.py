@@ -202,9 +202,18 @@ def test_a_filter_matches_a_loop(
             as_users(served, users), nothing, as_ids(served, excluded), padded, k
         ),
         module.retrieve_user_filtered(as_users(served, users), as_ids(served, excluded), padded, k),
+        # The stored features, given: the answer without them.
+        module.retrieve_with_features_filtered(
+            user_id=as_users(served, users),
+            history=nothing,
+            exclude=as_ids(served, excluded),
+            k=tf.constant(k),
+            allowed=padded,
+            gender=tf.constant(served.genders[: len(users)]),
+        ),
     ]
     for i, user in enumerate(users):
-        for answer, history in zip(answers, ([], served.known(i + 1)), strict=True):
+        for answer, history in zip(answers, ([], served.known(i + 1), []), strict=True):
             ranked, _ = served.in_memory.retrieve(
                 [{"user_id": user, "history": history}], NUM_CANDIDATES
             )
@@ -293,6 +302,16 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve([{"features": {"age": 3}}], 2)
     filtered, _ = loaded.retrieve(queries[2:] * 2, NUM_CANDIDATES, allowed=[["b"], []])
     by_id = dict(zip(served.candidate_ids.tolist(), served.genres, strict=True))
+    mixed_ids, mixed_scores = loaded.retrieve(queries, NUM_CANDIDATES, allowed=[["b"]] * 3)
+    all_with_b = {id_ for id_, genres in by_id.items() if "b" in genres}
+    for i, query in enumerate(queries):
+        ids, scores = loaded.retrieve([query], NUM_CANDIDATES)
+        expected = [id_ for id_ in ids[0].tolist() if id_ in all_with_b]
+        assert mixed_ids[i, : len(expected)].tolist() == expected
+        by_score = dict(zip(ids[0].tolist(), scores[0].tolist(), strict=True))
+        np.testing.assert_allclose(
+            mixed_scores[i, : len(expected)], [by_score[id_] for id_ in expected], atol=1e-5
+        )
     all_ids, _ = loaded.retrieve(queries[2:], NUM_CANDIDATES)
     with_b = [id_ for id_ in all_ids[0].tolist() if "b" in by_id[id_]]
     assert 0 < len(with_b) < NUM_CANDIDATES
@@ -322,8 +341,6 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve_user("u0", 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):
         loaded.retrieve([{"history": history[0]}], 3)
-    with pytest.raises(ValueError, match="stored features"):
-        loaded.retrieve(queries, 3, allowed=[[]] * 3)
     items, is_known = loaded.embed_candidates(
         served.candidate_ids.tolist(), {"genres": served.genres}
     )

@@ -243,6 +243,10 @@ def test_features_filters_and_embeddings_are_served(
     answer = running.predict(signature_name="retrieve_filtered", inputs=document)["outputs"]
     ids, scores = loaded.retrieve([{"user_id": user, "history": history}], 60, allowed=[["b"]])
     check(answer, ids, scores)
+    document["gender"] = [other]
+    answer = running.predict(signature_name="retrieve_with_features_filtered", inputs=document)
+    query_with_features = {"user_id": user, "history": history, "features": {"gender": other}}
+    check(answer["outputs"], *loaded.retrieve([query_with_features], 60, allowed=[["b"]]))
     embedded = running.predict(signature_name="embed_query", inputs=query)["outputs"]
     np.testing.assert_allclose(
         embedded["embeddings"],

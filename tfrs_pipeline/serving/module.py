@@ -59,9 +59,10 @@ class RetrievalModule(tf.Module):
       value of each feature beside, instead of the stored ones (see `RawFeatures`). An input is
       called as the column, where that can be the name of an input: "release date" is
       `release_date`; the manifest has them all.
-    - `retrieve_user_filtered(..., allowed [B, F])` and `retrieve_filtered(..., allowed [B, F])`,
-      where there is an item filter: of the items that have one of the values alone; a list without
-      values allows every item. They score every item, however the index is built.
+    - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
+      `retrieve_with_features_filtered`, where there is an item filter: of the items that have one
+      of the values alone; a list without values allows every item. They score every item, however
+      the index is built.
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
     - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
@@ -117,42 +118,78 @@ class RetrievalModule(tf.Module):
     @property
     def exported(self) -> dict[str, Any]:
         """The signatures, by name."""
-        return dict(self._exported)
+        return {name: getattr(self, name) for name in self._names}
+
+    def _export(self, **functions: Any) -> None:
+        """Adds signatures; as attributes they are callable on the loaded object too."""
+        for name, function in functions.items():
+            setattr(self, name, function)
+        self._names += tuple(functions)
 
     def _trace(self) -> None:
-        encoder = self.encoder
+        self._names: tuple[str, ...] = ()
+        self._user_id = _input_signature(self.encoder.embed_user)[0]
+        self._history = tf.TensorSpec([None, None], self._id_dtype, "history")
+        self._exclude = tf.TensorSpec([None, None], self._id_dtype, "exclude")
+        self._allowed = tf.TensorSpec([None, None], tf.string, "allowed")
+        self._k = tf.TensorSpec([], tf.int32, "k")
+        self._trace_retrieval()
+        self._trace_embedding()
+        if self._allowed_table is not None:
+            self._trace_filtered()
         # A function that is None is not saved.
-        by_features = getattr(encoder, "embed_query_with_features", None)
-        (user_id,) = _input_signature(encoder.embed_user)
-        history = tf.TensorSpec([None, None], self._id_dtype, "history")
-        exclude = tf.TensorSpec([None, None], self._id_dtype, "exclude")
-        allowed = tf.TensorSpec([None, None], tf.string, "allowed")
-        k = tf.TensorSpec([], tf.int32, "k")
+        if getattr(self.encoder, "embed_query_with_features", None) is not None:
+            self._trace_with_features()
 
-        @tf.function(input_signature=[user_id])
+    def _trace_retrieval(self) -> None:
+        @tf.function(input_signature=[self._user_id])
         def serving_default(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
             nothing = tf.zeros([tf.shape(user_id)[0], 0], self._id_dtype)
             return self._retrieve_user(user_id, nothing, tf.constant(DEFAULT_K))
 
-        @tf.function(input_signature=[user_id, exclude, k])
+        @tf.function(input_signature=[self._user_id, self._exclude, self._k])
         def retrieve_user(
             user_id: tf.Tensor, exclude: tf.Tensor, k: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             return self._retrieve_user(user_id, exclude, k)
 
-        @tf.function(input_signature=[user_id, history, exclude, k])
+        @tf.function(input_signature=[self._user_id, self._history, self._exclude, self._k])
         def retrieve(
             user_id: tf.Tensor, history: tf.Tensor, exclude: tf.Tensor, k: tf.Tensor
         ) -> dict[str, tf.Tensor]:
-            return self._answer(encoder.embed_query(user_id, history), exclude, k)
+            return self._answer(self.encoder.embed_query(user_id, history), exclude, k)
 
-        @tf.function(input_signature=[user_id, exclude, allowed, k])
+        self._export(serving_default=serving_default, retrieve_user=retrieve_user)
+        self._export(retrieve=retrieve)
+
+    def _trace_embedding(self) -> None:
+        @tf.function(input_signature=[self._user_id])
+        def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self.encoder.embed_user(user_id)
+
+        @tf.function(input_signature=[self._user_id, self._history])
+        def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self.encoder.embed_query(user_id, history)
+
+        def embed_candidate(
+            item_id: tf.Tensor, features: dict[str, tf.Tensor]
+        ) -> dict[str, tf.Tensor]:
+            return self.encoder.embed_candidate(item_id, features)
+
+        item_id, features = _input_signature(self.encoder.embed_candidate)
+        self._export(embed_user=embed_user, embed_query=embed_query)
+        self._export(embed_candidate=_traced(embed_candidate, [item_id], features))
+
+    def _trace_filtered(self) -> None:
+        @tf.function(input_signature=[self._user_id, self._exclude, self._allowed, self._k])
         def retrieve_user_filtered(
             user_id: tf.Tensor, exclude: tf.Tensor, allowed: tf.Tensor, k: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             return self._retrieve_user(user_id, exclude, k, allowed)
 
-        @tf.function(input_signature=[user_id, history, exclude, allowed, k])
+        @tf.function(
+            input_signature=[self._user_id, self._history, self._exclude, self._allowed, self._k]
+        )
         def retrieve_filtered(
             user_id: tf.Tensor,
             history: tf.Tensor,
@@ -160,25 +197,17 @@ class RetrievalModule(tf.Module):
             allowed: tf.Tensor,
             k: tf.Tensor,
         ) -> dict[str, tf.Tensor]:
-            return self._answer(encoder.embed_query(user_id, history), exclude, k, allowed)
+            return self._answer(self.encoder.embed_query(user_id, history), exclude, k, allowed)
 
-        @tf.function(input_signature=[user_id])
-        def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-            return encoder.embed_user(user_id)
+        self._export(retrieve_user_filtered=retrieve_user_filtered)
+        self._export(retrieve_filtered=retrieve_filtered)
 
-        @tf.function(input_signature=[user_id, history])
-        def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
-            return encoder.embed_query(user_id, history)
-
-        def embed_candidate(
-            item_id: tf.Tensor, features: dict[str, tf.Tensor]
-        ) -> dict[str, tf.Tensor]:
-            return encoder.embed_candidate(item_id, features)
+    def _trace_with_features(self) -> None:
+        by_features: Any = self.encoder.embed_query_with_features
 
         def embed_query_with_features(
             user_id: tf.Tensor, history: tf.Tensor, features: dict[str, tf.Tensor]
         ) -> dict[str, tf.Tensor]:
-            assert by_features is not None
             return by_features(user_id, history, features)
 
         def retrieve_with_features(
@@ -187,34 +216,23 @@ class RetrievalModule(tf.Module):
             exclude: tf.Tensor,
             k: tf.Tensor,
             features: dict[str, tf.Tensor],
+            allowed: tf.Tensor | None = None,
         ) -> dict[str, tf.Tensor]:
-            assert by_features is not None
-            return self._answer(by_features(user_id, history, features), exclude, k)
+            return self._answer(by_features(user_id, history, features), exclude, k, allowed)
 
-        # As attributes they are callable on the loaded object too.
-        self.serving_default = serving_default
-        self.retrieve_user = retrieve_user
-        self.retrieve = retrieve
-        self.embed_user = embed_user
-        self.embed_query = embed_query
-        item_id, features = _input_signature(encoder.embed_candidate)
-        self.embed_candidate = _traced(embed_candidate, [item_id], features)
-        names = ["serving_default", "retrieve_user", "retrieve"]
-        names += ["embed_user", "embed_query", "embed_candidate"]
+        features = _input_signature(by_features)[-1]
+        query = [self._user_id, self._history]
+        asked = [*query, self._exclude, self._k]
+        self._export(
+            embed_query_with_features=_traced(embed_query_with_features, query, features),
+            retrieve_with_features=_traced(retrieve_with_features, asked, features),
+        )
         if self._allowed_table is not None:
-            self.retrieve_user_filtered = retrieve_user_filtered
-            self.retrieve_filtered = retrieve_filtered
-            names += ["retrieve_user_filtered", "retrieve_filtered"]
-        if by_features is not None:
-            features = _input_signature(by_features)[-1]
-            self.embed_query_with_features = _traced(
-                embed_query_with_features, [user_id, history], features
+            self._export(
+                retrieve_with_features_filtered=_traced(
+                    retrieve_with_features, [*asked, self._allowed], features
+                )
             )
-            self.retrieve_with_features = _traced(
-                retrieve_with_features, [user_id, history, exclude, k], features
-            )
-            names += ["embed_query_with_features", "retrieve_with_features"]
-        self._exported = tuple((name, getattr(self, name)) for name in names)
 
     def _retrieve_user(
         self,

@@ -81,7 +81,7 @@ class LoadedRetriever:
         Raises:
             ValueError: If a query holds another key than `user_id`, `history` and `features`, or a
                 feature that the model does not read; if `allowed` is given and the model has no
-                item filter, holds a value that no item has, or comes together with features.
+                item filter, or holds a value that no item has.
         """
         _check_keys(queries)
         inputs = {
@@ -89,15 +89,11 @@ class LoadedRetriever:
             "exclude": self._excluded(exclude, len(queries)),
             "k": _checked_k(k),
         }
+        names = ("retrieve", "retrieve_with_features")
         if allowed is not None:
-            if any("features" in query for query in queries):
-                raise ValueError(
-                    "`allowed` and `features` do not go together: a filtered query goes by the "
-                    "stored features of its user. Leave one of them out."
-                )
             inputs["allowed"] = self._allowed(allowed, len(queries))
-            return _found(self._loaded.signatures["retrieve_filtered"](**inputs))
-        answer = self._answered(queries, inputs, "retrieve", "retrieve_with_features")
+            names = ("retrieve_filtered", "retrieve_with_features_filtered")
+        answer = self._answered(queries, inputs, *names)
         return _decoded(answer["candidate_ids"]), answer["scores"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
