@@ -11,6 +11,10 @@ plans, the first of each the one that the others are compared with:
     bank       in-batch and uniform negatives; the same with the candidates of one and of four
                earlier batches
 
+    unknown    all ids known in training; 5% and 10% of them taken for unknown
+    popularity cosines, which cannot carry popularity; with a bias an item, which can; dot products,
+               whose norms can, at two temperatures
+
     python benchmarks/paired_seeds.py --set mined --seeds 10 --json benchmarks/results/mined.json
 """
 
@@ -65,6 +69,12 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "none": {"model.unknown_rate": 0.0},
         "5%": {"model.unknown_rate": 0.05},
         "10%": {"model.unknown_rate": 0.1},
+    },
+    "popularity": {
+        "cosine": {},
+        "cosine and bias": {"model.candidate_bias": True},
+        "dot product, T = .15": {"model.normalize": False},
+        "dot product, T = 1": {"model.normalize": False, "model.temperature": 1.0},
     },
 }
 
