@@ -35,6 +35,25 @@ def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
 
 
+def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
+    retriever = ServedRetriever(url)
+    num_queries = BLOCK + 3
+    allowed = [[["b"], ["a", "c"], [], ["unheard"]][i % 4] for i in range(num_queries)]
+    queries = [{"history": served.known(1 + i % 5)} for i in range(num_queries)]
+    k = len(served.candidate_ids)
+    everything, _ = retriever.retrieve(queries, k)
+    ids, scores = retriever.retrieve(queries, k, allowed=allowed)
+    genres = dict(zip(served.candidate_ids.tolist(), served.genres, strict=True))
+    for i, values in enumerate(allowed):
+        chosen = [
+            id_ for id_ in everything[i].tolist() if not values or set(values) & set(genres[id_])
+        ]
+        assert ids[i, : len(chosen)].tolist() == chosen
+        assert np.isneginf(scores[i, len(chosen) :]).all()
+    with pytest.raises(ValueError, match=r"allowed .*'b'; did you mean \['b'\]"):
+        retriever.retrieve([{}], 3, allowed=["b"])
+
+
 def test_no_queries(url: str) -> None:
     ids, scores = ServedRetriever(url).retrieve([], 4)
     assert ids.shape == scores.shape == (0, 4)

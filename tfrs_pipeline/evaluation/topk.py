@@ -78,12 +78,16 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
     """Refuses what should hold one collection a query and does not.
 
     Raises:
-        ValueError: With both numbers.
+        ValueError: With both numbers, or a string, which would be read letter by letter.
     """
     if len(values) != num_queries:
         raise ValueError(
             f"{name} must hold one collection a query, an empty one to leave nothing out. "
             f"Received: {len(values)} for {num_queries} queries."
+        )
+    if text := next((value for value in values if isinstance(value, str)), None):
+        raise ValueError(
+            f"{name} must hold one collection a query. Received: {text!r}; did you mean [{text!r}]?"
         )
 
 

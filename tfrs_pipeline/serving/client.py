@@ -32,7 +32,9 @@ class ServedRetriever:
         self._url = url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         metadata = self._ask("/metadata", None)["metadata"]
-        inputs = metadata["signature_def"]["signature_def"]["retrieve"]["inputs"]
+        signatures = metadata["signature_def"]["signature_def"]
+        inputs = signatures["retrieve"]["inputs"]
+        self._has_filter = "retrieve_filtered" in signatures
         self._users_are_text = inputs["user_id"]["dtype"] == "DT_STRING"
         self._items_are_text = inputs["history"]["dtype"] == "DT_STRING"
 
@@ -41,13 +43,23 @@ class ServedRetriever:
         queries: Sequence[Query],
         k: int,
         exclude: Sequence[Collection[Any]] | None = None,
+        *,
+        allowed: Sequence[Collection[str]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         `user_id` and `history` are read. Nothing is left out but `exclude`.
 
+        Args:
+            queries: One mapping a query.
+            k: How many candidates a query.
+            exclude: Per query, ids to leave out.
+            allowed: Per query, values of the model's item filter, as for `LoadedRetriever`; a value
+                that no item has finds nothing.
+
         Raises:
-            ValueError: If the server refuses the request, as for a k beyond its limit.
+            ValueError: If the server refuses the request, as for a k beyond its limit, or `allowed`
+                is given and the model has no item filter.
             OSError: If it does not answer, or with an error of its own.
         """
         if k < 1:
@@ -55,16 +67,26 @@ class ServedRetriever:
         if exclude is None:
             exclude = [()] * len(queries)
         check_one_each("exclude", exclude, len(queries))
+        if allowed is not None:
+            check_one_each("allowed", allowed, len(queries))
+            if not self._has_filter:
+                raise ValueError("This model has no item filter: export it with export.filter_by.")
         ids = np.full((len(queries), k), "" if self._items_are_text else -1)
         ids = ids.astype(object if self._items_are_text else np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), BLOCK):
             block = slice(start, start + BLOCK)
-            ids[block], scores[block] = self._retrieve(queries[block], k, exclude[block])
+            ids[block], scores[block] = self._retrieve(
+                queries[block], k, exclude[block], None if allowed is None else allowed[block]
+            )
         return ids, scores
 
     def _retrieve(
-        self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]]
+        self,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Sequence[Collection[Any]],
+        allowed: Sequence[Collection[str]] | None,
     ) -> tuple[list[list[Any]], list[list[float]]]:
         nobody = _empty(self._users_are_text)
         users = [query.get("user_id", nobody) for query in queries]
@@ -78,7 +100,11 @@ class ServedRetriever:
             "exclude": _padded(exclude, self._items_are_text),
             "k": k,
         }
-        answer = self._ask(":predict", {"signature_name": "retrieve", "inputs": inputs})["outputs"]
+        signature = "retrieve"
+        if allowed is not None:
+            signature = "retrieve_filtered"
+            inputs["allowed"] = _padded(allowed, is_text=True)
+        answer = self._ask(":predict", {"signature_name": signature, "inputs": inputs})["outputs"]
         return answer["candidate_ids"], answer["scores"]
 
     def _ask(self, path: str, document: Any) -> Any:

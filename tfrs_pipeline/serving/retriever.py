@@ -256,11 +256,6 @@ class LoadedRetriever:
         check_one_each("allowed", allowed, num_queries)
         known = set(self.item_filter["values"])
         for values in allowed:
-            if isinstance(values, str):
-                raise ValueError(
-                    f"`allowed` takes a list of values per query. Received: {values!r}; did you "
-                    f"mean [{values!r}]?"
-                )
             if unknown := [value for value in values if value not in known]:
                 near = difflib.get_close_matches(str(unknown[0]), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
