@@ -843,7 +843,7 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.batch_size": 3072,
             "training.learning_rate": 0.01,
             "training.decay": "cosine",
-            "training.warmup_steps": 50,
+            "training.warmup_steps": 10,
             "training.max_epochs": 40,
             "training.patience": 10,
         },
