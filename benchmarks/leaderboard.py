@@ -124,7 +124,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
             "samples.history_length": 300,
             "model.unknown_rate": 0.0,
-            "model.embedding_dim": 256,
+            "model.embedding_dim": 512,
             "model.candidate_bias": True,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
