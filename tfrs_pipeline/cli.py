@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {_in_flags(str(error))}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         if options.verbose:
             logger.exception("the whole trace")
         elif not _is_ours(error):
@@ -95,13 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _in_flags(message: str) -> str:
-    """Writes a remedy's arguments as flags: the loaders speak to callers from Python."""
+def _message(error: BaseException) -> str:
+    """Returns what an error says, the remedies of the loaders as flags: they speak Python."""
+    from tfrs_pipeline.events.schema import DataError
+
+    if not isinstance(error, DataError):
+        return str(error)
     names = "|".join(DataConfig.model_fields)
     return re.sub(
         rf"\b({names})='([^']*)'",
         lambda match: f"--data.{match[1].replace('_', '-')} {shlex.quote(match[2])}",
-        message,
+        str(error),
     )
 
 

@@ -85,7 +85,8 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
             f"{name} must hold one collection a query, an empty one to leave nothing out. "
             f"Received: {len(values)} for {num_queries} queries."
         )
-    if text := next((value for value in values if isinstance(value, str)), None):
+    text = next((value for value in values if isinstance(value, str)), None)
+    if text is not None:
         raise ValueError(
             f"{name} must hold one collection a query. Received: {text!r}; did you mean [{text!r}]?"
         )
