@@ -78,6 +78,27 @@ _ALL_POSITIONS = {
     "training.warmup_steps": 40,
     "model.share_item_embedding": True,
 }
+# The mean of the history, of a table of its own: the user's items without an order, at random
+# half read and half found.
+_USER_SETS = {
+    "samples.in_batch": False,
+    "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
+    "samples.history_length": 300,
+    "model.unknown_rate": 0.0,
+    "model.embedding_dim": 512,
+    "model.candidate_bias": True,
+    "model.history_pooling": ("mean",),
+    "model.history_dropout": 0.0,
+    "model.combination": "sum",
+    "model.temperature": 0.07,
+    "training.positions": "all",
+    "training.batch_size": 3072,
+    "training.decay": "cosine",
+    "training.learning_rate": 0.01,
+    "training.warmup_steps": 50,
+    "training.max_epochs": 60,
+    "training.patience": 20,
+}
 # Model -> data set -> what differs from the package's defaults, by dotted name.
 OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "two_tower": {
@@ -116,29 +137,8 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "training.patience": 6,
         },
     },
-    # The mean of the history, of a table of its own: the user's items without an order, at random
-    # half read and half found.
-    "user_sets": {
-        "gowalla": {
-            "samples.in_batch": False,
-            "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
-            "samples.history_length": 300,
-            "model.unknown_rate": 0.0,
-            "model.embedding_dim": 512,
-            "model.candidate_bias": True,
-            "model.history_pooling": ("mean",),
-            "model.history_dropout": 0.0,
-            "model.combination": "sum",
-            "model.temperature": 0.07,
-            "training.positions": "all",
-            "training.batch_size": 3072,
-            "training.decay": "cosine",
-            "training.learning_rate": 0.01,
-            "training.warmup_steps": 50,
-            "training.max_epochs": 60,
-            "training.patience": 20,
-        },
-    },
+    "user_sets_256": {"gowalla": {**_USER_SETS, "model.embedding_dim": 256}},
+    "user_sets": {"gowalla": _USER_SETS},
 }
 
 IALS_GRIDS: dict[str, dict[str, Any]] = {

@@ -259,7 +259,7 @@ def test_the_folder_of_a_run_gives_the_settings_to_go_on_with(
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
         ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
-        ("query", "the following arguments are required: MODEL"),
+        ("query", "the following arguments are required: MODEL\n"),
         ("query model", "give --user ID, or --history ITEM ... for someone without an id"),
         ("query model --user 3 -k ten", "argument -k: invalid int value: 'ten'"),
         ("query model --user 3 -k 0", "-k: got 0; must be 1 or more"),

@@ -29,7 +29,6 @@ from tfrs_pipeline.config import (
     RUN_PRESETS,
     Config,
     ConfigError,
-    DataConfig,
     RunConfig,
     load_config,
     main_job_config,
@@ -51,6 +50,8 @@ INTERRUPTED = 130
 # Of progress, where the output is no terminal.
 SECONDS_BETWEEN_LINES = 15.0
 PROGRAM = "tfrs-pipeline"
+# Settings of the data that the messages of the loaders name, as a caller from Python passes them.
+_LOADER_ARGUMENTS = ("duplicates", "time_zone", "timestamp_unit", "unknown_items")
 
 
 class UsageError(ValueError):
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {_message(error, options)}", file=sys.stderr)
         if options.verbose:
             logger.exception("the whole trace")
         elif not _is_ours(error):
@@ -95,15 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _message(error: BaseException) -> str:
-    """Returns what an error says, the remedies of the loaders as flags: they speak Python."""
-    from tfrs_pipeline.events.schema import DataError
-
-    if not isinstance(error, DataError):
+def _message(error: BaseException, options: argparse.Namespace) -> str:
+    """Returns what an error says; for commands that have the flags, loaders' remedies as flags."""
+    if options.command not in (_run, _compare):
         return str(error)
-    names = "|".join(DataConfig.model_fields)
     return re.sub(
-        rf"\b({names})='([^']*)'",
+        rf"\b({'|'.join(_LOADER_ARGUMENTS)})='([^']*)'",
         lambda match: f"--data.{match[1].replace('_', '-')} {shlex.quote(match[2])}",
         str(error),
     )
@@ -541,8 +539,8 @@ def _add_query(commands: Any, common: argparse.ArgumentParser) -> None:
         help="Ask an exported model for a user's items.",
         description=(
             "Prints the best items of a user, or for a history, with ids, titles and scores. The "
-            "user's known items and those of the history are left out; an unknown user gets the "
-            "answer for an empty history."
+            "user's known items, or those of the history given, are left out; an unknown user gets "
+            "the answer for an empty history."
         ),
     )
     query.add_argument(

@@ -122,6 +122,8 @@ class LoadedRetriever:
             (has_features, signature_with_features, raw),
         ):
             places = np.flatnonzero(is_chosen)
+            if not len(places):
+                continue
             chosen = {
                 key: tensor if key == "k" else tf.gather(tensor, places)
                 for key, tensor in inputs.items()
