@@ -31,11 +31,11 @@ import numpy as np
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.model.optimizers import make_optimizer
+from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
-from tfrs_pipeline.samples.easy_negatives import AliasSampler, build_alias_table
+from tfrs_pipeline.negatives.alias import AliasSampler, build_alias_table
+from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.samples.build import RowLists, Samples
 
 BATCH_SIZE = 1024
 MIXTURE = ((0.0, 512), (0.75, 512))

@@ -28,16 +28,16 @@ import tensorflow as tf
 from record import write_json
 
 import tfrs_pipeline  # noqa: F401  (selects Keras 2 before TensorFlow is imported)
-from tfrs_pipeline.events.schema import Stage
-from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries, split_last_share
-from tfrs_pipeline.events.synthetic import FunnelOptions, Simulation, simulate_funnel
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_last_share
+from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.model.training import train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import build_samples, read_ids, read_samples
-from tfrs_pipeline.samples.dataset import HardSampling, TrainingBatches
-from tfrs_pipeline.samples.hard_negatives import HardNegativeRules
+from tfrs_pipeline.negatives.batches import HardSampling, TrainingBatches
+from tfrs_pipeline.samples.build import build_samples, read_ids, read_samples
+from tfrs_pipeline.samples.hard_pools import HardNegativeRules
 from tfrs_pipeline.samples.positives import power_law_rate
+from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
 
 K = 50
 TRUTHS = ("recall@50 of truth", "recall@50 of clicks")

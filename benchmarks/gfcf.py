@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.data.ids import CandidateIds
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 

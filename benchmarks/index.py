@@ -125,8 +125,8 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
     tf = _tensorflow_of_one_thread()
     from scann import scann_ops_pybind
 
-    from tfrs_pipeline.serving.frontier import is_on_frontier, measure_frontier
     from tfrs_pipeline.serving.index import build_searcher
+    from tfrs_pipeline.serving.tune import is_on_frontier, measure_frontier
 
     candidates, queries = task.load("candidates"), task.load("queries")
     start = time.perf_counter()

@@ -23,7 +23,7 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.compare import compare
-from tfrs_pipeline.pipeline import StageReport
+from tfrs_pipeline.run import StageReport
 
 SETTINGS = {
     "data": {"source": "kuairand", "item_features": {"tag": "multi_categorical"}},

@@ -48,12 +48,13 @@ from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
 from record import command, machine, write_json
 
+from tfrs_pipeline.data.schema import Tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.baselines import interaction_matrix
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.events.schema import Tables
-from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run import (
     Corpus,
     evaluate_retriever,
     fit_baselines,
@@ -64,8 +65,7 @@ from tfrs_pipeline.pipeline import (
     train_and_refit,
     training_samples,
 )
-from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.samples.builder import Samples
+from tfrs_pipeline.samples.build import Samples
 
 NUM_BOOTSTRAP = 1000
 

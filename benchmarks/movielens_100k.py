@@ -39,12 +39,13 @@ import numpy as np
 from record import write_json
 from tutorial import NUM_EPOCHS, NUM_EPOCHS_CORRECTED, fit_tutorial
 
+from tfrs_pipeline.data.schema import Tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate
-from tfrs_pipeline.events.schema import Tables
-from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run import (
     Corpus,
     fit_baselines,
     load_data,
@@ -54,8 +55,7 @@ from tfrs_pipeline.pipeline import (
     training_batches,
     training_samples,
 )
-from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.samples.builder import Samples
+from tfrs_pipeline.samples.build import Samples
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
 EXCLUDES: tuple[Literal["clicked", "seen"], ...] = ("clicked", "seen")

@@ -37,12 +37,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from record import write_json
 
+from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.schema import Tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
 from tfrs_pipeline.evaluation.metrics import recall_at_k
-from tfrs_pipeline.events.schema import Tables
-from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.run import (
     export_model,
     load_data,
     parts_before_test,

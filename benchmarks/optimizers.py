@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 
 # Before TensorFlow, since it selects Keras 2.
-from tfrs_pipeline.model.optimizers import OptimizerName, make_optimizer
+from tfrs_pipeline.model.optimizer import OptimizerName, make_optimizer
 
 # isort: split
 import tensorflow as tf

@@ -34,10 +34,10 @@ import numpy as np
 import tensorflow as tf
 from record import write_json
 
+from tfrs_pipeline.data.split import evaluation_queries
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.events.split import evaluation_queries
 from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.run import (
     load_data,
     read_corpus,
     split_events,

@@ -49,12 +49,12 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     import tensorflow as tf
 
     from tfrs_pipeline.model.two_tower import TwoTowerModel
-    from tfrs_pipeline.samples.builder import RowLists
+    from tfrs_pipeline.samples.build import RowLists
     from tfrs_pipeline.serving.encoder import Encoder
     from tfrs_pipeline.serving.export import write_export
-    from tfrs_pipeline.serving.frontier import measure_frontier
     from tfrs_pipeline.serving.index import ExactIndex
-    from tfrs_pipeline.serving.module import RetrievalModule
+    from tfrs_pipeline.serving.saved_model import RetrievalModule
+    from tfrs_pipeline.serving.tune import measure_frontier
 
     rng = np.random.default_rng(seed)
     cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)

@@ -24,8 +24,8 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.samples.build import RowLists, Samples
 
 NUM_CANDIDATES, NUM_QUERIES, NUM_SAMPLES = 20_000, 20_000, 200_000
 BATCH_SIZE, EMBEDDING_DIM, HISTORY_LENGTH = 1024, 64, 20

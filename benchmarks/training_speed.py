@@ -54,13 +54,13 @@ from tutorial import (
 )
 
 from tfrs_pipeline.config import RUN_PRESETS
+from tfrs_pipeline.data.split import EvaluationQueries
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.events.split import EvaluationQueries
-from tfrs_pipeline.model.optimizers import make_optimizer
+from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.pipeline import build_model, load_data, training_batches, validation_batches
-from tfrs_pipeline.samples.builder import Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.run import build_model, load_data, training_batches, validation_batches
+from tfrs_pipeline.samples.build import Samples
 
 METRIC = "ndcg@100"
 # The second one does not see what else the machine does, nor a core that stands idle.

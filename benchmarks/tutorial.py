@@ -17,7 +17,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.samples.builder import Samples
+from tfrs_pipeline.samples.build import Samples
 
 EMBEDDING_DIM = 32
 BATCH_SIZE = 8192

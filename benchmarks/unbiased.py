@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from record import write_json
 
-from tfrs_pipeline.samples.mixture import expected_count, log_expected_count
+from tfrs_pipeline.negatives.mixture import expected_count, log_expected_count
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import positive_probability
 

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
-from tfrs_pipeline import cli, pipeline
+from tfrs_pipeline import cli, run as pipeline
 from tfrs_pipeline.config import (
     Config,
     EasySampler,
@@ -28,7 +28,7 @@ from tfrs_pipeline.config import (
     dump_config,
     main_job_config,
 )
-from tfrs_pipeline.pipeline import StageReport
+from tfrs_pipeline.run import StageReport
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load_retriever
 

@@ -14,11 +14,10 @@ from tests.small_log import event_table, small_config, write
 from tfrs_pipeline import compare as module
 from tfrs_pipeline.compare import Comparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
+from tfrs_pipeline.data.split import evaluation_queries
 from tfrs_pipeline.evaluation.comparison import comparison_figure
-from tfrs_pipeline.events.split import evaluation_queries
-from tfrs_pipeline.events.synthetic import FunnelOptions, simulate_funnel
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.run import (
     evaluate_retriever,
     load_data,
     read_corpus,
@@ -26,6 +25,7 @@ from tfrs_pipeline.pipeline import (
     train_and_refit,
     training_samples,
 )
+from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
 

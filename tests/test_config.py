@@ -32,7 +32,7 @@ from tfrs_pipeline.config import (
     with_preset,
     with_settings,
 )
-from tfrs_pipeline.events.schema import Stage
+from tfrs_pipeline.data.schema import Stage
 
 TABLES: list[type[Config]] = [
     DataConfig,

@@ -15,27 +15,30 @@ PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
     "retrieval",
     "config",
-    "events",
+    "data",
+    "sources",
     "samples",
+    "negatives",
     "evaluation",
     "model",
     "serving",
-    "pipeline",
+    "run",
     "compare",
-    "run_report",
+    "report",
     "cli",
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 WITHOUT_TENSORFLOW = (
     "retrieval",
     "config",
-    "events",
+    "data",
+    "sources",
     "evaluation",
     "samples.positives",
     "samples.popularity",
-    "samples.builder",
-    "samples.mixture",
-    "samples.hard_negatives",
+    "samples.build",
+    "samples.hard_pools",
+    "negatives.mixture",
     "serving.settings",
     "serving.client",
 )
@@ -106,18 +109,18 @@ def reached(module: str, edges: dict[str, set[str]]) -> set[str]:
         ("from tfrs_pipeline import config", {"tfrs_pipeline.config"}),
         ("from tfrs_pipeline import RunConfig", {"tfrs_pipeline.config"}),
         ("from tfrs_pipeline.config import RunConfig", {"tfrs_pipeline.config"}),
-        ("from . import schema", {"tfrs_pipeline.events.schema"}),
+        ("from . import schema", {"tfrs_pipeline.data.schema"}),
         ("from .. import retrieval", {"tfrs_pipeline.retrieval"}),
         ("from ..config import RunConfig", {"tfrs_pipeline.config"}),
     ],
 )
 def test_the_reader_of_imports_sees(source: str, expected: set[str]) -> None:
-    assert set(imports(source, "tfrs_pipeline.events.schema")) == expected
+    assert set(imports(source, "tfrs_pipeline.data.schema")) == expected
 
 
 def test_the_reader_of_imports_sees_relative_ones_of_a_package() -> None:
-    found = imports("from . import schema", "tfrs_pipeline.events", is_package=True)
-    assert set(found) == {"tfrs_pipeline.events.schema"}
+    found = imports("from . import schema", "tfrs_pipeline.data", is_package=True)
+    assert set(found) == {"tfrs_pipeline.data.schema"}
 
 
 def test_every_module_has_its_room_in_the_order() -> None:

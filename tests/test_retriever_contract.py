@@ -18,18 +18,18 @@ import tensorflow as tf
 from tests.serving.running_server import address_of
 from tfrs_pipeline.evaluation.baselines import EaseRetriever, IalsRetriever, PopularityRetriever
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.model.training import train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.negatives.batches import TrainingBatches
 from tfrs_pipeline.retrieval import Query, Retriever
-from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.samples.build import RowLists, Samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex, IndexRetriever, ScannIndex, ScannSettings
-from tfrs_pipeline.serving.module import RetrievalModule
 from tfrs_pipeline.serving.retriever import load_retriever
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
 HISTORY_LENGTH = 10

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tfrs_pipeline.compare import Comparison
-    from tfrs_pipeline.pipeline import RunResult, StageReport
+    from tfrs_pipeline.run import RunResult, StageReport
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 logger = logging.getLogger(__name__)
@@ -338,8 +338,8 @@ def _base_config(options: argparse.Namespace, given: Mapping[str, Any]) -> RunCo
 
 def _run(options: argparse.Namespace) -> int:
     def work(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
-        from tfrs_pipeline.pipeline import run
-        from tfrs_pipeline.run_report import write_report
+        from tfrs_pipeline.report.facts import write_report
+        from tfrs_pipeline.run import run
 
         result = run(config, folder, **callbacks)
         callbacks["on_progress"]("report", 0, 0)
@@ -526,7 +526,7 @@ def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from tfrs_pipeline.run_report import write_report
+    from tfrs_pipeline.report.facts import write_report
 
     print(write_report(options.run, options.output))
     return 0
@@ -728,8 +728,8 @@ def _add_tune_index(commands: Any, common: argparse.ArgumentParser) -> None:
 def _tune_index(options: argparse.Namespace) -> int:
     target_recall = _share("--target-recall", options.target_recall)
     k = _whole_number("-k", options.k)
-    from tfrs_pipeline.serving.frontier import measure_frontier
     from tfrs_pipeline.serving.retriever import load_retriever
+    from tfrs_pipeline.serving.tune import measure_frontier
 
     retriever = load_retriever(options.model, exact=True)
     if target_recall is None:

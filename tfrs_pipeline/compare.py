@@ -18,16 +18,16 @@ import ibis
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.outcomes import items_by_stage
+from tfrs_pipeline.data.schema import Stage, Tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
-from tfrs_pipeline.events.outcomes import items_by_stage
-from tfrs_pipeline.events.schema import Stage, Tables
-from tfrs_pipeline.events.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.pipeline import (
+from tfrs_pipeline.run import (
     NOTHING_MINED,
     Corpus,
     OnProgress,
@@ -44,7 +44,7 @@ from tfrs_pipeline.pipeline import (
     train_and_refit,
     training_samples,
 )
-from tfrs_pipeline.samples.builder import Samples
+from tfrs_pipeline.samples.build import Samples
 
 logger = logging.getLogger(__name__)
 

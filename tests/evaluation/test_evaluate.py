@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.split import EvaluationQueries
 from tfrs_pipeline.evaluation.baselines import PopularityRetriever
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
 from tfrs_pipeline.evaluation.evaluate import (
     EvaluationResult,
     Exclude,
@@ -19,7 +20,6 @@ from tfrs_pipeline.evaluation.evaluate import (
 )
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
-from tfrs_pipeline.events.split import EvaluationQueries
 from tfrs_pipeline.retrieval import Query, Retriever
 
 IDS = np.arange(100, 112)

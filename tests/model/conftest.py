@@ -8,8 +8,8 @@ import pytest
 
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches
+from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.samples.build import RowLists, Samples
 
 NUM_QUERIES, NUM_CANDIDATES = 30, 24
 GENRES = ("drama", "comedy", "war")

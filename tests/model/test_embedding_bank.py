@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.samples.test_dataset import (
+from tests.negatives.test_batches import (
     NUM_CANDIDATES,
     NUM_QUERIES,
     SAMPLES,
@@ -17,17 +17,17 @@ from tests.samples.test_dataset import (
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import ConfigError, SamplesConfig
 from tfrs_pipeline.model.embedding_bank import EmbeddingBank
-from tfrs_pipeline.model.task import HybridRetrieval
-from tfrs_pipeline.model.training import train
+from tfrs_pipeline.model.fit import train
+from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.pipeline import run
-from tfrs_pipeline.samples.builder import RowLists, Samples
-from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches, shared_columns
+from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches, shared_columns
+from tfrs_pipeline.run import run
+from tfrs_pipeline.samples.build import RowLists, Samples
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import power_law_rate
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex
-from tfrs_pipeline.serving.module import RetrievalModule
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 B, M = 32, 22
 Q = SAMPLES.counts / SAMPLES.counts.sum()

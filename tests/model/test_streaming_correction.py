@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.samples.test_dataset import (
+from tests.negatives.test_batches import (
     NUM_CANDIDATES,
     NUM_QUERIES,
     NUM_SAMPLES,
     SAMPLES,
     batch_list,
 )
-from tests.samples.test_hybrid_batches import HARD, HYBRID
+from tests.negatives.test_hybrid_batches import HARD, HYBRID
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import ConfigError, RunConfig
-from tfrs_pipeline.events.schema import read_tables
-from tfrs_pipeline.model.training import train
+from tfrs_pipeline.data.schema import read_tables
+from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.two_tower import MAX_BUCKETS, TwoTowerModel
-from tfrs_pipeline.pipeline import read_corpus, run, train_model, training_batches
-from tfrs_pipeline.samples.builder import RowLists, Samples, read_samples
-from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches, shared_columns
+from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches, shared_columns
+from tfrs_pipeline.run import read_corpus, run, train_model, training_batches
+from tfrs_pipeline.samples.build import RowLists, Samples, read_samples
 from tfrs_pipeline.samples.positives import power_law_rate
-from tfrs_pipeline.samples.streaming_frequency import StreamingFrequency
+from tfrs_pipeline.samples.streaming import StreamingFrequency
 
 B = 32
 

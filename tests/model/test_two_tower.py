@@ -9,15 +9,15 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
+from tfrs_pipeline.data.split import EvaluationQueries
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.events.split import EvaluationQueries
+from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import exact_retriever, history_rows
-from tfrs_pipeline.model.training import train
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists
-from tfrs_pipeline.samples.dataset import TrainingBatches, evaluation_batches
-from tfrs_pipeline.samples.sequences import SequenceBatches
-from tfrs_pipeline.samples.user_sets import UserSetBatches
+from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches
+from tfrs_pipeline.negatives.sequences import SequenceBatches
+from tfrs_pipeline.negatives.user_sets import UserSetBatches
+from tfrs_pipeline.samples.build import RowLists
 
 QUERY_ROWS = range(1, NUM_QUERIES + 1)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.events.schema import DataError
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import positive_probability
 

@@ -10,10 +10,10 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists
+from tfrs_pipeline.samples.build import RowLists
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
-from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.export import ExportError, write_export
-from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
-from tfrs_pipeline.serving.publishing import versions_of
+from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 KINDS = ("exact", "scann")
 

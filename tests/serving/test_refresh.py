@@ -13,13 +13,13 @@ import pytest
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.events.schema import DataError
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists
+from tfrs_pipeline.samples.build import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.export import export_index, write_export
-from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 

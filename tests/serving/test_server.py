@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.module import DEFAULT_K, ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+from tfrs_pipeline.serving.saved_model import DEFAULT_K, ItemFilter
 from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion

@@ -10,7 +10,7 @@ import scipy.sparse
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.data.ids import CandidateIds
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 

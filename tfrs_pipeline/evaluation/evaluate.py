@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from tfrs_pipeline.data.ids import CandidateIds, as_id_array
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds, as_id_array
 from tfrs_pipeline.evaluation.metrics import (
     QUERY_METRICS,
     average_popularity,
@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.metrics import (
 from tfrs_pipeline.retrieval import Query, Retriever
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.events.split import EvaluationQueries
+    from tfrs_pipeline.data.split import EvaluationQueries
 
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 

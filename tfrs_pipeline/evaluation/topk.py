@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.data.ids import CandidateIds
 from tfrs_pipeline.retrieval import Query
 
 # Scores held at a time: 64 MB as float32.

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.samples.builder import RowLists
-from tfrs_pipeline.samples.dataset import TrainingBatches
-from tfrs_pipeline.samples.mined_negatives import (
+from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.negatives.mined import (
     MINED,
     MiningReport,
     MiningRules,
     mine_hard_negatives,
 )
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.samples.build import RowLists
 
 logger = logging.getLogger(__name__)
 

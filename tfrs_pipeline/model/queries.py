@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.data.ids import CandidateIds
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.retrieval import Query

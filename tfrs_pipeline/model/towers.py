@@ -13,7 +13,7 @@ from tfrs_pipeline.model.features import (
     drop_features,
     layer_name,
 )
-from tfrs_pipeline.model.histories import HistoryEncoder
+from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 
 Combination = Literal["concat", "sum"]

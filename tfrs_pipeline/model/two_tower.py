@@ -13,12 +13,12 @@ import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.model.embedding_bank import EmbeddingBank
 from tfrs_pipeline.model.features import FeatureSpec, FeatureTable, bucket_count
-from tfrs_pipeline.model.histories import HistoryEncoder
+from tfrs_pipeline.model.history import HistoryEncoder
+from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.randomness import Stream, fold
-from tfrs_pipeline.model.task import HybridRetrieval
 from tfrs_pipeline.model.towers import Combination, Tower
-from tfrs_pipeline.samples.dataset import has_in_batch, shared_columns
-from tfrs_pipeline.samples.streaming_frequency import StreamingFrequency
+from tfrs_pipeline.negatives.batches import has_in_batch, shared_columns
+from tfrs_pipeline.samples.streaming import StreamingFrequency
 
 Correction = Literal["mixture", "streaming", "none"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ibis
 import numpy as np
 
-from tfrs_pipeline.events.schema import DataError, Stage
+from tfrs_pipeline.data.schema import DataError, Stage
 
 
 def select_positives(events: ibis.Table) -> ibis.Table:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.raw_features import RawFeatures
 from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.builder import RowLists
+from tfrs_pipeline.samples.build import RowLists
 
 
 class Encoder(tf.Module):

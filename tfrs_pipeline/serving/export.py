@@ -34,15 +34,15 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.raw_features import raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import Encoder, empty_id
-from tfrs_pipeline.serving.frontier import measure_frontier
 from tfrs_pipeline.serving.index import (
     ExactIndex,
     IndexKind,
     ScannIndex,
     resolve_index_kind,
 )
-from tfrs_pipeline.serving.module import ItemFilter, RetrievalModule
-from tfrs_pipeline.serving.publishing import MANIFEST_FILE, new_version
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version
+from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.tune import measure_frontier
 
 EXACT_TWIN = Path("exact") / "1"
 ITEMS_FILE = Path("assets.extra") / "items.parquet"

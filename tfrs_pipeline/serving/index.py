@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.evaluation.candidate_ids import CandidateIds
+from tfrs_pipeline.data.ids import CandidateIds
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, top_k_in_blocks
 from tfrs_pipeline.retrieval import Query
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.events.schema import DataError
-from tfrs_pipeline.events.tables import load_items
+from tfrs_pipeline.data.files import load_items
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.serving.export import export_index, file_hash
 from tfrs_pipeline.serving.index import IndexKind
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever

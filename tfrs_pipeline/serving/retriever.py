@@ -19,7 +19,7 @@ from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import empty_id
 from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, QUERIES_FILE
 from tfrs_pipeline.serving.index import load_scann_ops
-from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 # What a `Retriever` may be asked with.
 _QUERY_KEYS = ("user_id", "history", "features")

@@ -20,7 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.serving.batching import Arrays
 from tfrs_pipeline.serving.export import missing_input, signature_inputs
-from tfrs_pipeline.serving.publishing import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.rest import InputSpec, RequestError
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
 

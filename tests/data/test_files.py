@@ -1,0 +1,490 @@
+"""A user's own files: what is read, in what order and type, and what is refused."""
+
+import gzip
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tfrs_pipeline.data.files import EventKind, load_tables
+from tfrs_pipeline.data.schema import DataError, Tables, check_tables
+
+CLICKS = "user_id,item_id,timestamp\n7,a,1700000002\n8,b,1700000001\n7,b,1700000000\n"
+NAMES = {"user_id": "uid", "item_id": "movie"}
+
+
+@pytest.fixture(scope="module")
+def connection() -> Any:
+    return ibis.duckdb.connect()
+
+
+@pytest.fixture
+def load(tmp_path: Path, connection: Any) -> Any:
+    """Writes events (and items) given as text, loads them and checks the contract."""
+
+    def run(
+        text: str | pa.Table,
+        items: str | pa.Table | None = None,
+        kind: EventKind = "clicks",
+        **options: Any,
+    ) -> Tables:
+        paths = {}
+        for name, content in (("events", text), ("items", items)):
+            if isinstance(content, str):
+                paths[name] = tmp_path / f"{name}.csv"
+                paths[name].write_text(content, encoding="utf-8")
+            elif content is not None:
+                paths[name] = tmp_path / f"{name}.parquet"
+                pq.write_table(content, paths[name])
+        tables = load_tables(
+            paths["events"],
+            kind=kind,
+            items_path=paths.get("items"),
+            connection=connection,
+            **options,
+        )
+        check_tables(tables)
+        return tables
+
+    return run
+
+
+def column(table: ibis.Table, name: str, order: str = "event_number") -> list[Any]:
+    values: list[Any] = table.order_by(order)[name].to_pyarrow().to_pylist()
+    return values
+
+
+def test_clicks(load: Any) -> None:
+    tables = load(CLICKS)
+    assert column(tables.events, "user_id") == [7, 8, 7]
+    assert column(tables.events, "item_id") == ["a", "b", "b"]
+    assert column(tables.events, "event_number") == [0, 1, 2]
+    assert column(tables.events, "timestamp")[2] == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+    assert column(tables.events, "stage") == ["clicked"] * 3
+    assert column(tables.items, "item_id", "item_id") == ["a", "b"]
+    assert column(tables.users, "user_id", "user_id") == [7, 8]
+    assert tables.dropped == ()
+
+
+def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
+    text = "uid;movie;stars\n1;2;3.5\n1;3;4\n1;4;4.5\n"
+    tables = load(text, kind="ratings", columns=NAMES | {"rating": "stars"}, rating_threshold=4)
+    assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
+    assert "timestamp" not in tables.events.columns
+    assert "rating" not in tables.events.columns
+
+
+def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
+    text = (
+        "user_id,item_id,what,request_id,rank,score,page\n"
+        '1,10,buy,r1,0,0.5,"home, top"\n1,11,show,r1,1,0.25,home\n1,12,lost,r1,,,home\n'
+    )
+    tables = load(
+        text,
+        kind="events",
+        columns={"stage": "what", "page": "page"},
+        stage_values={"buy": "clicked", "show": "exposed", "lost": "pre_ranked"},
+    )
+    assert column(tables.events, "stage") == ["clicked", "exposed", "pre_ranked"]
+    assert column(tables.events, "rank") == [0, 1, None]
+    assert column(tables.events, "score") == [0.5, 0.25, None]
+    assert column(tables.events, "page") == ["home, top", "home", "home"]
+    assert column(tables.events, "request_id") == ["r1"] * 3
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path, connection: Any) -> None:
+    num_rows = 150_000  # several row groups, several chunks of a parallel scan
+    for suffix in ("csv", "parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        (folder / "_SUCCESS").touch()
+        for part, start in (("b", num_rows), ("a", 0)):
+            rows = pa.table({"user_id": [1] * num_rows, "item_id": range(start, start + num_rows)})
+            if suffix == "csv":
+                lines = [f"1,{item}" for item in range(start, start + num_rows)]
+                (folder / f"{part}.csv").write_text("\n".join(["user_id,item_id", *lines]))
+            else:
+                pq.write_table(rows, folder / f"{part}.parquet", row_group_size=20_000)
+        tables = load_tables(folder, kind="clicks", connection=connection)
+        events = tables.events
+        assert events.count().to_pyarrow().as_py() == 2 * num_rows
+        is_moved = events["item_id"] != events["event_number"]
+        assert events.filter(is_moved).count().to_pyarrow().as_py() == 0
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        (["7", "10"], [7, 10]),
+        (["7", "x"], ["7", "x"]),
+        (["007", "7"], ["007", "7"]),
+        (["7.0", "7"], ["7.0", "7"]),
+        (["99999999999999999999", "7"], ["99999999999999999999", "7"]),
+        (["-5", "0"], [-5, 0]),
+    ],
+)
+def test_ids_in_csv_are_integers_only_if_all_are_written_so(
+    load: Any, ids: list[str], expected: list[Any]
+) -> None:
+    tables = load("user_id,item_id\n" + "".join(f"{value},1\n" for value in ids))
+    assert column(tables.events, "user_id") == expected
+
+
+def test_strings_in_parquet_stay_strings_and_small_integers_become_int64(load: Any) -> None:
+    rows = pa.table({"user_id": ["7", "8"], "item_id": pa.array([1, 2], pa.int32())})
+    tables = load(rows)
+    assert column(tables.events, "user_id") == ["7", "8"]
+    assert str(tables.events.schema()["item_id"]) == "int64"
+
+
+def test_ids_of_two_files_get_one_type(load: Any) -> None:
+    tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
+    assert column(tables.events, "item_id") == ["5", "6"]
+    assert column(tables.items, "item_id", "item_id") == ["5", "6", "x9"]
+
+
+MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "written, options",
+    [
+        ("1706702400.5", {}),
+        ("1706702400500", {"timestamp_unit": "ms"}),
+        ("1706702400500000", {"timestamp_unit": "us"}),
+        ("1706702400500000999", {"timestamp_unit": "ns"}),
+        ("2024-01-31T12:00:00.5Z", {}),
+        ("2024-01-31 13:00:00.5+01:00", {}),
+        ("2024-01-31 13:00:00.5", {"time_zone": "Europe/Berlin"}),
+        ("2024-01-31T12:00:00.5", {"time_zone": "UTC"}),
+    ],
+)
+def test_timestamps_in_csv(load: Any, written: str, options: dict[str, str]) -> None:
+    tables = load(f"user_id,item_id,timestamp\n1,2,{written}\n", **options)
+    assert column(tables.events, "timestamp") == [MOMENT]
+
+
+@pytest.mark.parametrize(
+    "values, options",
+    [
+        (pa.array([1706702400500], pa.int64()), {"timestamp_unit": "ms"}),
+        (pa.array([1706702400.5], pa.float64()), {}),
+        (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), {}),
+        (pa.array([MOMENT.replace(tzinfo=None)], pa.timestamp("ns")), {"time_zone": "UTC"}),
+    ],
+)
+def test_timestamps_in_parquet(load: Any, values: pa.Array, options: dict[str, str]) -> None:
+    tables = load(pa.table({"user_id": [1], "item_id": [2], "timestamp": values}), **options)
+    assert column(tables.events, "timestamp") == [MOMENT]
+
+
+ITEMS = "movie,title,genres,price,year\n5,Five,a|b | c,1.5,1999\n6,,,,\n"
+KINDS = {"genres": "multi_categorical", "price": "numeric", "year": "categorical"}
+
+
+def test_features_get_the_type_of_their_kind(load: Any) -> None:
+    tables = load("uid,movie\n1,5\n1,6\n", items=ITEMS, columns=NAMES, item_features=KINDS)
+    assert tables.items.order_by("item_id").to_pyarrow().to_pylist() == [
+        {"item_id": 5, "genres": ["a", "b", "c"], "price": 1.5, "year": 1999, "title": "Five"},
+        {"item_id": 6, "genres": None, "price": None, "year": None, "title": None},
+    ]
+    assert tables.item_features == KINDS
+
+
+def test_features_in_parquet(load: Any) -> None:
+    items = pa.table({"item_id": [5], "g": [[1, 2]], "p": [3], "c": [True], "t": ["x"]})
+    kinds = {"g": "multi_categorical", "p": "numeric", "c": "categorical", "t": "text"}
+    tables = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
+    assert tables.items.to_pyarrow().to_pylist() == [
+        {"item_id": 5, "g": ["1", "2"], "p": 3.0, "c": "true", "t": "x"}
+    ]
+
+
+NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
+MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
+IN_ORDER = ("item_id", "when", "v", "price", "author")
+
+
+def load_more(load: Any, items: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
+    tables = load("user_id,item_id\n1,5\n1,9\n", items=items, item_features=MORE_KINDS, **options)
+    assert tables.items.columns == IN_ORDER
+    assert str(tables.items.schema()["when"]).startswith("timestamp('UTC'")
+    assert str(tables.items.schema()["v"]) == "array<float32>"
+    rows: list[dict[str, Any]] = tables.items.order_by("item_id").to_pyarrow().to_pylist()
+    assert rows[-1] == dict.fromkeys(IN_ORDER) | {"item_id": 9}  # Of the events alone.
+    return rows[:-1]
+
+
+@pytest.mark.parametrize(
+    "moment, options",
+    [
+        ("1706702400", {}),
+        ("1706702400000", {"timestamp_unit": "ms"}),
+        ("2024-01-31T12:00:00Z", {}),
+        ("2024-01-31 13:00:00", {"time_zone": "Europe/Berlin"}),
+    ],
+)
+def test_times_vectors_buckets_and_hashes_in_csv(
+    load: Any, moment: str, options: dict[str, str]
+) -> None:
+    items = f"item_id,when,v,price,author\n5,{moment},0.5| -2e1|3,1.5,007\n6,,,,\n"
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [0.5, -20.0, 3.0], "price": 1.5, "author": "007"},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize(
+    "moment, type_, options",
+    [
+        (pa.array([NOON, None], pa.timestamp("ms", "Asia/Tokyo")), pa.list_(pa.float32()), {}),
+        (
+            pa.array([datetime(2024, 1, 31, 12), None]),
+            pa.list_(pa.float64(), 2),
+            {"time_zone": "UTC"},
+        ),
+        (pa.array([1_706_702_400, None]), pa.large_list(pa.int16()), {}),
+    ],
+)
+def test_times_vectors_buckets_and_hashes_in_parquet(
+    load: Any, moment: pa.Array, type_: pa.DataType, options: dict[str, str]
+) -> None:
+    columns = {"item_id": [5, 6], "when": moment, "v": pa.array([[4, -2], None], type_)}
+    items = pa.table(columns | {"price": [3, None], "author": [11, None]})
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [4.0, -2.0], "price": 3.0, "author": 11},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
+def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
+    items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})
+    message = "none of 2 rows holds a vector" if column_type == pa.float64() else "must be a list"
+    with pytest.raises(DataError, match=rf"items\.parquet: column 'v'.*{message}"):
+        load("user_id,item_id\n1,5\n", items=items, item_features={"v": "vector"})
+
+
+def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:
+    text, items = "user_id,item_id\n1,5\n2,99\n2,98\n2,5\n", "item_id,title\n5,Five\n6,Six\n"
+    kept = load(text, items=items)
+    assert column(kept.items, "title", "item_id") == ["Five", "Six", None, None]
+    assert kept.dropped == ()
+    dropped = load(text, items=items, unknown_items="drop")
+    assert column(dropped.events, "event_number") == [0, 3]
+    assert [(each.reason, each.num_rows) for each in dropped.dropped] == [
+        ("item is not in the item table", 2)
+    ]
+    with pytest.raises(DataError, match=r"events\.csv.*2 of 4 rows.*such as 98.*unknown_items"):
+        load(text, items=items, unknown_items="error")
+
+
+def test_users_that_the_user_table_lacks_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user_id,item_id\n1,5\n2,5\n")
+    (tmp_path / "u.csv").write_text("user_id,age\n2,30\n3,40\n")
+    tables = load_tables(
+        tmp_path / "e.csv",
+        kind="clicks",
+        users_path=tmp_path / "u.csv",
+        user_features={"age": "numeric"},
+    )
+    check_tables(tables)
+    assert column(tables.users, "age", "user_id") == [None, 30.0, 40.0]
+
+
+def test_duplicates_are_kept_dropped_or_refused(load: Any) -> None:
+    text = "user_id,item_id,timestamp\n1,5,1700000000\n1,5,1700000009\n1,5,1700000000\n"
+    assert column(load(text).events, "event_number") == [0, 1, 2]
+    dropped = load(text, duplicates="drop")
+    assert column(dropped.events, "event_number") == [0, 1]
+    assert dropped.dropped[0].num_rows == 1
+    with pytest.raises(DataError, match="1 of 3 rows repeat an earlier one"):
+        load(text, duplicates="error")
+
+
+def test_zipped_files_windows_line_ends_and_byte_order_marks(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "e.csv.gz", "wb") as opened:
+        opened.write("\ufeffuser_id\titem_id\r\n1\té\r\n".encode())
+    tables = load_tables(tmp_path / "e.csv.gz", kind="clicks")
+    assert column(tables.events, "user_id") == [1]
+    assert column(tables.events, "item_id") == ["é"]
+
+
+def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
+    text = "user_id,item_id,{0}\n1,2,train\n1,3,\n1,2,test\n1,2,test\n"
+    for tables in (load(text.format("part")), load(text.format("fold"), columns={"part": "fold"})):
+        assert column(tables.events, "part") == ["train", None, "test", "test"]
+    dropped = load(text.format("part"), duplicates="drop")
+    assert column(dropped.events, "part") == ["train", None, "test"]
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("uid,item_id\n1,2\n", {}, "no column 'user_id'. Nearest: uid.*columns={'user_id'"),
+        ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
+        ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
+        ("", {}, r"events\.csv: 0 rows, and no header"),
+        ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
+        ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"events\.csv cannot be read"),
+        ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
+        ("user_id,item_id\n-1,2\n", {}, "'user_id' is -1 in 1 of 1 rows"),
+        (CLICKS.replace("170", "170000"), {}, "looks like milliseconds"),
+        (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "timestamp_unit='ms'"),
+        (CLICKS, {"timestamp_unit": "ms"}, "looks like seconds"),
+        (CLICKS.replace("1700000000", "yesterday"), {}, "1 of 3 rows do not, such as 'yesterday'"),
+        (CLICKS.replace("1700000000", "2024-01-01"), {}, "2 of 3 rows do not, such as '170000000"),
+        (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
+        ("user_id,item_id,timestamp\n1,2,2024-01-31\n", {}, "without a time zone.*1 rows"),
+        (
+            "user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
+            {"time_zone": "UTC"},
+            "1 times without an offset among 2 rows",
+        ),
+        ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
+        (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
+        (
+            "user_id,item_id,timestamp\n1,2,2024-01-31\n",
+            {"time_zone": "Mars/Base"},
+            r"events\.csv: .*Mars/Base",
+        ),
+        ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
+        ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold numbers; 1 of 1 rows"),
+        ("user_id,item_id,stage\n1,2,liked\n", {"kind": "events"}, "1 of 1 rows.*'liked'. Known"),
+        (
+            "user_id,item_id,rating\n1,2,3\n",
+            {"kind": "ratings", "rating_threshold": 4},
+            "none of 1 rows is a positive",
+        ),
+        (
+            "user_id,item_id,rating\n1,2,\n1,2,5\n",
+            {"kind": "ratings", "rating_threshold": 4},
+            "'rating' is null in 1 of 2 rows",
+        ),
+        (
+            pa.table({"user_id": [1.5], "item_id": [2]}),
+            {},
+            r"'user_id' must be an integer.*float64",
+        ),
+        (
+            pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}),
+            {},
+            "'timestamp' must be a timestamp",
+        ),
+    ],
+)
+def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(text, **options)
+
+
+@pytest.mark.parametrize(
+    "items, options, message",
+    [
+        ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
+        ("item_id\n5\n5\n", {}, r"items\.csv: column 'item_id' holds 1 different ids in 2 rows"),
+        ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
+        ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold numbers"),
+        (
+            pa.table({"item_id": [5], "c": [1.5]}),
+            {"item_features": {"c": "categorical"}},
+            "'c' must",
+        ),
+        ("item_id\n6\n", {"unknown_items": "drop"}, "0 rows"),
+        (
+            "item_id,v\n5,1|2\n6,1;2\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold numbers separated by '\|' \(list_separator\); "
+            "1 of 2 rows do not, such as '1;2'",
+        ),
+        ("item_id,v\n5,1|\n", {"item_features": {"v": "vector"}}, "1 of 1 rows do not"),
+        (
+            "item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold vectors of one length; 2 of 4 rows have length 2, "
+            "1 rows another, such as 3",
+        ),
+        (
+            "item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n",
+            {"item_features": {"v": "vector"}},
+            r"items\.csv: column 'v' must hold finite numbers; 3 of 4 rows do not",
+        ),
+        (
+            pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}),
+            {"item_features": {"v": "vector"}},
+            r"items\.parquet: column 'v' must hold finite numbers; 2 of 3 rows",
+        ),
+        (
+            pa.table({"item_id": [5], "v": [["1"]]}),
+            {"item_features": {"v": "vector"}},
+            "must be a list of numbers or a string, it is array<string>",
+        ),
+        ("item_id,v\n5,\n", {"item_features": {"v": "vector"}}, "none of 1 rows holds a vector"),
+        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite numbers; 1 of 1"),
+        ("item_id,p\n5,much\n", {"item_features": {"p": "bucketized"}}, "'p' must hold numbers"),
+        (
+            "item_id,t\n5,2024-01-31\n",
+            {"item_features": {"t": "timestamp"}},
+            r"items\.csv: column 't' holds times without a time zone \(1 rows\)",
+        ),
+        (
+            "item_id,t\n5,1999\n6,\n7,2024\n",
+            {"item_features": {"t": "timestamp"}},
+            r"'t' holds numbers from 1999 to 2024 \(3 rows\), which look like years",
+        ),
+        (
+            "item_id,t\n5,2024-01-31\n6,infinity\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02\n",
+            {"item_features": {"t": "timestamp"}, "time_zone": "UTC"},
+            r"items\.csv: column 't' must hold times of the years 2 to 9998; 3 of 5 rows do not",
+        ),
+        (
+            pa.table({"item_id": [5], "c": [1.5]}),
+            {"item_features": {"c": "hashed"}},
+            "'c' must be an integer or a string",
+        ),
+    ],
+)
+def test_item_files_that_are_refused(
+    load: Any, items: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load("user_id,item_id\n1,5\n", items=items, **options)
+
+
+def test_paths_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        load_tables(tmp_path / "none.csv", kind="clicks")
+    with pytest.raises(DataError, match="It holds 0 files"):
+        load_tables(tmp_path, kind="clicks")
+    (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
+    (tmp_path / "b.csv").write_text("item_id,user_id\n1,2\n")
+    with pytest.raises(DataError, match=r"b\.csv has another header than a\.csv"):
+        load_tables(tmp_path, kind="clicks")
+    (tmp_path / "b.csv").rename(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="files of one kind"):
+        load_tables(tmp_path, kind="clicks")
+    with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
+        load_tables(tmp_path / "b.parquet", kind="clicks")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "likes"},
+        {"kind": "ratings"},
+        {"kind": "clicks", "rating_threshold": 4},
+        {"kind": "clicks", "stage_values": {"1": "clicked"}},
+        {"kind": "events", "stage_values": {"1": "bought"}},
+        {"kind": "clicks", "columns": {"event_number": "n"}},
+        {"kind": "clicks", "item_features": {"x": "text"}},
+        {"kind": "clicks", "user_features": {"x": "text"}},
+    ],
+)
+def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(ValueError, match=r"kind|stage_values|made here|needs"):
+        load_tables(tmp_path / "a.csv", **options)

@@ -1,0 +1,153 @@
+"""Versions on disk: whole or not there, in order, and none lost to a crash."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version, versions_of
+
+NUM_KILLS = 100
+FILES_OF_A_VERSION = 8
+
+# Publishes for ever; each file of a version holds the version's payload, the manifest comes in the
+# middle as the least helpful place, and every step is slow enough to be killed in.
+PUBLISHER = """
+import itertools, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version
+
+parent = Path(sys.argv[1])
+print("ready", flush=True)
+for number in itertools.count():
+    payload = f"{sys.argv[3]}-{number}"
+    with new_version(parent, keep=3) as version:
+        for i in range(8):
+            name = MANIFEST_FILE if i == 4 else f"file-{i}"
+            with (version.partial / name).open("w") as file:
+                for part in payload:
+                    file.write(part)
+                    file.flush()
+"""
+
+
+def publish(parent: Path, payload: str, keep: int | None = None) -> Path:
+    with new_version(parent, keep=keep) as version:
+        (version.partial / MANIFEST_FILE).write_text(payload)
+    return version.folder
+
+
+def test_versions_count_up_and_ignore_what_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert versions_of(tmp_path) == []
+    assert versions_of(tmp_path / "nowhere") == []
+    assert [publish(tmp_path, name).name for name in "abc"] == ["8", "9", "10"]
+    shutil.rmtree(tmp_path / "8")
+    assert versions_of(tmp_path) == [9, 10]
+    assert publish(tmp_path, "d").name == "11"
+
+
+def test_a_number_that_is_taken_by_something_else_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "half_copied").write_text("")
+    (tmp_path / "2").write_text("a file")
+    assert publish(tmp_path, "first").name == "3"
+    assert versions_of(tmp_path) == [3]
+
+
+def test_nothing_is_left_of_a_version_that_failed(tmp_path: Path) -> None:
+    publish(tmp_path, "first")
+
+    def fail() -> None:
+        with new_version(tmp_path, keep=1) as version:
+            (version.partial / MANIFEST_FILE).write_text("second")
+            raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError, match="no space"):
+        fail()
+    with pytest.raises(ValueError, match=r"needs a manifest\.json"), new_version(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert (tmp_path / "1" / MANIFEST_FILE).read_text() == "first"
+
+
+def test_keeps_the_newest_versions_alone(tmp_path: Path) -> None:
+    for i in range(5):
+        publish(tmp_path, f"payload {i}")
+    (tmp_path / "notes").mkdir()
+    assert publish(tmp_path, "newest", keep=2).name == "6"
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "6", "notes"}
+    # A number never comes back, also when all that was before it is gone.
+    assert publish(tmp_path, "another", keep=1).name == "7"
+    assert versions_of(tmp_path) == [7]
+    with pytest.raises(ValueError, match="keep must be 1 or more"):
+        publish(tmp_path, "none", keep=0)
+    assert versions_of(tmp_path) == [7]
+
+
+def test_removes_what_a_killed_process_left_a_day_ago(tmp_path: Path) -> None:
+    for name, age_hours in ((".partial-old", 25), (".partial-new", 1), (".discarded-new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "variables").write_text("half")
+        then = time.time() - age_hours * 3600
+        os.utime(tmp_path / name, (then, then))
+    publish(tmp_path, "first")
+    # Whoever writes the new one may be alive.
+    assert {path.name for path in tmp_path.iterdir()} == {".partial-new", "1"}
+
+
+def test_publications_at_once_do_not_mix(tmp_path: Path) -> None:
+    start = threading.Barrier(20)
+
+    def work(payload: str) -> None:
+        start.wait()
+        publish(tmp_path, payload)
+
+    threads = [threading.Thread(target=work, args=[f"payload-{i}"]) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert versions_of(tmp_path) == list(range(1, 21))
+    payloads = {(tmp_path / str(v) / MANIFEST_FILE).read_text() for v in versions_of(tmp_path)}
+    assert payloads == {f"payload-{i}" for i in range(20)}
+
+
+def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> None:
+    """Kills publishers without warning; what a reader finds is whole, and never older."""
+    rng = np.random.default_rng(0)
+    root = str(Path(__file__).parents[2])
+    newest, num_partial = 0, 0
+    for trial in range(NUM_KILLS):
+        command = [sys.executable, "-c", PUBLISHER, str(tmp_path), root, f"payload-{trial}"]
+        publisher = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert publisher.stdout is not None
+        publisher.stdout.readline()
+        # A version takes about 5 ms: a few of them, and some point within one.
+        time.sleep(float(rng.uniform(0.0, 0.03)))
+        publisher.send_signal(signal.SIGKILL)
+        publisher.wait()
+        publisher.stdout.close()
+        num_partial += any(path.name.startswith(".partial") for path in tmp_path.iterdir())
+        versions = versions_of(tmp_path)
+        for number in versions:
+            files = list((tmp_path / str(number)).iterdir())
+            payloads = {path.read_text() for path in files}
+            assert len(files) == FILES_OF_A_VERSION
+            assert len(payloads) == 1
+        assert not versions or versions[-1] >= newest
+        newest = versions[-1] if versions else newest
+        for path in tmp_path.glob(".partial-*"):
+            shutil.rmtree(path)
+    assert newest > 0
+    # Else none was killed within a version, and nothing is shown.
+    assert num_partial > NUM_KILLS // 4

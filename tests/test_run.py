@@ -1,0 +1,707 @@
+"""The pipeline end to end, on a small log: what it reports, exports, repeats and must not know."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+from tests.small_log import (
+    NUM_ITEMS,
+    NUM_USERS,
+    Ids,
+    event_table,
+    item_id,
+    item_table,
+    small_config,
+    user_id,
+    user_table,
+    write,
+)
+from tfrs_pipeline import run as pipeline
+from tfrs_pipeline.config import RunConfig, load_config, with_settings
+from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.schema import read_tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.evaluation.baselines import PopularityRetriever
+from tfrs_pipeline.evaluation.evaluate import evaluate, paired_difference
+from tfrs_pipeline.negatives.user_sets import UserSetBatches
+from tfrs_pipeline.report import facts as run_report
+from tfrs_pipeline.report.facts import gather_facts, write_report
+from tfrs_pipeline.run import (
+    RunResult,
+    StageReport,
+    read_corpus,
+    run,
+    train_model,
+    training_batches,
+    validation_batches,
+)
+from tfrs_pipeline.samples.build import read_samples
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.retriever import load_retriever
+
+PROVE = export._prove
+STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate", "export"]
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went through, and what it said on its way."""
+
+    config: RunConfig
+    result: RunResult
+    reports: dict[str, StageReport]
+    ids: Ids
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.result.metrics
+
+    def queries(self, part: Any) -> EvaluationQueries:
+        return evaluation_queries(split_of(self.folder), part)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trusted_exports() -> Iterator[None]:
+    """Leaves out the check in a fresh process: it takes seconds and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_prove", lambda *arguments: None)
+        yield
+
+
+def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
+    reports: list[StageReport] = []
+    result = run(config, folder, on_stage=reports.append)
+    return Finished(config, result, {report.name: report for report in reports}, ids)
+
+
+def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StageReport]:
+    reports = {}
+
+    def on_stage(report: StageReport) -> None:
+        reports[report.name] = report
+        if report.name == stage:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(config, folder, on_stage=on_stage)
+    return reports
+
+
+def split_of(folder: Path) -> Any:
+    return (
+        read_tables(folder / "data")
+        .events.get_backend()
+        .read_parquet(folder / "data" / "split.parquet")
+    )
+
+
+def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
+    """A log with stages and times, string ids, features of both sides, in Parquet."""
+    data = {
+        "source": "events",
+        "path": write(events, folder / "events.parquet"),
+        "items_path": write(item_table("str"), folder / "items.parquet"),
+        "users_path": write(user_table("str"), folder / "users.parquet"),
+        "item_features": {"title": "text", "genre": "categorical"},
+        "user_features": {"age": "numeric"},
+    }
+    return small_config(folder, data, **settings)
+
+
+def ratings_config(folder: Path) -> RunConfig:
+    """Ratings in the order of the log, without times, integer ids, foreign names, in CSV."""
+    events = event_table("int").select(["user_id", "item_id", "rating"])
+    data = {
+        "source": "ratings",
+        "path": write(
+            events.rename_columns(["viewer", "film", "stars"]), folder / "log" / "stars.csv"
+        ),
+        "columns": {"user_id": "viewer", "item_id": "film", "rating": "stars"},
+        "rating_threshold": 3,
+    }
+    return small_config(
+        folder,
+        data,
+        split={"kind": "last_n", "num_test": 2, "num_validation": 1},
+        training={"refit": False},
+        evaluation={"exclude": "seen", "baselines": []},
+        export={"index": "scann", "target_recall": 1.0},
+    )
+
+
+@pytest.fixture(scope="module")
+def of_stages(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("stages")
+    evaluation = {"uncorrected": True, "baselines": ["popularity", "ease"], "ease_l2": [1.0, 50.0]}
+    return go(stages_config(folder, event_table("str"), evaluation=evaluation), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def of_ratings(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("ratings")
+    return go(ratings_config(folder), folder / "run", "int")
+
+
+@pytest.fixture(params=["of_stages", "of_ratings"])
+def finished(request: pytest.FixtureRequest) -> Finished:
+    return request.getfixturevalue(request.param)
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What of the metrics must come out the same again."""
+    # The notes hold how many positives a second were trained.
+    other = ("seconds", "notes", "export_folder")
+    same = {name: value for name, value in metrics.items() if name not in other}
+    # Of the settings that keep the promise the fastest is taken: a matter of the clock.
+    timed = ("settings", "frontier")
+    same["index"] = {name: x for name, x in same["index"].items() if name not in timed}
+    return same
+
+
+# What a run reports
+
+
+def flat_numbers(tree: Any) -> set[float]:
+    if isinstance(tree, dict):
+        return set().union(*map(flat_numbers, tree.values()))
+    return {tree} if isinstance(tree, int | float) else set()
+
+
+def test_the_report_shows_the_numbers_of_the_metrics(finished: Finished, tmp_path: Path) -> None:
+    page = write_report(finished.folder, tmp_path / "page.html").read_text()
+    shown = {float(value) for value in re.findall(r'<data value="([^"]*)">', page)}
+    metrics = json.loads((finished.folder / "metrics.json").read_text())
+    names = [f"{name}@{k}" for name in ("ndcg", "recall", "mrr", "coverage") for k in (5, 20)]
+    for model in metrics["models"].values():
+        values = [model[name] for name in names]
+        assert {value["mean"] if isinstance(value, dict) else value for value in values} <= shown
+    assert flat_numbers(metrics["split"]) <= shown
+    assert flat_numbers(metrics["seconds"]) <= shown
+    assert flat_numbers(metrics["index"]) <= shown
+    assert not (finished.folder / "page.html").exists()
+
+
+def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -> None:
+    facts = gather_facts(of_stages.folder)
+    rows = split_of(of_stages.folder).to_pyarrow().to_pylist()
+    expected: dict[str, Counter[str]] = {"exposed": Counter(), "clicked": Counter()}
+    for row in rows:
+        expected[row["stage"]][row["part"]] += 1
+    assert facts.events_by_stage == expected
+    for part in ("train", "validation", "test"):
+        ids = {row["item_id"] for row in rows if row["part"] == part}
+        assert facts.items_by_part[part] == len(ids)
+    before_test = [
+        row["item_id"] for row in rows if row["part"] != "test" and row["stage"] == "clicked"
+    ]
+    counts = Counter(before_test)
+    # Items stand in the order of their ids.
+    in_order = sorted(item_id(number, "str") for number in range(NUM_ITEMS))
+    assert facts.popularity.counts.tolist() == [counts[id_] for id_ in in_order]
+    share = facts.popularity.counts / len(before_test)
+    np.testing.assert_allclose(facts.popularity.after, share)
+    np.testing.assert_allclose(facts.popularity.samplers["in-batch"], share)
+    np.testing.assert_allclose(facts.popularity.samplers["uniform"], 1 / NUM_ITEMS)
+    shown = {id_ for example in of_stages.metrics["examples"] for id_ in example["recommended"]}
+    items = item_table("str").to_pydict()
+    titles = dict(zip(items["item_id"], items["title"], strict=True))
+    assert {id_: facts.titles[id_] for id_ in shown} == {id_: titles[id_] for id_ in shown}
+
+
+def test_the_report_shows_positives_as_they_are_resampled(of_stages: Finished) -> None:
+    settings = {"samples.resampling": "power_law", "samples.resampling_exponent": 1.0}
+    batches = training_batches(
+        with_settings(of_stages.config, settings),
+        read_samples(of_stages.folder / "samples" / "final"),
+    )
+    popularity = run_report._popularity(of_stages.config, batches)
+    clicked = popularity.counts > 0
+    np.testing.assert_allclose(popularity.after, clicked / clicked.sum())
+    np.testing.assert_allclose(popularity.before, popularity.counts / popularity.counts.sum())
+
+
+def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
+    metrics = of_stages.metrics
+    reference, *others = metrics["models"]
+    assert list(metrics["differences"]) == others
+    for name in others:
+        for metric, interval in metrics["differences"][name].items():
+            gap = metrics["models"][reference][metric]["mean"]
+            gap -= metrics["models"][name][metric]["mean"]
+            assert interval["mean"] == pytest.approx(gap, abs=1e-12)
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+
+
+def test_differences_of_all_models_at_once_are_those_of_each_pair(of_stages: Finished) -> None:
+    queries = of_stages.queries("test")
+    rng = np.random.default_rng(0)
+    ids = np.array(sorted(item_id(number, "str") for number in range(NUM_ITEMS)), object)
+    results = {
+        name: evaluate(
+            PopularityRetriever(CandidateIds(ids), rng.random(NUM_ITEMS)),
+            queries,
+            candidate_ids=ids,
+            candidate_counts=np.ones(NUM_ITEMS),
+            num_bootstrap=0,
+        )
+        for name in ("two_tower", "a", "b")
+    }
+    found = pipeline._differences(results, of_stages.config)
+    settings = {"num_bootstrap": of_stages.config.evaluation.num_bootstrap, "seed": 0}
+    for name in ("a", "b"):
+        for metric in ("ndcg@20", "recall@100"):
+            expected = paired_difference(results["two_tower"], results[name], metric, **settings)
+            assert found[name][metric] == pytest.approx(expected.as_dict())
+
+
+def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
+    queries = finished.queries("test")
+    retriever = load_retriever(finished.result.export_folder, exact=True)
+    place = {user: i for i, user in enumerate(queries.user_ids.tolist())}
+    lengths = []
+    for example in finished.metrics["examples"]:
+        i = place[example["user_id"]]
+        history = queries.histories[i].tolist()
+        assert example["history"] == history[::-1][:10]
+        assert example["num_history"] == len(history)
+        lengths.append(len(history))
+        is_seen = finished.config.evaluation.exclude == "seen"
+        excluded = (queries.seen if is_seen else queries.clicked)[i]
+        assert not set(example["recommended"]) & set(excluded.tolist())
+        query = {"user_id": example["user_id"], "history": history}
+        ids, _ = retriever.retrieve([query], 10, [excluded.tolist()])
+        assert example["recommended"] == ids[0].tolist()
+        relevant = set(queries.relevant[i].tolist())
+        assert example["num_relevant"] == len(relevant)
+        assert set(example["found"]) == relevant & set(example["recommended"])
+    assert len(lengths) == 4
+    assert lengths == sorted(lengths)
+
+
+def test_metrics_have_the_form_that_is_promised(finished: Finished) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (finished.folder / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=refuse)
+    assert metrics == json.loads(json.dumps(finished.metrics))
+    assert metrics["dataset"] == "films"
+    assert {"train", "validation", "test"} <= set(metrics["split"])
+    for model in metrics["models"].values():
+        parts = [model, *model["slices"].values()]
+        assert list(model["slices"]) == ["head", "torso", "tail"]
+        for part in parts:
+            for name in ("ndcg", "recall", "hit_rate", "mrr"):
+                for k in finished.config.evaluation.cutoffs:
+                    interval = part[f"{name}@{k}"]
+                    assert set(interval) == {"mean", "low", "high"}
+                    if interval["mean"] is not None:
+                        assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
+        for name in ("coverage", "average_popularity", "gini"):
+            assert isinstance(model[f"{name}@5"], float)
+        assert sum(part["num_candidates"] for part in parts[1:]) == NUM_ITEMS
+    assert list(metrics["seconds"]) == list(finished.reports)
+
+
+def test_models_and_stages_are_those_asked_for(of_stages: Finished, of_ratings: Finished) -> None:
+    expected = ["two_tower", "two_tower_uncorrected", "popularity", "ease"]
+    assert list(of_stages.metrics["models"]) == expected
+    assert list(of_ratings.metrics["models"]) == ["two_tower"]
+    assert list(of_ratings.reports) == STAGES
+    with_second = [*STAGES[:4], "train two_tower_uncorrected", *STAGES[4:]]
+    assert list(of_stages.reports) == with_second
+    assert of_stages.metrics["index"] == {"kind": "exact"}
+    assert of_ratings.metrics["index"]["index_recall@80"] == 1.0
+
+
+def test_the_model_learns_the_tastes(of_stages: Finished) -> None:
+    models = {name: model["ndcg@20"]["mean"] for name, model in of_stages.metrics["models"].items()}
+    assert models["two_tower"] > 2.5 * models["popularity"]
+    # At random, 5 of the 80 items hold a sixteenth of what there is to find.
+    assert of_stages.metrics["models"]["two_tower"]["recall@5"]["mean"] > 2.5 * 5 / 80
+
+
+def test_the_settings_of_a_baseline_are_chosen_on_validation(of_stages: Finished) -> None:
+    (note,) = of_stages.reports["baselines"].notes
+    assert note in [f"ease: l2={l2}, best of 2 on validation" for l2 in (1.0, 50.0)]
+
+
+def test_the_split_is_counted_as_a_loop_counts_it(of_stages: Finished) -> None:
+    clicks = Counter(
+        row["user_id"] for row in event_table("str").to_pylist() if row["stage"] == "clicked"
+    )
+    num_test = {user: math.ceil(0.2 * n) for user, n in clicks.items()}
+    num_validation = {user: math.ceil(0.1 * (n - num_test[user])) for user, n in clicks.items()}
+    split = of_stages.metrics["split"]
+    assert split["test"]["num_positives"] == sum(num_test.values())
+    assert split["validation"]["num_positives"] == sum(num_validation.values())
+    assert split["train"]["num_positives"] == sum(clicks.values()) - sum(num_test.values()) - sum(
+        num_validation.values()
+    )
+    assert split["num_users_dropped"] == 0
+
+
+def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
+    lost = [item_id(3, "str"), item_id(11, "str")]
+    rare = [user_id(user, "str") for user in (5, 6, 7)]
+    rows = event_table("str").to_pylist()
+    # A rare user keeps two events, and so has fewer than the five positives asked for.
+    place = [[row["user_id"] for row in rows[:i]].count(row["user_id"])
+             for i, row in enumerate(rows)]  # fmt: skip
+    rows = [row for row, n in zip(rows, place, strict=True) if row["user_id"] not in rare or n < 2]
+    rows += rows[100:109]
+    events = pa.Table.from_pylist(rows)
+    config = stages_config(tmp_path, events)
+    items = item_table("str")
+    write(items.filter(pa.array([id_ not in lost for id_ in items["item_id"].to_pylist()])),
+          tmp_path / "items.parquet")  # fmt: skip
+    data = config.data.model_copy(update={"unknown_items": "drop", "duplicates": "drop"})
+    config = config.model_copy(update={"data": data})
+    reports = run_until(config, tmp_path / "run", "split")
+    num_lost = sum(row["item_id"] in lost for row in rows)
+    repeated = [row for row in rows[100:109] if row["item_id"] not in lost]
+    left = [row for row in rows[:-9] if row["item_id"] not in lost]
+    notes = reports["data"].notes
+    assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 2} items, {NUM_USERS} users"
+    assert re.fullmatch(r"from 2023-11-14 22:13 to 2023-11-\d\d \d\d:\d\d UTC", notes[1])
+    assert notes[2:] == [
+        f"dropped {num_lost:,} rows: item is not in the item table",
+        f"dropped {len(repeated):,} rows: repeats an earlier event",
+    ]
+    clicks = Counter(row["user_id"] for row in left if row["stage"] == "clicked")
+    dropped = {row["user_id"] for row in left if clicks[row["user_id"]] < 5}
+    assert set(rare) <= dropped
+    num_events = sum(row["user_id"] in dropped for row in left)
+    assert reports["split"].notes[-1] == (
+        f"dropped {len(dropped)} users with fewer than 5 positives, {num_events} events"
+    )
+
+
+# The model in service
+
+
+def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
+    samples = read_samples(finished.folder / "samples" / "final")
+    corpus = read_corpus(
+        read_tables(finished.folder / "data"), finished.folder / "samples" / "final"
+    )
+    kind = finished.metrics["index"]["kind"]
+    for exact in {False, kind == "scann"}:
+        result = evaluate(
+            load_retriever(finished.result.export_folder, exact=exact),
+            finished.queries("test"),
+            candidate_ids=corpus.candidate_ids,
+            candidate_counts=samples.counts[1:],
+            exclude=finished.config.evaluation.exclude,
+            cutoffs=finished.config.evaluation.cutoffs,
+            num_bootstrap=finished.config.evaluation.num_bootstrap,
+            seed=finished.config.seed,
+        )
+        expected = finished.metrics["models"]["two_tower"]
+        assert flat(result.summary()) == pytest.approx(flat(expected), abs=1e-6)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{name}/")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: Finished) -> None:
+    retriever = load_retriever(finished.result.export_folder)
+    user = user_id(4, finished.ids)
+    clicked = [
+        row["item_id"]
+        for row in event_table(finished.ids).to_pylist()
+        if row["user_id"] == user and row["stage"] == "clicked"
+    ]
+    ids, scores, is_known = retriever.retrieve_user([user], NUM_ITEMS)
+    assert is_known.tolist() == [True]
+    num_left = NUM_ITEMS - len(clicked)
+    assert set(ids[0, :num_left].tolist()) == {
+        item_id(item, finished.ids) for item in range(NUM_ITEMS)
+    } - set(clicked)
+    query = {"user_id": user, "history": clicked}
+    expected, expected_scores = retriever.retrieve([query], NUM_ITEMS, [clicked])
+    np.testing.assert_array_equal(ids[0, :8], expected[0, :8])
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+
+
+def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> None:
+    manifest = json.loads((finished.result.export_folder / "manifest.json").read_text())
+    assert RunConfig(**manifest["config"]) == finished.config
+    assert manifest["example_user"] == finished.queries("test").user_ids.tolist()[0]
+    assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))
+    assert manifest["index"] == finished.metrics["index"]
+    assert manifest["counts"]["num_candidates"] == NUM_ITEMS
+    assert {"events.parquet", "items.parquet", "users.parquet"} <= set(manifest["data"])
+
+
+def test_the_evaluation_is_that_of_the_model_itself(finished: Finished) -> None:
+    """Keras' own evaluate, on the weights read back from the last checkpoint."""
+    config, folder = finished.config, finished.folder
+    step = "refit" if config.training.refit else "selection"
+    samples_folder = folder / "samples" / "final"
+    corpus = read_corpus(read_tables(folder / "data"), samples_folder)
+    epochs = finished.metrics["training"]["two_tower"]["best_epoch"]
+    model, _ = train_model(
+        config,
+        config.model,
+        corpus,
+        training_batches(config, read_samples(samples_folder)),
+        validation_queries=None if config.training.refit else finished.queries("validation"),
+        max_epochs=epochs,
+        checkpoint_folder=folder / "checkpoints" / "two_tower" / step,
+    )
+    batches = validation_batches(model, corpus, finished.queries("test"), config.evaluation.exclude)
+    got = model.evaluate(batches, verbose=0, return_dict=True)
+    expected = finished.metrics["models"]["two_tower"]
+    assert got == pytest.approx({name: expected[name]["mean"] for name in got}, abs=1e-6)
+
+
+# Again
+
+
+def test_the_config_of_a_run_gives_the_same_numbers_elsewhere(
+    of_ratings: Finished, tmp_path: Path
+) -> None:
+    config = load_config(of_ratings.folder / "config.toml")
+    again = run(config, tmp_path / "elsewhere")
+    assert numbers(again.metrics) == numbers(of_ratings.metrics)
+    assert again.export_folder != of_ratings.result.export_folder
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: Finished) -> None:
+    """Stopped again and again, it ends as the unbroken one did."""
+    evaluation = of_stages.config.evaluation.model_dump()
+    config = stages_config(tmp_path, event_table("str"), evaluation=evaluation)
+    data = of_stages.config.data
+    config = config.model_copy(update={"data": data})
+    told: list[tuple[str, int]] = []
+
+    def stop_at(name: str, step: int) -> Callable[[str, int, int], None]:
+        def on_progress(task: str, done: int, total: int) -> None:
+            told.append((task, done))
+            if (task, done) == (name, step):
+                raise Stopped
+
+        return on_progress
+
+    for stop in [("samples", 0), ("two_tower, selection", 1), ("two_tower, refit", 1)]:
+        with pytest.raises(Stopped):
+            run(config, tmp_path / "run", on_progress=stop_at(*stop))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    result = run(config, tmp_path / "run")
+    assert numbers(result.metrics) == numbers(of_stages.metrics)
+    # No epoch was run twice.
+    epochs = [step for step in told if step[1] and ", " in step[0] and "ease" not in step[0]]
+    assert max(Counter(epochs).values()) == 1
+
+
+def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finished) -> None:
+    reports: list[StageReport] = []
+    again = run(of_ratings.config, of_ratings.folder, on_stage=reports.append)
+    assert again.export_folder == of_ratings.result.export_folder
+    assert [report.name for report in reports] == ["finished before"]
+    assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
+
+
+def test_a_folder_of_another_run_is_refused(of_stages: Finished) -> None:
+    before = (of_stages.folder / "config.toml").read_text()
+    other = of_stages.config.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match=r"holds a run with other settings .*--run-dir"):
+        run(other, of_stages.folder)
+    assert (of_stages.folder / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["runs [1]", "a\\b"])
+def test_a_folder_that_tensorflow_cannot_read_is_refused(
+    of_ratings: Finished, tmp_path: Path, name: str
+) -> None:
+    config = of_ratings.config
+    with pytest.raises(ValueError, match=r"holds [\[\\]: TensorFlow could not read back"):
+        run(config, tmp_path / name)
+    export = config.export.model_copy(update={"directory": tmp_path / name})
+    with pytest.raises(ValueError, match="Choose a folder without"):
+        run(config.model_copy(update={"export": export}), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What must not be known
+
+
+def weights(folder: Path, step: str, epoch: int = 2) -> dict[str, np.ndarray]:
+    """Reads the towers' weights after an epoch."""
+    reader = tf.train.load_checkpoint(
+        str(folder / "checkpoints" / "two_tower" / step / f"epoch-{epoch}")
+    )
+    names = [name for name in reader.get_variable_to_shape_map() if "_tower/" in name]
+    assert len(names) > 5
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def with_other_items(events: pa.Table, folder: Path, parts: tuple[str, ...]) -> pa.Table:
+    """Gives every event of some parts of a run's split another item, its stage and time kept."""
+    split = pq.read_table(folder / "data" / "split.parquet").sort_by("event_number").to_pylist()
+    rng = np.random.default_rng(5)
+    rows = events.to_pylist()
+    for row, of_split in zip(rows, split, strict=True):
+        assert row["item_id"] == of_split["item_id"]
+        if of_split["part"] in parts:
+            number = int(rng.integers(NUM_ITEMS))
+            row["item_id"] = item_id(number, "str")
+    return pa.Table.from_pylist(rows, schema=events.schema)
+
+
+def assert_same_histories(a: EvaluationQueries, b: EvaluationQueries) -> None:
+    for name in ("user_ids", "histories", "clicked", "seen"):
+        for left, right in zip(getattr(a, name), getattr(b, name), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def assert_same_samples(a: Path, b: Path) -> None:
+    samples, others = read_samples(a), read_samples(b)
+    for name in ("query_rows", "candidate_rows", "num_earlier", "counts"):
+        np.testing.assert_array_equal(getattr(samples, name), getattr(others, name))
+    for name in ("sequences", "known_positives", "exposed"):
+        np.testing.assert_array_equal(getattr(samples, name).values, getattr(others, name).values)
+
+
+def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path: Path) -> None:
+    events = with_other_items(event_table("str"), of_stages.folder, ("test",))
+    config = stages_config(tmp_path, events)
+    run_until(config, tmp_path / "run", "train two_tower")
+    folders = of_stages.folder, tmp_path / "run"
+    for samples in ("selection", "final"):
+        assert_same_samples(*(folder / "samples" / samples for folder in folders))
+    epochs = of_stages.metrics["training"]["two_tower"]["best_epoch"]
+    for step, epoch in (("selection", 2), ("refit", epochs)):
+        expected, got = (weights(folder, step, epoch) for folder in folders)
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    other = evaluation_queries(split_of(tmp_path / "run"), "test")
+    assert_same_histories(other, of_stages.queries("test"))
+    # The change did reach what is to be found.
+    assert any(
+        a.tolist() != b.tolist()
+        for a, b in zip(other.relevant, of_stages.queries("test").relevant, strict=True)
+    )
+
+
+def test_nothing_of_the_validation_part_is_known_before(
+    of_stages: Finished, tmp_path: Path
+) -> None:
+    events = with_other_items(event_table("str"), of_stages.folder, ("validation", "test"))
+    config = stages_config(tmp_path, events)
+    run_until(config, tmp_path / "run", "train two_tower")
+    folders = of_stages.folder, tmp_path / "run"
+    assert_same_samples(*(folder / "samples" / "selection" for folder in folders))
+    expected, got = (weights(folder, "selection") for folder in folders)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    assert_same_histories(
+        evaluation_queries(split_of(tmp_path / "run"), "validation"),
+        of_stages.queries("validation"),
+    )
+    # The refit trains on the validation part, so there the change shows.
+    before, after = (read_samples(folder / "samples" / "final").counts for folder in folders)
+    assert not np.array_equal(before, after)
+
+
+# Other logs and splits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("split", "ids"),
+    [("last_share", "int"), ("last_n", "str"), ("time", "int"), ("held_out_users", "str")],
+)
+def test_clicks_alone_with_every_split(tmp_path: Path, split: str, ids: Ids) -> None:
+    events = event_table(ids)
+    clicks = events.filter(pa.compute.equal(events["stage"], "clicked"))
+    path = write(clicks.select(["user_id", "item_id", "timestamp"]), tmp_path / "clicks.csv")
+    config = small_config(
+        tmp_path, {"source": "clicks", "path": path}, split={"kind": split}, export={"name": None}
+    )
+    finished = go(config, tmp_path / "run", ids)
+    assert finished.metrics["dataset"] == "clicks"
+    assert ("fold_in" in finished.metrics["split"]) == (split == "held_out_users")
+    # A split by time keeps every user, however few positives there are.
+    says_dropped = finished.reports["split"].notes[-1].startswith("dropped")
+    assert says_dropped == (split != "time")
+    models = finished.metrics["models"]
+    assert models["two_tower"]["ndcg@20"]["mean"] > 1.5 * models["popularity"]["ndcg@20"]["mean"]
+    user = user_id(0, ids)
+    assert load_retriever(finished.result.export_folder).retrieve_user([user], 3)[2].all()
+
+
+@pytest.mark.slow
+def test_a_log_without_any_order(tmp_path: Path) -> None:
+    config = ratings_config(tmp_path)
+    data = config.data.model_copy(update={"ordered": False})
+    config = config.model_copy(update={"data": data})
+    finished = go(config, tmp_path / "run", "int")
+    samples = read_samples(finished.folder / "samples" / "final")
+    for i, (query, candidate) in enumerate(
+        zip(samples.query_rows, samples.candidate_rows, strict=True)
+    ):
+        others = set(samples.known_positives[query].tolist()) - {int(candidate)}
+        assert sorted(samples.history(i).tolist()) == sorted(others)
+
+
+def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> None:
+    settings = {
+        "data.ordered": False,
+        "samples.in_batch": False,
+        "training.positions": "all",
+        "training.max_epochs": 4,
+        "training.tensorboard": True,
+        "evaluation.baselines": ("popularity",),
+        "export.index": "exact",
+    }
+    config = with_settings(ratings_config(tmp_path), settings)
+    finished = go(config, tmp_path / "run", "int")
+    batches = training_batches(config, read_samples(finished.folder / "samples" / "final"))
+    assert isinstance(batches, UserSetBatches)
+    models = finished.metrics["models"]
+    assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes = finished.reports["train two_tower"].notes
+    assert f"left out of the columns that rows share: {masked}" in notes
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_its_proof_in_a_fresh_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_prove", PROVE)
+    config = ratings_config(tmp_path)
+    evaluation = config.evaluation.model_copy(
+        update={"baselines": ("popularity", "ease", "ials"), "ials_num_factors": (8,)}
+    )
+    finished = go(config.model_copy(update={"evaluation": evaluation}), tmp_path / "run", "int")
+    assert list(finished.metrics["models"]) == ["two_tower", "popularity", "ease", "ials"]
+    assert "fresh process" in finished.reports["export"].notes[-1]

@@ -1,0 +1,1 @@
+"""Negatives, and the probability with which each was drawn."""

@@ -1,0 +1,1273 @@
+"""The stages composed: from a config to a model in service, one folder a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+import tensorflow as tf
+
+from tfrs_pipeline import __version__
+from tfrs_pipeline.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SamplesConfig,
+    SplitConfig,
+    dump_config,
+    load_config,
+)
+from tfrs_pipeline.data import split as splits
+from tfrs_pipeline.data.files import load_tables
+from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.schema import DataError, Stage, Tables, read_tables, write_tables
+from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_report
+from tfrs_pipeline.evaluation.baselines import (
+    EaseRetriever,
+    IalsRetriever,
+    PopularityRetriever,
+)
+from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
+from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate, popularity_slices
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.fit import BeforeEpochs, TrainingResult, train
+from tfrs_pipeline.model.mining import MinedPools
+from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
+from tfrs_pipeline.model.raw_features import raw_signature
+from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches
+from tfrs_pipeline.negatives.mined import (
+    MINED,
+    MiningReport,
+    MiningRules,
+    query_of_sample,
+)
+from tfrs_pipeline.negatives.mixture import num_unreachable
+from tfrs_pipeline.negatives.sequences import SequenceBatches
+from tfrs_pipeline.negatives.user_sets import UserSetBatches
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.samples.build import (
+    HistoryOrder,
+    RowLists,
+    Samples,
+    build_samples,
+    read_ids,
+    read_samples,
+)
+from tfrs_pipeline.samples.hard_pools import HardNegativeRules
+from tfrs_pipeline.samples.positives import (
+    keep_rate,
+    positive_probability,
+    power_law_rate,
+    select_positives,
+)
+from tfrs_pipeline.serving.encoder import Encoder
+from tfrs_pipeline.serving.export import (
+    LIBRARIES,
+    PROMISED_K,
+    describe_index,
+    export_index,
+    file_hash,
+)
+from tfrs_pipeline.serving.index import (
+    ExactIndex,
+    IndexRetriever,
+    resolve_index_kind,
+)
+from tfrs_pipeline.serving.tune import measure_frontier
+from tfrs_pipeline.sources.kuairand import load_kuairand
+from tfrs_pipeline.sources.movielens import load_movielens_100k
+from tfrs_pipeline.sources.recflow import load_recflow
+
+logger = logging.getLogger(__name__)
+
+NUM_INDEX_PROBES = 1000
+NUM_EXAMPLES = 4
+EXAMPLE_LENGTH = 10
+
+NOTHING_MINED = "no hard negatives were mined"
+
+OnStage = Callable[["StageReport"], None]
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StageReport:
+    """What one stage did.
+
+    Args:
+        name: Of the stage.
+        notes: Lines for the user: counts, what was dropped.
+        seconds: Wall time.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Stages:
+    """Times the stages of a command, shows them and keeps their notes.
+
+    Args:
+        on_stage: Called as each stage ends.
+        on_progress: Called as each stage begins, with its name and no total.
+
+    Attributes:
+        notes: Stage -> its lines.
+        seconds: Stage -> wall time.
+    """
+
+    def __init__(self, on_stage: OnStage, on_progress: OnProgress) -> None:
+        self._on_stage = on_stage
+        self._on_progress = on_progress
+        self.notes: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[StageReport]:
+        """Runs a stage within; what is noted in its report is kept."""
+        report = StageReport(name)
+        start = time.monotonic()
+        self._on_progress(name, 0, 0)
+        yield report
+        self.notes[name] = report.notes
+        report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
+        self._on_stage(report)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Args:
+        folder: Of the run: config.toml, metrics.json, data, samples, checkpoints.
+        export_folder: The new version of the model.
+        metrics: What metrics.json holds.
+    """
+
+    folder: Path
+    export_folder: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Ids and encoded features behind the rows of a run.
+
+    Args:
+        candidate_ids: [num_candidates] item ids, in the order of the rows from 1.
+        query_ids: [num_queries] user ids, likewise.
+        candidate_features: How item columns are encoded.
+        query_features: How user columns are encoded.
+        candidate_columns: Encoded item features by name.
+        query_columns: Encoded user features by name.
+    """
+
+    candidate_ids: np.ndarray
+    query_ids: np.ndarray
+    candidate_features: tuple[Feature, ...]
+    query_features: tuple[Feature, ...]
+    candidate_columns: dict[str, np.ndarray]
+    query_columns: dict[str, np.ndarray]
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    on_stage: OnStage = lambda report: None,
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> RunResult:
+    """Runs the whole pipeline.
+
+    A folder that holds a stopped run of the same config is resumed: finished data and samples are
+    kept, training goes on from its last epoch. A finished run whose export is still there is given
+    back as it is: another export would be another version for a server to take up.
+
+    Args:
+        config: What to do.
+        folder: The run's folder; made if missing.
+        on_stage: Called as each stage ends.
+        on_progress: Called within long stages with a task's name, steps done and steps in all.
+
+    Returns:
+        Where things lie, and the metrics.
+
+    Raises:
+        ValueError: If the folder holds a run of another config, or the data is refused
+            (`DataError`).
+    """
+    claim_folder(config, folder)
+    if (finished := _finished_run(folder)) is not None:
+        on_stage(StageReport("finished before", ["its results follow; nothing was done"]))
+        return finished
+    stage = Stages(on_stage, on_progress)
+    with stage("data") as report:
+        tables, report.notes = stored_data(config.data, folder / "data")
+    with stage("split") as report:
+        split, report.notes = stored_split(tables, config, folder / "data")
+        validation_queries = evaluation_queries(split, "validation")
+        test_queries = evaluation_queries(split, "test")
+    with stage("samples") as report:
+        samples_folder = folder / "samples"
+        selection = training_samples(
+            config, tables, split, ("train",), samples_folder / "selection"
+        )
+        final_parts = parts_before_test(config)
+        final = training_samples(config, tables, split, final_parts, samples_folder / "final")
+        corpus = read_corpus(tables, samples_folder / "final")
+        report.notes += describe_samples(samples_folder / "final")
+        _require_hard_negatives(config.samples, final)
+    models: dict[str, Retriever] = {}
+    trained: dict[str, TrainingResult] = {}
+    two_tower: TwoTowerModel | None = None
+    for name, model_config in _variants(config).items():
+        with stage(f"train {name}") as report:
+            model, trained[name], report.notes = train_and_refit(
+                config,
+                corpus,
+                selection,
+                final,
+                validation_queries,
+                model_config=model_config,
+                folder=folder / "checkpoints" / name,
+                name=name,
+                on_progress=on_progress,
+            )
+            models[name] = exact_retriever(model, corpus.query_ids, corpus.candidate_ids)
+        two_tower = two_tower or model
+    assert two_tower is not None
+    with stage("baselines") as report:
+        baselines, notes = fit_baselines(
+            config, corpus, selection, final, validation_queries, on_progress=on_progress
+        )
+        models |= baselines
+        report.notes += notes
+    with stage("evaluate") as report:
+        results = {
+            name: evaluate_retriever(
+                config, retriever, corpus, final, test_queries, name, on_progress
+            )
+            for name, retriever in models.items()
+        }
+        report.notes += _describe_evaluation(results["two_tower"])
+    with stage("export") as report:
+        metrics: dict[str, Any] = {
+            "dataset": config.model_name,
+            "split": split_report(split, tables.events),
+            "models": {name: result.summary() for name, result in results.items()},
+            "training": {
+                name: {"best_epoch": result.best_epoch, "history": result.history}
+                for name, result in trained.items()
+            },
+            "differences": _differences(results, config),
+            "examples": _examples(models["two_tower"], test_queries, corpus, config),
+            "versions": library_versions(),
+        }
+        data_files = sorted((folder / "data").glob("*.parquet"))
+        export_folder, metrics["index"] = export_model(
+            config,
+            tables,
+            corpus,
+            two_tower,
+            test_queries,
+            manifest={
+                "data": {path.name: file_hash(path) for path in data_files},
+                "counts": json.loads((samples_folder / "final" / "report.json").read_text()),
+                "metrics": metrics["models"]["two_tower"],
+            },
+        )
+        report.notes += describe_index(metrics["index"], len(corpus.candidate_ids))
+        report.notes.append("a fresh process loaded the export and gave the same answers")
+    metrics["export_folder"] = str(export_folder)
+    metrics["notes"] = stage.notes
+    metrics["seconds"] = stage.seconds
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    return RunResult(folder, export_folder, metrics)
+
+
+def _finished_run(folder: Path) -> RunResult | None:
+    """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    metrics = json.loads(path.read_text())
+    export_folder = Path(metrics["export_folder"])
+    return RunResult(folder, export_folder, metrics) if export_folder.is_dir() else None
+
+
+def load_data(config: DataConfig) -> Tables:
+    """Loads the event, item and user tables that a config names (see `events`)."""
+    if config.source == "movielens-100k":
+        tables = load_movielens_100k(config.path)
+        return dataclasses.replace(
+            tables, item_features=config.item_features, user_features=config.user_features
+        )
+    assert config.path is not None  # The config's own check.
+    if config.source == "kuairand":
+        return load_kuairand(
+            config.path,
+            label=config.label,
+            item_features=config.item_features,
+            user_features=config.user_features,
+            unknown_items=config.unknown_items,
+            duplicates=config.duplicates,
+        )
+    if config.source == "recflow":
+        return load_recflow(
+            config.path,
+            label=config.label,
+            item_features=config.item_features,
+            user_features=config.user_features,
+            duplicates=config.duplicates,
+        )
+    tables = load_tables(
+        config.path,
+        kind=config.source,
+        # The label's columns are carried along as context.
+        columns={**{name: name for name in config.label}, **config.columns},
+        rating_threshold=config.rating_threshold,
+        stage_values=config.stage_values,
+        timestamp_unit=config.timestamp_unit,
+        time_zone=config.time_zone,
+        items_path=config.items_path,
+        users_path=config.users_path,
+        item_features=config.item_features,
+        user_features=config.user_features,
+        list_separator=config.list_separator,
+        unknown_items=config.unknown_items,
+        duplicates=config.duplicates,
+        requires_positives=not config.label,
+    )
+    if not config.label:
+        return tables
+    return dataclasses.replace(tables, events=relabel(tables.events, config.label))
+
+
+def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
+    """Adds the column `part` by the split that a config names (see `events.split`)."""
+    if config.kind == "last_share":
+        return splits.split_last_share(
+            events,
+            validation_share=config.validation_share,
+            test_share=config.test_share,
+            min_positives=config.min_positives,
+        )
+    if config.kind == "last_n":
+        return splits.split_last_n(
+            events,
+            num_validation=config.num_validation,
+            num_test=config.num_test,
+            min_positives=config.min_positives,
+        )
+    if config.kind == "held_out_users":
+        return splits.split_held_out_users(
+            events,
+            validation_share=config.validation_share,
+            test_share=config.test_share,
+            target_share=config.target_share,
+            min_positives=config.min_positives,
+            seed=seed,
+        )
+    if config.kind == "column":
+        return splits.split_by_column(events)
+    validation_start, test_start = config.validation_start, config.test_start
+    if validation_start is None or test_start is None:
+        validation_start, test_start = splits.time_cuts(
+            events, validation_share=config.validation_share, test_share=config.test_share
+        )
+    return splits.split_by_time(events, validation_start=validation_start, test_start=test_start)
+
+
+def training_samples(
+    config: RunConfig, tables: Tables, split: ibis.Table, parts: Sequence[str], folder: Path
+) -> Samples:
+    """Builds the samples of a config from some parts of the split, or reads those of the folder.
+
+    Args:
+        config: Of the run.
+        tables: As loaded.
+        split: The events with their `part` (`split_events`).
+        parts: Those to train on: "train", and "validation" once it has chosen the settings.
+        folder: Where the samples lie; whole ones are read as they are, whatever made them.
+
+    Returns:
+        One sample per positive of these parts, with counts and masks from the same parts alone.
+    """
+    if not (folder / "report.json").exists():
+        build_samples(
+            tables,
+            split.filter(split["part"].isin(list(parts))),
+            folder,
+            seed=config.seed,
+            order=_history_order(split, config.data),
+            hard_negatives=hard_negative_rules(config.samples),
+        )
+    return read_samples(folder)
+
+
+def read_corpus(tables: Tables, samples_folder: Path) -> Corpus:
+    """Reads the ids behind the rows of samples, and encodes the features that stand beside them.
+
+    Args:
+        tables: Those that the samples were built from.
+        samples_folder: As given to `training_samples`; all samples of the same tables share rows.
+    """
+    candidate_ids, query_ids = read_ids(samples_folder)
+    items = tables.items.order_by("item_id").to_pyarrow()
+    users = tables.users.order_by("user_id").to_pyarrow()
+    end = None
+    if "timestamp" in tables.events.columns:
+        end = tables.events["timestamp"].max().to_pyarrow().as_py()
+    candidate_features, candidate_columns = _encode(items, tables.item_features, end)
+    query_features, query_columns = _encode(users, tables.user_features, end)
+    return Corpus(
+        candidate_ids,
+        query_ids,
+        candidate_features,
+        query_features,
+        candidate_columns,
+        query_columns,
+    )
+
+
+def build_model(
+    config: ModelConfig,
+    samples: SamplesConfig,
+    corpus: Corpus,
+    *,
+    cutoffs: tuple[int, ...] = (20, 100),
+    bank_size: int = 0,
+    name: str = "two_tower",
+) -> TwoTowerModel:
+    """Builds the two-tower model of a config, with the corpus' features in it, untrained.
+
+    Args:
+        config: The model's settings.
+        samples: Those of the samples.
+        corpus: Ids and features behind the model's rows.
+        cutoffs: Of the metrics that `evaluate` reports.
+        bank_size: That of the batches (`TrainingBatches.bank_size`).
+        name: Of the model.
+    """
+    model = TwoTowerModel(
+        num_queries=len(corpus.query_ids),
+        num_candidates=len(corpus.candidate_ids),
+        query_features=[feature.spec for feature in corpus.query_features],
+        candidate_features=[feature.spec for feature in corpus.candidate_features],
+        history_length=samples.history_length,
+        cutoffs=cutoffs,
+        bank_size=bank_size,
+        name=name,
+        **config.model_dump(),
+    )
+    model.set_features(corpus.query_columns, corpus.candidate_columns)
+    return model
+
+
+def training_batches(
+    config: RunConfig, samples: Samples, *, seed: int | None = None
+) -> TrainingBatches:
+    """Makes the hybrid batches of a config from samples; mined pools are empty to begin with."""
+    if _is_mined(config.samples):
+        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples))
+        samples = dataclasses.replace(samples, hard_pools={**samples.hard_pools, MINED: nothing})
+    rate = resampling_rate(config.samples, samples.counts)
+    is_drawn = config.samples.resampling_as == "drawing"
+    common: dict[str, Any] = {
+        "batch_size": config.training.batch_size,
+        "easy_negatives": [(easy.alpha, easy.num) for easy in config.samples.easy_negatives],
+        "history_length": config.samples.history_length,
+        "seed": config.seed if seed is None else seed,
+        "mask_known_positives": config.samples.mask_known_positives,
+        "mask_exposed": config.samples.mask_exposed,
+        "hard_share": config.samples.hard_share,
+        "hard_negatives": [
+            (hard.stage, hard.share, hard.num) for hard in config.samples.hard_negatives
+        ],
+        "positive_weight": None if is_drawn else rate,
+    }
+    if config.training.positions == "all":
+        is_ordered = samples.num_earlier is not None
+        return (SequenceBatches if is_ordered else UserSetBatches)(samples, **common)
+    return TrainingBatches(
+        samples,
+        in_batch=config.samples.in_batch,
+        positive_rate=rate if is_drawn else None,
+        bank_batches=config.samples.bank_batches,
+        frequency="streaming" if config.model.correction == "streaming" else "counted",
+        **common,
+    )
+
+
+def hard_negative_rules(config: SamplesConfig) -> HardNegativeRules | None:
+    """Makes the rules for hard negatives from the log; None if a config asks for none."""
+    stages = [Stage(s.stage) for s in config.hard_negatives if s.stage != MINED]
+    if config.hard_share == 0 or not stages:
+        return None
+    return HardNegativeRules(
+        stages=stages,
+        min_pool=config.hard_min_pool,
+        max_pool=config.hard_max_pool,
+        window=timedelta(hours=config.hard_window_hours),
+        bottom_share=config.ranked_bottom_share,
+        min_rank=config.ranked_min_rank,
+        allow_exposed=config.allow_exposed_as_negatives,
+    )
+
+
+def mined_pools(
+    config: RunConfig,
+    corpus: Corpus,
+    batches: TrainingBatches,
+    *,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MinedPools | None:
+    """Makes what mines hard negatives for a training; None if a config asks for none.
+
+    Args:
+        config: Of the run.
+        corpus: Ids behind the rows of the batches.
+        batches: Of `training_batches`.
+        folder: Where pools are kept for a stopped training.
+        on_progress: Called while mining with the samples done and their total.
+    """
+    settings = config.samples
+    if not _is_mined(settings):
+        return None
+    return MinedPools(
+        batches,
+        MiningRules(
+            settings.mined_min_rank,
+            settings.mined_max_rank,
+            settings.mined_margin,
+            settings.hard_max_pool,
+        ),
+        every=settings.mined_every,
+        make_retriever=lambda model: _retriever_of_rows(config, model, corpus, batches.samples),
+        seed=config.seed,
+        folder=folder,
+        on_progress=on_progress,
+    )
+
+
+def resampling_rate(config: SamplesConfig, counts: np.ndarray) -> np.ndarray | None:
+    """Computes the rates, by candidate row, at which a config resamples positives, if it does."""
+    if config.resampling == "power_law":
+        return power_law_rate(counts, config.resampling_exponent)
+    if config.resampling == "keep_rule":
+        return keep_rate(counts, config.resampling_threshold)
+    return None
+
+
+def validation_batches(
+    model: TwoTowerModel,
+    corpus: Corpus,
+    queries: EvaluationQueries,
+    exclude: Literal["clicked", "seen", "none"],
+) -> tf.data.Dataset:
+    """Makes the batches for `model.evaluate` from evaluation queries."""
+    encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
+    query_rows, histories = encoder.rows(queries.as_queries())
+    nothing = [np.zeros(0, np.int64)] * len(queries)
+    left_out = {"clicked": queries.clicked, "seen": queries.seen, "none": nothing}[exclude]
+    row_of = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
+
+    def rows(lists: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.array([row_of[id_] for id_ in ids.tolist()], np.int32) for ids in lists]
+
+    excluded = rows(left_out)
+    relevant = [np.setdiff1d(a, b) for a, b in zip(rows(queries.relevant), excluded, strict=True)]
+    return evaluation_batches(
+        query_rows,
+        RowLists.from_lists([history[history > 0] for history in histories]),
+        RowLists.from_lists(relevant),
+        RowLists.from_lists(excluded),
+        history_length=model.history_length,
+    )
+
+
+def train_model(
+    config: RunConfig,
+    model_config: ModelConfig,
+    corpus: Corpus,
+    batches: TrainingBatches,
+    *,
+    validation_queries: EvaluationQueries | None = None,
+    max_epochs: int | None = None,
+    decay_epochs: int | None = None,
+    max_seconds: float | None = None,
+    before_epochs: BeforeEpochs | None = None,
+    name: str = "two_tower",
+    checkpoint_folder: Path | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[TwoTowerModel, TrainingResult]:
+    """Builds a model and trains it by the settings of a config (see `model.training.train`).
+
+    Args:
+        config: Of the run; its seed also starts the weights.
+        model_config: The model's own settings: `config.model`, or a variant of it.
+        corpus: Ids and features behind the rows of the batches.
+        batches: Of `training_batches`.
+        validation_queries: Queries that choose the epoch to keep and stop the training early; None
+            trains all epochs and keeps the last.
+        max_epochs: Epochs at most; None is the config's number.
+        decay_epochs: Epochs that the decay of the step size goes over; None is the config's
+            `max_epochs`, whatever `max_epochs` here: a second training goes the way of the first.
+        max_seconds: No epoch is begun after this time.
+        before_epochs: What prepares the batches, such as `mined_pools`.
+        name: Of the model.
+        checkpoint_folder: Where every epoch is saved and a stopped training is resumed from.
+        on_epoch: Called after each epoch with its number, from 1, and its logs.
+
+    Returns:
+        The model with its best weights, and how it got there.
+
+    Raises:
+        ValueError: If event files are asked for and there is no folder for them.
+    """
+    if config.training.tensorboard and checkpoint_folder is None:
+        raise ValueError(
+            "training.tensorboard writes into the folder of the checkpoints, and there is none: "
+            "pass checkpoint_folder, or set training.tensorboard to false."
+        )
+    tf.keras.utils.set_random_seed(config.seed)
+    cutoffs = config.evaluation.cutoffs
+    model = build_model(
+        model_config,
+        config.samples,
+        corpus,
+        cutoffs=cutoffs,
+        bank_size=batches.bank_size,
+        name=name,
+    )
+    validation = (
+        validation_batches(model, corpus, validation_queries, config.evaluation.exclude)
+        if validation_queries is not None
+        else None
+    )
+    tensorboard_folder = None
+    if config.training.tensorboard and checkpoint_folder is not None:
+        tensorboard_folder = checkpoint_folder / "tensorboard"
+        model.report_tail(popularity_slices(batches.counts[1:])["tail"])
+    result = train(
+        model,
+        batches,
+        max_epochs=config.training.max_epochs if max_epochs is None else max_epochs,
+        optimizer=config.training.optimizer,
+        learning_rate=config.training.learning_rate,
+        warmup_steps=config.training.warmup_steps,
+        decay=config.training.decay,
+        decay_to=config.training.decay_to,
+        decay_epochs=decay_epochs or config.training.max_epochs,
+        validation=validation,
+        monitor=config.training.monitor,
+        patience=config.training.patience,
+        max_seconds=max_seconds,
+        before_epochs=before_epochs,
+        checkpoint_folder=checkpoint_folder,
+        tensorboard_folder=tensorboard_folder,
+        on_epoch=on_epoch,
+    )
+    return model, result
+
+
+def fit_baselines(
+    config: RunConfig,
+    corpus: Corpus,
+    selection: Samples,
+    final: Samples,
+    validation_queries: EvaluationQueries,
+    *,
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> tuple[dict[str, Retriever], list[str]]:
+    """Fits the baselines of a config, their settings chosen on validation where it lists several.
+
+    Args:
+        config: Of the run; `evaluation` lists the baselines and their settings.
+        corpus: Ids behind the rows of the samples.
+        selection: Samples of the training part.
+        final: Samples of all that precedes the test; the baselines are fitted to these.
+        validation_queries: Queries that choose.
+        on_progress: As in `run`.
+
+    Returns:
+        The baselines by name, and notes on what was chosen and what was skipped.
+    """
+    settings = config.evaluation
+    notes = []
+    fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
+        "popularity": (PopularityRetriever.fit, [{}]),
+        "ease": (
+            EaseRetriever.fit,
+            [{"l2": l2, "max_candidates": settings.max_ease_candidates} for l2 in settings.ease_l2],
+        ),
+        "ials": (
+            IalsRetriever.fit,
+            [
+                {
+                    "num_factors": num_factors,
+                    "regularization": regularization,
+                    "alpha": alpha,
+                    "seed": config.seed,
+                }
+                for num_factors, regularization, alpha in itertools.product(
+                    settings.ials_num_factors, settings.ials_regularization, settings.ials_alpha
+                )
+            ],
+        ),
+    }
+    found: dict[str, Retriever] = {}
+    training, everything = _interactions(selection), _interactions(final)
+    for name in settings.baselines:
+        fitter, grid = fitters[name]
+        if name == "ease" and len(corpus.candidate_ids) > settings.max_ease_candidates:
+            notes.append(
+                f"ease: skipped, {len(corpus.candidate_ids):,} items are more than "
+                f"evaluation.max_ease_candidates = {settings.max_ease_candidates:,}"
+            )
+            continue
+        scores = []
+        for i, options in enumerate(grid if len(grid) > 1 else []):
+            on_progress(f"{name}, choosing on validation", i, len(grid))
+            retriever = fitter(training, corpus.candidate_ids, **options)
+            result = evaluate_retriever(config, retriever, corpus, selection, validation_queries)
+            scores.append(result.overall.intervals[config.training.monitor].mean)
+        best = grid[int(np.argmax(scores))] if scores else grid[0]
+        found[name] = fitter(everything, corpus.candidate_ids, **best)
+        if scores:
+            chosen = ", ".join(
+                f"{k}={v}" for k, v in best.items() if k not in ("seed", "max_candidates")
+            )
+            notes.append(f"{name}: {chosen}, best of {len(grid)} on validation")
+    return found, notes
+
+
+def export_model(
+    config: RunConfig,
+    tables: Tables,
+    corpus: Corpus,
+    model: TwoTowerModel,
+    queries: EvaluationQueries,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Exports a model with its index, proven in a fresh process (see `serving.export`).
+
+    What is known of each user in service is all of `tables.events`, the test part included: it has
+    happened.
+
+    Args:
+        config: Of the run; `export` says where and with which index.
+        tables: As loaded.
+        corpus: Ids behind the model's rows.
+        model: Trained.
+        queries: What a ScaNN index is tuned and measured on; the manifest's example user is the
+            first.
+        manifest: More to write into the manifest, such as metrics; JSON-able.
+
+    Returns:
+        The folder of the new version, and what the index is: "kind" and, for ScaNN, "settings" and
+        the "index_recall@100" against exact search.
+
+    Raises:
+        ExportError: If a fresh process cannot load the export or answers otherwise.
+        RuntimeError: If no ScaNN index reaches the recall.
+    """
+    histories, known = _latest_histories(corpus, tables.events)
+    encoder = Encoder(
+        model,
+        query_ids=corpus.query_ids,
+        candidate_ids=corpus.candidate_ids,
+        histories=histories,
+        known_positives=known,
+        query_features=corpus.query_features,
+        candidate_features=corpus.candidate_features,
+    )
+    return export_index(
+        config.export.directory,
+        config.model_name,
+        encoder=encoder,
+        embeddings=model.embed_corpus(),
+        queries=queries.as_queries(),
+        index=config.export.index,
+        target_recall=config.export.target_recall,
+        manifest={
+            "config": config.model_dump(mode="json"),
+            "features": {
+                "query": [feature.to_dict() for feature in corpus.query_features],
+                "candidate": [feature.to_dict() for feature in corpus.candidate_features],
+            },
+            "feature_inputs": {
+                "query": {n: spec.name for n, spec in raw_signature(corpus.query_features).items()},
+                "candidate": {
+                    n: spec.name for n, spec in raw_signature(corpus.candidate_features).items()
+                },
+            },
+            "example_user": queries.user_ids.tolist()[0],
+            **(manifest or {}),
+        },
+        items=tables.items.order_by("item_id").to_pyarrow(),
+        filter_by=config.export.filter_by,
+        keep_versions=config.export.keep_versions,
+    )
+
+
+def claim_folder(config: RunConfig, folder: Path) -> None:
+    """Writes the settings into a folder, or checks that they are those of what it holds.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, or its path cannot be used.
+    """
+    for written in (folder, config.export.directory):
+        # TensorFlow takes these for a pattern when it reads, and not when it writes.
+        if wrong := sorted(set("[\\") & set(str(written))):
+            raise ValueError(
+                f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
+                "writes there. Choose a folder without."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    # A run whose data was refused has left nothing behind: its settings may be mended in place.
+    has_begun = path.exists() and (folder / "data" / "tables.json").exists()
+    if not has_begun:
+        path.write_text(dump_config(config))
+    elif load_config(path) != config:
+        raise ValueError(
+            f"{folder} holds a run with other settings (see {path}). Choose another folder with "
+            f"--run-dir, or delete this one."
+        )
+
+
+def stored_data(config: DataConfig, folder: Path) -> tuple[Tables, list[str]]:
+    """Loads the tables of a config into a folder, or reads those that it holds; with notes."""
+    if not (folder / "tables.json").exists():
+        write_tables(load_data(config), folder)
+    tables = read_tables(folder)
+    counts = {
+        name: table.count().to_pyarrow().as_py()
+        for name, table in (
+            ("events", tables.events),
+            ("items", tables.items),
+            ("users", tables.users),
+        )
+    }
+    notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
+    if "timestamp" in tables.events.columns:
+        times = tables.events["timestamp"]
+        first, last = (value.to_pyarrow().as_py() for value in (times.min(), times.max()))
+        # A wrong unit shows here.
+        notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
+    notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
+    if not tables.dropped:
+        notes.append("dropped nothing")
+    return tables, notes
+
+
+def stored_split(tables: Tables, config: RunConfig, folder: Path) -> tuple[ibis.Table, list[str]]:
+    """Splits the events into a folder, or reads the split that it holds; with notes."""
+    path = folder / "split.parquet"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        split_events(tables.events, config.split, config.seed).to_parquet(partial)
+        partial.rename(path)
+    split = tables.events.get_backend().read_parquet(path)
+    counts = split_report(split, tables.events)
+    notes = []
+    for part in splits.PARTS:
+        if part in counts:
+            row = counts[part]
+            notes.append(
+                f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
+                f"{row['num_events']:,} events"
+            )
+    if config.split.kind == "column":
+        if counts["num_events_dropped"]:
+            notes.append(f"left out {counts['num_events_dropped']:,} events without a part")
+    elif config.split.kind != "time":  # Which keeps every user.
+        notes.append(
+            f"dropped {counts['num_users_dropped']:,} users with fewer than "
+            f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
+        )
+    return split, notes
+
+
+def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
+    if "timestamp" in events.columns:
+        return "timestamp"
+    return "event_number" if config.ordered else "none"
+
+
+def describe_samples(folder: Path) -> list[str]:
+    """Says what samples hold, and what was kept from being a negative."""
+    counts = json.loads((folder / "report.json").read_text())
+    return [
+        f"{counts['num_samples']:,} positives, {counts['num_empty_histories']:,} of them with an "
+        "empty history",
+        f"{counts['num_candidates']:,} candidates, {counts['num_candidates_without_count']:,} of "
+        "them never clicked in training",
+        f"masked as negatives of their user: {counts['num_known_positives']:,} known positives, "
+        f"{counts['num_exposed']:,} exposed and not clicked",
+        *(
+            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
+            f"{pool['mean_pool']:.1f} on average"
+            for stage, pool in counts.get("hard_negatives", {}).items()
+        ),
+        *(
+            f"never hard negatives, {reason}: {num_rows:,} rows"
+            for reason, num_rows in counts.get("hard_negatives_removed", {}).items()
+        ),
+    ]
+
+
+def _require_hard_negatives(config: SamplesConfig, samples: Samples) -> None:
+    if _is_mined(config):
+        return
+    if config.hard_share and not any(len(pool.values) for pool in samples.hard_pools.values()):
+        stages = ", ".join(sampler.stage for sampler in config.hard_negatives)
+        raise DataError(
+            f"samples.hard_share = {config.hard_share}, and none of {len(samples):,} positives has "
+            f"a hard negative of the stages {stages}. The log must hold items of these stages, of "
+            "the same users within samples.hard_window_hours; or set samples.hard_share to 0."
+        )
+
+
+def _describe_batches(batches: TrainingBatches, config: SamplesConfig) -> list[str]:
+    unreachable = num_unreachable(batches.expected_count)
+    notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes.append(f"left out of the columns that rows share: {masked}")
+    if config.hard_share:
+        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
+    if config.resampling != "none":
+        slices = popularity_slices(batches.counts[1:])
+        for when, q in (
+            ("before", positive_probability(batches.counts)),
+            ("after", batches.positive_share),
+        ):
+            shares = ", ".join(f"{name} {q[1:][rows].sum():.3f}" for name, rows in slices.items())
+            notes.append(f"positives {when} resampling: {shares}")
+    return notes
+
+
+def _is_mined(config: SamplesConfig) -> bool:
+    return config.hard_share > 0 and any(s.stage == MINED for s in config.hard_negatives)
+
+
+def _retriever_of_rows(
+    config: RunConfig, model: TwoTowerModel, corpus: Corpus, samples: Samples
+) -> Retriever:
+    """Makes the model of the moment a retriever whose ids are rows, through its index."""
+    query_rows = np.arange(1, len(corpus.query_ids) + 1)
+    candidate_rows = np.arange(1, len(corpus.candidate_ids) + 1)
+    if resolve_index_kind("auto", len(candidate_rows)) == "exact":
+        return exact_retriever(model, query_rows, candidate_rows)
+    encoder = QueryEncoder(model, query_rows, candidate_rows)
+    embeddings = model.embed_corpus()
+    probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
+    length = config.samples.history_length
+    queries = [query_of_sample(samples, i, length) for i in probes.tolist()]
+    index, _ = measure_frontier(
+        embeddings,
+        encoder(queries),
+        k=PROMISED_K,
+        target_recall=config.export.target_recall,
+        num_structures=1,  # Built anew every few epochs.
+    )
+    return IndexRetriever(index, ExactIndex(embeddings), candidate_rows, encoder)
+
+
+def _describe_mining(reports: Mapping[int, MiningReport]) -> list[str]:
+    """Says what the last mining kept and dropped."""
+    if not reports:
+        return [f"{NOTHING_MINED}: training ended within the first samples.mined_every epochs"]
+    epoch, report = max(reports.items())
+    dropped = {
+        "known positives": report.known_positives,
+        "exposed and not clicked": report.exposed,
+        "of a better rank": report.better_rank,
+        "of a worse rank": report.worse_rank,
+        "within the margin": report.within_margin,
+        "beyond the pool's size": report.beyond_pool,
+    }
+    return [
+        f"mined after epoch {epoch}: {report.num_kept:,} hard negatives for "
+        f"{report.num_samples - report.num_without:,} of {report.num_samples:,} positives",
+        f"dropped of {report.num_retrieved:,} retrieved: "
+        + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count),
+    ]
+
+
+def _encode(
+    table: pa.Table, kinds: Mapping[str, Any], end: datetime | None
+) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
+    """Fits and encodes features; ages count from the end of the log, if it has times."""
+    features, columns = [], {}
+    for name, kind in kinds.items():
+        # Vectors as arrays: a Python float a number would take 8 times the memory.
+        column = table[name].to_numpy() if kind == "vector" else table[name].to_pylist()
+        min_count = 2 if kind == "text" else 1
+        features.append(Feature.fit(name, kind, column, min_count=min_count, reference=end))
+        columns[name] = features[-1].encode(column)
+    return tuple(features), columns
+
+
+def _variants(config: RunConfig) -> dict[str, ModelConfig]:
+    variants = {"two_tower": config.model}
+    if config.evaluation.uncorrected and config.model.correction != "none":
+        without = {"correction": "none", "correct_positive": False}
+        variants["two_tower_uncorrected"] = ModelConfig(**{**config.model.model_dump(), **without})
+    return variants
+
+
+def _is_refitted(config: RunConfig) -> bool:
+    """Says whether there is a second training; held-out users would add nothing to it."""
+    return config.training.refit and config.split.kind != "held_out_users"
+
+
+def parts_before_test(config: RunConfig) -> tuple[str, ...]:
+    """Returns the parts that the model in service is trained on."""
+    return ("train", "validation") if _is_refitted(config) else ("train",)
+
+
+def train_and_refit(
+    config: RunConfig,
+    corpus: Corpus,
+    selection: Samples,
+    final: Samples,
+    validation_queries: EvaluationQueries,
+    *,
+    model_config: ModelConfig | None = None,
+    max_epochs: int | None = None,
+    max_seconds: float | None = None,
+    folder: Path | None = None,
+    name: str = "two_tower",
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> tuple[TwoTowerModel, TrainingResult, list[str]]:
+    """Chooses the number of epochs on validation, then trains on all that precedes the test.
+
+    Args:
+        config: Of the run; `training.refit` says whether there is a second training.
+        corpus: Ids and features behind the rows.
+        selection: Samples of the training part.
+        final: Samples of all that precedes the test.
+        validation_queries: Queries that choose the epoch.
+        model_config: Instead of the config's own.
+        max_epochs: Instead of the config's own.
+        max_seconds: After this time the first training begins no epoch.
+        folder: Where both trainings are kept, to be resumed if stopped.
+        name: Of the model.
+        on_progress: As in `run`.
+
+    Returns:
+        The model, how the first training went, and notes for the user.
+    """
+    model_config = model_config or config.model
+    max_epochs = max_epochs or config.training.max_epochs
+    # Of both trainings: the second one stops at the chosen epoch, at the step size that it had.
+    decay_epochs = max_epochs
+    notes: list[str] = []
+
+    def fit(
+        batches: TrainingBatches,
+        step: str,
+        max_epochs: int,
+        max_seconds: float | None = None,
+        validation: EvaluationQueries | None = None,
+    ) -> tuple[TwoTowerModel, TrainingResult]:
+        mining = mined_pools(
+            config,
+            corpus,
+            batches,
+            folder=None if folder is None else folder / step,
+            on_progress=lambda done, total: on_progress(f"{name}, mining", done, total),
+        )
+        model, result = train_model(
+            config,
+            model_config,
+            corpus,
+            batches,
+            validation_queries=validation,
+            max_epochs=max_epochs,
+            decay_epochs=decay_epochs,
+            max_seconds=max_seconds,
+            before_epochs=mining,
+            name=name,
+            checkpoint_folder=None if folder is None else folder / step,
+            on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
+        )
+        if mining is not None:
+            notes.extend(f"{step}: {line}" for line in _describe_mining(mining.reports))
+        return model, result
+
+    batches = training_batches(config, selection)
+    model, chosen = fit(batches, "selection", max_epochs, max_seconds, validation_queries)
+    monitored = chosen.history[f"val_{config.training.monitor}"]
+    notes.append(
+        f"best validation {config.training.monitor} {max(monitored):.4f} after "
+        f"{chosen.best_epoch} of {len(monitored)} epochs"
+    )
+    if _is_refitted(config):
+        batches = training_batches(config, final)
+        model, refitted = fit(batches, "refit", chosen.best_epoch)
+        notes.append(
+            f"trained again on training and validation positives for {chosen.best_epoch} epochs, "
+            f"{batches.positives_per_epoch * chosen.best_epoch / max(refitted.seconds, 1e-9):,.0f} "
+            "positives/s"
+        )
+    notes += _describe_batches(batches, config.samples)
+    return model, chosen, notes
+
+
+def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
+    """Returns [num_users, num_candidates] of 0 and 1 from the samples' known positives."""
+    rows = np.repeat(
+        np.arange(len(samples.known_positives)), np.diff(samples.known_positives.offsets)
+    )
+    columns = samples.known_positives.values - 1
+    shape = (len(samples.known_positives), len(samples.counts) - 1)
+    matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
+    return matrix[np.diff(matrix.indptr) > 0]
+
+
+def evaluate_retriever(
+    config: RunConfig,
+    retriever: Retriever,
+    corpus: Corpus,
+    samples: Samples,
+    queries: EvaluationQueries,
+    name: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> EvaluationResult:
+    """Evaluates a retriever by the settings of a config; without a name, only the means."""
+    return evaluate(
+        retriever,
+        queries,
+        candidate_ids=corpus.candidate_ids,
+        candidate_counts=samples.counts[1:],
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        num_bootstrap=config.evaluation.num_bootstrap if name else 0,
+        seed=config.seed,
+        on_progress=(lambda done, total: on_progress(name, done, total))
+        if name and on_progress
+        else None,
+    )
+
+
+def _describe_evaluation(result: EvaluationResult) -> list[str]:
+    return [
+        f"{len(result.user_ids):,} queries, {result.overall.num_relevant:,} items to find",
+        f"skipped {result.num_skipped:,} queries with nothing to find; "
+        f"{result.num_relevant_excluded:,} items to find were left out of the ranking",
+    ]
+
+
+def _differences(
+    results: Mapping[str, EvaluationResult], config: RunConfig
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Sets the two-tower model against every other, query by query (see `paired_difference`).
+
+    Returns:
+        Other model -> metric -> "mean", "low" and "high" of the two-tower model minus the other.
+    """
+    reference = results["two_tower"].per_query
+    keys = [(name, metric) for name in results if name != "two_tower" for metric in reference]
+    if not keys:
+        return {}
+    # All in one draw of queries: a bootstrap a pair would take most of a run with many queries.
+    intervals = bootstrap_intervals(
+        np.stack([reference[metric] - results[name].per_query[metric] for name, metric in keys], 1),
+        num_bootstrap=config.evaluation.num_bootstrap,
+        seed=config.seed,
+    )
+    differences: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (name, metric), interval in zip(keys, intervals, strict=True):
+        differences.setdefault(name, {})[metric] = interval.as_dict()
+    return differences
+
+
+def _examples(
+    retriever: Retriever, queries: EvaluationQueries, corpus: Corpus, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Shows what a few test queries are answered, chosen by length of history, short to long.
+
+    Returns:
+        A dict a query: user_id; history, the latest ids first, `EXAMPLE_LENGTH` at most, of
+        num_history; recommended, ids, best first, what the evaluation excludes left out; found,
+        those of them that are among the num_relevant items to find.
+    """
+    order = np.argsort([len(history) for history in queries.histories], kind="stable")
+    places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
+    numbers = list(dict.fromkeys(order[places].tolist()))
+    everything = queries.as_queries()
+    excluded = {"clicked": queries.clicked, "seen": queries.seen, "none": None}[
+        config.evaluation.exclude
+    ]
+    ids, scores = retriever.retrieve(
+        [everything[i] for i in numbers],
+        min(EXAMPLE_LENGTH, len(corpus.candidate_ids)),
+        None if excluded is None else [excluded[i] for i in numbers],
+    )
+    examples = []
+    for i, recommended, is_item in zip(numbers, ids, scores > -np.inf, strict=True):
+        relevant = set(queries.relevant[i].tolist())
+        shown = recommended[is_item].tolist()
+        examples.append(
+            {
+                "user_id": queries.user_ids[i : i + 1].tolist()[0],
+                "num_history": len(queries.histories[i]),
+                "history": queries.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
+                "recommended": shown,
+                "num_relevant": len(relevant),
+                "found": [id_ for id_ in shown if id_ in relevant],
+            }
+        )
+    return examples
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python, of this package and of the libraries that an export needs."""
+    return {
+        "tfrs-pipeline": __version__,
+        "python": platform.python_version(),
+        **{library: importlib.metadata.version(library) for library in LIBRARIES},
+    }
+
+
+def _latest_histories(corpus: Corpus, events: ibis.Table) -> tuple[RowLists, RowLists]:
+    """Collects what is known of each user now, the test part included: it has happened."""
+    positives = select_positives(events)
+    keys = ["timestamp"] if "timestamp" in events.columns else []
+    table = (
+        positives.order_by(["user_id", *keys, "event_number"])
+        .select("user_id", "item_id")
+        .to_pyarrow()
+    )
+    query_row = {id_: row for row, id_ in enumerate(corpus.query_ids.tolist(), 1)}
+    candidate_row = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
+    lists: list[list[int]] = [[] for _ in range(len(query_row) + 1)]
+    for user_id, item_id in zip(
+        table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True
+    ):
+        lists[query_row[user_id]].append(candidate_row[item_id])
+    histories = [np.array(rows[::-1], np.int32) for rows in lists]
+    known = [np.unique(np.array(rows, np.int32)) for rows in lists]
+    return RowLists.from_lists(histories), RowLists.from_lists(known)

