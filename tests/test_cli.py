@@ -19,7 +19,8 @@ import pytest
 from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
-from tfrs_pipeline import cli, run as pipeline
+from tfrs_pipeline import cli
+from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.config import (
     Config,
     EasySampler,
