@@ -14,6 +14,7 @@ import tfrs_pipeline
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
     "retrieval",
+    "settings",
     "config",
     "data",
     "sources",
@@ -30,6 +31,7 @@ ROOMS = [
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 WITHOUT_TENSORFLOW = (
     "retrieval",
+    "settings",
     "config",
     "data",
     "sources",

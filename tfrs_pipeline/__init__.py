@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Query": "retrieval",
     "Retriever": "retrieval",
-    "ConfigError": "config",
+    "ConfigError": "settings",
     "RunConfig": "config",
     "dump_config": "config",
     "load_config": "config",

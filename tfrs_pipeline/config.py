@@ -6,7 +6,6 @@ settings refuses unknown keys and names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 import zoneinfo
@@ -15,10 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import pydantic
 import tomli_w
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from pydantic_core import ErrorDetails
+
+from tfrs_pipeline.settings import Config, ConfigError, refuse, setting_names, suggest
 
 FeatureKind: TypeAlias = Literal[
     "categorical",
@@ -59,61 +58,6 @@ _COLUMNS = (
     "weight",
     "part",
 )
-
-
-class ConfigError(ValueError):
-    """Settings that cannot be used.
-
-    Attributes:
-        problems: (setting, message) pairs; the setting is a dotted name, `"training.batch_size"`,
-            or empty where the problem lies in no single setting.
-    """
-
-    def __init__(self, problems: Sequence[tuple[str, str]], source: str = "") -> None:
-        self.problems = tuple(problems)
-        lines = [f"{setting}: {message}" if setting else message for setting, message in problems]
-        super().__init__("\n  ".join([f"{source}:", *lines]) if source else "\n".join(lines))
-
-
-class Config(pydantic.BaseModel):
-    """A table of settings: frozen, checked when made, unknown keys refused.
-
-    Raises:
-        ConfigError: If a value is out of range or a key unknown; all such problems at once, and
-            what does not fit together once the values by themselves are right.
-    """
-
-    model_config = pydantic.ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Unwraps the lines of the fields' sentences, for the command line's help."""
-        super().__pydantic_init_subclass__(**kwargs)
-        for field in cls.model_fields.values():
-            field.description = " ".join((field.description or "").split())
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except pydantic.ValidationError as error:
-            problems = [
-                problem
-                for details in error.errors(include_url=False)
-                for problem in _problems(details, type(self))
-            ]
-            raise ConfigError(problems) from None
-
-
-def _refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> None:
-    """Raises a ConfigError if there is any problem."""
-    if found := list(problems):
-        raise ConfigError(found)
 
 
 class DataConfig(Config):
@@ -168,7 +112,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        _refuse([*self._source_problems(), *self._value_problems()])
+        refuse([*self._source_problems(), *self._value_problems()])
         return self
 
     def _source_problems(self) -> Iterator[tuple[str, str]]:
@@ -211,12 +155,12 @@ class DataConfig(Config):
     def _value_problems(self) -> Iterator[tuple[str, str]]:
         for name in self.columns:
             if name not in _COLUMNS:
-                yield f"columns.{name}", f"unknown column; {_suggest(name, _COLUMNS)}"
+                yield f"columns.{name}", f"unknown column; {suggest(name, _COLUMNS)}"
         if self.time_zone is not None and not _is_time_zone(self.time_zone):
             zones = zoneinfo.available_timezones()
             yield (
                 "time_zone",
-                f"unknown time zone {self.time_zone!r}; {_suggest(self.time_zone, zones)}",
+                f"unknown time zone {self.time_zone!r}; {suggest(self.time_zone, zones)}",
             )
 
 
@@ -247,7 +191,7 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
-        _refuse(self._problems())
+        refuse(self._problems())
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -378,13 +322,11 @@ class SamplesConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> SamplesConfig:
         if not self.in_batch and not self.easy_negatives:
-            _refuse(
-                [("", "no negatives: set in_batch or list at least one easy_negatives sampler")]
-            )
+            refuse([("", "no negatives: set in_batch or list at least one easy_negatives sampler")])
         if self.bank_batches and not self.in_batch:
             message = "the batch's own positives are the same negatives, up to date: set in_batch"
-            _refuse([("bank_batches", f"got {self.bank_batches} without in_batch; {message}")])
-        _refuse(self._hard_problems())
+            refuse([("bank_batches", f"got {self.bank_batches} without in_batch; {message}")])
+        refuse(self._hard_problems())
         return self
 
     def _hard_problems(self) -> Iterator[tuple[str, str]]:
@@ -466,18 +408,18 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.correct_positive and self.correction == "none":
-            _refuse([("correct_positive", "has no effect with correction 'none'")])
+            refuse([("correct_positive", "has no effect with correction 'none'")])
         if len(set(self.history_pooling)) < len(self.history_pooling):
-            _refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
+            refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
         if "attention" in self.history_pooling and self.embedding_dim % self.attention_heads:
             message = f"got {self.attention_heads}; must divide embedding_dim {self.embedding_dim}"
-            _refuse([("attention_heads", message)])
+            refuse([("attention_heads", message)])
         if self.share_item_embedding and not self.history_pooling:
-            _refuse([("share_item_embedding", "has no effect without history_pooling")])
+            refuse([("share_item_embedding", "has no effect without history_pooling")])
         if not self.use_candidate_id:
             for name in ("share_item_embedding", "candidate_bias"):
                 if getattr(self, name):
-                    _refuse([(name, "needs use_candidate_id")])
+                    refuse([(name, "needs use_candidate_id")])
         return self
 
 
@@ -519,7 +461,7 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        _refuse(self._problems())
+        refuse(self._problems())
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -556,7 +498,7 @@ class EvaluationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
-        _refuse(self._problems())
+        refuse(self._problems())
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -589,7 +531,7 @@ class ExportConfig(Config):
     def _check(self) -> ExportConfig:
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             message = "must be letters, digits, '.', '_' and '-', a letter or digit first"
-            _refuse([("name", f"got {self.name!r}; {message}")])
+            refuse([("name", f"got {self.name!r}; {message}")])
         return self
 
 
@@ -625,7 +567,7 @@ class CompareConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:
-        _refuse(self._problems())
+        refuse(self._problems())
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -663,7 +605,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        _refuse(self._problems())
+        refuse(self._problems())
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -872,7 +814,7 @@ def preset_settings(name: str) -> dict[str, Any]:
         ConfigError: If there is no such preset.
     """
     if name not in RUN_PRESETS:
-        message = f"unknown preset {name!r}; {_suggest(name, list(RUN_PRESETS))}"
+        message = f"unknown preset {name!r}; {suggest(name, list(RUN_PRESETS))}"
         raise ConfigError([("preset", message)])
     return RUN_PRESETS[name][1]
 
@@ -951,54 +893,11 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         table = tree
         for depth, key in enumerate(tables):
             if not isinstance(table.get(key), dict):
-                known = _setting_names(RunConfig)
-                raise ConfigError([(name, f"unknown setting; {_suggest(name, known)}")])
+                known = setting_names(RunConfig)
+                raise ConfigError([(name, f"unknown setting; {suggest(name, known)}")])
             table = table[tables[depth]]
         table[setting] = value
     return RunConfig(**tree)
-
-
-def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str, str]]:
-    """Translates one of pydantic's errors in a table into (setting, message) pairs."""
-    setting = ".".join(str(key) for key in details["loc"])
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
-        for name, message in cause.problems:
-            yield ".".join(part for part in (setting, name) if part), message
-    elif details["type"] == "extra_forbidden":
-        yield setting, f"unknown setting; {_suggest(setting, _setting_names(table))}"
-    elif details["type"] in ("model_type", "model_attributes_type"):
-        yield setting, f"got {details['input']!r}; must be a table of settings"
-    else:
-        message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-        message = message[0].lower() + message[1:]
-        yield setting, f"got {details['input']!r}; {message}"
-
-
-def _setting_names(table: type[Config]) -> list[str]:
-    """Returns the dotted names of a table's settings, those of tables within it included."""
-    names = []
-    for name, field in table.model_fields.items():
-        names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            names += [f"{name}.{inner}" for inner in _setting_names(field.annotation)]
-    return names
-
-
-def _suggest(name: str, known: Sequence[str] | set[str]) -> str:
-    """Says which known name is nearest, by the whole name or its last part, or lists them."""
-    by_last_part = {other.rpartition(".")[2]: other for other in known}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:
-        last_parts = difflib.get_close_matches(
-            name.rpartition(".")[2], by_last_part, n=1, cutoff=0.8
-        )
-        near = [by_last_part[part] for part in last_parts]
-    if near:
-        return f"did you mean {near[0]!r}?"
-    if len(known) > 30:
-        return "no known one is near"
-    return "known: " + ", ".join(sorted(known))
 
 
 def _plain(value: Any) -> Any:
