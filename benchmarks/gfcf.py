@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 
@@ -38,7 +38,7 @@ class GfcfRetriever:
         alpha: float = 0.3,
         num_factors: int = 256,
     ) -> None:
-        self.corpus = CandidateIds(candidate_ids)
+        self.corpus = Ids(candidate_ids)
         degrees = np.asarray(interactions.sum(axis=0)).ravel().astype(np.float64)
         user_scale = 1 / np.sqrt(np.maximum(np.asarray(interactions.sum(axis=1)).ravel(), 1))
         self._item_scale = 1 / np.sqrt(np.maximum(degrees, 1))
@@ -62,7 +62,7 @@ class GfcfRetriever:
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
         rows = [self.corpus.known_rows(query["history"]) for query in queries]
-        columns = np.concatenate(rows)
+        columns = np.concatenate(rows) - 1
         offsets = np.cumsum([0, *map(len, rows)])
         shape = (len(queries), len(self.corpus))
         history = scipy.sparse.csr_matrix(

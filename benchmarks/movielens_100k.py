@@ -42,7 +42,8 @@ from tutorial import NUM_EPOCHS, NUM_EPOCHS_CORRECTED, fit_tutorial
 from tfrs_pipeline.data.schema import Tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run import (
@@ -183,7 +184,7 @@ def measure(
         exclude=exclude,
         cutoffs=task.config.evaluation.cutoffs,
         num_bootstrap=0,
-    )
+    ).first
 
 
 def summarise(results: Sequence[EvaluationResult], num_bootstrap: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from record import write_json
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
@@ -161,12 +161,11 @@ def measure(
     asked: list[int],
 ) -> dict[str, np.ndarray]:
     """Measures how much of a query's relevant new items is found, in both rankings."""
-    rows = CandidateIds(all_ids)
+    items = Ids(all_ids)
     known, is_relevant = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
     for place, i in enumerate(asked):
-        is_relevant[place, rows.rows(relevant[i])] = True
-        mine = rows.rows(list(queries.histories[i]))
-        known[place, mine[mine >= 0]] = True
+        is_relevant[place, items.rows(relevant[i]) - 1] = True
+        known[place, items.known_rows(queries.histories[i]) - 1] = True
     is_new = np.isin(all_ids, new_ids)
     left_out = {"all items": known, "new items": known | ~is_new}
     recalls = {}

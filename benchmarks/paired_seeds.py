@@ -106,7 +106,7 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
                 candidate_counts=samples["final"].counts[1:],
                 exclude="clicked",
                 num_bootstrap=0,
-            )
+            ).first
             row = {
                 "seed": seed,
                 "plan": name,

@@ -131,7 +131,7 @@ def tutorial_loop(
             candidate_counts=samples.counts[1:],
             exclude=task.config.evaluation.exclude,
             num_bootstrap=0,
-        )
+        ).first
         return float(np.mean(result.per_query[METRIC]))
 
     return Loop(

@@ -18,7 +18,7 @@ import ibis
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage, Tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
@@ -352,13 +352,13 @@ def _prepare(
         [stage for stage in stages if len(final.hard_pools[stage].values)],
         len(corpus.candidate_ids),
     )
-    positive_rows, others = _auc_rows(config, split, test, CandidateIds(corpus.candidate_ids))
+    positive_rows, others = _auc_rows(config, split, test, Ids(corpus.candidate_ids))
     task = _Task(config, corpus, selection, final, validation, test, positive_rows, others)
     return task, plans, notes
 
 
 def _auc_rows(
-    config: RunConfig, split: ibis.Table, test: EvaluationQueries, ids: CandidateIds
+    config: RunConfig, split: ibis.Table, test: EvaluationQueries, ids: Ids
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
     """Finds the places of each test query's positives, and of what they are set against."""
     relevant, seen = (

@@ -34,6 +34,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data import split as splits
 from tfrs_pipeline.data.files import load_tables
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import DataError, Stage, Tables, read_tables, write_tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_report
@@ -43,7 +44,8 @@ from tfrs_pipeline.evaluation.baselines import (
     PopularityRetriever,
 )
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.evaluate import EvaluationResult, evaluate, popularity_slices
+from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
+from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.fit import BeforeEpochs, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
@@ -588,13 +590,12 @@ def validation_batches(
     query_rows, histories = encoder.rows(queries.as_queries())
     nothing = [np.zeros(0, np.int64)] * len(queries)
     left_out = {"clicked": queries.clicked, "seen": queries.seen, "none": nothing}[exclude]
-    row_of = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
-
-    def rows(lists: list[np.ndarray]) -> list[np.ndarray]:
-        return [np.array([row_of[id_] for id_ in ids.tolist()], np.int32) for ids in lists]
-
-    excluded = rows(left_out)
-    relevant = [np.setdiff1d(a, b) for a, b in zip(rows(queries.relevant), excluded, strict=True)]
+    items = Ids(corpus.candidate_ids)
+    excluded = [items.rows(ids) for ids in left_out]
+    relevant = [
+        np.setdiff1d(items.rows(ids), out)
+        for ids, out in zip(queries.relevant, excluded, strict=True)
+    ]
     return evaluation_batches(
         query_rows,
         RowLists.from_lists([history[history > 0] for history in histories]),
@@ -1158,7 +1159,7 @@ def evaluate_retriever(
 ) -> EvaluationResult:
     """Evaluates a retriever by the settings of a config; without a name, only the means."""
     return evaluate(
-        retriever,
+        {name: retriever} if name else retriever,
         queries,
         candidate_ids=corpus.candidate_ids,
         candidate_counts=samples.counts[1:],
@@ -1166,10 +1167,8 @@ def evaluate_retriever(
         cutoffs=config.evaluation.cutoffs,
         num_bootstrap=config.evaluation.num_bootstrap if name else 0,
         seed=config.seed,
-        on_progress=(lambda done, total: on_progress(name, done, total))
-        if name and on_progress
-        else None,
-    )
+        on_progress=on_progress if name else None,
+    ).first
 
 
 def _describe_evaluation(result: EvaluationResult) -> list[str]:
@@ -1261,13 +1260,11 @@ def _latest_histories(corpus: Corpus, events: ibis.Table) -> tuple[RowLists, Row
         .select("user_id", "item_id")
         .to_pyarrow()
     )
-    query_row = {id_: row for row, id_ in enumerate(corpus.query_ids.tolist(), 1)}
-    candidate_row = {id_: row for row, id_ in enumerate(corpus.candidate_ids.tolist(), 1)}
-    lists: list[list[int]] = [[] for _ in range(len(query_row) + 1)]
-    for user_id, item_id in zip(
-        table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True
-    ):
-        lists[query_row[user_id]].append(candidate_row[item_id])
-    histories = [np.array(rows[::-1], np.int32) for rows in lists]
-    known = [np.unique(np.array(rows, np.int32)) for rows in lists]
+    query_rows = Ids(corpus.query_ids).rows(table["user_id"].to_numpy())
+    candidate_rows = Ids(corpus.candidate_ids).rows(table["item_id"].to_numpy())
+    order = np.argsort(query_rows, kind="stable")
+    ends = np.cumsum(np.bincount(query_rows, minlength=len(corpus.query_ids) + 1))
+    lists = np.split(candidate_rows[order], ends[:-1])
+    histories = [rows[::-1] for rows in lists]
+    known = [np.unique(rows) for rows in lists]
     return RowLists.from_lists(histories), RowLists.from_lists(known)

@@ -1,37 +1,39 @@
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tfrs_pipeline.data.ids import CandidateIds, as_id_array
+from tfrs_pipeline.data.ids import Ids, as_id_array
 
-
-def test_rows_and_ids_are_inverse_and_keep_the_type() -> None:
-    for ids in ([30, 10, 20], ["30", "10", "20"]):
-        corpus = CandidateIds(ids)
-        assert corpus.take(corpus.rows(ids)).tolist() == ids
-        assert corpus.rows([ids[2], ids[0]]).tolist() == [2, 0]
-    assert CandidateIds([30, 10]).ids.dtype == np.int64
-    assert CandidateIds(np.array(["a", "b"])).ids.dtype == object
+numbers = st.lists(st.integers(0, 30), unique=True, min_size=1)
+words = st.lists(st.sampled_from([*"abcdefgh", "42", "7"]), unique=True, min_size=1)
 
 
-def test_unknown_ids_have_no_row_and_the_empty_row_has_the_reserved_id() -> None:
-    assert CandidateIds([5]).rows([5, 6]).tolist() == [0, -1]
-    assert CandidateIds([5]).take(np.array([[-1, 0]])).tolist() == [[-1, 5]]
-    assert CandidateIds(["a"]).take(np.array([-1, 0])).tolist() == ["", "a"]
-
-
-def test_a_string_is_not_its_number() -> None:
-    assert CandidateIds([42]).rows(["42"]).tolist() == [-1]
-
-
-def test_known_rows_come_once() -> None:
-    assert CandidateIds([7, 8, 9]).known_rows([9, 1, 7, 9]).tolist() == [0, 2]
-    assert CandidateIds([7, 8, 9]).known_rows([]).tolist() == []
+@given(
+    known=st.one_of(numbers, words),
+    asked=st.lists(st.one_of(st.integers(-1, 30), st.sampled_from(["a", "b", "42", ""]))),
+)
+def test_rows_are_places_from_1_and_0_is_unknown(known: list[Any], asked: list[Any]) -> None:
+    ids = Ids(known)
+    expected = [known.index(id_) + 1 if id_ in known else 0 for id_ in asked]
+    rows = ids.rows(asked)
+    assert rows.tolist() == expected
+    assert rows.dtype == np.int32
+    assert ids.rows(np.array(asked, object)).tolist() == expected
+    assert ids.known_rows(asked).tolist() == sorted(set(expected) - {0})
+    assert ids.take(rows).tolist() == [id_ if id_ in known else ids.empty_id for id_ in asked]
+    assert ids.take(rows[None]).shape == (1, len(asked))
+    assert len(ids) == len(known)
+    assert ids.values.tolist() == known
+    assert ids.values.dtype == (object if isinstance(known[0], str) else np.int64)
 
 
 def test_lookup_takes_lists_sets_and_arrays() -> None:
-    corpus = CandidateIds(np.array([7, 8], np.int32))
-    for ids in ([8], {8}, (np.int64(8),), np.array([8]), np.array([8], np.int16)):
-        assert corpus.known_rows(ids).tolist() == [1]
+    ids = Ids(np.array([7, 8], np.int32))
+    for asked in ([8], {8}, (np.int64(8),), np.array([8]), np.array([[8]], np.int16), (8, None)):
+        assert ids.known_rows(asked).tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,8 @@ def test_lookup_takes_lists_sets_and_arrays() -> None:
     [
         ([1, -1], "-1 .*reserved"),
         (["a", ""], "'' .*reserved"),
-        ([1, 2, 1], "1 candidate ids occur more than once, first 1"),
+        ([2, 1, 2], "1 ids occur more than once, first 2"),
+        (["b", "a", "a"], "1 ids occur more than once, first 'a'"),
         ([1, "a"], "Received: int, str"),
         ([1.5], "Received: float"),
         ([True], "Received: bool"),
@@ -47,11 +50,14 @@ def test_lookup_takes_lists_sets_and_arrays() -> None:
         ([], "at least one"),
     ],
 )
-def test_refuses_ids_that_could_be_mistaken(ids: np.ndarray, message: str) -> None:
+def test_refuses_ids_that_could_be_mistaken(ids: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CandidateIds(ids)
+        Ids(ids)
 
 
-def test_refuses_a_matrix_of_ids() -> None:
+def test_refuses_a_matrix_of_ids_and_rows_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"\(1, 2\)"):
         as_id_array(np.array([[1, 2]]))
+    for row in (-1, 3):
+        with pytest.raises(ValueError, match=r"\[0, 2\]"):
+            Ids([5, 6]).take(np.array([row]))

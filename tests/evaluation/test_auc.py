@@ -29,12 +29,13 @@ def test_empty_and_nan() -> None:
 def test_per_query_uses_the_query_s_own_items() -> None:
     rng = np.random.default_rng(0)
     queries, candidates = rng.normal(size=(6, 3)), rng.normal(size=(30, 3))
-    positives = [rng.choice(30, size=n, replace=False) for n in (1, 4, 0, 2, 5, 3)]
-    negatives = [rng.choice(30, size=n, replace=False) for n in (7, 1, 4, 0, 9, 2)]
+    positives = [1 + rng.choice(30, size=n, replace=False) for n in (1, 4, 0, 2, 5, 3)]
+    negatives = [1 + rng.choice(30, size=n, replace=False) for n in (7, 1, 4, 0, 9, 2)]
     found = auc_per_query(queries, candidates, positives, negatives)
     for i in range(6):
         pairs = [
-            float(candidates[p] @ queries[i] > candidates[n] @ queries[i]) + 0.5 * float(p == n)
+            float(candidates[p - 1] @ queries[i] > candidates[n - 1] @ queries[i])
+            + 0.5 * float(p == n)
             for p in positives[i]
             for n in negatives[i]
         ]
@@ -47,13 +48,13 @@ def test_per_query_uses_the_query_s_own_items() -> None:
 
 
 def test_corpus_rows_leave_out_and_are_uniform() -> None:
-    left_out = [np.array([0, 3]), np.zeros(0, int)]
-    everything = draw_corpus_rows(5, left_out, 100, seed=0)
-    assert [rows.tolist() for rows in everything] == [[1, 2, 4], [0, 1, 2, 3, 4]]
+    excluded = [np.array([1, 4]), np.zeros(0, int)]
+    everything = draw_corpus_rows(5, excluded, 100, seed=0)
+    assert [rows.tolist() for rows in everything] == [[2, 3, 5], [1, 2, 3, 4, 5]]
     counts = np.zeros(50)
     for seed in range(400):
         (rows,) = draw_corpus_rows(50, [np.zeros(0, int)], 10, seed=seed)
         assert len(np.unique(rows)) == 10
-        counts[rows] += 1
+        counts[rows - 1] += 1
     # 400 draws of 10 in 50: mean 80, variance 400 * .2 * .8; five deviations.
     assert np.abs(counts - 80).max() < 5 * np.sqrt(64)

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.split import EvaluationQueries
 from tfrs_pipeline.evaluation.baselines import PopularityRetriever
+from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.evaluate import (
-    EvaluationResult,
     Exclude,
     evaluate,
-    paired_difference,
     popularity_slices,
 )
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
+from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query, Retriever
 
@@ -32,7 +32,7 @@ class Scores:
 
     def __init__(self, scores: Any, ids: np.ndarray = IDS) -> None:
         self.scores = np.asarray(scores, float)
-        self.corpus = CandidateIds(ids)
+        self.corpus = Ids(ids)
 
     def retrieve(
         self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]] | None = None
@@ -56,7 +56,7 @@ def make_queries(relevant: Any, clicked: Any = None, seen: Any = None) -> Evalua
 
 def measure(retriever: Retriever, queries: EvaluationQueries, **options: Any) -> EvaluationResult:
     options = {"cutoffs": (3,), "num_bootstrap": 0, **options}
-    return evaluate(retriever, queries, candidate_ids=IDS, candidate_counts=COUNTS, **options)
+    return evaluate(retriever, queries, candidate_ids=IDS, candidate_counts=COUNTS, **options).first
 
 
 def slow_values(
@@ -109,7 +109,9 @@ def test_equals_a_slow_loop_for_each_exclusion_and_slice(
     problem: Any, exclude: Exclude, batch_size: int
 ) -> None:
     queries, scores, k = problem
-    result = measure(Scores(scores), queries, exclude=exclude, cutoffs=(k,), batch_size=batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{evaluate.__module__}._QUERIES_PER_CALL", batch_size)
+        result = measure(Scores(scores), queries, exclude=exclude, cutoffs=(k,))
     nothing = [np.empty(0, int)] * len(queries)
     excluded = {"clicked": queries.clicked, "seen": queries.seen, "none": nothing}[exclude]
     parts = {"all": (result.overall, np.ones(12, bool))}
@@ -214,19 +216,19 @@ def test_string_ids() -> None:
         candidate_ids=ids,
         candidate_counts=np.array([1, 1, 1]),
         cutoffs=(1,),
-    )
+    ).first
     assert result.per_query["recall@1"].tolist() == [0.5]
 
 
-def test_progress_counts_the_queries() -> None:
+def test_progress_counts_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{evaluate.__module__}._QUERIES_PER_CALL", 2)
     seen = []
     measure(
         Scores(np.zeros((5, 12))),
         make_queries([[100]] * 5),
-        batch_size=2,
-        on_progress=lambda done, total: seen.append((done, total)),
+        on_progress=lambda *progress: seen.append(progress),
     )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert seen == [("Scores", 2, 5), ("Scores", 4, 5), ("Scores", 5, 5)]
 
 
 def test_slices_hold_their_share_of_the_positives() -> None:
@@ -264,40 +266,35 @@ def test_slices_are_a_partition_cut_at_the_first_item_that_reaches_the_share(
         held += int(counts[row])
 
 
-def test_slices_of_the_users_own() -> None:
-    even = np.arange(12) % 2 == 0
-    result = measure(
-        Scores(-np.arange(12.0)[None]), make_queries([[100, 101, 104]]), slices={"even": even}
-    )
-    assert result.slices["even"].per_query["recall@3"].tolist() == [0.5]
-    with pytest.raises(ValueError, match="Slice 'few'"):
-        measure(Scores(np.zeros((1, 12))), make_queries([[100]]), slices={"few": even[:3]})
-
-
-def test_paired_difference_is_narrower_than_the_two_intervals() -> None:
+def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     rng = np.random.default_rng(0)
     queries = make_queries([rng.choice(IDS, 3, replace=False).tolist() for _ in range(300)])
     scores = rng.random((300, 12))
     better = scores.copy()
     for user, relevant in enumerate(queries.relevant):
         better[user, relevant[0] - 100] += 0.1
-    a, b = (measure(Scores(s), queries, num_bootstrap=200) for s in (better, scores))
-    difference = paired_difference(a, b, "ndcg@3")
-    expected = a.overall.intervals["ndcg@3"].mean - b.overall.intervals["ndcg@3"].mean
-    assert difference.mean == pytest.approx(expected)
+    found = evaluate(
+        {"first": Scores(scores), "better": Scores(better), "same": Scores(scores)},
+        queries,
+        candidate_ids=IDS,
+        candidate_counts=COUNTS,
+        cutoffs=(3,),
+        num_bootstrap=200,
+    )
+    assert list(found.differences) == ["better", "same"]
+    first, better_ndcg = (
+        found.results[name].overall.intervals["ndcg@3"] for name in ("first", "better")
+    )
+    difference = found.differences["better"]["ndcg@3"]
+    assert difference.mean == pytest.approx(better_ndcg.mean - first.mean)
     assert 0 < difference.low < difference.mean < difference.high
-    ndcg = a.overall.intervals["ndcg@3"]
-    assert difference.high - difference.low < (ndcg.high - ndcg.low) / 2
-    assert paired_difference(b, a, "ndcg@3").mean == pytest.approx(-expected)
-
-
-def test_paired_difference_refuses_other_users_and_metrics() -> None:
-    a = measure(Scores(np.zeros((2, 12))), make_queries([[100], [101]]))
-    b = measure(Scores(np.zeros((2, 12))), make_queries([[100], []]))
-    with pytest.raises(ValueError, match="2 and 1 users"):
-        paired_difference(a, b, "ndcg@3")
-    with pytest.raises(ValueError, match=r"'ndcg@10' was not measured.*ndcg@3"):
-        paired_difference(a, a, "ndcg@10")
+    assert difference.high - difference.low < (first.high - first.low) / 2
+    assert found.differences["same"]["ndcg@3"] == Interval(0, 0, 0)
+    # What is printed: a line each, the difference beside the number.
+    header, *lines = str(found).split("\n")
+    assert [line.split()[0] for line in lines] == ["first", "better", "same"]
+    assert "ndcg@3" in header
+    assert f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" in lines[1]
 
 
 class Broken(Scores):
@@ -336,7 +333,6 @@ def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: st
         ({"exclude": "liked"}, "'liked'"),
         ({"cutoffs": ()}, r"cutoffs=\[\]"),
         ({"cutoffs": (0, 5)}, r"cutoffs=\[0, 5\]"),
-        ({"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_refuses_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> None:
@@ -355,13 +351,13 @@ def test_refuses_counts_of_another_corpus() -> None:
 
 
 def test_refuses_when_nothing_is_left_to_measure() -> None:
-    with pytest.raises(ValueError, match=r"none of 2 queries .*2 were left out"):
+    with pytest.raises(ValueError, match=r"none of 2 queries .*2 were excluded"):
         measure(Scores(np.zeros((2, 12))), make_queries([[100, 101], []], [[100, 101], []]))
 
 
 def test_refuses_ids_of_two_types() -> None:
     queries = make_queries([[100]])
     ids = IDS.astype(str)
-    retriever = PopularityRetriever(CandidateIds(ids), COUNTS)
+    retriever = PopularityRetriever(Ids(ids), COUNTS)
     with pytest.raises(ValueError, match="relevant 100, candidate '100'"):
         evaluate(retriever, queries, candidate_ids=ids, candidate_counts=COUNTS)

@@ -17,10 +17,10 @@ def slow_top_k(scores: Any, k: int, exclude_rows: list[np.ndarray]) -> list[list
         left = [
             row
             for row in range(len(query_scores))
-            if row not in excluded and query_scores[row] > -np.inf
+            if row + 1 not in excluded and query_scores[row] > -np.inf
         ]
         best = sorted(left, key=lambda row: -query_scores[row])[:k]
-        answers.append(best + [-1] * (k - len(best)))
+        answers.append([row + 1 for row in best] + [0] * (k - len(best)))
     return answers
 
 
@@ -32,7 +32,7 @@ def problems(draw: st.DrawFn) -> Problem:
     value = st.sampled_from([-np.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 3.0, np.inf])
     scores = [[draw(value) for _ in range(num_candidates)] for _ in range(num_queries)]
     excluded = [
-        draw(st.lists(st.integers(0, num_candidates - 1), max_size=num_candidates))
+        draw(st.lists(st.integers(0, num_candidates), max_size=num_candidates))
         for _ in range(num_queries)
     ]
     return (
@@ -54,15 +54,15 @@ def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
     assert rows.dtype == np.int32
     assert top_scores.dtype == np.float32
     assert rows.shape == top_scores.shape == (len(scores), k)
-    found = np.take_along_axis(scores, np.maximum(rows, 0), axis=1)
-    np.testing.assert_array_equal(top_scores, np.where(rows >= 0, found, -np.inf))
+    found = np.take_along_axis(scores, np.maximum(rows, 1) - 1, axis=1)
+    np.testing.assert_array_equal(top_scores, np.where(rows > 0, found, -np.inf))
     np.testing.assert_array_equal(scores, before)
 
 
 def test_equals_a_stable_sort_on_many_candidates() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(20, 3000)).round(2)
-    excluded = [rng.choice(3000, size=500) for _ in range(20)]
+    excluded = [1 + rng.choice(3000, size=500) for _ in range(20)]
     rows, _ = top_k_in_blocks(lambda block: scores[block], 20, 3000, 100, excluded)
     assert rows.tolist() == slow_top_k(scores.astype(np.float32), 100, excluded)
 
@@ -83,9 +83,9 @@ def test_refuses_nan_since_it_has_no_place_in_an_order() -> None:
         top_k_in_blocks(lambda _: np.array([[np.nan, 1.0]]), 1, 2, 1)
 
 
-@pytest.mark.parametrize("row", [-1, 2])
+@pytest.mark.parametrize("row", [-1, 3])
 def test_refuses_an_excluded_row_outside_the_corpus(row: int) -> None:
-    with pytest.raises(ValueError, match=r"must lie in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\]"):
         top_k_in_blocks(lambda _: np.zeros((1, 2)), 1, 2, 1, [np.array([row])])
 
 

@@ -145,7 +145,7 @@ def test_tail_recall_agrees_with_the_evaluation_of_any_retriever(
         exclude="clicked",
         cutoffs=(3, 8),
         num_bootstrap=0,
-    )
+    ).first
     tail = measured.slices["tail"]
     assert 0 < tail.num_queries < NUM_QUERIES
     for k in (3, 8):

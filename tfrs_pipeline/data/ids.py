@@ -1,72 +1,107 @@
-"""Raw candidate ids and their row numbers, translated both ways."""
+"""The only map between ids and rows."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 
-class CandidateIds:
-    """The ids of a corpus in its order, which breaks ties; a row is a place in that order, from 0.
+class Ids:
+    """Distinct ids in their order, which breaks ties: row 1 is the first, row n the last.
 
-    There is no row for "unknown" here: -1 stands for it, and for an empty slot.
+    Row 0 is "unknown" and the empty slot, here and everywhere.
 
     Args:
-        ids: [num_candidates] distinct integers or strings. -1 and "" are reserved for empty slots.
+        ids: [n] distinct integers or strings, n of 1 or more. -1 and "" are reserved.
 
     Attributes:
-        ids: [num_candidates] int64, or object holding str.
-        empty_id: -1 or "", by the type of `ids`.
+        values: [n] int64, or object holding str; the id of row r stands at r - 1.
+        empty_id: -1 or "", by the type of `values`: the id of row 0.
 
     Raises:
         ValueError: If an id is reserved, occurs twice, or is neither an integer nor a string, or if
             there are none.
 
     Example:
-        >>> corpus = CandidateIds(["b", "a"])
-        >>> corpus.rows(["a", "zebra"])
-        array([ 1, -1], dtype=int32)
-        >>> corpus.take(np.array([[1, -1]]))
+        >>> items = Ids(["b", "a"])
+        >>> items.rows(["a", "zebra"])
+        array([2, 0], dtype=int32)
+        >>> items.take(np.array([[2, 0]]))
         array([['a', '']], dtype=object)
     """
 
     def __init__(self, ids: Collection[Any] | np.ndarray) -> None:
-        self.ids = as_id_array(ids)
-        if not len(self.ids):
-            raise ValueError("A corpus needs at least one candidate. Received: no candidate ids.")
-        self.empty_id: int | str = -1 if self.ids.dtype == np.int64 else ""
-        self._row_of: dict[Any, int] = {id_: row for row, id_ in enumerate(self.ids.tolist())}
-        if self.empty_id in self._row_of:
-            raise ValueError(
-                f"Candidate id {self.empty_id!r} (row {self._row_of[self.empty_id]}) is reserved "
-                "for empty slots. Give that candidate another id."
-            )
-        if len(self._row_of) < len(self.ids):
-            row = next(i for i, id_ in enumerate(self.ids.tolist()) if self._row_of[id_] != i)
-            raise ValueError(
-                f"{len(self.ids) - len(self._row_of)} candidate ids occur more than once, first "
-                f"{self.ids.tolist()[row]!r}. A corpus lists each candidate once."
-            )
+        values = as_id_array(ids)
+        if not len(values):
+            raise ValueError("Needs at least one id. Received: none.")
+        self.empty_id: int | str = -1 if values.dtype == np.int64 else ""
+        # The id of every row, that of row 0 included.
+        self._by_row = np.concatenate([np.array([self.empty_id], values.dtype), values])
+        self.values = self._by_row[1:]
+        if values.dtype == np.int64:
+            order = np.argsort(values)
+            self._sorted, self._sorted_rows = values[order], (order + 1).astype(np.int32)
+        self._refuse_reserved_and_repeated()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.values)
 
-    def rows(self, ids: Iterable[Any] | np.ndarray) -> np.ndarray:
-        """Looks up the rows of ids, in their order: [num_ids] int32, -1 where unknown."""
-        values = ids.ravel().tolist() if isinstance(ids, np.ndarray) else ids
-        row_of = self._row_of
-        return np.fromiter((row_of.get(id_, -1) for id_ in values), np.int32)
+    def rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
+        """Looks up the rows of ids: [num_values] int32 in their order, 0 where unknown."""
+        values = values.ravel() if isinstance(values, np.ndarray) else list(values)
+        if self.values.dtype == np.int64:
+            array = np.asarray(values)
+            if array.dtype.kind == "i":
+                places = np.minimum(np.searchsorted(self._sorted, array), len(self) - 1)
+                is_known = self._sorted[places] == array
+                return np.where(is_known, self._sorted_rows[places], np.int32(0))
+        # Strings, or values of which some are no ids at all.
+        listed = values.tolist() if isinstance(values, np.ndarray) else values
+        return np.fromiter(map(self._row_of.get, listed, itertools.repeat(0)), np.int32)
 
-    def known_rows(self, ids: Iterable[Any] | np.ndarray) -> np.ndarray:
-        """Looks up ids, leaving out unknown ones and repeats: int32 rows, ascending."""
-        rows = np.unique(self.rows(ids))
-        return rows[rows >= 0]
+    def known_rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
+        """Looks up ids, without unknown ones and repeats: int32 rows, ascending."""
+        rows = np.unique(self.rows(values))
+        return rows[rows > 0]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Looks up the ids of rows of any shape; -1 gives the empty id."""
-        return np.where(rows >= 0, self.ids[rows], np.array(self.empty_id, self.ids.dtype))
+        """Looks up the ids of rows of any shape; row 0 gives `empty_id`.
+
+        Raises:
+            ValueError: If a row is out of range.
+        """
+        rows = np.asarray(rows)
+        if rows.size and not 0 <= rows.min() <= rows.max() <= len(self):
+            raise ValueError(
+                f"Rows must lie in [0, {len(self)}]. Received: {rows.min()} to {rows.max()}."
+            )
+        return self._by_row[rows]
+
+    @cached_property
+    def _row_of(self) -> dict[Any, int]:
+        return dict(zip(self.values.tolist(), range(1, len(self) + 1), strict=True))
+
+    def _refuse_reserved_and_repeated(self) -> None:
+        if np.any(self.values == self.empty_id):
+            raise ValueError(
+                f"Id {self.empty_id!r} is reserved for empty slots. Use another one instead."
+            )
+        if self.values.dtype == np.int64:
+            num_distinct = 1 + int(np.count_nonzero(np.diff(self._sorted)))
+        else:
+            num_distinct = len(self._row_of)
+        if num_distinct < len(self):
+            # A dict keeps the last of equal keys.
+            listed = self.values.tolist()
+            first = next(id_ for row, id_ in enumerate(listed, 1) if self._row_of[id_] != row)
+            raise ValueError(
+                f"{len(self) - num_distinct} ids occur more than once, first {first!r}. Each must "
+                "be listed once."
+            )
 
 
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:

@@ -46,8 +46,8 @@ def auc_per_query(
 
     Args:
         query_embeddings: [num_queries, dim] floats.
-        candidate_embeddings: [num_candidates, dim] floats.
-        positive_rows: Per query, places in `candidate_embeddings`, from 0.
+        candidate_embeddings: [num_candidates, dim] floats; that of row r stands at r - 1.
+        positive_rows: Per query, candidate rows from 1.
         negative_rows: Likewise.
 
     Returns:
@@ -66,27 +66,27 @@ def auc_per_query(
     for i, (positives, negatives) in enumerate(zip(positive_rows, negative_rows, strict=True)):
         if len(positives) and len(negatives):
             rows = np.concatenate([positives, negatives])
-            scores = candidate_embeddings[rows] @ query_embeddings[i]
+            scores = candidate_embeddings[rows - 1] @ query_embeddings[i]
             values[i] = auc(scores[: len(positives)], scores[len(positives) :])
     return values
 
 
 def draw_corpus_rows(
-    num_candidates: int, left_out: Sequence[np.ndarray], num_drawn: int, seed: int
+    num_candidates: int, excluded: Sequence[np.ndarray], num_drawn: int, seed: int
 ) -> list[np.ndarray]:
     """Draws, uniformly, items of the corpus to compare each query's positives with.
 
     Args:
         num_candidates: Size of the corpus.
-        left_out: Per query, rows from 0 that are not to be drawn: positives, exposed items.
+        excluded: Per query, rows from 1 that are not to be drawn: positives, exposed items.
         num_drawn: Distinct rows drawn for all queries; the whole corpus if it holds no more.
         seed: Of the draw.
 
     Returns:
-        Per query, the drawn rows without those left out: int64, ascending.
+        Per query, the drawn rows without the excluded: int64, ascending.
     """
     rng = np.random.default_rng(seed)
-    drawn = np.arange(num_candidates)
+    drawn = np.arange(1, num_candidates + 1)
     if num_drawn < num_candidates:
-        drawn = np.sort(rng.choice(num_candidates, num_drawn, replace=False))
-    return [np.setdiff1d(drawn, rows) for rows in left_out]
+        drawn = np.sort(rng.choice(num_candidates, num_drawn, replace=False)) + 1
+    return [np.setdiff1d(drawn, rows) for rows in excluded]

@@ -10,7 +10,7 @@ import scipy.sparse
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 
@@ -42,8 +42,8 @@ def interaction_matrix(
             "user_ids and item_ids must be columns of one table. "
             f"Received: {len(user_ids)} and {len(item_ids)} rows."
         )
-    corpus = CandidateIds(candidate_ids)
-    columns = corpus.rows(item_ids)
+    corpus = Ids(candidate_ids)
+    columns = corpus.rows(item_ids) - 1
     if np.any(columns < 0):
         unknown = np.asarray(item_ids)[columns < 0].tolist()
         raise ValueError(
@@ -57,10 +57,10 @@ def interaction_matrix(
 class PopularityRetriever:
     """The same candidates to everyone: those with the most training positives."""
 
-    def __init__(self, corpus: CandidateIds, candidate_counts: np.ndarray) -> None:
+    def __init__(self, corpus: Ids, candidate_counts: np.ndarray) -> None:
         self.corpus = corpus
         self.candidate_counts = candidate_counts
-        self._order = np.argsort(-candidate_counts, kind="stable").astype(np.int32)
+        self._order = np.argsort(-candidate_counts, kind="stable").astype(np.int32) + 1
 
     @classmethod
     def fit(
@@ -72,7 +72,7 @@ class PopularityRetriever:
             interactions: [num_users, num_candidates] of 0 and 1; see `interaction_matrix`.
             candidate_ids: [num_candidates], aligned with the columns.
         """
-        corpus = CandidateIds(candidate_ids)
+        corpus = Ids(candidate_ids)
         matrix = _checked_interactions(interactions, corpus)
         return cls(corpus, np.bincount(matrix.indices, minlength=len(corpus)))
 
@@ -86,14 +86,14 @@ class PopularityRetriever:
         if k < 1:
             raise ValueError(f"k must be 1 or more. Received: k={k}.")
         excluded_rows = exclude_rows_of(self.corpus, queries, exclude)
-        rows = np.full((len(queries), k), -1, np.int32)
+        rows = np.zeros((len(queries), k), np.int32)
         for i in range(len(queries)):
             excluded = () if excluded_rows is None else excluded_rows[i]
             # Of the k + |excluded| most popular, at least k are not excluded.
             top = self._order[: k + len(excluded)]
             top = top[~np.isin(top, excluded)][:k]
             rows[i, : len(top)] = top
-        scores = np.where(rows >= 0, self.candidate_counts[rows], -np.inf)
+        scores = np.where(rows > 0, self.candidate_counts[rows - 1], -np.inf)
         return self.corpus.take(rows), scores.astype(np.float32)
 
 
@@ -106,7 +106,7 @@ class EaseRetriever:
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """
 
-    def __init__(self, corpus: CandidateIds, weights: np.ndarray) -> None:
+    def __init__(self, corpus: Ids, weights: np.ndarray) -> None:
         self.corpus = corpus
         self.weights = weights
 
@@ -131,7 +131,7 @@ class EaseRetriever:
         Raises:
             ValueError: If the corpus is too large or an argument is out of range.
         """
-        corpus = CandidateIds(candidate_ids)
+        corpus = Ids(candidate_ids)
         num_candidates = len(corpus)
         if num_candidates > max_candidates:
             raise ValueError(
@@ -167,7 +167,7 @@ class IalsRetriever:
     the solver is the `implicit` library's.
     """
 
-    def __init__(self, corpus: CandidateIds, model: Any) -> None:
+    def __init__(self, corpus: Ids, model: Any) -> None:
         self.corpus = corpus
         self._model = model
 
@@ -204,7 +204,7 @@ class IalsRetriever:
         # here since it takes a second, and popularity and EASE do without it.
         from implicit.cpu.als import AlternatingLeastSquares
 
-        corpus = CandidateIds(candidate_ids)
+        corpus = Ids(candidate_ids)
         matrix = _checked_interactions(interactions, corpus)
         if num_factors < 1 or num_iterations < 1 or regularization < 0 or alpha <= 0:
             raise ValueError(
@@ -263,7 +263,7 @@ def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarra
     return weights
 
 
-def _history_matrix(queries: Sequence[Query], corpus: CandidateIds) -> scipy.sparse.csr_matrix:
+def _history_matrix(queries: Sequence[Query], corpus: Ids) -> scipy.sparse.csr_matrix:
     """Marks the candidates of each history: [num_queries, num_candidates] of 0 and 1."""
     for query in queries:
         if "history" not in query:
@@ -273,7 +273,7 @@ def _history_matrix(queries: Sequence[Query], corpus: CandidateIds) -> scipy.spa
             )
     histories = [corpus.known_rows(query["history"]) for query in queries]
     rows = np.repeat(np.arange(len(queries)), [len(h) for h in histories])
-    columns = np.concatenate([*histories, np.empty(0, np.int32)])
+    columns = np.concatenate([*histories, np.empty(0, np.int32)]) - 1
     return _zero_one_matrix(rows, columns, (len(queries), len(corpus)))
 
 
@@ -287,7 +287,7 @@ def _zero_one_matrix(
 
 
 def _checked_interactions(
-    interactions: scipy.sparse.csr_matrix, corpus: CandidateIds
+    interactions: scipy.sparse.csr_matrix, corpus: Ids
 ) -> scipy.sparse.csr_matrix:
     if not scipy.sparse.issparse(interactions) or interactions.shape[1] != len(corpus):
         raise ValueError(

@@ -1,15 +1,15 @@
-"""Measures a retriever: per query first, then means with intervals, whole and by slice."""
+"""Measures retrievers: per query first, then means with intervals, whole and by slice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import CandidateIds, as_id_array
-from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import (
     QUERY_METRICS,
     average_popularity,
@@ -18,6 +18,7 @@ from tfrs_pipeline.evaluation.metrics import (
     gini,
     recommendation_counts_at_k,
 )
+from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
 from tfrs_pipeline.retrieval import Query, Retriever
 
 if TYPE_CHECKING:
@@ -25,160 +26,76 @@ if TYPE_CHECKING:
 
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 
-
-@dataclass(frozen=True)
-class SliceResult:
-    """What was measured of one part of the candidates; the whole corpus is one such part.
-
-    Attributes:
-        per_query: Metric name, as "ndcg@100", -> [num_queries] float64; NaN where the query has
-            nothing relevant in this part.
-        intervals: The same names -> mean and interval over the queries.
-        set_metrics: "coverage@20", "average_popularity@20", "gini@20": of all lists together.
-        num_candidates: Size of this part.
-        num_queries: Queries that have something relevant in this part.
-        num_relevant: Relevant items in this part, all queries together.
-    """
-
-    per_query: Mapping[str, np.ndarray]
-    intervals: Mapping[str, Interval]
-    set_metrics: Mapping[str, float]
-    num_candidates: int
-    num_queries: int
-    num_relevant: int
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON: a dict of mean, low and high, or one number; no arrays."""
-        return {
-            **{name: interval.as_dict() for name, interval in self.intervals.items()},
-            **{name: None if np.isnan(x) else x for name, x in self.set_metrics.items()},
-            "num_candidates": self.num_candidates,
-            "num_queries": self.num_queries,
-            "num_relevant": self.num_relevant,
-        }
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What `evaluate` measured.
-
-    Attributes:
-        user_ids: [num_queries] users of the measured queries; every per-query array is in this
-            order.
-        overall: Of the whole corpus.
-        slices: Of each part of the candidates.
-        num_skipped: Queries with nothing relevant (left): not measured.
-        num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking: taken out of
-            the relevant.
-        num_relevant_unknown: Relevant items that are not in the corpus: they stay in the
-            denominator and are never found. They belong to no slice.
-    """
-
-    user_ids: np.ndarray
-    overall: SliceResult
-    slices: Mapping[str, SliceResult]
-    num_skipped: int
-    num_relevant_excluded: int
-    num_relevant_unknown: int
-
-    @property
-    def per_query(self) -> Mapping[str, np.ndarray]:
-        """Metric name -> [num_queries] float64, of the whole corpus."""
-        return self.overall.per_query
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
-        return {
-            **self.overall.summary(),
-            "num_skipped": self.num_skipped,
-            "num_relevant_excluded": self.num_relevant_excluded,
-            "num_relevant_unknown": self.num_relevant_unknown,
-            "slices": {name: part.summary() for name, part in self.slices.items()},
-        }
+_QUERIES_PER_CALL = 1024
 
 
 def evaluate(
-    retriever: Retriever,
-    queries: EvaluationQueries,
+    retrievers: Retriever | Mapping[str, Retriever],
+    holdout: EvaluationQueries,
     *,
     candidate_ids: Sequence[Any] | np.ndarray,
     candidate_counts: np.ndarray,
     exclude: Exclude = "clicked",
     cutoffs: Sequence[int] = (20, 100),
-    batch_size: int = 1024,
     num_bootstrap: int = 1000,
     seed: int = 0,
-    slices: Mapping[str, np.ndarray] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> EvaluationResult:
-    """Measures a retriever on what its users went on to click.
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Measures retrievers on what users went on to click.
 
     Relevant items that `exclude` keeps out of the ranking are taken out of the relevant and
     counted; queries with nothing relevant left are skipped and counted. Relevant items without a
-    training count stay in the denominator.
+    training count stay in the denominator. Slices are those of `popularity_slices`; a slice's
+    metrics count only the relevant items of the slice, in the same ranking over the whole corpus.
 
     Args:
-        retriever: Anything that retrieves over these candidates.
-        queries: Histories and relevant items, from `events.split.evaluation_queries`.
-        candidate_ids: [num_candidates] ids of the whole corpus, int or str as in `queries`.
+        retrievers: Anything that retrieves over these candidates, or several of them by name, the
+            one to compare the others with first. One alone is named by its class.
+        holdout: Histories and relevant items.
+        candidate_ids: [num_candidates] ids of the whole corpus, int or str as in `holdout`.
         candidate_counts: [num_candidates] training positives, aligned with `candidate_ids`.
-        exclude: What is left out of a user's ranking: what the user clicked before the cut, what
+        exclude: What is excluded from a user's ranking: what the user clicked before the cut, what
             the user saw before it, or nothing.
         cutoffs: Values of k, 1 or more.
-        batch_size: Queries a call of the retriever.
-        num_bootstrap: Resamples for the intervals; 0 gives none.
+        num_bootstrap: Resamples for the intervals; 0 gives means alone.
         seed: Of the resamples.
-        slices: Name -> [num_candidates] bool, True in the slice; `popularity_slices` of the counts
-            unless given. A slice's metrics count only the relevant items of the slice, in the same
-            ranking over the whole corpus.
-        on_progress: Called after each batch with the queries done and their total.
+        on_progress: Called with the retriever's name, the queries done and their total.
 
     Returns:
-        Per-query values, means with intervals, and counts.
+        Results by name, and the differences from the first; prints as a table.
 
     Raises:
-        ValueError: If an argument is not as described, no query has anything relevant, or the
+        ValueError: If an argument is not as described, no query has anything relevant, or a
             retriever breaks its contract: wrong shape, a candidate twice, an excluded or unknown
             candidate.
     """
-    corpus = CandidateIds(candidate_ids)
+    if not isinstance(retrievers, Mapping):
+        retrievers = {type(retrievers).__name__: retrievers}
+    items = Ids(candidate_ids)
     counts = np.asarray(candidate_counts)
-    if slices is None:
-        slices = popularity_slices(counts)
-    cutoffs = sorted(set(cutoffs))
-    _check_arguments(corpus, counts, slices, cutoffs, batch_size)
+    cutoffs = tuple(sorted(set(cutoffs)))
+    _check_arguments(retrievers, items, counts, cutoffs)
+    truth = _truth(holdout, items, exclude)
+    parts = {"": np.ones(len(items), bool), **popularity_slices(counts)}
 
-    excluded = _excluded_ids(queries, exclude)
-    relevant, num_excluded = _relevant_left(queries.relevant, excluded)
-    measured = np.flatnonzero([len(ids) for ids in relevant])
-    _check_measured(measured, relevant, corpus, num_excluded, exclude)
-    relevant_rows = [corpus.known_rows(relevant[i]) for i in measured]
-    all_queries = queries.as_queries()
-    rows = _retrieve_rows(
-        retriever,
-        [all_queries[i] for i in measured],
-        corpus,
-        cutoffs[-1],
-        None if excluded is None else [excluded[i] for i in measured],
-        batch_size,
-        on_progress,
-    )
+    def measure(name: str, retriever: Retriever) -> EvaluationResult:
+        def report(done: int) -> None:
+            if on_progress is not None:
+                on_progress(name, done, len(truth.queries))
 
-    is_hit = find_hits(rows, relevant_rows)
-    num_relevant = np.array([len(relevant[i]) for i in measured])
-    parts = [_Part(is_hit, num_relevant, np.ones(len(corpus), bool))]
-    for in_slice in slices.values():
-        num_in_slice = np.array([np.count_nonzero(in_slice[r]) for r in relevant_rows])
-        parts.append(_Part(is_hit & in_slice[rows], num_in_slice, in_slice))
-    overall, *of_slices = _measure(rows, parts, counts, cutoffs, num_bootstrap, seed)
-    return EvaluationResult(
-        user_ids=np.asarray(queries.user_ids)[measured],
-        overall=overall,
-        slices=dict(zip(slices, of_slices, strict=True)),
-        num_skipped=len(relevant) - len(measured),
-        num_relevant_excluded=num_excluded,
-        num_relevant_unknown=int(num_relevant.sum()) - sum(len(r) for r in relevant_rows),
-    )
+        rows = _retrieve_rows(retriever, truth, items, cutoffs[-1], report)
+        overall, *slices = _measure(rows, truth, parts, counts, cutoffs, num_bootstrap, seed)
+        return EvaluationResult(
+            user_ids=truth.user_ids,
+            overall=overall,
+            slices=dict(zip(list(parts)[1:], slices, strict=True)),
+            num_skipped=len(holdout) - len(truth.queries),
+            num_relevant_excluded=truth.num_excluded,
+            num_relevant_unknown=int(truth.num_relevant.sum()) - len(truth.relevant[0]),
+        )
+
+    results = {name: measure(name, retriever) for name, retriever in retrievers.items()}
+    return Evaluation(results, cutoffs, num_bootstrap, seed)
 
 
 def popularity_slices(
@@ -222,151 +139,144 @@ def popularity_slices(
     return {name: part == number for number, name in enumerate(("head", "torso", "tail"))}
 
 
-def paired_difference(
-    a: EvaluationResult,
-    b: EvaluationResult,
-    metric: str,
-    *,
-    num_bootstrap: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Computes by how much a is above b, query by query, with a bootstrap interval.
+Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""[num_pairs] number of the query, ascending, and [num_pairs] candidate row."""
 
-    Far narrower than the two intervals apart: what makes a query hard is common to both models.
 
-    Args:
-        a: A result.
-        b: Another retriever's result, on the same queries with the same `exclude`.
-        metric: A per-query metric of both, as "ndcg@100".
-        num_bootstrap: Resamples.
-        seed: Of the resamples.
+@dataclass(frozen=True)
+class _Truth:
+    """The queries that are measured, and what is to be found.
 
-    Returns:
-        Mean and interval of a minus b. An interval that leaves out 0 is a difference.
-
-    Raises:
-        ValueError: If the two were not measured on the same users, or the metric is not in both.
+    queries: [num_queries]; user_ids: [num_queries]; excluded: ids of each query, or None;
+    excluded_pairs, relevant: without candidates outside the corpus; num_relevant: [num_queries],
+    with them; num_excluded: relevant items that were excluded, in all.
     """
-    if not np.array_equal(a.user_ids, b.user_ids):
+
+    queries: list[Query]
+    user_ids: np.ndarray
+    excluded: list[np.ndarray] | None
+    excluded_pairs: Pairs
+    relevant: Pairs
+    num_relevant: np.ndarray
+    num_excluded: int
+
+
+def _truth(holdout: EvaluationQueries, items: Ids, exclude: Exclude) -> _Truth:
+    excluded = _excluded_ids(holdout, exclude)
+    num_queries = len(holdout)
+    lists = [*holdout.relevant, *(excluded or ())]
+    ids = np.concatenate(lists)
+    _check_type(ids, items)
+    rows = items.rows(ids).astype(np.int64)
+    # Ids outside the corpus are told apart by numbers above its rows.
+    is_unknown = rows == 0
+    rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
+    query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
+    stride = rows.max(initial=0) + 1
+    is_relevant = query < num_queries
+    relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
+    excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
+    left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
+
+    num_relevant = np.bincount(left // stride, minlength=num_queries)
+    measured = np.flatnonzero(num_relevant)
+    num_excluded = len(relevant) - len(left)
+    if not len(measured):
         raise ValueError(
-            "The two results must be of the same users: evaluate both on the same queries with the "
-            f"same `exclude`. Received: {len(a.user_ids)} and {len(b.user_ids)} users."
+            f"Nothing to measure: none of {num_queries} queries has a relevant item that "
+            f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded)."
         )
-    for result in (a, b):
-        if metric not in result.per_query:
-            raise ValueError(
-                f"Metric {metric!r} was not measured. Measured: {', '.join(result.per_query)}."
-            )
-    difference = a.per_query[metric] - b.per_query[metric]
-    return bootstrap_intervals(difference[:, None], num_bootstrap=num_bootstrap, seed=seed)[0]
+    place = np.full(num_queries, -1)
+    place[measured] = np.arange(len(measured))
+
+    def pairs(keys: np.ndarray) -> Pairs:
+        queries, rows = place[keys // stride], keys % stride
+        is_kept = (queries >= 0) & (rows <= len(items))
+        return queries[is_kept], rows[is_kept]
+
+    all_queries = holdout.as_queries()
+    return _Truth(
+        queries=[all_queries[i] for i in measured],
+        user_ids=np.asarray(holdout.user_ids)[measured],
+        excluded=None if excluded is None else [excluded[i] for i in measured],
+        excluded_pairs=pairs(excluded_keys),
+        relevant=pairs(left),
+        num_relevant=num_relevant[measured],
+        num_excluded=num_excluded,
+    )
 
 
 def _check_arguments(
-    corpus: CandidateIds,
-    counts: np.ndarray,
-    slices: Mapping[str, np.ndarray],
-    cutoffs: Sequence[int],
-    batch_size: int,
+    retrievers: Mapping[str, Retriever], items: Ids, counts: np.ndarray, cutoffs: Sequence[int]
 ) -> None:
-    shape = (len(corpus),)
-    if counts.shape != shape:
+    if not retrievers:
+        raise ValueError("Needs at least one retriever. Received: none.")
+    if counts.shape != (len(items),):
         raise ValueError(
-            f"candidate_counts must hold one count a candidate, {shape}. "
+            f"candidate_counts must hold one count a candidate, {(len(items),)}. "
             f"Received: `candidate_counts.shape` = {counts.shape}."
         )
-    for name, in_slice in slices.items():
-        if in_slice.shape != shape or in_slice.dtype != bool:
-            raise ValueError(
-                f"Slice {name!r} must be a bool a candidate, {shape}. "
-                f"Received: shape {in_slice.shape}, {in_slice.dtype}."
-            )
-    if not cutoffs or cutoffs[0] < 1 or batch_size < 1:
+    if not cutoffs or cutoffs[0] < 1:
         raise ValueError(
-            "Needs at least one cutoff, and cutoffs and batch_size of 1 or more. "
-            f"Received: cutoffs={list(cutoffs)}, batch_size={batch_size}."
+            f"Needs at least one cutoff, each 1 or more. Received: cutoffs={list(cutoffs)}."
         )
 
 
-def _excluded_ids(queries: EvaluationQueries, exclude: Exclude) -> list[np.ndarray] | None:
+def _check_type(ids: np.ndarray, items: Ids) -> None:
+    if len(ids) and isinstance(ids.tolist()[0], str) != isinstance(items.empty_id, str):
+        raise ValueError(
+            "Relevant ids and candidate ids must be of one type: load both the same way. "
+            f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
+        )
+
+
+def _excluded_ids(holdout: EvaluationQueries, exclude: Exclude) -> list[np.ndarray] | None:
     if exclude == "none":
         return None
     if exclude == "clicked":
-        return queries.clicked
+        return holdout.clicked
     if exclude == "seen":
-        return queries.seen
+        return holdout.seen
     raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {exclude!r}.")
 
 
-def _relevant_left(
-    relevant: Sequence[np.ndarray], excluded: Sequence[np.ndarray] | None
-) -> tuple[list[list[Any]], int]:
-    """Takes the excluded out of the relevant ids; also returns how many that were."""
-    if excluded is None:
-        return [sorted(set(ids.tolist())) for ids in relevant], 0
-    left = []
-    num_excluded = 0
-    for ids, excluded_ids in zip(relevant, excluded, strict=True):
-        wanted = set(ids.tolist())
-        rest = wanted - set(excluded_ids.tolist())
-        num_excluded += len(wanted) - len(rest)
-        left.append(sorted(rest))
-    return left, num_excluded
-
-
-def _check_measured(
-    measured: np.ndarray,
-    relevant: Sequence[list[Any]],
-    corpus: CandidateIds,
-    num_excluded: int,
-    exclude: Exclude,
-) -> None:
-    if not len(measured):
-        raise ValueError(
-            f"Nothing to measure: none of {len(relevant)} queries has a relevant item that "
-            f"exclude={exclude!r} leaves in the ranking ({num_excluded} were left out)."
-        )
-    ids = relevant[measured[0]]
-    if as_id_array(ids).dtype != corpus.ids.dtype:
-        raise ValueError(
-            "Relevant ids and candidate ids must be of one type: load both the same way. "
-            f"Received: relevant {ids[0]!r}, candidate {corpus.ids[0]!r}."
-        )
-
-
 def _retrieve_rows(
-    retriever: Retriever,
-    queries: Sequence[Query],
-    corpus: CandidateIds,
-    k: int,
-    excluded: Sequence[np.ndarray] | None,
-    batch_size: int,
-    on_progress: Callable[[int, int], None] | None,
+    retriever: Retriever, truth: _Truth, items: Ids, k: int, report: Callable[[int], None]
 ) -> np.ndarray:
     """Retrieves for all queries, holding the retriever to its contract: [num_queries, k] rows."""
-    rows = np.empty((len(queries), k), np.int32)
-    for start in range(0, len(queries), batch_size):
-        batch = slice(start, min(start + batch_size, len(queries)))
-        batch_excluded = None if excluded is None else excluded[batch]
-        ids, scores = retriever.retrieve(queries[batch], k, batch_excluded)
+    num_queries = len(truth.queries)
+    rows = np.empty((num_queries, k), np.int32)
+    excluded_queries, excluded_rows = truth.excluded_pairs
+    for start in range(0, num_queries, _QUERIES_PER_CALL):
+        batch = slice(start, min(start + _QUERIES_PER_CALL, num_queries))
+        ids, scores = retriever.retrieve(
+            truth.queries[batch], k, None if truth.excluded is None else truth.excluded[batch]
+        )
         shape = (batch.stop - batch.start, k)
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, f"must return ids and scores of {shape}", ids, scores)
-        rows[batch] = corpus.rows(ids).reshape(shape)
-        if np.any((rows[batch] < 0) & (ids != corpus.empty_id)):
-            raise _broken(retriever, "returned ids that are not candidates", ids, scores)
-        # A NaN compares as False, so it fails here too.
-        if not np.all(scores[:, 1:] <= scores[:, :-1]):
-            raise _broken(retriever, "must return the best first, no NaN", ids, scores)
-        in_order = np.sort(rows[batch], axis=1)
-        if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)):
-            raise _broken(retriever, "returned a candidate twice for a query", ids, scores)
-        if batch_excluded is not None:
-            excluded_rows = [corpus.known_rows(ids_) for ids_ in batch_excluded]
-            if find_hits(rows[batch], excluded_rows).any():
-                raise _broken(retriever, "returned excluded candidates", ids, scores)
-        if on_progress is not None:
-            on_progress(batch.stop, len(queries))
+        rows[batch] = items.rows(ids).reshape(shape)
+        mine = slice(*np.searchsorted(excluded_queries, [batch.start, batch.stop]))
+        is_excluded = find_hits(rows[batch], excluded_queries[mine] - start, excluded_rows[mine])
+        for fault in _faults(rows[batch], ids, scores, items, is_excluded):
+            raise _broken(retriever, fault, ids, scores)
+        report(batch.stop)
     return rows
+
+
+def _faults(
+    rows: np.ndarray, ids: np.ndarray, scores: np.ndarray, items: Ids, is_excluded: np.ndarray
+) -> Iterator[str]:
+    if np.any((rows == 0) & (ids != items.empty_id)):
+        yield "returned ids that are not candidates"
+    # A NaN compares as False, so it fails here too.
+    if not np.all(scores[:, 1:] <= scores[:, :-1]):
+        yield "must return the best first, no NaN"
+    in_order = np.sort(rows, axis=1)
+    if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)):
+        yield "returned a candidate twice for a query"
+    if is_excluded.any():
+        yield "returned excluded candidates"
 
 
 def _broken(retriever: Retriever, what: str, ids: np.ndarray, scores: np.ndarray) -> ValueError:
@@ -377,47 +287,46 @@ def _broken(retriever: Retriever, what: str, ids: np.ndarray, scores: np.ndarray
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What is measured of a part of the candidates.
-
-    is_hit: [num_queries, k] bool; num_relevant: [num_queries]; in_part: [num_candidates] bool.
-    """
-
-    is_hit: np.ndarray
-    num_relevant: np.ndarray
-    in_part: np.ndarray
-
-
 def _measure(
     rows: np.ndarray,
-    parts: Sequence[_Part],
+    truth: _Truth,
+    parts: Mapping[str, np.ndarray],
     counts: np.ndarray,
     cutoffs: Sequence[int],
     num_bootstrap: int,
     seed: int,
 ) -> list[SliceResult]:
-    """Measures each part of the candidates in the ranking `rows`, [num_queries, k]."""
-    per_query = [
-        {
-            f"{name}@{k}": metric(part.is_hit, part.num_relevant, k)
-            for name, metric in QUERY_METRICS.items()
-            for k in cutoffs
-        }
-        for part in parts
-    ]
+    """Measures each part of the candidates, [num_candidates] bool, in the ranking `rows`."""
+    relevant_queries, relevant_rows = truth.relevant
+    is_hit = find_hits(rows, *truth.relevant)
+    per_query, num_relevant = [], []
+    for name, in_part in parts.items():
+        of_part = relevant_queries[in_part[relevant_rows - 1]]
+        num_in_part = np.bincount(of_part, minlength=len(rows))
+        # The whole corpus has the relevant items that it does not hold in its denominator.
+        num_relevant.append(num_in_part if name else truth.num_relevant)
+        hits = is_hit & in_part[rows - 1]
+        per_query.append(
+            {
+                f"{metric}@{k}": compute(hits, num_relevant[-1], k)
+                for metric, compute in QUERY_METRICS.items()
+                for k in cutoffs
+            }
+        )
     columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
     intervals = iter(bootstrap_intervals(columns, num_bootstrap=num_bootstrap, seed=seed))
     return [
         SliceResult(
             per_query=values,
             intervals={name: next(intervals) for name in values},
-            set_metrics=_set_metrics(rows, part.in_part, counts, cutoffs),
-            num_candidates=int(part.in_part.sum()),
-            num_queries=int(np.count_nonzero(part.num_relevant)),
-            num_relevant=int(part.num_relevant.sum()),
+            set_metrics=_set_metrics(rows, in_part, counts, cutoffs),
+            num_candidates=int(in_part.sum()),
+            num_queries=int(np.count_nonzero(num_in_part)),
+            num_relevant=int(num_in_part.sum()),
         )
-        for part, values in zip(parts, per_query, strict=True)
+        for values, in_part, num_in_part in zip(
+            per_query, parts.values(), num_relevant, strict=True
+        )
     ]
 
 

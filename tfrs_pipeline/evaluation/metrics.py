@@ -7,47 +7,52 @@ part of the relevant items (a popularity slice), clear the other hits and count 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
-def find_hits(retrieved_rows: np.ndarray, relevant_rows: Sequence[np.ndarray]) -> np.ndarray:
+def find_hits(
+    retrieved_rows: np.ndarray, relevant_queries: np.ndarray, relevant_rows: np.ndarray
+) -> np.ndarray:
     """Marks the retrieved candidates that are relevant to their query.
 
     Args:
-        retrieved_rows: [num_queries, max_k] candidate rows, best first; -1 is an empty slot and
-            never a hit.
-        relevant_rows: `num_queries` arrays of distinct candidate rows, 0 or more.
+        retrieved_rows: [num_queries, max_k] candidate rows from 1, best first; 0 is an empty slot
+            and never a hit.
+        relevant_queries: [num_pairs] numbers of queries, from 0.
+        relevant_rows: [num_pairs] the candidate, from 1, that is relevant to the query.
 
     Returns:
         [num_queries, max_k] bool, True where a hit stands.
 
     Raises:
-        ValueError: If the two differ in length, or a relevant row is negative.
+        ValueError: If `retrieved_rows` is no matrix, or a pair is out of range.
 
     Example:
-        >>> find_hits(np.array([[7, 3, -1]]), [np.array([3, 9])])
+        >>> find_hits(np.array([[7, 3, 0]]), np.array([0, 0]), np.array([3, 9]))
         array([[False,  True, False]])
     """
-    if retrieved_rows.ndim != 2 or len(retrieved_rows) != len(relevant_rows):
+    if retrieved_rows.ndim != 2:
         raise ValueError(
-            "retrieved_rows must be [num_queries, max_k], with one array of relevant rows a query. "
-            f"Received: `retrieved_rows.shape` = {retrieved_rows.shape}, {len(relevant_rows)} "
-            "arrays."
+            "retrieved_rows must be [num_queries, max_k]. "
+            f"Received: `retrieved_rows.shape` = {retrieved_rows.shape}."
         )
-    num_relevant = [len(rows) for rows in relevant_rows]
-    if not any(num_relevant) or not retrieved_rows.size:
+    if not len(relevant_rows) or not retrieved_rows.size:
         return np.zeros(retrieved_rows.shape, bool)
-    relevant = np.concatenate(relevant_rows)
-    if relevant.min() < 0:
-        raise ValueError(f"Relevant rows must be 0 or more. Received: {relevant.min()}.")
+    num_queries = len(retrieved_rows)
+    if relevant_rows.min() < 1 or not 0 <= relevant_queries.min() <= relevant_queries.max() < (
+        num_queries
+    ):
+        raise ValueError(
+            f"Relevant rows must be 1 or more, of queries in [0, {num_queries}). Received: rows "
+            f"from {relevant_rows.min()}, queries {relevant_queries.min()} to "
+            f"{relevant_queries.max()}."
+        )
     # One number for a (query, row) pair, so that one sorted search answers all queries.
-    stride = np.int64(max(relevant.max(), retrieved_rows.max())) + 1
-    wanted = np.sort(np.repeat(np.arange(len(relevant_rows)), num_relevant) * stride + relevant)
-    pairs = np.arange(len(retrieved_rows))[:, None] * stride + retrieved_rows
+    stride = np.int64(max(relevant_rows.max(), retrieved_rows.max())) + 1
+    wanted = np.sort(relevant_queries * stride + relevant_rows)
+    pairs = np.arange(num_queries)[:, None] * stride + retrieved_rows
     places = np.minimum(np.searchsorted(wanted, pairs), len(wanted) - 1)
-    return (wanted[places] == pairs) & (retrieved_rows >= 0)
+    return wanted[places] == pairs
 
 
 def recall_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
@@ -162,12 +167,12 @@ def recommendation_counts_at_k(
     """Counts how often each candidate stands in a top k.
 
     Args:
-        retrieved_rows: [num_queries, max_k] candidate rows, best first; -1 is an empty slot.
+        retrieved_rows: [num_queries, max_k] candidate rows from 1, best first; 0 is an empty slot.
         num_candidates: How many candidates the corpus has.
         k: Cutoff, 1 <= k <= max_k.
 
     Returns:
-        [num_candidates] int64.
+        [num_candidates] int64; row r is counted at r - 1.
 
     Raises:
         ValueError: If k or a row is out of range.
@@ -175,9 +180,9 @@ def recommendation_counts_at_k(
     if not 1 <= k <= retrieved_rows.shape[1]:
         raise ValueError(f"k must lie in [1, max_k = {retrieved_rows.shape[1]}]. Received: k={k}.")
     rows = retrieved_rows[:, :k].ravel()
-    if len(rows) and rows.max() >= num_candidates:
-        raise ValueError(f"Rows must be below {num_candidates=}. Received: {rows.max()}.")
-    return np.bincount(rows[rows >= 0], minlength=num_candidates)
+    if len(rows) and rows.max() > num_candidates:
+        raise ValueError(f"Rows must be at most {num_candidates=}. Received: {rows.max()}.")
+    return np.bincount(rows, minlength=num_candidates + 1)[1:]
 
 
 def coverage(recommendation_counts: np.ndarray) -> float:

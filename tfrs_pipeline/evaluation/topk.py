@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.retrieval import Query
 
 # Scores held at a time: 64 MB as float32.
@@ -29,16 +29,17 @@ def top_k_in_blocks(
 
     Args:
         score_block: Given a slice of the queries, returns their scores, [len(slice),
-            num_candidates]. -inf keeps a candidate out of the result.
+            num_candidates]; column c is the candidate of row c + 1. -inf keeps a candidate out of
+            the result.
         num_queries: How many queries.
         num_candidates: How many candidates.
         k: How many to find for each query, 1 or more; may exceed `num_candidates`.
-        exclude_rows: One array of candidate rows a query, never to be returned for it. Repeats are
-            harmless. None excludes nothing.
+        exclude_rows: One array of candidate rows a query, never to be returned for it. Repeats and
+            row 0 are harmless. None excludes nothing.
         block_size: Queries scored at a time; by default so many that a block takes 64 MB.
 
     Returns:
-        rows: [num_queries, k] int32, best first, -1 in empty slots.
+        rows: [num_queries, k] int32 from 1, best first, 0 in empty slots.
         scores: [num_queries, k] float32, -inf in empty slots.
 
     Raises:
@@ -49,7 +50,7 @@ def top_k_in_blocks(
         >>> scores = np.array([[0.5, 2.0, 2.0, 1.0]])
         >>> rows, _ = top_k_in_blocks(lambda block: scores[block], 1, 4, k=2)
         >>> rows
-        array([[1, 2]], dtype=int32)
+        array([[2, 3]], dtype=int32)
     """
     if block_size is None:
         block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
@@ -59,18 +60,16 @@ def top_k_in_blocks(
         )
     if exclude_rows is not None:
         check_one_each("exclude_rows", exclude_rows, num_queries)
-    rows = np.full((num_queries, k), -1, np.int32)
+    rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
+    num_found = min(k, num_candidates)
     for start in range(0, num_queries, block_size):
         block = slice(start, min(start + block_size, num_queries))
         shape = (block.stop - block.start, num_candidates)
         block_scores = _checked_scores(score_block(block), shape)
-        for i, query_scores in enumerate(block_scores, start):
-            if exclude_rows is not None:
-                _exclude(query_scores, exclude_rows[i])
-            top = _top_k(query_scores, k)
-            rows[i, : len(top)] = top
-            scores[i, : len(top)] = query_scores[top]
+        if exclude_rows is not None:
+            _exclude(block_scores, exclude_rows[block])
+        rows[block, :num_found], scores[block, :num_found] = _top_k(block_scores, num_found)
     return rows, scores
 
 
@@ -109,32 +108,40 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return scores
 
 
-def _exclude(query_scores: np.ndarray, rows: np.ndarray) -> None:
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(query_scores):
+def _exclude(scores: np.ndarray, exclude_rows: Sequence[np.ndarray]) -> None:
+    """Sets the scores of excluded rows to -inf, in place."""
+    rows = np.concatenate(exclude_rows)
+    if not len(rows):
+        return
+    if not 0 <= rows.min() <= rows.max() <= scores.shape[1]:
         raise ValueError(
-            f"Excluded rows must lie in [0, {len(query_scores)}): leave unknown candidates out. "
+            f"Excluded rows must lie in [0, {scores.shape[1]}], 0 standing for unknown candidates. "
             f"Received: {rows.min()} to {rows.max()}."
         )
-    query_scores[rows] = -np.inf
+    queries = np.repeat(np.arange(len(scores)), [len(of_query) for of_query in exclude_rows])
+    scores[queries[rows > 0], rows[rows > 0] - 1] = -np.inf
 
 
-def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Finds the rows of the k best of [num_candidates] scores; fewer where -inf takes the rest."""
-    if k < len(scores):
-        threshold = np.partition(scores, -k)[-k]
-        above = np.flatnonzero(scores > threshold)
-        ties = np.flatnonzero(scores == threshold)[: k - len(above)]
-        rows = np.concatenate([above, ties])
-    else:
-        rows = np.arange(len(scores))
-    rows = rows[scores[rows] > -np.inf]
-    # Equal scores stand in row order within `rows`, and a stable sort leaves them so.
-    return rows[np.argsort(-scores[rows], kind="stable")]
+def _top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k best of [num_queries, num_candidates] scores, k at most num_candidates."""
+    threshold = np.partition(scores, -k, axis=1)[:, [-k]]
+    is_above = scores > threshold
+    is_tie = scores == threshold
+    # Of those at the threshold, the first in row order fill what is left.
+    num_ties = k - is_above.sum(axis=1, keepdims=True, dtype=np.int32)
+    is_found = is_above | (is_tie & (np.cumsum(is_tie, axis=1, dtype=np.int32) <= num_ties))
+    places = np.nonzero(is_found)[1].reshape(-1, k)
+    found = np.take_along_axis(scores, places, axis=1)
+    # Equal scores stand in row order within `places`, and a stable sort leaves them so.
+    order = np.argsort(-found, axis=1, kind="stable")
+    rows = np.take_along_axis(places, order, axis=1) + 1
+    found = np.take_along_axis(found, order, axis=1)
+    return np.where(found > -np.inf, rows, 0), found
 
 
 def retrieve_by_scores(
     score_queries: Callable[[Sequence[Query]], np.ndarray],
-    corpus: CandidateIds,
+    corpus: Ids,
     queries: Sequence[Query],
     k: int,
     exclude: Sequence[Collection[Any]] | None = None,
@@ -159,7 +166,7 @@ def retrieve_by_scores(
 
 
 def exclude_rows_of(
-    corpus: CandidateIds,
+    corpus: Ids,
     queries: Sequence[Query],
     exclude: Sequence[Collection[Any]] | None,
 ) -> list[np.ndarray] | None:
@@ -198,7 +205,7 @@ class ExactRetriever:
         candidate_embeddings: np.ndarray,
         query_fn: Callable[[Sequence[Query]], np.ndarray],
     ) -> None:
-        self.corpus = CandidateIds(candidate_ids)
+        self.corpus = Ids(candidate_ids)
         self.candidate_embeddings = np.asarray(candidate_embeddings, np.float32)
         self.query_fn = query_fn
         if self.candidate_embeddings.ndim != 2 or len(self.candidate_embeddings) != len(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.retrieval import Query
@@ -48,8 +48,8 @@ class QueryEncoder:
         self, model: TwoTowerModel, query_ids: np.ndarray, candidate_ids: np.ndarray
     ) -> None:
         self._model = model
-        self._queries = CandidateIds(query_ids)
-        self._corpus = CandidateIds(candidate_ids)
+        self._queries = Ids(query_ids)
+        self._corpus = Ids(candidate_ids)
         length = model.history_length
 
         @tf.function(
@@ -74,14 +74,11 @@ class QueryEncoder:
             query_rows [n] int32 and history_rows [n, N] int32.
         """
         length = self._model.history_length
-        users = self._queries.rows([query.get("user_id") for query in queries]) + 1
+        users = self._queries.rows([query.get("user_id") for query in queries])
         histories = [
-            history_rows(self._corpus.rows(list(query.get("history", ()))) + 1, length)
-            for query in queries
+            history_rows(self._corpus.rows(query.get("history", ())), length) for query in queries
         ]
-        return users.astype(np.int32), np.stack(histories) if histories else np.zeros(
-            (0, length), np.int32
-        )
+        return users, np.stack(histories) if histories else np.zeros((0, length), np.int32)
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries: [n, embedding_dim] float32."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import CandidateIds
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, top_k_in_blocks
 from tfrs_pipeline.retrieval import Query
 
@@ -241,7 +241,7 @@ class IndexRetriever:
         candidate_ids: Collection[Any] | np.ndarray,
         query_fn: Callable[[Sequence[Query]], np.ndarray],
     ) -> None:
-        self.corpus = CandidateIds(candidate_ids)
+        self.corpus = Ids(candidate_ids)
         self._exact = exact
         self._query_fn = query_fn
         self._search = tf.function(
@@ -261,25 +261,26 @@ class IndexRetriever:
         excluded = exclude_rows_of(self.corpus, queries, exclude)
         if excluded is None:
             excluded = [np.zeros(0, np.int32)] * len(queries)
-        rows = np.full((len(queries), k), -1, np.int32)
+        rows = np.zeros((len(queries), k), np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         if not len(queries):
             return self.corpus.take(rows), scores
         embeddings = self._query_fn(queries)
         depth = min(k + max(map(len, excluded)), len(self.corpus))
-        found, found_scores = (x.numpy() for x in self._search(embeddings, depth))
+        places, found_scores = (x.numpy() for x in self._search(embeddings, depth))
+        found = places + 1
         if exclude is None and np.isfinite(found_scores).all():
             rows[:, :depth], scores[:, :depth] = found, found_scores
             return self.corpus.take(rows), scores
         short = []
         for i, left_out in enumerate(excluded):
             is_good = (found_scores[i] > -np.inf) & ~np.isin(found[i], left_out)
-            places = np.flatnonzero(is_good)[:k]
-            if len(places) < min(k, len(self.corpus) - len(left_out)):
+            slots = np.flatnonzero(is_good)[:k]
+            if len(slots) < min(k, len(self.corpus) - len(left_out)):
                 short.append(i)
                 continue
-            rows[i, : len(places)] = found[i][places]
-            scores[i, : len(places)] = found_scores[i][places]
+            rows[i, : len(slots)] = found[i][slots]
+            scores[i, : len(slots)] = found_scores[i][slots]
         if short:
             rows[short], scores[short] = top_k_in_blocks(
                 lambda block: self._exact.scores(embeddings[short][block]).numpy(),

@@ -1,0 +1,151 @@
+"""What `evaluate` measured: a result per retriever, and several of them compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
+from tfrs_pipeline.evaluation.table import format_cells
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """What was measured of one part of the candidates; the whole corpus is one such part.
+
+    Attributes:
+        per_query: Metric name, as "ndcg@100", -> [num_queries] float64; NaN where the query has
+            nothing relevant in this part.
+        intervals: The same names -> mean and interval over the queries.
+        set_metrics: "coverage@20", "average_popularity@20", "gini@20": of all lists together.
+        num_candidates: Size of this part.
+        num_queries: Queries that have something relevant in this part.
+        num_relevant: Relevant items in this part, all queries together.
+    """
+
+    per_query: Mapping[str, np.ndarray]
+    intervals: Mapping[str, Interval]
+    set_metrics: Mapping[str, float]
+    num_candidates: int
+    num_queries: int
+    num_relevant: int
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers for JSON: a dict of mean, low and high, or one number; no arrays."""
+        return {
+            **{name: interval.as_dict() for name, interval in self.intervals.items()},
+            **{name: None if np.isnan(x) else x for name, x in self.set_metrics.items()},
+            "num_candidates": self.num_candidates,
+            "num_queries": self.num_queries,
+            "num_relevant": self.num_relevant,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` measured.
+
+    Attributes:
+        user_ids: [num_queries] users of the measured queries; every per-query array is in this
+            order.
+        overall: Of the whole corpus.
+        slices: Of each part of the candidates.
+        num_skipped: Queries with nothing relevant (left): not measured.
+        num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking: taken out of
+            the relevant.
+        num_relevant_unknown: Relevant items that are not in the corpus: they stay in the
+            denominator and are never found. They belong to no slice.
+    """
+
+    user_ids: np.ndarray
+    overall: SliceResult
+    slices: Mapping[str, SliceResult]
+    num_skipped: int
+    num_relevant_excluded: int
+    num_relevant_unknown: int
+
+    @property
+    def per_query(self) -> Mapping[str, np.ndarray]:
+        """Metric name -> [num_queries] float64, of the whole corpus."""
+        return self.overall.per_query
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
+        return {
+            **self.overall.summary(),
+            "num_skipped": self.num_skipped,
+            "num_relevant_excluded": self.num_relevant_excluded,
+            "num_relevant_unknown": self.num_relevant_unknown,
+            "slices": {name: part.summary() for name, part in self.slices.items()},
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """Retrievers measured on the same queries; prints as a table of them.
+
+    Attributes:
+        results: Name -> what was measured, in the order of the table.
+        cutoffs: Values of k, ascending.
+        num_bootstrap: Resamples for the intervals of the differences.
+        seed: Of the resamples.
+    """
+
+    results: Mapping[str, EvaluationResult]
+    cutoffs: tuple[int, ...]
+    num_bootstrap: int
+    seed: int
+
+    @property
+    def first(self) -> EvaluationResult:
+        """The result that the others are compared with, or the only one."""
+        return next(iter(self.results.values()))
+
+    @cached_property
+    def differences(self) -> Mapping[str, Mapping[str, Interval]]:
+        """Name of another -> metric -> by how much it is above the first, query by query.
+
+        A mean with a bootstrap interval, far narrower than the two intervals apart: what makes a
+        query hard is common to both. An interval without 0 in it is a difference.
+        """
+        reference, *others = self.results
+        keys = [(name, metric) for name in others for metric in self.first.per_query]
+        if not keys:
+            return {}
+        values = {name: result.per_query for name, result in self.results.items()}
+        # All in one draw of queries: a bootstrap for each would take most of an evaluation.
+        intervals = bootstrap_intervals(
+            np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1),
+            num_bootstrap=self.num_bootstrap,
+            seed=self.seed,
+        )
+        found: dict[str, dict[str, Interval]] = {name: {} for name in others}
+        for (name, metric), interval in zip(keys, intervals, strict=True):
+            found[name][metric] = interval
+        return found
+
+    def __repr__(self) -> str:
+        shortest, longest = self.cutoffs[0], self.cutoffs[-1]
+        columns = list(dict.fromkeys([f"recall@{shortest}", f"recall@{longest}"]))
+        has_others = len(self.results) > 1
+        main = f"ndcg@{longest}"
+        header = ["", main, *(["difference"] if has_others else []), *columns]
+        lines = [[*header, f"tail recall@{longest}", f"coverage@{shortest}"]]
+        for name, result in self.results.items():
+            intervals = result.overall.intervals
+            cells = [name, f"{intervals[main]:.4f}"]
+            if has_others:
+                of_other = self.differences.get(name)
+                cells.append(f"{of_other[main]:+.4f}" if of_other else "")
+            tail = result.slices["tail"].intervals[f"recall@{longest}"]
+            cells += [f"{intervals[metric].mean:.4f}" for metric in columns]
+            cells += [
+                f"{tail.mean:.4f}",
+                f"{result.overall.set_metrics[f'coverage@{shortest}']:.4f}",
+            ]
+            lines.append(cells)
+        return format_cells(lines)
