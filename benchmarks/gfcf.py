@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation.baselines import Interactions, history_matrix
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 
@@ -24,21 +24,19 @@ class GfcfRetriever:
     V its first right singular vectors, D the degrees of the items.
 
     Args:
-        interactions: [num_users, num_candidates] of 0 and 1.
-        candidate_ids: [num_candidates], aligned with the columns.
+        train: What users clicked before the test.
         alpha: Weight of the ideal low-pass filter.
         num_factors: Singular vectors.
     """
 
     def __init__(
         self,
-        interactions: scipy.sparse.csr_matrix,
-        candidate_ids: np.ndarray,
+        train: Interactions,
         *,
         alpha: float = 0.3,
         num_factors: int = 256,
     ) -> None:
-        self.corpus = Ids(candidate_ids)
+        self.items, interactions = train.items, train.matrix
         degrees = np.asarray(interactions.sum(axis=0)).ravel().astype(np.float64)
         user_scale = 1 / np.sqrt(np.maximum(np.asarray(interactions.sum(axis=1)).ravel(), 1))
         self._item_scale = 1 / np.sqrt(np.maximum(degrees, 1))
@@ -58,16 +56,10 @@ class GfcfRetriever:
         exclude: Sequence[Collection[Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves by history; see `Retriever.retrieve`."""
-        return retrieve_by_scores(self._scores, self.corpus, queries, k, exclude)
+        return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
-        rows = [self.corpus.known_rows(query["history"]) for query in queries]
-        columns = np.concatenate(rows) - 1
-        offsets = np.cumsum([0, *map(len, rows)])
-        shape = (len(queries), len(self.corpus))
-        history = scipy.sparse.csr_matrix(
-            (np.ones(len(columns), np.float32), columns, offsets), shape
-        )
+        history = history_matrix(queries, self.items)
         smooth = (
             history @ (self._vectors * self._item_scale.astype(np.float32)).T
         ) @ self._weighted

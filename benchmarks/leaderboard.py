@@ -48,9 +48,10 @@ from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
 from record import command, machine, write_json
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
-from tfrs_pipeline.evaluation.baselines import interaction_matrix
+from tfrs_pipeline.evaluation.baselines import Interactions
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.retrieval import Retriever
@@ -300,12 +301,9 @@ def fit_gfcf(
     """Fits GF-CF with the settings that its published numbers have on Gowalla."""
     del task, config, folder, max_seconds
     corpus, samples = fold.corpus, fold.final
-    matrix = interaction_matrix(
-        corpus.query_ids[samples.query_rows - 1],
-        corpus.candidate_ids[samples.candidate_rows - 1],
-        corpus.candidate_ids,
-    )
-    return Fit(GfcfRetriever(matrix, corpus.candidate_ids), {"alpha": 0.3, "num_factors": 256})
+    items = Ids(corpus.candidate_ids)
+    train = Interactions.from_rows(items, samples.query_rows, samples.candidate_rows)
+    return Fit(GfcfRetriever(train), {"alpha": 0.3, "num_factors": 256})
 
 
 def fit_tutorial(

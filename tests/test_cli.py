@@ -675,7 +675,7 @@ def test_a_verdict_follows_the_interval() -> None:
         )
     )
     assert lines == [
-        "two_tower against ease: ndcg@9 +0.0200 [+0.0100, +0.0300], better; "
+        "ease compared with two_tower: ndcg@9 +0.0200 [+0.0100, +0.0300], better; "
         "recall@3 -0.2000 [-0.3000, -0.1000], worse",
-        "two_tower against ials: ndcg@9 +0.0000 [-0.1000, +0.1000], no clear difference",
+        "ials compared with two_tower: ndcg@9 +0.0000 [-0.1000, +0.1000], no clear difference",
     ]

@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
-import scipy.sparse
 import tensorflow as tf
 
 from tests.serving.running_server import address_of
-from tfrs_pipeline.evaluation.baselines import EaseRetriever, IalsRetriever, PopularityRetriever
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
@@ -41,18 +41,22 @@ TWIN_ROWS, TWINS_OF = [4, 23, 14, 20], [10, 5, 6, 6]
 class Problem:
     """Two communities of users: one clicks even candidates only, the other odd ones.
 
-    interactions: [NUM_USERS, NUM_CANDIDATES] of 0 and 1; candidate_ids: [NUM_CANDIDATES];
-    folder: for exports.
+    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; folder: for exports.
     """
 
-    interactions: scipy.sparse.csr_matrix
+    clicks: np.ndarray
     candidate_ids: np.ndarray
     folder: Path
 
     @functools.cached_property
+    def interactions(self) -> Interactions:
+        users, columns = np.nonzero(self.clicks)
+        return Interactions.from_rows(Ids(self.candidate_ids), users, columns + 1)
+
+    @functools.cached_property
     def trained_model(self) -> TwoTowerModel:
-        clicks = [row.indices + 1 for row in self.interactions]
-        lists = RowLists.from_lists([np.zeros(0, int), *map(np.sort, clicks)])
+        clicks = [np.flatnonzero(row) + 1 for row in self.clicks]
+        lists = RowLists.from_lists([np.zeros(0, int), *clicks])
         query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
         samples = Samples(
             query_rows=query_rows,
@@ -131,33 +135,25 @@ def exact(problem: Problem) -> Retriever:
     """Dot products of one-hot communities, so that scores are whole and ties many."""
     community = np.arange(NUM_CANDIDATES) % 2
     embeddings = np.eye(2)[community] * (1 + np.arange(NUM_CANDIDATES) // 8)[:, None]
-    row_of = {id_: row for row, id_ in enumerate(problem.candidate_ids)}
+    items = problem.interactions.items
 
     def query_fn(queries: Sequence[Query]) -> np.ndarray:
-        return np.array(
-            [
-                np.eye(2)[[community[row_of[i]] for i in q.get("history", ()) if i in row_of]].sum(
-                    axis=0
-                )
-                for q in queries
-            ]
-        )
+        rows = [items.known_rows(query.get("history", ())) for query in queries]
+        return np.array([np.eye(2)[community[of_query - 1]].sum(axis=0) for of_query in rows])
 
     return ExactRetriever(problem.candidate_ids, embeddings, query_fn)
 
 
 def popularity(problem: Problem) -> Retriever:
-    return PopularityRetriever.fit(problem.interactions, problem.candidate_ids)
+    return MostPopular().fit(problem.interactions)
 
 
 def ease(problem: Problem) -> Retriever:
-    return EaseRetriever.fit(problem.interactions, problem.candidate_ids, l2=10.0)
+    return Ease(l2=10.0).fit(problem.interactions)
 
 
 def ials(problem: Problem) -> Retriever:
-    return IalsRetriever.fit(
-        problem.interactions, problem.candidate_ids, num_factors=2, regularization=1.0, alpha=5.0
-    )
+    return Ials(2, regularization=1.0, alpha=5.0).fit(problem.interactions)
 
 
 def two_tower(problem: Problem) -> Retriever:
@@ -223,12 +219,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
     user_community = np.arange(NUM_USERS) % 2
     clicks = rng.random((NUM_USERS, NUM_CANDIDATES)) < 0.3
     clicks &= np.arange(NUM_CANDIDATES) % 2 == user_community[:, None]
-    interactions = scipy.sparse.csr_matrix(clicks.astype(np.float32))
     numbers = np.random.default_rng(1).permutation(1000)[:NUM_CANDIDATES] + 1
     ids = {"int": numbers, "str": np.array([f"i{n}" for n in numbers], object)}
-    return {
-        kind: Problem(interactions, ids[kind], tmp_path_factory.mktemp("exports")) for kind in ids
-    }
+    return {kind: Problem(clicks, ids[kind], tmp_path_factory.mktemp("exports")) for kind in ids}
 
 
 @pytest.fixture(scope="module", params=["int", "str"])
@@ -291,10 +284,10 @@ def test_every_candidate_comes_once(
 def test_ties_are_broken_by_corpus_order(
     factory: Factory, retriever: Retriever, ids: np.ndarray, queries: list[Query]
 ) -> None:
-    row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
+    corpus = Ids(ids)
     found, scores = retriever.retrieve(queries, NUM_CANDIDATES)
-    for ranking, ranking_scores in zip(found.tolist(), scores.tolist(), strict=True):
-        pairs = [(-score, row_of[id_]) for id_, score in zip(ranking, ranking_scores, strict=True)]
+    for ranking, ranking_scores in zip(found, scores.tolist(), strict=True):
+        pairs = list(zip(np.negative(ranking_scores), corpus.rows(ranking), strict=True))
         assert pairs == sorted(pairs)
         if factory in HAS_TIES:
             assert len(set(ranking_scores)) < len(ranking_scores)

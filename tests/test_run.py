@@ -242,8 +242,8 @@ def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
     assert list(metrics["differences"]) == others
     for name in others:
         for metric, interval in metrics["differences"][name].items():
-            gap = metrics["models"][reference][metric]["mean"]
-            gap -= metrics["models"][name][metric]["mean"]
+            gap = metrics["models"][name][metric]["mean"]
+            gap -= metrics["models"][reference][metric]["mean"]
             assert interval["mean"] == pytest.approx(gap, abs=1e-12)
             assert interval["low"] <= interval["mean"] <= interval["high"]
 

@@ -482,7 +482,7 @@ def _print_result(console: Console, config: RunConfig, result: RunResult) -> Non
 def _verdicts(
     differences: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
 ) -> Iterator[str]:
-    """Says of each other model whether two_tower is better, by 95% intervals of the difference."""
+    """Says of each model if it is better than two_tower, by 95% intervals of the difference."""
     for other, by_metric in differences.items():
         found = []
         for metric in metrics:
@@ -492,7 +492,7 @@ def _verdicts(
             word = "better" if x["low"] > 0 else "worse" if x["high"] < 0 else "no clear difference"
             found.append(f"{metric} {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}], {word}")
         if found:
-            yield f"two_tower against {other}: {'; '.join(found)}"
+            yield f"{other} compared with two_tower: {'; '.join(found)}"
 
 
 def _print_comparison(console: Console, config: RunConfig, result: Comparison) -> None:

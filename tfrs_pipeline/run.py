@@ -19,7 +19,6 @@ from typing import Any, Literal
 import ibis
 import numpy as np
 import pyarrow as pa
-import scipy.sparse
 import tensorflow as tf
 
 from tfrs_pipeline import __version__
@@ -38,12 +37,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import DataError, Stage, Tables, read_tables, write_tables
 from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_report
-from tfrs_pipeline.evaluation.baselines import (
-    EaseRetriever,
-    IalsRetriever,
-    PopularityRetriever,
-)
-from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.model.features import Feature
@@ -262,23 +256,27 @@ def run(
         models |= baselines
         report.notes += notes
     with stage("evaluate") as report:
-        results = {
-            name: evaluate_retriever(
-                config, retriever, corpus, final, test_queries, name, on_progress
-            )
-            for name, retriever in models.items()
-        }
-        report.notes += _describe_evaluation(results["two_tower"])
+        evaluation = evaluate(
+            models,
+            test_queries,
+            candidate_ids=corpus.candidate_ids,
+            candidate_counts=final.counts[1:],
+            exclude=config.evaluation.exclude,
+            cutoffs=config.evaluation.cutoffs,
+            num_bootstrap=config.evaluation.num_bootstrap,
+            seed=config.seed,
+            on_progress=on_progress,
+        )
+        report.notes += _describe_evaluation(evaluation.first)
     with stage("export") as report:
         metrics: dict[str, Any] = {
             "dataset": config.model_name,
             "split": split_report(split, tables.events),
-            "models": {name: result.summary() for name, result in results.items()},
+            **evaluation.summary(),
             "training": {
                 name: {"best_epoch": result.best_epoch, "history": result.history}
                 for name, result in trained.items()
             },
-            "differences": _differences(results, config),
             "examples": _examples(models["two_tower"], test_queries, corpus, config),
             "versions": library_versions(),
         }
@@ -714,14 +712,14 @@ def fit_baselines(
     """
     settings = config.evaluation
     notes = []
-    fitters: dict[str, tuple[Callable[..., Retriever], list[dict[str, Any]]]] = {
-        "popularity": (PopularityRetriever.fit, [{}]),
+    grids: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
+        "popularity": (MostPopular, [{}]),
         "ease": (
-            EaseRetriever.fit,
+            Ease,
             [{"l2": l2, "max_candidates": settings.max_ease_candidates} for l2 in settings.ease_l2],
         ),
         "ials": (
-            IalsRetriever.fit,
+            Ials,
             [
                 {
                     "num_factors": num_factors,
@@ -736,9 +734,10 @@ def fit_baselines(
         ),
     }
     found: dict[str, Retriever] = {}
-    training, everything = _interactions(selection), _interactions(final)
+    items = Ids(corpus.candidate_ids)
+    training, everything = _interactions(selection, items), _interactions(final, items)
     for name in settings.baselines:
-        fitter, grid = fitters[name]
+        kind, grid = grids[name]
         if name == "ease" and len(corpus.candidate_ids) > settings.max_ease_candidates:
             notes.append(
                 f"ease: skipped, {len(corpus.candidate_ids):,} items are more than "
@@ -748,11 +747,11 @@ def fit_baselines(
         scores = []
         for i, options in enumerate(grid if len(grid) > 1 else []):
             on_progress(f"{name}, choosing on validation", i, len(grid))
-            retriever = fitter(training, corpus.candidate_ids, **options)
+            retriever = kind(**options).fit(training)
             result = evaluate_retriever(config, retriever, corpus, selection, validation_queries)
             scores.append(result.overall.intervals[config.training.monitor].mean)
         best = grid[int(np.argmax(scores))] if scores else grid[0]
-        found[name] = fitter(everything, corpus.candidate_ids, **best)
+        found[name] = kind(**best).fit(everything)
         if scores:
             chosen = ", ".join(
                 f"{k}={v}" for k, v in best.items() if k not in ("seed", "max_candidates")
@@ -1137,15 +1136,10 @@ def train_and_refit(
     return model, chosen, notes
 
 
-def _interactions(samples: Samples) -> scipy.sparse.csr_matrix:
-    """Returns [num_users, num_candidates] of 0 and 1 from the samples' known positives."""
-    rows = np.repeat(
-        np.arange(len(samples.known_positives)), np.diff(samples.known_positives.offsets)
-    )
-    columns = samples.known_positives.values - 1
-    shape = (len(samples.known_positives), len(samples.counts) - 1)
-    matrix = scipy.sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
-    return matrix[np.diff(matrix.indptr) > 0]
+def _interactions(samples: Samples, items: Ids) -> Interactions:
+    known = samples.known_positives
+    users = np.repeat(np.arange(len(known)), np.diff(known.offsets))
+    return Interactions.from_rows(items, users, known.values)
 
 
 def evaluate_retriever(
@@ -1177,30 +1171,6 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
         f"skipped {result.num_skipped:,} queries with nothing to find; "
         f"{result.num_relevant_excluded:,} items to find were left out of the ranking",
     ]
-
-
-def _differences(
-    results: Mapping[str, EvaluationResult], config: RunConfig
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Sets the two-tower model against every other, query by query (see `paired_difference`).
-
-    Returns:
-        Other model -> metric -> "mean", "low" and "high" of the two-tower model minus the other.
-    """
-    reference = results["two_tower"].per_query
-    keys = [(name, metric) for name in results if name != "two_tower" for metric in reference]
-    if not keys:
-        return {}
-    # All in one draw of queries: a bootstrap a pair would take most of a run with many queries.
-    intervals = bootstrap_intervals(
-        np.stack([reference[metric] - results[name].per_query[metric] for name, metric in keys], 1),
-        num_bootstrap=config.evaluation.num_bootstrap,
-        seed=config.seed,
-    )
-    differences: dict[str, dict[str, dict[str, float | None]]] = {}
-    for (name, metric), interval in zip(keys, intervals, strict=True):
-        differences.setdefault(name, {})[metric] = interval.as_dict()
-    return differences
 
 
 def _examples(

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.split import EvaluationQueries
-from tfrs_pipeline.evaluation.baselines import PopularityRetriever
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.evaluate import (
     Exclude,
@@ -358,6 +357,6 @@ def test_refuses_when_nothing_is_left_to_measure() -> None:
 def test_refuses_ids_of_two_types() -> None:
     queries = make_queries([[100]])
     ids = IDS.astype(str)
-    retriever = PopularityRetriever(Ids(ids), COUNTS)
+    retriever = Scores(np.zeros((1, 12)), ids)
     with pytest.raises(ValueError, match="relevant 100, candidate '100'"):
         evaluate(retriever, queries, candidate_ids=ids, candidate_counts=COUNTS)

@@ -1,6 +1,6 @@
 from typing import Any
 
-from tfrs_pipeline.evaluation.table import format_markdown_table, format_table
+from tfrs_pipeline.evaluation.table import format_table
 
 MODELS: dict[str, dict[str, Any]] = {
     "two_tower": {
@@ -16,20 +16,17 @@ COLUMNS = ["ndcg@100", "coverage@20", "average_popularity@20", "num_queries", "h
 
 
 def test_cells_hold_the_numbers_and_a_dash_where_there_is_none() -> None:
-    header, first, second = format_table(MODELS, COLUMNS).split("\n")
+    lines = format_table(MODELS, COLUMNS).split("\n")
+    header, first, second = lines
     assert header.split() == ["model", *COLUMNS]
     assert first.split() == ["two_tower", "0.3271", "±0.0110", "0.5000", "165.6", "938", "0.4000"]
     assert second.split() == ["ease", "-", "-", "-", "-", "-"]
-
-
-def test_columns_are_aligned() -> None:
-    lines = format_table(MODELS, COLUMNS).split("\n")
     assert len({len(line) for line in lines}) == 1
 
 
-def test_markdown_has_the_same_cells() -> None:
-    lines = format_markdown_table(MODELS, COLUMNS).split("\n")
-    assert lines[1] == "|---|---:|---:|---:|---:|---:|"
-    plain = format_table(MODELS, COLUMNS).split("\n")
-    for line, expected in zip([lines[0], *lines[2:]], plain, strict=True):
-        assert line.replace("|", "").split() == expected.split()
+def test_the_difference_from_the_first_stands_beside_the_first_column() -> None:
+    differences = {"ease": {"ndcg@100": {"mean": -0.03, "low": -0.04, "high": -0.02}}}
+    header, first, second = format_table(MODELS, COLUMNS[:2], differences).split("\n")
+    assert header.split() == ["model", "ndcg@100", "from", "two_tower", "coverage@20"]
+    assert first.split() == ["two_tower", "0.3271", "±0.0110", "0.5000"]
+    assert second.split() == ["ease", "-", "-0.0300", "[-0.0400,", "-0.0200]", "-"]

@@ -233,7 +233,7 @@ def test_the_best_of_a_row_is_bold_and_no_other() -> None:
 
 def test_a_difference_is_bold_where_its_interval_leaves_out_zero() -> None:
     table = PAGE.tables["Differences"]
-    assert table.header[1:] == ["minus two_tower_uncorrected", "minus popularity"]
+    assert table.header[1:] == ["two_tower_uncorrected", "popularity"]
     assert table.rows["ndcg@100"] == [("+0.0200", 0.02, True), ("+0.0200", 0.02, False)]
 
 

@@ -18,11 +18,6 @@ class Interval:
     low: float
     high: float
 
-    def __format__(self, spec: str) -> str:
-        """Formats the mean and the bounds: f"{interval:.2f}" is "0.50 [0.40, 0.60]"."""
-        mean, low, high = (format(x, spec or ".4f") for x in (self.mean, self.low, self.high))
-        return mean if np.isnan(self.low) else f"{mean} [{low}, {high}]"
-
     def as_dict(self) -> dict[str, float | None]:
         """Returns the numbers for JSON, with None for NaN."""
         return {name: None if np.isnan(x) else x for name, x in asdict(self).items()}

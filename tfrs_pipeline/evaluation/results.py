@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
-from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.evaluation.table import format_table
 
 
 @dataclass(frozen=True)
@@ -128,24 +128,19 @@ class Evaluation:
             found[name][metric] = interval
         return found
 
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers for JSON: "models" and "differences", each by name."""
+        return {
+            "models": {name: result.summary() for name, result in self.results.items()},
+            "differences": {
+                name: {metric: interval.as_dict() for metric, interval in by_metric.items()}
+                for name, by_metric in self.differences.items()
+            },
+        }
+
     def __repr__(self) -> str:
         shortest, longest = self.cutoffs[0], self.cutoffs[-1]
-        columns = list(dict.fromkeys([f"recall@{shortest}", f"recall@{longest}"]))
-        has_others = len(self.results) > 1
-        main = f"ndcg@{longest}"
-        header = ["", main, *(["difference"] if has_others else []), *columns]
-        lines = [[*header, f"tail recall@{longest}", f"coverage@{shortest}"]]
-        for name, result in self.results.items():
-            intervals = result.overall.intervals
-            cells = [name, f"{intervals[main]:.4f}"]
-            if has_others:
-                of_other = self.differences.get(name)
-                cells.append(f"{of_other[main]:+.4f}" if of_other else "")
-            tail = result.slices["tail"].intervals[f"recall@{longest}"]
-            cells += [f"{intervals[metric].mean:.4f}" for metric in columns]
-            cells += [
-                f"{tail.mean:.4f}",
-                f"{result.overall.set_metrics[f'coverage@{shortest}']:.4f}",
-            ]
-            lines.append(cells)
-        return format_cells(lines)
+        columns = [f"ndcg@{longest}", f"recall@{shortest}", f"recall@{longest}"]
+        columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
+        summary = self.summary()
+        return format_table(summary["models"], list(dict.fromkeys(columns)), summary["differences"])

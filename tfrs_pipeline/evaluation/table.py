@@ -1,19 +1,23 @@
-"""Summaries of several models as one table, for logs and for Markdown."""
+"""Tables of numbers, for logs and for Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = ("ndcg@100", "recall@20", "recall@100", "mrr@20", "coverage@20", "gini@20")
 
-
-def format_table(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """Lays summaries out as plain text, a model a line.
+def format_table(
+    models: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[str],
+    differences: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Lays what was measured of several models out as plain text, a model a line.
 
     Args:
-        models: Model name -> `EvaluationResult.summary()`.
-        columns: Names of metrics. "head/recall@20" is that of a slice.
+        models: Name -> `EvaluationResult.summary()`.
+        columns: Names of metrics. "tail/recall@20" is that of a slice.
+        differences: Name -> metric -> difference from the first model, as of
+            `Evaluation.summary()`; that of the first column is shown beside it.
 
     Returns:
         Lines of equal length, without a newline at the end. An interval is shown as its mean and
@@ -25,21 +29,16 @@ def format_table(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
         model       recall@20  coverage@20
         ease   0.2500 ±0.0100       0.5000
     """
-    return format_cells(_cells(models, columns))
-
-
-def format_markdown_table(
-    models: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS
-) -> str:
-    """Lays summaries out as a Markdown table; arguments and cells as of `format_table`.
-
-    Example:
-        >>> print(format_markdown_table({"ease": {"coverage@20": 0.5}}, ["coverage@20"]))
-        | model | coverage@20 |
-        |---|---:|
-        | ease | 0.5000 |
-    """
-    return format_markdown_cells(_cells(models, columns))
+    lines = [
+        [name, *(_cell(_find(summary, column)) for column in columns)]
+        for name, summary in models.items()
+    ]
+    header = ["model", *columns]
+    if differences:
+        header.insert(2, f"from {next(iter(models))}")
+        for line in lines:
+            line.insert(2, _difference(differences.get(line[0], {}).get(columns[0])))
+    return format_cells([header, *lines])
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
@@ -61,16 +60,16 @@ def format_cells(lines: Sequence[Sequence[str]]) -> str:
 
 
 def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:
-    """Lays lines of cells out as a Markdown table; the first line is its header."""
+    """Lays lines of cells out as a Markdown table; the first line is its header.
+
+    Example:
+        >>> print(format_markdown_cells([["plan", "n"], ["a", "12"]]))
+        | plan | n |
+        |---|---:|
+        | a | 12 |
+    """
     header, *rest = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rest])
-
-
-def _cells(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:
-    return [
-        ["model", *columns],
-        *([name, *(_cell(_find(summary, c)) for c in columns)] for name, summary in models.items()),
-    ]
 
 
 def _find(summary: Mapping[str, Any], column: str) -> Any:
@@ -90,3 +89,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.4f}" if value <= 1 else f"{value:.1f}"
+
+
+def _difference(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return ""
+    if value["low"] is None:
+        return f"{value['mean']:+.4f}"
+    return f"{value['mean']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"

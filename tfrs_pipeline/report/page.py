@@ -198,13 +198,13 @@ def _differences(facts: RunFacts) -> str:
         for name in names
     ]
     return (
-        f"<h3>{_text(reference)} against the others</h3>"
+        f"<h3>The others compared with {_text(reference)}</h3>"
         + _paragraph(
-            f"{reference} minus the other model, query by query: what makes a query hard is common "
-            "to both, so that this interval is narrower than the two apart. Bold where it leaves "
+            f"The model minus {reference}, query by query: what makes a query hard is common to "
+            "both, so that this interval is narrower than the two apart. Bold where it leaves "
             "out 0."
         )
-        + _table("Differences", ["metric", *(f"minus {name}" for name in differences)], rows)
+        + _table("Differences", ["metric", *differences], rows)
     )
 
 
