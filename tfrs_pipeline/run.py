@@ -40,11 +40,10 @@ from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, spli
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.features import Feature, raw_signature
 from tfrs_pipeline.model.fit import BeforeEpochs, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.model.raw_features import raw_signature
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches
 from tfrs_pipeline.negatives.mined import (
@@ -1021,11 +1020,9 @@ def _encode(
     """Fits and encodes features; ages count from the end of the log, if it has times."""
     features, columns = [], {}
     for name, kind in kinds.items():
-        # Vectors as arrays: a Python float a number would take 8 times the memory.
-        column = table[name].to_numpy() if kind == "vector" else table[name].to_pylist()
         min_count = 2 if kind == "text" else 1
-        features.append(Feature.fit(name, kind, column, min_count=min_count, reference=end))
-        columns[name] = features[-1].encode(column)
+        features.append(Feature.fit(name, kind, table[name], min_count=min_count, reference=end))
+        columns[name] = features[-1].encode_column(table[name])
     return tuple(features), columns
 
 

@@ -80,9 +80,9 @@ def problem() -> Problem:
         relevant=RowLists.from_lists([rows[4:] for rows in clicks]),
         query_features=[taste],
         candidate_features=[genres, year],
-        query_columns={"taste": taste.encode(query_columns)},
+        query_columns={"taste": taste.encode_column(query_columns)},
         candidate_columns={
-            "genres": genres.encode(genre_column),
-            "year": year.encode(year_column),
+            "genres": genres.encode_column(genre_column),
+            "year": year.encode_column(year_column),
         },
     )

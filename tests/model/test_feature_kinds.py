@@ -20,6 +20,8 @@ from tfrs_pipeline.data.schema import read_tables
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.run import Corpus, read_corpus
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.refresh import refresh_index
+from tfrs_pipeline.serving.retriever import load_retriever
 
 ITEM_KINDS = {
     "title": "text",
@@ -67,11 +69,8 @@ def as_text(value: Any) -> Any:
     return value.replace(tzinfo=None).isoformat() if isinstance(value, datetime) else value
 
 
-def write_rich(table: pa.Table, path: Path) -> Path:
-    """Writes Parquet, or CSV with lists as strings and times without a zone."""
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-        return path
+def write_csv(table: pa.Table, path: Path) -> Path:
+    """Writes lists as strings and times without a zone."""
     with path.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerow(table.column_names)
@@ -79,19 +78,20 @@ def write_rich(table: pa.Table, path: Path) -> Path:
     return path
 
 
-def run_with_features(folder: Path, suffix: str) -> Path:
-    """Runs the command line with a column of each kind; returns the run's folder."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs the command line with a column of each kind, as CSV; returns the run's folder."""
+    folder = tmp_path_factory.mktemp("kinds")
     data = {"source": "events", "path": write(event_table("int"), folder / "events.parquet")}
     (folder / "small.toml").write_text(dump_config(small_config(folder, data)))
     arguments: list[Any] = [
         *("run", "--config", folder / "small.toml", "--run-dir", folder / "run"),
-        *("--data.items-path", write_rich(rich_items(), folder / f"items.{suffix}")),
-        *("--data.users-path", write_rich(rich_users(), folder / f"users.{suffix}")),
+        *("--data.items-path", write_csv(rich_items(), folder / "items.csv")),
+        *("--data.users-path", write_csv(rich_users(), folder / "users.csv")),
         *("--data.item-features", *(f"{name}={kind}" for name, kind in ITEM_KINDS.items())),
         *("--data.user-features", *(f"{name}={kind}" for name, kind in USER_KINDS.items())),
+        *("--data.list-separator", ";", "--data.time-zone", "UTC"),
     ]
-    if suffix == "csv":
-        arguments += ["--data.list-separator", ";", "--data.time-zone", "UTC"]
     with pytest.MonkeyPatch.context() as patch:
         # The check in a fresh process takes seconds, and has its own tests.
         patch.setattr(export, "_prove", lambda *arguments: None)
@@ -100,16 +100,6 @@ def run_with_features(folder: Path, suffix: str) -> Path:
         code = cli.main([str(argument) for argument in arguments])
     assert code == 0
     return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def of_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_with_features(tmp_path_factory.mktemp("csv"), "csv")
-
-
-@pytest.fixture(scope="module")
-def of_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_with_features(tmp_path_factory.mktemp("parquet"), "parquet")
 
 
 def corpus_of(run_folder: Path) -> Corpus:
@@ -122,11 +112,7 @@ def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
     return [bool(np.all(row)) for row in same]
 
 
-@pytest.mark.parametrize("files", ["of_csv", "of_parquet"])
-def test_every_kind_reaches_the_corpus_and_the_model(
-    files: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(files)
+def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     corpus = corpus_of(folder)
     features = {feature.name: feature for feature in corpus.candidate_features}
     assert {name: feature.kind for name, feature in features.items()} == ITEM_KINDS
@@ -139,29 +125,45 @@ def test_every_kind_reaches_the_corpus_and_the_model(
         missing = is_missing(features[name], corpus.candidate_columns[name])
         # Ids are 10 times the number of the item, and in order.
         assert missing == [id_ // 10 % 10 == tenth for id_ in corpus.candidate_ids], name
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["models"]["two_tower"]["recall@5"]["mean"] > 0
-    losses = metrics["training"]["two_tower"]["history"]["loss"]
-    assert losses
-    assert np.isfinite(losses).all()
-
-
-def test_csv_and_parquet_are_encoded_alike(of_csv: Path, of_parquet: Path) -> None:
-    csv_corpus, parquet_corpus = corpus_of(of_csv), corpus_of(of_parquet)
-    for side in ("candidate", "query"):
-        features = getattr(csv_corpus, f"{side}_features")
-        assert features == getattr(parquet_corpus, f"{side}_features")
-        for feature in features:
-            columns = (
-                getattr(corpus, f"{side}_columns")[feature.name]
-                for corpus in (csv_corpus, parquet_corpus)
-            )
-            np.testing.assert_array_equal(*columns)
-
-
-def test_ages_count_from_the_end_of_the_log(of_parquet: Path) -> None:
-    corpus = corpus_of(of_parquet)
+    # Ages count from the end of the log.
     end = max(event_table("int")["timestamp"].to_pylist())
-    for features in (corpus.candidate_features, corpus.query_features):
-        (feature,) = (each for each in features if each.kind == "timestamp")
-        assert feature.reference == end
+    assert features["uploaded"].reference == end
+    assert {f.name: f.reference for f in corpus.query_features}["joined"] == end
+    losses = json.loads((folder / "metrics.json").read_text())["training"]["two_tower"]
+    assert losses["history"]["loss"]
+    assert np.isfinite(losses["history"]["loss"]).all()
+
+
+def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> None:
+    model = load_retriever(folder.parent / "saved_models" / "films")
+    items = {row["item_id"]: row for row in rich_items().to_pylist()}
+    ids = model.candidate_ids()
+    columns = {name: [items[id_][name] for id_ in ids] for name in ITEM_KINDS}
+    embeddings, is_known = model.embed_candidates(ids, columns)
+    assert is_known.all()
+    np.testing.assert_allclose(embeddings, model.candidate_embeddings(), atol=1e-6)
+    # Another price is another embedding, and one that is far off is still a number.
+    for price in (1e300, None):
+        others, _ = model.embed_candidates(ids, columns | {"price": [price] * len(ids)})
+        assert np.isfinite(others).all()
+        assert np.abs(others - embeddings).max() > 1e-3
+    users = rich_users().to_pylist()
+    stored = [{"user_id": row["user_id"], "history": ids[:3]} for row in users]
+    given = [
+        {**query, "features": {name: row[name] for name in USER_KINDS}}
+        for query, row in zip(stored, users, strict=True)
+    ]
+    np.testing.assert_allclose(model.embed_queries(given), model.embed_queries(stored), atol=1e-6)
+
+
+def test_typed_items_are_encoded_as_their_csv(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_prove", lambda *arguments: None)
+    models = folder.parent / "saved_models" / "films"
+    pq.write_table(rich_items(), tmp_path / "items.parquet")
+    refreshed = refresh_index(models / "1", tmp_path / "items.parquet")
+    before, after = load_retriever(models / "1"), load_retriever(refreshed.folder)
+    place = {id_: i for i, id_ in enumerate(after.candidate_ids())}
+    embeddings = after.candidate_embeddings()[[place[id_] for id_ in before.candidate_ids()]]
+    np.testing.assert_allclose(embeddings, before.candidate_embeddings(), atol=1e-6)

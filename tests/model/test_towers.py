@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import FeatureSpec
+from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.towers import Tower
 
 

@@ -94,7 +94,7 @@ def make_served(ids: str) -> Served:
         use_user_id=True,
     )
     model.set_features(
-        {"gender": gender.encode(all_genders)}, {"genres": genres.encode(all_genres)}
+        {"gender": gender.encode_column(all_genders)}, {"genres": genres.encode_column(all_genres)}
     )
     # An untrained Keras embedding is nearly zero: spread the answers out.
     model.set_weights(

@@ -149,7 +149,7 @@ def test_a_new_item_is_embedded_by_its_features(
         item_id=as_ids(served, [[new, new]])[0], genres=tf.constant([["a", "c"], ["c", "new"]])
     )
     assert not items["is_known_item"].numpy().any()
-    encoded = served.features[1].encode([["a", "c"], ["c", "new"]])
+    encoded = served.features[1].encode_column([["a", "c"], ["c", "new"]])
     expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
     np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
     assert np.abs(expected[0] - expected[1]).max() > 0.01

@@ -86,7 +86,7 @@ def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
     """Embeds the items with the model itself: row 0 is what the training did not have."""
     row = {id_: i for i, id_ in enumerate(served.candidate_ids.tolist(), 1)}
     rows = np.array([row.get(id_, 0) for id_ in items["item_id"].to_pylist()], np.int32)
-    encoded = served.features[1].encode(items["genres"].to_pylist())
+    encoded = served.features[1].encode_column(items["genres"].to_pylist())
     return served.model.embed_candidates(rows, {"genres": encoded}).numpy()
 
 

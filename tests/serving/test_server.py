@@ -692,8 +692,8 @@ def test_a_released_version_leaves_no_table_behind(folder: Path, kind: str) -> N
         for table in (
             model.encoder._query_rows,
             model.encoder._candidate_rows,
-            model.encoder._query_features._vocabularies["gender"],
-            model.encoder._candidate_features._vocabularies["genres"],
+            model.encoder._query_vocabularies["gender"],
+            model.encoder._candidate_vocabularies["genres"],
             model._candidate_rows,
             model._allowed_table,
         )

@@ -1,65 +1,92 @@
-"""Feature columns turned into arrays, and arrays into embedding inputs.
+"""Feature columns encoded in the graph.
 
-A column is encoded once, with NumPy, into int32 or float32 arrays; the layers see arrays only, so
-that corpus features can be constants gathered by row in the graph.
+A feature is encoded by one program, `Feature.encode`: for the corpus of a training, which goes
+through it in blocks, and in every exported model, for raw requests.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import keyword
 import logging
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.config import FeatureKind
-from tfrs_pipeline.model.randomness import Stream, fold
+from tfrs_pipeline.model.feature_layers import FeatureSpec
+from tfrs_pipeline.model.raw import (
+    Column,
+    padded,
+    to_numbers,
+    to_seconds,
+    to_text_lists,
+    to_texts,
+    to_vectors,
+)
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.config import FeatureKind
 
 logger = logging.getLogger(__name__)
 
-_TOKEN = re.compile(r"\w+(?:'\w+)?", re.UNICODE)
 MAX_VALUES = 16
 MAX_BUCKETS = 32
+MAX_DEVIATIONS = 10.0
 # Of a hashed feature. At two buckets a value or more, a value shares its own with another one in
 # 4 cases of 10 at most; the ceiling, at which more do, holds the table to 16 MB at 4 dimensions.
 BUCKETS_PER_VALUE, MIN_HASH_BUCKETS, MAX_HASH_BUCKETS = 2, 16, 2**20
 NUM_TIME_VALUES = 5
-
-_NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
-_LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")
 DAY_SECONDS = 86_400.0
+_ROWS_PER_CALL = 65_536
+
+# What the graph takes of each kind, with NaN or "" where it is missing.
+_RAW_DTYPES: dict[FeatureKind, tf.DType] = {
+    **dict.fromkeys(("categorical", "hashed", "multi_categorical", "text"), tf.string),
+    **dict.fromkeys(("numeric", "bucketized", "timestamp"), tf.float64),
+    "vector": tf.float32,
+}
+# What a signature may take beside features.
+_OTHER_INPUTS = ("user_id", "item_id", "history", "exclude", "allowed", "k")
+
+# Letters with their marks, digits and underscores make words, and apostrophes within them.
+_LETTER = r"\p{L}\p{M}\p{N}_"
+_BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """How one column is encoded.
+    """How one column is encoded: `to_raw` makes its values an array, `encode` is the graph's part.
 
-    | kind | a row of the column | encoded |
-    |---|---|---|
-    | categorical | a value | its place in the vocabulary |
-    | hashed | a value, of very many | a bucket by its hash: no vocabulary, no unknown value |
-    | multi_categorical | a list of values | their places in the vocabulary |
-    | text | a string | places of its lower-case words, a bag |
-    | numeric | a number | standardised |
-    | bucketized | a number | its bucket between quantiles of the fitted column |
-    | timestamp | a `datetime` with a time zone | age, hour of day and weekday (UTC) |
-    | vector | a list of numbers, always as many | the same, of length 1 on average |
+    | kind | a row of the column | raw, for the graph | encoded |
+    |---|---|---|---|
+    | categorical | a value | string [B], `str(value)` | its place in the vocabulary |
+    | hashed | a value, of very many | string [B] | a bucket by its hash (FarmHash) |
+    | multi_categorical | a list of values | string [B, any], padded with "" | their places |
+    | text | a string | string [B], UTF-8 | places of its lower-case words, a bag |
+    | numeric | a number | float64 [B] | standardised |
+    | bucketized | a number | float64 [B] | its bucket between quantiles of the column |
+    | timestamp | a `datetime` with a zone | float64 [B], s since 1970 | age, hour, weekday (UTC) |
+    | vector | a list of n numbers | float32 [B, n] | the same, of length 1 on average |
+
+    A raw value is missing if it is "", NaN or infinite, a vector if one of its numbers is (`to_raw`
+    refuses such vectors). What is standardised is clipped to 10 deviations on either side, and a
+    vector's numbers to 10 typical lengths: no value, however absurd, drowns the rest of a tower.
 
     The age of a timestamp is log(1 + days before `reference`), standardised, so that it tells apart
     the recent ones; what is later than the reference has the age 0. The vectors of a column are all
-    divided by one number, the root mean square of their lengths, which keeps their directions and
-    leaves normalised ones as they are.
+    divided by one number, the root mean square of their lengths, which keeps their directions.
+    Words are runs of letters, their marks, digits, underscores, and apostrophes within.
 
-    The hash is the FarmHash fingerprint of the value as text (`tf.strings.to_hash_bucket_fast`):
-    the same in every process, which Python's own is not, promised never to change, and there in a
-    TensorFlow graph too. `RawFeatures` encodes all kinds in a graph.
+    Vocabularies and hashes are Keras' `StringLookup` and `Hashing`. Numbers are not left to its
+    `Normalization` and `Discretization`, which compute in float32: that has no room for seconds
+    since 1970, or for counts above 16 million, and the former takes deviations below 1e-7 for 1e-7.
 
     Args:
         name: Column name.
@@ -72,6 +99,14 @@ class Feature:
             are encoded as 1, 2, ..., 0 is missing.
         num_buckets: Buckets of a hashed column, encoded as 1 to num_buckets; 0 is missing.
         reference: Time from which the age of a timestamp counts, in seconds since 1970 (UTC).
+
+    Example:
+        >>> genres = Feature.fit("genres", "multi_categorical", [["war", "drama"], ["war"]])
+        >>> raw = genres.to_raw([["noir", "war"], None])
+        >>> raw
+        array([['noir', 'war'], ['', '']], dtype=object)
+        >>> genres.encode(raw).numpy()
+        array([[0, 2], [0, 0]], dtype=int32)
     """
 
     name: str
@@ -89,7 +124,7 @@ class Feature:
         cls,
         name: str,
         kind: FeatureKind,
-        column: Sequence[Any] | np.ndarray,
+        column: Column,
         *,
         min_count: int = 1,
         max_values: int = MAX_VALUES,
@@ -100,7 +135,8 @@ class Feature:
         Args:
             name: Column name.
             kind: Feature kind.
-            column: One entry a row, as the table above says; None is missing.
+            column: One entry a row, as the table above says; None or NaN is missing. An Arrow or
+                NumPy array is read at once, a list value by value.
             min_count: Values of fewer rows are unknown (categorical, multi_categorical, text).
             max_values: Longest list to keep (multi_categorical, text).
             reference: Time from which the age of a timestamp counts, such as the end of the log;
@@ -123,8 +159,7 @@ class Feature:
             known = vectors[~np.isnan(vectors[:, 0])].astype(np.float64)
             scale = float(np.sqrt((known**2).sum(axis=1).mean())) or 1.0
             return cls(name, kind, num_values=vectors.shape[1], scale=scale)
-        rows = [to_values(kind, value) for value in column]
-        counts = Counter(value for row in rows for value in set(row))
+        counts, longest = _count_values(kind, column)
         if kind == "hashed":
             buckets = bucket_count(
                 len(counts),
@@ -133,14 +168,11 @@ class Feature:
                 high=MAX_HASH_BUCKETS,
             )
             return cls(name, kind, num_buckets=buckets)
-        vocabulary = tuple(sorted(v for v, count in counts.items() if count >= min_count))
-        longest = max((len(row) for row in rows), default=1)
+        vocabulary = tuple(sorted(value for value, count in counts.items() if count >= min_count))
         return cls(name, kind, vocabulary, num_values=max(1, min(longest, max_values)))
 
     @classmethod
-    def _fit_times(
-        cls, name: str, column: Sequence[Any] | np.ndarray, reference: datetime | None
-    ) -> Feature:
+    def _fit_times(cls, name: str, column: Column, reference: datetime | None) -> Feature:
         seconds = to_seconds(name, column)
         known = seconds[~np.isnan(seconds)]
         if reference is not None:
@@ -153,60 +185,100 @@ class Feature:
                 name,
                 reference,
             )
-        mean, scale = _moments(_log_age(known, start))
+        mean, scale = _moments(np.log1p(np.maximum(start - known, 0.0) / DAY_SECONDS))
         return cls(
             name, "timestamp", num_values=NUM_TIME_VALUES, mean=mean, scale=scale, reference=start
         )
 
-    def encode(self, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Encodes a column.
+    def to_raw(self, column: Column) -> np.ndarray:
+        """Makes a column the array that `encode` takes; this needs no graph.
 
         Args:
             column: As in `fit`; values that it never saw are fine.
 
         Returns:
-            [n] int32, 0 where missing or unknown (categorical, hashed, bucketized);
-            [n, num_values] int32, padded with 0 (multi_categorical, text);
-            [n] float32 (numeric), [n, 5] float32 (timestamp: age, then sine and cosine of the hour
-            and of the weekday), [n, num_values] float32 (vector), NaN where missing.
+            As the table above says; strings as an object array of `str`. A list is kept in full,
+            but for what is missing or empty within it.
 
         Raises:
-            ValueError: If an entry is no number where the kind has numbers, a time has no time
-                zone, or a vector has another length than the fitted ones, or numbers that are not
-                finite.
+            ValueError: As `fit`; or if a vector has another length than the fitted ones.
         """
-        if self.kind == "numeric":
-            return ((to_numbers(self.name, column) - self.mean) / self.scale).astype(np.float32)
-        if self.kind == "bucketized":
-            numbers = to_numbers(self.name, column)
-            codes = 1 + np.searchsorted(np.array(self.boundaries), numbers, side="right")
-            return np.where(np.isnan(numbers), 0, codes).astype(np.int32)
+        if self.kind in ("numeric", "bucketized"):
+            return to_numbers(self.name, column)
         if self.kind == "timestamp":
-            seconds = to_seconds(self.name, column)
-            age = (_log_age(seconds, self.reference) - self.mean) / self.scale
-            return np.column_stack([age, *_cycles(seconds)]).astype(np.float32)
+            return to_seconds(self.name, column)
         if self.kind == "vector":
-            return to_vectors(self.name, column, self.num_values) / np.float32(self.scale)
-        if self.kind == "hashed":
-            return self._hash(column)
-        places = self.places
-        codes = np.zeros((len(column), self.num_values), np.int32)
-        for i, value in enumerate(column):
-            known = [places.get(v, 0) for v in to_values(self.kind, value)][: self.num_values]
-            codes[i, : len(known)] = known
-        return codes[:, 0] if self.kind == "categorical" else codes
+            return to_vectors(self.name, column, self.num_values)
+        if self.kind == "multi_categorical":
+            return padded(*to_text_lists(column))
+        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
-    def _hash(self, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-        values = [to_values(self.kind, value) for value in column]
-        texts = tf.constant([row[0] if row else "" for row in values], tf.string, [len(values)])
-        buckets = tf.strings.to_hash_bucket_fast(texts, self.num_buckets).numpy()
-        is_known = np.array([bool(row) for row in values], bool)
-        return np.where(is_known, 1 + buckets, 0).astype(np.int32)
+    def encode(self, raw: tf.Tensor) -> tf.Tensor:
+        """Encodes raw values.
+
+        Args:
+            raw: [B] or [B, any], as the table above says.
+
+        Returns:
+            [B] int32, 0 where missing or unknown (categorical, hashed, bucketized);
+            [B, num_values] int32, padded with 0 (multi_categorical, text);
+            [B] float32 (numeric), [B, 5] float32 (timestamp: age, then sine and cosine of the hour
+            and of the weekday), [B, num_values] float32 (vector), NaN where missing.
+        """
+        spec = self.raw_spec
+        raw = tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape)
+        if self.kind == "numeric":
+            return _where_finite(raw, _standardised(raw - self.mean, self.scale))
+        if self.kind == "bucketized":
+            boundaries = tf.constant(self.boundaries, tf.float64)
+            codes = 1 + tf.searchsorted(boundaries, raw, side="right")
+            return tf.where(tf.math.is_finite(raw), codes, 0)
+        if self.kind == "timestamp":
+            return self._encode_times(raw)
+        if self.kind == "vector":
+            is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
+            return tf.where(is_known, _standardised(raw, self.scale), np.float32(np.nan))
+        if self.kind == "hashed":
+            # The bucket 0 is that of the mask.
+            return tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")(raw)
+        if self.kind == "multi_categorical":
+            raw = tf.pad(raw, [[0, 0], [0, self.num_values]], constant_values="")
+            raw = tf.ensure_shape(raw[:, : self.num_values], [None, self.num_values])
+        elif self.kind == "text":
+            words = _words(raw)[:, : self.num_values]
+            raw = words.to_tensor("", shape=[None, self.num_values])
+        if not self.vocabulary:
+            return tf.zeros_like(raw, tf.int32)
+        return tf.cast(self._lookup(raw), tf.int32)
+
+    def encode_column(self, column: Column) -> np.ndarray:
+        """Encodes a column by `to_raw` and `encode`, in blocks of rows."""
+        blocks = [self.encode(self.to_raw(block)).numpy() for block in _blocks(column)]
+        return np.concatenate(blocks)
+
+    def _encode_times(self, seconds: tf.Tensor) -> tf.Tensor:
+        age = tf.math.log1p(tf.maximum(self.reference - seconds, 0.0) * (1 / DAY_SECONDS))
+        values = [_standardised(age - self.mean, self.scale)]
+        of_day = tf.math.floormod(seconds, DAY_SECONDS)
+        # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
+        of_week = tf.math.floormod(seconds - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
+        for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
+            values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
+        return _where_finite(seconds[:, tf.newaxis], tf.stack(values, axis=1))
+
+    @functools.cached_property
+    def _lookup(self) -> tf.keras.layers.StringLookup:
+        # What is unknown has the code of the empty string, which no vocabulary holds.
+        vocabulary = np.array(self.vocabulary, object)
+        return tf.keras.layers.StringLookup(vocabulary=vocabulary, oov_token="")
 
     @property
-    def places(self) -> dict[str, int]:
-        """Code of each known value: its place in the vocabulary, from 1."""
-        return {value: i + 1 for i, value in enumerate(self.vocabulary)}
+    def raw_spec(self) -> tf.TensorSpec:
+        """Shape and dtype of what `encode` takes."""
+        shape: list[int | None] = [None]
+        if self.kind in ("multi_categorical", "vector"):
+            shape.append(self.num_values if self.kind == "vector" else None)
+        return tf.TensorSpec(shape, _RAW_DTYPES[self.kind])
 
     @property
     def spec(self) -> FeatureSpec:
@@ -225,24 +297,21 @@ class Feature:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Feature:
-        """Makes the feature that `to_dict` was called on.
-
-        Args:
-            settings: As returned by `to_dict`, also after a way through JSON; what is left out has
-                its default.
+        """Makes the feature that `to_dict` was called on, also after a way through JSON.
 
         Raises:
             ValueError: If the name or the kind is missing, or a key or the kind is unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"A feature has no {', '.join(unknown)}. Known: {sorted(known)}.")
-        if missing := sorted({"name", "kind"} - set(settings)):
-            raise ValueError(f"A feature needs {' and '.join(missing)}. Received: {settings}.")
-        if settings["kind"] not in get_args(FeatureKind):
+        if not {"name", "kind"} <= set(settings) <= known:
+            raise ValueError(
+                f"A feature has a name, a kind, and of {', '.join(sorted(known))} what is not its "
+                f"default. Received: {', '.join(settings)}."
+            )
+        if settings["kind"] not in _RAW_DTYPES:
             raise ValueError(
                 f"The kind of feature '{settings['name']}' must be one of "
-                f"{', '.join(get_args(FeatureKind))}. Received: {settings['kind']!r}."
+                f"{', '.join(_RAW_DTYPES)}. Received: {settings['kind']!r}."
             )
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
@@ -251,42 +320,120 @@ class Feature:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class FeatureSpec:
-    """Shape of an encoded feature: `size` codes, 0 included, and `num_values` per row."""
+def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
+    """Returns what `encode_raw` takes, by the features' names, in their order.
 
-    name: str
-    kind: FeatureKind
-    size: int
-    num_values: int
-
-    def empty(self, num_rows: int) -> np.ndarray:
-        """Returns the encoding of `num_rows` missing values."""
-        has_list = self.kind in _LISTS or self.kind in ("timestamp", "vector")
-        shape = (num_rows, self.num_values) if has_list else (num_rows,)
-        if self.kind in _NUMBERS:
-            return np.full(shape, np.nan, np.float32)
-        return np.zeros(shape, np.int32)
-
-
-def to_numbers(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Returns [n] float64, NaN where missing.
+    Each spec has the name of its input in an exported signature. That is the feature's where
+    TensorFlow allows it and no other input has it; others get one of ASCII letters, digits and
+    underscores.
 
     Raises:
-        ValueError: If an entry is no number.
+        ValueError: If two features have the same name.
+
+    Example:
+        >>> raw_signature([Feature("release date", "numeric")])
+        {'release date': TensorSpec(shape=(None,), dtype=tf.float64, name='release_date')}
     """
-    numbers = np.full(len(column), np.nan)
-    for i, value in enumerate(column):
-        if value is None:
-            continue
-        try:
-            numbers[i] = value
-        except (TypeError, ValueError):
+    names = [feature.name for feature in features]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Features must have different names. Received twice: {repeated}.")
+    taken = set(_OTHER_INPUTS)
+    signature = {}
+    for feature in features:
+        name = re.sub(r"[^A-Za-z0-9_]", "_", feature.name)
+        if not name[:1].isalpha():
+            name = f"input_{name}"
+        # TensorFlow renames inputs that differ in case alone, and refuses to save them then.
+        # A signature's inputs are called by keyword.
+        while name.lower() in taken or keyword.iskeyword(name) or name == "self":
+            name += "_"
+        taken.add(name.lower())
+        spec = feature.raw_spec
+        signature[feature.name] = tf.TensorSpec(spec.shape, spec.dtype, name)
+    return signature
+
+
+def raw_columns(
+    features: Sequence[Feature], columns: Mapping[str, Column], num_rows: int
+) -> dict[str, np.ndarray]:
+    """Makes columns, by the features' names, the arrays of `raw_signature` (see `Feature.to_raw`).
+
+    Raises:
+        ValueError: If a column is missing or has not `num_rows` rows, and as `Feature.to_raw`.
+    """
+    _check_given(features, columns)
+    for feature in features:
+        if (length := len(columns[feature.name])) != num_rows:
             raise ValueError(
-                f"Feature '{name}' must hold numbers. Received: {value!r} in row {i} of "
-                f"{len(column)}; None is missing."
-            ) from None
-    return numbers
+                f"Column '{feature.name}' must have {num_rows} rows. Received: {length}."
+            )
+    return {feature.name: feature.to_raw(columns[feature.name]) for feature in features}
+
+
+def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Encodes what `raw_signature` says, by the features' names, in their order.
+
+    Raises:
+        ValueError: If a feature is missing.
+    """
+    _check_given(features, raw)
+    return {feature.name: feature.encode(raw[feature.name]) for feature in features}
+
+
+def lookup_tables(features: Sequence[Feature]) -> dict[str, tf.lookup.StaticHashTable]:
+    """Returns the vocabularies by the features' names: a module that encodes must hold them."""
+    return {f.name: f._lookup.lookup_table for f in features if f.vocabulary}
+
+
+def _check_given(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
+    if missing := [feature.name for feature in features if feature.name not in given]:
+        raise ValueError(f"Features {missing} are missing. Received: {sorted(given)}.")
+
+
+def _blocks(column: Column) -> Iterator[Column]:
+    for start in range(0, max(len(column), 1), _ROWS_PER_CALL):
+        yield column[start : start + _ROWS_PER_CALL]
+
+
+def _words(texts: tf.Tensor) -> tf.RaggedTensor:
+    """Returns the lower-case words of texts [B], string [B, any]."""
+    # These letters first: what is the lower case of an I depends on the server's locale.
+    for pattern, by in ((_BETWEEN_WORDS, " "), ("İ", "I")):
+        texts = tf.strings.regex_replace(texts, pattern, by)
+    return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))
+
+
+def _count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int]:
+    """Counts the rows of each value, and the values of the longest row."""
+    counts, longest = [], 0
+    for block in _blocks(column):
+        if kind == "text":
+            words = _words(tf.constant(to_texts(block).to_pylist(), tf.string, [len(block)]))
+            values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
+            lengths = words.row_lengths().numpy()
+        elif kind == "multi_categorical":
+            values, lengths = to_text_lists(block)
+        else:
+            values = to_texts(block)
+            lengths = np.ones(len(values), np.int64)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
+        counts.append(pairs.group_by("value").aggregate([("row", "count")]))
+        longest = max(longest, int(lengths.max(initial=0)))
+    total = pa.concat_tables(counts).group_by("value").aggregate([("row_count", "sum")])
+    values, numbers = total["value"].to_pylist(), total["row_count_sum"].to_pylist()
+    return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
+
+
+def _standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
+    """Divides by a scale other than 0, clips, and returns float32."""
+    # A graph would turn `/` into a multiplication by the reciprocal, rounded otherwise.
+    scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
+    return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
+
+
+def _where_finite(raw: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
+    return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))
 
 
 def _moments(numbers: np.ndarray) -> tuple[float, float]:
@@ -294,9 +441,10 @@ def _moments(numbers: np.ndarray) -> tuple[float, float]:
     known = numbers[np.isfinite(numbers)]
     if len(known) == 0:
         return 0.0, 1.0
+    size = float(np.abs(known).max()) or 1.0  # Squares of large numbers are infinite.
     # Rounding gives equal numbers a deviation just above 0, and every other one a huge value.
-    scale = float(known.std()) if known.min() < known.max() else 1.0
-    return float(known.mean()), scale or 1.0
+    scale = size * float((known / size).std()) if known.min() < known.max() else 1.0
+    return size * float((known / size).mean()), scale or 1.0
 
 
 def _boundaries(numbers: np.ndarray) -> tuple[float, ...]:
@@ -319,265 +467,3 @@ def bucket_count(num_values: int, *, per_value: int, low: int, high: int) -> int
     """
     wanted = 2 ** (per_value * num_values - 1).bit_length()
     return min(max(wanted, low), high)
-
-
-def to_seconds(name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Returns [n] float64 seconds since 1970, NaN where missing.
-
-    Raises:
-        ValueError: If an entry is no datetime, or one without a time zone.
-    """
-    seconds = np.full(len(column), np.nan)
-    for i, value in enumerate(column):
-        if value is None or value != value:  # NaN, or the NaT of pandas.
-            continue
-        if not isinstance(value, datetime) or value.tzinfo is None:
-            raise ValueError(
-                f"Feature '{name}' must hold datetimes with a time zone. Received: {value!r} in "
-                f"row {i} of {len(column)}. Say which zone it is in: value.replace(tzinfo=...)."
-            )
-        seconds[i] = value.timestamp()
-    return seconds
-
-
-def _log_age(seconds: np.ndarray, reference: float) -> np.ndarray:
-    return np.log1p(np.maximum(reference - seconds, 0.0) / DAY_SECONDS)
-
-
-def _cycles(seconds: np.ndarray) -> Iterable[np.ndarray]:
-    """Yields sine and cosine of the time of day, then of the weekday, in UTC."""
-    days = np.floor(seconds / DAY_SECONDS)
-    # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
-    for turns in (seconds / DAY_SECONDS - days, (days + 3) % 7 / 7):
-        yield np.sin(2 * np.pi * turns)
-        yield np.cos(2 * np.pi * turns)
-
-
-def to_vectors(
-    name: str, column: Sequence[Any] | np.ndarray, length: int | None = None
-) -> np.ndarray:
-    """Returns [n, length] float32, NaN in rows that are missing.
-
-    Raises:
-        ValueError: If lengths differ (from `length`, if given), a number is not finite, or all are
-            missing and no length is given.
-    """
-    rows = [None if is_missing_value(value) else value for value in column]
-    if wrong := [row for row in rows if row is not None and np.ndim(row) != 1]:
-        raise ValueError(
-            f"Feature '{name}' must hold vectors. Received: {len(wrong)} of {len(rows)} rows that "
-            f"are none, such as {wrong[0]!r}."
-        )
-    lengths = Counter(len(row) for row in rows if row is not None)
-    if length is None:
-        if not any(lengths):
-            raise ValueError(
-                f"Feature '{name}' must hold vectors. Received: {len(rows)} rows without."
-            )
-        length = lengths.most_common(1)[0][0]
-    if others := sorted(set(lengths) - {length}):
-        num_other = sum(lengths[other] for other in others)
-        raise ValueError(
-            f"Feature '{name}' must hold vectors of length {length}. Received: {num_other} of "
-            f"{len(rows)} rows of another length, such as {others[0]}."
-        )
-    vectors = np.full((len(rows), length), np.nan, np.float32)
-    is_known = np.array([row is not None for row in rows], bool)
-    if is_known.any():
-        with np.errstate(over="ignore"):  # What is too large for float32 is refused below.
-            vectors[is_known] = np.array([row for row in rows if row is not None], np.float32)
-    num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
-    if num_bad:
-        raise ValueError(
-            f"Feature '{name}' must hold finite float32 numbers. Received: others in {num_bad} of "
-            f"{len(rows)} rows; None is missing."
-        )
-    return vectors
-
-
-def is_missing_value(value: Any) -> bool:
-    """Says whether an entry of a column is missing: None, or NaN."""
-    return value is None or (isinstance(value, float) and np.isnan(value))
-
-
-def to_values(kind: FeatureKind, value: Any) -> list[str]:
-    """Returns what the vocabulary is looked up for, of one entry of a column; [] if missing.
-
-    The empty string is missing, as an empty field of a CSV file is.
-
-    Args:
-        kind: One of categorical, hashed, multi_categorical and text.
-        value: Entry of the column, as the table of `Feature` says.
-
-    Example:
-        >>> to_values("multi_categorical", ["a", 7, None, ""])
-        ['a', '7']
-        >>> to_values("text", "Schindler's  List!")
-        ["schindler's", 'list']
-    """
-    if is_missing_value(value):
-        return []
-    if kind == "text":
-        return _TOKEN.findall(str(value).lower())
-    values: Iterable[Any] = [value]
-    if kind == "multi_categorical" and not isinstance(value, str):
-        values = value
-    return [text for v in values if v is not None and (text := str(v))]
-
-
-def layer_name(column: str) -> str:
-    """Returns a name that TensorFlow takes for a layer: the column's, where it can be.
-
-    Example:
-        >>> layer_name("year"), layer_name("release date")
-        ('year', 'xrelease_date_9cebf073')
-    """
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", column)
-    if name == column and name[:1].isalnum():
-        return name
-    return f"x{name}_{zlib.crc32(column.encode()):08x}"
-
-
-class FeatureTable(tf.keras.layers.Layer):
-    """Encoded features of every row, constant in the model and gathered by row.
-
-    Args:
-        specs: The features.
-        num_rows: Rows, row 0 "unknown" included.
-    """
-
-    def __init__(self, specs: Sequence[FeatureSpec], num_rows: int, name: str) -> None:
-        super().__init__(name=name, trainable=False)
-        self._columns = {}
-        for spec in specs:
-            missing = spec.empty(1)
-            self._columns[spec.name] = self.add_weight(
-                name=layer_name(spec.name),
-                shape=(num_rows, *missing.shape[1:]),
-                dtype=tf.as_dtype(missing.dtype),
-                initializer=tf.constant_initializer(missing.flat[0]),
-                trainable=False,
-            )
-
-    def assign(self, columns: dict[str, np.ndarray]) -> None:
-        """Sets the features.
-
-        Args:
-            columns: Per feature, the encoded rows 1, 2, ...; row 0 stays "missing".
-
-        Raises:
-            ValueError: If a feature is missing or has the wrong shape.
-        """
-        for name, variable in self._columns.items():
-            if name not in columns:
-                raise ValueError(f"Feature '{name}' is missing. Received: {sorted(columns)}")
-            expected = (variable.shape[0] - 1, *variable.shape[1:])
-            if columns[name].shape != expected:
-                raise ValueError(
-                    f"Feature '{name}' must have shape {expected}. Received: {columns[name].shape}"
-                )
-            first = variable[:1].numpy()
-            variable.assign(np.concatenate([first, columns[name]]))
-
-    def call(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Gathers the features of `rows`, [n] int32."""
-        return {name: tf.gather(column, rows) for name, column in self._columns.items()}
-
-
-class FeatureEmbedding(tf.keras.layers.Layer):
-    """Embeds one encoded feature.
-
-    Categorical, hashed and bucketized: an embedding, code 0 included. Multi-valued and text: the
-    mean of the embeddings of the codes other than 0, the zero vector where there is none. Numeric
-    and timestamp: the values. Vector: a trained linear map of it. These three have zeros where the
-    value is missing, and say in one more column whether it is.
-
-    Args:
-        spec: The feature.
-        dim: Embedding size (not used by numeric and timestamp features).
-    """
-
-    def __init__(self, spec: FeatureSpec, dim: int) -> None:
-        name = layer_name(spec.name)
-        super().__init__(name=f"{name}_embedding")
-        self._kind = spec.kind
-        if spec.kind == "vector":
-            # Without a bias, so that a missing vector is mapped to zeros.
-            self._projection = tf.keras.layers.Dense(dim, use_bias=False, name=name)
-        elif spec.kind not in _NUMBERS:
-            self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=name)
-
-    def call(self, values: tf.Tensor) -> tf.Tensor:
-        """Embeds encoded values.
-
-        Args:
-            values: [n] or [n, num_values], as `Feature.encode` returns them.
-
-        Returns:
-            [n, dim] float32; [n, dim + 1] if vector, [n, 2] if numeric, [n, 6] if timestamp.
-        """
-        if self._kind in _NUMBERS:
-            return self._flagged(values[:, tf.newaxis] if self._kind == "numeric" else values)
-        embedded = self._embedding(values)
-        if self._kind in _LISTS:
-            return weighted_mean(embedded, tf.cast(values > 0, tf.float32))
-        return embedded
-
-    def _flagged(self, values: tf.Tensor) -> tf.Tensor:
-        """Fills missing rows with zeros, maps vectors, and appends whether the row was missing."""
-        is_missing = tf.math.is_nan(values[:, :1])
-        filled = tf.where(is_missing, tf.zeros_like(values), values)
-        if self._kind == "vector":
-            filled = self._projection(filled)
-        return tf.concat([filled, tf.cast(is_missing, tf.float32)], axis=1)
-
-
-def drop_features(
-    features: Mapping[str, tf.Tensor], specs: Sequence[FeatureSpec], rate: float, seed: tf.Tensor
-) -> dict[str, tf.Tensor]:
-    """Sets features to missing at random, each by itself in each row.
-
-    A model that trains on the rest leans on no single feature, and knows what a missing one means.
-
-    Args:
-        features: Encoded features by name, [n] or [n, num_values].
-        specs: Those of the features that may be dropped; others are returned as they are.
-        rate: Probability that a feature of a row is dropped, 0 to 1.
-        seed: [2] int32. The result is a function of the arguments; the draws are apart from those
-            of `tf.random.stateless_uniform` with the same seed.
-
-    Returns:
-        The features, encoded as missing (`FeatureSpec.empty`) where they are dropped.
-
-    Raises:
-        ValueError: If the rate is out of range, or a feature is missing.
-    """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"`rate` must be from 0 to 1. Received: {rate}.")
-    if missing := [spec.name for spec in specs if spec.name not in features]:
-        raise ValueError(f"Features {missing} are missing. Received: {sorted(features)}.")
-    dropped = dict(features)
-    if not specs or not rate:
-        return dropped
-    own_seed = fold(seed, Stream.FEATURES)
-    num_rows = tf.shape(features[specs[0].name])[0]
-    drawn = tf.random.stateless_uniform([num_rows, len(specs)], own_seed)
-    for i, spec in enumerate(specs):
-        empty = spec.empty(1)
-        is_dropped = drawn[:, i : i + 1] if empty.ndim == 2 else drawn[:, i]
-        dropped[spec.name] = tf.where(is_dropped < rate, empty, features[spec.name])
-    return dropped
-
-
-def weighted_mean(vectors: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Computes the weighted mean over the second axis, zero where no weight is positive.
-
-    Args:
-        vectors: [n, m, d].
-        weights: [n, m], 0 or more.
-
-    Returns:
-        [n, d].
-    """
-    total = tf.reduce_sum(weights, axis=1, keepdims=True)
-    return tf.math.divide_no_nan(tf.einsum("nmd,nm->nd", vectors, weights), total)

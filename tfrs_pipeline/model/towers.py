@@ -7,7 +7,7 @@ from typing import Literal
 
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import (
+from tfrs_pipeline.model.feature_layers import (
     FeatureEmbedding,
     FeatureSpec,
     drop_features,

@@ -12,7 +12,8 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.model.embedding_bank import EmbeddingBank
-from tfrs_pipeline.model.features import FeatureSpec, FeatureTable, bucket_count
+from tfrs_pipeline.model.feature_layers import FeatureSpec, FeatureTable
+from tfrs_pipeline.model.features import bucket_count
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.randomness import Stream, fold

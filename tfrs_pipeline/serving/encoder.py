@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw_features import RawFeatures
+from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.build import RowLists
 
@@ -35,7 +34,7 @@ class Encoder(tf.Module):
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
             stored history and features.
         embed_query: user_id [B], history [B, L] oldest first -> the same, by that history.
-        embed_query_with_features: user_id, history, raw features by name (see `RawFeatures`) -> the
+        embed_query_with_features: user_id, history, raw features by name (see `Feature`) -> the
             same, by these features instead of the stored ones; None without query features.
         embed_candidate: item_id [B], raw features by name -> embeddings [B, D] float32,
             is_known_item [B] bool. An item that the training did not have is embedded by its
@@ -69,15 +68,18 @@ class Encoder(tf.Module):
         self._candidate_ids = stored(with_empty(candidate_ids))
         self._histories = [stored(histories.values), stored(histories.offsets)]
         self._known = [stored(known_positives.values), stored(known_positives.offsets)]
-        self._query_features = RawFeatures(query_features)
-        self._candidate_features = RawFeatures(candidate_features)
+        self._query_features = tuple(query_features)
+        self._candidate_features = tuple(candidate_features)
+        # As attributes they are saved with the module.
+        self._query_vocabularies = lookup_tables(query_features)
+        self._candidate_vocabularies = lookup_tables(candidate_features)
         self._trace()
 
     def _trace(self) -> None:
         user_id = tf.TensorSpec([None], self._user_dtype, "user_id")
         history = tf.TensorSpec([None, None], self._item_dtype, "history")
         item_id = tf.TensorSpec([None], self._item_dtype, "item_id")
-        query_features = self._query_features.signature
+        query_features = raw_signature(self._query_features)
 
         @tf.function(input_signature=[user_id])
         def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -92,16 +94,16 @@ class Encoder(tf.Module):
         def embed_query_with_features(
             user_id: tf.Tensor, history: tf.Tensor, features: dict[str, tf.Tensor]
         ) -> dict[str, tf.Tensor]:
-            encoded = self._query_features(features)
+            encoded = encode_raw(self._query_features, features)
             query_rows = lookup(self._query_rows, user_id)
             return self._embed(query_rows, self._known_rows(history), encoded)
 
-        @tf.function(input_signature=[item_id, self._candidate_features.signature])
+        @tf.function(input_signature=[item_id, raw_signature(self._candidate_features)])
         def embed_candidate(
             item_id: tf.Tensor, features: dict[str, tf.Tensor]
         ) -> dict[str, tf.Tensor]:
             rows = lookup(self._candidate_rows, item_id)
-            encoded = self._candidate_features(features)
+            encoded = encode_raw(self._candidate_features, features)
             embeddings = self._model.value.embed_candidates(rows, encoded)
             return {"embeddings": embeddings, "is_known_item": rows > 0}
 

@@ -30,8 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw_features import raw_signature
+from tfrs_pipeline.model.features import Feature, raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import Encoder, empty_id
 from tfrs_pipeline.serving.index import (

@@ -208,11 +208,7 @@ def _embed(
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         on_progress("embed items", start, items.num_rows)
         block = items.slice(start, ITEMS_PER_CALL)
-        # Vectors as arrays: a Python float a number would take 8 times the memory.
-        columns = {
-            name: block[name].to_numpy() if kind == "vector" else block[name].to_pylist()
-            for name, kind in kinds.items()
-        }
+        columns = {name: block[name] for name in kinds}
         blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
     embeddings, is_trained = zip(*blocks, strict=True)
     return np.concatenate(embeddings), np.concatenate(is_trained)

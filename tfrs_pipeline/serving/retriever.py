@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.evaluation.topk import check_one_each
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw_features import raw_columns, raw_signature
+from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import empty_id
 from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, QUERIES_FILE

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import to_values
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving.encoder import (
     Encoder,
     id_dtype,
@@ -38,7 +38,8 @@ class ItemFilter:
     @classmethod
     def of_column(cls, name: str, column: Sequence[Any]) -> ItemFilter:
         """Makes a filter of a column of values or of lists of values; None and "" are none."""
-        return cls(name, [list(dict.fromkeys(to_values("multi_categorical", x))) for x in column])
+        lists = Feature(name, "multi_categorical").to_raw(column).tolist()
+        return cls(name, [[value for value in dict.fromkeys(values) if value] for values in lists])
 
     def describe(self) -> dict[str, Any]:
         """Returns name and distinct values, for the manifest."""
@@ -56,7 +57,7 @@ class RetrievalModule(tf.Module):
     - `retrieve(user_id [B], history [B, L], exclude [B, E], k [])`: by a history given with the
       query, oldest first; nothing is left out but `exclude`.
     - `retrieve_with_features(...)`, for a model with user features: as `retrieve`, with the raw
-      value of each feature beside, instead of the stored ones (see `RawFeatures`). An input is
+      value of each feature beside, instead of the stored ones (see `Feature`). An input is
       called as the column, where that can be the name of an input: "release date" is
       `release_date`; the manifest has them all.
     - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and

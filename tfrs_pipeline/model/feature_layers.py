@@ -1,0 +1,196 @@
+"""Encoded features as constants of a model, and as a tower's inputs."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.model.randomness import Stream, fold
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.config import FeatureKind
+
+_NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
+_LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Shape of an encoded feature: `size` codes, 0 included, and `num_values` per row."""
+
+    name: str
+    kind: FeatureKind
+    size: int
+    num_values: int
+
+    def empty(self, num_rows: int) -> np.ndarray:
+        """Returns the encoding of `num_rows` missing values."""
+        has_list = self.kind in _LISTS or self.kind in ("timestamp", "vector")
+        shape = (num_rows, self.num_values) if has_list else (num_rows,)
+        if self.kind in _NUMBERS:
+            return np.full(shape, np.nan, np.float32)
+        return np.zeros(shape, np.int32)
+
+
+def layer_name(column: str) -> str:
+    """Returns a name that TensorFlow takes for a layer: the column's, where it can be.
+
+    Example:
+        >>> layer_name("year"), layer_name("release date")
+        ('year', 'xrelease_date_9cebf073')
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", column)
+    if name == column and name[:1].isalnum():
+        return name
+    return f"x{name}_{zlib.crc32(column.encode()):08x}"
+
+
+class FeatureTable(tf.keras.layers.Layer):
+    """Encoded features of every row, constant in the model and gathered by row.
+
+    Args:
+        specs: The features.
+        num_rows: Rows, row 0 "unknown" included.
+    """
+
+    def __init__(self, specs: Sequence[FeatureSpec], num_rows: int, name: str) -> None:
+        super().__init__(name=name, trainable=False)
+        self._columns = {}
+        for spec in specs:
+            missing = spec.empty(1)
+            self._columns[spec.name] = self.add_weight(
+                name=layer_name(spec.name),
+                shape=(num_rows, *missing.shape[1:]),
+                dtype=tf.as_dtype(missing.dtype),
+                initializer=tf.constant_initializer(missing.flat[0]),
+                trainable=False,
+            )
+
+    def assign(self, columns: dict[str, np.ndarray]) -> None:
+        """Sets the features.
+
+        Args:
+            columns: Per feature, the encoded rows 1, 2, ...; row 0 stays "missing".
+
+        Raises:
+            ValueError: If a feature is missing or has the wrong shape.
+        """
+        for name, variable in self._columns.items():
+            if name not in columns:
+                raise ValueError(f"Feature '{name}' is missing. Received: {sorted(columns)}")
+            expected = (variable.shape[0] - 1, *variable.shape[1:])
+            if columns[name].shape != expected:
+                raise ValueError(
+                    f"Feature '{name}' must have shape {expected}. Received: {columns[name].shape}"
+                )
+            first = variable[:1].numpy()
+            variable.assign(np.concatenate([first, columns[name]]))
+
+    def call(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Gathers the features of `rows`, [n] int32."""
+        return {name: tf.gather(column, rows) for name, column in self._columns.items()}
+
+
+class FeatureEmbedding(tf.keras.layers.Layer):
+    """Embeds one encoded feature.
+
+    Categorical, hashed and bucketized: an embedding, code 0 included. Multi-valued and text: the
+    mean of the embeddings of the codes other than 0, the zero vector where there is none. Numeric
+    and timestamp: the values. Vector: a trained linear map of it. These three have zeros where the
+    value is missing, and say in one more column whether it is.
+
+    Args:
+        spec: The feature.
+        dim: Embedding size (not used by numeric and timestamp features).
+    """
+
+    def __init__(self, spec: FeatureSpec, dim: int) -> None:
+        name = layer_name(spec.name)
+        super().__init__(name=f"{name}_embedding")
+        self._kind = spec.kind
+        if spec.kind == "vector":
+            # Without a bias, so that a missing vector is mapped to zeros.
+            self._projection = tf.keras.layers.Dense(dim, use_bias=False, name=name)
+        elif spec.kind not in _NUMBERS:
+            self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=name)
+
+    def call(self, values: tf.Tensor) -> tf.Tensor:
+        """Embeds encoded values.
+
+        Args:
+            values: [n] or [n, num_values], as `Feature.encode` returns them.
+
+        Returns:
+            [n, dim] float32; [n, dim + 1] if vector, [n, 2] if numeric, [n, 6] if timestamp.
+        """
+        if self._kind in _NUMBERS:
+            return self._flagged(values[:, tf.newaxis] if self._kind == "numeric" else values)
+        embedded = self._embedding(values)
+        if self._kind in _LISTS:
+            return weighted_mean(embedded, tf.cast(values > 0, tf.float32))
+        return embedded
+
+    def _flagged(self, values: tf.Tensor) -> tf.Tensor:
+        """Fills missing rows with zeros, maps vectors, and appends whether the row was missing."""
+        is_missing = tf.math.is_nan(values[:, :1])
+        filled = tf.where(is_missing, tf.zeros_like(values), values)
+        if self._kind == "vector":
+            filled = self._projection(filled)
+        return tf.concat([filled, tf.cast(is_missing, tf.float32)], axis=1)
+
+
+def drop_features(
+    features: Mapping[str, tf.Tensor], specs: Sequence[FeatureSpec], rate: float, seed: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    """Sets features to missing at random, each by itself in each row.
+
+    A model that trains on the rest leans on no single feature, and knows what a missing one means.
+
+    Args:
+        features: Encoded features by name, [n] or [n, num_values].
+        specs: Those of the features that may be dropped; others are returned as they are.
+        rate: Probability that a feature of a row is dropped, 0 to 1.
+        seed: [2] int32. The result is a function of the arguments; the draws are apart from those
+            of `tf.random.stateless_uniform` with the same seed.
+
+    Returns:
+        The features, encoded as missing (`FeatureSpec.empty`) where they are dropped.
+
+    Raises:
+        ValueError: If the rate is out of range, or a feature is missing.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"`rate` must be from 0 to 1. Received: {rate}.")
+    if missing := [spec.name for spec in specs if spec.name not in features]:
+        raise ValueError(f"Features {missing} are missing. Received: {sorted(features)}.")
+    dropped = dict(features)
+    if not specs or not rate:
+        return dropped
+    own_seed = fold(seed, Stream.FEATURES)
+    num_rows = tf.shape(features[specs[0].name])[0]
+    drawn = tf.random.stateless_uniform([num_rows, len(specs)], own_seed)
+    for i, spec in enumerate(specs):
+        empty = spec.empty(1)
+        is_dropped = drawn[:, i : i + 1] if empty.ndim == 2 else drawn[:, i]
+        dropped[spec.name] = tf.where(is_dropped < rate, empty, features[spec.name])
+    return dropped
+
+
+def weighted_mean(vectors: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Computes the weighted mean over the second axis, zero where no weight is positive.
+
+    Args:
+        vectors: [n, m, d].
+        weights: [n, m], 0 or more.
+
+    Returns:
+        [n, d].
+    """
+    total = tf.reduce_sum(weights, axis=1, keepdims=True)
+    return tf.math.divide_no_nan(tf.einsum("nmd,nm->nd", vectors, weights), total)

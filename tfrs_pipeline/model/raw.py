@@ -1,0 +1,202 @@
+"""Columns of Python's, NumPy's or Arrow's values as the arrays that a graph takes.
+
+An array with a type is converted at once, a list value by value. Nothing here is fitted, and
+nothing needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
+Column: TypeAlias = Any
+
+_VECTORS = pa.list_(pa.float64())
+_TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def to_texts(column: Column) -> Any:
+    """Returns an Arrow array of what `str(value)` gives, "" where the value is missing.
+
+    Example:
+        >>> to_texts(["a", 7, None, float("nan")]).to_pylist()
+        ['a', '7', '', '']
+    """
+    column = _typed(column)
+    if not isinstance(column, pa.Array):
+        return pa.array(["" if _is_missing(v) else str(v) for v in column], pa.string())
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
+        # Python's way of writing numbers, not Arrow's: a request may come from either.
+        encoded = column.dictionary_encode()
+        column = to_texts(encoded.dictionary.to_pylist()).take(encoded.indices)
+    return column.cast(pa.string()).fill_null("")
+
+
+def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
+    """Returns the values of lists, end to end, and how many each row has.
+
+    Missing values and empty strings within a list are dropped; a value that is in no list is one of
+    its own.
+
+    Returns:
+        An Arrow array of strings, and [n] int64.
+
+    Example:
+        >>> values, lengths = to_text_lists([["a", 7, None, ""], None, "b"])
+        >>> values.to_pylist(), lengths.tolist()
+        (['a', '7', 'b'], [2, 0, 1])
+    """
+    column = _typed(column)
+    if not isinstance(column, pa.Array):
+        rows = [list(row) if _is_list(row) else [row] for row in column]
+        values = to_texts([value for row in rows for value in row])
+        lengths = np.array([len(row) for row in rows], np.int64)
+    elif _is_list_type(column.type):
+        values, lengths = to_texts(column.flatten()), _lengths(column)
+    else:
+        values, lengths = to_texts(column), np.ones(len(column), np.int64)
+    is_known = pc.not_equal(values, "")
+    rows = np.repeat(np.arange(len(lengths)), lengths)[is_known.to_numpy(zero_copy_only=False)]
+    return values.filter(is_known), np.bincount(rows, minlength=len(lengths))
+
+
+def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
+    """Puts lists, given end to end, into rows: [n, longest] object array, padded with ""."""
+    width = int(lengths.max(initial=0))
+    rows = np.full((len(lengths), width), "", object)
+    rows[np.arange(width) < lengths[:, np.newaxis]] = values.to_numpy(zero_copy_only=False)
+    return rows
+
+
+def to_numbers(name: str, column: Column) -> np.ndarray:
+    """Returns [n] float64, NaN where missing.
+
+    Raises:
+        ValueError: If an entry is no number.
+    """
+    column = _typed(column)
+    if isinstance(column, pa.Array):
+        try:
+            return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        except pa.ArrowException:
+            column = column.to_pylist()
+    numbers = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        try:
+            numbers[i] = np.nan if value is None else value
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Feature '{name}' must hold numbers. Received: {value!r} in row {i} of "
+                f"{len(column)}. Correct it, or use None: it is missing."
+            ) from None
+    return numbers
+
+
+def to_seconds(name: str, column: Column) -> np.ndarray:
+    """Returns [n] float64 seconds since 1970 (UTC), NaN where missing.
+
+    Raises:
+        ValueError: If an entry is no datetime, or one without a time zone.
+    """
+    column = _typed(column)
+    if isinstance(column, pa.Array):
+        if pa.types.is_timestamp(column.type) and column.type.tz is not None:
+            ticks = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            return ticks / _TICKS[column.type.unit]
+        column = column.to_pylist()
+    seconds = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        if value is None or value != value:  # NaN, or the NaT of pandas.
+            continue
+        if not isinstance(value, datetime) or value.tzinfo is None:
+            raise ValueError(
+                f"Feature '{name}' must hold datetimes with a time zone. Received: {value!r} in "
+                f"row {i} of {len(column)}. Say which zone it is in: value.replace(tzinfo=...)."
+            )
+        seconds[i] = value.timestamp()
+    return seconds
+
+
+def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
+    """Returns [n, length] float32, NaN in rows that are missing.
+
+    Args:
+        name: Of the feature.
+        column: Vectors.
+        length: That all must have; None takes the most frequent one.
+
+    Raises:
+        ValueError: If an entry is no vector, lengths differ, a number is not finite, or all are
+            missing and no length is given.
+    """
+    must_hold, num_rows = f"Feature '{name}' must hold", len(column)
+    column = _typed(column)
+    try:
+        if isinstance(column, pa.Array):
+            lists = column.cast(_VECTORS)
+        else:
+            lists = pa.array([None if _is_missing(row) else row for row in column], _VECTORS)
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{must_hold} vectors: in each of its {num_rows} rows a list of numbers, or None. "
+            f"Received others. {error}."
+        ) from None
+    is_known = lists.is_valid().to_numpy(zero_copy_only=False)
+    lengths = _lengths(lists)[is_known]
+    if length is None:
+        length = int(np.bincount(lengths, minlength=1).argmax())
+        if not length:
+            raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
+    others = lengths[lengths != length]
+    if len(others):
+        raise ValueError(
+            f"{must_hold} vectors of length {length}. Received: {len(others)} of {num_rows} rows "
+            f"of another length, such as {others[0]}. Correct them, or use None: it is missing."
+        )
+    vectors = np.full((num_rows, length), np.nan, np.float32)
+    with np.errstate(over="ignore"):  # What is too large for float32 is refused below.
+        vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+    num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
+    if num_bad:
+        raise ValueError(
+            f"{must_hold} finite float32 numbers. Received: others in {num_bad} of {num_rows} "
+            "rows. Correct them, or use None for the row: it is missing."
+        )
+    return vectors
+
+
+def _typed(column: Column) -> Any:
+    """Returns an Arrow array of a column that has a type; a list, or objects, as they are."""
+    if isinstance(column, pa.ChunkedArray):
+        return column.combine_chunks()
+    if not isinstance(column, np.ndarray) or column.dtype == object:
+        return column
+    values = pa.array(column.ravel(), from_pandas=True)
+    if column.ndim == 1:
+        return values
+    return pa.FixedSizeListArray.from_arrays(values, column.shape[1])
+
+
+def _is_list_type(dtype: Any) -> bool:
+    types = pa.types
+    return types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
+
+
+def _lengths(lists: Any) -> np.ndarray:
+    return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
