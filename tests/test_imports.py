@@ -40,6 +40,7 @@ WITHOUT_TENSORFLOW = (
     "samples.popularity",
     "samples.build",
     "samples.hard_pools",
+    "model.raw",
     "negatives.mixture",
     "serving.settings",
     "serving.client",
