@@ -1,5 +1,6 @@
 """Settings: what is refused, how it is said, and that a file gives back what was written."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.config import (
     RUN_PRESETS,
     Config,
@@ -26,10 +28,10 @@ from tfrs_pipeline.config import (
     SplitConfig,
     StageName,
     TrainingConfig,
+    check_model_name,
     dump_config,
     load_config,
     main_job_config,
-    with_preset,
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
@@ -196,91 +198,52 @@ def test_any_config_survives_its_file(
 # Every field
 
 
-@pytest.mark.parametrize(("table", "name"), FIELDS)
-def test_a_field_has_a_sentence_for_the_help(table: type[Config], name: str) -> None:
-    description = table.model_fields[name].description
-    assert description is not None
-    assert description.endswith(".")
-    assert "\n" not in description
-    assert "  " not in description
-
-
-@pytest.mark.parametrize(("table", "name"), FIELDS)
-def test_a_field_that_may_be_none_is_none_by_default(table: type[Config], name: str) -> None:
-    """TOML has no null, so that None is written by leaving the setting out."""
-    field = table.model_fields[name]
-    if type(None) in get_args(field.annotation):
-        assert field.default is None
-
-
-@pytest.mark.parametrize(("table", "name"), FIELDS)
-def test_a_field_has_a_default(table: type[Config], name: str) -> None:
-    assert not table.model_fields[name].is_required()
-
-
-def number_fields() -> Iterator[tuple[type[Config], str]]:
+def test_a_field_has_a_sentence_for_the_help_and_a_default() -> None:
     for table, name in FIELDS:
-        kinds = {
-            table.model_fields[name].annotation,
-            *get_args(table.model_fields[name].annotation),
-        }
-        if kinds & {int, float} and (table, name) != (DataConfig, "rating_threshold"):
-            yield table, name
+        field = table.model_fields[name]
+        assert re.fullmatch(r"[^ ].*\.", field.description or ""), (table, name)
+        assert "  " not in str(field.description), (table, name)
+        assert not field.is_required(), (table, name)
+        # TOML has no null, so that None is written by leaving the setting out.
+        if type(None) in get_args(field.annotation):
+            assert field.default is None, (table, name)
 
 
-@pytest.mark.parametrize(("table", "name"), list(number_fields()))
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "many"])
-def test_a_number_has_a_range(table: type[Config], name: str, value: Any) -> None:
-    assert name in problems(table, **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("table", "name", "value"),
-    [
-        (ModelConfig, "temperature", 0),
-        (ModelConfig, "history_dropout", 1),
-        (ModelConfig, "recency_decay", 0),
-        (ModelConfig, "recency_decay", 1.01),
-        (ModelConfig, "query_layers", [64, 0]),
-        (SplitConfig, "test_share", 0),
-        (SplitConfig, "test_share", 1),
-        (SplitConfig, "min_positives", 0),
-        (TrainingConfig, "batch_size", 1),
-        (TrainingConfig, "max_epochs", 0),
-        (TrainingConfig, "monitor", "ndcg"),
-        (TrainingConfig, "monitor", "ndcg@0"),
-        (TrainingConfig, "monitor", "loss@10"),
-        (EvaluationConfig, "cutoffs", []),
-        (EvaluationConfig, "cutoffs", [20, 20]),
-        (EvaluationConfig, "ease_l2", [0]),
-        (EvaluationConfig, "baselines", ["ease", "ease"]),
-        (ExportConfig, "target_recall", 1.5),
-        (ExportConfig, "name", "../elsewhere"),
-        (ExportConfig, "name", ""),
-        (EasySampler, "num", 0),
-        (RunConfig, "seed", 2**31),
-    ],
-)
-def test_a_value_out_of_range_is_refused(table: type[Config], name: str, value: Any) -> None:
-    (setting,) = problems(table, **{name: value})
-    assert setting.split(".")[0] == name
+def test_a_number_has_a_range() -> None:
+    for table, name in FIELDS:
+        annotation = table.model_fields[name].annotation
+        if not {int, float} & {annotation, *get_args(annotation)}:
+            continue
+        for value in (-1, float("nan"), float("inf"), "many"):
+            if name != "rating_threshold" or value != -1:
+                assert name in problems(table, **{name: value}), (table, name, value)
 
 
 @pytest.mark.parametrize(
-    ("table", "name", "value"),
+    ("table", "name", "refused", "allowed"),
     [
-        (EasySampler, "alpha", 0),
-        (ModelConfig, "query_layers", []),
-        (ModelConfig, "history_dropout", 0),
-        (ModelConfig, "recency_decay", 1),
-        (TrainingConfig, "monitor", "recall@5"),
-        (ExportConfig, "target_recall", 1),
-        (EvaluationConfig, "baselines", []),
-        (RunConfig, "seed", 2**31 - 1),
+        (ModelConfig, "temperature", [0], [1e-9]),
+        (ModelConfig, "history_dropout", [1], [0]),
+        (ModelConfig, "recency_decay", [0, 1.01], [1]),
+        (ModelConfig, "query_layers", [[64, 0]], [[]]),
+        (SplitConfig, "test_share", [0, 1], [0.5]),
+        (TrainingConfig, "batch_size", [1], [2]),
+        (TrainingConfig, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
+        (EvaluationConfig, "cutoffs", [[], [20, 20]], [[20]]),
+        (EvaluationConfig, "baselines", [["ease", "ease"]], [[]]),
+        (ExportConfig, "target_recall", [1.5], [1]),
+        (ExportConfig, "name", ["../elsewhere", ""], ["films-2.1"]),
+        (RunConfig, "seed", [2**31], [2**31 - 1]),
     ],
 )
-def test_the_ends_of_a_range_are_allowed(table: type[Config], name: str, value: Any) -> None:
-    table(**{name: value})
+def test_the_ends_of_a_range(
+    table: type[Config], name: str, refused: list[Any], allowed: list[Any]
+) -> None:
+    for value in refused:
+        (setting,) = problems(table, **{name: value})
+        assert setting.split(".")[0] == name
+    for value in allowed:
+        table(**{name: value})
 
 
 # Unknown settings
@@ -325,28 +288,18 @@ def test_features_need_the_file_that_holds_them() -> None:
     DataConfig(source="clicks", path="x", items_path="y", users_path="z", **features)
 
 
-@pytest.mark.parametrize(
-    ("source", "settings"),
-    [
+def test_what_decides_the_positives_is_refused_where_it_would_not() -> None:
+    for source, settings in (
         ("clicks", {"rating_threshold": 4}),
         ("clicks", {"stage_values": {"view": "exposed"}}),
-        ("movielens-100k", {"columns": {"user_id": "viewer"}}),
-        ("movielens-100k", {"items_path": "items.csv"}),
-        ("movielens-100k", {"unknown_items": "drop"}),
+        ("ratings", {"rating_threshold": 4, "label": {"is_click": 1}}),
         ("movielens-100k", {"label": {"is_click": 1}}),
-        ("kuairand", {"columns": {"user_id": "viewer"}}),
-        ("kuairand", {"timestamp_unit": "ms"}),
-        ("kuairand", {"list_separator": ","}),
-        ("recflow", {"stage_values": {"view": "exposed"}}),
-        ("recflow", {"users_path": "users.csv"}),
-        ("recflow", {"time_zone": "UTC"}),
-        ("recflow", {"unknown_items": "error"}),
-    ],
-)
-def test_a_setting_without_effect_is_refused(source: str, settings: dict[str, Any]) -> None:
-    ((name, message),) = problems(DataConfig, source=source, path="x", **settings).items()
-    assert name in settings
-    assert message.startswith(f"has no effect with source '{source}'")
+    ):
+        found = problems(DataConfig, source=source, path="x", **settings)
+        assert list(found) == [list(settings)[-1]]
+        assert "has no effect with source" in found[list(settings)[-1]]
+    # What is harmless is let be.
+    DataConfig(columns={"user_id": "viewer"}, time_zone="UTC", unknown_items="drop")
 
 
 @pytest.mark.parametrize("source", ["kuairand", "recflow"])
@@ -416,10 +369,6 @@ def test_the_default_mixture_can_draw_every_item() -> None:
     assert any(sampler.alpha == 0 for sampler in SamplesConfig().easy_negatives)
 
 
-def test_only_a_corrected_model_corrects_the_positive() -> None:
-    assert "correct_positive" in problems(ModelConfig, correct_positive=True, correction="none")
-
-
 def test_each_tower_reads_something() -> None:
     blind = {"history_pooling": (), "use_candidate_id": False}
     lines = [message for _, message in _all_problems(RunConfig, model=blind)]
@@ -474,7 +423,49 @@ def test_the_main_job_is_movielens_served_by_scann() -> None:
     }
     assert config.export.index == "scann"
     assert config.model_name == "movielens-100k"
-    assert RunConfig(data={"source": "clicks", "path": "logs/shop.csv"}).model_name == "shop"
+
+
+# Names of models
+
+
+def of_clicks(path: str, **export: Any) -> RunConfig:
+    return RunConfig(data={"source": "clicks", "path": path}, export=export)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("logs/shop.csv", "shop"),
+        ("logs/log[1].csv", "log-1"),
+        ("a b/Ж 7.parquet", "7"),
+        ("-v1.2_x.csv", "v1.2_x"),
+        (".hidden", "hidden"),
+    ],
+)
+def test_a_model_is_named_by_its_file_so_that_it_can_be_loaded(path: str, name: str) -> None:
+    assert of_clicks(path).model_name == name
+    ExportConfig(name=name)
+    assert of_clicks(path, name="mine").model_name == "mine"
+
+
+def test_a_name_is_not_taken_from_a_model_of_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = Path("saved_models/log/1/manifest.json")
+    written.parent.mkdir(parents=True)
+    config = of_clicks("a/log.csv").model_dump(mode="json")
+    written.write_text(json.dumps({"config": config}))
+    for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
+        check_model_name(of_clicks(str(same)))
+    check_model_name(of_clicks("b/log.csv", name="log"))
+    with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
+        check_model_name(of_clicks("b/log.csv"))
+    with pytest.raises(ConfigError, match=r"^export.name: required: no letter or digit"):
+        check_model_name(of_clicks("журнал.csv"))
+    with pytest.raises(ConfigError, match="log/1"):
+        pipeline.run(of_clicks("b/log.csv"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_stages_are_those_of_the_event_table() -> None:
@@ -514,16 +505,16 @@ def test_exposed_items_are_negatives_only_for_who_insists(settings: dict[str, An
 def test_presets_of_runs_go_with_the_main_job_and_with_clicks(tmp_path: Path, name: str) -> None:
     clicks = RunConfig(data={"source": "clicks", "path": "clicks.csv"})
     for base in (main_job_config(), clicks):
-        config = with_preset(base, name)
+        config = with_settings(base, preset=name)
         assert config != base
         assert load(tmp_path, dump_config(config)) == config
-        assert with_preset(config, name) == config
+        assert with_settings(config, preset=name) == config
         assert config.data.path == base.data.path
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'sequence'"):
-        with_preset(main_job_config(), "sequences")
+        with_settings(main_job_config(), preset="sequences")
 
 
 @pytest.mark.parametrize(
@@ -540,7 +531,7 @@ def test_what_does_not_go_with_all_positions_is_refused(
     changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        with_settings(with_preset(main_job_config(), "sequence"), changed)
+        with_settings(main_job_config(), changed, preset="sequence")
 
 
 UNORDERED = {

@@ -26,6 +26,8 @@ ROOMS = [
     "run",
     "compare",
     "report",
+    "flags",
+    "console",
     "cli",
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
@@ -33,6 +35,7 @@ WITHOUT_TENSORFLOW = (
     "retrieval",
     "settings",
     "config",
+    "flags",
     "data",
     "sources",
     "evaluation",

@@ -22,7 +22,6 @@ _PUBLIC = {
     "dump_config": "config",
     "load_config": "config",
     "main_job_config": "config",
-    "with_preset": "config",
     "with_settings": "config",
 }
 

@@ -6,6 +6,7 @@ settings refuses unknown keys and names the nearest known one.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import zoneinfo
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import tomli_w
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from tfrs_pipeline.settings import Config, ConfigError, refuse, setting_names, suggest
+from tfrs_pipeline.settings import Config, ConfigError, from_text, refuse, setting_names, suggest
 
 FeatureKind: TypeAlias = Literal[
     "categorical",
@@ -133,22 +134,14 @@ class DataConfig(Config):
             features, path = getattr(self, f"{table}_features"), getattr(self, f"{table}s_path")
             if self.source in files and features and path is None:
                 yield f"{table}s_path", f"required for {table}_features: the file that holds them"
-        effective = {
-            "items_path": files,
-            "users_path": files,
-            "columns": files,
-            "timestamp_unit": files,
-            "time_zone": files,
+        # What decides which events are positives: without effect, the model would learn others.
+        of_positives: dict[str, tuple[str, ...]] = {
             "stage_values": ("events",),
             "label": ("events", "kuairand", "recflow"),
             "rating_threshold": ("ratings",),
-            "list_separator": files,
-            "unknown_items": (*files, "kuairand"),
-            "duplicates": (*files, "kuairand", "recflow"),
         }
-        for name, sources in effective.items():
-            is_default = getattr(self, name) == type(self).model_fields[name].default
-            if not is_default and self.source not in sources:
+        for name, sources in of_positives.items():
+            if getattr(self, name) and self.source not in sources:
                 where = " or ".join(repr(source) for source in sources)
                 yield name, f"has no effect with source {self.source!r}: only with {where}"
 
@@ -264,7 +257,10 @@ class SamplesConfig(Config):
     """Latest positives before the event that the query holds."""
     in_batch: bool = True
     """Whether the positives of the other rows of the batch are negatives too."""
-    easy_negatives: tuple[EasySampler, ...] = (EasySampler(alpha=0), EasySampler(alpha=0.75))
+    easy_negatives: tuple[Annotated[EasySampler, BeforeValidator(from_text)], ...] = (
+        EasySampler(alpha=0),
+        EasySampler(alpha=0.75),
+    )
     """Samplers of easy negatives, all of them used together."""
     bank_batches: int = Field(0, ge=0)
     """Earlier batches whose positives' embeddings are negatives too, as they were then."""
@@ -274,7 +270,7 @@ class SamplesConfig(Config):
     """Whether items that the user was shown and did not click are kept from being negatives."""
     hard_share: float = Field(0.0, ge=0, lt=1)
     """Share of the negatives' weight that hard negatives hold, in rows that have any."""
-    hard_negatives: tuple[HardSampler, ...] = (
+    hard_negatives: tuple[Annotated[HardSampler, BeforeValidator(from_text)], ...] = (
         HardSampler(stage="retrieved"),
         HardSampler(stage="pre_ranked"),
     )
@@ -407,15 +403,11 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.correct_positive and self.correction == "none":
-            refuse([("correct_positive", "has no effect with correction 'none'")])
         if len(set(self.history_pooling)) < len(self.history_pooling):
             refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
         if "attention" in self.history_pooling and self.embedding_dim % self.attention_heads:
             message = f"got {self.attention_heads}; must divide embedding_dim {self.embedding_dim}"
             refuse([("attention_heads", message)])
-        if self.share_item_embedding and not self.history_pooling:
-            refuse([("share_item_embedding", "has no effect without history_pooling")])
         if not self.use_candidate_id:
             for name in ("share_item_embedding", "candidate_bias"):
                 if getattr(self, name):
@@ -468,8 +460,6 @@ class TrainingConfig(Config):
         if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
             message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
             yield "monitor", f"got {self.monitor!r}; {message}"
-        if self.decay_to and self.decay == "none":
-            yield "decay_to", f"got {self.decay_to} with decay 'none', where it has no effect"
 
 
 class EvaluationConfig(Config):
@@ -718,10 +708,11 @@ class RunConfig(Config):
 
     @property
     def model_name(self) -> str:
-        """Name of the model's folder."""
+        """Name of the model's folder: letters, digits, '.', '_' and '-'."""
         if self.export.name is not None:
             return self.export.name
-        return self.data.source if self.data.path is None else self.data.path.stem
+        name = self.data.source if self.data.path is None else self.data.path.stem
+        return re.sub(r"^[._-]+|-+$", "", re.sub(r"[^A-Za-z0-9._-]+", "-", name))
 
 
 def main_job_config() -> RunConfig:
@@ -807,27 +798,6 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def preset_settings(name: str) -> dict[str, Any]:
-    """Returns what a preset in `RUN_PRESETS` changes, by dotted name.
-
-    Raises:
-        ConfigError: If there is no such preset.
-    """
-    if name not in RUN_PRESETS:
-        message = f"unknown preset {name!r}; {suggest(name, list(RUN_PRESETS))}"
-        raise ConfigError([("preset", message)])
-    return RUN_PRESETS[name][1]
-
-
-def with_preset(config: RunConfig, name: str) -> RunConfig:
-    """Returns the settings with those of a preset in `RUN_PRESETS` replaced.
-
-    Raises:
-        ConfigError: If there is no such preset, or it does not go with the other settings.
-    """
-    return with_settings(config, preset_settings(name))
-
-
 def load_config(path: Path | str) -> RunConfig:
     """Reads the settings of a run from a TOML file.
 
@@ -856,33 +826,34 @@ def load_config(path: Path | str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes settings as TOML that `load_config` reads back equal.
 
-    Args:
-        config: The settings.
-
-    Returns:
-        Every setting, defaults included. TOML has no null: settings that are None are left out.
+    TOML has no null: settings that are None are left out, and every other one is there.
     """
-    return tomli_w.dumps(_plain(config.model_dump(exclude_none=True)))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+def with_settings(
+    config: RunConfig, settings: Mapping[str, Any] | None = None, *, preset: str | None = None
+) -> RunConfig:
     """Returns the settings with some of them replaced, checked as a whole.
 
     Args:
         config: The settings to start from.
         settings: New values by dotted name.
-
-    Returns:
-        The new settings.
+        preset: Name in `RUN_PRESETS`, whose values are replaced first.
 
     Raises:
-        ConfigError: If a name is unknown or a value cannot be used.
+        ConfigError: If a name is unknown, or a value cannot be used.
 
     Example:
         >>> config = with_settings(RunConfig(), {"training.batch_size": 512, "seed": 7})
         >>> config.training.batch_size, config.training.max_epochs, config.seed
         (512, 30, 7)
     """
+    if preset is not None and preset not in RUN_PRESETS:
+        raise ConfigError(
+            [("preset", f"unknown preset {preset!r}; {suggest(preset, RUN_PRESETS)}")]
+        )
+    settings = {**(RUN_PRESETS[preset][1] if preset else {}), **(settings or {})}
     tree = config.model_dump()
     if "samples.preset" in settings:
         # A new preset replaces what the old one, or the default, had set.
@@ -891,22 +862,40 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     for name, value in settings.items():
         *tables, setting = name.split(".")
         table = tree
-        for depth, key in enumerate(tables):
+        for key in tables:
             if not isinstance(table.get(key), dict):
                 known = setting_names(RunConfig)
                 raise ConfigError([(name, f"unknown setting; {suggest(name, known)}")])
-            table = table[tables[depth]]
+            table = table[key]
         table[setting] = value
     return RunConfig(**tree)
 
 
-def _plain(value: Any) -> Any:
-    """Returns a value of `model_dump` with paths as strings, for TOML."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
+def check_model_name(config: RunConfig) -> None:
+    """Checks a name that comes from the file of the events, before anything is done in it.
+
+    Raises:
+        ConfigError: If nothing of it can name a folder, or a model of other data has it: a version
+            of that model is added only if it is asked for by name.
+    """
+    if config.export.name is not None:
+        return
+    if not config.model_name:
+        message = f"required: no letter or digit in the name of {config.data.path} to name it by"
+        raise ConfigError([("export.name", message)])
+    ours = config.model_dump(mode="json")["data"]
+    for path in (config.export.directory / config.model_name).glob("*/manifest.json"):
+        theirs = json.loads(path.read_text())["config"]["data"]
+        if _origin(theirs) != _origin(ours):
+            message = (
+                f"{path.parent} is a model of {theirs['path'] or theirs['source']}: set another "
+                f"name, or {config.model_name!r} to add a version to it all the same"
+            )
+            raise ConfigError([("export.name", message)])
+
+
+def _origin(data: Mapping[str, Any]) -> Path | str:
+    return Path(data["path"]).resolve() if data["path"] else data["source"]
 
 
 def _is_time_zone(name: str) -> bool:

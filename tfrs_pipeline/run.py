@@ -28,6 +28,7 @@ from tfrs_pipeline.config import (
     RunConfig,
     SamplesConfig,
     SplitConfig,
+    check_model_name,
     dump_config,
     load_config,
 )
@@ -208,6 +209,7 @@ def run(
         ValueError: If the folder holds a run of another config, or the data is refused
             (`DataError`).
     """
+    check_model_name(config)
     claim_folder(config, folder)
     if (finished := _finished_run(folder)) is not None:
         on_stage(StageReport("finished before", ["its results follow; nothing was done"]))

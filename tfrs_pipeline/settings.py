@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+import re
+import typing
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pydantic
@@ -74,12 +78,28 @@ def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str,
             yield ".".join(part for part in (setting, name) if part), message
     elif details["type"] == "extra_forbidden":
         yield setting, f"unknown setting; {suggest(setting, setting_names(table))}"
+    elif details["type"] == "unexpected_keyword_argument":
+        name = str(details["loc"][-1])
+        kinds = _dataclasses_in(table.model_fields[str(details["loc"][0])].annotation)
+        known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        yield setting, f"unknown setting; {suggest(name, known)}"
+    elif details["type"] == "union_tag_invalid":
+        tag, tags = details["ctx"]["tag"], re.findall(r"\w+", details["ctx"]["expected_tags"])
+        yield setting, f"unknown kind {tag!r}; {suggest(tag, tags)}"
     elif details["type"] in ("model_type", "model_attributes_type"):
         yield setting, f"got {details['input']!r}; must be a table of settings"
     else:
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
         message = message[0].lower() + message[1:]
         yield setting, f"got {details['input']!r}; {message}"
+
+
+def _dataclasses_in(annotation: Any) -> Iterator[type]:
+    """Yields the dataclasses that an annotation is made of."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _dataclasses_in(inner)
 
 
 def setting_names(table: type[Config]) -> list[str]:
@@ -92,15 +112,28 @@ def setting_names(table: type[Config]) -> list[str]:
     return names
 
 
-def suggest(name: str, known: Sequence[str] | set[str]) -> str:
+def from_text(value: Any) -> Any:
+    """Reads a table from JSON or from a short form, as typed after a flag; other values stay.
+
+    A validator for before: `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
+
+    Example:
+        >>> from_text("popularity:num=256:alpha=0.75")
+        {'kind': 'popularity', 'num': '256', 'alpha': '0.75'}
+    """
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):
+        return json.loads(value)
+    parts = [part.partition("=") for part in value.split(":")]
+    return {name if equals else "kind": text if equals else name for name, equals, text in parts}
+
+
+def suggest(name: str, known: Collection[str]) -> str:
     """Says which known name is nearest, by the whole name or its last part, or lists them."""
-    by_last_part = {other.rpartition(".")[2]: other for other in known}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:
-        last_parts = difflib.get_close_matches(
-            name.rpartition(".")[2], by_last_part, n=1, cutoff=0.8
-        )
-        near = [by_last_part[part] for part in last_parts]
+    near = difflib.get_close_matches(name, known, n=1) or [
+        other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
     if near:
         return f"did you mean {near[0]!r}?"
     if len(known) > 30:

@@ -1,0 +1,200 @@
+"""Flags from typed settings: a command is a table of settings, and each setting is its flag.
+
+A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
+dot with hyphens, `--run-dir`. Either spelling of either is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import operator
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, get_args
+
+import pydantic
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand
+
+from tfrs_pipeline.settings import Config, suggest
+
+_NONE = "\0"  # What the library reads as None; "none" may be a word of a setting's own.
+_WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}
+
+
+class UsageError(ValueError):
+    """Flags that cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage, which may be long."""
+        raise UsageError(message)
+
+
+class _Values(argparse.Action):
+    """Values after one flag, as the JSON that pydantic reads: a list, of NAME=VALUE an object."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
+        values = [] if values == ["none"] else values
+        if str(self.metavar).startswith("NAME="):
+            if wrong := [value for value in values if "=" not in value]:
+                raise UsageError(f"{flag}: got {wrong[0]!r}; write {self.metavar}")
+            values = dict(value.split("=", 1) for value in values)
+        setattr(namespace, self.dest, json.dumps(values))
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A program's commands, read by `read`.
+
+    Attributes:
+        program: Its name, for the help.
+        version: What `--version` prints.
+        description: What it is for.
+        commands: Settings of each command; docstrings are its help, of which the first paragraph
+            is shown in the list of commands.
+        brief: For commands with many settings: those within tables that `--help` shows.
+            `--help-all` shows the others too.
+    """
+
+    program: str
+    version: str
+    description: str
+    commands: Mapping[str, type[Config]]
+    brief: Mapping[str, Collection[str]]
+    _flags: dict[str, list[str]] = field(default_factory=dict)
+
+    def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Reads a command and the settings that were given as its flags.
+
+        Returns:
+            Name of the command, and values by dotted name: of the given settings alone, and not yet
+            checked.
+
+        Raises:
+            UsageError: If a command or flag is unknown, or a value is missing.
+            SystemExit: After a help, which is printed.
+        """
+        parser = _Parser(prog=self.program, description=self.description)
+        parser.add_argument("--version", action="version", version=self.version)
+        source = self._source(parser, "--help-all" in arguments)
+        options, unknown = parser.parse_known_args(
+            [_spelled("--help" if text == "--help-all" else text) for text in arguments]
+        )
+        command = vars(options)[":subcommand"]
+        if command is None:
+            raise UsageError(f"no command; known: {', '.join(self.commands)}")
+        if unknown and not unknown[0].startswith("-"):
+            raise UsageError(f"unexpected {unknown[0]!r}; see {self.program} {command} --help")
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            raise UsageError(f"unknown flag {flag}; {suggest(flag, self._flags[command])}")
+        paths = [name.split(".") for name in vars(options) if name.startswith(f"{command}.")]
+        given = source(parsed_args=options)()
+        return command, {
+            ".".join(path[1:]): functools.reduce(operator.getitem, path, given) for path in paths
+        }
+
+    def _source(self, parser: _Parser, shows_all: bool) -> CliSettingsSource[_Parser]:
+        """Adds all commands and flags to a parser."""
+        sub_command: Any = CliSubCommand
+        fields: dict[str, Any] = {
+            name.replace("-", "_"): (
+                sub_command[table],
+                pydantic.Field(alias=name, description=str(table.__doc__).split("\n\n")[0]),
+            )
+            for name, table in self.commands.items()
+        }
+
+        def add_group(parser: Any, title: str, description: str) -> Any:
+            return parser.add_argument_group(title, description if shows_all else None)
+
+        def add_parser(parsers: Any, name: str, **options: Any) -> _Parser:
+            if name in self.brief:
+                options["usage"] = f"{self.program} {name} [--FLAG VALUE ...]"
+                options["epilog"] = f"{self.program} {name} --help-all shows every setting."
+            self._flags[name] = []
+            return parsers.add_parser(name, **options)
+
+        return CliSettingsSource(
+            pydantic.create_model("Commands", __base__=BaseSettings, **fields),
+            root_parser=parser,
+            cli_implicit_flags=True,
+            cli_avoid_json=True,
+            cli_enforce_required=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str=_NONE,
+            add_argument_method=functools.partial(self._add_argument, shows_all),
+            add_argument_group_method=add_group,
+            add_parser_method=add_parser,
+            formatter_class=argparse.HelpFormatter,
+        )
+
+    def _add_argument(self, shows_all: bool, parser: Any, *names: str, **options: Any) -> None:
+        command, _, setting = str(options.get("dest", names[0])).partition(".")
+        if options["help"] == argparse.SUPPRESS:  # A table as JSON: its settings are flags.
+            return
+        field = _field(self.commands[command], setting)
+        default = "none" if field.is_required() else as_typed(field.default)
+        shown = "" if default in ("none", "no") else f" (default: {default})"
+        options["help"] = f"{field.description}{shown}".replace("%", "%%")
+        if "." in setting and not shows_all and setting not in self.brief.get(command, ()):
+            options["help"] = argparse.SUPPRESS
+        if options.get("action") == "append":
+            options |= {"action": _Values, "nargs": "*"}
+        elif "." in setting and type(None) in get_args(field.annotation):
+            options["type"] = lambda text: _NONE if text == "none" else text
+        if names[0].startswith("-"):
+            names = tuple(_spelled(name) for name in names)
+            self._flags[command] += names
+            if "metavar" in options:
+                options["metavar"] = _metavar(options["metavar"])
+        parser.add_argument(*names, **options)
+
+
+def _spelled(argument: str) -> str:
+    """Spells a flag: as in a config file where it has a dot, else with hyphens."""
+    found = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
+    if found is None:
+        return argument
+    dashes, name, value = found.groups()
+    return dashes + (name.replace("-", "_") if "." in name else name.replace("_", "-")) + value
+
+
+def _metavar(annotation: str) -> str:
+    """Shortens what the library calls a type: dict[str,float], tuple[int,...]."""
+    inner = re.sub(r"^tuple\[(.*),\.\.\.\]$", r"\1", annotation)
+    inner = re.sub(r"^dict\[str,(.*)\]$", r"NAME=\1", inner)
+    inner = re.sub(r"\b(str|Path|int|float|datetime)\b", lambda match: _WORDS[match[0]], inner)
+    return "[KIND:]NAME=VALUE:..." if re.search(r"JSON|[A-Z][a-z]", inner) else inner
+
+
+def _field(table: Any, setting: str) -> FieldInfo:
+    *tables, name = setting.split(".")
+    for inner in tables:
+        table = table.model_fields[inner].annotation
+    return next(f for key, f in table.model_fields.items() if name in (key, f.alias))
+
+
+def as_typed(value: Any) -> str:
+    """Writes a value as it is typed after its flag.
+
+    Example:
+        >>> as_typed((64, 32)), as_typed({"title": "text"}), as_typed(True), as_typed(None)
+        ('64 32', 'title=text', 'yes', 'none')
+    """
+    if isinstance(value, tuple | list):
+        return " ".join(map(as_typed, value)) or "none"
+    plain = to_jsonable_python(value)
+    if isinstance(plain, dict):
+        kind = [plain.pop("kind")] if "kind" in plain else []
+        pairs = [*kind, *(f"{name}={inner}" for name, inner in plain.items())]
+        return (" " if isinstance(value, Mapping) else ":").join(pairs) or "none"
+    if isinstance(plain, bool):
+        return "yes" if plain else "no"
+    return "none" if plain is None else str(plain)
