@@ -263,6 +263,8 @@ def test_the_folder_of_a_run_gives_the_settings_to_go_on_with(
         ("query model --user 3 -k 0", "k: got '0'; must be greater than 0"),
         ("tune-index model --target-recall 2", "target_recall: got '2'; must be less than or"),
         ("refresh-index model", "required: --items"),
+        ("refresh-index m --items i --keep-versions 0", "keep_versions: got '0'; must be greater"),
+        ("tune-index m --target-recal 1", "unknown flag --target-recal; did you mean '--target-r"),
         ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
         ("server", "invalid choice: 'server'"),
         ("", "no command; known: run, compare, report, query, serve, tune-index, refresh-index"),

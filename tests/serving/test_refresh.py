@@ -325,19 +325,3 @@ def test_the_command_says_what_it_did(
     assert "chosen" in capsys.readouterr().out
     assert figure.stat().st_size > 1000
     assert json.loads(points.read_text())["target_recall"] == 0.9
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("refresh-index m --items i --target-recall 1.5", "--target-recall: got '1.5'"),
-        ("refresh-index m --items i --keep-versions 0", "--keep-versions: got '0'"),
-        ("tune-index m -k two", "-k: got 'two'; must be a whole number"),
-        ("tune-index m --target-recal 1", "did you mean '--target-recall'?"),
-    ],
-)
-def test_wrong_flags_are_explained(
-    command: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command.split()) == 2
-    assert message in capsys.readouterr().err
