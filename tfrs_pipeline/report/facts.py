@@ -1,27 +1,112 @@
-"""The report of a run: what its folder holds, gathered for the page."""
+"""The report of a run: what its folder holds, gathered for one page that needs no other file."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ibis
+import jinja2
+import numpy as np
+from markupsafe import Markup
 
-from tfrs_pipeline.config import RunConfig, load_config
-from tfrs_pipeline.data.schema import Tables, read_tables
+from tfrs_pipeline.config import RunConfig, dump_config, load_config
+from tfrs_pipeline.data.schema import Dropped, Stage, Tables, read_tables
+from tfrs_pipeline.data.split import PARTS
+from tfrs_pipeline.evaluation.evaluate import popularity_slices
+from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.negatives.batches import TrainingBatches
 from tfrs_pipeline.negatives.mined import MINED
 from tfrs_pipeline.negatives.mixture import num_unreachable
-from tfrs_pipeline.report.page import LEFT_OUT, Popularity, RunFacts, report_page
+from tfrs_pipeline.report import figures
 from tfrs_pipeline.run import stored_split, training_batches
 from tfrs_pipeline.samples.build import read_samples
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import positive_probability
 
 REPORT_FILE = "report.html"
+DROPPED = "dropped"
+
+_SET_METRICS = ("coverage", "average_popularity", "gini")
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Who is drawn how often, by candidate.
+
+    Args:
+        counts: [num_candidates] training positives.
+        before: [num_candidates] share of the positives as logged, sum 1.
+        after: [num_candidates] share of the positives' weight as trained on, sum 1; that of before
+            where neither resampling nor weights change it.
+        samplers: Sampler of negatives -> [num_candidates] its distribution.
+        num_unreachable: Candidates that no sampler can draw.
+    """
+
+    counts: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    samplers: Mapping[str, np.ndarray]
+    num_unreachable: int
+
+    @cached_property
+    def slices(self) -> Mapping[str, np.ndarray]:
+        """Head, torso and tail: [num_candidates] bool each."""
+        return popularity_slices(self.counts)
+
+    @cached_property
+    def shares(self) -> Mapping[str, np.ndarray]:
+        """Shares of the positives; two of them where training changes them."""
+        shares = {"positives, as logged": self.before}
+        if not np.allclose(self.before, self.after, rtol=1e-6, atol=0):
+            shares["positives, as trained on"] = self.after
+        return shares
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the report tells of a run.
+
+    Args:
+        folder: Where the run lies.
+        config: Its settings.
+        metrics: What its metrics.json holds.
+        table_sizes: "events", "items", "users" -> rows.
+        dropped: What was dropped as the log was read.
+        events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" by
+            it -> events.
+        items_by_part: Part of the split -> distinct items.
+        samples: Report of the samples that the model in service was trained on
+            (`build_samples`).
+        masked_shares: Reason -> share of the columns that rows share and that do not count.
+        mean_hard_share: Mean of f over the positives; None where hard negatives are mined, so that
+            it changes while training.
+        popularity: Of the same samples.
+        titles: Item id -> title, of those that are shown.
+    """
+
+    folder: str
+    config: RunConfig
+    metrics: Mapping[str, Any]
+    table_sizes: Mapping[str, int]
+    dropped: Sequence[Dropped]
+    events_by_stage: Mapping[str, Mapping[str, int]]
+    items_by_part: Mapping[str, int]
+    samples: Mapping[str, Any]
+    masked_shares: Mapping[str, float]
+    mean_hard_share: float | None
+    popularity: Popularity
+    titles: Mapping[Any, str]
+
+    @property
+    def longest(self) -> int:
+        """The longest cutoff."""
+        return max(self.config.evaluation.cutoffs)
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -41,6 +126,98 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     path = folder / REPORT_FILE if output is None else output
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
     return path
+
+
+def report_page(facts: RunFacts) -> str:
+    """Renders the page, a whole HTML document; the same facts give the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tfrs_pipeline", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    metric = f"ndcg@{facts.longest}"
+    others = {
+        name: model[metric]["mean"]
+        for name, model in list(facts.metrics["models"].items())[1:]
+        if model[metric]["mean"] is not None
+    }
+    cutoffs = facts.config.evaluation.cutoffs
+    return environment.get_template("template.html").render(
+        facts=facts,
+        figures=_figures(facts),
+        best_other=max(others, key=others.__getitem__, default=None),
+        metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *_SET_METRICS) for k in cutoffs],
+        parts=[
+            part
+            for part in (*PARTS, DROPPED)
+            if any(part in of_stage for of_stage in facts.events_by_stage.values())
+        ],
+        largest_stage=max(sum(of_stage.values()) for of_stage in facts.events_by_stage.values()),
+        settings=dump_config(facts.config),
+    )
+
+
+def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
+    """Draws the figures of each section; a name before each keeps the ids of the page apart."""
+    models, training = facts.metrics["models"], facts.metrics["training"]
+    recall = f"recall@{facts.longest}"
+    histories = {name: result["history"] for name, result in training.items()}
+    chosen = {name: result["best_epoch"] for name, result in training.items()}
+    monitor = f"val_{facts.config.training.monitor}"
+    curves = dict.fromkeys(["loss", monitor, *(c for h in histories.values() for c in h)])
+    popularity = facts.popularity
+    order = np.argsort(-popularity.counts, kind="stable")
+    sizes = {name: int(is_in.sum()) for name, is_in in popularity.slices.items()}
+    ranks = {
+        "training positives": {"training positives": popularity.counts},
+        "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
+        "probability of a draw": popularity.samplers,
+    }
+    curve = facts.metrics["index"].get("curve", ())
+    found = next((name for name in facts.metrics["index"] if name.startswith("index_recall@")), "")
+    return {
+        "results": [
+            figures.intervals_figure(
+                {name: model[metric] for name, model in models.items()}, metric, f"interval-{i}"
+            )
+            for i, metric in enumerate((f"ndcg@{facts.longest}", recall))
+        ],
+        "slices": [
+            figures.slices_figure(
+                {
+                    name: {part: values[recall] for part, values in model["slices"].items()}
+                    for name, model in models.items()
+                },
+                recall,
+                "slices",
+            )
+        ],
+        "training": [
+            figures.curves_figure(
+                {name: h[curve] for name, h in histories.items() if curve in h},
+                chosen,
+                curve.replace("val_", "validation "),
+                f"curve-{i}",
+            )
+            for i, curve in enumerate(curves)
+        ],
+        "popularity": [
+            figures.popularity_figure(
+                {name: values[order] for name, values in lines.items()}, sizes, what, f"rank-{i}"
+            )
+            for i, (what, lines) in enumerate(ranks.items())
+            if lines
+        ],
+        "curve": [
+            figures.recall_latency_figure(
+                [(p["query_ms"], p[found]) for p in curve], found, "index"
+            )
+        ]
+        if curve
+        else [],
+    }
 
 
 def gather_facts(folder: Path) -> RunFacts:
@@ -106,20 +283,22 @@ def require_finished_run(folder: Path) -> None:
 
 
 def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[str, int]]:
-    in_all = events.group_by("stage").agg(num=events.count()).to_pyarrow().to_pylist()
+    in_all = events.group_by("stage").agg(num=events.count()).to_pyarrow().to_pydict()
     in_parts = split.group_by(["stage", "part"]).agg(num=split.count()).to_pyarrow().to_pylist()
-    counts: dict[str, dict[str, int]] = {row["stage"]: {} for row in in_all}
+    totals = dict(zip(in_all["stage"], in_all["num"], strict=True))
+    counts: dict[str, dict[str, int]] = {s.value: {} for s in Stage if s.value in totals}
     for row in in_parts:
         counts[row["stage"]][row["part"]] = row["num"]
-    for row in in_all:
-        if left_out := row["num"] - sum(counts[row["stage"]].values()):
-            counts[row["stage"]][LEFT_OUT] = left_out
+    for stage, of_stage in counts.items():
+        if num_dropped := totals[stage] - sum(of_stage.values()):
+            of_stage[DROPPED] = num_dropped
     return counts
 
 
 def _items_by_part(split: ibis.Table) -> dict[str, int]:
-    counts = split.group_by("part").agg(num=split["item_id"].nunique()).to_pyarrow().to_pylist()
-    return {row["part"]: row["num"] for row in counts}
+    counts = split.group_by("part").agg(num=split["item_id"].nunique()).to_pyarrow().to_pydict()
+    by_part = dict(zip(counts["part"], counts["num"], strict=True))
+    return {part: by_part[part] for part in PARTS if part in by_part}
 
 
 def _popularity(config: RunConfig, batches: TrainingBatches) -> Popularity:

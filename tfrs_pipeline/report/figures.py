@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ _SIZE = (4.6, 3.1)
 _MAX_POINTS = 150
 
 
-def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, name: str) -> str:
+def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, name: str) -> Markup:
     """Draws the mean of every model with its 95% interval.
 
     Args:
@@ -51,7 +52,7 @@ def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, na
 
 def slices_figure(
     slices: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, name: str
-) -> str:
+) -> Markup:
     """Draws a metric by popularity of the item, a mark a model.
 
     Args:
@@ -79,7 +80,7 @@ def slices_figure(
 
 def curves_figure(
     curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str, name: str
-) -> str:
+) -> Markup:
     """Draws training curves, a line a model, the chosen epoch marked.
 
     Args:
@@ -107,7 +108,7 @@ def curves_figure(
 
 def popularity_figure(
     curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str, name: str
-) -> str:
+) -> Markup:
     """Draws values by rank of popularity, both axes logarithmic.
 
     Args:
@@ -116,6 +117,8 @@ def popularity_figure(
         what: For the axis.
         name: Of the figure, unique in the page.
     """
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(_SIZE)
     for number, (label, values) in enumerate(curves.items()):
         ranks, means = thinned(values)
@@ -142,6 +145,9 @@ def popularity_figure(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
     axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # Powers of ten alone would leave an axis without a number.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.set_xlabel("rank of the item by training positives")
     axes.set_ylabel(what)
     axes.grid(color=GRID)
@@ -150,24 +156,22 @@ def popularity_figure(
     return _svg(figure, name, f"{what} by popularity rank of the item, both axes logarithmic")
 
 
-def frontier_figure(
-    points: Sequence[tuple[float, float]], axes_names: Sequence[str], name: str
-) -> str:
-    """Draws what an index finds against what it costs.
+def recall_latency_figure(points: Sequence[tuple[float, float]], recall: str, name: str) -> Markup:
+    """Draws the recall/latency curve of an index.
 
     Args:
-        points: Pairs (cost, recall).
-        axes_names: Of the two axes.
+        points: Pairs of milliseconds a query and recall.
+        recall: For the axis.
         name: Of the figure, unique in the page.
     """
     figure, axes = _figure(_SIZE)
     ordered = np.array(sorted(points))
     axes.plot(ordered[:, 0], ordered[:, 1], color=SERIES[0], marker="o", markersize=4)
-    axes.set_xlabel(axes_names[0])
-    axes.set_ylabel(axes_names[1])
-    axes.locator_params(axis="x", nbins=5)  # Costs that differ little have long labels.
+    axes.set_xlabel("milliseconds a query")
+    axes.set_ylabel(recall)
+    axes.locator_params(axis="x", nbins=5)  # Times that differ little have long labels.
     axes.grid(color=GRID)
-    return _svg(figure, name, f"{axes_names[1]} against {axes_names[0]}")
+    return _svg(figure, name, f"{recall} by latency")
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +226,7 @@ def _nan(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def _svg(figure: Figure, name: str, label: str) -> Markup:
     """Writes a figure as an SVG element for a page: its ids are its own, its colours the page's."""
     import matplotlib
 
@@ -239,4 +243,4 @@ def _svg(figure: Figure, name: str, label: str) -> str:
         text = text.replace(colour, variable)
     (box,) = re.findall(r'^<svg[^>]*(viewBox="[^"]*")', text)
     body = text[text.index(">") + 1 :]
-    return f'<svg {box} role="img" aria-label="{label}">{body}'.rstrip()
+    return Markup(f'<svg {box} role="img" aria-label="{escape(label)}">{body}'.rstrip())
