@@ -47,9 +47,17 @@ def problems(draw: st.DrawFn) -> Problem:
 def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
     scores, k, excluded, block_size = problem
     before = scores.copy()
+    asked = []
+
+    def score_block(block: slice) -> np.ndarray:
+        asked.append(block.stop - block.start)
+        return scores[block]
+
     rows, top_scores = top_k_in_blocks(
-        lambda block: scores[block], len(scores), scores.shape[1], k, excluded, block_size
+        score_block, len(scores), scores.shape[1], k, excluded, block_size
     )
+    assert sum(asked) == len(scores)
+    assert max(asked, default=0) <= block_size
     assert rows.tolist() == slow_top_k(scores, k, excluded)
     assert rows.dtype == np.int32
     assert top_scores.dtype == np.float32
@@ -67,41 +75,24 @@ def test_equals_a_stable_sort_on_many_candidates() -> None:
     assert rows.tolist() == slow_top_k(scores.astype(np.float32), 100, excluded)
 
 
-def test_asks_for_each_query_once_and_in_blocks() -> None:
-    asked = []
-
-    def score_block(block: Any) -> np.ndarray:
-        asked.append(block)
-        return np.zeros((block.stop - block.start, 3))
-
-    top_k_in_blocks(score_block, 5, 3, 1, block_size=2)
-    assert asked == [slice(0, 2), slice(2, 4), slice(4, 5)]
-
-
-def test_refuses_nan_since_it_has_no_place_in_an_order() -> None:
-    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
-        top_k_in_blocks(lambda _: np.array([[np.nan, 1.0]]), 1, 2, 1)
-
-
-@pytest.mark.parametrize("row", [-1, 3])
-def test_refuses_an_excluded_row_outside_the_corpus(row: int) -> None:
-    with pytest.raises(ValueError, match=r"must lie in \[0, 2\]"):
-        top_k_in_blocks(lambda _: np.zeros((1, 2)), 1, 2, 1, [np.array([row])])
-
-
 @pytest.mark.parametrize(
-    "options, message",
+    "scores, options, message",
     [
-        ({"k": 0}, "k=0"),
-        ({"block_size": 0}, "block_size=0"),
-        ({"exclude_rows": []}, "0 for 1 queries"),
-        ({"num_candidates": 3}, r"\(1, 3\)"),
+        ([[np.nan, 1.0]], {}, "1 of 2 scores are NaN"),
+        ([[0, 0]], {"exclude_rows": [np.array([-1])]}, r"must lie in \[0, 2\]"),
+        ([[0, 0]], {"exclude_rows": [np.array([3])]}, r"must lie in \[0, 2\]"),
+        ([[0, 0]], {"exclude_rows": []}, "0 for 1 queries"),
+        ([[0, 0]], {"k": 0}, "k=0"),
+        ([[0, 0]], {"block_size": 0}, "block_size=0"),
+        ([[0, 0]], {"num_candidates": 3}, r"\(1, 3\)"),
     ],
 )
-def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+def test_refuses_what_does_not_fit(
+    scores: list[list[float]], options: dict[str, Any], message: str
+) -> None:
     arguments = {"num_queries": 1, "num_candidates": 2, "k": 1, **options}
     with pytest.raises(ValueError, match=message):
-        top_k_in_blocks(lambda _: np.zeros((1, 2)), **arguments)
+        top_k_in_blocks(lambda _: np.array(scores), **arguments)
 
 
 def test_exact_retriever_scores_by_dot_product() -> None:

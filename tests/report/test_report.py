@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from importlib.resources import files
 from typing import Any, TypeAlias
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,99 +13,62 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.config import RunConfig, dump_config, main_job_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
+from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.report.facts import Popularity, RunFacts, report_page
 from tfrs_pipeline.report.figures import thinned
 
 CUTOFFS = (20, 100)
+SET_METRICS = ("coverage", "gini", "average_popularity")
 EVIL = "<script>alert(1)</script>"
 Cell: TypeAlias = tuple[str, float | None, bool]
 """What is shown, its full value, and whether it is bold."""
 
 
-class Page(HTMLParser):
-    """Reads a page as a browser would: elements with attributes, tables by caption, all text.
+class Page:
+    """Reads a page, which has to be well-formed as XML too.
 
     tables: caption -> first cell of a row -> its other cells; headers: caption -> texts.
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.headings: list[str] = []
+        self.tree = ElementTree.fromstring(text)
+        self.text = "".join(self.tree.itertext())
+        self.headings = [element.text for element in self.tree.iter("h2")]
         self.tables: dict[str, dict[str, list[Cell]]] = {}
         self.headers: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self._row: list[Cell] = []
-        self._caption = self._cell = ""
-        self._value: float | None = None
-        self._is_strong = False
-        self.feed(text)
-        self.close()
-        assert not self._open, f"not closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img", "link", "input"):
-            self._open.append(tag)
-        if tag in ("td", "th", "caption", "h2"):
-            self._cell, self._value, self._is_strong = "", None, False
-        elif tag == "tr":
-            self._row = []
-        elif tag == "data":
-            self._value = float(dict(attrs)["value"] or "nan")
-        elif tag == "strong":
-            self._is_strong = True
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-        if tag == "caption":
-            self._caption = self._cell
-            assert self._caption not in self.tables
-            self.tables[self._caption] = {}
-        elif tag in ("td", "th"):
-            self._row.append((self._cell.strip(), self._value, self._is_strong))
-        elif tag == "h2":
-            self.headings.append(self._cell)
-        elif tag == "tr" and self._caption not in self.headers:
-            self.headers[self._caption] = [text for text, _, _ in self._row]
-        elif tag == "tr":
-            self.tables[self._caption][self._row[0][0]] = self._row[1:]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if "small" not in self._open:  # What stands small below a number is no part of it.
-            self._cell += data
+        for table in self.tree.iter("table"):
+            caption = table.findtext("caption", "")
+            header, *rows = [list(map(read_cell, row)) for row in table.iter("tr")]
+            assert caption not in self.tables
+            self.headers[caption] = [shown for shown, _, _ in header]
+            self.tables[caption] = {first[0]: rest for first, *rest in rows}
 
     def values(self, caption: str, row: str) -> list[float | None]:
         return [value for _, value, _ in self.tables[caption][row]]
 
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+    def of(self, tag: str) -> list[dict[str, str]]:
+        return [element.attrib for element in self.tree.iter(tag)]
 
 
-def interval(rng: np.random.Generator, centre: float | None = None) -> dict[str, float | None]:
-    mean = rng.random() if centre is None else centre
-    return {"mean": mean, "low": mean - 0.01 * rng.random(), "high": mean + 0.01 * rng.random()}
+def read_cell(cell: ElementTree.Element) -> Cell:
+    data = cell.find(".//data")
+    if data is None:
+        return "".join(cell.itertext()).strip(), None, False
+    # What stands small below a number is no part of it.
+    return data.text or "", float(data.attrib["value"]), cell.find("strong") is not None
 
 
-def summary(rng: np.random.Generator, *, is_slice: bool = False) -> dict[str, Any]:
-    numbers: dict[str, Any] = {
-        f"{name}@{k}": interval(rng) for name in ("recall", "hit_rate", "ndcg", "mrr")
-        for k in CUTOFFS
-    }  # fmt: skip
-    numbers |= {f"{name}@{k}": rng.random() for name in ("coverage", "gini") for k in CUTOFFS}
-    numbers |= {f"average_popularity@{k}": 100 * rng.random() for k in CUTOFFS}
-    numbers |= {"num_candidates": 4000, "num_queries": 1234, "num_relevant": 5678}
-    if not is_slice:
-        numbers |= {"num_skipped": 7, "num_relevant_excluded": 0, "num_relevant_unknown": 0}
-        numbers["slices"] = {
-            part: summary(rng, is_slice=True) for part in ("head", "torso", "tail")
-        }
-    return numbers
+def summary(rng: np.random.Generator) -> dict[str, Any]:
+    def numbers() -> dict[str, Any]:
+        return {
+            f"{name}@{k}": {"mean": x, "low": x - 0.01, "high": x + 0.01} if is_mean else x
+            for names, is_mean in ((QUERY_METRICS, True), (SET_METRICS, False))
+            for name in names
+            for k in CUTOFFS
+            for x in [rng.random()]
+        } | {"num_candidates": 4000, "num_queries": 1234, "num_relevant": 5678, "num_skipped": 7}
+
+    return {**numbers(), "slices": {part: numbers() for part in ("head", "torso", "tail")}}
 
 
 def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
@@ -122,8 +85,8 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
         "models": {name: summary(rng) for name in names},
         "training": {
             "two_tower": {"best_epoch": 2, "history": history},
-            "two_tower_uncorrected": {"best_epoch": 1, "history": {k: v[:2] for k, v in
-                                                                   history.items()}},
+            "two_tower_uncorrected": {"best_epoch": 1, "history": {"loss": [5.0, 4.0],
+                                                                   "val_ndcg@100": [0.3, 0.2]}},
         },
         "differences": {
             "two_tower_uncorrected": {"ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}},
@@ -146,11 +109,11 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_facts(**changed: Any) -> RunFacts:
+def make_facts() -> RunFacts:
     rng = np.random.default_rng(3)
     counts = np.sort(rng.zipf(1.5, 400).clip(max=5000) - 1)[::-1]
     share = counts / counts.sum()
-    facts = RunFacts(
+    return RunFacts(
         folder="runs/films-1",
         config=main_job_config(),
         metrics=make_metrics(rng),
@@ -172,7 +135,6 @@ def make_facts(**changed: Any) -> RunFacts:
         ),
         titles={3: "Fargo", 6: "Men in Black"},
     )  # fmt: skip
-    return dataclasses.replace(facts, **changed)
 
 
 FACTS = make_facts()
@@ -334,7 +296,8 @@ def evil_facts() -> RunFacts:
         RunConfig(data={"source": "clicks", "path": f"/a/{EVIL}.csv"}),
         {"data.columns": {"user_id": EVIL}, "export.name": "films"},
     )
-    return make_facts(
+    return dataclasses.replace(
+        FACTS,
         metrics=metrics,
         folder=f'runs/"{EVIL}',
         dropped=(Dropped(EVIL, 1),),
@@ -357,16 +320,15 @@ def test_what_users_write_stays_text() -> None:
         assert shown in page.text
     assert EVIL in page.tables["Dropped"]
     # Text as well as elements: nothing that an event handler could hang on.
-    assert not [name for _, found in page.elements for name in found if name.startswith("on")]
+    assert not [name for x in page.tree.iter() for name in x.attrib if name.startswith("on")]
 
 
 def test_the_page_asks_nothing_of_the_network() -> None:
-    assert "//" not in re.sub(r"data:[^\"')]*", "", TEXT)
-    for tag, attributes in PAGE.elements:
-        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base")
-        for name, value in attributes.items():
-            if name in ("src", "href", "xlink:href", "action", "srcset"):
-                assert (value or "").startswith("#")
+    assert "//" not in TEXT
+    for element in PAGE.tree.iter():
+        assert element.tag not in ("script", "link", "img", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "action", "srcset"):
+            assert element.attrib.get(name, "#").startswith("#")
     assert "@import" not in TEXT
     assert set(re.findall(r"url\((.)", TEXT)) <= {"#"}
     (policy,) = (m["content"] for m in PAGE.of("meta") if "http-equiv" in m)
@@ -374,7 +336,7 @@ def test_the_page_asks_nothing_of_the_network() -> None:
 
 
 def test_the_page_can_be_read_aloud_and_moved_through() -> None:
-    assert PAGE.of("html")[0]["lang"] == "en"
+    assert PAGE.tree.attrib["lang"] == "en"
     assert len(PAGE.of("h1")) == len(PAGE.of("main")) == len(PAGE.of("title")) == 1
     sections = [f"#{attributes['id']}" for attributes in PAGE.of("section")]
     assert [attributes["href"] for attributes in PAGE.of("a")] == sections
@@ -384,7 +346,7 @@ def test_the_page_can_be_read_aloud_and_moved_through() -> None:
     boxes = [a for a in PAGE.of("div") if a.get("class") == "scroll"]
     assert len(boxes) == len(PAGE.tables)
     assert all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
-    ids = [attributes["id"] for _, attributes in PAGE.elements if "id" in attributes]
+    ids = [element.attrib["id"] for element in PAGE.tree.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
     targets = re.findall(r'href="#([^"]*)"', TEXT) + re.findall(r"url\(#([^)]*)\)", TEXT)
     assert set(targets) <= set(ids)
