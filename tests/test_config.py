@@ -44,9 +44,8 @@ def tables(table: type[Config]) -> Iterator[type[Config]]:
             yield from tables(field.annotation)
 
 
-FIELDS = [
-    (table, name) for table in (*tables(RunConfig), EasySampler) for name in table.model_fields
-]
+TABLES: list[type[Config]] = [*tables(RunConfig), EasySampler]
+FIELDS = [(table, name) for table in TABLES for name in table.model_fields]
 
 
 def load(folder: Path, text: str) -> RunConfig:

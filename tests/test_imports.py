@@ -26,8 +26,6 @@ ROOMS = [
     "run",
     "compare",
     "report",
-    "flags",
-    "console",
     "cli",
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
@@ -35,7 +33,6 @@ WITHOUT_TENSORFLOW = (
     "retrieval",
     "settings",
     "config",
-    "flags",
     "data",
     "sources",
     "evaluation",

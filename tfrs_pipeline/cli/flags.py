@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 import pydantic
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
-from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand
+from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand, CliToggleFlag
 
 from tfrs_pipeline.settings import Config, suggest
 
@@ -46,6 +46,13 @@ class _Values(argparse.Action):
                 raise UsageError(f"{flag}: got {wrong[0]!r}; write {self.metavar}")
             values = dict(value.split("=", 1) for value in values)
         setattr(namespace, self.dest, json.dumps(values))
+
+
+class Command(Config):
+    """Flags that every command has."""
+
+    verbose: CliToggleFlag[bool] = False
+    """Log what happens within stages."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The command line: `tfrs-pipeline COMMAND`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tfrs_pipeline
+from tfrs_pipeline.cli.console import PROGRAM
+from tfrs_pipeline.cli.flags import CommandLine, UsageError
+from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, TuneIndex
+from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
+from tfrs_pipeline.settings import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BROKEN_PIPE = 141
+
+COMMANDS: dict[str, Any] = {
+    "report": Report,
+    "query": Query,
+    "serve": Serve,
+    "tune-index": TuneIndex,
+    "refresh-index": RefreshIndex,
+}
+COMMAND_LINE = CommandLine(
+    PROGRAM,
+    tfrs_pipeline.__version__,
+    "Retrieval models from the logs of a recommendation funnel.",
+    {"run": Run, "compare": Compare, **COMMANDS},
+    brief={"run": BRIEF, "compare": BRIEF},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Without the program's name; None takes those of the process.
+
+    Returns:
+        0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 130
+        after Ctrl-C, 141 if nobody reads the output any more.
+    """
+    # TensorFlow's C++ log helps nobody here; what fails comes as a Python error too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    is_verbose = False
+    try:
+        name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
+        is_verbose = given.pop("verbose", False)
+        _log(is_verbose)
+        return COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+    except (ConfigError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # What is left to flush has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        if is_verbose:
+            logger.exception("the whole trace")
+        elif not _is_ours(error):
+            print("It came unforeseen: --verbose shows where from.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _log(is_verbose: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
+    logging.getLogger("tfrs_pipeline").setLevel(logging.INFO if is_verbose else logging.WARNING)
+    # A model a plan traces its functions anew, and TensorFlow takes that for a fault.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Says whether the package raised an error itself, as what it foresaw, and no library did."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(tfrs_pipeline.__file__).parent)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Logs to the standard error of the moment: a run sends the one of C++ libraries elsewhere."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)

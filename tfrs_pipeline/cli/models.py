@@ -1,0 +1,251 @@
+"""The commands that need an exported model: ask it, serve it, measure or exchange its index."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import pydantic
+from pydantic import Field, PositiveInt
+from pydantic_settings import CliPositionalArg, CliToggleFlag
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tfrs_pipeline.cli.console import native_errors_to, progress, say
+from tfrs_pipeline.cli.flags import Command
+from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.settings import ConfigError
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.refresh import Refreshed
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+
+
+class OfModel(Command):
+    """Flags of what is done with an exported model."""
+
+    model: CliPositionalArg[Path]
+    """Folder saved_models/NAME[/VERSION]."""
+
+
+class Query(OfModel):
+    """Ask an exported model for a user's items.
+
+    Prints the best items of a user, or for a history, with ids, titles and scores. The user's known
+    items, or those of the history given, are excluded; an unknown user gets the answer for an empty
+    history.
+    """
+
+    user: str | None = None
+    """Id of the user, as in the logs."""
+    history: tuple[str, ...] | None = None
+    """Ids of the items that the user liked, oldest first, for someone whom the model does not know
+    or in place of what it knows."""
+    k: PositiveInt = 10
+    """How many."""
+    exclude: tuple[str, ...] = ()
+    """Ids of further items to exclude."""
+    filter: tuple[str, ...] | None = None
+    """Only items with one of these values of the feature that the model filters by
+    (export.filter_by)."""
+    exact: CliToggleFlag[bool] = False
+    """Use the brute-force fallback instead of the index."""
+    as_json: CliToggleFlag[bool] = Field(False, alias="json")
+    """Print JSON instead of a table."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Query:
+        if self.user is None and self.history is None:
+            message = "required, or --history ITEM ... for someone without an id"
+            raise ConfigError([("user", message)])
+        return self
+
+    def __call__(self) -> int:
+        """Asks and prints the answer."""
+        from tfrs_pipeline.serving.retriever import load_retriever
+
+        retriever = load_retriever(self.model, exact=self.exact)
+        about, ids, scores, note = self._ask(retriever)
+        titles = retriever.titles()
+        items = [
+            {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
+            for rank, (id_, score) in enumerate(zip(ids, scores, strict=True), 1)
+            if score > -float("inf")
+        ]
+        if self.as_json:
+            print(json.dumps({**about, "items": items}, ensure_ascii=False))
+            return 0
+        console = Console()
+        if note:
+            say(console, note)
+        table = Table("rank", "item", *(["title"] if titles else []), "score")
+        for item in items:
+            title = [item["title"] or ""] if titles else []
+            cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
+            table.add_row(*map(Text, cells))
+        console.print(table)
+        if len(items) < self.k:
+            say(console, f"Only {len(items)} items are left for this user.")
+        return 0
+
+    def _ask(
+        self, retriever: LoadedRetriever
+    ) -> tuple[dict[str, Any], list[Any], list[float], str]:
+        """Returns what to say of the question, ids and scores of the best items, and a note."""
+        about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
+        exclude = [retriever.parse_item_id(text) for text in self.exclude]
+        allowed = None if self.filter is None else [list(self.filter)]
+        k = min(self.k, retriever.num_candidates)
+        note = ""
+        if self.history is None:
+            users = [about["user_id"]]
+            ids, scores, (is_known,) = retriever.retrieve_user(users, k, [exclude], allowed=allowed)
+            about["is_known_user"] = bool(is_known)
+            if not is_known:
+                note = (
+                    f"User {self.user} is unknown to this model: the answer for an empty history."
+                )
+        else:
+            about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
+            query = dict(about)
+            ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
+            known = set(retriever.candidate_ids())
+            about["unknown_items"] = unknown = [id_ for id_ in history if id_ not in known]
+            if unknown:
+                note = (
+                    f"{len(unknown)} of {len(history)} items of the history are not among this "
+                    f"model's items, first {unknown[0]!r}."
+                )
+        return about, ids[0].tolist(), scores[0].tolist(), note
+
+
+class Serve(ServeSettings, OfModel):
+    """Serve an exported model over HTTP.
+
+    Answers TensorFlow Serving's REST requests for a model, picks up its new versions, and has a
+    page to try it on. Listens on this machine alone unless --host says otherwise; docs/serving.md
+    says what a network takes. SIGTERM or Ctrl-C stops it.
+    """
+
+    def __call__(self) -> int:
+        """Serves until it is told to stop."""
+        from tfrs_pipeline.serving.server import serve
+
+        # What went wrong is in the answers too, but a server's log must say when.
+        logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
+        settings = ServeSettings(**self.model_dump(include=set(ServeSettings.model_fields)))
+        serve(self.model, settings, lambda at: print(f"serving {self.model} at {at}", flush=True))
+        return 0
+
+
+class TuneIndex(OfModel):
+    """Measure what an index costs for what it finds.
+
+    Measures ScaNN indexes over the items of an exported model: the share of the exact top k that
+    they find for its held-out queries, against time a query. Prints the settings that no other
+    beats, marks the one that reaches the recall target at the least time and draws the
+    recall/latency curve. The model stays as it is: `run` and `refresh-index` choose by the same
+    measure.
+    """
+
+    target_recall: TargetRecall | None = None
+    """Recall target, in (0, 1]; if not given, that of the model's config."""
+    k: PositiveInt = 100
+    """Of the recall target."""
+    figure: Path | None = None
+    """Picture; if not given, NAME-VERSION-frontier.png."""
+    as_json: Path | None = Field(None, alias="json")
+    """Where to write every point."""
+
+    def __call__(self) -> int:
+        """Measures, prints and draws."""
+        from tfrs_pipeline.serving.retriever import load_retriever
+        from tfrs_pipeline.serving.tune import measure_frontier
+
+        retriever = load_retriever(self.model, exact=True)
+        by_config = retriever.manifest["config"]["export"]["target_recall"]
+        with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
+            _, frontier = measure_frontier(
+                retriever.candidate_embeddings(),
+                retriever.embed_queries(retriever.held_out_queries()),
+                k=self.k,
+                target_recall=self.target_recall or by_config,
+                num_structures=None,
+            )
+        console = Console()
+        say(console, frontier.table())
+        name, version = retriever.folder.parts[-2:]
+        figure = self.figure or Path(f"{name}-{version}-frontier.png")
+        frontier.figure().savefig(figure, dpi=150)
+        say(console, f"\nfigure  {figure}")
+        if self.as_json:
+            self.as_json.write_text(json.dumps(frontier.as_dict(), indent=1))
+            say(console, f"json    {self.as_json}")
+        return 0
+
+
+class RefreshIndex(OfModel):
+    """Exchange the items of an exported model, without training.
+
+    Writes a new version of a model that retrieves the items of a file: new ones are embedded by
+    their features, those that the file lacks are gone. The towers stay as they are. A server picks
+    the version up. What is not given is as in the model's config.
+    """
+
+    items: Path
+    """CSV or Parquet of all items to retrieve, with the item features of the model."""
+    index: Literal["auto", "scann", "exact"] | None = None
+    """Search structure."""
+    target_recall: TargetRecall | None = None
+    """Recall target of a ScaNN index, in (0, 1]."""
+    keep_versions: PositiveInt | None = None
+    """Keep the newest versions, this many, and delete older ones."""
+    all_new: CliToggleFlag[bool] = False
+    """Accept a file without any item that the model knows."""
+
+    def __call__(self) -> int:
+        """Writes the new version and says what changed."""
+        from tfrs_pipeline.serving.export import describe_index
+        from tfrs_pipeline.serving.refresh import refresh_index
+
+        console = Console()
+        with native_errors_to(Path(os.devnull)), progress(console) as (_, on_progress):
+            done = refresh_index(
+                self.model,
+                self.items,
+                index=self.index,
+                target_recall=self.target_recall,
+                keep_versions=self.keep_versions,
+                allow_all_new=self.all_new,
+                on_progress=on_progress,
+            )
+        for line in (*_changes(done), *describe_index(done.index, done.num_items)):
+            say(console, line)
+        say(console, f"model  {done.folder}")
+        return 0
+
+
+def _changes(done: Refreshed) -> Iterator[str]:
+    yield (
+        f"{done.num_items:,} items: {done.num_new:,} are new, {done.num_dropped:,} gone since the "
+        "version before"
+    )
+    if done.num_untrained:
+        yield f"{done.num_untrained:,} were in no training: embedded by their features alone"
+        if not done.has_trained_unknown:
+            yield (
+                "    beside the embedding of an unknown id, which was not trained: they will "
+                "seldom be found. Train with model.unknown_rate above 0, such as 0.1"
+            )
+    if done.num_left_out:
+        yield (
+            f"left out {done.num_left_out:,} of the file: the model reads no item features, and "
+            "its training did not have them"
+        )

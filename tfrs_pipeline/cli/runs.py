@@ -1,0 +1,178 @@
+"""The commands that train: `run` and `compare`; and `report` of what they did."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pydantic
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+
+from tfrs_pipeline.cli.console import (
+    native_errors_to,
+    print_comparison,
+    print_result,
+    program,
+    progress,
+    say,
+)
+from tfrs_pipeline.cli.flags import Command
+from tfrs_pipeline.config import (
+    RUN_PRESETS,
+    RunConfig,
+    load_config,
+    main_job_config,
+    with_settings,
+)
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.compare import Comparison
+    from tfrs_pipeline.run import RunResult
+
+INTERRUPTED = 130
+# Settings within tables that the short help shows.
+BRIEF = frozenset(
+    {
+        *("data.source", "data.path", "data.columns", "data.items_path", "data.users_path"),
+        *("data.item_features", "data.user_features", "data.rating_threshold"),
+        *("split.kind", "model.embedding_dim"),
+        *("training.batch_size", "training.max_epochs", "training.learning_rate"),
+        *("evaluation.cutoffs", "export.name", "export.index"),
+        *("compare.plans", "compare.reference", "compare.max_steps"),
+    }
+)
+
+
+class Work(Command):
+    """Flags of long work that may be stopped and resumed, besides the settings themselves."""
+
+    config: Path | None = None
+    """TOML file of settings."""
+    run_dir: Path | None = None
+    """Folder of the run; one that holds a stopped run resumes it. If not given, a new one in
+    runs/."""
+    preset: str | None = Field(
+        None,
+        description="Settings by what they are good for, which other flags may replace. "
+        + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in RUN_PRESETS.items())
+        + ".",
+    )
+
+
+def _with_settings_but(left_out: str, doc: str) -> type[Command]:
+    """Returns the flags of long work: those above, and the settings of a run but for a table."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in RunConfig.model_fields.items()
+        if name != left_out
+    }
+    return cast(type[Command], pydantic.create_model("Work", __base__=Work, __doc__=doc, **fields))
+
+
+Run = _with_settings_but(
+    "compare",
+    """Train, evaluate and export a model.
+
+    Trains a two-tower retrieval model, compares it with baselines and exports it with its index.
+    Without an argument it does so on MovieLens-100K, fetched if need be, with that data's own
+    features and a ScaNN index; the defaults below are those for your own data. Settings come from
+    --config, or from the run in --run-dir that is to be resumed; then from --preset; flags replace
+    them.
+    """,
+)
+
+Compare = _with_settings_but(
+    "export",
+    """Compare ways of choosing negatives on your data.
+
+    Trains the same towers with one sampling plan after another, within the same budget, and shows
+    what each of them finds, what of the tail, and how well it tells positives from the corpus,
+    from the losers of the funnel and from exposed items. Settings come from --config, or from the
+    comparison in --run-dir that is to be resumed; then from --preset; flags replace them.
+    """,
+)
+
+
+def train(command: str, given: Mapping[str, Any]) -> int:
+    """Does `run` or `compare` in a folder, and says how to go on if it is stopped."""
+    flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
+    config = _config_of(flags, {k: v for k, v in given.items() if k not in Work.model_fields})
+    prefix, work, show = _WORK[command]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
+    console = Console()
+    say(console, f"run folder: {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            native_errors_to(folder / "native.log"),
+            progress(console) as (on_stage, on_progress),
+        ):
+            result = work(config, folder, on_stage=on_stage, on_progress=on_progress)
+    except KeyboardInterrupt:
+        again = shlex.join([program(), command, "--run-dir", str(folder)])
+        has_begun = (folder / "config.toml").exists()
+        say(console, f"\nstopped; go on with:  {again}" if has_begun else "\nstopped")
+        return INTERRUPTED
+    show(console, config, result)
+    return 0
+
+
+def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
+    """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
+    written = flags.config or (flags.run_dir and flags.run_dir / "config.toml")
+    if flags.config or (written and written.exists()):
+        base = load_config(cast(Path, written))
+    elif settings.get("data.source", "movielens-100k") == "movielens-100k":
+        base = main_job_config()
+    else:  # The main job's features and name are MovieLens' own.
+        base = RunConfig()
+    # At once: a flag may mend what a preset alone would not go with.
+    return with_settings(base, settings, preset=flags.preset)
+
+
+def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
+    from tfrs_pipeline.report.facts import write_report
+    from tfrs_pipeline.run import run
+
+    result = run(config, folder, **callbacks)
+    callbacks["on_progress"]("report", 0, 0)
+    write_report(folder)
+    return result
+
+
+def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> Comparison:
+    from tfrs_pipeline.compare import compare
+
+    return compare(config, folder, **callbacks)
+
+
+_WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {
+    "run": ("", _run, print_result),
+    "compare": ("compare-", _compare, print_comparison),
+}
+
+
+class Report(Command):
+    """Write the report of a run as one HTML page.
+
+    The page is about a finished run: data, sampling, training, metrics, index, recommendations for
+    a few users. It needs no other file and no network. A run writes it at its end too.
+    """
+
+    run: CliPositionalArg[Path]
+    """Folder of the run."""
+    output: Path | None = None
+    """Where to write; if not given, RUN/report.html."""
+
+    def __call__(self) -> int:
+        """Writes the page and prints where."""
+        from tfrs_pipeline.report.facts import write_report
+
+        print(write_report(self.run, self.output))
+        return 0
