@@ -97,6 +97,19 @@ def test_numeric_embedding_flags_missing_values() -> None:
     assert layer(tf.constant([0.5, np.nan])).numpy().tolist() == [[0.5, 0.0], [0.0, 1.0]]
 
 
+def test_vectors_are_mapped_linearly_and_missing_ones_to_zeros() -> None:
+    layer = FeatureEmbedding(FeatureSpec("v", "vector", 1, 3), 2)
+    values = np.array([[3.0, 0.0, 4.0], [np.nan] * 3, [1.0, 1.0, 1.0]], np.float32)
+    with tf.GradientTape() as tape:
+        out = layer(tf.constant(values))
+        loss = tf.reduce_sum(out**2)
+    (kernel,) = layer.trainable_variables
+    np.testing.assert_allclose(out.numpy()[[0, 2], :2], values[[0, 2]] @ kernel.numpy(), rtol=1e-5)
+    assert out[:, 2].numpy().tolist() == [0, 1, 0]
+    assert out[1].numpy().tolist() == [0, 0, 1]
+    assert np.isfinite(tape.gradient(loss, kernel).numpy()).all()
+
+
 def test_weighted_mean_matches_a_loop() -> None:
     rng = np.random.default_rng(0)
     vectors, weights = rng.normal(size=(3, 4, 2)), rng.random((3, 4))

@@ -39,9 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_VALUES = 16
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
-# Of a hashed feature. At two buckets a value or more, a value shares its own with another one in
-# 4 cases of 10 at most; the ceiling, at which more do, holds the table to 16 MB at 4 dimensions.
-BUCKETS_PER_VALUE, MIN_HASH_BUCKETS, MAX_HASH_BUCKETS = 2, 16, 2**20
+MAX_HASH_BUCKETS = 2**20
 NUM_TIME_VALUES = 5
 DAY_SECONDS = 86_400.0
 _ROWS_PER_CALL = 65_536
@@ -144,8 +142,7 @@ class Feature:
 
         Raises:
             ValueError: If an entry is no number where the kind has numbers, a time has no time
-                zone, or vectors differ in length, hold numbers that are not finite, or are all
-                missing.
+                zone, or vectors differ in length, are all missing, or hold infinite numbers.
         """
         if kind == "numeric":
             mean, scale = _moments(to_numbers(name, column))
@@ -161,12 +158,9 @@ class Feature:
             return cls(name, kind, num_values=vectors.shape[1], scale=scale)
         counts, longest = _count_values(kind, column)
         if kind == "hashed":
-            buckets = bucket_count(
-                len(counts),
-                per_value=BUCKETS_PER_VALUE,
-                low=MIN_HASH_BUCKETS,
-                high=MAX_HASH_BUCKETS,
-            )
+            # A value shares its bucket with another one in 4 cases of 10 at most; more of them do
+            # at the ceiling, which holds the table to 16 MB at 4 dimensions.
+            buckets = bucket_count(len(counts), per_value=2, low=16, high=MAX_HASH_BUCKETS)
             return cls(name, kind, num_buckets=buckets)
         vocabulary = tuple(sorted(value for value, count in counts.items() if count >= min_count))
         return cls(name, kind, vocabulary, num_values=max(1, min(longest, max_values)))
@@ -175,10 +169,9 @@ class Feature:
     def _fit_times(cls, name: str, column: Column, reference: datetime | None) -> Feature:
         seconds = to_seconds(name, column)
         known = seconds[~np.isnan(seconds)]
+        start = float(known.max()) if len(known) else 0.0
         if reference is not None:
             start = float(to_seconds(name, [reference])[0])
-        else:
-            start = float(known.max()) if len(known) else 0.0
         if len(known) and known.min() >= start and known.max() > start:
             logger.warning(
                 "Feature %r: no time is before %s, from which ages count: the age of all is 0.",
@@ -186,9 +179,7 @@ class Feature:
                 reference,
             )
         mean, scale = _moments(np.log1p(np.maximum(start - known, 0.0) / DAY_SECONDS))
-        return cls(
-            name, "timestamp", num_values=NUM_TIME_VALUES, mean=mean, scale=scale, reference=start
-        )
+        return cls(name, "timestamp", (), NUM_TIME_VALUES, mean, scale, reference=start)
 
     def to_raw(self, column: Column) -> np.ndarray:
         """Makes a column the array that `encode` takes; this needs no graph.

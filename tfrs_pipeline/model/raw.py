@@ -31,12 +31,8 @@ def to_texts(column: Column) -> Any:
     column = _typed(column)
     if not isinstance(column, pa.Array):
         return pa.array(["" if _is_missing(v) else str(v) for v in column], pa.string())
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if column.type not in (pa.string(), pa.large_string(), pa.string_view()):
-        # Python's way of writing numbers, not Arrow's: a request may come from either.
-        encoded = column.dictionary_encode()
-        column = to_texts(encoded.dictionary.to_pylist()).take(encoded.indices)
+    if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        return to_texts(column.to_pylist())  # Arrow would write them otherwise than Python.
     return column.cast(pa.string()).fill_null("")
 
 
