@@ -153,8 +153,8 @@ class Feature:
             return cls._fit_times(name, column, reference)
         if kind == "vector":
             vectors = to_vectors(name, column)
-            known = vectors[~np.isnan(vectors[:, 0])].astype(np.float64)
-            scale = float(np.sqrt((known**2).sum(axis=1).mean())) or 1.0
+            squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+            scale = float(np.sqrt(np.nanmean(squares))) or 1.0
             return cls(name, kind, num_values=vectors.shape[1], scale=scale)
         counts, longest = _count_values(kind, column)
         if kind == "hashed":

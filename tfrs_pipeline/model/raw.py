@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
 
-_VECTORS = pa.list_(pa.float64())
+_VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -137,7 +137,7 @@ def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarr
     column = _typed(column)
     try:
         if isinstance(column, pa.Array):
-            lists = column.cast(_VECTORS)
+            lists = column.cast(_VECTORS, safe=False)
         else:
             lists = pa.array([None if _is_missing(row) else row for row in column], _VECTORS)
     except pa.ArrowException as error:
@@ -158,8 +158,7 @@ def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarr
             f"of another length, such as {others[0]}. Correct them, or use None: it is missing."
         )
     vectors = np.full((num_rows, length), np.nan, np.float32)
-    with np.errstate(over="ignore"):  # What is too large for float32 is refused below.
-        vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+    vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
     num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
     if num_bad:
         raise ValueError(
