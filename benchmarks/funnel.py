@@ -29,7 +29,7 @@ from record import write_json
 
 import tfrs_pipeline  # noqa: F401  (selects Keras 2 before TensorFlow is imported)
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_last_share
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
@@ -87,7 +87,7 @@ PLANS = (
 
 
 def measure(
-    model: TwoTowerModel, simulation: Simulation, queries: EvaluationQueries, folder: Path
+    model: TwoTowerModel, simulation: Simulation, queries: Holdout, folder: Path
 ) -> dict[str, float]:
     """Recalls both truths, and averages the true click probability of the 50 retrieved."""
     item_ids, user_ids = read_ids(folder)
@@ -119,8 +119,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         seed=seed,
         options=FunnelOptions(popularity_weight=options.popularity_weight),
     )
-    split = split_last_share(simulation.tables.events, validation_share=0, test_share=0.2)
-    queries = evaluation_queries(split, "test")
+    split = simulation.log.split("last_share", validation=0, test=0.2)
+    queries = split.test
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -130,8 +130,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             allow_exposed=True,
         )
         build_samples(
-            simulation.tables,
-            split.filter(split["part"] == "train"),
+            simulation.log,
+            split.train.events,
             folder,
             seed=seed,
             hard_negatives=rules,

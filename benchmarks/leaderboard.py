@@ -49,8 +49,8 @@ from leaderboard_data import PROTOCOLS, Protocol
 from record import command, machine, write_json
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.schema import Tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.baselines import Interactions
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.queries import exact_retriever
@@ -197,10 +197,10 @@ class Task:
     data: str
     protocol: Protocol
     config: RunConfig
-    tables: Tables
-    split: Any
-    validation_queries: EvaluationQueries
-    test_queries: EvaluationQueries
+    tables: Log
+    split: Split
+    validation_queries: Holdout
+    test_queries: Holdout
     folder: Path
 
     def fold(self, config: RunConfig) -> Fold:
@@ -367,8 +367,8 @@ def open_task(data: str, data_dir: Path | None, folder: Path) -> Task:
         config=config,
         tables=tables,
         split=split,
-        validation_queries=evaluation_queries(split, "validation"),
-        test_queries=evaluation_queries(split, "test"),
+        validation_queries=split.validation,
+        test_queries=split.test,
         folder=folder,
     )
 

@@ -39,8 +39,8 @@ import numpy as np
 from record import write_json
 from tutorial import NUM_EPOCHS, NUM_EPOCHS_CORRECTED, fit_tutorial
 
-from tfrs_pipeline.data.schema import Tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import EvaluationResult
@@ -51,7 +51,7 @@ from tfrs_pipeline.run import (
     fit_baselines,
     load_data,
     read_corpus,
-    split_events,
+    split_log,
     train_model,
     training_batches,
     training_samples,
@@ -79,8 +79,8 @@ class Task:
     corpus: Corpus
     selection: Samples
     final: Samples
-    validation_queries: EvaluationQueries
-    test_queries: EvaluationQueries
+    validation_queries: Holdout
+    test_queries: Holdout
 
 
 Fitted = tuple[Retriever, dict[str, Any]]
@@ -156,10 +156,10 @@ MODELS: dict[str, Callable[[Task], Fitted]] = {
 SEEDLESS = ("popularity", "ease")
 
 
-def make_task(tables: Tables, seed: int, folder: Path) -> Task:
+def make_task(tables: Log, seed: int, folder: Path) -> Task:
     """Splits the events and builds the samples as the main job does."""
     config = with_settings(main_job_config(), {"seed": seed})
-    split = split_events(tables.events, config.split, config.seed)
+    split = split_log(tables, config.split, config.seed)
     selection = training_samples(config, tables, split, ("train",), folder / "selection")
     final = training_samples(config, tables, split, ("train", "validation"), folder / "final")
     return Task(
@@ -167,8 +167,8 @@ def make_task(tables: Tables, seed: int, folder: Path) -> Task:
         corpus=read_corpus(tables, folder / "final"),
         selection=selection,
         final=final,
-        validation_queries=evaluation_queries(split, "validation"),
-        test_queries=evaluation_queries(split, "test"),
+        validation_queries=split.validation,
+        test_queries=split.test,
     )
 
 

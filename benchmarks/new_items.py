@@ -38,8 +38,8 @@ import pyarrow.parquet as pq
 from record import write_json
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.schema import Tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import recall_at_k
 from tfrs_pipeline.run import (
@@ -47,7 +47,7 @@ from tfrs_pipeline.run import (
     load_data,
     parts_before_test,
     read_corpus,
-    split_events,
+    split_log,
     train_and_refit,
     training_samples,
 )
@@ -75,20 +75,17 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
         {"seed": seed, "evaluation.uncorrected": False, "export.index": "exact"},
     )
     tables = load_data(config.data)
-    split = split_events(tables.events, config.split, seed)
+    split = split_log(tables, config.split, seed)
     all_ids = np.array(tables.items["item_id"].to_pyarrow().to_pylist())
     all_ids.sort()
     rng = np.random.default_rng(seed)
     new_ids = rng.choice(all_ids, round(NEW_SHARE * len(all_ids)), replace=False)
     pq.write_table(tables.items.to_pyarrow(), folder / "items.parquet")
-    queries = evaluation_queries(split, "test")
+    queries = split.test
     is_new = set(new_ids.tolist())
     relevant = [[id_ for id_ in ids if id_ in is_new] for ids in queries.relevant]
     asked = [i for i, ids in enumerate(relevant) if ids]
-    likes = split.filter((split["stage"] == "clicked") & (split["part"] != "test"))
-    counts = dict.fromkeys(all_ids.tolist(), 0)
-    for row in likes.group_by("item_id").agg(n=likes.count()).to_pyarrow().to_pylist():
-        counts[row["item_id"]] = row["n"]
+    counts = dict(zip(queries.candidate_ids.tolist(), queries.candidate_counts, strict=True))
 
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, settings in MODELS.items():
@@ -112,10 +109,10 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def export_without(
     config: RunConfig,
-    tables: Tables,
-    split: Any,
+    tables: Log,
+    split: Split,
     new_ids: np.ndarray,
-    queries: EvaluationQueries,
+    queries: Holdout,
     folder: Path,
 ) -> None:
     """Trains and exports the package's model as if the new items were not there yet."""
@@ -125,24 +122,19 @@ def export_without(
         events=tables.events.filter(~tables.events["item_id"].isin(new)),
         items=tables.items.filter(~tables.items["item_id"].isin(new)),
     )
-    known = split.filter(~split["item_id"].isin(new))
+    known = Split(old, split.events.filter(~split.events["item_id"].isin(new)), split.kind)
     parts = {"selection": ("train",), "final": parts_before_test(config)}
     selection, final = (
         training_samples(config, old, known, parts[name], folder / name) for name in parts
     )
     corpus = read_corpus(old, folder / "final")
-    model, chosen, _ = train_and_refit(
-        config, corpus, selection, final, evaluation_queries(known, "validation")
-    )
+    model, chosen, _ = train_and_refit(config, corpus, selection, final, known.validation)
     print(f"  trained {chosen.best_epoch} epochs", flush=True)
     # What the user did in the test is not known when the queries are asked.
-    before_test = dataclasses.replace(old, events=known.filter(known["part"] != "test"))
-    export_model(config, before_test, corpus, model, queries)
+    export_model(config, known.before_test, corpus, model, queries)
 
 
-def score(
-    model: Path, all_ids: np.ndarray, queries: EvaluationQueries, asked: list[int]
-) -> np.ndarray:
+def score(model: Path, all_ids: np.ndarray, queries: Holdout, asked: list[int]) -> np.ndarray:
     """Scores all items for the queries that are asked: [num_asked, num_items] float32."""
     retriever = load_retriever(model)
     every = queries.as_queries()
@@ -156,7 +148,7 @@ def measure(
     scores: np.ndarray,
     all_ids: np.ndarray,
     new_ids: np.ndarray,
-    queries: EvaluationQueries,
+    queries: Holdout,
     relevant: list[list[Any]],
     asked: list[int],
 ) -> dict[str, np.ndarray]:

@@ -34,13 +34,12 @@ import numpy as np
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.data.split import evaluation_queries
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.run import (
     load_data,
     read_corpus,
-    split_events,
+    split_log,
     train_and_refit,
     training_samples,
 )
@@ -83,8 +82,8 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
     """Trains and measures every plan with one seed."""
     config = with_settings(config, {"seed": seed})
     tables = load_data(config.data)
-    split = split_events(tables.events, config.split, config.seed)
-    validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
+    split = split_log(tables, config.split, config.seed)
+    validation, test = split.validation, split.test
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"selection": ("train",), "final": ("train", "validation")}

@@ -54,7 +54,7 @@ from tutorial import (
 )
 
 from tfrs_pipeline.config import RUN_PRESETS
-from tfrs_pipeline.data.split import EvaluationQueries
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.two_tower import TwoTowerModel
@@ -108,7 +108,7 @@ class Loop:
 def tutorial_loop(
     task: Task,
     samples: Samples,
-    queries: EvaluationQueries,
+    queries: Holdout,
     *,
     corrected: bool = False,
     compute_metrics: bool = False,
@@ -153,9 +153,7 @@ def package_model(
     return config, model, training_batches(config, samples)
 
 
-def package_loop(
-    task: Task, samples: Samples, queries: EvaluationQueries, settings: dict[str, Any]
-) -> Loop:
+def package_loop(task: Task, samples: Samples, queries: Holdout, settings: dict[str, Any]) -> Loop:
     """Makes this package's loop with some settings."""
     config, model, batches = package_model(task, samples, settings)
     steps = batches.steps_per_epoch

@@ -14,14 +14,13 @@ from tests.small_log import event_table, small_config, write
 from tfrs_pipeline import compare as module
 from tfrs_pipeline.compare import Comparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
-from tfrs_pipeline.data.split import evaluation_queries
 from tfrs_pipeline.evaluation.comparison import comparison_figure
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
 from tfrs_pipeline.run import (
     evaluate_retriever,
     load_data,
     read_corpus,
-    split_events,
+    split_log,
     train_and_refit,
     training_samples,
 )
@@ -44,7 +43,7 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
             ),
         )
         folder.mkdir(exist_ok=True)
-        simulation.tables.events.to_parquet(path)
+        simulation.log.events.to_parquet(path)
     return small_config(
         folder,
         {"source": "events", "path": path},
@@ -196,13 +195,13 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
     config: RunConfig, compared: Comparison, tmp_path: Path
 ) -> None:
     tables = load_data(config.data)
-    split = split_events(tables.events, config.split, config.seed)
+    split = split_log(tables, config.split, config.seed)
     selection, final = (
         training_samples(config, tables, split, parts, tmp_path / name)
         for name, parts in (("selection", ("train",)), ("final", ("train", "validation")))
     )
     corpus = read_corpus(tables, tmp_path / "final")
-    validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
+    validation, test = split.validation, split.test
     model, _, _ = train_and_refit(config, corpus, selection, final, validation)
     result = evaluate_retriever(
         config,
@@ -221,7 +220,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
     order = ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
     furthest: dict[tuple[int, int], int] = Counter()
     met_before = set()
-    for event in split.to_pyarrow().to_pylist():
+    for event in split.events.to_pyarrow().to_pylist():
         key = (event["user_id"], event["item_id"])
         furthest[key] = max(furthest[key], order.index(event["stage"]))
         if event["part"] != "test":

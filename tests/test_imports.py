@@ -15,8 +15,8 @@ PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
     "retrieval",
     "settings",
-    "config",
     "data",
+    "config",
     "sources",
     "samples",
     "negatives",
@@ -32,8 +32,8 @@ TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "sca
 WITHOUT_TENSORFLOW = (
     "retrieval",
     "settings",
-    "config",
     "data",
+    "config",
     "sources",
     "evaluation",
     "samples.positives",

@@ -28,8 +28,8 @@ from tests.small_log import (
     write,
 )
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
-from tfrs_pipeline.data.schema import read_tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.negatives.user_sets import UserSetBatches
 from tfrs_pipeline.report import facts as run_report
@@ -72,8 +72,8 @@ class Finished:
     def metrics(self) -> dict[str, Any]:
         return self.result.metrics
 
-    def queries(self, part: Any) -> EvaluationQueries:
-        return evaluation_queries(split_of(self.folder), part)
+    def queries(self, part: Any) -> Holdout:
+        return getattr(split_of(self.folder), part)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,12 +103,9 @@ def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StageRep
     return reports
 
 
-def split_of(folder: Path) -> Any:
-    return (
-        read_tables(folder / "data")
-        .events.get_backend()
-        .read_parquet(folder / "data" / "split.parquet")
-    )
+def split_of(folder: Path) -> Split:
+    kind = load_config(folder / "config.toml").split.kind
+    return Split.read(Log.read(folder / "data"), kind, folder / "data" / "split.parquet")
 
 
 def stages_config(folder: Path, events: pa.Table, **settings: Any) -> RunConfig:
@@ -199,7 +196,7 @@ def test_the_report_shows_the_numbers_of_the_metrics(finished: Finished, tmp_pat
 
 def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -> None:
     facts = gather_facts(of_stages.folder)
-    rows = split_of(of_stages.folder).to_pyarrow().to_pylist()
+    rows = split_of(of_stages.folder).events.to_pyarrow().to_pylist()
     expected: dict[str, Counter[str]] = {"exposed": Counter(), "clicked": Counter()}
     for row in rows:
         expected[row["stage"]][row["part"]] += 1
@@ -367,7 +364,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert set(rare) <= dropped
     num_events = sum(row["user_id"] in dropped for row in left)
     assert reports["split"].notes[-1] == (
-        f"dropped {len(dropped)} users with fewer than 5 positives, {num_events} events"
+        f"dropped {num_events} events of users with too few positives ({len(dropped)} users)"
     )
 
 
@@ -376,9 +373,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
     samples = read_samples(finished.folder / "samples" / "final")
-    corpus = read_corpus(
-        read_tables(finished.folder / "data"), finished.folder / "samples" / "final"
-    )
+    corpus = read_corpus(Log.read(finished.folder / "data"), finished.folder / "samples" / "final")
     kind = finished.metrics["index"]["kind"]
     for exact in {False, kind == "scann"}:
         result = evaluate(
@@ -440,7 +435,7 @@ def test_the_evaluation_is_that_of_the_model_itself(finished: Finished) -> None:
     config, folder = finished.config, finished.folder
     step = "refit" if config.training.refit else "selection"
     samples_folder = folder / "samples" / "final"
-    corpus = read_corpus(read_tables(folder / "data"), samples_folder)
+    corpus = read_corpus(Log.read(folder / "data"), samples_folder)
     epochs = finished.metrics["training"]["two_tower"]["best_epoch"]
     model, _ = train_model(
         config,
@@ -551,7 +546,7 @@ def with_other_items(events: pa.Table, folder: Path, parts: tuple[str, ...]) -> 
     return pa.Table.from_pylist(rows, schema=events.schema)
 
 
-def assert_same_histories(a: EvaluationQueries, b: EvaluationQueries) -> None:
+def assert_same_histories(a: Holdout, b: Holdout) -> None:
     for name in ("user_ids", "histories", "clicked", "seen"):
         for left, right in zip(getattr(a, name), getattr(b, name), strict=True):
             np.testing.assert_array_equal(left, right)
@@ -577,7 +572,7 @@ def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path:
         expected, got = (weights(folder, step, epoch) for folder in folders)
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
-    other = evaluation_queries(split_of(tmp_path / "run"), "test")
+    other = split_of(tmp_path / "run").test
     assert_same_histories(other, of_stages.queries("test"))
     # The change did reach what is to be found.
     assert any(
@@ -598,7 +593,7 @@ def test_nothing_of_the_validation_part_is_known_before(
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
     assert_same_histories(
-        evaluation_queries(split_of(tmp_path / "run"), "validation"),
+        split_of(tmp_path / "run").validation,
         of_stages.queries("validation"),
     )
     # The refit trains on the validation part, so there the change shows.

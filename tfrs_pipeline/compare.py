@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ibis
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.outcomes import items_by_stage
-from tfrs_pipeline.data.schema import Stage, Tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
@@ -109,8 +109,8 @@ class _Task:
     corpus: Corpus
     selection: Samples
     final: Samples
-    validation_queries: EvaluationQueries
-    test_queries: EvaluationQueries
+    validation_queries: Holdout
+    test_queries: Holdout
     positive_rows: list[np.ndarray]
     others: dict[str, list[np.ndarray] | None]
 
@@ -142,13 +142,13 @@ def compare(
     claim_folder(config, folder)
     stage = Stages(on_stage, on_progress)
     with stage("data") as report:
-        tables, report.notes = stored_data(config.data, folder / "data")
+        log, report.notes = stored_data(config.data, folder / "data")
     with stage("split") as report:
-        split, report.notes = stored_split(tables, config, folder / "data")
+        split, report.notes = stored_split(log, config, folder / "data")
         config, notes = _with_exposed_left_out(config, split)
         report.notes += notes
     with stage("samples") as report:
-        task, plans, left_out = _prepare(config, tables, split, folder)
+        task, plans, left_out = _prepare(config, log, split, folder)
         report.notes += [*describe_samples(folder / "compared_samples" / "final"), *left_out]
         notes += left_out
     results = {}
@@ -297,12 +297,12 @@ def _hard_plans(
     return plans, note
 
 
-def _with_exposed_left_out(config: RunConfig, split: ibis.Table) -> tuple[RunConfig, list[str]]:
+def _with_exposed_left_out(config: RunConfig, split: Split) -> tuple[RunConfig, list[str]]:
     """Leaves exposed items out of every ranking where they cannot come back as test positives.
 
     Else a plan that pushes them down would seem to gain: it frees places for what can be found.
     """
-    queries = evaluation_queries(split, "test")
+    queries = split.test
     num_back = num_exposed = 0
     for relevant, seen, clicked in zip(
         queries.relevant, queries.seen, queries.clicked, strict=True
@@ -321,10 +321,10 @@ def _with_exposed_left_out(config: RunConfig, split: ibis.Table) -> tuple[RunCon
 
 
 def _prepare(
-    config: RunConfig, tables: Tables, split: ibis.Table, folder: Path
+    config: RunConfig, log: Log, split: Split, folder: Path
 ) -> tuple[_Task, list[Plan], list[str]]:
     """Builds the samples that all plans share, and what they are measured against."""
-    counts = split.group_by("stage").agg(num=split.count()).to_pyarrow().to_pylist()
+    counts = split.events.group_by("stage").agg(num=split.events.count()).to_pyarrow().to_pylist()
     logged = {row["stage"] for row in counts}
     stages = [stage.value for stage in LOSERS if stage.value in logged]
     if config.samples.allow_exposed_as_negatives and Stage.EXPOSED.value in logged:
@@ -342,11 +342,11 @@ def _prepare(
         )
         assert hard_negative_rules(building.samples) is not None
     selection, final = (
-        training_samples(building, tables, split, parts, folder / "compared_samples" / name)
+        training_samples(building, log, split, parts, folder / "compared_samples" / name)
         for name, parts in (("selection", ("train",)), ("final", parts_before_test(config)))
     )
-    corpus = read_corpus(tables, folder / "compared_samples" / "final")
-    validation, test = (evaluation_queries(split, part) for part in ("validation", "test"))
+    corpus = read_corpus(log, folder / "compared_samples" / "final")
+    validation, test = split.validation, split.test
     plans, notes = sampling_plans(
         config,
         [stage for stage in stages if len(final.hard_pools[stage].values)],
@@ -358,7 +358,7 @@ def _prepare(
 
 
 def _auc_rows(
-    config: RunConfig, split: ibis.Table, test: EvaluationQueries, ids: Ids
+    config: RunConfig, split: Split, test: Holdout, ids: Ids
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
     """Finds the places of each test query's positives, and of what they are set against."""
     relevant, seen = (
@@ -370,7 +370,7 @@ def _auc_rows(
     excluded = {"clicked": clicked, "seen": seen, "none": nothing}[config.evaluation.exclude]
     positives = [np.setdiff1d(a, b) for a, b in zip(relevant, excluded, strict=True)]
     stages = [stage for stage in AUC_STAGES.values() if stage is not None]
-    of_stages = items_by_stage(split, "test", test.user_ids, stages)
+    of_stages = items_by_stage(split.events, "test", test.user_ids, stages)
     others: dict[str, list[np.ndarray] | None] = {}
     for name, of_stage in AUC_STAGES.items():
         if of_stage is None:

@@ -18,18 +18,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.settings import Config, ConfigError, from_text, refuse, setting_names, suggest
 
-FeatureKind: TypeAlias = Literal[
-    "categorical",
-    "hashed",
-    "multi_categorical",
-    "text",
-    "numeric",
-    "bucketized",
-    "timestamp",
-    "vector",
-]
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 PlanKind: TypeAlias = Literal[
     "in_batch_uncorrected",
@@ -79,6 +70,10 @@ class DataConfig(Config):
     columns: dict[str, str] = {}
     """Names of the columns in the user's files, by the name this package gives them, such as
     user_id=viewer; a column that is not listed keeps its name."""
+    item_columns: dict[str, str] = {}
+    """The same of the item table, such as item_id=sku."""
+    user_columns: dict[str, str] = {}
+    """The same of the user table."""
     stage_values: dict[str, StageName] = {}
     """Stages by the value that the file's stage column holds, such as impression=exposed."""
     rating_threshold: float | None = None
@@ -88,8 +83,8 @@ class DataConfig(Config):
     """Unit of timestamps that are stored as numbers, those of features too."""
     label: dict[str, PositiveFloat] = {}
     """Columns that make an exposed event a positive, each with the weight that it adds, such as
-    is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand (long_view in
-    its cut of Parquet files), effective_view in recflow."""
+    is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand,
+    effective_view in recflow."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris; those of
     features too."""

@@ -32,12 +32,10 @@ from tfrs_pipeline.config import (
     dump_config,
     load_config,
 )
-from tfrs_pipeline.data import split as splits
-from tfrs_pipeline.data.files import load_tables
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.labels import relabel
-from tfrs_pipeline.data.schema import DataError, Stage, Tables, read_tables, write_tables
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries, split_report
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.schema import DataError, Stage
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult
@@ -58,7 +56,6 @@ from tfrs_pipeline.negatives.sequences import SequenceBatches
 from tfrs_pipeline.negatives.user_sets import UserSetBatches
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.samples.build import (
-    HistoryOrder,
     RowLists,
     Samples,
     build_samples,
@@ -216,19 +213,16 @@ def run(
         return finished
     stage = Stages(on_stage, on_progress)
     with stage("data") as report:
-        tables, report.notes = stored_data(config.data, folder / "data")
+        log, report.notes = stored_data(config.data, folder / "data")
     with stage("split") as report:
-        split, report.notes = stored_split(tables, config, folder / "data")
-        validation_queries = evaluation_queries(split, "validation")
-        test_queries = evaluation_queries(split, "test")
+        split, report.notes = stored_split(log, config, folder / "data")
+        validation_queries, test_queries = split.validation, split.test
     with stage("samples") as report:
         samples_folder = folder / "samples"
-        selection = training_samples(
-            config, tables, split, ("train",), samples_folder / "selection"
-        )
+        selection = training_samples(config, log, split, ("train",), samples_folder / "selection")
         final_parts = parts_before_test(config)
-        final = training_samples(config, tables, split, final_parts, samples_folder / "final")
-        corpus = read_corpus(tables, samples_folder / "final")
+        final = training_samples(config, log, split, final_parts, samples_folder / "final")
+        corpus = read_corpus(log, samples_folder / "final")
         report.notes += describe_samples(samples_folder / "final")
         _require_hard_negatives(config.samples, final)
     models: dict[str, Retriever] = {}
@@ -272,7 +266,7 @@ def run(
     with stage("export") as report:
         metrics: dict[str, Any] = {
             "dataset": config.model_name,
-            "split": split_report(split, tables.events),
+            "split": split.report(),
             **evaluation.summary(),
             "training": {
                 name: {"best_epoch": result.best_epoch, "history": result.history}
@@ -284,7 +278,7 @@ def run(
         data_files = sorted((folder / "data").glob("*.parquet"))
         export_folder, metrics["index"] = export_model(
             config,
-            tables,
+            log,
             corpus,
             two_tower,
             test_queries,
@@ -313,98 +307,75 @@ def _finished_run(folder: Path) -> RunResult | None:
     return RunResult(folder, export_folder, metrics) if export_folder.is_dir() else None
 
 
-def load_data(config: DataConfig) -> Tables:
-    """Loads the event, item and user tables that a config names (see `events`)."""
+def load_data(config: DataConfig) -> Log:
+    """Loads the log that a config names."""
+    features: dict[str, Any] = {
+        "item_features": config.item_features,
+        "user_features": config.user_features,
+    }
     if config.source == "movielens-100k":
-        tables = load_movielens_100k(config.path)
-        return dataclasses.replace(
-            tables, item_features=config.item_features, user_features=config.user_features
-        )
+        log = load_movielens_100k(config.path, **features)
+        return dataclasses.replace(log, is_ordered=config.ordered)
     assert config.path is not None  # The config's own check.
     if config.source == "kuairand":
         return load_kuairand(
             config.path,
             label=config.label,
-            item_features=config.item_features,
-            user_features=config.user_features,
             unknown_items=config.unknown_items,
             duplicates=config.duplicates,
+            **features,
         )
     if config.source == "recflow":
         return load_recflow(
-            config.path,
-            label=config.label,
-            item_features=config.item_features,
-            user_features=config.user_features,
-            duplicates=config.duplicates,
+            config.path, label=config.label, duplicates=config.duplicates, **features
         )
-    tables = load_tables(
+    return Log.from_files(
         config.path,
-        kind=config.source,
-        # The label's columns are carried along as context.
-        columns={**{name: name for name in config.label}, **config.columns},
+        items=config.items_path,
+        users=config.users_path,
+        columns=config.columns,
+        item_columns=config.item_columns,
+        user_columns=config.user_columns,
         rating_threshold=config.rating_threshold,
         stage_values=config.stage_values,
+        label=config.label,
         timestamp_unit=config.timestamp_unit,
         time_zone=config.time_zone,
-        items_path=config.items_path,
-        users_path=config.users_path,
-        item_features=config.item_features,
-        user_features=config.user_features,
         list_separator=config.list_separator,
         unknown_items=config.unknown_items,
         duplicates=config.duplicates,
-        requires_positives=not config.label,
+        is_ordered=config.ordered,
+        **features,
     )
-    if not config.label:
-        return tables
-    return dataclasses.replace(tables, events=relabel(tables.events, config.label))
 
 
-def split_events(events: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
-    """Adds the column `part` by the split that a config names (see `events.split`)."""
-    if config.kind == "last_share":
-        return splits.split_last_share(
-            events,
-            validation_share=config.validation_share,
-            test_share=config.test_share,
-            min_positives=config.min_positives,
-        )
+def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
+    """Splits a log as a config says."""
+    validation: Any = config.validation_share
+    test: Any = config.test_share
     if config.kind == "last_n":
-        return splits.split_last_n(
-            events,
-            num_validation=config.num_validation,
-            num_test=config.num_test,
-            min_positives=config.min_positives,
-        )
-    if config.kind == "held_out_users":
-        return splits.split_held_out_users(
-            events,
-            validation_share=config.validation_share,
-            test_share=config.test_share,
-            target_share=config.target_share,
-            min_positives=config.min_positives,
-            seed=seed,
-        )
-    if config.kind == "column":
-        return splits.split_by_column(events)
-    validation_start, test_start = config.validation_start, config.test_start
-    if validation_start is None or test_start is None:
-        validation_start, test_start = splits.time_cuts(
-            events, validation_share=config.validation_share, test_share=config.test_share
-        )
-    return splits.split_by_time(events, validation_start=validation_start, test_start=test_start)
+        validation, test = config.num_validation, config.num_test
+    elif config.validation_start is not None:
+        validation, test = config.validation_start, config.test_start
+    return log.split(
+        config.kind,
+        validation=validation,
+        test=test,
+        target_share=config.target_share,
+        min_positives=config.min_positives,
+        seed=seed,
+    )
 
 
 def training_samples(
-    config: RunConfig, tables: Tables, split: ibis.Table, parts: Sequence[str], folder: Path
+    config: RunConfig, log: Log, split: Split, parts: Sequence[str], folder: Path
 ) -> Samples:
     """Builds the samples of a config from some parts of the split, or reads those of the folder.
 
     Args:
         config: Of the run.
-        tables: As loaded.
-        split: The events with their `part` (`split_events`).
+        log: As loaded.
+        split: Of it (`split_log`).
         parts: Those to train on: "train", and "validation" once it has chosen the settings.
         folder: Where the samples lie; whole ones are read as they are, whatever made them.
 
@@ -413,31 +384,31 @@ def training_samples(
     """
     if not (folder / "report.json").exists():
         build_samples(
-            tables,
-            split.filter(split["part"].isin(list(parts))),
+            log,
+            split.events.filter(split.events["part"].isin(list(parts))),
             folder,
             seed=config.seed,
-            order=_history_order(split, config.data),
+            order=log.order,
             hard_negatives=hard_negative_rules(config.samples),
         )
     return read_samples(folder)
 
 
-def read_corpus(tables: Tables, samples_folder: Path) -> Corpus:
+def read_corpus(log: Log, samples_folder: Path) -> Corpus:
     """Reads the ids behind the rows of samples, and encodes the features that stand beside them.
 
     Args:
-        tables: Those that the samples were built from.
-        samples_folder: As given to `training_samples`; all samples of the same tables share rows.
+        log: The one that the samples were built from.
+        samples_folder: As given to `training_samples`; all samples of the same log share rows.
     """
     candidate_ids, query_ids = read_ids(samples_folder)
-    items = tables.items.order_by("item_id").to_pyarrow()
-    users = tables.users.order_by("user_id").to_pyarrow()
+    items = log.items.order_by("item_id").to_pyarrow()
+    users = log.users.order_by("user_id").to_pyarrow()
     end = None
-    if "timestamp" in tables.events.columns:
-        end = tables.events["timestamp"].max().to_pyarrow().as_py()
-    candidate_features, candidate_columns = _encode(items, tables.item_features, end)
-    query_features, query_columns = _encode(users, tables.user_features, end)
+    if "timestamp" in log.events.columns:
+        end = log.events["timestamp"].max().to_pyarrow().as_py()
+    candidate_features, candidate_columns = _encode(items, log.item_features, end)
+    query_features, query_columns = _encode(users, log.user_features, end)
     return Corpus(
         candidate_ids,
         query_ids,
@@ -581,14 +552,14 @@ def resampling_rate(config: SamplesConfig, counts: np.ndarray) -> np.ndarray | N
 def validation_batches(
     model: TwoTowerModel,
     corpus: Corpus,
-    queries: EvaluationQueries,
+    queries: Holdout,
     exclude: Literal["clicked", "seen", "none"],
 ) -> tf.data.Dataset:
     """Makes the batches for `model.evaluate` from evaluation queries."""
     encoder = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)
     query_rows, histories = encoder.rows(queries.as_queries())
     nothing = [np.zeros(0, np.int64)] * len(queries)
-    left_out = {"clicked": queries.clicked, "seen": queries.seen, "none": nothing}[exclude]
+    left_out = queries.excluded(exclude) or nothing
     items = Ids(corpus.candidate_ids)
     excluded = [items.rows(ids) for ids in left_out]
     relevant = [
@@ -610,7 +581,7 @@ def train_model(
     corpus: Corpus,
     batches: TrainingBatches,
     *,
-    validation_queries: EvaluationQueries | None = None,
+    validation_queries: Holdout | None = None,
     max_epochs: int | None = None,
     decay_epochs: int | None = None,
     max_seconds: float | None = None,
@@ -694,7 +665,7 @@ def fit_baselines(
     corpus: Corpus,
     selection: Samples,
     final: Samples,
-    validation_queries: EvaluationQueries,
+    validation_queries: Holdout,
     *,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> tuple[dict[str, Retriever], list[str]]:
@@ -763,21 +734,21 @@ def fit_baselines(
 
 def export_model(
     config: RunConfig,
-    tables: Tables,
+    log: Log,
     corpus: Corpus,
     model: TwoTowerModel,
-    queries: EvaluationQueries,
+    queries: Holdout,
     *,
     manifest: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model with its index, proven in a fresh process (see `serving.export`).
 
-    What is known of each user in service is all of `tables.events`, the test part included: it has
+    What is known of each user in service is all of `log.events`, the test part included: it has
     happened.
 
     Args:
         config: Of the run; `export` says where and with which index.
-        tables: As loaded.
+        log: As loaded.
         corpus: Ids behind the model's rows.
         model: Trained.
         queries: What a ScaNN index is tuned and measured on; the manifest's example user is the
@@ -792,7 +763,7 @@ def export_model(
         ExportError: If a fresh process cannot load the export or answers otherwise.
         RuntimeError: If no ScaNN index reaches the recall.
     """
-    histories, known = _latest_histories(corpus, tables.events)
+    histories, known = _latest_histories(corpus, log.events)
     encoder = Encoder(
         model,
         query_ids=corpus.query_ids,
@@ -825,7 +796,7 @@ def export_model(
             "example_user": queries.user_ids.tolist()[0],
             **(manifest or {}),
         },
-        items=tables.items.order_by("item_id").to_pyarrow(),
+        items=log.items.order_by("item_id").to_pyarrow(),
         filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,
     )
@@ -847,7 +818,7 @@ def claim_folder(config: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
-    has_begun = path.exists() and (folder / "data" / "tables.json").exists()
+    has_begun = path.exists() and (folder / "data" / "log.json").exists()
     if not has_begun:
         path.write_text(dump_config(config))
     elif load_config(path) != config:
@@ -857,63 +828,21 @@ def claim_folder(config: RunConfig, folder: Path) -> None:
         )
 
 
-def stored_data(config: DataConfig, folder: Path) -> tuple[Tables, list[str]]:
-    """Loads the tables of a config into a folder, or reads those that it holds; with notes."""
-    if not (folder / "tables.json").exists():
-        write_tables(load_data(config), folder)
-    tables = read_tables(folder)
-    counts = {
-        name: table.count().to_pyarrow().as_py()
-        for name, table in (
-            ("events", tables.events),
-            ("items", tables.items),
-            ("users", tables.users),
-        )
-    }
-    notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
-    if "timestamp" in tables.events.columns:
-        times = tables.events["timestamp"]
-        first, last = (value.to_pyarrow().as_py() for value in (times.min(), times.max()))
-        # A wrong unit shows here.
-        notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
-    notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in tables.dropped]
-    if not tables.dropped:
-        notes.append("dropped nothing")
-    return tables, notes
+def stored_data(config: DataConfig, folder: Path) -> tuple[Log, list[str]]:
+    """Loads the log of a config into a folder, or reads the one that it holds; with notes."""
+    if not (folder / "log.json").exists():
+        load_data(config).write(folder)
+    log = Log.read(folder)
+    return log, log.describe()
 
 
-def stored_split(tables: Tables, config: RunConfig, folder: Path) -> tuple[ibis.Table, list[str]]:
+def stored_split(log: Log, config: RunConfig, folder: Path) -> tuple[Split, list[str]]:
     """Splits the events into a folder, or reads the split that it holds; with notes."""
     path = folder / "split.parquet"
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        split_events(tables.events, config.split, config.seed).to_parquet(partial)
-        partial.rename(path)
-    split = tables.events.get_backend().read_parquet(path)
-    counts = split_report(split, tables.events)
-    notes = []
-    for part in splits.PARTS:
-        if part in counts:
-            row = counts[part]
-            notes.append(
-                f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
-                f"{row['num_events']:,} events"
-            )
-    if config.split.kind == "column":
-        if counts["num_events_dropped"]:
-            notes.append(f"left out {counts['num_events_dropped']:,} events without a part")
-    elif config.split.kind != "time":  # Which keeps every user.
-        notes.append(
-            f"dropped {counts['num_users_dropped']:,} users with fewer than "
-            f"{config.split.min_positives} positives, {counts['num_events_dropped']:,} events"
-        )
-    return split, notes
-
-
-def _history_order(events: ibis.Table, config: DataConfig) -> HistoryOrder:
-    if "timestamp" in events.columns:
-        return "timestamp"
-    return "event_number" if config.ordered else "none"
+        split_log(log, config.split, config.seed).write(path)
+    split = Split.read(log, config.split.kind, path)
+    return split, split.describe()
 
 
 def describe_samples(folder: Path) -> list[str]:
@@ -1051,7 +980,7 @@ def train_and_refit(
     corpus: Corpus,
     selection: Samples,
     final: Samples,
-    validation_queries: EvaluationQueries,
+    validation_queries: Holdout,
     *,
     model_config: ModelConfig | None = None,
     max_epochs: int | None = None,
@@ -1089,7 +1018,7 @@ def train_and_refit(
         step: str,
         max_epochs: int,
         max_seconds: float | None = None,
-        validation: EvaluationQueries | None = None,
+        validation: Holdout | None = None,
     ) -> tuple[TwoTowerModel, TrainingResult]:
         mining = mined_pools(
             config,
@@ -1146,7 +1075,7 @@ def evaluate_retriever(
     retriever: Retriever,
     corpus: Corpus,
     samples: Samples,
-    queries: EvaluationQueries,
+    queries: Holdout,
     name: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> EvaluationResult:
@@ -1173,7 +1102,7 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
 
 
 def _examples(
-    retriever: Retriever, queries: EvaluationQueries, corpus: Corpus, config: RunConfig
+    retriever: Retriever, queries: Holdout, corpus: Corpus, config: RunConfig
 ) -> list[dict[str, Any]]:
     """Shows what a few test queries are answered, chosen by length of history, short to long.
 
@@ -1186,9 +1115,7 @@ def _examples(
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
     numbers = list(dict.fromkeys(order[places].tolist()))
     everything = queries.as_queries()
-    excluded = {"clicked": queries.clicked, "seen": queries.seen, "none": None}[
-        config.evaluation.exclude
-    ]
+    excluded = queries.excluded(config.evaluation.exclude)
     ids, scores = retriever.retrieve(
         [everything[i] for i in numbers],
         min(EXAMPLE_LENGTH, len(corpus.candidate_ids)),

@@ -1,93 +1,61 @@
 """The label: which exposed events are positives, and what they weigh."""
 
-from pathlib import Path
 from typing import Any
 
-import ibis
 import pyarrow as pa
 import pytest
 
-from tfrs_pipeline.config import DataConfig
-from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.run import load_data
 
-STAGES = ["retrieved", "exposed", "exposed", "clicked", "clicked", "exposed"]
 COLUMNS: dict[str, list[Any]] = {
-    "stage": STAGES,
+    "user_id": [1] * 6,
+    "item_id": [1, 2, 3, 4, 5, 6],
+    "stage": ["retrieved", "exposed", "exposed", "clicked", "clicked", "exposed"],
     "is_like": [True, True, False, False, None, True],
-    "seconds": [90.0, 0.0, 0.0, 12.0, 0.0, 3.5],
-    "event_number": [0, 1, 2, 3, 4, 5],
+    "seconds": [90.0, 0.0, 0.0, 12.0, None, 3.5],
     "note": ["a"] * 6,
 }
 
 
-def table(**more: list[Any]) -> ibis.Table:
-    connection = ibis.duckdb.connect()
-    return connection.create_table("events", pa.table({**COLUMNS, **more}))
-
-
-def result(events: ibis.Table) -> list[tuple[str, float]]:
-    rows = events.order_by("event_number").select("stage", "weight").to_pyarrow().to_pylist()
+def labelled(label: dict[str, float], **more: list[Any] | None) -> list[tuple[str, float]]:
+    columns = {name: values for name, values in (COLUMNS | more).items() if values is not None}
+    events = Log.from_table(pa.table(columns), label=label).events.order_by("event_number")
+    rows = events.select("stage", "weight").to_pyarrow().to_pylist()
     return [(row["stage"], row["weight"]) for row in rows]
 
 
-def test_one_column() -> None:
-    assert result(relabel(table(), {"is_like": 1.0})) == [
-        ("retrieved", 1.0),
-        ("clicked", 1.0),
-        ("exposed", 1.0),
-        ("exposed", 1.0),
-        ("exposed", 1.0),
-        ("clicked", 1.0),
-    ]
+def test_a_positive_is_exposed_and_labelled() -> None:
+    exposed, clicked = ("exposed", 1.0), ("clicked", 1.0)
+    retrieved = ("retrieved", 1.0)
+    expected = [retrieved, clicked, exposed, exposed, exposed, clicked]
+    assert labelled({"is_like": 1.0}) == expected
+    # Without stages all rows are exposures.
+    assert labelled({"is_like": 1.0}, stage=None) == [clicked, *expected[1:]]
 
 
 def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
-    labelled = relabel(
-        table(weight=[1.0, 1.0, 1.0, 2.0, 1.0, 3.0]), {"is_like": 1.0, "seconds": 0.5}
-    )
-    assert result(labelled) == [
-        ("retrieved", 1.0),
-        ("clicked", 1.0),
-        ("exposed", 1.0),
-        ("clicked", 1.0),
-        ("exposed", 1.0),
-        ("clicked", 4.5),
-    ]
+    found = labelled({"is_like": 1.0, "seconds": 0.5}, weight=[1.0, 1.0, 1.0, 2.0, 1.0, 3.0])
+    stages = ["retrieved", "clicked", "exposed", "clicked", "exposed", "clicked"]
+    assert found == list(zip(stages, [1.0, 1.0, 1.0, 1.0, 1.0, 4.5], strict=True))
 
 
-def test_refusals() -> None:
-    with pytest.raises(DataError, match=r"'is_lik'.*is_like"):
-        relabel(table(), {"is_lik": 1.0})
-    with pytest.raises(DataError, match="'note' is string"):
-        relabel(table(), {"note": 1.0})
-    with pytest.raises(DataError, match="none of 6 rows is a positive"):
-        relabel(table(nothing=[0] * 6), {"nothing": 1.0})
-    with pytest.raises(ValueError, match="weights above 0"):
-        relabel(table(), {"is_like": 0.0})
+@pytest.mark.parametrize(
+    ("label", "more", "message"),
+    [
+        ({"is_lik": 1.0}, {}, r"'is_lik'.*is_like"),
+        ({"note": 1.0}, {}, "'note' is string"),
+        ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
+        ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3}, "'seconds' is NaN.* in 3 of 6"),
+        ({"is_like": 0.0}, {}, "weights above 0"),
+    ],
+)
+def test_what_is_refused(label: Any, more: Any, message: str) -> None:
+    with pytest.raises((DataError, ValueError), match=message):
+        labelled(label, **more)
 
 
-def test_a_log_of_exposures_alone_gets_its_positives_from_the_label(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text(
-        "user_id,item_id,stage,rating,liked\n1,5,exposed,2,0\n1,6,exposed,5,1\n2,5,retrieved,,1\n"
-    )
-    label = {"liked": 1.0}
-    tables = load_data(DataConfig(source="events", path=path, label=label))
-    rows = (
-        tables.events.order_by("event_number").select("item_id", "stage").to_pyarrow().to_pylist()
-    )
-    assert [row["stage"] for row in rows] == ["exposed", "clicked", "retrieved"]
-    by_rating = load_data(DataConfig(source="events", path=path, label={"rating": 1.0}))
-    assert by_rating.events.filter(by_rating.events["stage"] == "clicked").count().execute() == 2
-    with pytest.raises(DataError, match="none of 3 rows is a positive"):
-        load_data(DataConfig(source="events", path=path))
-
-
-@pytest.mark.parametrize("cell", ["", "-1", "nan", "inf"])
-def test_a_weight_that_cannot_be_used_is_refused(tmp_path: Path, cell: str) -> None:
-    path = tmp_path / "clicks.csv"
-    path.write_text(f"user_id,item_id,weight\n1,5,1.5\n1,6,{cell}\n")
-    with pytest.raises(DataError, match=r"clicks.csv: column 'weight'.* 1 of 2 rows"):
-        load_data(DataConfig(source="clicks", path=path))
+@pytest.mark.parametrize("weight", [None, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_be_used_is_refused(weight: float | None) -> None:
+    with pytest.raises(DataError, match=r"column 'weight'.* in 1 of 6 rows"):
+        labelled({"is_like": 1.0}, weight=[1.0, weight, 1.0, 1.0, 1.0, 1.0])

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.schema import Tables
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 
 
@@ -26,7 +26,7 @@ def test_a_log_marks_each_positive_once() -> None:
             "stage": ["clicked", "clicked", "clicked", "clicked", "exposed", "exposed"],
         }
     )
-    log = Tables(
+    log = Log(
         events=ibis.memtable(events),
         items=ibis.memtable(pa.table({"item_id": [30, 40, 10, 20]})),
         users=ibis.memtable(pa.table({"user_id": ["u", "v", "w"]})),

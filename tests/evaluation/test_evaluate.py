@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.split import EvaluationQueries
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.evaluate import Exclude, evaluate, popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
@@ -22,7 +22,7 @@ from tfrs_pipeline.retrieval import Query, Retriever
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
 CALL_SIZE = f"{evaluate.__module__}._QUERIES_PER_CALL"
-Problem: TypeAlias = tuple[EvaluationQueries, np.ndarray, int]
+Problem: TypeAlias = tuple[Holdout, np.ndarray, int]
 
 
 class Scores:
@@ -45,29 +45,31 @@ class Scores:
 
 def make_holdout(
     relevant: Any, clicked: Any = None, seen: Any = None, dtype: type = int
-) -> EvaluationQueries:
+) -> Holdout:
     clicked = clicked or [[]] * len(relevant)
     relevant, clicked, seen = (
         [np.array(ids, dtype) for ids in lists] for lists in (relevant, clicked, seen or clicked)
     )
-    return EvaluationQueries(np.arange(len(relevant)), clicked, relevant, clicked, seen)
+    ids = IDS if dtype is int else np.array(["a", "b", "c"], object)
+    counts = COUNTS[: len(ids)]
+    return Holdout(np.arange(len(relevant)), clicked, relevant, clicked, seen, ids, counts)
 
 
 def measure_all(
-    retrievers: Any, holdout: EvaluationQueries, ids: np.ndarray = IDS, **options: Any
+    retrievers: Any, holdout: Holdout, ids: np.ndarray = IDS, **options: Any
 ) -> Evaluation:
     options = {"cutoffs": (3,), "num_bootstrap": 0, **options}
     counts = COUNTS[: len(ids)]
     return evaluate(retrievers, holdout, candidate_ids=ids, candidate_counts=counts, **options)
 
 
-def measure(retriever: Retriever, holdout: EvaluationQueries, **options: Any) -> EvaluationResult:
+def measure(retriever: Retriever, holdout: Holdout, **options: Any) -> EvaluationResult:
     return measure_all(retriever, holdout, **options).first
 
 
 def slow_values(
     scores: np.ndarray,
-    holdout: EvaluationQueries,
+    holdout: Holdout,
     excluded: list[np.ndarray],
     in_slice: np.ndarray,
     k: int,

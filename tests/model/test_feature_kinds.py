@@ -16,7 +16,7 @@ import pytest
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import dump_config
-from tfrs_pipeline.data.schema import read_tables
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.run import Corpus, read_corpus
 from tfrs_pipeline.serving import export
@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def corpus_of(run_folder: Path) -> Corpus:
-    return read_corpus(read_tables(run_folder / "data"), run_folder / "samples" / "final")
+    return read_corpus(Log.read(run_folder / "data"), run_folder / "samples" / "final")
 
 
 def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.config import FeatureKind
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.feature_layers import (
     FeatureEmbedding,
     FeatureSpec,

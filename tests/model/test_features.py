@@ -20,7 +20,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfrs_pipeline.config import FeatureKind
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model import features as features_module
 from tfrs_pipeline.model.feature_layers import FeatureEmbedding, FeatureTable
 from tfrs_pipeline.model.features import (

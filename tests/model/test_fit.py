@@ -13,7 +13,7 @@ import tensorflow as tf
 from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import ConfigError, TrainingConfig
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import exact_retriever
@@ -22,7 +22,7 @@ from tfrs_pipeline.negatives.batches import evaluation_batches
 from tfrs_pipeline.run import (
     load_data,
     read_corpus,
-    split_events,
+    split_log,
     train_and_refit,
     training_samples,
 )
@@ -115,16 +115,18 @@ def test_a_warm_up_longer_than_the_training_is_refused(run: Run) -> None:
         run(warmup_steps=20, decay="linear")
 
 
-def as_queries(problem: Problem) -> EvaluationQueries:
+def as_queries(problem: Problem) -> Holdout:
     known = [problem.samples.known_positives[row].astype(np.int64) for row in QUERY_ROWS]
     relevant = [problem.relevant[i].astype(np.int64) for i in range(NUM_QUERIES)]
-    return EvaluationQueries(
+    return Holdout(
         user_ids=np.array(QUERY_ROWS),
         # Oldest first, where a batch holds the most recent one first.
         histories=[rows[::-1] for rows in known],
         relevant=relevant,
         clicked=known,
         seen=known,
+        candidate_ids=np.arange(1, len(problem.samples.counts)),
+        candidate_counts=problem.samples.counts[1:],
     )
 
 
@@ -254,13 +256,13 @@ def test_both_trainings_of_a_run_go_down_the_same_way(tmp_path: Path) -> None:
         },
     )
     tables = load_data(config.data)
-    split = split_events(tables.events, config.split, config.seed)
+    split = split_log(tables, config.split, config.seed)
     selection, final = (
         training_samples(config, tables, split, parts, tmp_path / str(len(parts)))
         for parts in (("train",), ("train", "validation"))
     )
     corpus = read_corpus(tables, tmp_path / "2")
-    queries = evaluation_queries(split, "validation")
+    queries = split.validation
     # The time is over after the first epoch: it is chosen.
     _, chosen, _ = train_and_refit(
         config,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
-from tfrs_pipeline.data.split import EvaluationQueries, evaluation_queries
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
@@ -20,7 +20,7 @@ from tfrs_pipeline.run import (
     load_data,
     mined_pools,
     read_corpus,
-    split_events,
+    split_log,
     train_model,
     training_batches,
     training_samples,
@@ -31,17 +31,17 @@ MIN_RANK, MAX_RANK = 10, 30
 
 
 @dataclass(frozen=True)
-class Log:
+class Ready:
     """A log of ratings, ready to train on."""
 
     config: RunConfig
     samples: Samples
     corpus: Corpus
-    validation: EvaluationQueries
+    validation: Holdout
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     folder = tmp_path_factory.mktemp("log")
     path = write(event_table("int"), folder / "ratings.parquet")
     data = {"source": "ratings", "path": path, "rating_threshold": 3, "timestamp_unit": "s"}
@@ -61,10 +61,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
         training={"max_epochs": 6},
     )
     tables = load_data(config.data)
-    split = split_events(tables.events, config.split, config.seed)
+    split = split_log(tables, config.split, config.seed)
     samples = training_samples(config, tables, split, ("train",), folder / "samples")
     corpus = read_corpus(tables, folder / "samples")
-    return Log(config, samples, corpus, evaluation_queries(split, "validation"))
+    return Ready(config, samples, corpus, split.validation)
 
 
 class Stopped(Exception):
@@ -72,7 +72,7 @@ class Stopped(Exception):
 
 
 def trained(
-    log: Log, num_epochs: int, folder: Path | None = None, stop_after: int | None = None
+    log: Ready, num_epochs: int, folder: Path | None = None, stop_after: int | None = None
 ) -> tuple[TwoTowerModel, TrainingBatches, MinedPools]:
     batches = training_batches(log.config, log.samples)
     mining = mined_pools(log.config, log.corpus, batches, folder=folder)
@@ -95,7 +95,7 @@ def trained(
     return model, batches, mining
 
 
-def test_first_epochs_have_none_and_later_ones_those_of_the_model_then(log: Log) -> None:
+def test_first_epochs_have_none_and_later_ones_those_of_the_model_then(log: Ready) -> None:
     model, batches, mining = trained(log, 2)
     assert batches.mean_hard_share == 0
     assert mining.reports == {}
@@ -123,7 +123,7 @@ def test_first_epochs_have_none_and_later_ones_those_of_the_model_then(log: Log)
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
 def test_a_stopped_training_ends_as_an_unbroken_one(
-    log: Log, tmp_path: Path, stop_after: int
+    log: Ready, tmp_path: Path, stop_after: int
 ) -> None:
     unbroken, _, reports = trained(log, 5)
     with pytest.raises(Stopped):
@@ -138,7 +138,7 @@ def test_a_stopped_training_ends_as_an_unbroken_one(
     assert len(list(tmp_path.glob("mined-*.npz"))) == 1
 
 
-def test_a_pool_is_replaced_for_its_own_stage_alone(log: Log) -> None:
+def test_a_pool_is_replaced_for_its_own_stage_alone(log: Ready) -> None:
     batches = training_batches(log.config, log.samples)
     pool = RowLists.from_lists([np.array([3, 5])] * len(log.samples))
     with pytest.raises(ValueError, match="No hard negatives of stage 'ranked'"):
@@ -159,23 +159,23 @@ def test_a_pool_is_replaced_for_its_own_stage_alone(log: Log) -> None:
         ({"training.max_epochs": 2}, "mined_every: got 2.*nothing would be mined"),
     ],
 )
-def test_settings_that_cannot_be(log: Log, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be(log: Ready, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         with_settings(log.config, settings)
 
 
-def test_the_preset_mines(log: Log) -> None:
+def test_the_preset_mines(log: Ready) -> None:
     config = with_settings(log.config, {"samples.preset": "mined_1_100"})
     assert config.samples.hard_share == 0.01
     assert [sampler.stage for sampler in config.samples.hard_negatives] == ["mined"]
 
 
-def test_nothing_is_mined_where_nothing_is_asked_for(log: Log) -> None:
+def test_nothing_is_mined_where_nothing_is_asked_for(log: Ready) -> None:
     config = with_settings(log.config, {"samples.hard_share": 0})
     assert mined_pools(config, log.corpus, training_batches(config, log.samples)) is None
 
 
-def test_a_corpus_without_such_ranks_is_refused(log: Log) -> None:
+def test_a_corpus_without_such_ranks_is_refused(log: Ready) -> None:
     config = with_settings(
         log.config, {"samples.mined_min_rank": 100, "samples.mined_max_rank": 200}
     )

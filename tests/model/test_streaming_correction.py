@@ -17,7 +17,7 @@ from tests.negatives.test_batches import (
 from tests.negatives.test_hybrid_batches import HARD, HYBRID
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import ConfigError, RunConfig
-from tfrs_pipeline.data.schema import read_tables
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.two_tower import MAX_BUCKETS, TwoTowerModel
 from tfrs_pipeline.negatives.batches import TrainingBatches, evaluation_batches, shared_columns
@@ -363,7 +363,7 @@ def test_a_run_with_the_streaming_correction(
     model, _ = train_model(
         config,
         config.model,
-        read_corpus(read_tables(tmp_path / "run" / "data"), folder),
+        read_corpus(Log.read(tmp_path / "run" / "data"), folder),
         batches,
         max_epochs=metrics["training"]["two_tower"]["best_epoch"],
         checkpoint_folder=tmp_path / "run" / "checkpoints" / "two_tower" / "selection",

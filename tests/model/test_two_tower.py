@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
-from tfrs_pipeline.data.split import EvaluationQueries
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.fit import train
 from tfrs_pipeline.model.queries import exact_retriever, history_rows
@@ -54,12 +54,14 @@ def test_evaluate_agrees_with_the_evaluation_room(problem: Problem) -> None:
     got = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
     candidate_ids = np.arange(1, NUM_CANDIDATES + 1) * 10
     known = [problem.samples.known_positives[row] * 10 for row in QUERY_ROWS]
-    queries = EvaluationQueries(
+    queries = Holdout(
         user_ids=np.array(QUERY_ROWS),
         histories=[ids[::-1] for ids in known],
         relevant=[problem.relevant[row - 1] * 10 for row in QUERY_ROWS],
         clicked=known,
         seen=known,
+        candidate_ids=candidate_ids,
+        candidate_counts=problem.samples.counts[1:],
     )
     result = evaluate(
         exact_retriever(model, np.array(QUERY_ROWS), candidate_ids),

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tfrs_pipeline.data.schema import DataError, Tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.samples.build import (
     HistoryOrder,
     RowLists,
@@ -42,7 +43,7 @@ EVENTS = st.lists(
 ).filter(lambda events: any(event[3] == "clicked" for event in events))
 
 
-def make_tables(events: list[Event], *, with_request: bool = True) -> Tables:
+def make_tables(events: list[Event], *, with_request: bool = True) -> Log:
     users, items, seconds, stages, requests = zip(*events, strict=True)
     columns: dict[str, Any] = {
         "user_id": pa.array(users, pa.int64()),
@@ -59,7 +60,7 @@ def make_tables(events: list[Event], *, with_request: bool = True) -> Tables:
     def create(table: pa.Table) -> ibis.Table:
         return CONNECTION.create_table(ibis.util.gen_name("builder"), table)
 
-    return Tables(
+    return Log(
         events=create(pa.table(columns)),
         items=create(pa.table({"item_id": pa.array(range(1, 8), pa.int64())})),
         users=create(pa.table({"user_id": pa.array(range(1, 4), pa.int64())})),
@@ -67,7 +68,7 @@ def make_tables(events: list[Event], *, with_request: bool = True) -> Tables:
 
 
 def build(
-    tables: Tables,
+    tables: Log,
     folder: Path,
     *,
     events: ibis.Table | None = None,

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import Stage, Tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.model.loss import MASKED_LOGIT, HybridRetrieval
 from tfrs_pipeline.negatives.batches import TrainingBatches
 from tfrs_pipeline.samples.build import Samples, build_samples, read_samples
@@ -28,7 +29,7 @@ NUM_ITEMS = 25
 LOSERS = (Stage.RETRIEVED, Stage.PRE_RANKED, Stage.RANKED)
 
 
-def random_tables(seed: int) -> tuple[Tables, dict[int, set[int]]]:
+def random_tables(seed: int) -> tuple[Log, dict[int, set[int]]]:
     """Makes a table of users with a random funnel each, and their forbidden items.
 
     An item may be exposed in one request and lose in another, be clicked first and passed over
@@ -65,7 +66,7 @@ def random_tables(seed: int) -> tuple[Tables, dict[int, set[int]]]:
     def create(rows: pa.Table) -> ibis.Table:
         return CONNECTION.create_table(ibis.util.gen_name("guard"), rows)
 
-    tables = Tables(
+    tables = Log(
         events=create(table),
         items=create(pa.table({"item_id": pa.array(range(1, NUM_ITEMS + 1), pa.int64())})),
         users=create(pa.table({"user_id": pa.array(range(1, FUNNELS_PER_TABLE + 1), pa.int64())})),
@@ -73,7 +74,7 @@ def random_tables(seed: int) -> tuple[Tables, dict[int, set[int]]]:
     return tables, forbidden
 
 
-def build(tables: Tables, folder: Path, seed: int) -> Samples:
+def build(tables: Log, folder: Path, seed: int) -> Samples:
     rules = HardNegativeRules(LOSERS, window=timedelta(seconds=2), bottom_share=0.9)
     build_samples(tables, tables.events, folder, seed=seed, hard_negatives=rules)
     return read_samples(folder)
@@ -103,7 +104,7 @@ def loss_matrix(batch: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def what_got_through(
-    tables: Tables, forbidden: dict[int, set[int]], folder: Path, seed: int
+    tables: Log, forbidden: dict[int, set[int]], folder: Path, seed: int
 ) -> tuple[int, int]:
     """Counts forbidden cells and all cells that act as negatives, over an epoch of batches."""
     samples = build(tables, folder, seed)

@@ -17,7 +17,7 @@ from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.data.schema import Tables
+    from tfrs_pipeline.data.log import Log
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Interactions:
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def from_log(cls, log: Tables) -> Interactions:
+    def from_log(cls, log: Log) -> Interactions:
         """Collects the positives of a log; its items, in the order of their ids, are the corpus."""
         items = Ids(
             log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy()
@@ -94,7 +94,7 @@ class MostPopular:
         array([['b']], dtype=object)
     """
 
-    def fit(self, train: Tables | Interactions) -> MostPopular:
+    def fit(self, train: Log | Interactions) -> MostPopular:
         """Counts the users of each candidate of a log, or of interactions."""
         train = _interactions(train)
         self.items = train.items
@@ -145,7 +145,7 @@ class Ease:
             raise ValueError(f"l2 must be above 0, or the matrix may be singular. Received: {l2}.")
         self.l2, self.max_candidates = l2, max_candidates
 
-    def fit(self, train: Tables | Interactions) -> Ease:
+    def fit(self, train: Log | Interactions) -> Ease:
         """Solves for the item-to-item weights of a log, or of interactions.
 
         Raises:
@@ -224,7 +224,7 @@ class Ials:
             "num_threads": num_threads,
         }
 
-    def fit(self, train: Tables | Interactions) -> Ials:
+    def fit(self, train: Log | Interactions) -> Ials:
         """Factorises the positives of a log, or interactions."""
         # The CPU class itself: the library's own factory takes a GPU when it sees one. Imported
         # here since it takes a second, and popularity and EASE do without it.
@@ -282,7 +282,7 @@ def _zero_one_matrix(
     return matrix
 
 
-def _interactions(train: Tables | Interactions) -> Interactions:
+def _interactions(train: Log | Interactions) -> Interactions:
     return train if isinstance(train, Interactions) else Interactions.from_log(train)
 
 

@@ -22,7 +22,7 @@ from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, Slice
 from tfrs_pipeline.retrieval import Query, Retriever
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.data.split import EvaluationQueries
+    from tfrs_pipeline.data.split import Holdout
 
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 
@@ -31,7 +31,7 @@ _QUERIES_PER_CALL = 1024
 
 def evaluate(
     retrievers: Retriever | Mapping[str, Retriever],
-    holdout: EvaluationQueries,
+    holdout: Holdout,
     *,
     candidate_ids: Sequence[Any] | np.ndarray,
     candidate_counts: np.ndarray,
@@ -161,8 +161,8 @@ class _Truth:
     num_excluded: int
 
 
-def _truth(holdout: EvaluationQueries, items: Ids, exclude: Exclude) -> _Truth:
-    excluded = _excluded_ids(holdout, exclude)
+def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
+    excluded = holdout.excluded(exclude)
     num_queries = len(holdout)
     lists = [*holdout.relevant, *(excluded or ())]
     ids = np.concatenate(lists)
@@ -228,16 +228,6 @@ def _check_type(ids: np.ndarray, items: Ids) -> None:
             "Relevant ids and candidate ids must be of one type: load both the same way. "
             f"Received: relevant {ids.tolist()[0]!r}, candidate {items.values.tolist()[0]!r}."
         )
-
-
-def _excluded_ids(holdout: EvaluationQueries, exclude: Exclude) -> list[np.ndarray] | None:
-    if exclude == "none":
-        return None
-    if exclude == "clicked":
-        return holdout.clicked
-    if exclude == "seen":
-        return holdout.seen
-    raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {exclude!r}.")
 
 
 def _retrieve_rows(

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfrs_pipeline.model.randomness import Stream, fold
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.config import FeatureKind
+    from tfrs_pipeline.data.schema import FeatureKind
 
 _NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
 _LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")

@@ -32,7 +32,7 @@ from tfrs_pipeline.model.raw import (
 )
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.config import FeatureKind
+    from tfrs_pipeline.data.schema import FeatureKind
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import numpy as np
 from markupsafe import Markup
 
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.data.schema import Dropped, Stage, Tables, read_tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
@@ -229,8 +230,8 @@ def gather_facts(folder: Path) -> RunFacts:
     require_finished_run(folder)
     config = load_config(folder / "config.toml")
     metrics = json.loads((folder / "metrics.json").read_text())
-    tables = read_tables(folder / "data")
-    split, _ = stored_split(tables, config, folder / "data")
+    log = Log.read(folder / "data")
+    split = stored_split(log, config, folder / "data")[0].events
     samples_folder = folder / "samples" / "final"
     batches = training_batches(config, read_samples(samples_folder))
     is_mined = any(sampler.stage == MINED for sampler in config.samples.hard_negatives)
@@ -241,19 +242,19 @@ def gather_facts(folder: Path) -> RunFacts:
         table_sizes={
             name: table.count().to_pyarrow().as_py()
             for name, table in (
-                ("events", tables.events),
-                ("items", tables.items),
-                ("users", tables.users),
+                ("events", log.events),
+                ("items", log.items),
+                ("users", log.users),
             )
         },
-        dropped=tables.dropped,
-        events_by_stage=_events_by_stage(tables.events, split),
+        dropped=log.dropped,
+        events_by_stage=_events_by_stage(log.events, split),
         items_by_part=_items_by_part(split),
         samples=json.loads((samples_folder / "report.json").read_text()),
         masked_shares=batches.masked_shares(),
         mean_hard_share=None if is_mined else batches.mean_hard_share,
         popularity=_popularity(config, batches),
-        titles=_titles(tables, metrics),
+        titles=_titles(log, metrics),
     )
 
 
@@ -315,16 +316,16 @@ def _popularity(config: RunConfig, batches: TrainingBatches) -> Popularity:
     )
 
 
-def _titles(tables: Tables, metrics: dict[str, Any]) -> dict[Any, str]:
+def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
     """Reads the titles of the items that the examples show."""
     shown: Iterable[Any] = {
         id_
         for example in metrics.get("examples", [])
         for id_ in (*example["history"], *example["recommended"])
     }
-    if "title" not in tables.items.columns or not shown:
+    if "title" not in log.items.columns or not shown:
         return {}
-    items = tables.items.filter(tables.items["item_id"].isin(list(shown)))
+    items = log.items.filter(log.items["item_id"].isin(list(shown)))
     found = items.select("item_id", "title").to_pyarrow().to_pydict()
     return {
         id_: title for id_, title in zip(found["item_id"], found["title"], strict=True) if title

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.schema import DataError, Stage, Tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, Stage
 from tfrs_pipeline.samples.hard_pools import (
     HARD_STAGES,
     HardNegativeRules,
@@ -113,7 +114,7 @@ class Samples:
 
 
 def build_samples(
-    tables: Tables,
+    log: Log,
     training_events: ibis.Table,
     folder: Path,
     *,
@@ -131,7 +132,7 @@ def build_samples(
     alone. Shards hold the samples in an order shuffled by `seed`: a batch is a fair draw.
 
     Args:
-        tables: Every item and every user, whichever part they are in.
+        log: Every item and every user, whichever part they are in.
         training_events: Events of the training part, all stages.
         folder: Where to write; made if missing.
         seed: Of the shuffle.
@@ -152,8 +153,8 @@ def build_samples(
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are not whole.
     (folder / "report.json").unlink(missing_ok=True)
-    items = _number_rows(tables.items, "item_id", "candidate_row")
-    users = _number_rows(tables.users, "user_id", "query_row")
+    items = _number_rows(log.items, "item_id", "candidate_row")
+    users = _number_rows(log.users, "user_id", "query_row")
     numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
     # Written once, so that the window and the joins are not run again for every output.
     # Under a name of its own: DuckDB remembers the statistics of a path that it has read.

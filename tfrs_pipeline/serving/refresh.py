@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.data.files import load_items
+from tfrs_pipeline.data.columns import Formats
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.serving.export import export_index, file_hash
 from tfrs_pipeline.serving.index import IndexKind
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
@@ -190,12 +191,10 @@ def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
     data = retriever.manifest["config"]["data"]
     return load_items(
         path,
-        is_integer=retriever.item_dtype == tf.int64,
+        is_integer_id=retriever.item_dtype == tf.int64,
         item_features=data["item_features"],
-        id_column=data["columns"].get("item_id", "item_id"),
-        list_separator=data["list_separator"],
-        timestamp_unit=data["timestamp_unit"],
-        time_zone=data["time_zone"],
+        item_columns=data["item_columns"],
+        formats=Formats(data["timestamp_unit"], data["time_zone"], data["list_separator"]),
     ).to_pyarrow()
 
 

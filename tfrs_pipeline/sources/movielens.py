@@ -1,7 +1,7 @@
 """MovieLens-100K: 100,000 ratings of 1,682 films by 943 people (Harper and Konstan 2015).
 
 Ratings of 4 and 5 are clicks, lower ones exposures. Free for research; the data are fetched, never
-shipped. Whichever way the files come, the tables are equal.
+shipped. Whichever way the files come, the log is the same.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import ibis
 import pyarrow as pa
-from ibis.backends.duckdb import Backend as DuckDB
+import pyarrow.csv
 
-from tfrs_pipeline.data.schema import DataError, Stage, Tables, check_tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, FeatureKind
 
 logger = logging.getLogger(__name__)
 
 MIN_CLICKED_RATING = 4
+ITEM_FEATURES: Mapping[str, FeatureKind] = {
+    "title": "text",
+    "year": "categorical",
+    "genres": "multi_categorical",
+}
+USER_FEATURES: Mapping[str, FeatureKind] = {
+    "age_group": "categorical",
+    "gender": "categorical",
+    "occupation": "categorical",
+}
 ARCHIVE_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 GROUPLENS_FILES = ("u.data", "u.item", "u.user")
 RECBOLE_REQUIREMENT = "recbole==1.2.1"
@@ -41,27 +51,11 @@ RECBOLE_SHA256 = {
 _AGE_STARTS = (18, 25, 35, 45, 50, 56)
 _AGE_GROUPS = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
 # The order of the flags in u.item; "unknown" is the absence of a genre.
-_GENRES = [
-    "unknown",
-    "Action",
-    "Adventure",
-    "Animation",
-    "Children's",
-    "Comedy",
-    "Crime",
-    "Documentary",
-    "Drama",
-    "Fantasy",
-    "Film-Noir",
-    "Horror",
-    "Musical",
-    "Mystery",
-    "Romance",
-    "Sci-Fi",
-    "Thriller",
-    "War",
-    "Western",
-]
+_FLAGS = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+)
+_GENRES = _FLAGS.split()
 _TITLE_AND_YEAR = re.compile(r"(?P<title>.*?) ?\((?P<year>\d{4})\)(?: \(V\))?")  # (V): video
 
 Fetcher = Callable[[Path], None]
@@ -74,10 +68,12 @@ class FetchError(OSError):
 
 def load_movielens_100k(
     folder: Path | None = None,
+    *,
+    item_features: Mapping[str, FeatureKind] | None = None,
+    user_features: Mapping[str, FeatureKind] | None = None,
     cache_dir: Path | None = None,
-    connection: DuckDB | None = None,
     fetchers: Mapping[str, Fetcher] | None = None,
-) -> Tables:
+) -> Log:
     """Loads MovieLens-100K.
 
     Taken from `folder` if given; else from the cache; else fetched: the original archive through
@@ -86,14 +82,14 @@ def load_movielens_100k(
 
     Args:
         folder: Holds GroupLens's own files u.data, u.item and u.user.
+        item_features: Those of `ITEM_FEATURES` to take; None means all.
+        user_features: Those of `USER_FEATURES` to take; None means all.
         cache_dir: Where fetched files are kept; None means `default_cache_dir()`.
-        connection: DuckDB connection for the tables; a new one if None.
         fetchers: Route name -> fetcher, tried in order; None means the two routes above.
 
     Returns:
-        Events in the order of the source. Item features: title (text, without the year), year
-        (categorical, null if unknown), genres (multi_categorical, empty if unknown). User features:
-        age_group, gender, occupation (categorical).
+        Events in the order of the source; the title without the year, the year null if unknown, the
+        genres empty if unknown.
 
     Raises:
         DataError: If no route leads to the data, or a file does not hold what it should.
@@ -102,20 +98,17 @@ def load_movielens_100k(
         folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)
     logger.info("MovieLens-100K from %s. Licence: for research use, by GroupLens.", folder)
     if (folder / "ml-100k.inter").exists():
-        ratings, items, users = _read_recbole(folder)
+        ratings, films, users = _read_recbole(folder)
     else:
-        ratings, items, users = _read_grouplens(folder)
-    connection = connection or ibis.duckdb.connect()
-    create = connection.create_table
-    tables = Tables(
-        events=create(ibis.util.gen_name("movielens_events"), ratings),
-        items=create(ibis.util.gen_name("movielens_items"), items.sort_by("item_id")),
-        users=create(ibis.util.gen_name("movielens_users"), users.sort_by("user_id")),
-        item_features={"title": "text", "year": "categorical", "genres": "multi_categorical"},
-        user_features=dict.fromkeys(("age_group", "gender", "occupation"), "categorical"),
+        ratings, films, users = _read_grouplens(folder)
+    return Log.from_table(
+        ratings,
+        items=_items(films),
+        users=_users(users),
+        rating_threshold=MIN_CLICKED_RATING,
+        item_features=ITEM_FEATURES if item_features is None else item_features,
+        user_features=USER_FEATURES if user_features is None else user_features,
     )
-    check_tables(tables)
-    return tables
 
 
 def default_cache_dir() -> Path:
@@ -250,106 +243,89 @@ def _run(command: list[str], timeout_seconds: float) -> str:
 
 def _read_grouplens(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Reads u.data, u.item and u.user."""
-    ratings = list(_lines(folder / "u.data", "\t", 4))
-    items = [
-        (
-            line[0],
-            line[1],
-            [name for name, flag in zip(_GENRES, line[5:], strict=True) if flag == "1"],
-        )
-        for line in _lines(folder / "u.item", "|", 5 + len(_GENRES))
+    flags = [f"genre {number}" for number in range(len(_GENRES))]
+    ratings = _read(folder / "u.data", "\t", _RATING_COLUMNS)
+    films = _read(folder / "u.item", "|", ["item_id", "title", "date", "video", "url", *flags])
+    users = _read(folder / "u.user", "|", _USER_COLUMNS)
+    chosen = zip(*(films[flag].to_pylist() for flag in flags), strict=True)
+    genres = [
+        [name for name, flag in zip(_GENRES, row, strict=True) if flag == "1"] for row in chosen
     ]
-    users = [line[:4] for line in _lines(folder / "u.user", "|", 5)]
-    return _event_table(ratings, folder / "u.data"), _item_table(items), _user_table(users)
+    return ratings, films.append_column("genres", pa.array(genres, _STRINGS)), users
 
 
 def _read_recbole(folder: Path) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Reads the copies in the recbole wheel: a header, tabs, the year cut off the title."""
-    ratings = list(_lines(folder / "ml-100k.inter", "\t", 4, num_header_lines=1, encoding="utf-8"))
-    items = []
-    for number, title, year, genres in _lines(
-        folder / "ml-100k.item", "\t", 4, num_header_lines=1, encoding="utf-8"
-    ):
-        # "unkonwn" is how the file spells the one film without a title.
-        full_title = "unknown" if title == "unkonwn" else f"{title} ({year})"
-        items.append((number, full_title, genres.split()))
-    users = [
-        line[:4]
-        for line in _lines(folder / "ml-100k.user", "\t", 5, num_header_lines=1, encoding="utf-8")
+    ratings = _read(folder / "ml-100k.inter", "\t", _RATING_COLUMNS, is_recbole=True)
+    names = ["item_id", "name", "year", "genres"]
+    films = _read(folder / "ml-100k.item", "\t", names, is_recbole=True)
+    users = _read(folder / "ml-100k.user", "\t", _USER_COLUMNS, is_recbole=True)
+    name, year, genres = (films[column].to_pylist() for column in names[1:])
+    # "unkonwn" is how the file spells the one film without a title.
+    titles = [
+        "unknown" if n == "unkonwn" else f"{n} ({y})" for n, y in zip(name, year, strict=True)
     ]
-    return _event_table(ratings, folder / "ml-100k.inter"), _item_table(items), _user_table(users)
+    films = pa.table(
+        {
+            "item_id": films["item_id"],
+            "title": titles,
+            "genres": pa.array([names.split() for names in genres], _STRINGS),
+        }
+    )
+    return ratings, films, users
 
 
-def _lines(
-    path: Path,
-    separator: str,
-    num_fields: int,
-    *,
-    num_header_lines: int = 0,
-    encoding: str = "latin-1",
-) -> Iterator[list[str]]:
+_STRINGS = pa.list_(pa.string())
+_RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+_USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
+
+
+def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = False) -> pa.Table:
+    """Reads a file of lines: ids, ages, ratings and times are whole numbers, all else is text."""
     if not path.exists():
         raise DataError(
             f"{path} does not exist. The folder must hold {', '.join(GROUPLENS_FILES)}, as "
             "ml-100k.zip has them."
         )
-    with path.open(encoding=encoding, newline="\n") as opened:
-        for number, line in enumerate(opened, 1):
-            if number <= num_header_lines or not line.strip():
-                continue
-            fields = line.rstrip("\r\n").split(separator)
-            if len(fields) != num_fields:
-                raise DataError(
-                    f"{path}: line {number} has {len(fields)} fields, not {num_fields}. Take the "
-                    "file as it is in ml-100k.zip."
-                )
-            yield fields
+    numbers = ("user_id", "item_id", "rating", "timestamp", "age")
+    types = {name: pa.int64() if name in numbers else pa.string() for name in names}
+    try:
+        return pyarrow.csv.read_csv(
+            path,
+            pyarrow.csv.ReadOptions(
+                use_threads=False,
+                column_names=names,
+                skip_rows=int(is_recbole),
+                encoding="utf8" if is_recbole else "latin-1",
+            ),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=False),
+            pyarrow.csv.ConvertOptions(column_types=types),
+        )
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: {error}. Take the file as it is in ml-100k.zip.") from error
 
 
-def _event_table(ratings: list[list[str]], path: Path) -> pa.Table:
-    if not ratings:
-        raise DataError(f"{path}: 0 rows. Take the file as it is in ml-100k.zip.")
-    user_ids, item_ids, stars, seconds = zip(*ratings, strict=True)
-    clicked = [float(star) >= MIN_CLICKED_RATING for star in stars]
-    microseconds = [int(second) * 1_000_000 for second in seconds]
-    return pa.table(
-        {
-            "user_id": pa.array(map(int, user_ids), pa.int64()),
-            "item_id": pa.array(map(int, item_ids), pa.int64()),
-            "timestamp": pa.array(microseconds, pa.timestamp("us", "UTC")),
-            "event_number": pa.array(range(len(ratings)), pa.int64()),
-            "stage": [
-                str(Stage.CLICKED if is_clicked else Stage.EXPOSED) for is_clicked in clicked
-            ],
-        }
-    )
-
-
-def _item_table(items: list[tuple[str, str, list[str]]]) -> pa.Table:
+def _items(films: pa.Table) -> pa.Table:
+    """Parts title and year, and takes "unknown" for the absence of a genre."""
     titles, years = [], []
-    for _, full_title, _ in items:
-        full_title = " ".join(full_title.split())
+    for text in films["title"].to_pylist():
+        full_title = " ".join(text.split())
         match = _TITLE_AND_YEAR.fullmatch(full_title)
         titles.append(match["title"] if match else full_title)
         years.append(match["year"] if match else None)
-    genres = [[name for name in names if name != "unknown"] for _, _, names in items]
+    genres = [[g for g in names if g != "unknown"] for names in films["genres"].to_pylist()]
     return pa.table(
         {
-            "item_id": pa.array([int(item[0]) for item in items], pa.int64()),
+            "item_id": films["item_id"],
             "title": pa.array(titles, pa.string()),
             "year": pa.array(years, pa.string()),
-            "genres": pa.array(genres, pa.list_(pa.string())),
+            "genres": pa.array(genres, _STRINGS),
         }
     )
 
 
-def _user_table(users: list[list[str]]) -> pa.Table:
-    groups = [_AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, int(user[1]))] for user in users]
-    return pa.table(
-        {
-            "user_id": pa.array([int(user[0]) for user in users], pa.int64()),
-            "age_group": pa.array(groups, pa.string()),
-            "gender": pa.array([user[2] for user in users], pa.string()),
-            "occupation": pa.array([user[3] for user in users], pa.string()),
-        }
-    )
+def _users(users: pa.Table) -> pa.Table:
+    groups = [
+        _AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, age)] for age in users["age"].to_pylist()
+    ]
+    return users.append_column("age_group", pa.array(groups, pa.string()))

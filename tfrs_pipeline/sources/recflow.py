@@ -31,25 +31,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-import duckdb
 import ibis
+import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.dataset
-from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.columns import MILLISECONDS, convert_feature
-from tfrs_pipeline.data.files import Duplicates, connect, finish_tables
-from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.files import connect, scan
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
     FeatureKind,
+    Refusal,
     Source,
     Stage,
-    Tables,
-    check_events,
+    count_rows,
+    refuse_rows,
     require_column,
 )
+from tfrs_pipeline.data.tables import Duplicates
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def load_recflow(
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
     duplicates: Duplicates = "keep",
-    connection: DuckDB | None = None,
-) -> Tables:
+) -> Log:
     """Loads RecFlow: all stages, or the exposures alone where there is no all_stage.
 
     Events have `timestamp` (request_timestamp, UTC), `request_id`, the columns of the label and
@@ -108,64 +107,49 @@ def load_recflow(
 
     Args:
         folder: Holds all_stage, realshow, or both.
-        label: Outcome (see `OUTCOMES`) -> weight, as in `labels.relabel`. None or empty:
-            effective_view.
+        label: Outcome (see `OUTCOMES`) -> weight, as in `Log.from_files`. None: effective_view.
         item_features: Column among `ITEM_COLUMNS` -> "categorical" or "numeric".
         user_features: Column among `USER_COLUMNS` -> "categorical" or "numeric".
-        duplicates: As in `load_tables`.
-        connection: DuckDB connection for the tables; a new one, in memory, if None.
+        duplicates: As in `Log.from_files`.
 
     Returns:
-        Tables with int64 ids; `dropped` counts the rows without a flag.
+        A log with int64 ids; `dropped` counts the rows without a flag.
 
     Raises:
         DataError: If files, columns or values are missing or are not what they should be.
     """
-    connection = connection or connect()
-    folder, label = Path(folder), dict(label or {})
-    item_features, user_features = dict(item_features or {}), dict(user_features or {})
+    label = dict(label or {})
+    features = {"item": dict(item_features or {}), "user": dict(user_features or {})}
     for names, known, what in (
         (label, OUTCOMES, "outcomes"),
-        (item_features, ITEM_COLUMNS, "video columns"),
-        (user_features, USER_COLUMNS, "user columns"),
+        (features["item"], ITEM_COLUMNS, "video columns"),
+        (features["user"], USER_COLUMNS, "user columns"),
     ):
         for name in names:
             require_column(known, name, Source(f"RecFlow's {what}"), "Choose among these.")
-    paths = _list_days(folder)
+    paths = _list_days(Path(folder))
     logger.info("RecFlow from %s. Licence: CC BY-SA 4.0, by its authors.", folder)
-    staging = _Staging(connection, list(label))
-    for path in paths:
-        staging.add(path)
-    events, items, users = staging.finish()
-    source = Source(str(paths[0].parent), {"item_id": "video_id", "timestamp": "request_timestamp"})
-    if not staging.num_events:
+    carried = dict.fromkeys([*label, *features["item"], *features["user"]])
+    rows, num_rows = _stage_rows(paths, list(carried), label)
+    if not (num_flagged := count_rows(rows)):
         raise DataError(
-            f"{source.name}: none of {staging.num_rows} rows has a flag that says which stage it "
+            f"{paths[0].parent}: none of {num_rows} rows has a flag that says which stage it "
             f"reached ({', '.join(_FLAGS)}). {_REMEDY}"
         )
-    check_events(events, source, requires_positives=not label)
-    num_unflagged = staging.num_rows - staging.num_events
-    tables = finish_tables(
-        connection,
-        Tables(
-            events=events,
-            items=_with_features(items, item_features, source),
-            users=_with_features(users, user_features, source),
-            item_features=item_features,
-            user_features=user_features,
-            dropped=(Dropped("no flag says which stage the item reached", num_unflagged),)
-            if num_unflagged
-            else (),
-        ),
-        source,
-        items_path=None,
-        users_path=None,
+    log = Log.from_table(
+        rows.drop(*(name for name in carried if name not in label)),
+        items=_latest(rows, "item", features["item"]),
+        users=_latest(rows, "user", features["user"]),
+        item_features=features["item"],
+        user_features=features["user"],
+        label=label,
+        timestamp_unit="ms",
         duplicates=duplicates,
-        requires_positives=not label,
     )
-    for table in (items, users):
-        connection.drop_table(table.get_name())
-    return dataclasses.replace(tables, events=relabel(tables.events, label)) if label else tables
+    if num_flagged == num_rows:
+        return log
+    unflagged = Dropped("no flag says which stage the item reached", num_rows - num_flagged)
+    return dataclasses.replace(log, dropped=(unflagged, *log.dropped))
 
 
 def _list_days(folder: Path) -> list[Path]:
@@ -214,131 +198,47 @@ def _is_date(text: str) -> bool:
     return True
 
 
-class _Staging:
-    """Tables that the days are added to, one file at a time."""
+def _stage_rows(
+    paths: Sequence[Path], carried: Sequence[str], label: Mapping[str, float]
+) -> tuple[ibis.Table, int]:
+    """Reads the files one by one.
 
-    def __init__(self, connection: DuckDB, outcomes: Sequence[str]) -> None:
-        self.num_rows = 0
-        self.num_events = 0
-        self._connection = connection
-        self._outcomes = outcomes
-        self._made: set[str] = set()
-        self._names = {
-            name: ibis.util.gen_name(f"recflow_{name}") for name in ("events", "items", "users")
-        }
-
-    def add(self, path: Path) -> None:
-        """Checks a file and adds its rows."""
-        dataset = _open_feather(path)
-        connection = self._connection.con
-        scan = ibis.util.gen_name("recflow_file")
-        connection.register(scan, dataset)
-        try:
-            num_rows = self._check_values(path, scan)
-            # A row number without an order runs in the order of the scan, on one thread.
-            rows = (
-                f"(SELECT *, {self.num_rows} + row_number() OVER () - 1 AS _row, "
-                f'{_STAGE} AS _stage FROM "{scan}")'
-            )
-            self._append("events", self._events_sql(rows))
-            for name, id_column, columns in _ENTITIES:
-                self._append(name, _latest_sql(rows, id_column, columns))
-        except duckdb.Error as error:
-            raise DataError(f"{path} cannot be read: {str(error).strip()} {_REMEDY}") from error
-        finally:
-            connection.unregister(scan)
-        self.num_rows += num_rows
-
-    def finish(self) -> tuple[ibis.Table, ibis.Table, ibis.Table]:
-        """Returns events, and one row an id of items and of users."""
-        events = self._connection.table(self._names["events"])
-        self.num_events = int(events.count().to_pyarrow().as_py())
-        entities = []
-        for name, _, columns in _ENTITIES:
-            staged = self._names[name]
-            merged = ibis.util.gen_name(f"recflow_{name}")
-            self._connection.con.execute(f'CREATE TABLE "{merged}" AS {_merge_sql(staged)}')
-            self._connection.drop_table(staged)
-            table = self._connection.table(merged)
-            num_changed = int(table["changes"].sum().to_pyarrow().as_py() or 0)
-            if num_changed:
-                logger.info(
-                    "RecFlow: %d of %d %s have rows that differ in %s: the latest row counts",
-                    num_changed,
-                    table.count().to_pyarrow().as_py(),
-                    name,
-                    ", ".join(columns),
-                )
-            entities.append(table)
-        return events, entities[0], entities[1]
-
-    def _append(self, name: str, select: str) -> None:
-        table = self._names[name]
-        verb = f'INSERT INTO "{table}"' if name in self._made else f'CREATE TABLE "{table}" AS'
-        self._connection.con.execute(f"{verb} {select}")
-        self._made.add(name)
-
-    def _events_sql(self, rows: str) -> str:
-        outcomes = "".join(f', "{name}"::BIGINT AS "{name}"' for name in self._outcomes)
-        return (
-            "SELECT user_id::BIGINT AS user_id, video_id::BIGINT AS item_id, "
-            "make_timestamptz(request_timestamp::BIGINT * 1000) AS timestamp, "
-            "_row AS event_number, _stage AS stage, request_id::BIGINT AS request_id, "
-            f"{_RANK} AS rank{outcomes} FROM {rows} WHERE _stage IS NOT NULL"
+    Returns:
+        The rows that have a flag, in the order of the files and their rows, with stage, rank and
+        the carried columns; and the number of all rows.
+    """
+    connection = connect()
+    name, num_rows = "recflow", 0
+    for path in paths:
+        raw = scan(connection, _open_feather(path), str(path)).load(
+            connection, {column: column for column in COLUMNS}
         )
-
-    def _check_values(self, path: Path, scan: str) -> int:
-        """Checks flags, outcomes, times and ids; returns the number of rows."""
-        first, last = MILLISECONDS
-        outcomes = self._outcomes or ("effective_view",)
-        wrong = {
-            **{name: (f'coalesce("{name}" NOT IN (0, 1), true)', "0 or 1") for name in _FLAGS},
-            **{
-                # Of an item that was not exposed there is no outcome, whatever stands there.
-                name: (f'realshow = 1 AND coalesce("{name}" NOT IN (0, 1), true)', "0 or 1")
-                for name in outcomes
-                if name in BINARY_OUTCOMES
-            },
-            "request_timestamp": (
-                f"coalesce(request_timestamp NOT BETWEEN {first} AND {last}, true)",
-                "milliseconds since 1970",
-            ),
-            **{
-                name: (f'"{name}" IS NULL', "an id in every row")
-                for name in ("request_id", "user_id", "video_id")
-            },
-        }
-        counts = ", ".join(f"count(*) FILTER ({condition})" for condition, _ in wrong.values())
-        found = self._connection.con.execute(f'SELECT count(*), {counts} FROM "{scan}"').fetchone()
-        assert found is not None
-        for (name, (_, what)), number in zip(wrong.items(), found[1:], strict=True):
-            if number:
-                raise DataError(
-                    f"{path}: column {name!r} must hold {what}; {number} of {found[0]} rows do "
-                    f"not. {_REMEDY}"
-                )
-        return int(found[0])
+        table = raw.table
+        _check_values(table, raw.source, label)
+        stage = _stage(table)
+        rows = (
+            table.filter(stage.notnull())
+            .order_by("_row")
+            .select(
+                user_id=table["user_id"].cast("int64"),
+                item_id=table["video_id"].cast("int64"),
+                timestamp=table["request_timestamp"].cast("int64"),
+                stage=stage,
+                request_id=table["request_id"].cast("int64"),
+                rank=_rank(table),
+                **{column: table[column].cast("int64") for column in carried},
+            )
+        )
+        if name in connection.list_tables():
+            connection.insert(name, rows)
+        else:
+            connection.create_table(name, rows)
+        num_rows += count_rows(table)
+        connection.drop_table(table.get_name())
+    return connection.table(name), num_rows
 
 
-_ENTITIES = (("items", "video_id", ITEM_COLUMNS), ("users", "user_id", USER_COLUMNS))
-_STAGE = (
-    "CASE "
-    f"WHEN realshow = 1 AND effective_view = 1 THEN '{Stage.CLICKED}' "
-    f"WHEN realshow = 1 THEN '{Stage.EXPOSED}' "
-    f"WHEN rerank_pos = 1 OR rerank_neg = 1 OR rank_pos = 1 THEN '{Stage.RANKED}' "
-    f"WHEN rank_neg = 1 OR coarse_neg = 1 THEN '{Stage.PRE_RANKED}' "
-    f"WHEN prerank_neg = 1 THEN '{Stage.RETRIEVED}' END"
-)
-_RANK = (
-    "CASE "
-    "WHEN realshow = 1 OR rerank_pos = 1 OR rerank_neg = 1 THEN "
-    "CASE WHEN rerank_index >= 0 THEN rerank_index::BIGINT END "
-    "WHEN rank_pos = 1 OR rank_neg = 1 THEN CASE WHEN rank_index >= 0 THEN rank_index::BIGINT END "
-    "END"
-)
-
-
-def _open_feather(path: Path) -> pyarrow.dataset.Dataset:
+def _open_feather(path: Path) -> pa.RecordBatchReader:
     """Opens a file without reading its rows, and checks its columns."""
     try:
         dataset = pyarrow.dataset.dataset(path, format="feather")
@@ -352,37 +252,77 @@ def _open_feather(path: Path) -> pyarrow.dataset.Dataset:
                 f"{source.column(name)} must be an integer, it is "
                 f"{dataset.schema.field(name).type} ({dataset.count_rows()} rows). {_REMEDY}"
             )
-    return dataset
+    return dataset.scanner(columns=list(COLUMNS)).to_reader()
 
 
-def _latest_sql(rows: str, id_column: str, columns: Sequence[str]) -> str:
-    """Writes SQL for the latest row of each id in a file, and whether its rows differ."""
-    values = ", ".join(f'"{name}" := "{name}"::BIGINT' for name in columns)
-    return (
-        f"SELECT id, arg_max(entry, moment) AS entry, max(moment) AS moment, "
-        "min(hash(entry)) AS low, max(hash(entry)) AS high FROM ("
-        f'SELECT "{id_column}"::BIGINT AS id, struct_pack({values}) AS entry, '
-        "struct_pack(ms := request_timestamp::BIGINT, place := _row) AS moment "
-        f"FROM {rows} WHERE _stage IS NOT NULL) GROUP BY id"
+def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float]) -> None:
+    """Refuses flags, outcomes of exposed items, times and ids that are not what they should be."""
+
+    def is_no_flag(name: str) -> ir.BooleanValue:
+        return table[name].isnull() | table[name].notin([0, 1])
+
+    is_exposed = table["realshow"] == 1
+    outcomes = [name for name in label or ("effective_view",) if name in BINARY_OUTCOMES]
+    time = table["request_timestamp"]
+    ids = ("request_id", "user_id", "video_id")
+    refuse_rows(
+        table,
+        source,
+        *(Refusal(name, is_no_flag(name), "is not 0 or 1", _REMEDY) for name in _FLAGS),
+        # Of an item that was not exposed there is no outcome, whatever stands there.
+        *(
+            Refusal(name, is_exposed & is_no_flag(name), "is not 0 or 1", _REMEDY)
+            for name in outcomes
+        ),
+        Refusal(
+            "request_timestamp",
+            time.isnull() | ~time.between(10**11, 10**14 - 1),  # 1973 to 5138.
+            "does not hold milliseconds since 1970",
+            _REMEDY,
+        ),
+        *(Refusal(name, table[name].isnull(), "is null", _REMEDY) for name in ids),
     )
 
 
-def _merge_sql(staged: str) -> str:
-    """Writes SQL for the latest of the files' rows of each id."""
-    return (
-        "SELECT id, unnest(entry), changes FROM (SELECT id, arg_max(entry, moment) AS entry, "
-        f'(min(low) <> max(high))::INTEGER AS changes FROM "{staged}" GROUP BY id)'
+def _stage(table: ibis.Table) -> ir.StringValue:
+    """Names the furthest stage; null where no flag says one."""
+    has = {name: table[name] == 1 for name in (*_FLAGS, "effective_view")}
+    return ibis.cases(
+        (has["realshow"] & has["effective_view"], Stage.CLICKED.value),
+        (has["realshow"], Stage.EXPOSED.value),
+        (has["rerank_pos"] | has["rerank_neg"] | has["rank_pos"], Stage.RANKED.value),
+        (has["rank_neg"] | has["coarse_neg"], Stage.PRE_RANKED.value),
+        (has["prerank_neg"], Stage.RETRIEVED.value),
     )
 
 
-def _with_features(
-    table: ibis.Table, features: Mapping[str, FeatureKind], source: Source
-) -> ibis.Table:
-    """Gives the chosen columns the types of their kinds."""
-    id_name = "item_id" if "author_id" in table.columns else "user_id"
-    table = table.drop("changes").rename({id_name: "id"})
-    converted = {
-        name: convert_feature(table, name, kind, source, is_text=False, list_separator="|")
-        for name, kind in features.items()
-    }
-    return table.mutate(**converted)
+def _rank(table: ibis.Table) -> ir.IntegerValue:
+    is_reranked = (table["realshow"] == 1) | (table["rerank_pos"] == 1) | (table["rerank_neg"] == 1)
+    index = ibis.cases(
+        (is_reranked, table["rerank_index"].cast("int64")),
+        ((table["rank_pos"] == 1) | (table["rank_neg"] == 1), table["rank_index"].cast("int64")),
+    )
+    return (index >= 0).ifelse(index, ibis.null("int64"))
+
+
+def _latest(rows: ibis.Table, kind: str, features: Mapping[str, FeatureKind]) -> ibis.Table:
+    """Takes the columns of each item or user from its latest row, and says how many had others."""
+    id_name = f"{kind}_id"
+    if not features:
+        return rows.select(id_name).distinct()
+    numbered = rows.mutate(_row=ibis.row_number())
+    entry = ibis.struct({name: numbered[name] for name in features})
+    moment = ibis.struct({"time": numbered["timestamp"], "row": numbered["_row"]})
+    latest = numbered.group_by(id_name).agg(
+        entry=entry.argmax(moment), is_changed=entry.hash().min() != entry.hash().max()
+    )
+    num_changed = count_rows(latest.filter(latest["is_changed"]))
+    if num_changed:
+        logger.info(
+            "RecFlow: %d of %d %ss have rows that differ in %s: the latest row counts",
+            num_changed,
+            count_rows(latest),
+            kind,
+            ", ".join(features),
+        )
+    return latest.select(id_name, **{name: latest["entry"][name] for name in features})

@@ -26,13 +26,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-import ibis
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.schema import Stage, Tables, check_tables
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import Stage
 
 # Scores of a block of requests for the whole corpus: 4 MiB, which stay in the processor's cache.
 _MAX_BLOCK_SCORES = 2**20
@@ -43,7 +42,6 @@ _EVENT_SCHEMA = pa.schema(
         "user_id": pa.int64(),
         "item_id": pa.int64(),
         "timestamp": pa.timestamp("us", "UTC"),
-        "event_number": pa.int64(),
         "stage": pa.string(),
         "request_id": pa.int64(),
         "rank": pa.int64(),
@@ -203,13 +201,13 @@ class Simulation:
     """A simulated log and the truth behind it.
 
     Args:
-        tables: What a log would show: event, item and user table.
+        log: What was logged.
         user_ids: [num_users] int64, ascending.
         item_ids: [num_items] int64, ascending.
         preferences: The truth; its rows are in the order of `user_ids` and `item_ids`.
     """
 
-    tables: Tables
+    log: Log
     user_ids: np.ndarray
     item_ids: np.ndarray
     preferences: Preferences
@@ -273,14 +271,12 @@ def simulate_funnel(
     num_requests: int,
     seed: int,
     options: FunnelOptions | None = None,
-    connection: DuckDB | None = None,
 ) -> Simulation:
     """Simulates the log of a funnel, with the truth behind it.
 
     The same arguments give the same log. Requests come in blocks, each with random numbers of its
-    own, so that only the event table grows with their number (give a `connection` to a file where
-    it exceeds the memory), and the first n requests are the same in a longer simulation, but for
-    their times.
+    own, so that only the event table grows with their number, and the first n requests are the same
+    in a longer simulation, but for their times.
 
     Args:
         num_users: 1 or more; ids from 1. A user may have no request.
@@ -288,7 +284,6 @@ def simulate_funnel(
         num_requests: 1 or more; each logs `options.num_logged` events.
         seed: 0 or more.
         options: How the funnel works; None means `FunnelOptions()`.
-        connection: DuckDB connection for the tables; a new one, in memory, if None.
 
     Returns:
         Events in the order of requests, with timestamp, request_id (from 0, in the order of time),
@@ -304,7 +299,7 @@ def simulate_funnel(
         (2, 200)
         >>> simulation.best_items([7, 1], k=3).shape
         (2, 3)
-        >>> simulation.tables.events.count().to_pyarrow().as_py()
+        >>> simulation.log.events.count().to_pyarrow().as_py()
         10000
     """
     options = options or FunnelOptions()
@@ -318,23 +313,15 @@ def simulate_funnel(
     preferences = Preferences(user_tastes, item_tastes, popularity - popularity.mean(), options)
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, activity, num_requests, seed)
-    connection = connection or ibis.duckdb.connect()
-    tables = Tables(
-        events=_create_events(connection, blocks),
-        items=connection.create_table(
-            ibis.util.gen_name("simulated_items"),
-            pa.table({"item_id": item_ids, "genre": genres}),
-        ),
-        users=connection.create_table(
-            ibis.util.gen_name("simulated_users"),
-            pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
-        ),
+    reader = pa.RecordBatchReader.from_batches(_EVENT_SCHEMA, blocks)
+    log = Log.from_table(
+        reader,
+        items=pa.table({"item_id": item_ids, "genre": genres}),
+        users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
         user_features={"favourite_genre": "categorical"},
     )
-    _refuse_without_click(tables.events, num_requests)
-    check_tables(tables)
-    return Simulation(tables, user_ids, item_ids, preferences)
+    return Simulation(log, user_ids, item_ids, preferences)
 
 
 def examination(rank: npt.ArrayLike, position_bias: float) -> np.ndarray:
@@ -477,7 +464,6 @@ def _as_events(
         1 + np.repeat(requests.user_rows[:num], num_logged),
         1 + requests.item_rows[:num].reshape(-1),
         pa.array(np.repeat(times, num_logged), pa.timestamp("us", "UTC")),
-        np.arange(first_request * num_logged, (first_request + num) * num_logged),
         stages.cast(pa.string()),
         np.repeat(request_ids, num_logged),
         pa.array(np.tile(ranks, num), mask=is_unranked),
@@ -486,14 +472,6 @@ def _as_events(
     return pa.RecordBatch.from_arrays(
         [pa.array(column) for column in columns], schema=_EVENT_SCHEMA
     )
-
-
-def _create_events(connection: DuckDB, blocks: Iterator[pa.RecordBatch]) -> ibis.Table:
-    """Writes the events as they come; Ibis itself would gather them in memory first."""
-    name = ibis.util.gen_name("simulated_events")
-    reader = pa.RecordBatchReader.from_batches(_EVENT_SCHEMA, blocks)
-    connection.con.from_arrow(reader).create(name)
-    return connection.table(name)
 
 
 def _draw_tastes(
@@ -555,12 +533,4 @@ def _check_sizes(
             f"num_items must be at least num_retrieved, {options.num_retrieved}: retrieval takes "
             f"that many different items. Received: {num_items}. Take more items, or "
             "FunnelOptions(num_retrieved=..., num_pre_ranked=..., ...)."
-        )
-
-
-def _refuse_without_click(events: ibis.Table, num_requests: int) -> None:
-    if not (events["stage"] == Stage.CLICKED.value).any().to_pyarrow().as_py():
-        raise ValueError(
-            f"Nothing was clicked in {num_requests} requests. Ask for more requests, or raise "
-            "click_bias."
         )

@@ -1,0 +1,131 @@
+"""A log of tables in memory, what it keeps on disk, and what it never takes for a click."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, Dropped
+
+TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
+EVENTS = pd.DataFrame(
+    {"user": ["a", "b", "a"], "item_id": [7, 8, 9], "timestamp": TIMES, "rating": [5.0, 1.0, 4.0]}
+)
+# An integer column that pandas made one of floats, because a value is missing.
+ITEMS = pd.DataFrame({"sku": [9, 7, 8], "kind": [1.0, None, 2.0], "name": ["nine", "seven", None]})
+OPTIONS: dict[str, Any] = {
+    "items": ITEMS,
+    "columns": {"user_id": "user"},
+    "item_columns": {"item_id": "sku", "title": "name"},
+    "item_features": {"kind": "categorical", "title": "text"},
+    "rating_threshold": 4,
+}
+
+
+def rows(table: ibis.Table, key: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = table.order_by(key).to_pyarrow().to_pylist()
+    return found
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow", "reader", "ibis", "other connection", "file"])
+def test_all_ways_in_give_one_log(form: str, tmp_path: Path) -> None:
+    """Each table has a mapping of its own; ISO strings are times in all of them."""
+    arrow = pa.Table.from_pandas(EVENTS)
+    pq.write_table(arrow, tmp_path / "events.parquet")
+    other = ibis.duckdb.connect()
+    forms: dict[str, Any] = {
+        "pandas": EVENTS,
+        "arrow": arrow,
+        "reader": arrow.to_reader(),
+        "ibis": ibis.memtable(EVENTS),
+        "other connection": other.create_table("events", EVENTS),
+    }
+    if form == "file":
+        log = Log.from_files(tmp_path / "events.parquet", **OPTIONS)
+    else:
+        log = Log.from_table(forms[form], **OPTIONS)
+    assert rows(log.events, "event_number") == [
+        {
+            "user_id": user,
+            "item_id": item,
+            "timestamp": datetime(2024, 1, day, 12, tzinfo=UTC),
+            "event_number": number,
+            "stage": stage,
+        }
+        for number, (user, item, day, stage) in enumerate(
+            [("a", 7, 3, "clicked"), ("b", 8, 1, "exposed"), ("a", 9, 2, "clicked")]
+        )
+    ]
+    assert rows(log.items, "item_id") == [
+        {"item_id": 7, "kind": None, "title": "seven"},
+        {"item_id": 8, "kind": 2, "title": None},
+        {"item_id": 9, "kind": 1, "title": "nine"},
+    ]
+    assert (log.order, log.dropped, log.whole) == ("timestamp", (), log)
+
+
+def test_events_and_items_of_one_database() -> None:
+    connection = ibis.duckdb.connect()
+    events, items = (connection.create_table(n, t) for n, t in (("e", EVENTS), ("i", ITEMS)))
+    log = Log.from_table(events, **OPTIONS | {"items": items})
+    assert log.describe()[0] == "3 events, 3 items, 2 users"
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    users = pa.table({"user_id": ["b", "a", "c"], "vector": [[1.0, 2.0], None, [0.5, 3.0]]})
+    features = {"users": users, "user_features": {"vector": "vector"}}
+    log = Log.from_table(EVENTS.iloc[[0, 1, 2, 0]], **OPTIONS | features, duplicates="drop")
+    assert log.dropped == (Dropped("repeats an earlier event", 1),)
+    log.write(tmp_path)
+    back = Log.read(tmp_path)
+    for name, key in (("events", "event_number"), ("items", "item_id"), ("users", "user_id")):
+        before, after = getattr(log, name), getattr(back, name)
+        assert after.schema() == before.schema()
+        assert after.to_pyarrow().to_pylist() == rows(before, key)
+    for name in ("item_features", "user_features", "dropped", "is_ordered"):
+        assert getattr(back, name) == getattr(log, name)
+    (tmp_path / "log.json").unlink()
+    with pytest.raises(DataError, match=r"no log\.json"):
+        Log.read(tmp_path)
+
+
+def test_the_order_of_a_log_without_times() -> None:
+    clicks = EVENTS[["user", "item_id"]].rename(columns={"user": "user_id"})
+    assert Log.from_table(clicks).order == "event_number"
+    assert Log.from_table(clicks, is_ordered=False).order == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rating_threshold": None}, r"'rating': a log of ratings needs rating_threshold"),
+        ({"columns": {}}, "no column 'user_id'. Nearest: user.*Set columns"),
+        ({"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
+        ({"rating_threshold": None, "stage_values": {"x": "clicked"}}, "no column 'stage'"),
+    ],
+)
+def test_columns_that_contradict_the_settings_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Log.from_table(EVENTS, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_rating_is_no_click(missing: float | None) -> None:
+    ratings = pa.table({"user_id": [1, 2], "item_id": [1, 2], "rating": pa.array([5.0, missing])})
+    with pytest.raises(DataError, match="'rating' is null or NaN in 1 of 2 rows"):
+        Log.from_table(ratings, rating_threshold=4)
+
+
+def test_what_is_no_table_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Log\.from_files"):
+        Log.from_table("events.csv")
+    with pytest.raises(DataError, match="a DataFrame cannot be read as a table"):
+        Log.from_table(pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 2]}))
+    with pytest.raises(TypeError, match="kind"):
+        Log.from_table(EVENTS, kind="ratings")

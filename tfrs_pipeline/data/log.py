@@ -1,0 +1,494 @@
+"""A log: what happened, to which items, for which users."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+from ibis.backends.duckdb import Backend as DuckDB
+
+from tfrs_pipeline.data.columns import Formats, RawTable, TimestampUnit
+from tfrs_pipeline.data.files import connect, scan
+from tfrs_pipeline.data.schema import (
+    DataError,
+    Dropped,
+    FeatureKind,
+    Source,
+    check_events,
+    count_rows,
+)
+from tfrs_pipeline.data.split import (
+    PARTS,
+    EvaluationPart,
+    Holdout,
+    SplitKind,
+    is_positive,
+    make_holdout,
+    split_by_column,
+    split_by_time,
+    split_held_out_users,
+    split_last_n,
+    split_last_share,
+)
+from tfrs_pipeline.data.tables import (
+    Duplicates,
+    EventRules,
+    UnknownItems,
+    add_missing,
+    load_events,
+    load_raw,
+    settle_duplicates,
+    settle_unknown_items,
+    store,
+    type_entities,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """What happened: events, and the items and users that they are about.
+
+    Item and user features are static: one value an item or user, which every event sees, however
+    early. A column that was made after the events (an item's clicks in all, a user's latest
+    country) tells a model of the past what only the future knew, and makes its evaluation better
+    than its service will be. Give features that were known before the first event, or that do not
+    change.
+
+    Args:
+        events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
+            in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
+            `score`, `weight`, `part` (the log's own split) and context columns. Rows have no order
+            of their own.
+        items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
+            `title`, if there is one, is what people are shown.
+        users: One row an id: `user_id` and feature columns. Holds every user of `events`.
+        item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
+            int64), multi_categorical (array<string>), numeric or bucketized (float64), text
+            (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
+            values.
+        user_features: The same of `users`.
+        dropped: What was dropped in the making, and why.
+        is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
+        part_of: The log that this one is a part of, if a split made it.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> clicks = pa.table({"user": [1, 1, 2], "item_id": ["a", "b", "a"]})
+        >>> log = Log.from_table(clicks, columns={"user_id": "user"})
+        >>> log.describe()
+        ['3 events, 2 items, 2 users', 'dropped nothing']
+    """
+
+    events: ibis.Table
+    items: ibis.Table
+    users: ibis.Table
+    item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+    user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+    dropped: tuple[Dropped, ...] = ()
+    is_ordered: bool = True
+    part_of: Log | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_files(
+        cls,
+        path: Any,
+        *,
+        items: Any = None,
+        users: Any = None,
+        columns: Mapping[str, str] | None = None,
+        item_columns: Mapping[str, str] | None = None,
+        user_columns: Mapping[str, str] | None = None,
+        item_features: Mapping[str, FeatureKind] | None = None,
+        user_features: Mapping[str, FeatureKind] | None = None,
+        rating_threshold: float | None = None,
+        stage_values: Mapping[str, str] | None = None,
+        label: Mapping[str, float] | None = None,
+        timestamp_unit: TimestampUnit | None = None,
+        time_zone: str | None = None,
+        list_separator: str = "|",
+        unknown_items: UnknownItems = "keep",
+        duplicates: Duplicates = "keep",
+        is_ordered: bool = True,
+    ) -> Log:
+        """Makes a log of CSV or Parquet.
+
+        What the log holds shows in the settings and its columns. `rating_threshold` makes it one of
+        ratings: at or above it is clicked, below it exposed (never a negative). Else a column
+        `stage` makes it the log of a funnel. Else a `label` makes it one of exposures. Else all
+        rows are clicks.
+
+        Args:
+            path: Events: CSV (with a header) or Parquet, a file or a folder of them, read in the
+                order of their names. The order of the rows becomes `event_number`. Integer ids stay
+                integers; ids in CSV are integers if all are written as such.
+            items: Item table, one row an id; likewise files, or a table as in `from_table`. None
+                makes one of the ids alone. A column `title` is kept, feature or not.
+            users: The same of users.
+            columns: The log's name -> column in the events. A column called by its name needs no
+                entry. A name of your own makes a context column; `part` is the log's own split.
+            item_columns: The same of the item table, such as {"item_id": "sku"}.
+            user_columns: The same of the user table.
+            item_features: Feature column -> kind (see `Log`).
+            user_features: Feature column -> kind.
+            rating_threshold: Lowest rating that is a positive.
+            stage_values: Value in the stage column -> stage, where they differ.
+            label: Column -> weight: an exposed event is a positive if any of the columns holds (is
+                true, or above 0), and weighs the sum of those that do.
+            timestamp_unit: What numeric timestamps count since 1970, those of features too; None
+                means seconds.
+            time_zone: Of timestamps without one, those of features too; None refuses them.
+            list_separator: Between values of multi_categorical and vector features in a string.
+            unknown_items: Events whose item is not in the item table: keep them (the item is added
+                with null features), drop them, or refuse. Users that the user table lacks are kept.
+            duplicates: Events equal in user, item, time, stage, request and part: keep all, drop
+                all but the first, or refuse.
+            is_ordered: Whether the order of the rows is the order of the events, where there are no
+                timestamps.
+
+        Returns:
+            A log that keeps the contract of `Log`; `dropped` counts what was dropped.
+
+        Raises:
+            DataError: Naming file, column, rows and remedy.
+            ValueError: If the arguments contradict each other.
+        """
+        item_features, user_features = dict(item_features or {}), dict(user_features or {})
+        rules = EventRules(columns or {}, rating_threshold, stage_values or {}, label or {})
+        formats = Formats(timestamp_unit, time_zone, list_separator)
+        connection = connect()
+        scanned = scan(connection, path, "event table")
+        raw_items = load_raw(connection, items, "item_id", item_columns or {}, item_features)
+        raw_users = load_raw(connection, users, "user_id", user_columns or {}, user_features)
+        raw_entities = {"item_id": raw_items, "user_id": raw_users}
+        events = load_events(connection, scanned, rules, formats, raw_entities)
+        log = _finish(
+            connection,
+            cls(
+                events,
+                _entities(raw_items, "item_id", events, item_features, formats),
+                _entities(raw_users, "user_id", events, user_features, formats),
+                item_features,
+                user_features,
+                is_ordered=is_ordered,
+            ),
+            Source(scanned.name, dict(rules.columns)),
+            unknown_items if raw_items is not None else "keep",
+            duplicates,
+        )
+        for raw in raw_entities.values():
+            if raw is not None:
+                connection.drop_table(raw.table.get_name())
+        return log
+
+    @classmethod
+    def from_table(cls, events: Any, **options: Any) -> Log:
+        """Makes a log of tables in memory, or of another engine's.
+
+        Args:
+            events: A pandas DataFrame, a pyarrow Table, an Ibis table of any backend, or whatever
+                else speaks Arrow; its rows are copied. The order of the rows becomes
+                `event_number`: order an Ibis table first (`table.order_by("time")`), since engines
+                keep none.
+            **options: Those of `from_files`; `items` and `users` may be such tables too.
+
+        Returns:
+            As `from_files`.
+
+        Raises:
+            DataError: As `from_files`.
+            TypeError: If `events` is a path, or an option unknown.
+        """
+        if isinstance(events, str | Path):
+            raise TypeError(f"A path is for Log.from_files. Received: {events!r}.")
+        return cls.from_files(events, **options)
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Log:
+        """Opens what `write` wrote, without loading it.
+
+        Raises:
+            DataError: If the folder holds no whole log.
+        """
+        folder = Path(folder)
+        if not (folder / "log.json").exists():
+            raise DataError(f"{folder} has no log.json: writing the log did not finish there.")
+        about = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        connection = connect()
+        events, items, users = (connection.read_parquet(folder / f"{x}.parquet") for x in _KEYS)
+        return cls(
+            events,
+            items,
+            users,
+            item_features=about["item_features"],
+            user_features=about["user_features"],
+            dropped=tuple(Dropped(**dropped) for dropped in about["dropped"]),
+            is_ordered=about["is_ordered"],
+        )
+
+    def write(self, folder: Path | str) -> None:
+        """Writes `events.parquet`, `items.parquet`, `users.parquet` and `log.json`.
+
+        Events are written by event number, items and users by id. `log.json`, with the feature
+        kinds and what was dropped, comes last: a folder that has it is whole. A part is written as
+        a log of its own.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.json").unlink(missing_ok=True)
+        for name, key in _KEYS.items():
+            getattr(self, name).order_by(key).to_parquet(folder / f"{name}.parquet")
+        about = {
+            "item_features": dict(self.item_features),
+            "user_features": dict(self.user_features),
+            "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
+            "is_ordered": self.is_ordered,
+        }
+        (folder / "log.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+    @property
+    def whole(self) -> Log:
+        """The log that this one is a part of: all that has happened."""
+        return self if self.part_of is None else self.part_of
+
+    @property
+    def order(self) -> Literal["timestamp", "event_number", "none"]:
+        """The column that says which event was earlier, if any does."""
+        if "timestamp" in self.events.columns:
+            return "timestamp"
+        return "event_number" if self.is_ordered else "none"
+
+    def split(
+        self,
+        kind: SplitKind | None = None,
+        *,
+        validation: float | datetime | None = None,
+        test: float | datetime | None = None,
+        target_share: float = 0.2,
+        min_positives: int = 5,
+        seed: int = 0,
+    ) -> Split:
+        """Splits the log into what trains, what validates and what tests.
+
+        | kind | what tests | users without enough positives |
+        |---|---|---|
+        | time | all that came after a moment, the same for all users | kept |
+        | last_share | the last share of each user's positives | dropped |
+        | last_n | each user's last few positives | dropped |
+        | held_out_users | the last positives of users that training never saw | dropped |
+        | column | what the log's own column `part` says: train, validation, test or null | kept |
+
+        Only `time` keeps a user's training from other users' later clicks.
+
+        Args:
+            kind: None: time in a log with timestamps, else last_share.
+            validation: A share of the positives (of what the test leaves of each user's, for
+                last_share; of the users, for held_out_users), a number of positives a user (for
+                last_n), or the moment at which validation starts, with a time zone (for time).
+                None: .05, or 1.
+            test: The same of the test. None: .1, or 1.
+            target_share: Share of a held-out user's last positives that is to be found.
+            min_positives: Users with fewer are dropped, all their events.
+            seed: Of the draw of held-out users.
+
+        Returns:
+            The split, which unpacks: `train, validation, test = log.split()`.
+
+        Raises:
+            DataError: If the log cannot be split so.
+            ValueError: If a share or a number is out of range.
+        """
+        kind = kind or ("time" if self.order == "timestamp" else "last_share")
+        if validation is None:
+            validation = 1 if kind == "last_n" else 0.05
+        if test is None:
+            test = 1 if kind == "last_n" else 0.1
+        if kind == "column":
+            return Split(self, split_by_column(self.events), kind)
+        if kind == "time":
+            return Split(self, split_by_time(self.events, validation, test), kind)
+        if isinstance(validation, datetime) or isinstance(test, datetime):
+            raise ValueError(
+                f"A moment splits by time; split.kind is {kind!r}. Received: {validation}, {test}."
+            )
+        options: dict[str, Any] = {"min_positives": min_positives}
+        if kind == "held_out_users":
+            options |= {"target_share": target_share, "seed": seed}
+        functions: dict[str, Any] = {
+            "last_share": split_last_share,
+            "last_n": split_last_n,
+            "held_out_users": split_held_out_users,
+        }
+        if kind not in functions:
+            raise ValueError(f"split.kind must be one of {', '.join(functions)}. Received: {kind}.")
+        return Split(self, functions[kind](self.events, validation, test, **options), kind)
+
+    def describe(self) -> list[str]:
+        """Says what the log holds and what was dropped, in lines for a person."""
+        counts = {name: count_rows(getattr(self, name)) for name in _KEYS}
+        notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
+        if self.order == "timestamp":
+            times = self.events["timestamp"]
+            first, last = (value.to_pyarrow().as_py() for value in (times.min(), times.max()))
+            # A wrong unit shows here.
+            notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
+        notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in self.dropped]
+        return notes if self.dropped else [*notes, "dropped nothing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A log in parts. Unpacks as train, validation, test.
+
+    Args:
+        log: What was split.
+        events: Its events (those of dropped users are missing) with a column `part`: "train",
+            "validation", "test" or "fold_in", which is the history of held-out users.
+        kind: How it was split.
+    """
+
+    log: Log
+    events: ibis.Table
+    kind: SplitKind
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.train, self.validation, self.test))
+
+    @functools.cached_property
+    def train(self) -> Log:
+        """The training events; items and users are those of the whole log."""
+        return self._part("train")
+
+    @functools.cached_property
+    def before_test(self) -> Log:
+        """All that may train a model for the test: held-out users never do."""
+        return self.train if self.kind == "held_out_users" else self._part("train", "validation")
+
+    @functools.cached_property
+    def validation(self) -> Holdout:
+        """What the validation part asks. A `DataError` if it holds no positive."""
+        return self._holdout("validation", self.train)
+
+    @functools.cached_property
+    def test(self) -> Holdout:
+        """What the test part asks. A `DataError` if it holds no positive."""
+        return self._holdout("test", self.before_test)
+
+    def report(self) -> dict[str, Any]:
+        """Counts what is in each part.
+
+        Returns:
+            For each part that has events: num_events, num_positives, num_users; and of what the
+            split dropped num_users_dropped and num_events_dropped.
+        """
+        events = self.events
+        counts = events.group_by("part").agg(
+            num_events=events.count(),
+            num_positives=is_positive(events).sum(),
+            num_users=events["user_id"].nunique(),
+        )
+        rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
+        report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
+        before, after = (
+            table.aggregate(users=table["user_id"].nunique(), events=table.count()).to_pyarrow()
+            for table in (self.log.events, events)
+        )
+        for name in ("users", "events"):
+            report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
+        return report
+
+    def describe(self) -> list[str]:
+        """Says what is in each part and what was dropped, in lines for a person."""
+        counts = self.report()
+        notes = [f"by {self.kind}"]
+        for part in PARTS:
+            if part in counts:
+                row = counts[part]
+                notes.append(
+                    f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
+                    f"{row['num_events']:,} events"
+                )
+        if counts["num_events_dropped"]:
+            why = "of no part" if self.kind == "column" else "of users with too few positives"
+            notes.append(
+                f"dropped {counts['num_events_dropped']:,} events {why} "
+                f"({counts['num_users_dropped']:,} users)"
+            )
+        return notes
+
+    def write(self, path: Path) -> None:
+        """Writes the events with their parts as Parquet, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        self.events.to_parquet(partial)
+        partial.rename(path)
+
+    @classmethod
+    def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:
+        """Opens what `write` wrote of a split of this log of this kind, without loading it."""
+        kind = kind or ("time" if log.order == "timestamp" else "last_share")
+        return cls(log, log.events.get_backend().read_parquet(path), kind)
+
+    def _part(self, *parts: str) -> Log:
+        events = self.events.filter(self.events["part"].isin(parts)).drop("part")
+        return dataclasses.replace(self.log, events=events, part_of=self.log.whole)
+
+    def _holdout(self, part: EvaluationPart, training: Log) -> Holdout:
+        return make_holdout(self.events, part, self.log.items, training.events)
+
+
+# Table -> what its rows are written by.
+_KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+
+
+def _entities(
+    raw: RawTable | None,
+    id_name: str,
+    events: ibis.Table,
+    features: Mapping[str, FeatureKind],
+    formats: Formats,
+) -> ibis.Table:
+    """Makes the item or user table, its ids typed as those of the events."""
+    if raw is None:
+        return events.select(id_name).distinct()
+    ids = raw.table[id_name].cast(events.schema()[id_name])
+    return type_entities(raw, id_name, ids, features, formats)
+
+
+def _finish(
+    connection: DuckDB,
+    log: Log,
+    source: Source,
+    unknown_items: UnknownItems,
+    duplicates: Duplicates,
+) -> Log:
+    """Settles unknown items, repeated events and missing ids, and stores the tables.
+
+    Raises:
+        DataError: If unknown items or duplicates are refused, or nothing is left.
+    """
+    events, unknown = settle_unknown_items(log.events, log.items, source, unknown_items)
+    events, repeated = settle_duplicates(events, source, duplicates)
+    dropped = (*unknown, *repeated)
+    for each in dropped:
+        logger.info("%s: dropped %d events: %s", source.name, each.num_rows, each.reason)
+    if dropped:
+        events = store(connection, events, source)
+        check_events(events, source)
+    items = add_missing(log.items, events, "item_id").order_by("item_id")
+    users = add_missing(log.users, events, "user_id").order_by("user_id")
+    return dataclasses.replace(
+        log,
+        events=events,
+        items=store(connection, items, source),
+        users=store(connection, users, source),
+        dropped=(*log.dropped, *dropped),
+    )
