@@ -263,6 +263,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
         ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
+        ("run --data.source clicks --data.path b/log.csv",
+         "export.name: saved_models/log/1 is a model of a/log.csv: set another name, or 'log' to"),
         ("query", "the following arguments are required: MODEL\n"),
         ("query model", "user: required, or --history ITEM ... for someone without an id"),
         ("query model --user 3 -k ten", "k: got 'ten'; must be a valid integer"),
@@ -282,6 +284,10 @@ def test_a_wrong_word_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("broken.toml").write_text("seed == 3")
     Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
+    manifest = Path("saved_models/log/1/manifest.json")
+    manifest.parent.mkdir(parents=True)
+    data = {"source": "clicks", "path": "a/log.csv"}
+    manifest.write_text(json.dumps({"config": {"data": data}}))
     answer = command(*shlex.split(arguments))
     assert answer.code == 2
     assert answer.out == ""

@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = given.pop("verbose", False)
         _log(is_verbose)
-        return COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        sys.stdout.flush()
+        return int(code)
     except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

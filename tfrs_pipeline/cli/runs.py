@@ -25,6 +25,7 @@ from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.config import (
     RUN_PRESETS,
     RunConfig,
+    check_model_name,
     load_config,
     main_job_config,
     with_settings,
@@ -103,6 +104,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
     config = _config_of(flags, {k: v for k, v in given.items() if k not in Work.model_fields})
     prefix, work, show = _WORK[command]
+    if command == "run":
+        check_model_name(config)  # Before there is a folder.
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()
