@@ -118,8 +118,10 @@ def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
         assert field.description
         assert (squeezed(field.description) in shown) != setting.startswith(other), setting
         default = as_typed(field.default)
-        if default not in ("none", "no") and not setting.startswith(other):
-            assert squeezed(f"{field.description} (default: {default})") in shown
+        if not setting.startswith(other):
+            about = squeezed(f"{field.description} (default: {default})")
+            assert (about in shown) == (default not in ("none", "no"))
+            assert shown.count(squeezed(f"{field.description} (default:")) == (about in shown)
 
 
 def test_the_short_help_is_short_and_says_what_a_bare_run_does(command: Any) -> None:
@@ -131,7 +133,8 @@ def test_the_short_help_is_short_and_says_what_a_bare_run_does(command: Any) -> 
         assert (f"--{name}" in shown) != name.startswith("compare.")
 
 
-def test_the_help_needs_no_tensorflow() -> None:
+def test_the_help_needs_no_tensorflow(command: Any) -> None:
+    assert re.fullmatch(r"\d+\.\d+.*\n", command("--version").out)
     code = (
         "import sys\nfrom tfrs_pipeline import cli\ntry:\n    cli.main(['run', '--help'])\n"
         "except SystemExit:\n    print({name.partition('.')[0] for name in sys.modules})"
@@ -139,12 +142,6 @@ def test_the_help_needs_no_tensorflow() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"tensorflow", "tf_keras", "scann", "ibis", "duckdb", "pyarrow", "matplotlib"}
     assert not heavy & set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
-
-
-def test_version(command: Any) -> None:
-    answer = command("--version")
-    assert (answer.code, answer.err) == (0, "")
-    assert re.fullmatch(r"\d+\.\d+.*\n", answer.out)
 
 
 # Settings
@@ -633,20 +630,16 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_a_verdict_follows_the_interval() -> None:
-    def x(mean: float | None, low: float | None, high: float | None) -> dict[str, float | None]:
-        return {"mean": mean, "low": low, "high": high}
+    def x(*interval: float | None) -> dict[str, float | None]:
+        return dict(zip(("mean", "low", "high"), interval, strict=True))
 
-    lines = list(
-        verdicts(
-            {
-                "ease": {"ndcg@9": x(0.02, 0.01, 0.03), "recall@3": x(-0.2, -0.3, -0.1)},
-                "ials": {"ndcg@9": x(0.0, -0.1, 0.1), "recall@3": x(None, None, None)},
-                "popularity": {"ndcg@9": x(None, None, None), "recall@3": x(None, None, None)},
-            },
-            ["ndcg@9", "recall@3"],
-        )
-    )
-    assert lines == [
+    unknown = x(None, None, None)
+    differences = {
+        "ease": {"ndcg@9": x(0.02, 0.01, 0.03), "recall@3": x(-0.2, -0.3, -0.1)},
+        "ials": {"ndcg@9": x(0.0, -0.1, 0.1), "recall@3": unknown},
+        "popularity": {"ndcg@9": unknown, "recall@3": unknown},
+    }
+    assert list(verdicts(differences, ["ndcg@9", "recall@3"])) == [
         "ease compared with two_tower: ndcg@9 +0.0200 [+0.0100, +0.0300], better; "
         "recall@3 -0.2000 [-0.3000, -0.1000], worse",
         "ials compared with two_tower: ndcg@9 +0.0000 [-0.1000, +0.1000], no clear difference",

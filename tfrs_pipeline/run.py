@@ -823,8 +823,8 @@ def claim_folder(config: RunConfig, folder: Path) -> None:
         path.write_text(dump_config(config))
     elif load_config(path) != config:
         raise ValueError(
-            f"{folder} holds a run with other settings (see {path}). Choose another folder with "
-            f"--run-dir, or delete this one."
+            f"{folder} holds a run with other settings (see {path}). Choose another folder, or "
+            "delete this one."
         )
 
 
