@@ -303,7 +303,7 @@ def test_a_wrong_word_is_told_in_a_line(
          "batch needs 1024 positives .* Lower training.batch_size"),
         ("run --data.source clicks --data.path old.csv", "timestamp_unit"),
         ("run --data.source clicks --data.path naive.csv",
-         "time_zone.*'UTC'"),
+         "Set time_zone to where"),
         ("query nowhere --user 3", r"No exported model at 'nowhere': .*`tfrs-pipeline run`"),
     ],
 )  # fmt: skip

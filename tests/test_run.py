@@ -502,7 +502,9 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
 def test_a_folder_of_another_run_is_refused(of_stages: Finished) -> None:
     before = (of_stages.folder / "config.toml").read_text()
     other = of_stages.config.model_copy(update={"seed": 1})
-    with pytest.raises(ValueError, match=r"holds a run with other settings .*--run-dir"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings .*Choose another folder"
+    ):
         run(other, of_stages.folder)
     assert (of_stages.folder / "config.toml").read_text() == before
 
