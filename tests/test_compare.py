@@ -187,7 +187,7 @@ def test_files_hold_the_rows(compared: Comparison) -> None:
     for row in compared.rows:
         assert row.name in text
         assert f"{row.metrics['recall@20'].mean:.4f}" in compared.table
-    assert "AUC rank losers" in text
+    assert "auc_rank_losers" in text
     assert (compared.folder / "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -72,7 +72,6 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
     [
         (np.zeros(3), {}),
         (np.zeros((3, 1)), {"num_bootstrap": -1}),
-        (np.zeros((3, 1)), {"confidence": 1.0}),
     ],
 )
 def test_refuses_what_does_not_fit(values: Any, options: dict[str, Any]) -> None:

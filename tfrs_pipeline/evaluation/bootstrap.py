@@ -24,9 +24,9 @@ class Interval:
 
 
 def bootstrap_intervals(
-    values: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0, confidence: float = 0.95
+    values: np.ndarray, *, num_bootstrap: int = 1000, seed: int = 0
 ) -> list[Interval]:
-    """Computes the mean of each column of per-query values, with a percentile interval.
+    """Computes the mean of each column of per-query values, with a 95% percentile interval.
 
     Whole queries are drawn with replacement, the same ones for every column, so that columns stay
     paired: the interval of a difference of two models is that of the column of their differences.
@@ -35,7 +35,6 @@ def bootstrap_intervals(
         values: [num_queries, num_columns] floats. NaN is left out of its column's means.
         num_bootstrap: How many resamples. 0 computes the means only and sets low and high to NaN.
         seed: Same seed and number of queries, same resamples.
-        confidence: Probability mass of the interval, in (0, 1).
 
     Returns:
         An interval a column.
@@ -47,11 +46,10 @@ def bootstrap_intervals(
         >>> bootstrap_intervals(np.array([[1.0], [1.0], [np.nan]]))
         [Interval(mean=1.0, low=1.0, high=1.0)]
     """
-    if values.ndim != 2 or num_bootstrap < 0 or not 0 < confidence < 1:
+    if values.ndim != 2 or num_bootstrap < 0:
         raise ValueError(
-            "Needs values [num_queries, num_columns], num_bootstrap >= 0 and 0 < confidence < 1. "
-            f"Received: `values.shape` = {values.shape}, num_bootstrap={num_bootstrap}, "
-            f"confidence={confidence}."
+            "Needs values [num_queries, num_columns] and num_bootstrap of 0 or more. "
+            f"Received: `values.shape` = {values.shape}, num_bootstrap={num_bootstrap}."
         )
     is_measured = ~np.isnan(values)
     filled = np.where(is_measured, values, 0.0)
@@ -59,12 +57,11 @@ def bootstrap_intervals(
     both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
     means = _divide(both.sum(axis=0)[None])[0]
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
-    tail = (1 - confidence) / 2
     intervals = []
     for column, mean in enumerate(means):
         draws = resampled[:, column]
         draws = draws[~np.isnan(draws)]
-        low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (np.nan, np.nan)
+        low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
         intervals.append(Interval(float(mean), float(low), float(high)))
     return intervals
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.table import format_cells, format_markdown_cells
+from tfrs_pipeline.evaluation.table import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,36 +68,26 @@ def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdow
         markdown: As a Markdown table, or as plain text.
     """
     shortest, longest = min(cutoffs), max(cutoffs)
-    aucs = [name for name in AUC_TITLES if any(name in row.metrics for row in rows)]
-    header = [
-        "plan",
-        f"ndcg@{longest}",
-        "difference",
-        f"recall@{longest}",
-        "difference",
-        f"tail recall@{longest}",
-        f"coverage@{shortest}",
-        "avg popularity",
-        *(f"AUC {AUC_TITLES[name]}" for name in aucs),
-        "epochs",
-        "seconds",
-    ]
-    lines = []
-    for row in rows:
-        cells = [row.name]
-        for metric in (f"ndcg@{longest}", f"recall@{longest}"):
-            cells += [f"{row.metrics[metric].mean:.4f}", _difference(row.differences.get(metric))]
-        popularity = row.summary[f"average_popularity@{shortest}"]
-        cells += [
-            _mean(row.metrics.get(f"tail/recall@{longest}")),
-            f"{row.summary[f'coverage@{shortest}']:.3f}",
-            "-" if popularity is None else f"{popularity:,.0f}",
-            *(_mean(row.metrics.get(name)) for name in aucs),
-            str(row.num_epochs),
-            f"{row.seconds:.0f}",
-        ]
-        lines.append(cells)
-    return (format_markdown_cells if markdown else format_cells)([header, *lines])
+    compared = [f"ndcg@{longest}", f"recall@{longest}"]
+    columns = [*compared, f"tail/recall@{longest}", f"coverage@{shortest}"]
+    columns += [f"average_popularity@{shortest}"]
+    columns += [name for name in AUC_TITLES if any(name in row.metrics for row in rows)]
+    columns += ["epochs", "seconds"]
+    plans = {
+        row.name: {
+            **row.summary,
+            **{name: row.metrics[name].as_dict() for name in AUC_TITLES if name in row.metrics},
+            "epochs": row.num_epochs,
+            "seconds": round(row.seconds),
+        }
+        for row in rows
+    }
+    differences = {
+        row.name: {metric: row.differences[metric].as_dict() for metric in compared}
+        for row in rows
+        if row.differences
+    }
+    return format_table(plans, columns, differences, markdown=markdown)
 
 
 def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:
@@ -158,15 +148,3 @@ def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str
     axes.axvline(0, color="0.6", linewidth=1, zorder=0)
     axes.locator_params(axis="x", nbins=6)  # More labels than that run into each other.
     axes.set_xlabel(f"{metric} above that of {reference} ({base:.4f}), 95% interval")
-
-
-def _mean(interval: Interval | None) -> str:
-    return "-" if interval is None or np.isnan(interval.mean) else f"{interval.mean:.4f}"
-
-
-def _difference(interval: Interval | None) -> str:
-    if interval is None:
-        return "reference"
-    if np.isnan(interval.low):
-        return f"{interval.mean:+.4f}"
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"

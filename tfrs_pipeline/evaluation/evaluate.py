@@ -98,25 +98,21 @@ def evaluate(
     return Evaluation(results, cutoffs, num_bootstrap, seed)
 
 
-def popularity_slices(
-    candidate_counts: np.ndarray, *, head_share: float = 0.5, torso_share: float = 0.3
-) -> dict[str, np.ndarray]:
+def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
     """Cuts the candidates into head, torso and tail by their training counts.
 
-    By falling count, ties by row: the head is the fewest candidates that hold `head_share` of the
-    training positives, the torso the next ones up to `head_share + torso_share`, the tail all
-    others. Candidates without a count are always tail.
+    By falling count, ties by row: the head is the fewest candidates that hold half of the training
+    positives, the torso the next ones up to 80%, the tail all others. Candidates without a count
+    are always tail.
 
     Args:
         candidate_counts: [num_candidates] training positives, 0 or more.
-        head_share: Share of the training positives, in (0, 1).
-        torso_share: Share of them, in (0, 1 - head_share].
 
     Returns:
         "head", "torso", "tail" -> [num_candidates] bool; each candidate is in exactly one.
 
     Raises:
-        ValueError: If a count is negative or a share is out of range.
+        ValueError: If a count is negative.
 
     Example:
         >>> {name: np.flatnonzero(x) for name, x in popularity_slices([1, 5, 0, 3, 1]).items()}
@@ -125,15 +121,10 @@ def popularity_slices(
     counts = np.asarray(candidate_counts)
     if counts.ndim != 1 or np.any(counts < 0):
         raise ValueError("candidate_counts must be one number a candidate, 0 or more.")
-    if not (head_share > 0 and torso_share > 0 and head_share + torso_share <= 1):
-        raise ValueError(
-            "head_share and torso_share must be above 0 and 1 at most together. "
-            f"Received: {head_share} and {torso_share}."
-        )
     order = np.argsort(-counts, kind="stable")
     held_by_more_popular = np.cumsum(counts[order]) - counts[order]
-    # A sum of shares such as .5 + .3 is a hair off; counts are whole, so half of one is margin.
-    bounds = np.array([head_share, head_share + torso_share]) * counts.sum() - 1e-6
+    # .8 of a sum can be a hair off; counts are whole, so half of one is margin.
+    bounds = np.array([0.5, 0.8]) * counts.sum() - 1e-6
     part = np.empty(len(counts), np.int8)
     part[order] = np.searchsorted(bounds, held_by_more_popular)
     return {name: part == number for number, name in enumerate(("head", "torso", "tail"))}

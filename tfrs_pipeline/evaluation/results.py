@@ -143,4 +143,7 @@ class Evaluation:
         columns = [f"ndcg@{longest}", f"recall@{shortest}", f"recall@{longest}"]
         columns += [f"tail/recall@{longest}", f"coverage@{shortest}"]
         summary = self.summary()
-        return format_table(summary["models"], list(dict.fromkeys(columns)), summary["differences"])
+        differences = {
+            name: {columns[0]: x[columns[0]]} for name, x in summary["differences"].items()
+        }
+        return format_table(summary["models"], list(dict.fromkeys(columns)), differences)

@@ -10,18 +10,21 @@ def format_table(
     models: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str],
     differences: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    markdown: bool = False,
 ) -> str:
-    """Lays what was measured of several models out as plain text, a model a line.
+    """Lays what was measured of several models out as text, a model a line.
 
     Args:
         models: Name -> `EvaluationResult.summary()`.
         columns: Names of metrics. "tail/recall@20" is that of a slice.
-        differences: Name -> metric -> difference from the first model, as of
-            `Evaluation.summary()`; that of the first column is shown beside it.
+        differences: Name -> metric -> difference from the model that has none, as of
+            `Evaluation.summary()`; they are shown beside their metric's column.
+        markdown: As a Markdown table, or as lines of equal length.
 
     Returns:
-        Lines of equal length, without a newline at the end. An interval is shown as its mean and
-        half its width; "-" stands for what was not measured.
+        The table, without a newline at the end. An interval is shown as its mean and half its
+        width; "-" stands for what was not measured.
 
     Example:
         >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}
@@ -29,16 +32,19 @@ def format_table(
         model       recall@20  coverage@20
         ease   0.2500 ±0.0100       0.5000
     """
-    lines = [
-        [name, *(_cell(_find(summary, column)) for column in columns)]
-        for name, summary in models.items()
-    ]
-    header = ["model", *columns]
-    if differences:
-        header.insert(2, f"from {next(iter(models))}")
-        for line in lines:
-            line.insert(2, _difference(differences.get(line[0], {}).get(columns[0])))
-    return format_cells([header, *lines])
+    differences = differences or {}
+    compared = {metric for of_model in differences.values() for metric in of_model}
+    reference = next((name for name in models if name not in differences), "")
+    lines: list[list[str]] = [["model"], *([name] for name in models)]
+    for column in columns:
+        lines[0].append(column)
+        for line, summary in zip(lines[1:], models.values(), strict=True):
+            line.append(_cell(_find(summary, column)))
+        if column in compared:
+            lines[0].append(f"from {reference}")
+            for line in lines[1:]:
+                line.append(_difference(differences.get(line[0], {}).get(column)))
+    return (format_markdown_cells if markdown else format_cells)(lines)
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
