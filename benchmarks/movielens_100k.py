@@ -179,8 +179,6 @@ def measure(
     return evaluate(
         retriever,
         task.test_queries,
-        candidate_ids=task.corpus.candidate_ids,
-        candidate_counts=task.final.counts[1:],
         exclude=exclude,
         cutoffs=task.config.evaluation.cutoffs,
         num_bootstrap=0,

@@ -101,8 +101,6 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
             measured = evaluate(
                 exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
                 test,
-                candidate_ids=corpus.candidate_ids,
-                candidate_counts=samples["final"].counts[1:],
                 exclude="clicked",
                 num_bootstrap=0,
             ).first

@@ -127,8 +127,6 @@ def tutorial_loop(
         result = evaluate(
             tutorial_retriever(model, task.corpus.candidate_ids),
             queries,
-            candidate_ids=task.corpus.candidate_ids,
-            candidate_counts=samples.counts[1:],
             exclude=task.config.evaluation.exclude,
             num_bootstrap=0,
         ).first

@@ -372,15 +372,11 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
-    samples = read_samples(finished.folder / "samples" / "final")
-    corpus = read_corpus(Log.read(finished.folder / "data"), finished.folder / "samples" / "final")
     kind = finished.metrics["index"]["kind"]
     for exact in {False, kind == "scann"}:
         result = evaluate(
             load_retriever(finished.result.export_folder, exact=exact),
             finished.queries("test"),
-            candidate_ids=corpus.candidate_ids,
-            candidate_counts=samples.counts[1:],
             exclude=finished.config.evaluation.exclude,
             cutoffs=finished.config.evaluation.cutoffs,
             num_bootstrap=finished.config.evaluation.num_bootstrap,

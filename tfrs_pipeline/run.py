@@ -254,8 +254,6 @@ def run(
         evaluation = evaluate(
             models,
             test_queries,
-            candidate_ids=corpus.candidate_ids,
-            candidate_counts=final.counts[1:],
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
             num_bootstrap=config.evaluation.num_bootstrap,
@@ -1083,8 +1081,6 @@ def evaluate_retriever(
     return evaluate(
         {name: retriever} if name else retriever,
         queries,
-        candidate_ids=corpus.candidate_ids,
-        candidate_counts=samples.counts[1:],
         exclude=config.evaluation.exclude,
         cutoffs=config.evaluation.cutoffs,
         num_bootstrap=config.evaluation.num_bootstrap if name else 0,

@@ -142,8 +142,6 @@ def test_tail_recall_agrees_with_the_evaluation_of_any_retriever(
     measured = evaluate(
         exact_retriever(model, np.arange(1, NUM_QUERIES + 1), ids),
         as_queries(problem),
-        candidate_ids=ids,
-        candidate_counts=counts,
         exclude="clicked",
         cutoffs=(3, 8),
         num_bootstrap=0,

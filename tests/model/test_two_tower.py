@@ -66,8 +66,6 @@ def test_evaluate_agrees_with_the_evaluation_room(problem: Problem) -> None:
     result = evaluate(
         exact_retriever(model, np.array(QUERY_ROWS), candidate_ids),
         queries,
-        candidate_ids=candidate_ids,
-        candidate_counts=problem.samples.counts[1:],
         cutoffs=(3, 8),
     ).first
     for name, value in got.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class Interactions:
         return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
 
 
+@dataclass(eq=False)
 class MostPopular:
     """The same candidates to everyone: those with the most users in training.
 
@@ -124,6 +125,7 @@ class MostPopular:
         return self.items.take(rows), scores.astype(np.float32)
 
 
+@dataclass(eq=False)
 class Ease:
     """EASE: a linear autoencoder of histories, solved in closed form; strong where it fits memory.
 
@@ -140,10 +142,14 @@ class Ease:
         ValueError: If l2 is not above 0.
     """
 
-    def __init__(self, l2: float = 200.0, *, max_candidates: int = 20_000) -> None:
-        if l2 <= 0:
-            raise ValueError(f"l2 must be above 0, or the matrix may be singular. Received: {l2}.")
-        self.l2, self.max_candidates = l2, max_candidates
+    l2: float = 200.0
+    max_candidates: int = field(default=20_000, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.l2 <= 0:
+            raise ValueError(
+                f"l2 must be above 0, or the matrix may be singular. Received: {self.l2}."
+            )
 
     def fit(self, train: Log | Interactions) -> Ease:
         """Solves for the item-to-item weights of a log, or of interactions.
@@ -177,6 +183,7 @@ class Ease:
         return history_matrix(queries, self.items) @ self.weights
 
 
+@dataclass(eq=False)
 class Ials:
     """Implicit ALS: matrix factorisation on every cell, clicked ones weighted by `alpha`.
 
@@ -199,30 +206,23 @@ class Ials:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        num_factors: int = 128,
-        regularization: float = 30.0,
-        alpha: float = 6.0,
-        *,
-        num_iterations: int = 15,
-        seed: int = 0,
-        num_threads: int = 0,
-    ) -> None:
-        if num_factors < 1 or num_iterations < 1 or regularization < 0 or alpha <= 0:
+    num_factors: int = 128
+    regularization: float = 30.0
+    alpha: float = 6.0
+    num_iterations: int = field(default=15, kw_only=True, repr=False)
+    seed: int = field(default=0, kw_only=True, repr=False)
+    num_threads: int = field(default=0, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.num_factors, self.num_iterations) < 1
+            or self.regularization < 0
+            or self.alpha <= 0
+        ):
             raise ValueError(
                 "num_factors and num_iterations must be 1 or more, regularization 0 or more, "
-                f"alpha above 0. Received: {num_factors=}, {num_iterations=}, {regularization=}, "
-                f"{alpha=}."
+                f"alpha above 0. Received: {self}, num_iterations={self.num_iterations}."
             )
-        self._options = {
-            "factors": num_factors,
-            "regularization": regularization,
-            "alpha": alpha,
-            "iterations": num_iterations,
-            "random_state": seed,
-            "num_threads": num_threads,
-        }
 
     def fit(self, train: Log | Interactions) -> Ials:
         """Factorises the positives of a log, or interactions."""
@@ -234,7 +234,14 @@ class Ials:
         self.items = train.items
         # Its threads and those of BLAS would fight over the cores; the library warns of it.
         with threadpool_limits(1, "blas"):
-            self._model = AlternatingLeastSquares(**self._options)
+            self._model = AlternatingLeastSquares(
+                factors=self.num_factors,
+                regularization=self.regularization,
+                alpha=self.alpha,
+                iterations=self.num_iterations,
+                random_state=self.seed,
+                num_threads=self.num_threads,
+            )
             self._model.fit(train.matrix, show_progress=False)
         return self
 

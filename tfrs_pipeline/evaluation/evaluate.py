@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, Slice
 from tfrs_pipeline.retrieval import Query, Retriever
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.data.split import Holdout
-
-Exclude: TypeAlias = Literal["clicked", "seen", "none"]
+    from tfrs_pipeline.data.split import Exclude, Holdout
 
 _QUERIES_PER_CALL = 1024
 
@@ -33,8 +31,6 @@ def evaluate(
     retrievers: Retriever | Mapping[str, Retriever],
     holdout: Holdout,
     *,
-    candidate_ids: Sequence[Any] | np.ndarray,
-    candidate_counts: np.ndarray,
     exclude: Exclude = "clicked",
     cutoffs: Sequence[int] = (20, 100),
     num_bootstrap: int = 1000,
@@ -51,11 +47,8 @@ def evaluate(
     Args:
         retrievers: Anything that retrieves over these candidates, or several of them by name, the
             one to compare the others with first. One alone is named by its class.
-        holdout: Histories and relevant items.
-        candidate_ids: [num_candidates] ids of the whole corpus, int or str as in `holdout`.
-        candidate_counts: [num_candidates] training positives, aligned with `candidate_ids`.
-        exclude: What is excluded from a user's ranking: what the user clicked before the cut, what
-            the user saw before it, or nothing.
+        holdout: Histories, relevant items, and the corpus: `Log.split` makes it.
+        exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
         num_bootstrap: Resamples for the intervals; 0 gives means alone.
         seed: Of the resamples.
@@ -71,10 +64,12 @@ def evaluate(
     """
     if not isinstance(retrievers, Mapping):
         retrievers = {type(retrievers).__name__: retrievers}
-    items = Ids(candidate_ids)
-    counts = np.asarray(candidate_counts)
+    if not retrievers:
+        raise ValueError("Needs at least one retriever. Received: none.")
     cutoffs = tuple(sorted(set(cutoffs)))
-    _check_arguments(retrievers, items, counts, cutoffs)
+    if not cutoffs or cutoffs[0] < 1:
+        raise ValueError(f"cutoffs must be 1 or more, at least one. Received: {list(cutoffs)}.")
+    items, counts = Ids(holdout.candidate_ids), holdout.candidate_counts
     truth = _truth(holdout, items, exclude)
     parts = {"": np.ones(len(items), bool), **popularity_slices(counts)}
 
@@ -195,22 +190,6 @@ def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
         num_relevant=num_relevant[measured],
         num_excluded=num_excluded,
     )
-
-
-def _check_arguments(
-    retrievers: Mapping[str, Retriever], items: Ids, counts: np.ndarray, cutoffs: Sequence[int]
-) -> None:
-    if not retrievers:
-        raise ValueError("Needs at least one retriever. Received: none.")
-    if counts.shape != (len(items),):
-        raise ValueError(
-            f"candidate_counts must hold one count a candidate, {(len(items),)}. "
-            f"Received: `candidate_counts.shape` = {counts.shape}."
-        )
-    if not cutoffs or cutoffs[0] < 1:
-        raise ValueError(
-            f"Needs at least one cutoff, each 1 or more. Received: cutoffs={list(cutoffs)}."
-        )
 
 
 def _check_type(ids: np.ndarray, items: Ids) -> None:
