@@ -52,7 +52,7 @@ from tfrs_pipeline.run import (
     training_samples,
 )
 from tfrs_pipeline.serving.refresh import refresh_index
-from tfrs_pipeline.serving.retriever import load_retriever
+from tfrs_pipeline.serving.retriever import load
 
 NEW_SHARE = 0.1
 CUTOFFS = {"all items": 100, "new items": 20}
@@ -136,7 +136,7 @@ def export_without(
 
 def score(model: Path, all_ids: np.ndarray, queries: Holdout, asked: list[int]) -> np.ndarray:
     """Scores all items for the queries that are asked: [num_asked, num_items] float32."""
-    retriever = load_retriever(model)
+    retriever = load(model)
     every = queries.as_queries()
     ids, scores = retriever.retrieve([every[i] for i in asked], len(all_ids))
     by_item = np.zeros(ids.shape, np.float32)

@@ -50,7 +50,7 @@ def run(num_kills: int, folder: Path) -> dict[str, int]:
     sys.path.insert(0, str(ROOT))
     from tests.serving.conftest import make_served
     from tests.serving.test_export import publish
-    from tfrs_pipeline.serving.retriever import load_retriever
+    from tfrs_pipeline.serving.retriever import load
 
     served = make_served("str")
     publish(served, folder, "exact")
@@ -64,7 +64,7 @@ def run(num_kills: int, folder: Path) -> dict[str, int]:
         for path in partial:
             shutil.rmtree(path, ignore_errors=True)
         try:
-            loaded = load_retriever(folder / "films")
+            loaded = load(folder / "films")
             ids, _ = loaded.retrieve(served.queries(), 15)
             is_right = int(loaded.folder.name) >= newest and ids.tolist() == expected.tolist()
             newest = int(loaded.folder.name)

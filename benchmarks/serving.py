@@ -226,9 +226,9 @@ def measure_latency(
     model: Path, clients: Sequence[int], seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Measures every way to ask, in turn, so that a busy machine harms all alike."""
-    from tfrs_pipeline.serving.retriever import load_retriever
+    from tfrs_pipeline.serving.retriever import load
 
-    retriever = load_retriever(model)
+    retriever = load(model)
     retriever.retrieve_user([1], 100)
     figures: dict[str, dict[int, list[Figures]]] = {
         name: {n: [] for n in clients} for name in (IN_PROCESS, *JOINING)

@@ -368,7 +368,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         patch.setattr(sys, "stdout", out)
         assert cli.main(run_arguments(folder)) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retriever, "load_retriever", functools.cache(retriever.load_retriever))
+        patch.setattr(retriever, "load", functools.cache(retriever.load))
         yield Run(folder, folder / "saved_models" / "films", out.getvalue())
 
 
@@ -516,7 +516,7 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
     for order in (history, history[::-1]):
         answered = asked(command, run.model, "-k", 5, "--history", *order, 999)
         assert (answered["history"], answered["unknown_items"]) == ([*order, 999], [999])
-        loaded = retriever.load_retriever(run.model)
+        loaded = retriever.load(run.model)
         ids, scores = loaded.retrieve([{"history": order}], 5, [history])
         assert [item["item_id"] for item in answered["items"]] == ids[0].tolist()
         found = [item["score"] for item in answered["items"]]

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,10 +27,15 @@ from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.build import RowLists, Samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.client import ServedRetriever
-from tfrs_pipeline.serving.encoder import Encoder
-from tfrs_pipeline.serving.index import ExactIndex, IndexRetriever, ScannIndex, ScannSettings
-from tfrs_pipeline.serving.retriever import load_retriever
-from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.index import (
+    Exact,
+    ExactIndex,
+    IndexRetriever,
+    Scann,
+    ScannIndex,
+    ScannSettings,
+)
+from tfrs_pipeline.serving.retriever import load
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
 HISTORY_LENGTH = 10
@@ -89,42 +95,31 @@ class Problem:
         return model
 
     def exported(self, kind: str) -> Path:
-        """Exports the model with an index of a kind, and a twin beside ScaNN, once."""
+        """Exports the model with an index of a kind, once."""
         folder = self.folder / kind
         if folder.exists():
             return folder / "model"
-        embeddings = self.trained_model.embed_corpus()
-        exact_index = ExactIndex(embeddings)
-        # Every leaf is searched and everything rescored: what is approximate is not the contract.
-        scann_settings = ScannSettings(4, num_leaves_to_search=4, num_reordered=NUM_CANDIDATES)
-        indices: dict[str, list[ExactIndex | ScannIndex]] = {
-            "exact": [exact_index],
-            "scann": [ScannIndex(embeddings, scann_settings), exact_index],
-        }
+        model = self.trained_model
         nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_USERS + 1))
-        encoder = Encoder(
-            self.trained_model,
+        served = SimpleNamespace(
             query_ids=np.arange(NUM_USERS),
             candidate_ids=self.candidate_ids,
+            history_length=model.history_length,
+            variables=model.variables,
+            query_features=(),
+            candidate_features=(),
             histories=nothing,
             known_positives=nothing,
+            items=pa.table({"item_id": self.candidate_ids.tolist()}),
+            embed_queries=model.embed_queries,
+            embed_candidates=model.embed_candidates,
         )
-        module, *twins = [
-            RetrievalModule(encoder, index, exact_index, candidate_ids=self.candidate_ids)
-            for index in indices[kind]
-        ]
         with pytest.MonkeyPatch.context() as patch:
             # The check in a fresh process takes seconds, and has its own tests.
             patch.setattr(export, "_prove", lambda *arguments: None)
-            export.write_export(
-                folder,
-                "model",
-                module=module,
-                twin=twins[0] if twins else None,
-                manifest={"index": {"kind": kind}},
-                items=pa.table({"item_id": self.candidate_ids.tolist()}),
-                queries=[],
-            )
+            # All must be found: what is approximate is not the contract.
+            index = Exact() if kind == "exact" else Scann(recall=1.0, k=NUM_CANDIDATES)
+            export.export(served, folder / "model", index=index)
         return folder / "model"
 
 
@@ -164,27 +159,26 @@ def in_process_scann(problem: Problem) -> Retriever:
     model = problem.trained_model
     embeddings = model.embed_corpus()
     return IndexRetriever(
-        ScannIndex(embeddings, ScannSettings(4, 4, NUM_CANDIDATES)),
-        ExactIndex(embeddings),
+        ScannIndex(ExactIndex(embeddings), ScannSettings(4, 4, NUM_CANDIDATES)),
         problem.candidate_ids,
         QueryEncoder(model, np.arange(NUM_USERS), problem.candidate_ids),
     )
 
 
 def exported_exact(problem: Problem) -> Retriever:
-    return load_retriever(problem.exported("exact"))
+    return load(problem.exported("exact"))
 
 
 def exported_scann(problem: Problem) -> Retriever:
-    return load_retriever(problem.exported("scann"))
+    return load(problem.exported("scann"))
 
 
 def served_scann(problem: Problem) -> Retriever:
     return ServedRetriever(address_of(problem.exported("scann")))
 
 
-def twin_of_scann(problem: Problem) -> Retriever:
-    return load_retriever(problem.exported("scann"), exact=True)
+def fallback_of_scann(problem: Problem) -> Retriever:
+    return load(problem.exported("scann"), exact=True)
 
 
 FACTORIES: list[Factory] = [
@@ -196,7 +190,7 @@ FACTORIES: list[Factory] = [
     in_process_scann,
     exported_exact,
     exported_scann,
-    twin_of_scann,
+    fallback_of_scann,
     served_scann,
 ]
 IGNORES_HISTORY = {popularity}
@@ -207,7 +201,7 @@ HAS_TIES = {
     two_tower,
     exported_exact,
     exported_scann,
-    twin_of_scann,
+    fallback_of_scann,
     served_scann,
 }
 

@@ -45,7 +45,7 @@ from tfrs_pipeline.run import (
 )
 from tfrs_pipeline.samples.build import read_samples
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.retriever import load_retriever
+from tfrs_pipeline.serving.retriever import load
 
 PROVE = export._prove
 STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate", "export"]
@@ -165,8 +165,7 @@ def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     # The notes hold how many positives a second were trained.
     other = ("seconds", "notes", "export_folder")
     same = {name: value for name, value in metrics.items() if name not in other}
-    # Of the settings that keep the promise the fastest is taken: a matter of the clock.
-    timed = ("settings", "frontier")
+    timed = ("query_ms", "curve")
     same["index"] = {name: x for name, x in same["index"].items() if name not in timed}
     return same
 
@@ -247,7 +246,7 @@ def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
 
 def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
     queries = finished.queries("test")
-    retriever = load_retriever(finished.result.export_folder, exact=True)
+    retriever = load(finished.result.export_folder, exact=True)
     place = {user: i for i, user in enumerate(queries.user_ids.tolist())}
     lengths = []
     for example in finished.metrics["examples"]:
@@ -375,7 +374,7 @@ def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
     kind = finished.metrics["index"]["kind"]
     for exact in {False, kind == "scann"}:
         result = evaluate(
-            load_retriever(finished.result.export_folder, exact=exact),
+            load(finished.result.export_folder, exact=exact),
             finished.queries("test"),
             exclude=finished.config.evaluation.exclude,
             cutoffs=finished.config.evaluation.cutoffs,
@@ -397,7 +396,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: Finished) -> None:
-    retriever = load_retriever(finished.result.export_folder)
+    retriever = load(finished.result.export_folder)
     user = user_id(4, finished.ids)
     clicked = [
         row["item_id"]
@@ -623,7 +622,7 @@ def test_clicks_alone_with_every_split(tmp_path: Path, split: str, ids: Ids) -> 
     models = finished.metrics["models"]
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.5 * models["popularity"]["ndcg@20"]["mean"]
     user = user_id(0, ids)
-    assert load_retriever(finished.result.export_folder).retrieve_user([user], 3)[2].all()
+    assert load(finished.result.export_folder).retrieve_user([user], 3)[2].all()
 
 
 @pytest.mark.slow

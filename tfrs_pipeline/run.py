@@ -39,7 +39,7 @@ from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult
-from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.fit import BeforeEpochs, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
@@ -69,20 +69,10 @@ from tfrs_pipeline.samples.positives import (
     power_law_rate,
     select_positives,
 )
-from tfrs_pipeline.serving.encoder import Encoder
-from tfrs_pipeline.serving.export import (
-    LIBRARIES,
-    PROMISED_K,
-    describe_index,
-    export_index,
-    file_hash,
-)
-from tfrs_pipeline.serving.index import (
-    ExactIndex,
-    IndexRetriever,
-    resolve_index_kind,
-)
-from tfrs_pipeline.serving.tune import measure_frontier
+from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export, file_hash
+from tfrs_pipeline.serving.index import Exact, IndexRetriever, Scann, index_for
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.serving.tune import tune_index
 from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 from tfrs_pipeline.sources.recflow import load_recflow
@@ -286,7 +276,7 @@ def run(
                 "metrics": metrics["models"]["two_tower"],
             },
         )
-        report.notes += describe_index(metrics["index"], len(corpus.candidate_ids))
+        report.notes.append(describe_index(metrics["index"], len(corpus.candidate_ids)))
         report.notes.append("a fresh process loaded the export and gave the same answers")
     metrics["export_folder"] = str(export_folder)
     metrics["notes"] = stage.notes
@@ -762,42 +752,64 @@ def export_model(
         RuntimeError: If no ScaNN index reaches the recall.
     """
     histories, known = _latest_histories(corpus, log.events)
-    encoder = Encoder(
-        model,
-        query_ids=corpus.query_ids,
-        candidate_ids=corpus.candidate_ids,
-        histories=histories,
-        known_positives=known,
-        query_features=corpus.query_features,
-        candidate_features=corpus.candidate_features,
-    )
-    return export_index(
-        config.export.directory,
-        config.model_name,
-        encoder=encoder,
-        embeddings=model.embed_corpus(),
-        queries=queries.as_queries(),
-        index=config.export.index,
-        target_recall=config.export.target_recall,
-        manifest={
-            "config": config.model_dump(mode="json"),
-            "features": {
-                "query": [feature.to_dict() for feature in corpus.query_features],
-                "candidate": [feature.to_dict() for feature in corpus.candidate_features],
-            },
-            "feature_inputs": {
-                "query": {n: spec.name for n, spec in raw_signature(corpus.query_features).items()},
-                "candidate": {
-                    n: spec.name for n, spec in raw_signature(corpus.candidate_features).items()
-                },
-            },
-            "example_user": queries.user_ids.tolist()[0],
-            **(manifest or {}),
-        },
-        items=log.items.order_by("item_id").to_pyarrow(),
+    indexes: dict[str, Scann | Exact] = {
+        "exact": Exact(),
+        "scann": Scann(config.export.target_recall),
+        "auto": index_for(len(corpus.candidate_ids), config.export.target_recall),
+    }
+    folder = export(
+        _Trained(model, corpus, histories, known, log.items.order_by("item_id").to_pyarrow()),
+        config.export.directory / config.model_name,
+        index=indexes[config.export.index],
         filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,
+        queries=queries.as_queries(),
+        manifest={"config": config.model_dump(mode="json"), **(manifest or {})},
     )
+    return folder, json.loads((folder / MANIFEST_FILE).read_text())["index"]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained model and what serving asks of the log; see `Exportable`."""
+
+    model: TwoTowerModel
+    corpus: Corpus
+    histories: RowLists
+    known_positives: RowLists
+    items: pa.Table
+
+    @property
+    def query_ids(self) -> np.ndarray:
+        return self.corpus.query_ids
+
+    @property
+    def candidate_ids(self) -> np.ndarray:
+        return self.corpus.candidate_ids
+
+    @property
+    def history_length(self) -> int:
+        return self.model.history_length
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        model = self.model
+        towers = (model.query_table, model.query_tower, model.candidate_tower)
+        return [variable for tower in towers for variable in tower.variables]
+
+    @property
+    def query_features(self) -> Sequence[Feature]:
+        return self.corpus.query_features
+
+    @property
+    def candidate_features(self) -> Sequence[Feature]:
+        return self.corpus.candidate_features
+
+    def embed_queries(self, rows: Any, history_rows: Any, features: Any = None) -> tf.Tensor:
+        return self.model.embed_queries(rows, history_rows, features)
+
+    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
+        return self.model.embed_candidates(rows, features)
 
 
 def claim_folder(config: RunConfig, folder: Path) -> None:
@@ -905,21 +917,21 @@ def _retriever_of_rows(
     """Makes the model of the moment a retriever whose ids are rows, through its index."""
     query_rows = np.arange(1, len(corpus.query_ids) + 1)
     candidate_rows = np.arange(1, len(corpus.candidate_ids) + 1)
-    if resolve_index_kind("auto", len(candidate_rows)) == "exact":
+    if index_for(len(candidate_rows)).kind == "exact":
         return exact_retriever(model, query_rows, candidate_rows)
     encoder = QueryEncoder(model, query_rows, candidate_rows)
     embeddings = model.embed_corpus()
     probes = np.random.default_rng(config.seed).choice(len(samples), NUM_INDEX_PROBES)
     length = config.samples.history_length
     queries = [query_of_sample(samples, i, length) for i in probes.tolist()]
-    index, _ = measure_frontier(
+    index, _ = tune_index(
         embeddings,
         encoder(queries),
-        k=PROMISED_K,
+        k=Scann.k,
         target_recall=config.export.target_recall,
         num_structures=1,  # Built anew every few epochs.
     )
-    return IndexRetriever(index, ExactIndex(embeddings), candidate_rows, encoder)
+    return IndexRetriever(index, candidate_rows, encoder)
 
 
 def _describe_mining(reports: Mapping[int, MiningReport]) -> list[str]:

@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import tensorflow as tf
 
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.queries import exact_retriever
 from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.samples.build import RowLists
-from tfrs_pipeline.serving.encoder import Encoder
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
@@ -20,15 +23,45 @@ NUM_QUERIES, NUM_CANDIDATES = 6, 60
 
 @dataclass(frozen=True)
 class Served:
-    """A model, its ids, and what is known of each user."""
+    """A model, its ids, and what is known of each user: all that `export` asks for."""
 
     model: TwoTowerModel
     query_ids: np.ndarray
     candidate_ids: np.ndarray
-    histories: list[np.ndarray]
-    features: tuple[Feature, Feature]
+    clicks: list[np.ndarray]
+    query_features: tuple[Feature, ...]
+    candidate_features: tuple[Feature, ...]
     genders: list[str]
     genres: list[list[str]]
+    titles: list[str]
+
+    @property
+    def history_length(self) -> int:
+        return self.model.history_length
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        return self.model.variables
+
+    @property
+    def histories(self) -> RowLists:
+        return RowLists.from_lists(self.clicks)
+
+    @property
+    def known_positives(self) -> RowLists:
+        return RowLists.from_lists([np.unique(rows) for rows in self.clicks])
+
+    @property
+    def items(self) -> pa.Table:
+        genres = pa.array(self.genres, pa.list_(pa.string()))
+        ids = self.candidate_ids.tolist()
+        return pa.table({"item_id": ids, "title": self.titles, "genres": genres})
+
+    def embed_queries(self, rows: Any, history_rows: Any, features: Any = None) -> tf.Tensor:
+        return self.model.embed_queries(rows, history_rows, features)
+
+    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
+        return self.model.embed_candidates(rows, features)
 
     @property
     def in_memory(self) -> ExactRetriever:
@@ -36,30 +69,14 @@ class Served:
 
     def known(self, row: int) -> list[Any]:
         """Ids of the user's known positives, oldest first."""
-        return self.candidate_ids[self.histories[row][::-1] - 1].tolist()
-
-    def encoder(self) -> Encoder:
-        return Encoder(
-            self.model,
-            query_ids=self.query_ids,
-            candidate_ids=self.candidate_ids,
-            histories=RowLists.from_lists(self.histories),
-            known_positives=RowLists.from_lists([np.unique(rows) for rows in self.histories]),
-            query_features=self.features[:1],
-            candidate_features=self.features[1:],
-        )
+        return self.candidate_ids[self.clicks[row][::-1] - 1].tolist()
 
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
-        embeddings = self.model.embed_corpus()
-        exact = ExactIndex(embeddings)
-        settings = ScannSettings(8, num_leaves_to_search, num_reordered=60)
-        return RetrievalModule(
-            self.encoder(),
-            ScannIndex(embeddings, settings) if kind == "scann" else exact,
-            exact,
-            candidate_ids=self.candidate_ids,
-            item_filter=ItemFilter.of_column("genres", self.genres),
-        )
+        index: ExactIndex | ScannIndex = ExactIndex(embed_corpus(self))
+        if kind == "scann":
+            index = ScannIndex(index, ScannSettings(8, num_leaves_to_search, num_reordered=60))
+        genres = ItemFilter("genres", self.genres)
+        return RetrievalModule(Encoder(self), index, self.candidate_ids, genres)
 
     def queries(self) -> list[dict[str, Any]]:
         """A query of each user, the history that is stored."""
@@ -117,7 +134,15 @@ def make_served(ids: str) -> Served:
         query_ids,
         candidate_ids,
         histories,
-        (gender, genres),
+        (gender,),
+        (genres,),
         all_genders,
         all_genres,
+        [f"title of {id_}" for id_ in candidate_ids.tolist()],
     )
+
+
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the check in a fresh process, which takes seconds and has its own tests."""
+    monkeypatch.setattr(export, "_prove", lambda *arguments: None)

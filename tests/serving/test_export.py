@@ -1,6 +1,8 @@
 """The exported graph against a loop, in memory and reloaded; the act of publishing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
-from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.export import ExportError, write_export
+from tfrs_pipeline.samples.build import RowLists
+from tfrs_pipeline.serving import export as export_module
+from tfrs_pipeline.serving.export import ExportError, export
+from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
-from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 KINDS = ("exact", "scann")
 
@@ -131,8 +135,8 @@ def test_embeddings_are_those_that_the_scores_are_products_of(
     given = module.embed_query(users, histories)
     np.testing.assert_allclose(stored["embeddings"], given["embeddings"], atol=1e-6)
     items = module.embed_candidate(
-        item_id=as_ids(served, [served.candidate_ids.tolist()])[0],
-        genres=tf.constant([[*genres, "", ""][:2] for genres in served.genres]),
+        as_ids(served, [served.candidate_ids.tolist()])[0],
+        tf.constant([[*genres, "", ""][:2] for genres in served.genres]),
     )
     np.testing.assert_allclose(items["embeddings"], served.model.embed_corpus(), atol=1e-6)
     assert items["is_known_item"].numpy().all()
@@ -146,10 +150,10 @@ def test_a_new_item_is_embedded_by_its_features(
 ) -> None:
     new = 5 if served.candidate_ids.dtype == np.int64 else "premiere"
     items = modules["exact"].embed_candidate(
-        item_id=as_ids(served, [[new, new]])[0], genres=tf.constant([["a", "c"], ["c", "new"]])
+        as_ids(served, [[new, new]])[0], tf.constant([["a", "c"], ["c", "new"]])
     )
     assert not items["is_known_item"].numpy().any()
-    encoded = served.features[1].encode_column([["a", "c"], ["c", "new"]])
+    encoded = served.candidate_features[0].encode_column([["a", "c"], ["c", "new"]])
     expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
     np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
@@ -163,15 +167,13 @@ def test_features_of_a_query_replace_the_stored_ones(
     nothing = as_ids(served, [[]] * 3)
     genders = [served.genders[0], "F" if served.genders[0] == "M" else "M", ""]
     answer = modules["scann"].retrieve_with_features(
-        user_id=users, history=history, exclude=nothing, k=tf.constant(8), gender=genders
+        users, history, tf.constant(genders), nothing, 8
     )
     by_id = modules["scann"].retrieve(users, history, nothing, 8)
     np.testing.assert_allclose(answer["scores"][0], by_id["scores"][0], rtol=1e-5)
     embeddings = (
         modules["scann"]
-        .embed_query_with_features(user_id=users, history=history, gender=tf.constant(genders))[
-            "embeddings"
-        ]
+        .embed_query_with_features(users, history, tf.constant(genders))["embeddings"]
         .numpy()
     )
     expected = -np.sort(-embeddings @ served.model.embed_corpus().T, axis=1)[:, :8]
@@ -199,17 +201,17 @@ def test_a_filter_matches_a_loop(
     nothing = as_ids(served, [[]] * len(users))
     answers = [
         module.retrieve_filtered(
-            as_users(served, users), nothing, as_ids(served, excluded), padded, k
+            as_users(served, users), nothing, as_ids(served, excluded), k, padded
         ),
-        module.retrieve_user_filtered(as_users(served, users), as_ids(served, excluded), padded, k),
+        module.retrieve_user_filtered(as_users(served, users), as_ids(served, excluded), k, padded),
         # The stored features, given: the answer without them.
         module.retrieve_with_features_filtered(
-            user_id=as_users(served, users),
-            history=nothing,
-            exclude=as_ids(served, excluded),
-            k=tf.constant(k),
-            allowed=padded,
-            gender=tf.constant(served.genders[: len(users)]),
+            as_users(served, users),
+            nothing,
+            tf.constant(served.genders[: len(users)]),
+            as_ids(served, excluded),
+            k,
+            padded,
         ),
     ]
     for i, user in enumerate(users):
@@ -231,23 +233,13 @@ def test_a_filter_matches_a_loop(
 
 
 def publish(served: Served, directory: Path, kind: str, keep_versions: int | None = None) -> Path:
-    titles = [f"title of {id_}" for id_ in served.candidate_ids.tolist()]
-    return write_export(
-        directory,
-        "films",
-        module=served.module(kind),
-        twin=served.module("exact") if kind == "scann" else None,
-        manifest={
-            "index": {"kind": kind},
-            "counts": {"num_samples": 3},
-            "filter": ItemFilter.of_column("genres", served.genres).describe(),
-            "features": {
-                side: [feature.to_dict()]
-                for side, feature in zip(("query", "candidate"), served.features, strict=True)
-            },
-        },
-        items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
+    return export(
+        served,
+        directory / "films",
+        index=Exact() if kind == "exact" else Scann(recall=0.9, k=10),
+        filter_by="genres",
         queries=served.queries(),
+        manifest={"counts": {"num_samples": 3}},
         keep_versions=keep_versions,
     )
 
@@ -277,14 +269,14 @@ def test_published_model_answers_as_the_one_in_memory(
     exclude = [served.candidate_ids[:20].tolist(), [], served.known(4), []]
     expected_ids, expected_scores = served.in_memory.retrieve(queries, 15, exclude)
     for exact in (False, True):
-        loaded = load_retriever(tmp_path / "films", exact=exact)
+        loaded = load(tmp_path / "films", exact=exact)
         ids, scores = loaded.retrieve(queries, 15, exclude)
         assert ids.tolist() == expected_ids.tolist()
         np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
         check_of_loaded(served, loaded)
     assert loaded.titles()[served.candidate_ids[1]] == f"title of {served.candidate_ids[1]}"
     assert publish(served, tmp_path, "exact", keep_versions=1).name == "2"
-    assert load_retriever(tmp_path / "films").folder.name == "2"
+    assert load(tmp_path / "films").folder.name == "2"
     assert versions_of(tmp_path / "films") == [2]
 
 
@@ -360,7 +352,7 @@ def test_an_export_that_answers_otherwise_is_not_published(
         bias.assign(before)
 
     saved = tf.saved_model.save
-    monkeypatch.setattr(export.tf.saved_model, "save", save_another_model)
+    monkeypatch.setattr(export_module.tf.saved_model, "save", save_another_model)
     with pytest.raises(ExportError, match="differ"):
         publish(served, tmp_path, "exact")
     assert list((tmp_path / "films").iterdir()) == []
@@ -368,4 +360,63 @@ def test_an_export_that_answers_otherwise_is_not_published(
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No exported model at .*manifest.json"):
-        load_retriever(tmp_path)
+        load(tmp_path)
+
+
+class OwnModel:
+    """Keras layers of somebody's own, with no more than `export` asks for."""
+
+    history_length, query_features, candidate_features = 3, (), ()
+    histories = known_positives = RowLists.from_lists(
+        [np.arange(0), np.array([1, 2]), np.array([3])]
+    )
+
+    def __init__(self) -> None:
+        self.query_ids, self.candidate_ids = np.array([7, 8]), np.array(["a", "b", "c"], object)
+        self.items = pa.table({"item_id": ["a", "b", "c"]})
+        self._users = tf.keras.layers.Embedding(3, 4, embeddings_initializer="normal")
+        self._videos = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
+        self._top = tf.keras.layers.Dense(4)
+        self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
+        self.variables = [*self._users.weights, *self._videos.weights, *self._top.weights]
+
+    def embed_queries(self, rows: Any, history_rows: Any, features: Any = None) -> tf.Tensor:
+        return self._top(self._users(rows) + tf.reduce_sum(self._videos(history_rows), axis=1))
+
+    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
+        return self._videos(rows)
+
+
+LOAD_ONLY = """
+import sys
+from tfrs_pipeline.serving.retriever import load
+assert load(sys.argv[1]).retrieve_user([7], k=1)[0].tolist() == [["c"]]
+heavy = {"ibis", "duckdb", "tensorflow_recommenders", "tensorflow_datasets", "implicit"}
+print(sorted((heavy | {"matplotlib", "pandas", "sklearn"}) & set(sys.modules)))
+"""
+
+
+def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> None:
+    model = OwnModel()
+    folder = export(model, tmp_path / "own")
+    rows, history = np.array([1], np.int32), np.array([[1, 2, 0]], np.int32)
+    expected = (model.embed_queries(rows, history) @ tf.transpose(model._videos([1, 2, 3]))).numpy()
+    retriever = load(folder)
+    ids, scores, _ = retriever.retrieve_user([7], k=3)
+    assert ids.tolist() == [["c", "", ""]]
+    np.testing.assert_allclose(scores[0, 0], expected[0, 2], rtol=1e-5)
+    ids, scores = retriever.retrieve([{"user_id": 7, "history": ["b", "a"]}], 3)
+    assert ids[0].tolist() == [model.candidate_ids[i] for i in np.argsort(-expected[0])]
+    command = [sys.executable, "-c", LOAD_ONLY, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:
+    model = OwnModel()
+    with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):
+        export(model, tmp_path / "own", filter_by="genre")
+    model.items = pa.table({"item_id": ["c", "b", "a"]})
+    with pytest.raises(ValueError, match="one row for each of its 3 candidate ids"):
+        export(model, tmp_path / "own")
+    assert not (tmp_path / "own").exists()

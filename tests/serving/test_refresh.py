@@ -1,5 +1,6 @@
 """A model over other items: what is new is found by its features, what is gone is gone."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,44 +13,19 @@ import pytest
 
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tfrs_pipeline.cli import main
-from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.build import RowLists
-from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.encoder import Encoder
-from tfrs_pipeline.serving.export import export_index, write_export
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 NUM_GONE = 7
 
 
-@pytest.fixture
-def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the check in a fresh process, which takes seconds and has its own tests."""
-    monkeypatch.setattr(export, "_prove", lambda *arguments: None)
-
-
-def publish(served: Served, directory: Path, **export_settings: Any) -> Path:
-    config = RunConfig().model_dump(mode="json")
-    config["data"]["item_features"] = {"genres": "multi_categorical"}
-    config["export"] |= {"index": "exact", "filter_by": "genres", **export_settings}
-    config["model"]["unknown_rate"] = 0.0
-    features = {
-        side: [feature.to_dict()]
-        for side, feature in zip(("query", "candidate"), served.features, strict=True)
-    }
-    return write_export(
-        directory,
-        "films",
-        module=served.module("exact"),
-        twin=None,
-        manifest={"index": {"kind": "exact"}, "config": config, "features": features},
-        items=pa.table({"item_id": served.candidate_ids.tolist()}),
-        queries=served.queries(),
-    ).parent
+def publish(served: Served, directory: Path, **options: Any) -> Path:
+    options = {"index": Exact(), "filter_by": "genres", **options}
+    return export(served, directory / "films", queries=served.queries(), **options).parent
 
 
 def new_ids(served: Served) -> list[Any]:
@@ -86,7 +62,7 @@ def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
     """Embeds the items with the model itself: row 0 is what the training did not have."""
     row = {id_: i for i, id_ in enumerate(served.candidate_ids.tolist(), 1)}
     rows = np.array([row.get(id_, 0) for id_ in items["item_id"].to_pylist()], np.int32)
-    encoded = served.features[1].encode_column(items["genres"].to_pylist())
+    encoded = served.candidate_features[0].encode_column(items["genres"].to_pylist())
     return served.model.embed_candidates(rows, {"genres": encoded}).numpy()
 
 
@@ -100,7 +76,7 @@ def test_a_refreshed_model_ranks_todays_items(served: Served, tmp_path: Path) ->
     assert done.folder == folder / "2"
 
     ids = items["item_id"].to_pylist()
-    loaded = load_retriever(folder)
+    loaded = load(folder)
     queries = served.queries()
     embeddings = expected_embeddings(served, items)
     scores = loaded.embed_queries(queries) @ embeddings.T
@@ -120,7 +96,7 @@ def test_users_are_as_they_were(served: Served, tmp_path: Path) -> None:
     folder = publish(served, tmp_path)
     write_items(served, tmp_path / "items.parquet")
     refresh_index(folder, tmp_path / "items.parquet")
-    before, after = load_retriever(folder / "1"), load_retriever(folder / "2")
+    before, after = load(folder / "1"), load(folder / "2")
     np.testing.assert_allclose(
         before.embed_queries(served.queries()), after.embed_queries(served.queries()), atol=1e-6
     )
@@ -141,7 +117,7 @@ def test_filters_go_by_todays_values(served: Served, tmp_path: Path) -> None:
     folder = publish(served, tmp_path)
     items = write_items(served, tmp_path / "items.parquet")
     refresh_index(folder, tmp_path / "items.parquet")
-    found, scores = load_retriever(folder).retrieve([{}], 60, allowed=[["a"]])
+    found, scores = load(folder).retrieve([{}], 60, allowed=[["a"]])
     with_a = {
         id_
         for id_, genres in zip(
@@ -165,7 +141,7 @@ def test_refreshing_again_goes_back_to_what_was_dropped(served: Served, tmp_path
     assert (done.num_new, done.num_untrained, done.num_dropped) == (NUM_GONE, 0, 2)
     assert versions_of(folder) == [2, 3]
     expected, _ = served.in_memory.retrieve(served.queries(), 20)
-    found, _ = load_retriever(folder).retrieve(served.queries(), 20)
+    found, _ = load(folder).retrieve(served.queries(), 20)
     assert found.tolist() == expected.tolist()
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
     assert manifest["refreshed"]["from_version"] == 2
@@ -178,51 +154,33 @@ def test_what_a_refreshment_asks_for_holds_for_the_next(served: Served, tmp_path
     folder = publish(served, tmp_path, filter_by=None)
     items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
     pq.write_table(items, tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet", index="scann", target_recall=0.9)
+    refresh_index(folder, tmp_path / "items.parquet", index=Scann(recall=0.9, k=20))
     done = refresh_index(folder / "2", tmp_path / "items.parquet", keep_versions=1)
     assert versions_of(folder) == [3]
-    assert done.index["kind"] == "scann"
+    assert done.folder == folder / "3"
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
-    asked = {"index": "scann", "target_recall": 0.9, "keep_versions": 1, "filter_by": None}
-    assert {name: manifest["config"]["export"][name] for name in asked} == asked
+    assert manifest["index"]["index_recall@20"] >= 0.9
+    asked = {"kind": "scann", "recall": 0.9, "k": 20}
+    assert manifest["export"] == {"index": asked, "keep_versions": 1, "filter_by": None}
     assert manifest["filter"] is None
     expected, _ = served.in_memory.retrieve(served.queries(), 10)
-    found, _ = load_retriever(folder, exact=True).retrieve(served.queries(), 10)
+    found, _ = load(folder, exact=True).retrieve(served.queries(), 10)
     assert found.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="keep must be 1 or more"):
         refresh_index(folder, tmp_path / "items.parquet", keep_versions=0)
 
 
 @pytest.mark.usefixtures("unproven")
-def test_without_features_new_items_are_left_out(tmp_path: Path) -> None:
-    model = TwoTowerModel(num_queries=2, num_candidates=20, embedding_dim=4, history_length=3)
-    nothing = RowLists.from_lists([np.zeros(0, np.int32)] * 3)
-    encoder = Encoder(
-        model,
-        query_ids=np.arange(2),
-        candidate_ids=np.arange(20),
-        histories=nothing,
-        known_positives=nothing,
-    )
-    folder, _ = export_index(
-        tmp_path,
-        "ids",
-        encoder=encoder,
-        embeddings=model.embed_corpus(),
-        queries=[{"history": [3]}, {}],
-        index="exact",
-        target_recall=0.9,
-        manifest={
-            "config": RunConfig().model_dump(mode="json"),
-            "features": {"query": [], "candidate": []},
-        },
-        items=pa.table({"item_id": np.arange(20)}),
-    )
-    (tmp_path / "items.csv").write_text("item_id,colour\n5,red\n77,blue\n6,red\n")
+def test_without_features_new_items_are_left_out(served: Served, tmp_path: Path) -> None:
+    if served.candidate_ids.dtype != np.int64:
+        pytest.skip("one type of ids is enough")
+    by_id = dataclasses.replace(served, candidate_features=())
+    folder = export(by_id, tmp_path / "ids", index=Exact())
+    (tmp_path / "items.csv").write_text("item_id,colour\n10,red\n76,blue\n17,red\n")
     done = refresh_index(folder.parent, tmp_path / "items.csv")
     assert (done.num_items, done.num_left_out, done.num_untrained) == (2, 1, 0)
-    assert load_retriever(folder.parent).candidate_ids() == [5, 6]
-    (tmp_path / "new.csv").write_text("item_id\n77\n78\n")
+    assert load(folder.parent).candidate_ids() == [10, 17]
+    (tmp_path / "new.csv").write_text("item_id\n76\n78\n")
     with pytest.raises(DataError, match="holds no item that the model can embed"):
         refresh_index(folder.parent, tmp_path / "new.csv")
 
@@ -251,7 +209,7 @@ def test_a_filter_without_any_value_allows_nothing_but_all(served: Served, tmp_p
     genres = pa.array([None] * len(ids), pa.list_(pa.string()))
     pq.write_table(pa.table({"item_id": ids, "genres": genres}), tmp_path / "items.parquet")
     refresh_index(folder, tmp_path / "items.parquet")
-    loaded = load_retriever(folder)
+    loaded = load(folder)
     found, _ = loaded.retrieve([{}], 60, allowed=[[]])
     assert sorted(found[0].tolist()) == sorted(ids)
     with pytest.raises(ValueError, match="No item has 'a'"):
@@ -317,9 +275,9 @@ def test_the_command_says_what_it_did(
     assert "Train with model.unknown_rate above 0" in said
     assert "ScaNN finds" in said
     assert versions_of(folder) == [2]
-    loaded: LoadedRetriever = load_retriever(folder)
+    loaded: LoadedRetriever = load(folder)
     assert loaded.manifest["index"]["kind"] == "scann"
-    figure, points = tmp_path / "frontier.png", tmp_path / "frontier.json"
+    figure, points = tmp_path / "curve.png", tmp_path / "curve.json"
     command = ["tune-index", str(folder), "--figure", str(figure), "--json", str(points)]
     assert main([*command, "-k", "10", "--target-recall", "0.9"]) == 0
     assert "chosen" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -15,15 +16,15 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
 import pytest
 from google.protobuf import json_format
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
-from tfrs_pipeline.serving.saved_model import DEFAULT_K, ItemFilter
+from tfrs_pipeline.serving.index import Exact, Scann
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
@@ -38,22 +39,12 @@ def write_version(served: Served, directory: Path, kind: str) -> Path:
     titles[5] = EVIL
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_prove", lambda *arguments: None)
-        return export.write_export(
-            directory,
-            "films",
-            module=served.module(kind),
-            twin=served.module("exact") if kind == "scann" else None,
-            manifest={
-                "index": {"kind": kind},
-                "example_user": served.query_ids.tolist()[3],
-                "filter": ItemFilter.of_column("genres", served.genres).describe(),
-                "features": {
-                    side: [feature.to_dict()]
-                    for side, feature in zip(("query", "candidate"), served.features, strict=True)
-                },
-            },
-            items=pa.table({"item_id": served.candidate_ids.tolist(), "title": titles}),
-            queries=[],
+        return export.export(
+            dataclasses.replace(served, titles=titles),
+            directory / "films",
+            index=Exact() if kind == "exact" else Scann(recall=0.9, k=10),
+            filter_by="genres",
+            queries=[{"user_id": served.query_ids.tolist()[3]}],
         )
 
 
@@ -124,7 +115,7 @@ def running(folder: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedRetriever:
-    return load_retriever(folder)
+    return load(folder)
 
 
 @pytest.fixture(scope="module")

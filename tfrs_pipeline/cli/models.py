@@ -69,9 +69,9 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Asks and prints the answer."""
-        from tfrs_pipeline.serving.retriever import load_retriever
+        from tfrs_pipeline.serving.retriever import load
 
-        retriever = load_retriever(self.model, exact=self.exact)
+        retriever = load(self.model, exact=self.exact)
         about, ids, scores, note = self._ask(retriever)
         titles = retriever.titles()
         items = [
@@ -150,43 +150,44 @@ class TuneIndex(OfModel):
 
     Measures ScaNN indexes over the items of an exported model: the share of the exact top k that
     they find for its held-out queries, against time a query. Prints the settings that no other
-    beats, marks the one that reaches the recall target at the least time and draws the
+    beats, marks the one that reaches the recall target with the least work and draws the
     recall/latency curve. The model stays as it is: `run` and `refresh-index` choose by the same
     measure.
     """
 
     target_recall: TargetRecall | None = None
-    """Recall target, in (0, 1]; if not given, that of the model's config."""
+    """Recall target, in (0, 1]; if not given, that of the model's export."""
     k: PositiveInt = 100
     """Of the recall target."""
     figure: Path | None = None
-    """Picture; if not given, NAME-VERSION-frontier.png."""
+    """Picture; if not given, NAME-VERSION-curve.png."""
     as_json: Path | None = Field(None, alias="json")
     """Where to write every point."""
 
     def __call__(self) -> int:
         """Measures, prints and draws."""
-        from tfrs_pipeline.serving.retriever import load_retriever
-        from tfrs_pipeline.serving.tune import measure_frontier
+        from tfrs_pipeline.serving.index import Scann
+        from tfrs_pipeline.serving.retriever import load
+        from tfrs_pipeline.serving.tune import tune_index
 
-        retriever = load_retriever(self.model, exact=True)
-        by_config = retriever.manifest["config"]["export"]["target_recall"]
+        retriever = load(self.model, exact=True)
+        asked = retriever.manifest["export"]["index"] or {}
         with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
-            _, frontier = measure_frontier(
+            _, curve = tune_index(
                 retriever.candidate_embeddings(),
                 retriever.embed_queries(retriever.held_out_queries()),
                 k=self.k,
-                target_recall=self.target_recall or by_config,
+                target_recall=self.target_recall or asked.get("recall", Scann.recall),
                 num_structures=None,
             )
         console = Console()
-        say(console, frontier.table())
+        say(console, curve.table())
         name, version = retriever.folder.parts[-2:]
-        figure = self.figure or Path(f"{name}-{version}-frontier.png")
-        frontier.figure().savefig(figure, dpi=150)
+        figure = self.figure or Path(f"{name}-{version}-curve.png")
+        curve.figure().savefig(figure, dpi=150)
         say(console, f"\nfigure  {figure}")
         if self.as_json:
-            self.as_json.write_text(json.dumps(frontier.as_dict(), indent=1))
+            self.as_json.write_text(json.dumps(curve.as_dict(), indent=1))
             say(console, f"json    {self.as_json}")
         return 0
 
@@ -196,12 +197,12 @@ class RefreshIndex(OfModel):
 
     Writes a new version of a model that retrieves the items of a file: new ones are embedded by
     their features, those that the file lacks are gone. The towers stay as they are. A server picks
-    the version up. What is not given is as in the model's config.
+    the version up. What is not given is as in the version before.
     """
 
     items: Path
     """CSV or Parquet of all items to retrieve, with the item features of the model."""
-    index: Literal["auto", "scann", "exact"] | None = None
+    index: Literal["scann", "exact"] | None = None
     """Search structure."""
     target_recall: TargetRecall | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
@@ -213,20 +214,23 @@ class RefreshIndex(OfModel):
     def __call__(self) -> int:
         """Writes the new version and says what changed."""
         from tfrs_pipeline.serving.export import describe_index
+        from tfrs_pipeline.serving.index import Exact, Scann
         from tfrs_pipeline.serving.refresh import refresh_index
 
+        index: Scann | Exact | None = Exact() if self.index == "exact" else None
+        if self.index == "scann" or (index is None and self.target_recall):
+            index = Scann(self.target_recall or Scann.recall)
         console = Console()
         with native_errors_to(Path(os.devnull)), progress(console) as (_, on_progress):
             done = refresh_index(
                 self.model,
                 self.items,
-                index=self.index,
-                target_recall=self.target_recall,
+                index=index,
                 keep_versions=self.keep_versions,
                 allow_all_new=self.all_new,
                 on_progress=on_progress,
             )
-        for line in (*_changes(done), *describe_index(done.index, done.num_items)):
+        for line in (*_changes(done), describe_index(done.index, done.num_items)):
             say(console, line)
         say(console, f"model  {done.folder}")
         return 0

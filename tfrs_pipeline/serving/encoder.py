@@ -1,16 +1,80 @@
-"""The towers of a trained model behind raw ids: what stays when the items are exchanged."""
+"""What can be exported, and its towers behind raw ids: what stays when the items are exchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.build import RowLists
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tfrs_pipeline.samples.build import RowLists
+
+ITEMS_PER_CALL = 8192
+
+
+class Exportable(Protocol):
+    """What `export` asks of a model: whatever embeds queries and candidates can be served.
+
+    Rows are int32: 0 is "unknown", 1, 2, ... are those of the ids in their order. A score is the
+    dot product of a query's and a candidate's embedding, both [n, D] float32.
+
+    Attributes:
+        query_ids: [num_queries] int64, or object of `str`: the users' ids.
+        candidate_ids: [num_candidates] likewise: the items' ids.
+        history_length: N, the most recent items of a history that `embed_queries` reads; 0 is none.
+        variables: What the two methods read when they are given features: variables, and lookup
+            tables where there are any. They are saved, and nothing else of the model.
+        query_features: Fitted features of the queries, in the order in which requests list them.
+        candidate_features: Those of the candidates.
+        histories: Per query row from 0, candidate rows, most recent first, as known when exported.
+        known_positives: Per query row from 0, the candidate rows that are not retrieved again.
+        items: One row a candidate, in the order of `candidate_ids`: `item_id`, columns to filter
+            by and, if there is one, `title`.
+    """
+
+    @property
+    def query_ids(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def candidate_ids(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def history_length(self) -> int: ...  # noqa: D102
+    @property
+    def variables(self) -> Sequence[Any]: ...  # noqa: D102
+    @property
+    def query_features(self) -> Sequence[Feature]: ...  # noqa: D102
+    @property
+    def candidate_features(self) -> Sequence[Feature]: ...  # noqa: D102
+    @property
+    def histories(self) -> RowLists: ...  # noqa: D102
+    @property
+    def known_positives(self) -> RowLists: ...  # noqa: D102
+    @property
+    def items(self) -> pa.Table: ...  # noqa: D102
+
+    def embed_queries(
+        self,
+        query_rows: tf.Tensor,
+        history_rows: tf.Tensor,
+        features: Mapping[str, tf.Tensor] | None = None,
+    ) -> tf.Tensor:
+        """Embeds queries, within a graph too.
+
+        Args:
+            query_rows: [B].
+            history_rows: [B, N], most recent first, padded with 0.
+            features: Encoded, by name; None takes what the model holds of `query_rows`.
+        """
+
+    def embed_candidates(
+        self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Embeds candidates, [n], within a graph too; features as in `embed_queries`."""
 
 
 class Encoder(tf.Module):
@@ -18,110 +82,66 @@ class Encoder(tf.Module):
 
     It speaks of ids alone, in the types of the logs (int64 or string; -1 or "" is an empty slot),
     so that an index over other items than those of the training can stand beside it. An `Encoder`
-    that was saved within a module and loaded is called in the same way: every function keeps its
-    input signature.
-
-    Args:
-        model: Trained model.
-        query_ids: [num_queries] user ids, in the order of the model's rows.
-        candidate_ids: [num_candidates] item ids, likewise.
-        histories: Per query row from 0, candidate rows, most recent first.
-        known_positives: Per query row from 0, candidate rows.
-        query_features: Those of the model's query tower, in its order.
-        candidate_features: Those of its candidate tower.
+    that was saved within a module and loaded is called in the same way, by position: its functions
+    keep their input signatures.
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
             stored history and features.
         embed_query: user_id [B], history [B, L] oldest first -> the same, by that history.
-        embed_query_with_features: user_id, history, raw features by name (see `Feature`) -> the
-            same, by these features instead of the stored ones; None without query features.
-        embed_candidate: item_id [B], raw features by name -> embeddings [B, D] float32,
+        embed_query_with_features: user_id, history, each feature's raw values (`raw_signature`) ->
+            the same, by these features instead of the stored ones; None without query features.
+        embed_candidate: item_id [B], each feature's raw values -> embeddings [B, D] float32,
             is_known_item [B] bool. An item that the training did not have is embedded by its
             features and the unknown id's embedding.
         known_items: user_id [B] -> [B, any] ids of the user's known positives.
     """
 
-    def __init__(
-        self,
-        model: TwoTowerModel,
-        *,
-        query_ids: np.ndarray,
-        candidate_ids: np.ndarray,
-        histories: RowLists,
-        known_positives: RowLists,
-        query_features: Sequence[Feature] = (),
-        candidate_features: Sequence[Feature] = (),
-    ) -> None:
+    def __init__(self, model: Exportable) -> None:
         super().__init__(name="encoder")
         # Variables alone: tracking the layers would export their Keras machinery too.
-        self._variables = [
-            *model.query_table.variables,
-            *model.query_tower.variables,
-            *model.candidate_tower.variables,
-        ]
+        self._variables = list(model.variables)
         self._model = _Untracked(model)
-        self._query_rows = row_table(query_ids)
-        self._candidate_rows = row_table(candidate_ids)
-        self._user_dtype, self._item_dtype = id_dtype(query_ids), id_dtype(candidate_ids)
+        self._query_rows = row_table(model.query_ids)
+        self._candidate_rows = row_table(model.candidate_ids)
         # Place 0 holds the empty id: an empty slot has row 0.
-        self._candidate_ids = stored(with_empty(candidate_ids))
-        self._histories = [stored(histories.values), stored(histories.offsets)]
-        self._known = [stored(known_positives.values), stored(known_positives.offsets)]
-        self._query_features = tuple(query_features)
-        self._candidate_features = tuple(candidate_features)
+        self._candidate_ids = stored(with_empty(model.candidate_ids))
+        self._histories = [stored(model.histories.values), stored(model.histories.offsets)]
+        known = model.known_positives
+        self._known = [stored(known.values), stored(known.offsets)]
+        self._query_features = tuple(model.query_features)
+        self._candidate_features = tuple(model.candidate_features)
         # As attributes they are saved with the module.
-        self._query_vocabularies = lookup_tables(query_features)
-        self._candidate_vocabularies = lookup_tables(candidate_features)
-        self._trace()
+        self._query_vocabularies = lookup_tables(model.query_features)
+        self._candidate_vocabularies = lookup_tables(model.candidate_features)
+        user_id = tf.TensorSpec([None], id_dtype(model.query_ids), "user_id")
+        item_dtype = id_dtype(model.candidate_ids)
+        item_id = tf.TensorSpec([None], item_dtype, "item_id")
+        history = tf.TensorSpec([None, None], item_dtype, "history")
+        query_features = raw_signature(self._query_features).values()
+        candidate_features = raw_signature(self._candidate_features).values()
+        self.embed_user = traced(self._embed_user, [user_id])
+        self.embed_query = traced(self._embed_query, [user_id, history])
+        self.embed_query_with_features = None
+        if query_features:
+            self.embed_query_with_features = traced(
+                self._embed_query, [user_id, history, *query_features]
+            )
+        self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
+        self.known_items = traced(self._known_items, [user_id])
 
-    def _trace(self) -> None:
-        user_id = tf.TensorSpec([None], self._user_dtype, "user_id")
-        history = tf.TensorSpec([None, None], self._item_dtype, "history")
-        item_id = tf.TensorSpec([None], self._item_dtype, "item_id")
-        query_features = raw_signature(self._query_features)
+    def _embed_user(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        query_rows = lookup(self._query_rows, user_id)
+        return self._embed(query_rows, _lists(self._histories, query_rows), None)
 
-        @tf.function(input_signature=[user_id])
-        def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-            query_rows = lookup(self._query_rows, user_id)
-            return self._embed(query_rows, _lists(self._histories, query_rows), None)
-
-        @tf.function(input_signature=[user_id, history])
-        def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self._embed(lookup(self._query_rows, user_id), self._known_rows(history), None)
-
-        @tf.function(input_signature=[user_id, history, query_features])
-        def embed_query_with_features(
-            user_id: tf.Tensor, history: tf.Tensor, features: dict[str, tf.Tensor]
-        ) -> dict[str, tf.Tensor]:
-            encoded = encode_raw(self._query_features, features)
-            query_rows = lookup(self._query_rows, user_id)
-            return self._embed(query_rows, self._known_rows(history), encoded)
-
-        @tf.function(input_signature=[item_id, raw_signature(self._candidate_features)])
-        def embed_candidate(
-            item_id: tf.Tensor, features: dict[str, tf.Tensor]
-        ) -> dict[str, tf.Tensor]:
-            rows = lookup(self._candidate_rows, item_id)
-            encoded = encode_raw(self._candidate_features, features)
-            embeddings = self._model.value.embed_candidates(rows, encoded)
-            return {"embeddings": embeddings, "is_known_item": rows > 0}
-
-        @tf.function(input_signature=[user_id])
-        def known_items(user_id: tf.Tensor) -> tf.Tensor:
-            rows = _lists(self._known, lookup(self._query_rows, user_id)).to_tensor()
-            return tf.gather(self._candidate_ids, rows)
-
-        self.embed_user = embed_user
-        self.embed_query = embed_query
-        self.embed_query_with_features = embed_query_with_features if query_features else None
-        self.embed_candidate = embed_candidate
-        self.known_items = known_items
-
-    def _known_rows(self, history: tf.Tensor) -> tf.RaggedTensor:
-        """Turns histories, oldest first, into rows of known items, most recent first."""
+    def _embed_query(
+        self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        # Rows of known items, most recent first.
         rows = tf.reverse(lookup(self._candidate_rows, history), axis=[1])
-        return tf.ragged.boolean_mask(rows, rows > 0)
+        known = tf.ragged.boolean_mask(rows, rows > 0)
+        features = _encoded(self._query_features, raw)
+        return self._embed(lookup(self._query_rows, user_id), known, features)
 
     def _embed(
         self,
@@ -137,6 +157,59 @@ class Encoder(tf.Module):
             "is_known_user": query_rows > 0,
         }
 
+    def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
+        rows = lookup(self._candidate_rows, item_id)
+        features = _encoded(self._candidate_features, raw)
+        return {
+            "embeddings": self._model.value.embed_candidates(rows, features),
+            "is_known_item": rows > 0,
+        }
+
+    def _known_items(self, user_id: tf.Tensor) -> tf.Tensor:
+        rows = _lists(self._known, lookup(self._query_rows, user_id)).to_tensor()
+        return tf.gather(self._candidate_ids, rows)
+
+
+def embed_corpus(model: Exportable) -> np.ndarray:
+    """Embeds every candidate of a model, rows 1, 2, ...: [num_candidates, D] float32."""
+    row = tf.TensorSpec([None], tf.int32)
+    # Not called as a tf.function, which warns where many models are embedded, one after the other.
+    embed = tf.function(model.embed_candidates).get_concrete_function(row)
+    rows = np.arange(1, len(model.candidate_ids) + 1, dtype=np.int32)
+    starts = range(0, len(rows), ITEMS_PER_CALL)
+    return np.concatenate(
+        [embed(tf.constant(rows[start : start + ITEMS_PER_CALL])).numpy() for start in starts]
+    )
+
+
+def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
+    """Makes a graph of a function of named inputs; it is called by position.
+
+    A signature's inputs are named by the specs, also where a name is no argument of the function.
+    """
+    names = [spec.name for spec in specs]
+    return tf.function(
+        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
+    )
+
+
+def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
+    """Returns the inputs of a signature by name, in order, before it is saved or after."""
+    if hasattr(function, "get_concrete_function"):
+        function = function.get_concrete_function()
+    positional, named = function.structured_input_signature
+    return {spec.name: spec for spec in positional} | dict(named)
+
+
+def _encoded(
+    features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
+) -> dict[str, tf.Tensor] | None:
+    """Encodes the raw values of a signature's inputs; None if none were given."""
+    if not raw:
+        return None
+    signature = raw_signature(features)
+    return encode_raw(features, {name: raw[spec.name] for name, spec in signature.items()})
+
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:
     """Gathers the lists of rows."""
@@ -147,7 +220,7 @@ def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.Rag
 class _Untracked:
     """Keeps a model out of the exported object graph."""
 
-    def __init__(self, value: TwoTowerModel) -> None:
+    def __init__(self, value: Exportable) -> None:
         self.value = value
 
 

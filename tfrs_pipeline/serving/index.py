@@ -1,38 +1,56 @@
-"""Search structures over candidate embeddings, as TensorFlow modules that can be exported."""
+"""Search over candidate embeddings: exact or by ScaNN, as TensorFlow modules that are exported."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import exclude_rows_of, top_k_in_blocks
+from tfrs_pipeline.evaluation.topk import exclude_rows_of
 from tfrs_pipeline.retrieval import Query
-
-logger = logging.getLogger(__name__)
-
-IndexKind = Literal["auto", "scann", "exact"]
 
 # Below this, scoring every candidate is as fast as any index, and exact.
 SMALLEST_SCANN_CORPUS = 20_000
 # Codes of a block.
 _SMALLEST_HASHED_CORPUS = 16
+_QUERIES_PER_CALL = 256
 
 
-def resolve_index_kind(kind: IndexKind, num_candidates: int) -> Literal["scann", "exact"]:
-    """Chooses what "auto" means: exact search below 20,000 candidates, ScaNN from there on."""
-    if kind != "auto":
-        return kind
-    chosen: Literal["scann", "exact"] = (
-        "exact" if num_candidates < SMALLEST_SCANN_CORPUS else "scann"
-    )
-    logger.info("index: %s, for %d candidates", chosen, num_candidates)
-    return chosen
+@dataclass(frozen=True)
+class Exact:
+    """Exact search: every candidate is scored. Its time grows with the number of candidates."""
+
+    kind: Literal["exact"] = "exact"
+
+
+@dataclass(frozen=True)
+class Scann:
+    """A ScaNN index, tuned to find a share of the exact top k at the least work.
+
+    Args:
+        recall: Recall target: share of the exact top k that it must find, in (0, 1].
+        k: How many candidates are asked for in service: an index that is tuned at 100 finds far
+            less of the top 500.
+    """
+
+    recall: float = 0.98
+    k: int = 100
+    kind: Literal["scann"] = "scann"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"recall must be in (0, 1]. Received: {self.recall}")
+        if self.k < 1:
+            raise ValueError(f"k must be 1 or more. Received: {self.k}")
+
+
+def index_for(num_candidates: int, recall: float = Scann.recall) -> Scann | Exact:
+    """Chooses what suits a corpus: exact search below 20,000 candidates, ScaNN from there on."""
+    return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(recall)
 
 
 def load_scann_ops() -> Any:
@@ -46,8 +64,8 @@ def load_scann_ops() -> Any:
     except Exception as error:  # A TensorFlow of another version fails in the loader.
         raise ImportError(
             "The ScaNN index needs the package scann, built for this TensorFlow "
-            f"({tf.__version__}): pip install 'scann==1.4.2' with tensorflow 2.20, or use "
-            f"index = 'exact'. The import said: {error}"
+            f"({tf.__version__}): pip install 'scann==1.4.2' with tensorflow 2.20, or use exact "
+            f"search. The import said: {error}"
         ) from error
     return scann_ops
 
@@ -56,7 +74,7 @@ class ExactIndex(tf.Module):
     """Scores every candidate.
 
     Args:
-        embeddings: [num_candidates, dim] float32.
+        embeddings: [num_candidates, D] float32.
     """
 
     def __init__(self, embeddings: np.ndarray) -> None:
@@ -64,23 +82,40 @@ class ExactIndex(tf.Module):
         self.embeddings = tf.Variable(embeddings, trainable=False, name="candidate_embeddings")
         self.num_candidates = len(embeddings)
 
-    def scores(self, queries: tf.Tensor) -> tf.Tensor:
-        """Scores queries, [B, dim], against all: [B, num_candidates] float32."""
-        return tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
+    @property
+    def exact(self) -> ExactIndex:
+        """Itself; of an approximate index, the exact search beside it."""
+        return self
 
-    def search(self, queries: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds the k best candidates.
+    def search(
+        self,
+        queries: tf.Tensor,
+        k: tf.Tensor,
+        excluded: tf.Tensor,
+        is_allowed: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds the k best candidates that are not excluded.
 
         Args:
-            queries: [B, dim] float32.
-            k: Scalar int32, at most num_candidates.
+            queries: [B, D] float32.
+            k: Scalar int32, 1 or more; may exceed the corpus.
+            excluded: [B, E] int32 rows never to be found for a query, from 1; 0 is padding.
+            is_allowed: [B, num_candidates] bool, which candidates may be found; None is all.
 
         Returns:
-            places: [B, k] int32 from 0, best first, ties by the smaller place.
-            scores: [B, k] float32.
+            rows: [B, k] int32 from 1, best first, ties by the smaller row; 0 in empty slots.
+            scores: [B, k] float32, -inf in empty slots.
         """
-        scores, places = tf.math.top_k(self.scores(queries), k)
-        return places, scores
+        scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
+        if is_allowed is not None:
+            scores = tf.where(is_allowed, scores, -np.inf)
+        cells = tf.where(excluded > 0)
+        columns = tf.cast(tf.gather_nd(excluded, cells), tf.int64) - 1
+        lowest = tf.fill([tf.shape(cells)[0]], tf.constant(-np.inf, tf.float32))
+        cells = tf.stack([cells[:, 0], columns], axis=1)
+        scores = tf.tensor_scatter_nd_update(scores, cells, lowest)
+        top_scores, places = tf.math.top_k(scores, tf.minimum(k, self.num_candidates))
+        return _filled_up(places + 1, top_scores, k)
 
 
 @dataclass(frozen=True)
@@ -109,7 +144,7 @@ def build_searcher(
 
     Args:
         builder: ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` outside TensorFlow.
-        embeddings: [num_candidates, dim] float32.
+        embeddings: [num_candidates, D] float32.
         settings: How to build.
     """
     sample = min(len(embeddings), 100_000)
@@ -136,7 +171,8 @@ class ScannIndex(tf.Module):
     threshold nor settings that can be given with a search.
 
     Args:
-        embeddings: [num_candidates, dim] float32.
+        exact: Exact search over the candidates: the fallback where the index finds too few, and
+            for filters.
         settings: How to build and search.
 
     Raises:
@@ -144,44 +180,45 @@ class ScannIndex(tf.Module):
         ValueError: If there are more leaves than candidates, or fewer than 16 candidates.
     """
 
-    def __init__(self, embeddings: np.ndarray, settings: ScannSettings) -> None:
+    def __init__(self, exact: ExactIndex, settings: ScannSettings) -> None:
         super().__init__(name="scann_index")
-        if settings.num_leaves > len(embeddings):
+        if settings.num_leaves > exact.num_candidates:
             raise ValueError(
-                f"num_leaves must not exceed the {len(embeddings)} candidates. "
+                f"num_leaves must not exceed the {exact.num_candidates} candidates. "
                 f"Received: {settings.num_leaves}"
             )
-        if len(embeddings) < _SMALLEST_HASHED_CORPUS:
+        if exact.num_candidates < _SMALLEST_HASHED_CORPUS:
             raise ValueError(
-                f"ScaNN learns its hashing from {_SMALLEST_HASHED_CORPUS} candidates or more; use "
-                f"index = 'exact'. Received: {len(embeddings)} candidates"
+                f"ScaNN learns its hashing from {_SMALLEST_HASHED_CORPUS} candidates or more: take "
+                f"the exact index. Received: {exact.num_candidates} candidates"
             )
         self._ops = load_scann_ops()
+        self.exact = exact
         self.settings = settings
-        self.num_candidates = len(embeddings)
-        searcher = build_searcher(self._ops.builder, embeddings, settings)
+        self.num_candidates = exact.num_candidates
+        searcher = build_searcher(self._ops.builder, exact.embeddings.numpy(), settings)
         self._state = searcher.serialize_to_module()
         # Searches load the state; the builder's own copy of it would stay for good.
         tf.raw_ops.DestroyResourceOp(resource=searcher.searcher_handle)
 
-    def search(
+    def approximate(
         self,
         queries: tf.Tensor,
         k: tf.Tensor,
         num_leaves_to_search: tf.Tensor | int | None = None,
         num_reordered: tf.Tensor | int | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds about the k best candidates.
+        """Finds about the k best candidates, and fewer where the searched leaves hold fewer.
 
         Args:
-            queries: [B, dim] float32.
-            k: Scalar int32.
+            queries: [B, D] float32.
+            k: Scalar int32, at most num_candidates.
             num_leaves_to_search: Scalar int32, instead of the setting's.
             num_reordered: Scalar int32, instead of the setting's; k at least.
 
         Returns:
-            places: [B, <=k] int32 from 0, best first; what stands in an empty slot means nothing.
-            scores: [B, <=k] float32, -inf in empty slots.
+            rows: [B, k] int32 from 1, best first; 0 in empty slots.
+            scores: [B, k] float32, -inf in empty slots.
         """
         searcher = self._ops.searcher_from_module(self._state)
         leaves = num_leaves_to_search
@@ -206,19 +243,68 @@ class ScannIndex(tf.Module):
         )
         # ScaNN pads with NaN where the searched leaves hold fewer than k candidates.
         scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
-        return places, scores
+        return _filled_up(places + 1, scores, k)
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the settings, for the manifest."""
-        return asdict(self.settings)
+    def search(
+        self,
+        queries: tf.Tensor,
+        k: tf.Tensor,
+        excluded: tf.Tensor,
+        is_allowed: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds about the k best candidates that are not excluded; see `ExactIndex.search`.
+
+        More are fetched and the excluded dropped; a query for which too few are left, and every
+        filtered one, is answered by exact search.
+        """
+        if is_allowed is not None:
+            return self.exact.search(queries, k, excluded, is_allowed)
+        excluded = tf.sort(excluded, axis=1)
+        num_excluded = _num_distinct(excluded)
+        # The maximum of no queries is the lowest int32.
+        most_excluded = tf.maximum(tf.reduce_max(num_excluded), 0)
+        rows, scores = self.approximate(queries, tf.minimum(k + most_excluded, self.num_candidates))
+        scores = tf.where(_is_in_sorted(rows, excluded), -np.inf, scores)
+        top_scores, order = tf.math.top_k(scores, tf.minimum(k, tf.shape(scores)[1]))
+        rows, scores = _filled_up(tf.gather(rows, order, batch_dims=1), top_scores, k)
+        num_found = tf.math.count_nonzero(rows, axis=1, dtype=tf.int32)
+        short = tf.where(num_found < tf.minimum(k, self.num_candidates - num_excluded))
+        exact_rows, exact_scores = self.exact.search(
+            tf.gather_nd(queries, short), k, tf.gather_nd(excluded, short)
+        )
+        return (
+            tf.tensor_scatter_nd_update(rows, short, exact_rows),
+            tf.tensor_scatter_nd_update(scores, short, exact_scores),
+        )
+
+
+def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Fills [B, <=k] rows and scores up to k, with row 0 wherever the score is -inf."""
+    missing = [[0, 0], [0, k - tf.shape(rows)[1]]]
+    rows = tf.pad(tf.where(scores > -np.inf, rows, 0), missing)
+    return rows, tf.pad(scores, missing, constant_values=-np.inf)
+
+
+def _num_distinct(rows: tf.Tensor) -> tf.Tensor:
+    """Counts each line's distinct rows above 0; `rows` is sorted, [B, E] -> [B]."""
+    first = tf.concat([tf.ones_like(rows[:, :1], tf.bool), rows[:, 1:] != rows[:, :-1]], axis=1)
+    return tf.reduce_sum(tf.cast(first & (rows > 0), tf.int32), axis=1)
+
+
+def _is_in_sorted(rows: tf.Tensor, sorted_rows: tf.Tensor) -> tf.Tensor:
+    """Tells which of `rows` [B, n] are in the same line of `sorted_rows` [B, E]."""
+    # A last column that equals nothing keeps the lookup in range, also when E is 0.
+    last = tf.fill([tf.shape(rows)[0], 1], tf.int32.max)
+    lines = tf.concat([sorted_rows, last], axis=1)
+    return tf.gather(lines, tf.searchsorted(lines, rows), batch_dims=1) == rows
 
 
 def index_recall(found: np.ndarray, exact: np.ndarray) -> float:
     """Computes the mean share of the exact top k that an approximate search found.
 
     Args:
-        found: [num_queries, any] places; -1 is an empty slot and never a hit.
-        exact: [num_queries, k] places from 0.
+        found: [num_queries, any] rows; 0 is an empty slot and never a hit.
+        exact: [num_queries, k] rows from 1.
     """
     hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
     return float(np.mean(hits)) / exact.shape[1]
@@ -229,24 +315,26 @@ class IndexRetriever:
 
     Args:
         index: Over the embeddings of the candidates.
-        exact: Over the same; answers where the index finds fewer than there are.
         candidate_ids: [num_candidates] distinct ids, in the order of the embeddings.
-        query_fn: The query tower: queries -> [num_queries, dim] float32.
+        query_fn: The query tower: queries -> [num_queries, D] float32.
     """
 
     def __init__(
         self,
         index: ExactIndex | ScannIndex,
-        exact: ExactIndex,
         candidate_ids: Collection[Any] | np.ndarray,
         query_fn: Callable[[Sequence[Query]], np.ndarray],
     ) -> None:
         self.corpus = Ids(candidate_ids)
-        self._exact = exact
         self._query_fn = query_fn
+        matrix = [None, None]
         self._search = tf.function(
             index.search,
-            input_signature=[tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([], tf.int32)],
+            input_signature=[
+                tf.TensorSpec(matrix, tf.float32),
+                tf.TensorSpec([], tf.int32),
+                tf.TensorSpec(matrix, tf.int32),
+            ],
         )
 
     def retrieve(
@@ -259,34 +347,16 @@ class IndexRetriever:
         if k < 1:
             raise ValueError(f"k must be 1 or more. Received: k={k}.")
         excluded = exclude_rows_of(self.corpus, queries, exclude)
-        if excluded is None:
-            excluded = [np.zeros(0, np.int32)] * len(queries)
         rows = np.zeros((len(queries), k), np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        if not len(queries):
-            return self.corpus.take(rows), scores
-        embeddings = self._query_fn(queries)
-        depth = min(k + max(map(len, excluded)), len(self.corpus))
-        places, found_scores = (x.numpy() for x in self._search(embeddings, depth))
-        found = places + 1
-        if exclude is None and np.isfinite(found_scores).all():
-            rows[:, :depth], scores[:, :depth] = found, found_scores
-            return self.corpus.take(rows), scores
-        short = []
-        for i, left_out in enumerate(excluded):
-            is_good = (found_scores[i] > -np.inf) & ~np.isin(found[i], left_out)
-            slots = np.flatnonzero(is_good)[:k]
-            if len(slots) < min(k, len(self.corpus) - len(left_out)):
-                short.append(i)
-                continue
-            rows[i, : len(slots)] = found[i][slots]
-            scores[i, : len(slots)] = found_scores[i][slots]
-        if short:
-            rows[short], scores[short] = top_k_in_blocks(
-                lambda block: self._exact.scores(embeddings[short][block]).numpy(),
-                len(short),
-                len(self.corpus),
-                k,
-                [excluded[i] for i in short],
-            )
+        for start in range(0, len(queries), _QUERIES_PER_CALL):
+            block = slice(start, start + _QUERIES_PER_CALL)
+            lists: Sequence[Any] = [()] * len(queries[block])
+            if excluded is not None:
+                lists = excluded[block]
+            padded = np.zeros((len(lists), max(map(len, lists))), np.int32)
+            for line, known in zip(padded, lists, strict=True):
+                line[: len(known)] = known
+            found = self._search(self._query_fn(queries[block]), k, padded)
+            rows[block], scores[block] = (part.numpy() for part in found)
         return self.corpus.take(rows), scores

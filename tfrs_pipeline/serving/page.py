@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.serving.batching import Batcher, SignatureModel
-from tfrs_pipeline.serving.export import ITEMS_FILE
+from tfrs_pipeline.serving.publish import ITEMS_FILE
 from tfrs_pipeline.serving.rest import RequestError
 from tfrs_pipeline.serving.versions import ServedVersion
 

@@ -20,6 +20,10 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+ITEMS_FILE = Path("assets.extra") / "items.parquet"
+QUERIES_FILE = Path("assets.extra") / "queries.parquet"
+# The brute-force fallback of a ScaNN model.
+EXACT_FOLDER = Path("exact") / "1"
 _PARTIAL, _DISCARDED = ".partial-", ".discarded-"
 # The longest that a version may take to write: an older partial one is nobody's any more.
 _ABANDONED_AFTER_SECONDS = 24 * 3600.0

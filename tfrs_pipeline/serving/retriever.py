@@ -16,20 +16,49 @@ from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import empty_id
-from tfrs_pipeline.serving.export import EXACT_TWIN, ITEMS_FILE, QUERIES_FILE
 from tfrs_pipeline.serving.index import load_scann_ops
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import (
+    EXACT_FOLDER,
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    QUERIES_FILE,
+    versions_of,
+)
 
 # What a `Retriever` may be asked with.
 _QUERY_KEYS = ("user_id", "history", "features")
 
 
+def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
+    """Loads an exported model.
+
+    Args:
+        path: A version's folder, or the model's, whose newest complete version is taken.
+        exact: Whether to load the brute-force fallback instead of a ScaNN index.
+
+    Raises:
+        FileNotFoundError: If there is no complete export at `path`.
+        ImportError: If the index needs ScaNN and it is missing.
+    """
+    folder = Path(path).resolve()
+    if not (folder / MANIFEST_FILE).is_file():
+        versions = versions_of(folder)
+        if not versions:
+            raise FileNotFoundError(
+                f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
+                f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
+            )
+        folder = folder / str(versions[-1])
+    return LoadedRetriever(folder, exact=exact)
+
+
 class LoadedRetriever:
-    """A `Retriever` on an exported model; see `load_retriever`.
+    """A `Retriever` on an exported model; see `load`.
 
     Attributes:
         folder: Of the version.
         manifest: What `manifest.json` holds.
+        saved_model: The model as `tf.saved_model.load` gives it: its signatures and its parts.
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Of the item ids.
         item_filter: "name" of the column that requests may filter by and all its "values"; None
@@ -39,17 +68,15 @@ class LoadedRetriever:
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
-        is_scann = self.manifest["index"]["kind"] == "scann"
-        if is_scann and not exact:
-            load_scann_ops()
-        self._loaded = tf.saved_model.load(
-            str(folder / EXACT_TWIN if exact and is_scann else folder)
-        )
-        signatures = self._loaded.signatures
-        spec = signatures["retrieve"].structured_input_signature[1]
+        if self.manifest["index"]["kind"] == "scann":
+            if exact:
+                folder = folder / EXACT_FOLDER
+            else:
+                load_scann_ops()
+        self.saved_model: Any = tf.saved_model.load(str(folder))
+        spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
-        self._num_candidates = int(pq.read_metadata(folder / ITEMS_FILE).num_rows)
         features = self.manifest.get("features", {})
         self._query_features, self._candidate_features = (
             [Feature.from_dict(settings) for settings in features.get(side, ())]
@@ -74,7 +101,7 @@ class LoadedRetriever:
             queries: One mapping a query.
             k: How many candidates a query.
             exclude: Per query, ids to leave out.
-            allowed: Per query, values of the model's item filter (its config's export.filter_by):
+            allowed: Per query, values of the model's item filter (`filter_by` of the export):
                 items that have one of them are retrieved alone; an empty list allows all.
 
         Raises:
@@ -82,78 +109,10 @@ class LoadedRetriever:
                 feature that the model does not read; if `allowed` is given and the model has no
                 item filter, or holds a value that no item has.
         """
-        _check_keys(queries)
-        inputs = {
-            **self._query_inputs(queries),
-            "exclude": self._excluded(exclude, len(queries)),
-            "k": _checked_k(k),
-        }
-        names = ("retrieve", "retrieve_with_features")
-        if allowed is not None:
-            inputs["allowed"] = self._allowed(allowed, len(queries))
-            names = ("retrieve_filtered", "retrieve_with_features_filtered")
-        answer = self._answered(queries, inputs, *names)
+        asked = self._asked(k, exclude, allowed, len(queries))
+        suffix = "" if allowed is None else "_filtered"
+        answer = self._answer(queries, "retrieve{}" + suffix, asked)
         return _decoded(answer["candidate_ids"]), answer["scores"]
-
-    def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
-        _check_keys(queries)
-        inputs = self._query_inputs(queries)
-        names = ("embed_query", "embed_query_with_features")
-        return self._answered(queries, inputs, *names)["embeddings"]
-
-    def _answered(
-        self,
-        queries: Sequence[Query],
-        inputs: Mapping[str, tf.Tensor],
-        signature: str,
-        signature_with_features: str,
-    ) -> dict[str, np.ndarray]:
-        """Asks the one signature for queries without features, the other for those with."""
-        has_features = np.array(["features" in query for query in queries], bool)
-        if not has_features.any():
-            answer = self._loaded.signatures[signature](**inputs)
-            return {name: tensor.numpy() for name, tensor in answer.items()}
-        raw = self._raw_query_features([query for query in queries if "features" in query])
-        parts, order = [], []
-        for is_chosen, name, more in (
-            (~has_features, signature, {}),
-            (has_features, signature_with_features, raw),
-        ):
-            places = np.flatnonzero(is_chosen)
-            if not len(places):
-                continue
-            chosen = {
-                key: tensor if key == "k" else tf.gather(tensor, places)
-                for key, tensor in inputs.items()
-            }
-            parts.append(self._loaded.signatures[name](**chosen, **more))
-            order.append(places)
-        back = np.argsort(np.concatenate(order))
-        return {
-            name: np.concatenate([part[name].numpy() for part in parts])[back] for name in parts[0]
-        }
-
-    def embed_candidates(
-        self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items, those too that are not in the index.
-
-        Args:
-            item_ids: [n] ids; one that the training did not have is embedded by its features.
-            features: By name, [n] raw values as in the item table; None is missing.
-
-        Returns:
-            embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
-
-        Raises:
-            ValueError: If a feature that the model reads is missing.
-        """
-        raw = _raw_inputs(self._candidate_features, features, len(item_ids))
-        answer = self._loaded.signatures["embed_candidate"](
-            item_id=_ids(item_ids, self.item_dtype), **raw
-        )
-        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def retrieve_user(
         self,
@@ -179,17 +138,38 @@ class LoadedRetriever:
         """
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
-        inputs = {
-            "user_id": _ids(user_ids, self.user_dtype),
-            "exclude": self._excluded(exclude, len(user_ids)),
-            "k": _checked_k(k),
-        }
-        if allowed is None:
-            answer = self._loaded.signatures["retrieve_user"](**inputs)
-        else:
-            inputs["allowed"] = self._allowed(allowed, len(user_ids))
-            answer = self._loaded.signatures["retrieve_user_filtered"](**inputs)
-        return *_found(answer), answer["is_known_user"].numpy()
+        asked = self._asked(k, exclude, allowed, len(user_ids))
+        name = "retrieve_user" if allowed is None else "retrieve_user_filtered"
+        answer = self.saved_model.signatures[name](user_id=_ids(user_ids, self.user_dtype), **asked)
+        ids, scores, is_known = (
+            answer[name].numpy() for name in ("candidate_ids", "scores", "is_known_user")
+        )
+        return _decoded(ids), scores, is_known
+
+    def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
+        return self._answer(queries, "embed_query{}", {})["embeddings"]
+
+    def embed_candidates(
+        self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items, those too that are not in the index.
+
+        Args:
+            item_ids: [n] ids; one that the training did not have is embedded by its features.
+            features: By name, [n] raw values as in the item table; None is missing.
+
+        Returns:
+            embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
+
+        Raises:
+            ValueError: If a feature that the model reads is missing.
+        """
+        raw = _raw_inputs(self._candidate_features, features, len(item_ids))
+        answer = self.saved_model.signatures["embed_candidate"](
+            item_id=_ids(item_ids, self.item_dtype), **raw
+        )
+        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def parse_user_id(self, text: str) -> Any:
         """Turns a user id typed by a person into the type of the model's ids.
@@ -204,14 +184,9 @@ class LoadedRetriever:
         return _parse_id(text, self.item_dtype, "item")
 
     @property
-    def saved_model(self) -> Any:
-        """The model as `tf.saved_model.load` gives it: its signatures and its parts."""
-        return self._loaded
-
-    @property
     def num_candidates(self) -> int:
         """Size of the corpus."""
-        return self._num_candidates
+        return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
 
     def candidate_ids(self) -> list[Any]:
         """Reads the ids of the items, in the order of their embeddings."""
@@ -219,7 +194,7 @@ class LoadedRetriever:
 
     def candidate_embeddings(self) -> np.ndarray:
         """Returns the embeddings of the items: [num_candidates, D] float32."""
-        return self._loaded.exact.embeddings.numpy()
+        return self.saved_model.exact.embeddings.numpy()
 
     def held_out_queries(self) -> list[Query]:
         """Reads the queries that the index was measured on: their user_id and history."""
@@ -228,16 +203,32 @@ class LoadedRetriever:
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the items, by id; empty if there are none."""
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
-        if "title" not in items:
-            return {}
-        return dict(zip(items["item_id"], items["title"], strict=True))
+        return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 
-    def _query_inputs(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        empty = empty_id(self.user_dtype)
-        return {
-            "user_id": _ids([query.get("user_id", empty) for query in queries], self.user_dtype),
+    def _answer(
+        self, queries: Sequence[Query], signature: str, asked: Mapping[str, tf.Tensor]
+    ) -> dict[str, np.ndarray]:
+        """Asks one signature for the queries without features, another for those with."""
+        _check_queries(queries)
+        inputs = {
+            "user_id": _ids([query.get("user_id") for query in queries], self.user_dtype),
             "history": self._padded([query.get("history", ()) for query in queries]),
+            **asked,
         }
+        has_features = np.array(["features" in query for query in queries], bool)
+        if not has_features.any():
+            answer = self.saved_model.signatures[signature.format("")](**inputs)
+            return {name: tensor.numpy() for name, tensor in answer.items()}
+        order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
+        raw = self._raw_query_features([query for query in queries if "features" in query])
+        parts = [
+            self.saved_model.signatures[signature.format(suffix)](
+                **{n: x if n == "k" else tf.gather(x, places) for n, x in inputs.items()}, **more
+            )
+            for places, suffix, more in zip(order, ("", "_with_features"), ({}, raw), strict=True)
+        ]
+        back = np.argsort(np.concatenate(order))
+        return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}
 
     def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         names = [feature.name for feature in self._query_features]
@@ -251,59 +242,44 @@ class LoadedRetriever:
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
         return _raw_inputs(self._query_features, columns, len(queries))
 
-    def _allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> tf.Tensor:
+    def _asked(
+        self,
+        k: int,
+        exclude: Sequence[Collection[Any]] | None,
+        allowed: Sequence[Collection[str]] | None,
+        num_queries: int,
+    ) -> dict[str, tf.Tensor]:
+        if not 1 <= k <= tf.int32.max:
+            raise ValueError(f"k must be 1 or more, and an int32. Received: {k}")
+        exclude = [()] * num_queries if exclude is None else exclude
+        check_one_each("exclude", exclude, num_queries)
+        asked = {"k": tf.constant(k, tf.int32), "exclude": self._padded(exclude)}
+        if allowed is not None:
+            self._check_allowed(allowed, num_queries)
+            lists = tf.ragged.constant([list(x) for x in allowed], tf.string, ragged_rank=1)
+            asked["allowed"] = lists.to_tensor("")
+        return asked
+
+    def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
-            raise ValueError("This model has no item filter: export it with export.filter_by.")
+            raise ValueError("This model has no item filter: export it with filter_by.")
         check_one_each("allowed", allowed, num_queries)
         known = set(self.item_filter["values"])
-        for values in allowed:
-            if unknown := [value for value in values if value not in known]:
-                near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
-                raise ValueError(
-                    f"No item has {unknown[0]!r} as its {self.item_filter['name']}; {hint}"
-                )
-        lists = tf.ragged.constant([list(values) for values in allowed], tf.string, ragged_rank=1)
-        return lists.to_tensor("")
-
-    def _excluded(self, exclude: Sequence[Collection[Any]] | None, num_queries: int) -> tf.Tensor:
-        if exclude is None:
-            return self._padded([()] * num_queries)
-        check_one_each("exclude", exclude, num_queries)
-        return self._padded(exclude)
+        unknown = next(
+            (value for values in allowed for value in values if value not in known), None
+        )
+        if unknown is not None:
+            near = difflib.get_close_matches(str(unknown), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
+            raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
 
     def _padded(self, lists: Sequence[Collection[Any]]) -> tf.Tensor:
-        width = max((len(ids) for ids in lists), default=0)
-        fill = empty_id(self.item_dtype)
-        known = ([id_ for id_ in ids if _can_be(id_, self.item_dtype)] for ids in lists)
-        rows = [[*ids, *[fill] * (width - len(ids))] for ids in known]
-        return tf.reshape(tf.constant(rows, self.item_dtype), [len(lists), width])
+        known = [[id_ for id_ in ids if _can_be(id_, self.item_dtype)] for ids in lists]
+        ragged = tf.ragged.constant(known, self.item_dtype, ragged_rank=1)
+        return ragged.to_tensor(empty_id(self.item_dtype))
 
 
-def load_retriever(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
-    """Loads an exported model.
-
-    Args:
-        path: A version's folder, or the model's, whose newest complete version is taken.
-        exact: Whether to load the brute-force twin instead of the index.
-
-    Raises:
-        FileNotFoundError: If there is no complete export at `path`.
-        ImportError: If the index needs ScaNN and it is missing.
-    """
-    folder = Path(path).resolve()
-    if not (folder / MANIFEST_FILE).is_file():
-        versions = versions_of(folder)
-        if not versions:
-            raise FileNotFoundError(
-                f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
-                f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
-            )
-        folder = folder / str(versions[-1])
-    return LoadedRetriever(folder, exact=exact)
-
-
-def _check_keys(queries: Sequence[Query]) -> None:
+def _check_queries(queries: Sequence[Query]) -> None:
     """Refuses a misspelt key: its query would have the answer for an empty history."""
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
@@ -324,12 +300,6 @@ def _check_keys(queries: Sequence[Query]) -> None:
             raise ValueError(f"Unknown key {unknown[0]!r} in a query; {hint}")
 
 
-def _checked_k(k: int) -> tf.Tensor:
-    if not 1 <= k <= tf.int32.max:
-        raise ValueError(f"k must be 1 or more, and an int32. Received: {k}")
-    return tf.constant(k, tf.int32)
-
-
 def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
     if dtype == tf.string:
         return text
@@ -348,7 +318,7 @@ def _can_be(id_: Any, dtype: tf.DType) -> bool:
 
 def _ids(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
-    return tf.reshape(tf.constant(known, dtype), [len(known)])
+    return tf.constant(known, dtype, [len(known)])
 
 
 def _raw_inputs(
@@ -361,10 +331,6 @@ def _raw_inputs(
         spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
         for name, spec in specs.items()
     }
-
-
-def _found(answer: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    return _decoded(answer["candidate_ids"].numpy()), answer["scores"].numpy()
 
 
 def _decoded(ids: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import tensorflow as tf
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving.encoder import (
     Encoder,
-    id_dtype,
+    empty_id,
     lookup,
     row_table,
+    signature_inputs,
     stored,
+    traced,
     with_empty,
 )
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
@@ -23,27 +25,53 @@ from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
 DEFAULT_K = 100
 
 
-@dataclass(frozen=True)
-class ItemFilter:
+class ItemFilter(tf.Module):
     """Values by which a request may choose items, such as their genres.
 
     Args:
         name: Of the item column.
-        values: Per candidate, its values as text; none is fine.
+        column: Per candidate a value or a list of values; None and "" are none.
     """
 
-    name: str
-    values: Sequence[Sequence[str]]
-
-    @classmethod
-    def of_column(cls, name: str, column: Sequence[Any]) -> ItemFilter:
-        """Makes a filter of a column of values or of lists of values; None and "" are none."""
+    def __init__(self, name: str, column: Sequence[Any]) -> None:
+        super().__init__(name="item_filter")
         lists = Feature(name, "multi_categorical").to_raw(column).tolist()
-        return cls(name, [[value for value in dict.fromkeys(values) if value] for values in lists])
+        rows = [[value for value in dict.fromkeys(values) if value] for values in lists]
+        values = sorted({value for row in rows for value in row})
+        self._column, self._values = name, tuple(values)
+        code_of = {value: code for code, value in enumerate(values, 1)}
+        codes = np.zeros((len(rows), max([1, *map(len, rows)])), np.int32)
+        for line, row in zip(codes, rows, strict=True):
+            line[: len(row)] = [code_of[value] for value in row]
+        self._table = row_table(np.array(values, object))
+        # By place in the list: a request gathers [B, num_candidates] at a time.
+        self._codes = [stored(place) for place in codes.T]
 
     def describe(self) -> dict[str, Any]:
         """Returns name and distinct values, for the manifest."""
-        return {"name": self.name, "values": sorted({v for values in self.values for v in values})}
+        return {"name": self._column, "values": list(self._values)}
+
+    def is_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
+        """Tells which candidates a query may have.
+
+        Args:
+            allowed: [B, F] values, padded with "". A candidate needs one of them; where a query has
+                none, every candidate will do.
+
+        Returns:
+            [B, num_candidates] bool.
+        """
+        codes = lookup(self._table, allowed)
+        num_codes = len(self._values) + 1
+        is_chosen = tf.math.bincount(
+            codes, minlength=num_codes, maxlength=num_codes, axis=-1, binary_output=True
+        )
+        # Code 0 is padding, here and of the candidates' values, or unknown: nobody's choice.
+        is_chosen = (is_chosen > 0) & (tf.range(num_codes) > 0)
+        is_allowed = tf.gather(is_chosen, self._codes[0], axis=1)
+        for place in self._codes[1:]:
+            is_allowed |= tf.gather(is_chosen, place, axis=1)
+        return is_allowed | tf.reduce_all(allowed == "", axis=1, keepdims=True)
 
 
 class RetrievalModule(tf.Module):
@@ -57,9 +85,7 @@ class RetrievalModule(tf.Module):
     - `retrieve(user_id [B], history [B, L], exclude [B, E], k [])`: by a history given with the
       query, oldest first; nothing is left out but `exclude`.
     - `retrieve_with_features(...)`, for a model with user features: as `retrieve`, with the raw
-      value of each feature beside, instead of the stored ones (see `Feature`). An input is
-      called as the column, where that can be the name of an input: "release date" is
-      `release_date`; the manifest has them all.
+      value of each feature beside, instead of the stored ones (see `raw_signature`).
     - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
       `retrieve_with_features_filtered`, where there is an item filter: of the items that have one
       of the values alone; a list without values allows every item. They score every item, however
@@ -67,307 +93,120 @@ class RetrievalModule(tf.Module):
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
     - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
-      embeddings [B, D] float32 and is_known_item [B]. The score of a query and a candidate is the
-      dot product of their embeddings.
+      embeddings [B, D] float32 and is_known_item [B].
 
     Those that retrieve return `candidate_ids` [B, k], `scores` [B, k] float32 (-inf in empty
     slots), best first, and `is_known_user` [B] bool. Unknown items in `history` and `exclude` are
-    ignored.
+    ignored. They are attributes too, called by position in the order above.
 
     Args:
         encoder: `Encoder`, or what one was loaded as.
         index: Over the candidates' embeddings.
-        exact: Exact search over the same: what falls short of k is answered by it.
         candidate_ids: [num_candidates] item ids, in the order of the embeddings.
         item_filter: Values that requests may filter by.
+
     """
 
     def __init__(
         self,
         encoder: Encoder,
         index: ExactIndex | ScannIndex,
-        exact: ExactIndex,
-        *,
         candidate_ids: np.ndarray,
         item_filter: ItemFilter | None = None,
     ) -> None:
         super().__init__(name="retrieval")
         self.encoder = encoder
-        self.exact = exact
+        self.exact = index.exact
         self._index = index
-        self._num_candidates = len(candidate_ids)
+        self._item_filter = item_filter
         self._candidate_rows = row_table(candidate_ids)
-        self._id_dtype = id_dtype(candidate_ids)
         self._candidate_ids = stored(with_empty(candidate_ids))
-        self._allowed_table: tf.lookup.experimental.MutableHashTable | None = None
-        if item_filter is not None:
-            self._set_filter(item_filter)
-        self._trace()
-
-    def _set_filter(self, item_filter: ItemFilter) -> None:
-        known = item_filter.describe()["values"]
-        code = {value: i for i, value in enumerate(known, 1)}
-        width = max([1, *map(len, item_filter.values)])
-        codes = np.zeros((self._num_candidates, width), np.int32)
-        for i, values in enumerate(item_filter.values):
-            codes[i, : len(values)] = [code[value] for value in values]
-        self._allowed_table = row_table(np.array(known, object))
-        self._num_codes = len(known)
-        # By place in the list: a request gathers [B, num_candidates] at a time.
-        self._codes = [stored(column) for column in codes.T]
+        self._names: tuple[str, ...] = ()
+        self._trace(item_filter is not None)
 
     @property
     def exported(self) -> dict[str, Any]:
         """The signatures, by name."""
         return {name: getattr(self, name) for name in self._names}
 
-    def _export(self, **functions: Any) -> None:
-        """Adds signatures; as attributes they are callable on the loaded object too."""
-        for name, function in functions.items():
-            setattr(self, name, function)
-        self._names += tuple(functions)
+    def _export(
+        self, name: str, function: Callable[..., Any], inputs: Sequence[tf.TensorSpec]
+    ) -> None:
+        """Adds a signature; as an attribute it is callable on the loaded object too."""
+        setattr(self, name, traced(function, inputs))
+        self._names += (name,)
 
-    def _trace(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._user_id = _input_signature(self.encoder.embed_user)[0]
-        self._history = tf.TensorSpec([None, None], self._id_dtype, "history")
-        self._exclude = tf.TensorSpec([None, None], self._id_dtype, "exclude")
-        self._allowed = tf.TensorSpec([None, None], tf.string, "allowed")
-        self._k = tf.TensorSpec([], tf.int32, "k")
-        self._trace_retrieval()
-        self._trace_embedding()
-        if self._allowed_table is not None:
-            self._trace_filtered()
-        # A function that is None is not saved.
-        if getattr(self.encoder, "embed_query_with_features", None) is not None:
-            self._trace_with_features()
+    def _trace(self, has_filter: bool) -> None:
+        exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
+        allowed = tf.TensorSpec([None, None], tf.string, "allowed")
+        k = tf.TensorSpec([], tf.int32, "k")
+        for embed_name, name in (
+            ("embed_user", "retrieve_user"),
+            ("embed_query", "retrieve"),
+            ("embed_query_with_features", "retrieve_with_features"),
+        ):
+            # One that is None is not saved.
+            embed = getattr(self.encoder, embed_name, None)
+            if embed is None:
+                continue
+            query = list(signature_inputs(embed).values())
+            self._export(embed_name, functools.partial(_by_position, embed), query)
+            answer = functools.partial(self._answer, embed)
+            self._export(name, answer, [*query, exclude, k])
+            if has_filter:
+                self._export(f"{name}_filtered", answer, [*query, exclude, k, allowed])
+        embed = self.encoder.embed_candidate
+        item = list(signature_inputs(embed).values())
+        self._export("embed_candidate", functools.partial(_by_position, embed), item)
+        self._export("serving_default", self._answer_default, query[:1])
 
-    def _trace_retrieval(self) -> None:
-        @tf.function(input_signature=[self._user_id])
-        def serving_default(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-            nothing = tf.zeros([tf.shape(user_id)[0], 0], self._id_dtype)
-            return self._retrieve_user(user_id, nothing, tf.constant(DEFAULT_K))
-
-        @tf.function(input_signature=[self._user_id, self._exclude, self._k])
-        def retrieve_user(
-            user_id: tf.Tensor, exclude: tf.Tensor, k: tf.Tensor
-        ) -> dict[str, tf.Tensor]:
-            return self._retrieve_user(user_id, exclude, k)
-
-        @tf.function(input_signature=[self._user_id, self._history, self._exclude, self._k])
-        def retrieve(
-            user_id: tf.Tensor, history: tf.Tensor, exclude: tf.Tensor, k: tf.Tensor
-        ) -> dict[str, tf.Tensor]:
-            return self._answer(self.encoder.embed_query(user_id, history), exclude, k)
-
-        self._export(serving_default=serving_default, retrieve_user=retrieve_user)
-        self._export(retrieve=retrieve)
-
-    def _trace_embedding(self) -> None:
-        @tf.function(input_signature=[self._user_id])
-        def embed_user(user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.encoder.embed_user(user_id)
-
-        @tf.function(input_signature=[self._user_id, self._history])
-        def embed_query(user_id: tf.Tensor, history: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.encoder.embed_query(user_id, history)
-
-        def embed_candidate(
-            item_id: tf.Tensor, features: dict[str, tf.Tensor]
-        ) -> dict[str, tf.Tensor]:
-            return self.encoder.embed_candidate(item_id, features)
-
-        item_id, features = _input_signature(self.encoder.embed_candidate)
-        self._export(embed_user=embed_user, embed_query=embed_query)
-        self._export(embed_candidate=_traced(embed_candidate, [item_id], features))
-
-    def _trace_filtered(self) -> None:
-        @tf.function(input_signature=[self._user_id, self._exclude, self._allowed, self._k])
-        def retrieve_user_filtered(
-            user_id: tf.Tensor, exclude: tf.Tensor, allowed: tf.Tensor, k: tf.Tensor
-        ) -> dict[str, tf.Tensor]:
-            return self._retrieve_user(user_id, exclude, k, allowed)
-
-        @tf.function(
-            input_signature=[self._user_id, self._history, self._exclude, self._allowed, self._k]
+    def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+        nothing = tf.zeros([tf.shape(user_id)[0], 0], self._candidate_ids.dtype)
+        return self._answer(
+            self.encoder.embed_user, nothing, tf.constant(DEFAULT_K), user_id=user_id
         )
-        def retrieve_filtered(
-            user_id: tf.Tensor,
-            history: tf.Tensor,
-            exclude: tf.Tensor,
-            allowed: tf.Tensor,
-            k: tf.Tensor,
-        ) -> dict[str, tf.Tensor]:
-            return self._answer(self.encoder.embed_query(user_id, history), exclude, k, allowed)
-
-        self._export(retrieve_user_filtered=retrieve_user_filtered)
-        self._export(retrieve_filtered=retrieve_filtered)
-
-    def _trace_with_features(self) -> None:
-        by_features: Any = self.encoder.embed_query_with_features
-
-        def embed_query_with_features(
-            user_id: tf.Tensor, history: tf.Tensor, features: dict[str, tf.Tensor]
-        ) -> dict[str, tf.Tensor]:
-            return by_features(user_id, history, features)
-
-        def retrieve_with_features(
-            user_id: tf.Tensor,
-            history: tf.Tensor,
-            exclude: tf.Tensor,
-            k: tf.Tensor,
-            features: dict[str, tf.Tensor],
-            allowed: tf.Tensor | None = None,
-        ) -> dict[str, tf.Tensor]:
-            return self._answer(by_features(user_id, history, features), exclude, k, allowed)
-
-        features = _input_signature(by_features)[-1]
-        query = [self._user_id, self._history]
-        asked = [*query, self._exclude, self._k]
-        self._export(
-            embed_query_with_features=_traced(embed_query_with_features, query, features),
-            retrieve_with_features=_traced(retrieve_with_features, asked, features),
-        )
-        if self._allowed_table is not None:
-            self._export(
-                retrieve_with_features_filtered=_traced(
-                    retrieve_with_features, [*asked, self._allowed], features
-                )
-            )
-
-    def _retrieve_user(
-        self,
-        user_id: tf.Tensor,
-        exclude: tf.Tensor,
-        k: tf.Tensor,
-        allowed: tf.Tensor | None = None,
-    ) -> dict[str, tf.Tensor]:
-        excluded = tf.concat([self.encoder.known_items(user_id), exclude], axis=1)
-        return self._answer(self.encoder.embed_user(user_id), excluded, k, allowed)
 
     def _answer(
         self,
-        query: dict[str, tf.Tensor],
+        embed: Callable[..., dict[str, tf.Tensor]],
+        /,
         exclude: tf.Tensor,
         k: tf.Tensor,
         allowed: tf.Tensor | None = None,
+        **query: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
-        """Answers embedded queries; `exclude` [B, E] and `allowed` [B, F] are padded with ""."""
+        """Answers queries; `exclude` [B, E] and `allowed` [B, F] are padded with ""."""
+        if set(query) == {"user_id"}:  # By what is known of the user, who knows these items.
+            exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
-        embeddings = query["embeddings"]
-        # Rows; 0 is padding, an unknown item, or one that the index does not have.
-        excluded = tf.sort(lookup(self._candidate_rows, exclude), axis=1)
-        if allowed is not None:
-            rows, scores = self._search_exact(embeddings, excluded, k, self._is_allowed(allowed))
-        elif isinstance(self._index, ExactIndex):
-            rows, scores = self._search_exact(embeddings, excluded, k)
-        else:
-            rows, scores = self._search(embeddings, excluded, k)
-        missing = k - tf.shape(rows)[1]
-        rows = tf.pad(rows, [[0, 0], [0, missing]])
-        scores = tf.pad(scores, [[0, 0], [0, missing]], constant_values=-np.inf)
+        embedded = embed(*query.values())
+        # Row 0 is padding, an unknown item, or one that the index does not have.
+        excluded = lookup(self._candidate_rows, exclude)
+        is_allowed = None
+        if self._item_filter is not None and allowed is not None:
+            is_allowed = self._item_filter.is_allowed(allowed)
+        rows, scores = self._index.search(embedded["embeddings"], k, excluded, is_allowed)
         return {
             "candidate_ids": tf.gather(self._candidate_ids, rows),
             "scores": scores,
-            "is_known_user": query["is_known_user"],
+            "is_known_user": embedded["is_known_user"],
         }
 
-    def _is_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
-        """Tells which candidates have one of the values of a query: [B, num_candidates] bool."""
-        codes = lookup(self._allowed_table, allowed)
-        cells = tf.where(codes > 0)
-        cells = tf.stack([cells[:, 0], tf.cast(tf.gather_nd(codes, cells), tf.int64)], axis=1)
-        # Code 0 is padding, here of the candidates' values: nobody's choice.
-        is_chosen = (
-            tf.scatter_nd(
-                cells,
-                tf.ones([tf.shape(cells)[0]], tf.int32),
-                tf.cast([tf.shape(allowed)[0], self._num_codes + 1], tf.int64),
-            )
-            > 0
-        )
-        has_filter = tf.reduce_any(allowed != "", axis=1, keepdims=True)
-        is_allowed = tf.gather(is_chosen, self._codes[0], axis=1)
-        for column in self._codes[1:]:
-            is_allowed |= tf.gather(is_chosen, column, axis=1)
-        return is_allowed | ~has_filter
 
-    def _search(
-        self, embeddings: tf.Tensor, excluded: tf.Tensor, k: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Over-fetches, drops the excluded; where fewer are left than there should be, exactly."""
-        num_excluded = _num_distinct(excluded)
-        # The maximum of no queries is the lowest int32.
-        most_excluded = tf.maximum(tf.reduce_max(num_excluded), 0)
-        width = tf.minimum(k + most_excluded, self._num_candidates)
-        places, scores = self._index.search(embeddings, width)
-        rows = tf.where(scores > -np.inf, places + 1, 0)
-        scores = tf.where(_is_in_sorted(rows, excluded) | (rows == 0), -np.inf, scores)
-        depth = tf.minimum(k, tf.shape(scores)[1])
-        top_scores, order = tf.math.top_k(scores, depth)
-        top_rows = tf.where(top_scores > -np.inf, tf.gather(rows, order, batch_dims=1), 0)
-        num_found = tf.reduce_sum(tf.cast(top_rows > 0, tf.int32), axis=1)
-        is_short = num_found < tf.minimum(k, self._num_candidates - num_excluded)
-        return tf.cond(
-            tf.reduce_any(is_short),
-            lambda: self._search_exact(embeddings, excluded, k),
-            lambda: (top_rows, top_scores),
-        )
-
-    def _search_exact(
-        self,
-        embeddings: tf.Tensor,
-        excluded: tf.Tensor,
-        k: tf.Tensor,
-        is_allowed: tf.Tensor | None = None,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        scores = self.exact.scores(embeddings)
-        if is_allowed is not None:
-            scores = tf.where(is_allowed, scores, -np.inf)
-        cells = tf.where(excluded > 0)
-        columns = tf.cast(tf.gather_nd(excluded, cells), tf.int64) - 1
-        cells = tf.stack([cells[:, 0], columns], axis=1)
-        lowest = tf.fill([tf.shape(cells)[0]], tf.constant(-np.inf, tf.float32))
-        scores = tf.tensor_scatter_nd_update(scores, cells, lowest)
-        top_scores, places = tf.math.top_k(scores, tf.minimum(k, self._num_candidates))
-        return tf.where(top_scores > -np.inf, places + 1, 0), top_scores
+def _by_position(function: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
+    return function(*inputs.values())
 
 
-def _input_signature(function: Any) -> Sequence[Any]:
-    """Returns the positional inputs of a function with one signature, made here or loaded."""
-    if hasattr(function, "input_signature"):
-        return function.input_signature
-    (concrete,) = function.concrete_functions
-    return concrete.structured_input_signature[0]
+def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
+    """Makes an input that says nothing: empty ids, empty lists, missing features; a k of 1.
 
-
-def _traced(
-    function: Callable[..., Any],
-    specs: Sequence[tf.TensorSpec],
-    features: Mapping[str, tf.TensorSpec],
-) -> Any:
-    """Traces a function whose last argument is features, each an input of its own."""
-    inputs = {spec.name: spec for spec in [*specs, *features.values()]}
-
-    def with_inputs(**values: tf.Tensor) -> Any:
-        own = {spec.name: values[spec.name] for spec in specs}
-        return function(
-            **own, features={name: values[spec.name] for name, spec in features.items()}
-        )
-
-    return tf.function(with_inputs).get_concrete_function(**inputs)
-
-
-def _num_distinct(rows: tf.Tensor) -> tf.Tensor:
-    """Counts each line's distinct rows above 0; `rows` is sorted, [B, E] -> [B]."""
-    first = tf.concat([tf.ones_like(rows[:, :1], tf.bool), rows[:, 1:] != rows[:, :-1]], axis=1)
-    return tf.reduce_sum(tf.cast(first & (rows > 0), tf.int32), axis=1)
-
-
-def _is_in_sorted(rows: tf.Tensor, sorted_rows: tf.Tensor) -> tf.Tensor:
-    """Tells which of `rows` [B, n] are in the same line of `sorted_rows` [B, E]."""
-    # A last column that equals nothing keeps the lookup in range, also when E is 0.
-    last = tf.fill([tf.shape(rows)[0], 1], tf.int32.max)
-    lines = tf.concat([sorted_rows, last], axis=1)
-    return tf.gather(lines, tf.searchsorted(lines, rows), batch_dims=1) == rows
+    Args:
+        spec: Of the input.
+        num_rows: Queries or items; without meaning to a k.
+    """
+    if spec.shape.rank == 0:
+        return tf.constant(1, spec.dtype)
+    fill = np.nan if spec.dtype.is_floating else empty_id(spec.dtype)
+    shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
+    return tf.fill(shape, tf.constant(fill, spec.dtype))

@@ -24,7 +24,7 @@ class ServeSettings(Config):
     """Seconds between two looks for a new version."""
     page: bool = True
     """Whether to serve the page at /. It compares the index with exact search, so a ScaNN model's
-    brute-force twin is held in memory too."""
+    brute-force fallback is held in memory too."""
     max_body_bytes: PositiveInt = 1_000_000
     """Longest request body."""
     body_timeout_seconds: PositiveFloat = 10.0

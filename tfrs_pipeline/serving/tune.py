@@ -1,11 +1,11 @@
-"""What an approximate index costs for what it finds, and the cheapest that keeps a promise."""
+"""What an approximate index finds at which cost; the least work that reaches a recall target."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings, index_recall
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 SMALLEST_SPLIT = 20
 # Below this, looking up the nearest leaves costs more than it saves.
 SMALLEST_PARTITIONED_CORPUS = 10_000
+# Of `CurvePoint.work`: measured at 100,000 candidates of 64 dimensions.
+_WORK_OF_A_LEAF, _WORK_OF_RESCORING = 16, 28
 # Candidates rescored exactly, over k. The most comes first: it finds the most.
 _REORDERED_OVER_K = (20, 10, 5, 3, 2, 1.5, 1)
 # A setting further than this below the target is not worth varying.
@@ -38,68 +39,41 @@ _Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 
 
 @dataclass(frozen=True)
-class FrontierPoint:
+class CurvePoint:
     """One setting of an index, measured.
 
     Args:
         settings: Of the build and of the search.
         recall: index_recall@k on the held-out queries.
         tuning_recall: index_recall@k on the queries that choose.
-        microseconds: Per query; the median over batches, each divided by its size.
-        build_seconds: Of the structure, which points that differ in their search alone share.
+        query_ms: Milliseconds a query; the median over batches, each divided by its size.
+        work: Expected of a search: hashed candidates over dimensions_per_block, and what leaves and
+            exact rescoring take beside. The same whenever and wherever it is computed.
     """
 
     settings: ScannSettings
     recall: float
     tuning_recall: float
-    microseconds: float
-    build_seconds: float
+    query_ms: float
+    work: float
 
-    def keeps(self, target_recall: float) -> bool:
-        """Says whether the promise is kept on both halves of the queries."""
+    def reaches(self, target_recall: float) -> bool:
+        """Says whether the target is reached on both halves of the queries."""
         return min(self.recall, self.tuning_recall) >= target_recall
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns what JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FrontierPoint:
-        """Reads what `as_dict` wrote."""
-        return cls(**{**values, "settings": ScannSettings(**values["settings"])})
-
-
-def is_on_frontier(point: FrontierPoint, points: Sequence[FrontierPoint]) -> bool:
-    """Says whether no point finds as much in less time, nor more in the same.
-
-    Example:
-        >>> slow, fast, poor = (
-        ...     FrontierPoint(ScannSettings(1, 1, 100), recall, recall, microseconds, 1.0)
-        ...     for recall, microseconds in ((0.9, 30.0), (0.9, 20.0), (0.8, 10.0))
-        ... )
-        >>> [is_on_frontier(point, [slow, fast, poor]) for point in (slow, fast, poor)]
-        [False, True, True]
-    """
-    return not any(
-        other.recall >= point.recall
-        and other.microseconds <= point.microseconds
-        and (other.recall, other.microseconds) != (point.recall, point.microseconds)
-        for other in points
-    )
 
 
 @dataclass(frozen=True)
-class Frontier:
+class RecallLatencyCurve:
     """Recall against time of every setting that was measured, beside exact search.
 
     Args:
         k: Of the recall.
-        target_recall: The promise, in (0, 1].
+        target_recall: In (0, 1].
         num_candidates: In the corpus.
         num_queries: Measured on. From 20 on, every other one chooses and the rest are held out;
             fewer do both.
         batch_size: Queries in a call.
-        exact_microseconds: Per query, of `ExactIndex`, which may use every core; ScaNN uses one.
+        exact_ms: Milliseconds a query of `ExactIndex`, which may use every core; ScaNN uses one.
         points: In the order of measuring.
     """
 
@@ -108,46 +82,37 @@ class Frontier:
     num_candidates: int
     num_queries: int
     batch_size: int
-    exact_microseconds: float
-    points: tuple[FrontierPoint, ...]
+    exact_ms: float
+    points: tuple[CurvePoint, ...]
 
     @property
-    def kept(self) -> tuple[FrontierPoint, ...]:
-        """The points that keep the promise, cheapest first."""
-        kept = [point for point in self.points if point.keeps(self.target_recall)]
-        return tuple(sorted(kept, key=lambda point: point.microseconds))
-
-    @property
-    def chosen(self) -> FrontierPoint:
-        """The cheapest point that keeps the promise.
-
-        Choosing by one half and going to the next cheapest where the other half disagrees comes to
-        the same.
+    def chosen(self) -> CurvePoint:
+        """The point of the least work that reaches the target on both halves of the queries.
 
         Raises:
-            RuntimeError: If no point keeps it.
+            RuntimeError: If no point does.
         """
-        if not self.kept:
+        point = self._best()
+        if point is None:
             raise RuntimeError(
-                f"No ScaNN setting reaches index_recall@{self.k} = {self.target_recall}. "
-                "Lower export.target_recall, or set export.index = 'exact'. Measured:\n"
-                f"{self.table()}"
+                f"No ScaNN setting reaches index_recall@{self.k} = {self.target_recall}. Lower the "
+                f"recall target, or take the exact index. Measured:\n{self.table()}"
             )
-        return self.kept[0]
+        return point
 
     def table(self, *, every: bool = False) -> str:
         """Lays the points out as plain text, by recall, exact search last.
 
         Args:
-            every: Show all points; otherwise the chosen one and those on the frontier, without
-                those far below the target.
+            every: Show all points; otherwise the chosen one and those that no other beats in both
+                recall and time, without those far below the target.
         """
-        shown = sorted(self.points, key=_by_recall) if every else self._shown()
-        header = ["leaves", "searched", "dims/block", "reordered", f"recall@{self.k}"]
-        lines = [[*header, "us/query", "build s", "promise"]]
-        for point in shown:
+        points = sorted(self.points, key=_by_recall) if every else self._shown()
+        header = ["leaves", "searched", "dims/block", "reordered", f"recall@{self.k}", "ms/query"]
+        lines = [[*header, "target"]]
+        for point in points:
             settings = point.settings
-            keeps = "kept" if point.keeps(self.target_recall) else "-"
+            reached = "reached" if point.reaches(self.target_recall) else "-"
             lines.append(
                 [
                     str(settings.num_leaves),
@@ -155,13 +120,11 @@ class Frontier:
                     str(settings.dimensions_per_block),
                     str(settings.num_reordered),
                     f"{point.recall:.4f}",
-                    f"{point.microseconds:.1f}",
-                    f"{point.build_seconds:.2f}",
-                    "chosen" if point in self.kept[:1] else keeps,
+                    f"{point.query_ms:.4f}",
+                    "chosen" if point is self._best() else reached,
                 ]
             )
-        exact_time = f"{self.exact_microseconds:.1f}"
-        lines.append(["exact", "-", "-", "-", "1.0000", exact_time, "-", "-"])
+        lines.append(["exact", "-", "-", "-", "1.0000", f"{self.exact_ms:.4f}", "-"])
         return f"{self._title()}\n{format_cells(lines)}"
 
     def records(self) -> list[dict[str, Any]]:
@@ -169,59 +132,54 @@ class Frontier:
 
         Each has "index_recall@k", "query_ms" (milliseconds a query) and the settings that vary.
         """
+        names = ("num_leaves", "num_leaves_to_search", "num_reordered", "dimensions_per_block")
         return [
             {
                 f"index_recall@{self.k}": point.recall,
-                "query_ms": round(point.microseconds / 1000, 5),
-                "num_leaves": point.settings.num_leaves,
-                "num_leaves_to_search": point.settings.num_leaves_to_search,
-                "num_reordered": point.settings.num_reordered,
-                "dimensions_per_block": point.settings.dimensions_per_block,
+                "query_ms": round(point.query_ms, 5),
+                **{name: getattr(point.settings, name) for name in names},
             }
             for point in self._shown()
         ]
 
-    def _shown(self) -> list[FrontierPoint]:
-        least = min(self.target_recall - _MARGIN, max(point.recall for point in self.points))
-        return [
-            point
-            for point in sorted(self.points, key=_by_recall)
-            if point in self.kept[:1]
-            or (point.recall >= least and is_on_frontier(point, self.points))
-        ]
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold; "chosen" is a place in "points", or None."""
+        best = self._best()
+        return {**asdict(self), "chosen": None if best is None else self.points.index(best)}
 
     def figure(self) -> Figure:
-        """Draws time against recall: the frontier as a line, the target, the chosen point, exact.
+        """Draws time against recall: every point, the curve, the target, the chosen point, exact.
 
-        Filled marks keep the promise, hollow ones do not. Recalls far below the target are cut off.
-        A notebook shows it after `%matplotlib inline`.
+        Filled marks reach the target, hollow ones do not. Recalls far below it are cut off. A
+        notebook shows it after `%matplotlib inline`.
         """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        self._draw_points(axes)
-        line = sorted(
-            (p.recall, p.microseconds) for p in self.points if is_on_frontier(p, self.points)
-        )
-        axes.plot(*zip(*line, strict=True), color="0.3", linewidth=1, zorder=1, label="frontier")
-        target = f"promised: {self.target_recall:g}"
-        axes.axvline(self.target_recall, color="0.3", linestyle="--", linewidth=1, label=target)
-        exact = f"exact search: {self.exact_microseconds:,.0f} us"
-        axes.axhline(
-            self.exact_microseconds, color="tab:red", linestyle=":", linewidth=1.5, label=exact
-        )
-        if self.kept:
-            best = self.kept[0]
+        for number, structure in enumerate(dict.fromkeys(map(_structure, self.points))):
+            points = [point for point in self.points if _structure(point) == structure]
+            reached = [point.reaches(self.target_recall) for point in points]
             axes.scatter(
-                best.recall,
-                best.microseconds,
-                s=160,
-                facecolors="none",
-                edgecolors="black",
-                linewidths=1.5,
-                zorder=4,
-                label=f"chosen: recall {best.recall:.4f}, {best.microseconds:,.0f} us",
+                *_coordinates(points),
+                s=28,
+                facecolors=[f"C{number}" if is_reached else "none" for is_reached in reached],
+                edgecolors=f"C{number}",
+                marker="os^D"[number % 4],
+                zorder=2,
+                label="{:,} leaves, {} dims/block".format(*structure),
+            )
+        curve = [point for point in sorted(self.points, key=_by_recall) if self._is_best(point)]
+        axes.plot(*_coordinates(curve), color="0.3", lw=1, zorder=1, label="recall/latency curve")
+        target = f"recall target: {self.target_recall:g}"
+        axes.axvline(self.target_recall, color="0.3", linestyle="--", lw=1, label=target)
+        exact = f"exact search: {self.exact_ms:,.3f} ms"
+        axes.axhline(self.exact_ms, color="tab:red", linestyle=":", lw=1.5, label=exact)
+        best = self._best()
+        if best is not None:
+            chosen = f"chosen: recall {best.recall:.4f}, {best.query_ms:,.3f} ms"
+            axes.scatter(
+                best.recall, best.query_ms, s=160, fc="none", ec="black", zorder=4, label=chosen
             )
         left = self.target_recall - 2 * _MARGIN
         if max(point.recall for point in self.points) > left:
@@ -229,26 +187,35 @@ class Frontier:
         axes.set_yscale("log")
         # Within a decade the default would write 2 x 10^1.
         for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_format("{x:,g}")
+            axis_format("{x:g}")
         axes.set_xlabel(f"index_recall@{self.k}")
-        axes.set_ylabel(f"microseconds a query, {self.batch_size} in a call")
+        axes.set_ylabel(f"milliseconds a query, {self.batch_size} in a call")
         axes.set_title(self._title(), fontsize=9)
         axes.grid(which="both", color="0.92")
         axes.set_axisbelow(True)
         axes.legend(fontsize=8)
         return figure
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns what JSON can hold; "chosen" is a place in "points", or None."""
-        chosen = self.points.index(self.kept[0]) if self.kept else None
-        return {**asdict(self), "points": [p.as_dict() for p in self.points], "chosen": chosen}
+    def _best(self) -> CurvePoint | None:
+        reached = (point for point in self.points if point.reaches(self.target_recall))
+        return min(reached, key=lambda point: point.work, default=None)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Frontier:
-        """Reads what `as_dict` wrote."""
-        points = tuple(FrontierPoint.from_dict(point) for point in values["points"])
-        fields = {name: value for name, value in values.items() if name != "chosen"}
-        return cls(**{**fields, "points": points})
+    def _is_best(self, point: CurvePoint) -> bool:
+        """Says whether no point finds as much in less time, nor more in the same."""
+        return not any(
+            other.recall >= point.recall
+            and other.query_ms <= point.query_ms
+            and (other.recall, other.query_ms) != (point.recall, point.query_ms)
+            for other in self.points
+        )
+
+    def _shown(self) -> list[CurvePoint]:
+        least = min(self.target_recall - _MARGIN, max(point.recall for point in self.points))
+        return [
+            point
+            for point in sorted(self.points, key=_by_recall)
+            if point is self._best() or (point.recall >= least and self._is_best(point))
+        ]
 
     def _title(self) -> str:
         if self.num_queries < SMALLEST_SPLIT:
@@ -257,38 +224,20 @@ class Frontier:
             queries = f"{self.num_queries // 2} held-out queries"
         return f"{self.num_candidates:,} candidates, recall on {queries}"
 
-    def _draw_points(self, axes: Axes) -> None:
-        for number, structure in enumerate(dict.fromkeys(map(_structure, self.points))):
-            points = [point for point in self.points if _structure(point) == structure]
-            leaves, dimensions = structure
-            colour = f"C{number}"
-            axes.scatter(
-                [point.recall for point in points],
-                [point.microseconds for point in points],
-                s=28,
-                facecolors=[
-                    colour if point.keeps(self.target_recall) else "none" for point in points
-                ],
-                edgecolors=colour,
-                marker="os^D"[number % 4],
-                zorder=2,
-                label=f"{_leaves(leaves)}, {dimensions} dims/block",
-            )
+
+def _by_recall(point: CurvePoint) -> tuple[float, float]:
+    return point.recall, point.query_ms
 
 
-def _by_recall(point: FrontierPoint) -> tuple[float, float]:
-    return point.recall, point.microseconds
-
-
-def _structure(point: FrontierPoint) -> tuple[int, int]:
+def _structure(point: CurvePoint) -> tuple[int, int]:
     return point.settings.num_leaves, point.settings.dimensions_per_block
 
 
-def _leaves(num_leaves: int) -> str:
-    return "no partitions" if num_leaves == 1 else f"{num_leaves:,} leaves"
+def _coordinates(points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:
+    return [point.recall for point in points], [point.query_ms for point in points]
 
 
-def measure_frontier(
+def tune_index(
     embeddings: np.ndarray,
     queries: np.ndarray,
     *,
@@ -296,213 +245,164 @@ def measure_frontier(
     target_recall: float,
     num_structures: int | None = 2,
     batch_size: int = 16,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[ScannIndex, Frontier]:
-    """Builds the ScaNN index that keeps a promise on recall in the least time.
+) -> tuple[ScannIndex, RecallLatencyCurve]:
+    """Builds the ScaNN index that reaches a recall target with the least work.
 
     Recall is index_recall@k against exact search; every other query chooses the setting, which must
-    keep the promise on the others too. Structures are built once each; the leaves searched and the
-    candidates rescored are arguments of a search. More leaves are tried up to recall 1 or, once the
-    promise is kept, until they take longer than exact search or twice the cheapest that keeps it.
-    So the choice depends on the clock, and ScaNN draws its partitions anew each time: the same call
-    may give another index, but none that breaks the promise.
+    reach the target on the others too. Structures are built once each; the leaves searched and the
+    candidates rescored are arguments of a search. More leaves are tried as long as their work may
+    be less than the least that reaches the target. Work is computed and not timed, so that equal
+    data give an equal index; the times are for the curve.
 
     Searches go through a `tf.function`, as a request's do: ScaNN on one thread, exact search on
     TensorFlow's.
 
     Args:
-        embeddings: [num_candidates, dim] float32, of any lengths: scores are dot products.
-        queries: [num_queries, dim] float32 to measure on, not empty; 200 and more make the promise
-            hold for others.
-        k: Of the promise; capped at num_candidates.
-        target_recall: The promise, in (0, 1].
+        embeddings: [num_candidates, D] float32, of any lengths: scores are dot products.
+        queries: [num_queries, D] float32 to measure on, not empty; with 200 and more the recall
+            holds for others.
+        k: Of the recall; capped at num_candidates.
+        target_recall: In (0, 1].
         num_structures: Of those that suit the size, how many to try, quickest to build first: 1 to
-            be fast, None for all (3 or 4). More are tried while none keeps the promise.
+            be fast, None for all (3 or 4). More are tried while none reaches the target.
         batch_size: Queries in a call, as a server joins them. One alone costs more: the call itself
             takes 0.2 ms.
-        clock: Seconds.
 
     Returns:
         The index, set to what was chosen, and what was measured.
 
     Raises:
-        RuntimeError: If no setting keeps the promise, with what was measured.
+        RuntimeError: If no setting reaches the target, with what was measured.
         ValueError: If the target is out of range, or the two arrays do not fit each other.
     """
     _check(embeddings, queries, k, target_recall, num_structures, batch_size)
     k = min(k, len(embeddings))
-    probes = _Probes(embeddings, queries, k, batch_size, clock)
-    points: list[FrontierPoint] = []
-    best: ScannIndex | None = None
-    cheapest = math.inf
+    exact = ExactIndex(embeddings)
+    probes = _Probes(exact, queries, k, batch_size)
+    points: list[CurvePoint] = []
+    best, least_work = None, math.inf
     for number, structure in enumerate(_structures(len(embeddings), k)):
         if num_structures is not None and number >= num_structures and best is not None:
             break
-        start = clock()
-        index = ScannIndex(embeddings, structure)
-        build_seconds = clock() - start
-        for point in _Sweep(index, probes, target_recall, build_seconds, cheapest).run():
+        index = ScannIndex(exact, structure)
+        for point in _sweep(index, probes, target_recall, least_work):
             points.append(point)
-            if point.keeps(target_recall) and point.microseconds < cheapest:
-                best, cheapest = index, point.microseconds
-    frontier = probes.frontier(points, target_recall)
-    chosen = frontier.chosen
-    logger.info("index: %s", frontier.table())
+            if point.reaches(target_recall) and point.work < least_work:
+                best, least_work = index, point.work
+    curve = RecallLatencyCurve(
+        k=k,
+        target_recall=target_recall,
+        num_candidates=len(embeddings),
+        num_queries=len(queries),
+        batch_size=batch_size,
+        exact_ms=probes.exact_ms,
+        points=tuple(points),
+    )
+    chosen = curve.chosen
+    logger.info("index: %s", curve.table())
     assert best is not None  # Of the chosen point.
     best.settings = chosen.settings
-    return best, frontier
+    return best, curve
 
 
 class _Probes:
     """Queries with their exact answers, to measure searches on."""
 
-    def __init__(
-        self,
-        embeddings: np.ndarray,
-        queries: np.ndarray,
-        k: int,
-        batch_size: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.k, self._clock = k, clock
-        self._num_candidates, self._num_queries = len(embeddings), len(queries)
+    def __init__(self, exact: ExactIndex, queries: np.ndarray, k: int, batch_size: int) -> None:
+        self.k, self._num_queries = k, len(queries)
         # The last batch is filled up from the start, so that all take alike.
         rows = np.resize(np.arange(len(queries)), (-(-len(queries) // batch_size), batch_size))
         self._batches = [tf.constant(queries[batch], tf.float32) for batch in rows]
+        self._halves = slice(1, None, 2), slice(0, None, 2)
         if len(queries) < SMALLEST_SPLIT:
             logger.warning(
                 "the index is tuned and measured on the same %d queries, below %d too few to split",
                 len(queries),
                 SMALLEST_SPLIT,
             )
-            self._tuning = self._held_out = slice(None)
-        else:
-            self._tuning, self._held_out = slice(0, None, 2), slice(1, None, 2)
-        index = ExactIndex(embeddings)
-        self._exact, self.exact_microseconds = self._search(_compiled(index.search, 1), k)
-
-    def frontier(self, points: Sequence[FrontierPoint], target_recall: float) -> Frontier:
-        """Puts points beside exact search."""
-        return Frontier(
-            k=self.k,
-            target_recall=target_recall,
-            num_candidates=self._num_candidates,
-            num_queries=self._num_queries,
-            batch_size=len(self._batches[0]),
-            exact_microseconds=self.exact_microseconds,
-            points=tuple(points),
-        )
+            self._halves = slice(None), slice(None)
+        nothing = tf.zeros([batch_size, 0], tf.int32)
+        search = _compiled(lambda queries, k: exact.search(queries, k, nothing), 1)
+        self._exact, self.exact_ms = self._search(search)
 
     def measure(self, search: _Search, *options: int) -> tuple[float, float, float]:
-        """Searches for k; returns held-out recall, tuning recall and microseconds a query."""
-        found, microseconds = self._search(search, self.k, *options)
-        held_out, tuning = (
-            index_recall(found[half], self._exact[half]) for half in (self._held_out, self._tuning)
-        )
-        return held_out, tuning, microseconds
+        """Searches for k; returns held-out recall, tuning recall and milliseconds a query."""
+        found, query_ms = self._search(search, *options)
+        held_out, tuning = (index_recall(found[h], self._exact[h]) for h in self._halves)
+        return held_out, tuning, query_ms
 
     def _search(self, search: _Search, *options: int) -> tuple[np.ndarray, float]:
-        """Returns [num_queries, k] places, -1 in empty slots, and the median time of a batch."""
-        arguments = [tf.constant(option, tf.int32) for option in options]
+        """Returns [num_queries, k] rows and the median time of a query, in milliseconds."""
+        arguments = [tf.constant(option, tf.int32) for option in (self.k, *options)]
         search(self._batches[0], *arguments)  # The first call of a search loads its index.
         found, seconds = [], []
         # Few batches are asked again, for the median.
         for number in range(max(len(self._batches), _MIN_TIMED_CALLS)):
             batch = self._batches[number % len(self._batches)]
-            start = self._clock()
-            places, scores = (x.numpy() for x in search(batch, *arguments))
-            seconds.append(self._clock() - start)
-            if number < len(self._batches):
-                is_found = scores > -np.inf
-                row = np.full((len(places), self.k), -1, np.int32)
-                row[:, : places.shape[1]] = np.where(is_found, places, -1)
-                found.append(row)
-        microseconds = 1e6 * float(np.median(seconds)) / len(self._batches[0])
-        return np.concatenate(found)[: self._num_queries], microseconds
+            start = time.perf_counter()
+            rows = search(batch, *arguments)[0].numpy()
+            seconds.append(time.perf_counter() - start)
+            found.append(rows)
+        query_ms = 1e3 * float(np.median(seconds)) / len(self._batches[0])
+        return np.concatenate(found)[: self._num_queries], query_ms
 
 
-class _Sweep:
-    """Measures searches of one structure.
+def _sweep(
+    index: ScannIndex, probes: _Probes, target_recall: float, least_work: float
+) -> list[CurvePoint]:
+    """Measures searches of one structure, as long as they may come below the least work so far.
 
-    Args:
-        index: The structure.
-        probes: What to search for.
-        target_recall: The promise.
-        build_seconds: Of the structure.
-        cheapest: Microseconds of the cheapest setting so far that keeps the promise, or infinity.
+    The leaves are doubled; where the target is first reached, it looks closer below, and goes on.
     """
+    search = _compiled(index.approximate, 3)
+    options = _numbers_reordered(probes.k, index.num_candidates)
+    all_leaves = index.settings.num_leaves
+    points: list[CurvePoint] = []
 
-    def __init__(
-        self,
-        index: ScannIndex,
-        probes: _Probes,
-        target_recall: float,
-        build_seconds: float,
-        cheapest: float,
-    ) -> None:
-        self.points: list[FrontierPoint] = []
-        self._settings, self._num_candidates = index.settings, index.num_candidates
-        self._index = index  # Which the compiled search does not keep alive.
-        self._search = _compiled(index.search, 3)
-        self._probes, self._target = probes, target_recall
-        self._build_seconds, self._cheapest = build_seconds, cheapest
-        self._num_leaves = max(1, index.settings.num_leaves // 128)
-
-    def run(self) -> list[FrontierPoint]:
-        """Doubles the leaves; where the promise is first kept, looks closer below and goes on."""
-        too_few = 0
-        while not (is_kept := self._measure(self._num_leaves)) and not self._is_over():
-            too_few = self._num_leaves
-            self._double()
-        if is_kept:
-            self._refine(too_few, self._num_leaves)
-        while not self._is_over():
-            self._double()
-            self._measure(self._num_leaves)
-        return self.points
-
-    def _double(self) -> None:
-        self._num_leaves = min(2 * self._num_leaves, self._settings.num_leaves)
-
-    def _refine(self, too_few: int, enough: int) -> None:
-        for _ in range(_NUM_REFINEMENTS):
-            leaves = round(math.sqrt(max(1, too_few) * enough))
-            if not too_few < leaves < enough:
-                return
-            if self._measure(leaves):
-                enough = leaves
-            else:
-                too_few = leaves
-
-    def _measure(self, num_leaves: int) -> bool:
-        """Varies what is rescored, from much to little; says whether the promise was kept."""
-        is_kept = False
-        for num_reordered in _numbers_reordered(self._probes.k, self._num_candidates):
-            recall, tuning_recall, microseconds = self._probes.measure(
-                self._search, num_leaves, num_reordered
-            )
-            settings = replace(
-                self._settings, num_leaves_to_search=num_leaves, num_reordered=num_reordered
-            )
-            point = FrontierPoint(
-                settings, recall, tuning_recall, microseconds, self._build_seconds
-            )
-            self.points.append(point)
-            if point.keeps(self._target):
-                is_kept = True
-                self._cheapest = min(self._cheapest, microseconds)
+    def measure(leaves: int) -> bool:
+        """Varies what is rescored, from much to little; says whether the target was reached."""
+        is_reached = False
+        for num_reordered in options:
+            changes = {"num_leaves_to_search": leaves, "num_reordered": num_reordered}
+            settings = replace(index.settings, **changes)
+            figures = probes.measure(search, leaves, num_reordered)
+            point = CurvePoint(settings, *figures, _work(settings, index.num_candidates))
+            points.append(point)
+            is_reached |= point.reaches(target_recall)
             # Rescoring fewer finds still less.
-            if tuning_recall < self._target - _MARGIN:
+            if point.tuning_recall < target_recall - _MARGIN:
                 break
-        return is_kept
+        return is_reached
 
-    def _is_over(self) -> bool:
-        """Says whether more leaves than now have nothing more to find, or cost too much."""
-        row = [p for p in self.points if p.settings.num_leaves_to_search == self._num_leaves]
-        if self._num_leaves == self._settings.num_leaves or row[0].keeps(1.0):
-            return True
-        dearest = min(self._probes.exact_microseconds, 2 * self._cheapest)
-        return self._cheapest < math.inf and min(p.microseconds for p in row) > dearest
+    def may_be_least(leaves: int) -> bool:
+        reached = [point.work for point in points if point.reaches(target_recall)]
+        settings = replace(index.settings, num_leaves_to_search=leaves, num_reordered=options[-1])
+        return _work(settings, index.num_candidates) < min([least_work, *reached])
+
+    too_few, leaves = 0, max(1, all_leaves // 128)
+    while not (is_reached := measure(leaves)) and leaves < all_leaves and may_be_least(leaves):
+        too_few, leaves = leaves, min(2 * leaves, all_leaves)
+    if is_reached:
+        enough = leaves
+        for _ in range(_NUM_REFINEMENTS):
+            between = round(math.sqrt(max(1, too_few) * enough))
+            if not too_few < between < enough:
+                break
+            too_few, enough = (too_few, between) if measure(between) else (between, enough)
+    while leaves < all_leaves and may_be_least(2 * leaves):
+        leaves = min(2 * leaves, all_leaves)
+        measure(leaves)
+    return points
+
+
+def _work(settings: ScannSettings, num_candidates: int) -> float:
+    hashed = num_candidates * settings.num_leaves_to_search / settings.num_leaves
+    leaves = settings.num_leaves if settings.num_leaves > 1 else 0
+    return (
+        hashed / settings.dimensions_per_block
+        + _WORK_OF_A_LEAF * leaves
+        + _WORK_OF_RESCORING * settings.num_reordered
+    )
 
 
 def _structures(num_candidates: int, k: int) -> list[ScannSettings]:

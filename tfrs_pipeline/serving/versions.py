@@ -19,10 +19,11 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.serving.batching import Arrays
-from tfrs_pipeline.serving.export import missing_input, signature_inputs
+from tfrs_pipeline.serving.encoder import signature_inputs
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.rest import InputSpec, RequestError
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load_retriever
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.saved_model import missing_input
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,11 @@ class ServedVersion:
 
     Args:
         folder: Of the version; its name is the number.
-        with_exact: Whether to load the brute-force twin of a ScaNN index too.
+        with_exact: Whether to load the brute-force fallback of a ScaNN index too.
 
     Attributes:
         index: What answers requests.
-        exact: Exact search over the same: the twin, or `index` itself where that is exact; None
+        exact: Exact search over the same: the fallback, or `index` itself where that is exact; None
             where it was not loaded.
         signature_def: The signatures as TensorFlow Serving's metadata shows them.
     """
@@ -129,7 +130,7 @@ class ServedVersion:
                 f"Received: {folder}"
             )
         self.number = int(folder.name)
-        retriever = load_retriever(folder)
+        retriever = load(folder)
         self.manifest = retriever.manifest
         self.index = SavedModelCalls(retriever)
         self.index.warm()
@@ -137,7 +138,7 @@ class ServedVersion:
         if self.manifest["index"]["kind"] == "scann":
             self.exact = None
             if with_exact:
-                self.exact = SavedModelCalls(load_retriever(folder, exact=True))
+                self.exact = SavedModelCalls(load(folder, exact=True))
                 self.exact.warm()
         self.signature_def = _signature_def(folder)
 
