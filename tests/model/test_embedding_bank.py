@@ -25,9 +25,6 @@ from tfrs_pipeline.run import run
 from tfrs_pipeline.samples.build import RowLists, Samples
 from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import power_law_rate
-from tfrs_pipeline.serving.encoder import Encoder
-from tfrs_pipeline.serving.index import ExactIndex
-from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 B, M = 32, 22
 Q = SAMPLES.counts / SAMPLES.counts.sum()
@@ -299,25 +296,6 @@ def test_saved_and_loaded_by_keras(tmp_path: Path, suffix: str) -> None:
     assert loaded.compute_loss(batch).numpy() == pytest.approx(
         model.compute_loss(batch).numpy(), rel=1e-6
     )
-
-
-def test_an_export_carries_no_bank(tmp_path: Path) -> None:
-    batches = make_batches(bank_batches=50)
-    model = make_model(batches)
-    exact = ExactIndex(model.embed_corpus())
-    encoder = Encoder(
-        model,
-        query_ids=np.arange(NUM_QUERIES),
-        candidate_ids=np.arange(NUM_CANDIDATES),
-        histories=nothing(NUM_QUERIES + 1),
-        known_positives=nothing(NUM_QUERIES + 1),
-    )
-    module = RetrievalModule(encoder, exact, exact, candidate_ids=np.arange(NUM_CANDIDATES))
-    tf.saved_model.save(module, str(tmp_path), signatures=module.exported)
-    saved = tf.train.load_checkpoint(str(tmp_path / "variables" / "variables"))
-    shapes = list(saved.get_variable_to_shape_map().values())
-    assert [NUM_CANDIDATES + 1, 6] in shapes  # The history's embeddings are there.
-    assert not any(batches.bank_size in shape for shape in shapes)
 
 
 # Misuse
