@@ -686,7 +686,7 @@ def test_a_released_version_leaves_no_table_behind(folder: Path, kind: str) -> N
             model.encoder._query_vocabularies["gender"],
             model.encoder._candidate_vocabularies["genres"],
             model._candidate_rows,
-            model._allowed_table,
+            model._item_filter._table,
         )
     ]
     sizes = [int(tf.raw_ops.LookupTableSizeV2(table_handle=handle)) for handle in handles]
