@@ -21,7 +21,7 @@ from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.run import Corpus, read_corpus
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.refresh import refresh_index
-from tfrs_pipeline.serving.retriever import load_retriever
+from tfrs_pipeline.serving.retriever import load
 
 ITEM_KINDS = {
     "title": "text",
@@ -135,7 +135,7 @@ def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
 
 
 def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> None:
-    model = load_retriever(folder.parent / "saved_models" / "films")
+    model = load(folder.parent / "saved_models" / "films")
     items = {row["item_id"]: row for row in rich_items().to_pylist()}
     ids = model.candidate_ids()
     columns = {name: [items[id_][name] for id_ in ids] for name in ITEM_KINDS}
@@ -163,7 +163,7 @@ def test_typed_items_are_encoded_as_their_csv(
     models = folder.parent / "saved_models" / "films"
     pq.write_table(rich_items(), tmp_path / "items.parquet")
     refreshed = refresh_index(models / "1", tmp_path / "items.parquet")
-    before, after = load_retriever(models / "1"), load_retriever(refreshed.folder)
+    before, after = load(models / "1"), load(refreshed.folder)
     place = {id_: i for i, id_ in enumerate(after.candidate_ids())}
     embeddings = after.candidate_embeddings()[[place[id_] for id_ in before.candidate_ids()]]
     np.testing.assert_allclose(embeddings, before.candidate_embeddings(), atol=1e-6)

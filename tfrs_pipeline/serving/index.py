@@ -270,7 +270,7 @@ class ScannIndex(tf.Module):
         num_found = tf.math.count_nonzero(rows, axis=1, dtype=tf.int32)
         short = tf.where(num_found < tf.minimum(k, self.num_candidates - num_excluded))
         exact_rows, exact_scores = self.exact.search(
-            tf.gather_nd(queries, short), k, tf.gather_nd(excluded, short)
+            tf.gather(queries, short[:, 0]), k, tf.gather(excluded, short[:, 0])
         )
         return (
             tf.tensor_scatter_nd_update(rows, short, exact_rows),
