@@ -220,8 +220,8 @@ def test_a_filter_without_any_value_allows_nothing_but_all(served: Served, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.drop_columns(["genres"]), r"genres.*List the features under their own names"),
-        (lambda t: t.drop_columns(["item_id"]), r"Ids must stand in a column 'item_id'"),
+        (lambda t: t.drop_columns(["genres"]), r"no column 'genres'"),
+        (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
         (lambda t: pa.concat_tables([t, t.slice(0, 3)]), r"One row an id"),
         (lambda t: t.slice(0, 0), r"holds no row"),
     ],
