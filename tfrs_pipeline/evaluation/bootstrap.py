@@ -32,7 +32,7 @@ def bootstrap_intervals(
     paired: the interval of a difference of two models is that of the column of their differences.
 
     Args:
-        values: [num_queries, num_columns] floats. NaN is left out of its column's means.
+        values: [num_queries, num_columns] floats. A mean skips NaN.
         num_bootstrap: How many resamples. 0 computes the means only and sets low and high to NaN.
         seed: Same seed and number of queries, same resamples.
 

@@ -124,7 +124,7 @@ def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence
         if not np.all(np.isnan(means)):
             aucs.plot(means, places, linestyle="none", marker=marker, color=colour, label=title)
     aucs.axvline(0.5, color="0.6", linewidth=1, zorder=0)
-    aucs.set_xlabel("AUC of the positives against")
+    aucs.set_xlabel("AUC of the positives, compared with")
     for axes in (gains, slices, aucs):
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)

@@ -61,6 +61,18 @@ def evaluate(
         ValueError: If an argument is not as described, no query has anything relevant, or a
             retriever breaks its contract: wrong shape, a candidate twice, an excluded or unknown
             candidate.
+
+    Example:
+        >>> import pyarrow as pa
+        >>> from tfrs_pipeline.data.log import Log
+        >>> from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
+        >>> clicks = pa.table({"user_id": [1] * 4 + [2] * 4, "item_id": [*"abcd", *"bacd"]})
+        >>> train, _, test = Log.from_table(clicks).split("last_n", min_positives=3)
+        >>> models = {"popular": MostPopular().fit(train), "ease": Ease(l2=1.0).fit(train)}
+        >>> print(evaluate(models, test, cutoffs=(1,), num_bootstrap=0))
+        model    ndcg@1  from popular  recall@1  tail/recall@1  coverage@1
+        popular  1.0000                  1.0000         1.0000      0.2500
+        ease     1.0000       +0.0000    1.0000         1.0000      0.2500
     """
     if not isinstance(retrievers, Mapping):
         retrievers = {type(retrievers).__name__: retrievers}

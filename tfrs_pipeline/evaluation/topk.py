@@ -1,4 +1,4 @@
-"""Exact top-k over every candidate: the oracle that approximate search is measured against."""
+"""Exact top-k over every candidate, with exclusions: what approximate search is compared with."""
 
 from __future__ import annotations
 
