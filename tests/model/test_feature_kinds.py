@@ -12,14 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
+from tests.model.test_features import NUM_NEW, fitted_features, new_columns, new_tensors
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
+from tfrs_pipeline.model.two_tower import TwoTowerModel
 from tfrs_pipeline.run import Corpus, read_corpus
+from tfrs_pipeline.samples.build import RowLists
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 
@@ -34,6 +39,7 @@ ITEM_KINDS = {
     "look": "vector",
 }
 USER_KINDS = {"age": "bucketized", "joined": "timestamp", "taste": "vector", "city": "hashed"}
+WITH_FEATURES = "embed_query_with_features"
 START = datetime(2023, 11, 1, tzinfo=UTC)
 
 
@@ -167,3 +173,37 @@ def test_typed_items_are_encoded_as_their_csv(
     place = {id_: i for i, id_ in enumerate(after.candidate_ids())}
     embeddings = after.candidate_embeddings()[[place[id_] for id_ in before.candidate_ids()]]
     np.testing.assert_allclose(embeddings, before.candidate_embeddings(), atol=1e-6)
+
+
+def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: Path) -> None:
+    features, num_rows = fitted_features(), NUM_NEW
+    specs = [feature.spec for feature in features]
+    model = TwoTowerModel(
+        num_queries=num_rows, num_candidates=num_rows, query_features=specs,
+        candidate_features=specs, embedding_dim=8, feature_dim=4, history_length=5,
+    )  # fmt: skip
+    encoded = {f.name: f.encode_column(new_columns()[f.name]) for f in features}
+    model.set_features(encoded, encoded)
+    ids, nothing = np.arange(num_rows), RowLists.from_lists([np.zeros(0, int)] * (num_rows + 1))
+    encoder = Encoder(
+        model, query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
+        query_features=features, candidate_features=features,
+    )  # fmt: skip
+    signatures = {name: getattr(encoder, name) for name in ("embed_candidate", WITH_FEATURES)}
+    tf.saved_model.save(encoder, str(tmp_path), signatures=signatures)
+    loaded = tf.saved_model.load(str(tmp_path))
+    # Unknown, missing, empty, far off and in other alphabets, of items and users that are new too.
+    raw = new_tensors()
+    for rows in (np.arange(1, num_rows + 1), np.zeros(num_rows, int)):
+        tensor = tf.constant(rows - 1, tf.int64)
+        items = loaded.signatures["embed_candidate"](item_id=tensor, **raw)["embeddings"]
+        users = loaded.signatures[WITH_FEATURES](
+            user_id=tensor, history=tf.fill([num_rows, 1], tf.constant(-1, tf.int64)), **raw
+        )["embeddings"]
+        rows = tf.constant(rows, tf.int32)
+        histories = tf.zeros([num_rows, 5], tf.int32)
+        np.testing.assert_allclose(items, model.embed_candidates(rows, encoded), atol=1e-6)
+        np.testing.assert_allclose(users, model.embed_queries(rows, histories, encoded), atol=1e-6)
+        assert np.isfinite(items).all()
+        # Two rows lack everything: without an id they are one.
+        assert len(np.unique(np.round(items, 4), axis=0)) == num_rows - (rows[0] == 0)
