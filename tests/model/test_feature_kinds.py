@@ -206,4 +206,4 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
         np.testing.assert_allclose(users, model.embed_queries(rows, histories, encoded), atol=1e-6)
         assert np.isfinite(items).all()
         # Two rows lack everything: without an id they are one.
-        assert len(np.unique(np.round(items, 4), axis=0)) == num_rows - (rows[0] == 0)
+        assert len(np.unique(np.round(items, 4), axis=0)) == num_rows - (int(rows[0]) == 0)
