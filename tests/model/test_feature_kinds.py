@@ -6,6 +6,7 @@ import json
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,10 +186,13 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
     encoded = {f.name: f.encode_column(new_columns()[f.name]) for f in features}
     model.set_features(encoded, encoded)
     ids, nothing = np.arange(num_rows), RowLists.from_lists([np.zeros(0, int)] * (num_rows + 1))
-    encoder = Encoder(
-        model, query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
-        query_features=features, candidate_features=features,
+    exportable: Any = SimpleNamespace(
+        query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
+        query_features=features, candidate_features=features, history_length=5,
+        variables=model.variables, embed_queries=model.embed_queries,
+        embed_candidates=model.embed_candidates,
     )  # fmt: skip
+    encoder = Encoder(exportable)
     signatures = {name: getattr(encoder, name) for name in ("embed_candidate", WITH_FEATURES)}
     tf.saved_model.save(encoder, str(tmp_path), signatures=signatures)
     loaded = tf.saved_model.load(str(tmp_path))
