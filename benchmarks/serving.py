@@ -36,10 +36,10 @@ from record import write_json
 NAME = "clusters"
 EMBEDDING_DIM, NUM_CLUSTERS, NUM_USERS, HISTORY_LENGTH = 64, 200, 1000, 20
 IN_PROCESS = "in process"
-JOINING = {
-    "HTTP, calls apart": ("--no-batch",),
-    "HTTP, joined": ("--batch-wait-ms", "0"),
-    "HTTP, joined, 1 ms": ("--batch-wait-ms", "1"),
+SERVED = {
+    "HTTP, 1 thread": ("--num-threads", "1"),
+    "HTTP, 2 threads": ("--num-threads", "2"),
+    "HTTP, 4 threads": ("--num-threads", "4"),
 }
 
 
@@ -231,12 +231,12 @@ def measure_latency(
     retriever = load(model)
     retriever.retrieve_user([1], 100)
     figures: dict[str, dict[int, list[Figures]]] = {
-        name: {n: [] for n in clients} for name in (IN_PROCESS, *JOINING)
+        name: {n: [] for n in clients} for name in (IN_PROCESS, *SERVED)
     }
     with contextlib.ExitStack() as stack:
         ports = {
             name: stack.enter_context(served(model, *flags, "--no-page"))[0]
-            for name, flags in JOINING.items()
+            for name, flags in SERVED.items()
         }
         for port in ports.values():
             over_http(port, 2, 1)
@@ -336,7 +336,7 @@ def main() -> None:
                 num: latency[name][num]["p50_ms"] / figure["p50_ms"]
                 for num, figure in latency[IN_PROCESS].items()
             }
-            for name in JOINING
+            for name in SERVED
         }
         print(f"p50 over HTTP / in process: {overhead}")
         memory = measure_memory(folder, options.seconds, 5)

@@ -1,228 +1,187 @@
 """TensorFlow Serving's REST rules, on requests written by hand and on generated arrays."""
 
+import contextlib
 import json
-import math
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
-from tfrs_pipeline.serving import rest
-from tfrs_pipeline.serving.rest import InputSpec, RequestError
+from tfrs_pipeline.serving.rest import SignatureInputs, format_outputs, parse_predict
+from tfrs_pipeline.serving.settings import ServeSettings
 
-SPECS = {
-    "serving_default": {"user_id": InputSpec("int64", 1)},
-    "retrieve": {
-        "user_id": InputSpec("string", 1),
-        "exclude": InputSpec("string", 2),
-        "k": InputSpec("int32", 0),
-    },
+LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
+SIGNATURES = {
+    name: SignatureInputs(specs, LIMITS)
+    for name, specs in {
+        "serving_default": {"user_id": tf.TensorSpec([None], tf.int64)},
+        "histories": {
+            "user_id": tf.TensorSpec([None], tf.int64),
+            "history": tf.TensorSpec([None, None], tf.int64),
+        },
+        "retrieve": {
+            "user_id": tf.TensorSpec([None], tf.string),
+            "exclude": tf.TensorSpec([None, None], tf.string),
+            "k": tf.TensorSpec([], tf.int32),
+        },
+        "embed": {
+            "price": tf.TensorSpec([None], tf.float64),
+            "vector": tf.TensorSpec([None, 3], tf.float32),
+            "number": tf.TensorSpec([], tf.int32),
+        },
+    }.items()
 }
 
 
-def parsed(**document: Any) -> rest.PredictRequest:
-    return rest.parse_predict(document, SPECS)
+def parsed(body: bytes | dict[str, Any]) -> tuple[str, dict[str, np.ndarray], bool]:
+    return parse_predict(body if isinstance(body, bytes) else json.dumps(body).encode(), SIGNATURES)
 
 
-def refused(**document: Any) -> str:
-    with pytest.raises(RequestError) as caught:
-        parsed(**document)
-    assert caught.value.status == 400
-    return caught.value.message
-
-
-def retrieve(**inputs: Any) -> dict[str, Any]:
-    return {"signature_name": "retrieve", "inputs": inputs}
+def inputs(signature: str, **columns: Any) -> dict[str, Any]:
+    return {"signature_name": signature, "inputs": columns}
 
 
 def test_a_plain_list_is_the_only_input_by_columns_and_by_rows() -> None:
     for key in ("inputs", "instances"):
-        request = parsed(**{key: [3, 5]})
-        assert request.signature == "serving_default"
-        assert request.inputs["user_id"].tolist() == [3, 5]
-        assert request.is_row_format == (key == "instances")
+        signature, arrays, is_row_format = parsed({key: [3, 2**53 + 1]})
+        assert signature == "serving_default"
+        assert arrays["user_id"].tolist() == [3, 2**53 + 1]
+        assert is_row_format == (key == "instances")
 
 
 def test_rows_and_columns_of_named_inputs_are_the_same() -> None:
-    specs = {"s": {"user_id": InputSpec("int64", 1), "history": InputSpec("int64", 2)}}
-    rows = [{"user_id": 1, "history": [7, 8]}, {"history": [9, -1], "user_id": 2}]
-    columns = {"user_id": [1, 2], "history": [[7, 8], [9, -1]]}
-    by_rows = rest.parse_predict({"signature_name": "s", "instances": rows}, specs)
-    by_columns = rest.parse_predict({"signature_name": "s", "inputs": columns}, specs)
-    for name in specs["s"]:
-        np.testing.assert_array_equal(by_rows.inputs[name], by_columns.inputs[name])
+    rows = [{"user_id": 1, "history": [7, 8]}, {"history": [-(2**63), 2**63 - 1], "user_id": 2}]
+    _, by_rows, _ = parsed({"signature_name": "histories", "instances": rows})
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    _, by_columns, _ = parsed(inputs("histories", **columns))
+    for name, column in columns.items():
+        assert by_rows[name].dtype == by_columns[name].dtype == np.int64
+        assert by_rows[name].tolist() == by_columns[name].tolist() == column
 
 
 def test_strings_come_as_utf_8_or_base64() -> None:
-    request = parsed(**retrieve(user_id=["Zoë"], exclude=[[{"b64": "Wm/Dqw=="}]], k=2))
-    assert request.inputs["user_id"].tolist() == ["Zoë".encode()]
-    assert request.inputs["exclude"].tolist() == [["Zoë".encode()]]
-    assert request.inputs["k"].shape == ()
-
-
-NUMBERS = {
-    "embed": {
-        "price": InputSpec("float64", 1),
-        "vector": InputSpec("float32", 2, width=3),
-        "k": InputSpec("int32", 0),
-    }
-}
+    _, arrays, _ = parsed(inputs("retrieve", user_id=["Zoë"], exclude=[[{"b64": "/w=="}]], k=2))
+    assert arrays["user_id"].tolist() == ["Zoë".encode()]
+    assert arrays["exclude"].tolist() == [[b"\xff"]]
+    assert arrays["k"].shape == ()
+    assert arrays["k"].dtype == np.int32
 
 
 def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
-    body = b'{"signature_name": "embed", "inputs": {"price": [1, 2.5, NaN], "k": 1, "vector": '
-    body += b"[[1, 2, 3], [0.1, -2e3, 0], [NaN, NaN, NaN]]}}"
-    inputs = rest.parse_predict(rest.parse_json(body, 8), NUMBERS).inputs
-    assert inputs["price"].dtype == np.float64
-    np.testing.assert_array_equal(inputs["price"], [1.0, 2.5, np.nan])
-    assert inputs["vector"].dtype == np.float32
-    np.testing.assert_array_equal(
-        inputs["vector"],
-        np.array([[1, 2, 3], [0.1, -2000, 0], [np.nan] * 3], np.float32),
-    )
+    body = b'{"signature_name": "embed", "inputs": {"price": [1, NaN], "number": 1, "vector": '
+    body += b"[[1, 2, 3], [0.1, -2e3, NaN]]}}"
+    _, arrays, _ = parsed(body)
+    np.testing.assert_array_equal(arrays["price"], [1.0, np.nan])
+    expected = np.array([[1, 2, 3], [0.1, -2000, np.nan]], np.float32)
+    np.testing.assert_array_equal(arrays["vector"], expected)
+    assert arrays["price"].dtype == np.float64
+    assert arrays["vector"].dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"price": ["1"]}, "'price' takes float64 values. Got: '1'"),
-        ({"price": [True]}, "'price' takes float64 values. Got: True"),
-        ({"price": [None]}, "'price' takes float64 values. Got: None"),
-        ({"price": [10**400]}, "'price' has a number that is no float64"),
-        ({"price": [[1.0]]}, "Got: nested 2 deep"),
-        ({"vector": [[1.0, 2.0]]}, "'vector' must have 3 numbers for each query. Got: 2"),
-        ({"vector": [[1.0, 2.0], [1.0]]}, "fill the shorter ones with NaN"),
-        ({"k": 1.0}, "takes int32 values. Got: 1.0"),
-    ],
-)
-def test_a_refused_number_is_explained(changed: dict[str, Any], message: str) -> None:
-    inputs = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "k": 1, **changed}
-    with pytest.raises(RequestError) as caught:
-        rest.parse_predict({"signature_name": "embed", "inputs": inputs}, NUMBERS)
-    assert message in caught.value.message
+def test_nothing_to_exclude_is_a_list_of_empty_lists_and_limits_hold_at_their_edge() -> None:
+    _, arrays, _ = parsed(inputs("retrieve", user_id=["a", "b"], exclude=[[], []], k=10))
+    assert arrays["exclude"].shape == (2, 0)
+    _, arrays, _ = parsed(inputs("retrieve", user_id=["a"], exclude=[["b"] * 3], k=1))
+    assert arrays["exclude"].shape == (1, 3)
+    _, arrays, _ = parsed(inputs("embed", price=[], vector=[], number=1))
+    assert arrays["vector"].shape == (0, 3)
 
 
-def test_nothing_to_exclude_is_a_list_of_empty_lists() -> None:
-    request = parsed(**retrieve(user_id=["a", "b"], exclude=[[], []], k=2))
-    assert request.inputs["exclude"].shape == (2, 0)
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({}, "either 'inputs' or 'instances'"),
-        ({"inputs": [1], "instances": [1]}, "either 'inputs' or 'instances'"),
-        ({"input": [1]}, "Unknown key 'input'"),
-        ({"instances": []}, "an entry per query"),
-        ({"instances": 7}, "an entry per query"),
-        ({"instances": {"user_id": [1]}}, "an entry per query"),
-        ({"inputs": [1], "signature_name": "nope"}, "'nope' not found in signature def"),
-        ({"inputs": [1], "signature_name": 7}, "must be a string"),
-        ({"inputs": [1.0]}, "takes int64 values. Got: 1.0"),
-        ({"inputs": [True]}, "takes int64 values. Got: True"),
-        ({"inputs": [None]}, "takes int64 values. Got: None"),
-        ({"inputs": ["1"]}, "takes int64 values. Got: '1'"),
-        ({"inputs": [math.nan]}, "takes int64 values. Got: nan"),
-        ({"inputs": [1, 2**63]}, "takes int64 values. Got: 9223372036854775808"),
-        ({"inputs": [{"b64": "AA=="}]}, "takes int64 values"),
-        ({"inputs": 5}, "nested 1 deep (a list with a value per query). Got: nested 0 deep"),
-        ({"inputs": [[5]]}, "Got: nested 2 deep"),
-        ({"inputs": [1, [2]]}, "takes int64 values. Got: [2]"),
-        ({"inputs": [[1], 2]}, "lists of one length"),
-        (retrieve(user_id=["a"], exclude=[[]]), "Missing named input: 'k'"),
-        (retrieve(user_id=["a"], exclude=[[]], k=1, n=2), "unknown input 'n'"),
-        ({"signature_name": "retrieve", "inputs": ["a"]}, "must be an object"),
-        ({"signature_name": "retrieve", "instances": ["a"]}, "must be an object"),
-        (retrieve(user_id=["a"], exclude=[[]], k=2**31), "takes int32 values"),
-        (retrieve(user_id=["a"], exclude=[[]], k="2"), "takes int32 values"),
-        (retrieve(user_id=["a"], exclude=[[]], k=[2]), "nested 0 deep"),
-        (retrieve(user_id=["a"], exclude=[], k=2), "nested 2 deep"),
-        (
-            retrieve(user_id=["a"], exclude=[["b"], ["c", "d"]], k=2),
-            'fill the shorter ones with ""',
-        ),
-        (retrieve(user_id=["a"], exclude=[["b"], ["c"]], k=2), "as many queries each"),
-        (retrieve(user_id=[7], exclude=[[]], k=2), "takes string values. Got: 7"),
-        (retrieve(user_id=["\ud800"], exclude=[[]], k=2), "surrogate"),
-        (retrieve(user_id=[{"b64": "?"}], exclude=[[]], k=2), "wrong base64"),
-        (
-            {
-                "signature_name": "retrieve",
-                "instances": [{"user_id": "a", "exclude": [], "k": 2}],
-            },
-            "use 'inputs' instead of 'instances'",
-        ),
-    ],
-)
-def test_a_refusal_says_what_is_wrong(document: dict[str, Any], message: str) -> None:
-    assert message in refused(**document)
+A = {"user_id": ["a"], "exclude": [[]], "k": 2}
+E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"[1]", "must be a JSON object"),
         (b'{"inputs": [1]} x', "not JSON"),
         (b"\xff\xfe{}", "not JSON"),
         ('{"inputs": [1]}'.encode("utf-16"), "not JSON"),
         (b'{"inputs": [' + b"9" * 5000 + b"]}", "not JSON"),
-        (b'{"inputs": ' + b"[" * 8 + b"]" * 8 + b"}", "nested 9 deep; at most 8"),
-        (b"[" * 1_000_000, "nested 1000000 deep"),
-        (b'{"a":' * 100_000, "nested 100000 deep"),
+        (b'{"inputs": ["\\ud800"]}', "not JSON"),
+        (b"[" * 1_000_000, "not JSON in UTF-8: recursion limit"),
+        (b"[" * 20 + b'"\\' * 490_000, "not JSON"),
+        (b"[1]", "must be an object"),
+        ({}, "either 'inputs' or 'instances'"),
+        ({"inputs": [1], "instances": [1]}, "either 'inputs' or 'instances'"),
+        ({"input": [1]}, "Unknown key 'input'"),
+        ({"inputs": [1], "signature_name": "nope"}, "'nope' not found in signature def"),
+        ({"inputs": [1], "signature_name": 7}, "7 not found in signature def"),
+        ({"instances": []}, "instances: List should have at least 1 item"),
+        ({"instances": 7}, "instances: Input should be a valid list"),
+        ({"instances": [1] * 3}, "instances: List should have at most 2 items"),
+        ({"inputs": [1] * 3}, "inputs.user_id: List should have at most 2 items"),
+        ({"inputs": [1.0]}, "inputs.user_id.0: Input should be a valid integer. Got: 1.0"),
+        ({"inputs": [True]}, "valid integer. Got: True"),
+        ({"inputs": [None]}, "valid integer. Got: None"),
+        ({"inputs": ["1"]}, "valid integer. Got: '1'"),
+        (b'{"inputs": [NaN]}', "valid integer. Got: nan"),
+        ({"inputs": [1, 2**63]}, "inputs.user_id.1: Input should be less than or equal to"),
+        ({"inputs": [{"b64": "AA=="}]}, "valid integer"),
+        ({"inputs": 5}, "inputs.user_id: Input should be a valid list. Got: 5"),
+        ({"inputs": [[5]]}, "valid integer. Got: [5]"),
+        (inputs("retrieve", user_id=["a"], exclude=[[]]), "inputs.k: Missing named input"),
+        (inputs("retrieve", **A, n=2), "Unknown input 'n'; the signature has user_id, exclude, k"),
+        ({"signature_name": "retrieve", "inputs": ["a"]}, "valid dictionary. Got: ['a']"),
+        ({"signature_name": "retrieve", "instances": [A]}, "use 'inputs' instead of 'instances'"),
+        (
+            inputs("retrieve", **{**A, "k": 11}),
+            "inputs.k: Input should be less than or equal to 10",
+        ),
+        (inputs("retrieve", **{**A, "k": 0}), "greater than or equal to 1. Got: 0"),
+        (inputs("retrieve", **{**A, "k": [2]}), "valid integer. Got: [2]"),
+        (
+            inputs("retrieve", **{**A, "exclude": [["b"] * 4]}),
+            "exclude.0: List should have at most 3",
+        ),
+        (inputs("retrieve", **{**A, "exclude": [["b"], []]}), "lists of one length"),
+        (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries each"),
+        (inputs("retrieve", **{**A, "user_id": [7]}), "takes a string"),
+        (inputs("retrieve", **{**A, "user_id": [{"b64": "?"}]}), "inputs.user_id.0"),
+        (inputs("retrieve", **{**A, "user_id": [{"b64": 7}]}), "takes a string"),
+        (
+            inputs("histories", user_id=[1], history=[[1] * 5]),
+            "history.0: List should have at most 4",
+        ),
+        (
+            inputs("embed", **{**E, "price": ["1"]}),
+            "inputs.price.0: Input should be a valid number",
+        ),
+        (inputs("embed", **{**E, "price": [True]}), "valid number. Got: True"),
+        (inputs("embed", **{**E, "price": [None]}), "valid number. Got: None"),
+        (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
+        (inputs("embed", **{**E, "price": [float("inf")]}), "takes finite float64 values"),
+        (inputs("embed", **{**E, "vector": [[1e300, 0, 0]]}), "takes finite float32 values"),
+        (inputs("embed", **{**E, "vector": [[1.0]]}), "vector.0: List should have at least 3"),
+        (inputs("embed", **{**E, "number": 2**31}), "less than or equal to 2147483647"),
     ],
+    ids=lambda value: repr(value)[:60],
 )
-def test_a_body_that_cannot_be_read_is_refused(body: bytes, message: str) -> None:
-    with pytest.raises(RequestError) as caught:
-        rest.parse_json(body, max_depth=8)
-    assert caught.value.status == 400
-    assert message in caught.value.message
-
-
-def test_brackets_in_strings_are_not_nesting() -> None:
-    text = '[[[[[[[[[[{"' * 3 + "\\"
-    assert rest.parse_json(json.dumps({"inputs": [text]}).encode(), 2) == {"inputs": [text]}
+def test_a_refusal_says_what_is_wrong(body: Any, message: str) -> None:
+    with pytest.raises(HTTPException) as caught:
+        parsed(body)
+    assert caught.value.status_code == 400
+    assert message in caught.value.detail
+    assert len(caught.value.detail) < 500
 
 
 @given(
     st.recursive(
-        st.none() | st.text() | st.integers(),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    )
+    ),
+    st.sampled_from(sorted(SIGNATURES)),
+    st.sampled_from(["inputs", "instances"]),
 )
-def test_depth_is_that_of_a_walk(value: Any) -> None:
-    def depth(part: Any) -> int:
-        if isinstance(part, dict):
-            part = list(part.values())
-        return 1 + max(map(depth, part), default=0) if isinstance(part, list) else 0
-
-    document = {"inputs": value}
-    body = json.dumps(document).encode()
-    assert rest.parse_json(body, max_depth=depth(document)) == document
-    with pytest.raises(RequestError, match="nested"):
-        rest.parse_json(body, max_depth=depth(document) - 1)
-
-
-def limits(**inputs: Any) -> str:
-    arrays = {"user_id": np.zeros(1), **{k: np.asarray(v) for k, v in inputs.items()}}
-    try:
-        rest.check_limits(arrays, max_queries=2, max_k=10, max_exclude=3, max_history=4)
-    except RequestError as error:
-        return f"{error.status} {error.message}"
-    return ""
-
-
-def test_limits_hold_at_their_edge() -> None:
-    assert limits(k=10, user_id=[1, 2], exclude=np.zeros((1, 3)), history=np.zeros((1, 4))) == ""
-    assert limits() == ""
-    assert limits(k=11) == "400 k must be from 1 to 10. Got: 11"
-    assert limits(k=0) == "400 k must be from 1 to 10. Got: 0"
-    assert "may hold 2 queries. Got: 3" in limits(user_id=[1, 2, 3])
-    assert "'exclude' may hold 3 entries for each query. Got: 4" in limits(exclude=np.zeros((1, 4)))
-    assert "'history' may hold 4 entries" in limits(history=np.zeros((1, 5)))
+def test_any_json_is_read_or_refused(value: Any, signature: str, key: str) -> None:
+    # Nothing but a refusal is raised.
+    with contextlib.suppress(HTTPException):
+        parsed({"signature_name": signature, key: value})
 
 
 FLOATS = st.floats(width=32)
@@ -231,7 +190,7 @@ FLOATS = st.floats(width=32)
 @given(st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=1, max_size=4))
 def test_scores_come_back_to_the_last_bit(rows: list[list[float]]) -> None:
     scores = np.array(rows, np.float32)
-    text = rest.format_outputs({"scores": scores}, is_row_format=False)
+    text = format_outputs({"scores": scores}, is_row_format=False)
     # Python reads the bare words NaN and Infinity.
     values = json.loads(text)["outputs"]
     assert all(isinstance(value, float) for row in values for value in row)
@@ -246,9 +205,9 @@ def test_rows_and_columns_of_an_answer() -> None:
         "scores": np.array([[1.0, 0.1], [-np.inf, np.nan]], np.float32),
         "is_known_user": np.array([True, False]),
     }
-    columns = rest.format_outputs(outputs, is_row_format=False).decode()
-    rows = rest.format_outputs(outputs, is_row_format=True).decode()
-    assert '"scores": [[1.0,0.100000001],[-Infinity,NaN]]' in columns
+    columns = format_outputs(outputs, is_row_format=False).decode()
+    rows = format_outputs(outputs, is_row_format=True).decode()
+    assert '"scores":[[1.0,0.10000000149011612],[-Infinity,NaN]]' in columns
     expected = {
         "candidate_ids": [["Zoë", 'a"b'], ["", "\n"]],
         "is_known_user": [True, False],
@@ -261,15 +220,13 @@ def test_rows_and_columns_of_an_answer() -> None:
 
 def test_a_single_output_stands_without_its_name() -> None:
     outputs = {"ids": np.array([[1, 2], [3, 4]])}
-    assert json.loads(rest.format_outputs(outputs, is_row_format=False)) == {
-        "outputs": [[1, 2], [3, 4]]
-    }
-    assert json.loads(rest.format_outputs(outputs, is_row_format=True)) == {
+    assert json.loads(format_outputs(outputs, is_row_format=False)) == {"outputs": [[1, 2], [3, 4]]}
+    assert json.loads(format_outputs(outputs, is_row_format=True)) == {
         "predictions": [[1, 2], [3, 4]]
     }
 
 
 def test_an_answer_to_no_query_is_empty() -> None:
     outputs = {"ids": np.zeros((0, 3), np.int64), "known": np.zeros(0, bool)}
-    text = rest.format_outputs(outputs, is_row_format=False)
+    text = format_outputs(outputs, is_row_format=False)
     assert json.loads(text) == {"outputs": {"ids": [], "known": []}}

@@ -1,7 +1,6 @@
 """Which version is served as folders come and go, with loads that cost nothing."""
 
 import asyncio
-import gc
 import os
 import shutil
 import weakref
@@ -9,29 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.serving import versions
-from tfrs_pipeline.serving.rest import RequestError
 from tfrs_pipeline.serving.versions import ModelVersions
 
 
 class Fake:
     """Stands for a loaded version; a folder with a file `broken` cannot be loaded."""
 
-    def __init__(self, folder: Path, *, with_exact: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         if (folder / "broken").exists():
             raise ValueError("no such variable")
         self.number = int(folder.name)
         self.payload = (folder / "manifest.json").read_text()
-        self.num_releases = 0
+        self.num_releases = self.num_uses = 0
 
     def release(self) -> None:
         self.num_releases += 1
-
-
-@pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "ServedVersion", Fake)
 
 
 def put(folder: Path, number: int, payload: str = "", *, broken: bool = False) -> None:
@@ -49,105 +43,102 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "films"
 
 
-@pytest.fixture
-def loads() -> list[tuple[int, bool]]:
-    return []
+def versions_of(folder: Path) -> ModelVersions:
+    return ModelVersions(folder, Fake)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def model(folder: Path, loads: list[tuple[int, bool]]) -> ModelVersions:
-    model = ModelVersions(
-        folder,
-        with_exact=False,
-        on_load=lambda number, seconds, error: loads.append((number, error is None)),
-    )
+def model(folder: Path) -> ModelVersions:
+    model = versions_of(folder)
     model.load_first()
     return model
 
 
+def served(model: ModelVersions) -> Any:
+    with model.use() as version:
+        return version
+
+
 def states(model: ModelVersions) -> dict[int, str]:
-    return {number: state for number, state, _ in model.statuses()}
+    return {number: state for number, (state, _) in model.statuses().items()}
 
 
 def test_the_newest_is_served_and_the_old_one_not_found(model: ModelVersions, folder: Path) -> None:
+    first = served(model)
+    model.refresh()
+    assert served(model) is first  # Nothing new loads nothing.
     put(folder, 2)
-    assert model.refresh()
-    assert model.current.number == 2
-    assert states(model) == {2: "AVAILABLE", 1: "END"}
-    with model.use(2) as version:
-        assert version is model.current
-    with pytest.raises(RequestError, match=r"Specific\(films, 1\)") as caught, model.use(1):
-        pass
-    assert caught.value.status == 404
-
-
-def test_nothing_new_loads_nothing(model: ModelVersions, loads: list[Any]) -> None:
-    assert not model.refresh()
-    assert loads == [(1, True)]
+    model.refresh()
+    assert states(model) == {2: "AVAILABLE"}
+    assert first.num_releases == 1
+    with model.use("2") as version:
+        assert version.number == 2
+    for number in ("1", "02", "x"):
+        match = rf"Specific\(films, {number}\)"
+        with pytest.raises(HTTPException, match=match) as caught, model.use(number):
+            pass
+        assert caught.value.status_code == 404
 
 
 def test_an_old_version_lives_until_its_last_request(model: ModelVersions, folder: Path) -> None:
-    with model.use() as first, model.use(1) as again:
+    with model.use() as first, model.use("1") as again:
         assert first is again
         put(folder, 2)
         model.refresh()
-        assert model.current.number == 2
+        assert served(model).number == 2
         assert states(model) == {2: "AVAILABLE", 1: "UNLOADING"}
         assert first.num_releases == 0  # type: ignore[attr-defined]
+    model.refresh()
+    model.refresh()
     assert first.num_releases == 1  # type: ignore[attr-defined]
-    assert states(model) == {2: "AVAILABLE", 1: "END"}
+    assert states(model) == {2: "AVAILABLE"}
     left = weakref.ref(first)
     del first, again
-    gc.collect()
     assert left() is None
 
 
 def test_a_broken_version_changes_nothing_but_the_status(
     model: ModelVersions,
     folder: Path,
-    loads: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(versions.time, "monotonic", lambda: now)
     put(folder, 2, broken=True)
-    assert not model.refresh()
-    assert model.current.number == 1
-    (number, state, error), *_ = model.statuses()
-    assert (number, state) == (2, "END")
+    model.refresh()
+    assert served(model).number == 1
+    state, error = model.statuses()[2]
+    assert state == "END"
     assert "no such variable" in error
     assert error in caplog.text
-    for now, num_loads in [(1009.0, 2), (1010.0, 3), (1029.0, 3), (1030.0, 4)]:
-        model.refresh()
-        assert len(loads) == num_loads, now
     (folder / "2" / "broken").unlink()
-    now += 40
-    assert model.refresh()
-    assert model.current.number == 2
-    assert states(model) == {2: "AVAILABLE", 1: "END"}
+    now += versions.RETRY_SECONDS - 1
+    model.refresh()
+    assert served(model).number == 1
+    now += 1
+    model.refresh()
+    assert served(model).number == 2
+    assert states(model) == {2: "AVAILABLE"}
 
 
-def test_the_next_best_is_loaded_where_the_newest_is_broken(
-    model: ModelVersions, folder: Path
-) -> None:
+def test_the_next_best_is_loaded_where_the_newest_is_broken(folder: Path) -> None:
     put(folder, 2)
     put(folder, 3, broken=True)
+    model = versions_of(folder)
+    model.load_first()
+    assert states(model) == {3: "END", 2: "AVAILABLE"}
+    shutil.rmtree(folder / "3")
     model.refresh()
-    assert model.current.number == 2
-    fresh = ModelVersions(folder, with_exact=False)
-    fresh.load_first()
-    assert fresh.current.number == 2
-    assert states(fresh) == {3: "END", 2: "AVAILABLE"}
+    assert states(model) == {2: "AVAILABLE"}
 
 
 def test_a_version_taken_away_is_a_step_back(model: ModelVersions, folder: Path) -> None:
     put(folder, 2)
     model.refresh()
     shutil.rmtree(folder / "2")
-    assert model.refresh()
-    assert model.current.number == 1
-    assert states(model) == {2: "END", 1: "AVAILABLE"}
+    model.refresh()
+    assert states(model) == {1: "AVAILABLE"}
 
 
 def test_another_model_under_the_same_number_is_a_new_version(
@@ -155,23 +146,23 @@ def test_another_model_under_the_same_number_is_a_new_version(
 ) -> None:
     shutil.rmtree(folder / "1")
     put(folder, 1, "another")
-    assert model.refresh()
-    assert model.current.payload == "another"  # type: ignore[attr-defined]
+    model.refresh()
+    assert served(model).payload == "another"
     assert states(model) == {1: "AVAILABLE"}
 
 
 def test_a_folder_gone_for_a_while_changes_nothing(model: ModelVersions, folder: Path) -> None:
     folder.rename(folder.with_name("away"))
-    assert not model.refresh()
-    assert model.current.number == 1
+    model.refresh()
+    assert served(model).number == 1
 
 
 def test_a_version_by_itself_stays(folder: Path) -> None:
-    model = ModelVersions(folder / "1", with_exact=False)
+    model = versions_of(folder / "1")
     model.load_first()
     put(folder, 2)
-    assert not model.refresh()
-    assert (model.name, model.current.number) == ("films", 1)
+    model.refresh()
+    assert (model.name, served(model).number) == ("films", 1)
     asyncio.run(asyncio.wait_for(model.watch(0.01), 5))  # Has nothing to watch.
 
 
@@ -192,7 +183,7 @@ def test_the_watch_follows_and_survives_a_broken_disk(
     async def watched() -> None:
         watch = asyncio.create_task(model.watch(0.01))
         put(folder, 2)
-        while model.current.number != 2:
+        while served(model).number != 2:
             await asyncio.sleep(0.01)
         watch.cancel()
 
@@ -202,23 +193,8 @@ def test_the_watch_follows_and_survives_a_broken_disk(
 
 def test_no_version_at_all_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No exported model at"):
-        ModelVersions(tmp_path / "nowhere", with_exact=False)
+        versions_of(tmp_path / "nowhere")
     put(tmp_path / "films", 1, broken=True)
-    model = ModelVersions(tmp_path / "films", with_exact=False)
+    model = versions_of(tmp_path / "films")
     with pytest.raises(RuntimeError, match="no such variable"):
         model.load_first()
-    with pytest.raises(RequestError) as caught, model.use():
-        pass
-    assert caught.value.status == 503
-
-
-def test_the_list_of_old_versions_does_not_grow_for_ever(
-    model: ModelVersions, folder: Path
-) -> None:
-    for number in range(2, 50):
-        put(folder, number)
-        model.refresh()
-    assert len(model.statuses()) == versions.MAX_REPORTED
-    assert states(model)[49] == "AVAILABLE"
-    assert min(states(model)) == 50 - versions.MAX_REPORTED
-    assert len(model._uses) == 1

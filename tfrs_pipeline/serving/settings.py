@@ -6,10 +6,10 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from tfrs_pipeline.config import Config
+from tfrs_pipeline.settings import Config
 
-NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
+HostName: TypeAlias = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*]+)$")]
 
 
 class ServeSettings(Config):
@@ -20,34 +20,28 @@ class ServeSettings(Config):
     without TLS or passwords: see docs/serving.md."""
     port: Port = 8501
     """Port to listen on; 0 takes a free one."""
+    allowed_hosts: tuple[HostName, ...] = ("localhost", "127.0.0.1")
+    """Names by which requests may call the server, in their Host header, beside the address that it
+    listens on; *.example.com takes all names below, * any. Keeps web pages of other names out."""
     poll_seconds: PositiveFloat = 2.0
     """Seconds between two looks for a new version."""
     page: bool = True
     """Whether to serve the page at /. It compares the index with exact search, so a ScaNN model's
     brute-force fallback is held in memory too."""
+    num_threads: PositiveInt = 4
+    """Requests that are read, answered and written at the same time; further ones wait."""
     max_body_bytes: PositiveInt = 1_000_000
     """Longest request body."""
     body_timeout_seconds: PositiveFloat = 10.0
     """Seconds within which a request body must have come."""
-    max_depth: PositiveInt = 8
-    """Deepest nesting of a request's JSON."""
     max_k: PositiveInt = 2_000
     """Largest k of a request."""
-    max_queries: PositiveInt = 256
+    max_queries: PositiveInt = 64
     """Most queries in a request."""
     max_exclude: PositiveInt = 2_000
-    """Longest list of items to leave out, and of values to filter by, for each query."""
+    """Longest list of items to exclude, and of values to filter by, for each query."""
     max_history: PositiveInt = 1_000
     """Longest history given with a query; of it, the model uses the most recent part."""
-    batch: bool = True
-    """Whether requests that wait at the same time share a call of the model."""
-    batch_wait_ms: NonNegativeFloat = 0.0
-    """Longest time in which a request waits for others to share its call, in milliseconds. With 0
-    those share it that have come while the model was busy, and nobody waits."""
-    max_batch_rows: PositiveInt = 64
-    """Most queries in a call of the model; what is larger is cut into several calls."""
-    max_waiting: PositiveInt = 512
-    """Most calls that wait for the model. What comes beyond is refused with 503."""
     max_connections: PositiveInt = 1_000
     """Most open connections; a further one is answered with 503."""
     shutdown_seconds: PositiveInt = 20
