@@ -74,38 +74,24 @@ class ServedRetriever:
         ids = np.full((len(queries), k), "" if self._items_are_text else -1)
         ids = ids.astype(object if self._items_are_text else np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
+        users = [[query.get("user_id")] for query in queries]
+        histories = [query.get("history", ()) for query in queries]
         for start in range(0, len(queries), BLOCK):
             block = slice(start, start + BLOCK)
-            ids[block], scores[block] = self._retrieve(
-                queries[block], k, exclude[block], None if allowed is None else allowed[block]
-            )
+            inputs = {
+                "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
+                "history": _padded(histories[block], self._items_are_text),
+                "exclude": _padded(exclude[block], self._items_are_text),
+                "k": k,
+            }
+            signature = "retrieve"
+            if allowed is not None:
+                signature = "retrieve_filtered"
+                inputs["allowed"] = _padded(allowed[block], is_text=True)
+            answer = self._ask(":predict", {"signature_name": signature, "inputs": inputs})
+            ids[block] = answer["outputs"]["candidate_ids"]
+            scores[block] = answer["outputs"]["scores"]
         return ids, scores
-
-    def _retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]],
-        allowed: Sequence[Collection[str]] | None,
-    ) -> tuple[list[list[Any]], list[list[float]]]:
-        nobody = _empty(self._users_are_text)
-        users = [query.get("user_id", nobody) for query in queries]
-        histories = [query.get("history", ()) for query in queries]
-        inputs = {
-            "user_id": [
-                nobody if (plain := _plain(u, self._users_are_text)) is None else plain
-                for u in users
-            ],
-            "history": _padded(histories, self._items_are_text),
-            "exclude": _padded(exclude, self._items_are_text),
-            "k": k,
-        }
-        signature = "retrieve"
-        if allowed is not None:
-            signature = "retrieve_filtered"
-            inputs["allowed"] = _padded(allowed, is_text=True)
-        answer = self._ask(":predict", {"signature_name": signature, "inputs": inputs})["outputs"]
-        return answer["candidate_ids"], answer["scores"]
 
     def _ask(self, path: str, document: Any) -> Any:
         body = None if document is None else json.dumps(document).encode()
@@ -122,20 +108,17 @@ class ServedRetriever:
             raise OSError(message) from None
 
 
-def _empty(is_text: bool) -> Any:
-    return "" if is_text else -1
-
-
-def _plain(id_: Any, is_text: bool) -> Any:
-    """Returns an id as JSON writes it; None for one that the model cannot know."""
-    if is_text:
-        return id_ if isinstance(id_, str) else None
-    is_integer = isinstance(id_, int | np.integer) and -(2**63) <= id_ < 2**63
-    return int(id_) if is_integer else None
-
-
 def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
-    """Makes lists of one length; ids that the model cannot know are left out."""
-    known = [[p for id_ in ids if (p := _plain(id_, is_text)) is not None] for ids in lists]
-    width = max(map(len, known), default=0)
-    return [[*ids, *[_empty(is_text)] * (width - len(ids))] for ids in known]
+    """Makes lists of one length."""
+    width = max(map(len, lists), default=0)
+    return [_known(ids, is_text, width) for ids in lists]
+
+
+def _known(ids: Collection[Any], is_text: bool, width: int) -> list[Any]:
+    """Keeps the ids that the model can know, as JSON writes them; empty ones fill the rest."""
+    if is_text:
+        known: list[Any] = [id_ for id_ in ids if isinstance(id_, str)]
+    else:
+        integers = (int(id_) for id_ in ids if isinstance(id_, int | np.integer))
+        known = [id_ for id_ in integers if -(2**63) <= id_ < 2**63]
+    return [*known, *["" if is_text else -1] * (width - len(known))]
