@@ -1,65 +1,39 @@
-"""What the server counts, in Prometheus' form."""
+"""What the server counts, in Prometheus' form; the process' memory and time come with it."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-_QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-
-class ServerMetrics:
-    """The server's metrics, in a registry of their own.
-
-    Args:
-        model: Name of the model.
-    """
-
-    def __init__(self, model: str) -> None:
-        self.registry = CollectorRegistry()
-
-        def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
-            return kind(name, text, labels, registry=self.registry, **options)
-
-        self.requests = make(Counter, "tfrs_requests", "Requests answered.", "handler", "code")
-        self.seconds = make(
-            Histogram,
-            "tfrs_request_seconds",
-            "Seconds from a request's headers to the end of its answer.",
-            "handler",
-            buckets=_SECONDS,
-        )
-        self.in_flight = make(Gauge, "tfrs_requests_in_flight", "Requests being answered.")
-        self.call_seconds = make(
-            Histogram, "tfrs_model_call_seconds", "Seconds of a model call.", buckets=_SECONDS
-        )
-        self.call_queries = make(
-            Histogram, "tfrs_model_call_queries", "Queries in a model call.", buckets=_QUERIES
-        )
-        self.version = make(Gauge, "tfrs_model_version", "Version in use.", "model").labels(model)
-        self.loads = make(Counter, "tfrs_model_loads", "Versions loaded, or not.", "outcome")
-        self.load_seconds = make(
-            Gauge, "tfrs_model_load_seconds", "Seconds that the last load took."
-        )
-        for outcome in ("ok", "failed"):
-            self.loads.labels(outcome)
+REQUEST_SECONDS = Histogram(
+    "tfrs_request_seconds",
+    "Seconds from a request's headers to the end of its answer.",
+    ["handler", "code"],
+    buckets=_SECONDS,
+)
+IN_FLIGHT = Gauge("tfrs_requests_in_flight", "Requests being answered.")
+CALL_SECONDS = Histogram("tfrs_model_call_seconds", "Seconds of a model call.", buckets=_SECONDS)
+CALL_QUERIES = Histogram(
+    "tfrs_model_call_queries", "Queries in a model call.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+)
+VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
+LOADS = Counter("tfrs_model_loads", "Versions loaded, or not.", ["model", "outcome"])
+LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 
 class CountRequests:
-    """ASGI middleware that counts requests by handler and code.
+    """ASGI middleware that measures requests by handler and code.
 
     Args:
         app: What it wraps.
-        metrics: Where to count.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on."""
@@ -75,11 +49,10 @@ class CountRequests:
             await send(message)
 
         start = time.perf_counter()
-        with self._metrics.in_flight.track_inprogress():
+        with IN_FLIGHT.track_inprogress():
             try:
                 await self._app(scope, receive, counting_send)
             finally:
                 # The function's name, not the path: a client must not be able to add labels.
                 handler = getattr(scope.get("endpoint"), "__name__", "none")
-                self._metrics.requests.labels(handler, str(code)).inc()
-                self._metrics.seconds.labels(handler).observe(time.perf_counter() - start)
+                REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)

@@ -40,8 +40,7 @@ except ImportError as missing:
         f"The import said: {missing}"
     ) from missing
 
-from tfrs_pipeline.serving import page, rest
-from tfrs_pipeline.serving.metrics import CountRequests
+from tfrs_pipeline.serving import metrics, page, rest
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
@@ -69,7 +68,6 @@ class ModelServer:
     def __init__(self, model: Path, settings: ServeSettings) -> None:
         self.settings = settings
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
-        self.metrics = self.versions.metrics
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
 
     def number(self, request: Request) -> str | None:
@@ -96,9 +94,8 @@ class ModelServer:
     def predict(self, version: ServedVersion, body: bytes) -> bytes:
         """Answers the body of a predict call."""
         signature, inputs, is_row_format = rest.parse_predict(body, version.signatures)
-        num_queries = next(len(array) for array in inputs.values() if array.ndim)
-        self.metrics.call_queries.observe(num_queries)
-        with self.metrics.call_seconds.time():
+        metrics.CALL_QUERIES.observe(next(len(array) for array in inputs.values() if array.ndim))
+        with metrics.CALL_SECONDS.time():
             outputs = version.call(signature, inputs)
         return rest.format_outputs(outputs, is_row_format=is_row_format)
 
@@ -119,7 +116,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     hosts = [*settings.allowed_hosts, _in_url(settings.host)]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    app.add_middleware(CountRequests, metrics=server.metrics)
+    app.add_middleware(metrics.CountRequests)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     _add_model(app, server)
@@ -183,8 +180,8 @@ def _add_operations(app: fastapi.FastAPI, server: ModelServer) -> None:
             return PlainTextResponse(f"ok: {server.versions.name} version {version.number}\n")
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        content = prometheus_client.generate_latest(server.metrics.registry)
+    async def prometheus() -> Response:
+        content = prometheus_client.generate_latest()
         return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 

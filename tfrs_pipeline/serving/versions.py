@@ -19,8 +19,8 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import signature_inputs
-from tfrs_pipeline.serving.metrics import ServerMetrics
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
@@ -164,7 +164,6 @@ class ModelVersions:
         self._path = path
         self._load_version = load_version
         self.name = path.parent.name if self._is_version else path.name
-        self.metrics = ServerMetrics(self.name)
         self._lock = threading.Lock()
         self._current: ServedVersion | None = None
         self._identity: Identity | None = None
@@ -268,7 +267,7 @@ class ModelVersions:
         except Exception as error:  # Whatever is wrong with it, what runs goes on.
             message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
-            self.metrics.loads.labels("failed").inc()
+            metrics.LOADS.labels(self.name, "failed").inc()
             logger.error("%s", message)
             return False
         finally:
@@ -278,9 +277,9 @@ class ModelVersions:
             if self._current is not None:
                 self._retired.append(self._current)
             self._current, self._identity = version, identity
-        self.metrics.loads.labels("ok").inc()
-        self.metrics.load_seconds.set(time.monotonic() - start)
-        self.metrics.version.set(version.number)
+        metrics.LOADS.labels(self.name, "ok").inc()
+        metrics.LOAD_SECONDS.labels(self.name).set(time.monotonic() - start)
+        metrics.VERSION.labels(self.name).set(version.number)
         logger.info("%s: version %d in use", self.name, version.number)
         return True
 
