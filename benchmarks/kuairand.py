@@ -1,9 +1,16 @@
 """Compares sampling plans on KuaiRand: real exposures, with and without a long view.
 
-The cut of KuaiRand-Pure (Gao et al., CIKM 2022) that the loader describes: trained on
-`user_sequences` (epochs chosen on `val`, then again on both), tested on `test`, label long_view.
-The folder must hold user_sequences.parquet, val.parquet, test.parquet, user_features.parquet and
-video_features_basic_pure.csv. No setting was chosen on the test.
+A cut of KuaiRand-Pure (Gao et al., CIKM 2022): user_sequences.parquet to train on, the last 50
+exposures (watch_seq) and the last 50 long views (long_watch_seq) of each user without times, and
+the exposures of later days in val.parquet and test.parquet. It is turned into an event table:
+
+- one event an entry of a list, in its order, then val and test, each by `time_ms`. Nothing says how
+  a user's two lists lie within each other: exposures are numbered before long views;
+- a long view is a click. Entries of watch_seq whose video is in the user's long_watch_seq are long
+  views, not exposures without one: they are dropped;
+- trained on the lists (epochs chosen on val, then again on both), tested on test.
+
+The folder must hold video_features_basic_pure.csv too. No setting was chosen on the test.
 
     python benchmarks/kuairand.py --data-dir kuairand-pure --json benchmarks/results/kuairand.json
 """
@@ -19,6 +26,7 @@ from pathlib import Path
 from tfrs_pipeline import RunConfig, with_settings
 
 # isort: split
+import duckdb
 import tensorflow as tf
 from record import write_json
 
@@ -26,7 +34,12 @@ from tfrs_pipeline.compare import compare
 from tfrs_pipeline.run import StageReport
 
 SETTINGS = {
-    "data": {"source": "kuairand", "item_features": {"tag": "multi_categorical"}},
+    "data": {
+        "source": "files",
+        "item_columns": {"item_id": "video_id"},
+        "item_features": {"tag": "multi_categorical"},
+        "list_separator": ",",
+    },
     "split": {"kind": "column"},
     "samples": {
         "easy_negatives": ({"alpha": 0.0, "num": 128}, {"alpha": 0.75, "num": 128}),
@@ -38,9 +51,41 @@ SETTINGS = {
 }
 
 
-def config_of(folder: Path) -> RunConfig:
-    """Returns the settings of the comparison."""
-    return RunConfig(**{**SETTINGS, "data": {**SETTINGS["data"], "path": folder}})
+EVENTS = """
+COPY (
+    WITH watched AS (
+        SELECT user_id, long_watch_seq, unnest(watch_seq) AS item_id,
+            generate_subscripts(watch_seq, 1) AS place
+        FROM '{folder}/user_sequences.parquet'
+    ), events AS (
+        SELECT user_id, item_id, 'exposed' AS stage, 'train' AS part,
+            0 AS file, user_id AS first, 0 AS second, place AS third
+        FROM watched WHERE list_contains(long_watch_seq, item_id) IS NOT TRUE
+        UNION ALL
+        SELECT user_id, unnest(long_watch_seq), 'clicked', 'train',
+            0, user_id, 1, generate_subscripts(long_watch_seq, 1)
+        FROM '{folder}/user_sequences.parquet'
+        UNION ALL
+        SELECT user_id, video_id, if(long_view = 1, 'clicked', 'exposed'), part,
+            file, time_ms, 0, file_row_number
+        FROM (
+            SELECT *, 'validation' AS part, 1 AS file
+            FROM read_parquet('{folder}/val.parquet', file_row_number = true)
+            UNION ALL BY NAME
+            SELECT *, 'test' AS part, 2 AS file
+            FROM read_parquet('{folder}/test.parquet', file_row_number = true)
+        )
+    )
+    SELECT user_id, item_id, stage, part FROM events ORDER BY file, first, second, third
+) TO '{events}' (FORMAT parquet)
+"""
+
+
+def config_of(folder: Path, events: Path) -> RunConfig:
+    """Makes the event table of the cut, and the settings of the comparison."""
+    duckdb.sql(EVENTS.format(folder=folder, events=events))
+    data = {"path": events, "items_path": folder / "video_features_basic_pure.csv"}
+    return RunConfig(**{**SETTINGS, "data": {**SETTINGS["data"], **data}})
 
 
 def show(report: StageReport) -> None:
@@ -61,14 +106,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
-    config = with_settings(
-        config_of(options.data_dir),
-        {"seed": options.seed, "training.max_epochs": options.max_epochs}
-        | ({"compare.plans": options.plans} if options.plans else {}),
-    )
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        result = compare(config, options.run_dir or Path(scratch), on_stage=show)
+        folder = options.run_dir or Path(scratch) / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = with_settings(
+            config_of(options.data_dir, folder / "kuairand.parquet"),
+            {"seed": options.seed, "training.max_epochs": options.max_epochs}
+            | ({"compare.plans": options.plans} if options.plans else {}),
+        )
+        result = compare(config, folder, on_stage=show)
         saved = json.loads((result.folder / "comparison.json").read_text())
     print(result.table, *result.notes, sep="\n")
     if options.json:

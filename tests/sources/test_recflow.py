@@ -193,7 +193,7 @@ def test_the_latest_row_describes_an_item_and_a_user(
             user_features={"age": "categorical"},
         )
     for id_column, columns, name, table in (
-        ("video_id", ("author_id", "duration"), "items", tables.items.rename(id="item_id")),
+        ("video_id", ("author_id", "duration"), "videos", tables.items.rename(id="item_id")),
         ("user_id", ("age",), "users", tables.users.rename(id="user_id")),
     ):
         latest: dict[int, tuple[int, list[int]]] = {}
@@ -291,7 +291,7 @@ def test_a_file_that_is_not_feather_is_refused(tmp_path: Path) -> None:
         ({"video_id": None}, "'video_id' is null in 1 of 3"),
         (
             {"video_id": -1, "realshow": 1},
-            "'item_id' is -1, which is reserved for empty slots, in 1 of 3 rows",
+            "'video_id' is -1, which is reserved for empty slots, in 1 of 3 rows",
         ),
     ],
 )

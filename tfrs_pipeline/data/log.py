@@ -22,6 +22,7 @@ from tfrs_pipeline.data.schema import (
     Dropped,
     FeatureKind,
     Source,
+    SplitKind,
     check_events,
     count_rows,
 )
@@ -29,7 +30,6 @@ from tfrs_pipeline.data.split import (
     PARTS,
     EvaluationPart,
     Holdout,
-    SplitKind,
     is_positive,
     make_holdout,
     split_by_column,

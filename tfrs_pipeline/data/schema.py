@@ -26,6 +26,7 @@ FeatureKind: TypeAlias = Literal[
     "timestamp",
     "vector",
 ]
+SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 
 _KIND_TYPES: dict[FeatureKind, str] = {
     "categorical": "string or int64",

@@ -24,7 +24,6 @@ from tfrs_pipeline.retrieval import Query
 
 logger = logging.getLogger(__name__)
 
-SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 EvaluationPart: TypeAlias = Literal["validation", "test"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 

@@ -138,8 +138,10 @@ def load_recflow(
         )
     log = Log.from_table(
         rows.drop(*(name for name in carried if name not in label)),
-        items=_latest(rows, "item", features["item"]),
-        users=_latest(rows, "user", features["user"]),
+        columns={"item_id": "video_id", "timestamp": "request_timestamp"},
+        item_columns={"item_id": "video_id"},
+        items=_latest(rows, "video_id", features["item"]),
+        users=_latest(rows, "user_id", features["user"]),
         item_features=features["item"],
         user_features=features["user"],
         label=label,
@@ -221,8 +223,8 @@ def _stage_rows(
             .order_by("_row")
             .select(
                 user_id=table["user_id"].cast("int64"),
-                item_id=table["video_id"].cast("int64"),
-                timestamp=table["request_timestamp"].cast("int64"),
+                video_id=table["video_id"].cast("int64"),
+                request_timestamp=table["request_timestamp"].cast("int64"),
                 stage=stage,
                 request_id=table["request_id"].cast("int64"),
                 rank=_rank(table),
@@ -305,24 +307,23 @@ def _rank(table: ibis.Table) -> ir.IntegerValue:
     return (index >= 0).ifelse(index, ibis.null("int64"))
 
 
-def _latest(rows: ibis.Table, kind: str, features: Mapping[str, FeatureKind]) -> ibis.Table:
-    """Takes the columns of each item or user from its latest row, and says how many had others."""
-    id_name = f"{kind}_id"
+def _latest(rows: ibis.Table, id_name: str, features: Mapping[str, FeatureKind]) -> ibis.Table:
+    """Takes the columns of each video or user from its latest row, and says how many had others."""
     if not features:
         return rows.select(id_name).distinct()
     numbered = rows.mutate(_row=ibis.row_number())
     entry = ibis.struct({name: numbered[name] for name in features})
-    moment = ibis.struct({"time": numbered["timestamp"], "row": numbered["_row"]})
+    moment = ibis.struct({"time": numbered["request_timestamp"], "row": numbered["_row"]})
     latest = numbered.group_by(id_name).agg(
         entry=entry.argmax(moment), is_changed=entry.hash().min() != entry.hash().max()
     )
     num_changed = count_rows(latest.filter(latest["is_changed"]))
     if num_changed:
         logger.info(
-            "RecFlow: %d of %d %ss have rows that differ in %s: the latest row counts",
+            "RecFlow: %d of %d %s have rows that differ in %s: the latest row counts",
             num_changed,
             count_rows(latest),
-            kind,
+            "videos" if id_name == "video_id" else "users",
             ", ".join(features),
         )
     return latest.select(id_name, **{name: latest["entry"][name] for name in features})
