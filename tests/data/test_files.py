@@ -115,13 +115,6 @@ def test_ids_in_csv_are_integers_only_if_all_are_written_so(
     assert column(tables.events, "user_id") == expected
 
 
-def test_strings_in_parquet_stay_strings_and_small_integers_become_int64(load: Any) -> None:
-    rows = pa.table({"user_id": ["7", "8"], "item_id": pa.array([1, 2], pa.int32())})
-    tables = load(rows)
-    assert column(tables.events, "user_id") == ["7", "8"]
-    assert str(tables.events.schema()["item_id"]) == "int64"
-
-
 def test_ids_of_two_files_get_one_type(load: Any) -> None:
     tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
     assert column(tables.events, "item_id") == ["5", "6"]

@@ -104,7 +104,11 @@ def slow_parts(
     return expected
 
 
-@settings(max_examples=20, deadline=None)
+# Each example asks the database: shrinking a failure would take minutes.
+QUICKLY = [Phase.explicit, Phase.reuse, Phase.generate]
+
+
+@settings(max_examples=20, deadline=None, phases=QUICKLY)
 @given(LOGS, st.integers(0, 9), st.integers(0, 9), st.integers(0, 5))
 def test_splits_by_place_are_what_a_slow_loop_gives(
     rows: list[Event], validation: int, test: int, min_positives: int
@@ -136,8 +140,7 @@ def all_splits(log: Log) -> dict[str, Split]:
     }
 
 
-# A dozen queries an example: shrinking a failure would take minutes.
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=8, deadline=None, phases=QUICKLY)
 @given(LOGS)
 def test_nothing_after_a_users_cut_reaches_train_or_a_history(rows: list[Event]) -> None:
     later = {"train": 0, "fold_in": 0, "validation": 1, "test": 2}
@@ -326,7 +329,7 @@ def test_string_ids_stay_strings() -> None:
     assert test.candidate_ids.tolist() == ["0", "1", "2", "3"]
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, deadline=None, phases=QUICKLY)
 @given(st.integers(0, 2**32 - 1))
 def test_the_log_itself_says_which_part(seed: int) -> None:
     """Against a loop: parts as they are, and all that is not later known to a test query."""

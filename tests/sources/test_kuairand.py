@@ -159,20 +159,16 @@ def test_upload_days_are_those_of_the_logs_time_zone(published: Path) -> None:
     assert items["video_duration"].to_pylist() == [1000.5, None, 20.0]
 
 
-@pytest.mark.parametrize("unknown_items", ["keep", "drop", "error"])
-def test_videos_without_features_follow_the_setting(published: Path, unknown_items: Any) -> None:
+def test_names_and_settings_reach_the_log(published: Path) -> None:
     path = published / "data" / "video_features_basic_27k.csv"
     path.write_text("\n".join(VIDEOS.splitlines()[:3]) + "\n")
     num_unknown = sum(row["video_id"] == 2 for log in LOGS.values() for row in log)
-    if unknown_items == "error":
-        with pytest.raises(DataError, match=f"'video_id': {num_unknown} of 56 rows"):
-            load(published, unknown_items=unknown_items)
-        return
-    tables = load(published, unknown_items=unknown_items)
-    is_kept = unknown_items == "keep"
-    assert sorted(tables.items.to_pyarrow()["item_id"].to_pylist()) == [0, 1, 2][: 2 + is_kept]
-    assert len(rows_of(tables)) == 56 - (0 if is_kept else num_unknown)
-    assert [d.num_rows for d in tables.dropped] == ([] if is_kept else [num_unknown])
+    log = load(published, unknown_items="drop")
+    assert [d.num_rows for d in log.dropped] == [num_unknown]
+    with pytest.raises(DataError, match=r"no column .longview.\. Nearest: long_view"):
+        load(published, label={"longview": 1.0})
+    with pytest.raises(DataError, match=r"no column .authorid.\. Nearest: author_"):
+        load(published, item_features={"authorid": "categorical"})
 
 
 def test_logs_without_feature_files_have_ids_alone(published: Path) -> None:
@@ -218,31 +214,6 @@ def test_a_bad_value_is_refused(published: Path, values: dict[str, Any], message
     rows[3] = {**rows[3], **values}
     write_log(published / "data" / name, rows)
     with pytest.raises(DataError, match=message):
-        load(published)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label": {"longview": 1.0}}, "no column 'longview'. Nearest: long_view"),
-        ({"label": {"tab": 1.0}}, "no column 'tab'"),
-        ({"item_features": {"authorid": "categorical"}}, "no column 'authorid'. Nearest: author_"),
-        ({"user_features": {"onehot_feat": "categorical"}}, "'onehot_feat'. Nearest: onehot_feat4"),
-        ({"item_features": {"video_duration": "categorical"}}, None),
-    ],
-)
-def test_an_unknown_name_is_refused(published: Path, options: Any, message: str | None) -> None:
-    if message is None:  # Fractions stay text.
-        assert load(published, **options).items.schema()["video_duration"].is_string()
-        return
-    with pytest.raises(DataError, match=message):
-        load(published, **options)
-
-
-def test_a_log_without_a_column_is_refused(published: Path) -> None:
-    for name, rows in LOGS.items():
-        write_log(published / "data" / name, rows, [c for c in LOG_COLUMNS if c != "is_rand"])
-    with pytest.raises(DataError, match="no column 'is_rand'"):
         load(published)
 
 

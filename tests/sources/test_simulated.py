@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import Counter
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,6 @@ from tfrs_pipeline.sources import simulated as synthetic
 from tfrs_pipeline.sources.simulated import (
     FunnelOptions,
     Simulation,
-    examination,
     simulate_funnel,
 )
 
@@ -105,13 +103,6 @@ def test_a_longer_simulation_begins_with_the_shorter_one(num_requests: int) -> N
     shorter, longer = log_of(simulate(num_requests)), usual_log()
     for name in set(shorter) - {"timestamp"}:
         np.testing.assert_array_equal(shorter[name], longer[name][: len(shorter[name])])
-
-
-def test_blocks_do_not_repeat_each_other() -> None:
-    requests = usual_log()["item_id"].reshape(NUM_REQUESTS, -1)
-    users = usual_log()["user_id"].reshape(NUM_REQUESTS, -1)[:, 0]
-    assert not np.array_equal(users[:400], users[1024:1424])
-    assert len(np.unique(requests, axis=0)) == NUM_REQUESTS
 
 
 @settings(max_examples=10)
@@ -236,11 +227,6 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
     assert chi_squared(is_clicked, others * looks, groups) > 2 * bound
 
 
-def test_examination() -> None:
-    assert examination([0, 1, 3], 1.0) == pytest.approx([1, 1 / 2, 1 / 4])
-    assert examination([0, 1, 3], 0.0) == pytest.approx([1, 1, 1])
-
-
 def head_share(log: Log, stages: list[str], num_items: int) -> float:
     """Returns the share of the tenth of the items that has most."""
     counts = np.bincount(log["item_id"][np.isin(log["stage"], stages)], minlength=num_items + 1)[1:]
@@ -255,15 +241,6 @@ def test_popularity_has_a_heavy_head() -> None:
         # Zipf's law itself gives the first tenth of 2,000 items 72%.
         assert head_share(zipf, stages, 2000) > 0.6
         assert head_share(zipf, stages, 2000) > 1.5 * head_share(flat, stages, 2000)
-
-
-def test_popular_items_are_retrieved_more_than_liked() -> None:
-    simulation, log = usual(), usual_log()
-    retrieved = np.bincount(log["item_id"], minlength=NUM_ITEMS + 1)[1:]
-    liked = simulation.click_probability(simulation.user_ids).mean(axis=0)
-    popularity = simulation.preferences.popularity
-    by_popularity = np.corrcoef(popularity, np.log(retrieved))[0, 1]
-    assert by_popularity > np.corrcoef(popularity, np.log(liked))[0, 1] > 0
 
 
 def test_quality_rises_with_the_stages() -> None:
@@ -338,13 +315,6 @@ def test_time_goes_on_by_request_and_user() -> None:
     assert np.timedelta64(29, "D") < span < np.timedelta64(30, "D")
 
 
-def test_requests_a_few_microseconds_apart_keep_their_order() -> None:
-    num_days = 2000 * 20 / timedelta(days=1).total_seconds() / 1e6  # 20 us a request.
-    log = log_of(simulate(num_requests=2000, num_days=num_days, logged_share=0))
-    times = log["timestamp"].reshape(2000, -1)[:, 0]
-    assert (np.diff(times) > np.timedelta64(0)).all()
-
-
 def explained_share(values: np.ndarray, groups: np.ndarray) -> float:
     """Returns the share of the variance that lies between the groups."""
     centered = values - values.mean(axis=0)
@@ -369,25 +339,6 @@ def test_features_tell_of_the_taste() -> None:
     liking = usual().click_probability(usual().user_ids)
     is_favourite = genres[:, None] == genre_rows(usual())[None, :]
     assert liking[is_favourite].mean() > 2 * liking[~is_favourite].mean()
-
-
-def test_activity_is_equal_or_spread() -> None:
-    counts = [
-        np.bincount(log["user_id"], minlength=NUM_USERS + 1)[1:] / 20
-        for log in (
-            log_of(simulate(logged_share=0, activity_spread=0)),
-            log_of(simulate(logged_share=0)),
-        )
-    ]
-    mean = NUM_REQUESTS / NUM_USERS
-    statistics = [float(((count - mean) ** 2 / mean).sum()) for count in counts]
-    assert statistics[0] < chi2.isf(LEVEL, NUM_USERS - 1) < statistics[1] / 2
-
-
-def test_all_of_the_corpus_can_be_retrieved() -> None:
-    simulation = simulate(20, num_retrieved=NUM_ITEMS)
-    items = log_of(simulation)["item_id"].reshape(20, NUM_ITEMS)
-    np.testing.assert_array_equal(np.sort(items, axis=1)[7], np.arange(1, NUM_ITEMS + 1))
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,7 @@ class RawTable:
         return wrong_type(self.table, column, wanted, self.source)
 
     def refuse_unread(self, column: str, is_unread: ir.BooleanValue, what: str) -> None:
-        """Refuses a column with values that cannot be read as what they must be.
-
-        Raises:
-            DataError: If there are any.
-        """
+        """Refuses a column with values that cannot be read as what they must be."""
         remedy = "Correct them, or name another column."
         refusal = Refusal(column, is_unread, f"must hold {what} and does not", remedy)
         refuse_rows(self.table, self.source, refusal)
@@ -112,9 +108,6 @@ def is_integer(raw: RawTable, column: str) -> bool:
 
     Text is an integer only if every value is written as one is ("7", not "007", "7.0" or "+7"), so
     that no two ids fall together.
-
-    Raises:
-        DataError: If the column is neither integer nor string.
     """
     value = raw.table[column]
     if value.type().is_integer():
@@ -130,12 +123,7 @@ def to_id(raw: RawTable, column: str) -> ir.Value:
 
 
 def to_timestamp(raw: RawTable, column: str, formats: Formats) -> ir.TimestampValue:
-    """Makes a UTC timestamp of numbers, of times with an offset, or of naive ones in a time zone.
-
-    Raises:
-        DataError: If the type is another one, numbers look like another unit, naive times come
-            without a time zone, or a value cannot be read.
-    """
+    """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone."""
     value = raw.table[column]
     if value.type().is_string():
         value = _read_time(raw, column)
@@ -162,11 +150,7 @@ def to_timestamp(raw: RawTable, column: str, formats: Formats) -> ir.TimestampVa
 
 
 def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "float64") -> ir.Value:
-    """Makes int64 or float64 of a column; NaN is null.
-
-    Raises:
-        DataError: If it has another type, or values that are not numbers.
-    """
+    """Makes int64 or float64 of a column; NaN is null."""
     value = raw.table[column]
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
@@ -190,11 +174,7 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
 
 
 def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) -> ir.Value:
-    """Gives a feature column the type of its kind (see `Log`).
-
-    Raises:
-        DataError: If the column's type does not fit the kind, or a value cannot be read.
-    """
+    """Gives a feature column the type of its kind (see `Log`)."""
     if kind in ("numeric", "bucketized"):
         return to_number(raw, column)
     if kind in ("categorical", "hashed"):

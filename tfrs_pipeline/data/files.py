@@ -46,15 +46,7 @@ class Scan:
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
 
     def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
-        """Reads the columns that are wanted, once.
-
-        Args:
-            connection: That of the scan.
-            names: Name that the column gets -> its name here.
-
-        Raises:
-            DataError: If the rows cannot be read.
-        """
+        """Reads the columns that are wanted, once: name that a column gets -> its name here."""
         table = ibis.util.gen_name("raw")
         columns = [f'"{_double(column)}" AS "{_double(name)}"' for name, column in names.items()]
         # A row number without an order runs in the order of the scan, on one thread.
@@ -76,9 +68,6 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             in the order of their names; a list of such files; or a table: pandas, pyarrow, Ibis of
             any backend, or whatever else speaks Arrow.
         name: What the table is, in messages about one in memory.
-
-    Raises:
-        DataError: If it cannot be read.
     """
     if isinstance(source, str | Path):
         return _scan_files(connection, Path(source), *_list_files(Path(source)))

@@ -127,11 +127,7 @@ def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
 
 
 def require_column(columns: Collection[str], name: str, source: Source, remedy: str) -> None:
-    """Refuses a table without a column.
-
-    Raises:
-        DataError: Naming the nearest columns that there are, and the remedy.
-    """
+    """Refuses a table without a column, naming the nearest that there are, and the remedy."""
     if name in columns:
         return
     near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
@@ -153,13 +149,7 @@ def count_rows(table: ibis.Table) -> int:
 
 
 def check_events(events: ibis.Table, source: Source) -> None:
-    """Checks an event table by itself (see `Log`).
-
-    Raises:
-        DataError: On a missing column, a wrong type, an empty table, null or reserved ids, null
-            timestamps, weights that are null, negative or not finite, an unknown stage, repeated
-            event numbers, or no positive at all.
-    """
+    """Checks an event table by itself (see `Log`)."""
     for name in ("user_id", "item_id", "event_number", "stage"):
         require_column(events.columns, name, source, "Rename or add it.")
     if not events.schema()["event_number"].is_int64():
@@ -216,18 +206,7 @@ def check_events(events: ibis.Table, source: Source) -> None:
 def check_entities(
     table: ibis.Table, id_name: str, features: Mapping[str, FeatureKind], source: Source
 ) -> None:
-    """Checks an item or user table by itself (see `Log`).
-
-    Args:
-        table: The table.
-        id_name: `item_id` or `user_id`.
-        features: Feature columns and their kinds.
-        source: Its name in messages.
-
-    Raises:
-        DataError: On a missing column, a wrong type, null, reserved or repeated ids, numbers that
-            are not finite as float32, or vectors of several lengths.
-    """
+    """Checks an item or user table by itself (see `Log`)."""
     require_column(table.columns, id_name, source, "Rename or add it.")
     refusals = _id_refusals(table, id_name, source)
     for name, kind in features.items():

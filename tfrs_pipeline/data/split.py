@@ -8,7 +8,6 @@ event number alone where the log has no time. All are lazy expressions.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +20,6 @@ import pyarrow as pa
 
 from tfrs_pipeline.data.schema import DataError, Stage
 from tfrs_pipeline.retrieval import Query
-
-logger = logging.getLogger(__name__)
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
@@ -91,17 +88,13 @@ class Holdout:
 def make_holdout(
     split: ibis.Table, part: EvaluationPart, items: ibis.Table, training: ibis.Table
 ) -> Holdout:
-    """Makes the queries of a part: who is asked for, what is known before, what is to be found.
+    """Makes the queries of a part, one for each user with a positive in it.
 
     Args:
         split: Events with `part`.
-        part: Whose positives are to be found. What is known before a test cut holds the validation
-            part.
+        part: Whose positives are to be found.
         items: The log's item table: the candidates.
         training: Events whose positives are the candidates' counts.
-
-    Returns:
-        One query for each user with a positive in `part`.
 
     Raises:
         DataError: If the part has no positive.
@@ -154,21 +147,9 @@ def make_holdout(
 def split_by_time(
     events: ibis.Table, validation: float | datetime, test: float | datetime
 ) -> ibis.Table:
-    """Splits at two moments, the same for all users; no user is dropped.
+    """Splits at two moments, the same for all users; shares become moments (see `Log.split`).
 
-    Args:
-        events: Event table.
-        validation: First moment of the validation part, with a time zone; or a share of all
-            positives: those of the ceil(validation n) positives before the test.
-        test: The same of the test: at or after it; the last ceil(test n) positives. Positives of
-            one moment are not parted, so that a part may hold a few more than its share.
-
-    Returns:
-        `events` with `part`.
-
-    Raises:
-        DataError: If the table has no timestamp, or too few positives.
-        ValueError: If a share is out of range, or moments lack a time zone or their order.
+    Positives of one moment are not parted, so that a part may hold a few more than its share.
     """
     if "timestamp" not in events.columns:
         raise DataError(
@@ -206,23 +187,7 @@ def split_by_time(
 def split_last_n(
     events: ibis.Table, validation: int, test: int, *, min_positives: int
 ) -> ibis.Table:
-    """Splits off each user's last positives, a fixed number of them.
-
-    Events that are not positives take the part of their place: those after the user's first test
-    positive are of the test part, and so on.
-
-    Args:
-        events: Event table.
-        validation: Positives a user for validation, 0 or more.
-        test: Positives a user for the test, 0 or more.
-        min_positives: Users with fewer are dropped, all their events.
-
-    Returns:
-        `events` of the users kept, with `part`.
-
-    Raises:
-        ValueError: If a number is negative or not whole.
-    """
+    """Splits off each user's last positives, a fixed number of them (see `Log.split`)."""
     for name, number in (("validation", validation), ("test", test)):
         if number < 0 or number != int(number):
             raise ValueError(
@@ -236,22 +201,10 @@ def split_last_n(
 def split_last_share(
     events: ibis.Table, validation: float, test: float, *, min_positives: int
 ) -> ibis.Table:
-    """Splits off each user's last positives, a share of them.
+    """Splits off each user's last positives, a share of them (see `Log.split`).
 
     Of a user's n positives the last ceil(test n) are the test, of the m before them the last
-    ceil(validation m) the validation part. Other events take the part of their place.
-
-    Args:
-        events: Event table.
-        validation: Share in [0, 1), of what the test leaves.
-        test: Share in [0, 1).
-        min_positives: Users with fewer are dropped, all their events.
-
-    Returns:
-        `events` of the users kept, with `part`.
-
-    Raises:
-        ValueError: If a share is out of range.
+    ceil(validation m) the validation part.
     """
     for name, share in (("validation", validation), ("test", test)):
         if not 0 <= share < 1:
@@ -272,24 +225,11 @@ def split_held_out_users(
     min_positives: int,
     seed: int,
 ) -> ibis.Table:
-    """Holds out users drawn at random: none of their events is trained on.
+    """Holds out users drawn at random, at once: none of their events is trained on.
 
     A held-out user's last ceil(target_share n) positives are the ones to find ("validation" or
-    "test"); the events before them are "fold_in", the history that a query may show.
-
-    Args:
-        events: Event table.
-        validation: Share of the users, 0 or more.
-        test: Share of the users, above 0; together below 1.
-        target_share: Share of a held-out user's positives, in (0, 1).
-        min_positives: Users with fewer are dropped, all their events; 2 or more.
-        seed: Of the draw. The same ids and seed give the same users.
-
-    Returns:
-        `events` of the users kept, with `part`. The draw itself is made at once.
-
-    Raises:
-        ValueError: If a share is out of range.
+    "test"); the events before them are "fold_in", the history that a query may show. The same ids
+    and seed give the same users.
     """
     _check_shares(validation, test)
     if not 0 < target_share < 1 or min_positives < 2:
@@ -315,50 +255,36 @@ def split_held_out_users(
 
 
 def split_by_column(events: ibis.Table) -> ibis.Table:
-    """Splits as the log itself says, in its column `part`; no user is dropped.
+    """Splits as the log's own column `part` says; events of no part (null) are dropped.
 
-    Args:
-        events: Event table with `part`: "train", "validation" or "test", or null for events of no
-            part, which are dropped and counted in the log. Each part must have events, and there
-            must be positives to train on and to test on.
-
-    Returns:
-        `events` that have a part.
-
-    Raises:
-        DataError: If the column is missing, holds other values, lacks a part, or marks no positive
-            to train on or to test on.
+    Each part must have events, and there must be positives to train on and to test on.
     """
     if "part" not in events.columns:
         raise DataError(
             "The log has no column 'part', by which it is to be split. Set columns to say which "
             "column it is, or split.kind to another kind."
         )
-    counts = events.group_by("part").agg(
-        num_events=events.count(), num_positives=is_positive(events).sum()
-    )
-    rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
-    num_null = rows.pop(None, {"num_events": 0})["num_events"]
-    if unknown := [value for value in rows if value not in COLUMN_PARTS]:
-        num_unknown = sum(rows[value]["num_events"] for value in unknown)
-        listed = ", ".join(sorted(repr(value) for value in unknown)[:10])
-        num_events = num_null + sum(row["num_events"] for row in rows.values())
+    counts = events.group_by("part").agg(num=events.count(), positives=is_positive(events).sum())
+    rows = {row["part"]: row for row in counts.to_pyarrow().to_pylist()}
+    num_null = rows.pop(None, {"num": 0})["num"]
+    where = "event table: column 'part'"
+    if unknown := sorted(repr(value) for value in rows.keys() - set(COLUMN_PARTS)):
+        num_unknown = sum(row["num"] for value, row in rows.items() if value not in COLUMN_PARTS)
+        num_rows = num_null + sum(row["num"] for row in rows.values())
         raise DataError(
-            f"event table: column 'part': {num_unknown} of {num_events} rows hold {listed}. It "
-            f"must hold {', '.join(COLUMN_PARTS)}, or null for events of no part."
+            f"{where}: {num_unknown} of {num_rows} rows hold {', '.join(unknown[:10])}. It must "
+            f"hold {', '.join(COLUMN_PARTS)}, or null for events of no part."
         )
     if missing := [part for part in COLUMN_PARTS if part not in rows]:
         raise DataError(
-            f"event table: column 'part': no row is of the part {' or '.join(missing)}; "
-            f"{num_null} rows are null. Mark some, or set split.kind to another kind."
+            f"{where}: no row is of the part {' or '.join(missing)}; {num_null} rows are null. "
+            "Mark some, or set split.kind to another kind."
         )
-    if empty := [part for part in ("train", "test") if not rows[part]["num_positives"]]:
+    if empty := [part for part in ("train", "test") if not rows[part]["positives"]]:
         raise DataError(
-            f"event table: column 'part': none of the {rows[empty[0]]['num_events']} rows of the "
-            f"part {empty[0]} is a positive. Check the label, or mark the rows otherwise."
+            f"{where}: none of the {rows[empty[0]]['num']} rows of the part {empty[0]} is a "
+            "positive. Check the label, or mark the rows otherwise."
         )
-    if num_null:
-        logger.info("split by column: dropped %d events, whose part is null", num_null)
     return events.filter(events["part"].notnull())
 
 

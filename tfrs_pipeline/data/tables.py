@@ -79,11 +79,7 @@ class EventRules:
             )
 
     def own_column(self, scanned: Scan) -> str | None:
-        """Returns the column that tells what became of an item, "stage" or "rating", if any does.
-
-        Raises:
-            DataError: If ratings lack the setting that makes clicks of them.
-        """
+        """Returns the column that tells what became of an item, stage or rating, if any does."""
         where = Source(scanned.name)
 
         def has(name: str) -> bool:
@@ -109,22 +105,7 @@ def load_events(
     formats: Formats,
     others: Mapping[str, RawTable | None],
 ) -> ibis.Table:
-    """Types, checks and stores an event table.
-
-    Args:
-        connection: Of the scan.
-        scanned: The rows.
-        rules: What they mean.
-        formats: How values are written.
-        others: The tables of items and of users by id column: their ids and those of the events
-            become one type.
-
-    Returns:
-        The event table, its columns as `Log` has them.
-
-    Raises:
-        DataError: Naming source, column, rows and remedy.
-    """
+    """Types, checks and stores an event table; its ids and those of `others` become one type."""
     own = rules.own_column(scanned)
     names = _event_columns(scanned, own, rules)
     raw = scanned.load(connection, names)
@@ -154,12 +135,7 @@ def load_raw(
     columns: Mapping[str, str],
     features: Mapping[str, FeatureKind],
 ) -> RawTable | None:
-    """Opens an item or user table; None where there is none.
-
-    Raises:
-        DataError: If it cannot be read, or lacks a column.
-        ValueError: If there are features and no table.
-    """
+    """Opens an item or user table; None where there is none."""
     kind = id_name.removesuffix("_id")
     if source is None:
         if features:
@@ -185,11 +161,7 @@ def type_entities(
     features: Mapping[str, FeatureKind],
     formats: Formats,
 ) -> ibis.Table:
-    """Types and checks an item or user table: id, features and, of items, a column `title`.
-
-    Raises:
-        DataError: Naming source, column, rows and remedy.
-    """
+    """Types and checks an item or user table: id, features and, of items, a column `title`."""
     columns = {id_name: ids}
     for name, kind in features.items():
         columns[name] = to_feature(raw, name, kind, formats)
@@ -238,11 +210,7 @@ def load_items(
 def settle_unknown_items(
     events: ibis.Table, items: ibis.Table, source: Source, unknown_items: UnknownItems
 ) -> tuple[ibis.Table, list[Dropped]]:
-    """Keeps, drops or refuses events whose item the item table lacks.
-
-    Raises:
-        DataError: If they are refused and there are any.
-    """
+    """Keeps, drops or refuses events whose item the item table lacks."""
     if unknown_items == "keep":
         return events, []
     is_unknown = events.anti_join(items, "item_id")
@@ -263,11 +231,7 @@ def settle_unknown_items(
 def settle_duplicates(
     events: ibis.Table, source: Source, duplicates: Duplicates
 ) -> tuple[ibis.Table, list[Dropped]]:
-    """Keeps, drops or refuses events that repeat an earlier one.
-
-    Raises:
-        DataError: If they are refused and there are any.
-    """
+    """Keeps, drops or refuses events that repeat an earlier one."""
     if duplicates == "keep":
         return events, []
     # An event of the test part is not a repeat of one in the training part.
@@ -302,11 +266,7 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
 
 
 def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
-    """Stores an expression as a table of its own.
-
-    Raises:
-        DataError: If the engine fails, with its message.
-    """
+    """Stores an expression as a table of its own; what the engine refuses is a `DataError`."""
     try:
         return connection.create_table(ibis.util.gen_name("log"), expression)
     except duckdb.Error as error:
