@@ -301,7 +301,9 @@ class Log:
             seed: Of the draw of held-out users.
 
         Returns:
-            The split, which unpacks: `train, validation, test = log.split()`.
+            The split, which unpacks: `train, validation, test = log.split()`. A part without a
+            positive is a `DataError` there; ask for `split.train` and `split.test` alone where
+            `validation` is 0.
 
         Raises:
             DataError: If the log cannot be split so.

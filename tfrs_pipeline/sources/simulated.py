@@ -117,21 +117,21 @@ class FunnelOptions:
                     f"{fewer} must be at most {more}: each stage keeps some of what the one before "
                     f"it kept. Received: {getattr(self, fewer)} and {getattr(self, more)}."
                 )
-        for name in ("num_exposed", "num_dims", "num_clusters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more. Received: {getattr(self, name)}.")
-        for name in ("logged_share", "feature_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1]. Received: {getattr(self, name)}.")
-        noises = ("retrieval_noise", "pre_rank_noise", "rank_noise")
-        for name in (*noises, "position_bias", "taste_spread", "activity_spread"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more. Received: {getattr(self, name)}.")
-        for name in ("taste_weight", "quality_weight", "popularity_weight", "click_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite. Received: {getattr(self, name)}.")
-        if not 0 < self.num_days < math.inf:
-            raise ValueError(f"num_days must be above 0. Received: {self.num_days}.")
+        infinity, no_less = math.inf, "0 or more"
+        ranges: list[tuple[tuple[str, ...], float, float, str]] = [
+            (("num_exposed", "num_dims", "num_clusters"), 1, infinity, "1 or more"),
+            (("logged_share", "feature_noise"), 0, 1, "in [0, 1]"),
+            (("retrieval_noise", "pre_rank_noise", "rank_noise"), 0, infinity, no_less),
+            (("position_bias", "taste_spread", "activity_spread"), 0, infinity, no_less),
+            (("taste_weight", "quality_weight"), -infinity, infinity, "finite"),
+            (("popularity_weight", "click_bias"), -infinity, infinity, "finite"),
+            (("num_days",), math.ulp(0), infinity, "above 0"),
+        ]
+        for names, low, high, what in ranges:
+            for name in names:
+                value = getattr(self, name)
+                if not (low <= value <= high and math.isfinite(value)):
+                    raise ValueError(f"{name} must be {what}. Received: {value}.")
 
     @property
     def num_logged_pre_ranked(self) -> int:
