@@ -70,6 +70,14 @@ def test_all_ways_in_give_one_log(form: str, tmp_path: Path) -> None:
     assert (log.order, log.dropped, log.whole) == ("timestamp", (), log)
 
 
+def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
+    log = Log.from_table(EVENTS, **OPTIONS | {"item_features": {}})
+    titles = [row["title"] for row in rows(log.items, "item_id")]
+    assert (log.items.columns, titles) == (("item_id", "title"), ["seven", None, "nine"])
+    with pytest.raises(DataError, match=r"no column 'nme'\. Nearest: name"):
+        Log.from_table(EVENTS, **OPTIONS | {"item_columns": {"item_id": "sku", "title": "nme"}})
+
+
 def test_events_and_items_of_one_database() -> None:
     connection = ibis.duckdb.connect()
     events, items = (connection.create_table(n, t) for n, t in (("e", EVENTS), ("i", ITEMS)))

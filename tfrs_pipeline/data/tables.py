@@ -145,9 +145,9 @@ def load_raw(
             )
         return None
     scanned = scan(connection, source, f"{kind} table")
-    optional = ["title"] if id_name == "item_id" and "title" in scanned.columns else []
+    shown = ["title"] if id_name == "item_id" and "title" in scanned.columns else []
     names = {}
-    for name in dict.fromkeys([id_name, *features, *optional]):
+    for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
         remedy = f"Set {kind}_columns to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), remedy)
