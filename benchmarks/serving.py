@@ -2,7 +2,7 @@
 
 A model of random clusters, 64-d, with a ScaNN index tuned to .95 of the exact top 100; a request is
 `retrieve_user` of a random user at k = 100. Clients are connections that ask again as soon as they
-are answered, from a process of their own on this machine; the ways of joining calls run in turn.
+are answered, from a process of their own on this machine; the numbers of threads run in turn.
 
     python benchmarks/serving.py --json benchmarks/results/serving.json
 
@@ -43,68 +43,61 @@ SERVED = {
 }
 
 
+class Clusters:
+    """Items in clusters, and users whose histories lie within one each.
+
+    A query's embedding is the mean of its history's; see `Exportable` in serving/encoder.py.
+    """
+
+    history_length = HISTORY_LENGTH
+    query_features: tuple[Any, ...] = ()
+    candidate_features: tuple[Any, ...] = ()
+
+    def __init__(self, num_candidates: int, seed: int) -> None:
+        import pyarrow as pa
+        import tensorflow as tf
+
+        from tfrs_pipeline.samples.build import RowLists
+
+        rng = np.random.default_rng(seed)
+        cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)
+        points = rng.normal(size=(NUM_CLUSTERS, EMBEDDING_DIM))[cluster]
+        points += 0.5 * rng.normal(size=points.shape)
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        table = np.concatenate([np.zeros((1, EMBEDDING_DIM)), points])
+        self.table = tf.Variable(table.astype(np.float32))
+        self.variables = [self.table]
+        self.query_ids = np.arange(NUM_USERS)
+        self.candidate_ids = np.arange(num_candidates)
+        members = [1 + np.flatnonzero(cluster == c).astype(np.int32) for c in range(NUM_CLUSTERS)]
+        lists = [np.zeros(0, np.int32)]
+        lists += [rng.choice(members[u % NUM_CLUSTERS], HISTORY_LENGTH) for u in range(NUM_USERS)]
+        self.histories = RowLists.from_lists(lists)
+        self.known_positives = RowLists.from_lists([np.unique(rows) for rows in lists])
+        titles = [f"Item {i} of cluster {c}" for i, c in enumerate(cluster.tolist())]
+        self.items = pa.table({"item_id": self.candidate_ids, "title": titles})
+
+    def embed_queries(self, query_rows: Any, history_rows: Any, features: Any = None) -> Any:
+        """Embeds queries by their histories."""
+        import tensorflow as tf
+
+        mean = tf.reduce_sum(tf.gather(self.table, history_rows), axis=1)
+        return tf.math.l2_normalize(mean, axis=1)
+
+    def embed_candidates(self, candidate_rows: Any, features: Any = None) -> Any:
+        """Looks candidates up."""
+        import tensorflow as tf
+
+        return tf.gather(self.table, candidate_rows)
+
+
 def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
-    """Exports an untrained model over items in clusters; users' histories lie within one each."""
-    import pyarrow as pa
-    import tensorflow as tf
+    """Exports items in clusters with a ScaNN index."""
+    from tfrs_pipeline.serving.export import export
+    from tfrs_pipeline.serving.index import Scann
 
-    from tfrs_pipeline.model.two_tower import TwoTowerModel
-    from tfrs_pipeline.samples.build import RowLists
-    from tfrs_pipeline.serving.encoder import Encoder
-    from tfrs_pipeline.serving.export import write_export
-    from tfrs_pipeline.serving.index import ExactIndex
-    from tfrs_pipeline.serving.saved_model import RetrievalModule
-    from tfrs_pipeline.serving.tune import measure_frontier
-
-    rng = np.random.default_rng(seed)
-    cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)
-    points = rng.normal(size=(NUM_CLUSTERS, EMBEDDING_DIM))[cluster]
-    points += 0.5 * rng.normal(size=points.shape)
-    model = TwoTowerModel(
-        num_queries=NUM_USERS,
-        num_candidates=num_candidates,
-        embedding_dim=EMBEDDING_DIM,
-        history_length=HISTORY_LENGTH,
-    )
-    table = np.concatenate([np.zeros((1, EMBEDDING_DIM)), points]).astype(np.float32)
-    for variable in [*model.query_tower.variables, *model.candidate_tower.variables]:
-        if variable.shape == table.shape:
-            variable.assign(table)
-    members = [1 + np.flatnonzero(cluster == c) for c in range(NUM_CLUSTERS)]
-    lists = [np.zeros(0, np.int32)]
-    lists += [rng.choice(members[u % NUM_CLUSTERS], HISTORY_LENGTH) for u in range(NUM_USERS)]
-    histories = RowLists.from_lists([rows.astype(np.int32) for rows in lists])
-    embeddings = model.embed_corpus()
-    queries = model.embed_queries(
-        tf.range(1, NUM_USERS + 1), tf.constant(np.stack(lists[1:]), tf.int32)
-    ).numpy()
-    index, frontier = measure_frontier(embeddings, queries[:256], k=100, target_recall=0.95)
-    exact = ExactIndex(embeddings)
-    encoder = Encoder(
-        model,
-        query_ids=np.arange(NUM_USERS),
-        candidate_ids=np.arange(num_candidates),
-        histories=histories,
-        known_positives=RowLists.from_lists([np.unique(rows).astype(np.int32) for rows in lists]),
-    )
-    modules = [
-        RetrievalModule(encoder, kind, exact, candidate_ids=np.arange(num_candidates))
-        for kind in (index, exact)
-    ]
-    return write_export(
-        directory,
-        NAME,
-        module=modules[0],
-        twin=modules[1],
-        manifest={"index": {"kind": "scann", "recall": frontier.chosen.recall}, "example_user": 7},
-        items=pa.table(
-            {
-                "item_id": np.arange(num_candidates),
-                "title": [f"Item {i} of cluster {c}" for i, c in enumerate(cluster.tolist())],
-            }
-        ),
-        queries=[{"user_id": user} for user in range(8)],
-    )
+    model = Clusters(num_candidates, seed)
+    return export(model, directory / NAME, index=Scann(recall=0.95, k=100))
 
 
 @dataclass
@@ -326,7 +319,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         folder = build_export(Path(directory), options.candidates, options.seed)
-        recall = json.loads((folder / "manifest.json").read_text())["index"]["recall"]
+        recall = json.loads((folder / "manifest.json").read_text())["index"]["index_recall@100"]
         print(f"{options.candidates} candidates, index_recall@100 {recall:.3f}")
         latency = measure_latency(folder, options.clients, options.seconds, options.rounds)
         for name, by_clients in latency.items():

@@ -465,6 +465,29 @@ def test_a_slow_body_is_timed_out_and_not_felt(small: Running) -> None:
     small.run(ask())
 
 
+def test_a_slow_call_is_not_felt(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real, called = threading.Event(), ServedVersion.call, []
+
+    def slow(*arguments: Any) -> Any:
+        called.append(None)
+        assert len(called) > 1 or gate.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(ServedVersion, "call", slow)
+
+    async def ask() -> None:
+        first = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
+        while not called:
+            await asyncio.sleep(0.01)
+        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert (await small.client.get("/healthz")).status_code == 200
+        assert not first.done()
+        gate.set()
+        assert (await first).status_code == 200
+
+    small.run(ask())
+
+
 def test_an_inner_error_says_nothing_of_the_inside(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
