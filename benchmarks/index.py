@@ -1,7 +1,7 @@
 """Compares search structures at one recall: build time, time a query, size.
 
 Every structure is searched as widely as .98 of the exact top 100 takes: half of the queries choose
-the setting, which must keep the promise on the other half, whose recall is shown. Without
+the setting, which must reach the recall target on the other half, whose recall is shown. Without
 `--embeddings` the corpus is synthetic: unit vectors in 1,000 overlapping clusters, the spread of
 whose dimensions falls as that of learned embeddings does; the queries are drawn alike.
 
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Task:
         folder: Holds candidates.npy and queries.npy, float32, and exact.npy, the places of the
             `k` best candidates of each query.
         k: Neighbours to find.
-        target_recall: The promise.
+        target_recall: Recall target.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Task:
         return tuning, held_out
 
     def smallest(self, most: int, search_at: Callable[[int], Search], least: int = 1) -> int | None:
-        """Finds the smallest value of a knob, up to `most`, that keeps the promise."""
+        """Finds the smallest value of a knob, up to `most`, that reaches the recall target."""
 
         def keeps(value: int) -> bool:
             return min(self.recalls(search_at(value))) >= self.target_recall
@@ -95,7 +95,7 @@ class Task:
     def measure(
         self, name: str, search: Search, build_seconds: float, num_bytes: int, **settings: Any
     ) -> dict[str, Any]:
-        """Returns what is said of a structure, set to keep the promise."""
+        """Returns what is said of a structure, set to reach the recall target."""
         return {
             "index": name,
             "recall": self.recalls(search)[1],
@@ -116,7 +116,8 @@ def measure_exact(task: Task) -> list[dict[str, Any]]:
     start = time.perf_counter()
     index = ExactIndex(candidates)
     seconds = time.perf_counter() - start
-    search = _compiled(tf, index, task.k)
+    nothing = tf.zeros([1, 0], tf.int32)
+    search = _compiled(tf, lambda q, k: index.search(q, k, nothing), task.k)
     return [task.measure("exact, TensorFlow", search, seconds, candidates.nbytes)]
 
 
@@ -125,31 +126,31 @@ def measure_scann(task: Task) -> list[dict[str, Any]]:
     tf = _tensorflow_of_one_thread()
     from scann import scann_ops_pybind
 
-    from tfrs_pipeline.serving.index import build_searcher
-    from tfrs_pipeline.serving.tune import is_on_frontier, measure_frontier
+    from tfrs_pipeline.serving.index import ScannIndex, build_searcher
+    from tfrs_pipeline.serving.tune import tune_index
 
     candidates, queries = task.load("candidates"), task.load("queries")
     start = time.perf_counter()
-    index, frontier = measure_frontier(
+    index, curve = tune_index(
         candidates, queries, k=task.k, target_recall=task.target_recall, num_structures=None
     )
     tuning_seconds = time.perf_counter() - start
-    print(frontier.table(), flush=True)
+    print(curve.table(), flush=True)
     settings = index.settings
+    start = time.perf_counter()
+    ScannIndex(index.exact, settings)
+    build_seconds = time.perf_counter() - start
     num_bytes = sum(
-        v.numpy().nbytes for v in index.variables if v.dtype != tf.string and v.shape.rank
+        v.numpy().nbytes for v in index._state.variables if v.dtype != tf.string and v.shape.rank
     )
     result = task.measure(
         "ScaNN, TensorFlow",
-        _compiled(tf, index, task.k),
-        frontier.chosen.build_seconds,
+        _compiled(tf, index.approximate, task.k),
+        build_seconds,
         num_bytes,
         **asdict(settings),
     )
-    shown = [p for p in frontier.points if is_on_frontier(p, frontier.points)]
-    shown += [frontier.chosen] if frontier.chosen not in shown else []
-    frontier = replace(frontier, points=tuple(shown))
-    result |= {"tuning_seconds": tuning_seconds, "frontier": frontier.as_dict()}
+    result |= {"tuning_seconds": tuning_seconds, "curve": curve.records()}
     start = time.perf_counter()
     searcher = build_searcher(scann_ops_pybind.builder, candidates, settings)
     seconds = time.perf_counter() - start
@@ -171,14 +172,13 @@ def _tensorflow_of_one_thread() -> Any:
     return tf
 
 
-def _compiled(tf: Any, index: Any, k: int) -> Search:
+def _compiled(tf: Any, find: Any, k: int) -> Search:
     search = tf.function(
-        lambda q: index.search(q, k), input_signature=[tf.TensorSpec([None, None], tf.float32)]
+        lambda q: find(q, k), input_signature=[tf.TensorSpec([None, None], tf.float32)]
     )
 
     def found(queries: np.ndarray) -> np.ndarray:
-        places, scores = search(queries)
-        return np.where(scores.numpy() > -np.inf, places.numpy(), -1)
+        return search(queries)[0].numpy() - 1
 
     return found
 
@@ -257,7 +257,7 @@ def measure_faiss_ivf_pq(task: Task) -> list[dict[str, Any]]:
             tried.append((cost, searched, over_k))
     if not tried:
         return [
-            {"index": "faiss IVF-PQ, refined", "missing": f"recall below the promise: {factory}"}
+            {"index": "faiss IVF-PQ, refined", "missing": f"recall below the target: {factory}"}
         ]
     _, searched, over_k = min(tried)
     return [
@@ -306,7 +306,7 @@ def measure_faiss_hnsw(task: Task) -> list[dict[str, Any]]:
 
     width = task.smallest(len(candidates) // 10, search_at, least=task.k)
     if width is None:
-        return [{"index": "faiss HNSW", "missing": "recall below the promise at any width"}]
+        return [{"index": "faiss HNSW", "missing": "recall below the target at any width"}]
     return [
         task.measure(
             "faiss HNSW",
@@ -341,7 +341,7 @@ def measure_hnswlib(task: Task) -> list[dict[str, Any]]:
 
     width = task.smallest(len(candidates) // 10, search_at, least=task.k)
     if width is None:
-        return [{"index": "hnswlib", "missing": "recall below the promise at any width"}]
+        return [{"index": "hnswlib", "missing": "recall below the target at any width"}]
     return [
         task.measure(
             "hnswlib",

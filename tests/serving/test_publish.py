@@ -14,7 +14,7 @@ import pytest
 
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version, versions_of
 
-NUM_KILLS = 100
+NUM_KILLS = 40
 FILES_OF_A_VERSION = 8
 
 # Publishes for ever; each file of a version holds the version's payload, the manifest comes in the

@@ -1,8 +1,10 @@
 """A model over other items: what is new is found by its features, what is gone is gone."""
 
 import dataclasses
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.serving.conftest import NUM_CANDIDATES, Served
+from tests.serving.conftest import NUM_CANDIDATES, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
@@ -23,9 +26,40 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 NUM_GONE = 7
 
 
-def publish(served: Served, directory: Path, **options: Any) -> Path:
-    options = {"index": Exact(), "filter_by": "genres", **options}
-    return export(served, directory / "films", queries=served.queries(), **options).parent
+@functools.cache
+def exported(ids: str) -> Path:
+    """Exports the model with ids of a type, once for all tests."""
+    folder = Path(tempfile.mkdtemp()) / "films"
+    served = make_served(ids)
+    export(served, folder, index=Exact(), filter_by="genres", queries=served.queries())
+    return folder
+
+
+def publish(served: Served, directory: Path) -> Path:
+    """Copies an export to where a test may change it."""
+    ids = "int" if served.candidate_ids.dtype == np.int64 else "str"
+    return Path(shutil.copytree(exported(ids), directory / "films"))
+
+
+@pytest.fixture(scope="module")
+def of_int() -> Served:
+    """For what does not depend on the type of ids."""
+    return make_served("int")
+
+
+@pytest.fixture(scope="module")
+def refreshed(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
+    """A model's folder after a refreshment, its second version, and the items of that."""
+    directory = tmp_path_factory.mktemp("refreshed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_prove", lambda *arguments: None)
+        folder = publish(served, directory)
+        items = write_items(served, directory / "items.parquet")
+        done = refresh_index(folder, directory / "items.parquet")
+    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
+    assert (done.num_dropped, done.num_left_out) == (NUM_GONE, 0)
+    assert done.folder == folder / "2"
+    return folder, items
 
 
 def new_ids(served: Served) -> list[Any]:
@@ -66,15 +100,10 @@ def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
     return served.model.embed_candidates(rows, {"genres": encoded}).numpy()
 
 
-@pytest.mark.usefixtures("unproven")
-def test_a_refreshed_model_ranks_todays_items(served: Served, tmp_path: Path) -> None:
-    folder = publish(served, tmp_path)
-    items = write_items(served, tmp_path / "items.parquet")
-    done = refresh_index(folder, tmp_path / "items.parquet")
-    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
-    assert (done.num_dropped, done.num_left_out) == (NUM_GONE, 0)
-    assert done.folder == folder / "2"
-
+def test_a_refreshed_model_ranks_todays_items(
+    served: Served, refreshed: tuple[Path, pa.Table]
+) -> None:
+    folder, items = refreshed
     ids = items["item_id"].to_pylist()
     loaded = load(folder)
     queries = served.queries()
@@ -91,11 +120,8 @@ def test_a_refreshed_model_ranks_todays_items(served: Served, tmp_path: Path) ->
     np.testing.assert_allclose([by_id[id_] for id_ in ids], embeddings, atol=1e-6)
 
 
-@pytest.mark.usefixtures("unproven")
-def test_users_are_as_they_were(served: Served, tmp_path: Path) -> None:
-    folder = publish(served, tmp_path)
-    write_items(served, tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet")
+def test_users_are_as_they_were(served: Served, refreshed: tuple[Path, pa.Table]) -> None:
+    folder, _ = refreshed
     before, after = load(folder / "1"), load(folder / "2")
     np.testing.assert_allclose(
         before.embed_queries(served.queries()), after.embed_queries(served.queries()), atol=1e-6
@@ -112,11 +138,8 @@ def test_users_are_as_they_were(served: Served, tmp_path: Path) -> None:
         assert np.isneginf(scores[row - 1][len(left) :]).all()
 
 
-@pytest.mark.usefixtures("unproven")
-def test_filters_go_by_todays_values(served: Served, tmp_path: Path) -> None:
-    folder = publish(served, tmp_path)
-    items = write_items(served, tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet")
+def test_filters_go_by_todays_values(served: Served, refreshed: tuple[Path, pa.Table]) -> None:
+    folder, items = refreshed
     found, scores = load(folder).retrieve([{}], 60, allowed=[["a"]])
     with_a = {
         id_
@@ -130,14 +153,14 @@ def test_filters_go_by_todays_values(served: Served, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unproven")
-def test_refreshing_again_goes_back_to_what_was_dropped(served: Served, tmp_path: Path) -> None:
+def test_refreshing_again_goes_back_to_what_was_dropped(
+    served: Served, refreshed: tuple[Path, pa.Table], tmp_path: Path
+) -> None:
     """An item that comes back has its trained embedding: the encoder never forgets."""
-    folder = publish(served, tmp_path, keep_versions=2)
-    write_items(served, tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet")
+    folder = Path(shutil.copytree(refreshed[0], tmp_path / "films"))
     all_items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
     pq.write_table(all_items, tmp_path / "all.parquet")
-    done = refresh_index(folder, tmp_path / "all.parquet")
+    done = refresh_index(folder, tmp_path / "all.parquet", keep_versions=2)
     assert (done.num_new, done.num_untrained, done.num_dropped) == (NUM_GONE, 0, 2)
     assert versions_of(folder) == [2, 3]
     expected, _ = served.in_memory.retrieve(served.queries(), 20)
@@ -149,10 +172,10 @@ def test_refreshing_again_goes_back_to_what_was_dropped(served: Served, tmp_path
 
 
 @pytest.mark.usefixtures("unproven")
-def test_what_a_refreshment_asks_for_holds_for_the_next(served: Served, tmp_path: Path) -> None:
+def test_what_a_refreshment_asks_for_holds_for_the_next(of_int: Served, tmp_path: Path) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""
-    folder = publish(served, tmp_path, filter_by=None)
-    items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
+    folder = publish(of_int, tmp_path)
+    items = pa.table({"item_id": of_int.candidate_ids.tolist(), "genres": of_int.genres})
     pq.write_table(items, tmp_path / "items.parquet")
     refresh_index(folder, tmp_path / "items.parquet", index=Scann(recall=0.9, k=20))
     done = refresh_index(folder / "2", tmp_path / "items.parquet", keep_versions=1)
@@ -161,20 +184,18 @@ def test_what_a_refreshment_asks_for_holds_for_the_next(served: Served, tmp_path
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
     assert manifest["index"]["index_recall@20"] >= 0.9
     asked = {"kind": "scann", "recall": 0.9, "k": 20}
-    assert manifest["export"] == {"index": asked, "keep_versions": 1, "filter_by": None}
-    assert manifest["filter"] is None
-    expected, _ = served.in_memory.retrieve(served.queries(), 10)
-    found, _ = load(folder, exact=True).retrieve(served.queries(), 10)
+    assert manifest["export"] == {"index": asked, "keep_versions": 1, "filter_by": "genres"}
+    assert manifest["filter"]["name"] == "genres"
+    expected, _ = of_int.in_memory.retrieve(of_int.queries(), 10)
+    found, _ = load(folder, exact=True).retrieve(of_int.queries(), 10)
     assert found.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="keep must be 1 or more"):
         refresh_index(folder, tmp_path / "items.parquet", keep_versions=0)
 
 
 @pytest.mark.usefixtures("unproven")
-def test_without_features_new_items_are_left_out(served: Served, tmp_path: Path) -> None:
-    if served.candidate_ids.dtype != np.int64:
-        pytest.skip("one type of ids is enough")
-    by_id = dataclasses.replace(served, candidate_features=())
+def test_without_features_new_items_are_left_out(of_int: Served, tmp_path: Path) -> None:
+    by_id = dataclasses.replace(of_int, candidate_features=())
     folder = export(by_id, tmp_path / "ids", index=Exact())
     (tmp_path / "items.csv").write_text("item_id,colour\n10,red\n76,blue\n17,red\n")
     done = refresh_index(folder.parent, tmp_path / "items.csv")
@@ -187,10 +208,10 @@ def test_without_features_new_items_are_left_out(served: Served, tmp_path: Path)
 
 @pytest.mark.usefixtures("unproven")
 def test_paths_are_judged_before_the_work(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_int: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = publish(served, tmp_path)
-    write_items(served, tmp_path / "items.parquet")
+    folder = publish(of_int, tmp_path)
+    write_items(of_int, tmp_path / "items.parquet")
     # By a link, and from within: the model's own name and number count.
     (folder / "latest").symlink_to("1")
     assert refresh_index(folder / "latest", tmp_path / "items.parquet").folder == folder / "2"
@@ -203,9 +224,9 @@ def test_paths_are_judged_before_the_work(
 
 
 @pytest.mark.usefixtures("unproven")
-def test_a_filter_without_any_value_allows_nothing_but_all(served: Served, tmp_path: Path) -> None:
-    folder = publish(served, tmp_path)
-    ids = served.candidate_ids.tolist()
+def test_a_filter_without_any_value_allows_nothing_but_all(of_int: Served, tmp_path: Path) -> None:
+    folder = publish(of_int, tmp_path)
+    ids = of_int.candidate_ids.tolist()
     genres = pa.array([None] * len(ids), pa.list_(pa.string()))
     pq.write_table(pa.table({"item_id": ids, "genres": genres}), tmp_path / "items.parquet")
     refresh_index(folder, tmp_path / "items.parquet")
@@ -228,10 +249,10 @@ def test_a_filter_without_any_value_allows_nothing_but_all(served: Served, tmp_p
     ids=["no feature", "no id", "an id twice", "no row"],
 )
 def test_a_bad_item_table_changes_nothing(
-    served: Served, tmp_path: Path, change: Any, message: str
+    of_int: Served, tmp_path: Path, change: Any, message: str
 ) -> None:
-    folder = publish(served, tmp_path)
-    table = change(write_items(served, tmp_path / "items.parquet"))
+    folder = publish(of_int, tmp_path)
+    table = change(write_items(of_int, tmp_path / "items.parquet"))
     pq.write_table(table, tmp_path / "bad.parquet")
     with pytest.raises(DataError, match=message):
         refresh_index(folder, tmp_path / "bad.parquet")
@@ -239,12 +260,11 @@ def test_a_bad_item_table_changes_nothing(
 
 
 @pytest.mark.usefixtures("unproven")
-def test_ids_of_another_kind_are_refused_unless_all_are_new(served: Served, tmp_path: Path) -> None:
-    folder = publish(served, tmp_path)
-    is_integer = served.candidate_ids.dtype == np.int64
-    ids = [2, 4, 5] if is_integer else ["2", "4", "5"]
+def test_ids_of_another_kind_are_refused_unless_all_are_new(of_int: Served, tmp_path: Path) -> None:
+    folder = publish(of_int, tmp_path)
+    ids = [2, 4, 5]
     pq.write_table(pa.table({"item_id": ids, "genres": [["a"]] * 3}), tmp_path / "new.parquet")
-    with pytest.raises(DataError, match=r"none of its 3 ids, such as '?2'?, is known"):
+    with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
         refresh_index(folder, tmp_path / "new.parquet")
     assert versions_of(folder) == [1]
     done = refresh_index(folder, tmp_path / "new.parquet", allow_all_new=True)
@@ -252,10 +272,8 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(served: Served, tmp_
 
 
 @pytest.mark.usefixtures("unproven")
-def test_text_ids_are_refused_by_a_model_of_integers(served: Served, tmp_path: Path) -> None:
-    if served.candidate_ids.dtype != np.int64:
-        pytest.skip("text is what these ids are")
-    folder = publish(served, tmp_path)
+def test_text_ids_are_refused_by_a_model_of_integers(of_int: Served, tmp_path: Path) -> None:
+    folder = publish(of_int, tmp_path)
     pq.write_table(pa.table({"item_id": ["x"], "genres": [["a"]]}), tmp_path / "text.parquet")
     with pytest.raises(DataError, match="holds text, and the model's item ids are integers"):
         refresh_index(folder, tmp_path / "text.parquet")
@@ -263,10 +281,10 @@ def test_text_ids_are_refused_by_a_model_of_integers(served: Served, tmp_path: P
 
 @pytest.mark.slow
 def test_the_command_says_what_it_did(
-    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    of_int: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = publish(served, tmp_path)
-    write_items(served, tmp_path / "items.parquet")
+    folder = publish(of_int, tmp_path)
+    write_items(of_int, tmp_path / "items.parquet")
     command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
     assert main([*command, "--index", "scann", "--keep-versions", "1"]) == 0
     said = capsys.readouterr().out
