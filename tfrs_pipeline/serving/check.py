@@ -34,18 +34,16 @@ def differences(folder: str, probe_path: str) -> str:
     for signature in dict.fromkeys(name for name, _, _ in arrays):
         function = loaded.signatures[signature]
         specs = function.structured_input_signature[1]
-        inputs = {
-            key: tf.constant(array, specs[key].dtype, shape=array.shape)
-            for (name, role, key), array in arrays.items()
-            if (name, role) == (signature, "input")
-        }
-        expected = {
-            key: array
-            for (name, role, key), array in arrays.items()
-            if (name, role) == (signature, "output")
-        }
-        problem = _difference(expected, {k: x.numpy() for k, x in function(**inputs).items()})
-        if problem:
+        given, expected = (
+            {
+                key: array
+                for (name, r, key), array in arrays.items()
+                if (name, r) == (signature, role)
+            }
+            for role in ("input", "output")
+        )
+        answer = function(**{k: tf.constant(x, specs[k].dtype, x.shape) for k, x in given.items()})
+        if problem := _difference(expected, {k: x.numpy() for k, x in answer.items()}):
             problems.append(f"{signature}: {problem}")
     return "; ".join(problems)
 

@@ -13,7 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.evaluation.table import format_cells
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings, index_recall
+from tfrs_pipeline.serving.index import (
+    ExactIndex,
+    Scann,
+    ScannIndex,
+    ScannSettings,
+    index_recall,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -275,7 +281,17 @@ def tune_index(
         RuntimeError: If no setting reaches the target, with what was measured.
         ValueError: If the target is out of range, or the two arrays do not fit each other.
     """
-    _check(embeddings, queries, k, target_recall, num_structures, batch_size)
+    Scann(target_recall, k)  # Refuses what is out of range.
+    if not (embeddings.ndim == queries.ndim == 2 and embeddings.shape[1] == queries.shape[1]):
+        raise ValueError(
+            "embeddings and queries must be matrices of the same width. Received: "
+            f"embeddings.shape={embeddings.shape}, queries.shape={queries.shape}"
+        )
+    if not len(embeddings) or not len(queries):
+        raise ValueError(
+            "There must be candidates to search and queries to measure on. Received: "
+            f"{len(embeddings)} candidates, {len(queries)} queries"
+        )
     k = min(k, len(embeddings))
     exact = ExactIndex(embeddings)
     probes = _Probes(exact, queries, k, batch_size)
@@ -439,29 +455,3 @@ def _compiled(search: _Search, num_options: int) -> _Search:
     signature = [tf.TensorSpec([None, None], tf.float32), *options]
     # Not called as a tf.function, which warns where many indexes are built, one after the other.
     return tf.function(search, input_signature=signature).get_concrete_function()
-
-
-def _check(
-    embeddings: np.ndarray,
-    queries: np.ndarray,
-    k: int,
-    target_recall: float,
-    num_structures: int | None,
-    batch_size: int,
-) -> None:
-    if embeddings.ndim != 2 or queries.ndim != 2 or embeddings.shape[1] != queries.shape[1]:
-        raise ValueError(
-            "embeddings and queries must be matrices of the same width. Received: "
-            f"embeddings.shape={embeddings.shape}, queries.shape={queries.shape}"
-        )
-    if not len(embeddings) or not len(queries):
-        raise ValueError(
-            "There must be candidates to search and queries to measure on. Received: "
-            f"{len(embeddings)} candidates, {len(queries)} queries"
-        )
-    if not 0 < target_recall <= 1:
-        raise ValueError(f"target_recall must be in (0, 1]. Received: {target_recall}")
-    counts = {"k": k, "num_structures": num_structures, "batch_size": batch_size}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more. Received: {value}")
