@@ -42,6 +42,9 @@ for number in itertools.count():
 def publish(parent: Path, payload: str, keep: int | None = None) -> Path:
     with new_version(parent, keep=keep) as version:
         (version.partial / MANIFEST_FILE).write_text(payload)
+        written = version.partial.stat().st_ino
+    # In one step: what was written has its place, and nothing was copied there.
+    assert version.folder.stat().st_ino == written
     return version.folder
 
 

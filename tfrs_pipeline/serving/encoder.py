@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -232,6 +232,25 @@ def id_dtype(ids: np.ndarray) -> tf.DType:
 def empty_id(dtype: tf.DType) -> Any:
     """Returns the id of an empty slot: -1 or ""."""
     return -1 if dtype == tf.int64 else ""
+
+
+def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
+    """Makes ids a tensor [n]; None, and what is of another type, is the empty id."""
+    known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
+    return tf.constant(known, dtype, [len(known)])
+
+
+def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
+    """Makes lists of ids a tensor [n, any], padded with the empty id; other types are left out."""
+    known = [[id_ for id_ in ids if _can_be(id_, dtype)] for ids in lists]
+    return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
+
+
+def _can_be(id_: Any, dtype: tf.DType) -> bool:
+    """Tells whether an id is of the model's type; of another it is unknown."""
+    if dtype == tf.string:
+        return isinstance(id_, str)
+    return isinstance(id_, int | np.integer) and tf.int64.min <= id_ <= tf.int64.max
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:

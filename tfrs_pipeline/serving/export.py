@@ -36,7 +36,8 @@ from tfrs_pipeline.serving.encoder import (
     Encoder,
     Exportable,
     embed_corpus,
-    empty_id,
+    id_list,
+    id_lists,
     signature_inputs,
 )
 from tfrs_pipeline.serving.index import Exact, ExactIndex, Scann, ScannIndex, index_for
@@ -230,30 +231,24 @@ def embed_queries(encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
     """Embeds queries by `user_id` and `history`: [num_queries, D] float32."""
     blocks = []
     for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
-        inputs = query_inputs(encoder.embed_query, queries[start : start + _QUERIES_PER_CALL])
+        inputs = _query_inputs(encoder.embed_query, queries[start : start + _QUERIES_PER_CALL])
         blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
     return np.concatenate(blocks)
 
 
-def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+def _query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
     """Makes those of a signature's inputs that are in queries: user_id [B], history [B, any]."""
     specs = signature_inputs(function)
     inputs = {}
     if "user_id" in specs:
-        dtype = specs["user_id"].dtype
-        given = [query.get("user_id") for query in queries]
-        users = [empty_id(dtype) if user is None else user for user in given]
-        inputs["user_id"] = tf.constant(users, dtype, [len(users)])
+        users = [query.get("user_id") for query in queries]
+        inputs["user_id"] = id_list(users, specs["user_id"].dtype)
     if "history" in specs:
-        dtype = specs["history"].dtype
-        lists = [list(history_of(query)) for query in queries]
-        inputs["history"] = tf.ragged.constant(lists, dtype, ragged_rank=1).to_tensor(
-            empty_id(dtype)
-        )
+        inputs["history"] = id_lists(list(map(_history, queries)), specs["history"].dtype)
     return inputs
 
 
-def history_of(query: Query) -> Sequence[Any]:
+def _history(query: Query) -> Sequence[Any]:
     """Returns the history of a query, which may be missing or, read from a file, None."""
     history = query.get("history")
     return () if history is None else history
@@ -272,7 +267,7 @@ def _query_table(queries: Sequence[Query], items: pa.Table) -> pa.Table:
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),
-        "history": pa.array([list(history_of(query)) for query in queries], ids),
+        "history": pa.array([list(_history(query)) for query in queries], ids),
     }
     return pa.table(columns)
 
@@ -295,7 +290,7 @@ def _probe(
 ) -> dict[str, tf.Tensor]:
     """Makes the inputs that a signature is asked with before a version is put in place."""
     specs = signature_inputs(function)
-    inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
+    inputs = {"k": tf.constant(10), **_query_inputs(function, queries)}
     num_rows = len(item_ids) if "item_id" in specs else len(queries)
     if "item_id" in specs:
         inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)

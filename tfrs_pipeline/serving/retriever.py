@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import empty_id
+from tfrs_pipeline.serving.encoder import id_list, id_lists
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -140,7 +140,9 @@ class LoadedRetriever:
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         asked = self._asked(k, exclude, allowed, len(user_ids))
         name = "retrieve_user" if allowed is None else "retrieve_user_filtered"
-        answer = self.saved_model.signatures[name](user_id=_ids(user_ids, self.user_dtype), **asked)
+        answer = self.saved_model.signatures[name](
+            user_id=id_list(user_ids, self.user_dtype), **asked
+        )
         ids, scores, is_known = (
             answer[name].numpy() for name in ("candidate_ids", "scores", "is_known_user")
         )
@@ -167,7 +169,7 @@ class LoadedRetriever:
         """
         raw = _raw_inputs(self._candidate_features, features, len(item_ids))
         answer = self.saved_model.signatures["embed_candidate"](
-            item_id=_ids(item_ids, self.item_dtype), **raw
+            item_id=id_list(item_ids, self.item_dtype), **raw
         )
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
@@ -211,8 +213,8 @@ class LoadedRetriever:
         """Asks one signature for the queries without features, another for those with."""
         _check_queries(queries)
         inputs = {
-            "user_id": _ids([query.get("user_id") for query in queries], self.user_dtype),
-            "history": self._padded([query.get("history", ()) for query in queries]),
+            "user_id": id_list([query.get("user_id") for query in queries], self.user_dtype),
+            "history": id_lists([query.get("history", ()) for query in queries], self.item_dtype),
             **asked,
         }
         has_features = np.array(["features" in query for query in queries], bool)
@@ -253,7 +255,7 @@ class LoadedRetriever:
             raise ValueError(f"k must be 1 or more, and an int32. Received: {k}")
         exclude = [()] * num_queries if exclude is None else exclude
         check_one_each("exclude", exclude, num_queries)
-        asked = {"k": tf.constant(k, tf.int32), "exclude": self._padded(exclude)}
+        asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
         if allowed is not None:
             self._check_allowed(allowed, num_queries)
             lists = tf.ragged.constant([list(x) for x in allowed], tf.string, ragged_rank=1)
@@ -272,11 +274,6 @@ class LoadedRetriever:
             near = difflib.get_close_matches(str(unknown), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
-
-    def _padded(self, lists: Sequence[Collection[Any]]) -> tf.Tensor:
-        known = [[id_ for id_ in ids if _can_be(id_, self.item_dtype)] for ids in lists]
-        ragged = tf.ragged.constant(known, self.item_dtype, ragged_rank=1)
-        return ragged.to_tensor(empty_id(self.item_dtype))
 
 
 def _check_queries(queries: Sequence[Query]) -> None:
@@ -307,18 +304,6 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         return int(text)
     except ValueError:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
-
-
-def _can_be(id_: Any, dtype: tf.DType) -> bool:
-    """Tells whether an id is of the model's type; of another it is unknown."""
-    if dtype == tf.string:
-        return isinstance(id_, str)
-    return isinstance(id_, int | np.integer) and tf.int64.min <= id_ <= tf.int64.max
-
-
-def _ids(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
-    return tf.constant(known, dtype, [len(known)])
 
 
 def _raw_inputs(
