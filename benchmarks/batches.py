@@ -4,7 +4,7 @@ A million items with Zipf counts, a million samples, 50 known positives and 50 e
 on average, histories of up to 50. Batches of B = 1024 positives and M = 1024 easy negatives, half
 of them uniform, half ~ clicks^0.75.
 
-    pipeline    batches a second of TrainingBatches alone
+    pipeline    batches a second of HybridBatches alone
     step        training steps a second of a model of ids alone, 64-d, Adagrad, on one batch
                 repeated: the fastest consumer there is
     together    training steps a second fed by the pipeline
@@ -22,24 +22,28 @@ steadier still, and tells what share of the machine the pipeline takes from the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.negatives.alias import AliasSampler, build_alias_table
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.samples.build import RowLists, Samples
+from tfrs_pipeline.samples.store import RowLists, Samples
 
 BATCH_SIZE = 1024
-MIXTURE = ((0.0, 512), (0.75, 512))
-EMBEDDING_DIM = 64
+NEGATIVES = (tp.InBatch(), tp.Uniform(512), tp.Popularity(512))
+DIM = 64
 MEAN_LIST = 50
 HISTORY_LENGTH = 50
 ZIPF_EXPONENT = 0.9
@@ -66,45 +70,32 @@ def make_samples(num_candidates: int, num_samples: int, seed: int) -> Samples:
         place = np.minimum(np.searchsorted(cdf, rng.random(num)), num_candidates - 1)
         return (1 + place).astype(np.int32)
 
-    def sorted_lists(users: np.ndarray, rows: np.ndarray) -> RowLists:
-        pairs = np.unique(users.astype(np.int64) << 32 | rows)
-        return _lists(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), num_users + 1)
-
     # In the order of time; a sample's history is the user's samples before it.
     users = 1 + np.sort(rng.integers(num_users, size=num_samples))
-    rows = draw(num_samples)
-    starts = np.searchsorted(users, users)
-    known = sorted_lists(users, rows)
-    exposed = sorted_lists(1 + rng.integers(num_users, size=num_samples), draw(num_samples))
-    return Samples(
-        query_rows=users.astype(np.int32),
-        candidate_rows=rows,
-        weights=np.ones(num_samples, np.float32),
-        sequences=_lists(users, rows, num_users + 1),
-        num_earlier=(np.arange(num_samples) - starts).astype(np.int32),
-        known_positives=known,
-        exposed=exposed,
-        counts=np.bincount(rows, minlength=num_candidates + 1),
+    samples = Samples.from_pairs(
+        users, draw(num_samples), num_queries=num_users, num_candidates=num_candidates
     )
-
-
-def _lists(keys: np.ndarray, values: np.ndarray, num_keys: int) -> RowLists:
-    lengths = np.bincount(keys, minlength=num_keys)
-    return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+    viewers = 1 + rng.integers(num_users, size=num_samples)
+    exposed = np.unique(viewers.astype(np.int64) << 32 | draw(num_samples))
+    offsets = np.searchsorted(exposed >> 32, np.arange(num_users + 2))
+    lists = RowLists(offsets, (exposed & 0xFFFFFFFF).astype(np.int32))
+    return dataclasses.replace(samples, exposed=lists)
 
 
 def make_batches(
     samples: Samples, seed: int, masks: tuple[bool, bool] = MASKS["both"]
-) -> TrainingBatches:
+) -> tp.HybridBatches:
     """Makes the batches of this benchmark."""
-    return TrainingBatches(
+    examples = tp.SinglePositives(
+        samples, batch_size=BATCH_SIZE, history_length=HISTORY_LENGTH, seed=seed
+    )
+    return tp.HybridBatches(
         samples,
-        batch_size=BATCH_SIZE,
-        easy_negatives=MIXTURE,
-        history_length=HISTORY_LENGTH,
+        examples,
+        NEGATIVES,
         seed=seed,
         mask_known_positives=masks[0],
-        mask_exposed=masks[1],
+        allow_exposed_as_negatives=not masks[1],
     )
 
 
@@ -137,15 +128,16 @@ def rates(workloads: Mapping[str, Callable[[], int]], rounds: int) -> Rates:
 def measure_training(samples: Samples, seed: int, steps: int, rounds: int) -> dict[str, Any]:
     """Measures the pipeline alone, the step alone, and both together."""
     batches = make_batches(samples, seed)
-    model = TwoTowerModel(
-        num_queries=len(samples.known_positives) - 1,
-        num_candidates=len(samples.counts) - 1,
-        embedding_dim=EMBEDDING_DIM,
+    num_queries, num_candidates = len(samples.known_positives) - 1, len(samples.counts) - 1
+    ids = Ids(np.arange(1, num_candidates + 1)), Ids(np.arange(1, num_queries + 1))
+    model = tp.TwoTower(
+        dim=DIM,
         use_user_id=True,
         history_pooling=(),
         history_length=HISTORY_LENGTH,
-    )
-    model.compile(optimizer=make_optimizer("adagrad", 0.05))
+        id_dropout=0.0,
+    ).build(Corpus(*ids))
+    model.compile(optimizer=tf.keras.optimizers.Adagrad(0.05))
     one_batch = next(iter(batches.dataset(num_steps=1)))
     repeated = tf.data.Dataset.from_tensors(one_batch).repeat()
     place = iter(range(0, 2**31, steps))
@@ -170,7 +162,7 @@ def measure_training(samples: Samples, seed: int, steps: int, rounds: int) -> di
     }
 
 
-def consume(batches: TrainingBatches, start_step: int, num_steps: int) -> int:
+def consume(batches: tp.HybridBatches, start_step: int, num_steps: int) -> int:
     """Builds batches and drops them."""
     for _ in batches.dataset(start_step, num_steps):
         pass
@@ -182,7 +174,7 @@ def measure_masks(samples: Samples, seed: int, steps: int, rounds: int) -> Rates
     kinds = {name: make_batches(samples, seed, masks) for name, masks in MASKS.items()}
     place = iter(range(0, 2**31, steps))
 
-    def workload(batches: TrainingBatches) -> Callable[[], int]:
+    def workload(batches: tp.HybridBatches) -> Callable[[], int]:
         return lambda: consume(batches, next(place), steps)
 
     return rates({name: workload(batches) for name, batches in kinds.items()}, rounds)
@@ -270,7 +262,7 @@ def run(
         "num_candidates": num_candidates,
         "num_samples": num_samples,
         "batch_size": BATCH_SIZE,
-        "num_easy": sum(num for _, num in MIXTURE),
+        "num_easy": sum(kind.num for kind in NEGATIVES[1:]),
         "mean_list": {
             "known_positives": len(samples.known_positives.values)
             / (len(samples.known_positives) - 1),

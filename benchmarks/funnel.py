@@ -16,82 +16,61 @@ Differences are paired by seed: mean, standard error, and in how many seeds the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from record import write_json
 
-import tfrs_pipeline  # noqa: F401  (selects Keras 2 before TensorFlow is imported)
-from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.model.fit import train
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import HardSampling, TrainingBatches
-from tfrs_pipeline.samples.build import build_samples, read_ids, read_samples
-from tfrs_pipeline.samples.hard_pools import HardNegativeRules
-from tfrs_pipeline.samples.positives import power_law_rate
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
 
 K = 50
 TRUTHS = ("recall@50 of truth", "recall@50 of clicks")
-LOSERS: tuple[HardSampling, ...] = (("retrieved", 0.5, 4), ("pre_ranked", 0.5, 4))
-EXPOSED: tuple[HardSampling, ...] = (("exposed", 1.0, 8),)
+EVERY_STAGE = ("retrieved", "pre_ranked", "exposed")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A sampling plan and the one that it is compared with."""
-
-    name: str
-    against: str | None
-    batches: dict[str, Any]
-    correct_sampling: bool = True
+def losers(share: float, *stages: Any, num: int = 4) -> dict[str, Any]:
+    """Returns the settings of hard negatives, `num` columns of each stage."""
+    return {"hard": tp.FunnelLosers(share, stages=stages, num=num, allow_exposed=True)}
 
 
-MIXED = {"easy_negatives": ((0.0, 256), (0.75, 256))}
-IN_BATCH: dict[str, Any] = {"easy_negatives": ()}
-PLANS = (
-    Plan("easy", None, MIXED),
-    Plan("easy, uncorrected", "easy", MIXED, correct_sampling=False),
-    Plan("in-batch", "easy", IN_BATCH),
-    Plan("in-batch, uncorrected", "in-batch", IN_BATCH, correct_sampling=False),
-    *(
-        Plan(f"easy, positives^-{exponent}", "easy", {**MIXED, "resampling_exponent": exponent})
+IN_BATCH = {"negatives": (tp.InBatch(),)}
+UNCORRECTED = {"correction": "none"}
+# Plan -> the plan that it is compared with, and how its settings differ from the defaults.
+PLANS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "easy": (None, {}),
+    "easy, uncorrected": ("easy", UNCORRECTED),
+    "in-batch": ("easy", IN_BATCH),
+    "in-batch, uncorrected": ("in-batch", {**IN_BATCH, **UNCORRECTED}),
+    **{
+        f"easy, positives^-{exponent}": ("easy", {"resampling_exponent": exponent})
         for exponent in (0.3, 0.6)
-    ),
-    *(
-        Plan(f"hybrid f={f}", "easy", {**MIXED, "hard_share": f, "hard_negatives": LOSERS})
-        for f in (0.01, 0.05, 0.2, 0.5)
-    ),
-    Plan(
-        "hybrid f=0.05, pre-rank losers",
-        "easy",
-        {**MIXED, "hard_share": 0.05, "hard_negatives": LOSERS[:1]},
-    ),
-    *(
-        Plan(
-            f"exposed as negatives f={f}",
-            "easy",
-            {**MIXED, "hard_share": f, "hard_negatives": EXPOSED},
-        )
-        for f in (0.05, 0.5)
-    ),
-)
+    },
+    **{
+        f"hybrid f={share}": ("easy", losers(share, "retrieved", "pre_ranked"))
+        for share in (0.01, 0.05, 0.2, 0.5)
+    },
+    "hybrid f=0.05, pre-rank losers": ("easy", losers(0.05, "retrieved")),
+    **{
+        f"exposed as negatives f={share}": ("easy", losers(share, "exposed", num=8))
+        for share in (0.05, 0.5)
+    },
+}
 
 
 def measure(
-    model: TwoTowerModel, simulation: Simulation, queries: Holdout, folder: Path
+    retriever: tp.Retriever, simulation: Simulation, queries: tp.Holdout
 ) -> dict[str, float]:
     """Recalls both truths, and averages the true click probability of the 50 retrieved."""
-    item_ids, user_ids = read_ids(folder)
-    retriever = exact_retriever(model, user_ids, item_ids)
     asked = queries.as_queries()
     found, _ = retriever.retrieve(asked, K)
     best = simulation.best_items(queries.user_ids, K)
@@ -120,62 +99,42 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         options=FunnelOptions(popularity_weight=options.popularity_weight),
     )
     split = simulation.log.split("last_share", validation=0, test=0.2)
-    queries = split.test
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rules = HardNegativeRules(
-            (Stage.RETRIEVED, Stage.PRE_RANKED, Stage.EXPOSED),
-            window=timedelta(days=1),
-            allow_exposed=True,
-        )
-        build_samples(
-            simulation.log,
-            split.train.events,
-            folder,
-            seed=seed,
-            hard_negatives=rules,
-        )
-        samples = read_samples(folder)
-        for plan in PLANS:
-            if options.plans and not any(part in plan.name for part in options.plans):
+    every = tp.FunnelLosers(stages=EVERY_STAGE, allow_exposed=True)
+    training = tp.TrainingSettings(
+        batch_size=512, max_epochs=options.epochs, optimizer="adam", learning_rate=0.002
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        data = TrainingSet.build(split.train, Path(folder), seed=seed, hard=every)
+        # Of ids alone.
+        ids = Corpus(data.corpus.candidate_ids, data.corpus.query_ids)
+        data = dataclasses.replace(data, corpus=ids)
+        for name, (_, settings) in PLANS.items():
+            if options.plans and not any(part in name for part in options.plans):
                 continue
             start = time.monotonic()
-            tf.keras.utils.set_random_seed(seed)
-            model = TwoTowerModel(
-                num_queries=options.users,
-                num_candidates=options.items,
-                embedding_dim=32,
-                recency_decay=0.98,
-                temperature=options.temperature,
-                correction="mixture" if plan.correct_sampling else "none",
-            )
-            settings = dict(plan.batches)
-            exponent = settings.pop("resampling_exponent", None)
-            batches = TrainingBatches(
-                samples,
-                batch_size=512,
-                history_length=50,
+            model = tp.TwoTower(
+                training=training,
                 seed=seed,
-                positive_rate=None
-                if exponent is None
-                else power_law_rate(samples.counts, exponent),
+                dim=32,
+                recency_decay=0.98,
+                id_dropout=0.0,
+                temperature=options.temperature,
                 **settings,
-            )
-            train(model, batches, max_epochs=options.epochs, optimizer="adam", learning_rate=0.002)
-            measured = measure(model, simulation, queries, folder)
+            ).fit_samples(data)
+            measured = measure(model, simulation, split.test)
             rows.append(
                 {
                     "seed": seed,
-                    "plan": plan.name,
+                    "plan": name,
                     **measured,
-                    "mean_hard_share": batches.mean_hard_share,
+                    "mean_hard_share": model.batches(data.samples).mean_hard_share,
                     "seconds": time.monotonic() - start,
                 }
             )
             print(
-                f"seed {seed}  {plan.name:32}"
-                + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()),
+                f"seed {seed}  {name:32}"
+                + "  ".join(f"{metric} {value:.4f}" for metric, value in measured.items()),
                 flush=True,
             )
     return rows
@@ -185,14 +144,14 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Computes each plan's means and its paired differences."""
     table = []
     runs = {(row["plan"], row["seed"]): row for row in rows}
-    for plan in PLANS:
-        own = [row for row in rows if row["plan"] == plan.name]
+    for plan, (against, _) in PLANS.items():
+        own = [row for row in rows if row["plan"] == plan]
         if not own:
             continue
-        entry: dict[str, Any] = {"plan": plan.name, "num_seeds": len(own), "against": plan.against}
+        entry: dict[str, Any] = {"plan": plan, "num_seeds": len(own), "against": against}
         for name in TRUTHS:
             entry[name] = {"mean": float(np.mean([row[name] for row in own]))}
-            others = [runs.get((plan.against, row["seed"])) for row in own]
+            others = [runs.get((against, row["seed"])) for row in own]
             if None in others:
                 continue
             pairs = zip(own, others, strict=True)

@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Interactions, history_matrix
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
@@ -24,19 +25,17 @@ class GfcfRetriever:
     V its first right singular vectors, D the degrees of the items.
 
     Args:
-        train: What users clicked before the test.
         alpha: Weight of the ideal low-pass filter.
         num_factors: Singular vectors.
     """
 
-    def __init__(
-        self,
-        train: Interactions,
-        *,
-        alpha: float = 0.3,
-        num_factors: int = 256,
-    ) -> None:
-        self.items, interactions = train.items, train.matrix
+    def __init__(self, *, alpha: float = 0.3, num_factors: int = 256) -> None:
+        self.alpha, self.num_factors = alpha, num_factors
+
+    def fit(self, train: Log) -> GfcfRetriever:
+        """Computes the two filters from the positives of a log."""
+        clicks = Interactions.from_log(train)
+        self.items, interactions = clicks.items, clicks.matrix
         degrees = np.asarray(interactions.sum(axis=0)).ravel().astype(np.float64)
         user_scale = 1 / np.sqrt(np.maximum(np.asarray(interactions.sum(axis=1)).ravel(), 1))
         self._item_scale = 1 / np.sqrt(np.maximum(degrees, 1))
@@ -44,10 +43,11 @@ class GfcfRetriever:
             scipy.sparse.diags(user_scale) @ interactions @ scipy.sparse.diags(self._item_scale)
         ).tocsr()
         start = np.full(min(normalised.shape), 1.0)  # Else drawn at random.
-        _, _, vectors = scipy.sparse.linalg.svds(normalised, k=num_factors, v0=start)
+        _, _, vectors = scipy.sparse.linalg.svds(normalised, k=self.num_factors, v0=start)
         self._vectors = vectors.astype(np.float32)
-        self._weighted = (alpha * vectors * np.sqrt(degrees)).astype(np.float32)
+        self._weighted = (self.alpha * vectors * np.sqrt(degrees)).astype(np.float32)
         self._linear = (normalised.T @ normalised).tocsr().astype(np.float32)
+        return self
 
     def retrieve(
         self,

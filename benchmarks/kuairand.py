@@ -31,7 +31,7 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.compare import compare
-from tfrs_pipeline.run import StageReport
+from tfrs_pipeline.run import StepReport
 
 SETTINGS = {
     "data": {
@@ -41,15 +41,13 @@ SETTINGS = {
         "list_separator": ",",
     },
     "split": {"kind": "column"},
-    "samples": {
-        "easy_negatives": ({"alpha": 0.0, "num": 128}, {"alpha": 0.75, "num": 128}),
-        "allow_exposed_as_negatives": True,
-        "mined_every": 2,
+    "model": {
+        "dim": 32,
+        "negatives": ("in_batch", "uniform:num=128", "popularity:num=128"),
+        "hard": "mined:every=2",
     },
-    "model": {"embedding_dim": 32},
     "compare": {"hard_shares": (0.01, 0.2), "resampling_exponents": (0.5,)},
 }
-
 
 EVENTS = """
 COPY (
@@ -88,8 +86,8 @@ def config_of(folder: Path, events: Path) -> RunConfig:
     return RunConfig(**{**SETTINGS, "data": {**SETTINGS["data"], **data}})
 
 
-def show(report: StageReport) -> None:
-    """Prints a stage as it ends."""
+def show(report: StepReport) -> None:
+    """Prints a step as it ends."""
     print(f"{report.name}  {report.seconds:.0f} s", *report.notes, sep="\n    ", flush=True)
 
 
@@ -115,7 +113,7 @@ def main() -> None:
             {"seed": options.seed, "training.max_epochs": options.max_epochs}
             | ({"compare.plans": options.plans} if options.plans else {}),
         )
-        result = compare(config, folder, on_stage=show)
+        result = compare(config, folder, on_step=show)
         saved = json.loads((result.folder / "comparison.json").read_text())
     print(result.table, *result.notes, sep="\n")
     if options.json:

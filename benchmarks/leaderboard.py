@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 # Before TensorFlow, since it selects Keras 2.
-from tfrs_pipeline import RunConfig, with_settings
+import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
@@ -46,53 +46,37 @@ import tensorflow as tf
 import tutorial
 from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
-from record import command, machine, write_json
+from record import COMMIT, command, machine, write_json
 
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.evaluation.baselines import Interactions
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run import (
-    Corpus,
-    evaluate_retriever,
-    fit_baselines,
-    parts_before_test,
-    read_corpus,
-    stored_data,
-    stored_split,
-    train_and_refit,
-    training_samples,
-)
-from tfrs_pipeline.samples.build import Samples
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.run import RunData, Steps, fit_baselines, prepare, train_and_refit
 
 NUM_BOOTSTRAP = 1000
 
-_ALL_POSITIONS = {
-    "samples.in_batch": False,
-    "samples.easy_negatives": ({"alpha": 0, "num": 512}, {"alpha": 0.75, "num": 512}),
-    "samples.history_length": 200,
-    "training.positions": "all",
+_SEQUENCES = {
+    "model.negatives": ("uniform:num=512", "popularity:num=512"),
+    "model.history_length": 200,
+    "model.share_item_embedding": True,
+    "model.id_dropout": 0.0,
+    "training.examples": "sequences",
     "training.decay": "cosine",
     "training.warmup_steps": 40,
-    "model.share_item_embedding": True,
+    "training.patience": 6,
 }
 # The mean of the history, of a table of its own: the user's items without an order, at random
 # half read and half found.
 _USER_SETS = {
-    "samples.in_batch": False,
-    "samples.easy_negatives": ({"alpha": 0.5, "num": 4096},),
-    "samples.history_length": 300,
-    "model.unknown_rate": 0.0,
-    "model.embedding_dim": 512,
+    "model.negatives": ("popularity:num=4096:alpha=0.5",),
+    "model.history_length": 300,
+    "model.id_dropout": 0.0,
+    "model.dim": 512,
     "model.candidate_bias": True,
     "model.history_pooling": ("mean",),
     "model.history_dropout": 0.0,
     "model.combination": "sum",
     "model.temperature": 0.07,
-    "training.positions": "all",
+    "training.examples": "sets",
     "training.batch_size": 3072,
     "training.decay": "cosine",
     "training.learning_rate": 0.01,
@@ -108,37 +92,33 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         # Without an order there is no recency.
         "gowalla": {"model.history_pooling": ("mean",)},
     },
-    # Pooled histories, all positions of a sequence at once.
+    # Pooled histories, sequence-level training.
     "histories": {
         "ml-100k": {
-            **_ALL_POSITIONS,
-            "model.unknown_rate": 0.0,
-            "model.embedding_dim": 128,
+            **_SEQUENCES,
+            "model.dim": 128,
             "model.recency_decay": 0.8,
             "model.candidate_bias": True,
             "model.feature_dropout": 0.2,
             "training.max_epochs": 20,
-            "training.patience": 6,
             "training.learning_rate": 0.004,
         },
     },
     # The preset, with batches and temperature for a million positives.
     "sequence": {
         "ml-1m": {
-            **_ALL_POSITIONS,
+            **_SEQUENCES,
             "data.item_features": {},
             "data.user_features": {},
-            "model.unknown_rate": 0.0,
             "model.history_pooling": ("attention",),
             "model.combination": "sum",
             "model.history_dropout": 0.1,
             "model.temperature": 0.07,
             "training.batch_size": 8192,
             "training.max_epochs": 40,
-            "training.patience": 6,
         },
     },
-    "user_sets_256": {"gowalla": {**_USER_SETS, "model.embedding_dim": 256}},
+    "user_sets_256": {"gowalla": {**_USER_SETS, "model.dim": 256}},
     "user_sets": {"gowalla": _USER_SETS},
 }
 
@@ -155,83 +135,56 @@ IALS_GRIDS: dict[str, dict[str, Any]] = {
         "evaluation.ials_alpha": (10.0, 50.0),
     },
 }
+# Gowalla's 40,981 items are over its cap: 20 GB of memory.
 EASE_GRIDS: dict[str, dict[str, Any]] = {
     "ml-100k": {},
     "ml-1m": {"evaluation.ease_l2": (100.0, 300.0, 1000.0, 3000.0)},
-    "gowalla": {},
 }
 
 
-@dataclass(frozen=True)
-class Fold:
-    """The samples that a model is fitted to.
-
-    Args:
-        corpus: Ids and features behind the rows.
-        selection: Samples of the training part.
-        final: Samples of training and validation part.
-        seconds: What it took to build and read them; next to nothing where the folder held them.
-    """
-
-    corpus: Corpus
-    selection: Samples
-    final: Samples
-    seconds: float
+# A retriever, and notes for the record, JSON-able.
+Fitted = tuple[tp.Retriever, dict[str, Any]]
+# Given settings, data, folder for checkpoints and the budget in seconds.
+Fit = Callable[[tp.RunConfig, RunData, Path, float | None], Fitted]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, split.
+    """A data set, and how it is split.
 
     Args:
         data: Its name.
         protocol: Its protocol.
         config: Its settings before any model's.
-        tables: Events, items and users.
-        split: The events with their part.
-        validation_queries: To choose settings on.
-        test_queries: To measure.
-        folder: Where samples and results are kept.
+        folder: Where data, samples and results are kept.
     """
 
     data: str
     protocol: Protocol
-    config: RunConfig
-    tables: Log
-    split: Split
-    validation_queries: Holdout
-    test_queries: Holdout
+    config: tp.RunConfig
     folder: Path
 
-    def fold(self, config: RunConfig) -> Fold:
-        """Builds the samples of a config, or reads those that the folder holds."""
-        start = time.monotonic()
-        folder = self.folder / "samples" / f"seed{config.seed}"
-        selection, final = (
-            training_samples(config, self.tables, self.split, parts, folder / name)
-            for name, parts in (("selection", ("train",)), ("final", parts_before_test(config)))
-        )
+    def prepare(self, config: tp.RunConfig) -> RunData:
+        """Makes split and samples, or reads what the folder holds of them."""
+        quiet = Steps(lambda report: None, lambda task, done, total: None)
+        folder = self.folder / f"data-seed{config.seed}"
         # A model may leave features out that the files hold.
-        tables = dataclasses.replace(
-            self.tables,
-            item_features=config.data.item_features,
-            user_features=config.data.user_features,
+        whole = tp.with_settings(
+            config,
+            {f"data.{name}": getattr(self.config.data, name) for name in FEATURES},
         )
-        corpus = read_corpus(tables, folder / "final")
-        return Fold(corpus, selection, final, time.monotonic() - start)
+        data = prepare(whole, folder, quiet)
+        log = dataclasses.replace(
+            data.split.log, **{name: getattr(config.data, name) for name in FEATURES}
+        )
+        selection, final = (
+            dataclasses.replace(samples, corpus=Corpus.read(log, folder / "samples" / name))
+            for name, samples in (("selection", data.selection), ("final", data.final))
+        )
+        return dataclasses.replace(data, selection=selection, final=final)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A fitted model and how it came about.
-
-    Args:
-        retriever: To be measured.
-        notes: For the record, JSON-able.
-    """
-
-    retriever: Retriever
-    notes: dict[str, Any]
+FEATURES = ("item_features", "user_features")
 
 
 @dataclass(frozen=True)
@@ -240,92 +193,59 @@ class Model:
 
     Args:
         settings: Data set -> settings by dotted name; a data set that is missing has no such line.
-        fit: Given task, settings, fold, folder for checkpoints and the budget in seconds.
+        fit: How it is fitted.
         is_seeded: Whether the seed changes anything.
     """
 
     settings: dict[str, dict[str, Any]]
-    fit: Callable[[Task, RunConfig, Fold, Path, float | None], Fit]
-    is_seeded: bool
+    fit: Fit
+    is_seeded: bool = True
 
 
-def fit_ours(
-    task: Task, config: RunConfig, fold: Fold, folder: Path, max_seconds: float | None
-) -> Fit:
+def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
     """Trains the package's model as its pipeline does: epochs by validation, then a refit."""
-    model, chosen, notes = train_and_refit(
+    model = train_and_refit(
         config,
-        fold.corpus,
-        fold.selection,
-        fold.final,
-        task.validation_queries,
-        max_seconds=max_seconds,
+        data,
+        max_seconds=budget,
         folder=folder,
         on_progress=lambda what, done, total: print(f"    {what} {done}/{total}", flush=True),
     )
+    chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]
-    return Fit(
-        exact_retriever(model, fold.corpus.query_ids, fold.corpus.candidate_ids),
-        {
-            "num_epochs": chosen.best_epoch,
-            f"validation_{config.training.monitor}": max(monitored),
-            "validation_by_epoch": list(monitored),
-            "selection_seconds": round(chosen.seconds, 1),
-            "notes": notes,
-        },
-    )
+    return model, {
+        "num_epochs": chosen.best_epoch,
+        f"validation_{config.training.monitor}": max(monitored),
+        "validation_by_epoch": list(monitored),
+        "selection_seconds": round(chosen.seconds, 1),
+        "notes": model.notes,
+    }
 
 
-def fit_baseline(name: str) -> Callable[[Task, RunConfig, Fold, Path, float | None], Fit]:
+def baseline(name: str) -> Fit:
     """Makes the fit of one of the package's baselines."""
 
-    def fit(
-        task: Task, config: RunConfig, fold: Fold, folder: Path, max_seconds: float | None
-    ) -> Fit:
-        del folder, max_seconds
-        found, notes = fit_baselines(
-            with_settings(config, {"evaluation.baselines": (name,)}),
-            fold.corpus,
-            fold.selection,
-            fold.final,
-            task.validation_queries,
-        )
-        return Fit(found[name], {"notes": notes})
+    def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+        own = tp.with_settings(config, {"evaluation.baselines": (name,)})
+        found, notes = fit_baselines(own, data.split)
+        return found[name], {"notes": notes}
 
     return fit
 
 
-def fit_gfcf(
-    task: Task, config: RunConfig, fold: Fold, folder: Path, max_seconds: float | None
-) -> Fit:
+def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
     """Fits GF-CF with the settings that its published numbers have on Gowalla."""
-    del task, config, folder, max_seconds
-    corpus, samples = fold.corpus, fold.final
-    items = Ids(corpus.candidate_ids)
-    train = Interactions.from_rows(items, samples.query_rows, samples.candidate_rows)
-    return Fit(GfcfRetriever(train), {"alpha": 0.3, "num_factors": 256})
+    settings = {"alpha": 0.3, "num_factors": 256}
+    return GfcfRetriever(**settings).fit(data.split.before_test), settings
 
 
-def fit_tutorial(
-    num_epochs: int, *, corrected: bool
-) -> Callable[[Task, RunConfig, Fold, Path, float | None], Fit]:
+def of_tutorial(num_epochs: int, *, corrected: bool) -> Fit:
     """Makes the fit of the tutorial's model, on everything before the test."""
 
-    def fit(
-        task: Task, config: RunConfig, fold: Fold, folder: Path, max_seconds: float | None
-    ) -> Fit:
-        del task, folder, max_seconds
-        retriever = tutorial.fit_tutorial(
-            fold.final,
-            fold.corpus.query_ids,
-            fold.corpus.candidate_ids,
-            num_epochs=num_epochs,
-            corrected=corrected,
-            seed=config.seed,
-        )
-        return Fit(
-            retriever, {**tutorial.SETTINGS, "num_epochs": num_epochs, "corrected": corrected}
-        )
+    def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+        options = {"num_epochs": num_epochs, "corrected": corrected}
+        retriever = tutorial.fit_tutorial(data.final, seed=config.seed, **options)
+        return retriever, {**tutorial.SETTINGS, **options}
 
     return fit
 
@@ -334,43 +254,17 @@ def _everywhere() -> dict[str, dict[str, Any]]:
     return {data: {} for data in PROTOCOLS}
 
 
-def _without_gowalla(grids: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {data: grid for data, grid in grids.items() if data != "gowalla"}
-
-
 MODELS: dict[str, Model] = {
-    "popularity": Model(_everywhere(), fit_baseline("popularity"), is_seeded=False),
-    # Gowalla's 40,981 items are over its cap: 20 GB of memory.
-    "ease": Model(_without_gowalla(EASE_GRIDS), fit_baseline("ease"), is_seeded=False),
-    "ials": Model(IALS_GRIDS, fit_baseline("ials"), is_seeded=True),
+    "popularity": Model(_everywhere(), baseline("popularity"), is_seeded=False),
+    "ease": Model(EASE_GRIDS, baseline("ease"), is_seeded=False),
+    "ials": Model(IALS_GRIDS, baseline("ials")),
     "gfcf": Model({"gowalla": {}}, fit_gfcf, is_seeded=False),
-    "tutorial": Model(
-        _everywhere(), fit_tutorial(tutorial.NUM_EPOCHS, corrected=False), is_seeded=True
-    ),
+    "tutorial": Model(_everywhere(), of_tutorial(tutorial.NUM_EPOCHS, corrected=False)),
     "tutorial_corrected": Model(
-        _everywhere(), fit_tutorial(tutorial.NUM_EPOCHS_CORRECTED, corrected=True), is_seeded=True
+        _everywhere(), of_tutorial(tutorial.NUM_EPOCHS_CORRECTED, corrected=True)
     ),
-    **{name: Model(settings, fit_ours, is_seeded=True) for name, settings in OUR_MODELS.items()},
+    **{name: Model(settings, fit_ours) for name, settings in OUR_MODELS.items()},
 }
-
-
-def open_task(data: str, data_dir: Path | None, folder: Path) -> Task:
-    """Loads and splits a data set, or opens what the folder holds of it."""
-    protocol = PROTOCOLS[data]
-    config = protocol.config(data_dir, folder / "source")
-    tables, notes = stored_data(config.data, folder / "data")
-    split, more = stored_split(tables, config, folder / "data")
-    print(f"{data}: {'; '.join([*notes, *more])}", flush=True)
-    return Task(
-        data=data,
-        protocol=protocol,
-        config=config,
-        tables=tables,
-        split=split,
-        validation_queries=split.validation,
-        test_queries=split.test,
-        folder=folder,
-    )
 
 
 def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> dict[str, Any]:
@@ -391,15 +285,25 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     _claim(folder, asked)
     if (folder / "result.json").exists():
         return {**json.loads((folder / "result.json").read_text()), "is_new": False}
-    config = with_settings(task.config, {**own, "seed": seed})
-    fold = task.fold(config)
-    tf.keras.backend.clear_session()
+    config = tp.with_settings(task.config, {**own, "seed": seed})
     start = time.monotonic()
-    fit = model.fit(task, config, fold, folder, budget)
+    data = task.prepare(config)
+    tf.keras.backend.clear_session()
+    prepared = time.monotonic()
+    retriever, notes = model.fit(config, data, folder, budget)
     fitted = time.monotonic()
-    measured = evaluate_retriever(config, fit.retriever, fold.corpus, fold.final, task.test_queries)
-    seconds = {"samples": fold.seconds, "fit": fitted - start}
-    seconds["evaluate"] = time.monotonic() - fitted
+    measured = tp.evaluate(
+        retriever,
+        data.split.test,
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        num_bootstrap=0,
+    ).first
+    seconds = {
+        "samples": prepared - start,
+        "fit": fitted - prepared,
+        "evaluate": time.monotonic() - fitted,
+    }
     metrics = task.protocol.metrics
     np.savez(
         folder / "per_query.npz",
@@ -410,6 +314,7 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
         "seed": seed,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command(sys.argv),
+        "commit": COMMIT,
         "machine": machine(),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "metrics": {metric: float(np.nanmean(measured.per_query[metric])) for metric in metrics},
@@ -417,7 +322,7 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
         "num_relevant": measured.overall.num_relevant,
         "num_relevant_excluded": measured.num_relevant_excluded,
         **asked,
-        **fit.notes,
+        **notes,
     }
     # Written last: a folder that has it is whole.
     (folder / "result.json").write_text(json.dumps(result, indent=1))
@@ -536,7 +441,9 @@ def main() -> None:
         parser.error(f"{', '.join(missing)}: not measured on {options.data}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.run_dir or Path(scratch)) / options.data
-        task = open_task(options.data, options.data_dir, folder)
+        protocol = PROTOCOLS[options.data]
+        config = protocol.config(options.data_dir, folder / "source")
+        task = Task(options.data, protocol, config, folder)
         figures = run(task, models, options.seeds, options.max_seconds)
     print_table(task, figures)
     if options.json:

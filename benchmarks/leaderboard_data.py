@@ -91,7 +91,7 @@ class Protocol:
             for name in ("items", "users")
             if (folder / f"{name}.parquet").exists()
         }
-        files = {"data.source": "clicks", "data.path": folder / "events.parquet", **paths}
+        files = {"data.source": "files", "data.path": folder / "events.parquet", **paths}
         # All at once: one of them without the others would be refused.
         return with_settings(RunConfig(), {**files, **self.features, **self.settings})
 
@@ -201,7 +201,7 @@ PROTOCOLS = {
     "ml-1m": Protocol(
         description=(
             "MovieLens-1M in SASRec's version; each user's last item is the test, the one before "
-            "it the validation; all items ranked, the user's earlier ones left out."
+            "it the validation; all items ranked, the user's earlier ones excluded."
         ),
         metrics=("hit_rate@10", "ndcg@10"),
         settings={
@@ -238,13 +238,13 @@ PROTOCOLS = {
     "gowalla": Protocol(
         description=(
             "Gowalla, LightGCN's split, ids alone and no order; all items ranked, the user's "
-            "training items left out; recall divided by the number of test items. A tenth of each "
+            "training items excluded; recall divided by the number of test items. A tenth of each "
             "user's training items, drawn by a seed, is the validation; the published models were "
             "tuned on the test."
         ),
         metrics=("recall@20", "ndcg@20"),
         settings={
-            "data.ordered": False,
+            "data.is_ordered": False,
             "split.kind": "column",
             "evaluation.cutoffs": (20,),
             "training.monitor": "ndcg@20",

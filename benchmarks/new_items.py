@@ -5,12 +5,12 @@ been there yet. The package's model is trained and exported without them, then r
 whole item table, where they are known by title words, year and genres alone. The queries are those
 of the main job's test, their relevant items the new ones that the user likes in the test part.
 
-    all items    a new item must come up among the whole corpus, the user's earlier likes left out
+    all items    a new item must come up among the whole corpus, the user's earlier likes excluded
     new items    the new items are ranked among themselves
 
-    default      the main job's settings: 5% of the ids are taken for unknown in training, so that
-                 the embedding of an unknown id is trained
-    known_ids    the same with every id known (model.unknown_rate 0)
+    default      the main job's settings: ID dropout of 5%, so that the embedding of an unknown id
+                 is trained
+    known_ids    the same without (model.id_dropout 0)
     features     the same without ids (model.use_candidate_id)
     popularity   by likes before the test, of which a new item has none: the last of all items, and
                  in no order among themselves
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 # Before TensorFlow, since it selects Keras 2.
-from tfrs_pipeline import RunConfig, main_job_config, with_settings
+import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
@@ -38,27 +38,18 @@ import pyarrow.parquet as pq
 from record import write_json
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import recall_at_k
-from tfrs_pipeline.run import (
-    export_model,
-    load_data,
-    parts_before_test,
-    read_corpus,
-    split_log,
-    train_and_refit,
-    training_samples,
-)
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.run import load_log, split_log
 from tfrs_pipeline.serving.refresh import refresh_index
-from tfrs_pipeline.serving.retriever import load
 
 NEW_SHARE = 0.1
 CUTOFFS = {"all items": 100, "new items": 20}
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "known_ids": {"model.unknown_rate": 0.0},
+    "known_ids": {"model.id_dropout": 0.0},
     "features": {"model.use_candidate_id": False},
 }
 LIKES = ("popularity", "best order")
@@ -70,17 +61,14 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     Returns:
         By model and ranking, each query's recall.
     """
-    config = with_settings(
-        main_job_config(),
-        {"seed": seed, "evaluation.uncorrected": False, "export.index": "exact"},
-    )
-    tables = load_data(config.data)
-    split = split_log(tables, config.split, seed)
-    all_ids = np.array(tables.items["item_id"].to_pyarrow().to_pylist())
+    config = tp.with_settings(tp.main_job_config(), {"seed": seed})
+    log = load_log(config.data)
+    split = split_log(log, config.split, seed)
+    all_ids = np.array(log.items["item_id"].to_pyarrow().to_pylist())
     all_ids.sort()
     rng = np.random.default_rng(seed)
     new_ids = rng.choice(all_ids, round(NEW_SHARE * len(all_ids)), replace=False)
-    pq.write_table(tables.items.to_pyarrow(), folder / "items.parquet")
+    pq.write_table(log.items.to_pyarrow(), folder / "items.parquet")
     queries = split.test
     is_new = set(new_ids.tolist())
     relevant = [[id_ for id_ in ids if id_ in is_new] for ids in queries.relevant]
@@ -88,13 +76,12 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     counts = dict(zip(queries.candidate_ids.tolist(), queries.candidate_counts, strict=True))
 
     found: dict[str, dict[str, np.ndarray]] = {}
+    known = without(split, new_ids)
     for name, settings in MODELS.items():
-        own = with_settings(
-            config, {**settings, "export.directory": folder / "models", "export.name": name}
-        )
-        export_without(own, tables, split, new_ids, queries, folder / name)
-        refresh_index(folder / "models" / name, folder / "items.parquet")
-        scores = score(folder / "models" / name, all_ids, queries, asked)
+        own = tp.with_settings(config, settings)
+        tp.export(fit(own, known), folder / name, index=tp.Exact(), queries=queries.as_queries())
+        refresh_index(folder / name, folder / "items.parquet")
+        scores = score(folder / name, all_ids, queries, asked)
         found[name] = measure(scores, all_ids, new_ids, queries, relevant, asked)
     for name in LIKES:
         visible = [
@@ -107,36 +94,37 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def export_without(
-    config: RunConfig,
-    tables: Log,
-    split: Split,
-    new_ids: np.ndarray,
-    queries: Holdout,
-    folder: Path,
-) -> None:
-    """Trains and exports the package's model as if the new items were not there yet."""
+def without(split: Split, new_ids: np.ndarray) -> Split:
+    """Takes items out of a split, as if they had not been there yet."""
     new = new_ids.tolist()
+    log = split.log
+    events, items = log.events, log.items
     old = dataclasses.replace(
-        tables,
-        events=tables.events.filter(~tables.events["item_id"].isin(new)),
-        items=tables.items.filter(~tables.items["item_id"].isin(new)),
+        log,
+        events=events.filter(~events["item_id"].isin(new)),
+        items=items.filter(~items["item_id"].isin(new)),
     )
-    known = Split(old, split.events.filter(~split.events["item_id"].isin(new)), split.kind)
-    parts = {"selection": ("train",), "final": parts_before_test(config)}
-    selection, final = (
-        training_samples(config, old, known, parts[name], folder / name) for name in parts
-    )
-    corpus = read_corpus(old, folder / "final")
-    model, chosen, _ = train_and_refit(config, corpus, selection, final, known.validation)
-    print(f"  trained {chosen.best_epoch} epochs", flush=True)
+    return Split(old, split.events.filter(~split.events["item_id"].isin(new)), split.kind)
+
+
+def fit(config: tp.RunConfig, split: Split) -> tp.TwoTower:
+    """Trains the package's model, the number of epochs chosen on validation."""
+
+    def model() -> tp.TwoTower:
+        return tp.TwoTower(config.model, training=config.training, seed=config.seed)
+
+    num_epochs = model().fit(split.train, split.validation).result.best_epoch
+    print(f"  trained {num_epochs} epochs", flush=True)
     # What the user did in the test is not known when the queries are asked.
-    export_model(config, known.before_test, corpus, model, queries)
+    before_test = dataclasses.replace(split.before_test, part_of=None)
+    with tempfile.TemporaryDirectory() as folder:
+        data = TrainingSet.build(before_test, Path(folder), seed=config.seed)
+        return model().fit_samples(data, max_epochs=num_epochs, log=before_test)
 
 
-def score(model: Path, all_ids: np.ndarray, queries: Holdout, asked: list[int]) -> np.ndarray:
+def score(model: Path, all_ids: np.ndarray, queries: tp.Holdout, asked: list[int]) -> np.ndarray:
     """Scores all items for the queries that are asked: [num_asked, num_items] float32."""
-    retriever = load(model)
+    retriever = tp.load(model)
     every = queries.as_queries()
     ids, scores = retriever.retrieve([every[i] for i in asked], len(all_ids))
     by_item = np.zeros(ids.shape, np.float32)
@@ -148,7 +136,7 @@ def measure(
     scores: np.ndarray,
     all_ids: np.ndarray,
     new_ids: np.ndarray,
-    queries: Holdout,
+    queries: tp.Holdout,
     relevant: list[list[Any]],
     asked: list[int],
 ) -> dict[str, np.ndarray]:
@@ -159,10 +147,10 @@ def measure(
         is_relevant[place, items.rows(relevant[i]) - 1] = True
         known[place, items.known_rows(queries.histories[i]) - 1] = True
     is_new = np.isin(all_ids, new_ids)
-    left_out = {"all items": known, "new items": known | ~is_new}
+    excluded = {"all items": known, "new items": known | ~is_new}
     recalls = {}
     for name, k in CUTOFFS.items():
-        ranked = np.argsort(np.where(left_out[name], np.inf, -scores), axis=1, kind="stable")
+        ranked = np.argsort(np.where(excluded[name], np.inf, -scores), axis=1, kind="stable")
         is_hit = np.take_along_axis(is_relevant, ranked[:, :k], axis=1)
         recalls[name] = recall_at_k(is_hit, is_relevant.sum(axis=1), k)
     return recalls

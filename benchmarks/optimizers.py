@@ -40,7 +40,7 @@ def make_step(name: OptimizerName, num_rows: int, seed: int) -> Callable[[int], 
         tf.Variable(tf.random.stateless_uniform([num_rows, EMBEDDING_DIM], [seed, i], -0.05, 0.05))
         for i in range(2)
     ]
-    optimizer = make_optimizer(name, 0.002)
+    optimizer = make_optimizer(name, 0.002, num_steps=1)
     optimizer.build(tables)
 
     @tf.function

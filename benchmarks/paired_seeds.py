@@ -8,10 +8,7 @@ plans, the first of each the one that the others are compared with:
                and .05
     streaming  in-batch and uniform negatives with counted frequencies; the same with those of the
                streaming estimator, which needs no counting pass
-    bank       in-batch and uniform negatives; the same with the candidates of one and of four
-               earlier batches
-
-    unknown    all ids known in training; 5% and 10% of them taken for unknown
+    unknown    all ids known in training; ID dropout of 5% and 10%
     popularity cosines, which cannot carry popularity; with a bias an item, which can; dot products,
                whose norms can, at two temperatures
 
@@ -21,53 +18,37 @@ plans, the first of each the one that the others are compared with:
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow Recommenders, since it selects Keras 2.
-from tfrs_pipeline import RunConfig, main_job_config, with_settings
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
 import tensorflow as tf
+from movielens_100k import prepared
 from record import write_json
 
-from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.run import (
-    load_data,
-    read_corpus,
-    split_log,
-    train_and_refit,
-    training_samples,
-)
+from tfrs_pipeline.run import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
-
-
-MINED = ({"stage": "mined", "num": 8},)
-WITHOUT_COUNTS = {"samples.easy_negatives": ({"alpha": 0.0, "num": 512},)}
+WITHOUT_COUNTS = {"model.negatives": (tp.InBatch(), tp.Uniform(512))}
 SETS: dict[str, dict[str, dict[str, Any]]] = {
     "mined": {
         "none": {},
-        "mined, f = .005": {"samples.hard_share": 0.005, "samples.hard_negatives": MINED},
-        "mined, f = .05": {"samples.hard_share": 0.05, "samples.hard_negatives": MINED},
+        "mined, f = .005": {"model.hard": tp.Mined(share=0.005)},
+        "mined, f = .05": {"model.hard": tp.Mined(share=0.05)},
     },
     "streaming": {
         "counted": WITHOUT_COUNTS,
         "streaming": {**WITHOUT_COUNTS, "model.correction": "streaming"},
     },
-    "bank": {
-        "none": WITHOUT_COUNTS,
-        "one batch": {**WITHOUT_COUNTS, "samples.bank_batches": 1},
-        "four batches": {**WITHOUT_COUNTS, "samples.bank_batches": 4},
-    },
     "unknown": {
-        "none": {"model.unknown_rate": 0.0},
-        "5%": {"model.unknown_rate": 0.05},
-        "10%": {"model.unknown_rate": 0.1},
+        "none": {"model.id_dropout": 0.0},
+        "5%": {"model.id_dropout": 0.05},
+        "10%": {"model.id_dropout": 0.1},
     },
     "popularity": {
         "cosine": {},
@@ -78,37 +59,20 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) -> list[dict]:
+def run_seed(seed: int, plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Trains and measures every plan with one seed."""
-    config = with_settings(config, {"seed": seed})
-    tables = load_data(config.data)
-    split = split_log(tables, config.split, config.seed)
-    validation, test = split.validation, split.test
+    config = tp.with_settings(tp.main_job_config(), {"seed": seed})
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {"selection": ("train",), "final": ("train", "validation")}
-        samples = {
-            name: training_samples(config, tables, split, parts, Path(scratch) / name)
-            for name, parts in folders.items()
-        }
-        corpus = read_corpus(tables, Path(scratch) / "final")
-        for name, added in settings.items():
-            plan = with_settings(config, added)
+    with prepared(config) as data:
+        for name, settings in plans.items():
             start = time.monotonic()
-            model, chosen, _ = train_and_refit(
-                plan, corpus, samples["selection"], samples["final"], validation
-            )
-            measured = evaluate(
-                exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
-                test,
-                exclude="clicked",
-                num_bootstrap=0,
-            ).first
+            model = train_and_refit(tp.with_settings(config, settings), data)
+            measured = tp.evaluate(model, data.split.test, num_bootstrap=0).first
             row = {
                 "seed": seed,
                 "plan": name,
-                "num_epochs": chosen.best_epoch,
-                "validation_ndcg@100": max(chosen.history["val_ndcg@100"]),
+                "num_epochs": model.result.best_epoch,
+                "validation_ndcg@100": max(model.result.history["val_ndcg@100"]),
                 **{metric: measured.overall.intervals[metric].mean for metric in METRICS[:3]},
                 "tail/recall@100": measured.slices["tail"].intervals["recall@100"].mean,
                 "seconds": time.monotonic() - start,
@@ -117,7 +81,7 @@ def run_seed(seed: int, config: RunConfig, settings: dict[str, dict[str, Any]]) 
             print(
                 f"seed {seed}  {name:18} "
                 + "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float)),
-                f"  {chosen.best_epoch} epochs",
+                f"  {row['num_epochs']} epochs",
                 flush=True,
             )
     return rows
@@ -157,7 +121,7 @@ def main() -> None:
     tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        rows += run_seed(seed, main_job_config(), SETS[options.set])
+        rows += run_seed(seed, SETS[options.set])
         if options.json:  # Hours of work: kept as it comes.
             write_json(options.json, {"plans": summarise(rows), "runs": rows})
     for plan, row in summarise(rows).items():

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ LIBRARIES = (
 
 
 def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = None) -> None:
-    """Writes figures beside the date, the command, the machine and the library versions.
+    """Writes figures beside the date, the command, the commit, the machine and library versions.
 
     Args:
         path: File to write; its folder is made if missing.
@@ -36,6 +37,7 @@ def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = Non
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command(sys.argv),
+        "commit": COMMIT,
         **({} if seed is None else {"seed": seed}),
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -55,6 +57,24 @@ def command(arguments: list[str]) -> str:
     script, *options = arguments
     names = [Path(option).name if Path(option).is_absolute() else option for option in options]
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *names])
+
+
+def commit() -> str | None:
+    """Returns the commit of the code that runs, with "+" if it was changed since; None outside git.
+
+    Results that other benchmarks wrote do not count as changes.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    code = ["tfrs_pipeline", "benchmarks/*.py"]
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True)
+    return head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+# Of the code as it is loaded, whatever is edited while it runs.
+COMMIT = commit()
 
 
 def machine() -> dict[str, Any]:

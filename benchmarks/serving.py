@@ -57,7 +57,7 @@ class Clusters:
         import pyarrow as pa
         import tensorflow as tf
 
-        from tfrs_pipeline.samples.build import RowLists
+        from tfrs_pipeline.samples.store import RowLists
 
         rng = np.random.default_rng(seed)
         cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)

@@ -19,17 +19,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.samples.build import RowLists, Samples
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.samples.store import RowLists, Samples
 
 NUM_CANDIDATES, NUM_QUERIES, NUM_SAMPLES = 20_000, 20_000, 200_000
-BATCH_SIZE, EMBEDDING_DIM, HISTORY_LENGTH = 1024, 64, 20
-EASY = ((0.0, 512), (0.75, 512))
+BATCH_SIZE, DIM, HISTORY_LENGTH = 1024, 64, 20
+NEGATIVES = (tp.InBatch(), tp.Uniform(512), tp.Popularity(512))
 LIST_LENGTHS = (50, 200, 1000)
 POOL = 20
 
@@ -64,26 +68,27 @@ def make_samples(mean_list: int, seed: int) -> Samples:
 
 def make_step(mean_list: int, num_hard: int, seed: int) -> Callable[[int], float]:
     """Returns a function that runs n steps and gives the milliseconds a step."""
-    batches = TrainingBatches(
-        make_samples(max(1, mean_list), seed),
-        batch_size=BATCH_SIZE,
-        easy_negatives=EASY,
-        history_length=HISTORY_LENGTH,
+    samples = make_samples(max(1, mean_list), seed)
+    examples = tp.SinglePositives(
+        samples, batch_size=BATCH_SIZE, history_length=HISTORY_LENGTH, seed=seed
+    )
+    hard = tp.FunnelLosers(share=0.05, stages=("pre_ranked",), num=num_hard) if num_hard else None
+    batches = tp.HybridBatches(
+        samples,
+        examples,
+        NEGATIVES,
+        hard=hard,
         seed=seed,
         mask_known_positives=mean_list > 0,
-        mask_exposed=mean_list > 0,
-        hard_share=0.05 if num_hard else 0.0,
-        hard_negatives=[("pre_ranked", 1.0, num_hard)] if num_hard else [],
+        allow_exposed_as_negatives=mean_list == 0,
     )
-    model = TwoTowerModel(
-        num_queries=NUM_QUERIES,
-        num_candidates=NUM_CANDIDATES,
-        embedding_dim=EMBEDDING_DIM,
-        history_pooling=("mean",),
-        history_length=HISTORY_LENGTH,
+    model = tp.TwoTower(
+        dim=DIM, history_pooling=("mean",), history_length=HISTORY_LENGTH, id_dropout=0.0
     )
-    model.compile(optimizer=tf.keras.optimizers.Adagrad(0.05))
-    train = tf.function(model.train_step)
+    ids = Ids(np.arange(1, NUM_CANDIDATES + 1)), Ids(np.arange(1, NUM_QUERIES + 1))
+    network = model.build(Corpus(*ids))
+    network.compile(optimizer=tf.keras.optimizers.Adagrad(0.05))
+    train = tf.function(network.train_step)
     stream = iter(batches.dataset())
 
     def run(num_steps: int) -> float:

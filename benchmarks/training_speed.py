@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,28 +38,28 @@ from pathlib import Path
 from typing import Any
 
 # Before TensorFlow Recommenders, since it selects Keras 2.
-from tfrs_pipeline import RunConfig, main_job_config, with_settings
+import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
 import tensorflow as tf
-from movielens_100k import Task, make_task
+from movielens_100k import prepared
 from record import write_json
 from tutorial import (
     BATCH_SIZE,
     EMBEDDING_DIM,
-    make_tutorial,
+    TutorialModel,
+    tutorial_batches,
     tutorial_retriever,
 )
 
-from tfrs_pipeline.config import RUN_PRESETS
-from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.config import PRESETS
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.run import build_model, load_data, training_batches, validation_batches
-from tfrs_pipeline.samples.build import Samples
+from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.run import RunData
 
 METRIC = "ndcg@100"
 # The second one does not see what else the machine does, nor a core that stands idle.
@@ -76,18 +75,25 @@ LIKE_TUTORIAL = {
     "model.use_user_id": True,
     "model.history_pooling": (),
     "model.combination": "sum",
-    "model.embedding_dim": EMBEDDING_DIM,
+    "model.dim": EMBEDDING_DIM,
     "training.batch_size": BATCH_SIZE,
     "training.learning_rate": 0.03,
 }
-EASY = ({"alpha": 0.0, "num": 256}, {"alpha": 0.75, "num": 256})
+EASY = (tp.Uniform(256), tp.Popularity(256))
 OURS: dict[str, dict[str, Any]] = {
-    "in_batch": {"samples.easy_negatives": ()},
-    "in_batch_easy": {"samples.easy_negatives": EASY},
-    "easy": {"samples.in_batch": False, "samples.easy_negatives": EASY},
+    name: {**LIKE_TUTORIAL, "model.negatives": negatives}
+    for name, negatives in {
+        "in_batch": (tp.InBatch(),),
+        "in_batch_easy": (tp.InBatch(), *EASY),
+        "easy": EASY,
+    }.items()
 }
 # Settings of the package's model until the target: its default, and the preset for a first look.
-TO_TARGET: dict[str, dict[str, Any]] = {"default": {}, "quick": RUN_PRESETS["quick"][1]}
+TO_TARGET: dict[str, dict[str, Any]] = {"default": {}, "quick": PRESETS["quick"][1]}
+
+
+# Calls before a part is measured: the buffer of the batches must be full.
+WARM_UP = 20
 
 
 @dataclass
@@ -105,84 +111,95 @@ class Loop:
     measure: Callable[[], float]
 
 
+def measure_on(holdout: tp.Holdout, retriever: tp.Retriever) -> float:
+    """Measures NDCG@100."""
+    return tp.evaluate(retriever, holdout, num_bootstrap=0).first.overall.intervals[METRIC].mean
+
+
 def tutorial_loop(
-    task: Task,
-    samples: Samples,
-    queries: Holdout,
+    config: tp.RunConfig,
+    data: TrainingSet,
+    holdout: tp.Holdout,
     *,
     corrected: bool = False,
     compute_metrics: bool = False,
 ) -> Loop:
     """Makes the tutorial's loop."""
-    tf.keras.utils.set_random_seed(task.config.seed)
-    model, batches = make_tutorial(
-        samples,
-        task.corpus.query_ids,
-        task.corpus.candidate_ids,
-        corrected=corrected,
-        compute_metrics=compute_metrics,
-    )
-
-    def measure() -> float:
-        result = evaluate(
-            tutorial_retriever(model, task.corpus.candidate_ids),
-            queries,
-            exclude=task.config.evaluation.exclude,
-            num_bootstrap=0,
-        ).first
-        return float(np.mean(result.per_query[METRIC]))
-
+    tf.keras.utils.set_random_seed(config.seed)
+    model = TutorialModel(data, compute_metrics=compute_metrics)
+    batches = tutorial_batches(data, corrected=corrected)
     return Loop(
         lambda num_epochs: model.fit(batches, epochs=num_epochs, verbose=0),
-        len(samples),
-        measure,
+        len(data.samples),
+        lambda: measure_on(holdout, tutorial_retriever(model, data.corpus.candidate_ids)),
     )
 
 
 def package_model(
-    task: Task, samples: Samples, settings: dict[str, Any]
-) -> tuple[RunConfig, TwoTowerModel, TrainingBatches]:
-    """Makes the package's model, compiled, and its batches."""
-    config = with_settings(task.config, settings)
+    config: tp.RunConfig, data: TrainingSet
+) -> tuple[TwoTowerNetwork, tp.HybridBatches]:
+    """Makes the package's network, compiled, and its batches."""
     tf.keras.utils.set_random_seed(config.seed)
-    model = build_model(config.model, config.samples, task.corpus)
     training = config.training
-    model.compile(optimizer=make_optimizer(training.optimizer, training.learning_rate))
-    return config, model, training_batches(config, samples)
+    model = tp.TwoTower(config.model, training=training, seed=config.seed)
+    network, batches = model.build(data.corpus), model.batches(data.samples)
+    optimizer = make_optimizer(
+        training.optimizer,
+        training.learning_rate,
+        num_steps=training.max_epochs * batches.steps_per_epoch,
+    )
+    network.compile(optimizer=optimizer)
+    return network, batches
 
 
-def package_loop(task: Task, samples: Samples, queries: Holdout, settings: dict[str, Any]) -> Loop:
-    """Makes this package's loop with some settings."""
-    config, model, batches = package_model(task, samples, settings)
-    steps = batches.steps_per_epoch
+def package_loop(
+    config: tp.RunConfig, data: TrainingSet, holdout: tp.Holdout, settings: dict[str, Any]
+) -> Loop:
+    """Makes this package's loop with some settings; without feature settings, of ids alone."""
+    config = tp.with_settings(config, settings)
+    if not config.data.item_features:
+        data = ids_alone(data)
+    network, batches = package_model(config, data)
+    steps, corpus = batches.steps_per_epoch, data.corpus
+    encoder = QueryEncoder(network, corpus.query_ids, corpus.candidate_ids)
 
     def fit(num_epochs: int) -> None:
-        step = int(model.optimizer.iterations)
-        model.fit(
+        step = int(network.optimizer.iterations)
+        network.fit(
             batches.dataset(step, num_epochs * steps),
             epochs=num_epochs,
             steps_per_epoch=steps,
             verbose=0,
         )
 
-    validation = validation_batches(model, task.corpus, queries, config.evaluation.exclude)
-    return Loop(
-        fit,
-        steps * batches.batch_size,
-        lambda: float(model.evaluate(validation, verbose=0, return_dict=True)[METRIC]),
+    def measure() -> float:
+        ids, embeddings = corpus.candidate_ids.values, network.embed_corpus()
+        return measure_on(holdout, ExactRetriever(ids, embeddings, encoder))
+
+    return Loop(fit, steps * batches.examples.batch_size, measure)
+
+
+def ids_alone(data: TrainingSet) -> TrainingSet:
+    """Takes the features away."""
+    corpus = dataclasses.replace(
+        data.corpus,
+        candidate_features=(),
+        query_features=(),
+        candidate_columns={},
+        query_columns={},
     )
+    return dataclasses.replace(data, corpus=corpus)
 
 
-def measure_speed(task: Task, ids_task: Task, options: argparse.Namespace) -> dict[str, Any]:
+def measure_speed(
+    config: tp.RunConfig, data: RunData, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures positives a second of every loop, in turn."""
-    queries = task.validation_queries
+    train, holdout = data.selection, data.split.validation
     loops = {
-        "tutorial": tutorial_loop(task, task.selection, queries, compute_metrics=True),
-        "tutorial_no_metrics": tutorial_loop(task, task.selection, queries),
-        **{
-            name: package_loop(ids_task, task.selection, queries, settings)
-            for name, settings in OURS.items()
-        },
+        "tutorial": tutorial_loop(config, train, holdout, compute_metrics=True),
+        "tutorial_no_metrics": tutorial_loop(config, train, holdout),
+        **{name: package_loop(config, train, holdout, settings) for name, settings in OURS.items()},
     }
     for loop in loops.values():
         loop.fit(1)
@@ -210,16 +227,18 @@ def measure_speed(task: Task, ids_task: Task, options: argparse.Namespace) -> di
     return figures
 
 
-def measure_parts(ids_task: Task, samples: Samples, options: argparse.Namespace) -> dict[str, Any]:
+def measure_parts(
+    config: tp.RunConfig, data: RunData, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures what a step of the package's loops is made of, medians in CPU milliseconds."""
     figures = {}
     for name, settings in OURS.items():
-        _, model, batches = package_model(ids_task, samples, settings)
-        batch = batches.batch(tf.constant(0, tf.int64))
-        make = tf.function(batches.batch)
+        of_loop = tp.with_settings(config, settings)
+        model, batches = package_model(of_loop, ids_alone(data.selection))
+        batch, stream = batches.batch(0), iter(batches.dataset())
         train, loss = tf.function(model.train_step), tf.function(model.compute_loss)
         parts: dict[str, Callable[[int], Any]] = {
-            "batch": lambda step, make=make: make(tf.constant(step, tf.int64)),
+            "batch": lambda step, stream=stream: next(stream),
             "train_step": lambda step, train=train, batch=batch: train(batch),
             "loss_without_gradient": lambda step, loss=loss, batch=batch: loss(batch),
         }
@@ -230,7 +249,8 @@ def measure_parts(ids_task: Task, samples: Samples, options: argparse.Namespace)
 
 
 def _cpu_milliseconds(call: Callable[[int], Any], options: argparse.Namespace) -> float:
-    call(0)
+    for step in range(WARM_UP):
+        call(step)
     times = []
     for step in range(options.steps):
         start = time.process_time()
@@ -239,16 +259,16 @@ def _cpu_milliseconds(call: Callable[[int], Any], options: argparse.Namespace) -
     return float(np.median(times))
 
 
-def measure_quality(task: Task, ids_task: Task, options: argparse.Namespace) -> dict[str, Any]:
+def measure_quality(
+    config: tp.RunConfig, data: RunData, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures NDCG@100 on validation after equal numbers of epochs."""
-    queries = task.validation_queries
+    on = config, data.selection, data.split.validation
     makers: dict[str, Callable[[], Loop]] = {
-        "tutorial": lambda: tutorial_loop(task, task.selection, queries),
-        "tutorial_corrected": lambda: tutorial_loop(task, task.selection, queries, corrected=True),
+        "tutorial": lambda: tutorial_loop(*on),
+        "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
         **{
-            name: lambda settings=settings: package_loop(
-                ids_task, task.selection, queries, settings
-            )
+            name: lambda settings=settings: package_loop(*on, settings)
             for name, settings in OURS.items()
         },
     }
@@ -278,13 +298,15 @@ def seconds_to_target(loop: Loop, options: argparse.Namespace) -> Iterator[dict[
             return
 
 
-def measure_time_to_target(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+def measure_time_to_target(
+    config: tp.RunConfig, data: RunData, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures the seconds of training until NDCG@100 on the test reaches the target."""
-    queries = task.test_queries
+    on = config, data.final, data.split.test
     makers: dict[str, Callable[[], Loop]] = {
-        "tutorial_corrected": lambda: tutorial_loop(task, task.final, queries, corrected=True),
+        "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
         **{
-            name: lambda settings=settings: package_loop(task, task.final, queries, settings)
+            name: lambda settings=settings: package_loop(*on, settings)
             for name, settings in TO_TARGET.items()
         },
     }
@@ -307,21 +329,12 @@ def measure_time_to_target(task: Task, options: argparse.Namespace) -> dict[str,
     return figures
 
 
-def _ids_alone(task: Task) -> Task:
-    """Takes the features away, and sets the tutorial's sizes and batch."""
-    corpus = dataclasses.replace(
-        task.corpus,
-        candidate_features=(),
-        query_features=(),
-        candidate_columns={},
-        query_columns={},
-    )
-    return dataclasses.replace(
-        task, config=with_settings(task.config, LIKE_TUTORIAL), corpus=corpus
-    )
-
-
-PARTS = ("speed", "parts", "quality", "target")
+PARTS = {
+    "speed": measure_speed,
+    "parts": measure_parts,
+    "quality": measure_quality,
+    "target": measure_time_to_target,
+}
 
 
 def main() -> None:
@@ -329,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2, help="Epochs a round and loop (2).")
     parser.add_argument("--steps", type=int, default=9, help="Steps a part (9).")
@@ -346,19 +359,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    tables = load_data(main_job_config().data)
-    with tempfile.TemporaryDirectory() as folder:
-        task = make_task(tables, options.seed, Path(folder))
-    ids_task = _ids_alone(task)
-    measured: dict[str, Callable[[], dict[str, Any]]] = {
-        "speed": lambda: measure_speed(task, ids_task, options),
-        "parts": lambda: measure_parts(ids_task, task.selection, options),
-        "quality": lambda: measure_quality(task, ids_task, options),
-        "target": lambda: measure_time_to_target(task, options),
-    }
-    figures = {part: measured[part]() for part in options.only}
-    if options.json:
-        write_json(options.json, figures, seed=options.seed)
+    config = tp.with_settings(tp.main_job_config(), {"seed": options.seed})
+    figures: dict[str, Any] = {}
+    with prepared(config) as data:
+        for part in options.only:
+            figures[part] = PARTS[part](config, data, options)
+            if options.json:
+                write_json(options.json, figures, seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Before TensorFlow Recommenders, since it selects Keras 2.
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.samples.build import Samples
 
 EMBEDDING_DIM = 32
 BATCH_SIZE = 8192
@@ -27,6 +29,8 @@ NUM_EPOCHS = 3
 NUM_EPOCHS_CORRECTED = 20
 SHUFFLE = 100_000
 METRICS_BATCH_SIZE = 128
+# Of HybridTutorialModel.
+NUM_UNIFORM = 512
 
 SETTINGS = {
     "embedding_dim": EMBEDDING_DIM,
@@ -40,21 +44,18 @@ class TutorialModel(tfrs.Model):
     """The tutorial's model, compiled with its optimizer.
 
     Args:
-        user_ids: Every user's id.
-        item_ids: Every item's id.
+        data: What it is trained on: its users and items are known to the model.
         compute_metrics: Whether to compute the tutorial's metrics in training, as it does.
     """
 
-    def __init__(
-        self, user_ids: Sequence[str], item_ids: Sequence[str], *, compute_metrics: bool
-    ) -> None:
+    def __init__(self, data: TrainingSet, *, compute_metrics: bool = False) -> None:
         super().__init__()
-        self.user_model = _tower(user_ids)
-        self.item_model = _tower(item_ids)
+        self.user_model = _tower(data.corpus.query_ids)
+        self.item_model = _tower(data.corpus.candidate_ids)
         self._compute_metrics = compute_metrics
         metrics = None
         if compute_metrics:
-            items = tf.data.Dataset.from_tensor_slices(list(item_ids))
+            items = tf.data.Dataset.from_tensor_slices(_texts(data.corpus.candidate_ids))
             metrics = tfrs.metrics.FactorizedTopK(
                 candidates=items.batch(METRICS_BATCH_SIZE).map(self.item_model)
             )
@@ -72,100 +73,102 @@ class TutorialModel(tfrs.Model):
         )
 
 
-def _tower(ids: Sequence[str]) -> tf.keras.Model:
+class HybridTutorialModel(TutorialModel):
+    """The tutorial's model with task and negatives as docs/from_the_tfrs_tutorial.md changes them.
+
+    Args:
+        data: As of `TutorialModel`.
+    """
+
+    def __init__(self, data: TrainingSet) -> None:
+        super().__init__(data)
+        self.task = tp.HybridRetrieval()
+        # The rows of the lookup are those of the samples: row 0 is the unknown item.
+        frame = tp.SamplingFrame.of_counts(data.samples.counts, BATCH_SIZE)
+        self.mixture = tp.Mixture([tp.InBatch(), tp.Uniform(NUM_UNIFORM)], frame)
+
+    def compute_loss(self, features: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """Computes the summed loss of a batch of user_id and item_id."""
+        lookup, embedding = self.item_model.layers
+        rows = tf.cast(lookup(features["item_id"]), tf.int32)
+        seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
+        negatives = self.mixture.draw(rows, seed)
+        return self.task(
+            self.user_model(features["user_id"]),
+            self.item_model(features["item_id"]),
+            negative_embeddings=embedding(negatives),
+            log_q=self.mixture.log_q(negatives),
+            score_mask=rows[:, tf.newaxis] != negatives[tf.newaxis, :],
+        )
+
+
+def _texts(ids: Ids) -> list[str]:
+    return ids.values.astype(str).tolist()
+
+
+def _tower(ids: Ids) -> tf.keras.Model:
     return tf.keras.Sequential(
         [
-            tf.keras.layers.StringLookup(vocabulary=list(ids), mask_token=None),
+            tf.keras.layers.StringLookup(vocabulary=_texts(ids), mask_token=None),
             tf.keras.layers.Embedding(len(ids) + 1, EMBEDDING_DIM),
         ]
     )
 
 
-def tutorial_batches(
-    samples: Samples, query_ids: np.ndarray, candidate_ids: np.ndarray, *, corrected: bool
-) -> tf.data.Dataset:
+def tutorial_batches(data: TrainingSet, *, corrected: bool = False) -> tf.data.Dataset:
     """Makes the tutorial's batches, in its order of calls: the same ones come in each epoch.
 
     Args:
-        samples: Positives to train on.
-        query_ids: [num_queries] user ids behind the rows, as of `Corpus`.
-        candidate_ids: [num_candidates] item ids behind the rows, likewise.
+        data: Positives to train on.
         corrected: Whether a batch holds sampling_probability, the item's share of the positives.
 
     Returns:
         Batches of user_id and item_id, both text, and perhaps sampling_probability; the last one
         of the epoch is smaller.
     """
-    rows = samples.candidate_rows
+    samples, corpus = data.samples, data.corpus
     features = {
-        "user_id": query_ids.astype(str)[samples.query_rows - 1],
-        "item_id": candidate_ids.astype(str)[rows - 1],
+        "user_id": corpus.query_ids.values.astype(str)[samples.query_rows - 1],
+        "item_id": corpus.candidate_ids.values.astype(str)[samples.candidate_rows - 1],
     }
     if corrected:
         share = samples.counts / samples.counts.sum()
-        features["sampling_probability"] = share[rows].astype(np.float32)
+        features["sampling_probability"] = share[samples.candidate_rows].astype(np.float32)
     pairs = tf.data.Dataset.from_tensor_slices(features)
     return pairs.shuffle(SHUFFLE).batch(BATCH_SIZE).cache()
 
 
-def make_tutorial(
-    samples: Samples,
-    query_ids: np.ndarray,
-    candidate_ids: np.ndarray,
-    *,
-    corrected: bool,
-    compute_metrics: bool = False,
-) -> tuple[TutorialModel, tf.data.Dataset]:
-    """Makes the tutorial's model and batches, its metrics left out of training unless asked for.
-
-    Args:
-        samples: As of `tutorial_batches`.
-        query_ids: As of `tutorial_batches`.
-        candidate_ids: As of `tutorial_batches`.
-        corrected: As of `tutorial_batches`.
-        compute_metrics: As of `TutorialModel`.
-    """
-    model = TutorialModel(
-        query_ids.astype(str).tolist(),
-        candidate_ids.astype(str).tolist(),
-        compute_metrics=compute_metrics,
-    )
-    return model, tutorial_batches(samples, query_ids, candidate_ids, corrected=corrected)
-
-
 def fit_tutorial(
-    samples: Samples,
-    query_ids: np.ndarray,
-    candidate_ids: np.ndarray,
+    data: TrainingSet,
     *,
     num_epochs: int,
-    corrected: bool,
     seed: int,
+    corrected: bool = False,
+    hybrid: bool = False,
 ) -> ExactRetriever:
     """Trains the tutorial's model.
 
     Args:
-        samples: As of `tutorial_batches`.
-        query_ids: As of `tutorial_batches`.
-        candidate_ids: As of `tutorial_batches`.
+        data: What to train on.
         num_epochs: Passes over the samples; the tutorial's own are `NUM_EPOCHS`.
-        corrected: Whether the task is given the candidate_sampling_probability.
         seed: Of the weights and the order.
+        corrected: Whether the task is given the candidate_sampling_probability.
+        hybrid: Whether the model is `HybridTutorialModel`.
 
     Returns:
         A retriever whose query is a user's id, whatever the history.
     """
     tf.keras.utils.set_random_seed(seed)
-    model, batches = make_tutorial(samples, query_ids, candidate_ids, corrected=corrected)
-    model.fit(batches, epochs=num_epochs, verbose=0)
-    return tutorial_retriever(model, candidate_ids)
+    model = HybridTutorialModel(data) if hybrid else TutorialModel(data)
+    model.fit(tutorial_batches(data, corrected=corrected), epochs=num_epochs, verbose=0)
+    return tutorial_retriever(model, data.corpus.candidate_ids)
 
 
-def tutorial_retriever(model: TutorialModel, candidate_ids: np.ndarray) -> ExactRetriever:
+def tutorial_retriever(model: TutorialModel, candidate_ids: Ids) -> ExactRetriever:
     """Makes a trained model a retriever; a query is a user's id, whatever the history."""
 
     def embed_queries(queries: Sequence[Query]) -> np.ndarray:
         return model.user_model(tf.constant([str(query["user_id"]) for query in queries])).numpy()
 
-    candidates = model.item_model(tf.constant(candidate_ids.astype(str).tolist())).numpy()
-    return ExactRetriever(candidate_ids, candidates, embed_queries)
+    candidates = model.item_model(tf.constant(_texts(candidate_ids))).numpy()
+    return ExactRetriever(candidate_ids.values, candidates, embed_queries)

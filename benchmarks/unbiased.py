@@ -25,9 +25,11 @@ from pathlib import Path
 import numpy as np
 from record import write_json
 
-from tfrs_pipeline.negatives.mixture import expected_count, log_expected_count
-from tfrs_pipeline.samples.popularity import sampling_probability
-from tfrs_pipeline.samples.positives import positive_probability
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mixture import expected_count
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
+from tfrs_pipeline.negatives.uniform import Uniform
 
 NUM_CANDIDATES = 300
 NUM_QUERIES = 4
@@ -35,7 +37,7 @@ HARD_SHARES = (0.0, 0.05, 0.5)
 LOGIT_STDS = (1.0, 3.0)
 NUM_COLUMNS = (128, 512, 2048)
 CORRECTIONS = ("mixture", "unigram", "none")
-# Part of the shared columns that each sampler gives.
+# Part of the shared columns that each kind gives.
 MIXTURES: dict[str, dict[str, float]] = {
     "in-batch": {"in_batch": 1},
     "uniform": {"uniform": 1},
@@ -62,7 +64,7 @@ class Problem:
 def make_problems(counts: np.ndarray, logit_std: float, seed: int) -> Iterator[Problem]:
     """Makes queries whose positive is drawn by popularity; row 0 is "unknown"."""
     rng = np.random.default_rng(seed)
-    q = positive_probability(counts)
+    q = counts / counts.sum()
     for _ in range(NUM_QUERIES):
         scores = rng.normal(scale=logit_std, size=len(counts))
         positive = int(rng.choice(len(counts), p=q))
@@ -118,24 +120,21 @@ def measure(
 def run(num_draws: int, seed: int) -> list[dict[str, object]]:
     """Measures every combination."""
     counts = np.concatenate([[0], np.ceil(3000 / np.arange(1, NUM_CANDIDATES + 1))]).astype(int)
-    q = positive_probability(counts)
-    samplers = {
-        "in_batch": q,
-        "uniform": sampling_probability(counts, 0.0),
-        "smoothed": sampling_probability(counts, 0.75),
-    }
+    # What each kind is said to draw, apart from what the package computes of it.
+    shares = {"in_batch": counts / 1, "uniform": (counts > 0) / 1, "smoothed": counts**0.75}
+    shares = {kind: mass / mass.sum() for kind, mass in shares.items()}
+    q = shares["in_batch"]
     rng = np.random.default_rng(seed)
     rows: list[dict[str, object]] = []
     for name, parts in MIXTURES.items():
         for columns in NUM_COLUMNS:
-            nums = {sampler: round(part * columns) for sampler, part in parts.items()}
-            easy = [(samplers[s], num) for s, num in nums.items() if s != "in_batch"]
-            in_batch = nums.get("in_batch", 0)
-            n = expected_count(q, in_batch + 1, easy, in_batch=in_batch > 0)
-            draws = sum(rng.multinomial(num, samplers[s], num_draws) for s, num in nums.items())
+            nums = {kind: round(part * columns) for kind, part in parts.items()}
+            frame = SamplingFrame.of_counts(counts, nums.get("in_batch", 0) + 1)
+            n = expected_count([_kind(kind, num) for kind, num in nums.items()], frame)
+            draws = sum(rng.multinomial(num, shares[kind], num_draws) for kind, num in nums.items())
             for hard_share in HARD_SHARES:
                 log_q = {
-                    "mixture": log_expected_count(n) - np.log(1 - hard_share),
+                    "mixture": np.log(np.where(n > 0, n, 1)) - np.log(1 - hard_share),
                     "unigram": np.log(np.where(q > 0, columns * q, 1)),
                     "none": np.zeros(len(q)),
                 }
@@ -163,6 +162,12 @@ def run(num_draws: int, seed: int) -> list[dict[str, object]]:
     return rows
 
 
+def _kind(name: str, num: int) -> Negatives:
+    if name == "in_batch":  # As many as the rest of the batch.
+        return InBatch()
+    return Uniform(num) if name == "uniform" else Popularity(num)
+
+
 def compare(
     counts: np.ndarray,
     draws: np.ndarray,
@@ -176,8 +181,7 @@ def compare(
     """Compares with the exact sums, the mean over the queries."""
     ratios, errors, biases, noises = [], [], [], []
     num_rows, num_draws = len(counts), len(draws)
-    with np.errstate(over="ignore"):
-        weight = np.exp(-log_q)
+    weight = np.exp(-log_q)
     for problem in make_problems(counts, logit_std, seed):
         hard = np.zeros((num_draws, num_rows), np.int64)
         hard_weight = np.zeros(num_rows)

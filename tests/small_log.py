@@ -85,8 +85,7 @@ def write(table: pa.Table, path: Path) -> Path:
 def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any]) -> RunConfig:
     """Makes settings of a tiny run; `settings` replaces some of them, by table."""
     small: dict[str, dict[str, Any]] = {
-        "samples": {"history_length": 10, "easy_negatives": [{"alpha": 0, "num": 32}]},
-        "model": {"embedding_dim": 16},
+        "model": {"dim": 16, "history_length": 10, "negatives": ["in_batch", "uniform:num=32"]},
         "training": {
             "batch_size": 256,
             "max_epochs": 2,

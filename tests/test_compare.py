@@ -12,18 +12,13 @@ from sklearn.metrics import roc_auc_score
 
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline import compare as module
-from tfrs_pipeline.compare import Comparison, compare, sampling_plans
+from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
 from tfrs_pipeline.evaluation.comparison import comparison_figure
-from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.run import (
-    evaluate_retriever,
-    load_data,
-    read_corpus,
-    split_log,
-    train_and_refit,
-    training_samples,
-)
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.run import Steps, evaluate_all, prepare, train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
@@ -46,13 +41,12 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
         simulation.log.events.to_parquet(path)
     return small_config(
         folder,
-        {"source": "events", "path": path},
-        samples={
+        {"source": "files", "path": path},
+        model={
+            "dim": 16,
             "history_length": 10,
-            "easy_negatives": [{"alpha": 0, "num": 32}],
-            "mined_min_rank": 10,
-            "mined_max_rank": 30,
-            "mined_every": 1,
+            "negatives": ["in_batch", "uniform:num=32"],
+            "hard": {"kind": "mined", "min_rank": 10, "max_rank": 30, "every": 1},
         },
         split={"kind": "last_share"},
         compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
@@ -71,7 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> PlanComparison:
     return compare(config, tmp_path_factory.mktemp("compared"))
 
 
@@ -80,7 +74,6 @@ def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Com
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
-    config = with_settings(config, {"samples.allow_exposed_as_negatives": True})
     plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60)
     assert notes == []
     of = {plan.name: with_settings(config, plan.settings) for plan in plans}
@@ -97,51 +90,56 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
         "exposed_0.1",
     ]
     for name, plan in of.items():
-        rest = {"samples": config.samples, "model": config.model}
-        assert plan.model_copy(update=rest) == config, name
-        towers = {"correction": "mixture", "correct_positive": False}
-        assert plan.model.model_copy(update=towers) == config.model, name
+        assert plan.model_copy(update={"model": config.model}) == config, name
+        towers = {
+            field: getattr(config.model, field)
+            for field in ("negatives", "hard", "resampling_exponent")
+        }
+        corrected = {"correction": "mixture", "correct_positive": False}
+        assert plan.model.model_copy(update={**towers, **corrected}) == config.model, name
         assert (plan.model.correction == "none") == (name == "in_batch_uncorrected")
     num_columns = {
-        name: plan.samples.in_batch * (plan.training.batch_size - 1)
-        + sum(sampler.num for sampler in plan.samples.easy_negatives)
+        name: sum(
+            config.training.batch_size - 1 if isinstance(kind, InBatch) else kind.num
+            for kind in plan.model.negatives
+        )
         for name, plan in of.items()
     }
     # In-batch alone cannot have more; all others have as many.
     assert num_columns.pop("in_batch") == num_columns.pop("in_batch_uncorrected") == 255
     assert set(num_columns.values()) == {255 + 32}
-    assert [s.alpha for s in of["popularity"].samples.easy_negatives] == [0.75]
-    assert [s.alpha for s in of["uniform"].samples.easy_negatives] == [0.0]
+    assert of["popularity"].model.negatives == (Popularity(287, 0.75),)
+    assert of["uniform"].model.negatives == (Uniform(287),)
     hard = {
-        name: (plan.samples.hard_share, [s.stage for s in plan.samples.hard_negatives])
+        name: (plan.model.hard.share, plan.model.hard.pools)
         for name, plan in of.items()
-        if plan.samples.hard_share
+        if plan.model.hard is not None
     }
     assert hard == {
-        "hybrid_0.1": (0.1, ["retrieved", "pre_ranked"]),
-        "mined_0.1": (0.1, ["mined"]),
-        "hybrid_50_50": (0.5, ["retrieved", "pre_ranked"]),
-        "exposed_0.1": (0.1, ["exposed"]),
+        "hybrid_0.1": (0.1, ("retrieved", "pre_ranked")),
+        "mined_0.1": (0.1, ("mined",)),
+        "hybrid_50_50": (0.5, ("retrieved", "pre_ranked")),
+        "exposed_0.1": (0.1, ("exposed",)),
     }
-    assert {name for name, p in of.items() if p.samples.resampling != "none"} == {"resampled_0.5"}
+    assert {n for n, plan in of.items() if plan.model.resampling_exponent} == {"resampled_0.5"}
 
 
-def test_exposed_items_are_negatives_only_behind_the_flag(tmp_path: Path) -> None:
+def test_exposed_items_are_negatives_only_where_the_user_insists(tmp_path: Path) -> None:
+    assert "exposed" not in RunConfig().compare.plans
     config = funnel_config(tmp_path, plans=["mixed", "exposed"])
-    plans, (note,) = sampling_plans(config, ["exposed"], 60)
+    plans, (note,) = sampling_plans(config, ["retrieved"], 60)
     assert [plan.name for plan in plans] == ["mixed"]
-    assert "not for retrieval" in note
-    assert "allow_exposed_as_negatives" in note
+    assert "no exposed items" in note
 
 
-def test_without_losers_hybrids_are_mined_or_left_out(tmp_path: Path) -> None:
+def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50"])
     plans, notes = sampling_plans(config, [], 60)
     assert [plan.name for plan in plans] == ["mixed", "mined_0.1", "mined_50_50"]
     assert all("no losers" in note for note in notes)
     plans, notes = sampling_plans(config, [], 10)
     assert [plan.name for plan in plans] == ["mixed"]
-    assert ["left out" in note for note in notes] == [True, True]
+    assert ["missing" in note for note in notes] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,7 @@ def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], messa
 # What comes out
 
 
-def test_rows_and_differences(compared: Comparison) -> None:
+def test_rows_and_differences(compared: PlanComparison) -> None:
     assert [row.name for row in compared.rows] == ["in_batch_uncorrected", "mixed", "hybrid_0.1"]
     uncorrected, mixed, _ = compared.rows
     assert mixed.differences == {}
@@ -178,7 +176,7 @@ def test_rows_and_differences(compared: Comparison) -> None:
     assert width < sum(interval.high - interval.low for interval in apart)
 
 
-def test_files_hold_the_rows(compared: Comparison) -> None:
+def test_files_hold_the_rows(compared: PlanComparison) -> None:
     saved = json.loads((compared.folder / "comparison.json").read_text())
     assert saved["plans"][2]["metrics"] == {
         name: interval.as_dict() for name, interval in compared.rows[2].metrics.items()
@@ -192,24 +190,13 @@ def test_files_hold_the_rows(compared: Comparison) -> None:
 
 
 def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
-    config: RunConfig, compared: Comparison, tmp_path: Path
+    config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
-    tables = load_data(config.data)
-    split = split_log(tables, config.split, config.seed)
-    selection, final = (
-        training_samples(config, tables, split, parts, tmp_path / name)
-        for name, parts in (("selection", ("train",)), ("final", ("train", "validation")))
-    )
-    corpus = read_corpus(tables, tmp_path / "final")
-    validation, test = split.validation, split.test
-    model, _, _ = train_and_refit(config, corpus, selection, final, validation)
-    result = evaluate_retriever(
-        config,
-        exact_retriever(model, corpus.query_ids, corpus.candidate_ids),
-        corpus,
-        final,
-        test,
-    )
+    data = prepare(config, tmp_path, Steps(lambda report: None, lambda *task: None))
+    split, test = data.split, data.split.test
+    plain = with_settings(config, {"model.hard": None})
+    model = train_and_refit(plain, data)
+    result = evaluate_all(plain, {"model": model}, test).first
     row = compared.rows[1]
     for metric, interval in result.overall.intervals.items():
         assert row.metrics[metric].mean == pytest.approx(interval.mean, abs=1e-9), metric
@@ -225,9 +212,8 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
         furthest[key] = max(furthest[key], order.index(event["stage"]))
         if event["part"] != "test":
             met_before.add(key)
-    place = {id_: i for i, id_ in enumerate(corpus.candidate_ids.tolist())}
-    queries = QueryEncoder(model, corpus.query_ids, corpus.candidate_ids)(test.as_queries())
-    scores = queries @ model.embed_corpus().T
+    place = {id_: i for i, id_ in enumerate(test.candidate_ids.tolist())}
+    scores = model.query_embeddings(test.as_queries()) @ model.network.embed_corpus().T
     for column, stage in (("auc_exposed", 3), ("auc_rank_losers", 1)):
         values = []
         for i, user in enumerate(test.user_ids.tolist()):
@@ -245,7 +231,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
         assert row.metrics[column].mean == pytest.approx(np.mean(values), abs=1e-6)
 
 
-def test_figure_shows_the_rows(compared: Comparison) -> None:
+def test_figure_shows_the_rows(compared: PlanComparison) -> None:
     figure = comparison_figure(compared.rows, "mixed", (5, 20))
     gains, slices, aucs = figure.axes
     assert [label.get_text() for label in gains.get_yticklabels()] == [
@@ -263,7 +249,7 @@ def test_figure_shows_the_rows(compared: Comparison) -> None:
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(
-    config: RunConfig, compared: Comparison, tmp_path: Path
+    config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
     told: list[tuple[str, int]] = []
 
@@ -296,29 +282,25 @@ def test_budget_in_steps_and_seconds(config: RunConfig, tmp_path: Path) -> None:
     assert len(json.loads((saved_folder / "result.json").read_text())["history"]["loss"]) == 1
 
 
-def test_exposed_are_left_out_of_rankings_where_they_cannot_come_back(tmp_path: Path) -> None:
+def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> None:
+    """Ratings: a rated item cannot come back, so that pushing it down frees a place."""
     path = write(event_table("int"), tmp_path / "ratings.parquet")
-    data = {"source": "ratings", "path": path, "rating_threshold": 3, "timestamp_unit": "s"}
+    data = {"source": "files", "path": path, "rating_threshold": 3, "stage_values": {}}
     config = small_config(
-        tmp_path, data, compare={"plans": ["mixed"], "max_steps": 1}, training={"max_epochs": 1}
+        tmp_path,
+        data,
+        split={"kind": "last_share"},
+        compare={"plans": ["mixed", "exposed"], "hard_shares": [0.1], "max_steps": 1},
+        training={"max_epochs": 1, "monitor": "ndcg@20"},
     )
-    with pytest.raises(ConfigError):
-        with_settings(config, {"compare.reference": "hybrid"})
-    config = with_settings(config, {"training.monitor": "ndcg@20"})
     result = compare(config, tmp_path / "run")
-    assert json.loads((result.folder / "comparison.json").read_text())["exclude"] == "seen"
-    assert any("exposed items are left out of every ranking" in note for note in result.notes)
+    assert any("seem better than they are" in note for note in result.notes)
+    excluding = with_settings(config, {"evaluation.exclude": "seen"})
+    result = compare(excluding, tmp_path / "excluding")
+    assert not any("seem better" in note for note in result.notes)
 
 
-def test_exposed_stay_in_rankings_where_they_come_back(
-    config: RunConfig, compared: Comparison
-) -> None:
-    saved = json.loads((compared.folder / "comparison.json").read_text())
-    assert saved["exclude"] == config.evaluation.exclude == "clicked"
-    assert not any("left out of every ranking" in note for note in compared.notes)
-
-
-def test_a_result_is_taken_as_it_is(config: RunConfig, compared: Comparison) -> None:
+def test_a_result_is_taken_as_it_is(config: RunConfig, compared: PlanComparison) -> None:
     """A plan that is done is not trained again: its file decides."""
     path = compared.folder / "plans" / "mixed" / "result.json"
     saved = json.loads(path.read_text())

@@ -15,19 +15,15 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.config import (
-    RUN_PRESETS,
+    PRESETS,
     Config,
     ConfigError,
     DataConfig,
-    EasySampler,
     EvaluationConfig,
     ExportConfig,
-    ModelConfig,
     RunConfig,
-    SamplesConfig,
     SplitConfig,
     StageName,
-    TrainingConfig,
     check_model_name,
     dump_config,
     load_config,
@@ -35,6 +31,12 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
 
 
 def tables(table: type[Config]) -> Iterator[type[Config]]:
@@ -44,8 +46,7 @@ def tables(table: type[Config]) -> Iterator[type[Config]]:
             yield from tables(field.annotation)
 
 
-TABLES: list[type[Config]] = [*tables(RunConfig), EasySampler]
-FIELDS = [(table, name) for table in TABLES for name in table.model_fields]
+FIELDS = [(table, name) for table in tables(RunConfig) for name in table.model_fields]
 
 
 def load(folder: Path, text: str) -> RunConfig:
@@ -70,9 +71,8 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         """
         seed = 3
         training.batch_size = 512
-        samples.easy_negatives = [{alpha = 1.0, num = 7}, "alpha=0"]
+        model.negatives = [{kind = "popularity", alpha = 1.0, num = 7}, "uniform:num=5", "in_batch"]
         [data]
-        source = "clicks"
         path = "clicks.csv"
         columns = {user_id = "viewer"}
         """,
@@ -80,8 +80,8 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     assert config == RunConfig(
         seed=3,
         training={"batch_size": 512},
-        samples={"easy_negatives": (EasySampler(alpha=1.0, num=7), EasySampler(alpha=0))},
-        data={"source": "clicks", "path": Path("clicks.csv"), "columns": {"user_id": "viewer"}},
+        model={"negatives": (Popularity(7, 1.0), Uniform(5), InBatch())},
+        data={"source": "files", "path": Path("clicks.csv"), "columns": {"user_id": "viewer"}},
     )
 
 
@@ -89,14 +89,15 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
     with pytest.raises(ConfigError) as raised:
         load(
             tmp_path,
-            "sed = 1\nsamples.easy_negatives = [{}, {alpah = 1}]\n"
+            'sed = 1\nmodel.negatives = ["in_batch", {kind = "popularity", alpah = 1}, "unifrm"]\n'
             '[training]\nlearning_rte = 1\npatience = 0\noptimizer = "sgd"\n',
         )
     first, *lines = str(raised.value).splitlines()
     assert first == f"{tmp_path / 'run.toml'}:"
     assert {line.strip() for line in lines} == {
         "sed: unknown setting; did you mean 'seed'?",
-        "samples.easy_negatives.1.alpah: unknown setting; did you mean 'alpha'?",
+        "model.negatives.1.popularity.alpah: unknown setting; did you mean 'alpha'?",
+        "model.negatives.2: unknown kind 'unifrm'; did you mean 'uniform'?",
         "training.learning_rte: unknown setting; did you mean 'learning_rate'?",
         "training.patience: got 0; must be greater than 0",
         "training.optimizer: got 'sgd'; must be 'adagrad', 'adam' or 'lazy_adam'",
@@ -141,7 +142,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     numbers = st.floats(1e-9, 1e9)
     return RunConfig(
         data=DataConfig(
-            source="events",
+            source="files",
             path=Path(draw(st.from_regex(r"[a-zé ]{1,9}/[a-z\"'\\]{1,9}", fullmatch=True))),
             columns=draw(st.dictionaries(st.sampled_from(["user_id", "item_id"]), TEXT)),
             stage_values=draw(st.dictionaries(TEXT, st.sampled_from(["exposed", "clicked"]))),
@@ -151,16 +152,18 @@ def configs(draw: st.DrawFn) -> RunConfig:
         ),
         split=SplitConfig(
             kind="time",
-            test_start=test_start,
-            validation_start=test_start - timedelta(microseconds=draw(st.integers(1, 10**15))),
+            test=test_start,
+            validation=test_start - timedelta(microseconds=draw(st.integers(1, 10**15))),
         ),
-        samples=SamplesConfig(
-            easy_negatives=tuple(
-                EasySampler(alpha=alpha, num=num)
+        model=TwoTowerSettings(
+            negatives=tuple(
+                Popularity(num, alpha)
                 for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
-            )
+            ),
+            hard=draw(st.sampled_from([None, Mined(every=2), FunnelLosers(min_rank=3)])),
+            temperature=draw(numbers),
+            query_layers=(),
         ),
-        model=ModelConfig(temperature=draw(numbers), query_layers=()),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 
@@ -199,13 +202,13 @@ def test_a_number_has_a_range() -> None:
 @pytest.mark.parametrize(
     ("table", "name", "refused", "allowed"),
     [
-        (ModelConfig, "temperature", [0], [1e-9]),
-        (ModelConfig, "history_dropout", [1], [0]),
-        (ModelConfig, "recency_decay", [0, 1.01], [1]),
-        (ModelConfig, "query_layers", [[64, 0]], [[]]),
-        (SplitConfig, "test_share", [0, 1], [0.5]),
-        (TrainingConfig, "batch_size", [1], [2]),
-        (TrainingConfig, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
+        (TwoTowerSettings, "temperature", [0], [1e-9]),
+        (TwoTowerSettings, "history_dropout", [1], [0]),
+        (TwoTowerSettings, "recency_decay", [0, 1.01], [1]),
+        (TwoTowerSettings, "query_layers", [[64, 0]], [[]]),
+        (SplitConfig, "test", [0, 1.5, -1], [0.5, 1, 2]),
+        (TrainingSettings, "batch_size", [1], [2]),
+        (TrainingSettings, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
         (EvaluationConfig, "cutoffs", [[], [20, 20]], [[20]]),
         (EvaluationConfig, "baselines", [["ease", "ease"]], [[]]),
         (ExportConfig, "target_recall", [1.5], [1]),
@@ -226,10 +229,9 @@ def test_the_ends_of_a_range(
 @pytest.mark.parametrize(
     ("table", "name", "message"),
     [
-        (TrainingConfig, "learning_rte", "did you mean 'learning_rate'?"),
+        (TrainingSettings, "learning_rte", "did you mean 'learning_rate'?"),
         (RunConfig, "batch_size", "did you mean 'training.batch_size'?"),
         (RunConfig, "trainig", "did you mean 'training'?"),
-        (EasySampler, "zzz", "known: alpha, num"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest(
@@ -240,18 +242,17 @@ def test_an_unknown_setting_is_refused_with_the_nearest(
 
 # Settings that ask for each other
 
-CLICKS = {"data.source": "clicks", "data.path": "x.csv"}
-EVENTS = {"data.source": "events", "data.path": "x.csv"}
+FILES = {"data.path": "x.csv"}
 RECFLOW = {"data.source": "recflow", "data.path": "x"}
 STARTS = {
-    "split.validation_start": datetime(2024, 1, 1, tzinfo=UTC),
-    "split.test_start": datetime(2024, 2, 1, tzinfo=UTC),
+    "split.validation": datetime(2024, 1, 1, tzinfo=UTC),
+    "split.test": datetime(2024, 2, 1, tzinfo=UTC),
 }
-SEQUENCES = RUN_PRESETS["sequence"][1]
-SETS = CLICKS | {
-    "data.ordered": False,
-    "samples.in_batch": False,
-    "training.positions": "all",
+SEQUENCES = PRESETS["sequence"][1]
+SETS = FILES | {
+    "data.is_ordered": False,
+    "model.negatives": ("uniform",),
+    "training.examples": "sets",
     "training.batch_size": 32,  # Shorter than any window would let it.
 }
 FEATURES = {
@@ -264,50 +265,38 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
 @pytest.mark.parametrize(
     ("fitting", "changed", "setting", "message"),
     [
-        ({}, {"data.path": "x.csv"}, "data.source", "'clicks', 'events' and 'ratings'"),
-        (CLICKS, {"data.path": None}, "data.path", "required"),
+        (FILES, {"data.path": None}, "data.path", "required"),
         (RECFLOW, {"data.path": None}, "data.path", "required"),
-        (CLICKS, {"data.source": "ratings"}, "data.rating_threshold", "required"),
-        (CLICKS, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
-        (CLICKS, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
+        (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
+        (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
         # What decides which events are positives; what is harmless is let be.
-        (CLICKS | {"data.duplicates": "drop"}, {"data.rating_threshold": 4},
-         "data.rating_threshold", "no effect with source 'clicks': only with 'ratings'"),
+        (RECFLOW | {"data.duplicates": "drop"}, {"data.rating_threshold": 4},
+         "data.rating_threshold", "no effect with source 'recflow': only with 'files'"),
         ({"data.time_zone": "UTC"}, {"data.label": {"like": 1}}, "data.label", "no effect"),
         (RECFLOW, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
-        (CLICKS, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
-        (EVENTS, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
+        (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
+        (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
         ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'vector'"),
         ({}, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
-        (CLICKS, {"data.source": "movielens-100k", "data.path": "x", "split.kind": "column"},
-         "split.kind", "no column part"),
+        ({}, {"split.kind": "column"}, "split.kind", "no column part"),
         (RECFLOW, {"split.kind": "column"}, "split.kind", "no column part"),
-        ({}, {"split.test_share": 0.5, "split.validation_share": 0.5}, "split", "less than 1"),
-        (STARTS | {"split.kind": "time"}, {"split.test_start": datetime(2023, 1, 1, tzinfo=UTC)},
-         "split.test_start", "must be after"),
-        (STARTS | {"split.kind": "time"}, {"split.test_start": None}, "split", "give both"),
-        (STARTS | {"split.kind": "time"}, {"split.kind": "last_n"}, "split.test_start", "no effe"),
-        (STARTS | {"split.kind": "time"}, {"split.test_start": "2024-02-01"}, "split.test_start",
+        (STARTS, {"split.test": None}, "split", "for both"),
+        (STARTS, {"split.kind": "last_n"}, "split.test", "only with 'time'"),
+        (STARTS, {"split.test": datetime(2024, 2, 1)}, "split.test",
          "write 2024-02-01T00:00:00Z if it is UTC"),
-        ({"samples.in_batch": False}, {"samples.easy_negatives": ()}, "samples", "no negatives"),
-        ({}, {"samples.mask_exposed": False}, "samples.mask_exposed", "never a negative.*allow_"),
-        ({}, {"samples.hard_negatives": [{"stage": "exposed"}]}, "samples.hard_negatives",
-         "never a negative.*allow_exposed_as_negatives"),
-        ({}, {"samples.preset": "hybrid_50_50"}, "samples.hard_negatives", "no losers of a funnel"),
-        (EVENTS | {"samples.preset": "hybrid_50_50"}, {"samples.hard_share": 0.3},
-         "samples.hard_share", "is not what preset 'hybrid_50_50' sets"),
-        (SEQUENCES, {"samples.in_batch": True}, "samples.in_batch", "alpha 1"),
-        (SEQUENCES, {"samples.resampling": "power_law"}, "samples.resampling_as", "'weights'"),
-        (SEQUENCES, {"model.correction": "streaming"}, "model.correction", "no in-batch"),
+        ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard.funnel",
+         "never a negative.*allow_exposed"),
+        ({"model.hard": "mined:every=3"}, {"training.max_epochs": 3}, "model.hard", "nothing wo"),
+        (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
+        (SEQUENCES, {"model.correction": "streaming", "model.negatives": ["uniform"]},
+         "model.correction", "no in-batch"),
         (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
-        (SETS, {"samples.in_batch": True}, "samples.in_batch", "alpha 1"),
-        (SETS, {"samples.preset": "mined_1_100"}, "samples.hard_share", "'one'"),
-        (SETS, {"samples.mask_known_positives": False}, "samples.mask_known_positives",
-         "hold none of them"),
+        (SETS, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
+        (SETS, {"model.hard": "mined"}, "model.hard", "a query has many"),
         (SETS | {"model.use_user_id": True}, {"model.history_pooling": ()},
          "model.history_pooling", "reads the history"),
         ({}, {"model.history_pooling": ["attention"], "model.attention_heads": 3},
-         "model.attention_heads", "must divide embedding_dim 64"),
+         "model.attention_heads", "must divide dim 64"),
         ({}, {"model.share_item_embedding": True, "model.use_candidate_id": False,
               "data.item_features": {"title": "text"}}, "model.share_item_embedding", "needs use"),
         (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
@@ -327,12 +316,18 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_exposed_items_are_negatives_only_for_who_insists() -> None:
-    for settings in ({"mask_exposed": False}, {"hard_negatives": [{"stage": "exposed"}]}):
-        assert SamplesConfig(**settings, allow_exposed_as_negatives=True)
+    settings = TwoTowerSettings(hard={"kind": "funnel", "stages": ["exposed"], "allow_exposed": 1})
+    assert settings.hard == FunnelLosers(stages=("exposed",), allow_exposed=True)
 
 
 def test_the_default_mixture_can_draw_every_item() -> None:
-    assert any(sampler.alpha == 0 for sampler in SamplesConfig().easy_negatives)
+    assert any(isinstance(kind, Uniform) for kind in TwoTowerSettings().negatives)
+
+
+def test_a_path_is_read_as_files_unless_told_otherwise() -> None:
+    assert RunConfig(data={"path": "x.csv"}).data.source == "files"
+    assert RunConfig(data={"path": "x", "source": "recflow"}).data.source == "recflow"
+    assert RunConfig().data.source == "movielens-100k"
 
 
 def test_stages_are_those_of_the_event_table() -> None:
@@ -349,9 +344,9 @@ def test_settings_do_not_change() -> None:
 
 def test_replaced_settings_are_checked() -> None:
     base = main_job_config()
-    changed = with_settings(base, {"training.max_epochs": 2, "samples.easy_negatives": []})
+    changed = with_settings(base, {"training.max_epochs": 2, "model.query_layers": [8]})
     assert changed.training.max_epochs == 2
-    assert changed.samples.easy_negatives == ()
+    assert changed.model.query_layers == (8,)
     assert changed.data == base.data
     assert base == main_job_config()
     for name, value, message in [
@@ -364,17 +359,9 @@ def test_replaced_settings_are_checked() -> None:
             with_settings(base, {name: value})
 
 
-def test_a_new_preset_of_samples_replaces_the_old_one() -> None:
-    one = with_settings(RunConfig(), EVENTS | {"samples.preset": "hybrid_1_100"})
-    half = with_settings(one, {"samples.preset": "hybrid_50_50"})
-    assert [config.samples.hard_share for config in (one, half)] == [0.01, 0.5]
-    free = with_settings(half, {"samples.preset": None, "samples.hard_share": 0.05})
-    assert free.samples.hard_share == 0.05
-
-
-@pytest.mark.parametrize("name", RUN_PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_goes_with_the_main_job_and_with_clicks(tmp_path: Path, name: str) -> None:
-    for base in (main_job_config(), with_settings(RunConfig(), CLICKS)):
+    for base in (main_job_config(), with_settings(RunConfig(), FILES)):
         config = with_settings(base, preset=name)
         assert config != base
         assert load(tmp_path, dump_config(config)) == config
@@ -396,7 +383,7 @@ def test_the_main_job_is_movielens_served_by_scann() -> None:
 
 
 def of_clicks(path: str, **export: Any) -> RunConfig:
-    return RunConfig(data={"source": "clicks", "path": path}, export=export)
+    return RunConfig(data={"path": path}, export=export)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The notebooks run from the first cell to the last, and are committed with their output."""
 
+import ast
 import csv
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+
+import tfrs_pipeline as tp
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
@@ -83,7 +87,7 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
     cells = {cell.id: cell for cell in code_cells(notebook)}
     assert not [o for c in cells.values() for o in c.outputs if o.output_type == "error"]
     for name in FIGURES[path]:
@@ -91,6 +95,7 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     return cells
 
 
+@pytest.mark.slow
 def test_quickstart_runs_on_a_small_log_without_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +111,7 @@ def test_quickstart_runs_on_a_small_log_without_network(
     assert not (tmp_path / "empty_cache").exists()
 
 
+@pytest.mark.slow
 def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")  # Mined after the first.
@@ -119,6 +125,7 @@ def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| exposed_0.05 |" in outputs(cells["table"])
 
 
+@pytest.mark.slow
 def test_serving_runs_on_a_small_log_without_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +143,27 @@ def test_serving_runs_on_a_small_log_without_network(
     # More was asked for than there is: three slots are empty.
     assert re.search(r"(-1 *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
     assert f"the last {num_new}" in outputs(cells["ranks"])
+    assert "as exact search from Python: True" in outputs(cells["serve"])
     assert not (tmp_path / "empty_cache").exists()
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_code_parses_and_uses_names_that_exist(path: Path) -> None:
+    num_names = 0
+    for cell in code_cells(nbformat.read(path, as_version=4)):
+        source = re.sub(r"^%.*$", "", cell.source, flags=re.MULTILINE)
+        for node in ast.walk(ast.parse(source, cell.id)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tfrs_pipeline"):
+                module = importlib.import_module(str(node.module))
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "tp"
+            ):
+                assert node.attr in tp.__all__, node.attr
+                num_names += 1
+    assert num_names > 5
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)

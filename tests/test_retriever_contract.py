@@ -19,22 +19,18 @@ from tests.serving.running_server import address_of
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.model.fit import train
-from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.retrieval import Query, Retriever
-from tfrs_pipeline.samples.build import RowLists, Samples
+from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.client import ServedRetriever
-from tfrs_pipeline.serving.index import (
-    Exact,
-    ExactIndex,
-    IndexRetriever,
-    Scann,
-    ScannIndex,
-    ScannSettings,
-)
+from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.retriever import load
 
 NUM_USERS, NUM_CANDIDATES = 300, 24
@@ -60,7 +56,7 @@ class Problem:
         return Interactions.from_rows(Ids(self.candidate_ids), users, columns + 1)
 
     @functools.cached_property
-    def trained_model(self) -> TwoTowerModel:
+    def trained_model(self) -> TwoTowerNetwork:
         clicks = [np.flatnonzero(row) + 1 for row in self.clicks]
         lists = RowLists.from_lists([np.zeros(0, int), *clicks])
         query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
@@ -74,21 +70,16 @@ class Problem:
             exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
             counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
         )
-        tf.keras.utils.set_random_seed(0)
-        model = TwoTowerModel(
-            num_queries=NUM_USERS,
-            num_candidates=NUM_CANDIDATES,
-            embedding_dim=8,
+        tower = TwoTower(
+            dim=8,
             history_length=HISTORY_LENGTH,
+            negatives=[InBatch(), Uniform(32)],
+            training=TrainingSettings(
+                batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05
+            ),
         )
-        batches = TrainingBatches(
-            samples,
-            batch_size=256,
-            easy_negatives=[(0.0, 32)],
-            history_length=HISTORY_LENGTH,
-            seed=0,
-        )
-        train(model, batches, max_epochs=12, optimizer="adam", learning_rate=0.05)
+        corpus = Corpus(Ids(self.candidate_ids), Ids(np.arange(NUM_USERS)))
+        model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
         # Twins among the candidates: what they score is equal to the last bit.
         (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
         table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
@@ -152,17 +143,9 @@ def ials(problem: Problem) -> Retriever:
 
 
 def two_tower(problem: Problem) -> Retriever:
-    return exact_retriever(problem.trained_model, np.arange(NUM_USERS), problem.candidate_ids)
-
-
-def in_process_scann(problem: Problem) -> Retriever:
-    model = problem.trained_model
-    embeddings = model.embed_corpus()
-    return IndexRetriever(
-        ScannIndex(ExactIndex(embeddings), ScannSettings(4, 4, NUM_CANDIDATES)),
-        problem.candidate_ids,
-        QueryEncoder(model, np.arange(NUM_USERS), problem.candidate_ids),
-    )
+    network = problem.trained_model
+    encoder = QueryEncoder(network, Ids(np.arange(NUM_USERS)), Ids(problem.candidate_ids))
+    return ExactRetriever(problem.candidate_ids, network.embed_corpus(), encoder)
 
 
 def exported_exact(problem: Problem) -> Retriever:
@@ -187,7 +170,6 @@ FACTORIES: list[Factory] = [
     ease,
     ials,
     two_tower,
-    in_process_scann,
     exported_exact,
     exported_scann,
     fallback_of_scann,

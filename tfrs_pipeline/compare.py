@@ -6,6 +6,7 @@ same budget; only what a positive is compared with differs, and how it is weighe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,38 +19,34 @@ import numpy as np
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
-from tfrs_pipeline.model.queries import QueryEncoder, exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run import (
-    NOTHING_MINED,
-    Corpus,
     OnProgress,
-    OnStage,
-    Stages,
+    OnStep,
+    RunData,
+    Steps,
     claim_folder,
-    describe_samples,
-    evaluate_retriever,
-    hard_negative_rules,
-    parts_before_test,
-    read_corpus,
-    stored_data,
-    stored_split,
+    evaluate_all,
+    prepare,
     train_and_refit,
-    training_samples,
 )
-from tfrs_pipeline.samples.build import Samples
 
 logger = logging.getLogger(__name__)
 
-LOSERS = (Stage.RETRIEVED, Stage.PRE_RANKED)
-# What positives are set against: name of the column -> stage of the items, of those that the user
+# Columns that a row draws from its hard negatives, in plans of one stage and of several.
+NUM_HARD = 8
+# What positives are compared with: name of the column -> stage of the items, of those that the user
 # met in the test part alone; None is the corpus, without what the user has seen or clicked.
 AUC_STAGES: dict[str, Stage | None] = {
     "auc_corpus": None,
@@ -73,14 +70,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PlanComparison:
     """What a comparison left behind.
 
     Args:
         folder: With comparison.json, comparison.md, comparison.png and a folder a plan.
         rows: A row a plan, in the order of the table.
         table: As plain text.
-        notes: What was left out, and what holds for every plan.
+        notes: What was dropped, and what holds for every plan.
     """
 
     folder: Path
@@ -95,22 +92,14 @@ class _Task:
 
     Args:
         config: Of the comparison.
-        corpus: Ids and features behind the rows.
-        selection: Samples of the training part.
-        final: Samples of all that precedes the test.
-        validation_queries: To choose the epoch.
-        test_queries: To measure.
-        positive_rows: Per test query, places of what is to be found.
-        others: AUC column -> per test query, places of what positives are set against; None where
+        data: Split and samples.
+        positive_rows: Per test query, rows of what is to be found.
+        others: AUC column -> per test query, rows of what positives are compared with; None where
             the log has none.
     """
 
     config: RunConfig
-    corpus: Corpus
-    selection: Samples
-    final: Samples
-    validation_queries: Holdout
-    test_queries: Holdout
+    data: RunData
     positive_rows: list[np.ndarray]
     others: dict[str, list[np.ndarray] | None]
 
@@ -119,9 +108,9 @@ def compare(
     config: RunConfig,
     folder: Path,
     *,
-    on_stage: OnStage = lambda report: None,
+    on_step: OnStep = lambda report: None,
     on_progress: OnProgress = lambda task, done, total: None,
-) -> Comparison:
+) -> PlanComparison:
     """Trains and measures every sampling plan of a config.
 
     A folder that holds a stopped comparison of the same config is resumed: finished plans are kept,
@@ -130,7 +119,7 @@ def compare(
     Args:
         config: What to do; `compare` lists the plans.
         folder: Where to work; made if missing.
-        on_stage: Called as each plan ends.
+        on_step: Called as each plan ends.
         on_progress: Called within with a task's name, steps done and steps in all.
 
     Returns:
@@ -140,115 +129,85 @@ def compare(
         ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
     claim_folder(config, folder)
-    stage = Stages(on_stage, on_progress)
-    with stage("data") as report:
-        log, report.notes = stored_data(config.data, folder / "data")
-    with stage("split") as report:
-        split, report.notes = stored_split(log, config, folder / "data")
-        config, notes = _with_exposed_left_out(config, split)
-        report.notes += notes
-    with stage("samples") as report:
-        task, plans, left_out = _prepare(config, log, split, folder)
-        report.notes += [*describe_samples(folder / "compared_samples" / "final"), *left_out]
-        notes += left_out
+    step = Steps(on_step, on_progress)
+    data = prepare(config, folder, step, hard=_every_loser(config))
+    with step("plans") as report:
+        pools = data.final.samples.hard_pools
+        logged = [name for name, pool in pools.items() if len(pool.values)]
+        plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
+        notes += _about_exposed(config, data.split, plans)
+        task = _Task(config, data, *_auc_rows(config, data.split))
+        report.notes = [f"{len(plans)} plans", *notes]
     results = {}
     for plan in plans:
-        with stage(plan.name) as report:
-            results[plan.name], report.notes = _run_plan(
-                plan, task, folder / "plans" / plan.name, on_progress
-            )
+        with step(plan.name) as report:
+            result = _run_plan(plan, task, folder / "plans" / plan.name, on_progress)
+            results[plan.name], report.notes = result, result["notes"]
     notes += [
         f"{name}: {note}"
         for name, result in results.items()
         for note in result["notes"]
-        if NOTHING_MINED in note
+        if note.startswith("no hard negatives")
     ]
     rows = _rows(results, config)
     return _write(rows, config, notes, {plan.name: plan for plan in plans}, folder)
 
 
+def _every_loser(config: RunConfig) -> FunnelLosers:
+    """Asks for the pools of every stage that a plan may want; a plan draws from its own."""
+    hard = config.model.hard
+    losers = hard if isinstance(hard, FunnelLosers) else FunnelLosers()
+    stages: tuple[Any, ...] = ("retrieved", "pre_ranked")
+    if "exposed" in config.compare.plans:
+        stages = (*stages, "exposed")
+    return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
+
+
 def sampling_plans(
-    config: RunConfig, hard_stages: Sequence[str], num_candidates: int
+    config: RunConfig, logged: Sequence[str], num_candidates: int
 ) -> tuple[list[Plan], list[str]]:
     """Turns the plans of a config into settings.
 
-    Plans of one sampler draw as many shared columns as the mixed one has, so that all of them but
-    in-batch alone see the same number.
+    Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
+    all of them but in-batch alone see the same number.
 
     Args:
         config: `compare.plans`, and what the plans have in common.
-        hard_stages: Stages whose losers the samples hold, such as "retrieved".
+        logged: Stages whose losers the samples hold, such as "retrieved".
         num_candidates: Size of the corpus.
 
     Returns:
-        The plans, and notes on what was left out.
+        The plans, and notes on what is missing.
 
     Raises:
-        ValueError: If the reference is left out, or a plan does not go with the other settings.
+        ValueError: If the reference is missing, or a plan does not go with the other settings.
     """
-    settings, samples = config.compare, config.samples
-    num_columns = sum(sampler.num for sampler in samples.easy_negatives)
-    if samples.in_batch:
-        num_columns += (1 + samples.bank_batches) * config.training.batch_size - 1
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
-    common = {
+    common: dict[str, Any] = {
         "model.correction": corrected,
-        "samples.preset": None,
-        "samples.hard_share": 0.0,
-        "samples.resampling": "none",
+        "model.hard": None,
+        "model.resampling_exponent": 0.0,
     }
     notes: list[str] = []
-    if config.training.positions == "all":
+    if config.training.examples != "single":
         # For every plan alike: in-batch negatives are positives of single examples.
-        common["training.positions"] = "one"
-        notes.append("every plan is trained with training.positions 'one'")
+        common["training.examples"] = "single"
+        notes.append("every plan is trained with training.examples 'single'")
     plans: list[Plan] = []
-
-    def add(name: str, **changed: Any) -> None:
-        dotted = {name.replace("__", "."): value for name, value in changed.items()}
-        plans.append(Plan(name, {**common, **dotted}))
-
-    for kind in settings.plans:
+    for kind in config.compare.plans:
         if corrected == "streaming" and kind in ("popularity", "resampled"):
             notes.append(
-                f"plan {kind} is left out: it draws by training counts, which model.correction "
+                f"plan {kind} is missing: it draws by training counts, which model.correction "
                 "'streaming' does without"
             )
-        elif kind == "in_batch_uncorrected":
-            add(
-                kind,
-                model__correction="none",
-                model__correct_positive=False,
-                samples__easy_negatives=(),
-                samples__in_batch=True,
-            )
-        elif kind == "in_batch":
-            add(kind, samples__easy_negatives=(), samples__in_batch=True)
-        elif kind in ("uniform", "popularity"):
-            sampler = {"alpha": 0.0 if kind == "uniform" else 0.75, "num": num_columns}
-            add(
-                kind,
-                samples__easy_negatives=(sampler,),
-                samples__in_batch=False,
-                samples__bank_batches=0,
-            )
-        elif kind == "mixed":
-            add(kind)
-        elif kind == "resampled":
-            for exponent in settings.resampling_exponents:
-                add(
-                    f"resampled_{exponent:g}",
-                    samples__resampling="power_law",
-                    samples__resampling_exponent=exponent,
-                )
-        else:
-            hard, note = _hard_plans(kind, config, hard_stages, num_candidates)
-            plans += [Plan(plan.name, {**common, **plan.settings}) for plan in hard]
-            notes += [note] if note else []
+            continue
+        found, note = _plans_of_kind(kind, config, logged, num_candidates)
+        plans += [Plan(plan.name, {**common, **plan.settings}) for plan in found]
+        notes += [note] if note else []
     distinct = {plan.name: plan for plan in plans}
-    if settings.reference not in distinct:
+    if config.compare.reference not in distinct:
         raise ValueError(
-            f"compare.reference is {settings.reference!r}, a plan that is left out here "
+            f"compare.reference is {config.compare.reference!r}, a plan that is missing here "
             f"({'; '.join(notes)}). Choose another reference."
         )
     for plan in plans:  # Refused before the first one is trained.
@@ -256,119 +215,107 @@ def sampling_plans(
     return list(distinct.values()), notes
 
 
+def _plans_of_kind(
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
+) -> tuple[list[Plan], str]:
+    """Turns a kind of plan into settings, several for those with a list of values; with a note."""
+    num = sum(
+        config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
+        for shared in config.model.negatives
+    )
+    simple: dict[str, dict[str, Any]] = {
+        "in_batch_uncorrected": {
+            "model.negatives": (InBatch(),),
+            "model.correction": "none",
+            "model.correct_positive": False,
+        },
+        "in_batch": {"model.negatives": (InBatch(),)},
+        "uniform": {"model.negatives": (Uniform(num),)},
+        "popularity": {"model.negatives": (Popularity(num),)},
+        "mixed": {},
+    }
+    if kind in simple:
+        return [Plan(kind, simple[kind])], ""
+    if kind == "resampled":
+        return [
+            Plan(f"resampled_{exponent:g}", {"model.resampling_exponent": exponent})
+            for exponent in config.compare.resampling_exponents
+        ], ""
+    return _hard_plans(kind, config, logged, num_candidates)
+
+
 def _hard_plans(
-    kind: str, config: RunConfig, hard_stages: Sequence[str], num_candidates: int
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
 ) -> tuple[list[Plan], str]:
     """Turns a kind of plan with hard negatives into settings, a plan a share; with a note."""
-    samples = config.samples
     shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
-    losers = [stage.value for stage in LOSERS if stage.value in hard_stages]
+    losers = tuple(stage for stage in ("retrieved", "pre_ranked") if stage in logged)
+    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
+    hard: FunnelLosers | Mined
     note = ""
     if kind == "exposed":
-        if not samples.allow_exposed_as_negatives:
-            return [], (
-                "plan exposed is left out: items that were shown and not clicked are not for "
-                "retrieval; samples.allow_exposed_as_negatives shows what they do"
-            )
-        if "exposed" not in hard_stages:
-            return [], "plan exposed is left out: the log holds no exposed items"
-        name, stages = "exposed", ["exposed"]
+        if "exposed" not in logged:
+            return [], "plan exposed is missing: the log holds no exposed items"
+        name = "exposed"
+        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
     elif kind != "mined" and losers:
-        name, stages = "hybrid", losers
-    elif num_candidates > samples.mined_min_rank:
-        name, stages = "mined", ["mined"]
+        name = "hybrid"
+        hard = FunnelLosers(stages=losers, num=NUM_HARD // len(losers))  # type: ignore[arg-type]
+    elif num_candidates > mined.min_rank:
+        name, hard = "mined", mined
         if kind != "mined":
             note = f"plan {kind}: the log holds no losers; mined from the model"
     else:
         return [], (
-            f"plan {kind} is left out: {num_candidates:,} items have no rank "
-            f"samples.mined_min_rank = {samples.mined_min_rank}"
+            f"plan {kind} is missing: {num_candidates:,} items have no rank {mined.min_rank} "
+            "(model.hard.min_rank)"
         )
-    samplers = [
-        {"stage": stage, "share": 1 / len(stages), "num": 8 // len(stages)} for stage in stages
-    ]
     plans = [
         Plan(
             f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}",
-            {"samples.hard_share": share, "samples.hard_negatives": samplers},
+            {"model.hard": dataclasses.replace(hard, share=share)},
         )
         for share in shares
     ]
     return plans, note
 
 
-def _with_exposed_left_out(config: RunConfig, split: Split) -> tuple[RunConfig, list[str]]:
-    """Leaves exposed items out of every ranking where they cannot come back as test positives.
+def _about_exposed(config: RunConfig, split: Split, plans: Sequence[Plan]) -> list[str]:
+    """Warns of a gain that is none: exposed items that cannot come back as test positives.
 
-    Else a plan that pushes them down would seem to gain: it frees places for what can be found.
+    A plan that pushes them down frees places for what can be found, unless they are excluded.
     """
-    queries = split.test
-    num_back = num_exposed = 0
-    for relevant, seen, clicked in zip(
-        queries.relevant, queries.seen, queries.clicked, strict=True
-    ):
-        exposed = np.setdiff1d(seen, clicked)
-        num_exposed += len(exposed)
-        num_back += len(np.intersect1d(relevant, exposed))
-    # With "none" a clicked item may be found again, and "seen" would leave it out.
-    if num_back or not num_exposed or config.evaluation.exclude != "clicked":
-        return config, []
-    config = with_settings(config, {"evaluation.exclude": "seen"})
-    return config, [
-        "exposed items are left out of every ranking (evaluation.exclude = seen): none of "
-        f"{num_exposed:,} comes back as a test positive in this log"
+    if config.evaluation.exclude != "clicked":
+        return []
+    if not any(plan.name.startswith("exposed") for plan in plans):
+        return []
+    test = split.test
+    comes_back = any(
+        len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
+        for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
+    )
+    if comes_back:
+        return []
+    return [
+        "no exposed item comes back as a test positive in this log, so that plans with exposed "
+        "negatives seem better than they are: set evaluation.exclude to 'seen'"
     ]
 
 
-def _prepare(
-    config: RunConfig, log: Log, split: Split, folder: Path
-) -> tuple[_Task, list[Plan], list[str]]:
-    """Builds the samples that all plans share, and what they are measured against."""
-    counts = split.events.group_by("stage").agg(num=split.events.count()).to_pyarrow().to_pylist()
-    logged = {row["stage"] for row in counts}
-    stages = [stage.value for stage in LOSERS if stage.value in logged]
-    if config.samples.allow_exposed_as_negatives and Stage.EXPOSED.value in logged:
-        stages.append(Stage.EXPOSED.value)
-    # With the pools of every stage that a plan may ask for; a plan draws from those it wants.
-    building = config
-    if stages:
-        building = with_settings(
-            config,
-            {
-                "samples.preset": None,
-                "samples.hard_share": 0.5,
-                "samples.hard_negatives": [{"stage": stage} for stage in stages],
-            },
-        )
-        assert hard_negative_rules(building.samples) is not None
-    selection, final = (
-        training_samples(building, log, split, parts, folder / "compared_samples" / name)
-        for name, parts in (("selection", ("train",)), ("final", parts_before_test(config)))
-    )
-    corpus = read_corpus(log, folder / "compared_samples" / "final")
-    validation, test = split.validation, split.test
-    plans, notes = sampling_plans(
-        config,
-        [stage for stage in stages if len(final.hard_pools[stage].values)],
-        len(corpus.candidate_ids),
-    )
-    positive_rows, others = _auc_rows(config, split, test, Ids(corpus.candidate_ids))
-    task = _Task(config, corpus, selection, final, validation, test, positive_rows, others)
-    return task, plans, notes
-
-
 def _auc_rows(
-    config: RunConfig, split: Split, test: Holdout, ids: Ids
+    config: RunConfig, split: Split
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
-    """Finds the places of each test query's positives, and of what they are set against."""
+    """Finds the rows of each test query's positives, and of what they are compared with."""
+    test = split.test
+    ids = Ids(test.candidate_ids)
     relevant, seen = (
         [ids.known_rows(items) for items in lists] for lists in (test.relevant, test.seen)
     )
-    # As the ranking: what it leaves out is not to be found, here either.
-    nothing = [np.zeros(0, np.int32)] * len(test)
-    clicked = [ids.known_rows(items) for items in test.clicked]
-    excluded = {"clicked": clicked, "seen": seen, "none": nothing}[config.evaluation.exclude]
-    positives = [np.setdiff1d(a, b) for a, b in zip(relevant, excluded, strict=True)]
+    positives = relevant
+    # As the ranking: what it excludes is not to be found, here either.
+    if (excluded := test.excluded(config.evaluation.exclude)) is not None:
+        rows = (ids.known_rows(items) for items in excluded)
+        positives = [np.setdiff1d(a, b) for a, b in zip(relevant, rows, strict=True)]
     stages = [stage for stage in AUC_STAGES.values() if stage is not None]
     of_stages = items_by_stage(split.events, "test", test.user_ids, stages)
     others: dict[str, list[np.ndarray] | None] = {}
@@ -379,14 +326,12 @@ def _auc_rows(
                 len(ids), met, config.compare.num_corpus_items, config.seed
             )
         else:
-            rows = [ids.known_rows(items) for items in of_stages[of_stage]]
-            others[name] = rows if any(map(len, rows)) else None
+            found = [ids.known_rows(items) for items in of_stages[of_stage]]
+            others[name] = found if any(map(len, found)) else None
     return positives, others
 
 
-def _run_plan(
-    plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
-) -> tuple[dict[str, Any], list[str]]:
+def _run_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Trains and measures a plan, or reads what was measured before it was stopped."""
     done = folder / "result.json"
     if done.exists():
@@ -395,7 +340,7 @@ def _run_plan(
         result = _measure_plan(plan, task, folder, on_progress)
     with np.load(folder / "per_query.npz") as saved:
         result["per_query"] = dict(saved)
-    return result, result["notes"]
+    return result
 
 
 def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
@@ -403,48 +348,38 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
     settings = config.compare
     max_epochs = config.training.max_epochs
     if settings.max_steps is not None:
-        steps_per_epoch = max(1, round(len(task.selection) / config.training.batch_size))
+        num_samples = len(task.data.selection.samples)
+        steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
         max_epochs = -(-settings.max_steps // steps_per_epoch)
-    model, training, notes = train_and_refit(
+    model = train_and_refit(
         config,
-        task.corpus,
-        task.selection,
-        task.final,
-        task.validation_queries,
+        task.data,
         max_epochs=max_epochs,
         max_seconds=settings.max_seconds,
         folder=folder / "checkpoints",
         name=plan.name,
         on_progress=on_progress,
     )
-    result = evaluate_retriever(
-        config,
-        exact_retriever(model, task.corpus.query_ids, task.corpus.candidate_ids),
-        task.corpus,
-        task.final,
-        task.test_queries,
-        plan.name,
-        on_progress,
-    )
+    test = task.data.split.test
+    result = evaluate_all(config, {plan.name: model}, test, on_progress).first
     place = {user: i for i, user in enumerate(result.user_ids.tolist())}
-    of_result = [place.get(user, -1) for user in task.test_queries.user_ids.tolist()]
+    of_result = [place.get(user, -1) for user in test.user_ids.tolist()]
     longest = max(config.evaluation.cutoffs)
-    per_query = {
-        name: np.append(values, np.nan)[of_result] for name, values in result.per_query.items()
+    columns = {
+        **result.per_query,
+        f"tail/recall@{longest}": result.slices["tail"].per_query[f"recall@{longest}"],
     }
-    per_query[f"tail/recall@{longest}"] = np.append(
-        result.slices["tail"].per_query[f"recall@{longest}"], np.nan
-    )[of_result]
+    per_query = {name: np.append(values, np.nan)[of_result] for name, values in columns.items()}
     per_query |= _aucs(model, task)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "per_query.npz").open("wb") as opened:
         np.savez(opened, **dict[str, Any](per_query))
     measured = {
         "summary": result.summary(),
-        "num_epochs": training.best_epoch,
-        "seconds": training.seconds,
-        "history": training.history,
-        "notes": notes,
+        "num_epochs": model.result.best_epoch,
+        "seconds": model.result.seconds,
+        "history": model.result.history,
+        "notes": model.notes,
     }
     # Written last, and at once: a plan with a result is done.
     partial = folder / "result.json.partial"
@@ -453,10 +388,9 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
     return measured
 
 
-def _aucs(model: TwoTowerModel, task: _Task) -> dict[str, np.ndarray]:
-    encoder = QueryEncoder(model, task.corpus.query_ids, task.corpus.candidate_ids)
-    queries = encoder(task.test_queries.as_queries())
-    candidates = model.embed_corpus()
+def _aucs(model: TwoTower, task: _Task) -> dict[str, np.ndarray]:
+    queries = model.query_embeddings(task.data.split.test.as_queries())
+    candidates = model.network.embed_corpus()
     return {
         name: auc_per_query(queries, candidates, task.positive_rows, rows)
         for name, rows in task.others.items()
@@ -465,7 +399,7 @@ def _aucs(model: TwoTowerModel, task: _Task) -> dict[str, np.ndarray]:
 
 
 def _rows(results: Mapping[str, dict[str, Any]], config: RunConfig) -> list[PlanRow]:
-    """Sets every plan against the reference, query by query."""
+    """Compares every plan with the reference, query by query."""
     reference = results[config.compare.reference]["per_query"]
     names = list(reference)
     rows = []
@@ -499,7 +433,7 @@ def _write(
     notes: Sequence[str],
     plans: Mapping[str, Plan],
     folder: Path,
-) -> Comparison:
+) -> PlanComparison:
     cutoffs = config.evaluation.cutoffs
     table = comparison_table(rows, cutoffs, markdown=False)
     reference = config.compare.reference
@@ -521,8 +455,14 @@ def _write(
     ]
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
     comparison_figure(rows, reference, cutoffs).savefig(folder / "comparison.png", dpi=150)
-    return Comparison(folder, rows, table, notes)
+    return PlanComparison(folder, rows, table, notes)
 
 
 def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(each) for each in value]
+        is_kind = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return dataclasses.asdict(value) if is_kind else value
+
+    return {name: plain(value) for name, value in settings.items()}

@@ -6,11 +6,12 @@ settings refuses unknown keys and names the nearest known one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
 import zoneinfo
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -18,8 +19,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from tfrs_pipeline.data.schema import FeatureKind
-from tfrs_pipeline.settings import Config, ConfigError, from_text, refuse, setting_names, suggest
+from tfrs_pipeline.data.schema import FeatureKind, SplitKind
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.settings import Config, ConfigError, refuse, setting_names, suggest
 
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 PlanKind: TypeAlias = Literal[
@@ -34,9 +40,22 @@ PlanKind: TypeAlias = Literal[
     "resampled",
     "exposed",
 ]
-HardSource: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "mined"]
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _amount(value: Any) -> Any:
+    """Reads a share, a number or a moment."""
+    for read in (int, float, datetime.fromisoformat):
+        with contextlib.suppress(ValueError, TypeError):
+            amount: Any = value if isinstance(value, int | float | datetime) else read(value)
+            is_number = isinstance(amount, int) and amount >= 1
+            if isinstance(amount, datetime) or is_number or 0 < amount < 1:
+                return amount
+    raise ValueError("must be a share in (0, 1), a whole number of 1 or more, or a moment")
+
+
+Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
 
 _COLUMNS = (
     "user_id",
@@ -55,11 +74,10 @@ _COLUMNS = (
 class DataConfig(Config):
     """Where events, items and users come from."""
 
-    source: Literal["movielens-100k", "kuairand", "recflow", "events", "clicks", "ratings"] = (
-        "movielens-100k"
-    )
-    """MovieLens-100K, KuaiRand, RecFlow, or a file of the user's own: an event log with stages, a
-    plain click log, or ratings with a threshold."""
+    source: Literal["movielens-100k", "kuairand", "recflow", "files"] = "movielens-100k"
+    """Files of your own, or a public data set; if not given, files where there is a path. What
+    files hold shows in their columns: a stage makes them the log of a funnel, a rating with
+    rating_threshold ratings, a label impressions; else all rows are clicks."""
     path: Path | None = None
     """CSV or Parquet file of events, or a folder of them; for kuairand and recflow the folder as
     published; for movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
@@ -77,8 +95,7 @@ class DataConfig(Config):
     stage_values: dict[str, StageName] = {}
     """Stages by the value that the file's stage column holds, such as impression=exposed."""
     rating_threshold: float | None = None
-    """Ratings at or above this are clicks, those below are exposures; only for ratings, which need
-    it."""
+    """Ratings at or above this are clicks, those below are exposures, never negatives."""
     timestamp_unit: Literal["s", "ms", "us", "ns"] | None = None
     """Unit of timestamps that are stored as numbers, those of features too."""
     label: dict[str, PositiveFloat] = {}
@@ -88,7 +105,7 @@ class DataConfig(Config):
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris; those of
     features too."""
-    ordered: bool = True
+    is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
     item_features: dict[str, FeatureKind] = {}
     """Columns of the item table that the model reads, and the kind of each: categorical, or hashed
@@ -106,39 +123,31 @@ class DataConfig(Config):
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _infer_source(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and settings.get("path") and "source" not in settings:
+            return {**settings, "source": "files"}
+        return settings
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         refuse([*self._source_problems(), *self._value_problems()])
         return self
 
     def _source_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what the source needs and lacks, and what was set although it has no effect."""
-        files = ("events", "clicks", "ratings")
-        is_file = self.path is not None and self.path.suffix in (".csv", ".parquet")
-        if self.source == "movielens-100k" and is_file:
-            message = "one of 'clicks', 'events' and 'ratings' reads a file of your own"
-            yield "source", f"got {self.source!r} with the path {self.path}; {message}"
+        """Yields what the source needs and lacks, and what would make other positives of it."""
         if self.source != "movielens-100k" and self.path is None:
             yield "path", f"required for source {self.source!r}: the file or folder of its events"
-        if self.source == "ratings" and self.rating_threshold is None:
-            yield (
-                "rating_threshold",
-                "required for source 'ratings': the lowest rating that is a click",
-            )
         for table in ("item", "user"):
             features, path = getattr(self, f"{table}_features"), getattr(self, f"{table}s_path")
-            if self.source in files and features and path is None:
+            if self.source == "files" and features and path is None:
                 yield f"{table}s_path", f"required for {table}_features: the file that holds them"
-        # What decides which events are positives: without effect, the model would learn others.
-        of_positives: dict[str, tuple[str, ...]] = {
-            "stage_values": ("events",),
-            "label": ("events", "kuairand", "recflow"),
-            "rating_threshold": ("ratings",),
-        }
-        for name, sources in of_positives.items():
-            if getattr(self, name) and self.source not in sources:
-                where = " or ".join(repr(source) for source in sources)
-                yield name, f"has no effect with source {self.source!r}: only with {where}"
+        for name in ("stage_values", "rating_threshold"):
+            if getattr(self, name) and self.source != "files":
+                yield name, f"has no effect with source {self.source!r}: only with 'files'"
+        if self.label and self.source == "movielens-100k":
+            yield "label", "has no effect with source 'movielens-100k'"
 
     def _value_problems(self) -> Iterator[tuple[str, str]]:
         for name in self.columns:
@@ -155,26 +164,20 @@ class DataConfig(Config):
 class SplitConfig(Config):
     """Which events train the model, which choose its settings, which test it."""
 
-    kind: Literal["last_share", "last_n", "time", "held_out_users", "column"] = "last_share"
-    """Test on the last share or the last few positives of each user, on what came after a point in
-    time, on users that training never saw, or as the log's own column part says: train, validation
-    or test."""
-    test_share: Share = 0.2
-    """Share of positives (or of held-out users) that tests."""
-    validation_share: Share = 0.1
-    """Share that validates: of what the test left of each user for last_share, else of all."""
-    num_test: PositiveInt = 1
-    """Positives of each user that test, for last_n."""
-    num_validation: PositiveInt = 1
-    """Positives of each user that validate, for last_n."""
-    validation_start: datetime | None = None
-    """Start of validation, with a time zone, for time; if not given, the shares decide."""
-    test_start: datetime | None = None
-    """Start of the test, with a time zone, for time; if not given, the shares decide."""
+    kind: SplitKind | None = None
+    """Test on what came after a point in time (the default for logs with timestamps), on the last
+    share (the default for others) or the last few positives of each user, on users that training
+    never saw, or as the log's own column part says: train, validation or test."""
+    validation: Amount | None = None
+    """Share of the positives that validates: of what the test left of each user's for last_share,
+    of the users for held_out_users; a number of positives a user for last_n; or, for time, the
+    moment at which validation starts, with a time zone. If not given, .05, or 1 for last_n."""
+    test: Amount | None = None
+    """The same of the test. If not given, .1, or 1 for last_n."""
     target_share: Share = 0.2
     """Share of a held-out user's last positives that is to be found, for held_out_users."""
     min_positives: PositiveInt = 5
-    """Users with fewer positives are left out, except by time and by column, which keep every
+    """Users with fewer positives are dropped, except by time and by column, which keep every
     user."""
 
     @model_validator(mode="after")
@@ -183,278 +186,15 @@ class SplitConfig(Config):
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.test_share + self.validation_share >= 1:
-            yield "", "test_share and validation_share must sum to less than 1: the rest trains"
-        starts = {"validation_start": self.validation_start, "test_start": self.test_start}
-        given = {name: start for name, start in starts.items() if start is not None}
-        for name, start in given.items():
-            if self.kind != "time":
-                yield name, f"has no effect with kind {self.kind!r}: only with 'time'"
-            if start.tzinfo is None:
-                text = start.isoformat()
+        given = {"validation": self.validation, "test": self.test}
+        for name, value in given.items():
+            if isinstance(value, datetime) and value.tzinfo is None:
+                text = value.isoformat()
                 yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
-        if len(given) == 1:
-            yield "", "give both validation_start and test_start, or neither"
-        elif self.validation_start and self.test_start and not _is_before(**given):
-            yield "test_start", "must be after validation_start"
-
-
-class EasySampler(Config):
-    """A sampler of easy negatives: p(c) proportional to clicks(c)^alpha."""
-
-    alpha: float = Field(0.75, ge=0)
-    """Power of the training clicks: 0 is uniform, 1 is the popularity itself."""
-    num: PositiveInt = 256
-    """Negatives drawn a batch, with replacement, shared by all its rows."""
-
-
-class HardSampler(Config):
-    """Where hard negatives come from: a stage of the funnel that they lost in, or the model."""
-
-    stage: HardSource = "pre_ranked"
-    """Furthest stage that the items reached: retrieved lost in pre-rank, pre_ranked lost in rank,
-    ranked ended low in rank; or mined: what the model itself retrieves, for logs without losers."""
-    share: PositiveFloat = 0.5
-    """Part of the hard share, relative to the other stages."""
-    num: PositiveInt = 4
-    """Columns drawn for each row from its pool of this stage."""
-
-
-_MINED = ({"stage": "mined", "num": 8},)
-_EVEN_LOSERS = ({"stage": "retrieved"}, {"stage": "pre_ranked"})
-PRESETS: dict[str, dict[str, Any]] = {
-    "easy": {"hard_share": 0.0},
-    "hybrid_1_100": {"hard_share": 0.01, "hard_negatives": _EVEN_LOSERS},
-    "hybrid_50_50": {"hard_share": 0.5, "hard_negatives": _EVEN_LOSERS},
-    "mined_1_100": {"hard_share": 0.01, "hard_negatives": _MINED},
-}
-
-
-def _losers(samplers: Sequence[Mapping[str, Any]]) -> tuple[HardSampler, ...]:
-    return tuple(HardSampler(**sampler) for sampler in samplers)
-
-
-_EXPOSED_REASON = (
-    "an item that was exposed to a user and not clicked is never a negative of that user in "
-    "retrieval: the funnel chose it, and it is for ranking to learn from; to see what it does all "
-    "the same, set allow_exposed_as_negatives"
-)
-
-
-class SamplesConfig(Config):
-    """Which items a positive is compared with."""
-
-    preset: Literal["easy", "hybrid_1_100", "hybrid_50_50", "mined_1_100"] | None = None
-    """Named mixture: sets hard_share to 0, .01 or .5, half of it from pre-rank losers and half from
-    rank losers; or to .01, mined from the model."""
-
-    history_length: PositiveInt = 50
-    """Latest positives before the event that the query holds."""
-    in_batch: bool = True
-    """Whether the positives of the other rows of the batch are negatives too."""
-    easy_negatives: tuple[Annotated[EasySampler, BeforeValidator(from_text)], ...] = (
-        EasySampler(alpha=0),
-        EasySampler(alpha=0.75),
-    )
-    """Samplers of easy negatives, all of them used together."""
-    bank_batches: int = Field(0, ge=0)
-    """Earlier batches whose positives' embeddings are negatives too, as they were then."""
-    mask_known_positives: bool = True
-    """Whether a user's other training positives are kept from being negatives."""
-    mask_exposed: bool = True
-    """Whether items that the user was shown and did not click are kept from being negatives."""
-    hard_share: float = Field(0.0, ge=0, lt=1)
-    """Share of the negatives' weight that hard negatives hold, in rows that have any."""
-    hard_negatives: tuple[Annotated[HardSampler, BeforeValidator(from_text)], ...] = (
-        HardSampler(stage="retrieved"),
-        HardSampler(stage="pre_ranked"),
-    )
-    """Stages whose losers are hard negatives, used if hard_share is above 0."""
-    hard_min_pool: int = Field(4, ge=0)
-    """Losers of a stage in the positive's own request below which those of the user's recent
-    requests are taken too."""
-    hard_max_pool: PositiveInt = 100
-    """Losers kept for a positive and stage, at most."""
-    hard_window_hours: PositiveFloat = 24.0
-    """How far back recent requests may lie; in a log without timestamps, any earlier one may."""
-    ranked_bottom_share: float = Field(0.5, gt=0, le=1)
-    """Low part of the ranked list that may be hard negatives: a share of the request's ranks."""
-    ranked_min_rank: int | None = Field(None, ge=0)
-    """Low part of the ranked list as a rank instead (0 is the best): this one and worse."""
-    mined_min_rank: int = Field(100, ge=0)
-    """Best rank that mining keeps, 0 being the top, known positives and exposed items left out:
-    above it stands much that the user would like and has not met."""
-    mined_max_rank: PositiveInt = 500
-    """First rank that mining does not keep."""
-    mined_margin: float | None = Field(None, ge=0)
-    """Mining drops what scores above the positive's score less this; if not given, nothing."""
-    mined_every: PositiveInt = 3
-    """Epochs between two minings; before the first one there are no mined negatives."""
-    allow_exposed_as_negatives: bool = False
-    """Insist on exposed and not clicked items as negatives, to see what they do."""
-    resampling: Literal["none", "power_law", "keep_rule"] = "none"
-    """Down-sample positives of popular items and up-sample the others: by counts to the power of
-    -resampling_exponent, or by word2vec's keep-rule."""
-    resampling_as: Literal["drawing", "weights"] = "drawing"
-    """Whether positives are drawn by that rate, or weighted by it."""
-    resampling_exponent: float = Field(0.5, ge=0, le=1)
-    """Exponent of the power law: 0 changes nothing, 1 makes every clicked item equally likely."""
-    resampling_threshold: float = Field(0.001, gt=0)
-    """Share of the positives above which the keep-rule begins to thin an item out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, settings: Any) -> Any:
-        preset = settings.get("preset") if isinstance(settings, Mapping) else None
-        if preset not in PRESETS:
-            return settings
-        return {**PRESETS[preset], **settings}  # What differs from the preset is refused below.
-
-    @model_validator(mode="after")
-    def _check(self) -> SamplesConfig:
-        if not self.in_batch and not self.easy_negatives:
-            refuse([("", "no negatives: set in_batch or list at least one easy_negatives sampler")])
-        if self.bank_batches and not self.in_batch:
-            message = "the batch's own positives are the same negatives, up to date: set in_batch"
-            refuse([("bank_batches", f"got {self.bank_batches} without in_batch; {message}")])
-        refuse(self._hard_problems())
-        return self
-
-    def _hard_problems(self) -> Iterator[tuple[str, str]]:
-        stages = [sampler.stage for sampler in self.hard_negatives]
-        preset = PRESETS.get(self.preset or "", {})
-        for name, value in preset.items():
-            expected = _losers(value) if name == "hard_negatives" else value
-            if getattr(self, name) != expected:
-                yield name, f"is not what preset {self.preset!r} sets; leave one of the two out"
-        if len(set(stages)) < len(stages):
-            yield "hard_negatives", f"got {stages}: a stage twice"
-        if self.hard_share > 0 and not stages:
-            yield "hard_negatives", "needs a stage, since hard_share is above 0"
-        if self.mined_min_rank >= self.mined_max_rank:
-            yield "mined_max_rank", f"got {self.mined_max_rank}; must be above mined_min_rank"
-        if not self.allow_exposed_as_negatives:
-            if "exposed" in stages:
-                yield "hard_negatives", f"got 'exposed'; {_EXPOSED_REASON}"
-            if not self.mask_exposed:
-                yield "mask_exposed", f"got no; {_EXPOSED_REASON}"
-
-
-class ModelConfig(Config):
-    """The two towers and their score."""
-
-    embedding_dim: PositiveInt = 64
-    """Length of the query and candidate embeddings."""
-    query_layers: tuple[PositiveInt, ...] = ()
-    """Sizes of the hidden layers of the query tower."""
-    candidate_layers: tuple[PositiveInt, ...] = ()
-    """Sizes of the hidden layers of the candidate tower."""
-    use_user_id: bool = False
-    """Whether the query tower has an embedding for each user id."""
-    use_candidate_id: bool = True
-    """Whether the candidate tower has an embedding for each item id."""
-    unknown_rate: float = Field(0.05, ge=0, lt=1)
-    """Share of the ids that training takes for unknown, at random: it trains what stands for a new
-    user or item, besides its features."""
-    candidate_bias: bool = False
-    """Whether each item has a number of its own that is added to its scores."""
-    share_item_embedding: bool = False
-    """Whether the history's items have the same embedding as the candidates."""
-    history_pooling: tuple[Literal["mean", "recency", "attention"], ...] = ("mean", "recency")
-    """How the history becomes a vector: a plain mean, one weighted by recency, causal
-    self-attention, or several of them."""
-    recency_decay: float = Field(0.85, gt=0, le=1)
-    """Weight of a step back in the history, relative to the step after it."""
-    history_dropout: float = Field(0.5, ge=0, lt=1)
-    """Share of the history's items that is dropped at random in training."""
-    attention_blocks: PositiveInt = 2
-    """Blocks of the self-attention, with history_pooling attention."""
-    attention_heads: PositiveInt = 2
-    """Heads of each block of the self-attention; must divide embedding_dim."""
-    attention_dropout: float = Field(0.2, ge=0, lt=1)
-    """Share of the activations of the self-attention that is dropped at random in training."""
-    feature_dim: PositiveInt = 4
-    """Length of the embedding of each feature."""
-    feature_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the features that is taken for missing at random in training."""
-    combination: Literal["concat", "sum"] = "concat"
-    """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
-    brought to embedding_dim and added up."""
-    normalize: bool = True
-    """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
-    one."""
-    temperature: PositiveFloat = 0.15
-    """What scores are divided by in the loss."""
-    correction: Literal["mixture", "streaming", "none"] = "mixture"
-    """Whether logits are corrected by the expected count of each candidate in the batch: from the
-    training counts, or with the popularity of positives estimated from the batches so far."""
-    correct_positive: bool = False
-    """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
-    score_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which training multiplies embeddings; bfloat16 is less exact and, where the machine
-    has it, faster."""
-    frequency_learning_rate: float = Field(0.01, gt=0, le=1)
-    """Weight of an item's latest gap in its popularity, with correction 'streaming'."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if len(set(self.history_pooling)) < len(self.history_pooling):
-            refuse([("history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice")])
-        if "attention" in self.history_pooling and self.embedding_dim % self.attention_heads:
-            message = f"got {self.attention_heads}; must divide embedding_dim {self.embedding_dim}"
-            refuse([("attention_heads", message)])
-        if not self.use_candidate_id:
-            for name in ("share_item_embedding", "candidate_bias"):
-                if getattr(self, name):
-                    refuse([(name, "needs use_candidate_id")])
-        return self
-
-
-class TrainingConfig(Config):
-    """How the model is fitted."""
-
-    batch_size: int = Field(1024, ge=2)
-    """Positives in a batch."""
-    positions: Literal["one", "all"] = "one"
-    """Whether each positive is an example by itself, or one pass over a user's sequence trains all
-    its positions; then batches have about batch_size positives. In a log without an order, all
-    makes one query a user and epoch: it reads a random half of the user's positives, less what
-    history_dropout drops, and has the other half to find."""
-    max_epochs: PositiveInt = 30
-    """Epochs at most."""
-    optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"
-    """Optimizer; lazy_adam is Adam that updates only the rows of a table that a batch has, and
-    costs what they do, where adam goes over the whole table each step."""
-    learning_rate: PositiveFloat = 0.002
-    """Step size of the optimizer; with a warm-up or a decay, its peak."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the step size rises from 0 to its peak."""
-    decay: Literal["none", "cosine", "linear"] = "none"
-    """How the step size falls after the warm-up, over the steps of max_epochs; a training that
-    stops early stops on the way, and the second training goes the same way, epoch by epoch."""
-    decay_to: float = Field(0.0, ge=0, le=1)
-    """Share of the peak that the decay ends at."""
-    patience: PositiveInt = 3
-    """Epochs without a better validation metric after which training stops."""
-    monitor: str = "ndcg@100"
-    """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
-    refit: bool = True
-    """Whether to train again on training and validation events for the chosen number of epochs;
-    held-out users are never trained on."""
-    tensorboard: bool = False
-    """Whether to write event files for TensorBoard beside the checkpoints: loss, step size,
-    validation metrics with the recall of tail items, range of log_q, share of masked columns,
-    norms of embeddings, once an epoch."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainingConfig:
-        refuse(self._problems())
-        return self
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
-            message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
-            yield "monitor", f"got {self.monitor!r}; {message}"
+            if isinstance(value, datetime) and self.kind not in (None, "time"):
+                yield name, f"got a moment with kind {self.kind!r}: only with 'time'"
+        if len({isinstance(value, datetime) for value in given.values()}) > 1:
+            yield "", "give moments for both validation and test, or for neither"
 
 
 class EvaluationConfig(Config):
@@ -463,7 +203,7 @@ class EvaluationConfig(Config):
     cutoffs: tuple[PositiveInt, ...] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Literal["clicked", "seen", "none"] = "clicked"
-    """What is left out of a user's ranking: clicked items, all items shown, or nothing."""
+    """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     num_bootstrap: PositiveInt = 1000
     """Resamples of the queries behind each confidence interval."""
     uncorrected: bool = True
@@ -532,9 +272,9 @@ class CompareConfig(Config):
         "hybrid",
         "hybrid_50_50",
         "resampled",
-        "exposed",
     )
-    """Sampling plans; exposed is left out unless samples.allow_exposed_as_negatives is set."""
+    """Sampling plans; also mined, and, for whoever insists, exposed: items that were shown and not
+    clicked, to see what they do."""
     reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
         "mixed"
     )
@@ -548,7 +288,7 @@ class CompareConfig(Config):
     max_seconds: PositiveFloat | None = None
     """Budget of a plan in seconds, after which no epoch is begun."""
     num_corpus_items: PositiveInt = 1000
-    """Items of the corpus, drawn uniformly, that positives are set against in the AUC."""
+    """Items of the corpus, drawn uniformly, that positives are compared with in the AUC."""
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:
@@ -573,11 +313,9 @@ class RunConfig(Config):
     """Where events, items and users come from."""
     split: SplitConfig = SplitConfig()
     """Which events train the model, which choose its settings, which test it."""
-    samples: SamplesConfig = SamplesConfig()
-    """Which items a positive is compared with."""
-    model: ModelConfig = ModelConfig()
-    """The two towers and their score."""
-    training: TrainingConfig = TrainingConfig()
+    model: TwoTowerSettings = TwoTowerSettings()
+    """The two towers, their score, and what their positives are compared with."""
+    training: TrainingSettings = TrainingSettings()
     """How the model is fitted."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the test, and against which baselines."""
@@ -602,32 +340,20 @@ class RunConfig(Config):
                 f"got 'column' with source {self.data.source!r}, whose log has no column part; "
                 "choose another kind",
             )
-        stages = [sampler.stage for sampler in self.samples.hard_negatives]
-        is_mined = self.samples.hard_share > 0 and "mined" in stages
-        if is_mined and self.samples.mined_every >= self.training.max_epochs:
+        hard = model.hard
+        if isinstance(hard, Mined) and hard.every >= self.training.max_epochs:
             yield (
-                "samples.mined_every",
-                f"got {self.samples.mined_every} with training.max_epochs "
+                "model.hard",
+                f"mines every {hard.every} epochs with training.max_epochs "
                 f"{self.training.max_epochs}: nothing would be mined",
             )
-        logged = [stage for stage in stages if stage not in ("mined", "exposed")]
-        if self.samples.hard_share and logged and self.data.source not in ("events", "recflow"):
-            yield (
-                "samples.hard_negatives",
-                f"got {logged} with source {self.data.source!r}, which holds no losers of a "
-                "funnel: only 'events' and 'recflow' do. Mine them from the model: preset "
-                "mined_1_100, or stage 'mined'",
-            )
+        yield from check_examples(model, self.training)
         cutoffs = self.evaluation.cutoffs
         if int(self.training.monitor.partition("@")[2]) not in cutoffs:
             yield (
                 "training.monitor",
                 f"got {self.training.monitor!r}; evaluation.cutoffs are {list(cutoffs)}",
             )
-        if model.correction == "streaming":
-            yield from self._counting()
-        if self.training.positions == "all":
-            yield from self._sequence_problems()
         filter_by = self.export.filter_by
         kinds = ("categorical", "multi_categorical")
         if filter_by is not None and self.data.item_features.get(filter_by) not in kinds:
@@ -646,60 +372,6 @@ class RunConfig(Config):
                 "model",
                 "the candidate tower reads nothing: set use_candidate_id or item_features",
             )
-
-    def _sequence_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what does not go with training all positives of a user at once."""
-        samples, reason = self.samples, "with training.positions 'all'"
-        if samples.in_batch:
-            yield (
-                "samples.in_batch",
-                f"got yes {reason}: a batch holds whole users and is no fair draw; set it to "
-                "no, and use an easy_negatives sampler with alpha 1, which draws as often",
-            )
-        if samples.resampling != "none" and samples.resampling_as == "drawing":
-            yield "samples.resampling_as", f"got 'drawing' {reason}: use 'weights'"
-        if not self.model.history_pooling:
-            yield "model.history_pooling", f"got none {reason}, which reads the history"
-        if self.model.correction == "streaming":
-            yield "model.correction", f"got 'streaming' {reason}, which has no in-batch negatives"
-        if not self.data.ordered:
-            yield from self._set_problems(reason)
-            return
-        shortest = 2 * (samples.history_length + 1)
-        if self.training.batch_size < shortest:
-            yield (
-                "training.batch_size",
-                f"got {self.training.batch_size} {reason}: must be {shortest} or more, twice "
-                "(samples.history_length + 1)",
-            )
-
-    def _set_problems(self, reason: str) -> Iterator[tuple[str, str]]:
-        """Yields what does not go with queries that have many positives."""
-        reason += " in a log without an order (data.ordered is no)"
-        if self.samples.hard_share:
-            yield (
-                "samples.hard_share",
-                f"got {self.samples.hard_share} {reason}: hard negatives are those of one "
-                "positive, where a query has many; set it to 0, or training.positions to 'one'",
-            )
-        if not self.samples.mask_known_positives:
-            yield (
-                "samples.mask_known_positives",
-                f"got no {reason}: all of a user's positives have the same negatives, which must "
-                "hold none of them; set it to yes, or training.positions to 'one'",
-            )
-
-    def _counting(self) -> Iterator[tuple[str, str]]:
-        """Yields what needs training counts, which a streaming correction does without."""
-        reason = "needs training counts, which model.correction 'streaming' does without"
-        alphas = [sampler.alpha for sampler in self.samples.easy_negatives if sampler.alpha > 0]
-        if alphas:
-            yield (
-                "samples.easy_negatives",
-                f"got alpha {alphas}, which {reason}: use alpha 0 and in_batch",
-            )
-        if self.samples.resampling != "none":
-            yield "samples.resampling", f"got {self.samples.resampling!r}, which {reason}"
 
     @property
     def model_name(self) -> str:
@@ -721,20 +393,21 @@ def main_job_config() -> RunConfig:
                 "occupation": "categorical",
             },
         ),
+        # The published protocol.
+        split=SplitConfig(kind="last_share", validation=0.1, test=0.2),
         export=ExportConfig(name="movielens-100k", index="scann"),
     )
 
 
-_NO_IN_BATCH = {"samples.in_batch": False, "training.positions": "all"}
 # Name -> what it is good for, and the settings that it changes, by dotted name.
-RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
-        "a first look at a log with an order: small embeddings, histories pooled at all positions "
-        "at once, ten epochs at most, popularity and EASE beside it",
+        "a first look at a log with an order: small embeddings, sequence-level training, ten "
+        "epochs at most, popularity and EASE beside it",
         {
-            **_NO_IN_BATCH,
-            "samples.easy_negatives": ({"alpha": 0, "num": 256}, {"alpha": 0.75, "num": 256}),
-            "model.embedding_dim": 32,
+            "model.negatives": (Uniform(256), Popularity(256)),
+            "model.dim": 32,
+            "training.examples": "sequences",
             "training.max_epochs": 10,
             "training.patience": 2,
             "training.learning_rate": 0.004,
@@ -750,24 +423,24 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "data.user_features": {},
             "model.use_user_id": True,
             "model.history_pooling": (),
-            "model.unknown_rate": 0.01,
+            "model.id_dropout": 0.01,
             "model.combination": "sum",
         },
     ),
     "sets": (
-        "a log without an order: the mean of the history, of which training reads a random half "
-        "and finds the other, a user at a time; users who come later are answered by their history",
+        "a log without an order: the mean of the history, of which a random half is input and the "
+        "other the target, a user at a time; users who come later are answered by their history",
         {
-            **_NO_IN_BATCH,
-            "data.ordered": False,
-            "samples.history_length": 300,
-            "samples.easy_negatives": ({"alpha": 0.5, "num": 2048},),
-            "model.embedding_dim": 128,
-            "model.candidate_bias": True,
+            "data.is_ordered": False,
+            "model.negatives": (Popularity(2048, 0.5),),
+            "model.dim": 128,
+            "model.history_length": 300,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
+            "model.candidate_bias": True,
             "model.combination": "sum",
             "model.temperature": 0.07,
+            "training.examples": "sets",
             "training.batch_size": 3072,
             "training.learning_rate": 0.01,
             "training.decay": "cosine",
@@ -778,17 +451,29 @@ RUN_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sequence": (
         "logs in which the order of the events tells what comes next: causal self-attention over "
-        "the history, trained at all positions at once",
+        "the history, sequence-level training",
         {
-            **_NO_IN_BATCH,
-            "samples.history_length": 200,
-            "samples.easy_negatives": ({"alpha": 0, "num": 512}, {"alpha": 0.75, "num": 512}),
+            "model.negatives": (Uniform(512), Popularity(512)),
+            "model.history_length": 200,
             "model.history_pooling": ("attention",),
+            "model.history_dropout": 0.2,
             "model.share_item_embedding": True,
             "model.combination": "sum",
-            "model.history_dropout": 0.2,
+            "training.examples": "sequences",
             "training.max_epochs": 100,
         },
+    ),
+    "hybrid_1_100": (
+        "funnel logs: 1 in 100 of the negatives' weight is held by losers of pre-rank and rank",
+        {"model.hard": FunnelLosers(share=0.01)},
+    ),
+    "hybrid_50_50": (
+        "funnel logs, by the rule of thumb: half of the negatives' weight",
+        {"model.hard": FunnelLosers(share=0.5)},
+    ),
+    "mined_1_100": (
+        "logs without losers: 1 in 100, mined from the model",
+        {"model.hard": Mined(share=0.01)},
     ),
 }
 
@@ -834,7 +519,7 @@ def with_settings(
     Args:
         config: The settings to start from.
         settings: New values by dotted name.
-        preset: Name in `RUN_PRESETS`, whose values are replaced first.
+        preset: Name in `PRESETS`, whose values are replaced first.
 
     Raises:
         ConfigError: If a name is unknown, or a value cannot be used.
@@ -844,16 +529,12 @@ def with_settings(
         >>> config.training.batch_size, config.training.max_epochs, config.seed
         (512, 30, 7)
     """
-    if preset is not None and preset not in RUN_PRESETS:
-        raise ConfigError(
-            [("preset", f"unknown preset {preset!r}; {suggest(preset, RUN_PRESETS)}")]
-        )
-    settings = {**(RUN_PRESETS[preset][1] if preset else {}), **(settings or {})}
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError([("preset", f"unknown preset {preset!r}; {suggest(preset, PRESETS)}")])
+    settings = {**(PRESETS[preset][1] if preset else {}), **(settings or {})}
     tree = config.model_dump()
-    if "samples.preset" in settings:
-        # A new preset replaces what the old one, or the default, had set.
-        for name in ("hard_share", "hard_negatives"):
-            del tree["samples"][name]
+    if settings.get("data.path") and config.data.path is None and "data.source" not in settings:
+        del tree["data"]["source"]  # The path decides.
     for name, value in settings.items():
         *tables, setting = name.split(".")
         table = tree
@@ -899,10 +580,3 @@ def _is_time_zone(name: str) -> bool:
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         return False
     return True
-
-
-def _is_before(validation_start: datetime, test_start: datetime) -> bool:
-    """Compares two times, of which one may lack a time zone (that is reported by itself)."""
-    if (validation_start.tzinfo is None) != (test_start.tzinfo is None):
-        return True
-    return validation_start < test_start

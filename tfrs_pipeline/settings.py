@@ -126,6 +126,8 @@ def from_text(value: Any) -> Any:
     if value.startswith("{"):
         return json.loads(value)
     parts = [part.partition("=") for part in value.split(":")]
+    if sum(not equals for _, equals, _ in parts) > 1:
+        raise ValueError("must be a kind and its settings by name, such as uniform:num=256")
     return {name if equals else "kind": text if equals else name for name, equals, text in parts}
 
 

@@ -1,88 +1,75 @@
-"""A tiny problem that a two-tower model can learn: three tastes of users and items."""
+"""A tiny log that a two-tower model can learn: three tastes of users and items."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.samples.build import RowLists, Samples
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.uniform import Uniform
 
-NUM_QUERIES, NUM_CANDIDATES = 30, 24
-GENRES = ("drama", "comedy", "war")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Samples of users that click items of their own genre, with features of both."""
-
-    samples: Samples
-    relevant: RowLists
-    query_features: list[Feature]
-    candidate_features: list[Feature]
-    query_columns: dict[str, np.ndarray]
-    candidate_columns: dict[str, np.ndarray]
-
-    def model(self, **options: Any) -> TwoTowerModel:
-        model = TwoTowerModel(
-            num_queries=NUM_QUERIES,
-            num_candidates=NUM_CANDIDATES,
-            query_features=[feature.spec for feature in self.query_features],
-            candidate_features=[feature.spec for feature in self.candidate_features],
-            **{
-                "embedding_dim": 8,
-                "feature_dim": 4,
-                "history_length": 5,
-                "cutoffs": (3, 8),
-                **options,
-            },
-        )
-        model.set_features(self.query_columns, self.candidate_columns)
-        return model
-
-    def batches(self) -> TrainingBatches:
-        return TrainingBatches(
-            self.samples, batch_size=32, easy_negatives=[(0.0, 16)], history_length=5, seed=1
-        )
+# The id of row r is 10 * r for items, 100 + r for users.
+NUM_USERS, NUM_ITEMS, NUM_TASTES = 30, 24, 3
+LENGTH = 3
+LOSERS = FunnelLosers(share=0.3, num=2, stages=("pre_ranked",))
 
 
 @pytest.fixture(scope="session")
-def problem() -> Problem:
+def log() -> Log:
+    """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank."""
     rng = np.random.default_rng(0)
-    clicks = [
-        rng.permutation(np.arange(1 + row % 3, NUM_CANDIDATES + 1, 3))[:6]
-        for row in range(NUM_QUERIES)
-    ]
-    train = [rows[:4] for rows in clicks]
-    query_rows = np.repeat(np.arange(1, NUM_QUERIES + 1), 4).astype(np.int32)
-    candidate_rows = np.concatenate(train).astype(np.int32)
-    nothing = RowLists.from_lists([np.zeros(0, int)] * (NUM_QUERIES + 1))
-    query_columns = [GENRES[row % 3] for row in range(NUM_QUERIES)]
-    genre_column = [[GENRES[row % 3], "film"] for row in range(NUM_CANDIDATES)]
-    year_column = [None if row == 5 else 1990.0 + row for row in range(NUM_CANDIDATES)]
-    taste = Feature.fit("taste", "categorical", query_columns)
-    genres = Feature.fit("genres", "multi_categorical", genre_column)
-    year = Feature.fit("year", "numeric", year_column)
-    return Problem(
-        samples=Samples(
-            query_rows=query_rows,
-            candidate_rows=candidate_rows,
-            weights=np.ones(len(query_rows), np.float32),
-            sequences=RowLists.from_lists([np.zeros(0, int), *train]),
-            num_earlier=np.tile(np.arange(4, dtype=np.int32), NUM_QUERIES),
-            known_positives=RowLists.from_lists([np.zeros(0, int), *map(np.sort, train)]),
-            exposed=nothing,
-            counts=np.bincount(candidate_rows, minlength=NUM_CANDIDATES + 1),
-        ),
-        relevant=RowLists.from_lists([rows[4:] for rows in clicks]),
-        query_features=[taste],
-        candidate_features=[genres, year],
-        query_columns={"taste": taste.encode_column(query_columns)},
-        candidate_columns={
-            "genres": genres.encode_column(genre_column),
-            "year": year.encode_column(year_column),
-        },
-    )
+    rows = []
+    for user in range(NUM_USERS):
+        own = 1 + rng.permutation(np.arange(user % NUM_TASTES, NUM_ITEMS, NUM_TASTES))
+        others = 1 + rng.permutation(np.arange((user + 1) % NUM_TASTES, NUM_ITEMS, NUM_TASTES))
+        for time, item in enumerate(own[:6]):
+            rows.append((101 + user, 10 * item, time, "clicked"))
+        rows += [(101 + user, 10 * item, 1, "exposed") for item in others[:2]]
+        rows += [(101 + user, 10 * item, 1, "pre_ranked") for item in others[2:5]]
+    events = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "stage"])
+    events["timestamp"] = pd.to_datetime(1_700_000_000 + events["timestamp"], unit="s", utc=True)
+    genres = ["drama", "comedy", "war"]
+    items = pd.DataFrame({"item_id": 10 * np.arange(1, NUM_ITEMS + 1)})
+    items["genre"] = [genres[row % NUM_TASTES] for row in range(NUM_ITEMS)]
+    return Log.from_table(events, items=items, item_features={"genre": "categorical"})
+
+
+@pytest.fixture(scope="session")
+def split(log: Log) -> Split:
+    return log.split("last_n", validation=1, test=1)
+
+
+@pytest.fixture(scope="session")
+def data(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    """120 samples: the first four clicks of each user."""
+    return TrainingSet.build(split.train, tmp_path_factory.mktemp("samples"), seed=0, hard=LOSERS)
+
+
+def tiny(**changes: Any) -> TwoTower:
+    """A model of the tiny log; `training` may be a dict of what differs."""
+    training = {"batch_size": 32, "monitor": "ndcg@5", "learning_rate": 0.02}
+    training |= changes.pop("training", {})
+    model = {"dim": 8, "history_length": LENGTH, "negatives": [InBatch(), Uniform(16)]}
+    return TwoTower(training=TrainingSettings(**training), **{**model, **changes})
+
+
+def weights_of(network: TwoTowerNetwork) -> list[np.ndarray]:
+    return [weight.copy() for weight in network.get_weights()]
+
+
+def assert_same(weights: list[np.ndarray], others: list[np.ndarray]) -> None:
+    for a, b in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a training."""

@@ -19,11 +19,12 @@ from tests.model.test_features import NUM_NEW, fitted_features, new_columns, new
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import dump_config
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.run import Corpus, read_corpus
-from tfrs_pipeline.samples.build import RowLists
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.refresh import refresh_index
@@ -89,7 +90,7 @@ def write_csv(table: pa.Table, path: Path) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the command line with a column of each kind, as CSV; returns the run's folder."""
     folder = tmp_path_factory.mktemp("kinds")
-    data = {"source": "events", "path": write(event_table("int"), folder / "events.parquet")}
+    data = {"path": write(event_table("int"), folder / "events.parquet")}
     (folder / "small.toml").write_text(dump_config(small_config(folder, data)))
     arguments: list[Any] = [
         *("run", "--config", folder / "small.toml", "--run-dir", folder / "run"),
@@ -110,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def corpus_of(run_folder: Path) -> Corpus:
-    return read_corpus(Log.read(run_folder / "data"), run_folder / "samples" / "final")
+    return Corpus.read(Log.read(run_folder / "data"), run_folder / "samples" / "final")
 
 
 def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
@@ -131,7 +132,7 @@ def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     for tenth, name in enumerate(("maker", "tags", "price", "plays", "uploaded", "look")):
         missing = is_missing(features[name], corpus.candidate_columns[name])
         # Ids are 10 times the number of the item, and in order.
-        assert missing == [id_ // 10 % 10 == tenth for id_ in corpus.candidate_ids], name
+        assert missing == [id_ // 10 % 10 == tenth for id_ in corpus.candidate_ids.values], name
     # Ages count from the end of the log.
     end = max(event_table("int")["timestamp"].to_pylist())
     assert features["uploaded"].reference == end
@@ -177,15 +178,11 @@ def test_typed_items_are_encoded_as_their_csv(
 
 
 def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: Path) -> None:
-    features, num_rows = fitted_features(), NUM_NEW
-    specs = [feature.spec for feature in features]
-    model = TwoTowerModel(
-        num_queries=num_rows, num_candidates=num_rows, query_features=specs,
-        candidate_features=specs, embedding_dim=8, feature_dim=4, history_length=5,
-    )  # fmt: skip
+    features, num_rows = tuple(fitted_features()), NUM_NEW
     encoded = {f.name: f.encode_column(new_columns()[f.name]) for f in features}
-    model.set_features(encoded, encoded)
     ids, nothing = np.arange(num_rows), RowLists.from_lists([np.zeros(0, int)] * (num_rows + 1))
+    corpus = Corpus(Ids(ids), Ids(ids), features, features, encoded, encoded)
+    model = TwoTower(dim=8, feature_dim=4, history_length=5).build(corpus)
     exportable: Any = SimpleNamespace(
         query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
         query_features=features, candidate_features=features, history_length=5,

@@ -1,8 +1,11 @@
-"""Training that stops and goes on, its schedule over two trainings, and what it writes."""
+"""Training that stops and goes on, keeps its best epoch, and says when something is wrong."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,284 +13,192 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import NUM_CANDIDATES, NUM_QUERIES, Problem
-from tests.small_log import event_table, small_config, write
-from tfrs_pipeline.config import ConfigError, TrainingConfig
-from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
-from tfrs_pipeline.model.fit import train
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import evaluation_batches
-from tfrs_pipeline.run import (
-    load_data,
-    read_corpus,
-    split_log,
-    train_and_refit,
-    training_samples,
-)
-from tfrs_pipeline.samples.build import RowLists
+from tests.model.conftest import Stopped, assert_same, tiny, weights_of
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.fit import TrainingResult, train
+from tfrs_pipeline.model.network import TwoTowerNetwork
 
-QUERY_ROWS = range(1, NUM_QUERIES + 1)
-SCHEDULE: dict[str, Any] = {
-    "optimizer": "lazy_adam",
-    "learning_rate": 0.02,
-    "warmup_steps": 7,
-    "decay": "cosine",
-    "decay_to": 0.1,
-}
+# 120 positives in batches of 32: 4 steps an epoch.
+NUM_EPOCHS, STEPS = 5, 4
+# The streaming estimate and dropout of every kind are part of what goes on.
+MODEL = {"correction": "streaming", "use_user_id": True, "feature_dropout": 0.2}
+SCHEDULE = {"learning_rate": 0.02, "warmup_steps": 7, "decay": "cosine", "max_epochs": NUM_EPOCHS}
+RISING = [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
-class Stopped(Exception):
-    """Stands for a kill in the middle of a run."""
+class EachEpoch(tf.keras.callbacks.Callback):
+    """Remembers the weights at the end of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[list[np.ndarray]] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.weights.append(weights_of(self.model))
 
 
-def evaluation_data(problem: Problem) -> tf.data.Dataset:
-    known = RowLists.from_lists([problem.samples.known_positives[row] for row in QUERY_ROWS])
-    return evaluation_batches(
-        np.array(QUERY_ROWS), known, problem.relevant, known, history_length=5, batch_size=7
-    )
+class StopAt(tf.keras.callbacks.Callback):
+    """Stops in the middle of an epoch, by the place of a batch in this part of the run."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self._left = batch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._left -= 1
+        if not self._left:
+            raise Stopped
 
 
-@pytest.fixture
-def run(problem: Problem) -> Callable[..., tuple[TwoTowerModel, dict[str, list[float]]]]:
-    start = problem.model().get_weights()
+Run = Callable[..., tuple[TwoTowerNetwork, TrainingResult]]
+
+
+@pytest.fixture(scope="module")
+def run(data: TrainingSet) -> Run:
+    start = weights_of(tiny(**MODEL).build(data.corpus))
 
     def run_(
-        *, stop_after: int | None = None, max_epochs: int = 5, **options: Any
-    ) -> tuple[TwoTowerModel, dict[str, list[float]]]:
-        model = problem.model()
-        model.set_weights(start)
+        metrics: list[float] | None = None,
+        *,
+        training: dict[str, Any] | None = None,
+        start: list[np.ndarray] = start,
+        **options: Any,
+    ) -> tuple[TwoTowerNetwork, TrainingResult]:
+        model = tiny(**MODEL, training={**SCHEDULE, **(training or {})})
+        network = model.build(data.corpus)
+        network.set_weights(start)
+        done = list(options.pop("done", ()))
+        if metrics is not None:
+            options["validate"] = lambda: {"ndcg@5": metrics[len(done)], "recall@5": 0.5}
+        on_epoch = options.pop("on_epoch", lambda epoch, logs: None)
 
-        def on_epoch(epoch: int, logs: dict[str, float]) -> None:
-            if epoch == stop_after:
-                raise Stopped
+        def count(epoch: int, logs: dict[str, float]) -> None:
+            done.append(epoch)
+            on_epoch(epoch, logs)
 
-        result = train(
-            model, problem.batches(), max_epochs=max_epochs, on_epoch=on_epoch, **options
-        )
-        return model, result.history
+        batches = model.batches(data.samples)
+        result = train(network, batches, model.training, on_epoch=count, **options)
+        return network, result
 
     return run_
 
 
-Run = Callable[..., tuple[TwoTowerModel, dict[str, list[float]]]]
+@dataclass(frozen=True)
+class Whole:
+    """An unbroken training of all epochs."""
+
+    network: TwoTowerNetwork
+    result: TrainingResult
+    epochs: EachEpoch
 
 
-def assert_same(model: TwoTowerModel, other: TwoTowerModel) -> None:
-    pairs = zip(model.trainable_variables, other.trainable_variables, strict=True)
-    for a, b in pairs:
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_stopped_run_with_a_schedule_goes_on_bit_for_bit(
-    run: Run, tmp_path: Path, stop_after: int
-) -> None:
-    unbroken, history = run(**SCHEDULE)
-    with pytest.raises(Stopped):
-        run(stop_after=stop_after, checkpoint_folder=tmp_path, **SCHEDULE)
-    resumed, resumed_history = run(checkpoint_folder=tmp_path, **SCHEDULE)
-    assert_same(unbroken, resumed)
-    assert history == resumed_history
-    # The step size is where the unbroken run's is: at the end of the decay.
-    assert float(resumed.optimizer.learning_rate) == pytest.approx(0.002)
-    constant, _ = run(optimizer="lazy_adam", learning_rate=0.02)
-    assert any(
-        np.any(a != b) for a, b in zip(unbroken.get_weights(), constant.get_weights(), strict=True)
-    )
-
-
-def test_a_second_training_goes_the_way_of_the_first(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        run(stop_after=3, checkpoint_folder=tmp_path, **SCHEDULE)
-    chosen, _ = run(max_epochs=3, checkpoint_folder=tmp_path, **SCHEDULE)
-    again, _ = run(max_epochs=3, decay_epochs=5, **SCHEDULE)
-    assert_same(chosen, again)
-    squeezed, _ = run(max_epochs=3, **SCHEDULE)
-    pairs = zip(squeezed.trainable_variables, again.trainable_variables, strict=True)
-    assert any(np.any(a.numpy() != b.numpy()) for a, b in pairs)
-
-
-def test_a_warm_up_longer_than_the_training_is_refused(run: Run) -> None:
-    # 120 positives in batches of 32: 4 steps an epoch.
-    with pytest.raises(ValueError, match="warm-up of 20 steps leaves nothing of 20 steps"):
-        run(warmup_steps=20, decay="linear")
-
-
-def as_queries(problem: Problem) -> Holdout:
-    known = [problem.samples.known_positives[row].astype(np.int64) for row in QUERY_ROWS]
-    relevant = [problem.relevant[i].astype(np.int64) for i in range(NUM_QUERIES)]
-    return Holdout(
-        user_ids=np.array(QUERY_ROWS),
-        # Oldest first, where a batch holds the most recent one first.
-        histories=[rows[::-1] for rows in known],
-        relevant=relevant,
-        clicked=known,
-        seen=known,
-        candidate_ids=np.arange(1, len(problem.samples.counts)),
-        candidate_counts=problem.samples.counts[1:],
-    )
-
-
-def test_tail_recall_agrees_with_the_evaluation_of_any_retriever(
-    run: Run, problem: Problem
-) -> None:
-    model, _ = run(**SCHEDULE)
-    counts = problem.samples.counts[1:]
-    before = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
-    model.report_tail(popularity_slices(counts)["tail"])
-    reported = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
-    ids = np.arange(1, NUM_CANDIDATES + 1)
-    measured = evaluate(
-        exact_retriever(model, np.arange(1, NUM_QUERIES + 1), ids),
-        as_queries(problem),
-        exclude="clicked",
-        cutoffs=(3, 8),
-        num_bootstrap=0,
-    ).first
-    tail = measured.slices["tail"]
-    assert 0 < tail.num_queries < NUM_QUERIES
-    for k in (3, 8):
-        expected = np.nanmean(tail.per_query[f"recall@{k}"])
-        assert reported[f"tail/recall@{k}"] == pytest.approx(expected, abs=1e-6)
-        whole = np.mean(measured.per_query[f"recall@{k}"])
-        assert reported[f"recall@{k}"] == pytest.approx(whole, abs=1e-6)
-        assert abs(expected - whole) > 0.01
-    assert {name: reported[name] for name in before} == before
-    assert set(reported) == set(model.ranking_metric_names)
-    # Another tail, in the graph that is there.
-    model.report_tail(np.ones(NUM_CANDIDATES, bool))
-    reported = model.evaluate(evaluation_data(problem), verbose=0, return_dict=True)
-    assert reported["tail/recall@8"] == pytest.approx(reported["recall@8"], abs=1e-6)
-    with pytest.raises(ValueError, match=r"is_tail must be \[24\] bool.*shape \(25,\), int64"):
-        model.report_tail(problem.samples.counts)
-
-
-def test_diagnostics_are_what_the_batch_and_the_tables_hold(problem: Problem) -> None:
-    model = problem.model(use_user_id=True, normalize=False)
-    batch = problem.batches().batch(tf.constant(2, tf.int64))
-    before = [variable.numpy() for variable in model.weights]
-    figures = {name: float(value) for name, value in model.diagnose(batch).items()}
-    for old, variable in zip(before, model.weights, strict=True):
-        np.testing.assert_array_equal(old, variable)
-    is_counted = batch["is_counted"].numpy()
-    log_q = np.broadcast_to(batch["log_q"], is_counted.shape)
-    cells = [log_q[i, j] for i, j in zip(*np.nonzero(is_counted), strict=True)]
-    assert figures["log_q/min"] == pytest.approx(min(cells))
-    assert figures["log_q/max"] == pytest.approx(max(cells))
-    assert figures["masked_share"] == pytest.approx(np.mean(~is_counted), abs=1e-6)
-    assert 0 < figures["masked_share"] < 1
-    queries = model.embed_queries(batch["query_row"], batch["history_rows"]).numpy()
-    assert figures["norm/query"] == pytest.approx(np.sqrt((queries**2).sum(1)).mean(), rel=1e-5)
-    corpus = model.embed_corpus()[batch["candidate_row"].numpy() - 1]
-    assert figures["norm/candidate"] == pytest.approx(np.sqrt((corpus**2).sum(1)).mean(), rel=1e-5)
-    tables = {
-        (variable.shape[0], variable.shape[1]): variable.numpy()
-        for variable in model.query_tower.trainable_variables
-        if variable.shape[0] == NUM_QUERIES + 1
-    }
-    (table,) = tables.values()
-    assert figures["norm/query_tower/id"] == pytest.approx(
-        np.sqrt((table**2).sum(1)).mean(), rel=1e-5
-    )
-    assert "norm/candidate_tower/id" in figures
-    assert "norm/query_tower/history_item" in figures
-
-
-def test_without_a_correction_there_is_no_log_q_to_show(problem: Problem) -> None:
-    batch = problem.batches().batch(tf.constant(0, tf.int64))
-    figures = problem.model(correction="none").diagnose(batch)
-    assert not [name for name in figures if name.startswith("log_q")]
-    assert float(figures["norm/query"]) == pytest.approx(1.0, rel=1e-5)
+@pytest.fixture(scope="module")
+def whole(run: Run) -> Whole:
+    epochs = EachEpoch()
+    network, result = run(RISING, callbacks=[epochs])
+    return Whole(network, result, epochs)
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:
-    """Reads what TensorBoard would show: name -> epoch -> value."""
+    """Reads what TensorBoard would show: name -> epoch from 0 -> value."""
     values: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.glob("events.*")):
+    for file in sorted(folder.rglob("events.*")):
         for record in tf.data.TFRecordDataset(str(file)):
             event = tf.compat.v1.Event.FromString(record.numpy())
             for value in event.summary.value:
-                values.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+                if value.tag.startswith("epoch_"):
+                    found = values.setdefault(value.tag.removeprefix("epoch_"), {})
+                    found[event.step] = float(tf.make_ndarray(value.tensor))
     return values
 
 
-def test_event_files_hold_every_epoch_once_and_change_nothing(
-    run: Run, problem: Problem, tmp_path: Path
-) -> None:
-    options = {**SCHEDULE, "validation": evaluation_data(problem), "monitor": "ndcg@8"}
-    options["patience"] = 9
-    without, history = run(**options)
-    folders = {
-        "checkpoint_folder": tmp_path,
-        "tensorboard_folder": tmp_path / "tensorboard",
-    }
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_path: Path) -> None:
+    """Stopped within the second epoch, then after the third one with a checkpoint half written."""
+    options = {"folder": tmp_path, "training": {"tensorboard": True}}
     with pytest.raises(Stopped):
-        run(stop_after=2, **folders, **options)
-    model, _ = run(**folders, **options)
-    assert_same(without, model)
+        run(RISING, callbacks=[StopAt(STEPS + 2)], **options)
+    assert json.loads((tmp_path / "state.json").read_text())["epoch"] == 1
+
+    def stop(epoch: int, logs: dict[str, float]) -> None:
+        if epoch == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(RISING, done=[1], on_epoch=stop, **options)
+    # What TensorFlow leaves when it is killed as it writes, of this epoch and of an earlier one.
+    for number in (2, 4):
+        (tmp_path / f"epoch-{number}_temp").mkdir()
+        (tmp_path / f"epoch-{number}_temp" / "part-00000-of-00001.data").write_text("half")
+    resumed, result = run(RISING, done=[1, 2, 3], **options)
+    assert_same(weights_of(resumed), weights_of(whole.network))
+    assert set(whole.result.history) == {"loss", "val_ndcg@5", "val_recall@5"}
+    for name, values in whole.result.history.items():
+        assert result.history[name] == values
+    assert result.best_epoch == NUM_EPOCHS
+    assert {path.name.split(".")[0] for path in tmp_path.glob("epoch-?.*")} == {"epoch-5"}
+    # The event files hold every epoch, resumed or not; the rates rise for 7 steps, then fall.
     found = events(tmp_path / "tensorboard")
-    assert {tuple(by_epoch) for by_epoch in found.values()} == {(1, 2, 3, 4, 5)}
-    for name in ("loss", "val_ndcg@8", "val_recall@3"):
-        written = list(found[name.replace("val_", "validation/")].values())
-        np.testing.assert_allclose(written, history[name], rtol=1e-6)
-    rates = list(found["learning_rate"].values())
-    # The warm-up ends in the second epoch.
-    assert rates[0] == pytest.approx(0.02 * 4 / 7)
-    assert rates[1] == max(rates)
-    assert rates[-1] == pytest.approx(0.002)
-    assert found["log_q/min"][1] < found["log_q/max"][1]
-
-
-def test_both_trainings_of_a_run_go_down_the_same_way(tmp_path: Path) -> None:
-    path = write(event_table("int"), tmp_path / "ratings.parquet")
-    config = small_config(
-        tmp_path,
-        {"source": "ratings", "path": path, "rating_threshold": 3, "timestamp_unit": "s"},
-        training={
-            "max_epochs": 6,
-            "decay": "linear",
-            "decay_to": 0.4,
-            "learning_rate": 0.05,
-            "tensorboard": True,
-        },
-    )
-    tables = load_data(config.data)
-    split = split_log(tables, config.split, config.seed)
-    selection, final = (
-        training_samples(config, tables, split, parts, tmp_path / str(len(parts)))
-        for parts in (("train",), ("train", "validation"))
-    )
-    corpus = read_corpus(tables, tmp_path / "2")
-    queries = split.validation
-    # The time is over after the first epoch: it is chosen.
-    _, chosen, _ = train_and_refit(
-        config,
-        corpus,
-        selection,
-        final,
-        queries,
-        max_seconds=1e-9,
-        folder=tmp_path / "checkpoints",
-    )
-    first, second = (
-        events(tmp_path / "checkpoints" / step / "tensorboard") for step in ("selection", "refit")
-    )
-    assert chosen.best_epoch == len(chosen.history["loss"]) == 1
-    for found in (first, second):
-        assert found["learning_rate"] == {1: pytest.approx(0.05 * (1 - 0.6 / 6), rel=1e-5)}
-    assert not any(name.startswith("validation") for name in second)
-    tail = [first[f"validation/tail/recall@{k}"] for k in config.evaluation.cutoffs]
-    assert [list(values.values()) for values in tail] == [
-        pytest.approx(chosen.history[f"val_tail/recall@{k}"], rel=1e-6)
-        for k in config.evaluation.cutoffs
+    assert list(found["loss"]) == list(range(NUM_EPOCHS))
+    np.testing.assert_allclose(list(found["loss"].values()), result.history["loss"], rtol=1e-6)
+    shares = [
+        n / 7 if n < 7 else math.cos(math.pi / 2 * (n - 7) / 13) ** 2 for n in range(4, 21, 4)
     ]
-    with pytest.raises(ValueError, match="tensorboard writes into the folder of the checkpoints"):
-        train_and_refit(config, corpus, selection, final, queries)
+    rates = list(found["learning_rate"].values())
+    np.testing.assert_allclose(rates, 0.02 * np.array(shares), rtol=1e-5, atol=1e-9)
+    assert {"masked_share", "norm/query"} <= found.keys()
+    # Once done it stays so.
+    again, kept = run(RISING, folder=tmp_path)
+    assert_same(weights_of(again), weights_of(resumed))
+    assert kept.history == result.history
+    assert kept.seconds > result.seconds / 2
 
 
-def test_settings_that_have_no_effect_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"decay_to: got 0.1 with decay 'none'.*no effect"):
-        TrainingConfig(decay_to=0.1)
-    assert TrainingConfig(decay="linear", decay_to=0.1).decay_to == 0.1
+def test_a_second_training_goes_the_way_of_the_first(run: Run, whole: Whole) -> None:
+    """Its decay is over the settings' epochs too: three of five epochs are those three."""
+    network, result = run(max_epochs=3)
+    assert_same(weights_of(network), whole.epochs.weights[2])
+    assert result.best_epoch == 3
+    assert result.history["loss"] == whole.result.history["loss"][:3]
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_training(
+    run: Run, whole: Whole, tmp_path: Path
+) -> None:
+    metrics = [0.1, 0.5, 0.3, 0.5, 0.9]
+    seen: list[tuple[int, float]] = []
+    network, result = run(
+        metrics,
+        training={"patience": 2},
+        folder=tmp_path,
+        on_epoch=lambda epoch, logs: seen.append((epoch, logs["val_ndcg@5"])),
+    )
+    # The fourth is not better than the second.
+    assert result.history["val_ndcg@5"] == metrics[:4]
+    assert seen == list(enumerate(metrics[:4], 1))
+    assert result.best_epoch == 2
+    assert_same(weights_of(network), whole.epochs.weights[1])
+    again, kept = run(metrics, training={"patience": 2}, folder=tmp_path)
+    assert kept.best_epoch == 2
+    assert_same(weights_of(again), whole.epochs.weights[1])
+
+
+def test_no_epoch_is_begun_once_the_time_is_over(run: Run, tmp_path: Path) -> None:
+    _, result = run(folder=tmp_path, max_seconds=1e-9)
+    assert len(result.history["loss"]) == 1
+    assert result.seconds > 0
+    # Earlier parts of a resumed run count.
+    _, result = run(folder=tmp_path, max_seconds=result.seconds / 2)
+    assert len(result.history["loss"]) == 1
+
+
+def test_what_goes_wrong_is_said(run: Run, whole: Whole, tmp_path: Path) -> None:
+    broken = [
+        np.full_like(w, np.nan) if w.dtype == np.float32 else w for w in weights_of(whole.network)
+    ]
+    with pytest.raises(ValueError, match=r"loss is nan after epoch 1.*training.learning_rate"):
+        run(start=broken, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"Cannot monitor 'ndcg@9'.*evaluation.cutoffs"):
+        run(RISING, training={"monitor": "ndcg@9"})
+    with pytest.raises(ValueError, match="warm-up of 20 steps leaves nothing of 20 steps"):
+        run(training={"warmup_steps": 20})

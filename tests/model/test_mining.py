@@ -1,185 +1,164 @@
-"""Mined hard negatives in training: renewed from the model, kept for a training that is stopped."""
+"""Hard negatives mined from the model: what is kept, when, and in a training that is stopped."""
+
+from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.small_log import event_table, small_config, write
-from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
-from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.model.mining import MinedPools
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.run import (
-    Corpus,
-    load_data,
-    mined_pools,
-    read_corpus,
-    split_log,
-    train_model,
-    training_batches,
-    training_samples,
-)
-from tfrs_pipeline.samples.build import RowLists, Samples
+from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
+from tfrs_pipeline.model import mining
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.mining import MinedPools, MiningReport, mine_pools, query_of_sample
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.retrieval import Retriever
 
-MIN_RANK, MAX_RANK = 10, 30
+MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A log of ratings, ready to train on."""
-
-    config: RunConfig
-    samples: Samples
-    corpus: Corpus
-    validation: Holdout
+def make_model(**options: Any) -> TwoTower:
+    """Whole sequences read by self-attention, with dropout of every kind."""
+    return tiny(
+        **{
+            "hard": MINED,
+            "negatives": [Uniform(16), Popularity(16, 0.5)],
+            "history_pooling": ["attention"],
+            "attention_blocks": 1,
+            "share_item_embedding": True,
+            "candidate_bias": True,
+            "id_dropout": 0.1,
+            "training": {"examples": "sequences", "max_epochs": 5},
+            **options,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    folder = tmp_path_factory.mktemp("log")
-    path = write(event_table("int"), folder / "ratings.parquet")
-    data = {"source": "ratings", "path": path, "rating_threshold": 3, "timestamp_unit": "s"}
-    config = small_config(
-        folder,
-        data,
-        samples={
-            "history_length": 10,
-            "easy_negatives": [{"alpha": 0, "num": 32}],
-            "hard_share": 0.2,
-            "hard_negatives": [{"stage": "mined", "num": 4}],
-            "hard_max_pool": 6,
-            "mined_min_rank": MIN_RANK,
-            "mined_max_rank": MAX_RANK,
-            "mined_every": 2,
-        },
-        training={"max_epochs": 6},
-    )
-    tables = load_data(config.data)
-    split = split_log(tables, config.split, config.seed)
-    samples = training_samples(config, tables, split, ("train",), folder / "samples")
-    corpus = read_corpus(tables, folder / "samples")
-    return Ready(config, samples, corpus, split.validation)
+def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[TwoTower, Path]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return make_model().fit_samples(data, folder=folder), folder
 
 
-class Stopped(Exception):
-    """In the middle of a training."""
+def reports_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "mining.json").read_text())
 
 
-def trained(
-    log: Ready, num_epochs: int, folder: Path | None = None, stop_after: int | None = None
-) -> tuple[TwoTowerModel, TrainingBatches, MinedPools]:
-    batches = training_batches(log.config, log.samples)
-    mining = mined_pools(log.config, log.corpus, batches, folder=folder)
-    assert mining is not None
-
-    def on_epoch(epoch: int, logs: dict[str, float]) -> None:
-        if epoch == stop_after:
-            raise Stopped
-
-    model, _ = train_model(
-        log.config,
-        log.config.model,
-        log.corpus,
-        batches,
-        max_epochs=num_epochs,
-        before_epochs=mining,
-        checkpoint_folder=folder,
-        on_epoch=on_epoch,
-    )
-    return model, batches, mining
-
-
-def test_first_epochs_have_none_and_later_ones_those_of_the_model_then(log: Ready) -> None:
-    model, batches, mining = trained(log, 2)
-    assert batches.mean_hard_share == 0
-    assert mining.reports == {}
-    # The pools of epochs 3 and 4 are what the model of epoch 2 ranks from 10 to 29.
-    _, batches, mining = trained(log, 4)
-    assert set(mining.reports) == {2}
-    assert batches.mean_hard_share == pytest.approx(0.2)
-    rows = np.arange(1, len(log.corpus.candidate_ids) + 1)
-    retriever = exact_retriever(model, np.arange(1, len(log.corpus.query_ids) + 1), rows)
-    for batch in batches.dataset(50, 2):
-        hard = batch["hard_candidate_row"].numpy()
-        assert batch["hard_is_counted"].numpy().all()
-        for user, history, own, drawn in zip(
-            batch["query_row"].numpy().tolist(),
-            batch["history_rows"].numpy(),
-            batch["candidate_row"].numpy(),
-            hard,
-            strict=True,
-        ):
-            left_out = [*log.samples.known_positives[user], *log.samples.exposed[user], own]
-            query = {"user_id": user, "history": history[history > 0][::-1]}
-            ranking, _ = retriever.retrieve([query], MAX_RANK, [left_out])
-            assert set(drawn.tolist()) <= set(ranking[0, MIN_RANK:].tolist())
-
-
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_a_stopped_training_ends_as_an_unbroken_one(
-    log: Ready, tmp_path: Path, stop_after: int
+def test_a_stopped_training_mines_what_an_unbroken_one_does(
+    data: TrainingSet, unbroken: tuple[TwoTower, Path], tmp_path: Path
 ) -> None:
-    unbroken, _, reports = trained(log, 5)
-    with pytest.raises(Stopped):
-        trained(log, 5, tmp_path, stop_after)
-    resumed, _, kept = trained(log, 5, tmp_path)
-    for a, b in zip(unbroken.get_weights(), resumed.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert kept.reports == reports.reports
-    assert set(kept.reports) == {2, 4}
-    saved = json.loads((tmp_path / "mining.json").read_text())
-    assert saved["4"] == kept.reports[4].as_dict()
-    assert len(list(tmp_path.glob("mined-*.npz"))) == 1
+    """Stopped where pools are due, then where they are kept from before."""
+    model, folder = unbroken
+
+    for last in (2, 3):
+
+        def stop(epoch: int, logs: dict[str, float], last: int = last) -> None:
+            if epoch == last:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
+        # Nothing is mined for the first two epochs.
+        assert (tmp_path / "mining.json").exists() == (last > 2)
+    resumed = make_model().fit_samples(data, folder=tmp_path)
+    assert_same(weights_of(resumed.network), weights_of(model.network))
+    assert reports_in(tmp_path) == reports_in(folder)
+    assert set(reports_in(tmp_path)) == {"2", "4"}
+    assert [path.name for path in tmp_path.glob("mined-*")] == ["mined-4.npz"]
+    assert resumed.notes == model.notes
+    assert resumed.notes[0].startswith("mined after epoch 4: ")
+    # Every sample has a pool, so that f is what was asked for.
+    assert "effective mean hard share 0.3000" in resumed.notes
 
 
-def test_a_pool_is_replaced_for_its_own_stage_alone(log: Ready) -> None:
-    batches = training_batches(log.config, log.samples)
-    pool = RowLists.from_lists([np.array([3, 5])] * len(log.samples))
-    with pytest.raises(ValueError, match="No hard negatives of stage 'ranked'"):
-        batches.set_hard_pool("ranked", pool)
-    with pytest.raises(ValueError, match=f"each of {len(log.samples)} samples. Received: 1"):
-        batches.set_hard_pool("mined", RowLists.from_lists([np.array([3])]))
-    batches.set_hard_pool("mined", pool)
-    (batch,) = batches.dataset(0, 1)
-    assert set(np.unique(batch["hard_candidate_row"])) == {3, 5}
+def slow_pools(retriever: Retriever, data: TrainingSet) -> list[list[int]]:
+    samples, pools = data.samples, []
+    for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
+        never = {own, *samples.known_positives[user], *samples.exposed[user]}
+        query = {"user_id": user, "history": samples.history(i, LENGTH)}
+        (ranking,), _ = retriever.retrieve([query], NUM_ITEMS)
+        pools.append([row for row in ranking if row not in never][4:12])
+    return pools
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"samples.hard_negatives": [{"stage": "ranked"}]}, r"'ranked'.*no losers.*mined_1_100"),
-        ({"samples.mined_max_rank": 10}, "mined_max_rank: got 10; must be above mined_min_rank"),
-        ({"samples.mined_margin": -1}, "mined_margin"),
-        ({"training.max_epochs": 2}, "mined_every: got 2.*nothing would be mined"),
-    ],
-)
-def test_settings_that_cannot_be(log: Ready, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        with_settings(log.config, settings)
-
-
-def test_the_preset_mines(log: Ready) -> None:
-    config = with_settings(log.config, {"samples.preset": "mined_1_100"})
-    assert config.samples.hard_share == 0.01
-    assert [sampler.stage for sampler in config.samples.hard_negatives] == ["mined"]
-
-
-def test_nothing_is_mined_where_nothing_is_asked_for(log: Ready) -> None:
-    config = with_settings(log.config, {"samples.hard_share": 0})
-    assert mined_pools(config, log.corpus, training_batches(config, log.samples)) is None
-
-
-def test_a_corpus_without_such_ranks_is_refused(log: Ready) -> None:
-    config = with_settings(
-        log.config, {"samples.mined_min_rank": 100, "samples.mined_max_rank": 200}
+def test_pools_are_what_a_slow_loop_keeps(
+    data: TrainingSet, unbroken: tuple[TwoTower, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model's own ranking, in blocks, with and without a limit on the pool."""
+    retriever, samples = unbroken[0]._retriever_of_rows(), data.samples
+    expected = slow_pools(retriever, data)
+    assert {len(pool) for pool in expected} == {8}
+    whole = Mined(min_rank=4, max_rank=12)
+    pools, report = mine_pools(retriever, samples, whole, seed=0, history_length=LENGTH)
+    for i, pool in enumerate(expected):
+        assert sorted(pools[i]) == sorted(pool)
+    monkeypatch.setattr(mining, "_CELLS_PER_BATCH", 7 * (NUM_ITEMS + 1))
+    done: list[int] = []
+    limited, report = mine_pools(
+        retriever,
+        samples,
+        MINED,
+        seed=[0, 2],
+        history_length=LENGTH,
+        on_progress=lambda n, total: done.append(n),
     )
-    batches = training_batches(config, log.samples)
-    mining = mined_pools(config, log.corpus, batches)
-    with pytest.raises(ValueError, match=r"ranks from 100 on.*80 items"):
-        train_model(config, config.model, log.corpus, batches, max_epochs=3, before_epochs=mining)
+    assert done == [*range(7, 120, 7), 120]
+    for i, pool in enumerate(expected):
+        assert len(set(limited[i])) == 5
+        assert set(limited[i]) <= set(pool)
+    known, exposed = 4 * 120, 2 * 120
+    assert report == MiningReport(
+        num_samples=120,
+        num_without=0,
+        num_retrieved=report.num_retrieved,
+        num_kept=5 * 120,
+        dropped={
+            "known positives": report.dropped["known positives"],
+            "exposed and not clicked": report.dropped["exposed and not clicked"],
+            "of a better rank": 4 * 120,
+            "of a worse rank": report.dropped["of a worse rank"],
+            "beyond the pool's size": 3 * 120,
+        },
+    )
+    # What is retrieved beyond the deepest rank covers every item that may be dropped.
+    assert 0 < report.dropped["known positives"] <= known
+    assert 0 < report.dropped["exposed and not clicked"] <= exposed
+    assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
+
+
+def test_a_query_holds_the_latest_of_what_the_sample_knew(data: TrainingSet) -> None:
+    i = int(np.flatnonzero(data.samples.num_earlier == 3)[0])
+    user = int(data.samples.query_rows[i])
+    sequence = data.samples.sequences[user]
+    for length, expected in ((2, sequence[1:3]), (None, sequence[:3])):
+        query = query_of_sample(data.samples, i, length)
+        assert query["user_id"] == user
+        np.testing.assert_array_equal(query["history"], expected)
+    assert data.samples.candidate_rows[i] == sequence[3]
+
+
+def test_what_cannot_be_mined_is_refused_or_said(
+    data: TrainingSet, unbroken: tuple[TwoTower, Path]
+) -> None:
+    deep = Mined(min_rank=NUM_ITEMS, max_rank=200)
+    with pytest.raises(ValueError, match=r"ranks from 24 on.*24 items. Lower model.hard.min_rank"):
+        mine_pools(unbroken[0]._retriever_of_rows(), data.samples, deep, seed=0)
+    batches = make_model().batches(data.samples)
+    before = MinedPools(
+        batches,
+        MINED,
+        make_retriever=unbroken[0]._retriever_of_rows,
+        history_length=LENGTH,
+        seed=0,
+    )
+    before.prepare(0)
+    assert batches.mean_hard_share == 0
+    assert before.describe() == [
+        "no hard negatives were mined: training ended within the first 2 epochs (model.hard.every)"
+    ]
+    assert tiny()._mining(data.samples, batches, None, lambda task, done, total: None) is None

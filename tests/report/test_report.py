@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tfrs_pipeline.config import RunConfig, dump_config, main_job_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.report.facts import Popularity, RunFacts, report_page
 from tfrs_pipeline.report.figures import thinned
 
@@ -141,7 +142,8 @@ FACTS = make_facts()
 TEXT = report_page(FACTS)
 PAGE = Page(TEXT)
 MODELS = FACTS.metrics["models"]
-HARD = RunConfig(data={"source": "events", "path": "log.parquet"}, samples={"hard_share": 0.05})
+LOSERS = FunnelLosers(0.05, stages=("retrieved", "exposed"), allow_exposed=True)
+HARD = RunConfig(data={"path": "log.parquet"}, model={"hard": LOSERS})
 
 
 def page_of(**changed: Any) -> Page:
@@ -226,9 +228,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     curve = [{"index_recall@100": 1 - 1 / n, "query_ms": 0.1 * n, "num_leaves_to_search": n}
              for n in (4, 8)]  # fmt: skip
     page = page_of(
-        config=with_settings(
-            HARD, {"samples.mask_exposed": False, "samples.allow_exposed_as_negatives": True}
-        ),
+        config=HARD,
         samples={
             **FACTS.samples,
             "hard_negatives": {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}},
@@ -243,7 +243,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert "This run allows them all the same" in page.text
     assert list(page.tables["Masked"]) == [
         "known positive of the user",
-        "exposed to the user, not clicked (not masked: samples.mask_exposed is off)",
+        "exposed to the user, not clicked",
         "never a hard negative: exposed to the user",
     ]
     assert page.values("Masked", "never a hard negative: exposed to the user")[0] == 77
@@ -293,7 +293,7 @@ def evil_facts() -> RunFacts:
         "versions": {EVIL: EVIL},
     }
     config = with_settings(
-        RunConfig(data={"source": "clicks", "path": f"/a/{EVIL}.csv"}),
+        RunConfig(data={"path": f"/a/{EVIL}.csv"}),
         {"data.columns": {"user_id": EVIL}, "export.name": "films"},
     )
     return dataclasses.replace(

@@ -9,20 +9,17 @@ from typing import Any
 import ibis
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.samples.build import (
-    HistoryOrder,
-    RowLists,
-    build_samples,
-    read_ids,
-    read_samples,
-)
+from tfrs_pipeline.samples import build as build_module
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.histories import latest_histories
+from tfrs_pipeline.samples.store import RowLists, Samples, read_ids, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
@@ -43,197 +40,197 @@ EVENTS = st.lists(
 ).filter(lambda events: any(event[3] == "clicked" for event in events))
 
 
-def make_tables(events: list[Event], *, with_request: bool = True) -> Log:
+def table_of(columns: dict[str, Any]) -> ibis.Table:
+    return CONNECTION.create_table(ibis.util.gen_name("builder"), pa.table(columns))
+
+
+def make_log(
+    events: list[Event],
+    *,
+    has_time: bool = True,
+    has_request: bool = True,
+    is_ordered: bool = True,
+    **columns: Any,
+) -> Log:
+    """Makes a log of users 1 to 3 and items 1 to 7, so that ids equal rows."""
     users, items, seconds, stages, requests = zip(*events, strict=True)
-    columns: dict[str, Any] = {
+    columns |= {
         "user_id": pa.array(users, pa.int64()),
         "item_id": pa.array(items, pa.int64()),
-        "timestamp": pa.array(
-            [START + timedelta(seconds=second) for second in seconds], pa.timestamp("us", "UTC")
-        ),
         "event_number": pa.array(range(len(events)), pa.int64()),
         "stage": pa.array(stages, pa.string()),
     }
-    if with_request:
+    if has_time:
+        times = [START + timedelta(seconds=second) for second in seconds]
+        columns["timestamp"] = pa.array(times, pa.timestamp("us", "UTC"))
+    if has_request:
         columns["request_id"] = pa.array(requests, pa.int64())
-
-    def create(table: pa.Table) -> ibis.Table:
-        return CONNECTION.create_table(ibis.util.gen_name("builder"), table)
-
     return Log(
-        events=create(pa.table(columns)),
-        items=create(pa.table({"item_id": pa.array(range(1, 8), pa.int64())})),
-        users=create(pa.table({"user_id": pa.array(range(1, 4), pa.int64())})),
+        events=table_of(columns),
+        items=table_of({"item_id": pa.array(range(1, 8), pa.int64())}),
+        users=table_of({"user_id": pa.array(range(1, 4), pa.int64())}),
+        is_ordered=is_ordered,
     )
 
 
-def build(
-    tables: Log,
-    folder: Path,
-    *,
-    events: ibis.Table | None = None,
-    order: HistoryOrder = "timestamp",
-) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Builds and returns (user, item, history oldest first), sorted; here ids equal rows."""
-    build_samples(
-        tables,
-        tables.events if events is None else events,
-        folder,
-        seed=0,
-        order=order,
-    )
+def build(log: Log, folder: Path) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Builds and returns (user, item, history oldest first), sorted."""
+    build_samples(log, folder, seed=0)
     samples = read_samples(folder)
-    return sorted(
-        (int(query), int(candidate), tuple(samples.history(i).tolist()))
-        for i, (query, candidate) in enumerate(
-            zip(samples.query_rows, samples.candidate_rows, strict=True)
-        )
-    )
+    pairs = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
+    return sorted((q, c, tuple(samples.history(i).tolist())) for i, (q, c) in enumerate(pairs))
 
 
-def slow_histories(events: list[Event], with_request: bool) -> list[Any]:
+def slow_histories(events: list[Event], has_request: bool) -> list[Any]:
     """Loops over positives: what was clicked before the request, or the event, began."""
-    numbered = [(*event, number) for number, event in enumerate(events)]
-    starts: dict[tuple[int, int], int] = {}
-    for user, _, second, _, request, _ in numbered:
-        if with_request and request is not None:
-            key = (user, request)
-            starts[key] = min(second, starts.get(key, second))
-
-    def began(event: Any) -> int:
-        user, _, second, _, request, _ = event
-        return starts[user, request] if with_request and request is not None else second
-
-    positives = [event for event in numbered if event[3] == "clicked"]
+    starts: dict[tuple[int, int | None], int] = {}
+    for user, _, second, _, request in events:
+        starts[user, request] = min(second, starts.get((user, request), second))
+    clicks = [event for event in events if event[3] == "clicked"]
     samples = []
-    for event in positives:
-        earlier = [p for p in positives if p[0] == event[0] and p[2] < began(event)]
-        kept = sorted(earlier, key=lambda p: (p[2], p[5]))
-        samples.append((event[0], event[1], tuple(p[1] for p in kept)))
+    for user, item, second, _, request in clicks:
+        began = second if request is None or not has_request else starts[user, request]
+        earlier = [click for click in clicks if click[0] == user and click[2] < began]
+        earlier.sort(key=lambda click: click[2])  # Stable: ties in the order of the log.
+        samples.append((user, item, tuple(click[1] for click in earlier)))
     return sorted(samples)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=EVENTS, has_request=st.booleans())
+@example(
+    # Of the same request, and of the same second, nothing is in the history.
+    events=[(1, 2, 3, "clicked", 1), (1, 3, 4, "clicked", 1), (1, 4, 4, "clicked", None)],
+    has_request=True,
 )
-@given(events=EVENTS, with_request=st.booleans())
 def test_histories_counts_and_masks_match_a_loop(
-    tmp_path: Path, events: list[Event], with_request: bool
+    tmp_path: Path, events: list[Event], has_request: bool
 ) -> None:
-    tables = make_tables(events, with_request=with_request)
     # One folder an example: the fixture's is shared by all of them.
-    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
-    built = build(tables, tmp_path)
-    assert built == slow_histories(events, with_request)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    log = make_log(events, has_request=has_request)
+    assert build(log, folder) == slow_histories(events, has_request)
 
-    clicked, exposed, counts = defaultdict(set), defaultdict(set), np.zeros(8, np.int64)
-    for user, item, _, stage, _ in events:
+    clicked, exposed, counts = defaultdict(list), defaultdict(set), np.zeros(8, np.int64)
+    for user, item, _, stage, _ in sorted(events, key=lambda event: event[2]):
         if stage == "clicked":
-            clicked[user].add(item)
+            clicked[user].append(item)
             counts[item] += 1
         if stage == "exposed":
             exposed[user].add(item)
-    samples = read_samples(tmp_path)
+    samples = read_samples(folder)
     np.testing.assert_array_equal(samples.counts, counts)
     for user in (1, 2, 3):
-        assert samples.known_positives[user].tolist() == sorted(clicked[user])
-        assert samples.exposed[user].tolist() == sorted(exposed[user] - clicked[user])
-
-
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(events=EVENTS, cut=st.integers(1, 5))
-def test_nothing_after_the_cut_reaches_a_sample_a_count_or_a_mask(
-    tmp_path: Path, events: list[Event], cut: int
-) -> None:
-    if not any(second < cut and stage == "clicked" for _, _, second, stage, _ in events):
-        return
-    moved = [
-        (user, item % 6 + 1, second, "exposed", request) if second >= cut else event
-        for event in events
-        for user, item, second, _, request in [event]
-    ]
-    outputs = []
-    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
-    for name, log in (("as_it_was", events), ("future_changed", moved)):
-        tables = make_tables(log)
-        before = tables.events.filter(tables.events["timestamp"] < START + timedelta(seconds=cut))
-        built = build(tables, tmp_path / name, events=before)
-        samples = read_samples(tmp_path / name)
-        outputs.append(
-            (
-                built,
-                samples.counts.tolist(),
-                samples.known_positives.values.tolist(),
-                samples.exposed.values.tolist(),
-            )
-        )
-    assert outputs[0] == outputs[1]
-
-
-def test_an_item_of_the_same_second_or_request_is_not_in_the_history(tmp_path: Path) -> None:
-    events: list[Event] = [
-        (1, 1, 0, "clicked", 0),
-        (1, 2, 3, "clicked", 1),
-        (1, 3, 4, "clicked", 1),
-        (1, 4, 5, "clicked", None),
-        (1, 5, 5, "clicked", None),
-    ]
-    assert build(make_tables(events), tmp_path) == [
-        (1, 1, ()),
-        (1, 2, (1,)),
-        (1, 3, (1,)),
-        (1, 4, (1, 2, 3)),
-        (1, 5, (1, 2, 3)),
-    ]
+        assert samples.known_positives[user].tolist() == sorted(set(clicked[user]))
+        assert samples.exposed[user].tolist() == sorted(exposed[user] - set(clicked[user]))
+    # As of now, to a model that knows users 2 and 3, and items 1 to 5.
+    histories, known = latest_histories(log, Ids([2, 3]), Ids(range(1, 6)))
+    for row, user in enumerate((0, 2, 3)):
+        items = [item if item <= 5 else 0 for item in clicked[user]]
+        assert histories[row].tolist() == items[::-1]
+        assert known[row].tolist() == sorted(set(items) - {0})
 
 
 def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:
-    events: list[Event] = [(1, item, 0, "clicked", None) for item in (3, 1, 2)]
-    tables = make_tables(events, with_request=False)
-    assert build(tables, tmp_path / "a", order="event_number") == [
+    events: list[Event] = [(1, item, 0, "clicked", None) for item in (3, 1, 2, 1)]
+    events.append((2, 7, 0, "clicked", None))
+    log = make_log(events, has_time=False, has_request=False)
+    assert build(log, tmp_path / "a") == [
         (1, 1, (3,)),
+        (1, 1, (3, 1, 2)),
         (1, 2, (3, 1)),
         (1, 3, ()),
+        (2, 7, ()),
     ]
-    assert build(tables, tmp_path / "b", order="none") == [
+    log = make_log(events, has_time=False, has_request=False, is_ordered=False)
+    assert build(log, tmp_path / "b") == [
         (1, 1, (3, 2)),
-        (1, 2, (3, 1)),
-        (1, 3, (1, 2)),
+        (1, 1, (3, 2)),
+        (1, 2, (3, 1, 1)),
+        (1, 3, (1, 2, 1)),
+        (2, 7, ()),
     ]
+    for folder in ("a", "b"):
+        report = build_samples(log, tmp_path / folder, seed=0)
+        assert report["num_empty_histories"] == 1
 
 
-def test_shards_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+def test_samples_are_shuffled_by_the_seed_over_shards_and_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[Event] = [(1, 1 + i % 7, i, "clicked", None) for i in range(60)]
-    tables = make_tables(events)
-    orders = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        build_samples(tables, tables.events, tmp_path / name, seed=seed)
-        table = pq.read_table(sorted((tmp_path / name / "samples").iterdir())[0])
-        orders.append(table["num_earlier"].to_pylist())
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(map(str, orders[0])) == sorted(map(str, orders[2]))
+    log = make_log(events, weight=pa.array(np.arange(60) / 8))
+    read: dict[int, Samples] = {}
+    for seed in (1, 2):
+        build_samples(log, tmp_path, seed=seed)
+        read[seed] = read_samples(tmp_path)
+        # Each sample has its own weight, item and history, wherever it stands.
+        places = (read[seed].weights * 8).astype(int)
+        assert sorted(places.tolist()) == list(range(60))
+        np.testing.assert_array_equal(read[seed].num_earlier, places)
+        np.testing.assert_array_equal(read[seed].candidate_rows, 1 + places % 7)
+    assert read[1].weights.tolist() != read[2].weights.tolist()
+    monkeypatch.setattr(build_module, "SAMPLES_PER_SHARD", 25)
+    monkeypatch.setattr(build_module, "SAMPLES_PER_ROW_GROUP", 10)
+    build_samples(log, tmp_path, seed=1)
+    assert len(list((tmp_path / "samples").iterdir())) == 3  # Of 30, 20 and 10: whole groups.
+    assert read_samples(tmp_path).weights.tolist() == read[1].weights.tolist()
+    assert not list(tmp_path.glob("_numbered-*"))
 
 
-def test_ids_stand_at_their_rows(tmp_path: Path) -> None:
-    build(make_tables([(2, 5, 0, "clicked", None)]), tmp_path)
+def test_ids_stand_at_their_rows_and_the_report_counts(tmp_path: Path) -> None:
+    log = make_log([(2, 5, 0, "clicked", None), (2, 6, 0, "exposed", None)])
+    report = build_samples(log, tmp_path, seed=0)
     candidate_ids, query_ids = read_ids(tmp_path)
-    assert candidate_ids.tolist() == list(range(1, 8))
-    assert query_ids.tolist() == [1, 2, 3]
+    assert candidate_ids.values.tolist() == list(range(1, 8))
+    assert query_ids.values.tolist() == [1, 2, 3]
+    assert report == {
+        "num_samples": 1,
+        "num_empty_histories": 1,
+        "num_candidates": 7,
+        "num_candidates_without_count": 6,
+        "num_queries": 3,
+        "num_known_positives": 1,
+        "num_exposed": 1,
+    }
 
 
-def test_refuses_a_training_part_without_a_positive(tmp_path: Path) -> None:
-    tables = make_tables([(1, 1, 0, "clicked", None), (1, 2, 1, "exposed", None)])
-    training = tables.events.filter(tables.events["stage"] == "exposed")
+def test_refuses_a_log_without_a_positive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no positive"):
-        build(tables, tmp_path, events=training)
+        build(make_log([(1, 2, 1, "exposed", None)]), tmp_path)
+    assert not (tmp_path / "report.json").exists()
     with pytest.raises(FileNotFoundError, match="build_samples"):
         read_samples(tmp_path / "elsewhere")
 
 
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=30))
+def test_samples_from_pairs_match_a_loop(pairs: list[tuple[int, int]]) -> None:
+    queries, candidates = [q for q, _ in pairs], [c for _, c in pairs]
+    samples = Samples.from_pairs(queries, candidates, num_queries=5, num_candidates=7)
+    for i, (query, candidate) in enumerate(pairs):
+        assert (samples.query_rows[i], samples.candidate_rows[i]) == (query, candidate)
+        history = [c for q, c in pairs[:i] if q == query]
+        assert samples.history(i).tolist() == history
+        assert samples.history(i, 2).tolist() == history[-2:]
+    for query in range(6):
+        assert samples.known_positives[query].tolist() == sorted(
+            {c for q, c in pairs if q == query}
+        )
+        assert samples.exposed[query].tolist() == []
+    assert samples.counts.tolist() == [candidates.count(row) for row in range(8)]
+
+
+def test_pairs_out_of_range_are_refused() -> None:
+    for pairs, message in (
+        (([0, 1], [1, 2]), r"query_rows must lie in 1 \.\. 2: row 0.*Received: 0 to 1"),
+        (([1, 2], [1, 4]), r"candidate_rows must lie in 1 \.\. 3.*Received: 1 to 4"),
+        (([1, 2], [1]), "one length. Received: 2 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Samples.from_pairs(*pairs, num_queries=2, num_candidates=3)
+
+
 def test_row_lists() -> None:
     lists = RowLists.from_lists([np.array([3, 1]), np.array([], int), np.array([2])])
-    assert len(lists) == 3
-    assert [lists[i].tolist() for i in range(3)] == [[3, 1], [], [2]]
+    assert [lists[i].tolist() for i in range(len(lists))] == [[3, 1], [], [2]]
     assert len(RowLists.from_lists([])) == 0

@@ -1,4 +1,4 @@
-"""Hard negatives from logs, against a slow loop; the rules that refuse."""
+"""Hard negatives from funnel logs, against a slow loop."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,19 +9,16 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.samples.hard_pools import (
-    HardNegativeRules,
-    add_pools,
-    find_losers,
-    pool_column,
-)
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.hard_pools import add_pools, find_losers
+from tfrs_pipeline.samples.store import pool_column
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
 STAGES = [stage.value for stage in Stage]
 
 
-def random_log(seed: int, *, num_requests: int = 25) -> list[dict[str, Any]]:
+def random_log(seed: int, *, num_requests: int = 50) -> list[dict[str, Any]]:
     """Makes a log of requests, an hour apart at most, items of every stage, ranks for some."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
@@ -67,36 +64,45 @@ def as_table(rows: list[dict[str, Any]], *, drop: tuple[str, ...] = ()) -> ibis.
     return CONNECTION.create_table(ibis.util.gen_name("hard"), table)
 
 
+# Of each positive, by its event number: stage -> pool.
+Pools = dict[int, dict[str, list[int]]]
+
+
 def run(
-    rows: list[dict[str, Any]], rules: HardNegativeRules, *, drop: tuple[str, ...] = ()
-) -> tuple[dict[int, dict[str, list[int]]], dict[str, int]]:
+    rows: list[dict[str, Any]], hard: FunnelLosers, *, drop: tuple[str, ...] = ()
+) -> tuple[Pools, dict[str, int]]:
     """Returns event number of the positive -> stage -> pool, and the counts removed."""
     events = as_table(rows, drop=drop)
-    known = events.filter(events["stage"] == "clicked").select("query_row", "candidate_row")
-    exposed = events.filter(events["stage"] == "exposed").select("query_row", "candidate_row")
-    known = known.distinct()
-    exposed = exposed.distinct().anti_join(known, ["query_row", "candidate_row"])
-    losers, removed = find_losers(events, rules, known, exposed)
+    pairs = ("query_row", "candidate_row")
+    known = events.filter(events["stage"] == "clicked").select(*pairs).distinct()
+    exposed = events.filter(events["stage"] == "exposed").select(*pairs).distinct()
+    losers, removed = find_losers(events, hard, known, exposed.anti_join(known, pairs))
     positives = events.filter(events["stage"] == "clicked")
-    table = add_pools(positives, losers, rules, seed=0).to_pyarrow().to_pylist()
-    pools = {
-        row["event_number"]: {stage.value: row[pool_column(stage)] or [] for stage in rules.stages}
+    table = add_pools(positives, losers, hard, seed=0).to_pyarrow().to_pylist()
+    pools: Pools = {
+        row["event_number"]: {stage: row[pool_column(stage)] or [] for stage in hard.stages}
         for row in table
     }
     return pools, removed
 
 
-def slow_pools(
-    rows: list[dict[str, Any]], rules: HardNegativeRules
-) -> dict[int, dict[str, set[int]]]:
-    clicked = {(r["query_row"], r["candidate_row"]) for r in rows if r["stage"] == "clicked"}
-    exposed = {(r["query_row"], r["candidate_row"]) for r in rows if r["stage"] == "exposed"}
+def pairs_of(rows: list[dict[str, Any]], stage: str) -> set[tuple[int, int]]:
+    return {(r["query_row"], r["candidate_row"]) for r in rows if r["stage"] == stage}
+
+
+def as_sets(pools: Pools) -> dict[int, dict[str, set[int]]]:
+    assert all(len(p) == len(set(p)) for of_stage in pools.values() for p in of_stage.values())
+    return {k: {stage: set(p) for stage, p in of_stage.items()} for k, of_stage in pools.items()}
+
+
+def slow_pools(rows: list[dict[str, Any]], hard: FunnelLosers) -> dict[int, dict[str, set[int]]]:
+    clicked, exposed = pairs_of(rows, "clicked"), pairs_of(rows, "exposed")
 
     def is_low(row: dict[str, Any]) -> bool:
         if row["rank"] is None:
             return False
-        if rules.min_rank is not None:
-            return bool(row["rank"] >= rules.min_rank)
+        if hard.min_rank is not None:
+            return bool(row["rank"] >= hard.min_rank)
         ranks = sorted(
             r["rank"]
             for r in rows
@@ -104,7 +110,7 @@ def slow_pools(
             and r["rank"] is not None
             and r["stage"] in ("ranked", "exposed", "clicked")
         )
-        num_low = int(np.ceil(rules.bottom_share * len(ranks)))
+        num_low = int(np.ceil(hard.bottom_share * len(ranks)))
         return row["rank"] in ranks[len(ranks) - num_low :]
 
     def usable(row: dict[str, Any], stage: str) -> bool:
@@ -115,63 +121,55 @@ def slow_pools(
             return False
         return stage != "ranked" or is_low(row)
 
-    pools = {}
+    pools: dict[int, dict[str, set[int]]] = {}
     for positive in rows:
         if positive["stage"] != "clicked":
             continue
-        of_stage = {}
-        for stage in rules.stages:
-            losers = [r for r in rows if usable(r, stage.value)]
+        of_stage: dict[str, set[int]] = {}
+        for stage in hard.stages:
+            losers = [r for r in rows if usable(r, stage)]
             losers = [r for r in losers if r["query_row"] == positive["query_row"]]
             own = {r["candidate_row"] for r in losers if r["request_id"] == positive["request_id"]}
-            if len(own) < rules.min_pool:
+            if len(own) < hard.min_pool:
                 own |= {
                     r["candidate_row"]
                     for r in losers
-                    if positive["time"] - rules.window <= r["time"] <= positive["time"]
+                    if positive["time"] - timedelta(hours=hard.window_hours)
+                    <= r["time"]
+                    <= positive["time"]
                 }
-            of_stage[stage.value] = own
+            of_stage[stage] = own
         pools[positive["event_number"]] = of_stage
     return pools
 
 
-RULES = {
-    "losers": HardNegativeRules([Stage.RETRIEVED, Stage.PRE_RANKED], window=timedelta(hours=2)),
-    "own request only": HardNegativeRules([Stage.PRE_RANKED], min_pool=0),
-    "low part by share": HardNegativeRules([Stage.RANKED], bottom_share=0.3),
-    "low part by rank": HardNegativeRules([Stage.RANKED, Stage.RETRIEVED], min_rank=2),
-    "exposed, insisted on": HardNegativeRules([Stage.EXPOSED, Stage.RETRIEVED], allow_exposed=True),
+LOSERS: dict[str, FunnelLosers] = {
+    "of both stages": FunnelLosers(stages=("retrieved", "pre_ranked"), window_hours=2),
+    "of the own request": FunnelLosers(stages=("pre_ranked",), min_pool=0),
+    "low part by share": FunnelLosers(stages=("ranked",), bottom_share=0.3),
+    "low part by rank": FunnelLosers(stages=("ranked", "retrieved"), min_rank=2),
+    "exposed, insisted on": FunnelLosers(stages=("exposed", "retrieved"), allow_exposed=True),
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", LOSERS)
 def test_pools_match_a_loop(name: str) -> None:
     num_found = 0
-    for seed in range(4):
+    for seed in range(2):
         rows = random_log(seed)
-        pools, _ = run(rows, RULES[name])
-        expected = slow_pools(rows, RULES[name])
-        assert {k: {s: set(p) for s, p in v.items()} for k, v in pools.items()} == expected
-        assert all(len(p) == len(set(p)) for v in pools.values() for p in v.values())
-        num_found += sum(len(p) for v in pools.values() for p in v.values())
+        pools = as_sets(run(rows, LOSERS[name])[0])
+        assert pools == slow_pools(rows, LOSERS[name])
+        num_found += sum(len(p) for of_stage in pools.values() for p in of_stage.values())
     assert num_found > 20
 
 
-def test_what_the_guard_removes_is_counted() -> None:
+def test_what_is_removed_is_counted() -> None:
     rows = random_log(1)
-    clicked = {(r["query_row"], r["candidate_row"]) for r in rows if r["stage"] == "clicked"}
-    exposed = {(r["query_row"], r["candidate_row"]) for r in rows if r["stage"] == "exposed"}
-    losers = [
-        (r["query_row"], r["candidate_row"]) for r in rows if r["stage"] in ("retrieved", "ranked")
-    ]
-    rules = HardNegativeRules([Stage.RETRIEVED, Stage.RANKED], min_rank=0)
-    _, removed = run(rows, rules)
-    without_rank = [r for r in rows if r["stage"] == "ranked" and r["rank"] is None]
-    losers = [
-        (r["query_row"], r["candidate_row"])
-        for r in rows
-        if r["stage"] in ("retrieved", "ranked") and r not in without_rank
-    ]
+    taken = [r for r in rows if r["stage"] in ("retrieved", "ranked")]
+    without_rank = [r for r in taken if r["stage"] == "ranked" and r["rank"] is None]
+    losers = [(r["query_row"], r["candidate_row"]) for r in taken if r not in without_rank]
+    clicked, exposed = pairs_of(rows, "clicked"), pairs_of(rows, "exposed")
+    _, removed = run(rows, FunnelLosers(stages=("retrieved", "ranked"), min_rank=0))
     assert removed == {
         "ranked without a rank": len(without_rank),
         "ranked without a request": 0,
@@ -184,45 +182,26 @@ def test_what_the_guard_removes_is_counted() -> None:
     assert min(removed["clicked by the user in training"], len(without_rank)) > 0
 
 
-def test_without_a_rank_nothing_ranked_is_used() -> None:
-    pools, removed = run(random_log(0), RULES["low part by share"], drop=("rank",))
+def test_without_ranks_nothing_ranked_is_used_and_without_requests_the_window_serves() -> None:
+    rows = random_log(0)
+    pools, removed = run(rows, LOSERS["low part by share"], drop=("rank",))
     assert all(not pool["ranked"] for pool in pools.values())
-    assert removed["ranked without a rank"] > 0
-
-
-def test_without_requests_the_window_serves() -> None:
-    rows = random_log(2)
-    pools, _ = run(rows, RULES["losers"], drop=("request_id",))
+    assert removed["ranked without a rank"] == sum(r["stage"] == "ranked" for r in rows)
+    _, removed = run([{**r, "request_id": None} for r in rows], LOSERS["low part by share"])
+    assert removed["ranked without a request"] > 0
+    pools, _ = run(rows, LOSERS["of both stages"], drop=("request_id",))
     without = [{**row, "request_id": -i} for i, row in enumerate(rows, 1)]
-    expected = slow_pools(without, RULES["losers"])
-    assert {k: {s: set(p) for s, p in v.items()} for k, v in pools.items()} == expected
+    assert as_sets(pools) == slow_pools(without, LOSERS["of both stages"])
 
 
 def test_large_pools_are_thinned_at_random_and_by_the_seed() -> None:
-    rows = [
-        {
-            "query_row": 1,
-            "candidate_row": item,
-            "stage": "clicked" if item == 1 else "retrieved",
-            "time": START,
-            "request_id": 0,
-            "rank": None,
-            "event_number": item,
-        }
-        for item in range(1, 200)
-    ]
-    rules = HardNegativeRules([Stage.RETRIEVED], max_pool=50)
-    pool = run(rows, rules)[0][1]["retrieved"]
+    row = {"query_row": 1, "stage": "retrieved", "time": START, "request_id": 0, "rank": None}
+    rows = [{**row, "candidate_row": item, "event_number": item} for item in range(1, 200)]
+    rows[0]["stage"] = "clicked"
+    hard = FunnelLosers(stages=("retrieved",), max_pool=50)
+    pool = run(rows, hard)[0][1]["retrieved"]
     assert len(set(pool)) == 50
-    assert pool == run(rows, rules)[0][1]["retrieved"]
+    assert pool == run(rows, hard)[0][1]["retrieved"]
+    assert pool != sorted(pool)
     # 50 of 198 in any order: about a quarter are of the first quarter.
     assert 3 <= sum(item < 50 for item in pool) <= 25
-
-
-def test_exposed_items_are_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"never retrieval negatives.*allow_exposed_as_negatives"):
-        HardNegativeRules([Stage.EXPOSED])
-    with pytest.raises(ValueError, match="a positive"):
-        HardNegativeRules([Stage.CLICKED])
-    with pytest.raises(ValueError, match="bottom_share"):
-        HardNegativeRules([Stage.RANKED], bottom_share=0)

@@ -8,11 +8,14 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.queries import exact_retriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.samples.build import RowLists
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
@@ -25,7 +28,7 @@ NUM_QUERIES, NUM_CANDIDATES = 6, 60
 class Served:
     """A model, its ids, and what is known of each user: all that `export` asks for."""
 
-    model: TwoTowerModel
+    model: TwoTowerNetwork
     query_ids: np.ndarray
     candidate_ids: np.ndarray
     clicks: list[np.ndarray]
@@ -65,7 +68,8 @@ class Served:
 
     @property
     def in_memory(self) -> ExactRetriever:
-        return exact_retriever(self.model, self.query_ids, self.candidate_ids)
+        encoder = QueryEncoder(self.model, Ids(self.query_ids), Ids(self.candidate_ids))
+        return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:
         """Ids of the user's known positives, oldest first."""
@@ -100,18 +104,20 @@ def make_served(ids: str) -> Served:
     all_genres = [rng.choice(list("abc"), n).tolist() for n in rng.integers(0, 3, NUM_CANDIDATES)]
     all_genres[7] = ["", "b"]
     all_genres[8] = [""]
-    model = TwoTowerModel(
-        num_queries=NUM_QUERIES,
-        num_candidates=NUM_CANDIDATES,
-        query_features=[gender.spec],
-        candidate_features=[genres.spec],
-        embedding_dim=8,
-        feature_dim=4,
-        history_length=5,
-        use_user_id=True,
-    )
-    model.set_features(
-        {"gender": gender.encode_column(all_genders)}, {"genres": genres.encode_column(all_genres)}
+    if ids == "int":
+        query_ids, candidate_ids = np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
+    else:
+        query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
+        candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
+    model = TwoTower(dim=8, feature_dim=4, history_length=5, use_user_id=True).build(
+        Corpus(
+            Ids(candidate_ids),
+            Ids(query_ids),
+            (genres,),
+            (gender,),
+            {"genres": genres.encode_column(all_genres)},
+            {"gender": gender.encode_column(all_genders)},
+        )
     )
     # An untrained Keras embedding is nearly zero: spread the answers out.
     model.set_weights(
@@ -124,11 +130,6 @@ def make_served(ids: str) -> Served:
         rng.permutation(np.arange(1, NUM_CANDIDATES + 1))[: 2 * i].astype(np.int32)
         for i in range(NUM_QUERIES)
     ]
-    if ids == "int":
-        query_ids, candidate_ids = np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
-    else:
-        query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
-        candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
     return Served(
         model,
         query_ids,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
-from tfrs_pipeline.samples.build import RowLists
+from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.export import ExportError, export
 from tfrs_pipeline.serving.index import Exact, Scann

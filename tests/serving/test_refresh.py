@@ -290,7 +290,7 @@ def test_the_command_says_what_it_did(
     said = capsys.readouterr().out
     assert "55 items: 2 are new, 7 gone" in said
     assert "2 were in no training: embedded by their features alone" in said
-    assert "Train with model.unknown_rate above 0" in said
+    assert "Train with model.id_dropout above 0" in said
     assert "ScaNN finds" in said
     assert versions_of(folder) == [2]
     loaded: LoadedRetriever = load(folder)

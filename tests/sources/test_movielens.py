@@ -105,7 +105,7 @@ def test_routes_are_tried_in_order_and_say_why_they_went_on(
         (folder / "half").write_text("a broken download")
         raise FetchError("the host is not known")
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "tfrs_pipeline"):
         load_movielens_100k(cache_dir=tmp_path, fetchers={"A": closed, "B b": write_recbole})
     assert "A: the host is not known" in caplog.text
     assert "research use" in caplog.text

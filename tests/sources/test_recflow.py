@@ -192,7 +192,7 @@ def test_the_latest_row_describes_an_item_and_a_user(
 ) -> None:
     days = make_days(3)
     write(tmp_path, "all_stage", days)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "tfrs_pipeline"):
         tables = load(
             tmp_path,
             item_features={"author_id": "categorical", "duration": "numeric"},

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.compare import Comparison
+    from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.config import RunConfig
-    from tfrs_pipeline.run import RunResult, StageReport
+    from tfrs_pipeline.run import RunResult, StepReport
 
 PROGRAM = "tfrs-pipeline"
 SECONDS_BETWEEN_LINES = 15.0  # Of progress, where the output is no terminal.
-Callbacks: TypeAlias = "tuple[Callable[[StageReport], None], Callable[[str, int, int], None]]"
+Callbacks: TypeAlias = "tuple[Callable[[StepReport], None], Callable[[str, int, int], None]]"
 
 
 def program() -> str:
@@ -46,7 +46,7 @@ def progress(console: Console) -> Iterator[Callbacks]:
     """Shows a bar for the task at hand, and a line with its notes for each finished stage.
 
     Yields:
-        `on_stage` and `on_progress`, as `run` and `compare` take them.
+        `on_step` and `on_progress`, as `run` and `compare` take them.
     """
     bar = Progress(
         TextColumn("  {task.description}"),
@@ -72,13 +72,13 @@ def progress(console: Console) -> Iterator[Callbacks]:
             bar.add_task(name, total=total or None, count="")
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
 
-    def on_stage(report: StageReport) -> None:
+    def on_step(report: StepReport) -> None:
         say(console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
             say(console, f"    {note}")
 
     with bar:
-        yield on_stage, on_progress
+        yield on_step, on_progress
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def verdicts(
             yield f"{other} compared with two_tower: {'; '.join(found)}"
 
 
-def print_comparison(console: Console, config: RunConfig, result: Comparison) -> None:
+def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:
     """Prints the table of a comparison, and where its files lie."""
     say(console, "")
     say(console, result.table)

@@ -246,7 +246,7 @@ def _changes(done: Refreshed) -> Iterator[str]:
         if not done.has_trained_unknown:
             yield (
                 "    beside the embedding of an unknown id, which was not trained: they will "
-                "seldom be found. Train with model.unknown_rate above 0, such as 0.1"
+                "seldom be found. Train with model.id_dropout above 0, such as 0.1"
             )
     if done.num_left_out:
         yield (

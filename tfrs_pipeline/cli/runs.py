@@ -23,7 +23,7 @@ from tfrs_pipeline.cli.console import (
 )
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.config import (
-    RUN_PRESETS,
+    PRESETS,
     RunConfig,
     check_model_name,
     load_config,
@@ -32,7 +32,7 @@ from tfrs_pipeline.config import (
 )
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.compare import Comparison
+    from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.run import RunResult
 
 INTERRUPTED = 130
@@ -41,7 +41,7 @@ BRIEF = frozenset(
     {
         *("data.source", "data.path", "data.columns", "data.items_path", "data.users_path"),
         *("data.item_features", "data.user_features", "data.rating_threshold"),
-        *("split.kind", "model.embedding_dim"),
+        *("split.kind", "model.dim", "model.negatives", "model.hard"),
         *("training.batch_size", "training.max_epochs", "training.learning_rate"),
         *("evaluation.cutoffs", "export.name", "export.index"),
         *("compare.plans", "compare.reference", "compare.max_steps"),
@@ -59,8 +59,8 @@ class Work(Command):
     runs/."""
     preset: str | None = Field(
         None,
-        description="Settings by what they are good for, which other flags may replace. "
-        + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in RUN_PRESETS.items())
+        description="A start that other flags may replace. "
+        + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in PRESETS.items())
         + ".",
     )
 
@@ -114,9 +114,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     try:
         with (
             native_errors_to(folder / "native.log"),
-            progress(console) as (on_stage, on_progress),
+            progress(console) as (on_step, on_progress),
         ):
-            result = work(config, folder, on_stage=on_stage, on_progress=on_progress)
+            result = work(config, folder, on_step=on_step, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         has_begun = (folder / "config.toml").exists()
@@ -131,7 +131,9 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     written = flags.config or (flags.run_dir and flags.run_dir / "config.toml")
     if flags.config or (written and written.exists()):
         base = load_config(cast(Path, written))
-    elif settings.get("data.source", "movielens-100k") == "movielens-100k":
+    elif settings.get("data.source") == "movielens-100k" or not (
+        {"data.source", "data.path"} & settings.keys()
+    ):
         base = main_job_config()
     else:  # The main job's features and name are MovieLens' own.
         base = RunConfig()
@@ -149,7 +151,7 @@ def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
     return result
 
 
-def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> Comparison:
+def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> PlanComparison:
     from tfrs_pipeline.compare import compare
 
     return compare(config, folder, **callbacks)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.optimizer import Decay, OptimizerName, make_optimizer
-from tfrs_pipeline.model.two_tower import TwoTowerModel
-from tfrs_pipeline.negatives.batches import TrainingBatches
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
+
+Validate = Callable[[], dict[str, float]]
+OnEpoch = Callable[[int, dict[str, float]], None]
 
 
 class BeforeEpochs(Protocol):
@@ -30,13 +36,12 @@ class BeforeEpochs(Protocol):
 
     every: int
 
-    def prepare(self, model: TwoTowerModel, epoch: int) -> None:
+    def prepare(self, epoch: int) -> None:
         """Prepares the batches.
 
         Args:
-            model: As trained so far: by `epoch` epochs, or by some more where a stopped run goes on
-                between two preparations; what was prepared then must be kept for that.
-            epoch: Epochs done when the preparation is due: 0, `every`, twice `every`, ...
+            epoch: Epochs done when the preparation is due: 0, `every`, twice `every`, ... A stopped
+                run goes on between two preparations: what was prepared must be kept for that.
         """
         ...
 
@@ -57,136 +62,104 @@ class TrainingResult:
 
 
 def train(
-    model: TwoTowerModel,
-    batches: TrainingBatches,
+    network: TwoTowerNetwork,
+    batches: HybridBatches,
+    settings: TrainingSettings,
     *,
-    max_epochs: int,
-    optimizer: OptimizerName = "lazy_adam",
-    learning_rate: float = 0.002,
-    warmup_steps: int = 0,
-    decay: Decay = "none",
-    decay_to: float = 0.0,
-    decay_epochs: int | None = None,
-    validation: tf.data.Dataset | None = None,
-    monitor: str = "ndcg@100",
-    patience: int = 3,
+    max_epochs: int | None = None,
+    validate: Validate | None = None,
     max_seconds: float | None = None,
     before_epochs: BeforeEpochs | None = None,
-    checkpoint_folder: Path | None = None,
-    tensorboard_folder: Path | None = None,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    folder: Path | None = None,
+    callbacks: Sequence[tf.keras.callbacks.Callback] = (),
+    on_epoch: OnEpoch | None = None,
 ) -> TrainingResult:
-    """Trains a model and leaves it with its best weights.
+    """Trains a network and leaves it with its best weights.
 
     A batch and the dropout are functions of (seed, step), so that a run that was stopped goes on
     from its last whole epoch and ends as an unbroken one would have.
 
     Args:
-        model: Compiled here.
+        network: Compiled here.
         batches: Training batches.
-        max_epochs: Epochs at most; exactly, without validation.
-        optimizer: "adagrad", "adam" or "lazy_adam".
-        learning_rate: Step size; with a warm-up or a decay, its peak.
-        warmup_steps: Steps of a linear warm-up (see `WarmupDecay`).
-        decay: "none", "cosine" or "linear", after the warm-up.
-        decay_to: Share of the peak that the decay ends at.
-        decay_epochs: Epochs whose steps the decay goes over; None is `max_epochs`. A second
-            training for the number of epochs that a first one chose needs the first one's
-            `max_epochs`: then epoch e has the same step sizes in both, which is what was chosen. A
-            decay squeezed into fewer epochs would be another training, that nothing has validated.
-        validation: `evaluation_batches`, or None to train `max_epochs` and keep the last weights.
-        monitor: Validation metric to maximise, such as "ndcg@100".
-        patience: Epochs without a better value before training stops.
+        settings: Optimizer, learning rate, patience, monitor. The decay goes over the steps of
+            `settings.max_epochs`, whatever `max_epochs`: a second training for the number of epochs
+            that a first one chose then has its learning rates. A decay squeezed into fewer epochs
+            would be another training, that nothing has validated.
+        max_epochs: Epochs at most, exactly without validation; None is the settings' number.
+        validate: Measures the network as it is: metrics by name, such as "ndcg@100". None trains
+            all epochs and keeps the last weights.
         max_seconds: No epoch is begun once training has taken this long, validation and earlier
             parts of a resumed run included.
         before_epochs: Called before the first epoch and every few epochs from then on.
-        checkpoint_folder: Where every epoch is saved and a stopped run is resumed from.
-        tensorboard_folder: Where event files for TensorBoard are written; None writes none.
+        folder: Where every epoch is saved and a stopped run is resumed from.
+        callbacks: Further ones of Keras.
         on_epoch: Called after each epoch with its number, from 1, and its logs.
 
     Returns:
         The history, the best epoch and the time.
 
     Raises:
-        ValueError: If `monitor` is not a metric of the model, or the warm-up leaves no step for the
-            decay.
+        ValueError: If `validate` does not measure the monitored metric, the warm-up leaves no step
+            for the decay, or the loss is not finite.
     """
-    if validation is not None and monitor not in model.ranking_metric_names:
-        raise ValueError(
-            f"Cannot monitor '{monitor}': evaluate() reports {model.ranking_metric_names}. "
-            "Add its cutoff to evaluation.cutoffs or choose one of these."
-        )
     steps = batches.steps_per_epoch
-    model.compile(
-        optimizer=make_optimizer(
-            optimizer,
-            learning_rate,
-            num_steps=(decay_epochs or max_epochs) * steps,
-            warmup_steps=warmup_steps,
-            decay=decay,
-            decay_to=decay_to,
-        )
+    max_epochs = settings.max_epochs if max_epochs is None else max_epochs
+    optimizer = make_optimizer(
+        settings.optimizer,
+        settings.learning_rate,
+        num_steps=settings.max_epochs * steps,
+        warmup_steps=settings.warmup_steps,
+        decay=settings.decay,
     )
-    model.optimizer.build(model.trainable_variables)
+    network.compile(optimizer=optimizer)
+    network.optimizer.build(network.trainable_variables)
     keeper = _BestEpoch(
-        f"val_{monitor}" if validation is not None else None,
-        patience=patience,
+        settings.monitor,
+        validate,
+        patience=settings.patience,
         max_seconds=max_seconds,
-        folder=checkpoint_folder,
+        folder=folder,
         on_epoch=on_epoch,
     )
-    first_epoch = keeper.restore(model)
-    if first_epoch and first_epoch < max_epochs:
-        logger.info("training: resuming after epoch %d", first_epoch)
-    callbacks: list[tf.keras.callbacks.Callback] = [keeper]
-    if tensorboard_folder is not None:
-        # Before the keeper: an epoch that counts as done has its events.
-        callbacks.insert(0, _EventFiles(tensorboard_folder, batches))
+    epoch = keeper.restore(network)
+    if epoch and epoch < max_epochs:
+        logger.info("training: resuming after epoch %d", epoch)
+    all_callbacks = [*callbacks, keeper]
+    if settings.tensorboard and folder is not None:
+        board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
+        # The keeper comes last: an epoch that counts as done has its events.
+        all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
     keeper.start_clock()
-    epoch = first_epoch
     while epoch < max_epochs and not keeper.is_over:
         until = max_epochs
         if before_epochs is not None:
             due = epoch - epoch % before_epochs.every
-            before_epochs.prepare(model, due)
+            before_epochs.prepare(due)
             until = min(due + before_epochs.every, max_epochs)
-        model.fit(
+        network.fit(
             batches.dataset(epoch * steps, (until - epoch) * steps),
             initial_epoch=epoch,
             epochs=until,
             steps_per_epoch=steps,
-            validation_data=validation,
-            callbacks=callbacks,
+            callbacks=all_callbacks,
             verbose=0,
         )
         epoch = until
-    keeper.keep_best(model)
+    keeper.keep_best(network)
     return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
 
 
-class _EventFiles(tf.keras.callbacks.Callback):
-    """Writes each epoch's logs, step size and diagnostics for TensorBoard."""
+class _Diagnostics(tf.keras.callbacks.Callback):
+    """Adds the network's diagnostics to each epoch's logs; Keras adds the learning rate."""
 
-    def __init__(self, folder: Path, batches: TrainingBatches) -> None:
+    def __init__(self, batches: HybridBatches) -> None:
         super().__init__()
-        self._folder = folder
         self._batches = batches
-        self._writer: tf.summary.SummaryWriter | None = None
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if self._writer is None:
-            self._writer = tf.summary.create_file_writer(str(self._folder))
-        model = self.model
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         last_step = (epoch + 1) * self._batches.steps_per_epoch - 1
-        scalars: dict[str, Any] = {
-            "learning_rate": model.optimizer.learning_rate,
-            **{name.replace("val_", "validation/"): x for name, x in (logs or {}).items()},
-            **model.diagnose(self._batches.batch(tf.constant(last_step, tf.int64))),
-        }
-        with self._writer.as_default():
-            for name, value in scalars.items():
-                tf.summary.scalar(name, float(value), step=epoch + 1)
-        self._writer.flush()
+        logs |= self.model.diagnose(self._batches.batch(last_step))
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):
@@ -194,15 +167,17 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def __init__(
         self,
-        monitor: str | None,
+        monitor: str,
+        validate: Validate | None,
         *,
         patience: int,
         max_seconds: float | None,
         folder: Path | None,
-        on_epoch: Callable[[int, dict[str, float]], None] | None,
+        on_epoch: OnEpoch | None,
     ) -> None:
         super().__init__()
         self._monitor = monitor
+        self._validate = validate
         self._patience = patience
         self._max_seconds = max_seconds
         self._folder = folder
@@ -214,9 +189,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     @property
     def best_epoch(self) -> int:
-        values = self.history.get(self._monitor or "loss", [])
-        if self._monitor is None:
-            return len(values)
+        if self._validate is None:
+            return len(self.history.get("loss", []))
+        values = self.history.get(f"val_{self._monitor}", [])
         return int(np.argmax(values)) + 1 if values else 0
 
     @property
@@ -225,7 +200,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         num_epochs = len(self.history.get("loss", []))
         if self._max_seconds is not None and num_epochs and self.seconds >= self._max_seconds:
             return True
-        return self._monitor is not None and num_epochs - self.best_epoch >= self._patience
+        return self._validate is not None and num_epochs - self.best_epoch >= self._patience
 
     @property
     def seconds(self) -> float:
@@ -235,40 +210,54 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._started = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        for name, value in (logs or {}).items():
+        logs = dict(logs or {})
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(
+                f"The loss is {logs['loss']} after epoch {epoch + 1}: training has diverged. Lower "
+                "training.learning_rate, and look for weights and features of extreme size."
+            )
+        if self._validate is not None:
+            metrics = self._validate()
+            if self._monitor not in metrics:
+                raise ValueError(
+                    f"Cannot monitor {self._monitor!r}: validation measures {list(metrics)}. Add "
+                    "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
+                )
+            logs |= {f"val_{name}": value for name, value in metrics.items()}
+        for name, value in logs.items():
             self.history.setdefault(name, []).append(float(value))
-        if self._monitor is None or self.best_epoch == epoch + 1:
+        if self._validate is None or self.best_epoch == epoch + 1:
             self._best_weights = self.model.get_weights()
         if self._folder is not None:
             self._save(self.model, epoch + 1)
         if self.is_over:
             self.model.stop_training = True
         if self._on_epoch is not None:
-            self._on_epoch(epoch + 1, dict(logs or {}))
+            self._on_epoch(epoch + 1, logs)
 
-    def keep_best(self, model: TwoTowerModel) -> None:
+    def keep_best(self, network: TwoTowerNetwork) -> None:
         self._seconds_before, self._started = self.seconds, 0.0
         if self._best_weights is not None:
-            model.set_weights(self._best_weights)
+            network.set_weights(self._best_weights)
 
-    def restore(self, model: TwoTowerModel) -> int:
-        """Loads the last saved epoch into the model and returns its number, 0 if there is none."""
+    def restore(self, network: TwoTowerNetwork) -> int:
+        """Loads the last saved epoch into the network; returns its number, 0 if there is none."""
         if self._folder is None or not (self._folder / "state.json").exists():
             return 0
         state = json.loads((self._folder / "state.json").read_text())
         epoch = state["epoch"]
         self.history, self._seconds_before = state["history"], state["seconds"]
-        best = tf.train.Checkpoint(model=model)
+        best = tf.train.Checkpoint(model=network)
         best.read(str(self._folder / f"epoch-{self.best_epoch}")).expect_partial()
-        self._best_weights = model.get_weights()
-        last = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        self._best_weights = network.get_weights()
+        last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
         last.read(str(self._folder / f"epoch-{epoch}")).assert_existing_objects_matched()
-        return epoch
+        return int(epoch)
 
-    def _save(self, model: TwoTowerModel, epoch: int) -> None:
+    def _save(self, network: TwoTowerNetwork, epoch: int) -> None:
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        checkpoint = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
         checkpoint.write(str(self._folder / f"epoch-{epoch}"))
         state = {"epoch": epoch, "history": self.history, "seconds": self.seconds}
         # state.json names the epoch that counts: it is replaced once the checkpoint is whole.
@@ -277,5 +266,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         os.replace(partial, self._folder / "state.json")
         keep = {epoch, self.best_epoch}
         for file in self._folder.glob("epoch-*"):
-            if int(file.name.split("-")[1].split(".")[0]) not in keep:
+            # Not TensorFlow's own epoch-3_temp, a folder that a kill may leave.
+            number = re.fullmatch(r"epoch-(\d+)\..*", file.name)
+            if number and int(number[1]) not in keep:
                 file.unlink()

@@ -23,14 +23,28 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     columns of that row alone: B * H products, not B * B * H. A row may have several positives, each
     with a loss of its own over the same negatives, which are scored once.
 
+    It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
+
     Args:
         temperature: Scores are divided by it.
-        correct_positive: Whether the positive's logit is corrected with its column's log_q too
-            (Yi et al., RecSys 2019).
-        score_dtype: Type in which the products of queries and candidates are computed: float32, or
-            bfloat16 for machines that multiply it faster. The rest of the loss is float32.
+        correct_positive: Whether the positive's logit is corrected with log_q too (Yi et al.,
+            RecSys 2019).
         name: Layer name.
-        **kwargs: Further arguments of the parent, such as `loss` and `batch_metrics`.
+
+    Example:
+        In-batch negatives and two easy ones, all of them corrected:
+
+        >>> task = HybridRetrieval(temperature=0.1)
+        >>> queries, positives, easy = tf.eye(2), tf.eye(2), tf.ones([2, 2])
+        >>> loss = task(
+        ...     queries,
+        ...     positives,
+        ...     negative_embeddings=tf.concat([positives, easy], axis=0),
+        ...     log_q=tf.math.log([0.7, 0.3, 0.5, 0.5]),
+        ...     score_mask=tf.constant([[False, True, True, True], [True, False, True, True]]),
+        ... )
+        >>> round(float(loss), 3)
+        3.219
     """
 
     def __init__(
@@ -38,21 +52,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         temperature: float | None = None,
         *,
         correct_positive: bool = False,
-        score_dtype: tf.DType = tf.float32,
         name: str | None = None,
-        **kwargs: object,
     ) -> None:
-        self._has_own_loss = kwargs.get("loss") is not None
-        for option in ("num_hard_negatives", "remove_accidental_hits"):
-            if kwargs.get(option):
-                raise ValueError(
-                    f"HybridRetrieval does not take {option}: it mines after the correction or "
-                    "sees the row's own id alone. Pass a score_mask, or hard negatives with "
-                    "their log_q."
-                )
-        super().__init__(temperature=temperature, name=name, **kwargs)
+        super().__init__(temperature=temperature, name=name)
         self._correct_positive = correct_positive
-        self._score_dtype = tf.as_dtype(score_dtype)
 
     def call(
         self,
@@ -60,13 +63,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         candidate_embeddings: tf.Tensor,
         sample_weight: tf.Tensor | None = None,
         candidate_sampling_probability: tf.Tensor | None = None,
-        candidate_ids: tf.Tensor | None = None,
-        compute_metrics: bool = True,
-        compute_batch_metrics: bool = True,
         score_mask: tf.Tensor | None = None,
         *,
+        negative_embeddings: tf.Tensor | None = None,
         log_q: tf.Tensor | None = None,
-        positive_embeddings: tf.Tensor | None = None,
         positive_log_q: tf.Tensor | None = None,
         positive_query: tf.Tensor | None = None,
         hard_embeddings: tf.Tensor | None = None,
@@ -76,146 +76,89 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         """Computes the summed loss of a batch.
 
         Args:
-            query_embeddings: [B, D] float.
-            candidate_embeddings: [C, D], the shared columns. Without `positive_embeddings`, C >= B
-                and the first B are the rows' positives.
-            sample_weight: [B] or [B, 1], optional; [P] with `positive_query`.
-            candidate_sampling_probability: [C], in [1e-6, 1]: as in the parent, the positive is
-                corrected with it too. Not together with `log_q`.
-            candidate_ids: [C] ids for the parent's factorized metrics; not together with
-                `positive_embeddings`.
-            compute_metrics: Whether to update the factorized metrics.
-            compute_batch_metrics: Whether to update the batch metrics.
-            score_mask: [B, C] bool, True where a column counts. The row's own positive, on the
-                diagonal, must.
-            log_q: [B, C], [1, C] or [C], subtracted from the logits of the shared columns; the
-                diagonal is left alone unless `correct_positive`.
-            positive_embeddings: [B, D], the rows' positives where they are no shared columns: each
-                is a column of its own row alone, and no column is on a diagonal.
-            positive_log_q: [B], for `correct_positive` with `positive_embeddings`.
-            positive_query: [P] int32 in [0, B), the rows that `positive_embeddings`, then [P, D],
-                and `positive_log_q`, [P], belong to; any number a row. Without it, one a row.
-            hard_embeddings: [B, H, D], each row's own negatives.
-            hard_log_q: [B, H], required with `hard_embeddings`.
-            hard_mask: [B, H] bool, True where a hard negative counts.
+            query_embeddings: [W, D] float.
+            candidate_embeddings: [P, D], the positives, one a query unless there is a
+                `positive_query`. Without `negative_embeddings` they are the shared columns too, as
+                in the parent: then more candidates may follow them, and the diagonal is masked.
+            sample_weight: [P] or [P, 1], optional.
+            candidate_sampling_probability: [C] in [1e-6, 1], without `negative_embeddings`: as in
+                the parent, the positive is corrected with it too. Not together with `log_q`.
+            score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`,
+                a column that holds the row's own positive must not.
+            negative_embeddings: [C, D], the shared columns.
+            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns.
+            positive_log_q: [P], for `correct_positive`.
+            positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
+            hard_embeddings: [W, H, D], each row's own negatives.
+            hard_log_q: [W, H], required with `hard_embeddings`.
+            hard_mask: [W, H] bool, True where a hard negative counts.
 
         Returns:
             Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
-            the logits being its own and those of its row's negatives.
+            the logits being its own and those of its query's negatives.
 
         Raises:
-            ValueError: If both corrections are given, shapes do not fit, hard negatives come
-                without their log_q, or `positive_query` without `positive_embeddings`.
+            ValueError: If both corrections are given, shapes do not fit, or hard negatives come
+                without their log_q.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
-        num_rows = tf.shape(query_embeddings)[0]
-        if candidate_ids is not None and positive_embeddings is not None:
-            raise ValueError(
-                "candidate_ids name the first B candidates as the rows' positives, which they are "
-                "not with positive_embeddings: leave one of the two out."
-            )
-        is_diagonal = positive_embeddings is None
-        if is_diagonal and positive_query is not None:
-            raise ValueError("positive_query needs the positive_embeddings of its rows: [P, D].")
-        positives = candidate_embeddings[:num_rows] if is_diagonal else positive_embeddings
-        if sample_weight is not None:  # The parent takes [B, 1] too.
-            sample_weight = tf.reshape(sample_weight, [tf.shape(positives)[0]])
-        queries = self._scaled(query_embeddings)
-        own = self._products("bd,bd->b", _of_positives(queries, positive_query), positives)
-        shared = self._products("bd,cd->bc", queries, candidate_embeddings)
-        correction, own_correction = self._corrections(
-            log_q, candidate_sampling_probability, positive_log_q, shared, is_diagonal
-        )
-        own = own if own_correction is None else own - own_correction
-        shared = shared if correction is None else shared - correction
-        counts = score_mask
-        if is_diagonal:  # The row's own positive counts once, uncorrected, apart from the rest.
-            counts = tf.ones_like(shared, tf.bool) if score_mask is None else score_mask
-            counts = tf.linalg.set_diag(counts, tf.zeros([num_rows], tf.bool))
-        blocks = [shared if counts is None else tf.where(counts, shared, MASKED_LOGIT)]
-        if hard_embeddings is not None:
-            blocks.append(self._hard_logits(queries, hard_embeddings, hard_log_q, hard_mask))
-        if self._has_own_loss or (compute_batch_metrics and self._batch_metrics):
-            repeated = [_of_positives(block, positive_query) for block in blocks]
-            logits, labels = _matrix(own, repeated, is_diagonal)
-        if self._has_own_loss:
-            loss = self._loss(y_true=labels, y_pred=logits, sample_weight=sample_weight)
-        else:
-            # log(exp(own) + exp(others)) - own.
-            losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
-            loss = tf.reduce_sum(losses if sample_weight is None else losses * sample_weight)
-        updates = [metric.update_state(loss) for metric in self._loss_metrics]
-        if compute_metrics:
-            ids = None if candidate_ids is None else candidate_ids[:num_rows]
-            updates += [
-                metric.update_state(
-                    _of_positives(query_embeddings, positive_query),
-                    positives,
-                    true_candidate_ids=ids,
-                    sample_weight=sample_weight,
+        queries = tf.convert_to_tensor(query_embeddings)
+        if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
+            queries = queries / self._temperature
+        is_parent_form = negative_embeddings is None
+        positives = candidate_embeddings
+        if is_parent_form:
+            positives = candidate_embeddings[: tf.shape(queries)[0]]
+            negative_embeddings = candidate_embeddings
+        own = tf.einsum("pd,pd->p", _of_positives(queries, positive_query), positives)
+        shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
+        if candidate_sampling_probability is not None:
+            if log_q is not None or not is_parent_form:
+                raise ValueError(
+                    "candidate_sampling_probability is the parent's form, without "
+                    "negative_embeddings and log_q: pass log_q alone."
                 )
-                for metric in self._factorized_metrics
-            ]
-        if compute_batch_metrics and self._batch_metrics:
-            updates += [
-                metric.update_state(labels, logits, sample_weight=sample_weight)
-                for metric in self._batch_metrics
-            ]
-        with tf.control_dependencies([update for update in updates if update is not None]):
-            return tf.identity(loss)
-
-    def _scaled(self, queries: tf.Tensor) -> tf.Tensor:
-        """Divides queries by the temperature: a pass over [B, D] instead of one over [B, C]."""
-        queries = tf.convert_to_tensor(queries)
-        return queries if self._temperature is None else queries / self._temperature
-
-    def _products(self, equation: str, queries: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-        """Multiplies embeddings in `score_dtype`; returns float32."""
-        if self._score_dtype != queries.dtype:
-            queries = tf.cast(queries, self._score_dtype)
-            candidates = tf.cast(candidates, self._score_dtype)
-        return tf.cast(tf.einsum(equation, queries, candidates), tf.float32)
-
-    def _hard_logits(
-        self,
-        queries: tf.Tensor,
-        embeddings: tf.Tensor,
-        log_q: tf.Tensor | None,
-        mask: tf.Tensor | None,
-    ) -> tf.Tensor:
-        if log_q is None:
-            raise ValueError("hard_embeddings need their hard_log_q: [B, H].")
-        if len(log_q.shape) != 2:
-            raise ValueError(f"hard_log_q must be [B, H]. Received: shape {tuple(log_q.shape)}")
-        logits = self._products("bd,bhd->bh", queries, embeddings) - log_q
-        return logits if mask is None else tf.where(mask, logits, MASKED_LOGIT)
-
-    def _corrections(
-        self,
-        log_q: tf.Tensor | None,
-        probability: tf.Tensor | None,
-        positive_log_q: tf.Tensor | None,
-        shared: tf.Tensor,
-        is_diagonal: bool,
-    ) -> tuple[tf.Tensor | None, tf.Tensor | None]:
-        """Returns what is subtracted from the shared columns, and from the row's own positive."""
-        if log_q is not None and probability is not None:
-            raise ValueError("Pass log_q or candidate_sampling_probability, not both.")
-        if log_q is not None and len(log_q.shape) == 1 and log_q.shape[0] != shared.shape[1]:
-            raise ValueError(
-                "log_q must be [num_rows, num_columns], [1, num_columns] or [num_columns], here of "
-                f"{shared.shape[1]} columns. Received: shape {tuple(log_q.shape)}"
+            log_q = _checked_log(candidate_sampling_probability)
+            own = own - log_q[: tf.shape(own)[0]]
+        elif self._correct_positive and log_q is not None:
+            given = _given("positive_log_q", positive_log_q, "correct_positive")
+            own = own - tf.reshape(given, tf.shape(own))
+        if log_q is not None:
+            shared = shared - _checked_log_q(log_q, shared)
+        if is_parent_form:
+            score_mask = tf.ones_like(shared, tf.bool) if score_mask is None else score_mask
+            score_mask = tf.linalg.set_diag(score_mask, tf.zeros(tf.shape(own), tf.bool))
+        blocks = [shared if score_mask is None else tf.where(score_mask, shared, MASKED_LOGIT)]
+        if hard_embeddings is not None:
+            logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
+            given = _given("hard_log_q", hard_log_q, "hard_embeddings")
+            logits -= tf.reshape(given, tf.shape(logits))
+            blocks.append(
+                logits if hard_mask is None else tf.where(hard_mask, logits, MASKED_LOGIT)
             )
-        # A probability corrects the positive too, as in the parent.
-        corrects_positive = self._correct_positive or probability is not None
-        correction = log_q if probability is None else _checked_log(probability)
-        if correction is None or not corrects_positive:
-            return correction, None
-        if is_diagonal:
-            return correction, tf.linalg.diag_part(tf.broadcast_to(correction, tf.shape(shared)))
-        if positive_log_q is None:
-            raise ValueError("correct_positive with positive_embeddings needs positive_log_q: [B].")
-        return correction, positive_log_q
+        # log(exp(own) + exp(others)) - own.
+        losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
+        if sample_weight is not None:  # The parent takes [P, 1] too.
+            losses *= tf.reshape(sample_weight, tf.shape(losses))
+        return tf.reduce_sum(losses)
+
+
+def _given(name: str, value: tf.Tensor | None, needed_by: str) -> tf.Tensor:
+    if value is None:
+        raise ValueError(f"{needed_by} needs {name}.")
+    return value
+
+
+def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
+    """Refuses a log_q that would be broadcast over the columns: [W, 1] corrects nothing."""
+    log_q = tf.convert_to_tensor(log_q)
+    given, columns = log_q.shape, shared.shape[1]
+    message = "log_q must be [num_rows, num_columns], [1, num_columns] or [num_columns]"
+    if given.rank not in (1, 2) or (None not in (columns, given[-1]) and given[-1] != columns):
+        raise ValueError(f"{message}, here of {columns} columns. Received: shape {tuple(given)}")
+    check = tf.debugging.assert_equal(tf.shape(log_q)[-1], tf.shape(shared)[1], message)
+    with tf.control_dependencies([check]):
+        return tf.identity(log_q)
 
 
 def _checked_log(probability: tf.Tensor) -> tf.Tensor:
@@ -247,14 +190,13 @@ def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tenso
 def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
     """Computes the log of the summed exponentials of each row, over blocks of columns.
 
-    The blocks are not joined: a copy of the scores, and the labels of a cross-entropy, would cost
-    half as much again as the rest of the loss.
+    The blocks are not joined: a copy of the scores would cost half as much again as the rest.
 
     Args:
-        blocks: Logits, [B, any] each, of one column in all at least.
+        blocks: Logits, [W, any] each, of one column in all at least.
 
     Returns:
-        [B].
+        [W].
     """
     highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
     highest = tf.stop_gradient(highest)
@@ -262,15 +204,3 @@ def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
         [tf.reduce_sum(tf.exp(block - highest[:, tf.newaxis]), axis=1) for block in blocks]
     )
     return tf.math.log(total) + highest
-
-
-def _matrix(
-    own: tf.Tensor, blocks: Sequence[tf.Tensor], is_diagonal: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Joins logits as the parent's losses and metrics take them, with labels of the same shape."""
-    num_rows = tf.shape(own)[0]
-    if is_diagonal:
-        logits = tf.concat([tf.linalg.set_diag(blocks[0], own), *blocks[1:]], axis=1)
-        return logits, tf.eye(num_rows, tf.shape(logits)[1])
-    logits = tf.concat([own[:, tf.newaxis], *blocks], axis=1)
-    return logits, tf.one_hot(tf.zeros([num_rows], tf.int32), tf.shape(logits)[1])

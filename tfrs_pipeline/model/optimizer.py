@@ -1,15 +1,14 @@
-"""Optimizers whose step costs what a batch touches, and the schedule of their step size."""
+"""Optimizers whose step costs what a batch touches, and the schedule of their learning rate."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import tensorflow as tf
 
 OptimizerName = Literal["adagrad", "adam", "lazy_adam"]
-Decay = Literal["none", "cosine", "linear"]
+Decay = Literal["none", "cosine"]
 
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
@@ -30,18 +29,11 @@ class LazyAdam(tf.keras.optimizers.Adam):
     two are the same.
 
     Args:
-        learning_rate: Step size: a number or a `LearningRateSchedule`.
-        beta_1: Decay of the mean gradient, in [0, 1).
-        beta_2: Decay of the mean squared gradient, in [0, 1).
-        epsilon: Added to the root of the mean squared gradient.
-        amsgrad: Whether the largest v so far divides, instead of the last.
-        jit_compile: Whether XLA compiles the update on a GPU. It compiles anew for each number of
-            distinct rows, and that differs from step to step: off unless set.
-        name: Of the optimizer.
+        learning_rate: A number or a `LearningRateSchedule`.
         **kwargs: Further arguments of `tf.keras.optimizers.Adam`.
 
     Raises:
-        ValueError: If `weight_decay` or `use_ema` is set: both go over whole tables.
+        ValueError: If `weight_decay`, `use_ema` or `amsgrad` is set.
 
     Example:
         >>> table = tf.Variable([[1.0], [1.0], [1.0]])
@@ -54,31 +46,17 @@ class LazyAdam(tf.keras.optimizers.Adam):
     def __init__(
         self,
         learning_rate: float | tf.keras.optimizers.schedules.LearningRateSchedule = 0.001,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        amsgrad: bool = False,
-        jit_compile: bool = False,
-        name: str = "LazyAdam",
         **kwargs: Any,
     ) -> None:
-        for option in ("weight_decay", "use_ema"):
+        for option in ("weight_decay", "use_ema", "amsgrad"):
             if kwargs.get(option):
                 raise ValueError(
-                    f"LazyAdam touches the rows of a gradient alone, and {option} would go over "
-                    f"the whole table each step. Received: {option}={kwargs[option]!r}. Leave it "
-                    "out, or use tf.keras.optimizers.Adam."
+                    f"LazyAdam touches the rows of a gradient alone, and does not do {option}. "
+                    f"Received: {option}={kwargs[option]!r}. Leave it out, or use "
+                    "tf.keras.optimizers.Adam."
                 )
-        super().__init__(
-            learning_rate,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            amsgrad=amsgrad,
-            jit_compile=jit_compile,
-            name=name,
-            **kwargs,
-        )
+        # XLA would compile the update anew for each number of distinct rows.
+        super().__init__(learning_rate, **{"jit_compile": False, "name": "LazyAdam", **kwargs})
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
         """Updates one variable.
@@ -108,8 +86,6 @@ class LazyAdam(tf.keras.optimizers.Adam):
             rows,
             lambda old: old + (tf.square(values) - old) * (1 - self.beta_2),
         )
-        if self.amsgrad:
-            v = _update_rows(self._velocity_hats[number], rows, lambda old: tf.maximum(old, v))
         variable.scatter_sub(tf.IndexedSlices((m * alpha) / (tf.sqrt(v) + epsilon), rows))
 
 
@@ -120,92 +96,6 @@ def _update_rows(
     new = update(tf.gather(table, rows))
     table.scatter_update(tf.IndexedSlices(new, rows))
     return new
-
-
-@tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
-class WarmupDecay(tf.keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up to the peak, then a decay to a share of it.
-
-    With s the number of the step from 1, p = (s - warmup_steps) / (num_steps - warmup_steps)
-    clipped to [0, 1], the step size is
-
-        peak * s / warmup_steps                                          up to s = warmup_steps
-        peak * (decay_to + (1 - decay_to) * (1 - p))                     "linear"
-        peak * (decay_to + (1 - decay_to) * (1 + cos(pi * p)) / 2)       "cosine"
-        peak                                                             "none"
-
-    It is a function of the optimizer's count of steps alone, which is in the checkpoint: a stopped
-    run goes on at the step size it had come to.
-
-    Args:
-        peak: Step size at the end of the warm-up, above 0.
-        num_steps: Steps after which the decay has come to its end; further ones stay there.
-        warmup_steps: Steps of the warm-up; 0 is none.
-        decay: Shape of the decay.
-        decay_to: Share of the peak that it ends at, in [0, 1].
-
-    Raises:
-        ValueError: If the warm-up leaves no step for a decay, or a value is out of range.
-
-    Example:
-        >>> schedule = WarmupDecay(0.1, num_steps=6, warmup_steps=2, decay="linear")
-        >>> [round(float(schedule(step)), 4) for step in range(7)]
-        [0.05, 0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
-    """
-
-    def __init__(
-        self,
-        peak: float,
-        *,
-        num_steps: int,
-        warmup_steps: int = 0,
-        decay: Decay = "none",
-        decay_to: float = 0.0,
-    ) -> None:
-        if peak <= 0 or warmup_steps < 0 or not 0 <= decay_to <= 1:
-            raise ValueError(
-                "peak must be above 0, warmup_steps 0 or more and decay_to in [0, 1]. "
-                f"Received: peak={peak}, warmup_steps={warmup_steps}, decay_to={decay_to}"
-            )
-        if decay not in ("none", "cosine", "linear"):
-            raise ValueError(f"decay must be none, cosine or linear. Received: {decay!r}")
-        if decay != "none" and num_steps <= warmup_steps:
-            raise ValueError(
-                f"A warm-up of {warmup_steps} steps leaves nothing of {num_steps} steps for the "
-                f"decay {decay!r}. Lower training.warmup_steps, or raise training.max_epochs."
-            )
-        self._peak = peak
-        self._num_steps = num_steps
-        self._warmup_steps = warmup_steps
-        self._decay = decay
-        self._decay_to = decay_to
-
-    def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        """Computes the step size after `step` whole steps: scalar float32."""
-        number = tf.cast(step, tf.float32) + 1.0
-        rate = tf.constant(self._peak, tf.float32)
-        if self._decay != "none":
-            length = self._num_steps - self._warmup_steps
-            progress = tf.clip_by_value((number - self._warmup_steps) / length, 0.0, 1.0)
-            left = (
-                1.0 - progress
-                if self._decay == "linear"
-                else (1.0 + tf.cos(math.pi * progress)) / 2.0
-            )
-            rate *= self._decay_to + (1.0 - self._decay_to) * left
-        if self._warmup_steps:
-            rate *= tf.minimum(number / self._warmup_steps, 1.0)
-        return rate
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments."""
-        return {
-            "peak": self._peak,
-            "num_steps": self._num_steps,
-            "warmup_steps": self._warmup_steps,
-            "decay": self._decay,
-            "decay_to": self._decay_to,
-        }
 
 
 # A step of Adagrad and of LazyAdam costs what the batch touches; Adam's moments decay over whole
@@ -221,36 +111,40 @@ def make_optimizer(
     name: OptimizerName,
     learning_rate: float,
     *,
-    num_steps: int = 0,
+    num_steps: int,
     warmup_steps: int = 0,
     decay: Decay = "none",
-    decay_to: float = 0.0,
 ) -> tf.keras.optimizers.Optimizer:
-    """Makes an optimizer by name.
+    """Makes an optimizer by name, with a warm-up and a decay of its learning rate.
+
+    The rate is a function of the optimizer's count of steps alone, which is in the checkpoint: a
+    stopped run goes on at the rate it had come to.
 
     Args:
         name: "adagrad", "adam" or "lazy_adam".
-        learning_rate: Its step size, or the peak of it.
-        num_steps: Of the decay (see `WarmupDecay`, as the rest).
-        warmup_steps: Of the warm-up.
-        decay: Shape of the decay.
-        decay_to: Share of the peak that the decay ends at.
+        learning_rate: Or the peak of it.
+        num_steps: Steps after which a decay has come to its end.
+        warmup_steps: Steps over which it rises from 0; 0 is no warm-up.
+        decay: "cosine" falls to 0 after the warm-up, "none" stays.
 
     Returns:
-        The optimizer; its step size is a plain number where it stays the same.
+        The optimizer; its learning rate is a plain number where it stays the same.
 
     Raises:
-        ValueError: If the name is unknown or the schedule cannot be.
+        ValueError: If the warm-up leaves no step for the decay.
     """
-    if name not in _OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {list(_OPTIMIZERS)}. Received: {name!r}")
     if not warmup_steps and decay == "none":
         return _OPTIMIZERS[name](learning_rate)
-    schedule = WarmupDecay(
-        learning_rate,
-        num_steps=num_steps,
+    if decay == "cosine" and num_steps <= warmup_steps:
+        raise ValueError(
+            f"A warm-up of {warmup_steps} steps leaves nothing of {num_steps} steps for the decay "
+            f"{decay!r}. Lower training.warmup_steps, or raise training.max_epochs."
+        )
+    schedule = tf.keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else learning_rate,
+        decay_steps=max(num_steps - warmup_steps, 1),
+        alpha=0.0 if decay == "cosine" else 1.0,  # Share of the peak that it ends at.
+        warmup_target=learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
-        decay=decay,
-        decay_to=decay_to,
     )
     return _OPTIMIZERS[name](schedule)

@@ -1,4 +1,4 @@
-"""Raw queries and ids turned into rows, and a trained model into a `Retriever`."""
+"""Raw queries turned into rows and embeddings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.model.two_tower import TwoTowerModel
+from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query
 
 QUERY_BATCH = 1024
@@ -40,16 +39,14 @@ class QueryEncoder:
 
     Args:
         model: The model.
-        query_ids: [num_queries] user ids, in the order of the model's rows 1, 2, ...
-        candidate_ids: [num_candidates] item ids, likewise.
+        query_ids: User ids and their rows.
+        candidate_ids: Item ids and their rows.
     """
 
-    def __init__(
-        self, model: TwoTowerModel, query_ids: np.ndarray, candidate_ids: np.ndarray
-    ) -> None:
+    def __init__(self, model: TwoTowerNetwork, query_ids: Ids, candidate_ids: Ids) -> None:
         self._model = model
-        self._queries = Ids(query_ids)
-        self._corpus = Ids(candidate_ids)
+        self._queries = query_ids
+        self._corpus = candidate_ids
         length = model.history_length
 
         @tf.function(
@@ -91,11 +88,3 @@ class QueryEncoder:
             for start in range(0, max(len(queries), 1), QUERY_BATCH)
         ]
         return np.concatenate(blocks)
-
-
-def exact_retriever(
-    model: TwoTowerModel, query_ids: np.ndarray, candidate_ids: np.ndarray
-) -> ExactRetriever:
-    """Makes a model a `Retriever`: every candidate scored, embeddings as of now."""
-    encoder = QueryEncoder(model, query_ids, candidate_ids)
-    return ExactRetriever(candidate_ids, model.embed_corpus(), encoder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -34,12 +34,13 @@ class Tower(tf.keras.layers.Layer):
         features: Features besides the id.
         feature_dim: Embedding size of a feature.
         normalize: Whether the output has length 1.
-        feature_dropout: Share of the features that training takes for missing, row by row.
+        feature_dropout: Share of the features that training replaces by missing ones, row by row.
         combination: "concat" or "sum".
         num_ids: Rows of the id embedding besides row 0; None leaves the id out.
-        unknown_rate: Share of the ids that training takes for unknown, so that row 0 is trained.
-        has_bias: Whether each id has a number of its own besides, the last entry of its output.
-        history: History encoder, for the query tower, whose vectors `call` is given.
+        id_dropout: Share of the ids that training replaces by the unknown id, row 0, to train it.
+        bias: "id" gives each id a number of its own besides, the last entry of its output; "ones"
+            is the other tower's part of it, a 1.
+        history: History encoder, for the query tower.
 
     Raises:
         ValueError: If the tower would have no input, or a bias without an id.
@@ -57,26 +58,28 @@ class Tower(tf.keras.layers.Layer):
         feature_dropout: float = 0.0,
         combination: Combination = "concat",
         num_ids: int | None = None,
-        unknown_rate: float = 0.0,
-        has_bias: bool = False,
+        id_dropout: float = 0.0,
+        bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
         super().__init__(name=name)
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
-        if has_bias and num_ids is None:
+        if bias == "id" and num_ids is None:
             raise ValueError(f"The {name} has no id, and a bias is the id's.")
         self.id_embedding = (
             None
             if num_ids is None
             else tf.keras.layers.Embedding(num_ids + 1, embedding_dim, name="id")
         )
-        self._bias = (
-            tf.keras.layers.Embedding(num_ids + 1, 1, embeddings_initializer="zeros", name="bias")
-            if has_bias and num_ids is not None
-            else None
-        )
-        self._unknown_rate = unknown_rate
+        self._bias: tf.keras.layers.Embedding | Literal["ones"] | None = None
+        if bias == "ones":
+            self._bias = "ones"
+        elif bias == "id" and num_ids is not None:
+            self._bias = tf.keras.layers.Embedding(
+                num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
+            )
+        self._id_dropout = id_dropout
         self.history = history
         self._specs = tuple(features)
         self._feature_dropout = feature_dropout
@@ -96,37 +99,28 @@ class Tower(tf.keras.layers.Layer):
         )
         self._normalize = normalize
 
-    def call(
-        self,
-        rows: tf.Tensor,
-        features: dict[str, tf.Tensor],
-        history: tf.Tensor | None = None,
-        training: bool = False,
-        dropout_seed: tf.Tensor | None = None,
-    ) -> tf.Tensor:
+    def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
         """Embeds queries or candidates.
 
         Args:
-            rows: [n] int32, 0 is unknown.
-            features: Encoded features by name.
-            history: [n, any] float32, the encoded histories, for a tower with a history.
-            training: Whether ids are taken for unknown, and features for missing.
-            dropout_seed: [2] int32 that this is a function of; None draws anew each time.
+            inputs: See `TwoTowerNetwork`; without a `dropout_seed`, training draws anew.
+            training: Whether ids and features are dropped, and items of the history.
 
         Returns:
             [n, embedding_dim] float32, of length 1 if `normalize`; with a bias, one entry more.
         """
-        seed = pass_seed(training, dropout_seed)
+        seed = pass_seed(training, inputs.get("dropout_seed"))
+        features = inputs["features"]
         if seed is not None and self._feature_dropout:
             features = drop_features(features, self._specs, self._feature_dropout, seed)
         parts = {name: embed(features[name]) for name, embed in self._features.items()}
         if self.history is not None:
-            parts["history"] = history
+            parts["history"] = self._read_history(inputs, training, seed)
         for name, project in self._projections.items():
             parts[name] = project(parts[name])
-        known = self._known(rows, seed)
+        rows = self._dropped_ids(inputs["row"], seed)
         if self.id_embedding is not None:
-            parts["id"] = self.id_embedding(known)
+            parts["id"] = self.id_embedding(rows)
         joined = list(parts.values())
         hidden = tf.add_n(joined) if self._is_sum else tf.concat(joined, axis=1)
         for layer in self._hidden:
@@ -134,11 +128,23 @@ class Tower(tf.keras.layers.Layer):
         output = hidden if self._output is None else self._output(hidden)
         if self._normalize:
             output = tf.math.l2_normalize(output, axis=1)
-        # That of the unknown where the id is taken for unknown: it is trained with row 0.
-        return output if self._bias is None else tf.concat([output, self._bias(known)], axis=1)
+        if self._bias == "ones":
+            return tf.concat([output, tf.ones_like(output[:, :1])], axis=1)
+        # That of the unknown id where the id is dropped: it is trained with row 0.
+        return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
 
-    def _known(self, rows: tf.Tensor, seed: tf.Tensor | None) -> tf.Tensor:
-        if seed is None or not self._unknown_rate:
+    def _read_history(
+        self, inputs: Mapping[str, Any], training: bool, seed: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Encodes [n, N] histories, or picks [n] states of sequences that are read once."""
+        assert self.history is not None
+        if "sequence_rows" not in inputs:
+            return self.history(inputs["history_rows"], training=training, dropout_seed=seed)
+        states = self.history.states(inputs["sequence_rows"], training=training, dropout_seed=seed)
+        return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
+
+    def _dropped_ids(self, rows: tf.Tensor, seed: tf.Tensor | None) -> tf.Tensor:
+        if seed is None or not self._id_dropout:
             return rows
         drawn = tf.random.stateless_uniform(tf.shape(rows), fold(seed, Stream.UNKNOWN_IDS))
-        return tf.where(drawn < self._unknown_rate, 0, rows)
+        return tf.where(drawn < self._id_dropout, 0, rows)

@@ -74,8 +74,9 @@ class AliasSampler:
 
     def __init__(self, probability: np.ndarray) -> None:
         accept, alias = build_alias_table(probability)
-        self._accept = tf.constant(accept)
-        self._alias = tf.constant(alias)
+        with tf.init_scope():  # Outlives the graph that first asks for it.
+            self._accept = tf.constant(accept)
+            self._alias = tf.constant(alias)
         self._num_rows = len(accept)
 
     def sample(self, num: int, seed: tf.Tensor) -> tf.Tensor:

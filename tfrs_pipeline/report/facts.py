@@ -15,20 +15,20 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
-from tfrs_pipeline.negatives.batches import TrainingBatches
-from tfrs_pipeline.negatives.mined import MINED
-from tfrs_pipeline.negatives.mixture import num_unreachable
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity as PopularityNegatives
+from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures
-from tfrs_pipeline.run import stored_split, training_batches
-from tfrs_pipeline.samples.build import read_samples
-from tfrs_pipeline.samples.popularity import sampling_probability
 from tfrs_pipeline.samples.positives import positive_probability
+from tfrs_pipeline.samples.store import read_samples
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"
@@ -231,10 +231,12 @@ def gather_facts(folder: Path) -> RunFacts:
     config = load_config(folder / "config.toml")
     metrics = json.loads((folder / "metrics.json").read_text())
     log = Log.read(folder / "data")
-    split = stored_split(log, config, folder / "data")[0].events
-    samples_folder = folder / "samples" / "final"
-    batches = training_batches(config, read_samples(samples_folder))
-    is_mined = any(sampler.stage == MINED for sampler in config.samples.hard_negatives)
+    split = Split.read(log, config.split.kind, folder / "data" / "split.parquet").events
+    # Without a second training there are no other samples.
+    final, selection = (folder / "samples" / name for name in ("final", "selection"))
+    samples_folder = final if final.is_dir() else selection
+    model = TwoTower(config.model, training=config.training, seed=config.seed)
+    batches = model.batches(read_samples(samples_folder))
     return RunFacts(
         folder=str(folder),
         config=config,
@@ -252,8 +254,8 @@ def gather_facts(folder: Path) -> RunFacts:
         items_by_part=_items_by_part(split),
         samples=json.loads((samples_folder / "report.json").read_text()),
         masked_shares=batches.masked_shares(),
-        mean_hard_share=None if is_mined else batches.mean_hard_share,
-        popularity=_popularity(config, batches),
+        mean_hard_share=None if isinstance(config.model.hard, Mined) else batches.mean_hard_share,
+        popularity=_popularity(batches),
         titles=_titles(log, metrics),
     )
 
@@ -302,18 +304,22 @@ def _items_by_part(split: ibis.Table) -> dict[str, int]:
     return {part: by_part[part] for part in PARTS if part in by_part}
 
 
-def _popularity(config: RunConfig, batches: TrainingBatches) -> Popularity:
-    samplers = {"in-batch": batches.q_positive} if config.samples.in_batch else {}
-    for easy in config.samples.easy_negatives:
-        name = "uniform" if easy.alpha == 0 else f"clicks^{easy.alpha:g}"
-        samplers[name] = sampling_probability(batches.counts, easy.alpha)
+def _popularity(batches: HybridBatches) -> Popularity:
+    frame = batches.frame
+    expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
     return Popularity(
-        counts=batches.counts[1:],
-        before=positive_probability(batches.counts)[1:],
+        counts=frame.counts[1:],
+        before=positive_probability(frame.counts)[1:],
         after=batches.positive_share[1:],
-        samplers={name: probability[1:] for name, probability in samplers.items()},
-        num_unreachable=num_unreachable(batches.expected_count),
+        samplers={name: count[1:] / count.sum() for name, count in expected.items()},
+        num_unreachable=int((batches.expected_count[1:] <= 0).sum()),
     )
+
+
+def _label(kind: Negatives) -> str:
+    if isinstance(kind, PopularityNegatives):
+        return f"clicks^{kind.alpha:g}"
+    return str(getattr(kind, "kind", type(kind).__name__)).replace("_", "-")
 
 
 def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:

@@ -5,142 +5,53 @@ Everything is an Ibis expression, run out of core by the backend that holds the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ibis
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Stage
-from tfrs_pipeline.samples.hard_pools import (
-    HARD_STAGES,
-    HardNegativeRules,
-    add_pools,
-    describe_pools,
-    find_losers,
-    pool_column,
-)
-from tfrs_pipeline.samples.positives import select_positives
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.hard_pools import add_pools, describe_pools, find_losers
+from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.store import POOL_PREFIX, Samples, read_samples
 
 logger = logging.getLogger(__name__)
-
-HistoryOrder = Literal["timestamp", "event_number", "none"]
 
 SAMPLES_PER_SHARD = 1_000_000
 SAMPLES_PER_ROW_GROUP = 131_072
 
 
-@dataclass(frozen=True)
-class RowLists:
-    """One list of candidate rows per key row, as offsets into flat values.
-
-    Args:
-        offsets: [num_keys + 1] int64; the list of key i is values[offsets[i]:offsets[i + 1]].
-        values: [total] int32 candidate rows.
-    """
-
-    offsets: np.ndarray
-    values: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, key: int) -> np.ndarray:
-        return self.values[self.offsets[key] : self.offsets[key + 1]]
-
-    @classmethod
-    def from_lists(cls, lists: Sequence[np.ndarray]) -> RowLists:
-        """Packs a list of 1-D integer arrays."""
-        offsets = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
-        values = np.concatenate(lists) if len(lists) else np.zeros(0)
-        return cls(offsets, values.astype(np.int32))
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Training samples in memory, one per positive.
-
-    Args:
-        query_rows: [num_samples] int32, the user's row.
-        candidate_rows: [num_samples] int32, the positive.
-        weights: [num_samples] float32.
-        sequences: Per query row, the candidate rows of all its training positives, oldest first.
-        num_earlier: [num_samples] int32, how many of the query's sequence lie strictly before the
-            sample: its history is that prefix, or the latest of it. None in a log without order:
-            then it is the rest of the sequence, copies of the positive left out.
-        known_positives: Per query row, the sorted candidate rows that it clicked in training.
-        exposed: Per query row, the sorted candidate rows shown in training and never clicked.
-        counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
-        hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
-    """
-
-    query_rows: np.ndarray
-    candidate_rows: np.ndarray
-    weights: np.ndarray
-    sequences: RowLists
-    num_earlier: np.ndarray | None
-    known_positives: RowLists
-    exposed: RowLists
-    counts: np.ndarray
-    hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.query_rows)
-
-    def history(self, i: int, length: int | None = None) -> np.ndarray:
-        """Returns the history of sample i.
-
-        Args:
-            i: Place of the sample.
-            length: Of the most recent rows to return; None is all.
-
-        Returns:
-            [at most length] int32 candidate rows, oldest first.
-        """
-        sequence = self.sequences[self.query_rows[i]]
-        if self.num_earlier is None:
-            rows = sequence[sequence != self.candidate_rows[i]]
-        else:
-            rows = sequence[: self.num_earlier[i]]
-        return rows if length is None else rows[max(len(rows) - length, 0) :]
-
-
 def build_samples(
-    log: Log,
-    training_events: ibis.Table,
-    folder: Path,
-    *,
-    seed: int,
-    order: HistoryOrder = "timestamp",
-    hard_negatives: HardNegativeRules | None = None,
+    log: Log, folder: Path, *, seed: int, hard: FunnelLosers | None = None
 ) -> dict[str, Any]:
-    """Writes the samples of the training part below `folder`.
+    """Writes the samples of a log below `folder`.
 
     Files: `corpus.parquet` (candidate_row from 1, item_id, count), `queries.parquet` (query_row
-    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight and, unless order
-    is "none", num_earlier), `sequences.parquet`, `known_positives.parquet` and `exposed.parquet`
+    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight and, in a log with
+    an order, num_earlier), `sequences.parquet`, `known_positives.parquet` and `exposed.parquet`
     (query_row, candidate_rows).
-    Row 0 is "unknown" on both sides. Counts, histories and masks come from `training_events`
-    alone. Shards hold the samples in an order shuffled by `seed`: a batch is a fair draw.
+    Row 0 is "unknown" on both sides. Counts, histories and masks come from the log's events alone:
+    give the training part. Shards hold the samples in an order shuffled by `seed`.
+
+    Before an event means an earlier timestamp (ties, and items of the same request, do not enter);
+    in a log without times an earlier place in it; in one without any order, every other positive of
+    the user.
 
     Args:
-        log: Every item and every user, whichever part they are in.
-        training_events: Events of the training part, all stages.
+        log: Its events; rows are those of all its items and users.
         folder: Where to write; made if missing.
-        seed: Of the shuffle.
-        order: What "before" means: an earlier timestamp (ties, and items of the same request, do
-            not enter), an earlier place in the log, or, for logs without any order, every other
-            positive of the user.
-        hard_negatives: Which losers of the funnel become the samples' hard negatives; None leaves
-            them out. A shard then has a column `hard_<stage>_rows` per stage.
+        seed: Of the shuffle, and of the draw of hard pools.
+        hard: Which losers of the funnel become the samples' hard negatives; a shard then has a
+            column `hard_<stage>_rows` per stage.
 
     Returns:
         Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
@@ -148,24 +59,58 @@ def build_samples(
         "hard_negatives" by stage and "hard_negatives_removed" by reason.
 
     Raises:
-        DataError: If no training event is a positive.
+        DataError: If no event is a positive.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are not whole.
     (folder / "report.json").unlink(missing_ok=True)
     items = _number_rows(log.items, "item_id", "candidate_row")
     users = _number_rows(log.users, "user_id", "query_row")
-    numbered = training_events.inner_join(items, "item_id").inner_join(users, "user_id")
-    # Written once, so that the window and the joins are not run again for every output.
-    # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
-    numbered = numbered.mutate(
-        time=numbered["timestamp" if order == "timestamp" else "event_number"]
-    )
-    numbered = numbered.mutate(query_time=_query_time(numbered))
-    numbered_path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
-    numbered = _materialise(numbered.drop("item_id", "user_id"), numbered_path)
-    positives = select_positives(numbered)
+    has_order = log.is_ordered or "timestamp" in log.events.columns
+    with _numbered(log, items, users, folder) as numbered:
+        positives = Positives.select(numbered)
+        _write_corpus(items, users, positives, folder)
+        known, exposed = _write_lists(numbered, positives, folder)
+        samples = _with_num_earlier(positives) if has_order else positives
+        if "weight" not in samples.columns:
+            samples = samples.mutate(weight=ibis.literal(1.0))
+        removed: dict[str, int] = {}
+        if hard is not None:
+            losers, removed = find_losers(numbered, hard, known, exposed)
+            samples = add_pools(samples, losers, hard, seed)
+        num_samples = _write_shards(samples, folder / "samples", seed)
+    if num_samples == 0:
+        raise DataError(
+            "The training part holds no positive (an item exposed and clicked). "
+            "Check the label (stage_values, rating_threshold) and the split."
+        )
+    report = _report(folder, removed)
+    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    return report
 
+
+@contextlib.contextmanager
+def _numbered(log: Log, items: ibis.Table, users: ibis.Table, folder: Path) -> Iterator[ibis.Table]:
+    """Writes the events with rows instead of ids, and with their times, for the while of a build.
+
+    Once, so that the window and the joins are not run again for every output.
+    """
+    numbered = log.events.inner_join(items, "item_id").inner_join(users, "user_id")
+    time = numbered["timestamp" if "timestamp" in numbered.columns else "event_number"]
+    numbered = numbered.mutate(time=time)
+    numbered = numbered.mutate(query_time=_query_time(numbered)).drop("item_id", "user_id")
+    # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
+    path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
+    try:
+        numbered.to_parquet(path)
+        yield numbered.get_backend().read_parquet(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _write_corpus(
+    items: ibis.Table, users: ibis.Table, positives: ibis.Table, folder: Path
+) -> None:
     counts = positives.group_by("candidate_row").agg(count=lambda t: t.count())
     corpus = items.left_join(counts, "candidate_row").select(
         "candidate_row", "item_id", count=ibis.coalesce(counts["count"], 0)
@@ -173,6 +118,11 @@ def build_samples(
     corpus.order_by("candidate_row").to_parquet(folder / "corpus.parquet")
     users.order_by("query_row").to_parquet(folder / "queries.parquet")
 
+
+def _write_lists(
+    numbered: ibis.Table, positives: ibis.Table, folder: Path
+) -> tuple[ibis.Table, ibis.Table]:
+    """Writes each query's sequence and masks; returns the pairs behind the two masks."""
     known = positives.select("query_row", "candidate_row").distinct()
     exposed = (
         numbered.filter(numbered["stage"] == Stage.EXPOSED.value)
@@ -189,79 +139,12 @@ def build_samples(
             candidate_rows=rows["candidate_row"].collect(order_by=[rows[key] for key in by])
         )
         lists.order_by("query_row").to_parquet(folder / f"{name}.parquet")
-
-    samples = positives if order == "none" else _with_num_earlier(positives)
-    if "weight" not in samples.columns:
-        samples = samples.mutate(weight=ibis.literal(1.0))
-    removed: dict[str, int] = {}
-    if hard_negatives is not None:
-        losers, removed = find_losers(numbered, hard_negatives, known, exposed)
-        samples = add_pools(samples, losers, hard_negatives, seed)
-    num_samples = _write_shards(samples, folder / "samples", seed)
-    numbered_path.unlink()
-    if num_samples == 0:
-        raise DataError(
-            "The training part holds no positive (an item exposed and clicked). "
-            "Check the label (stage_values, rating_threshold) and the split."
-        )
-    report = _report(folder, removed)
-    (folder / "report.json").write_text(json.dumps(report, indent=2))
-    return report
-
-
-def read_samples(folder: Path) -> Samples:
-    """Loads what `build_samples` wrote.
-
-    Raises:
-        FileNotFoundError: If the folder holds no samples.
-    """
-    shards = sorted((folder / "samples").glob("shard-*.parquet"))
-    if not shards:
-        raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
-    table = pa.concat_tables([pq.read_table(shard) for shard in shards]).combine_chunks()
-    corpus = pq.read_table(folder / "corpus.parquet")
-    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
-    counts = np.zeros(corpus.num_rows + 1, np.int64)
-    counts[corpus["candidate_row"].to_numpy()] = corpus["count"].to_numpy()
-    return Samples(
-        query_rows=table["query_row"].to_numpy().astype(np.int32),
-        candidate_rows=table["candidate_row"].to_numpy().astype(np.int32),
-        weights=table["weight"].to_numpy().astype(np.float32),
-        sequences=_read_lists(folder / "sequences.parquet", num_queries + 1),
-        num_earlier=table["num_earlier"].to_numpy().astype(np.int32)
-        if "num_earlier" in table.column_names
-        else None,
-        known_positives=_read_lists(folder / "known_positives.parquet", num_queries + 1),
-        exposed=_read_lists(folder / "exposed.parquet", num_queries + 1),
-        counts=counts,
-        hard_pools={
-            stage.value: RowLists(*_unpack(table[pool_column(stage)]))
-            for stage in HARD_STAGES
-            if pool_column(stage) in table.column_names
-        },
-    )
-
-
-def read_ids(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the ids behind the rows.
-
-    Returns:
-        `candidate_ids` [num_candidates] and `query_ids` [num_queries], int64 or object (str): the
-        id of row r stands at r - 1.
-    """
-    corpus = pq.read_table(folder / "corpus.parquet", columns=["item_id"])["item_id"]
-    queries = pq.read_table(folder / "queries.parquet", columns=["user_id"])["user_id"]
-    return corpus.to_numpy(), queries.to_numpy()
+    return known, exposed
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
     row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
     return table.select(id_column, **{row_column: row.cast("int32")})
-
-
-def _materialise(table: ibis.Table, path: Path) -> ibis.Table:
-    table.to_parquet(path)
-    return table.get_backend().read_parquet(path)
 
 
 def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
@@ -293,7 +176,7 @@ def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
     for old in folder.glob("shard-*.parquet"):
         old.unlink()
     key = (samples["event_number"].cast("string") + f":{seed}").hash()
-    pools = [name for name in samples.columns if name in map(pool_column, HARD_STAGES)]
+    pools = [name for name in samples.columns if name.startswith(POOL_PREFIX)]
     earlier = [name for name in samples.columns if name == "num_earlier"]
     shuffled = samples.order_by([key, samples["event_number"]]).select(
         "query_row", "candidate_row", "weight", *earlier, *pools
@@ -311,29 +194,6 @@ def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
     if writer is not None:
         writer.close()
     return num_samples
-
-
-def _unpack(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns lists into offsets and values; null is empty."""
-    if column.num_chunks == 0:
-        return np.zeros(1, np.int64), np.zeros(0, np.int32)
-    array = column.combine_chunks()
-    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    return offsets, values
-
-
-def _read_lists(path: Path, num_keys: int) -> RowLists:
-    table = pq.read_table(path)
-    lengths = np.zeros(num_keys, np.int64)
-    if table.num_rows:
-        lists = table["candidate_rows"].combine_chunks()
-        lengths[table["query_row"].to_numpy()] = lists.value_lengths().to_numpy()
-        values = lists.flatten().to_numpy().astype(np.int32)
-    else:
-        values = np.zeros(0, np.int32)
-    return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
 
 
 def _report(folder: Path, removed: Mapping[str, int]) -> dict[str, Any]:

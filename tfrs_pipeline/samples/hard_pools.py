@@ -7,76 +7,25 @@ clicked, or that the user clicked anywhere in training, is never a negative of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping
 
 import ibis
 import numpy as np
 
 from tfrs_pipeline.data.schema import Stage
-
-# Stages whose items lost to the positive. "exposed" is here for showing what it does, no more.
-HARD_STAGES = (Stage.RETRIEVED, Stage.PRE_RANKED, Stage.RANKED, Stage.EXPOSED)
-
-
-@dataclass(frozen=True)
-class HardNegativeRules:
-    """Which losers are hard negatives of a positive.
-
-    Args:
-        stages: Stages to use: retrieved (lost in pre-rank), pre_ranked (lost in rank), ranked (its
-            low part).
-        min_pool: A stage with fewer losers in the positive's own request takes those of the user's
-            recent requests too.
-        max_pool: Losers kept per positive and stage, drawn at random.
-        window: How far back recent requests may lie.
-        bottom_share: Low part of the ranked list: this share of the request's logged ranks.
-        min_rank: Low part by rank instead (0 = best): this rank and worse.
-        allow_exposed: Whether "exposed" may be a stage.
-    """
-
-    stages: Sequence[Stage]
-    min_pool: int = 4
-    max_pool: int = 100
-    window: timedelta = timedelta(days=1)
-    bottom_share: float = 0.5
-    min_rank: int | None = None
-    allow_exposed: bool = False
-
-    def __post_init__(self) -> None:
-        if Stage.CLICKED in self.stages:
-            raise ValueError("A clicked item is a positive, not a hard negative.")
-        if Stage.EXPOSED in self.stages and not self.allow_exposed:
-            raise ValueError(
-                "Items that were exposed and not clicked are never retrieval negatives: the funnel "
-                "liked them enough to show them, and the lack of a click says as much of their "
-                "position as of them. They are for ranking. To see what they do to retrieval, set "
-                "allow_exposed_as_negatives."
-            )
-        if not 0 < self.bottom_share <= 1:
-            raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
-        if self.min_pool < 0 or self.max_pool < 1:
-            raise ValueError(
-                "min_pool must be 0 or more and max_pool 1 or more. "
-                f"Received: {self.min_pool} and {self.max_pool}"
-            )
-
-
-def pool_column(stage: Stage) -> str:
-    """Names the column that holds the pool of a stage."""
-    return f"hard_{stage.value}_rows"
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.store import pool_column
 
 
 def find_losers(
-    events: ibis.Table, rules: HardNegativeRules, known: ibis.Table, exposed: ibis.Table
+    events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
 ) -> tuple[ibis.Table, dict[str, int]]:
     """Finds the losers of each request that may be hard negatives, the guard applied.
 
     Args:
         events: Training events with query_row, candidate_row, stage, time; optional request_id,
             rank.
-        rules: Which to take.
+        hard: Which to take.
         known: (query_row, candidate_row) pairs clicked in training.
         exposed: (query_row, candidate_row) pairs exposed in training and never clicked.
 
@@ -87,10 +36,10 @@ def find_losers(
     if "request_id" not in events.columns:
         events = events.mutate(request_id=ibis.null("int64"))
     pairs = ["query_row", "candidate_row"]
-    taken = events.filter(events["stage"].isin([stage.value for stage in rules.stages]))
+    taken = events.filter(events["stage"].isin(list(hard.stages)))
     removed: dict[str, int] = {}
-    if Stage.RANKED in rules.stages:
-        taken, removed = _low_part(events, taken, rules)
+    if Stage.RANKED in hard.stages:
+        taken, removed = _low_part(events, taken, hard)
     losers = taken.select(*pairs, "stage", "time", "request_id")
     removed["clicked by the user in training"] = _num_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
@@ -102,14 +51,14 @@ def find_losers(
 
 
 def add_pools(
-    positives: ibis.Table, losers: ibis.Table, rules: HardNegativeRules, seed: int
+    positives: ibis.Table, losers: ibis.Table, hard: FunnelLosers, seed: int
 ) -> ibis.Table:
     """Adds to each positive a list of candidate rows per stage, `pool_column(stage)`.
 
     Args:
         positives: Rows with query_row, event_number, time and, if logged, request_id.
         losers: From `find_losers`.
-        rules: As there.
+        hard: As there.
         seed: Of the draw where a pool exceeds `max_pool`.
 
     Returns:
@@ -118,9 +67,9 @@ def add_pools(
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
     keys = keyed.select("event_number", "query_row", "request_id", "time")
-    for stage in rules.stages:
-        of_stage = losers.filter(losers["stage"] == stage.value)
-        pool = _own_request(keys, of_stage).union(_recent_requests(keys, of_stage, rules))
+    for stage in hard.stages:
+        of_stage = losers.filter(losers["stage"] == stage)
+        pool = _own_request(keys, of_stage).union(_recent_requests(keys, of_stage, hard))
         pool = pool.distinct()
         key = (
             pool["candidate_row"].cast("string")
@@ -131,9 +80,7 @@ def add_pools(
         lists = pool.group_by("event_number").agg(
             pool=pool["candidate_row"].collect(order_by=[key, pool["candidate_row"]])
         )
-        lists = lists.select(
-            "event_number", **{pool_column(stage): lists["pool"][: rules.max_pool]}
-        )
+        lists = lists.select("event_number", **{pool_column(stage): lists["pool"][: hard.max_pool]})
         positives = positives.left_join(lists, "event_number").drop("event_number_right")
     return positives
 
@@ -158,7 +105,7 @@ def describe_pools(pool_sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
 
 
 def _low_part(
-    events: ibis.Table, taken: ibis.Table, rules: HardNegativeRules
+    events: ibis.Table, taken: ibis.Table, hard: FunnelLosers
 ) -> tuple[ibis.Table, dict[str, int]]:
     """Keeps of the `ranked` items those at the low end of their request's ranks."""
     is_ranked = taken["stage"] == Stage.RANKED.value
@@ -168,8 +115,8 @@ def _low_part(
     without_request = 0
     without_rank = _num_rows(ranked.filter(ranked["rank"].isnull()))
     ranked = ranked.filter(ranked["rank"].notnull())
-    if rules.min_rank is not None:
-        low = ranked.filter(ranked["rank"] >= rules.min_rank)
+    if hard.min_rank is not None:
+        low = ranked.filter(ranked["rank"] >= hard.min_rank)
     else:
         # Ranks of the list that was ranked last: those of losers are on another scale.
         last_stages = [Stage.RANKED.value, Stage.EXPOSED.value, Stage.CLICKED.value]
@@ -192,8 +139,7 @@ def _low_part(
         )
         ranked = ranked.inner_join(place, "event_number")
         low = ranked.filter(
-            ranked["place"]
-            > ranked["num_ranks"] - (rules.bottom_share * ranked["num_ranks"]).ceil()
+            ranked["place"] > ranked["num_ranks"] - (hard.bottom_share * ranked["num_ranks"]).ceil()
         )
     removed = {
         "ranked without a rank": without_rank,
@@ -208,18 +154,18 @@ def _own_request(keys: ibis.Table, losers: ibis.Table) -> ibis.Table:
     return joined.select("event_number", "candidate_row")
 
 
-def _recent_requests(keys: ibis.Table, losers: ibis.Table, rules: HardNegativeRules) -> ibis.Table:
+def _recent_requests(keys: ibis.Table, losers: ibis.Table, hard: FunnelLosers) -> ibis.Table:
     """Joins positives whose own request has too few with the user's losers in the window."""
     own = _own_request(keys, losers).distinct()
     own_counts = own.group_by("event_number").agg(num_own=own.count())
     counted = keys.left_join(own_counts, "event_number").drop("event_number_right")
-    short = counted.filter(ibis.coalesce(counted["num_own"], 0) < rules.min_pool)
+    short = counted.filter(ibis.coalesce(counted["num_own"], 0) < hard.min_pool)
     is_recent = [
         short["query_row"] == losers["query_row"],
         losers["time"] <= short["time"],
     ]
     if losers["time"].type().is_timestamp():
-        seconds = int(rules.window.total_seconds())
+        seconds = round(hard.window_hours * 3600)
         is_recent.append(losers["time"] >= short["time"] - ibis.interval(seconds=seconds))
     joined = short.inner_join(losers, is_recent, rname="{name}_of_loser")
     return joined.select("event_number", "candidate_row")

@@ -1,6 +1,8 @@
-"""Positives: items that were exposed to the user and clicked."""
+"""Positives: items that were exposed to the user and clicked, less of the popular ones."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import ibis
 import numpy as np
@@ -8,69 +10,57 @@ import numpy as np
 from tfrs_pipeline.data.schema import DataError, Stage
 
 
-def select_positives(events: ibis.Table) -> ibis.Table:
-    """Keeps the events whose item was exposed and clicked.
+@dataclass(frozen=True)
+class Positives:
+    """Which events are positives, and how often each candidate's are trained.
+
+    Positives are mostly popular items. With an exponent these are down-sampled and the others
+    up-sampled: a positive of candidate c is drawn, or weighted, by rate(c) = counts(c)^(-exponent),
+    so that c comes in proportion to counts(c)^(1 - exponent). It shifts what the model learns: log
+    p(c | x) plus the log of the rate.
 
     Args:
-        events: Event table; `stage` is the furthest stage that the item reached.
-
-    Returns:
-        The rows of stage `clicked`, all columns.
-    """
-    return events.filter(events["stage"] == Stage.CLICKED.value)
-
-
-def power_law_rate(counts: np.ndarray, exponent: float) -> np.ndarray:
-    """Computes resampling rates that flatten popularity: rate(c) = counts(c)^(-exponent).
-
-    Positives of popular items are down-sampled and those of unpopular ones up-sampled, so that c is
-    drawn in proportion to counts(c)^(1 - exponent). Only ratios matter.
-
-    Args:
-        counts: [num_rows] samples per candidate row.
         exponent: 0 changes nothing, 1 makes every clicked item equally likely.
-
-    Returns:
-        [num_rows] float64, 0 where there is no sample.
 
     Raises:
         ValueError: If the exponent is not in [0, 1].
-
-    Example:
-        >>> power_law_rate(np.array([0, 16, 4]), exponent=0.5)
-        array([0.  , 0.25, 0.5 ])
     """
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"exponent must be in [0, 1]. Received: {exponent}")
-    safe = np.maximum(np.asarray(counts, np.float64), 1.0)
-    return np.where(counts > 0, safe**-exponent, 0.0)
 
+    exponent: float = 0.0
 
-def keep_rate(counts: np.ndarray, threshold: float) -> np.ndarray:
-    """Computes word2vec's keep-rule: rate(c) = min(1, sqrt(t / f) + t / f), f = share of c.
+    def __post_init__(self) -> None:
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"exponent must be in [0, 1]. Received: {self.exponent}")
 
-    Args:
-        counts: [num_rows] samples per candidate row.
-        threshold: t, above 0: items of a smaller share than about 2.6 t are kept whole.
+    @staticmethod
+    def select(events: ibis.Table) -> ibis.Table:
+        """Keeps the events whose item was exposed and clicked.
 
-    Returns:
-        [num_rows] float64 in [0, 1], 0 where there is no sample.
+        Args:
+            events: Event table; `stage` is the furthest stage that the item reached.
 
-    Raises:
-        ValueError: If the threshold is not positive.
+        Returns:
+            The rows of stage `clicked`, all columns.
+        """
+        return events.filter(events["stage"] == Stage.CLICKED.value)
 
-    Reference:
-        Mikolov et al. 2013, in the form of their code (the paper has sqrt(t / f) alone).
+    def rate(self, counts: np.ndarray) -> np.ndarray | None:
+        """Computes the resampling rate of each candidate's positives; only ratios matter.
 
-    Example:
-        >>> keep_rate(np.array([0, 96, 4]), threshold=0.06).round(4)
-        array([0.    , 0.3125, 1.    ])
-    """
-    if threshold <= 0:
-        raise ValueError(f"threshold must be above 0. Received: {threshold}")
-    share = np.asarray(counts, np.float64) / max(1, counts.sum())
-    ratio = threshold / np.where(share > 0, share, 1.0)
-    return np.where(share > 0, np.minimum(1.0, np.sqrt(ratio) + ratio), 0.0)
+        Args:
+            counts: [num_rows] samples per candidate row.
+
+        Returns:
+            [num_rows] float64, 0 where there is no sample; None without resampling.
+
+        Example:
+            >>> Positives(exponent=0.5).rate(np.array([0, 16, 4]))
+            array([0.  , 0.25, 0.5 ])
+        """
+        if self.exponent == 0:
+            return None
+        safe = np.maximum(np.asarray(counts, np.float64), 1.0)
+        return np.where(np.asarray(counts) > 0, safe**-self.exponent, 0.0)
 
 
 def positive_probability(counts: np.ndarray, rate: np.ndarray | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tfrs_pipeline.samples.build import RowLists
+    from tfrs_pipeline.samples.store import RowLists
 
 ITEMS_PER_CALL = 8192
 

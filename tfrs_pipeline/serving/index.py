@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
-
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import exclude_rows_of
-from tfrs_pipeline.retrieval import Query
 
 # Below this, scoring every candidate is as fast as any index, and exact.
 SMALLEST_SCANN_CORPUS = 20_000
@@ -308,55 +304,3 @@ def index_recall(found: np.ndarray, exact: np.ndarray) -> float:
     """
     hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
     return float(np.mean(hits)) / exact.shape[1]
-
-
-class IndexRetriever:
-    """A `Retriever` over an index in this process: a model that is still training, a trial.
-
-    Args:
-        index: Over the embeddings of the candidates.
-        candidate_ids: [num_candidates] distinct ids, in the order of the embeddings.
-        query_fn: The query tower: queries -> [num_queries, D] float32.
-    """
-
-    def __init__(
-        self,
-        index: ExactIndex | ScannIndex,
-        candidate_ids: Collection[Any] | np.ndarray,
-        query_fn: Callable[[Sequence[Query]], np.ndarray],
-    ) -> None:
-        self.corpus = Ids(candidate_ids)
-        self._query_fn = query_fn
-        matrix = [None, None]
-        self._search = tf.function(
-            index.search,
-            input_signature=[
-                tf.TensorSpec(matrix, tf.float32),
-                tf.TensorSpec([], tf.int32),
-                tf.TensorSpec(matrix, tf.int32),
-            ],
-        )
-
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
-        if k < 1:
-            raise ValueError(f"k must be 1 or more. Received: k={k}.")
-        excluded = exclude_rows_of(self.corpus, queries, exclude)
-        rows = np.zeros((len(queries), k), np.int32)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        for start in range(0, len(queries), _QUERIES_PER_CALL):
-            block = slice(start, start + _QUERIES_PER_CALL)
-            lists: Sequence[Any] = [()] * len(queries[block])
-            if excluded is not None:
-                lists = excluded[block]
-            padded = np.zeros((len(lists), max(map(len, lists))), np.int32)
-            for line, known in zip(padded, lists, strict=True):
-                line[: len(known)] = known
-            found = self._search(self._query_fn(queries[block]), k, padded)
-            rows[block], scores[block] = (part.numpy() for part in found)
-        return self.corpus.take(rows), scores

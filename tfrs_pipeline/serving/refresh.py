@@ -150,7 +150,7 @@ def refresh_index(
 
 def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool:
     model = manifest.get("config", {}).get("model", {})
-    return model.get("unknown_rate", 0) > 0 or not model.get("use_candidate_id", True)
+    return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
 
 
 def _index_of(asked: Mapping[str, Any] | None) -> Scann | Exact | None:

@@ -1,0 +1,183 @@
+"""The sum in the loss, from the pipeline's own draws, against the sum over the corpus.
+
+For every mixture of negatives, hard share and order of the samples: the mean over draws of the
+estimated denominator is the exact one, within what that many draws allow.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.small_batches import (
+    BATCH_SIZE,
+    NUM_CANDIDATES,
+    NUM_SAMPLES,
+    SAMPLE_OF,
+    SAMPLES,
+    STAGES,
+    forbidden,
+    make_batches,
+)
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.samples.positives import Positives
+
+NUM_EPOCHS = 300
+SCORES = np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1).astype(np.float32)
+EXP = np.exp(SCORES.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A kind of one's own: some new items, the newer the likelier, row 40 the newest."""
+
+    num: int
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        newest_of_two = tf.random.stateless_uniform([self.num, 2], seed, 21, 41, tf.int32)
+        return tf.reduce_max(newest_of_two, axis=1)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        rank = np.maximum(np.arange(frame.num_candidates + 1) - 20, 0)
+        return self.num * (2 * rank - (rank > 0)) / 20**2
+
+
+ALL = (InBatch(), Uniform(12), Popularity(10), Shelf(9))
+MIXTURES: dict[str, tuple[Negatives, ...]] = {
+    "in-batch": (InBatch(),),
+    "uniform": (Uniform(30),),
+    "popularity": (Popularity(30),),
+    "one's own": (Shelf(30),),
+    "in-batch and uniform": (InBatch(), Uniform(20)),
+    "in-batch twice": (InBatch(), InBatch()),
+    "all": ALL,
+    "all but in-batch": ALL[1:],
+}
+
+
+def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sample and the denominator of each row, [num_steps, BATCH_SIZE].
+
+    Each loss is log(1 + D / exp s+), whose derivative by s+ tells D of each row apart.
+    """
+    task = HybridRetrieval()
+
+    def of_batch(batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        def embed(rows: tf.Tensor) -> tf.Tensor:
+            return tf.gather(SCORES, rows)[..., tf.newaxis]
+
+        positives = embed(batch["candidate_row"])
+        hard = {}
+        if "hard_log_q" in batch:
+            hard = {
+                "hard_embeddings": embed(batch["hard_candidate_row"]),
+                "hard_log_q": batch["hard_log_q"],
+                "hard_mask": batch["hard_is_counted"],
+            }
+        with tf.GradientTape() as tape:
+            tape.watch(positives)
+            loss = task(
+                tf.ones_like(positives),
+                positives,
+                negative_embeddings=embed(batch["shared_row"]),
+                log_q=batch["log_q"],
+                score_mask=batch["is_counted"],
+                **hard,
+            )
+        share = -tape.gradient(loss, positives)[:, 0]
+        return batch["weight"], tf.exp(positives[:, 0]) * share / (1 - share)
+
+    dataset = batches.dataset(0, num_steps).map(of_batch).batch(num_steps)
+    weights, sums = next(dataset.as_numpy_iterator())
+    return np.vectorize(SAMPLE_OF.__getitem__)(weights), sums
+
+
+def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> float:
+    """Sums over the corpus what a sample's negatives are to weigh."""
+    never = [*forbidden(SAMPLES, SAMPLES.query_rows[sample]), 0]
+    shared = np.delete(EXP * drawn_over_declared, never).sum()
+    pools = [SAMPLES.hard_pools[stage][sample] for stage in STAGES]
+    means = [EXP[pool].mean() for pool in pools if len(pool)]
+    f = hard_share if means else 0.0
+    return (1 - f) * shared + (f * NUM_CANDIDATES * np.mean(means) if means else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hard_share", "exponent"),
+    [
+        *((name, 0.5, 0.0) for name in MIXTURES),
+        ("all", 0.0, 0.0),
+        ("all", 0.05, 0.0),
+        ("all", 0.0, 0.6),
+        ("in-batch", 0.5, 0.6),
+    ],
+)
+def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponent: float) -> None:
+    batches = make_batches(
+        negatives=MIXTURES[name],
+        hard=FunnelLosers(share=hard_share, num=5) if hard_share else None,
+        examples={"rate": Positives(exponent).rate(SAMPLES.counts)},
+    )
+    declared = batches.expected_count
+    drawn = declared.copy()
+    if not exponent:
+        # An epoch draws without replacement, a row's others from all samples but its own: 1 / 149
+        # more of every candidate but its positive than the shares of all of them, as declared.
+        in_batch = MIXTURES[name].count(InBatch()) * (BATCH_SIZE - 1) * SAMPLES.counts
+        drawn += in_batch * (1 / (NUM_SAMPLES - 1) - 1 / NUM_SAMPLES)
+    ratio = np.divide(drawn, declared, out=np.zeros_like(drawn), where=declared > 0)
+    assert ratio.max() < 1 + 1.01 / (NUM_SAMPLES - 1)
+    expected = np.array([exact(i, hard_share, ratio) for i in range(NUM_SAMPLES)])
+
+    samples, sums = denominators(batches, NUM_EPOCHS * NUM_SAMPLES // BATCH_SIZE)
+    relative = sums / expected[samples]
+    # Of all samples: the draws of a step are independent of other steps', but for the epoch.
+    by_step = relative.mean(axis=1)
+    standard_error = by_step.std() / np.sqrt(len(by_step))
+    assert abs(by_step.mean() - 1) < 4 * standard_error
+    assert standard_error < 0.01
+    # Of each sample alone.
+    num = np.bincount(samples.ravel(), minlength=NUM_SAMPLES)
+    mean = np.bincount(samples.ravel(), relative.ravel()) / num
+    squares = np.bincount(samples.ravel(), relative.ravel() ** 2) / num
+    z_scores = (mean - 1) / np.sqrt((squares - mean**2) / num)
+    assert np.abs(z_scores).max() < 5
+
+
+def test_one_probability_for_all_columns_is_far_off() -> None:
+    """The correction of libraries that know one sampler: the test above has the power to tell."""
+    batches = make_batches(negatives=MIXTURES["in-batch and uniform"])
+    q = batches.frame.q_positive
+    wrong = np.log(np.where(q > 0, (BATCH_SIZE + 19) * q, 1))
+    batches._mixture._log_count = tf.constant(wrong, tf.float32)
+    samples, sums = denominators(batches, 200)
+    expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
+    assert abs((sums / expected[samples]).mean() - 1) > 0.2
+
+
+def test_own_kinds_are_checked() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrong(Shelf):
+        count: Sequence[float] = ()
+
+        def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+            return np.array(self.count)
+
+    for count, message in (
+        ([0, 1.0], r"each of 41 candidate rows. Received: shape \(2,\)"),
+        ([1.0] * 41, "with 0 at row 0"),
+        ([0.0, np.nan] + [1.0] * 39, "finite"),
+        ([0.0, -1.0] + [1.0] * 39, "0 or more.*-1.0 to 1.0"),
+    ):
+        for estimates_frequency in (False, True):
+            with pytest.raises(ValueError, match=f"Wrong.*{message}"):
+                make_batches(negatives=[Wrong(3, count)], estimates_frequency=estimates_frequency)

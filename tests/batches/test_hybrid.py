@@ -1,0 +1,319 @@
+"""Training batches in each of their orders: masks, corrections and hard draws, by slow loops."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from tests.small_batches import (
+    BATCH_SIZE,
+    LENGTH,
+    MIXTURE,
+    NUM_CANDIDATES,
+    NUM_SAMPLES,
+    ORDERS,
+    SAMPLES,
+    STAGES,
+    assert_same_batches,
+    batch_list,
+    forbidden,
+    make_batches,
+    make_samples,
+    samples_of,
+)
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.store import RowLists
+
+F = 0.4
+HARD = FunnelLosers(share=F, num=5)
+RATE = Positives(exponent=0.6).rate(SAMPLES.counts)
+# Shares of the candidates in each kind of draw, written out.
+CLICKS = SAMPLES.counts / NUM_SAMPLES
+SMOOTHED = np.where(SAMPLES.counts > 0, SAMPLES.counts**0.75, 0)
+OTHERS = 12 / NUM_CANDIDATES + 10 * SMOOTHED / SMOOTHED.sum()
+HAS_POOL = {
+    stage: np.diff(SAMPLES.hard_pools[stage].offsets) > 0 for stage in STAGES
+}  # [num_samples]
+
+
+@pytest.mark.parametrize("order", ["single", "sequences"])
+def test_every_sample_comes_once_an_epoch_in_another_order_each(order: str) -> None:
+    batches = make_batches(order)
+    steps = batches.steps_per_epoch
+    assert steps == NUM_SAMPLES // BATCH_SIZE
+    drawn = [samples_of(batch) for batch in batch_list(batches, 2 * steps)]
+    epochs = [list(itertools.chain(*drawn[i : i + steps])) for i in (0, steps)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(NUM_SAMPLES))
+    assert epochs[0] != epochs[1]
+    if order == "single":  # Full batches run on into the next epoch.
+        drawn = [samples_of(batch) for batch in batch_list(make_batches(batch_size=32), 10)]
+        strung = list(itertools.chain(*drawn))
+        for start in (0, NUM_SAMPLES):
+            assert sorted(strung[start : start + NUM_SAMPLES]) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_rows_of_a_batch_belong_together(is_ordered: bool) -> None:
+    samples = SAMPLES if is_ordered else dataclasses.replace(SAMPLES, num_earlier=None)
+    for batch in batch_list(make_batches("single", samples), 5):
+        for i, sample in enumerate(samples_of(batch)):
+            assert batch["query_row"][i] == samples.query_rows[sample]
+            assert batch["candidate_row"][i] == samples.candidate_rows[sample]
+            latest = samples.history(sample)[::-1][:LENGTH].tolist()
+            assert batch["history_rows"][i].tolist() == latest + [0] * (LENGTH - len(latest))
+
+
+@pytest.mark.parametrize("exposed_too", [True, False])
+@pytest.mark.parametrize(
+    ("order", "known_too"),
+    [
+        ("single", True),
+        ("single", False),
+        ("sequences", True),
+        ("sequences", False),
+        ("sets", True),
+    ],
+)
+def test_mask_matches_a_loop(order: str, known_too: bool, exposed_too: bool) -> None:
+    batches = make_batches(
+        order, mask_known_positives=known_too, allow_exposed_as_negatives=not exposed_too
+    )
+    num_masked: Counter[str] = Counter()
+    for batch in batch_list(batches, 6):
+        columns = batch["shared_row"].tolist()
+        assert batch["is_counted"].shape == (len(batch["query_row"]), len(columns))
+        for i, query in enumerate(batch["query_row"].tolist()):
+            known = SAMPLES.known_positives[query].tolist() if known_too else []
+            exposed = SAMPLES.exposed[query].tolist() if exposed_too else []
+            own = [] if order == "sets" else [batch["candidate_row"][i]]
+            expected = [not (c in own or c in known or c in exposed) for c in columns]
+            assert batch["is_counted"][i].tolist() == expected
+            num_masked["own"] += sum(c in own for c in columns)
+            num_masked["known"] += sum(c in known and c not in own for c in columns)
+            num_masked["exposed"] += sum(c in exposed for c in columns)
+        if order == "sets":
+            np.testing.assert_allclose(batch["log_q"][0], np.log(OTHERS[columns]), rtol=1e-5)
+            of_positives = np.log(OTHERS[batch["candidate_row"]])
+            np.testing.assert_allclose(batch["positive_log_q"], of_positives, rtol=1e-5)
+        if order == "single":  # The in-batch kind comes first: a row's own is on the diagonal.
+            np.testing.assert_array_equal(columns[:BATCH_SIZE], batch["candidate_row"])
+            assert not batch["is_counted"].diagonal().any()
+    reasons = {"own": order != "sets", "known": known_too, "exposed": exposed_too}
+    assert {name: count > 0 for name, count in num_masked.items()} == reasons
+
+
+@pytest.mark.parametrize(
+    ("order", "options", "n"),
+    [
+        ("single", {}, (BATCH_SIZE - 1) * CLICKS + OTHERS),
+        ("single", {"negatives": MIXTURE[1:]}, OTHERS),
+        (
+            "single",
+            {"examples": {"rate": RATE}},
+            (BATCH_SIZE - 1) * SAMPLES.counts**0.4 / (SAMPLES.counts[1:] ** 0.4).sum() + OTHERS,
+        ),
+        ("sequences", {}, OTHERS),
+    ],
+)
+def test_corrections_and_hard_draws_are_those_of_the_sample(
+    order: str, options: dict[str, Any], n: np.ndarray
+) -> None:
+    batches = make_batches(order, hard=HARD, **options)
+    np.testing.assert_allclose(batches.expected_count[1:], n[1:], rtol=1e-12)
+    cases = set()
+    for batch in batch_list(batches, 8):
+        for i, sample in enumerate(samples_of(batch)):
+            has = [bool(HAS_POOL[stage][sample]) for stage in STAGES]
+            cases.add(tuple(has))
+            f = F if any(has) else 0.0
+            assert batch["hard_share"][i] == pytest.approx(f)
+            np.testing.assert_allclose(
+                batch["log_q"][i], np.log(n[batch["shared_row"]] / (1 - f)), rtol=1e-4, atol=1e-5
+            )
+            of_positive = np.log(n[batch["candidate_row"][i]] / (1 - f))
+            assert batch["positive_log_q"][i] == pytest.approx(of_positive, rel=1e-4, abs=1e-5)
+            for stage, is_there, start in zip(STAGES, has, (0, 5), strict=True):
+                columns = slice(start, start + 5)
+                assert (batch["hard_is_counted"][i, columns] == is_there).all()
+                if is_there:
+                    drawn = batch["hard_candidate_row"][i, columns].tolist()
+                    pool = SAMPLES.hard_pools[stage][sample].tolist()
+                    assert set(drawn) <= set(pool)
+                    assert len(set(drawn)) == min(5, len(pool))
+                    expected = np.log(5 / (NUM_CANDIDATES * F / sum(has)))
+                    np.testing.assert_allclose(batch["hard_log_q"][i, columns], expected, rtol=1e-5)
+    assert len(cases) == 4
+
+
+def test_an_estimated_frequency_leaves_the_parts_of_n() -> None:
+    for negatives, draws in ((MIXTURE, BATCH_SIZE - 1), (MIXTURE[1:], 0)):
+        batches = make_batches(negatives=negatives, estimates_frequency=True, hard=HARD)
+        (batch,) = batch_list(batches, 1)
+        assert not {"log_q", "positive_log_q"} & batch.keys()
+        assert batch["in_batch_draws"] == draws
+        expected = OTHERS[batch["shared_row"]][np.newaxis]
+        np.testing.assert_allclose(batch["other_expected_count"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["retrieved", "exposed"])
+def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -> None:
+    """Pools hold forbidden items here, as if they had not been cleared when they were built."""
+    hard = FunnelLosers(share=F, stages=(stage,), num=6, allow_exposed=stage == "exposed")
+    rows = SAMPLES.query_rows.tolist()
+    pools = [np.array([*forbidden(SAMPLES, row), 41, 42]) for row in rows]
+    batches = make_batches(
+        samples=dataclasses.replace(
+            SAMPLES,
+            hard_pools={stage: RowLists.from_lists(pools)},
+            counts=np.concatenate([SAMPLES.counts, [1, 1]]),
+        ),
+        hard=hard,
+    )
+    num_masked = 0
+    for batch in batch_list(batches, 8):
+        for i, query in enumerate(batch["query_row"].tolist()):
+            never = forbidden(SAMPLES, query)
+            if stage == "exposed":  # Insisted on.
+                never = SAMPLES.known_positives[query].tolist()
+            is_good = [row not in never for row in batch["hard_candidate_row"][i]]
+            assert batch["hard_is_counted"][i].tolist() == is_good
+            num_masked += is_good.count(False)
+            assert batch["hard_share"][i] == pytest.approx(F if any(is_good) else 0)
+            if any(is_good):
+                expected = np.log(sum(is_good) / (42 * F))
+                assert batch["hard_log_q"][i, 0] == pytest.approx(expected, rel=1e-5)
+    assert num_masked > 50
+
+
+def test_a_pool_is_replaced_for_its_own_name_alone() -> None:
+    batches = make_batches(hard=Mined(share=0.2, num=3))
+    assert batches.mean_hard_share == 0  # Nothing has been mined yet.
+    (batch,) = batch_list(batches, 1)
+    assert not batch["hard_is_counted"].any()
+    pool = RowLists.from_lists([np.array([3, 5])] * NUM_SAMPLES)
+    with pytest.raises(ValueError, match=r"from a pool 'ranked'.*mined"):
+        batches.set_hard_pool("ranked", pool)
+    with pytest.raises(ValueError, match=r"each of 150 samples\. Received: 1"):
+        batches.set_hard_pool("mined", RowLists.from_lists([np.array([3])]))
+    with pytest.raises(ValueError, match="draw no hard negatives"):
+        make_batches().set_hard_pool("mined", pool)
+    batches.set_hard_pool("mined", pool)
+    (batch,) = batch_list(batches, 1)
+    assert set(np.unique(batch["hard_candidate_row"])) == {3, 5}
+    assert batches.mean_hard_share == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [
+        ("single", {"hard": HARD}),
+        ("single", {"examples": {"rate": RATE}}),
+        ("sequences", {}),
+        ("sets", {}),
+    ],
+)
+def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, Any]) -> None:
+    batches = make_batches(order, **options)
+    unbroken = list(batches.dataset(0, 12).as_numpy_iterator())
+    one_thread = tf.data.Options()
+    one_thread.threading.private_threadpool_size = 1
+    one_thread.threading.max_intra_op_parallelism = 1
+    rest = make_batches(order, **options).dataset(7, 5).with_options(one_thread)
+    assert_same_batches(list(rest.as_numpy_iterator()), unbroken[7:])
+    for step in (9, 2):
+        assert_same_batches(batch_list(batches, 1, start=step), [unbroken[step]])
+    other = batch_list(make_batches(order, seed=4, **options), 12)
+    drawn = [
+        "weight",
+        "shared_row",
+        "dropout_seed",
+        *(["hard_candidate_row"] * ("hard" in options)),
+    ]
+    for name in drawn:
+        assert any(
+            a[name].tobytes() != b[name].tobytes() for a, b in zip(unbroken, other, strict=True)
+        )
+        assert len({batch[name].tobytes() for batch in unbroken}) == 12
+
+
+def test_positives_are_drawn_by_their_rate() -> None:
+    batches = make_batches(examples={"rate": RATE})
+    drawn = np.concatenate([b["candidate_row"] for b in batches.dataset(0, 800)])
+    is_used = SAMPLES.counts > 0
+    share = SAMPLES.counts[is_used] ** 0.4
+    observed = np.bincount(drawn, minlength=len(is_used))
+    assert observed[~is_used].sum() == 0
+    expected = share / share.sum() * len(drawn)
+    assert scipy.stats.chisquare(observed[is_used], expected).pvalue > 1e-4
+
+
+def test_shares_of_the_positives_and_of_f() -> None:
+    equal = dataclasses.replace(SAMPLES, weights=np.ones(NUM_SAMPLES, np.float32))
+    is_used = SAMPLES.counts > 0
+    rate = Positives(exponent=1).rate(SAMPLES.counts)
+    by_draw = make_batches(samples=equal, hard=HARD, examples={"rate": rate})
+    by_weight = make_batches(samples=equal, hard=HARD, positive_weight=rate)
+    plain = make_batches(samples=equal, hard=HARD)
+    np.testing.assert_allclose(plain.positive_share, CLICKS)
+    for batches in (by_draw, by_weight):  # Every clicked item alike.
+        np.testing.assert_allclose(batches.positive_share, is_used / is_used.sum(), rtol=1e-5)
+    # Weights leave the draws, and so n(c), as they are; their mean over the samples is 1.
+    np.testing.assert_array_equal(by_weight.expected_count, plain.expected_count)
+    drawn = [batch["weight"] for batch in batch_list(by_weight, plain.steps_per_epoch)]
+    assert np.mean(drawn) == pytest.approx(1)
+    has_any = HAS_POOL["retrieved"] | HAS_POOL["pre_ranked"]
+    assert rate is not None
+    of_samples = rate[SAMPLES.candidate_rows]
+    assert plain.mean_hard_share == by_weight.mean_hard_share == pytest.approx(F * has_any.mean())
+    mean = (of_samples * has_any).sum() / of_samples.sum()
+    assert by_draw.mean_hard_share == pytest.approx(F * mean)
+
+
+@pytest.mark.parametrize("order", ["single", "sets"])
+def test_masked_shares_are_those_of_a_loop(order: str) -> None:
+    reasons = {"accidental hits": 0, "known positives": 0, "exposed items": 0}
+    num_cells = 0
+    batches = make_batches(order)
+    for batch in batch_list(batches, 3):
+        owners = batch.get("positive_query", np.arange(len(batch["query_row"])))
+        for i, (own, owner) in enumerate(zip(batch["candidate_row"], owners, strict=True)):
+            query = batch["query_row"][owner]
+            for j, column in enumerate(batch["shared_row"]):
+                if order == "single" and i == j:
+                    continue
+                num_cells += 1
+                reasons["accidental hits"] += column == own
+                reasons["known positives"] += (
+                    column != own and column in SAMPLES.known_positives[query]
+                )
+                reasons["exposed items"] += column in SAMPLES.exposed[query]
+    assert min(reasons.values()) > 0
+    shares = {name: count / num_cells for name, count in reasons.items()}
+    assert batches.masked_shares(num_steps=3) == pytest.approx(shares)
+    without = make_batches(order, allow_exposed_as_negatives=True).masked_shares(num_steps=3)
+    del shares["exposed items"]
+    assert without == pytest.approx(shares)
+
+
+def test_refusals() -> None:
+    for order in ("sequences", "sets"):
+        name = ORDERS[order].__name__
+        with pytest.raises(ValueError, match=f"fair draw.*{name}"):
+            make_batches(order, negatives=[InBatch()])
+    for options in ({"hard": HARD}, {"mask_known_positives": False}):
+        with pytest.raises(ValueError, match="UserSets gives a query many positives"):
+            make_batches("sets", **options)
+    with pytest.raises(ValueError, match="No shared column"):
+        make_batches(negatives=[])
+    with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):
+        make_batches(batch_size=151)
+    with pytest.raises(ValueError, match="need an order"):
+        make_batches("sequences", dataclasses.replace(make_samples(), num_earlier=None))

@@ -1,0 +1,241 @@
+"""The network's loss, recomputed from the samples and the documented arithmetic; its embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, NUM_USERS, tiny
+from tfrs_pipeline.model import network as network_module
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.queries import history_rows
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.protocol import SamplingFrame
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.samples.store import Samples
+
+B, TEMPERATURE = 32, 0.4
+UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
+
+
+def slow_loss(
+    network: TwoTowerNetwork,
+    samples: Samples,
+    batch: dict[str, tf.Tensor],
+    *,
+    num_popular: int,
+    correct_positive: bool,
+) -> float:
+    """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
+    batch = {name: value.numpy() for name, value in batch.items()}
+    counts, corpus = samples.counts, network.embed_corpus()
+    n = num_popular * counts / counts.sum() + 16 / NUM_ITEMS
+    pairs = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
+    sample_of = {pair: i for i, pair in enumerate(pairs)}
+    losses, weights = [], []
+    for p, positive in enumerate(batch["candidate_row"].tolist()):
+        w = int(batch["positive_query"][p]) if "positive_query" in batch else p
+        user = int(batch["query_row"][w])
+        i = sample_of[user, positive]
+        if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
+            history = batch["history_rows"][w]
+        else:
+            history = history_rows(samples.history(i), network.history_length)
+        query = network.embed_queries(tf.constant([user]), tf.constant(history[np.newaxis]))[0]
+        scores = np.concatenate([[0], corpus @ query.numpy() / TEMPERATURE])
+        never = {positive, *samples.known_positives[user], *samples.exposed[user]}
+        drawn = [int(row) for row in batch.get("hard_candidate_row", np.zeros((B * 2, 0)))[w]]
+        hard = [row for row in drawn if row not in {0, *never}]
+        share = LOSERS.share if hard else 0.0
+        own = scores[positive]
+        own -= np.log(n[positive] / (1 - share)) * correct_positive
+        total = np.exp(own)
+        for row in batch["shared_row"].tolist():
+            total += np.exp(scores[row]) * (1 - share) / n[row] * (row not in never)
+        for row in hard:
+            total += np.exp(scores[row]) * share * NUM_ITEMS / len(hard)
+        losses.append(np.log(total) - own)
+        weights.append(samples.weights[i])
+    return float(np.average(losses, weights=weights))
+
+
+@pytest.fixture(scope="module")
+def weighted(data: TrainingSet) -> TrainingSet:
+    """The samples with weights, and exposures and losers as they are."""
+    weights = np.linspace(1, 2, len(data.samples), dtype=np.float32)
+    return dataclasses.replace(data, samples=dataclasses.replace(data.samples, weights=weights))
+
+
+@pytest.mark.parametrize("correct_positive", [False, True])
+@pytest.mark.parametrize(
+    ("examples", "options"),
+    [
+        ("single", {"hard": LOSERS, "history_length": 2}),
+        ("sequences", {"hard": LOSERS, "history_pooling": ["recency", "attention"]}),
+        ("sets", {"history_pooling": ["mean", "attention"]}),
+    ],
+)
+def test_the_loss_is_that_of_a_loop_over_the_samples(
+    weighted: TrainingSet, examples: str, options: dict[str, Any], correct_positive: bool
+) -> None:
+    options = {"use_user_id": True, "share_item_embedding": True, **options}
+    if examples != "single":
+        options["negatives"] = [UNIFORM, POPULAR]
+    model = tiny(
+        temperature=TEMPERATURE,
+        correct_positive=correct_positive,
+        training={"examples": examples},
+        **options,
+    )
+    samples = weighted.samples
+    if examples == "sets":
+        samples = dataclasses.replace(samples, num_earlier=None)
+    network, batch = model.build(weighted.corpus), model.batches(samples).batch(3)
+    assert not batch["is_counted"].numpy().all()
+    if "hard" in options:
+        assert np.count_nonzero(batch["hard_is_counted"]) > 0
+    expected = slow_loss(
+        network,
+        samples,
+        batch,
+        num_popular=B - 1 if examples == "single" else POPULAR.num,
+        correct_positive=correct_positive,
+    )
+    got = network.compute_loss(batch).numpy()
+    assert got == pytest.approx(expected, rel=1e-4)
+    # Dropout is on in training alone, and a function of the batch.
+    trained = [network.compute_loss(batch, training=True).numpy() for _ in range(2)]
+    assert trained[0] == trained[1] != got
+    if "history_rows" in batch:  # They may be as wide as the longest, or padded.
+        wide = tf.pad(batch["history_rows"], [[0, 0], [0, 2]])[:, :LENGTH]
+        got = network.compute_loss({**batch, "history_rows": wide}).numpy()
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class EveryCandidate:
+    """An own kind: the whole corpus, once, so that the loss is the full softmax."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.range(1, frame.num_candidates + 1)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        return np.minimum(np.arange(frame.num_candidates + 1.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "tolerance"),
+    [([Uniform(6000)], 0.05), ([Uniform(3000), Popularity(3000, 0.75)], 0.05)],
+)
+def test_sampled_gradients_come_to_those_of_the_full_softmax(
+    data: TrainingSet, negatives: list[Any], tolerance: float
+) -> None:
+    """The relative error is that of a mean of thousands of draws, 1 / sqrt(6000 / 24) at most."""
+    exact = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE)
+    network = exact.build(data.corpus)
+    variables = [*network.trainable_variables]
+
+    @functools.cache
+    def gradient(kinds: tuple[Any, ...]) -> np.ndarray:
+        batch = tiny(negatives=kinds).batches(data.samples).batch(0)
+        with tf.GradientTape() as tape:
+            loss = network.compute_loss(batch)
+        gradients = tape.gradient(loss, variables)
+        return np.concatenate([tf.convert_to_tensor(g).numpy().ravel() for g in gradients])
+
+    full, sampled = gradient((EveryCandidate(),)), gradient(tuple(negatives))
+    assert np.linalg.norm(sampled - full) < tolerance * np.linalg.norm(full)
+    few = gradient((Uniform(8),))
+    assert np.linalg.norm(few - full) > 2 * tolerance * np.linalg.norm(full)
+
+
+def test_fit_reports_the_weighted_mean_loss_of_the_epoch(weighted: TrainingSet) -> None:
+    model = tiny()
+    network, batches = model.build(weighted.corpus), model.batches(weighted.samples)
+    network.compile(optimizer=tf.keras.optimizers.SGD(0.0))
+    losses = [network.compute_loss(batches.batch(i), training=True).numpy() for i in range(3)]
+    weights = [batches.batch(i)["weight"].numpy().sum() for i in range(3)]
+    history = network.fit(batches.dataset(0, 3), verbose=0).history
+    assert history["loss"][0] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+def test_the_corpus_is_embedded_in_blocks(
+    data: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny().build(data.corpus)
+    at_once = network.embed_candidates(tf.range(1, NUM_ITEMS + 1)).numpy()
+    np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
+    monkeypatch.setattr(network_module, "CORPUS_BLOCK", 7)
+    np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
+
+
+def test_a_bias_is_added_to_the_score(data: TrainingSet) -> None:
+    plain, biased = (tiny(candidate_bias=has).build(data.corpus) for has in (False, True))
+    bias = np.linspace(-1, 1, NUM_ITEMS + 1).astype(np.float32)[:, None]
+    of_plain = {variable.name: variable for variable in plain.weights}
+    for variable in biased.weights:
+        is_bias = "bias/embeddings" in variable.name
+        variable.assign(bias if is_bias else of_plain[variable.name])
+    pairs = {
+        "query_row": tf.constant([1, 2, 0]),
+        "history_rows": tf.constant([[3, 4, 0]] * 3),
+        "candidate_row": tf.constant([7, 24, 1]),
+    }
+    np.testing.assert_allclose(biased(pairs), plain(pairs) + bias[[7, 24, 1], 0], rtol=1e-5)
+    assert biased.embed_corpus().shape == (NUM_ITEMS, 9)
+
+
+def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
+    network = tiny(share_item_embedding=True).build(data.corpus)
+    tables = [v for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
+    assert len(tables) == 1
+    with tf.GradientTape() as tape:
+        queries = network.embed_queries(tf.constant([1]), tf.constant([[3, 9, 0]]))
+    gradient = tf.convert_to_tensor(tape.gradient(queries, tables[0])).numpy()
+    assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {3, 9}
+
+
+def test_diagnostics_are_what_the_batch_holds(data: TrainingSet) -> None:
+    model = tiny(normalize=False, use_user_id=True)
+    network, batch = model.build(data.corpus), model.batches(data.samples).batch(2)
+    figures = network.diagnose(batch)
+    is_counted = batch["is_counted"].numpy()
+    cells = np.broadcast_to(batch["log_q"], is_counted.shape)[is_counted]
+    queries = network.embed_queries(batch["query_row"], batch["history_rows"])
+    positives = network.embed_corpus()[batch["candidate_row"].numpy() - 1]
+    assert figures == {
+        "masked_share": pytest.approx(np.mean(~is_counted), abs=1e-6),
+        "log_q/min": pytest.approx(cells.min()),
+        "log_q/max": pytest.approx(cells.max()),
+        "norm/query": pytest.approx(np.linalg.norm(queries, axis=1).mean(), rel=1e-5),
+        "norm/candidate": pytest.approx(np.linalg.norm(positives, axis=1).mean(), rel=1e-5),
+    }
+    plain = tiny(correction="none").build(data.corpus)
+    assert plain.diagnose(batch).keys() == figures.keys() - {"log_q/min", "log_q/max"}
+
+
+def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> None:
+    model = tiny(hard=LOSERS, correction="none")
+    network, batch = model.build(data.corpus), model.batches(data.samples).batch(0)
+    zeros = {name: tf.zeros_like(batch[name]) for name in ("log_q", "hard_log_q")}
+    corrected = tiny(hard=LOSERS).build(data.corpus)
+    corrected.set_weights(network.get_weights())
+    expected = corrected.compute_loss({**batch, **zeros}).numpy()
+    assert network.compute_loss(batch).numpy() == pytest.approx(expected, rel=1e-6)
+    assert abs(corrected.compute_loss(batch).numpy() - expected) > 0.05
+
+
+def test_towers_of_two_sizes_are_refused(data: TrainingSet) -> None:
+    class Whole(tf.keras.layers.Layer):
+        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+            return tf.zeros([tf.shape(inputs["row"])[0], NUM_USERS, 3])
+
+    with pytest.raises(ValueError, match=r"must return \[n, D\], the same D"):
+        tiny(query_tower=Whole(), candidate_tower=Whole()).build(data.corpus)

@@ -1,0 +1,115 @@
+"""Settings that would train something else than they say are refused; short forms are read."""
+
+from typing import Any
+
+import pytest
+
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.settings import ConfigError
+
+
+def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
+    expected = (InBatch(), Uniform(256), Popularity(64, 0.5))
+    table = [
+        {"kind": "in_batch"},
+        {"kind": "uniform"},
+        {"kind": "popularity", "num": 64, "alpha": 0.5},
+    ]
+    for negatives in (
+        ["in_batch", "uniform:num=256", "popularity:num=64:alpha=0.5"],
+        table,
+        expected,
+    ):
+        assert TwoTowerSettings(negatives=negatives).negatives == expected
+    settings = TwoTowerSettings(hard={"kind": "mined", "share": 0.1})
+    assert settings.hard == Mined(share=0.1)
+    # What is written can be read again.
+    assert TwoTowerSettings(**settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be 1 or more"),
+        ({"negatives": ["uniform:5"]}, r"negatives\.0: got 'uniform:5'.*such as uniform:num=256"),
+        ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
+        ({"hard": {"kind": "mined", "share": 1}}, "share"),
+        ({"hard": {"kind": "mined", "min_rank": 9, "max_rank": 9}}, "min_rank < max_rank"),
+        ({"hard": {"kind": "clicked"}}, "funnel.*mined"),
+        ({"embedding": 3}, "embedding: unknown setting"),
+        ({"history_lenght": 3}, "did you mean 'history_length'?"),
+        ({"temperature": 0}, "temperature: got 0"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"id_dropout": 1}, "id_dropout: got 1"),
+        ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a pooling twice"),
+        ({"history_pooling": ["attention"], "dim": 9}, "attention_heads: got 2; must divide dim 9"),
+        (
+            {"correct_positive": True, "correction": "none"},
+            "needs correction 'mixture', got 'none'",
+        ),
+        ({"share_item_embedding": True, "history_pooling": []}, "needs history_pooling"),
+        ({"share_item_embedding": True, "use_candidate_id": False}, "needs use_candidate_id"),
+        ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
+        ({"correction": "streaming"}, "negatives: needs training counts"),
+        (
+            {"correction": "streaming", "negatives": ["in_batch"], "resampling_exponent": 0.5},
+            "resampling_exponent: needs training counts",
+        ),
+    ],
+)
+def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TwoTowerSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"monitor": "ndcg"}, "must be recall or ndcg at a cutoff"),
+        ({"monitor": "auc@5"}, "must be recall or ndcg at a cutoff"),
+        ({"batch_size": 1}, "batch_size: got 1"),
+        ({"optimiser": "adam"}, "did you mean 'optimizer'?"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+    ],
+)
+def test_settings_of_the_training_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingSettings(**settings)
+
+
+EASY = ["uniform:num=16"]
+
+
+@pytest.mark.parametrize("examples", ["sequences", "sets"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ({}, "model.negatives"),
+        ({"negatives": EASY, "history_pooling": [], "use_user_id": True}, "model.history_pooling"),
+        ({"negatives": EASY, "correction": "streaming"}, "model.correction"),
+        ({"negatives": EASY, "hard": FunnelLosers()}, "model.hard"),
+        ({"negatives": EASY, "history_length": 512}, "training.batch_size"),
+        ({"negatives": EASY}, None),
+    ],
+)
+def test_what_does_not_go_with_many_positives_of_a_user(
+    examples: Any, model: dict[str, Any], setting: str | None
+) -> None:
+    training = TrainingSettings(examples=examples)
+    # Sets have no hard negatives, sequences need a batch of two windows.
+    only_in = {"model.hard": "sets", "training.batch_size": "sequences"}.get(
+        setting or "", examples
+    )
+    if setting is None or only_in != examples:
+        TwoTower(training=training, **model)
+        return
+    with pytest.raises(ConfigError) as raised:
+        TwoTower(training=training, **model)
+    assert [name for name, _ in raised.value.problems] == [setting]
+    TwoTower(**model)

@@ -1,0 +1,158 @@
+"""Kinds of negatives: drawn as often as declared, tail included; what they refuse."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.negatives.alias import build_alias_table
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.mixture import Mixture, expected_count, expected_count_in_parts
+from tfrs_pipeline.negatives.popularity import Popularity, sampling_probability
+from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.samples.positives import Positives, positive_probability
+
+MASSES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50).filter(lambda m: sum(m) > 1e-6)
+COUNTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=30).map(
+    lambda counts: np.array([0, *counts])
+)
+
+
+def frame_of(counts: list[int] | np.ndarray, batch_size: int = 5) -> SamplingFrame:
+    return SamplingFrame.of_counts(counts, batch_size)
+
+
+@given(MASSES)
+def test_an_alias_table_gives_back_the_distribution(masses: list[float]) -> None:
+    probability = np.array(masses) / np.sum(masses)
+    accept, alias = build_alias_table(probability)
+    n = len(probability)
+    rebuilt = accept.astype(np.float64) / n
+    np.add.at(rebuilt, alias, (1 - accept.astype(np.float64)) / n)
+    np.testing.assert_allclose(rebuilt, probability, rtol=0, atol=1e-7)
+    assert (rebuilt[probability == 0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [Uniform(500_000), Popularity(500_000)])
+def test_draws_are_as_declared_over_all_of_a_large_corpus(kind: Negatives) -> None:
+    num_candidates, num_batches = 300_000, 12
+    frame = frame_of([0, *np.maximum(1, num_candidates // np.arange(1, num_candidates + 1))])
+    rows = [
+        kind.draw(frame, tf.constant([1]), tf.constant([7, step])).numpy()
+        for step in range(num_batches)
+    ]
+    observed = np.bincount(np.concatenate(rows), minlength=num_candidates + 1)
+    expected = kind.expected_count(frame) * num_batches
+    assert observed[0] == expected[0] == 0
+    # Tail items are pooled in rank order until a cell expects 5 draws, so that all of them count.
+    cell = np.floor(np.cumsum(expected[1:]) / 5).astype(np.int64)
+    observed_cells, expected_cells = (
+        np.bincount(cell, observed[1:]),
+        np.bincount(cell, expected[1:]),
+    )
+    is_used = expected_cells > 0
+    assert scipy.stats.chisquare(observed_cells[is_used], expected_cells[is_used]).pvalue > 1e-4
+    again = kind.draw(frame, tf.constant([1]), tf.constant([7, 3])).numpy()
+    np.testing.assert_array_equal(again, rows[3])
+    assert (rows[4] != rows[3]).any()
+
+
+@given(COUNTS, st.floats(0, 2))
+def test_probability_is_in_proportion_to_a_power_of_the_counts(
+    counts: np.ndarray, alpha: float
+) -> None:
+    if alpha > 0 and counts.sum() == 0:
+        return
+    probability = sampling_probability(counts, alpha)
+    assert probability[0] == 0
+    assert probability.sum() == pytest.approx(1, abs=1e-12)
+    if alpha == 0:  # Items without a click too.
+        np.testing.assert_allclose(probability[1:], 1 / (len(counts) - 1))
+        return
+    np.testing.assert_array_equal(probability > 0, counts > 0)
+    most = counts.argmax()
+    ratio = (counts / counts[most]) ** alpha
+    np.testing.assert_allclose(probability / probability[most], ratio, rtol=1e-9)
+
+
+@given(COUNTS.filter(lambda counts: counts.sum() > 0), st.floats(0, 1))
+def test_resampled_positives_come_in_proportion_to_a_lower_power(
+    counts: np.ndarray, exponent: float
+) -> None:
+    rate = Positives(exponent).rate(counts)
+    q = positive_probability(counts, rate)
+    expected = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - exponent), 0)
+    np.testing.assert_allclose(q, expected / expected.sum(), rtol=1e-9)
+    assert (rate is None) == (exponent == 0)
+
+
+def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
+    frame = SamplingFrame.of_counts([0, 6, 3, 0], batch_size=4)
+    kinds: list[Negatives] = [InBatch(), Uniform(6), Popularity(5, alpha=1)]
+    n = np.array([0, 2 + 2 + 10 / 3, 1 + 2 + 5 / 3, 2])
+    np.testing.assert_allclose(expected_count(kinds, frame), n)
+    draws, other = expected_count_in_parts([InBatch(), *kinds], frame)
+    assert draws == 6
+    np.testing.assert_allclose(other, n - [0, 2, 1, 0])
+    mixture = Mixture(kinds, frame)
+    rows = tf.constant([2, 1, 1, 2])
+    drawn = mixture.draw(rows, seed=[1, 0])
+    assert drawn.shape == [4 + 6 + 5]
+    np.testing.assert_array_equal(drawn[:4], rows)
+    np.testing.assert_array_equal(drawn, mixture.draw(rows, seed=[1, 0]))
+    assert (drawn != mixture.draw(rows, seed=[1, 1])).numpy().any()
+    np.testing.assert_allclose(mixture.log_q(drawn), np.log(n[drawn]), rtol=1e-6)
+    # Nothing is clipped, and what no kind draws has no weight to speak of.
+    tail = Mixture([Uniform(1)], frame_of([0, *[1] * 10**6])).log_q(tf.constant([10**6]))
+    assert tail.numpy() == pytest.approx(np.log(1e-6), rel=1e-6)
+    assert Mixture([InBatch()], frame).log_q(tf.constant([3])).numpy() == -np.inf
+
+
+def test_refusals_of_counts() -> None:
+    with pytest.raises(ValueError, match=r"sum to 1.*0\.5"):
+        build_alias_table(np.array([0.25, 0.25]))
+    with pytest.raises(ValueError, match="0 or more"):
+        build_alias_table(np.array([1.5, -0.5]))
+    with pytest.raises(ValueError, match=r"alpha must be 0 or more.*-1"):
+        sampling_probability(np.array([0, 1]), -1)
+    with pytest.raises(ValueError, match="corpus is empty"):
+        sampling_probability(np.array([0]), 0)
+    with pytest.raises(ValueError, match=r"alpha=0\.75\. Use the kind uniform"):
+        sampling_probability(np.array([0, 0]), 0.75)
+    with pytest.raises(DataError, match="holds no positive"):
+        positive_probability(np.array([0, 0]))
+    for counted in (expected_count, expected_count_in_parts):
+        with pytest.raises(ValueError, match="No shared column"):
+            counted([InBatch()], frame_of([0, 1], batch_size=1))
+        with pytest.raises(ValueError, match="No shared column"):
+            counted([], frame_of([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Uniform, {"num": 0}, "num must be 1 or more. Received: 0"),
+        (Popularity, {"num": 0}, "num must be 1 or more"),
+        (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
+        (Positives, {"exponent": 1.5}, "exponent must be in"),
+        (FunnelLosers, {"share": 0.0}, "share must be in.*set hard to none"),
+        (FunnelLosers, {"share": 1.0}, "share must be in"),
+        (FunnelLosers, {"stages": ()}, "stages must be one or more"),
+        (FunnelLosers, {"stages": ("ranked", "ranked")}, "each once"),
+        (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
+        (FunnelLosers, {"window_hours": 0.0}, "window_hours above 0"),
+        (FunnelLosers, {"bottom_share": 0.0}, "bottom_share must be in"),
+        (Mined, {"share": 2.0}, "share must be in"),
+        (Mined, {"min_rank": 5, "max_rank": 5}, "min_rank < max_rank"),
+        (Mined, {"max_pool": 0}, "max_pool and every must be 1 or more"),
+    ],
+)
+def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)

@@ -1,0 +1,121 @@
+"""Samples of a few users, and their batches, small enough for slow loops to check every cell."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.batches.sequences import WholeSequences
+from tfrs_pipeline.batches.single import SinglePositives
+from tfrs_pipeline.batches.user_sets import UserSets
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.protocol import Negatives
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.samples.store import RowLists, Samples
+
+NUM_QUERIES, NUM_CANDIDATES, NUM_SAMPLES = 20, 40, 150
+# A divisor of the samples: an epoch is whole batches.
+BATCH_SIZE, LENGTH = 30, 4
+STAGES = ("retrieved", "pre_ranked")
+MIXTURE: tuple[Negatives, ...] = (InBatch(), Uniform(12), Popularity(10))
+
+
+def make_samples(
+    seed: int = 0,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    num_queries: int = NUM_QUERIES,
+    num_candidates: int = NUM_CANDIDATES,
+) -> Samples:
+    """Draws samples by popularity, with ties in time, exposed items and a weight of their own."""
+    rng = np.random.default_rng(seed)
+    popularity = 1 / np.arange(1, num_candidates + 1)
+    samples = Samples.from_pairs(
+        rng.integers(1, num_queries + 1, num_samples),
+        1 + rng.choice(num_candidates, num_samples, p=popularity / popularity.sum()),
+        num_queries=num_queries,
+        num_candidates=num_candidates,
+    )
+    shown = [rng.integers(1, num_candidates + 1, rng.integers(0, 6)) for _ in range(num_queries)]
+    exposed = [np.setdiff1d(x, samples.known_positives[i]) for i, x in enumerate(shown, 1)]
+    assert samples.num_earlier is not None
+    # A tie is a sample that knows fewer than precede it.
+    num_earlier = samples.num_earlier - (rng.random(num_samples) < 0.3)
+    return dataclasses.replace(
+        samples,
+        weights=rng.permutation(np.linspace(0.1, 1, num_samples, dtype=np.float32)),
+        exposed=RowLists.from_lists([np.zeros(0, int), *exposed]),
+        num_earlier=num_earlier.clip(0).astype(np.int32),
+    )
+
+
+def with_pools(samples: Samples, seed: int = 0) -> Samples:
+    """Gives each sample pools without its known positives and exposed items; some are empty."""
+    rng = np.random.default_rng(seed)
+    pools: dict[str, list[np.ndarray]] = {stage: [] for stage in STAGES}
+    for row in samples.query_rows.tolist():
+        allowed = np.setdiff1d(np.arange(1, len(samples.counts)), forbidden(samples, row))
+        for pool in pools.values():
+            pool.append(rng.permutation(allowed)[: rng.choice([0, 3, 9])])
+    lists = {stage: RowLists.from_lists(pool) for stage, pool in pools.items()}
+    return dataclasses.replace(samples, hard_pools=lists)
+
+
+def forbidden(samples: Samples, query: int) -> list[int]:
+    """Lists what is never a negative of a query."""
+    return [*samples.known_positives[query].tolist(), *samples.exposed[query].tolist()]
+
+
+SAMPLES = with_pools(make_samples())
+UNORDERED = dataclasses.replace(SAMPLES, num_earlier=None)
+# The weight names the sample: no two are equal.
+SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}
+ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSets}
+
+
+def make_batches(
+    order: str = "single",
+    samples: Samples = SAMPLES,
+    negatives: Sequence[Negatives] | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    history_length: int = LENGTH,
+    seed: int = 3,
+    examples: dict[str, Any] | None = None,
+    **options: Any,
+) -> HybridBatches:
+    """Makes batches in an order of ORDERS; the in-batch kind goes with single positives alone."""
+    if negatives is None:
+        negatives = MIXTURE if order == "single" else MIXTURE[1:]
+    ordered = ORDERS[order](
+        samples,
+        batch_size=batch_size,
+        history_length=history_length,
+        seed=seed,
+        **(examples or {}),
+    )
+    return HybridBatches(samples, ordered, negatives, seed=seed, **options)
+
+
+def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[dict[str, Any]]:
+    """Builds batches, few of them one by one: a data set takes a second to trace."""
+    if num_steps > 20:
+        return list(batches.dataset(start, num_steps).as_numpy_iterator())
+    steps = range(start, start + num_steps)
+    return [{name: x.numpy() for name, x in batches.batch(step).items()} for step in steps]
+
+
+def samples_of(batch: dict[str, Any]) -> list[int]:
+    """Names the samples of a batch."""
+    return [SAMPLE_OF[weight] for weight in batch["weight"].tolist()]
+
+
+def assert_same_batches(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> None:
+    """Asserts that batches are equal to the bit."""
+    for got, expected in zip(first, second, strict=True):
+        assert got.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name])

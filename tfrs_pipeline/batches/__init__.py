@@ -1,0 +1,1 @@
+"""Samples and negatives made into batches."""

@@ -1,0 +1,106 @@
+"""Which positives come together in a batch, and what their queries read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.seeds import Use
+
+Batch = dict[str, tf.Tensor]
+
+
+class Examples(Protocol):
+    """An order of the training samples: one by one, whole sequences, or sets of a user's items.
+
+    A batch is a function of (seed, step). Of a step, `choose` says in Python what its batch holds
+    (`dataset` does so for many), and `build` makes it tensors, in the graph.
+
+    Attributes:
+        batch_size: B, positives of a batch, about or exactly.
+        steps_per_epoch: Batches per pass over the samples.
+        rate: [num_candidates + 1] rates at which positives are drawn, by candidate; None if each
+            comes once an epoch.
+        is_fair_draw: Whether a batch is a fair draw of the positives, as in-batch negatives need.
+        has_one_positive: Whether each row of a batch has exactly one positive.
+        repeats_queries: Whether rows of a batch have the same query.
+    """
+
+    batch_size: int
+    steps_per_epoch: int
+    rate: np.ndarray | None
+    is_fair_draw: bool
+    has_one_positive: bool
+    repeats_queries: bool
+
+    def choose(self, step: int) -> Any:
+        """Returns what the batch of a step holds, a structure of tensors."""
+        ...
+
+    def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
+        """Returns pairs of a step, scalar int64, and what `choose` gives for it."""
+        ...
+
+    def build(self, step: tf.Tensor, chosen: Any) -> Batch:
+        """Makes tensors of what was chosen.
+
+        Returns:
+            index: [P] int32, the samples.
+            candidate_row: [P] int32, their positives.
+            query_row: [W] int32, of the batch's queries; W = P unless there is a positive_query.
+            positive_query: [P] int32 in [0, W), whose positive it is; only if W may differ from P.
+            history_rows: [W, any] int32, most recent first, padded with 0; or sequence_rows and
+                state (`WholeSequences`).
+        """
+        ...
+
+
+class EpochChoices:
+    """What an epoch's batches hold, drawn an epoch at a time in NumPy.
+
+    Args:
+        seed: An epoch is a function of (seed, epoch).
+        steps_per_epoch: Batches of an epoch.
+        draw: Draws an epoch: a structure of arrays for each of its batches.
+        signature: Of the structures, as `tf.data` describes them.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        steps_per_epoch: int,
+        draw: Callable[[np.random.Generator], Sequence[Any]],
+        signature: Any,
+    ) -> None:
+        self._seed = seed
+        self._steps_per_epoch = steps_per_epoch
+        self._draw = draw
+        self._signature = signature
+        self._drawn: tuple[int, Sequence[Any]] | None = None
+
+    def choose(self, step: int) -> Any:
+        """Returns what a step's batch holds, as tensors."""
+        return tf.nest.map_structure(tf.constant, self._arrays(step))
+
+    def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
+        """Returns pairs of a step and what its batch holds."""
+
+        def pairs() -> Iterator[tuple[int, Any]]:
+            step = start_step
+            while num_steps is None or step < start_step + num_steps:
+                yield step, self._arrays(step)
+                step += 1
+
+        signature = (tf.TensorSpec([], tf.int64), self._signature)
+        return tf.data.Dataset.from_generator(pairs, output_signature=signature)
+
+    def _arrays(self, step: int) -> Any:
+        epoch, place = divmod(step, self._steps_per_epoch)
+        drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
+        if drawn is None or drawn[0] != epoch:
+            rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
+            drawn = self._drawn = epoch, self._draw(rng)
+        return drawn[1][place]

@@ -1,0 +1,132 @@
+"""Each row's own hard negatives: drawn from its pools, with their masks and their log_q."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.examples import Batch
+from tfrs_pipeline.batches.masks import draw_from_lists, is_member, ragged
+from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.samples.store import RowLists, Samples
+
+
+class HardNegatives(Protocol):
+    """A kind of hard negative: `FunnelLosers` or `Mined`.
+
+    Attributes:
+        share: f in (0, 1).
+        num: Columns drawn for each row and pool.
+        pools: Names of the samples' pools to draw from, weighed alike.
+    """
+
+    @property
+    def share(self) -> float: ...  # noqa: D102
+    @property
+    def num(self) -> int: ...  # noqa: D102
+    @property
+    def pools(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+class HardDraws:
+    """Draws each row's hard negatives from the pools of its sample.
+
+    Args:
+        samples: The training samples. A pool that they lack is empty until `set_pool`.
+        hard: What to draw.
+        seed: Of the draws.
+        excluded: Per pool, what is never a negative of a query: lists of candidate rows by query
+            row. The pools were cleared of these when they were built; a mask does not trust that.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        hard: HardNegatives,
+        *,
+        seed: int,
+        excluded: Mapping[str, Sequence[tf.RaggedTensor]],
+    ) -> None:
+        self._hard = hard
+        self._seed = seed
+        self._excluded = excluded
+        self._num_samples = len(samples)
+        self._num_candidates = len(samples.counts) - 1
+        self._pools: dict[str, tf.RaggedTensor] = {}
+        self._has_some: dict[str, np.ndarray] = {}
+        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples))
+        for name in hard.pools:
+            self.set_pool(name, samples.hard_pools.get(name, nothing))
+
+    def set_pool(self, name: str, pool: RowLists) -> None:
+        """Replaces a pool, in datasets that are made from now on.
+
+        Args:
+            name: One of those drawn from.
+            pool: Per sample, the candidate rows of its hard negatives, in random order.
+
+        Raises:
+            ValueError: If nothing is drawn from this pool, or the lists are not one a sample.
+        """
+        if name not in self._hard.pools:
+            raise ValueError(
+                f"No hard negatives are drawn from a pool {name!r}. Drawn from: "
+                f"{', '.join(self._hard.pools)}"
+            )
+        if len(pool) != self._num_samples:
+            raise ValueError(
+                f"A pool must hold one list for each of {self._num_samples} samples. "
+                f"Received: {len(pool)}"
+            )
+        self._pools[name] = ragged(pool)
+        self._has_some[name] = np.diff(pool.offsets) > 0
+
+    @property
+    def has_any(self) -> np.ndarray:
+        """[num_samples] bool: whether a sample has a hard negative in any pool."""
+        return np.any(list(self._has_some.values()), axis=0)
+
+    def draw(
+        self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+    ) -> Batch:
+        """Draws for the samples at `index`, [B]; the others are as of `Examples.build`.
+
+        Returns:
+            hard_candidate_row: [B, H] int32, 0 where the row has none in the pool.
+            hard_log_q: [B, H] float32, log( H_k / (V * f * w_k) ) (see `mixture`).
+            hard_is_counted: [B, H] bool. False: nothing drawn, known positive, exposed item.
+            hard_share: [B] float32, the row's f: 0 where it has no hard negative left.
+        """
+        rows, is_counted, num_left = [], [], []
+        for i, (name, pool) in enumerate(self._pools.items()):
+            seed = seed_of(self._seed, Use.HARD, step)
+            seed = tf.random.experimental.stateless_fold_in(seed, i)
+            drawn = draw_from_lists(tf.gather(pool, index), self._hard.num, seed)
+            # Graphs lose the static shape on the way; the loss wants its rank.
+            drawn = tf.ensure_shape(drawn, [index.shape[0], self._hard.num])
+            is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
+            for lists in self._excluded[name]:
+                is_good &= ~is_member(tf.gather(lists, query_row), drawn)
+            rows.append(drawn)
+            is_counted.append(is_good)
+            num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))
+        left = tf.stack(num_left, axis=1)
+        return {
+            "hard_candidate_row": tf.concat(rows, axis=1),
+            "hard_log_q": tf.repeat(self._log_q(left), self._hard.num, axis=1),
+            "hard_is_counted": tf.concat(is_counted, axis=1),
+            "hard_share": tf.where(tf.reduce_any(left > 0, axis=1), self._hard.share, 0.0),
+        }
+
+    def _log_q(self, num_left: tf.Tensor) -> tf.Tensor:
+        """Computes log( H_k / (V * f * w_k) ) of each pool from [B, num_pools] H_k."""
+        is_left = tf.cast(num_left > 0, tf.float32)
+        pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
+        # -inf * 0 and log 0 stand only in columns that are masked.
+        log_q = tf.math.log(num_left) - tf.math.log(
+            self._num_candidates * self._hard.share * pool_share
+        )
+        return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))

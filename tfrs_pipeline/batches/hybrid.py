@@ -1,0 +1,263 @@
+"""Hybrid batches: positives, easy and hard negatives, the log_q of every column, the masks.
+
+A batch is a function of (seed, step) alone: the order of the samples is one, and draws are
+stateless. The same seed gives the same batches whatever the parallelism, and a run goes on from any
+step by starting there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.examples import Batch, Examples
+from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
+from tfrs_pipeline.batches.masks import contains, ragged
+from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mixture import Mixture, expected_count_in_parts
+from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
+from tfrs_pipeline.samples.positives import positive_probability
+from tfrs_pipeline.samples.store import RowLists, Samples
+
+
+class HybridBatches:
+    """Builds the training batches of one mixture of negatives.
+
+    A batch holds P positives of W queries (W = P = B unless a query has several), C negatives that
+    its rows share and, with hard negatives, H of each row's own.
+
+    Args:
+        samples: The training samples.
+        examples: Which positives come together: `SinglePositives`, `WholeSequences` or `UserSets`.
+        negatives: Kinds of shared negatives, one or more.
+        hard: Hard negatives of each row's own; None draws none.
+        seed: Of the draws.
+        positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
+            scaled to a mean of 1 over the samples.
+        mask_known_positives: Whether a query's other training positives are no negatives of it.
+        allow_exposed_as_negatives: Insist: let shared columns be items that were exposed to the
+            query's user and never clicked, to see what it does.
+        estimates_frequency: Whether the share of a candidate among the positives is the model's own
+            estimate (`StreamingFrequency`): batches then hold the parts of n(c) instead of log_q.
+
+    Attributes:
+        negatives: The kinds of shared negatives.
+        frame: What they are drawn from.
+        expected_count: [num_candidates + 1] float64, n(c).
+        positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
+            weight: of the draws, times their weights.
+
+    Raises:
+        ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
+            examples do not go with in-batch or hard negatives, or without the mask.
+
+    Example:
+        The batches as they are, for a training loop of one's own:
+
+        >>> from tfrs_pipeline.batches.single import SinglePositives
+        >>> from tfrs_pipeline.negatives.uniform import Uniform
+        >>> samples = Samples.from_pairs([1, 1, 2], [1, 2, 3], num_queries=2, num_candidates=9)
+        >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
+        >>> batches = HybridBatches(samples, examples, [InBatch(), Uniform(5)], seed=0)
+        >>> batch = next(iter(batches.dataset()))
+        >>> {name: tuple(batch[name].shape) for name in ("candidate_row", "shared_row", "log_q")}
+        {'candidate_row': (2,), 'shared_row': (7,), 'log_q': (1, 7)}
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        examples: Examples,
+        negatives: Sequence[Negatives],
+        *,
+        hard: HardNegatives | None = None,
+        seed: int,
+        positive_weight: np.ndarray | None = None,
+        mask_known_positives: bool = True,
+        allow_exposed_as_negatives: bool = False,
+        estimates_frequency: bool = False,
+    ) -> None:
+        if InBatch() in negatives and not examples.is_fair_draw:
+            raise ValueError(
+                "In-batch negatives need batches that are a fair draw of the positives, and "
+                f"{type(examples).__name__} puts all positives of a user together. Leave in_batch "
+                "out: popularity with alpha 1 draws from the same distribution."
+            )
+        if not examples.has_one_positive and (hard is not None or not mask_known_positives):
+            raise ValueError(
+                f"{type(examples).__name__} gives a query many positives, whose columns are the "
+                "same: hard negatives are those of one positive, and known positives must be "
+                "masked. Set hard to none, or training.examples to 'single'."
+            )
+        self.samples = samples
+        self.examples = examples
+        self.negatives = tuple(negatives)
+        self._seed = seed
+        q_positive = positive_probability(samples.counts, examples.rate)
+        self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)
+        self._mixture = Mixture(self.negatives, self.frame)
+        self.expected_count = self._mixture.expected_count
+        self._parts = None
+        if estimates_frequency:
+            draws, other = expected_count_in_parts(self.negatives, self.frame)
+            self._parts = tf.constant(draws, tf.float32), tf.constant(other, tf.float32)
+        weights = _scaled_weights(samples, positive_weight)
+        self._weights = tf.constant(weights)
+        per_candidate = np.bincount(samples.candidate_rows, weights, len(samples.counts))
+        if examples.rate is not None:
+            per_candidate *= examples.rate
+        self.positive_share = per_candidate / per_candidate.sum()
+        known = [ragged(samples.known_positives)] if mask_known_positives else []
+        exposed = [ragged(samples.exposed)]
+        self._known_positives = known
+        self._exposed = [] if allow_exposed_as_negatives else exposed
+        self._hard = None
+        if hard is not None:
+            # The pool "exposed" is there only where the user insists.
+            excluded = {
+                name: [*known, *([] if name == "exposed" else exposed)] for name in hard.pools
+            }
+            self._hard = HardDraws(samples, hard, seed=seed, excluded=excluded)
+            self._hard_share = hard.share
+
+    def set_hard_pool(self, name: str, pool: RowLists) -> None:
+        """Replaces a pool of hard negatives; see `HardDraws.set_pool`.
+
+        Raises:
+            ValueError: If no hard negatives are drawn.
+        """
+        if self._hard is None:
+            raise ValueError(f"These batches draw no hard negatives, and no pool {name!r}.")
+        self._hard.set_pool(name, pool)
+
+    @property
+    def mean_hard_share(self) -> float:
+        """Mean of f over the samples as they are drawn: it is 0 where a sample has no pool."""
+        if self._hard is None:
+            return 0.0
+        rate = self.examples.rate
+        weights = None if rate is None else rate[self.samples.candidate_rows]
+        return self._hard_share * float(np.average(self._hard.has_any, weights=weights))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per pass over the samples."""
+        return self.examples.steps_per_epoch
+
+    def dataset(self, start_step: int = 0, num_steps: int | None = None) -> tf.data.Dataset:
+        """Streams the batches of steps `start_step`, `start_step` + 1, ...
+
+        Args:
+            start_step: First step; continuing from it gives what an unbroken run would have seen.
+            num_steps: How many batches; endless if None.
+
+        Returns:
+            Dataset of the dicts that `batch` describes.
+        """
+        chosen = self.examples.dataset(start_step, num_steps)
+        batches = chosen.map(self._build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return batches.prefetch(tf.data.AUTOTUNE)
+
+    def batch(self, step: int) -> Batch:
+        """Builds the batch of one step, 0 or more, outside a graph.
+
+        Returns:
+            What `Examples.build` describes, but for index, and:
+            weight: [P] float32.
+            shared_row: [C] int32, candidates of the shared columns, kind by kind.
+            log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
+                negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
+            positive_log_q: [P] float32, what log_q would be in a shared column of the positive.
+            in_batch_draws, other_expected_count: Scalar and [1, C] float32, instead of these two if
+                the frequency is estimated: n(c) = in_batch_draws * q(c) + other_expected_count.
+            is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one),
+                known positive, exposed item.
+            hard_candidate_row, hard_log_q, hard_is_counted, hard_share: See `HardDraws.draw`.
+            dropout_seed: [2] int32, for the model's dropout.
+        """
+        return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
+
+    def _build(self, step: tf.Tensor, chosen: object) -> Batch:
+        batch = self.examples.build(step, chosen)
+        index, positives = batch.pop("index"), batch["candidate_row"]
+        batch["shared_row"] = self._mixture.draw(positives, seed_of(self._seed, Use.SHARED, step))
+        batch["weight"] = tf.gather(self._weights, index)
+        batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
+        if self._hard is not None:
+            batch |= self._hard.draw(step, index, batch["query_row"], positives)
+        batch["is_counted"] = self._is_counted(batch)
+        return batch | self._corrections(batch)
+
+    def _corrections(self, batch: Batch) -> Batch:
+        """Computes log_q of the shared columns and of the positives, or their parts."""
+        if self._parts is not None:
+            in_batch_draws, other = self._parts
+            other = tf.gather(other, batch["shared_row"])[tf.newaxis, :]
+            return {"in_batch_draws": in_batch_draws, "other_expected_count": other}
+        log_q = self._mixture.log_q(batch["shared_row"])[tf.newaxis, :]
+        positive_log_q = self._mixture.log_q(batch["candidate_row"])
+        if "hard_share" in batch:
+            log_easy_share = tf.math.log1p(-batch["hard_share"])
+            log_q -= log_easy_share[:, tf.newaxis]
+            positive_log_q -= log_easy_share
+        return {"log_q": log_q, "positive_log_q": positive_log_q}
+
+    def _is_counted(self, batch: Batch) -> tf.Tensor:
+        columns, query_row = batch["shared_row"], batch["query_row"]
+        is_counted = ~self._holds([*self._known_positives, *self._exposed], query_row, columns)
+        if not self.examples.has_one_positive:  # Its positives are among its known ones.
+            return is_counted
+        return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
+
+    def _holds(
+        self, kinds: Sequence[tf.RaggedTensor], query_row: tf.Tensor, columns: tf.Tensor
+    ) -> tf.Tensor:
+        """Tells which columns are in a list of the row's query, of any kind: [W, C] bool."""
+        if not kinds:
+            return tf.zeros([tf.shape(query_row)[0], tf.shape(columns)[0]], tf.bool)
+        if not self.examples.repeats_queries:
+            return contains([tf.gather(lists, query_row) for lists in kinds], columns)
+        queries, slot = tf.unique(query_row)
+        return tf.gather(contains([tf.gather(lists, queries) for lists in kinds], columns), slot)
+
+    def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
+        """Counts why shared columns do not count, over the first batches.
+
+        Args:
+            num_steps: Batches to look at.
+
+        Returns:
+            By reason, the share of the columns: accidental hits (the same candidate again, a row's
+            own in-batch column left out of the count), known positives, exposed items.
+        """
+        reasons = (("known positives", self._known_positives), ("exposed items", self._exposed))
+        masked = {"accidental hits": 0, **{name: 0 for name, kinds in reasons if kinds}}
+        num_cells = 0
+        for step in range(num_steps):
+            batch = self.batch(step)
+            columns, query_row = batch["shared_row"], batch["query_row"]
+            if "positive_query" in batch:  # Counted once a positive, as without it.
+                query_row = tf.gather(query_row, batch["positive_query"])
+            is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
+            is_left = tf.ones_like(is_hit)
+            found = {"accidental hits": is_hit}
+            found |= {
+                name: self._holds(kinds, query_row, columns) for name, kinds in reasons if kinds
+            }
+            for name, is_masked in found.items():
+                masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
+                is_left &= ~is_masked
+            num_own = len(batch["candidate_row"]) * self.negatives.count(InBatch())
+            masked["accidental hits"] -= num_own
+            num_cells += int(tf.size(is_hit)) - num_own
+        return {name: count / num_cells for name, count in masked.items()}
+
+
+def _scaled_weights(samples: Samples, factor_of: np.ndarray | None) -> np.ndarray:
+    if factor_of is None:
+        return samples.weights
+    factor = factor_of[samples.candidate_rows]
+    return (samples.weights * factor / factor.mean()).astype(np.float32)

@@ -1,0 +1,129 @@
+"""Positives one by one: each sample is an example of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.examples import Batch
+from tfrs_pipeline.batches.masks import leading, ragged
+from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.negatives.alias import AliasSampler
+from tfrs_pipeline.samples.store import Samples
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+class SinglePositives:
+    """Every sample once an epoch, in an order that is a permutation evaluated in the graph.
+
+    Epochs are strung together, so that every batch is full. With rates, an epoch is as many draws
+    with replacement.
+
+    Args:
+        samples: The training samples.
+        batch_size: B.
+        history_length: N, most recent history rows per query.
+        seed: Of the order.
+        rate: [num_candidates + 1] rates at which positives are drawn, by candidate; None is every
+            sample once an epoch.
+
+    Raises:
+        ValueError: If there are fewer samples than `batch_size`, or more than one order holds.
+    """
+
+    is_fair_draw = True
+    has_one_positive = True
+    repeats_queries = False
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        history_length: int,
+        seed: int,
+        rate: np.ndarray | None = None,
+    ) -> None:
+        if len(samples) < batch_size:
+            raise ValueError(
+                f"A batch needs {batch_size} positives and the training part has {len(samples)}: "
+                "there is no partial batch. Lower training.batch_size."
+            )
+        if len(samples) > INT32_MAX:
+            raise ValueError(
+                f"{len(samples)} samples are more than the {INT32_MAX} that one order holds."
+            )
+        self.batch_size = batch_size
+        self.steps_per_epoch = max(1, round(len(samples) / batch_size))
+        self.rate = rate
+        self._num_samples = len(samples)
+        self._history_length = history_length
+        self._seed = seed
+        self._query_rows = tf.constant(samples.query_rows)
+        self._candidate_rows = tf.constant(samples.candidate_rows)
+        self._sequences = ragged(samples.sequences)
+        self._num_earlier = (
+            None if samples.num_earlier is None else tf.constant(samples.num_earlier, tf.int64)
+        )
+        self._sampler = None
+        if rate is not None:
+            of_samples = rate[samples.candidate_rows]
+            self._sampler = AliasSampler(of_samples / of_samples.sum())
+
+    def choose(self, step: int) -> tf.Tensor:
+        """Returns the step: the samples follow from it in the graph."""
+        return tf.constant(step, tf.int64)
+
+    def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
+        """Returns pairs of a step and itself."""
+        stop = np.iinfo(np.int64).max if num_steps is None else start_step + num_steps
+        steps = tf.data.Dataset.range(start_step, stop)
+        return tf.data.Dataset.zip((steps, steps))
+
+    def build(self, step: tf.Tensor, chosen: tf.Tensor) -> Batch:
+        """Looks up the samples of a step; see `Examples`."""
+        index = self._samples_of(step)
+        query_row = tf.gather(self._query_rows, index)
+        candidate_row = tf.gather(self._candidate_rows, index)
+        return {
+            "index": index,
+            "query_row": query_row,
+            "candidate_row": candidate_row,
+            "history_rows": self._histories(index, query_row, candidate_row),
+        }
+
+    def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
+        """Returns [B] samples: of a permutation an epoch, or drawn by rate."""
+        if self._sampler is not None:
+            return self._sampler.sample(self.batch_size, seed_of(self._seed, Use.ORDER, step))
+        place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
+        index = tf.cast(place % self._num_samples, tf.int32)
+        first_epoch = step * self.batch_size // self._num_samples
+        # A batch is no larger than an epoch, so it reaches into the next one at most.
+        is_next = place // self._num_samples > first_epoch
+        return tf.where(
+            is_next, self._shuffled(index, first_epoch + 1), self._shuffled(index, first_epoch)
+        )
+
+    def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
+        seed = seed_of(self._seed, Use.ORDER, epoch)
+        return tf.random.experimental.index_shuffle(index, seed, self._num_samples - 1)
+
+    def _histories(
+        self, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the latest of each sample's history: [B, N] int32, most recent first."""
+        sequences, length = self._sequences, self._history_length
+        if self._num_earlier is not None:
+            start = tf.gather(sequences.row_starts(), query_row)[:, tf.newaxis]
+            num_known = tf.gather(self._num_earlier, index)[:, tf.newaxis]
+            steps_ago = tf.range(1, length + 1, dtype=tf.int64)
+            place = start + num_known - steps_ago
+            is_known = steps_ago <= num_known
+            return tf.where(is_known, tf.gather(sequences.values, tf.maximum(place, start)), 0)
+        # Without an order: the rest of the sequence, copies of the positive left out.
+        lists = tf.gather(sequences, query_row)
+        is_other = lists.with_values(lists.values != tf.repeat(candidate_row, lists.row_lengths()))
+        others = tf.reverse(tf.ragged.boolean_mask(lists, is_other), axis=[1])
+        return leading(others, length)

@@ -1,0 +1,139 @@
+"""Sets of a user's items: one query finds a random half of its user's positives.
+
+For logs without an order. A query's embedding, and its scores with the shared negatives, serve all
+of the positives that it is to find, where single positives compute them once each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.examples import Batch, EpochChoices
+from tfrs_pipeline.samples.store import Samples
+
+
+class UserSets:
+    """A user's positives are input in part and target in part.
+
+    An epoch visits every user once, in random order, and flips a coin for each of its candidates:
+    those of the one side are read as the history, all of the other side are positives of that
+    query. Copies of a candidate stay together, so that no query reads what it is to find. A user
+    with nothing to read has an empty history; one with nothing to find is left out of the epoch. An
+    order, if the log has one, plays no part.
+
+    An epoch has as many batches as put `batch_size` positives into each on average, and its users
+    are spread over them evenly, their numbers differing by one at most: how many positives a batch
+    holds varies with its users. In a tiny log whose coins leave fewer users than batches they are
+    flipped again.
+
+    `build` returns what `Examples.build` describes, with positive_query rising, and history_rows in
+    random order, as wide as the longest of the batch, `history_length` at most. The shared columns
+    of a query count for all of its positives alike, so that all of these must be masked, and there
+    are no hard negatives, which are those of one positive.
+
+    Args:
+        samples: The training samples.
+        batch_size: Positives in a batch, about.
+        history_length: Most that a query reads.
+        seed: Of the order and the coins.
+        input_share: Probability that a candidate of a user is read, in (0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    is_fair_draw = False
+    has_one_positive = False
+    repeats_queries = False
+    rate: np.ndarray | None = None
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        history_length: int,
+        seed: int,
+        input_share: float = 0.5,
+    ) -> None:
+        if not 0 < input_share < 1:
+            raise ValueError(f"input_share must be in (0, 1). Received: {input_share}")
+        self.batch_size = batch_size
+        self._history_length = history_length
+        self._input_share = input_share
+        self._num_samples = len(samples)
+        self._rows = samples.candidate_rows
+        self._candidate_rows = tf.constant(samples.candidate_rows)
+        # The distinct (query, candidate) that have a coin, and those of each sample.
+        pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
+        distinct, self._pair = np.unique(pairs, return_inverse=True)
+        self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
+        self._query_of_sample = query_of_pair[self._pair]
+        # Half of all draws at least have as many users left as their mean, rounded down.
+        mean_left = np.sum(1 - input_share ** np.bincount(query_of_pair))
+        wanted = round(len(samples) * (1 - input_share) / batch_size)
+        self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
+        names = ("query_row", "target", "num_targets", "input", "num_inputs")
+        signature = {name: tf.TensorSpec([None], tf.int32) for name in names}
+        self._choices = EpochChoices(seed, self.steps_per_epoch, self._draw_epoch, signature)
+        self.choose, self.dataset = self._choices.choose, self._choices.dataset
+
+    def _draw_epoch(self, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+        is_input, num_targets = self._flip_coins(rng)
+        order = rng.permutation(np.flatnonzero(num_targets))
+        turn = np.full(len(self._queries), -1)
+        turn[order] = np.arange(len(order))
+        # One sort: by the turn of the user, and at random within, which chooses what is read of
+        # more than `history_length`. Users with nothing to find, of turn -1, come first.
+        turns = turn[self._query_of_sample]
+        visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
+        is_input = is_input[visited]
+        target = visited[~is_input].astype(np.int32)
+        inputs = self._rows[visited[is_input]]
+        num_inputs = np.bincount(turns[visited[is_input]], minlength=len(order)).astype(np.int32)
+        num_targets = num_targets[order].astype(np.int32)
+        query_row = self._queries[order].astype(np.int32)
+        # Where each batch begins: among the users, and among what they find and read.
+        begin = np.arange(self.steps_per_epoch + 1) * len(order) // self.steps_per_epoch
+        begin_target, begin_input = (
+            np.concatenate([[0], np.cumsum(numbers)])[begin]
+            for numbers in (num_targets, num_inputs)
+        )
+        parts = {
+            "query_row": (query_row, begin),
+            "target": (target, begin_target),
+            "num_targets": (num_targets, begin),
+            "input": (inputs, begin_input),
+            "num_inputs": (num_inputs, begin),
+        }
+        return [
+            {name: values[at[i] : at[i + 1]] for name, (values, at) in parts.items()}
+            for i in range(self.steps_per_epoch)
+        ]
+
+    def _flip_coins(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws which samples are read, and counts the others of each of the queries."""
+        while True:
+            is_input = (rng.random(int(self._pair.max()) + 1) < self._input_share)[self._pair]
+            num_targets = np.bincount(
+                self._query_of_sample[~is_input], minlength=len(self._queries)
+            )
+            if np.count_nonzero(num_targets) >= self.steps_per_epoch:
+                return is_input, num_targets
+
+    def build(self, step: tf.Tensor, chosen: Any) -> Batch:
+        """Makes tensors of what was drawn for a step; see the class."""
+        read = tf.RaggedTensor.from_row_lengths(
+            chosen["input"], chosen["num_inputs"], validate=False
+        )
+        num_queries = tf.shape(chosen["query_row"])[0]
+        return {
+            "index": chosen["target"],
+            "query_row": chosen["query_row"],
+            "candidate_row": tf.gather(self._candidate_rows, chosen["target"]),
+            "positive_query": tf.repeat(tf.range(num_queries), chosen["num_targets"]),
+            "history_rows": read[:, : self._history_length].to_tensor(),
+        }

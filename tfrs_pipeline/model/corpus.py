@@ -1,0 +1,130 @@
+"""Ids, encoded features and samples of a log: what a model is built from and trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ibis
+import numpy as np
+
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
+
+# Words that a single item has are noise.
+MIN_TEXT_COUNT = 2
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Ids and encoded features behind the rows of samples.
+
+    Args:
+        candidate_ids: Item ids and their rows.
+        query_ids: User ids and their rows.
+        candidate_features: How item columns are encoded.
+        query_features: How user columns are encoded.
+        candidate_columns: Encoded item features by name, of rows 1, 2, ...
+        query_columns: Encoded user features by name.
+    """
+
+    candidate_ids: Ids
+    query_ids: Ids
+    candidate_features: tuple[Feature, ...] = ()
+    query_features: tuple[Feature, ...] = ()
+    candidate_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, log: Log, folder: Path) -> Corpus:
+        """Reads the ids behind the rows of samples, and encodes the features beside them.
+
+        Args:
+            log: That the samples were built from, or another part of the same whole.
+            folder: Of the samples.
+        """
+        candidate_ids, query_ids = read_ids(folder)
+        end = None
+        if "timestamp" in log.events.columns:
+            end = log.events["timestamp"].max().to_pyarrow().as_py()
+        items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
+        candidate_features, candidate_columns = _encode(items, log.item_features, end)
+        query_features, query_columns = _encode(users, log.user_features, end)
+        return cls(
+            candidate_ids,
+            query_ids,
+            candidate_features,
+            query_features,
+            candidate_columns,
+            query_columns,
+        )
+
+
+def _encode(
+    table: ibis.Table, kinds: Mapping[str, FeatureKind], end: datetime | None
+) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
+    """Fits and encodes features; ages count from the end of the log, if it has times."""
+    features, columns = [], {}
+    data = table.select(*kinds).to_pyarrow() if kinds else {}
+    for name, kind in kinds.items():
+        min_count = MIN_TEXT_COUNT if kind == "text" else 1
+        features.append(Feature.fit(name, kind, data[name], min_count=min_count, reference=end))
+        columns[name] = features[-1].encode_column(data[name])
+    return tuple(features), columns
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Samples of a log, and the corpus behind their rows.
+
+    Args:
+        samples: One per positive.
+        corpus: Ids and features behind the rows.
+        report: Counts of what the samples hold and what was dropped (see `build_samples`).
+    """
+
+    samples: Samples
+    corpus: Corpus
+    report: Mapping[str, Any]
+
+    @classmethod
+    def build(
+        cls, log: Log, folder: Path, *, seed: int, hard: FunnelLosers | None = None
+    ) -> TrainingSet:
+        """Builds the samples of a log in a folder, or reads those that it holds.
+
+        Args:
+            log: Its events become samples: give the training part.
+            folder: Where the samples lie; whole ones are read as they are, whatever made them.
+            seed: Of the shuffle.
+            hard: Which losers of the funnel become hard negatives.
+
+        Raises:
+            DataError: If there is no positive, or hard negatives are asked for and no positive has
+                any.
+        """
+        if not (folder / "report.json").exists():
+            build_samples(log, folder, seed=seed, hard=hard)
+        samples = read_samples(folder)
+        if hard is not None:
+            _require_losers(samples, hard)
+        report = json.loads((folder / "report.json").read_text())
+        return cls(samples, Corpus.read(log, folder), report)
+
+
+def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
+    if not any(len(pool.values) for pool in samples.hard_pools.values()):
+        raise DataError(
+            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
+            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
+            "same users within window_hours; or set model.hard to mined, or to none."
+        )

@@ -1,0 +1,302 @@
+"""The Keras model: a query tower and a candidate tower under the loss over mixed negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+from tfrs_pipeline.model.feature_layers import FeatureTable
+from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.model.randomness import Stream, fold
+from tfrs_pipeline.model.streaming import StreamingFrequency
+
+# Candidates embedded at once when the whole corpus is.
+CORPUS_BLOCK = 65_536
+
+
+class TwoTowerNetwork(tfrs.Model):
+    """A query tower and a candidate tower, for `fit` and `evaluate` on `HybridBatches`.
+
+    A tower is any Keras layer. It is called with a dict: `row`, [n] int32, of users or items, 0 is
+    unknown; `features`, encoded, by name; `dropout_seed`, [2] int32, in training; the query tower's
+    also with `history_rows`, [n, N] int32, most recent first, padded with 0, or with
+    `sequence_rows` and `state` (see `WholeSequences`). It returns [n, D] float32.
+
+    Args:
+        query_tower: Embeds queries.
+        candidate_tower: Embeds candidates.
+        query_table: Encoded features of users by row.
+        candidate_table: Encoded features of items by row.
+        num_candidates: Corpus size, row 0 not counted.
+        history_length: N.
+        temperature: Scores are divided by it in the loss.
+        is_corrected: Whether log_q is subtracted from the logits of sampled columns; False shows
+            what leaving it out does.
+        correct_positive: Whether the positive's logit is corrected too.
+        frequency: Estimates the share of each candidate among the positives, for batches that hold
+            the parts of n(c) instead of log_q.
+        name: Of the model.
+    """
+
+    def __init__(
+        self,
+        query_tower: tf.keras.layers.Layer,
+        candidate_tower: tf.keras.layers.Layer,
+        *,
+        query_table: FeatureTable,
+        candidate_table: FeatureTable,
+        num_candidates: int,
+        history_length: int,
+        temperature: float = 0.15,
+        is_corrected: bool = True,
+        correct_positive: bool = False,
+        frequency: StreamingFrequency | None = None,
+        name: str = "two_tower",
+    ) -> None:
+        super().__init__(name=name)
+        self.query_tower, self.candidate_tower = query_tower, candidate_tower
+        self.query_table, self.candidate_table = query_table, candidate_table
+        self.num_candidates = num_candidates
+        self.history_length = history_length
+        self.task = HybridRetrieval(temperature, correct_positive=correct_positive)
+        self._is_corrected = is_corrected
+        self._frequency = frequency
+        self._loss_metric = tf.keras.metrics.Mean(name="loss")
+        self._build_variables()
+
+    def embed_queries(
+        self,
+        query_rows: tf.Tensor,
+        history_rows: tf.Tensor,
+        features: Mapping[str, tf.Tensor] | None = None,
+    ) -> tf.Tensor:
+        """Embeds queries.
+
+        Args:
+            query_rows: [B] int32, 0 is an unknown user.
+            history_rows: [B, N] int32, most recent first, padded with 0.
+            features: Encoded features, for users that the model does not hold; None takes those
+                of `query_rows`.
+
+        Returns:
+            [B, D] float32.
+        """
+        return self._queries({"query_row": query_rows, "history_rows": history_rows}, features)
+
+    def embed_candidates(
+        self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Embeds candidates.
+
+        Args:
+            candidate_rows: [n] int32, 0 is an unknown item.
+            features: Encoded features, for items that the model does not hold; None takes those of
+                `candidate_rows`.
+
+        Returns:
+            [n, D] float32.
+        """
+        return self._candidates(candidate_rows, features)
+
+    def embed_corpus(self) -> np.ndarray:
+        """Embeds every candidate, rows 1, 2, ... : [num_candidates, D] float32."""
+        rows = np.arange(1, self.num_candidates + 1, dtype=np.int32)
+        blocks = [
+            self._embed_block(tf.constant(rows[start : start + CORPUS_BLOCK])).numpy()
+            for start in range(0, len(rows), CORPUS_BLOCK)
+        ]
+        return np.concatenate(blocks)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+    def _embed_block(self, candidate_rows: tf.Tensor) -> tf.Tensor:
+        return self._candidates(candidate_rows)
+
+    def _queries(
+        self,
+        batch: Mapping[str, tf.Tensor],
+        features: Mapping[str, tf.Tensor] | None = None,
+        training: bool = False,
+    ) -> tf.Tensor:
+        rows = batch["query_row"]
+        inputs = {
+            "row": rows,
+            "features": self.query_table(rows) if features is None else features,
+        }
+        for name in ("history_rows", "sequence_rows", "state", "dropout_seed"):
+            if name in batch:
+                inputs[name] = batch[name]
+        return self.query_tower(inputs, training=training)
+
+    def _candidates(
+        self,
+        rows: tf.Tensor,
+        features: Mapping[str, tf.Tensor] | None = None,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        inputs = {
+            "row": rows,
+            "features": self.candidate_table(rows) if features is None else features,
+        }
+        if dropout_seed is not None:  # Not the draws of the query tower.
+            inputs["dropout_seed"] = fold(dropout_seed, Stream.CANDIDATES)
+        return self.candidate_tower(inputs, training=training)
+
+    def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """Computes the mean loss of a batch.
+
+        In training the batch's positives also enter the streaming estimate, before the loss. So the
+        estimate has seen every positive that it is asked for, and is high for those that have come
+        once or twice only: t examples into the stream, an in-batch candidate of frequency q weighs
+        1 - exp(-q * t) of its part in the target on average. That is too little until it is due to
+        have come a few times, and never too much, as it would be with an estimate from before.
+
+        Args:
+            inputs: As `HybridBatches.batch` describes.
+            training: Whether dropout is on and the streaming estimate moves on.
+
+        Returns:
+            Scalar float32.
+
+        Raises:
+            ValueError: If the batch was made for another correction.
+        """
+        queries = self._queries(inputs, training=training)
+        positives, shared, hard = self._embed_columns(inputs, training)
+        if self._frequency is not None and training:
+            self._frequency.update(inputs["candidate_row"])
+        own: dict[str, tf.Tensor] = {}
+        if hard is not None:
+            log_q = inputs["hard_log_q"]
+            own = {
+                "hard_embeddings": hard,
+                "hard_log_q": log_q if self._is_corrected else tf.zeros_like(log_q),
+                "hard_mask": inputs["hard_is_counted"],
+            }
+        loss = self.task(
+            queries,
+            positives,
+            sample_weight=inputs["weight"],
+            score_mask=inputs["is_counted"],
+            negative_embeddings=shared,
+            log_q=self.log_q(inputs),
+            positive_log_q=inputs.get("positive_log_q"),
+            positive_query=inputs.get("positive_query"),
+            **own,
+        )
+        # The task's loss is a sum; a mean keeps the learning rate free of the batch size.
+        total_weight = tf.reduce_sum(inputs["weight"])
+        mean_loss = tf.math.divide_no_nan(loss, total_weight)
+        self._loss_metric.update_state(mean_loss, sample_weight=total_weight)
+        return mean_loss
+
+    def _embed_columns(
+        self, inputs: Mapping[str, tf.Tensor], training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        """Embeds a batch's candidates: positives [P, D], shared [C, D], own hard [W, H, D]."""
+        positive_rows, shared_rows = inputs["candidate_row"], inputs["shared_row"]
+        hard_rows = inputs.get("hard_candidate_row")
+        columns = [positive_rows, shared_rows]
+        if hard_rows is not None:
+            columns.append(tf.reshape(hard_rows, [-1]))
+        # Copies of a candidate are separate columns; the tower's work is shared.
+        distinct, slot = tf.unique(tf.concat(columns, axis=0))
+        embedded = self._candidates(
+            distinct, training=training, dropout_seed=inputs.get("dropout_seed")
+        )
+        slots = tf.split(slot, [tf.shape(rows)[0] for rows in columns])
+        # The static number of columns, which the loss checks log_q against, is lost on the way.
+        positives, shared, *hard = (
+            tf.gather(embedded, tf.ensure_shape(part, rows.shape))
+            for part, rows in zip(slots, columns, strict=True)
+        )
+        if hard_rows is None:
+            return positives, shared, None
+        shape = tf.concat([tf.shape(hard_rows), tf.shape(positives)[1:]], axis=0)
+        return positives, shared, tf.reshape(hard[0], shape)
+
+    def log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        """Returns log_q of a batch's shared columns, [1 or W, C]; None without a correction.
+
+        Raises:
+            ValueError: If the batch holds log_q where its parts are needed, or the parts where it
+                is.
+        """
+        if not self._is_corrected:
+            return None
+        if (self._frequency is None) == ("log_q" not in inputs):
+            needed = "log_q" if self._frequency is None else "in_batch_draws"
+            raise ValueError(
+                f"The batch holds no '{needed}'. Make the batches with estimates_frequency="
+                f"{self._frequency is not None}, as the model's correction needs them."
+            )
+        if self._frequency is None:
+            return inputs["log_q"]
+        count = inputs["in_batch_draws"] * self._frequency(inputs["shared_row"])
+        log_q = tf.math.log(count + inputs["other_expected_count"])
+        if "hard_share" in inputs:
+            log_q -= tf.math.log1p(-inputs["hard_share"])[:, tf.newaxis]
+        return log_q
+
+    def train_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Runs one step; the loss it reports is the epoch's mean so far."""
+        super().train_step(inputs)
+        return {"loss": self._loss_metric.result()}
+
+    def test_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Computes the loss of one batch, without dropout."""
+        self.compute_loss(inputs, training=False)
+        return {"loss": self._loss_metric.result()}
+
+    def diagnose(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, float]:
+        """Computes what tells a training gone wrong, from one batch; nothing is changed.
+
+        Args:
+            inputs: As `HybridBatches.batch` describes.
+
+        Returns:
+            "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
+            corrected; "masked_share", of the shared columns those that do not count; "norm/query"
+            and "norm/candidate", the mean length of the batch's embeddings.
+        """
+        is_counted = inputs["is_counted"]
+        candidates = self._candidates(inputs["candidate_row"])
+        figures = {
+            "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),
+            "norm/query": tf.reduce_mean(tf.norm(self._queries(inputs), axis=1)),
+            "norm/candidate": tf.reduce_mean(tf.norm(candidates, axis=1)),
+        }
+        log_q = self.log_q(inputs)
+        if log_q is not None:
+            counted = tf.boolean_mask(tf.broadcast_to(log_q, tf.shape(is_counted)), is_counted)
+            figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
+        return {name: float(figure) for name, figure in figures.items()}
+
+    def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
+        """Scores pairs.
+
+        Args:
+            inputs: `query_row` [B], `history_rows` [B, N] and `candidate_row` [B], all int32.
+            training: Whether dropout is on.
+
+        Returns:
+            [B] float32 dot products, not divided by the temperature.
+        """
+        queries = self._queries(inputs, training=training)
+        candidates = self._candidates(inputs["candidate_row"], training=training)
+        return tf.reduce_sum(queries * candidates, axis=1)
+
+    def _build_variables(self) -> None:
+        """Makes every variable now, so that weights can be loaded before the first step."""
+        row = tf.zeros([1], tf.int32)
+        history = tf.zeros([1, self.history_length], tf.int32)
+        scores = self({"query_row": row, "history_rows": history, "candidate_row": row})
+        if scores.shape.rank != 1:
+            raise ValueError(
+                "Each tower must return [n, D], the same D. Received: scores of shape "
+                f"{tuple(scores.shape)}"
+            )

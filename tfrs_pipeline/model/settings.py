@@ -1,0 +1,193 @@
+"""Settings of the two-tower model and of its training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.settings import Config, from_text, refuse
+
+Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
+
+SharedKind: TypeAlias = Annotated[
+    InBatch | Uniform | Popularity,
+    Field(discriminator="kind"),
+    BeforeValidator(from_text),
+]
+HardKind: TypeAlias = Annotated[
+    FunnelLosers | Mined, Field(discriminator="kind"), BeforeValidator(from_text)
+]
+
+
+class TwoTowerSettings(Config):
+    """The two towers, their score, and what their positives are compared with."""
+
+    dim: PositiveInt = 64
+    """Length of the query and candidate embeddings."""
+    negatives: tuple[SharedKind, ...] = (InBatch(), Uniform(256), Popularity(256, 0.75))
+    """Negatives that the rows of a batch share, all of them used together."""
+    hard: HardKind | None = None
+    """Hard negatives of each row's own: losers of the funnel, such as funnel:share=0.01, or mined
+    from the model, such as mined:share=0.01."""
+    resampling_exponent: float = Field(0.0, ge=0, le=1)
+    """Down-samples positives of popular items and up-samples the others, by counts to the power of
+    minus this: 0 changes nothing, 1 makes every clicked item equally likely."""
+    correction: Literal["mixture", "streaming", "none"] = "mixture"
+    """Whether logits are corrected by the expected count of each candidate in the batch: from the
+    training counts, or with the popularity of positives estimated from the batches so far."""
+    correct_positive: bool = False
+    """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
+    temperature: PositiveFloat = 0.15
+    """What scores are divided by in the loss."""
+    normalize: bool = True
+    """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
+    one."""
+    query_layers: tuple[PositiveInt, ...] = ()
+    """Sizes of the hidden layers of the query tower."""
+    candidate_layers: tuple[PositiveInt, ...] = ()
+    """Sizes of the hidden layers of the candidate tower."""
+    combination: Literal["concat", "sum"] = "concat"
+    """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
+    brought to the embedding's length and added up."""
+    use_user_id: bool = False
+    """Whether the query tower has an embedding for each user id."""
+    use_candidate_id: bool = True
+    """Whether the candidate tower has an embedding for each item id."""
+    id_dropout: Fraction = 0.05
+    """Share of the ids that training replaces by the unknown id, at random: it trains what stands
+    for a new user or item, besides its features."""
+    candidate_bias: bool = False
+    """Whether each item has a number of its own that is added to its scores."""
+    feature_dim: PositiveInt = 4
+    """Length of the embedding of each feature."""
+    feature_dropout: Fraction = 0.0
+    """Share of the features that training replaces by a missing value, at random."""
+    history_length: PositiveInt = 50
+    """Latest positives before the event that the query holds."""
+    history_pooling: tuple[Literal["mean", "recency", "attention"], ...] = ("mean", "recency")
+    """How the history becomes a vector: a plain mean, one weighted by recency, causal
+    self-attention, or several of them."""
+    history_dropout: Fraction = 0.5
+    """Share of the history's items that is dropped at random in training."""
+    share_item_embedding: bool = False
+    """Whether the history's items have the same embedding as the candidates."""
+    recency_decay: float = Field(0.85, gt=0, le=1)
+    """Weight of a step back in the history, relative to the step after it."""
+    attention_blocks: PositiveInt = 2
+    """Blocks of the self-attention, with history_pooling attention."""
+    attention_heads: PositiveInt = 2
+    """Heads of each block of the self-attention; must divide dim."""
+    attention_dropout: Fraction = 0.2
+    """Share of the activations of the self-attention that is dropped at random in training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TwoTowerSettings:
+        refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.correct_positive and self.correction != "mixture":
+            yield "correct_positive", f"needs correction 'mixture', got {self.correction!r}"
+        if len(set(self.history_pooling)) < len(self.history_pooling):
+            yield "history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice"
+        if "attention" in self.history_pooling and self.dim % self.attention_heads:
+            yield "attention_heads", f"got {self.attention_heads}; must divide dim {self.dim}"
+        if self.share_item_embedding and not self.history_pooling:
+            yield "share_item_embedding", "needs history_pooling"
+        if not self.use_candidate_id:
+            for name in ("share_item_embedding", "candidate_bias"):
+                if getattr(self, name):
+                    yield name, "needs use_candidate_id"
+        counted = [kind for kind in self.negatives if isinstance(kind, Popularity)]
+        if self.correction == "streaming" and (counted or self.resampling_exponent):
+            name = "negatives" if counted else "resampling_exponent"
+            message = "needs training counts, which correction 'streaming' does without"
+            yield name, f"{message}: use in_batch and uniform, and no resampling"
+
+
+class TrainingSettings(Config):
+    """How the model is fitted."""
+
+    batch_size: int = Field(1024, ge=2)
+    """Positives in a batch."""
+    examples: Literal["single", "sequences", "sets"] = "single"
+    """Which positives are trained together: each by itself; all of a user's sequence in one pass
+    (sequence-level training), for logs with an order; or, for logs without one, a random half of a
+    user's items from the other half. Batches of the last two have about batch_size positives."""
+    max_epochs: PositiveInt = 30
+    """Epochs at most."""
+    optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"
+    """Optimizer; lazy_adam is Adam that updates only the rows of a table that a batch has, and
+    costs what they do, where adam goes over the whole table each step."""
+    learning_rate: PositiveFloat = 0.002
+    """Peak learning rate."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0 to its peak."""
+    decay: Literal["none", "cosine"] = "none"
+    """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; a second
+    training goes the same way, epoch by epoch."""
+    patience: PositiveInt = 3
+    """Epochs without a better validation metric after which training stops."""
+    monitor: str = "ndcg@100"
+    """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
+    refit: bool = True
+    """Whether a run trains again on training and validation events for the chosen number of epochs;
+    held-out users are never trained on."""
+    tensorboard: bool = False
+    """Whether to write event files for TensorBoard beside the checkpoints."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
+            message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
+            refuse([("monitor", f"got {self.monitor!r}; {message}")])
+        return self
+
+
+def check_examples(
+    model: TwoTowerSettings, training: TrainingSettings
+) -> Iterator[tuple[str, str]]:
+    """Yields what does not go with training many positives of a user at once.
+
+    Args:
+        model: Settings.
+        training: Settings.
+
+    Yields:
+        (setting, message) pairs; the setting is dotted, such as "model.negatives".
+    """
+    if training.examples == "single":
+        return
+    reason = f"with training.examples {training.examples!r}"
+    if InBatch() in model.negatives:
+        yield (
+            "model.negatives",
+            f"got in_batch {reason}: a batch holds whole users and is no fair draw; use "
+            "popularity:num=512:alpha=1, which draws as often",
+        )
+    if not model.history_pooling:
+        yield "model.history_pooling", f"got none {reason}, which reads the history"
+    if model.correction == "streaming":
+        yield "model.correction", f"got 'streaming' {reason}, which has no in-batch negatives"
+    if training.examples == "sets" and model.hard is not None:
+        yield (
+            "model.hard",
+            f"got {model.hard.kind!r} {reason}: hard negatives are those of one positive, where a "
+            "query has many",
+        )
+    shortest = 2 * (model.history_length + 1)
+    if training.examples == "sequences" and training.batch_size < shortest:
+        yield (
+            "training.batch_size",
+            f"got {training.batch_size} {reason}: must be {shortest} or more, twice "
+            "(model.history_length + 1)",
+        )

@@ -1,0 +1,84 @@
+"""Hard negatives from the funnel's log: items that lost in pre-rank or in rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
+
+
+@dataclass(frozen=True)
+class FunnelLosers:
+    """Items of the positive's own request, or the user's recent ones, that lost to it.
+
+    Stages are weighed alike. `hard_pools` finds the losers when samples are built, behind the
+    exposure guard.
+
+    Args:
+        share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
+            have any. .5 is the rule of thumb; published ablations, and this package's, found about
+            .01 better.
+        stages: Furthest stages that the losers reached: "retrieved" lost in pre-rank, "pre_ranked"
+            lost in rank, "ranked" ended low in rank.
+        num: Columns drawn for each row from its pool of a stage.
+        min_pool: A stage with fewer losers in the positive's own request takes those of the user's
+            recent requests too.
+        max_pool: Losers kept for a positive and stage, drawn at random.
+        window_hours: How far back recent requests may lie; in a log without timestamps, any.
+        bottom_share: Low part of the ranked list, in (0, 1]: a share of the request's ranks.
+        min_rank: Low part as a rank instead (0 is the best): this one and worse.
+        allow_exposed: Insist on "exposed", items that were shown and not clicked, as a stage. They
+            are for ranking to learn from; this is for showing what they do to retrieval.
+
+    Raises:
+        ValueError: If an argument is out of range, or "exposed" is a stage without
+            `allow_exposed`.
+    """
+
+    share: float = 0.01
+    stages: tuple[HardStage, ...] = ("retrieved", "pre_ranked")
+    num: int = 4
+    min_pool: int = 4
+    max_pool: int = 100
+    window_hours: float = 24.0
+    bottom_share: float = 0.5
+    min_rank: int | None = None
+    allow_exposed: bool = False
+    kind: Literal["funnel"] = "funnel"
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages must be one or more, each once. Received: {self.stages}")
+        if "exposed" in self.stages and not self.allow_exposed:
+            raise ValueError(
+                "stages holds 'exposed'. An item that was exposed to a user and not clicked is "
+                "never a negative of that user in retrieval: the funnel liked it enough to show "
+                "it, and the lack of a click says as much of its position as of it. It is for "
+                "ranking. To see what such negatives do to retrieval, set allow_exposed."
+            )
+        if self.num < 1 or self.max_pool < 1 or self.min_pool < 0 or not self.window_hours > 0:
+            raise ValueError(
+                "num and max_pool must be 1 or more, min_pool 0 or more, window_hours above 0. "
+                f"Received: {self.num}, {self.max_pool}, {self.min_pool}, {self.window_hours}"
+            )
+        if not 0 < self.bottom_share <= 1:
+            raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Names of the pools that rows draw from."""
+        return tuple(self.stages)
+
+
+def check_share(share: float) -> None:
+    """Refuses a hard share outside (0, 1).
+
+    Raises:
+        ValueError: With what to do instead of 0.
+    """
+    if not 0 < share < 1:
+        raise ValueError(
+            f"share must be in (0, 1); without hard negatives, set hard to none. Received: {share}"
+        )

@@ -1,0 +1,95 @@
+"""Easy negatives drawn by popularity: p(c) ~ clicks(c)^alpha."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tfrs_pipeline.negatives.protocol import SamplingFrame
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from tfrs_pipeline.negatives.alias import AliasSampler
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """`num` candidates a batch with p(c) proportional to clicks(c)^alpha, with replacement.
+
+    Args:
+        num: Draws a batch, 1 or more, shared by its rows.
+        alpha: Exponent of the training clicks, above 0; .75 is word2vec's, 1 draws as in-batch
+            negatives do. Items without a click are never drawn.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    num: int = 256
+    alpha: float = 0.75
+    kind: Literal["popularity"] = "popularity"
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"num must be 1 or more. Received: {self.num}")
+        if not self.alpha > 0:
+            raise ValueError(
+                f"alpha must be above 0 (0 would be the kind uniform). Received: {self.alpha}"
+            )
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws [num] candidate rows."""
+        return _sampler(frame, self.alpha).sample(self.num, seed)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        """Computes num * p(c)."""
+        return self.num * sampling_probability(frame.counts, self.alpha)
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(frame: SamplingFrame, alpha: float) -> AliasSampler:
+    """Builds the table of draws once for all batches of a frame."""
+    from tfrs_pipeline.negatives.alias import AliasSampler
+
+    return AliasSampler(sampling_probability(frame.counts, alpha))
+
+
+def sampling_probability(counts: np.ndarray, alpha: float) -> np.ndarray:
+    """Computes p(c) proportional to counts(c)^alpha over the corpus.
+
+    alpha = 0 is uniform over every candidate, clicked or not; alpha = 1 is the distribution of
+    in-batch negatives; .75 lies between (word2vec; Mikolov et al. 2013).
+
+    Args:
+        counts: [num_rows] training positives per candidate row. Row 0 is "unknown" and is never
+            drawn, whatever its count.
+        alpha: Exponent, 0 or more.
+
+    Returns:
+        [num_rows] float64, sum 1; 0 at row 0 and, for alpha > 0, at candidates without a count.
+
+    Raises:
+        ValueError: If alpha is negative, the corpus is empty or no candidate can be drawn.
+
+    Example:
+        >>> sampling_probability(np.array([0, 16, 1, 0]), alpha=0.75)
+        array([0.        , 0.88888889, 0.11111111, 0.        ])
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha must be 0 or more: it is a power of the counts. Received: {alpha}")
+    if len(counts) < 2:
+        raise ValueError("The corpus is empty: row 0 is 'unknown', candidates start at row 1.")
+    # 0^0 is 1 here, as wanted: uniform draws from items without a click too.
+    mass = np.power(np.asarray(counts, np.float64), alpha)
+    mass[0] = 0.0
+    total = mass.sum()
+    if total <= 0:
+        raise ValueError(
+            f"No candidate has a training positive, so none can be drawn with alpha={alpha}. "
+            "Use the kind uniform, or check the training part."
+        )
+    return mass / total

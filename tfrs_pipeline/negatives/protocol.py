@@ -1,0 +1,75 @@
+"""What a kind of easy negative is: what it draws, and how often each candidate is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingFrame:
+    """What negatives are drawn from.
+
+    Args:
+        counts: [num_candidates + 1] training positives by candidate row; row 0 is "unknown".
+        q_positive: [num_candidates + 1] float64, the distribution that the positives of a batch are
+            drawn from, 0 at row 0.
+        batch_size: B, positives of a batch.
+    """
+
+    counts: np.ndarray
+    q_positive: np.ndarray
+    batch_size: int
+
+    @classmethod
+    def of_counts(cls, counts: Sequence[int] | np.ndarray, batch_size: int) -> SamplingFrame:
+        """Makes the frame of batches that are a fair draw of the counted positives.
+
+        Args:
+            counts: [num_candidates + 1] training positives by candidate row, 0 at row 0.
+            batch_size: B.
+        """
+        counts = np.asarray(counts)
+        return cls(counts, counts / counts.sum(), batch_size)
+
+    @property
+    def num_candidates(self) -> int:
+        """Size of the corpus, row 0 not counted."""
+        return len(self.counts) - 1
+
+
+class Negatives(Protocol):
+    """A kind of negative that the rows of a batch share.
+
+    These two methods are all that a kind of one's own needs: log_q of every column then comes out
+    right, whatever other kinds are in the mixture (see `mixture`).
+    """
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws the candidates of one batch, in the graph, as a function of its arguments.
+
+        Args:
+            frame: What there is to draw from.
+            positive_rows: [B] int32, the positives of the batch.
+            seed: [2] int32, for stateless draws.
+
+        Returns:
+            [num] int32 candidate rows from 1; row 0 is never drawn. Repeats are allowed.
+        """
+        ...
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        """Computes how many copies of each candidate `draw` is expected to return.
+
+        Of copies that are another row's positive (`InBatch`), those that a row meets count.
+
+        Returns:
+            [num_candidates + 1] float64, 0 at row 0.
+        """
+        ...

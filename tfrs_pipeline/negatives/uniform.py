@@ -1,0 +1,48 @@
+"""Easy negatives drawn uniformly from the whole corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tfrs_pipeline.negatives.protocol import SamplingFrame
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """`num` candidates of the corpus a batch, each equally likely, with replacement.
+
+    Args:
+        num: Draws a batch, 1 or more, shared by its rows.
+
+    Raises:
+        ValueError: If `num` is below 1.
+    """
+
+    num: int = 256
+    kind: Literal["uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"num must be 1 or more. Received: {self.num}")
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Draws [num] candidate rows."""
+        import tensorflow as tf
+
+        # int64: the remainder of a 32-bit draw would favour low rows by up to size / 2^32.
+        rows = tf.random.stateless_uniform(
+            [self.num], seed, minval=1, maxval=frame.num_candidates + 1, dtype=tf.int64
+        )
+        return tf.cast(rows, tf.int32)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        """Computes num / num_candidates, of every candidate alike."""
+        count = np.full(frame.num_candidates + 1, self.num / frame.num_candidates)
+        count[0] = 0.0
+        return count
