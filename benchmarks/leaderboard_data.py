@@ -193,7 +193,7 @@ PROTOCOLS = {
     "ml-100k": Protocol(
         description=(
             "MovieLens-100K; ratings of 4 and 5 are likes, the last fifth of each user's likes is "
-            "the test, the user's earlier likes are left out of the ranking."
+            "the test, the user's earlier likes are excluded from the ranking."
         ),
         metrics=("recall@20", "recall@100", "ndcg@100"),
         settings={},

@@ -97,7 +97,9 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     from tfrs_pipeline.serving.index import Scann
 
     model = Clusters(num_candidates, seed)
-    return export(model, directory / NAME, index=Scann(recall=0.95, k=100))
+    index = Scann(recall=0.95, k=100)
+    # The user that the page shows first, for page.py.
+    return export(model, directory / NAME, index=index, manifest={"example_user": 7})
 
 
 @dataclass

@@ -77,7 +77,10 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     def run(*arguments: Any) -> RunConfig:
         given = [] if "--run-dir" in arguments else ["--run-dir", tmp_path / "run"]
         answer = command("run", *arguments, *given)
-        assert answer.err == "error: enough\nIt came unforeseen: --verbose shows where from.\n"
+        assert (
+            answer.err
+            == "error: enough\nThe error is unexpected: --verbose shows where it came from.\n"
+        )
         return configs[-1]
 
     return run

@@ -184,7 +184,7 @@ def test_a_field_has_a_sentence_for_the_help_and_a_default() -> None:
         assert re.fullmatch(r"[^ ].*\.", field.description or ""), (table, name)
         assert "  " not in str(field.description), (table, name)
         assert not field.is_required(), (table, name)
-        # TOML has no null, so that None is written by leaving the setting out.
+        # TOML has no null, so that None is written by omitting the setting.
         if type(None) in get_args(field.annotation):
             assert field.default is None, (table, name)
 

@@ -13,7 +13,11 @@ import tfrs_pipeline as tp
 # isort: split
 import tensorflow as tf
 
+from tfrs_pipeline.config import PRESETS
+from tfrs_pipeline.settings import setting_names
+
 ROOT = Path(__file__).parent.parent
+DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
 TITLES = [f"film {number}" for number in range(30)]
 
 
@@ -81,6 +85,26 @@ def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs(script: dict[
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    settings = set(setting_names(tp.RunConfig))
+    flags = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z_]+)", text))
+    assert flags <= settings
+    named = {name for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text) if "py" not in name}
+    tables = {name.partition(".")[0] for name in settings}
+    assert {name for name in named if name.partition(".")[0] in tables} - settings <= {
+        "run.load_log"
+    }
+    names = set(re.findall(r"\btp\.(\w+)", text))
+    assert names <= set(tp.__all__)
+    presets = set(re.findall(r"--preset ([a-z]\w+)", text))
+    assert presets <= PRESETS.keys()
+
+
 def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
@@ -93,9 +117,9 @@ def test_the_examples_of_the_readme_run(
 
     monkeypatch.chdir(tmp_path)
     simulation = simulate_funnel(
-        num_users=120,
-        num_items=200,
-        num_requests=1200,
+        num_users=60,
+        num_items=100,
+        num_requests=900,
         seed=1,
         options=FunnelOptions(
             num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0

@@ -84,6 +84,7 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     """Runs a notebook without network and returns its code cells by id."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nothing listens: a fetch would fail.
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # A server of the notebook's own.
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs = []

@@ -80,7 +80,7 @@ class Problem:
         )
         corpus = Corpus(Ids(self.candidate_ids), Ids(np.arange(NUM_USERS)))
         model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
-        # Twins among the candidates: what they score is equal to the last bit.
+        # Copies among the candidates: what they score is equal to the last bit.
         (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
         table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
         return model

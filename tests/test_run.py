@@ -71,7 +71,7 @@ class Finished:
 
 @pytest.fixture(scope="module", autouse=True)
 def _trusted_exports() -> Iterator[None]:
-    """Leaves out the check in a fresh process: it takes seconds and has its own tests."""
+    """Skips the check in a fresh process: it takes seconds and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_prove", lambda *arguments: None)
         yield
@@ -261,7 +261,7 @@ def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
     assert lengths == sorted(lengths)
 
 
-def test_metrics_have_the_form_that_is_promised(finished: Finished) -> None:
+def test_metrics_have_the_documented_form(finished: Finished) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 

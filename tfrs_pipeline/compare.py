@@ -25,14 +25,13 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
-from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run import (
-    OnProgress,
     OnStep,
     RunData,
     Steps,

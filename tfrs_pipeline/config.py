@@ -19,7 +19,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from tfrs_pipeline.data.schema import FeatureKind, SplitKind
+from tfrs_pipeline.data.schema import (
+    Duplicates,
+    Exclude,
+    FeatureKind,
+    SplitKind,
+    TimestampUnit,
+    UnknownItems,
+)
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
@@ -96,7 +103,7 @@ class DataConfig(Config):
     """Stages by the value that the file's stage column holds, such as impression=exposed."""
     rating_threshold: float | None = None
     """Ratings at or above this are clicks, those below are exposures, never negatives."""
-    timestamp_unit: Literal["s", "ms", "us", "ns"] | None = None
+    timestamp_unit: TimestampUnit | None = None
     """Unit of timestamps that are stored as numbers, those of features too."""
     label: dict[str, PositiveFloat] = {}
     """Columns that make an exposed event a positive, each with the weight that it adds, such as
@@ -116,10 +123,10 @@ class DataConfig(Config):
     list_separator: str = Field("|", min_length=1)
     """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
     CSV file."""
-    unknown_items: Literal["keep", "drop", "error"] = "keep"
+    unknown_items: UnknownItems = "keep"
     """What to do with events whose item is not in the item table: keep them with empty features,
     drop and count them, or stop."""
-    duplicates: Literal["keep", "drop", "error"] = "keep"
+    duplicates: Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop."""
 
@@ -202,7 +209,7 @@ class EvaluationConfig(Config):
 
     cutoffs: tuple[PositiveInt, ...] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
-    exclude: Literal["clicked", "seen", "none"] = "clicked"
+    exclude: Exclude = "clicked"
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     num_bootstrap: PositiveInt = 1000
     """Resamples of the queries behind each confidence interval."""
@@ -273,8 +280,8 @@ class CompareConfig(Config):
         "hybrid_50_50",
         "resampled",
     )
-    """Sampling plans; also mined, and, for whoever insists, exposed: items that were shown and not
-    clicked, to see what they do."""
+    """Sampling plans; also mined, and exposed, which measures what items that were shown and not
+    clicked do as negatives."""
     reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
         "mixed"
     )
@@ -482,7 +489,7 @@ def load_config(path: Path | str) -> RunConfig:
     """Reads the settings of a run from a TOML file.
 
     Args:
-        path: File with one table a stage; what it leaves out has its default.
+        path: File with one table a stage; a setting that is not in it has its default.
 
     Returns:
         The settings.
@@ -506,7 +513,7 @@ def load_config(path: Path | str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Writes settings as TOML that `load_config` reads back equal.
 
-    TOML has no null: settings that are None are left out, and every other one is there.
+    TOML has no null: settings that are None are omitted, and every other one is there.
     """
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 

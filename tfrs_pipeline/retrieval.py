@@ -9,7 +9,7 @@ import numpy as np
 
 Query: TypeAlias = Mapping[str, Any]
 """Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
-ids, oldest first; feature columns by name."""
+ids, oldest first; `"features"`, raw values of user features by column name."""
 
 
 @runtime_checkable

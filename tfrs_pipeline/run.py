@@ -32,7 +32,7 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export, file_hash
@@ -46,7 +46,6 @@ NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
 
 OnStep = Callable[["StepReport"], None]
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -413,7 +412,7 @@ def export_model(
     *,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model with its index, proven in a fresh process (see `serving.export`).
+    """Exports a model with its index, checked in a fresh process (see `serving.export`).
 
     Args:
         config: Of the run; `export` says where and with which index.

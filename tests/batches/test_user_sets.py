@@ -1,4 +1,4 @@
-"""Sets of users: what is read and what is found are disjoint, and together all of a user."""
+"""Sets of users: inputs and targets are disjoint, and together all of a user."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.store import Samples
 
 QUERIES = np.unique(SAMPLES.query_rows)
-EVERYTHING = NUM_SAMPLES  # A history that leaves nothing out.
+EVERYTHING = NUM_SAMPLES  # A history that holds all.
 
 
 def batches_of_sets(samples: Samples = UNORDERED, **options: Any) -> HybridBatches:
@@ -28,37 +28,37 @@ def batches_of_sets(samples: Samples = UNORDERED, **options: Any) -> HybridBatch
 
 def parts(batch: dict[str, Any]) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yields each query with the candidates that it reads and the samples that it finds."""
-    found: list[list[int]] = [[] for _ in batch["query_row"]]
+    targets: list[list[int]] = [[] for _ in batch["query_row"]]
     for place, sample in enumerate(samples_of(batch)):
         assert batch["candidate_row"][place] == SAMPLES.candidate_rows[sample]
-        found[batch["positive_query"][place]].append(sample)
+        targets[batch["positive_query"][place]].append(sample)
     for row, query in enumerate(batch["query_row"].tolist()):
         rows = batch["history_rows"][row]
-        read = rows[rows > 0].tolist()
-        assert rows[: len(read)].tolist() == read  # Padding comes last.
-        yield query, read, found[row]
+        inputs = rows[rows > 0].tolist()
+        assert rows[: len(inputs)].tolist() == inputs  # Padding comes last.
+        yield query, inputs, targets[row]
 
 
 @pytest.mark.parametrize(("input_share", "num_epochs"), [(0.5, 60), (0.3, 60)])
-def test_a_positive_is_read_or_found_by_a_coin_of_its_own(
+def test_a_positive_is_input_or_target_by_a_coin_of_its_own(
     input_share: float, num_epochs: int
 ) -> None:
     batches = batches_of_sets(history_length=EVERYTHING, examples={"input_share": input_share})
     steps = batches.steps_per_epoch
     assert steps == round(NUM_SAMPLES * (1 - input_share) / 16)
-    # Per epoch and query: how many of its distinct candidates were found.
-    num_found = np.zeros((num_epochs, len(QUERIES)))
-    num_samples_found, visits = 0, []
+    # Per epoch and query: how many of its distinct candidates were targets.
+    num_targets = np.zeros((num_epochs, len(QUERIES)))
+    num_target_samples, visits = 0, []
     for step, batch in enumerate(batch_list(batches, num_epochs * steps)):
-        for query, read, found in parts(batch):
-            assert found
-            assert {SAMPLES.query_rows[sample] for sample in found} == {query}
-            candidates = SAMPLES.candidate_rows[found].tolist()
+        for query, inputs, targets in parts(batch):
+            assert targets
+            assert {SAMPLES.query_rows[sample] for sample in targets} == {query}
+            candidates = SAMPLES.candidate_rows[targets].tolist()
             # Nothing is lost, copies included, and no copy is on both sides.
-            assert sorted(read + candidates) == sorted(SAMPLES.sequences[query].tolist())
-            assert not set(read) & set(candidates)
-            num_found[step // steps, np.searchsorted(QUERIES, query)] = len(set(candidates))
-            num_samples_found += len(found)
+            assert sorted(inputs + candidates) == sorted(SAMPLES.sequences[query].tolist())
+            assert not set(inputs) & set(candidates)
+            num_targets[step // steps, np.searchsorted(QUERIES, query)] = len(set(candidates))
+            num_target_samples += len(targets)
             visits.append((step // steps, query))
     assert len(set(visits)) == len(visits)  # Once an epoch.
     orders = [[query for at, query in visits if at == epoch] for epoch in range(2)]
@@ -67,9 +67,9 @@ def test_a_positive_is_read_or_found_by_a_coin_of_its_own(
     p = 1 - input_share
     num_coins = np.array([len(SAMPLES.known_positives[query]) for query in QUERIES])
     n = num_epochs * num_coins.sum()
-    assert num_found.sum() / n == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
+    assert num_targets.sum() / n == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
     # Independent coins: the count of a query has the variance of a binomial.
-    z = (num_found - p * num_coins) ** 2 / (p * (1 - p) * num_coins)
+    z = (num_targets - p * num_coins) ** 2 / (p * (1 - p) * num_coins)
     # Var z^2 = 2 + (1 / (p (1 - p)) - 6) / num_coins.
     sd = np.sqrt(np.mean(2 + (1 / (p * (1 - p)) - 6) / num_coins) / z.size)
     assert z.mean() == pytest.approx(1, abs=4 * sd)
@@ -78,34 +78,36 @@ def test_a_positive_is_read_or_found_by_a_coin_of_its_own(
     copies = np.unique(pairs, return_counts=True)[1]
     sd = np.sqrt(num_epochs * p * (1 - p) * np.sum(copies**2))
     expected = num_epochs * NUM_SAMPLES * p
-    assert num_samples_found == pytest.approx(expected, abs=4 * sd)
+    assert num_target_samples == pytest.approx(expected, abs=4 * sd)
 
 
 def test_a_long_history_is_read_in_part_any_of_it_by_users_spread_evenly() -> None:
     batches = batches_of_sets(history_length=2)
     steps = batches.steps_per_epoch
-    read_of: dict[int, set[int]] = {query: set() for query in QUERIES.tolist()}
+    input_of: dict[int, set[int]] = {query: set() for query in QUERIES.tolist()}
     num_full, sizes = 0, []
     for batch in batch_list(batches, 60 * steps):
         assert batch["history_rows"].shape[1] <= 2
         sizes.append(len(batch["query_row"]))
-        for query, read, found in parts(batch):
-            candidates = set(SAMPLES.candidate_rows[found].tolist())
-            assert set(read) <= set(SAMPLES.known_positives[query].tolist()) - candidates
-            num_left = len(SAMPLES.sequences[query]) - len(found)
-            assert len(read) == min(2, num_left)
+        for query, inputs, targets in parts(batch):
+            candidates = set(SAMPLES.candidate_rows[targets].tolist())
+            assert set(inputs) <= set(SAMPLES.known_positives[query].tolist()) - candidates
+            num_left = len(SAMPLES.sequences[query]) - len(targets)
+            assert len(inputs) == min(2, num_left)
             num_full += num_left > 2
-            read_of[query].update(read)
+            input_of[query].update(inputs)
     assert num_full > 0
-    for query, rows in read_of.items():
+    for query, rows in input_of.items():
         assert sorted(rows) == SAMPLES.known_positives[query].tolist()
     by_epoch = np.reshape(sizes, (60, steps))
     assert np.ptp(by_epoch, axis=1).max() <= 1
 
 
 @pytest.mark.parametrize(("num_users", "batch_size"), [(2, 2), (40, 2), (40, 20)])
-def test_users_of_one_positive_find_it_with_nothing_read(num_users: int, batch_size: int) -> None:
-    """Or are left out, when they read it; and no batch is left without a user."""
+def test_users_of_one_positive_have_it_as_target_without_input(
+    num_users: int, batch_size: int
+) -> None:
+    """Or are excluded, when it is input; and no batch is left without a user."""
     rows = np.arange(1, num_users + 1)
     samples = Samples.from_pairs(rows, rows, num_queries=num_users, num_candidates=num_users)
     batches = batches_of_sets(samples, negatives=[Uniform(3)], batch_size=batch_size)

@@ -161,4 +161,4 @@ def test_what_cannot_be_mined_is_refused_or_said(
     assert before.describe() == [
         "no hard negatives were mined: training ended within the first 2 epochs (model.hard.every)"
     ]
-    assert tiny()._mining(data.samples, batches, None, lambda task, done, total: None) is None
+    assert tiny()._mining(batches, None, lambda task, done, total: None) is None

@@ -14,7 +14,7 @@ SEED = tf.constant([5, 6])
 
 
 def make_tower(**options: Any) -> Tower:
-    settings: dict[str, Any] = {"embedding_dim": 4, "hidden_layers": (), "features": ()}
+    settings: dict[str, Any] = {"dim": 4, "hidden_layers": (), "features": ()}
     settings |= {"feature_dim": 2, "normalize": False, "num_ids": 6, **options}
     return Tower("tower", **settings)
 

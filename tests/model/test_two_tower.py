@@ -12,10 +12,12 @@ import tensorflow as tf
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
 from tests.model.test_network import EveryCandidate
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -216,3 +218,12 @@ def test_samples_without_their_log_train_but_cannot_be_exported(data: TrainingSe
     assert model.notes[-1].startswith("masked in the columns that rows share: ")
     with pytest.raises(ValueError, match=r"needs 121 positives and the training part has 120"):
         tiny(training={"batch_size": 121}).fit_samples(data)
+
+
+def test_losers_are_missed_by_the_model_that_asks_for_them_alone(tmp_path: Path) -> None:
+    losers = FunnelLosers()
+    clicks = Log.from_table({"user_id": [1, 1], "item_id": [5, 6]})
+    # A comparison asks for the losers of every stage, and has plans that go without.
+    data = TrainingSet.build(clicks, tmp_path, seed=0, hard=losers)
+    with pytest.raises(DataError, match="asks for losers of the stages retrieved"):
+        tiny(hard=losers).batches(data.samples)

@@ -15,7 +15,7 @@ from tfrs_pipeline.config import RunConfig, dump_config, main_job_config, with_s
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.report.facts import Popularity, RunFacts, report_page
+from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
 from tfrs_pipeline.report.figures import thinned
 
 CUTOFFS = (20, 100)
@@ -131,7 +131,7 @@ def make_facts() -> RunFacts:
         },
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
-        popularity=Popularity(
+        popularity=PopularityFacts(
             counts, share, share, {"uniform": np.full(400, 1 / 400)}, num_unreachable=0
         ),
         titles={3: "Fargo", 6: "Men in Black"},

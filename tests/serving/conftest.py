@@ -145,5 +145,5 @@ def make_served(ids: str) -> Served:
 
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the check in a fresh process, which takes seconds and has its own tests."""
+    """Skips the check in a fresh process, which takes seconds and has its own tests."""
     monkeypatch.setattr(export, "_prove", lambda *arguments: None)

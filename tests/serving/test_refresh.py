@@ -57,7 +57,7 @@ def refreshed(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple
         items = write_items(served, directory / "items.parquet")
         done = refresh_index(folder, directory / "items.parquet")
     assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
-    assert (done.num_dropped, done.num_left_out) == (NUM_GONE, 0)
+    assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
     assert done.folder == folder / "2"
     return folder, items
 
@@ -194,12 +194,12 @@ def test_what_a_refreshment_asks_for_holds_for_the_next(of_int: Served, tmp_path
 
 
 @pytest.mark.usefixtures("unproven")
-def test_without_features_new_items_are_left_out(of_int: Served, tmp_path: Path) -> None:
+def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:
     by_id = dataclasses.replace(of_int, candidate_features=())
     folder = export(by_id, tmp_path / "ids", index=Exact())
     (tmp_path / "items.csv").write_text("item_id,colour\n10,red\n76,blue\n17,red\n")
     done = refresh_index(folder.parent, tmp_path / "items.csv")
-    assert (done.num_items, done.num_left_out, done.num_untrained) == (2, 1, 0)
+    assert (done.num_items, done.num_skipped, done.num_untrained) == (2, 1, 0)
     assert load(folder.parent).candidate_ids() == [10, 17]
     (tmp_path / "new.csv").write_text("item_id\n76\n78\n")
     with pytest.raises(DataError, match="holds no item that the model can embed"):

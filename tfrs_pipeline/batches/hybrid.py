@@ -38,8 +38,8 @@ class HybridBatches:
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
         mask_known_positives: Whether a query's other training positives are no negatives of it.
-        allow_exposed_as_negatives: Insist: let shared columns be items that were exposed to the
-            query's user and never clicked, to see what it does.
+        allow_exposed_as_negatives: Whether shared columns may be items that were exposed to the
+            query's user and never clicked, to measure what that does.
         estimates_frequency: Whether the share of a candidate among the positives is the model's own
             estimate (`StreamingFrequency`): batches then hold the parts of n(c) instead of log_q.
 
@@ -83,8 +83,8 @@ class HybridBatches:
         if InBatch() in negatives and not examples.is_fair_draw:
             raise ValueError(
                 "In-batch negatives need batches that are a fair draw of the positives, and "
-                f"{type(examples).__name__} puts all positives of a user together. Leave in_batch "
-                "out: popularity with alpha 1 draws from the same distribution."
+                f"{type(examples).__name__} puts all positives of a user together. Use popularity "
+                "with alpha 1 in place of in_batch: it draws from the same distribution."
             )
         if not examples.has_one_positive and (hard is not None or not mask_known_positives):
             raise ValueError(
@@ -116,7 +116,7 @@ class HybridBatches:
         self._exposed = [] if allow_exposed_as_negatives else exposed
         self._hard = None
         if hard is not None:
-            # The pool "exposed" is there only where the user insists.
+            # The pool "exposed" is there only where it is allowed by `allow_exposed`.
             excluded = {
                 name: [*known, *([] if name == "exposed" else exposed)] for name in hard.pools
             }
@@ -231,7 +231,7 @@ class HybridBatches:
 
         Returns:
             By reason, the share of the columns: accidental hits (the same candidate again, a row's
-            own in-batch column left out of the count), known positives, exposed items.
+            own in-batch column not counted), known positives, exposed items.
         """
         reasons = (("known positives", self._known_positives), ("exposed items", self._exposed))
         masked = {"accidental hits": 0, **{name: 0 for name, kinds in reasons if kinds}}

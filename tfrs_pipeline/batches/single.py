@@ -122,7 +122,7 @@ class SinglePositives:
             place = start + num_known - steps_ago
             is_known = steps_ago <= num_known
             return tf.where(is_known, tf.gather(sequences.values, tf.maximum(place, start)), 0)
-        # Without an order: the rest of the sequence, copies of the positive left out.
+        # Without an order: the rest of the sequence, copies of the positive excluded.
         lists = tf.gather(sequences, query_row)
         is_other = lists.with_values(lists.values != tf.repeat(candidate_row, lists.row_lengths()))
         others = tf.reverse(tf.ragged.boolean_mask(lists, is_other), axis=[1])

@@ -7,7 +7,7 @@ checkpoints. To go on after a stop at step s, restore the model and pass `start_
 examples from number s * batch_size on. Count by steps that were trained: more than that has been
 read ahead.
 
-In-batch negatives are taken for fair draws of the positives. Where a query's positives come in
+In-batch negatives are assumed to be fair draws of the positives. Where a query's positives come in
 bursts, several of them meet in a batch: those of a known query do not count against each other, but
 what one query likes is too frequent among the negatives of that batch. `examples.shuffle` over some
 batches' worth spreads them.

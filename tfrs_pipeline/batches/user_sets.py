@@ -1,7 +1,7 @@
-"""Sets of a user's items: one query finds a random half of its user's positives.
+"""Sets of a user's items: a random half of them is input, the other half the target.
 
 For logs without an order. A query's embedding, and its scores with the shared negatives, serve all
-of the positives that it is to find, where single positives compute them once each.
+of its targets, where single positives compute them once each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class UserSets:
     """A user's positives are input in part and target in part.
 
     An epoch visits every user once, in random order, and flips a coin for each of its candidates:
-    those of the one side are read as the history, all of the other side are positives of that
-    query. Copies of a candidate stay together, so that no query reads what it is to find. A user
-    with nothing to read has an empty history; one with nothing to find is left out of the epoch. An
+    those of the one side are input, the history, all of the other side are targets, the positives
+    of that query. Copies of a candidate stay together, so that no target is in its own input. A
+    user without input has an empty history; one without targets is excluded from the epoch. An
     order, if the log has one, plays no part.
 
     An epoch has as many batches as put `batch_size` positives into each on average, and its users
@@ -37,9 +37,9 @@ class UserSets:
     Args:
         samples: The training samples.
         batch_size: Positives in a batch, about.
-        history_length: Most that a query reads.
+        history_length: Longest history; more input than that is drawn from at random.
         seed: Of the order and the coins.
-        input_share: Probability that a candidate of a user is read, in (0, 1).
+        input_share: Probability that a candidate of a user is input, in (0, 1).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -86,8 +86,8 @@ class UserSets:
         order = rng.permutation(np.flatnonzero(num_targets))
         turn = np.full(len(self._queries), -1)
         turn[order] = np.arange(len(order))
-        # One sort: by the turn of the user, and at random within, which chooses what is read of
-        # more than `history_length`. Users with nothing to find, of turn -1, come first.
+        # One sort: by the turn of the user, and at random within, which chooses the history out of
+        # more than `history_length`. Users without targets, of turn -1, come first.
         turns = turn[self._query_of_sample]
         visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
         is_input = is_input[visited]
@@ -96,7 +96,7 @@ class UserSets:
         num_inputs = np.bincount(turns[visited[is_input]], minlength=len(order)).astype(np.int32)
         num_targets = num_targets[order].astype(np.int32)
         query_row = self._queries[order].astype(np.int32)
-        # Where each batch begins: among the users, and among what they find and read.
+        # Where each batch begins: among the users, and among their targets and inputs.
         begin = np.arange(self.steps_per_epoch + 1) * len(order) // self.steps_per_epoch
         begin_target, begin_input = (
             np.concatenate([[0], np.cumsum(numbers)])[begin]
@@ -115,7 +115,7 @@ class UserSets:
         ]
 
     def _flip_coins(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws which samples are read, and counts the others of each of the queries."""
+        """Draws which samples are input, and counts the targets of each query."""
         while True:
             is_input = (rng.random(int(self._pair.max()) + 1) < self._input_share)[self._pair]
             num_targets = np.bincount(

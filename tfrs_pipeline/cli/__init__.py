@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_verbose:
             logger.exception("the whole trace")
         elif not _is_ours(error):
-            print("It came unforeseen: --verbose shows where from.", file=sys.stderr)
+            print("The error is unexpected: --verbose shows where it came from.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -89,7 +89,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Logs to the standard error of the moment: a run sends the one of C++ libraries elsewhere."""
+    """Logs to what standard error is now: a run sends that of C++ libraries elsewhere."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -248,8 +248,8 @@ def _changes(done: Refreshed) -> Iterator[str]:
                 "    beside the embedding of an unknown id, which was not trained: they will "
                 "seldom be found. Train with model.id_dropout above 0, such as 0.1"
             )
-    if done.num_left_out:
+    if done.num_skipped:
         yield (
-            f"left out {done.num_left_out:,} of the file: the model reads no item features, and "
+            f"skipped {done.num_skipped:,} of the file: the model reads no item features, and "
             "its training did not have them"
         )

@@ -65,12 +65,12 @@ class Work(Command):
     )
 
 
-def _with_settings_but(left_out: str, doc: str) -> type[Command]:
+def _with_settings_but(excluded: str, doc: str) -> type[Command]:
     """Returns the flags of long work: those above, and the settings of a run but for a table."""
     fields: dict[str, Any] = {
         name: (field.annotation, field)
         for name, field in RunConfig.model_fields.items()
-        if name != left_out
+        if name != excluded
     }
     return cast(type[Command], pydantic.create_model("Work", __base__=Work, __doc__=doc, **fields))
 

@@ -1,1 +1,1 @@
-"""What happened: sources of event, item and user tables, and their split. No TensorFlow."""
+"""What happened: event, item and user tables, and their split. Imports no TensorFlow."""

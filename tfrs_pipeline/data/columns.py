@@ -20,12 +20,11 @@ from tfrs_pipeline.data.schema import (
     FeatureKind,
     Refusal,
     Source,
+    TimestampUnit,
     count_rows,
     refuse_rows,
     wrong_type,
 )
-
-TimestampUnit = Literal["s", "ms", "us", "ns"]
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 # A time of 1973 or later, as a number, tells its unit: the four ranges do not overlap until 5138.

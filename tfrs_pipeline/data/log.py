@@ -15,14 +15,17 @@ from typing import Any, Literal
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.columns import Formats, RawTable, TimestampUnit
+from tfrs_pipeline.data.columns import Formats, RawTable
 from tfrs_pipeline.data.files import connect, scan
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
+    Duplicates,
     FeatureKind,
     Source,
     SplitKind,
+    TimestampUnit,
+    UnknownItems,
     check_events,
     count_rows,
 )
@@ -39,9 +42,7 @@ from tfrs_pipeline.data.split import (
     split_last_share,
 )
 from tfrs_pipeline.data.tables import (
-    Duplicates,
     EventRules,
-    UnknownItems,
     add_missing,
     load_events,
     load_raw,

@@ -17,7 +17,7 @@ def items_by_stage(
 ) -> dict[Stage, list[np.ndarray]]:
     """Collects the items that each user met in a part alone, by the furthest stage they reached.
 
-    An item that the user met in another part is left out: what a model learned of the very pair
+    An item that the user met in another part is excluded: what a model learned of the very pair
     would be measured, and one that lost here and was clicked there is no loser.
 
     Args:

@@ -27,6 +27,10 @@ FeatureKind: TypeAlias = Literal[
     "vector",
 ]
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
+Exclude: TypeAlias = Literal["clicked", "seen", "none"]
+UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
+Duplicates: TypeAlias = Literal["keep", "drop", "error"]
+TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
 _KIND_TYPES: dict[FeatureKind, str] = {
     "categorical": "string or int64",
@@ -177,7 +181,7 @@ def check_events(events: ibis.Table, source: Source) -> None:
                 name,
                 events[name].isnull(),
                 "is null",
-                "Drop these rows, or leave the column out where it is not known.",
+                "Drop these rows, or omit the column where it is not known.",
             )
             for name in ("event_number", "timestamp")
             if name in events.columns

@@ -18,11 +18,10 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
-from tfrs_pipeline.data.schema import DataError, Stage
+from tfrs_pipeline.data.schema import DataError, Exclude, Stage
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
-Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")

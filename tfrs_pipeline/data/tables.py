@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import ibis
@@ -27,10 +27,12 @@ from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
+    Duplicates,
     FeatureKind,
     Refusal,
     Source,
     Stage,
+    UnknownItems,
     check_entities,
     check_events,
     count_rows,
@@ -39,9 +41,6 @@ from tfrs_pipeline.data.schema import (
 )
 
 logger = logging.getLogger(__name__)
-
-UnknownItems = Literal["keep", "drop", "error"]
-Duplicates = Literal["keep", "drop", "error"]
 
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 

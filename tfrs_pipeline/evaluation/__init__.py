@@ -1,1 +1,1 @@
-"""Any retriever against any truth: exact top-k, metrics, baselines. Imports no TensorFlow."""
+"""Any retriever on any holdout: exact top-k, metrics, baselines. Imports no TensorFlow."""

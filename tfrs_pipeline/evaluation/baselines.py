@@ -163,7 +163,7 @@ class Ease:
             raise ValueError(
                 f"EASE inverts a matrix of {num_candidates} x {num_candidates} candidates, "
                 f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
-                f"{self.max_candidates}. Leave EASE out, use Ials, or raise max_candidates."
+                f"{self.max_candidates}. Use Ials instead, or raise max_candidates."
             )
         self.items = train.items
         self.weights = _ease_weights(train.matrix.astype(np.float64), self.l2)

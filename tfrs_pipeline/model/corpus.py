@@ -14,7 +14,7 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
@@ -109,22 +109,10 @@ class TrainingSet:
             hard: Which losers of the funnel become hard negatives.
 
         Raises:
-            DataError: If there is no positive, or hard negatives are asked for and no positive has
-                any.
+            DataError: If there is no positive.
         """
         if not (folder / "report.json").exists():
             build_samples(log, folder, seed=seed, hard=hard)
         samples = read_samples(folder)
-        if hard is not None:
-            _require_losers(samples, hard)
         report = json.loads((folder / "report.json").read_text())
         return cls(samples, Corpus.read(log, folder), report)
-
-
-def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
-    if not any(len(pool.values) for pool in samples.hard_pools.values()):
-        raise DataError(
-            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
-            "same users within window_hours; or set model.hard to mined, or to none."
-        )

@@ -84,7 +84,7 @@ class Feature:
 
     Vocabularies and hashes are Keras' `StringLookup` and `Hashing`. Numbers are not left to its
     `Normalization` and `Discretization`, which compute in float32: that has no room for seconds
-    since 1970, or for counts above 16 million, and the former takes deviations below 1e-7 for 1e-7.
+    since 1970, or for counts above 16 million, and the former raises deviations below 1e-7 to that.
 
     Args:
         name: Column name.

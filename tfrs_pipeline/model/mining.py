@@ -130,13 +130,14 @@ class MinedPools:
     Args:
         batches: Of the training; they draw from the pool "mined".
         mined: Which ranks to keep, and how often to mine.
-        make_retriever: Makes the model of the moment a retriever whose ids are rows.
+        make_retriever: Makes a retriever, whose ids are rows, of the model as it is now.
         history_length: Most recent items of a history in a query.
         seed: Of the draws.
         folder: Where pools are kept, so that a stopped training goes on with the same ones.
         on_progress: Called while mining with the samples done and their total.
 
     Attributes:
+        every: Epochs between two minings.
         reports: Epochs done -> what the mining then kept and dropped.
     """
 

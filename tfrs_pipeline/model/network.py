@@ -34,8 +34,8 @@ class TwoTowerNetwork(tfrs.Model):
         num_candidates: Corpus size, row 0 not counted.
         history_length: N.
         temperature: Scores are divided by it in the loss.
-        is_corrected: Whether log_q is subtracted from the logits of sampled columns; False shows
-            what leaving it out does.
+        is_corrected: Whether log_q is subtracted from the logits of sampled columns; False is for
+            comparison.
         correct_positive: Whether the positive's logit is corrected too.
         frequency: Estimates the share of each candidate among the positives, for batches that hold
             the parts of n(c) instead of log_q.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import tensorflow as tf
 
-OptimizerName = Literal["adagrad", "adam", "lazy_adam"]
-Decay = Literal["none", "cosine"]
+from tfrs_pipeline.model.settings import Decay, OptimizerName
 
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
@@ -22,8 +21,8 @@ class LazyAdam(tf.keras.optimizers.Adam):
         v <- v + (1 - beta_2) * (g^2 - v)
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
-    Adam takes the rows that a batch leaves out for rows of gradient 0: their moments decay and they
-    move on by what is left of m, so that a step costs as much as the whole table. Here they keep
+    To Adam, rows that are not in a batch have a gradient of 0: their moments decay and they move on
+    by what is left of m, so that a step costs as much as the whole table. Here they keep
     their weights and moments as they are until their next gradient. A rare row so remembers its
     last gradients for longer, and does not move between them. With every row in every gradient the
     two are the same.
@@ -52,7 +51,7 @@ class LazyAdam(tf.keras.optimizers.Adam):
             if kwargs.get(option):
                 raise ValueError(
                     f"LazyAdam touches the rows of a gradient alone, and does not do {option}. "
-                    f"Received: {option}={kwargs[option]!r}. Leave it out, or use "
+                    f"Received: {option}={kwargs[option]!r}. Remove it, or use "
                     "tf.keras.optimizers.Adam."
                 )
         # XLA would compile the update anew for each number of distinct rows.

@@ -18,7 +18,7 @@ def history_rows(history: np.ndarray, length: int) -> np.ndarray:
     """Turns candidate rows, oldest first, into the form of a batch.
 
     Args:
-        history: [n] int rows, 0 (unknown) left out of the result.
+        history: [n] int rows; 0 (unknown) is dropped.
         length: N.
 
     Returns:
@@ -45,8 +45,8 @@ class QueryEncoder:
 
     def __init__(self, model: TwoTowerNetwork, query_ids: Ids, candidate_ids: Ids) -> None:
         self._model = model
-        self._queries = query_ids
-        self._corpus = candidate_ids
+        self._query_ids = query_ids
+        self._candidate_ids = candidate_ids
         length = model.history_length
 
         @tf.function(
@@ -64,21 +64,22 @@ class QueryEncoder:
         """Looks up the rows of queries.
 
         Args:
-            queries: `user_id` and `history` are read; either may be left out. Unknown users have
-                row 0, unknown items are left out of the history.
+            queries: `user_id` and `history` are read; either may be missing. Unknown users have
+                row 0, unknown items are dropped from the history.
 
         Returns:
             query_rows [n] int32 and history_rows [n, N] int32.
         """
         length = self._model.history_length
-        users = self._queries.rows([query.get("user_id") for query in queries])
+        users = self._query_ids.rows([query.get("user_id") for query in queries])
         histories = [
-            history_rows(self._corpus.rows(query.get("history", ())), length) for query in queries
+            history_rows(self._candidate_ids.rows(query.get("history", ())), length)
+            for query in queries
         ]
         return users, np.stack(histories) if histories else np.zeros((0, length), np.int32)
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries: [n, embedding_dim] float32."""
+        """Embeds queries: [n, D] float32."""
         query_rows, histories = self.rows(queries)
         blocks = [
             self._embed(

@@ -16,7 +16,9 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import Config, from_text, refuse
 
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-
+Combination: TypeAlias = Literal["concat", "sum"]
+OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
+Decay: TypeAlias = Literal["none", "cosine"]
 
 SharedKind: TypeAlias = Annotated[
     InBatch | Uniform | Popularity,
@@ -55,7 +57,7 @@ class TwoTowerSettings(Config):
     """Sizes of the hidden layers of the query tower."""
     candidate_layers: tuple[PositiveInt, ...] = ()
     """Sizes of the hidden layers of the candidate tower."""
-    combination: Literal["concat", "sum"] = "concat"
+    combination: Combination = "concat"
     """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
     brought to the embedding's length and added up."""
     use_user_id: bool = False
@@ -125,14 +127,14 @@ class TrainingSettings(Config):
     user's items from the other half. Batches of the last two have about batch_size positives."""
     max_epochs: PositiveInt = 30
     """Epochs at most."""
-    optimizer: Literal["adagrad", "adam", "lazy_adam"] = "lazy_adam"
+    optimizer: OptimizerName = "lazy_adam"
     """Optimizer; lazy_adam is Adam that updates only the rows of a table that a batch has, and
     costs what they do, where adam goes over the whole table each step."""
     learning_rate: PositiveFloat = 0.002
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
-    decay: Literal["none", "cosine"] = "none"
+    decay: Decay = "none"
     """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; a second
     training goes the same way, epoch by epoch."""
     patience: PositiveInt = 3

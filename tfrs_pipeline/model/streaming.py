@@ -11,7 +11,7 @@ Large Corpus Item Recommendations", algorithm 2), with these differences:
   examples that they span S. It needs no start value, and a batch in which a candidate occurs ten
   times counts as ten gaps.
 - The gap that is still open belongs to the examples spanned. So a candidate that no longer comes
-  loses its frequency, and one that came once, early, is not taken for a popular one.
+  loses its frequency, and one that came once, early, does not look popular.
 - A second pair of sums with a short memory tells when a candidate has become many times as
   frequent. A mean of gaps is slow to see that: one old gap of 10^8 examples outweighs a thousand
   new ones of a hundred.

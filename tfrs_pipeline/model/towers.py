@@ -1,4 +1,4 @@
-"""The query tower and the candidate tower: an MLP over what the feature spec lists."""
+"""The query tower and the candidate tower: an MLP over ids, features and the history."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tfrs_pipeline.model.feature_layers import (
 )
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
-
-Combination = Literal["concat", "sum"]
+from tfrs_pipeline.model.settings import Combination
 
 
 class Tower(tf.keras.layers.Layer):
@@ -29,14 +28,14 @@ class Tower(tf.keras.layers.Layer):
 
     Args:
         name: "query_tower" or "candidate_tower".
-        embedding_dim: Size of the output, and of the embeddings of ids.
+        dim: Size of the output, and of the embeddings of ids.
         hidden_layers: Sizes of the MLP's ReLU layers; a linear output layer comes on top.
         features: Features besides the id.
         feature_dim: Embedding size of a feature.
         normalize: Whether the output has length 1.
         feature_dropout: Share of the features that training replaces by missing ones, row by row.
         combination: "concat" or "sum".
-        num_ids: Rows of the id embedding besides row 0; None leaves the id out.
+        num_ids: Rows of the id embedding besides row 0; None is no id embedding.
         id_dropout: Share of the ids that training replaces by the unknown id, row 0, to train it.
         bias: "id" gives each id a number of its own besides, the last entry of its output; "ones"
             is the other tower's part of it, a 1.
@@ -50,7 +49,7 @@ class Tower(tf.keras.layers.Layer):
         self,
         name: str,
         *,
-        embedding_dim: int,
+        dim: int,
         hidden_layers: Sequence[int],
         features: Sequence[FeatureSpec],
         feature_dim: int,
@@ -68,9 +67,7 @@ class Tower(tf.keras.layers.Layer):
         if bias == "id" and num_ids is None:
             raise ValueError(f"The {name} has no id, and a bias is the id's.")
         self.id_embedding = (
-            None
-            if num_ids is None
-            else tf.keras.layers.Embedding(num_ids + 1, embedding_dim, name="id")
+            None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
         )
         self._bias: tf.keras.layers.Embedding | Literal["ones"] | None = None
         if bias == "ones":
@@ -88,14 +85,14 @@ class Tower(tf.keras.layers.Layer):
         # A history of one vector has the size of the output.
         projected = [*self._features, *(["history"] if history and history.num_vectors > 1 else [])]
         self._projections = {
-            name: tf.keras.layers.Dense(embedding_dim, name=f"{layer_name(name)}_projection")
+            name: tf.keras.layers.Dense(dim, name=f"{layer_name(name)}_projection")
             for name in (projected if self._is_sum else [])
         }
         self._hidden = [tf.keras.layers.Dense(size, "relu") for size in hidden_layers]
         self._output = (
             None
             if self._is_sum and not hidden_layers
-            else tf.keras.layers.Dense(embedding_dim, name="output")
+            else tf.keras.layers.Dense(dim, name="output")
         )
         self._normalize = normalize
 
@@ -107,7 +104,7 @@ class Tower(tf.keras.layers.Layer):
             training: Whether ids and features are dropped, and items of the history.
 
         Returns:
-            [n, embedding_dim] float32, of length 1 if `normalize`; with a bias, one entry more.
+            [n, dim] float32, of length 1 if `normalize`; with a bias, one entry more.
         """
         seed = pass_seed(training, inputs.get("dropout_seed"))
         features = inputs["features"]

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -18,6 +18,7 @@ from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, Exclude
 from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -52,7 +53,6 @@ BUILT_IN = (InBatch, Uniform, Popularity)
 BUCKETS_PER_CANDIDATE, MIN_BUCKETS, MAX_BUCKETS = 4, 2**16, 2**22
 
 TowerLike: TypeAlias = tf.keras.layers.Layer | Callable[[Corpus], tf.keras.layers.Layer]
-Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 
@@ -76,7 +76,7 @@ class TwoTower:
         network: The Keras model, once fitted.
         corpus: Ids and features behind its rows.
         result: How training went.
-        notes: Lines for a person: what was masked, mined, resampled.
+        notes: Lines for a person: what was masked and mined, and what is never drawn.
 
     Raises:
         ConfigError: If a setting is unknown, out of range or does not go with another.
@@ -147,7 +147,8 @@ class TwoTower:
             The model itself.
 
         Raises:
-            DataError: If there is no positive to train on.
+            DataError: If there is no positive to train on, or `hard` asks for losers and there is
+                none.
             ValueError: If there are too few positives for a batch, or training diverges.
         """
         hard = self.settings.hard
@@ -205,7 +206,7 @@ class TwoTower:
             self._network, self.corpus.query_ids, self.corpus.candidate_ids
         )
         batches = self.batches(data.samples)
-        mining = self._mining(data.samples, batches, folder, on_progress)
+        mining = self._mining(batches, folder, on_progress)
         validate = None
         if validation is not None:
             cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
@@ -227,8 +228,14 @@ class TwoTower:
         return self
 
     def batches(self, samples: Samples) -> HybridBatches:
-        """Makes the training batches of samples: a plain `tf.data.Dataset` by their `dataset()`."""
+        """Makes the training batches of samples: a plain `tf.data.Dataset` by their `dataset()`.
+
+        Raises:
+            DataError: If `hard` asks for losers of the funnel and no positive has any.
+        """
         settings, training = self.settings, self.training
+        if isinstance(settings.hard, FunnelLosers):
+            _require_losers(samples, settings.hard)
         rate = Positives(settings.resampling_exponent).rate(samples.counts)
         common: dict[str, Any] = {
             "batch_size": training.batch_size,
@@ -313,7 +320,7 @@ class TwoTower:
         return self._query_encoder(queries)
 
     def _exact_retriever(self) -> ExactRetriever:
-        """Makes the network of the moment a retriever."""
+        """Makes a retriever of the network as it is now."""
         values = self.corpus.candidate_ids.values
         return ExactRetriever(values, self.network.embed_corpus(), self._query_encoder)
 
@@ -331,11 +338,7 @@ class TwoTower:
         }
 
     def _mining(
-        self,
-        samples: Samples,
-        batches: HybridBatches,
-        folder: Path | None,
-        on_progress: OnProgress,
+        self, batches: HybridBatches, folder: Path | None, on_progress: OnProgress
     ) -> MinedPools | None:
         mined = self.settings.hard
         if not isinstance(mined, Mined):
@@ -351,7 +354,7 @@ class TwoTower:
         )
 
     def _retriever_of_rows(self) -> Retriever:
-        """Makes the network of the moment a retriever whose ids are rows."""
+        """Makes a retriever whose ids are rows of the network as it is now."""
         query_rows, candidate_rows = (
             Ids(np.arange(1, len(ids) + 1))
             for ids in (self.corpus.query_ids, self.corpus.candidate_ids)
@@ -438,6 +441,16 @@ class TwoTower:
         return self._log.whole
 
 
+def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
+    pools = [pool for stage, pool in samples.hard_pools.items() if stage in hard.pools]
+    if not any(len(pool.values) for pool in pools):
+        raise DataError(
+            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
+            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
+            "same users within window_hours; or set model.hard to mined, or to none."
+        )
+
+
 def _is_own(kind: object) -> bool:
     """Whether this is a kind of negative that no setting can say."""
     return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)
@@ -452,7 +465,7 @@ def _frequency(num_candidates: int) -> StreamingFrequency:
 
 def _tower_options(settings: TwoTowerSettings) -> dict[str, Any]:
     return {
-        "embedding_dim": settings.dim,
+        "dim": settings.dim,
         "feature_dim": settings.feature_dim,
         "normalize": settings.normalize,
         "combination": settings.combination,
@@ -501,7 +514,7 @@ def _query_tower(
 
 
 def _describe(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
-    """Says what the batches mask, cannot draw and resample."""
+    """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
     unreachable = int((batches.expected_count[1:] <= 0).sum())
     notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())

@@ -1,1 +1,1 @@
-"""Negatives, and the probability with which each was drawn."""
+"""Kinds of negatives, and how often each candidate is expected among them."""

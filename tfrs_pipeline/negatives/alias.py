@@ -1,4 +1,4 @@
-"""Easy negatives: drawn in the graph from the whole corpus, exactly, in constant time.
+"""Draws from a fixed distribution over the corpus: in the graph, exactly, in constant time.
 
 An alias table (Walker 1977; Vose 1991) spends one integer and one float draw on each negative,
 whatever the size of the corpus. An inverse CDF in float32 would give the tail of a large corpus

@@ -12,8 +12,8 @@ HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 class FunnelLosers:
     """Items of the positive's own request, or the user's recent ones, that lost to it.
 
-    Stages are weighed alike. `hard_pools` finds the losers when samples are built, behind the
-    exposure guard.
+    Stages are weighed alike. `samples.hard_pools` finds the losers when samples are built, behind
+    the exposure guard.
 
     Args:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
@@ -28,8 +28,8 @@ class FunnelLosers:
         window_hours: How far back recent requests may lie; in a log without timestamps, any.
         bottom_share: Low part of the ranked list, in (0, 1]: a share of the request's ranks.
         min_rank: Low part as a rank instead (0 is the best): this one and worse.
-        allow_exposed: Insist on "exposed", items that were shown and not clicked, as a stage. They
-            are for ranking to learn from; this is for showing what they do to retrieval.
+        allow_exposed: Whether "exposed", items that were shown and not clicked, may be a stage.
+            They are for ranking to learn from; this is to measure what they do to retrieval.
 
     Raises:
         ValueError: If an argument is out of range, or "exposed" is a stage without

@@ -23,7 +23,7 @@ class Mined:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold.
         num: Columns drawn for each row from its pool.
         min_rank: Best rank to keep, 0 being the top, counted once known positives and exposed items
-            are out.
+            are dropped.
         max_rank: First rank not to keep.
         max_pool: Items kept for a sample, at most, drawn at random.
         every: Epochs between two minings; before the first there are none: a model that has learned

@@ -24,7 +24,7 @@ from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity as PopularityNegatives
+from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures
 from tfrs_pipeline.samples.positives import positive_probability
@@ -37,7 +37,7 @@ _SET_METRICS = ("coverage", "average_popularity", "gini")
 
 
 @dataclass(frozen=True)
-class Popularity:
+class PopularityFacts:
     """Who is drawn how often, by candidate.
 
     Args:
@@ -45,8 +45,8 @@ class Popularity:
         before: [num_candidates] share of the positives as logged, sum 1.
         after: [num_candidates] share of the positives' weight as trained on, sum 1; that of before
             where neither resampling nor weights change it.
-        samplers: Sampler of negatives -> [num_candidates] its distribution.
-        num_unreachable: Candidates that no sampler can draw.
+        samplers: Kind of negative -> [num_candidates] the distribution that it draws from.
+        num_unreachable: Candidates that no kind can draw.
     """
 
     counts: np.ndarray
@@ -101,7 +101,7 @@ class RunFacts:
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
     mean_hard_share: float | None
-    popularity: Popularity
+    popularity: PopularityFacts
     titles: Mapping[Any, str]
 
     @property
@@ -304,10 +304,10 @@ def _items_by_part(split: ibis.Table) -> dict[str, int]:
     return {part: by_part[part] for part in PARTS if part in by_part}
 
 
-def _popularity(batches: HybridBatches) -> Popularity:
+def _popularity(batches: HybridBatches) -> PopularityFacts:
     frame = batches.frame
     expected = {_label(kind): kind.expected_count(frame) for kind in batches.negatives}
-    return Popularity(
+    return PopularityFacts(
         counts=frame.counts[1:],
         before=positive_probability(frame.counts)[1:],
         after=batches.positive_share[1:],
@@ -317,7 +317,7 @@ def _popularity(batches: HybridBatches) -> Popularity:
 
 
 def _label(kind: Negatives) -> str:
-    if isinstance(kind, PopularityNegatives):
+    if isinstance(kind, Popularity):
         return f"clicks^{kind.alpha:g}"
     return str(getattr(kind, "kind", type(kind).__name__)).replace("_", "-")
 

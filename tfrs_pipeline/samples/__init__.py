@@ -1,1 +1,1 @@
-"""Who is compared with whom, and how probably."""
+"""Positives with their histories, what is never a negative of whom, and pools of losers."""

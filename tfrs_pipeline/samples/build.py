@@ -21,7 +21,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Stage
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import add_pools, describe_pools, find_losers
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
 from tfrs_pipeline.samples.store import POOL_PREFIX, Samples, read_samples
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,7 @@ def build_samples(
             samples = add_pools(samples, losers, hard, seed)
         num_samples = _write_shards(samples, folder / "samples", seed)
     if num_samples == 0:
-        raise DataError(
-            "The training part holds no positive (an item exposed and clicked). "
-            "Check the label (stage_values, rating_threshold) and the split."
-        )
+        raise DataError(NO_POSITIVE)
     report = _report(folder, removed)
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     return report
@@ -91,7 +88,7 @@ def build_samples(
 
 @contextlib.contextmanager
 def _numbered(log: Log, items: ibis.Table, users: ibis.Table, folder: Path) -> Iterator[ibis.Table]:
-    """Writes the events with rows instead of ids, and with their times, for the while of a build.
+    """Writes the events with rows instead of ids, and with their times; deleted after the build.
 
     Once, so that the window and the joins are not run again for every output.
     """
@@ -151,7 +148,7 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
     """Counts, for each positive, the user's positives before its query: the column num_earlier.
 
     In the order of time they are a prefix of the user's sequence: what was clicked before the query
-    was made. Ties are left out, and so are items of the same request.
+    was made. Ties are excluded, and so are items of the same request.
     """
     # Clicks and queries on one line of time; a query goes before the clicks of its moment.
     clicks = positives.select("query_row", at="time", is_click=1, asker=ibis.null("int64"))

@@ -43,7 +43,7 @@ def find_losers(
     losers = taken.select(*pairs, "stage", "time", "request_id")
     removed["clicked by the user in training"] = _num_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
-    # The stage "exposed" itself is here only where the user insists.
+    # The stage "exposed" itself is here only where it is allowed by `allow_exposed`.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
     removed["exposed to the user and not clicked"] = _num_rows(others.semi_join(exposed, pairs))

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import ibis
 import numpy as np
 
-from tfrs_pipeline.data.schema import DataError, Stage
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.split import is_positive
+
+NO_POSITIVE = (
+    "The training part holds no positive (an item exposed and clicked). "
+    "Check the label (stage_values, rating_threshold) and the split."
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Positives:
         Returns:
             The rows of stage `clicked`, all columns.
         """
-        return events.filter(events["stage"] == Stage.CLICKED.value)
+        return events.filter(is_positive(events))
 
     def rate(self, counts: np.ndarray) -> np.ndarray | None:
         """Computes the resampling rate of each candidate's positives; only ratios matter.
@@ -87,8 +93,5 @@ def positive_probability(counts: np.ndarray, rate: np.ndarray | None = None) -> 
     mass = np.asarray(counts, np.float64) * (1.0 if rate is None else rate)
     total = mass.sum()
     if total <= 0:
-        raise DataError(
-            "The training part holds no positive (an item exposed and clicked). "
-            "Check the label (stage_values, rating_threshold) and the split."
-        )
+        raise DataError(NO_POSITIVE)
     return mass / total

@@ -57,7 +57,7 @@ class Samples:
         sequences: Per query row, the candidate rows of all its training positives, oldest first.
         num_earlier: [num_samples] int32, how many of the query's sequence lie strictly before the
             sample: its history is that prefix, or the latest of it. None in a log without order:
-            then it is the rest of the sequence, copies of the positive left out.
+            then it is the rest of the sequence, copies of the positive excluded.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.

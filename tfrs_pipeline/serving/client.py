@@ -48,12 +48,12 @@ class ServedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id` and `history` are read. Nothing is left out but `exclude`.
+        `user_id` and `history` are read. Nothing is excluded but `exclude`.
 
         Args:
             queries: One mapping a query.
             k: How many candidates a query.
-            exclude: Per query, ids to leave out.
+            exclude: Per query, ids to exclude.
             allowed: Per query, values of the model's item filter, as for `LoadedRetriever`; a value
                 that no item has finds nothing.
 

@@ -241,7 +241,7 @@ def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes lists of ids a tensor [n, any], padded with the empty id; other types are left out."""
+    """Makes lists of ids a tensor [n, any], padded with the empty id; other types are dropped."""
     known = [[id_ for id_ in ids if _can_be(id_, dtype)] for ids in lists]
     return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
 

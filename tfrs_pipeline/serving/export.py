@@ -9,7 +9,7 @@ Layout, TensorFlow Serving's own:
         assets.extra/queries.parquet   user_id and history of queries, to measure an index on
         exact/1/                       the brute-force fallback, for servers without the ScaNN op
 
-A version is written beside its place and renamed once it is whole and proven.
+A version is written beside its place and renamed once it is whole and checked.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def export(
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a model's next version, proves it in a fresh process, and puts it in place.
+    """Writes a model's next version, checks it in a fresh process, and puts it in place.
 
     Args:
         model: Whatever embeds queries and candidates.

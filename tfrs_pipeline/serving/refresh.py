@@ -32,7 +32,7 @@ class Refreshed:
         num_new: Of them, those that the version before did not have.
         num_untrained: Of them, those that the training did not have: embedded by their features.
         num_dropped: Items of the version before that are gone.
-        num_left_out: Items of the file that cannot be embedded: the training did not have them, and
+        num_skipped: Items of the file that cannot be embedded: the training did not have them, and
             the model reads no item features.
         has_trained_unknown: Whether the embedding that such an item has in place of its id's was
             trained, or there is none.
@@ -44,7 +44,7 @@ class Refreshed:
     num_new: int
     num_untrained: int
     num_dropped: int
-    num_left_out: int
+    num_skipped: int
     has_trained_unknown: bool
     index: dict[str, Any]
 
@@ -97,24 +97,16 @@ def refresh_index(
         )
     path = Path(items)
     before = set(retriever.candidate_ids())
-    table = _read_items(path, retriever)
-    embeddings, is_trained = _embed(retriever, table, on_progress)
-    if not retriever.manifest["features"]["candidate"]:  # Then by id alone.
-        table, embeddings = table.filter(pa.array(is_trained)), embeddings[is_trained]
-        if not table.num_rows:
-            raise DataError(
-                f"{path} holds no item that the model can embed: it reads no item features, and "
-                f"its training had none of the {len(is_trained)} ids."
-            )
+    found = _read_items(path, retriever)
+    table, embeddings, is_trained = _embeddable(path, found, retriever, on_progress)
     ids = table["item_id"].to_pylist()
-    num_left_out = len(is_trained) - len(ids)
     if not (allow_all_new or is_trained.any() or before & set(ids)):
         raise DataError(
             f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
             f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-            "on; if all are meant to be new, set all_new."
+            "on; if all are meant to be new, set allow_all_new (--all-new)."
         )
-    num_untrained = int((~is_trained).sum()) - num_left_out
+    num_untrained = int((~is_trained).sum())
     on_progress("index", 0, 0)
     asked = retriever.manifest["export"]
     folder = export_index(
@@ -142,7 +134,7 @@ def refresh_index(
         num_new=len(set(ids) - before),
         num_untrained=num_untrained,
         num_dropped=len(before - set(ids)),
-        num_left_out=num_left_out,
+        num_skipped=found.num_rows - len(ids),
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=json.loads((folder / MANIFEST_FILE).read_text())["index"],
     )
@@ -173,6 +165,25 @@ def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
     if not table.num_rows:
         raise DataError(f"{path} holds no row: it must list all items to retrieve.")
     return table
+
+
+def _embeddable(
+    path: Path,
+    items: pa.Table,
+    retriever: LoadedRetriever,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """Embeds the items that the model can embed, and tells which of them the training had."""
+    embeddings, is_trained = _embed(retriever, items, on_progress)
+    if retriever.manifest["features"]["candidate"]:
+        return items, embeddings, is_trained
+    # By id alone: without features an unknown item says nothing.
+    if not is_trained.any():
+        raise DataError(
+            f"{path} holds no item that the model can embed: it reads no item features, and "
+            f"its training had none of the {len(is_trained)} ids."
+        )
+    return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
 
 
 def _kinds(retriever: LoadedRetriever) -> dict[str, Any]:

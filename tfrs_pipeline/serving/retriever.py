@@ -94,13 +94,13 @@ class LoadedRetriever:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         `user_id`, `history` and `features` are read: these, raw values by column name, replace all
-        of the user's stored ones. Nothing is left out but `exclude`: not what the user is known to
+        of the user's stored ones. Nothing is excluded but `exclude`: not what the user is known to
         have clicked.
 
         Args:
             queries: One mapping a query.
             k: How many candidates a query.
-            exclude: Per query, ids to leave out.
+            exclude: Per query, ids to exclude.
             allowed: Per query, values of the model's item filter (`filter_by` of the export):
                 items that have one of them are retrieved alone; an empty list allows all.
 
@@ -122,12 +122,12 @@ class LoadedRetriever:
         *,
         allowed: Sequence[Collection[str]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retrieves by the stored history of users, their known positives left out.
+        """Retrieves by the stored history of users, their known positives excluded.
 
         Args:
             user_ids: [n] ids; an unknown one gets the answer for an empty history.
             k: How many candidates.
-            exclude: Per user, further ids to leave out.
+            exclude: Per user, further ids to exclude.
             allowed: Per user, values of the item filter, as in `retrieve`.
 
         Returns:
@@ -235,7 +235,9 @@ class LoadedRetriever:
     def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         names = [feature.name for feature in self._query_features]
         if not names:
-            raise ValueError("The model reads no user features: leave `features` out.")
+            raise ValueError(
+                "The model reads no user features: remove `features` from the queries."
+            )
         if unknown := {name for query in queries for name in query["features"]} - set(names):
             raise ValueError(
                 f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "

@@ -80,10 +80,10 @@ class RetrievalModule(tf.Module):
     Signatures, ids in the types of the logs (int64 or string; -1 or "" is an empty slot):
 
     - `serving_default(user_id [B])`: the best 100 by the user's stored history, the user's known
-      positives left out.
-    - `retrieve_user(user_id [B], exclude [B, E], k [])`: the same with a k and more to leave out.
+      positives excluded.
+    - `retrieve_user(user_id [B], exclude [B, E], k [])`: the same with a k and more to exclude.
     - `retrieve(user_id [B], history [B, L], exclude [B, E], k [])`: by a history given with the
-      query, oldest first; nothing is left out but `exclude`.
+      query, oldest first; nothing is excluded but `exclude`.
     - `retrieve_with_features(...)`, for a model with user features: as `retrieve`, with the raw
       value of each feature beside, instead of the stored ones (see `raw_signature`).
     - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
@@ -104,7 +104,6 @@ class RetrievalModule(tf.Module):
         index: Over the candidates' embeddings.
         candidate_ids: [num_candidates] item ids, in the order of the embeddings.
         item_filter: Values that requests may filter by.
-
     """
 
     def __init__(

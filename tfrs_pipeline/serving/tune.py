@@ -271,8 +271,7 @@ def tune_index(
         target_recall: In (0, 1].
         num_structures: Of those that suit the size, how many to try, quickest to build first: 1 to
             be fast, None for all (3 or 4). More are tried while none reaches the target.
-        batch_size: Queries in a call, as a server joins them. One alone costs more: the call itself
-            takes 0.2 ms.
+        batch_size: Queries in a call. One alone costs more: the call itself takes 0.2 ms.
 
     Returns:
         The index, set to what was chosen, and what was measured.

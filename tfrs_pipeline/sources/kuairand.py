@@ -14,8 +14,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, FeatureKind, Source, require_column
-from tfrs_pipeline.data.tables import Duplicates, UnknownItems
+from tfrs_pipeline.data.schema import (
+    DataError,
+    Duplicates,
+    FeatureKind,
+    Source,
+    UnknownItems,
+    require_column,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ The published description of the flags, and what becomes of them (the furthest s
 `rank_index` and `rerank_index` are described as the position in the rank and in the rerank stage;
 neither their first value nor what stands in rows without a position is said. So a position is read
 only where the flags say that the item was in that list, a negative one there is missing (null), and
-the numbers are kept as they are: only their order within a request counts, unless
-`samples.ranked_min_rank` is set.
+the numbers are kept as they are: only their order within a request counts, unless the `min_rank` of
+`FunnelLosers` is set.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
+    Duplicates,
     FeatureKind,
     Refusal,
     Source,
@@ -49,7 +50,6 @@ from tfrs_pipeline.data.schema import (
     refuse_rows,
     require_column,
 )
-from tfrs_pipeline.data.tables import Duplicates
 
 logger = logging.getLogger(__name__)
 

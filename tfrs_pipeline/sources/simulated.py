@@ -220,7 +220,7 @@ class Simulation:
 
         Returns:
             [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`. Position
-            bias is left out: times `examination` it is the probability at a place.
+            bias is not in it: times `examination` it is the probability at a place.
 
         Raises:
             ValueError: If a user is unknown.
