@@ -53,12 +53,18 @@ def make_samples(mean_list: int, seed: int) -> Samples:
     rng = np.random.default_rng(seed)
     candidate_rows = 1 + (NUM_CANDIDATES * rng.random(NUM_SAMPLES) ** 3).astype(np.int32)
     half = max(1, mean_list // 2)
+    query_rows = rng.integers(1, NUM_QUERIES + 1, NUM_SAMPLES).astype(np.int32)
+    sequences = random_lists(rng, NUM_QUERIES + 1, HISTORY_LENGTH)
+    num_earlier = rng.integers(0, HISTORY_LENGTH // 2, NUM_SAMPLES)
     return Samples(
-        query_rows=rng.integers(1, NUM_QUERIES + 1, NUM_SAMPLES).astype(np.int32),
+        query_rows=query_rows,
         candidate_rows=candidate_rows,
         weights=np.ones(NUM_SAMPLES, np.float32),
-        sequences=random_lists(rng, NUM_QUERIES + 1, HISTORY_LENGTH),
-        num_earlier=rng.integers(0, HISTORY_LENGTH // 2, NUM_SAMPLES).astype(np.int32),
+        sequences=sequences,
+        # A history is a part of its sequence.
+        num_earlier=np.minimum(num_earlier, np.diff(sequences.offsets)[query_rows]).astype(
+            np.int32
+        ),
         known_positives=random_lists(rng, NUM_QUERIES + 1, half),
         exposed=random_lists(rng, NUM_QUERIES + 1, half),
         counts=np.bincount(candidate_rows, minlength=NUM_CANDIDATES + 1),

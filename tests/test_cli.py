@@ -75,7 +75,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(pipeline, "run", record)
 
     def run(*arguments: Any) -> RunConfig:
-        given = [] if "--run-dir" in arguments else ["--run-dir", tmp_path / "run"]
+        given = [] if "--run-dir" in arguments else ["--run-dir", tmp_path / f"run {len(configs)}"]
         answer = command("run", *arguments, *given)
         assert (
             answer.err
@@ -587,20 +587,25 @@ def test_the_lines_of_a_stage_stand_as_they_are() -> None:
     assert f"    {note}\n" in shown
 
 
-@pytest.mark.parametrize("has_begun", [True, False])
-def test_ctrl_c_names_the_command_only_if_there_is_something_to_go_on_with(
-    command: Any, has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configs = []
+
     def interrupt(config: RunConfig, folder: Path, **options: Any) -> None:
-        if has_begun:
-            (folder / "config.toml").touch()
+        configs.append(config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupt)
-    answer = command("run", "--run-dir", tmp_path / "a run")
+    own = ("--data.path", tmp_path / "clicks.csv", "--run-dir", tmp_path / "a run")
+    answer = command("run", *own)
     assert answer.code == 130
     again = f"stopped; go on with:  tfrs-pipeline run --run-dir '{tmp_path}/a run'"
-    assert answer.out.splitlines()[-1] == (again if has_begun else "stopped")
+    assert answer.out.splitlines()[-1] == again
+    # The log is still one's own, and not what a bare run takes.
+    command("run", "--run-dir", tmp_path / "a run")
+    assert configs[1] == configs[0]
+    assert configs[1].data.path == tmp_path / "clicks.csv"
 
 
 @pytest.mark.slow

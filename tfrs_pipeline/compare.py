@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.config import RunConfig, claim_folder, with_settings
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.outcomes import items_by_stage
@@ -35,7 +35,6 @@ from tfrs_pipeline.run import (
     OnStep,
     RunData,
     Steps,
-    claim_folder,
     evaluate_all,
     prepare,
     train_and_refit,

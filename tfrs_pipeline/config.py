@@ -587,3 +587,29 @@ def _is_time_zone(name: str) -> bool:
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         return False
     return True
+
+
+def claim_folder(config: RunConfig, folder: Path) -> None:
+    """Writes the settings into a folder, or checks that they are those of what it holds.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings, or its path cannot be used.
+    """
+    for written in (folder, config.export.directory):
+        # TensorFlow takes these for a pattern when it reads, and not when it writes.
+        if wrong := sorted(set("[\\") & set(str(written))):
+            raise ValueError(
+                f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
+                "writes there. Choose a folder without."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    # A run whose data was refused has left nothing behind: its settings may be mended in place.
+    has_begun = path.exists() and (folder / "data" / "log.json").exists()
+    if not has_begun:
+        path.write_text(dump_config(config))
+    elif load_config(path) != config:
+        raise ValueError(
+            f"{folder} holds a run with other settings (see {path}). Choose another folder with "
+            "--run-dir, or delete this one."
+        )

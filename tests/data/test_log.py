@@ -123,6 +123,20 @@ def test_columns_that_contradict_the_settings_are_refused(options: Any, message:
         Log.from_table(EVENTS, **OPTIONS | options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unknown_items": "refuse"},
+        {"duplicates": "refuse"},
+        {"timestamp_unit": "minutes"},
+        {"item_features": {"price": "numeri"}},
+    ],
+)
+def test_what_is_none_of_the_choices_is_refused(options: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*Received: (refuse|minutes|numeri)"):
+        Log.from_table(EVENTS, **OPTIONS | options)
+
+
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_missing_rating_is_no_click(missing: float | None) -> None:
     ratings = pa.table({"user_id": [1, 2], "item_id": [1, 2], "rating": pa.array([5.0, missing])})

@@ -263,3 +263,14 @@ def test_refuses_what_cannot_be_measured(
         measure(Scores(np.zeros((2, 12))), holdout, **options)
     with pytest.raises(ValueError, match="at least one retriever"):
         measure_all({}, holdout)
+    with pytest.raises(TypeError, match=r"two_tower has no `retrieve`.*Received: <class"):
+        measure_all({"two_tower": Scores}, holdout)
+    no_holdout: Any = [[100]]
+    with pytest.raises(TypeError, match=r"on a Holdout.*Received: list"):
+        measure(Scores(np.zeros((1, 12))), no_holdout)
+
+
+def test_a_retriever_may_return_lists() -> None:
+    holdout, scores = make_holdout([[102]]), np.arange(12.0)[np.newaxis]
+    as_lists = Scores(scores, spoil=lambda ids, scores: (ids.tolist(), scores.tolist()))
+    assert measure(as_lists, holdout).overall == measure(Scores(scores), holdout).overall

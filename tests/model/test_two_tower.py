@@ -220,6 +220,26 @@ def test_samples_without_their_log_train_but_cannot_be_exported(data: TrainingSe
         tiny(training={"batch_size": 121}).fit_samples(data)
 
 
+def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
+    few = tiny(training={"batch_size": 121})
+    with pytest.raises(ValueError, match="needs 121 positives"):
+        few.fit_samples(data)
+    for use in (
+        lambda: few.retrieve([{}], 1),
+        lambda: few.query_embeddings([{}]),
+        lambda: few.items,
+    ):
+        with pytest.raises(ValueError, match="not fitted: call fit first"):
+            use()
+    model = tiny(training={"max_epochs": 1}).fit_samples(data)
+    before = model.query_embeddings([{}]), model.retrieve([{}], 3)
+    model.training = model.training.model_copy(update={"batch_size": 121})
+    with pytest.raises(ValueError, match="needs 121 positives"):
+        model.fit_samples(data)
+    after = model.query_embeddings([{}]), model.retrieve([{}], 3)
+    np.testing.assert_equal(after, before)
+
+
 def test_losers_are_missed_by_the_model_that_asks_for_them_alone(tmp_path: Path) -> None:
     losers = FunnelLosers()
     clicks = Log.from_table({"user_id": [1, 1], "item_id": [5, 6]})

@@ -115,6 +115,9 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
 
 
 def test_refusals_of_counts() -> None:
+    for counts in ([1, 2], [0, -1], [[0, 1]]):
+        with pytest.raises(ValueError, match="0 at row 0, which is no candidate"):
+            SamplingFrame.of_counts(np.array(counts), 5)
     with pytest.raises(ValueError, match=r"sum to 1.*0\.5"):
         build_alias_table(np.array([0.25, 0.25]))
     with pytest.raises(ValueError, match="0 or more"):

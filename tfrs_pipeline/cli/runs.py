@@ -26,6 +26,7 @@ from tfrs_pipeline.config import (
     PRESETS,
     RunConfig,
     check_model_name,
+    claim_folder,
     load_config,
     main_job_config,
     with_settings,
@@ -108,9 +109,10 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         check_model_name(config)  # Before there is a folder.
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
+    # At once, for a run that is stopped while libraries are still being imported.
+    claim_folder(config, folder)
     console = Console()
     say(console, f"run folder: {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with (
             native_errors_to(folder / "native.log"),
@@ -119,8 +121,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             result = work(config, folder, on_step=on_step, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
-        has_begun = (folder / "config.toml").exists()
-        say(console, f"\nstopped; go on with:  {again}" if has_begun else "\nstopped")
+        say(console, f"\nstopped; go on with:  {again}")
         return INTERRUPTED
     show(console, config, result)
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
@@ -90,9 +90,10 @@ class Log:
         ['3 events, 2 items, 2 users', 'dropped nothing']
     """
 
-    events: ibis.Table
-    items: ibis.Table
-    users: ibis.Table
+    # A table's repr is its whole expression.
+    events: ibis.Table = field(repr=False)
+    items: ibis.Table = field(repr=False)
+    users: ibis.Table = field(repr=False)
     item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
@@ -149,10 +150,10 @@ class Log:
                 means seconds.
             time_zone: Of timestamps without one, those of features too; None refuses them.
             list_separator: Between values of multi_categorical and vector features in a string.
-            unknown_items: Events whose item is not in the item table: keep them (the item is added
-                with null features), drop them, or refuse. Users that the user table lacks are kept.
-            duplicates: Events equal in user, item, time, stage, request and part: keep all, drop
-                all but the first, or refuse.
+            unknown_items: Events whose item is not in the item table: "keep" (the item is added
+                with null features), "drop", or "error". Users that the user table lacks are kept.
+            duplicates: Events equal in user, item, time, stage, request and part: "keep" all,
+                "drop" all but the first, or "error".
             is_ordered: Whether the order of the rows is the order of the events, where there are no
                 timestamps.
 
@@ -161,9 +162,15 @@ class Log:
 
         Raises:
             DataError: Naming file, column, rows and remedy.
-            ValueError: If the arguments contradict each other.
+            ValueError: If an argument is none of its choices, or arguments contradict each other.
         """
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
+        _check_choice("unknown_items", unknown_items, UnknownItems)
+        _check_choice("duplicates", duplicates, Duplicates)
+        if timestamp_unit is not None:
+            _check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
+        for column, feature_kind in [*item_features.items(), *user_features.items()]:
+            _check_choice(f"the kind of feature {column!r}", feature_kind, FeatureKind)
         rules = EventRules(columns or {}, rating_threshold, stage_values or {}, label or {})
         formats = Formats(timestamp_unit, time_zone, list_separator)
         connection = connect()
@@ -311,6 +318,7 @@ class Log:
             ValueError: If a share or a number is out of range.
         """
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
+        _check_choice("split.kind", kind, SplitKind)
         if validation is None:
             validation = 1 if kind == "last_n" else 0.05
         if test is None:
@@ -331,8 +339,6 @@ class Log:
             "last_n": split_last_n,
             "held_out_users": split_held_out_users,
         }
-        if kind not in functions:
-            raise ValueError(f"split.kind must be one of {', '.join(functions)}. Received: {kind}.")
         return Split(self, functions[kind](self.events, validation, test, **options), kind)
 
     def describe(self) -> list[str]:
@@ -450,6 +456,13 @@ class Split:
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(
+            f"{name} must be one of {', '.join(get_args(choices))}. Received: {value}."
+        )
 
 
 def _entities(

@@ -60,6 +60,9 @@ class Holdout:
     def __len__(self) -> int:
         return len(self.user_ids)
 
+    def __repr__(self) -> str:
+        return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
+
     def as_queries(self) -> list[Query]:
         """Returns what a `Retriever` takes: user_id and history of each query."""
         return [

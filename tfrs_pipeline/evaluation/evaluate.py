@@ -79,6 +79,14 @@ def evaluate(
         retrievers = {type(retrievers).__name__: retrievers}
     if not retrievers:
         raise ValueError("Needs at least one retriever. Received: none.")
+    if not hasattr(holdout, "relevant"):
+        raise TypeError(
+            "Evaluates on a Holdout, the validation or test that `Log.split` makes. Received: "
+            f"{type(holdout).__name__}."
+        )
+    for name, retriever in retrievers.items():
+        if isinstance(retriever, type) or not hasattr(retriever, "retrieve"):
+            raise TypeError(f"{name} has no `retrieve`; see `Retriever`. Received: {retriever!r}.")
     cutoffs = tuple(sorted(set(cutoffs)))
     if not cutoffs or cutoffs[0] < 1:
         raise ValueError(f"cutoffs must be 1 or more, at least one. Received: {list(cutoffs)}.")
@@ -225,6 +233,7 @@ def _retrieve_rows(
         ids, scores = retriever.retrieve(
             truth.queries[batch], k, None if truth.excluded is None else truth.excluded[batch]
         )
+        ids, scores = np.asarray(ids), np.asarray(scores)
         shape = (batch.stop - batch.start, k)
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, f"must return ids and scores of {shape}", ids, scores)

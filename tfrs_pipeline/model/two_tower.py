@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -198,34 +199,49 @@ class TwoTower:
         Returns:
             The model itself.
         """
-        self._log, self.corpus = log, data.corpus
-        vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
-        tf.keras.utils.set_random_seed(self.seed)
-        self._network = self.build(data.corpus)
-        self._query_encoder = QueryEncoder(
-            self._network, self.corpus.query_ids, self.corpus.candidate_ids
-        )
-        batches = self.batches(data.samples)
-        mining = self._mining(batches, folder, on_progress)
-        validate = None
-        if validation is not None:
-            cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
-            validate = functools.partial(self._validate, validation, exclude, cutoffs)
-        self.result = train(
-            self._network,
-            batches,
-            self.training,
-            max_epochs=max_epochs,
-            validate=validate,
-            max_seconds=max_seconds,
-            before_epochs=mining,
-            folder=folder,
-            callbacks=callbacks,
-            on_epoch=on_epoch,
-        )
-        self._retriever = self._exact_retriever()
-        self.notes = [*(mining.describe() if mining else []), *_describe(batches, self.settings)]
+        with self._unchanged_on_failure():
+            self._log, self.corpus = log, data.corpus
+            vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
+            tf.keras.utils.set_random_seed(self.seed)
+            self._network = self.build(data.corpus)
+            self._query_encoder = QueryEncoder(
+                self._network, self.corpus.query_ids, self.corpus.candidate_ids
+            )
+            batches = self.batches(data.samples)
+            mining = self._mining(batches, folder, on_progress)
+            validate = None
+            if validation is not None:
+                cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
+                validate = functools.partial(self._validate, validation, exclude, cutoffs)
+            self.result = train(
+                self._network,
+                batches,
+                self.training,
+                max_epochs=max_epochs,
+                validate=validate,
+                max_seconds=max_seconds,
+                before_epochs=mining,
+                folder=folder,
+                callbacks=callbacks,
+                on_epoch=on_epoch,
+            )
+            self._retriever = self._exact_retriever()
+            self.notes = [
+                *(mining.describe() if mining else []),
+                *_describe(batches, self.settings),
+            ]
         return self
+
+    @contextlib.contextmanager
+    def _unchanged_on_failure(self) -> Iterator[None]:
+        """Leaves the model as it was if training fails: never half fitted, nor exportable so."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def batches(self, samples: Samples) -> HybridBatches:
         """Makes the training batches of samples: a plain `tf.data.Dataset` by their `dataset()`.
@@ -436,6 +452,7 @@ class TwoTower:
 
     @property
     def _whole_log(self) -> Log:
+        _ = self.network
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
         return self._log.whole

@@ -34,8 +34,16 @@ class SamplingFrame:
         Args:
             counts: [num_candidates + 1] training positives by candidate row, 0 at row 0.
             batch_size: B.
+
+        Raises:
+            ValueError: If counts are negative, or not 0 at row 0.
         """
         counts = np.asarray(counts)
+        if counts.ndim != 1 or counts[0] != 0 or counts.min() < 0:
+            raise ValueError(
+                "counts must be a number for each candidate row, 0 or more, with 0 at row 0, which "
+                f"is no candidate. Received: {counts}."
+            )
         return cls(counts, counts / counts.sum(), batch_size)
 
     @property
