@@ -312,7 +312,12 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
         ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
         ("", {}, r"events\.csv: 0 rows, and no header"),
         ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
-        ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"events\.csv cannot be read"),
+        (
+            "user_id,item_id\n1,2\n1,2,3,4\n",
+            {},
+            r"events\.csv cannot be read: .*Line: 3\nOriginal Line: 1,2,3,4\n.*Found: 3\nGive CSV",
+        ),
+        ("user_id,item_id\n1,2\r\n3,4\r\n", {}, "the same line ending in each line"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         (
             "user_id,item_id\n-1,2\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,11 @@ def _scan_relation(name: str, relation: duckdb.DuckDBPyRelation, is_text: bool) 
 
 
 def _unreadable(name: str | Path, error: duckdb.Error) -> DataError:
+    # DuckDB goes on with options of its reader, which are not settings here.
+    reason = re.split(r"\s*\nPossible fixes:", str(error))[0].strip()
     return DataError(
-        f"{name} cannot be read: {str(error).strip()} Give CSV with a header, or Parquet."
+        f"{name} cannot be read: {reason}\nGive CSV with a header, the same number of fields and "
+        "the same line ending in each line, and quotes that close; or Parquet."
     )
 
 
