@@ -614,7 +614,12 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     more = ["--training.max_epochs", "50", "--training.patience", "50", "--no-training.refit"]
     arguments = run_arguments(tmp_path, *more)
     process = subprocess.Popen(
-        [*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs, such as a whole test run, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state = tmp_path / RUN / "checkpoints" / "two_tower" / "selection" / "state.json"
     end = time.monotonic() + 120
