@@ -131,6 +131,17 @@ def from_text(value: Any) -> Any:
     return {name if equals else "kind": text if equals else name for name, equals, text in parts}
 
 
+def printable(text: str, max_chars: int = 80) -> str:
+    r"""Makes a line of text that came from outside: cut, and control characters escaped.
+
+    Example:
+        >>> print(printable("a film\x1b[2J and more", max_chars=11))
+        a film\x1b[2J ...
+    """
+    cut = text if len(text) <= max_chars else text[:max_chars] + "..."
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
+
+
 def suggest(name: str, known: Collection[str]) -> str:
     """Says which known name is nearest, by the whole name or its last part, or lists them."""
     near = difflib.get_close_matches(name, known, n=1) or [

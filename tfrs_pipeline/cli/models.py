@@ -19,7 +19,7 @@ from rich.text import Text
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.settings import ConfigError, printable
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.refresh import Refreshed
@@ -89,7 +89,7 @@ class Query(OfModel):
         for item in items:
             title = [item["title"] or ""] if titles else []
             cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
-            table.add_row(*map(Text, cells))
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
         if len(items) < self.k:
             say(console, f"Only {len(items)} items are left for this user.")
