@@ -227,7 +227,7 @@ def baseline(name: str) -> Fit:
 
     def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
-        found, notes = fit_baselines(own, data.split)
+        found, notes = fit_baselines(own, data)
         return found[name], {"notes": notes}
 
     return fit
@@ -294,7 +294,7 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     fitted = time.monotonic()
     measured = tp.evaluate(
         retriever,
-        data.split.test,
+        data.test,
         exclude=config.evaluation.exclude,
         cutoffs=config.evaluation.cutoffs,
         num_bootstrap=0,

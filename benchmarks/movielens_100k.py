@@ -94,7 +94,7 @@ def baseline(name: str) -> Callable[[RunConfig, RunData], Fitted]:
 
     def fit(config: RunConfig, data: RunData) -> Fitted:
         config = with_settings(config, {"evaluation.baselines": (name,)})
-        return fit_baselines(config, data.split)[0][name], {}
+        return fit_baselines(config, data)[0][name], {}
 
     return fit
 
@@ -156,9 +156,7 @@ def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
                 seconds = time.monotonic() - start
                 fits[name].append({"seed": seed, "seconds": round(seconds, 1), **notes})
                 for exclude in EXCLUDES:
-                    measured = tp.evaluate(
-                        retriever, data.split.test, exclude=exclude, num_bootstrap=0
-                    )
+                    measured = tp.evaluate(retriever, data.test, exclude=exclude, num_bootstrap=0)
                     results[name][exclude].append(measured.first)
                 ndcg = np.mean(results[name]["clicked"][-1].per_query["ndcg@100"])
                 print(f"seed {seed}  {name:22} ndcg@100 {ndcg:.4f}  {seconds:6.1f} s", flush=True)

@@ -67,7 +67,7 @@ def run_seed(seed: int, plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]
         for name, settings in plans.items():
             start = time.monotonic()
             model = train_and_refit(tp.with_settings(config, settings), data)
-            measured = tp.evaluate(model, data.split.test, num_bootstrap=0).first
+            measured = tp.evaluate(model, data.test, num_bootstrap=0).first
             row = {
                 "seed": seed,
                 "plan": name,

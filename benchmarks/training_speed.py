@@ -195,7 +195,7 @@ def measure_speed(
     config: tp.RunConfig, data: RunData, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures positives a second of every loop, in turn."""
-    train, holdout = data.selection, data.split.validation
+    train, holdout = data.selection, data.validation
     loops = {
         "tutorial": tutorial_loop(config, train, holdout, compute_metrics=True),
         "tutorial_no_metrics": tutorial_loop(config, train, holdout),
@@ -262,7 +262,7 @@ def measure_quality(
     config: tp.RunConfig, data: RunData, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures NDCG@100 on validation after equal numbers of epochs."""
-    on = config, data.selection, data.split.validation
+    on = config, data.selection, data.validation
     makers: dict[str, Callable[[], Loop]] = {
         "tutorial": lambda: tutorial_loop(*on),
         "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
@@ -301,7 +301,7 @@ def measure_time_to_target(
     config: tp.RunConfig, data: RunData, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures the seconds of training until NDCG@100 on the test reaches the target."""
-    on = config, data.final, data.split.test
+    on = config, data.final, data.test
     makers: dict[str, Callable[[], Loop]] = {
         "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
         **{

@@ -193,7 +193,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
     config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
     data = prepare(config, tmp_path, Steps(lambda report: None, lambda *task: None))
-    split, test = data.split, data.split.test
+    split, test = data.split, data.test
     plain = with_settings(config, {"model.hard": None})
     model = train_and_refit(plain, data)
     result = evaluate_all(plain, {"model": model}, test).first

@@ -19,7 +19,6 @@ import numpy as np
 
 from tfrs_pipeline.config import RunConfig, claim_folder, with_settings
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
@@ -133,8 +132,8 @@ def compare(
         pools = data.final.samples.hard_pools
         logged = [name for name, pool in pools.items() if len(pool.values)]
         plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
-        notes += _about_exposed(config, data.split, plans)
-        task = _Task(config, data, *_auc_rows(config, data.split))
+        notes += _about_exposed(config, data, plans)
+        task = _Task(config, data, *_auc_rows(config, data))
         report.notes = [f"{len(plans)} plans", *notes]
     results = {}
     for plan in plans:
@@ -278,7 +277,7 @@ def _hard_plans(
     return plans, note
 
 
-def _about_exposed(config: RunConfig, split: Split, plans: Sequence[Plan]) -> list[str]:
+def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> list[str]:
     """Warns of a gain that is none: exposed items that cannot come back as test positives.
 
     A plan that pushes them down frees places for what can be found, unless they are excluded.
@@ -287,7 +286,7 @@ def _about_exposed(config: RunConfig, split: Split, plans: Sequence[Plan]) -> li
         return []
     if not any(plan.name.startswith("exposed") for plan in plans):
         return []
-    test = split.test
+    test = data.test
     comes_back = any(
         len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
         for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
@@ -301,10 +300,10 @@ def _about_exposed(config: RunConfig, split: Split, plans: Sequence[Plan]) -> li
 
 
 def _auc_rows(
-    config: RunConfig, split: Split
+    config: RunConfig, data: RunData
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
     """Finds the rows of each test query's positives, and of what they are compared with."""
-    test = split.test
+    test = data.test
     ids = Ids(test.candidate_ids)
     relevant, seen = (
         [ids.known_rows(items) for items in lists] for lists in (test.relevant, test.seen)
@@ -315,7 +314,7 @@ def _auc_rows(
         rows = (ids.known_rows(items) for items in excluded)
         positives = [np.setdiff1d(a, b) for a, b in zip(relevant, rows, strict=True)]
     stages = [stage for stage in AUC_STAGES.values() if stage is not None]
-    of_stages = items_by_stage(split.events, "test", test.user_ids, stages)
+    of_stages = items_by_stage(data.split.events, "test", test.user_ids, stages)
     others: dict[str, list[np.ndarray] | None] = {}
     for name, of_stage in AUC_STAGES.items():
         if of_stage is None:
@@ -358,7 +357,7 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
         name=plan.name,
         on_progress=on_progress,
     )
-    test = task.data.split.test
+    test = task.data.test
     result = evaluate_all(config, {plan.name: model}, test, on_progress).first
     place = {user: i for i, user in enumerate(result.user_ids.tolist())}
     of_result = [place.get(user, -1) for user in test.user_ids.tolist()]
@@ -387,7 +386,7 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
 
 
 def _aucs(model: TwoTower, task: _Task) -> dict[str, np.ndarray]:
-    queries = model.query_embeddings(task.data.split.test.as_queries())
+    queries = model.query_embeddings(task.data.test.as_queries())
     candidates = model.network.embed_corpus()
     return {
         name: auc_per_query(queries, candidates, task.positive_rows, rows)

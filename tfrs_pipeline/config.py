@@ -211,6 +211,8 @@ class EvaluationConfig(Config):
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
+    max_users: PositiveInt = 100_000
+    """Users at most that are measured, sampled where the test has more."""
     num_bootstrap: PositiveInt = 1000
     """Resamples of the queries behind each confidence interval."""
     uncorrected: bool = True

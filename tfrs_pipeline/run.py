@@ -115,11 +115,15 @@ class RunData:
         split: The log in parts.
         selection: Samples of the training part.
         final: Samples of all that precedes the test, as far as the run trains on it.
+        validation: Queries that choose; sampled where there are more than the config asks for.
+        test: Queries that are measured; sampled likewise.
     """
 
     split: Split
     selection: TrainingSet
     final: TrainingSet
+    validation: Holdout
+    test: Holdout
 
 
 def run(
@@ -168,9 +172,9 @@ def run(
             )
             report.notes = models[name].notes
     with step("baselines") as report:
-        baselines, report.notes = fit_baselines(config, data.split, on_progress=on_progress)
+        baselines, report.notes = fit_baselines(config, data, on_progress=on_progress)
     with step("evaluate") as report:
-        evaluation = evaluate_all(config, {**models, **baselines}, data.split.test, on_progress)
+        evaluation = evaluate_all(config, {**models, **baselines}, data.test, on_progress)
         report.notes += _describe_evaluation(evaluation.first)
     with step("export") as report:
         metrics = _metrics(config, data, models, evaluation)
@@ -178,7 +182,7 @@ def run(
         export_folder, metrics["index"] = export_model(
             config,
             models["two_tower"],
-            data.split.test,
+            data.test,
             manifest={
                 "data": {path.name: file_hash(path) for path in data_files},
                 "counts": data.final.report,
@@ -237,7 +241,13 @@ def prepare(
                 split.before_test, samples / "final", seed=config.seed, hard=hard
             )
         report.notes = describe_samples(final.report)
-    return RunData(split, selection, final)
+    return RunData(
+        split,
+        selection,
+        final,
+        split.validation.sample(config.training.validation_users, config.seed),
+        split.test.sample(config.evaluation.max_users, config.seed),
+    )
 
 
 def train_and_refit(
@@ -287,7 +297,7 @@ def train_and_refit(
             log=data.split.train,
         )
 
-    model = fit(data.selection, "selection", training.max_epochs, data.split.validation)
+    model = fit(data.selection, "selection", training.max_epochs, data.validation)
     chosen = model.result
     monitored = chosen.history[f"val_{training.monitor}"]
     notes = [
@@ -306,7 +316,7 @@ def train_and_refit(
 
 def fit_baselines(
     config: RunConfig,
-    split: Split,
+    data: RunData,
     *,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> tuple[dict[str, Retriever], list[str]]:
@@ -314,14 +324,14 @@ def fit_baselines(
 
     Args:
         config: Of the run; `evaluation` lists the baselines and their settings.
-        split: The log in parts.
+        data: Split and queries.
         on_progress: As in `run`.
 
     Returns:
         The baselines by name, and notes on what was chosen and what was skipped.
     """
     settings = config.evaluation
-    final = split.before_test if config.training.refit else split.train
+    final = data.split.before_test if config.training.refit else data.split.train
     grids: dict[str, list[Any]] = {
         "popularity": [MostPopular()],
         "ease": [Ease(l2=l2) for l2 in settings.ease_l2],
@@ -332,7 +342,7 @@ def fit_baselines(
             )
         ],
     }
-    num_items = len(split.test.candidate_ids)
+    num_items = len(data.test.candidate_ids)
     found: dict[str, Retriever] = {}
     notes = []
     for name in settings.baselines:
@@ -346,8 +356,8 @@ def fit_baselines(
         for i, baseline in enumerate(grid if len(grid) > 1 else []):
             on_progress(f"{name}, choosing on validation", i, len(grid))
             measured = evaluate(
-                baseline.fit(split.train),
-                split.validation,
+                baseline.fit(data.split.train),
+                data.validation,
                 exclude=settings.exclude,
                 cutoffs=settings.cutoffs,
                 num_bootstrap=0,
@@ -507,13 +517,14 @@ def _metrics(
             name: {metric: interval.as_dict() for metric, interval in by_metric.items()}
             for name, by_metric in evaluation.differences.items()
         },
-        "examples": _examples(models["two_tower"], data.split.test, config),
+        "examples": _examples(models["two_tower"], data.test, config),
         "versions": library_versions(),
     }
 
 
 def _describe_evaluation(result: EvaluationResult) -> list[str]:
     return [
+        *filter(None, [result.describe_sample()]),
         f"{len(result.user_ids):,} queries, {result.overall.num_relevant:,} items to find",
         f"skipped {result.num_skipped:,} queries with nothing to find; "
         f"{result.num_relevant_excluded:,} items to find were excluded from the ranking",

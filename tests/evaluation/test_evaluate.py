@@ -274,3 +274,23 @@ def test_a_retriever_may_return_lists() -> None:
     holdout, scores = make_holdout([[102]]), np.arange(12.0)[np.newaxis]
     as_lists = Scores(scores, spoil=lambda ids, scores: (ids.tolist(), scores.tolist()))
     assert measure(as_lists, holdout).overall == measure(Scores(scores), holdout).overall
+
+
+def test_a_sample_measures_its_users_as_the_whole_does_and_says_so() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(50, len(IDS)))
+    relevant = [rng.choice(IDS, 2, replace=False) for _ in range(50)]
+    holdout = make_holdout(relevant, [rng.choice(IDS, 3, replace=False) for _ in range(50)])
+    whole, sample = (measure(Scores(scores), part) for part in (holdout, holdout.sample(20, 3)))
+    is_drawn = np.isin(whole.user_ids, holdout.sample(20, 3).user_ids)
+    assert np.array_equal(sample.user_ids, whole.user_ids[is_drawn])
+    for metric, values in whole.per_query.items():
+        np.testing.assert_array_equal(sample.per_query[metric], values[is_drawn])
+    assert sample.summary()["num_sampled_from"] == 50
+    assert "of 50 users, sampled" in repr(measure_all(Scores(scores), holdout.sample(20, 3)))
+    assert "sampled" not in repr(measure_all(Scores(scores), holdout))
+    assert holdout.sample(50) is holdout
+    assert holdout.sample(30, 3).sample(20, 4).num_sampled_from == 50
+    # Each user is as likely as another: 40 of 100 draws of 20, five standard deviations around.
+    times = sum(np.isin(holdout.user_ids, holdout.sample(20, s).user_ids) for s in range(100))
+    assert np.all(np.abs(times - 40) <= 5 * math.sqrt(100 * 0.4 * 0.6))

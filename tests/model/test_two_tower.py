@@ -247,3 +247,14 @@ def test_losers_are_missed_by_the_model_that_asks_for_them_alone(tmp_path: Path)
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=losers)
     with pytest.raises(DataError, match="asks for losers of the stages retrieved"):
         tiny(hard=losers).batches(data.samples)
+
+
+def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
+    model = tiny(training={"max_epochs": 1, "validation_users": 7})
+    model.fit(split.train, validation=split.validation)
+    sample = split.validation.sample(7, model.seed)
+    measured = evaluate(model, sample, cutoffs=(5, 100), num_bootstrap=0).first
+    assert len(sample) == 7
+    assert f"validation ranks 7 of {len(split.validation)} users, sampled" in model.notes
+    expected = measured.overall.intervals[model.training.monitor].mean
+    assert model.result.history[f"val_{model.training.monitor}"] == [pytest.approx(expected)]

@@ -67,7 +67,13 @@ def summary(rng: np.random.Generator) -> dict[str, Any]:
             for name in names
             for k in CUTOFFS
             for x in [rng.random()]
-        } | {"num_candidates": 4000, "num_queries": 1234, "num_relevant": 5678, "num_skipped": 7}
+        } | {
+            "num_candidates": 4000,
+            "num_queries": 1234,
+            "num_relevant": 5678,
+            "num_skipped": 7,
+            "num_sampled_from": 98765,
+        }
 
     return {**numbers(), "slices": {part: numbers() for part in ("head", "torso", "tail")}}
 
@@ -157,6 +163,7 @@ def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
     table = PAGE.tables["Metrics"]
     assert PAGE.headers["Metrics"] == ["metric", *MODELS]
     assert set(table) == {name for name in MODELS["two_tower"] if "@" in name}
+    assert "1,234 queries (sampled from 98,765 users)" in " ".join(PAGE.text.split())
     for part in ("head", "torso", "tail"):
         for metric in ("recall@100", "ndcg@100"):
             values = [model["slices"][part][metric]["mean"] for model in MODELS.values()]

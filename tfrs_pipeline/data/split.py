@@ -9,9 +9,9 @@ event number alone where the log has no time. All are lazy expressions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ibis
 import ibis.expr.types as ir
@@ -47,6 +47,7 @@ class Holdout:
         seen: Per query, the distinct item ids clicked or exposed before the cut.
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
         candidate_counts: [num_candidates] int64 training positives before the cut.
+        num_sampled_from: Of a sample, how many queries it was drawn from; else None.
     """
 
     user_ids: np.ndarray
@@ -56,12 +57,34 @@ class Holdout:
     seen: list[np.ndarray]
     candidate_ids: np.ndarray
     candidate_counts: np.ndarray
+    num_sampled_from: int | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
 
     def __repr__(self) -> str:
         return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
+
+    def sample(self, num_queries: int, seed: int = 0) -> Holdout:
+        """Draws queries at random, without replacement; all that draw tell how many there were.
+
+        Args:
+            num_queries: At most.
+            seed: Of the draw.
+
+        Returns:
+            A holdout of the queries drawn, by user id as before; itself if there are no more.
+        """
+        if len(self) <= num_queries:
+            return self
+        drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
+        drawn.sort()
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[i] for i in drawn]
+            for name in ("histories", "relevant", "clicked", "seen")
+        }
+        total = self.num_sampled_from or len(self)
+        return replace(self, user_ids=self.user_ids[drawn], num_sampled_from=total, **lists)
 
     def as_queries(self) -> list[Query]:
         """Returns what a `Retriever` takes: user_id and history of each query."""

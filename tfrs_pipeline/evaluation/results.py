@@ -59,6 +59,7 @@ class EvaluationResult:
             the relevant.
         num_relevant_unknown: Relevant items that are not in the corpus: they stay in the
             denominator and are never found. They belong to no slice.
+        num_sampled_from: Queries that the measured ones were sampled from; None if from none.
     """
 
     user_ids: np.ndarray
@@ -67,11 +68,18 @@ class EvaluationResult:
     num_skipped: int
     num_relevant_excluded: int
     num_relevant_unknown: int
+    num_sampled_from: int | None = None
 
     @property
     def per_query(self) -> Mapping[str, np.ndarray]:
         """Metric name -> [num_queries] float64, of the whole corpus."""
         return self.overall.per_query
+
+    def describe_sample(self) -> str:
+        """Says how many users were sampled; empty where all were measured."""
+        if self.num_sampled_from is None:
+            return ""
+        return f"measured on {len(self.user_ids):,} of {self.num_sampled_from:,} users, sampled"
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
@@ -80,6 +88,7 @@ class EvaluationResult:
             "num_skipped": self.num_skipped,
             "num_relevant_excluded": self.num_relevant_excluded,
             "num_relevant_unknown": self.num_relevant_unknown,
+            "num_sampled_from": self.num_sampled_from,
             "slices": {name: part.summary() for name, part in self.slices.items()},
         }
 
@@ -146,4 +155,5 @@ class Evaluation:
         differences = {
             name: {columns[0]: x[columns[0]]} for name, x in summary["differences"].items()
         }
-        return format_table(summary["models"], list(dict.fromkeys(columns)), differences)
+        table = format_table(summary["models"], list(dict.fromkeys(columns)), differences)
+        return "\n".join(filter(None, [table, self.first.describe_sample()]))

@@ -141,6 +141,8 @@ class TrainingSettings(Config):
     """Epochs without a better validation metric after which training stops."""
     monitor: str = "ndcg@100"
     """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
+    validation_users: PositiveInt = 10_000
+    """Users at most that validation ranks after each epoch, sampled where there are more."""
     refit: bool = True
     """Whether a run trains again on training and validation events for the chosen number of epochs;
     held-out users are never trained on."""

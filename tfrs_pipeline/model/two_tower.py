@@ -210,7 +210,14 @@ class TwoTower:
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
+            sampled = []
             if validation is not None:
+                validation = validation.sample(self.training.validation_users, self.seed)
+                if validation.num_sampled_from is not None:
+                    sampled = [
+                        f"validation ranks {len(validation):,} of "
+                        f"{validation.num_sampled_from:,} users, sampled"
+                    ]
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
             self.result = train(
@@ -227,6 +234,7 @@ class TwoTower:
             )
             self._retriever = self._exact_retriever()
             self.notes = [
+                *sampled,
                 *(mining.describe() if mining else []),
                 *_describe(batches, self.settings),
             ]
