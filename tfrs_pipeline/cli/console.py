@@ -125,8 +125,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"model    {result.export_folder}")
     manifest = json.loads((result.export_folder / "manifest.json").read_text())
     command = [program(), "query", str(result.export_folder.parent)]
-    command += ["--user", str(manifest["example_user"]), "-k", "10"]
-    say(console, f"\nnext:  {shlex.join(command)}")
+    user = manifest["example_user"]
+    command += ["--history", "ITEM"] if user is None else ["--user", str(user)]
+    say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
 def verdicts(
