@@ -29,6 +29,7 @@ from tfrs_pipeline.config import (
     dump_config,
     main_job_config,
 )
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -230,10 +231,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     assert (config.seed, config.model.dim, config.training.max_epochs) == (3, 32, 9)
     config = config_of("--config", path, "--data.item_features", "y=categorical")
     assert config.data.item_features == {"y": "categorical"}
-    stopped = tmp_path / "stopped" / "config.toml"
-    stopped.parent.mkdir()
-    stopped.write_text(dump_config(config))
-    assert config_of("--run-dir", stopped.parent) == config
+    assert config_of("--run-dir", tmp_path / "run 2") == config
 
 
 # Errors
@@ -286,7 +284,7 @@ def test_a_wrong_word_is_told_in_a_line(
     manifest = Path("saved_models/log/1/manifest.json")
     manifest.parent.mkdir(parents=True)
     data = {"source": "files", "path": "a/log.csv"}
-    manifest.write_text(json.dumps({"config": {"data": data}}))
+    write_record(manifest, {"config": {"data": data}})
     answer = command(*shlex.split(arguments))
     assert answer.code == 2
     assert answer.out == ""
@@ -330,6 +328,7 @@ def test_refused_data_can_be_mended_in_the_same_folder(
     write(pa.table({"usr_id": [1], "item_id": [2]}), Path("clicks.csv"))
     arguments = ["run", "--run-dir", "run", "--data.path", "clicks.csv"]
     assert "no column 'user_id'" in command(*arguments).err
+    assert not Path("run").exists()
     answer = command(*arguments, "--data.columns", "user_id=usr_id")
     assert "other settings" not in answer.err
     assert "1 events, 1 items, 1 users" in answer.out
@@ -621,22 +620,25 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
         # Shells start background jobs, such as a whole test run, with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    state = tmp_path / RUN / "checkpoints" / "two_tower" / "selection" / "state.json"
+    checkpoints = tmp_path / RUN / "checkpoints" / "two_tower" / "selection"
     end = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < end:
+    while (
+        not list(checkpoints.glob("epoch-*.json"))
+        and process.poll() is None
+        and time.monotonic() < end
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-    num_epochs = json.loads(state.read_text())["epoch"]
-    assert 1 <= num_epochs < 50
+    assert not (checkpoints / "epoch-50.json").exists()
 
     last = out.splitlines()[-1]
     assert last.startswith("stopped; go on with:  tfrs-pipeline run --run-dir ")
     again = shlex.split(last.partition("tfrs-pipeline")[2])
     done = subprocess.run([*program, *again], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(state.read_text())["epoch"] == 50
+    assert (checkpoints / "epoch-50.json").exists()
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").exists()
 
 

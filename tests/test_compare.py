@@ -14,6 +14,7 @@ from tests.small_log import event_table, small_config, write
 from tfrs_pipeline import compare as module
 from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
+from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.evaluation.comparison import comparison_figure
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -303,10 +304,10 @@ def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> Non
 def test_a_result_is_taken_as_it_is(config: RunConfig, compared: PlanComparison) -> None:
     """A plan that is done is not trained again: its file decides."""
     path = compared.folder / "plans" / "mixed" / "result.json"
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps({**saved, "num_epochs": 77}))
+    saved, files = read_record(path), [path.with_name("per_query.npz")]
+    write_record(path, {**saved, "num_epochs": 77}, files)
     again = compare(config, compared.folder)
-    path.write_text(json.dumps(saved))
+    write_record(path, saved, files)
     assert again.rows[1].num_epochs == 77
     assert dataclasses.replace(again.rows[1], num_epochs=saved["num_epochs"]).metrics == (
         compared.rows[1].metrics

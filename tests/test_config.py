@@ -1,6 +1,5 @@
 """Settings: what is refused, how it is said, and that a file gives back what was written."""
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -409,7 +409,7 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     written = Path("saved_models/log/1/manifest.json")
     written.parent.mkdir(parents=True)
     config = of_clicks("a/log.csv").model_dump(mode="json")
-    written.write_text(json.dumps({"config": config}))
+    write_record(written, {"config": config})
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
     check_model_name(of_clicks("b/log.csv", name="log"))

@@ -15,6 +15,7 @@ PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
     "retrieval",
     "settings",
+    "durable",
     "data",
     "sources",
     "negatives",
@@ -24,6 +25,7 @@ ROOMS = [
     "model",
     "serving",
     "config",
+    "run_folder",
     "run",
     "compare",
     "report",
@@ -33,6 +35,7 @@ TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "sca
 WITHOUT_TENSORFLOW = (
     "retrieval",
     "settings",
+    "durable",
     "data",
     "sources",
     "samples",

@@ -267,6 +267,7 @@ def test_metrics_have_the_documented_form(finished: Finished) -> None:
 
     text = (finished.folder / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=refuse)
+    assert set(metrics.pop("sha256")) == {"metrics.json"}
     assert metrics == json.loads(json.dumps(finished.metrics))
     assert metrics["dataset"] == "films"
     assert {"train", "validation", "test"} <= set(metrics["split"])
@@ -487,7 +488,8 @@ def test_a_folder_of_another_run_is_refused(of_stages: Finished) -> None:
     before = (of_stages.folder / "config.toml").read_text()
     other = of_stages.config.model_copy(update={"seed": 1})
     with pytest.raises(
-        ValueError, match=r"holds a run with other settings .*Choose another folder"
+        ValueError,
+        match=r"holds a run with other settings \(seed: 0, now 1\). Choose another folder",
     ):
         run(other, of_stages.folder)
     assert (of_stages.folder / "config.toml").read_text() == before

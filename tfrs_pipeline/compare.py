@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.config import RunConfig, claim_folder, with_settings
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.durable import is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
@@ -38,6 +38,7 @@ from tfrs_pipeline.run import (
     prepare,
     train_and_refit,
 )
+from tfrs_pipeline.run_folder import claim_folder
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,13 @@ def compare(
     Raises:
         ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
-    claim_folder(config, folder)
-    step = Steps(on_step, on_progress)
+    with claim_folder(config, folder, exports=False):
+        return _compare(config, folder, Steps(on_step, on_progress), on_progress)
+
+
+def _compare(
+    config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress
+) -> PlanComparison:
     data = prepare(config, folder, step, hard=_every_loser(config))
     with step("plans") as report:
         pools = data.final.samples.hard_pools
@@ -330,17 +336,15 @@ def _auc_rows(
 
 def _run_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
     """Trains and measures a plan, or reads what was measured before it was stopped."""
-    done = folder / "result.json"
-    if done.exists():
-        result = json.loads(done.read_text())
-    else:
-        result = _measure_plan(plan, task, folder, on_progress)
+    if not is_whole(folder / "result.json"):
+        _measure_plan(plan, task, folder, on_progress)
+    result = read_record(folder / "result.json", check_files=False)
     with np.load(folder / "per_query.npz") as saved:
         result["per_query"] = dict(saved)
     return result
 
 
-def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
+def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> None:
     config = with_settings(task.config, plan.settings)
     settings = config.compare
     max_epochs = config.training.max_epochs
@@ -369,8 +373,7 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
     per_query = {name: np.append(values, np.nan)[of_result] for name, values in columns.items()}
     per_query |= _aucs(model, task)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "per_query.npz").open("wb") as opened:
-        np.savez(opened, **dict[str, Any](per_query))
+    np.savez(folder / "per_query.npz", **dict[str, Any](per_query))
     measured = {
         "summary": result.summary(),
         "num_epochs": model.result.best_epoch,
@@ -378,11 +381,7 @@ def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress
         "history": model.result.history,
         "notes": model.notes,
     }
-    # Written last, and at once: a plan with a result is done.
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(measured))
-    os.replace(partial, folder / "result.json")
-    return measured
+    write_record(folder / "result.json", measured, [folder / "per_query.npz"])
 
 
 def _aucs(model: TwoTower, task: _Task) -> dict[str, np.ndarray]:

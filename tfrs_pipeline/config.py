@@ -7,7 +7,6 @@ settings refuses unknown keys and names the nearest known one.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tomllib
 import zoneinfo
@@ -27,6 +26,7 @@ from tfrs_pipeline.data.schema import (
     TimestampUnit,
     UnknownItems,
 )
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
@@ -260,9 +260,6 @@ class ExportConfig(Config):
     """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
     keep_versions: PositiveInt | None = None
     """Versions of the model to keep, the newest; older ones are deleted. If not given, all."""
-    user_data: bool = True
-    """Whether the export holds what the log tells of people: users' ids, histories and features,
-    and held-out queries. Without them every request brings the user's history."""
 
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
@@ -573,7 +570,7 @@ def check_model_name(config: RunConfig) -> None:
         raise ConfigError([("export.name", message)])
     ours = config.model_dump(mode="json")["data"]
     for path in (config.export.directory / config.model_name).glob("*/manifest.json"):
-        theirs = json.loads(path.read_text())["config"]["data"]
+        theirs = read_record(path, check_files=False)["config"]["data"]
         if _origin(theirs) != _origin(ours):
             message = (
                 f"{path.parent} is a model of {theirs['path'] or theirs['source']}: set another "
@@ -592,29 +589,3 @@ def _is_time_zone(name: str) -> bool:
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         return False
     return True
-
-
-def claim_folder(config: RunConfig, folder: Path) -> None:
-    """Writes the settings into a folder, or checks that they are those of what it holds.
-
-    Raises:
-        ValueError: If the folder holds a run with other settings, or its path cannot be used.
-    """
-    for written in (folder, config.export.directory):
-        # TensorFlow takes these for a pattern when it reads, and not when it writes.
-        if wrong := sorted(set("[\\") & set(str(written))):
-            raise ValueError(
-                f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
-                "writes there. Choose a folder without."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.toml"
-    # A run whose data was refused has left nothing behind: its settings may be mended in place.
-    has_begun = path.exists() and (folder / "data" / "log.json").exists()
-    if not has_begun:
-        path.write_text(dump_config(config))
-    elif load_config(path) != config:
-        raise ValueError(
-            f"{folder} holds a run with other settings (see {path}). Choose another folder with "
-            "--run-dir, or delete this one."
-        )

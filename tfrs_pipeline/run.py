@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +21,10 @@ from tfrs_pipeline.config import (
     RunConfig,
     SplitConfig,
     check_model_name,
-    claim_folder,
 )
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.durable import Damaged, file_hash, is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
@@ -34,7 +33,8 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export, file_hash
+from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.sources.kuairand import load_kuairand
@@ -153,11 +153,14 @@ def run(
             (`DataError`).
     """
     check_model_name(config)
-    claim_folder(config, folder)
-    if (finished := _finished_run(folder)) is not None:
-        on_step(StepReport("finished before", ["its results follow; nothing was done"]))
-        return finished
-    step = Steps(on_step, on_progress)
+    with claim_folder(config, folder, exports=True):
+        if (finished := _finished_run(folder)) is not None:
+            on_step(StepReport("finished before", ["its results follow; nothing was done"]))
+            return finished
+        return _run(config, folder, Steps(on_step, on_progress), on_progress)
+
+
+def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) -> RunResult:
     data = prepare(config, folder, step)
     models: dict[str, TwoTower] = {}
     for name, settings in _variants(config).items():
@@ -193,18 +196,21 @@ def run(
         report.notes.append(describe_index(metrics["index"], num_candidates))
         report.notes.append("a fresh process loaded the export and gave the same answers")
     metrics |= {"export_folder": str(export_folder), "notes": step.notes, "seconds": step.seconds}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_record(folder / "metrics.json", metrics)
     return RunResult(folder, export_folder, metrics)
 
 
 def _finished_run(folder: Path) -> RunResult | None:
     """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
-    path = folder / "metrics.json"
-    if not path.exists():
+    if not is_whole(folder / "metrics.json"):
         return None
-    metrics = json.loads(path.read_text())
+    metrics = read_record(folder / "metrics.json")
     export_folder = Path(metrics["export_folder"])
-    return RunResult(folder, export_folder, metrics) if export_folder.is_dir() else None
+    return (
+        RunResult(folder, export_folder, metrics)
+        if is_whole(export_folder / MANIFEST_FILE)
+        else None
+    )
 
 
 def prepare(
@@ -223,11 +229,18 @@ def prepare(
     with step("data") as report:
         if not (folder / "data" / "log.json").exists():
             load_log(config.data).write(folder / "data")
-        log = Log.read(folder / "data")
+        try:
+            log = Log.read(folder / "data")
+        except Damaged as error:
+            # Made again it might be of other events than what was trained on it.
+            raise Damaged(
+                f"{error} All else in {folder} was made from it: train in another folder, with "
+                f"--config {folder / 'config.toml'} --run-dir NEW, and delete this one."
+            ) from error
         report.notes = log.describe()
     with step("split") as report:
         path = folder / "data" / "split.parquet"
-        if not path.exists():
+        if not is_whole(path.with_suffix(".json")):
             split_log(log, config.split, config.seed).write(path)
         split = Split.read(log, config.split.kind, path)
         report.notes = split.describe()
@@ -411,17 +424,16 @@ def export_model(
     index: Scann | Exact = index_for(len(model.candidate_ids), recall)
     if config.export.index != "auto":
         index = Scann(recall) if config.export.index == "scann" else Exact()
-    folder = export(
+    folder, written = export_version(
         model,
         config.export.directory / config.model_name,
         index=index,
         filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,
-        user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},
     )
-    return folder, json.loads((folder / MANIFEST_FILE).read_text())["index"]
+    return folder, written["index"]
 
 
 def load_log(config: DataConfig) -> Log:

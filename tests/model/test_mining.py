@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model import mining
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.mining import MinedPools, MiningReport, mine_pools, query_of_sample
@@ -46,7 +46,8 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def reports_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "mining.json").read_text())
+    (path,) = folder.glob("mined-*.json")
+    return {path.stem: read_record(path)}
 
 
 def test_a_stopped_training_mines_what_an_unbroken_one_does(
@@ -64,12 +65,11 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
         with pytest.raises(Stopped):
             make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
         # Nothing is mined for the first two epochs.
-        assert (tmp_path / "mining.json").exists() == (last > 2)
+        assert (tmp_path / "mined-2.json").exists() == (last > 2)
     resumed = make_model().fit_samples(data, folder=tmp_path)
     assert_same(weights_of(resumed.network), weights_of(model.network))
     assert reports_in(tmp_path) == reports_in(folder)
-    assert set(reports_in(tmp_path)) == {"2", "4"}
-    assert [path.name for path in tmp_path.glob("mined-*")] == ["mined-4.npz"]
+    assert {path.name for path in tmp_path.glob("mined-*")} == {"mined-4.npz", "mined-4.json"}
     assert resumed.notes == model.notes
     assert resumed.notes[0].startswith("mined after epoch 4: ")
     # Every sample has a pool, so that f is what was asked for.

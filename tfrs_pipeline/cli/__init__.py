@@ -15,6 +15,7 @@ from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, TuneIndex
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
+from tfrs_pipeline.durable import naming
 from tfrs_pipeline.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = given.pop("verbose", False)
         _log(is_verbose)
-        code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        with naming(Path.cwd()):
+            code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
         sys.stdout.flush()
         return int(code)
     except (ConfigError, UsageError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -123,11 +122,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"config   {result.folder / 'config.toml'}")
     say(console, f"report   {result.folder / 'report.html'}")
     say(console, f"model    {result.export_folder}")
-    manifest = json.loads((result.export_folder / "manifest.json").read_text())
     command = [program(), "query", str(result.export_folder.parent)]
-    user = manifest["example_user"]
-    command += ["--history", "ITEM"] if user is None else ["--user", str(user)]
-    say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
+    command += ["--user", str(result.metrics["examples"][0]["user_id"]), "-k", "10"]
+    say(console, f"\nnext:  {shlex.join(command)}")
 
 
 def verdicts(

@@ -26,11 +26,11 @@ from tfrs_pipeline.config import (
     PRESETS,
     RunConfig,
     check_model_name,
-    claim_folder,
     load_config,
     main_job_config,
     with_settings,
 )
+from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder, read_settings
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
@@ -109,15 +109,15 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         check_model_name(config)  # Before there is a folder.
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
-    # At once, for a run that is stopped while libraries are still being imported.
-    claim_folder(config, folder)
     console = Console()
-    say(console, f"run folder: {folder}")
     try:
         with (
+            # At once, for a run that is stopped while libraries are still being imported.
+            claim_folder(config, folder, exports=command == "run"),
             native_errors_to(folder / "native.log"),
             progress(console) as (on_step, on_progress),
         ):
+            say(console, f"run folder: {folder}")
             result = work(config, folder, on_step=on_step, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
@@ -129,17 +129,21 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
-    written = flags.config or (flags.run_dir and flags.run_dir / "config.toml")
-    if flags.config or (written and written.exists()):
-        base = load_config(cast(Path, written))
-    elif settings.get("data.source") == "movielens-100k" or not (
-        {"data.source", "data.path"} & settings.keys()
-    ):
+    folder, names_data = flags.run_dir, {"data.source", "data.path"} & settings.keys()
+    if flags.config:
+        base = load_config(flags.config)
+    elif folder and ((folder / CONFIG_FILE).exists() or (_is_used(folder) and not names_data)):
+        base = read_settings(folder)
+    elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = main_job_config()
     else:  # The main job's features and name are MovieLens' own.
         base = RunConfig()
     # At once: a flag may mend what a preset alone would not go with.
     return with_settings(base, settings, preset=flags.preset)
+
+
+def _is_used(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:

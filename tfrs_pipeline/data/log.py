@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +50,7 @@ from tfrs_pipeline.data.tables import (
     store,
     type_entities,
 )
+from tfrs_pipeline.durable import read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -226,11 +226,12 @@ class Log:
 
         Raises:
             DataError: If the folder holds no whole log.
+            Damaged: If a file is not as it was written.
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
             raise DataError(f"{folder} has no log.json: writing the log did not finish there.")
-        about = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        about = read_record(folder / "log.json")
         connection = connect()
         events, items, users = (connection.read_parquet(folder / f"{x}.parquet") for x in _KEYS)
         return cls(
@@ -261,7 +262,7 @@ class Log:
             "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
             "is_ordered": self.is_ordered,
         }
-        (folder / "log.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        write_record(folder / "log.json", about, [folder / f"{name}.parquet" for name in _KEYS])
 
     @property
     def whole(self) -> Log:
@@ -435,10 +436,10 @@ class Split:
         return notes
 
     def write(self, path: Path) -> None:
-        """Writes the events with their parts as Parquet, whole or not at all."""
-        partial = path.with_suffix(".partial")
-        self.events.to_parquet(partial)
-        partial.rename(path)
+        """Writes the events with their parts as Parquet, and then its record `split.json`."""
+        path.with_suffix(".json").unlink(missing_ok=True)
+        self.events.to_parquet(path)
+        write_record(path.with_suffix(".json"), {"kind": self.kind}, [path])
 
     @classmethod
     def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import FeatureKind
+from tfrs_pipeline.durable import is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
@@ -111,8 +111,7 @@ class TrainingSet:
         Raises:
             DataError: If there is no positive.
         """
-        if not (folder / "report.json").exists():
+        if not is_whole(folder / "report.json"):
             build_samples(log, folder, seed=seed, hard=hard)
-        samples = read_samples(folder)
-        report = json.loads((folder / "report.json").read_text())
-        return cls(samples, Corpus.read(log, folder), report)
+        report = read_record(folder / "report.json", check_files=False)
+        return cls(read_samples(folder), Corpus.read(log, folder), report)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.durable import Damaged, naming, read_record, write_record
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -43,6 +42,10 @@ class BeforeEpochs(Protocol):
             epoch: Epochs done when the preparation is due: 0, `every`, twice `every`, ... A stopped
                 run goes on between two preparations: what was prepared must be kept for that.
         """
+        ...
+
+    def can_go_on(self, epoch: int) -> bool:
+        """Whether a training may go on after this epoch, with what was prepared for it kept."""
         ...
 
 
@@ -122,7 +125,7 @@ def train(
         folder=folder,
         on_epoch=on_epoch,
     )
-    epoch = keeper.restore(network)
+    epoch = keeper.restore(network, before_epochs)
     if epoch and epoch < max_epochs:
         logger.info("training: resuming after epoch %d", epoch)
     all_callbacks = [*callbacks, keeper]
@@ -240,33 +243,44 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         if self._best_weights is not None:
             network.set_weights(self._best_weights)
 
-    def restore(self, network: TwoTowerNetwork) -> int:
-        """Loads the last saved epoch into the network; returns its number, 0 if there is none."""
-        if self._folder is None or not (self._folder / "state.json").exists():
-            return 0
-        state = json.loads((self._folder / "state.json").read_text())
-        epoch = state["epoch"]
-        self.history, self._seconds_before = state["history"], state["seconds"]
-        best = tf.train.Checkpoint(model=network)
-        best.read(str(self._folder / f"epoch-{self.best_epoch}")).expect_partial()
-        self._best_weights = network.get_weights()
-        last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-        last.read(str(self._folder / f"epoch-{epoch}")).assert_existing_objects_matched()
-        return int(epoch)
+    def restore(self, network: TwoTowerNetwork, before_epochs: BeforeEpochs | None) -> int:
+        """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
+        saved = [] if self._folder is None else self._folder.glob("epoch-*.json")
+        for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
+            if before_epochs is not None and not before_epochs.can_go_on(epoch):
+                continue
+            try:
+                state = read_record(self._path(epoch, ".json"))
+                self.history, self._seconds_before = state["history"], state["seconds"]
+                read_record(self._path(self.best_epoch, ".json"))
+            except (Damaged, FileNotFoundError) as error:
+                logger.warning("%s Training goes on from an earlier epoch.", error)
+                continue
+            best = tf.train.Checkpoint(model=network)
+            best.read(str(self._path(self.best_epoch))).expect_partial()
+            self._best_weights = network.get_weights()
+            last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+            last.read(str(self._path(epoch))).assert_existing_objects_matched()
+            return epoch
+        self.history, self._seconds_before = {}, 0.0
+        return 0
+
+    def _path(self, epoch: int, suffix: str = "") -> Path:
+        assert self._folder is not None
+        return self._folder / f"epoch-{epoch}{suffix}"
 
     def _save(self, network: TwoTowerNetwork, epoch: int) -> None:
-        assert self._folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-        checkpoint.write(str(self._folder / f"epoch-{epoch}"))
-        state = {"epoch": epoch, "history": self.history, "seconds": self.seconds}
-        # state.json names the epoch that counts: it is replaced once the checkpoint is whole.
-        partial = self._folder / "state.json.partial"
-        partial.write_text(json.dumps(state))
-        os.replace(partial, self._folder / "state.json")
-        keep = {epoch, self.best_epoch}
-        for file in self._folder.glob("epoch-*"):
-            # Not TensorFlow's own epoch-3_temp, a folder that a kill may leave.
-            number = re.fullmatch(r"epoch-(\d+)\..*", file.name)
-            if number and int(number[1]) not in keep:
-                file.unlink()
+        record = self._path(epoch, ".json")
+        with naming(record.parent):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+            checkpoint.write(str(self._path(epoch)))
+        files = [
+            path for path in record.parent.glob(f"{record.stem}.*") if ".json" not in path.name
+        ]
+        write_record(record, {"history": self.history, "seconds": self.seconds}, files)
+        keep = {record.stem, f"epoch-{self.best_epoch}"}
+        for path in record.parent.glob("epoch-*"):
+            if path.name.partition(".")[0] not in keep:
+                # Also epoch-3_temp, which TensorFlow leaves if it is killed as it writes.
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -161,12 +160,16 @@ class MinedPools:
         self._folder = folder
         self._on_progress = on_progress
         self.reports: dict[int, MiningReport] = {}
-        if folder is not None and (folder / "mining.json").exists():
-            saved = json.loads((folder / "mining.json").read_text())
-            self.reports = {int(epoch): MiningReport(**report) for epoch, report in saved.items()}
+        kept = [] if folder is None else sorted(folder.glob("mined-*.json"))
+        for path in kept:
             # A training that is over asks for no more pools: what it had is what it reports.
-            if (pool := self._load(max(self.reports))) is not None:
+            if (pool := self._load(int(path.stem.partition("-")[2]))) is not None:
                 batches.set_hard_pool("mined", pool)
+
+    def can_go_on(self, epoch: int) -> bool:
+        """Whether the pools of the epochs that follow are kept, or to be mined now."""
+        due = epoch - epoch % self.every
+        return due in (0, epoch) or due in self.reports
 
     def prepare(self, epoch: int) -> None:
         """Gives the batches the pools of the next epochs: mined now, or kept from before."""
@@ -206,21 +209,21 @@ class MinedPools:
         ]
 
     def _load(self, epoch: int) -> RowLists | None:
-        if self._folder is None or not (self._folder / f"mined-{epoch}.npz").exists():
+        if self._folder is None or not is_whole(self._folder / f"mined-{epoch}.json"):
             return None
+        report = read_record(self._folder / f"mined-{epoch}.json", check_files=False)
+        self.reports[epoch] = MiningReport(**report)
         with np.load(self._folder / f"mined-{epoch}.npz") as saved:
             return RowLists(saved["offsets"], saved["values"])
 
     def _save(self, epoch: int, pool: RowLists) -> None:
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for old in self._folder.glob("mined-*.npz"):
-            old.unlink()
-        reports = {str(number): asdict(report) for number, report in self.reports.items()}
-        partial = self._folder / "mining.partial"
-        partial.write_text(json.dumps(reports, indent=2))
-        os.replace(partial, self._folder / "mining.json")
-        with partial.open("wb") as opened:
-            np.savez(opened, offsets=pool.offsets, values=pool.values)
-        os.replace(partial, self._folder / f"mined-{epoch}.npz")
+        path = self._folder / f"mined-{epoch}.npz"
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, offsets=pool.offsets, values=pool.values)
+        write_record(path.with_suffix(".json"), asdict(self.reports[epoch]), [path])
+        for old in self._folder.glob("mined-*"):
+            if old.stem != path.stem:
+                old.unlink()

@@ -6,7 +6,6 @@ Everything is an Ibis expression, run out of core by the backend that holds the 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Stage
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import add_pools, describe_pools, find_losers
 from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
@@ -82,7 +82,8 @@ def build_samples(
     if num_samples == 0:
         raise DataError(NO_POSITIVE)
     report = _report(folder, removed)
-    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    shards = (folder / "samples").glob("shard-*.parquet")
+    write_record(folder / "report.json", report, [*folder.glob("*.parquet"), *shards])
     return report
 
 
@@ -96,6 +97,8 @@ def _numbered(log: Log, items: ibis.Table, users: ibis.Table, folder: Path) -> I
     time = numbered["timestamp" if "timestamp" in numbered.columns else "event_number"]
     numbered = numbered.mutate(time=time)
     numbered = numbered.mutate(query_time=_query_time(numbered)).drop("item_id", "user_id")
+    for left in folder.glob("_numbered-*.parquet"):  # By a process that was killed.
+        left.unlink()
     # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
     path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
     try:

@@ -14,7 +14,6 @@ A version is written beside its place and renamed once it is whole and checked.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -30,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.features import Feature, raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import (
@@ -70,7 +70,6 @@ def export(
     index: Scann | Exact | None = None,
     filter_by: str | None = None,
     keep_versions: int | None = None,
-    user_data: bool = True,
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -83,9 +82,6 @@ def export(
             on.
         filter_by: Column of the model's items by whose values requests may filter.
         keep_versions: How many versions to keep, the newest; None keeps all.
-        user_data: Whether to export what is known of users: their ids, histories, features and
-            embeddings, and the queries. Without it requests bring the history, and an index is
-            measured on queries of one item each.
         queries: Held-out ones, of which `user_id` and `history` are read: a ScaNN index is tuned
             and measured on the first 1,000, and what every signature answers to the first 20 must
             come back the same from the reloaded model. None takes the model's users.
@@ -98,18 +94,37 @@ def export(
         ExportError: If a fresh process cannot load the export or answers otherwise; nothing is
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        ValueError: If the model's items are not those of its ids, or lack the column to filter by;
-            if there shall be no user data and the model has an embedding of each user.
+        ValueError: If the model's items are not those of its ids, or lack the column to filter by.
     """
+    return export_version(
+        model,
+        path,
+        index=index,
+        filter_by=filter_by,
+        keep_versions=keep_versions,
+        queries=queries,
+        manifest=manifest or {},
+    )[0]
+
+
+def export_version(
+    model: Exportable,
+    path: str | Path,
+    *,
+    index: Scann | Exact | None,
+    filter_by: str | None,
+    keep_versions: int | None,
+    queries: Sequence[Query] | None,
+    manifest: Mapping[str, Any],
+) -> tuple[Path, dict[str, Any]]:
+    """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
     items = model.items
     if items["item_id"].to_pylist() != model.candidate_ids.tolist():
         raise ValueError(
             f"The model's items must be one row for each of its {len(model.candidate_ids)} "
             f"candidate ids, in their order. Received: {items.num_rows} rows"
         )
-    if not user_data:
-        queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
-    elif queries is None:
+    if queries is None:
         queries = _stored_queries(model)
     sides = {"query": model.query_features, "candidate": model.candidate_features}
     about = {
@@ -118,19 +133,18 @@ def export(
             side: {name: spec.name for name, spec in raw_signature(features).items()}
             for side, features in sides.items()
         },
-        "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(
         path,
-        encoder=Encoder(model, user_data=user_data),
+        encoder=Encoder(model),
         embeddings=embed_corpus(model),
         items=items,
         queries=queries,
         index=index,
         filter_by=filter_by,
         keep_versions=keep_versions,
-        manifest={**about, **(manifest or {})},
+        manifest={**about, **manifest},
     )
 
 
@@ -145,7 +159,7 @@ def export_index(
     filter_by: str | None,
     keep_versions: int | None,
     manifest: Mapping[str, Any],
-) -> Path:
+) -> tuple[Path, dict[str, Any]]:
     """Exports an index over candidates behind an encoder; see `export`.
 
     Args:
@@ -159,6 +173,10 @@ def export_index(
         keep_versions: Likewise.
         manifest: What is known of the model; index, filter, name, date, signatures and versions
             of the libraries are added.
+
+    Returns:
+        The folder of the new version, and its manifest: another export, which keeps only its own
+        version, may have deleted both.
     """
     queries = queries[:NUM_QUERIES]
     item_filter = None
@@ -198,12 +216,13 @@ def export_index(
         shown = items.select(["item_id", *({"title"} & set(items.column_names))])
         pq.write_table(shown, version.partial / ITEMS_FILE)
         pq.write_table(_query_table(queries, items), version.partial / QUERIES_FILE)
-        text = json.dumps(full, indent=2, default=str)
-        (version.partial / MANIFEST_FILE).write_text(text)
+        files = [path for path in version.partial.rglob("*") if path.is_file()]
+        full = json.loads(json.dumps(full, default=str))
+        write_record(version.partial / MANIFEST_FILE, full, files)
         probes = queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), _example_values(full)
         for place, module in modules.items():
             _prove(version.partial / place, module, *probes)
-    return version.folder
+    return version.folder, full
 
 
 def _built(
@@ -341,9 +360,3 @@ def _plain(values: np.ndarray) -> np.ndarray:
     if values.dtype != object:
         return values
     return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)
-
-
-def file_hash(path: Path) -> str:
-    """Computes the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """The versions of a model on disk: a new one appears whole or not at all.
 
 A version is written beside its place and renamed once it is whole, so that a reader, and whoever is
-left by a crash, finds the newest complete version and nothing of a broken one. What a killed
-process left behind is removed by a later publication.
+left by a crash, finds the newest complete version and nothing of a broken one. Its lock tells that
+a version is being written: what a killed process left behind is removed by the next publication.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import logging
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from tfrs_pipeline.durable import InUse, flush, locked, naming
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,7 @@ ITEMS_FILE = Path("assets.extra") / "items.parquet"
 QUERIES_FILE = Path("assets.extra") / "queries.parquet"
 # The brute-force fallback of a ScaNN model.
 EXACT_FOLDER = Path("exact") / "1"
-_PARTIAL, _DISCARDED = ".partial-", ".discarded-"
-# The longest that a version may take to write: an older partial one is nobody's any more.
-_ABANDONED_AFTER_SECONDS = 24 * 3600.0
+_PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
 def versions_of(folder: Path) -> list[int]:
@@ -50,6 +49,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
         is its place afterwards.
 
     Raises:
+        StorageError: If the folder cannot be written.
         ValueError: If the partial folder holds no manifest at the end, or `keep` is below 1.
 
     Example:
@@ -62,18 +62,20 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent)
-    version = NewVersion(parent / f"{_PARTIAL}{uuid.uuid4().hex}")
-    version.partial.mkdir()
-    try:
-        yield version
-        if not (version.partial / MANIFEST_FILE).is_file():
-            raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
-        _flush(version.partial)
-        version.folder = _put_in_place(version.partial, parent)
-    finally:
-        shutil.rmtree(version.partial, ignore_errors=True)
+    with naming(parent), contextlib.ExitStack() as stack:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent)
+        version = NewVersion(_own_place(parent, stack))
+        version.partial.mkdir()
+        try:
+            yield version
+            if not (version.partial / MANIFEST_FILE).is_file():
+                raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
+            flush([*version.partial.rglob("*"), version.partial])
+            version.folder = _put_in_place(version.partial, parent)
+            flush([parent])
+        finally:
+            shutil.rmtree(version.partial, ignore_errors=True)
     if keep is not None:
         for number in versions_of(parent)[:-keep]:
             _discard(parent / str(number))
@@ -90,6 +92,15 @@ class NewVersion:
     def __init__(self, partial: Path) -> None:
         self.partial = partial
         self.folder = partial
+
+
+def _own_place(parent: Path, stack: contextlib.ExitStack) -> Path:
+    """Names a partial version that nobody else writes or removes until the stack is closed."""
+    while True:
+        partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
+        with contextlib.suppress(InUse):  # Another publication is looking whether it is left over.
+            stack.enter_context(locked(partial.with_suffix(_LOCK)))
+            return partial
 
 
 def _put_in_place(partial: Path, parent: Path) -> Path:
@@ -119,20 +130,6 @@ def _discard(folder: Path) -> None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    for child in parent.iterdir():
-        if child.name.startswith(_DISCARDED):
+    for child in [*parent.glob(f"{_PARTIAL}*"), *parent.glob(f"{_DISCARDED}*")]:
+        with contextlib.suppress(InUse), locked(child.with_suffix(_LOCK)):
             shutil.rmtree(child, ignore_errors=True)
-        elif child.name.startswith(_PARTIAL):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - child.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
-                    shutil.rmtree(child, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Has the disk hold what was written, before a name says that it does."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

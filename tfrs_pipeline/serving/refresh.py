@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,10 +14,10 @@ import tensorflow as tf
 from tfrs_pipeline.data.columns import Formats
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import load_items
+from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
-from tfrs_pipeline.serving.export import export_index, file_hash
+from tfrs_pipeline.serving.export import export_index
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 
@@ -109,7 +108,7 @@ def refresh_index(
     num_untrained = int((~is_trained).sum())
     on_progress("index", 0, 0)
     asked = retriever.manifest["export"]
-    folder = export_index(
+    folder, manifest = export_index(
         retriever.folder.parent,
         encoder=retriever.saved_model.encoder,
         embeddings=embeddings,
@@ -136,7 +135,7 @@ def refresh_index(
         num_dropped=len(before - set(ids)),
         num_skipped=found.num_rows - len(ids),
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
-        index=json.loads((folder / MANIFEST_FILE).read_text())["index"],
+        index=manifest["index"],
     )
 
 

@@ -1,0 +1,117 @@
+"""A run's folder: its own settings or none, one process at a time, nothing of refused input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfrs_pipeline.config import RunConfig, load_config, with_settings
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.durable import InUse, StorageError
+from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder, read_settings
+from tfrs_pipeline.settings import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    settings = {"data.path": "clicks.csv", "export.directory": tmp_path / "saved_models"}
+    return with_settings(RunConfig(), settings)
+
+
+def begin(config: RunConfig, folder: Path) -> None:
+    """Does what a run does until its data is there."""
+    with claim_folder(config, folder, exports=True):
+        (folder / "data").mkdir()
+        (folder / "data" / "log.json").write_text("{}")
+
+
+def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Path) -> None:
+    """A file cut at any place may be valid TOML of the defaults, which are another run."""
+    begin(config, tmp_path / "run")
+    path = tmp_path / "run" / CONFIG_FILE
+    assert read_settings(tmp_path / "run") == load_config(path) == config
+    whole = path.read_bytes()
+    cuts = [whole[:i] for i in range(0, len(whole) - 1, 49)]
+    for broken in (b"", *cuts, whole.replace(b"clicks", b"others"), whole + b"seed = 3\n"):
+        path.write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"config\.toml:\n.*is not as the run wrote it"):
+            read_settings(tmp_path / "run")
+        with pytest.raises(ConfigError), claim_folder(config, tmp_path / "run", exports=True):
+            pass
+        assert path.read_bytes() == broken
+    path.unlink()
+    with pytest.raises(ConfigError, match="lost, cut or changed"):
+        read_settings(tmp_path / "run")
+
+
+def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
+    begin(config, tmp_path / "run")
+    other = with_settings(config, {"training.batch_size": 512, "model.query_layers": [8]})
+    expected = r"model.query_layers: \[\], now \[8\]; training.batch_size: 1024, now 512\)"
+    with (
+        pytest.raises(ValueError, match=expected),
+        claim_folder(other, tmp_path / "run", exports=True),
+    ):
+        pass
+    assert read_settings(tmp_path / "run") == config
+
+
+def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    def work(error: BaseException, done: str = "") -> None:
+        with claim_folder(config, tmp_path / "run", exports=True):
+            (tmp_path / "run" / "data").mkdir()
+            if done:
+                (tmp_path / "run" / done).mkdir()
+            raise error
+
+    with pytest.raises(DataError):
+        work(DataError("no column"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()  # One's own.
+    with pytest.raises(DataError):
+        work(DataError("no column"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "data"}
+    for error, done in ((KeyboardInterrupt(), ""), (ValueError("diverged"), "checkpoints")):
+        subprocess.run(["rm", "-r", tmp_path / "run"], check=True)
+        with pytest.raises(type(error)):
+            work(error, done)
+        assert read_settings(tmp_path / "run") == config
+
+
+def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "saved_models").write_text("a file")
+    with (
+        pytest.raises(StorageError, match="saved_models: Not a directory"),
+        claim_folder(config, tmp_path / "run", exports=True),
+    ):
+        pytest.fail("the work began")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
+    with claim_folder(config, tmp_path / "run", exports=False):
+        pass
+
+
+SECOND = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from tfrs_pipeline.config import load_config
+from tfrs_pipeline.run_folder import claim_folder
+
+folder = Path(sys.argv[1])
+with claim_folder(load_config(folder / "config.toml"), folder, exports=True):
+    print("in")
+"""
+
+
+def test_a_second_process_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[1])]
+    with claim_folder(config, tmp_path / "run", exports=True):
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.stdout == ""
+        assert InUse.__name__ in second.stderr
+        assert f"{tmp_path / 'run'} is in use by process" in second.stderr
+    third = subprocess.run(command, capture_output=True, text=True)
+    assert third.stdout == "in\n"
