@@ -1,0 +1,301 @@
+r"""Kills runs and damages their files, and looks whether they end as an undisturbed run does.
+
+    python benchmarks/resuming.py --kills 100 --damage --json benchmarks/results/resuming.json
+
+Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, is begun
+in a process of its own and killed; another process goes on and is killed too, until one comes to
+the end. Half of the kills come after a time drawn at random; the others, as a run writes least of
+the time, at the sight of a file half written: a checkpoint (`epoch-3_temp`), a record, a table, a
+version.
+
+Damage: every file of a run stopped in its refit, and every file of a finished run and of its
+export, is emptied, cut at half, or has a bit flipped, one at a time, and the run is begun again.
+
+What must come out: every run ends with the weights, the metrics and the served answers of the
+undisturbed one, bit for bit, or refuses the damaged file by its name. The check of an export in a
+fresh process is left out, for its time (`benchmarks/publishing.py` kills exports with it). Needs
+the extra dev. Takes some seconds a kill or damage on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import tensorflow as tf
+
+from tests.damage import DAMAGES, damage
+from tests.small_log import event_table, item_table, small_config, write
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.run import run
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.retriever import load
+
+HALF_WRITTEN = ("_temp", ".partial", "_numbered-", ".partial-")
+# A run that is neither killed nor done by then hangs.
+MAX_SECONDS = 300.0
+
+
+class Stopped(Exception):
+    """Ends a run in its refit."""
+
+
+def config_in(folder: Path) -> RunConfig:
+    """Writes the log, and returns the settings of the runs in this folder."""
+    data = {
+        "source": "files",
+        "path": write(event_table("str"), folder / "events.parquet"),
+        "items_path": write(item_table("str"), folder / "items.parquet"),
+        "item_features": {"genre": "categorical"},
+    }
+    mined = "mined:share=0.1:every=1:min_rank=10:max_rank=40"
+    return small_config(
+        folder,
+        data,
+        split={"kind": "last_share", "test": 0.2, "validation": 0.1},
+        model={"hard": mined},
+        training={"max_epochs": 3, "learning_rate": 0.004},
+    )
+
+
+def outcome_of(config: RunConfig, folder: Path) -> tuple[list[Any], Path]:
+    """Runs to the end; returns what must be the same, and the export's folder."""
+    result = run(config, folder)
+    other = ("seconds", "notes", "export_folder")
+    metrics = {name: value for name, value in result.metrics.items() if name not in other}
+    users = [f"user {number}" for number in range(40)]
+    ids, scores, _ = load(result.export_folder, exact=True).retrieve_user(users, 20)
+    return [repr(metrics), ids.tolist(), scores.tobytes()], result.export_folder
+
+
+def last_weights(folder: Path) -> dict[str, bytes]:
+    """Reads every variable, the optimizer's too, of the refit's last checkpoint."""
+    (record,) = (folder / "checkpoints" / "two_tower" / "refit").glob("epoch-*.json")
+    reader = tf.train.load_checkpoint(str(record.with_suffix("")))
+    return {
+        name: np.asarray(reader.get_tensor(name)).tobytes()
+        for name in reader.get_variable_to_shape_map()
+        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
+    }
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Begins some work in a process of its own, TensorFlow imported and not yet used; its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Lists files and folders, whatever is removed meanwhile."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in [*folders, *files])
+
+
+def kill_or_end(
+    child: int, place: Path, rng: np.random.Generator, run_seconds: float | None
+) -> str:
+    """Kills a child at a random point, or never; says at what, or "done" or "failed"."""
+    if run_seconds is None:
+        return "failed" if os.waitpid(child, 0)[1] else "done"
+    start, wait = time.monotonic(), float(rng.uniform(0, run_seconds))
+    looks, seen = bool(rng.random() < 0.5), set(files_of(place))
+    num_left = int(rng.integers(1, 25))
+    while time.monotonic() - start < MAX_SECONDS:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return "done" if status == 0 else "failed"
+        if looks:
+            new = {p for p in files_of(place) if any(x in p.name for x in HALF_WRITTEN)} - seen
+            seen |= new
+            num_left -= len(new)
+            if new and num_left <= 0:
+                break
+        elif time.monotonic() - start > wait:
+            break
+        time.sleep(0 if looks else 0.002)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "half-written file" if looks else "random time"
+
+
+def stage_of(folder: Path) -> str:
+    """Says how far a killed run had come, by what it left."""
+    stages = {
+        "export": "saved_models/films/.partial-*",
+        "refit": "run/checkpoints/two_tower/refit",
+        "selection": "run/checkpoints/two_tower/selection",
+        "samples": "run/samples",
+        "data": "run/data",
+    }
+    found = (name for name, pattern in stages.items() if list(folder.glob(pattern)))
+    return next(found, "before the data")
+
+
+def kills(folder: Path, num_kills: int) -> dict[str, Any]:
+    """Kills runs that often.
+
+    Returns:
+        "num_kills"; "by_stage" and "by_kind" of them, and "left", the kinds of half written files
+        that they left; "num_runs" that came to their end, "num_failed" processes that ended with an
+        error, "num_other" runs with other weights, metrics or answers.
+    """
+    config = config_in(folder)
+    expected = folder / "expected.npy"
+
+    def save(place: Path) -> None:
+        same, _ = outcome_of(config, folder / "run")
+        np.save(place, np.array([repr(same)]))
+
+    rng = np.random.default_rng(0)
+    start = time.monotonic()
+    _, status = os.waitpid(in_child(lambda: save(expected)), 0)
+    if status:
+        raise RuntimeError("The undisturbed run failed.")
+    run_seconds, weights = time.monotonic() - start, last_weights(folder / "run")
+    print(f"an undisturbed run takes {run_seconds:.1f} s", flush=True)
+    reset(folder)
+    by_stage, by_kind, left = Counter[str](), Counter[str](), Counter[str]()
+    num_done, num_failed, num_runs, num_other = 0, 0, 0, 0
+    got = folder / "got.npy"
+    while num_done < num_kills or (folder / "run").exists():
+        child = in_child(lambda: save(got))
+        ended = kill_or_end(child, folder, rng, run_seconds if num_done < num_kills else None)
+        if ended not in ("done", "failed"):
+            num_done, stage = num_done + 1, stage_of(folder)
+            by_kind[ended] += 1
+            by_stage[stage] += 1
+            for kind in HALF_WRITTEN:
+                left[kind] += any(kind in path.name for path in files_of(folder))
+            print(f"kill {num_done}: {ended}, in {stage}", flush=True)
+            continue
+        same = ended == "done" and np.load(got)[0] == np.load(expected)[0]
+        same = same and last_weights(folder / "run") == weights
+        num_runs, num_failed = num_runs + 1, num_failed + (ended == "failed")
+        num_other += ended == "done" and not same
+        print(f"run {num_runs}: {ended}, {'the same' if same else 'NOT THE SAME'}", flush=True)
+        reset(folder)
+    return {
+        "num_kills": num_done,
+        "by_stage": dict(by_stage),
+        "by_kind": dict(by_kind),
+        "left": dict(left),
+        "num_runs": num_runs,
+        "num_failed": num_failed,
+        "num_other": num_other,
+        "run_seconds": run_seconds,
+    }
+
+
+def reset(folder: Path) -> None:
+    """Removes a run and its export."""
+    for name in ("run", "saved_models"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def damages(folder: Path) -> dict[str, Any]:
+    """Damages every file of a half done and of a finished run, one at a time.
+
+    Returns:
+        By state of the run and damage, how many files had which outcome: "the same", "refused" by
+        name, "other" weights, metrics or answers, "raw" errors that do not name the file; and
+        "wrong", the files of the latter two.
+    """
+    config = config_in(folder)
+
+    def stop(task: str, done: int, total: int) -> None:
+        if (task, done) == ("two_tower, refit", 2):
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        run(config, folder / "run", on_progress=stop)
+    keep(folder, "half done")
+    expected, _ = outcome_of(config, folder / "run")
+    keep(folder, "finished")
+    figures: dict[str, Any] = {"wrong": []}
+    for state in ("half done", "finished"):
+        template = folder / "kept" / state
+        names = [path.relative_to(template) for path in files_of(template) if path.is_file()]
+        for how in DAMAGES:
+            counts = Counter[str]()
+            for name in sorted(names):
+                reset(folder)
+                shutil.copytree(template, folder, dirs_exist_ok=True)
+                damage(folder / name, how)
+                outcome = begin_again(config, folder, name, expected)
+                counts[outcome] += 1
+                if outcome in ("other", "raw"):
+                    figures["wrong"].append(f"{state}: {name} {how}: {outcome}")
+                print(f"{state}: {name} {how}: {outcome}", flush=True)
+            figures[f"{state}, {how}"] = dict(counts)
+    return figures
+
+
+def keep(folder: Path, state: str) -> None:
+    """Keeps what a run has written so far."""
+    for name in ("run", "saved_models"):
+        if (folder / name).exists():
+            shutil.copytree(folder / name, folder / "kept" / state / name)
+
+
+def begin_again(config: RunConfig, folder: Path, name: Path, expected: list[Any]) -> str:
+    """Runs to the end; says how it ended."""
+    try:
+        same, _ = outcome_of(config, folder / "run")
+    except Exception as error:
+        if name.name in str(error) and type(error).__module__.startswith("tfrs_pipeline"):
+            return "refused"
+        traceback.print_exc()
+        return "raw"
+    return "the same" if same == expected else "other"
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="How many (none).")
+    parser.add_argument("--damage", action="store_true", help="Damage files too.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    export._prove = lambda *arguments: None
+    figures: dict[str, Any] = {}
+    # First: a process that has used TensorFlow cannot be forked.
+    for name, work in (("kills", lambda p: kills(p, options.kills)), ("damage", damages)):
+        if getattr(options, name):
+            with tempfile.TemporaryDirectory() as folder:
+                figures[name] = work(Path(folder))
+            print(figures[name])
+    if options.json:
+        write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()
