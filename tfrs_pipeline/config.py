@@ -260,6 +260,9 @@ class ExportConfig(Config):
     """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
     keep_versions: PositiveInt | None = None
     """Versions of the model to keep, the newest; older ones are deleted. If not given, all."""
+    user_data: bool = True
+    """Whether the export holds what the log tells of people: users' ids, histories and features,
+    and held-out queries. Without them every request brings the user's history."""
 
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:

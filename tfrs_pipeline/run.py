@@ -430,6 +430,7 @@ def export_model(
         index=index,
         filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,
+        user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},
     )

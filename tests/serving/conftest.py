@@ -95,7 +95,7 @@ def served(request: pytest.FixtureRequest) -> Served:
     return make_served(request.param)
 
 
-def make_served(ids: str) -> Served:
+def make_served(ids: str, *, use_user_id: bool = True) -> Served:
     """Makes the model with ids of a type, "int" or "str"."""
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
@@ -109,7 +109,7 @@ def make_served(ids: str) -> Served:
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    model = TwoTower(dim=8, feature_dim=4, history_length=5, use_user_id=True).build(
+    model = TwoTower(dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id).build(
         Corpus(
             Ids(candidate_ids),
             Ids(query_ids),

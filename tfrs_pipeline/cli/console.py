@@ -123,8 +123,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"report   {result.folder / 'report.html'}")
     say(console, f"model    {result.export_folder}")
     command = [program(), "query", str(result.export_folder.parent)]
-    command += ["--user", str(result.metrics["examples"][0]["user_id"]), "-k", "10"]
-    say(console, f"\nnext:  {shlex.join(command)}")
+    user = str(result.metrics["examples"][0]["user_id"])
+    command += ["--user", user] if config.export.user_data else ["--history", "ITEM"]
+    say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
 def verdicts(

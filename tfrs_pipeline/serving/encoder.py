@@ -85,9 +85,16 @@ class Encoder(tf.Module):
     that was saved within a module and loaded is called in the same way, by position: its functions
     keep their input signatures.
 
+    Args:
+        model: What embeds.
+        user_data: Whether to hold what is known of users: their ids, histories and features.
+
+    Raises:
+        ValueError: If there shall be no user data and the model has an embedding of each user.
+
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
-            stored history and features.
+            stored history and features; None without user data.
         embed_query: user_id [B], history [B, L] oldest first -> the same, by that history.
         embed_query_with_features: user_id, history, each feature's raw values (`raw_signature`) ->
             the same, by these features instead of the stored ones; None without query features.
@@ -97,18 +104,19 @@ class Encoder(tf.Module):
         known_items: user_id [B] -> [B, any] ids of the user's known positives.
     """
 
-    def __init__(self, model: Exportable) -> None:
+    def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
-        # Variables alone: tracking the layers would export their Keras machinery too.
-        self._variables = list(model.variables)
         self._model = _Untracked(model)
-        self._query_rows = row_table(model.query_ids)
+        self._holds_users = user_data
+        self._query_rows = row_table(model.query_ids if user_data else model.query_ids[:0])
         self._candidate_rows = row_table(model.candidate_ids)
         # Place 0 holds the empty id: an empty slot has row 0.
         self._candidate_ids = stored(with_empty(model.candidate_ids))
-        self._histories = [stored(model.histories.values), stored(model.histories.offsets)]
-        known = model.known_positives
-        self._known = [stored(known.values), stored(known.offsets)]
+        nobody = np.zeros(0, np.int32), np.zeros(2, np.int64)
+        self._histories, self._known = (
+            [stored(x) for x in ((lists.values, lists.offsets) if user_data else nobody)]
+            for lists in (model.histories, model.known_positives)
+        )
         self._query_features = tuple(model.query_features)
         self._candidate_features = tuple(model.candidate_features)
         # As attributes they are saved with the module.
@@ -120,7 +128,7 @@ class Encoder(tf.Module):
         history = tf.TensorSpec([None, None], item_dtype, "history")
         query_features = raw_signature(self._query_features).values()
         candidate_features = raw_signature(self._candidate_features).values()
-        self.embed_user = traced(self._embed_user, [user_id])
+        self.embed_user: Any = traced(self._embed_user, [user_id]) if user_data else None
         self.embed_query = traced(self._embed_query, [user_id, history])
         self.embed_query_with_features = None
         if query_features:
@@ -129,6 +137,12 @@ class Encoder(tf.Module):
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(self._known_items, [user_id])
+        # Variables alone: tracking the layers would export their Keras machinery too.
+        self._variables = list(model.variables)
+        if not user_data:
+            self._refuse_user_embeddings()
+            # Features of all users are among the model's, which nothing reads now.
+            self._variables = [x for x in model.variables if _handle(x) in self._captured()]
 
     def _embed_user(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         query_rows = lookup(self._query_rows, user_id)
@@ -150,12 +164,38 @@ class Encoder(tf.Module):
         features: dict[str, tf.Tensor] | None,
     ) -> dict[str, tf.Tensor]:
         model = self._model.value
+        if features is None and not self._holds_users:
+            features = self._missing_features(tf.shape(query_rows)[0])
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
         return {
             "embeddings": model.embed_queries(query_rows, recent, features),
             "is_known_user": query_rows > 0,
         }
+
+    def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
+        return {
+            feature.name: tf.repeat(tf.constant(feature.spec.empty(1)), num_rows, axis=0)
+            for feature in self._query_features
+        }
+
+    def _refuse_user_embeddings(self) -> None:
+        """Refuses a model that tells its first users apart, all else being equal."""
+        model = self._model.value
+        rows = tf.range(min(2, len(model.query_ids) + 1))
+        history = tf.zeros([len(rows), model.history_length], tf.int32)
+        embedded = model.embed_queries(rows, history, self._missing_features(len(rows)))
+        if (embedded[0] != embedded[-1]).numpy().any():
+            raise ValueError(
+                "A model that has learned an embedding of each user cannot be exported without "
+                "user data: train it with use_user_id=False (model.use_user_id)."
+            )
+
+    def _captured(self) -> set[int]:
+        """Identifies the resources that the functions read."""
+        functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
+        graphs = [f.get_concrete_function().graph for f in functions if f is not None]
+        return {id(resource) for graph in graphs for resource, _ in graph.captures}
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
@@ -215,6 +255,11 @@ def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.Rag
     """Gathers the lists of rows."""
     values, offsets = values_and_offsets
     return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)
+
+
+def _handle(variable: Any) -> int:
+    """Identifies the resource behind a variable or a lookup table."""
+    return id(variable.handle if hasattr(variable, "handle") else variable.resource_handle)
 
 
 class _Untracked:

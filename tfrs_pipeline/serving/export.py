@@ -70,6 +70,7 @@ def export(
     index: Scann | Exact | None = None,
     filter_by: str | None = None,
     keep_versions: int | None = None,
+    user_data: bool = True,
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -82,6 +83,9 @@ def export(
             on.
         filter_by: Column of the model's items by whose values requests may filter.
         keep_versions: How many versions to keep, the newest; None keeps all.
+        user_data: Whether to export what is known of users: their ids, histories, features and
+            embeddings, and the queries. Without it requests bring the history, and an index is
+            measured on queries of one item each.
         queries: Held-out ones, of which `user_id` and `history` are read: a ScaNN index is tuned
             and measured on the first 1,000, and what every signature answers to the first 20 must
             come back the same from the reloaded model. None takes the model's users.
@@ -94,7 +98,8 @@ def export(
         ExportError: If a fresh process cannot load the export or answers otherwise; nothing is
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        ValueError: If the model's items are not those of its ids, or lack the column to filter by.
+        ValueError: If the model's items are not those of its ids, or lack the column to filter by;
+            if there shall be no user data and the model has an embedding of each user.
     """
     return export_version(
         model,
@@ -102,6 +107,7 @@ def export(
         index=index,
         filter_by=filter_by,
         keep_versions=keep_versions,
+        user_data=user_data,
         queries=queries,
         manifest=manifest or {},
     )[0]
@@ -114,6 +120,7 @@ def export_version(
     index: Scann | Exact | None,
     filter_by: str | None,
     keep_versions: int | None,
+    user_data: bool,
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
@@ -124,7 +131,9 @@ def export_version(
             f"The model's items must be one row for each of its {len(model.candidate_ids)} "
             f"candidate ids, in their order. Received: {items.num_rows} rows"
         )
-    if queries is None:
+    if not user_data:
+        queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
+    elif queries is None:
         queries = _stored_queries(model)
     sides = {"query": model.query_features, "candidate": model.candidate_features}
     about = {
@@ -133,11 +142,12 @@ def export_version(
             side: {name: spec.name for name, spec in raw_signature(features).items()}
             for side, features in sides.items()
         },
+        "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(
         path,
-        encoder=Encoder(model),
+        encoder=Encoder(model, user_data=user_data),
         embeddings=embed_corpus(model),
         items=items,
         queries=queries,

@@ -123,10 +123,13 @@ def parse_predict(
         )
     name = document.get("signature_name") or DEFAULT_SIGNATURE
     if not isinstance(name, str) or name not in signatures:
+        why = ""
+        if "retrieve_user" not in signatures:
+            why = " It was exported without user data: ask 'retrieve', with the user's history."
         raise HTTPException(
             400,
             f"Serving signature name: {_shown(name)} not found in signature def. "
-            f"The model has {', '.join(sorted(signatures))}.",
+            f"The model has {', '.join(sorted(signatures))}.{why}",
         )
     is_row_format = "instances" in document
     if is_row_format == ("inputs" in document):

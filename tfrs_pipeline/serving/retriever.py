@@ -134,8 +134,14 @@ class LoadedRetriever:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
 
         Raises:
-            ValueError: If `allowed` is given and the model has no item filter, or another value.
+            ValueError: If the model was exported without user data; if `allowed` is given and the
+                model has no item filter, or another value.
         """
+        if not self.manifest.get("user_data", True):
+            raise ValueError(
+                "This model was exported without user data and knows no users. Give the history: "
+                "retrieve([{'history': [...]}], k)"
+            )
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         asked = self._asked(k, exclude, allowed, len(user_ids))

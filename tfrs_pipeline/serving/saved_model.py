@@ -97,7 +97,8 @@ class RetrievalModule(tf.Module):
 
     Those that retrieve return `candidate_ids` [B, k], `scores` [B, k] float32 (-inf in empty
     slots), best first, and `is_known_user` [B] bool. Unknown items in `history` and `exclude` are
-    ignored. They are attributes too, called by position in the order above.
+    ignored. They are attributes too, called by position in the order above. A model without users
+    has none of `serving_default`, `retrieve_user...` and `embed_user`.
 
     Args:
         encoder: `Encoder`, or what one was loaded as.
@@ -157,7 +158,9 @@ class RetrievalModule(tf.Module):
         embed = self.encoder.embed_candidate
         item = list(signature_inputs(embed).values())
         self._export("embed_candidate", functools.partial(_by_position, embed), item)
-        self._export("serving_default", self._answer_default, query[:1])
+        if "retrieve_user" in self._names:
+            user_id = signature_inputs(self.encoder.embed_user).values()
+            self._export("serving_default", self._answer_default, list(user_id))
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         nothing = tf.zeros([tf.shape(user_id)[0], 0], self._candidate_ids.dtype)

@@ -1,0 +1,55 @@
+"""Exports that tell of nobody."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from starlette.exceptions import HTTPException
+
+from tests.serving.conftest import Served, make_served
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.index import Exact, Scann
+from tfrs_pipeline.serving.rest import parse_predict
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.versions import ServedVersion
+
+FEATURES: list[dict[str, Any]] = [{}, {"features": {"gender": "F"}}]
+
+
+def bytes_of(folder: Path) -> bytes:
+    """Reads every file of an export, tables also as the text of their values."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    tables = [str(pq.read_table(f).to_pydict()) for f in files if f.suffix == ".parquet"]
+    return b"".join(path.read_bytes() for path in files) + "".join(tables).encode()
+
+
+def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, unproven: None) -> None:
+    served = make_served("str", use_user_id=False)
+    index = Scann(recall=0.9, k=10)
+    kept = export(served, tmp_path / "films", index=Exact())
+    left_out = export(served, tmp_path / "films", index=index, user_data=False)
+    for user in served.query_ids:
+        assert user.encode() in bytes_of(kept)
+        assert user.encode() not in bytes_of(left_out)
+    model, full = load(left_out, exact=True), load(kept)
+    assert not any("user" in name or "default" in name for name in model.saved_model.signatures)
+    # The features of users are gone, not only their ids.
+    (by_user,) = {column.shape[0] for column in served.model.query_table.variables}
+    assert by_user not in [x.shape[0] for x in model.saved_model.encoder._variables if x.shape.rank]
+    queries = [{"history": served.known(row), **more} for row in (2, 4, 5) for more in FEATURES]
+    for got, expected in zip(model.retrieve(queries, 9), full.retrieve(queries, 9), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match=r"exported without user data and knows no users\. Give"):
+        model.retrieve_user([served.query_ids[0]], 5)
+    with pytest.raises(HTTPException) as caught:
+        parse_predict(b'{"inputs": ["x"]}', ServedVersion(left_out, ServeSettings()).signatures)
+    assert "exported without user data: ask 'retrieve'" in caught.value.detail
+
+
+def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_user_id=False"):
+        export(served, tmp_path / "films", user_data=False)
+    assert not (tmp_path / "films").exists()
