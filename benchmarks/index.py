@@ -1,429 +1,187 @@
-"""Compares search structures at one recall: build time, time a query, size.
+"""Recall and time of a ScaNN index for requests of every kind, beside exact search.
 
-Every structure is searched as widely as .98 of the exact top 100 takes: half of the queries choose
-the setting, which must reach the recall target on the other half, whose recall is shown. Without
-`--embeddings` the corpus is synthetic: unit vectors in 1,000 overlapping clusters, the spread of
-whose dimensions falls as that of learned embeddings does; the queries are drawn alike.
+An index is tuned as an export's is, then asked by other queries: a grid of k and excluded items,
+the nearest to the query or far ones; and filters that let a share of the items pass, at random or
+those nearest to or farthest from a direction, as the values of a feature lie.
 
-    pip install faiss-cpu==1.15.1 hnswlib==0.8.0
     python benchmarks/index.py --json benchmarks/results/index.json
-    python benchmarks/index.py --embeddings vectors.npz
+    python benchmarks/index.py --model saved_models/NAME
 
-The two libraries are needed by this script alone; without them the rest is measured. Each structure
-has a process of its own. Searches take one thread, builds as many as there are cores.
+Without `--model` the corpora are synthetic: unit vectors in 1,000 overlapping clusters, the spread
+of whose dimensions falls as that of learned embeddings does; the queries are drawn alike. Of a
+model, its items and held-out queries are taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import math
-import multiprocessing
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
+from index_libraries import synthetic
 from record import write_json
 
 from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.serving.index import Allowed, ScannIndex
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.tune import Requests, exact_ranking, tune_index
 
-NUM_CLUSTERS = 1000
-Search = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every structure is measured on.
-
-    Args:
-        folder: Holds candidates.npy and queries.npy, float32, and exact.npy, the places of the
-            `k` best candidates of each query.
-        k: Neighbours to find.
-        target_recall: Recall target.
-    """
-
-    folder: Path
-    k: int
-    target_recall: float
-
-    def load(self, name: str) -> np.ndarray:
-        """Reads an array."""
-        return np.load(self.folder / f"{name}.npy")
-
-    def recalls(self, search: Search) -> tuple[float, float]:
-        """Returns the recall on the half that chooses, and on the half that is held out."""
-        queries, exact = self.load("queries"), self.load("exact")
-        found = np.concatenate([search(block) for block in np.array_split(queries, 16)])
-        hits = np.array([len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)])
-        tuning, held_out = (float(hits[half::2].mean()) / self.k for half in (0, 1))
-        return tuning, held_out
-
-    def smallest(self, most: int, search_at: Callable[[int], Search], least: int = 1) -> int | None:
-        """Finds the smallest value of a knob, up to `most`, that reaches the recall target."""
-
-        def keeps(value: int) -> bool:
-            return min(self.recalls(search_at(value))) >= self.target_recall
-
-        low, high = least - 1, least
-        while not keeps(high):
-            if high == most:
-                return None
-            low, high = high, min(2 * high, most)
-        # Within a hundredth: recall rises with the knob, nearly always.
-        while high - low > max(1, high // 100):
-            middle = (low + high) // 2
-            low, high = (low, middle) if keeps(middle) else (middle, high)
-        return high
-
-    def microseconds(self, search: Search, batch_size: int, num_calls: int) -> float:
-        """Returns the median time a held-out query, in calls of a size."""
-        queries = self.load("queries")[1::2]
-        rows = np.resize(np.arange(len(queries)), (num_calls, batch_size))
-        search(queries[:batch_size])
-        seconds = []
-        for batch in (np.ascontiguousarray(queries[row]) for row in rows):
-            start = time.perf_counter()
-            search(batch)
-            seconds.append(time.perf_counter() - start)
-        return 1e6 * float(np.median(seconds)) / batch_size
-
-    def measure(
-        self, name: str, search: Search, build_seconds: float, num_bytes: int, **settings: Any
-    ) -> dict[str, Any]:
-        """Returns what is said of a structure, set to reach the recall target."""
-        return {
-            "index": name,
-            "recall": self.recalls(search)[1],
-            "build_seconds": build_seconds,
-            "microseconds_batch_1": self.microseconds(search, 1, 300),
-            "microseconds_batch_64": self.microseconds(search, 64, 30),
-            "index_mb": num_bytes / 1e6,
-            "settings": settings,
-        }
+BATCH_SIZE = 16
+# Exact search is asked less: its time differs little between queries.
+NUM_TIMED_EXACTLY = 64
+KINDS = ("near", "far")
+FILTERS = ("at random", "near", "far")
 
 
-def measure_exact(task: Task) -> list[dict[str, Any]]:
-    """Scores every candidate, in TensorFlow."""
-    tf = _tensorflow_of_one_thread()
-    from tfrs_pipeline.serving.index import ExactIndex
+class Searches:
+    """An index and the exact search beside it, compiled, asked by queries in calls of 16."""
 
-    candidates = task.load("candidates")
-    start = time.perf_counter()
-    index = ExactIndex(candidates)
-    seconds = time.perf_counter() - start
-    nothing = tf.zeros([1, 0], tf.int32)
-    search = _compiled(tf, lambda q, k: index.search(q, k, nothing), task.k)
-    return [task.measure("exact, TensorFlow", search, seconds, candidates.nbytes)]
-
-
-def measure_scann(task: Task) -> list[dict[str, Any]]:
-    """Tunes this project's index, through TensorFlow; then ScaNN alone, set alike."""
-    tf = _tensorflow_of_one_thread()
-    from scann import scann_ops_pybind
-
-    from tfrs_pipeline.serving.index import ScannIndex, build_searcher
-    from tfrs_pipeline.serving.tune import tune_index
-
-    candidates, queries = task.load("candidates"), task.load("queries")
-    start = time.perf_counter()
-    index, curve = tune_index(
-        candidates, queries, k=task.k, target_recall=task.target_recall, num_structures=None
-    )
-    tuning_seconds = time.perf_counter() - start
-    print(curve.table(), flush=True)
-    settings = index.settings
-    start = time.perf_counter()
-    ScannIndex(index.exact, settings)
-    build_seconds = time.perf_counter() - start
-    num_bytes = sum(
-        v.numpy().nbytes for v in index._state.variables if v.dtype != tf.string and v.shape.rank
-    )
-    result = task.measure(
-        "ScaNN, TensorFlow",
-        _compiled(tf, index.approximate, task.k),
-        build_seconds,
-        num_bytes,
-        **asdict(settings),
-    )
-    result |= {"tuning_seconds": tuning_seconds, "curve": curve.records()}
-    start = time.perf_counter()
-    searcher = build_searcher(scann_ops_pybind.builder, candidates, settings)
-    seconds = time.perf_counter() - start
-    alone = task.measure(
-        "ScaNN, alone",
-        lambda q: searcher.search_batched(q, final_num_neighbors=task.k)[0].astype(np.int64),
-        seconds,
-        num_bytes,
-        **asdict(settings),
-    )
-    return [result, alone]
-
-
-def _tensorflow_of_one_thread() -> Any:
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    return tf
-
-
-def _compiled(tf: Any, find: Any, k: int) -> Search:
-    search = tf.function(
-        lambda q: find(q, k), input_signature=[tf.TensorSpec([None, None], tf.float32)]
-    )
-
-    def found(queries: np.ndarray) -> np.ndarray:
-        return search(queries)[0].numpy() - 1
-
-    return found
-
-
-def measure_faiss_flat(task: Task) -> list[dict[str, Any]]:
-    """Scores every candidate, in faiss."""
-    import faiss
-
-    candidates = task.load("candidates")
-    index = faiss.IndexFlatIP(candidates.shape[1])
-    seconds = _build(faiss, index, candidates)
-    return [
-        task.measure(
-            "exact, faiss", lambda q: index.search(q, task.k)[1], seconds, candidates.nbytes
-        )
-    ]
-
-
-def measure_faiss_ivf_flat(task: Task) -> list[dict[str, Any]]:
-    """Tunes the lists searched of an inverted file."""
-    import faiss
-
-    candidates = task.load("candidates")
-    num_lists = 4 * round(math.sqrt(len(candidates)))
-    index = faiss.index_factory(
-        candidates.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT
-    )
-    seconds = _build(faiss, index, candidates)
-
-    def search_at(num_lists_to_search: int) -> Search:
-        def search(queries: np.ndarray) -> np.ndarray:
-            index.nprobe = num_lists_to_search
-            return index.search(queries, task.k)[1]
-
-        return search
-
-    searched = task.smallest(num_lists, search_at)
-    assert searched is not None  # All lists are all candidates.
-    size = len(faiss.serialize_index(index))
-    return [
-        task.measure(
-            "faiss IVF-Flat",
-            search_at(searched),
-            seconds,
-            size,
-            num_lists=num_lists,
-            num_lists_to_search=searched,
-        )
-    ]
-
-
-def measure_faiss_ivf_pq(task: Task) -> list[dict[str, Any]]:
-    """Tunes lists searched and candidates rescored of an inverted file of 4-bit codes."""
-    import faiss
-
-    candidates = task.load("candidates")
-    dim = candidates.shape[1]
-    num_lists, blocks = 4 * round(math.sqrt(len(candidates))), dim // 2 if dim % 2 == 0 else dim
-    factory = f"IVF{num_lists},PQ{blocks}x4fsr,RFlat"
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    seconds = _build(faiss, index, candidates)
-    ivf = faiss.extract_index_ivf(index)
-
-    def search_at(num_lists_to_search: int, over_k: int) -> Search:
-        def search(queries: np.ndarray) -> np.ndarray:
-            ivf.nprobe, index.k_factor = num_lists_to_search, over_k
-            return index.search(queries, task.k)[1]
-
-        return search
-
-    tried = []
-    for over_k in (1, 2, 3, 5, 10, 20):
-        searched = task.smallest(num_lists, lambda n, over_k=over_k: search_at(n, over_k))
-        if searched is not None:
-            cost = task.microseconds(search_at(searched, over_k), 16, 50)
-            tried.append((cost, searched, over_k))
-    if not tried:
-        return [
-            {"index": "faiss IVF-PQ, refined", "missing": f"recall below the target: {factory}"}
+    def __init__(self, index: ScannIndex, queries: np.ndarray) -> None:
+        self._queries = queries
+        self._searches = [
+            tf.function(search, reduce_retracing=True)
+            for search in (index.search, index.exact.search)
         ]
-    _, searched, over_k = min(tried)
-    return [
-        task.measure(
-            "faiss IVF-PQ, refined",
-            search_at(searched, over_k),
-            seconds,
-            len(faiss.serialize_index(index)),
-            factory=factory,
-            num_lists_to_search=searched,
-            num_reordered=over_k * task.k,
-        )
-    ]
+        self._filtered = [
+            tf.function(
+                lambda queries, k, excluded, codes, share, search=search: search(
+                    queries, k, excluded, of_one_value(codes, share, len(queries))
+                ),
+                input_signature=[
+                    tf.TensorSpec([BATCH_SIZE, queries.shape[1]]),
+                    tf.TensorSpec([], tf.int32),
+                    tf.TensorSpec([BATCH_SIZE, None], tf.int32),
+                    tf.TensorSpec([None, 1], tf.int32),
+                    tf.TensorSpec([]),
+                ],
+            )
+            for search in (index.search, index.exact.search)
+        ]
+
+    def compare(
+        self, k: int, excluded: np.ndarray, *of_filter: Any
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Returns what is found, [n, k] rows of all queries, exact ones of some, and the times."""
+        answers, ms = [], []
+        searches = self._filtered if of_filter else self._searches
+        for search, num in zip(searches, (len(self._queries), NUM_TIMED_EXACTLY), strict=True):
+            rows, seconds = [], []
+            self._ask(search, slice(0, BATCH_SIZE), k, excluded, of_filter)
+            for start in range(0, num, BATCH_SIZE):
+                begin = time.perf_counter()
+                block = slice(start, start + BATCH_SIZE)
+                rows.append(self._ask(search, block, k, excluded, of_filter))
+                seconds.append(time.perf_counter() - begin)
+            answers.append(np.concatenate(rows))
+            ms.append(1e3 * float(np.median(seconds)) / BATCH_SIZE)
+        return answers[0], answers[1], {"ms": ms[0], "exact_ms": ms[1]}
+
+    def _ask(
+        self, search: Any, block: slice, k: int, excluded: np.ndarray, of_filter: Sequence[Any]
+    ) -> np.ndarray:
+        lists = tf.constant(excluded[block].astype(np.int32))
+        return search(tf.constant(self._queries[block]), tf.constant(k), lists, *of_filter)[
+            0
+        ].numpy()
 
 
-def _build(faiss: Any, index: Any, candidates: np.ndarray) -> float:
-    """Trains and fills an index on all cores, and leaves faiss with one for searches."""
-    faiss.omp_set_num_threads(multiprocessing.cpu_count())
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        # Its own default takes five times as long and finds hardly more.
-        ivf.cp.max_points_per_centroid, ivf.cp.niter = 50, 10
+def of_one_value(codes: tf.Tensor, share: tf.Tensor, num_queries: int) -> Allowed:
+    """Lets the candidates pass whose code is 1."""
+    return Allowed(tf.tile([[False, True]], [num_queries, 1]), codes, tf.fill([num_queries], share))
+
+
+def recall_of(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Returns the mean share of each query's exact answer that was found, and its error."""
+    pairs = zip(found, exact, strict=True)
+    shares = [len(np.intersect1d(a[a > 0], b)) / max(1, np.count_nonzero(b)) for a, b in pairs]
+    return {
+        "recall": float(np.mean(shares)),
+        "standard_error": float(np.std(shares) / len(shares) ** 0.5),
+    }
+
+
+def measure_grid(
+    searches: Searches, ranking: np.ndarray, num_candidates: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yields recall and times by k and by excluded items."""
+    rng = np.random.default_rng(options.seed)
+    for kind in KINDS:
+        for num in options.excluded:
+            if kind == "far":  # None of them is a better answer than what is asked for.
+                drawn = rng.integers(1, num_candidates + 1, (len(ranking), 3 * num))
+                excluded = np.stack(
+                    [
+                        line[~np.isin(line, best)][:num]
+                        for line, best in zip(drawn, ranking[:, : max(options.k)], strict=True)
+                    ]
+                )
+            else:
+                excluded = ranking[:, :num]
+            for k in options.k if num or kind == "near" else ():
+                found, _, times = searches.compare(k, excluded)
+                exact = ranking[:, num : num + k] if kind == "near" else ranking[:, :k]
+                cell = {"k": k, "excluded": num, "where": kind if num else "-"}
+                yield {**cell, **recall_of(found, exact), **times}
+
+
+def measure_filters(
+    searches: Searches, embeddings: np.ndarray, ranking: np.ndarray, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yields recall and times where a share of the items pass; k 100, the nearest 20 excluded."""
+    rng = np.random.default_rng(options.seed)
+    direction = embeddings[rng.integers(len(embeddings))]
+    for kind in FILTERS:
+        value = rng.random(len(embeddings))
+        if kind != "at random":
+            value = embeddings @ direction * (-1 if kind == "near" else 1)
+        order = np.argsort(value)
+        for share in options.shares:
+            codes = np.zeros((len(embeddings) + 1, 1), np.int32)
+            codes[1 + order[: round(share * len(embeddings))]] = 1
+            of_filter = tf.constant(codes), tf.constant(share, tf.float32)
+            found, exact, times = searches.compare(100, ranking[:, :20], *of_filter)
+            cell = {"share": share, "which": kind}
+            yield {**cell, **recall_of(found[: len(exact)], exact), **times}
+
+
+def measure(
+    embeddings: np.ndarray, tuning: Requests, queries: np.ndarray, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tunes an index and measures it on other queries; prints what comes out."""
     start = time.perf_counter()
-    index.train(candidates)
-    index.add(candidates)
+    index = tune_index(embeddings, tuning, target_recall=options.target_recall)
     seconds = time.perf_counter() - start
-    faiss.omp_set_num_threads(1)
-    return seconds
+    ranking = exact_ranking(embeddings, queries, max(options.k) + max(options.excluded))
+    searches = Searches(index, queries)
+    print(f"{len(embeddings):,} candidates, built and tuned in {seconds:.0f} s", flush=True)
+    cells = list(measure_grid(searches, ranking, len(embeddings), options))
+    show(cells)
+    filters = list(measure_filters(searches, embeddings, ranking, options))
+    show(filters)
+    return {
+        "num_candidates": len(embeddings),
+        "num_tuning_queries": len(tuning.queries),
+        "num_queries": len(queries),
+        "built_and_tuned_seconds": seconds,
+        "num_leaves": index.num_leaves,
+        "levels": [vars(level) for level in index.levels],
+        "least_recall": min(cell["recall"] for cell in cells),
+        "least_recall_filtered": min(cell["recall"] for cell in filters),
+        "grid": cells,
+        "filters": filters,
+    }
 
 
-def measure_faiss_hnsw(task: Task) -> list[dict[str, Any]]:
-    """Tunes the width of the search in faiss's graph."""
-    import faiss
-
-    candidates = task.load("candidates")
-    index = faiss.IndexHNSWFlat(candidates.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = 100
-    seconds = _build(faiss, index, candidates)
-
-    def search_at(width: int) -> Search:
-        def search(queries: np.ndarray) -> np.ndarray:
-            index.hnsw.efSearch = width
-            return index.search(queries, task.k)[1]
-
-        return search
-
-    width = task.smallest(len(candidates) // 10, search_at, least=task.k)
-    if width is None:
-        return [{"index": "faiss HNSW", "missing": "recall below the target at any width"}]
-    return [
-        task.measure(
-            "faiss HNSW",
-            search_at(width),
-            seconds,
-            len(faiss.serialize_index(index)),
-            num_links=16,
-            construction_width=100,
-            search_width=width,
-        )
-    ]
-
-
-def measure_hnswlib(task: Task) -> list[dict[str, Any]]:
-    """Tunes the width of the search in hnswlib's graph."""
-    import hnswlib
-
-    candidates = task.load("candidates")
-    index = hnswlib.Index(space="ip", dim=candidates.shape[1])
-    start = time.perf_counter()
-    index.init_index(max_elements=len(candidates), M=16, ef_construction=100, random_seed=0)
-    index.add_items(candidates, num_threads=multiprocessing.cpu_count())
-    seconds = time.perf_counter() - start
-    index.set_num_threads(1)
-
-    def search_at(width: int) -> Search:
-        def search(queries: np.ndarray) -> np.ndarray:
-            index.set_ef(width)
-            return index.knn_query(queries, task.k)[0].astype(np.int64)
-
-        return search
-
-    width = task.smallest(len(candidates) // 10, search_at, least=task.k)
-    if width is None:
-        return [{"index": "hnswlib", "missing": "recall below the target at any width"}]
-    return [
-        task.measure(
-            "hnswlib",
-            search_at(width),
-            seconds,
-            index.index_file_size(),
-            num_links=16,
-            construction_width=100,
-            search_width=width,
-        )
-    ]
-
-
-INDEXES = {
-    "exact": measure_exact,
-    "faiss-exact": measure_faiss_flat,
-    "scann": measure_scann,
-    "faiss-ivf-flat": measure_faiss_ivf_flat,
-    "faiss-ivf-pq": measure_faiss_ivf_pq,
-    "faiss-hnsw": measure_faiss_hnsw,
-    "hnswlib": measure_hnswlib,
-}
-
-
-def synthetic(num_vectors: int, dim: int, num_queries: int, seed: int) -> Iterator[np.ndarray]:
-    """Draws candidates and queries, [num, dim] float32 unit vectors, from the same clusters."""
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((NUM_CLUSTERS, dim), dtype=np.float32)
-    spread = np.sqrt(1 / np.arange(1, dim + 1, dtype=np.float32))
-    for num in (num_vectors, num_queries):
-        points = rng.standard_normal((num, dim), dtype=np.float32)
-        points += centres[rng.integers(0, NUM_CLUSTERS, num)]
-        points *= spread
-        yield points / np.linalg.norm(points, axis=1, keepdims=True)
-
-
-def exact_places(candidates: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
-    """Returns [num_queries, k] places of the best, in no order."""
-    blocks = np.array_split(queries, -(-len(queries) // 16))
-    return np.concatenate(
-        [np.argpartition(block @ candidates.T, -k, axis=1)[:, -k:] for block in blocks]
-    )
-
-
-def measure_apart(measure: Callable[[Task], list[dict[str, Any]]], task: Task) -> list[Any]:
-    """Measures in a process of its own: the libraries' threads do not meet."""
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(measure, task).result()
-    except ImportError as error:
-        name = measure.__name__.removeprefix("measure_")
-        message = f"{error}: pip install faiss-cpu==1.15.1 hnswlib==0.8.0"
-        return [{"index": name, "missing": message}]
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    """Prints a line for each structure."""
-    measured = [result for result in results if "missing" not in result]
-    lines = [["index", "recall", "build s", "us, 1 a call", "us, 64 a call", "MB"]]
-    for result in measured:
-        lines.append(
-            [
-                result["index"],
-                f"{result['recall']:.4f}",
-                f"{result['build_seconds']:.1f}",
-                f"{result['microseconds_batch_1']:.0f}",
-                f"{result['microseconds_batch_64']:.0f}",
-                f"{result['index_mb']:.0f}",
-            ]
-        )
+def show(cells: Sequence[dict[str, Any]]) -> None:
+    """Prints a line a cell."""
+    lines = [list(cells[0])]
+    for cell in cells:
+        lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cell.values()])
     print(format_cells(lines), flush=True)
-    for result in results:
-        if "missing" in result:
-            print(f"{result['index']}: {result['missing']}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def main() -> None:
@@ -431,49 +189,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vectors", type=int, default=1_000_000, help="Of the synthetic corpus.")
-    parser.add_argument("--dim", type=int, default=64, help="Of the synthetic corpus.")
-    parser.add_argument("--queries", type=int, default=1000, help="Both halves together.")
-    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--vectors", type=int, nargs="+", default=[50_000, 1_000_000])
+    parser.add_argument("--dim", type=int, default=64, help="Of the synthetic corpora.")
+    parser.add_argument("--tuning-queries", type=int, default=1000, help="At most.")
+    parser.add_argument("--queries", type=int, default=512, help="A multiple of 16.")
+    parser.add_argument("--k", type=int, nargs="+", default=[10, 100, 500, 2000])
+    parser.add_argument("--excluded", type=int, nargs="+", default=[0, 50, 100, 500, 1000, 5000])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.1, 0.01, 0.001])
     parser.add_argument("--target-recall", type=float, default=0.98)
-    parser.add_argument("--indexes", nargs="+", choices=INDEXES, default=list(INDEXES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help="A model's: an .npz of `candidates` and `queries`, [num, dim] float32.",
-    )
+    parser.add_argument("--model", type=Path, help="An export, in place of synthetic corpora.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    if options.embeddings:
-        with np.load(options.embeddings) as file:
-            arrays = [file[name].astype(np.float32) for name in ("candidates", "queries")]
-        candidates, queries = arrays[0], arrays[1][: options.queries]
-    else:
-        candidates, queries = synthetic(options.vectors, options.dim, options.queries, options.seed)
-    with tempfile.TemporaryDirectory() as directory:
-        task = Task(Path(directory), options.k, options.target_recall)
-        exact = exact_places(candidates, queries, options.k)
-        for name, array in (("candidates", candidates), ("queries", queries), ("exact", exact)):
-            np.save(task.folder / f"{name}.npy", array)
-        results = []
-        for name in options.indexes:
-            results += measure_apart(INDEXES[name], task)
-            show(results)
-            if options.json:  # After each, since all take a quarter of an hour.
-                figures = {
-                    "num_candidates": len(candidates),
-                    "dim": candidates.shape[1],
-                    "num_held_out_queries": len(queries) // 2,
-                    "k": options.k,
-                    "target_recall": options.target_recall,
-                    "search_threads": 1,
-                    "build_threads": multiprocessing.cpu_count(),
-                    "benchmark_versions": {n: _version(n) for n in ("faiss-cpu", "hnswlib")},
-                    "indexes": results,
-                }
-                write_json(options.json, figures, seed=options.seed)
+    if options.queries % BATCH_SIZE or options.queries < NUM_TIMED_EXACTLY:
+        parser.error(f"--queries must be a multiple of {BATCH_SIZE}, {NUM_TIMED_EXACTLY} or more")
+    corpora = []
+    if options.model:
+        retriever = load(options.model, exact=True)
+        held_out = retriever.held_out_requests()
+        num = options.queries
+        tuning = Requests(held_out.queries[num:], held_out.known[num:])
+        corpora.append((retriever.candidate_embeddings(), tuning, held_out.queries[:num]))
+    results = []
+    for num_vectors in () if options.model else options.vectors:
+        total = options.tuning_queries + options.queries
+        embeddings, queries = synthetic(num_vectors, options.dim, total, options.seed)
+        first, rest = np.split(queries, [options.tuning_queries])
+        corpora.append((embeddings, Requests(first, [np.zeros(0, np.int32)] * len(first)), rest))
+    for corpus in corpora:
+        results.append(measure(*corpus, options))
+        if options.json:
+            write_json(
+                options.json,
+                {"target_recall": options.target_recall, "corpora": results},
+                seed=options.seed,
+            )
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     from tfrs_pipeline.serving.index import Scann
 
     model = Clusters(num_candidates, seed)
-    index = Scann(recall=0.95, k=100)
+    index = Scann(recall=0.95)
     # The user that the page shows first, for page.py.
     return export(model, directory / NAME, index=index, manifest={"example_user": 7})
 
@@ -321,8 +321,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         folder = build_export(Path(directory), options.candidates, options.seed)
-        recall = json.loads((folder / "manifest.json").read_text())["index"]["index_recall@100"]
-        print(f"{options.candidates} candidates, index_recall@100 {recall:.3f}")
+        measured = json.loads((folder / "manifest.json").read_text())["index"]["requests"]
+        recall = min(request["recall"] for request in measured)
+        print(f"{options.candidates} candidates, index recall {recall:.3f} or more")
         latency = measure_latency(folder, options.clients, options.seconds, options.rounds)
         for name, by_clients in latency.items():
             show(name, by_clients)
@@ -341,7 +342,7 @@ def main() -> None:
     if options.json:
         figures = {
             "num_candidates": options.candidates,
-            "index_recall@100": recall,
+            "least_index_recall": recall,
             "latency": latency,
             "p50_ratio_to_in_process": overhead,
             "memory_under_load": memory,

@@ -363,7 +363,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         # The check in a fresh process takes seconds, and has its own tests.
-        patch.setattr(export, "_prove", lambda *arguments: None)
+        patch.setattr(export, "prove", lambda *arguments: None)
         out = io.StringIO()
         patch.setattr(sys, "stdout", out)
         assert cli.main(run_arguments(folder)) == 0
@@ -523,7 +523,8 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
         assert found == pytest.approx(scores[0], abs=1e-6)
     shown = command("query", run.model, "--user", 7, "--history", *history, 999).out
     assert shown.startswith(
-        "1 of 5 items of the history are not among this model's items, first 999.\n"
+        "1 of 5 items of the history say nothing: "
+        "the model's training did not have them, first 999.\n"
     )
 
 

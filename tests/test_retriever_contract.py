@@ -107,9 +107,9 @@ class Problem:
         )
         with pytest.MonkeyPatch.context() as patch:
             # The check in a fresh process takes seconds, and has its own tests.
-            patch.setattr(export, "_prove", lambda *arguments: None)
+            patch.setattr(export, "prove", lambda *arguments: None)
             # All must be found: what is approximate is not the contract.
-            index = Exact() if kind == "exact" else Scann(recall=1.0, k=NUM_CANDIDATES)
+            index = Exact() if kind == "exact" else Scann(recall=1.0)
             export.export(served, folder / "model", index=index)
         return folder / "model"
 

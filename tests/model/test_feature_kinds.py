@@ -102,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     with pytest.MonkeyPatch.context() as patch:
         # The check in a fresh process takes seconds, and has its own tests.
-        patch.setattr(export, "_prove", lambda *arguments: None)
+        patch.setattr(export, "prove", lambda *arguments: None)
         for stream in ("stdout", "stderr"):
             patch.setattr(sys, stream, io.StringIO())
         code = cli.main([str(argument) for argument in arguments])
@@ -167,7 +167,7 @@ def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> Non
 def test_typed_items_are_encoded_as_their_csv(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_prove", lambda *arguments: None)
+    monkeypatch.setattr(export, "prove", lambda *arguments: None)
     models = folder.parent / "saved_models" / "films"
     pq.write_table(rich_items(), tmp_path / "items.parquet")
     refreshed = refresh_index(models / "1", tmp_path / "items.parquet")

@@ -110,7 +110,7 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
             }
         ],
         "versions": {"tensorflow": "2.20.0"},
-        "index": {"kind": "scann", "index_recall@100": 0.98765, "settings": {"num_leaves": 41}},
+        "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
         "notes": {"data": ["dropped nothing"], "evaluate": []},
         "seconds": {"data": 1.25, "train two_tower": 8.5},
     }  # fmt: skip
@@ -232,8 +232,13 @@ def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:
 
 
 def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None:
-    curve = [{"index_recall@100": 1 - 1 / n, "query_ms": 0.1 * n, "num_leaves_to_search": n}
-             for n in (4, 8)]  # fmt: skip
+    tuned = {
+        "levels": [{"depth": 128, "num_leaves_to_search": 9, "num_reordered": 256}],
+        "requests": [
+            {"k": 10, "excluded": 100, "recall": 0.98765, "ms": 0.25, "exact_ms": 1.5},
+            {"k": 1000, "excluded": "known", "recall": 0.99, "ms": 0.5, "exact_ms": 1.25},
+        ],
+    }
     page = page_of(
         config=HARD,
         samples={
@@ -243,7 +248,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
         },
         mean_hard_share=0.0251,
         popularity=dataclasses.replace(FACTS.popularity, after=np.full(400, 1 / 400)),
-        metrics={**FACTS.metrics, "index": {**FACTS.metrics["index"], "curve": curve}},
+        metrics={**FACTS.metrics, "index": {**FACTS.metrics["index"], **tuned}},
     )
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
     assert "0.0251" in page.text
@@ -256,15 +261,17 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert page.values("Masked", "never a hard negative: exposed to the user")[0] == 77
     shares = ["positives, as logged", "positives, as trained on"]
     assert page.headers["Shares by slice"][2:4] == shares
-    assert page.values("Recall and latency", "0.875") == [0.8, 8]
-    # One of the positives as trained on, one of the recall/latency curve.
-    assert len(page.of("svg")) == len(PAGE.of("svg")) + 2
-    assert PAGE.tables["Kind and settings"]["index_recall@100, compared with exact search"] == [
-        ("0.9877", 0.98765, False)
-    ]
+    assert page.values("Effort by depth", "128") == [9, 256]
+    requests = "Recall and milliseconds by request"
+    assert page.values(requests, "10") == [100, 0.98765, 0.25, 1.5]
+    assert page.tables[requests]["1,000"][0][0] == "known"
+    assert "index recall, scann, at least0.9877" in page.text
+    # Of the positives as trained on.
+    assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
+    assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
     # And none of it where there is nothing to show.
     assert "No hard negatives" in PAGE.text
-    assert not {"Pools", "Recall and latency"} & set(PAGE.tables)
+    assert not {"Pools", requests} & set(PAGE.tables)
     assert shares[1] not in PAGE.headers["Shares by slice"]
 
 

@@ -18,7 +18,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
+from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
@@ -78,7 +78,7 @@ class Served:
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
         index: ExactIndex | ScannIndex = ExactIndex(embed_corpus(self))
         if kind == "scann":
-            index = ScannIndex(index, ScannSettings(8, num_leaves_to_search, num_reordered=60))
+            index = ScannIndex(index, 8, [Level(60, num_leaves_to_search, 60)])
         genres = ItemFilter("genres", self.genres)
         return RetrievalModule(Encoder(self), index, self.candidate_ids, genres)
 
@@ -146,4 +146,4 @@ def make_served(ids: str, *, use_user_id: bool = True) -> Served:
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips the check in a fresh process, which takes seconds and has its own tests."""
-    monkeypatch.setattr(export, "_prove", lambda *arguments: None)
+    monkeypatch.setattr(export, "prove", lambda *arguments: None)

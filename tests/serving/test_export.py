@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving.export import ExportError, export
+from tfrs_pipeline.serving.check import ExportError
+from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.serving.publish import EXACT_FOLDER, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 
@@ -187,7 +188,7 @@ def test_features_of_a_query_replace_the_stored_ones(
 def test_a_filter_matches_a_loop(
     served: Served, modules: dict[str, RetrievalModule], data: st.DataObject
 ) -> None:
-    module = modules[data.draw(st.sampled_from(sorted(modules)))]
+    module = modules[data.draw(st.sampled_from(KINDS))]
     k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
     ids = served.candidate_ids.tolist()
     some_ids = st.lists(st.sampled_from(ids), max_size=70)
@@ -236,7 +237,7 @@ def publish(served: Served, directory: Path, kind: str, keep_versions: int | Non
     return export(
         served,
         directory / "films",
-        index=Exact() if kind == "exact" else Scann(recall=0.9, k=10),
+        index=Exact() if kind == "exact" else Scann(recall=0.9),
         filter_by="genres",
         queries=served.queries(),
         manifest={"counts": {"num_samples": 3}},
@@ -330,6 +331,9 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve([history], 3)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"User ids come in a list"):
         loaded.retrieve_user("u0", 3)
+    other = "7" if isinstance(user, int) else 7
+    with pytest.raises(ValueError, match=f"This model's ids are .*. Received: {other!r}"):
+        loaded.retrieve_user([other], 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):
         loaded.retrieve([{"history": history[0]}], 3)
     items, is_known = loaded.embed_candidates(
@@ -356,6 +360,23 @@ def test_an_export_that_answers_otherwise_is_not_published(
     with pytest.raises(ExportError, match="differ"):
         publish(served, tmp_path, "exact")
     assert list((tmp_path / "films").iterdir()) == []
+
+
+@pytest.mark.usefixtures("unproven")
+def test_the_towers_of_one_version_and_the_index_of_another_are_refused(
+    served: Served, tmp_path: Path
+) -> None:
+    folders = [publish(served, tmp_path, "scann") for _ in range(2)]
+    for place, exact in ((Path(), False), (EXACT_FOLDER, True)):
+        # Another index over other towers: the same graph, other numbers.
+        name = place / "variables" / "variables.data-00000-of-00001"
+        path = folders[1] / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.* towers and its index belong together"):
+            load(folders[1], exact=exact)
+        assert load(folders[0], exact=exact).num_candidates == NUM_CANDIDATES
 
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""The choice among an index's settings, against slow loops."""
+"""How widely an index is set to search, against exact answers to requests of every kind."""
 
-import json
 import logging
 
 import numpy as np
@@ -9,193 +8,217 @@ import tensorflow as tf
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex, ScannSettings
-from tfrs_pipeline.serving.tune import CurvePoint, RecallLatencyCurve, tune_index
+from tfrs_pipeline.serving.index import Allowed, Level, ScannIndex
+from tfrs_pipeline.serving.tune import Requests, index_tables, measure_requests, tune_index
 
 EMBEDDINGS, QUERIES = clustered(2000), clustered(60, seed=1)
+NUM, TARGET = 20_000, 0.98
 
 
-def slow_recall(
-    index: ScannIndex, embeddings: np.ndarray, queries: np.ndarray, k: int
-) -> list[float]:
-    """Searches one query at a time, as the index is set; returns the recall of each."""
-    recalls = []
-    for query in queries:
-        best = 1 + np.argsort(-(embeddings @ query), kind="stable")[:k]
-        rows = index.approximate(tf.constant(query[None]), k)[0][0].numpy()
-        recalls.append(len(set(rows.tolist()) & set(best.tolist())) / k)
-    return recalls
+def requests_of(queries: np.ndarray) -> Requests:
+    return Requests(queries, [np.zeros(0, np.int32)] * len(queries))
 
 
-def curve_of(
-    *values: tuple[float, float, float, float], target_recall: float = 0.9
-) -> RecallLatencyCurve:
-    """Makes a curve of points (recall, tuning recall, milliseconds, work)."""
-    points = tuple(
-        CurvePoint(ScannSettings(10, number, 100), *point) for number, point in enumerate(values, 1)
-    )
-    return RecallLatencyCurve(100, target_recall, 5000, 60, 16, 0.08, points)
+@pytest.fixture(scope="module")
+def tuned() -> tuple[np.ndarray, np.ndarray, ScannIndex]:
+    """An index of many vectors, and queries that it was not tuned on."""
+    embeddings, queries = clustered(NUM, dim=32), clustered(600, dim=32, seed=1)
+    index = tune_index(embeddings, requests_of(queries[:400]), target_recall=TARGET)
+    return embeddings, queries[400:], index
 
 
-@pytest.mark.parametrize("case", ["cosines", "lengths and an odd width", "partitioned"])
-def test_what_is_chosen_has_the_recall_of_a_slow_loop_and_the_least_work(
-    case: str, monkeypatch: pytest.MonkeyPatch
+def ranked(embeddings: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    return 1 + np.argsort(-(queries @ embeddings.T), axis=1, kind="stable")
+
+
+def recalls(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Returns the share of each query's exact answer that was found; rows 0 are empty slots."""
+    pairs = zip(found, exact, strict=True)
+    return np.array([len(set(a[a > 0]) & set(b[b > 0])) / np.count_nonzero(b) for a, b in pairs])
+
+
+@pytest.mark.parametrize("k", [10, 100, 500, 1000])
+def test_the_target_holds_for_every_k_and_exclusion_near_and_far_in_one_call(
+    tuned: tuple[np.ndarray, np.ndarray, ScannIndex], k: int
 ) -> None:
-    embeddings, queries = EMBEDDINGS, QUERIES
-    if case == "lengths and an odd width":
-        rng = np.random.default_rng(0)
-        embeddings, queries = (
-            (clustered(num, dim=7, seed=seed) * rng.lognormal(size=(num, 1))).astype(np.float32)
-            for seed, num in enumerate((2000, 60))
+    embeddings, queries, index = tuned
+    order = ranked(embeddings, queries)
+    search = tune._compiled(index.search, 1, num_lists=1)
+    for most in (0, 20, 50, 110, 400, 1000, 5000):
+        excluded = np.zeros((len(queries), most), np.int32)
+        excluded[::4] = order[::4, :most]  # The nearest.
+        excluded[1::4] = order[1::4, 10 * most // 9 - most : 10 * most // 9]
+        excluded[2::4] = order[2::4, NUM - most :]  # The farthest. The others exclude nothing.
+        found = search(tf.constant(queries), tf.constant(k), tf.constant(excluded))[0].numpy()
+        exact = np.stack(
+            [line[~np.isin(line, out)][:k] for line, out in zip(order, excluded, strict=True)]
         )
-    if case == "partitioned":
-        monkeypatch.setattr(tune, "SMALLEST_PARTITIONED_CORPUS", 1000)
-    index, curve = tune_index(embeddings, queries, k=50, target_recall=0.95, num_structures=None)
-    chosen, recalls = curve.chosen, slow_recall(index, embeddings, queries, 50)
-    assert index.settings == chosen.settings
-    # A candidate as good as the last of the 50 may stand in its place.
-    assert chosen.recall == pytest.approx(np.mean(recalls[1::2]), abs=2e-3)
-    assert chosen.tuning_recall == pytest.approx(np.mean(recalls[::2]), abs=2e-3)
-    reached = [p.work for p in curve.points if min(p.recall, p.tuning_recall) >= 0.95]
-    assert chosen.work == min(reached)
-    if case == "partitioned":
-        assert {point.settings.num_leaves for point in curve.points} == {45, 180}
-        assert chosen.settings.num_leaves_to_search < chosen.settings.num_leaves
+        assert not any(np.isin(a, b[b > 0]).any() for a, b in zip(found, excluded, strict=True))
+        per_query = recalls(found, exact)
+        for kind in range(4):
+            assert per_query[kind::4].mean() >= TARGET, (most, kind)
+
+
+def test_a_query_alone_is_answered_as_in_a_call_of_many(
+    tuned: tuple[np.ndarray, np.ndarray, ScannIndex],
+) -> None:
+    embeddings, queries, index = tuned
+    excluded = np.zeros((8, 5000), np.int32)
+    for line, num in zip(excluded, (0, 1, 30, 100, 900, 2000, 5000, 0), strict=True):
+        line[:num] = ranked(embeddings, queries[:1])[0, :num]
+    excluded[1, 1:40] = excluded[1, 0]  # One item many times is one.
+    search = tune._compiled(index.search, 1, num_lists=1)
+    k = tf.constant(90)
+    together = search(tf.constant(queries[:8]), k, tf.constant(excluded))
+    for i in range(8):
+        one = slice(i, i + 1)
+        alone = search(tf.constant(queries[one]), k, tf.constant(excluded[one]))
+        np.testing.assert_array_equal(together[0][one], alone[0])
+        np.testing.assert_allclose(together[1][one], alone[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["at random", "near", "far"])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.0001])
+def test_the_target_holds_for_filters(
+    tuned: tuple[np.ndarray, np.ndarray, ScannIndex], kind: str, share: float
+) -> None:
+    embeddings, queries, index = tuned
+    rng, num = np.random.default_rng(7), round(share * NUM)
+    # "near" and "far" are the items along a direction and against it, as a genre's are.
+    value = rng.random(NUM) if kind == "at random" else embeddings @ queries[0]
+    order = np.argsort(value if kind != "near" else -value)
+    codes = np.zeros((NUM + 1, 1), np.int32)
+    codes[1 + order[:num]] = 1
+    is_chosen = tf.tile([[False, True]], [len(queries), 1])
+    allowed = Allowed(is_chosen, tf.constant(codes), tf.fill([len(queries)], np.float32(share)))
+    excluded = ranked(embeddings, queries)[:, :20].astype(np.int32)
+    rows, scores = index.search(tf.constant(queries), 10, tf.constant(excluded), allowed)
+    exact, exact_scores = index.exact.search(
+        tf.constant(queries), 10, tf.constant(excluded), allowed
+    )
+    assert codes[rows.numpy()[np.isfinite(scores)]].all()
+    np.testing.assert_array_equal(np.isneginf(scores), np.isneginf(exact_scores))
+    some = (exact.numpy() > 0).any(axis=1)
+    assert recalls(rows.numpy()[some], exact.numpy()[some]).mean() >= TARGET
+
+
+def test_a_wide_filter_is_searched_by_the_index(
+    tuned: tuple[np.ndarray, np.ndarray, ScannIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, queries, index = tuned
+    codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
+    calls = []
+    search = index.exact.search
+    monkeypatch.setattr(
+        index.exact,
+        "search",
+        lambda queries, *rest: calls.append(queries) or search(queries, *rest),
+    )
+    for share, num_exact in ((0.25, 0), (1e-4, len(queries))):
+        is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
+        allowed = Allowed(is_chosen, tf.constant(codes, tf.int32), tf.fill([len(queries)], share))
+        index.search(tf.constant(queries), 10, tf.zeros([len(queries), 0], tf.int32), allowed)
+        assert len(calls.pop()) == num_exact
 
 
 def test_equal_data_give_an_equal_index() -> None:
-    found = []
-    for _ in range(2):
-        index, curve = tune_index(EMBEDDINGS, QUERIES, k=50, target_recall=0.8)
-        rows, scores = index.approximate(tf.constant(QUERIES), 50)
-        found.append((index.settings, [p.recall for p in curve.points], rows.numpy(), scores))
-    for first, second in zip(*found, strict=True):
-        np.testing.assert_array_equal(first, second)
+    first, second = (
+        tune_index(EMBEDDINGS, requests_of(QUERIES), target_recall=0.9) for _ in range(2)
+    )
+    assert first.levels == second.levels
+    for one, other in zip(first._state.variables, second._state.variables, strict=True):
+        if one.shape.rank:  # The others hold the place of parts that this kind has not.
+            np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-def test_work_grows_with_what_a_search_does() -> None:
-    base = ScannSettings(100, 10, 200)
-    for more in (
-        ScannSettings(100, 20, 200),
-        ScannSettings(100, 10, 300),
-        ScannSettings(100, 10, 200, dimensions_per_block=1),
-        ScannSettings(1, 1, 200),
-    ):
-        assert tune._work(base, 100_000) < tune._work(more, 100_000)
+def test_levels_search_no_more_than_they_need_and_end_where_exact_search_is_less_work(
+    tuned: tuple[np.ndarray, np.ndarray, ScannIndex],
+) -> None:
+    _, _, index = tuned
+    depths = [level.depth for level in index.levels]
+    assert depths == [128 * 2**i for i in range(len(depths))]
+    works = [tune._work(level, index) for level in index.levels]
+    assert works == sorted(works)
+    assert works[-1] < tune._work_of_exact(index)
+    assert index.levels[0].num_leaves_to_search < index.num_leaves
+    deeper = Level(2 * depths[-1], index.num_leaves, 3 * depths[-1])
+    assert tune._work(deeper, index) >= tune._work_of_exact(index) or depths[-1] == 8192
 
 
-def test_the_held_out_half_decides() -> None:
-    # The least work reaches the target where it is tuned only, the second where it is not.
-    curve = curve_of((0.8, 0.95, 0.01, 1), (0.95, 0.8, 0.02, 2), (0.91, 0.92, 0.03, 3))
-    assert curve.chosen == curve.points[2]
+def test_the_end_of_a_depth_decides_and_so_do_users_who_know_what_is_easy() -> None:
+    nothing = np.zeros((40, 128), bool)
+    # All of the first, half of the last: a request that excludes the nearest would miss half.
+    is_found = np.tile(np.arange(128) < 123, (40, 1))
+    assert tune._lowest_recall(is_found, nothing) == pytest.approx(0.5)
+    # All of the last, but of what the users do not know four fifths.
+    is_found = np.tile(np.arange(128) >= 4, (40, 1))
+    assert tune._lowest_recall(is_found, nothing) == 1
+    knows = np.tile((np.arange(128) >= 16) & (np.arange(128) < 124), (40, 1))
+    assert tune._lowest_recall(is_found, knows) == pytest.approx(0.8)
+    # What differs among few queries may be luck.
+    is_found[0] = False
+    assert tune._lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
 
 
-def test_a_target_easy_to_reach_where_it_is_tuned_is_reached_elsewhere_too() -> None:
-    # Half of the corpus in tight groups of 10, each in one leaf; half everywhere.
-    rng = np.random.default_rng(0)
-    groups = np.repeat(3 * rng.normal(size=(100, 16)), 10, axis=0)
-    groups += 0.01 * rng.normal(size=groups.shape)
-    spread = rng.normal(size=(1000, 16))
-    embeddings = np.concatenate([groups, spread]).astype(np.float32)
-    easy, hard = groups[::25], spread[:40] @ np.linalg.qr(rng.normal(size=(16, 16)))[0]
-    queries = np.stack([easy, hard], axis=1).reshape(-1, 16).astype(np.float32)
-    index, curve = tune_index(embeddings, queries, k=10, target_recall=0.95, num_structures=None)
-    cheap = [p for p in curve.points if p.tuning_recall >= 0.95 and p.recall < 0.95]
-    assert cheap  # Else the held-out half would have nothing to decide.
-    assert np.mean(slow_recall(index, embeddings, queries, 10)[1::2]) >= 0.95 - 1e-3
-
-
-def test_few_queries_are_not_split_and_this_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_few_queries_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        _, curve = tune_index(EMBEDDINGS, QUERIES[:19], k=50, target_recall=0.9)
-    assert all(point.recall == point.tuning_recall for point in curve.points)
-    assert "the same 19 queries" in caplog.text
-    assert "the 19 queries it is tuned on" in curve.table()
+        tune_index(EMBEDDINGS, requests_of(QUERIES[:19]), target_recall=0.9)
+    assert "no more than 19 queries" in caplog.text
 
 
-def test_empty_slots_are_no_hits() -> None:
-    # Eight leaves of about five: one leaf cannot fill 20 slots.
-    exact = ExactIndex(EMBEDDINGS[:40])
-    index = ScannIndex(exact, ScannSettings(8, 1, num_reordered=40))
-    probes = tune._Probes(exact, QUERIES, 20, 16)
-    held_out, tuning, _ = probes.measure(tune._compiled(index.approximate, 2), 1)
-    recalls = slow_recall(index, EMBEDDINGS[:40], QUERIES, 20)
-    assert 0 < held_out < 0.9
-    assert held_out == pytest.approx(np.mean(recalls[1::2]))
-    assert tuning == pytest.approx(np.mean(recalls[::2]))
-
-
-def test_a_target_out_of_reach_fails_with_what_was_measured() -> None:
+def test_a_target_out_of_reach_fails() -> None:
     # Nothing can find candidates of equal score in the same order as exact search.
     same = np.tile(EMBEDDINGS[:1], (500, 1))
-    with pytest.raises(RuntimeError, match=r"index_recall@10 = 1.0.*take the exact") as error:
-        tune_index(same, QUERIES, k=10, target_recall=1.0, num_structures=1)
-    header, *lines = str(error.value).split("\n")[2:]
-    assert header.split()[:4] == ["leaves", "searched", "dims/block", "reordered"]
-    # Every structure was tried, though one was asked for.
-    assert lines[-1].split()[0] == "exact"
-    assert len(lines) > 1
-
-
-def test_more_structures_are_tried_until_the_target_is_reached() -> None:
-    # Twenty rescored are too few for the best one of 3,000 at two dimensions a block.
-    rng = np.random.default_rng(0)
-    embeddings, queries = (rng.normal(size=(num, 32)).astype(np.float32) for num in (3000, 60))
-
-    def structures(num_structures: int, target_recall: float) -> set[tuple[int, int]]:
-        _, curve = tune_index(
-            embeddings, queries, k=1, target_recall=target_recall, num_structures=num_structures
-        )
-        return {(p.settings.num_leaves, p.settings.dimensions_per_block) for p in curve.points}
-
-    assert structures(1, 0.1) == {(1, 2)}
-    assert structures(2, 0.1) == {(1, 2), (1, 1)}
-    assert structures(1, 1.0) > {(1, 2)}
+    with pytest.raises(RuntimeError, match=r"finds 1.0 of the best 128.*take the exact"):
+        tune_index(same, requests_of(QUERIES), target_recall=1.0)
 
 
 @pytest.mark.parametrize("num_candidates", [16, 40])
 def test_a_corpus_smaller_than_k_is_found_whole(num_candidates: int) -> None:
-    index, curve = tune_index(EMBEDDINGS[:num_candidates], QUERIES, k=100, target_recall=0.99)
-    assert curve.k == num_candidates
-    rows, _ = index.approximate(tf.constant(QUERIES), curve.k)
-    np.testing.assert_array_equal(np.sort(rows, axis=1), [range(1, num_candidates + 1)] * 60)
+    index = tune_index(EMBEDDINGS[:num_candidates], requests_of(QUERIES), target_recall=0.99)
+    assert [level.depth for level in index.levels] == [num_candidates]
+    excluded = tf.ones([len(QUERIES), 1], tf.int32)
+    rows, _ = index.search(tf.constant(QUERIES), 100, excluded)
+    everything = [[*[0] * (101 - num_candidates), *range(2, num_candidates + 1)]] * len(QUERIES)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), everything)
 
 
-def test_the_table_shows_the_curve_or_everything_and_json_all() -> None:
-    curve = curve_of((0.95, 0.95, 0.03, 2), (0.95, 0.95, 0.02, 1), (0.87, 0.87, 0.009, 0.5))
-    lines = [line.split() for line in curve.table().split("\n")[2:]]
-    assert [line[1] for line in lines] == ["3", "2", "-"]
-    assert [line[-1] for line in lines] == ["-", "chosen", "-"]
-    assert len(curve.table(every=True).split("\n")) == len(lines) + 3
-    assert [r["num_leaves_to_search"] for r in curve.records()] == [3, 2]
-    assert json.loads(json.dumps(curve.as_dict()))["chosen"] == 1
-    assert curve_of((0.8, 0.8, 0.005, 1)).as_dict()["chosen"] is None
-
-
-@pytest.mark.parametrize("target_recall", [0.9, 0.99])
-def test_the_figure_draws_every_part(target_recall: float) -> None:
-    curve = curve_of((0.95, 0.95, 0.03, 2), (0.93, 0.93, 0.02, 1), target_recall=target_recall)
-    axes = curve.figure().axes[0]
-    labels = axes.get_legend_handles_labels()[1]
-    assert "10 leaves, 2 dims/block" in labels
-    assert f"recall target: {target_recall}" in labels
-    assert "exact search: 0.080 ms" in labels
-    assert any(label.startswith("chosen") for label in labels) == (target_recall == 0.9)
-    line = next(x for x in axes.lines if x.get_label() == "recall/latency curve")
-    assert np.asarray(line.get_xydata()).tolist() == [[0.93, 0.02], [0.95, 0.03]]
+def test_what_is_measured_is_the_recall_of_a_slow_loop() -> None:
+    index = ScannIndex(tune.ExactIndex(EMBEDDINGS), 45, [Level(128, 1, 128), Level(1999, 9, 1999)])
+    known = [np.arange(1, 1 + 3 * i, dtype=np.int32) for i in range(len(QUERIES))]
+    requests = Requests(QUERIES, known)
+    measured = {(x["k"], x["excluded"]): x for x in measure_requests(index, requests)}
+    order = ranked(EMBEDDINGS, QUERIES)
+    for (k, name), figures in measured.items():
+        per_query = []
+        for i, line in enumerate(order):
+            out = known[i] if name == "known" else line[:name]
+            exact = line[~np.isin(line, out)][:k]
+            given = tf.constant(out[np.newaxis], tf.int32)
+            rows, _ = index.search(tf.constant(QUERIES[i : i + 1]), k, given)
+            per_query.append(len(set(rows.numpy()[0]) & set(exact)) / k)
+        # One as good as the last of the k may stand in its place.
+        assert figures["recall"] == pytest.approx(np.mean(per_query), abs=2e-3)
+    assert 0.2 < measured[10, 0]["recall"] < 1
+    assert (1000, 1000) not in measured  # There are no more than 2,000.
+    lines = [
+        line.split() for line in index_tables(index, measure_requests(index, requests)).split("\n")
+    ]
+    assert ["1,999", "9", "1,999"] in lines
+    assert [x[:2] for x in lines[-len(measured) :]] == [[str(k), str(n)] for k, n in measured]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("embeddings", "queries", "target_recall", "message"),
     [
-        ({"k": 0}, "k must be 1 or more. Received: 0"),
-        ({"target_recall": 1.01}, r"in \(0, 1\]. Received: 1.01"),
-        ({"queries": QUERIES[:0]}, "0 queries"),
-        ({"queries": QUERIES[:, :3]}, r"queries.shape=\(60, 3\)"),
-        ({"embeddings": EMBEDDINGS[:15]}, "exact index. Received: 15 candidates"),
+        (EMBEDDINGS, QUERIES, 1.01, r"in \(0, 1\]. Received: 1.01"),
+        (EMBEDDINGS, QUERIES[:0], 0.9, "0 queries"),
+        (EMBEDDINGS, QUERIES[:, :3], 0.9, r"queries.shape=\(60, 3\)"),
+        (EMBEDDINGS[:15], QUERIES, 0.9, "exact index. Received: 15 candidates"),
     ],
 )
-def test_refuses(change: dict[str, object], message: str) -> None:
-    arguments = {"embeddings": EMBEDDINGS, "queries": QUERIES, "k": 10, "target_recall": 0.9}
+def test_refuses(
+    embeddings: np.ndarray, queries: np.ndarray, target_recall: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        tune_index(**{**arguments, **change})  # type: ignore[arg-type]
+        tune_index(embeddings, requests_of(queries), target_recall=target_recall)

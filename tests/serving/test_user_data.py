@@ -28,7 +28,7 @@ def bytes_of(folder: Path) -> bytes:
 
 def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, unproven: None) -> None:
     served = make_served("str", use_user_id=False)
-    index = Scann(recall=0.9, k=10)
+    index = Scann(recall=0.9)
     kept = export(served, tmp_path / "films", index=Exact())
     left_out = export(served, tmp_path / "films", index=index, user_data=False)
     for user in served.query_ids:

@@ -116,12 +116,13 @@ class Query(OfModel):
             about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
             query = dict(about)
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
-            known = set(retriever.candidate_ids())
-            about["unknown_items"] = unknown = [id_ for id_ in history if id_ not in known]
+            is_known = retriever.knows(history)
+            unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
+            about["unknown_items"] = unknown
             if unknown:
                 note = (
-                    f"{len(unknown)} of {len(history)} items of the history are not among this "
-                    f"model's items, first {unknown[0]!r}."
+                    f"{len(unknown)} of {len(history)} items of the history say nothing: the "
+                    f"model's training did not have them, first {unknown[0]!r}."
                 )
         return about, ids[0].tolist(), scores[0].tolist(), note
 
@@ -146,49 +147,29 @@ class Serve(ServeSettings, OfModel):
 
 
 class TuneIndex(OfModel):
-    """Measure what an index costs for what it finds.
+    """Measure what an index finds, and what it costs.
 
-    Measures ScaNN indexes over the items of an exported model: the share of the exact top k that
-    they find for its held-out queries, against time a query. Prints the settings that no other
-    beats, marks the one that reaches the recall target with the least work and draws the
-    recall/latency curve. The model stays as it is: `run` and `refresh-index` choose by the same
-    measure.
+    Builds a ScaNN index over the items of an exported model, as `run` and `refresh-index` do, and
+    prints what it finds of the exact answers to the model's held-out queries and the time of a
+    query, by k and by excluded items, beside exact search. The model stays as it is.
     """
 
     target_recall: TargetRecall | None = None
     """Recall target, in (0, 1]; if not given, that of the model's export."""
-    k: PositiveInt = 100
-    """Of the recall target."""
-    figure: Path | None = None
-    """Picture; if not given, NAME-VERSION-curve.png."""
-    as_json: Path | None = Field(None, alias="json")
-    """Where to write every point."""
 
     def __call__(self) -> int:
-        """Measures, prints and draws."""
+        """Builds, measures and prints."""
         from tfrs_pipeline.serving.index import Scann
         from tfrs_pipeline.serving.retriever import load
-        from tfrs_pipeline.serving.tune import tune_index
+        from tfrs_pipeline.serving.tune import index_tables, measure_requests, tune_index
 
         retriever = load(self.model, exact=True)
         asked = retriever.manifest["export"]["index"] or {}
+        recall = self.target_recall or asked.get("recall", Scann.recall)
+        requests = retriever.held_out_requests()
         with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
-            _, curve = tune_index(
-                retriever.candidate_embeddings(),
-                retriever.embed_queries(retriever.held_out_queries()),
-                k=self.k,
-                target_recall=self.target_recall or asked.get("recall", Scann.recall),
-                num_structures=None,
-            )
-        console = Console()
-        say(console, curve.table())
-        name, version = retriever.folder.parts[-2:]
-        figure = self.figure or Path(f"{name}-{version}-curve.png")
-        curve.figure().savefig(figure, dpi=150)
-        say(console, f"\nfigure  {figure}")
-        if self.as_json:
-            self.as_json.write_text(json.dumps(curve.as_dict(), indent=1))
-            say(console, f"json    {self.as_json}")
+            index = tune_index(retriever.candidate_embeddings(), requests, target_recall=recall)
+        say(Console(), index_tables(index, measure_requests(index, requests)))
         return 0
 
 

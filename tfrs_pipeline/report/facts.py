@@ -176,8 +176,6 @@ def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
         "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
         "probability of a draw": popularity.samplers,
     }
-    curve = facts.metrics["index"].get("curve", ())
-    found = next((name for name in facts.metrics["index"] if name.startswith("index_recall@")), "")
     return {
         "results": [
             figures.intervals_figure(
@@ -211,13 +209,6 @@ def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
             for i, (what, lines) in enumerate(ranks.items())
             if lines
         ],
-        "curve": [
-            figures.recall_latency_figure(
-                [(p["query_ms"], p[found]) for p in curve], found, "index"
-            )
-        ]
-        if curve
-        else [],
     }
 
 

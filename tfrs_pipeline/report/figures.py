@@ -156,24 +156,6 @@ def popularity_figure(
     return _svg(figure, name, f"{what} by popularity rank of the item, both axes logarithmic")
 
 
-def recall_latency_figure(points: Sequence[tuple[float, float]], recall: str, name: str) -> Markup:
-    """Draws the recall/latency curve of an index.
-
-    Args:
-        points: Pairs of milliseconds a query and recall.
-        recall: For the axis.
-        name: Of the figure, unique in the page.
-    """
-    figure, axes = _figure(_SIZE)
-    ordered = np.array(sorted(points))
-    axes.plot(ordered[:, 0], ordered[:, 1], color=SERIES[0], marker="o", markersize=4)
-    axes.set_xlabel("milliseconds a query")
-    axes.set_ylabel(recall)
-    axes.locator_params(axis="x", nbins=5)  # Times that differ little have long labels.
-    axes.grid(color=GRID)
-    return _svg(figure, name, f"{recall} by latency")
-
-
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Takes means over ranks that lie together on a logarithmic axis, for a curve of few points.
 

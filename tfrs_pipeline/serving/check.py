@@ -1,4 +1,4 @@
-"""Loads a SavedModel in a process of its own and compares its answers with recorded ones.
+"""Has a process of its own load a SavedModel and compares its answers with recorded ones.
 
     python -m tfrs_pipeline.serving.check FOLDER PROBE.npz
 
@@ -7,17 +7,91 @@ Exits with 0 if they are the same, else with 1 and the difference on standard er
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.serving.encoder import query_inputs, signature_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import EXACT_FOLDER
+from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
 
 # The reloaded model may run other kernels on another batch shape: same answer, not same bits.
 SCORE_TOLERANCE = 1e-4
+
+
+class ExportError(RuntimeError):
+    """An export that was not whole or did not answer as the model in memory does."""
+
+
+def example_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a value of the filter and of every feature, by the name of its input."""
+    values: dict[str, Any] = {}
+    if manifest["filter"] and manifest["filter"]["values"]:
+        values["allowed"] = manifest["filter"]["values"][0]
+    for side in manifest["features"].values():
+        features = [Feature.from_dict(settings) for settings in side]
+        for feature, spec in zip(features, raw_signature(features).values(), strict=True):
+            is_text = spec.dtype == tf.string
+            values[spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
+    return values
+
+
+def _probe(
+    function: Any, queries: Sequence[Query], item_ids: Sequence[Any], values: Mapping[str, Any]
+) -> dict[str, tf.Tensor]:
+    """Makes the inputs that a signature is asked with before a version is put in place."""
+    specs = signature_inputs(function)
+    inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
+    num_rows = len(item_ids) if "item_id" in specs else len(queries)
+    if "item_id" in specs:
+        inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
+    for name, spec in specs.items():
+        if name in values:
+            shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
+            inputs[name] = tf.fill(shape, tf.constant(values[name], spec.dtype))
+        elif name not in inputs:
+            inputs[name] = missing_input(spec, num_rows)
+    return {name: inputs[name] for name in specs}
+
+
+def prove(
+    folder: Path,
+    module: RetrievalModule,
+    queries: Sequence[Query],
+    item_ids: Sequence[Any],
+    values: Mapping[str, Any],
+) -> None:
+    """Has a fresh process load what was saved and answer as the module in memory does."""
+    probe = folder / "probe.npz"
+    arrays: dict[str, np.ndarray] = {}
+    for name, function in module.exported.items():
+        inputs = _probe(function, queries, item_ids, values)
+        outputs = function(*inputs.values())
+        for role, tensors in (("input", inputs), ("output", outputs)):
+            arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
+    np.savez(probe, allow_pickle=False, **arrays)
+    command = [sys.executable, "-m", "tfrs_pipeline.serving.check", str(folder), str(probe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    probe.unlink()
+    if done.returncode:
+        raise ExportError(
+            f"A fresh process could not use the export to {folder}: {done.stderr.strip()[-2000:]}"
+        )
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Turns TensorFlow's byte strings into an array that needs no pickle."""
+    if values.dtype != object:
+        return values
+    return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)
 
 
 def differences(folder: str, probe_path: str) -> str:

@@ -13,8 +13,7 @@ import numpy as np
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
 
-# Of a request, below the limits of the server as it is set.
-QUERIES, RESULTS = 64, 20_000
+BLOCK = 64
 
 
 class ServedRetriever:
@@ -77,9 +76,8 @@ class ServedRetriever:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         users = [[query.get("user_id")] for query in queries]
         histories = [query.get("history", ()) for query in queries]
-        size = max(1, min(QUERIES, RESULTS // k))
-        for start in range(0, len(queries), size):
-            block = slice(start, start + size)
+        for start in range(0, len(queries), BLOCK):
+            block = slice(start, start + BLOCK)
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),

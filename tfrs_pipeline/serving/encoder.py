@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
+from tfrs_pipeline.retrieval import Query
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tfrs_pipeline.samples.store import RowLists
 
 ITEMS_PER_CALL = 8192
+_QUERIES_PER_CALL = 256
 
 
 class Exportable(Protocol):
@@ -222,6 +224,47 @@ def embed_corpus(model: Exportable) -> np.ndarray:
     )
 
 
+def embed_queries(encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
+    """Embeds queries by `user_id` and `history`: [num_queries, D] float32."""
+    blocks = []
+    for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
+        inputs = query_inputs(encoder.embed_query, queries[start : start + _QUERIES_PER_CALL])
+        blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
+    return np.concatenate(blocks)
+
+
+def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+    """Makes those of a signature's inputs that are in queries: user_id [B], history [B, any]."""
+    specs = signature_inputs(function)
+    inputs = {}
+    if "user_id" in specs:
+        users = [query.get("user_id") for query in queries]
+        inputs["user_id"] = id_list(users, specs["user_id"].dtype)
+    if "history" in specs:
+        inputs["history"] = id_lists(list(map(history_of, queries)), specs["history"].dtype)
+    return inputs
+
+
+def known_rows(
+    encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
+) -> list[np.ndarray]:
+    """Returns the rows, among items, of the known positives of each query's user."""
+    table = row_table(item_ids)
+    found: list[np.ndarray] = []
+    for start in range(0, len(queries), _QUERIES_PER_CALL):
+        users = [query.get("user_id") for query in queries[start : start + _QUERIES_PER_CALL]]
+        (spec,) = signature_inputs(encoder.known_items).values()
+        rows = lookup(table, encoder.known_items(id_list(users, spec.dtype))).numpy()
+        found += [np.unique(line[line > 0]) for line in rows]
+    return found
+
+
+def history_of(query: Query) -> Sequence[Any]:
+    """Returns the history of a query, which may be missing or, read from a file, None."""
+    history = query.get("history")
+    return () if history is None else history
+
+
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
     """Makes a graph of a function of named inputs; it is called by position.
 
@@ -280,22 +323,31 @@ def empty_id(dtype: tf.DType) -> Any:
 
 
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Makes ids a tensor [n]; None, and what is of another type, is the empty id."""
-    known = [id_ if _can_be(id_, dtype) else empty_id(dtype) for id_ in ids]
-    return tf.constant(known, dtype, [len(known)])
+    """Makes ids a tensor [n]; None is the empty id.
+
+    Raises:
+        ValueError: If an id is of another type than the model's.
+    """
+    return tf.constant([_of_type(id_, dtype) for id_ in ids], dtype, [len(ids)])
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes lists of ids a tensor [n, any], padded with the empty id; other types are dropped."""
-    known = [[id_ for id_ in ids if _can_be(id_, dtype)] for ids in lists]
+    """Makes lists of ids a tensor [n, any], padded with the empty id; otherwise as `id_list`."""
+    known = [[_of_type(id_, dtype) for id_ in ids] for ids in lists]
     return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
 
 
-def _can_be(id_: Any, dtype: tf.DType) -> bool:
-    """Tells whether an id is of the model's type; of another it is unknown."""
+def _of_type(id_: Any, dtype: tf.DType) -> Any:
+    """Returns an id that the graph takes: of those beyond int64, no model has one."""
+    if id_ is None:
+        return empty_id(dtype)
     if dtype == tf.string:
-        return isinstance(id_, str)
-    return isinstance(id_, int | np.integer) and tf.int64.min <= id_ <= tf.int64.max
+        if isinstance(id_, str):
+            return id_
+        raise ValueError(f"This model's ids are strings. Received: {id_!r}; did you mean '{id_}'?")
+    if isinstance(id_, int | np.integer):
+        return id_ if tf.int64.min <= id_ <= tf.int64.max else empty_id(dtype)
+    raise ValueError(f"This model's ids are integers. Received: {id_!r}")
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:

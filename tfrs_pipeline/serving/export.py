@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -30,17 +28,25 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.model.features import raw_signature
 from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (
     Encoder,
     Exportable,
     embed_corpus,
-    id_list,
-    id_lists,
-    signature_inputs,
+    embed_queries,
+    history_of,
+    known_rows,
 )
-from tfrs_pipeline.serving.index import Exact, ExactIndex, Scann, ScannIndex, index_for
+from tfrs_pipeline.serving.index import (
+    SMALLEST_SCANN_CORPUS,
+    Exact,
+    ExactIndex,
+    Scann,
+    ScannIndex,
+    index_for,
+)
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
     ITEMS_FILE,
@@ -48,19 +54,14 @@ from tfrs_pipeline.serving.publish import (
     QUERIES_FILE,
     new_version,
 )
-from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule, missing_input
-from tfrs_pipeline.serving.tune import tune_index
+from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # An index is measured on so many queries at most.
 NUM_QUERIES = 1000
 # Of them, queries whose answers the reloaded model must repeat.
 NUM_PROBES = 20
-_QUERIES_PER_CALL = 256
-
-
-class ExportError(RuntimeError):
-    """An export that was not whole or did not answer as the model in memory does."""
 
 
 def export(
@@ -189,16 +190,11 @@ def export_index(
         version, may have deleted both.
     """
     queries = queries[:NUM_QUERIES]
-    item_filter = None
-    if filter_by is not None:
-        if filter_by not in items.column_names:
-            raise ValueError(
-                f"filter_by must name a column of the items. Received: {filter_by!r}; known: "
-                f"{', '.join(items.column_names)}"
-            )
-        item_filter = ItemFilter(filter_by, items[filter_by].to_pylist())
-    search, description = _built(index or index_for(len(embeddings)), embeddings, encoder, queries)
+    item_filter = _filter_by(items, filter_by)
     ids = items["item_id"].to_numpy()
+    search, description = _built(
+        index or index_for(len(embeddings)), embeddings, ids, encoder, queries
+    )
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
         modules[EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
@@ -217,11 +213,8 @@ def export_index(
         "signatures": sorted(modules[Path()].exported),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-    options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
     with new_version(Path(path), keep=keep_versions) as version:
-        for place, module in modules.items():
-            folder = version.partial / place
-            tf.saved_model.save(module, str(folder), signatures=module.exported, options=options)
+        _save(modules, version.partial)
         (version.partial / ITEMS_FILE).parent.mkdir()
         shown = items.select(["item_id", *({"title"} & set(items.column_names))])
         pq.write_table(shown, version.partial / ITEMS_FILE)
@@ -229,26 +222,49 @@ def export_index(
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
-        probes = queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), _example_values(full)
+        probes = queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full)
         for place, module in modules.items():
-            _prove(version.partial / place, module, *probes)
+            prove(version.partial / place, module, *probes)
     return version.folder, full
 
 
+def _save(modules: Mapping[Path, RetrievalModule], folder: Path) -> None:
+    options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+    for place, module in modules.items():
+        tf.saved_model.save(
+            module, str(folder / place), signatures=module.exported, options=options
+        )
+
+
+def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
+    if name is None:
+        return None
+    if name not in items.column_names:
+        raise ValueError(
+            f"filter_by must name a column of the items. Received: {name!r}; known: "
+            f"{', '.join(items.column_names)}"
+        )
+    return ItemFilter(name, items[name].to_pylist())
+
+
 def _built(
-    index: Scann | Exact, embeddings: np.ndarray, encoder: Encoder, queries: Sequence[Query]
+    index: Scann | Exact,
+    embeddings: np.ndarray,
+    ids: np.ndarray,
+    encoder: Encoder,
+    queries: Sequence[Query],
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
     """Builds an index; says what it is, for the manifest."""
     if isinstance(index, Exact):
         return ExactIndex(embeddings), {"kind": index.kind}
-    embedded = embed_queries(encoder, queries)
-    scann, curve = tune_index(embeddings, embedded, k=index.k, target_recall=index.recall)
+    requests = Requests(embed_queries(encoder, queries), known_rows(encoder, queries, ids))
+    scann = tune_index(embeddings, requests, target_recall=index.recall)
     return scann, {
         "kind": index.kind,
-        f"index_recall@{curve.k}": curve.chosen.recall,
-        "query_ms": curve.chosen.query_ms,
-        "settings": asdict(scann.settings),
-        "curve": curve.records(),
+        "target_recall": index.recall,
+        "num_leaves": scann.num_leaves,
+        "levels": [asdict(level) for level in scann.levels],
+        "requests": measure_requests(scann, requests),
     }
 
 
@@ -256,39 +272,15 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
     """Says what a manifest's "index" is."""
     if description["kind"] == "exact":
         return f"exact search over {num_candidates:,} candidates"
-    name, recall = next(x for x in description.items() if x[0].startswith("index_recall@"))
-    settings = description["settings"]
-    return (
-        f"ScaNN finds {recall:.4f} of the exact top {name.partition('@')[2]}, "
-        f"searching {settings['num_leaves_to_search']} of {settings['num_leaves']} leaves"
+    levels, requests = description["levels"], description["requests"]
+    lowest = min((x["recall"] for x in requests), default=description["target_recall"])
+    text = (
+        f"ScaNN finds {lowest:.4f} or more of the exact answer where k and the excluded items are "
+        f"{levels[-1]['depth']:,} at most, together; beyond, search is exact"
     )
-
-
-def embed_queries(encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
-    """Embeds queries by `user_id` and `history`: [num_queries, D] float32."""
-    blocks = []
-    for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
-        inputs = _query_inputs(encoder.embed_query, queries[start : start + _QUERIES_PER_CALL])
-        blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
-    return np.concatenate(blocks)
-
-
-def _query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-    """Makes those of a signature's inputs that are in queries: user_id [B], history [B, any]."""
-    specs = signature_inputs(function)
-    inputs = {}
-    if "user_id" in specs:
-        users = [query.get("user_id") for query in queries]
-        inputs["user_id"] = id_list(users, specs["user_id"].dtype)
-    if "history" in specs:
-        inputs["history"] = id_lists(list(map(_history, queries)), specs["history"].dtype)
-    return inputs
-
-
-def _history(query: Query) -> Sequence[Any]:
-    """Returns the history of a query, which may be missing or, read from a file, None."""
-    history = query.get("history")
-    return () if history is None else history
+    if num_candidates < SMALLEST_SCANN_CORPUS:
+        text += f". For {num_candidates:,} candidates exact search alone would do"
+    return text
 
 
 def _stored_queries(model: Exportable) -> list[Query]:
@@ -304,69 +296,6 @@ def _query_table(queries: Sequence[Query], items: pa.Table) -> pa.Table:
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),
-        "history": pa.array([list(_history(query)) for query in queries], ids),
+        "history": pa.array([list(history_of(query)) for query in queries], ids),
     }
     return pa.table(columns)
-
-
-def _example_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a value of the filter and of every feature, by the name of its input."""
-    values: dict[str, Any] = {}
-    if manifest["filter"] and manifest["filter"]["values"]:
-        values["allowed"] = manifest["filter"]["values"][0]
-    for side in manifest["features"].values():
-        features = [Feature.from_dict(settings) for settings in side]
-        for feature, spec in zip(features, raw_signature(features).values(), strict=True):
-            is_text = spec.dtype == tf.string
-            values[spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
-    return values
-
-
-def _probe(
-    function: Any, queries: Sequence[Query], item_ids: Sequence[Any], values: Mapping[str, Any]
-) -> dict[str, tf.Tensor]:
-    """Makes the inputs that a signature is asked with before a version is put in place."""
-    specs = signature_inputs(function)
-    inputs = {"k": tf.constant(10), **_query_inputs(function, queries)}
-    num_rows = len(item_ids) if "item_id" in specs else len(queries)
-    if "item_id" in specs:
-        inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
-    for name, spec in specs.items():
-        if name in values:
-            shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
-            inputs[name] = tf.fill(shape, tf.constant(values[name], spec.dtype))
-        elif name not in inputs:
-            inputs[name] = missing_input(spec, num_rows)
-    return {name: inputs[name] for name in specs}
-
-
-def _prove(
-    folder: Path,
-    module: RetrievalModule,
-    queries: Sequence[Query],
-    item_ids: Sequence[Any],
-    values: Mapping[str, Any],
-) -> None:
-    """Has a fresh process load what was saved and answer as the module in memory does."""
-    probe = folder / "probe.npz"
-    arrays: dict[str, np.ndarray] = {}
-    for name, function in module.exported.items():
-        inputs = _probe(function, queries, item_ids, values)
-        outputs = function(*inputs.values())
-        for role, tensors in (("input", inputs), ("output", outputs)):
-            arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
-    np.savez(probe, allow_pickle=False, **arrays)
-    command = [sys.executable, "-m", "tfrs_pipeline.serving.check", str(folder), str(probe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    probe.unlink()
-    if done.returncode:
-        raise ExportError(
-            f"A fresh process could not use the export to {folder}: {done.stderr.strip()[-2000:]}"
-        )
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """Turns TensorFlow's byte strings into an array that needs no pickle."""
-    if values.dtype != object:
-        return values
-    return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)

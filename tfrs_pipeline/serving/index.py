@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 # Below this, scoring every candidate is as fast as any index, and exact.
 SMALLEST_SCANN_CORPUS = 20_000
+# Below this, looking up the nearest leaves costs more than it saves.
+SMALLEST_PARTITIONED_CORPUS = 10_000
 # Codes of a block.
 _SMALLEST_HASHED_CORPUS = 16
-_QUERIES_PER_CALL = 256
+# One dimension a block: with two, a deep search has to rescore several times as many.
+_DIMENSIONS_PER_BLOCK, _ANISOTROPIC_THRESHOLD = 1, 0.2
+_TRAINING_SAMPLE = 100_000
 
 
 @dataclass(frozen=True)
@@ -25,23 +30,21 @@ class Exact:
 
 @dataclass(frozen=True)
 class Scann:
-    """A ScaNN index, tuned to find a share of the exact top k at the least work.
+    """A ScaNN index, tuned to find a share of the exact answer at the least work.
+
+    The target holds for every k and any number of excluded candidates: each query of a call is
+    searched as widely as its own request needs, and exactly where that is the least work.
 
     Args:
-        recall: Recall target: share of the exact top k that it must find, in (0, 1].
-        k: How many candidates are asked for in service: an index that is tuned at 100 finds far
-            less of the top 500.
+        recall: Recall target: share of the exact answer that it must find, in (0, 1].
     """
 
     recall: float = 0.98
-    k: int = 100
     kind: Literal["scann"] = "scann"
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
             raise ValueError(f"recall must be in (0, 1]. Received: {self.recall}")
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more. Received: {self.k}")
 
 
 def index_for(num_candidates: int, recall: float = Scann.recall) -> Scann | Exact:
@@ -66,6 +69,38 @@ def load_scann_ops() -> Any:
     return scann_ops
 
 
+class Allowed(NamedTuple):
+    """Which candidates each query of a call may find: those that have one of its values.
+
+    Args:
+        is_chosen: [B, num_codes] bool, which values a query chose. Code 0 is no value.
+        codes: [num_candidates + 1, P] int32, codes of the values of each row, padded with 0.
+        share: [B] float32, about which share of the candidates that is.
+    """
+
+    is_chosen: tf.Tensor
+    codes: tf.Tensor
+    share: tf.Tensor
+
+    def of_queries(self, lines: tf.Tensor) -> Allowed:
+        """Takes lines [b] of the call."""
+        return Allowed(tf.gather(self.is_chosen, lines), self.codes, tf.gather(self.share, lines))
+
+    def has(self, rows: tf.Tensor) -> tf.Tensor:
+        """Tells which of each query's rows [B, n] it may find, [B, n] bool."""
+        codes = tf.gather(self.codes, rows)
+        return tf.reduce_any(tf.gather(self.is_chosen, codes, batch_dims=1), axis=2)
+
+    def has_all(self) -> tf.Tensor:
+        """Tells which candidates each query may find, [B, num_candidates] bool."""
+        # By place in the list: all at once would be P times as much.
+        places = tf.unstack(self.codes[1:], axis=1)
+        is_allowed = tf.gather(self.is_chosen, places[0], axis=1)
+        for place in places[1:]:
+            is_allowed |= tf.gather(self.is_chosen, place, axis=1)
+        return is_allowed
+
+
 class ExactIndex(tf.Module):
     """Scores every candidate.
 
@@ -88,7 +123,7 @@ class ExactIndex(tf.Module):
         queries: tf.Tensor,
         k: tf.Tensor,
         excluded: tf.Tensor,
-        is_allowed: tf.Tensor | None = None,
+        allowed: Allowed | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds the k best candidates that are not excluded.
 
@@ -96,15 +131,15 @@ class ExactIndex(tf.Module):
             queries: [B, D] float32.
             k: Scalar int32, 1 or more; may exceed the corpus.
             excluded: [B, E] int32 rows never to be found for a query, from 1; 0 is padding.
-            is_allowed: [B, num_candidates] bool, which candidates may be found; None is all.
+            allowed: Which candidates may be found; None is all.
 
         Returns:
             rows: [B, k] int32 from 1, best first, ties by the smaller row; 0 in empty slots.
             scores: [B, k] float32, -inf in empty slots.
         """
         scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
-        if is_allowed is not None:
-            scores = tf.where(is_allowed, scores, -np.inf)
+        if allowed is not None:
+            scores = tf.where(allowed.has_all(), scores, -np.inf)
         cells = tf.where(excluded > 0)
         columns = tf.cast(tf.gather_nd(excluded, cells), tf.int64) - 1
         lowest = tf.fill([tf.shape(cells)[0]], tf.constant(-np.inf, tf.float32))
@@ -115,49 +150,54 @@ class ExactIndex(tf.Module):
 
 
 @dataclass(frozen=True)
-class ScannSettings:
-    """How a ScaNN index is built and searched.
+class Level:
+    """How widely to search for what lies among the best `depth` candidates.
 
     Args:
-        num_leaves: Partitions of the corpus; 1 is none.
-        num_leaves_to_search: Of them, searched for each query.
-        num_reordered: Candidates rescored exactly.
-        dimensions_per_block: Of the asymmetric hashing.
-        anisotropic_threshold: Of the hashing (Guo et al., ICML 2020).
+        depth: k and the number of excluded candidates of a request are at most this, together.
+        num_leaves_to_search: Of the index's leaves.
+        num_reordered: Candidates rescored exactly, `depth` at least.
     """
 
-    num_leaves: int
+    depth: int
     num_leaves_to_search: int
     num_reordered: int
-    dimensions_per_block: int = 2
-    anisotropic_threshold: float = 0.2
 
 
-def build_searcher(
-    builder: Callable[..., Any], embeddings: np.ndarray, settings: ScannSettings
-) -> Any:
-    """Builds a searcher of dot products as the settings say.
+def num_leaves_of(num_candidates: int) -> int:
+    """Returns the partitions of an index: 1 is none.
+
+    Four times ScaNN's own advice of a square root: of smaller leaves, fewer candidates need be
+    searched.
+    """
+    if num_candidates < SMALLEST_PARTITIONED_CORPUS:
+        return 1
+    return 4 * round(math.sqrt(num_candidates))
+
+
+def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leaves: int) -> Any:
+    """Builds a searcher of dot products; how widely it searches is an argument of each search.
 
     Args:
         builder: ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` outside TensorFlow.
         embeddings: [num_candidates, D] float32.
-        settings: How to build.
+        num_leaves: Partitions; 1 is none.
     """
-    sample = min(len(embeddings), 100_000)
-    configured = builder(embeddings, settings.num_reordered, "dot_product")
-    if settings.num_leaves > 1:
+    sample = min(len(embeddings), _TRAINING_SAMPLE)
+    configured = builder(embeddings, 1, "dot_product")
+    if num_leaves > 1:
         configured = configured.tree(
-            num_leaves=settings.num_leaves,
-            num_leaves_to_search=settings.num_leaves_to_search,
+            num_leaves=num_leaves,
+            num_leaves_to_search=num_leaves,
             training_sample_size=sample,
             min_partition_size=1,
         )
     hashed = configured.score_ah(
-        settings.dimensions_per_block,
-        anisotropic_quantization_threshold=settings.anisotropic_threshold,
+        _DIMENSIONS_PER_BLOCK,
+        anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD,
         training_sample_size=sample,
     )
-    return hashed.reorder(settings.num_reordered).build()
+    return hashed.reorder(1).build()
 
 
 class ScannIndex(tf.Module):
@@ -167,21 +207,24 @@ class ScannIndex(tf.Module):
     threshold nor settings that can be given with a search.
 
     Args:
-        exact: Exact search over the candidates: the fallback where the index finds too few, and
-            for filters.
-        settings: How to build and search.
+        exact: Exact search over the candidates: for what no level reaches.
+        num_leaves: Partitions of the corpus; None takes what suits its size.
+        levels: By depth, ascending; the deeper requests are answered exactly.
 
     Raises:
         ImportError: If ScaNN is missing.
         ValueError: If there are more leaves than candidates, or fewer than 16 candidates.
     """
 
-    def __init__(self, exact: ExactIndex, settings: ScannSettings) -> None:
+    def __init__(
+        self, exact: ExactIndex, num_leaves: int | None = None, levels: Sequence[Level] = ()
+    ) -> None:
         super().__init__(name="scann_index")
-        if settings.num_leaves > exact.num_candidates:
+        self.num_leaves = num_leaves_of(exact.num_candidates) if num_leaves is None else num_leaves
+        if self.num_leaves > exact.num_candidates:
             raise ValueError(
                 f"num_leaves must not exceed the {exact.num_candidates} candidates. "
-                f"Received: {settings.num_leaves}"
+                f"Received: {num_leaves}"
             )
         if exact.num_candidates < _SMALLEST_HASHED_CORPUS:
             raise ValueError(
@@ -190,9 +233,9 @@ class ScannIndex(tf.Module):
             )
         self._ops = load_scann_ops()
         self.exact = exact
-        self.settings = settings
+        self.levels = tuple(levels)
         self.num_candidates = exact.num_candidates
-        searcher = build_searcher(self._ops.builder, exact.embeddings.numpy(), settings)
+        searcher = build_searcher(self._ops.builder, exact.embeddings.numpy(), self.num_leaves)
         self._state = searcher.serialize_to_module()
         # Searches load the state; the builder's own copy of it would stay for good.
         tf.raw_ops.DestroyResourceOp(resource=searcher.searcher_handle)
@@ -200,78 +243,104 @@ class ScannIndex(tf.Module):
     def approximate(
         self,
         queries: tf.Tensor,
-        k: tf.Tensor,
-        num_leaves_to_search: tf.Tensor | int | None = None,
-        num_reordered: tf.Tensor | int | None = None,
+        depth: tf.Tensor,
+        num_leaves_to_search: tf.Tensor,
+        num_reordered: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds about the k best candidates, and fewer where the searched leaves hold fewer.
+        """Finds about the best candidates, and fewer where the searched leaves hold fewer.
 
         Args:
-            queries: [B, D] float32.
-            k: Scalar int32, at most num_candidates.
-            num_leaves_to_search: Scalar int32, instead of the setting's.
-            num_reordered: Scalar int32, instead of the setting's; k at least.
+            queries: [B, D] float32, one at least.
+            depth: Scalar int32, at most num_candidates: how many.
+            num_leaves_to_search: Scalar int32.
+            num_reordered: Scalar int32, `depth` at least.
 
         Returns:
-            rows: [B, k] int32 from 1, best first; 0 in empty slots.
-            scores: [B, k] float32, -inf in empty slots.
+            rows: [B, depth] int32 from 1, best first; 0 in empty slots.
+            scores: [B, depth] float32, -inf in empty slots.
         """
         searcher = self._ops.searcher_from_module(self._state)
-        leaves = num_leaves_to_search
-        if leaves is None:
-            leaves = self.settings.num_leaves_to_search
-        reordered = self.settings.num_reordered if num_reordered is None else num_reordered
-
-        def search() -> tuple[tf.Tensor, tf.Tensor]:
-            places, scores = searcher.search_batched(
-                queries,
-                final_num_neighbors=k,
-                pre_reorder_num_neighbors=tf.maximum(k, reordered),
-                leaves_to_search=leaves,
-            )
-            return tf.cast(places, tf.int32), scores
-
-        # ScaNN fails on a batch of no queries.
-        places, scores = tf.cond(
-            tf.shape(queries)[0] > 0,
-            search,
-            lambda: (tf.zeros([0, k], tf.int32), tf.zeros([0, k], tf.float32)),
+        places, scores = searcher.search_batched(
+            queries,
+            final_num_neighbors=depth,
+            pre_reorder_num_neighbors=num_reordered,
+            leaves_to_search=num_leaves_to_search,
         )
-        # ScaNN pads with NaN where the searched leaves hold fewer than k candidates.
+        # ScaNN pads with NaN where the searched leaves hold fewer candidates.
         scores = tf.where(tf.math.is_nan(scores), -np.inf, scores)
-        return _filled_up(places + 1, scores, k)
+        return _filled_up(tf.cast(places, tf.int32) + 1, scores, depth)
 
     def search(
         self,
         queries: tf.Tensor,
         k: tf.Tensor,
         excluded: tf.Tensor,
-        is_allowed: tf.Tensor | None = None,
+        allowed: Allowed | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds about the k best candidates that are not excluded; see `ExactIndex.search`.
 
-        More are fetched and the excluded dropped; a query for which too few are left, and every
-        filtered one, is answered by exact search.
+        Each query is searched at the level of its own depth, the excluded dropped from what is
+        found. Queries beyond the last level, and those that are left with too few, are answered
+        exactly.
         """
-        if is_allowed is not None:
-            return self.exact.search(queries, k, excluded, is_allowed)
-        excluded = tf.sort(excluded, axis=1)
-        num_excluded = _num_distinct(excluded)
-        # The maximum of no queries is the lowest int32.
-        most_excluded = tf.maximum(tf.reduce_max(num_excluded), 0)
-        rows, scores = self.approximate(queries, tf.minimum(k + most_excluded, self.num_candidates))
-        scores = tf.where(_is_in_sorted(rows, excluded), -np.inf, scores)
-        top_scores, order = tf.math.top_k(scores, tf.minimum(k, tf.shape(scores)[1]))
-        rows, scores = _filled_up(tf.gather(rows, order, batch_dims=1), top_scores, k)
-        num_found = tf.math.count_nonzero(rows, axis=1, dtype=tf.int32)
-        short = tf.where(num_found < tf.minimum(k, self.num_candidates - num_excluded))
+        keys = _keys_of(excluded, self.num_candidates)
+        num_excluded = _count_by_line(keys, tf.shape(queries)[0], self.num_candidates)
+        num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
+        level = self._levels_of(num_wanted + num_excluded, allowed)
+        # Levels without a query cost nothing.
+        present = tf.unique(tf.boolean_mask(level, level < len(self.levels))).y
+        settings = tf.constant(
+            [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
+            tf.int32,
+            [len(self.levels), 3],
+        )
+
+        def search_level(
+            number: tf.Tensor, rows: tf.Tensor, scores: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            lines = tf.where(level == present[number])
+            found, found_scores = self.approximate(
+                tf.gather_nd(queries, lines), *tf.unstack(settings[present[number]])
+            )
+            is_dropped = _is_among(keys, found, lines, self.num_candidates)
+            if allowed is not None:
+                is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
+            left = tf.where(is_dropped, -np.inf, found_scores)
+            top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
+            top = _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
+            return (
+                number + 1,
+                tf.tensor_scatter_nd_update(rows, lines, top[0]),
+                tf.tensor_scatter_nd_update(scores, lines, top[1]),
+            )
+
+        empty = tf.stack([tf.shape(queries)[0], k])
+        _, rows, scores = tf.while_loop(
+            lambda number, *_: number < tf.size(present),
+            search_level,
+            (0, tf.zeros(empty, tf.int32), tf.fill(empty, tf.constant(-np.inf, tf.float32))),
+            shape_invariants=(tf.TensorShape([]), *2 * [tf.TensorShape([None, None])]),
+            parallel_iterations=1,
+        )
+        short = tf.where(tf.math.count_nonzero(rows, axis=1, dtype=tf.int32) < num_wanted)
         exact_rows, exact_scores = self.exact.search(
-            tf.gather(queries, short[:, 0]), k, tf.gather(excluded, short[:, 0])
+            tf.gather_nd(queries, short),
+            k,
+            tf.gather(excluded, short[:, 0]),
+            None if allowed is None else allowed.of_queries(short[:, 0]),
         )
         return (
             tf.tensor_scatter_nd_update(rows, short, exact_rows),
             tf.tensor_scatter_nd_update(scores, short, exact_scores),
         )
+
+    def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
+        """Finds the level of each query's depth [B]; past the last is exact search."""
+        needed = tf.cast(depth, tf.float32)
+        if allowed is not None:
+            # So many of the allowed ones nearly always lie within: three standard deviations.
+            needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
+        return tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
 
 
 def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -281,26 +350,25 @@ def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Ten
     return rows, tf.pad(scores, missing, constant_values=-np.inf)
 
 
-def _num_distinct(rows: tf.Tensor) -> tf.Tensor:
-    """Counts each line's distinct rows above 0; `rows` is sorted, [B, E] -> [B]."""
-    first = tf.concat([tf.ones_like(rows[:, :1], tf.bool), rows[:, 1:] != rows[:, :-1]], axis=1)
-    return tf.reduce_sum(tf.cast(first & (rows > 0), tf.int32), axis=1)
+def _keys_of(rows: tf.Tensor, num_candidates: int) -> tf.Tensor:
+    """Makes an ascending list of the cells of [B, E] rows above 0, each pair of line and row once.
 
-
-def _is_in_sorted(rows: tf.Tensor, sorted_rows: tf.Tensor) -> tf.Tensor:
-    """Tells which of `rows` [B, n] are in the same line of `sorted_rows` [B, E]."""
-    # A last column that equals nothing keeps the lookup in range, also when E is 0.
-    last = tf.fill([tf.shape(rows)[0], 1], tf.int32.max)
-    lines = tf.concat([sorted_rows, last], axis=1)
-    return tf.gather(lines, tf.searchsorted(lines, rows), batch_dims=1) == rows
-
-
-def index_recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Computes the mean share of the exact top k that an approximate search found.
-
-    Args:
-        found: [num_queries, any] rows; 0 is an empty slot and never a hit.
-        exact: [num_queries, k] rows from 1.
+    Lists of one line each would be as long as the longest of the call.
     """
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, exact, strict=True)]
-    return float(np.mean(hits)) / exact.shape[1]
+    lines = tf.where(rows > 0)
+    keys = lines[:, 0] * (num_candidates + 1) + tf.cast(tf.gather_nd(rows, lines), tf.int64)
+    return tf.sort(tf.unique(keys).y)
+
+
+def _count_by_line(keys: tf.Tensor, num_lines: tf.Tensor, num_candidates: int) -> tf.Tensor:
+    lines = tf.cast(keys // (num_candidates + 1), tf.int32)
+    return tf.math.unsorted_segment_sum(tf.ones_like(lines), lines, num_lines)
+
+
+def _is_among(keys: tf.Tensor, rows: tf.Tensor, lines: tf.Tensor, num_candidates: int) -> tf.Tensor:
+    """Tells which of the rows [b, n] of lines [b, 1] of the call are in a list of `_keys_of`."""
+    wanted = lines * (num_candidates + 1) + tf.cast(rows, tf.int64)
+    # A last key that equals nothing keeps the lookup in range.
+    keys = tf.concat([keys, [tf.int64.max]], axis=0)
+    places = tf.searchsorted(keys, tf.reshape(wanted, [-1]))
+    return tf.reshape(tf.gather(keys, places), tf.shape(wanted)) == wanted

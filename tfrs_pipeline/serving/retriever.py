@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import id_list, id_lists
+from tfrs_pipeline.serving.encoder import id_list, id_lists, known_rows
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -24,6 +25,7 @@ from tfrs_pipeline.serving.publish import (
     QUERIES_FILE,
     versions_of,
 )
+from tfrs_pipeline.serving.tune import Requests
 
 # What a `Retriever` may be asked with.
 _QUERY_KEYS = ("user_id", "history", "features")
@@ -39,6 +41,8 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs ScaNN and it is missing.
+        ValueError: If a file of the SavedModel is not the one that was exported: the towers and the
+            index over their embeddings belong together.
     """
     folder = Path(path).resolve()
     if not (folder / MANIFEST_FILE).is_file():
@@ -68,12 +72,12 @@ class LoadedRetriever:
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
-        if self.manifest["index"]["kind"] == "scann":
-            if exact:
-                folder = folder / EXACT_FOLDER
-            else:
-                load_scann_ops()
-        self.saved_model: Any = tf.saved_model.load(str(folder))
+        is_scann = self.manifest["index"]["kind"] == "scann"
+        place = EXACT_FOLDER if is_scann and exact else Path()
+        _check_files(folder, self.manifest.get("sha256", {}), place)
+        if is_scann and not exact:
+            load_scann_ops()
+        self.saved_model: Any = tf.saved_model.load(str(folder / place))
         spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
@@ -125,7 +129,8 @@ class LoadedRetriever:
         """Retrieves by the stored history of users, their known positives excluded.
 
         Args:
-            user_ids: [n] ids; an unknown one gets the answer for an empty history.
+            user_ids: [n] ids, of the type of the model's; an unknown one gets the answer for an
+                empty history.
             k: How many candidates.
             exclude: Per user, further ids to exclude.
             allowed: Per user, values of the item filter, as in `retrieve`.
@@ -134,8 +139,8 @@ class LoadedRetriever:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
 
         Raises:
-            ValueError: If the model was exported without user data; if `allowed` is given and the
-                model has no item filter, or another value.
+            ValueError: If the model was exported without user data or an id is of another type; if
+                `allowed` is given and the model has no item filter, or another value.
         """
         if not self.manifest.get("user_data", True):
             raise ValueError(
@@ -179,6 +184,11 @@ class LoadedRetriever:
         )
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
+    def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
+        """Tells which items the training had, [n] bool: a history is read without the others."""
+        nothing = {feature.name: [None] * len(item_ids) for feature in self._candidate_features}
+        return self.embed_candidates(item_ids, nothing)[1]
+
     def parse_user_id(self, text: str) -> Any:
         """Turns a user id typed by a person into the type of the model's ids.
 
@@ -207,6 +217,12 @@ class LoadedRetriever:
     def held_out_queries(self) -> list[Query]:
         """Reads the queries that the index was measured on: their user_id and history."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
+
+    def held_out_requests(self) -> Requests:
+        """Embeds the held-out queries, each with the rows of what its user knows."""
+        queries, ids = self.held_out_queries(), np.array(self.candidate_ids())
+        known = known_rows(self.saved_model.encoder, queries, ids)
+        return Requests(self.embed_queries(queries), known)
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the items, by id; empty if there are none."""
@@ -282,6 +298,17 @@ class LoadedRetriever:
             near = difflib.get_close_matches(str(unknown), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
+
+
+def _check_files(folder: Path, hashes: Mapping[str, str], place: Path) -> None:
+    """Refuses a SavedModel, at a place in a version's folder, that is not the one exported."""
+    for name in ("saved_model.pb", "variables/variables.index", "variables/variables.data*"):
+        for path in (folder / place).glob(name):
+            if hashes.get(path.relative_to(folder).as_posix()) != file_hash(path):
+                raise ValueError(
+                    f"{path} is not the file of this version: its towers and its index belong "
+                    "together. Copy the version whole, or export it again."
+                )
 
 
 def _check_queries(queries: Sequence[Query]) -> None:

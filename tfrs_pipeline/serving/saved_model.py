@@ -20,7 +20,7 @@ from tfrs_pipeline.serving.encoder import (
     traced,
     with_empty,
 )
-from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
 
 DEFAULT_K = 100
 
@@ -44,22 +44,20 @@ class ItemFilter(tf.Module):
         for line, row in zip(codes, rows, strict=True):
             line[: len(row)] = [code_of[value] for value in row]
         self._table = row_table(np.array(values, object))
-        # By place in the list: a request gathers [B, num_candidates] at a time.
-        self._codes = [stored(place) for place in codes.T]
+        self._codes = stored(np.pad(codes, [[1, 0], [0, 0]]))
+        shares = np.bincount(codes.ravel(), minlength=len(values) + 1) / max(1, len(rows))
+        self._shares = tf.constant(np.where(np.arange(len(shares)), shares, 0), tf.float32)
 
     def describe(self) -> dict[str, Any]:
         """Returns name and distinct values, for the manifest."""
         return {"name": self._column, "values": list(self._values)}
 
-    def is_allowed(self, allowed: tf.Tensor) -> tf.Tensor:
+    def choose(self, allowed: tf.Tensor) -> Allowed:
         """Tells which candidates a query may have.
 
         Args:
             allowed: [B, F] values, padded with "". A candidate needs one of them; where a query has
                 none, every candidate will do.
-
-        Returns:
-            [B, num_candidates] bool.
         """
         codes = lookup(self._table, allowed)
         num_codes = len(self._values) + 1
@@ -68,10 +66,11 @@ class ItemFilter(tf.Module):
         )
         # Code 0 is padding, here and of the candidates' values, or unknown: nobody's choice.
         is_chosen = (is_chosen > 0) & (tf.range(num_codes) > 0)
-        is_allowed = tf.gather(is_chosen, self._codes[0], axis=1)
-        for place in self._codes[1:]:
-            is_allowed |= tf.gather(is_chosen, place, axis=1)
-        return is_allowed | tf.reduce_all(allowed == "", axis=1, keepdims=True)
+        # Those with two of the values are counted twice.
+        share = tf.reduce_sum(tf.where(is_chosen, self._shares, 0), axis=1)
+        is_any = tf.reduce_all(allowed == "", axis=1)
+        share = tf.where(is_any, 1.0, tf.minimum(share, 1))
+        return Allowed(is_chosen | is_any[:, tf.newaxis], self._codes, share)
 
 
 class RetrievalModule(tf.Module):
@@ -88,8 +87,7 @@ class RetrievalModule(tf.Module):
       value of each feature beside, instead of the stored ones (see `raw_signature`).
     - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
       `retrieve_with_features_filtered`, where there is an item filter: of the items that have one
-      of the values alone; a list without values allows every item. They score every item, however
-      the index is built.
+      of the values alone; a list without values allows every item.
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
     - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
@@ -185,10 +183,10 @@ class RetrievalModule(tf.Module):
         embedded = embed(*query.values())
         # Row 0 is padding, an unknown item, or one that the index does not have.
         excluded = lookup(self._candidate_rows, exclude)
-        is_allowed = None
+        chosen = None
         if self._item_filter is not None and allowed is not None:
-            is_allowed = self._item_filter.is_allowed(allowed)
-        rows, scores = self._index.search(embedded["embeddings"], k, excluded, is_allowed)
+            chosen = self._item_filter.choose(allowed)
+        rows, scores = self._index.search(embedded["embeddings"], k, excluded, chosen)
         return {
             "candidate_ids": tf.gather(self._candidate_ids, rows),
             "scores": scores,
