@@ -1,6 +1,6 @@
 r"""Kills runs and damages their files, and looks whether they end as an undisturbed run does.
 
-    python benchmarks/resuming.py --kills 100 --damage --json benchmarks/results/resuming.json
+    python benchmarks/resuming.py --kills 100 --damage --full --json FILE
 
 Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, is begun
 in a process of its own and killed; another process goes on and is killed too, until one comes to
@@ -11,10 +11,14 @@ version.
 Damage: every file of a run stopped in its refit, and every file of a finished run and of its
 export, is emptied, cut at half, or has a bit flipped, one at a time, and the run is begun again.
 
+Full disk (needs root, to mount one in memory): a run is begun on a disk that is too small, and
+again each time that the disk has grown a little.
+
 What must come out: every run ends with the weights, the metrics and the served answers of the
-undisturbed one, bit for bit, or refuses the damaged file by its name. The check of an export in a
-fresh process is left out, for its time (`benchmarks/publishing.py` kills exports with it). Needs
-the extra dev. Takes some seconds a kill or damage on two cores.
+undisturbed one, bit for bit, or refuses the damaged file by its name; a full disk is one line that
+names a path on it. The check of an export in a fresh process is left out, for its time
+(`benchmarks/publishing.py` kills exports with it). Needs the extra dev. Takes some seconds a kill,
+damage or stop on two cores.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -276,6 +281,44 @@ def begin_again(config: RunConfig, folder: Path, name: Path, expected: list[Any]
     return "the same" if same == expected else "other"
 
 
+def full_disk(folder: Path) -> dict[str, Any]:
+    """Has a run go on, on a disk that grows by 30 kB whenever it is full.
+
+    Returns:
+        "stops" by the task at hand, "num_raw" of them that were not one line with a path on the
+        disk, and "is_same", whether the end is that of an undisturbed run.
+    """
+    config = config_in(folder)
+    expected, _ = outcome_of(config, folder / "run")
+    reset(folder)
+    size, stops, num_raw = shutil.disk_usage(folder).used // 1024 + 20, Counter[str](), 0
+    while True:
+        subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
+        tasks = ["before the data"]
+        try:
+            run(config, folder / "run", on_progress=lambda task, *_, at=tasks: at.append(task))
+            break
+        except Exception as error:
+            print(f"{size} kB, {tasks[-1]}: {error}", flush=True)
+            stops[tasks[-1]] += 1
+            num_raw += "\n" in str(error) or not str(error).startswith(str(folder))
+        size += 30
+    same, _ = outcome_of(config, folder / "run")
+    return {"stops": dict(stops), "num_raw": num_raw, "is_same": same == expected}
+
+
+@contextlib.contextmanager
+def disk() -> Iterator[Path]:
+    """Mounts a disk in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "none", folder]
+        subprocess.run(mount, check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
@@ -283,16 +326,22 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="How many (none).")
     parser.add_argument("--damage", action="store_true", help="Damage files too.")
+    parser.add_argument("--full", action="store_true", help="Fill disks too; needs root.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     export._prove = lambda *arguments: None
     figures: dict[str, Any] = {}
     # First: a process that has used TensorFlow cannot be forked.
-    for name, work in (("kills", lambda p: kills(p, options.kills)), ("damage", damages)):
-        if getattr(options, name):
-            with tempfile.TemporaryDirectory() as folder:
-                figures[name] = work(Path(folder))
-            print(figures[name])
+    if options.kills:
+        with tempfile.TemporaryDirectory() as folder:
+            figures["kills"] = kills(Path(folder), options.kills)
+    if options.damage:
+        with tempfile.TemporaryDirectory() as folder:
+            figures["damage"] = damages(Path(folder))
+    if options.full:
+        with disk() as folder_in_memory:
+            figures["full"] = full_disk(folder_in_memory)
+    print(figures)
     if options.json:
         write_json(options.json, figures)
 

@@ -353,6 +353,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 2} items, {NUM_USERS} users"
     assert re.fullmatch(r"from 2023-11-14 22:13 to 2023-11-\d\d \d\d:\d\d UTC", notes[1])
     assert notes[2:] == [
+        f"dropped {num_lost + len(repeated):,} of {len(rows):,} rows",
         f"dropped {num_lost:,} rows: item is not in the item table",
         f"dropped {len(repeated):,} rows: repeats an earlier event",
     ]

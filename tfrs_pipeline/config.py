@@ -25,6 +25,7 @@ from tfrs_pipeline.data.schema import (
     SplitKind,
     TimestampUnit,
     UnknownItems,
+    name_problem,
 )
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
@@ -63,19 +64,6 @@ def _amount(value: Any) -> Any:
 
 
 Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
-
-_COLUMNS = (
-    "user_id",
-    "item_id",
-    "timestamp",
-    "stage",
-    "rating",
-    "request_id",
-    "rank",
-    "score",
-    "weight",
-    "part",
-)
 
 
 class DataConfig(Config):
@@ -129,6 +117,14 @@ class DataConfig(Config):
     duplicates: Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop."""
+    earliest_time: datetime | None = None
+    """Events before it have no time, such as 0 in place of none; in UTC if without a zone; if not
+    given, 1990."""
+    latest_time: datetime | None = None
+    """Events from it on have no time either; if not given, a day from now."""
+    max_bad_share: float = Field(0.1, ge=0, lt=1)
+    """Share of a table's rows that may be dropped, and counted, because something that they must
+    have is missing or cannot be read; more is refused, with 0 all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -158,8 +154,8 @@ class DataConfig(Config):
 
     def _value_problems(self) -> Iterator[tuple[str, str]]:
         for name in self.columns:
-            if name not in _COLUMNS:
-                yield f"columns.{name}", f"unknown column; {suggest(name, _COLUMNS)}"
+            if problem := name_problem(name):
+                yield f"columns.{name}", problem
         if self.time_zone is not None and not _is_time_zone(self.time_zone):
             zones = zoneinfo.available_timezones()
             yield (

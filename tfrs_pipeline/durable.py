@@ -30,7 +30,10 @@ _FAILURES = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN),
 )
-_WORDS = re.compile("|".join(re.escape(os.strerror(code)) for code in _FAILURES), re.IGNORECASE)
+# The last is DuckDB's, where a mount is gone.
+_WORDS = re.compile(
+    "|".join([*map(re.escape, map(os.strerror, _FAILURES)), "No files found"]), re.IGNORECASE
+)
 _held: set[tuple[Path, int]] = set()
 
 

@@ -466,6 +466,9 @@ def load_log(config: DataConfig) -> Log:
         list_separator=config.list_separator,
         unknown_items=config.unknown_items,
         is_ordered=config.is_ordered,
+        earliest_time=config.earliest_time,
+        latest_time=config.latest_time,
+        max_bad_share=config.max_bad_share,
         **common,
     )
 

@@ -44,9 +44,13 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
     ("label", "more", "message"),
     [
         ({"is_lik": 1.0}, {}, r"'is_lik'.*is_like"),
-        ({"note": 1.0}, {}, "'note' is string"),
+        ({"note": 1.0}, {}, "'note' must be boolean, or a number .* it is string"),
         ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
-        ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3}, "'seconds' is NaN.* in 3 of 6"),
+        (
+            {"seconds": 1.0},
+            {"seconds": [1.0, float("nan")] * 3},
+            "'seconds' is in the label and no number in 3 of 6 rows, such as nan",
+        ),
         ({"is_like": 0.0}, {}, "weights above 0"),
     ],
 )

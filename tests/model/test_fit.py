@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.damage import DAMAGES, damage
 from tests.model.conftest import Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, train
@@ -179,6 +182,32 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(
     again, kept = run(metrics, training={"patience": 2}, folder=tmp_path)
     assert kept.best_epoch == 2
     assert_same(weights_of(again), whole.epochs.weights[1])
+
+
+def test_a_damaged_epoch_is_trained_again(run: Run, tmp_path: Path) -> None:
+    """From the epoch before, if that is kept whole, or from the start: the end is the same."""
+    metrics, kept = [0.1, 0.5, 0.3, 0.2, 0.1], tmp_path / "kept"
+
+    def stop(epoch: int, logs: dict[str, float]) -> None:
+        if epoch == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(metrics, folder=kept, on_epoch=stop)
+    # The last epoch, and the best one.
+    assert {path.name.split(".")[0] for path in kept.iterdir()} == {"epoch-2", "epoch-3"}
+    expected, _ = run(metrics)
+    names = sorted(path.name for path in kept.iterdir())
+    assert len(names) == 6
+    for name, how in zip(names, itertools.cycle(DAMAGES), strict=False):
+        folder = tmp_path / f"{name} {how}"
+        shutil.copytree(kept, folder)
+        damage(folder / name, how)
+        first = 3 if name.startswith("epoch-3") else 1
+        # As many metrics are taken as there are epochs to train.
+        resumed, result = run(metrics, folder=folder, done=range(1, first))
+        assert_same(weights_of(resumed), weights_of(expected))
+        assert result.history["val_ndcg@5"] == metrics
 
 
 def test_no_epoch_is_begun_once_the_time_is_over(run: Run, tmp_path: Path) -> None:

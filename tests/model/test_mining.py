@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.damage import damage
 from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model import mining
@@ -74,6 +75,23 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
     assert resumed.notes[0].startswith("mined after epoch 4: ")
     # Every sample has a pool, so that f is what was asked for.
     assert "effective mean hard share 0.3000" in resumed.notes
+
+
+def test_a_damaged_pool_is_mined_again(
+    data: TrainingSet, unbroken: tuple[TwoTower, Path], tmp_path: Path
+) -> None:
+    """Of the model that it was mined from, which is not the one at which training stopped."""
+
+    def stop(epoch: int, logs: dict[str, float]) -> None:
+        if epoch == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
+    damage(tmp_path / "mined-2.npz", "flipped")
+    resumed = make_model().fit_samples(data, folder=tmp_path)
+    assert_same(weights_of(resumed.network), weights_of(unbroken[0].network))
+    assert resumed.notes == unbroken[0].notes
 
 
 def slow_pools(retriever: Retriever, data: TrainingSet) -> list[list[int]]:

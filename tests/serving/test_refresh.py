@@ -238,13 +238,18 @@ def test_a_filter_without_any_value_allows_nothing_but_all(of_int: Served, tmp_p
         loaded.retrieve([{}], 60, allowed=[["a"]])
 
 
+def without_genres(table: pa.Table) -> pa.Table:
+    place, kind = table.column_names.index("genres"), table.schema.field("genres")
+    return table.set_column(place, kind, pa.nulls(len(table), kind.type))
+
+
 @pytest.mark.usefixtures("unproven")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.drop_columns(["genres"]), r"no column 'genres'"),
         (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
-        (lambda t: pa.concat_tables([t, t.slice(0, 3)]), r"One row an id"),
+        (lambda t: pa.concat_tables([t, without_genres(t.slice(0, 3))]), r"One row an id"),
         (lambda t: t.slice(0, 0), r"holds no row"),
     ],
     ids=["no feature", "no id", "an id twice", "no row"],

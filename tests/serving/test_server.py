@@ -139,6 +139,7 @@ def int_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(int_folder: Path) -> Iterator[Running]:
     limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
+    limits |= {"max_results": 800, "max_body_bytes": 1_000_000}
     with Running(int_folder, **limits, body_timeout_seconds=0.5) as running:
         yield running
 
@@ -286,7 +287,8 @@ JSON = {"content-type": "application/json"}
         ("POST", f"/v1/models/films/versions/{'9' * 5000}:predict", 404),
         ("GET", "/v1/models/films/versions/2", 404),
         ("GET", "/v1/models/films/versions/%D9%A1/metadata", 404),
-        ("GET", PREDICT, 404),
+        ("GET", PREDICT, 405),
+        ("GET", "/v1/models/films/versions/1:predict", 405),
         ("PUT", PREDICT, 405),
         ("OPTIONS", PREDICT, 405),
         ("DELETE", "/v1/models/films", 405),
@@ -302,18 +304,24 @@ def test_wrong_addresses_and_methods(small: Running, method: str, path: str, sta
     assert response.status_code == status
     assert set(response.json()) == {"error"}
     assert len(response.text) < 1000
+    if path.endswith(":predict") and status == 405:
+        assert response.headers["allow"] == "POST"
 
 
 def test_another_host_is_refused(small: Running) -> None:
     """A page of a name that resolves to this machine must not reach the server through it."""
     for host, status in {
         "localhost:8501": 200,
+        "LOCALHOST": 200,
         "127.0.0.1": 200,
+        "[::1": 400,
         "evil.example": 400,
         "localhost.evil.example": 400,
         "": 400,
     }.items():
-        assert small.post(PREDICT, json=GOOD, headers={"host": host}).status_code == status, host
+        response = small.post(PREDICT, json=GOOD, headers={"host": host})
+        assert response.status_code == status, host
+        assert status == 200 or "among --allowed-hosts" in response.json()["error"]
 
 
 HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
@@ -359,25 +367,18 @@ HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
 def test_hostile_input_is_answered_and_not_felt(small: Running, case: str, path: str) -> None:
     status, options = HOSTILE[case]
 
-    async def ask() -> tuple[httpx.Response, httpx.Response, float]:
+    async def ask() -> tuple[httpx.Response, httpx.Response]:
         bad = asyncio.create_task(small.client.post(path, **{"headers": JSON, **options}))
-        slowest = 0.0
         while not bad.done():
-            start = time.perf_counter()
             assert (await small.client.get("/healthz")).status_code == 200
             await asyncio.sleep(0.001)
-            slowest = max(slowest, time.perf_counter() - start)
-        return await bad, await small.client.post(PREDICT, json=GOOD), slowest
+        return await bad, await small.client.post(PREDICT, json=GOOD)
 
-    start = time.perf_counter()
-    bad, good, slowest = small.run(ask())
+    bad, good = small.run(ask())
     assert bad.status_code == status, bad.text
     assert set(bad.json()) == {"error"}
     assert len(bad.text) < 1000
     assert len(good.json()["outputs"]["candidate_ids"][0]) == 5
-    # The quadratic cost of before was minutes; a busy machine takes no seconds for a megabyte.
-    assert slowest < 5
-    assert time.perf_counter() - start < 20
 
 
 def test_what_is_refused_is_explained(small: Running) -> None:
@@ -386,12 +387,15 @@ def test_what_is_refused_is_explained(small: Running) -> None:
             [1], [[]], 101
         ),
         "List should have at most 10 items": retrieve_user([1] * 11, [[]] * 11, 1),
+        "800 results, its queries times k (--max-results). Got: 9 x 89": retrieve_user(
+            [1] * 9, [[]] * 9, 89
+        ),
         "inputs.exclude.0: List should have at most 50 items": retrieve_user([1], [[3] * 51], 1),
     }
     for message, document in documents.items():
         assert message in small.post(PREDICT, json=document).json()["error"]
-    edge = retrieve_user([101] * 10, [list(range(50))] * 10, 100)
-    assert len(small.predict(**edge)["outputs"]["scores"]) == 10
+    edge = retrieve_user([101] * 8, [list(range(50))] * 8, 100)
+    assert len(small.predict(**edge)["outputs"]["scores"]) == 8
     padded = TEXT + " " * (1_000_000 - len(TEXT))
     typed = {"content-type": "Application/JSON; charset=utf-8"}
     assert small.post(PREDICT, content=padded, headers=typed).status_code == 200
@@ -441,6 +445,44 @@ def test_a_slow_call_is_not_felt(small: Running, monkeypatch: pytest.MonkeyPatch
         assert (await first).status_code == 200
 
     small.run(ask())
+
+
+def test_slices_of_large_requests_take_turns_and_small_ones_go_past(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [100, 101, 102, 103, 104, 105]
+    alone = small.predict(**retrieve_user(users, [[]] * 6, 20))["outputs"]
+    for i, user in enumerate(users):
+        one = small.predict(**retrieve_user([user], [[]], 20))["outputs"]
+        assert one["candidate_ids"] == alone["candidate_ids"][i : i + 1]
+        np.testing.assert_allclose(one["scores"], alone["scores"][i : i + 1], rtol=1e-5)
+    gate, real, asked = threading.Event(), ServedVersion.call, []
+
+    def watched(version: ServedVersion, signature: str, inputs: Any) -> Any:
+        asked.append(int(inputs["k"]))
+        assert inputs["k"] == 5 or gate.wait(20)
+        return real(version, signature, inputs)
+
+    monkeypatch.setattr(ServedVersion, "call", watched)
+
+    async def ask() -> None:
+        large = [
+            asyncio.create_task(small.client.post(PREDICT, json=retrieve_user(users, [[]] * 6, k)))
+            for k in (98, 99, 100) * 3
+        ]
+        while not asked:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert not any(task.done() for task in large)
+        gate.set()
+        assert {(await task).status_code for task in large} == {200}
+
+    small.run(ask())
+    large = [k for k in asked if k != 5]
+    # Nine requests of two slices each: no second one before each has had its first.
+    assert sorted(large[:9]) == sorted((98, 99, 100) * 3)
+    assert len(large) == 18
 
 
 def test_an_inner_error_says_nothing_of_the_inside(
@@ -649,6 +691,15 @@ def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> No
     for handle in handles:
         with pytest.raises(tf.errors.NotFoundError):
             tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=False)
+
+
+def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: Path) -> None:
+    put(int_folder / "1", tmp_path / "films", 1)
+    with Running(tmp_path / "films") as running:
+        shutil.rmtree(tmp_path / "films" / "1")
+        assert running.get("/page/model").json()["num_candidates"] == NUM_CANDIDATES
+        assert running.get("/page/items?search=7th").json()["items"]
+        assert running.post("/page/query", json={"user_id": "101"}).status_code == 200
 
 
 def test_without_the_page_no_fallback_is_loaded(folder: Path, kind: str) -> None:

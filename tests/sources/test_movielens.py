@@ -17,7 +17,12 @@ from tfrs_pipeline.sources.movielens import (
     unpack_wheel,
 )
 
-RATINGS = ["8\t267\t4\t881250949", "7\t2\t3\t891717742", "7\t1412\t5\t881250949", "7\t3\t1\t0"]
+RATINGS = [
+    "8\t267\t4\t881250949",
+    "7\t2\t3\t891717742",
+    "7\t1412\t5\t881250949",
+    "7\t3\t1\t881250948",
+]
 GENRE_NAMES = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
     "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"

@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        setting = getattr(error, "setting", "")  # Of a DataError.
+        flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
+        print(f"error: {error}{flag}", file=sys.stderr)
         if is_verbose:
             logger.exception("the whole trace")
         elif not _is_ours(error):

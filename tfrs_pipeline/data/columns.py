@@ -1,167 +1,109 @@
-"""One column of a source turned into the type that the log has: the only place for times.
+"""One column of a source turned into the type that the log has.
 
 CSV columns arrive as text and are typed here, by all of their values: a sniffer that looks at the
-first rows loses leading zeros and fails late. NaN is a missing value: it becomes null.
+first rows loses leading zeros and fails late. A value that cannot be used becomes null and is a
+fault of its table (`RawTable.fault`); `tables.py` counts the faults, and drops or refuses. NaN is a
+missing value: it becomes null.
 """
 
 from __future__ import annotations
 
-import zoneinfo
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Literal
 
 import ibis
-import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import (
-    DataError,
-    FeatureKind,
-    Refusal,
-    Source,
-    TimestampUnit,
-    count_rows,
-    refuse_rows,
-    wrong_type,
-)
+from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable
+from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
 
-_MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
-# A time of 1973 or later, as a number, tells its unit: the four ranges do not overlap until 5138.
-_UNIT_BELOW = ((1e11, "s"), (1e14, "ms"), (1e17, "us"), (float("inf"), "ns"))
-_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-_NAIVE = dt.Timestamp(scale=6)
-_UTC = dt.Timestamp(timezone="UTC", scale=6)
-_WHOLE = r"^-?(0|[1-9][0-9]*)(\.0)?$"
-
-
-@ibis.udf.scalar.builtin(name="make_timestamptz", signature=((dt.int64,), _UTC))
-def _from_microseconds(microseconds: ir.IntegerValue) -> ir.TimestampValue:
-    """DuckDB's own function."""
-
-
-@ibis.udf.scalar.builtin(name="make_timestamp_ns", signature=((dt.int64,), dt.Timestamp(scale=9)))
-def _from_nanoseconds(nanoseconds: ir.IntegerValue) -> ir.TimestampValue:
-    """DuckDB's own function."""
-
-
-@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _NAIVE), _UTC))
-def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
-    """DuckDB's own function."""
-
-
-@dataclass(frozen=True)
-class Formats:
-    """How values are written where their type does not say it.
-
-    Args:
-        timestamp_unit: What numbers count since 1970; None means seconds.
-        time_zone: Of times without one, such as "Europe/Berlin"; None refuses them.
-        list_separator: Between the values of a multi_categorical or vector feature in a string.
-    """
-
-    timestamp_unit: TimestampUnit | None = None
-    time_zone: str | None = None
-    list_separator: str = "|"
-
-    def __post_init__(self) -> None:
-        try:
-            zoneinfo.ZoneInfo(self.time_zone or "UTC")
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise ValueError(
-                f"time_zone must be one of the tz database, such as Europe/Berlin. Received: "
-                f"{self.time_zone!r}."
-            ) from error
-
-
-@dataclass(frozen=True)
-class RawTable:
-    """A table as it came.
-
-    Args:
-        table: A DuckDB table under the log's names, and `_row`: the order in the source, from 0.
-        source: Its names in messages.
-        is_text: Whether every column is a string that may stand for another type (CSV).
-    """
-
-    table: ibis.Table
-    source: Source
-    is_text: bool
-
-    def __contains__(self, column: str) -> bool:
-        return column in self.table.columns
-
-    def wrong_type(self, column: str, wanted: str) -> DataError:
-        """Makes the error of a column of a wrong type."""
-        return wrong_type(self.table, column, wanted, self.source)
-
-    def refuse_unread(self, column: str, is_unread: ir.BooleanValue, what: str) -> None:
-        """Refuses a column with values that cannot be read as what they must be."""
-        remedy = "Correct them, or name another column."
-        refusal = Refusal(column, is_unread, f"must hold {what} and does not", remedy)
-        refuse_rows(self.table, self.source, refusal)
+_LARGEST_INT64 = 2**63 - 1
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+# How programs write an id that is missing, or a whole number in a column where others are.
+_NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
+_WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
     """Tells whether ids are kept as int64.
 
-    Text is an integer only if every value is written as one is ("7", not "007", "7.0" or "+7"), so
-    that no two ids fall together.
+    Text is an integer only if every value is written as one is ("7", not "007" or "+7"), so that no
+    two ids fall together; "7.0" is how programs write 7 where other rows have none.
     """
+    dtype = raw.table[column].type()
+    if dtype.is_string():
+        value = raw.table[column]
+        cleaned = is_integer_text(value).ifelse(value, _clean(value))
+        return raw.is_text and not raw.has(~is_integer_text(cleaned))
+    return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
+
+
+def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
+    """Makes int64 or string of an id; null where there is none."""
     value = raw.table[column]
-    if value.type().is_integer():
-        return True
-    if not value.type().is_string():
-        raise raw.wrong_type(column, "an integer or a string")
-    return raw.is_text and not _any(raw, value != _as_integer_text(value))
-
-
-def to_id(raw: RawTable, column: str) -> ir.Value:
-    """Makes int64 or string of an id."""
-    return raw.table[column].cast("int64" if is_integer(raw, column) else "string")
-
-
-def to_timestamp(raw: RawTable, column: str, formats: Formats) -> ir.TimestampValue:
-    """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone."""
-    value = raw.table[column]
-    if value.type().is_string():
-        value = _read_time(raw, column)
     dtype = value.type()
-    if dtype.is_numeric():
-        time = _from_numbers(raw, value, column, formats.timestamp_unit)
-    elif dtype.is_timestamp() and dtype.timezone is not None:
-        time = value.cast(_UTC)
-    elif dtype.is_timestamp() or dtype.is_date():
-        if formats.time_zone is None:
-            raise DataError(
-                f"{raw.source.column(column)} holds times without a time zone "
-                f"({count_rows(raw.table)} rows). Set time_zone to where they were read off the "
-                "clock: UTC, or Europe/Berlin."
-            )
-        time = _in_time_zone(ibis.literal(formats.time_zone), value.cast(_NAIVE))
-    else:
-        raise raw.wrong_type(column, "a timestamp or a number")
-    earliest, end = (datetime(year, 1, 1, tzinfo=UTC) for year in (2, 9999))
-    # What no calendar of Python holds, such as a database's infinity.
-    is_far = (time < earliest) | (time >= end)
-    raw.refuse_unread(column, is_far, "times of the years 2 to 9998")
-    return time
+    if not (dtype.is_string() or dtype.is_numeric()) or dtype.is_boolean():
+        raise raw.wrong_type(column, "an integer or a string")
+    if dtype.is_string():
+        value = _clean(value)
+    elif not dtype.is_integer():
+        whole = value.try_cast("int64")
+        is_whole = (whole.cast("float64") == value) & (value.abs() < 2**53)
+        is_number = value.notnull() & ~value.cast("float64").isnan()
+        raw.fault(
+            column,
+            is_number & ~is_whole.fill_null(False),
+            "must be an integer or a string and is not",
+        )
+        value = is_whole.ifelse(whole, ibis.null("int64"))
+    return value.cast("int64" if as_integer else "string")
+
+
+def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
+    """Makes int64 or string of an id that each row must have: not null, -1 or "" (empty slots)."""
+    value = to_id(raw, column, as_integer=as_integer)
+    remedy = "Give these rows an id."
+    raw.fault(column, value.isnull(), "is null", remedy)
+    reserved = -1 if as_integer else ""
+    problem = f"is {reserved!r}, which is reserved for empty slots,"
+    raw.fault(column, value == reserved, problem, remedy)
+    if raw.is_text and not as_integer:
+        problem = "runs over several lines"
+        raw.fault(column, value.re_search(r"[\n\r]"), problem, "Close the quotes before it.")
+    return value
 
 
 def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "float64") -> ir.Value:
-    """Makes int64 or float64 of a column; NaN is null."""
+    """Makes int64 or finite float64 of a column; NaN is null."""
     value = raw.table[column]
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
     number = value.try_cast("float64")
-    is_unread = value.notnull() & number.isnull()
+    is_number = (number.abs() <= _LARGEST_FLOAT32).fill_null(False)
+    converted = number
     if to == "int64":  # DuckDB rounds 1.5 without a word.
         converted = value.try_cast("int64")
-        is_unread |= number.notnull() & ~number.isnan() & (number != converted).fill_null(True)
-    else:
-        converted = number
-    raw.refuse_unread(column, is_unread, "whole numbers" if to == "int64" else "numbers")
-    return number.isnan().ifelse(ibis.null(to), converted)
+        is_number &= (number == converted).fill_null(False)
+    is_missing = value.isnull() | number.isnan().fill_null(False)
+    what = "whole numbers" if to == "int64" else "finite numbers that float32 can hold"
+    raw.fault(column, ~is_missing & ~is_number, f"must hold {what} and does not")
+    return is_number.ifelse(converted, ibis.null(to))
+
+
+def to_outcome(raw: RawTable, column: str) -> ir.Value:
+    """Makes a boolean, or a finite number, of an outcome that may be a label."""
+    value = raw.table[column]
+    if value.type().is_boolean():
+        return value
+    if not (value.type().is_numeric() or (value.type().is_string() and raw.is_text)):
+        raise raw.wrong_type(column, "boolean, or a number above 0 where the outcome holds")
+    number = value.try_cast("float64")
+    if raw.is_text:
+        number = ibis.coalesce(number, value.try_cast("boolean").cast("float64"))
+    is_number = (number.abs() <= _LARGEST_FLOAT32).fill_null(False)
+    remedy = "Leave it null where the outcome does not hold."
+    problem = "is in the label and no number"
+    raw.fault(column, value.notnull() & ~is_number, problem, remedy, "label")
+    return is_number.ifelse(number, ibis.null("float64"))
 
 
 def to_context(raw: RawTable, column: str) -> ir.Value:
@@ -169,15 +111,21 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
     value = raw.table[column]
     if not raw.is_text:
         return value
-    return _number_of_text(raw, value)
+    if not raw.has(~is_integer_text(value)):
+        return value.cast("int64")
+    number = value.try_cast("float64")
+    return value if raw.has(value.notnull() & number.isnull()) else number
 
 
 def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) -> ir.Value:
     """Gives a feature column the type of its kind (see `Log`)."""
+    value = raw.table[column]
     if kind in ("numeric", "bucketized"):
         return to_number(raw, column)
     if kind in ("categorical", "hashed"):
-        return _to_category(raw, column)
+        if value.type().is_boolean():
+            return value.cast("string")
+        return to_id(raw, column, as_integer=is_integer(raw, column))
     if kind == "multi_categorical":
         return _to_categories(raw, column, formats.list_separator)
     if kind == "vector":
@@ -185,35 +133,11 @@ def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) 
     if kind == "timestamp":
         time = to_timestamp(raw, column, formats)
         if formats.timestamp_unit is None:
-            _refuse_years(raw, time, column)
+            refuse_years(raw, time, column)
         return time
-    value = raw.table[column]
     if not value.type().is_string():
         raise raw.wrong_type(column, "a string")
     return value
-
-
-def _to_category(raw: RawTable, column: str) -> ir.Value:
-    """Makes int64 or string of a category.
-
-    Whole numbers that were written as floats ("9.0"), because others are missing, are integers.
-    """
-    value = raw.table[column]
-    dtype = value.type()
-    if dtype.is_floating():
-        value = value.isnan().ifelse(ibis.null(), value)
-        if _any(raw, value != value.round()):
-            raise raw.wrong_type(column, "an integer or a string")
-        return value.cast("int64")
-    if raw.is_text and not _any(raw, ~value.re_search(_WHOLE)):
-        integer = value.re_replace(r"\.0$", "").try_cast("int64")
-        if not _any(raw, value.notnull() & integer.isnull()):
-            return integer
-    if dtype.is_integer():
-        return value.cast("int64")
-    if dtype.is_string() or dtype.is_boolean():
-        return value.cast("string")
-    raise raw.wrong_type(column, "an integer or a string")
 
 
 def _to_categories(raw: RawTable, column: str, list_separator: str) -> ir.Value:
@@ -227,95 +151,36 @@ def _to_categories(raw: RawTable, column: str, list_separator: str) -> ir.Value:
 
 
 def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
-    """Makes lists of float32; what cannot be one becomes a null in the list, for the checks."""
+    """Makes lists of float32, all of the length that most have."""
     value = raw.table[column]
     dtype = value.type()
-    if dtype.is_array() and dtype.value_type.is_numeric():
-        return value.cast(dt.Array(dtype.value_type)).map(lambda part: part.try_cast("float32"))
-    if not dtype.is_string():
+    if dtype.is_string():
+        parts = value.split(list_separator).map(lambda part: part.strip())
+        numbers = parts.map(lambda part: part.try_cast("float64"))
+        is_unread = numbers.map(lambda number: number.isnull()).anys()
+        problem = f"must hold numbers separated by {list_separator!r} (list_separator) and does not"
+        raw.fault(column, is_unread, problem, setting="list_separator")
+    elif dtype.is_array() and dtype.value_type.is_numeric():
+        numbers = value.cast("array<float64>")
+    else:
         raise raw.wrong_type(column, "a list of numbers or a string")
-    parts = value.split(list_separator).map(lambda part: part.strip())
-    is_unread = parts.map(lambda part: part.try_cast("float64").isnull()).anys()
-    raw.refuse_unread(
-        column, is_unread, f"numbers separated by {list_separator!r} (list_separator)"
-    )
-    return parts.map(lambda part: part.try_cast("float32"))
-
-
-def _as_integer_text(value: ir.StringValue) -> ir.StringValue:
-    """Writes the value as int64 is written; "" where it is none, so that it differs."""
-    return ibis.coalesce(value.try_cast("int64").cast("string"), "")
-
-
-def _number_of_text(raw: RawTable, value: ir.StringValue) -> ir.Value:
-    if not _any(raw, value != _as_integer_text(value)):
-        return value.cast("int64")
-    number = value.try_cast("float64")
-    return value if _any(raw, value.notnull() & number.isnull()) else number
-
-
-def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times written as text: numbers, or ISO 8601 with an offset in all rows or in none."""
-    value = raw.table[column]
-    number = _number_of_text(raw, value)
-    if number.type().is_numeric():
-        return number
-    zoned = value.try_cast(_UTC)
-    is_no_time = value.notnull() & zoned.isnull()
-    raw.refuse_unread(column, is_no_time & value.try_cast("float64").isnull(), "times")
-    raw.refuse_unread(column, is_no_time, "times written one way")
-    has_offset = value.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & value.contains(":")
-    if not _any(raw, ~has_offset):
-        return zoned
-    if _any(raw, has_offset):
-        remedy = "The others have one: write all of them the same way."
-        refuse_rows(raw.table, raw.source, Refusal(column, ~has_offset, "has no offset", remedy))
-    return value.try_cast(_NAIVE)
-
-
-def _from_numbers(
-    raw: RawTable, value: ir.NumericValue, column: str, unit: TimestampUnit | None
-) -> ir.TimestampValue:
-    if value.type().is_floating():
-        value = value.isnan().ifelse(ibis.null(), value)
-    found = raw.table.aggregate(largest=value.abs().max()).to_pyarrow()["largest"][0].as_py()
-    largest = float(found or 0)
-    where = f"{raw.source.column(column)} holds numbers up to {largest:.0f}"
-    if unit is None and 19_000_101 <= largest <= 21_001_231:
+    is_finite = numbers.map(lambda x: (x.abs() <= _LARGEST_FLOAT32).fill_null(False)).alls()
+    problem = "does not hold finite numbers that float32 can hold"
+    remedy = "Correct them, or leave them null where there is none."
+    raw.fault(column, ~is_finite, problem, remedy, "")
+    length = is_finite.ifelse(numbers.length(), ibis.null("int64")).nullif(0)
+    found = raw.table.aggregate(usual=length.mode()).to_pyarrow()["usual"][0].as_py()
+    if found is None and not raw.has(~is_finite):
         raise DataError(
-            f"{where} ({count_rows(raw.table)} rows), which look like dates (YYYYMMDD). Write "
-            "them as 2024-01-31, or set timestamp_unit to s if they are seconds."
+            f"{raw.source.column(column)}: none of {raw.num_rows} rows holds a vector. "
+            "Name another column, or drop the feature."
         )
-    looks_like = next(name for below, name in _UNIT_BELOW if largest < below)
-    if largest and looks_like != (unit or "s"):
-        raise DataError(
-            f"{where} ({count_rows(raw.table)} rows), which must be UTC in "
-            f"{_UNIT_NAMES[unit or 's']} and look like {_UNIT_NAMES[looks_like]}. Set "
-            f"timestamp_unit to {looks_like}."
-        )
-    if unit == "ns" and value.type().is_integer():  # Past the whole numbers that a float holds.
-        naive = _from_nanoseconds(value.cast("int64")).cast(_NAIVE)
-        return _in_time_zone(ibis.literal("UTC"), naive)
-    factor = _MICROSECONDS[unit or "s"]
-    if value.type().is_integer():
-        return _from_microseconds(value.cast("int64") * int(factor))
-    return _from_microseconds((value.cast("float64") * factor).round().cast("int64"))
+    problem = f"must hold vectors of one length, {found} as most, and does not"
+    raw.fault(column, length != found, problem, remedy, "")
+    return (length == found).ifelse(numbers.cast("array<float32>"), ibis.null("array<float32>"))
 
 
-def _refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
-    """Refuses years read as seconds, which all fall into the same half hour of 1970."""
-    row = raw.table.aggregate(first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
-    if row["first"] is None:
-        return
-    first, last = (int(row[name].timestamp()) for name in ("first", "last"))
-    if first >= 1000 and last <= 3000:
-        raise DataError(
-            f"{raw.source.column(column)} holds numbers from {first} to {last} "
-            f"({count_rows(raw.table)} rows), which look like years. Make it numeric or "
-            "bucketized, write dates such as 1999-01-31, or set timestamp_unit to s if they are "
-            "seconds."
-        )
-
-
-def _any(raw: RawTable, condition: ir.BooleanValue) -> bool:
-    return bool(raw.table.aggregate(found=condition.any()).to_pyarrow()["found"][0].as_py())
+def _clean(value: ir.StringValue) -> ir.StringValue:
+    """Takes what programs add off ids: white space around them, ".0", words for a missing one."""
+    text = value.re_replace(_WHOLE_FLOAT, r"\1").strip()
+    return text.isin(_NO_ID).ifelse(ibis.null("string"), text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import csv
+import glob
 import gzip
-import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,20 @@ from typing import Any
 import duckdb
 import ibis
 import pyarrow as pa
+import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.columns import RawTable
-from tfrs_pipeline.data.schema import DataError, Source
+from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source
+from tfrs_pipeline.settings import printable
 
+LINES_REMEDY = (
+    "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "
+    "line, and quotes that close; or Parquet."
+)
+_LONGEST_HEADER = 1 << 20
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+# Lines that DuckDB leaves out by themselves: an open quote may take any number of others with it.
+_SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 
 
 def connect() -> DuckDB:
@@ -30,6 +40,11 @@ def connect() -> DuckDB:
     return connection
 
 
+def open_parquet(connection: DuckDB, path: Path) -> ibis.Table:
+    """Opens a file of Parquet, whose name is no pattern, without loading it."""
+    return connection.read_parquet(glob.escape(str(path)))
+
+
 @dataclass(frozen=True)
 class Scan:
     """A table whose columns are known and whose rows are not read yet.
@@ -39,15 +54,26 @@ class Scan:
         columns: Names of its columns.
         is_text: Whether every column is a string (CSV).
         open: Makes the rows of some columns, in their order.
+        num_rows: How many there are, where that is known before.
+        rejects: Where DuckDB puts lines that hold too few or too many fields, for CSV.
     """
 
     name: str
     columns: Sequence[str]
     is_text: bool
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
+    num_rows: int | None = None
+    rejects: str = ""
 
     def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
         """Reads the columns that are wanted, once: name that a column gets -> its name here."""
+        if inner := [name for name in names if name.startswith("_")]:
+            raise DataError(
+                f"{self.name}: a column cannot be called {printable(inner[0])} here: names that "
+                "begin with '_' are this package's own. Give it another one with columns, "
+                "item_columns or user_columns.",
+                "columns",
+            )
         table = ibis.util.gen_name("raw")
         columns = [f'"{_double(column)}" AS "{_double(name)}"' for name, column in names.items()]
         # A row number without an order runs in the order of the scan, on one thread.
@@ -56,8 +82,37 @@ class Scan:
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
         except duckdb.Error as error:
             raise _unreadable(self.name, error) from error
+        raw = connection.table(table)
+        (num_read,) = connection.con.execute(f'SELECT count(*) FROM "{table}"').fetchone()
+        if self.num_rows not in (None, num_read):
+            raise DataError(
+                f"{self.name}: {num_read} of {self.num_rows} rows could be read. Write it anew."
+            )
         renamed = {name: column for name, column in names.items() if name != column}
-        return RawTable(connection.table(table), Source(self.name, renamed), self.is_text)
+        dropped = self._dropped(connection)
+        return RawTable(raw, Source(self.name, renamed), num_read, self.is_text, dropped)
+
+    def _dropped(self, connection: DuckDB) -> tuple[Dropped, ...]:
+        """Counts the lines that were left out; refuses those that may hide others."""
+        if not self.rejects:
+            return ()
+        found = connection.con.sql(
+            "SELECT line, file_path, error_type, error_message "
+            f"FROM {self.rejects} JOIN {self.rejects}_files USING (scan_id, file_id) "
+            "ORDER BY file_path, line"
+        ).fetchall()
+        lines = {(path, line) for line, path, _, _ in found}
+        for line, path, kind, message in found:
+            if kind not in _SEPARATE:
+                reason = f"{message} (line {line})"
+                raise DataError(f"{path} cannot be read: {printable(reason, 300)} {LINES_REMEDY}")
+        if not lines:
+            return ()
+        line, path, _, message = found[0]
+        reason = (
+            f"no whole line: {printable(message, 60)} (first: line {line} of {Path(path).name})"
+        )
+        return (Dropped(reason, len(lines)),)
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
@@ -67,7 +122,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
         connection: Where the rows will be read.
         source: A path to CSV (with a header) or Parquet, a file or a folder, whose files are read
             in the order of their names; a list of such files; or a table: pandas, pyarrow, Ibis of
-            any backend, or whatever else speaks Arrow.
+            any backend, or whatever else speaks Arrow. No name is a pattern.
         name: What the table is, in messages about one in memory.
     """
     if isinstance(source, str | Path):
@@ -86,42 +141,89 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                 ),
             )
         arrow = source if isinstance(source, pa.RecordBatchReader) else pa.table(source)
-        return _scan_relation(name, connection.con.from_arrow(arrow), False)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(
-            f"{name}: a {type(source).__name__} cannot be read as a table: {error}. Give a path, a "
-            "pandas DataFrame whose columns hold one type each, a pyarrow Table or an Ibis table."
+            f"{name}: a {type(source).__name__} cannot be read as a table: "
+            f"{printable(str(error), 300)}. Give a path, a pandas DataFrame whose columns hold one "
+            "type each, a pyarrow Table or an Ibis table."
         ) from error
+    _check_names(name, arrow.schema.names)
+    relation = connection.con.from_arrow(arrow)
+    num_rows = getattr(arrow, "num_rows", None)
+    return Scan(name, relation.columns, False, lambda columns: relation, num_rows)
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
-    reader = _csv_sql(paths) if is_text else f"read_parquet({_quote_all(paths)})"
     try:
-        return _scan_relation(str(path), connection.con.sql(f"SELECT * FROM {reader}"), is_text)
+        if not is_text:
+            return _scan_parquet(connection, path, paths)
+        rejects = ibis.util.gen_name("rejects")
+        relation = connection.con.sql(f"SELECT * FROM {_csv_sql(paths, rejects)}")
+        return Scan(str(path), relation.columns, True, lambda columns: relation, rejects=rejects)
     except duckdb.Error as error:
         raise _unreadable(path, error) from error
 
 
-def _scan_relation(name: str, relation: duckdb.DuckDBPyRelation, is_text: bool) -> Scan:
-    return Scan(name, relation.columns, is_text, lambda columns: relation)
+def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
+    """Opens Parquet whose files hold the same columns; their footers are read."""
+    num_rows = 0
+    types: dict[str, pa.DataType] = {}
+    for each in paths:
+        try:
+            about = pyarrow.parquet.read_metadata(each)
+            schema = about.schema.to_arrow_schema()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{each} cannot be read: {printable(str(error), 200)}. Write it anew as Parquet."
+            ) from error
+        num_rows += about.num_rows
+        _check_names(each, schema.names)
+        for column in schema:
+            of = _plain(column.type)
+            if types.setdefault(column.name, of) != of:
+                raise DataError(
+                    f"{Source(str(each)).column(column.name)} is {of}, in {paths[0].name} "
+                    f"{types[column.name]}. Give the files of a folder the same types."
+                )
+    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)})")
+    return Scan(str(path), relation.columns, False, lambda columns: relation, num_rows)
+
+
+def _plain(of: pa.DataType) -> pa.DataType:
+    """Returns the type that a column has to whoever reads it, however it is stored."""
+    if pa.types.is_dictionary(of):
+        return _plain(of.value_type)
+    return pa.string() if pa.types.is_large_string(of) else of
+
+
+def _check_names(name: str | Path, columns: Sequence[str]) -> None:
+    """Refuses columns that a database, which does not tell cases apart, takes for one."""
+    counts = collections.Counter(column.casefold() for column in columns)
+    if repeated := sorted({each for each in columns if counts[each.casefold()] > 1 or not each}):
+        raise DataError(
+            f"{name} must name each column once. Repeated or empty: "
+            f"{printable(', '.join(repeated) or 'a column without a name', 200)}. Rename them."
+        )
 
 
 def _unreadable(name: str | Path, error: duckdb.Error) -> DataError:
     # DuckDB goes on with options of its reader, which are not settings here.
-    reason = re.split(r"\s*\nPossible fixes:", str(error))[0].strip()
-    return DataError(
-        f"{name} cannot be read: {reason}\nGive CSV with a header, the same number of fields and "
-        "the same line ending in each line, and quotes that close; or Parquet."
-    )
+    reason = printable(str(error).strip().partition("\n")[0], 300)
+    return DataError(f"{name} cannot be read: {reason} {LINES_REMEDY}")
 
 
-def _csv_sql(paths: Sequence[Path]) -> str:
+def _csv_sql(paths: Sequence[Path], rejects: str) -> str:
     """Writes SQL that scans the files in this order, all columns as text."""
     header, delimiter = _read_header(paths)
     types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
+    # By itself DuckDB takes a "?" in a name for the end of it.
+    are_zipped = {_is_zipped(path) for path in paths}
+    compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
     return (
         f"read_csv({_quote_all(paths)}, columns={{{types}}}, delim={_quote(delimiter)}, "
-        "header=true, auto_detect=false, quote='\"', escape='\"')"
+        "header=true, auto_detect=false, quote='\"', escape='\"', "
+        f"compression='{compression}', store_rejects=true, rejects_table='{rejects}', "
+        f"rejects_scan='{rejects}_files')"
     )
 
 
@@ -154,30 +256,39 @@ def _read_header(paths: Sequence[Path]) -> tuple[list[str], str]:
     """Reads the column names, and the delimiter, from the first lines of CSV files."""
     lines = []
     for path in paths:
-        opener = gzip.open if path.suffix == ".gz" else open
+        is_zipped = _is_zipped(path)
         try:
-            with opener(path, "rt", encoding="utf-8-sig", newline="") as opened:
-                lines.append(opened.readline().rstrip("\r\n"))
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            if is_zipped:
+                _check_gzip(path)
+            with (gzip.open if is_zipped else open)(path, "rb") as opened:
+                lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise DataError(
-                f"{path} cannot be read: {error}. Give UTF-8 CSV with a header."
+                f"{path} cannot be read: {error}. Give UTF-8 CSV with a header"
+                f"{', and the whole of the zipped file' if is_zipped else ''}."
             ) from error
         if not lines[-1].strip():
             raise DataError(f"{path}: 0 rows, and no header. Give a file that holds events.")
         if lines[-1] != lines[0]:
             raise DataError(
-                f"{path} has another header than {paths[0].name}: {lines[-1]!r}, not "
-                f"{lines[0]!r}. Give the files of a folder the same columns."
+                f"{path} has another header than {paths[0].name}: {printable(repr(lines[-1]))}, "
+                f"not {printable(repr(lines[0]))}. Give the files of a folder the same columns."
             )
     delimiter = max(",;\t|", key=lines[0].count)
-    header = next(csv.reader([lines[0]], delimiter=delimiter))
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated or "" in header:
-        raise DataError(
-            f"{paths[0]}: the first line must name each column once. Repeated or empty: "
-            f"{', '.join(repeated) or 'a column without a name'}."
-        )
+    header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
+    _check_names(paths[0], header)
     return header, delimiter
+
+
+def _is_zipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _check_gzip(path: Path) -> None:
+    """Reads a zipped file to its end: DuckDB takes a part of one for the whole, and no checksum."""
+    with gzip.open(path) as opened:
+        while opened.read(1 << 20):
+            pass
 
 
 def _double(name: str) -> str:
@@ -189,4 +300,5 @@ def _quote(text: str) -> str:
 
 
 def _quote_all(paths: Sequence[Path]) -> str:
-    return "[" + ", ".join(_quote(str(path)) for path in paths) + "]"
+    # What is a pattern to DuckDB is none here.
+    return "[" + ", ".join(_quote(glob.escape(str(path))) for path in paths) + "]"

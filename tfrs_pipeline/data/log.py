@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,8 +13,7 @@ from typing import Any, Literal, get_args
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.columns import Formats, RawTable
-from tfrs_pipeline.data.files import connect, scan
+from tfrs_pipeline.data.files import connect, open_parquet, scan
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
@@ -25,7 +23,6 @@ from tfrs_pipeline.data.schema import (
     SplitKind,
     TimestampUnit,
     UnknownItems,
-    check_events,
     count_rows,
 )
 from tfrs_pipeline.data.split import (
@@ -41,18 +38,19 @@ from tfrs_pipeline.data.split import (
     split_last_share,
 )
 from tfrs_pipeline.data.tables import (
+    MAX_BAD_SHARE,
     EventRules,
     add_missing,
+    check_account,
     load_events,
     load_raw,
     settle_duplicates,
-    settle_unknown_items,
+    settle_unknown,
     store,
     type_entities,
 )
+from tfrs_pipeline.data.times import Formats, Period
 from tfrs_pipeline.durable import read_record, write_record
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +76,9 @@ class Log:
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
         user_features: The same of `users`.
-        dropped: What was dropped in the making, and why.
+        dropped: Events that were dropped in the making, and why.
+        notes: What else was found in the making, in lines for a person: events of unknown items,
+            repeated ones, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
         part_of: The log that this one is a part of, if a split made it.
 
@@ -97,6 +97,7 @@ class Log:
     item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = field(default=(), repr=False)
     is_ordered: bool = True
     part_of: Log | None = field(default=None, repr=False)
 
@@ -121,6 +122,9 @@ class Log:
         unknown_items: UnknownItems = "keep",
         duplicates: Duplicates = "keep",
         is_ordered: bool = True,
+        earliest_time: datetime | None = None,
+        latest_time: datetime | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
     ) -> Log:
         """Makes a log of CSV or Parquet.
 
@@ -132,12 +136,14 @@ class Log:
         Args:
             path: Events: CSV (with a header) or Parquet, a file or a folder of them, read in the
                 order of their names. The order of the rows becomes `event_number`. Integer ids stay
-                integers; ids in CSV are integers if all are written as such.
+                integers; ids in CSV are integers if all are written as such. "7.0" is 7, and "nan",
+                "None" and the like are no ids.
             items: Item table, one row an id; likewise files, or a table as in `from_table`. None
                 makes one of the ids alone. A column `title` is kept, feature or not.
             users: The same of users.
             columns: The log's name -> column in the events. A column called by its name needs no
-                entry. A name of your own makes a context column; `part` is the log's own split.
+                entry. Another name makes a context column, unless it is nearly one of the log's;
+                `part` is the log's own split.
             item_columns: The same of the item table, such as {"item_id": "sku"}.
             user_columns: The same of the user table.
             item_features: Feature column -> kind (see `Log`).
@@ -156,9 +162,17 @@ class Log:
                 "drop" all but the first, or "error".
             is_ordered: Whether the order of the rows is the order of the events, where there are no
                 timestamps.
+            earliest_time: Events before it have no time, such as 0 in place of none; UTC if it has
+                no zone. None means 1990.
+            latest_time: Events from it on have none either. None means a day from now.
+            max_bad_share: Share of a table's rows that may be dropped because something that they
+                must have is missing or cannot be read, and of its features that may be missing for
+                that; more is refused, with 0 all. A whole row of CSV, ids, a time, a rating, stage,
+                outcome or weight is what an event must have, an item or user its id.
 
         Returns:
-            A log that keeps the contract of `Log`; `dropped` counts what was dropped.
+            A log that keeps the contract of `Log`; `dropped` counts the events that were dropped,
+            `notes` tells what else was found.
 
         Raises:
             DataError: Naming file, column, rows and remedy.
@@ -171,32 +185,53 @@ class Log:
             _check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
         for column, feature_kind in [*item_features.items(), *user_features.items()]:
             _check_choice(f"the kind of feature {column!r}", feature_kind, FeatureKind)
-        rules = EventRules(columns or {}, rating_threshold, stage_values or {}, label or {})
+        rules = EventRules(
+            columns or {},
+            rating_threshold,
+            stage_values or {},
+            label or {},
+            Period(earliest_time, latest_time),
+            max_bad_share,
+        )
         formats = Formats(timestamp_unit, time_zone, list_separator)
         connection = connect()
         scanned = scan(connection, path, "event table")
-        raw_items = load_raw(connection, items, "item_id", item_columns or {}, item_features)
-        raw_users = load_raw(connection, users, "user_id", user_columns or {}, user_features)
-        raw_entities = {"item_id": raw_items, "user_id": raw_users}
-        events = load_events(connection, scanned, rules, formats, raw_entities)
-        log = _finish(
-            connection,
-            cls(
-                events,
-                _entities(raw_items, "item_id", events, item_features, formats),
-                _entities(raw_users, "user_id", events, user_features, formats),
-                item_features,
-                user_features,
-                is_ordered=is_ordered,
-            ),
-            Source(scanned.name, dict(rules.columns)),
-            unknown_items if raw_items is not None else "keep",
-            duplicates,
+        raws = {
+            "item_id": load_raw(connection, items, "item_id", item_columns or {}, item_features),
+            "user_id": load_raw(connection, users, "user_id", user_columns or {}, user_features),
+        }
+        events, dropped = load_events(connection, scanned, rules, formats, raws)
+        sources = {"events": Source(scanned.name, dict(rules.columns))}
+        tables, notes = {}, []
+        for name, features in (("item_id", item_features), ("user_id", user_features)):
+            raw = raws[name]
+            if raw is None:
+                tables[name] = events.select(name).distinct()
+                continue
+            tables[name], lost, noted = type_entities(
+                connection,
+                raw,
+                name,
+                as_integer=events.schema()[name].is_int64(),
+                features=features,
+                formats=formats,
+                max_bad_share=max_bad_share,
+            )
+            notes += [f"{raw.source.name}: dropped {d.num_rows:,} rows: {d.reason}" for d in lost]
+            notes += noted
+            sources[name] = raw.source
+            connection.drop_table(raw.table.get_name())
+        log = cls(
+            events,
+            tables["item_id"],
+            tables["user_id"],
+            item_features,
+            user_features,
+            dropped=dropped,
+            notes=tuple(notes),
+            is_ordered=is_ordered,
         )
-        for raw in raw_entities.values():
-            if raw is not None:
-                connection.drop_table(raw.table.get_name())
-        return log
+        return _finish(connection, log, sources, unknown_items, duplicates)
 
     @classmethod
     def from_table(cls, events: Any, **options: Any) -> Log:
@@ -233,7 +268,7 @@ class Log:
             raise DataError(f"{folder} has no log.json: writing the log did not finish there.")
         about = read_record(folder / "log.json")
         connection = connect()
-        events, items, users = (connection.read_parquet(folder / f"{x}.parquet") for x in _KEYS)
+        events, items, users = (open_parquet(connection, folder / f"{x}.parquet") for x in _KEYS)
         return cls(
             events,
             items,
@@ -241,6 +276,7 @@ class Log:
             item_features=about["item_features"],
             user_features=about["user_features"],
             dropped=tuple(Dropped(**dropped) for dropped in about["dropped"]),
+            notes=tuple(about["notes"]),
             is_ordered=about["is_ordered"],
         )
 
@@ -260,6 +296,7 @@ class Log:
             "item_features": dict(self.item_features),
             "user_features": dict(self.user_features),
             "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
+            "notes": self.notes,
             "is_ordered": self.is_ordered,
         }
         write_record(folder / "log.json", about, [folder / f"{name}.parquet" for name in _KEYS])
@@ -348,11 +385,17 @@ class Log:
         notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
         if self.order == "timestamp":
             times = self.events["timestamp"]
-            first, last = (value.to_pyarrow().as_py() for value in (times.min(), times.max()))
+            found = self.events.aggregate(first=times.min(), last=times.max()).to_pyarrow()
+            first, last = found.to_pylist()[0].values()
             # A wrong unit shows here.
             notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
+        num_dropped = sum(each.num_rows for each in self.dropped)
+        num_read = counts["events"] + num_dropped
+        notes.append(
+            f"dropped {num_dropped:,} of {num_read:,} rows" if num_dropped else "dropped nothing"
+        )
         notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in self.dropped]
-        return notes if self.dropped else [*notes, "dropped nothing"]
+        return [*notes, *self.notes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +414,10 @@ class Split:
     kind: SplitKind
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self.train, self.validation, self.test))
+        return map(self.__getitem__, range(3))
+
+    def __getitem__(self, place: int) -> Any:
+        return getattr(self, ("train", "validation", "test")[place])
 
     @functools.cached_property
     def train(self) -> Log:
@@ -445,7 +491,7 @@ class Split:
     def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:
         """Opens what `write` wrote of a split of this log of this kind, without loading it."""
         kind = kind or ("time" if log.order == "timestamp" else "last_share")
-        return cls(log, log.events.get_backend().read_parquet(path), kind)
+        return cls(log, open_parquet(log.events.get_backend(), path), kind)
 
     def _part(self, *parts: str) -> Log:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
@@ -466,46 +512,48 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         )
 
 
-def _entities(
-    raw: RawTable | None,
-    id_name: str,
-    events: ibis.Table,
-    features: Mapping[str, FeatureKind],
-    formats: Formats,
-) -> ibis.Table:
-    """Makes the item or user table, its ids typed as those of the events."""
-    if raw is None:
-        return events.select(id_name).distinct()
-    ids = raw.table[id_name].cast(events.schema()[id_name])
-    return type_entities(raw, id_name, ids, features, formats)
-
-
 def _finish(
     connection: DuckDB,
     log: Log,
-    source: Source,
+    sources: Mapping[str, Source],
     unknown_items: UnknownItems,
     duplicates: Duplicates,
 ) -> Log:
-    """Settles unknown items, repeated events and missing ids, and stores the tables.
+    """Settles unknown ids and repeated events, and stores the tables.
 
     Raises:
-        DataError: If unknown items or duplicates are refused, or nothing is left.
+        DataError: If unknown items or duplicates are refused, or nothing is left to learn from.
     """
-    events, unknown = settle_unknown_items(log.events, log.items, source, unknown_items)
-    events, repeated = settle_duplicates(events, source, duplicates)
-    dropped = (*unknown, *repeated)
-    for each in dropped:
-        logger.info("%s: dropped %d events: %s", source.name, each.num_rows, each.reason)
-    if dropped:
-        events = store(connection, events, source)
-        check_events(events, source)
+    events, dropped, notes = log.events, list(log.dropped), list(log.notes)
+    num_in = num_rows = count_rows(events)
+    for name, unknown in (("item_id", unknown_items), ("user_id", "keep")):
+        if name in sources:
+            entities = log.items if name == "item_id" else log.users
+            where = (sources["events"], sources[name])
+            events, lost, noted = settle_unknown(events, entities, name, where, unknown, num_rows)
+            dropped, notes = dropped + lost, notes + noted
+            num_rows -= sum(each.num_rows for each in lost)
+    events, lost, noted = settle_duplicates(events, sources["events"], duplicates, num_rows)
+    dropped, notes = dropped + lost, notes + noted
+    if len(dropped) > len(log.dropped):
+        events = store(connection, events, sources["events"])
+    counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
+    num_left, num_positives = counts.to_pyarrow().to_pylist()[0].values()
+    check_account(sources["events"], num_in, num_left, dropped[len(log.dropped) :])
+    if not num_left:
+        raise DataError(f"{sources['events'].name}: 0 rows. Give a log that holds events.")
+    if not num_positives:
+        raise DataError(
+            f"{sources['events'].name}: none of {num_left} rows is a positive (stage 'clicked'). "
+            "Check stage_values, rating_threshold or label."
+        )
     items = add_missing(log.items, events, "item_id").order_by("item_id")
     users = add_missing(log.users, events, "user_id").order_by("user_id")
     return dataclasses.replace(
         log,
         events=events,
-        items=store(connection, items, source),
-        users=store(connection, users, source),
-        dropped=(*log.dropped, *dropped),
+        items=store(connection, items, sources["events"]),
+        users=store(connection, users, sources["events"]),
+        dropped=tuple(dropped),
+        notes=tuple(notes),
     )

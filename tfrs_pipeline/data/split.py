@@ -219,7 +219,7 @@ def split_last_n(
                 f"split.{name} must be a number of positives, 0 or more. Received: {number}."
             )
     counted = _count_positives(events, min_positives)
-    num_before_test = counted["num_positives"] - int(test)
+    num_before_test = counted["_num_positives"] - int(test)
     return _part_by_place(events, counted, num_before_test - int(validation), num_before_test)
 
 
@@ -235,7 +235,7 @@ def split_last_share(
         if not 0 <= share < 1:
             raise ValueError(f"split.{name} must be a share in [0, 1). Received: {share}.")
     counted = _count_positives(events, min_positives)
-    num_positives = counted["num_positives"]
+    num_positives = counted["_num_positives"]
     num_before_test = num_positives - _ceil(num_positives * test)
     num_train = num_before_test - _ceil(num_before_test * validation)
     return _part_by_place(events, counted, num_train, num_before_test)
@@ -272,8 +272,8 @@ def split_held_out_users(
     roles[drawn[:num_test]] = "test"
     role_table = ibis.memtable(pa.table({"user_id": users, "_role": pa.array(roles, pa.string())}))
     counted = counted.inner_join(role_table, "user_id")
-    num_positives = counted["num_positives"]
-    is_target = counted["num_so_far"] > num_positives - _ceil(num_positives * target_share)
+    num_positives = counted["_num_positives"]
+    is_target = counted["_num_so_far"] > num_positives - _ceil(num_positives * target_share)
     is_history = (counted["_role"] != "train") & ~is_target
     part = is_history.ifelse("fold_in", counted["_role"])
     return counted.mutate(part=part).select(*_columns(events), "part")
@@ -349,15 +349,15 @@ def _order_keys(events: ibis.Table) -> list[str]:
 
 
 def _count_positives(events: ibis.Table, min_positives: int) -> ibis.Table:
-    """Adds num_positives of the user and num_so_far, those up to and including the event."""
+    """Adds _num_positives of the user and _num_so_far, those up to and including the event."""
     positives = is_positive(events).cast("int64")
     so_far = ibis.cumulative_window(group_by="user_id", order_by=_order_keys(events))
     counted = events.mutate(
-        num_positives=positives.sum().over(ibis.window(group_by="user_id")),
-        num_so_far=positives.sum().over(so_far),
+        _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
+        _num_so_far=positives.sum().over(so_far),
     )
     # A user without positives has nothing to train on and nothing to find.
-    return counted.filter(counted["num_positives"] >= max(min_positives, 1))
+    return counted.filter(counted["_num_positives"] >= max(min_positives, 1))
 
 
 def _part_by_place(
@@ -366,8 +366,8 @@ def _part_by_place(
     """Names the part by how many of the user's positives lie at or before the event."""
     # Where a user has too few positives for all parts, what lies before the first is still train.
     part = ibis.cases(
-        (counted["num_so_far"] > ibis.greatest(num_before_test, 0), "test"),
-        (counted["num_so_far"] > ibis.greatest(num_train, 0), "validation"),
+        (counted["_num_so_far"] > ibis.greatest(num_before_test, 0), "test"),
+        (counted["_num_so_far"] > ibis.greatest(num_train, 0), "validation"),
         else_="train",
     )
     return counted.mutate(part=part).select(*_columns(events), "part")

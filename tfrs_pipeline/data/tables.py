@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,34 +13,37 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.columns import (
-    Formats,
-    RawTable,
     is_integer,
     to_context,
     to_feature,
     to_id,
     to_number,
-    to_timestamp,
+    to_outcome,
+    to_required_id,
 )
-from tfrs_pipeline.data.files import Scan, connect, scan
+from tfrs_pipeline.data.files import LINES_REMEDY, Scan, connect, scan
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
     Duplicates,
     FeatureKind,
+    RawTable,
     Refusal,
     Source,
     Stage,
     UnknownItems,
-    check_entities,
-    check_events,
     count_rows,
-    refuse_rows,
+    name_problem,
     require_column,
 )
+from tfrs_pipeline.data.times import Formats, Period, to_timestamp
+from tfrs_pipeline.settings import printable
 
 logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.1
+MAX_WEIGHT = 1e9
 
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
@@ -54,22 +57,32 @@ class EventRules:
         rating_threshold: Makes clicks of ratings.
         stage_values: Makes stages of a column's values.
         label: Makes clicks of exposures.
+        period: When events may have happened.
+        max_bad_share: Of the rows that may be dropped.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     rating_threshold: float | None = None
     stage_values: Mapping[str, str] = field(default_factory=dict)
     label: Mapping[str, float] = field(default_factory=dict)
+    period: Period = field(default_factory=Period)
+    max_bad_share: float = MAX_BAD_SHARE
 
     def __post_init__(self) -> None:
         stages = [str(stage) for stage in Stage]
         if wrong := sorted(set(self.stage_values.values()) - set(stages)):
             raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
-        if "event_number" in self.columns:
+        for name in (*self.columns, *self.label):
+            if problem := name_problem(name):
+                raise ValueError(f"columns.{printable(name)}: {problem}.")
+        if taken := sorted(set(self.label) & {"user_id", "item_id", "timestamp", "stage"}):
+            raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
+        if self.label and min(self.label.values()) <= 0:
             raise ValueError(
-                "columns: event_number is made here, of the order of the rows; name the column "
-                "otherwise."
+                f"A label needs columns with weights above 0. Received: {dict(self.label)}"
             )
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share must be in [0, 1). Received: {self.max_bad_share}.")
         if self.rating_threshold is not None and (self.label or self.stage_values):
             raise ValueError(
                 "rating_threshold says what a positive is, and so would label or stage_values: set "
@@ -92,7 +105,8 @@ class EventRules:
             raise DataError(
                 f"{where.column(self.columns.get('rating', 'rating'))}: a log of ratings needs "
                 "rating_threshold, the lowest rating that is a positive. Set it; or rename the "
-                "column, if all rows are clicks."
+                "column, if all rows are clicks.",
+                "rating_threshold",
             )
         return None
 
@@ -103,28 +117,91 @@ def load_events(
     rules: EventRules,
     formats: Formats,
     others: Mapping[str, RawTable | None],
-) -> ibis.Table:
-    """Types, checks and stores an event table; its ids and those of `others` become one type."""
+) -> tuple[ibis.Table, tuple[Dropped, ...]]:
+    """Types and stores an event table; its ids and those of `others` become one type.
+
+    Returns:
+        The events without the rows at fault, and how many of these were dropped, and why.
+    """
     own = rules.own_column(scanned)
     names = _event_columns(scanned, own, rules)
     raw = scanned.load(connection, names)
-    columns: dict[str, ir.Value] = {
-        name: _joined_id(raw, others.get(name), name) for name in ("user_id", "item_id")
-    }
+    columns: dict[str, ir.Value] = {}
+    for name in ("user_id", "item_id"):
+        tables = [table for table in (raw, others[name]) if table is not None]
+        # A list, not a generator: a wrong type in either table is refused.
+        as_integer = all([is_integer(table, name) for table in tables])
+        columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
-        columns["timestamp"] = to_timestamp(raw, "timestamp", formats)
+        columns["timestamp"] = to_timestamp(raw, "timestamp", formats, rules.period)
+        remedy = "Give these rows a time, or omit the column where it is not known."
+        raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
     columns["event_number"] = raw.table["_row"]
     columns["stage"] = _stage(raw, own, rules)
     for name in names:
-        if name not in columns and (name != own or name in rules.label):
+        if name in rules.label:
+            columns[name] = to_outcome(raw, name)
+        elif name not in columns and name not in (own, "weight"):
             columns[name] = _other_column(raw, name)
-    events = raw.table.select(**columns)
+    weight = ibis.literal(1.0)
     if rules.label:
-        events = relabel(events, rules.label, raw.source)
-    events = store(connection, events, raw.source)
+        columns["stage"], weight = relabel(columns, rules.label)
+    if "weight" in names:
+        weight = weight * _weight(raw, columns["stage"])
+    if rules.label or "weight" in names:
+        columns["weight"] = weight
+    events, dropped = store_sound(connection, raw, columns, rules.max_bad_share)
     connection.drop_table(raw.table.get_name())
-    check_events(events, raw.source)
-    return events
+    return events, dropped
+
+
+def store_sound(
+    connection: DuckDB, raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float
+) -> tuple[ibis.Table, tuple[Dropped, ...]]:
+    """Stores typed columns of the rows without a fault, and counts the others by their first.
+
+    Raises:
+        DataError: If there are more of them than may be dropped.
+    """
+    faults = sorted(raw.faults, key=lambda fault: fault.is_droppable)
+    number = ibis.null("int64")
+    for i, fault in reversed(list(enumerate(faults))):
+        number = fault.is_bad.fill_null(False).ifelse(i, number)
+    table = store(connection, raw.table.select(**columns, _fault=number), raw.source)
+    found = table.group_by("_fault").agg(num=table.count()).to_pyarrow().to_pylist()
+    counts = {row["_fault"]: row["num"] for row in found if row["_fault"] is not None}
+    dropped = list(raw.dropped)
+    for i, num in sorted(counts.items()):
+        of = raw.source.columns.get(faults[i].column, faults[i].column)
+        dropped.append(Dropped(f"column {printable(repr(of))} {faults[i].problem}", num))
+    num_rows = raw.num_rows + sum(each.num_rows for each in raw.dropped)
+    share = sum(each.num_rows for each in dropped) / max(num_rows, 1)
+    worst = max(counts, key=lambda i: (not faults[i].is_droppable, counts[i]), default=None)
+    if worst is not None and (share > max_bad_share or not faults[worst].is_droppable):
+        raise faults[worst].error(raw.table, raw.source, may_drop=max_bad_share)
+    if share > max_bad_share:
+        raise DataError(
+            f"{raw.source.name}: {raw.dropped[0].reason} ({raw.dropped[0].num_rows} of {num_rows} "
+            f"lines). {LINES_REMEDY}",
+            "max_bad_share",
+        )
+    name = table.get_name()
+    if counts:
+        connection.con.execute(f'DELETE FROM "{name}" WHERE _fault IS NOT NULL')
+    connection.con.execute(f'ALTER TABLE "{name}" DROP COLUMN _fault')
+    table = connection.table(name)
+    check_account(raw.source, num_rows, count_rows(table), dropped)
+    return table, tuple(dropped)
+
+
+def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
+    """Checks that each row was either kept or dropped and counted."""
+    num_dropped = sum(each.num_rows for each in dropped)
+    if num_in != num_kept + num_dropped:
+        raise RuntimeError(
+            f"{source.name}: of {num_in} rows {num_kept} were kept, {num_dropped} dropped, which "
+            "is not all of them. Report it as an error of this package."
+        )
 
 
 def load_raw(
@@ -148,27 +225,75 @@ def load_raw(
     names = {}
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
-        remedy = f"Set {kind}_columns to say which column is {name}."
-        require_column(scanned.columns, names[name], Source(scanned.name), remedy)
+        setting = f"{kind}_columns"
+        remedy = f"Set {setting} to say which column is {name}."
+        require_column(scanned.columns, names[name], Source(scanned.name), remedy, setting)
     return scanned.load(connection, names)
 
 
 def type_entities(
+    connection: DuckDB,
     raw: RawTable,
     id_name: str,
-    ids: ir.Value,
+    *,
+    as_integer: bool,
     features: Mapping[str, FeatureKind],
     formats: Formats,
-) -> ibis.Table:
-    """Types and checks an item or user table: id, features and, of items, a column `title`."""
-    columns = {id_name: ids}
+    max_bad_share: float,
+) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
+    """Types and stores an item or user table: id, features and, of items, a column `title`.
+
+    Returns:
+        The table, one row an id; what was dropped of it; and what is missing in it, in lines for a
+        person. A feature that cannot be used is missing.
+    """
+    columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
+    num_id_faults = len(raw.faults)
     for name, kind in features.items():
         columns[name] = to_feature(raw, name, kind, formats)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities = raw.table.select(**columns)
-    check_entities(entities, id_name, features, raw.source)
-    return entities
+    notes = _settle_features(raw, raw.faults[num_id_faults:], max_bad_share)
+    del raw.faults[num_id_faults:]
+    entities, dropped = store_sound(connection, raw, columns, max_bad_share)
+    missing = {name: entities[name].isnull().sum() for name in columns if name != id_name}
+    counted = entities.aggregate(
+        **missing, _rows=entities.count(), _ids=entities[id_name].nunique()
+    )
+    counts = counted.to_pyarrow().to_pylist()[0]
+    num_rows, num_ids = counts.pop("_rows"), counts.pop("_ids")
+    for name, num in counts.items():
+        if num:
+            of = raw.source.column(name)
+            notes.append(f"{of} is missing in {num:,} of {num_rows:,} rows ({num / num_rows:.1%})")
+    if num_ids < num_rows:
+        entities = store(connection, entities.distinct(), raw.source)
+        num_left = count_rows(entities)
+        if num_left != num_ids:
+            raise DataError(
+                f"{raw.source.column(id_name)} holds {num_ids} different ids in {num_left} rows "
+                "that differ. One row an id: remove the repeated ones."
+            )
+        dropped = (*dropped, Dropped(f"repeats a row of {raw.source.name}", num_rows - num_ids))
+        check_account(raw.source, num_rows, num_left, dropped[-1:])
+    return entities, dropped, notes
+
+
+def _settle_features(raw: RawTable, faults: Sequence[Refusal], max_bad_share: float) -> list[str]:
+    """Counts values of features that cannot be used, and refuses too many of them."""
+    if not faults:
+        return []
+    sums = {str(i): fault.is_bad.sum() for i, fault in enumerate(faults)}
+    counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
+    notes = []
+    for i, fault in enumerate(faults):
+        num = counts[str(i)] or 0
+        if num > max_bad_share * raw.num_rows:
+            raise fault.error(raw.table, raw.source, may_drop=max_bad_share)
+        if num:
+            of = raw.source.column(fault.column)
+            notes.append(f"{of} {fault.problem} in {num:,} rows: taken as missing")
+    return notes
 
 
 def load_items(
@@ -178,6 +303,7 @@ def load_items(
     item_features: Mapping[str, FeatureKind],
     item_columns: Mapping[str, str],
     formats: Formats,
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> ibis.Table:
     """Loads an item table by itself, such as today's for a model of last week's.
 
@@ -186,8 +312,9 @@ def load_items(
         is_integer_id: Whether the ids are integers, as in the events that the model was trained on;
             else they are read as text.
         item_features: Feature column -> kind.
-        item_columns: As in `Log.from_files`.
+        item_columns: As in `Log.from_files`; so is the last one.
         formats: How values are written.
+        max_bad_share: Of the rows.
 
     Returns:
         item_id, the features, and `title` where there is one, by ascending item_id.
@@ -195,71 +322,113 @@ def load_items(
     Raises:
         DataError: Naming source, column, rows and remedy.
     """
-    raw = load_raw(connect(), source, "item_id", item_columns, item_features)
+    connection = connect()
+    raw = load_raw(connection, source, "item_id", item_columns, item_features)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
             "Give the ids of the events that it was trained on."
         )
-    ids = raw.table["item_id"].cast("int64" if is_integer_id else "string")
-    return type_entities(raw, "item_id", ids, item_features, formats).order_by("item_id")
+    items, dropped, _ = type_entities(
+        connection,
+        raw,
+        "item_id",
+        as_integer=is_integer_id,
+        features=item_features,
+        formats=formats,
+        max_bad_share=max_bad_share,
+    )
+    for each in dropped:
+        logger.warning("%s: dropped %d rows: %s", raw.source.name, each.num_rows, each.reason)
+    return items.order_by("item_id")
 
 
-def settle_unknown_items(
-    events: ibis.Table, items: ibis.Table, source: Source, unknown_items: UnknownItems
-) -> tuple[ibis.Table, list[Dropped]]:
-    """Keeps, drops or refuses events whose item the item table lacks."""
-    if unknown_items == "keep":
-        return events, []
-    is_unknown = events.anti_join(items, "item_id")
-    num_unknown = count_rows(is_unknown)
-    if not num_unknown:
-        return events, []
-    if unknown_items == "error":
-        example = is_unknown["item_id"].min().to_pyarrow().as_py()
+def settle_unknown(
+    events: ibis.Table,
+    entities: ibis.Table,
+    id_name: str,
+    sources: tuple[Source, Source],
+    unknown: UnknownItems,
+    num_rows: int,
+) -> tuple[ibis.Table, list[Dropped], list[str]]:
+    """Keeps, drops or refuses events whose item or user its table lacks, and counts them.
+
+    Args:
+        events: The events.
+        entities: The item or user table.
+        id_name: Its id.
+        sources: What to call the events and the table.
+        unknown: What to do with such events.
+        num_rows: How many events there are.
+
+    Returns:
+        The events that are kept, what was dropped, and what is to be known, in lines for a person.
+    """
+    where, (kind, table) = (
+        sources[0].column(id_name),
+        (id_name.removesuffix("_id"), sources[1].name),
+    )
+    lacking = events.anti_join(entities, id_name)
+    lacks = lacking.aggregate(
+        num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
+    )
+    found = lacks.to_pyarrow().to_pylist()[0]
+    if not (num := found["num"]):
+        return events, [], []
+    example = printable(repr(found["first"]))
+    if num == num_rows:
+        other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
         raise DataError(
-            f"{source.column('item_id')}: {num_unknown} of {count_rows(events)} rows hold an item "
-            f"that the item table lacks, such as {example!r}. Add it there, or set unknown_items "
-            "to keep (with null features) or drop."
+            f"{where}: none of {num_rows} rows holds one of the {kind}s of {table}, whose ids "
+            f"look like {other}, not {example}. Set columns or {kind}_columns to the same ids.",
+            f"{kind}_columns",
         )
-    kept = events.semi_join(items, "item_id")
-    return kept, [Dropped("item is not in the item table", num_unknown)]
+    if unknown == "error":
+        raise DataError(
+            f"{where}: {num} of {num_rows} rows hold a {kind} that {table} lacks, such as "
+            f"{example}. Add it there, or set unknown_items to keep (with null features) or drop.",
+            "unknown_items",
+        )
+    if unknown == "drop":
+        kept = events.semi_join(entities, id_name)
+        return kept, [Dropped(f"{kind} is not in the {kind} table", num)], []
+    note = (
+        f"{num:,} of {num_rows:,} events ({num / num_rows:.1%}) are of {found['ids']:,} {kind}s "
+        f"that {table} lacks, such as {example}: kept, with null features"
+    )
+    return events, [], [note]
 
 
 def settle_duplicates(
-    events: ibis.Table, source: Source, duplicates: Duplicates
-) -> tuple[ibis.Table, list[Dropped]]:
-    """Keeps, drops or refuses events that repeat an earlier one."""
-    if duplicates == "keep":
-        return events, []
+    events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
+) -> tuple[ibis.Table, list[Dropped], list[str]]:
+    """Keeps, drops or refuses events that repeat an earlier one, and counts them."""
     # An event of the test part is not a repeat of one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
-    same = ibis.window(
-        group_by=[name for name in keys if name in events.columns], order_by="event_number"
-    )
-    numbered = events.mutate(_copy=ibis.row_number().over(same))
-    num_copies = count_rows(numbered.filter(numbered["_copy"] > 0))
+    keys = [name for name in keys if name in events.columns]
+    num_copies = num_rows - count_rows(events.select(*keys).distinct())
     if not num_copies:
-        return events, []
+        return events, [], []
+    what = f"in {', '.join(keys)}"
     if duplicates == "error":
         raise DataError(
-            f"{source.name}: {num_copies} of {count_rows(events)} rows repeat an earlier one in "
-            "user, item, time, stage and request. Remove them, or set duplicates to drop or keep."
+            f"{source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. Remove "
+            "them, or set duplicates to drop or keep.",
+            "duplicates",
         )
+    if duplicates == "keep":
+        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        return events, [], [note]
+    same = ibis.window(group_by=keys, order_by="event_number")
+    numbered = events.mutate(_copy=ibis.row_number().over(same))
     kept = numbered.filter(numbered["_copy"] == 0).drop("_copy")
-    return kept, [Dropped("repeats an earlier event", num_copies)]
+    return kept, [Dropped("repeats an earlier event", num_copies)], []
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
     """Adds the ids of the events that an item or user table lacks, with null features."""
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
-    num_missing = count_rows(missing)
-    if not num_missing:
-        return entities
-    logger.warning(
-        "%s table: lacks %d ids of the events; added with null features", id_name[:4], num_missing
-    )
     nulls = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
     return entities.union(missing.mutate(**nulls).select(*entities.columns))
 
@@ -267,16 +436,11 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
 def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
     """Stores an expression as a table of its own; what the engine refuses is a `DataError`."""
     try:
-        return connection.create_table(ibis.util.gen_name("log"), expression)
+        name = ibis.util.gen_name("log")
+        connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
+        return connection.table(name)
     except duckdb.Error as error:
         raise DataError(f"{source.name}: {str(error).strip()}") from error
-
-
-def _joined_id(raw: RawTable, other: RawTable | None, name: str) -> ir.Value:
-    """Makes ids of a table, in the type that they and another table's have in common."""
-    # A list, not a generator: a wrong type in either table is refused.
-    are_integers = [is_integer(table, name) for table in (raw, other) if table is not None]
-    return raw.table[name].cast("int64" if all(are_integers) else "string")
 
 
 def _event_columns(scanned: Scan, own: str | None, rules: EventRules) -> dict[str, str]:
@@ -287,31 +451,51 @@ def _event_columns(scanned: Scan, own: str | None, rules: EventRules) -> dict[st
     for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label]):
         names[name] = rules.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
-        require_column(scanned.columns, names[name], Source(scanned.name), remedy)
+        require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
     return names
 
 
 def _stage(raw: RawTable, own: str | None, rules: EventRules) -> ir.StringValue:
     if own == "stage":
-        value = raw.table["stage"].cast("string")
-        if not rules.stage_values:
-            return value
-        cases = [(value == found, stage) for found, stage in rules.stage_values.items()]
-        return ibis.cases(*cases, else_=value)
+        value = stage = raw.table["stage"].cast("string")
+        if rules.stage_values:
+            cases = [(value == found, stage) for found, stage in rules.stage_values.items()]
+            stage = ibis.cases(*cases, else_=value)
+        raw.fault("stage", value.isnull(), "is null", "Give these rows a stage.")
+        known = [str(each) for each in Stage]
+        remedy = f"Known: {', '.join(known)}. Set stage_values to the stage of each value."
+        unknown = ("stage", stage.notin(known), "holds an unknown stage", remedy, "stage_values")
+        raw.faults.append(Refusal(*unknown, is_droppable=False))
+        return stage
     if own == "rating":
         rating = to_number(raw, "rating")
-        remedy = "Drop these rows, or rate them."
-        refuse_rows(
-            raw.table, raw.source, Refusal("rating", rating.isnull(), "is null or NaN", remedy)
-        )
+        raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
         is_clicked = rating >= rules.rating_threshold
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     return ibis.literal((Stage.EXPOSED if rules.label else Stage.CLICKED).value)
 
 
+def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
+    """Makes weights of positives: above 0, so that they train, and not past what float32 adds up.
+
+    Those of other events have no use, so that whatever stands there is 1.
+    """
+    value = raw.table["weight"]
+    if not (value.type().is_numeric() or value.type().is_string()):
+        raise raw.wrong_type("weight", "a number")
+    weight = value.try_cast("float64")
+    is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
+    problem = f"is not a number above 0 and at most {MAX_WEIGHT:.0e}"
+    remedy = "Give these rows a weight (1 is neutral)."
+    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, problem, remedy)
+    return is_usable.ifelse(weight, 1.0)
+
+
 def _other_column(raw: RawTable, name: str) -> ir.Value:
     if name == "rank":
         return to_number(raw, name, "int64")
-    if name in ("score", "weight"):
+    if name == "score":
         return to_number(raw, name)
-    return to_id(raw, name) if name == "request_id" else to_context(raw, name)
+    if name == "request_id":
+        return to_id(raw, name, as_integer=is_integer(raw, name))
+    return to_context(raw, name)

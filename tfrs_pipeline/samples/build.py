@@ -16,6 +16,7 @@ import ibis
 import numpy as np
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.data.files import open_parquet
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Stage
 from tfrs_pipeline.durable import write_record
@@ -103,7 +104,7 @@ def _numbered(log: Log, items: ibis.Table, users: ibis.Table, folder: Path) -> I
     path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
     try:
         numbered.to_parquet(path)
-        yield numbered.get_backend().read_parquet(path)
+        yield open_parquet(numbered.get_backend(), path)
     finally:
         path.unlink(missing_ok=True)
 

@@ -13,7 +13,8 @@ import numpy as np
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
 
-BLOCK = 64
+# Of a request, below the limits of the server as it is set.
+QUERIES, RESULTS = 64, 20_000
 
 
 class ServedRetriever:
@@ -76,8 +77,9 @@ class ServedRetriever:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         users = [[query.get("user_id")] for query in queries]
         histories = [query.get("history", ()) for query in queries]
-        for start in range(0, len(queries), BLOCK):
-            block = slice(start, start + BLOCK)
+        size = max(1, min(QUERIES, RESULTS // k))
+        for start in range(0, len(queries), size):
+            block = slice(start, start + size)
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),

@@ -48,7 +48,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "name": version.retriever.folder.parent.name,
         "version": version.number,
         "index": manifest["index"],
-        "num_candidates": version.retriever.num_candidates,
+        "num_candidates": len(version.titles),
         "has_titles": any(version.titles.values()),
         "example_user": manifest.get("example_user"),
         "can_compare": version.exact not in (None, version.retriever),
@@ -91,21 +91,22 @@ def _asked(
     retriever: LoadedRetriever, query: PageQuery, titles: Mapping[Any, str | None]
 ) -> dict[str, Any]:
     try:
+        if query.user_id is not None and not retriever.manifest.get("user_data", True):
+            raise ValueError("This model was exported without user data: pick items instead.")
         user = None if query.user_id is None else retriever.parse_user_id(str(query.user_id))
         history = [retriever.parse_item_id(str(item)) for item in query.items]
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
-    is_known = True
-    for _ in range(2):  # The first call is slow now and then, and whoever is asked first looks it.
+    # The first call of its kind pays for what later ones find ready: the second is timed.
+    for _ in range(2):
         start = time.perf_counter()
         if user is not None:
-            ids, scores, known = retriever.retrieve_user([user], query.k)
-            is_known = bool(known[0])
+            ids, scores, is_known = retriever.retrieve_user([user], query.k)
         else:
             ids, scores = retriever.retrieve([{"history": history}], query.k, [history])
         milliseconds = 1000 * (time.perf_counter() - start)
     return {
-        "is_known_user": is_known,
+        "is_known_user": user is None or bool(is_known[0]),
         "latency_ms": round(milliseconds, 3),
         "items": [
             {"item_id": id_, "title": titles[id_], "score": float(f"{score:.6g}")}

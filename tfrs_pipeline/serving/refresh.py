@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.data.columns import Formats
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import load_items
+from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import export_index

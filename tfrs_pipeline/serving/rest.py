@@ -8,16 +8,15 @@ where it is stricter than TensorFlow Serving.
 from __future__ import annotations
 
 import base64
-import json
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic
 import tensorflow as tf
 from pydantic import BeforeValidator, FailFast, Field, TypeAdapter
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
@@ -37,6 +36,7 @@ class SignatureInputs:
 
     def __init__(self, specs: Mapping[str, tf.TensorSpec], limits: ServeSettings) -> None:
         self._specs = dict(specs)
+        self._max_results = limits.max_results
         types = {name: _value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
             name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
@@ -53,6 +53,13 @@ class SignatureInputs:
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise HTTPException(400, f"The inputs must be of as many queries each. Got: {sizes}")
+        num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
+        if num_queries * k > self._max_results:
+            raise HTTPException(
+                400,
+                f"A request may ask for {self._max_results} results, its queries times k "
+                f"(--max-results). Got: {num_queries} x {k}",
+            )
         return arrays
 
     def of_rows(self, instances: Any) -> dict[str, np.ndarray]:
@@ -83,19 +90,52 @@ class SignatureInputs:
         return value
 
 
-def parse_predict(
-    body: bytes, signatures: Mapping[str, SignatureInputs]
-) -> tuple[str, dict[str, np.ndarray], bool]:
+class PredictCall(NamedTuple):
+    """What a predict call asks.
+
+    Attributes:
+        signature: Its name.
+        inputs: The array of each input, of numbers or of object with `bytes`.
+        is_row_format: Whether it came as `instances` and is to be answered with `predictions`.
+    """
+
+    signature: str
+    inputs: dict[str, np.ndarray]
+    is_row_format: bool
+
+    @property
+    def num_queries(self) -> int:
+        """How many queries are asked, or items."""
+        return max(len(array) for array in self.inputs.values() if array.ndim)
+
+    @property
+    def num_results(self) -> int:
+        """How many candidates are asked for, where a k is given."""
+        return self.num_queries * int(self.inputs.get("k", 1))
+
+    def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
+        """Cuts the inputs into those of calls of a query or more, up to the given sizes."""
+        size = min(max_queries, max_results * self.num_queries // self.num_results) or 1
+        return [
+            {
+                name: array[i : i + size] if array.ndim else array
+                for name, array in self.inputs.items()
+            }
+            for i in range(0, self.num_queries, size)
+        ]
+
+    def answer(self, outputs: Mapping[str, np.ndarray]) -> bytes:
+        """Writes the model's answer; see `format_outputs`."""
+        return format_outputs(outputs, is_row_format=self.is_row_format)
+
+
+def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
     """Reads the body of a predict call. The cost grows as its length.
 
     Args:
         body: `{"signature_name": name, "inputs": {...}}`, or `instances` instead of `inputs`. NaN
             is a number of it; of a key that comes twice, the last value counts.
         signatures: The inputs of each signature of the model.
-
-    Returns:
-        The signature's name; the array of each input, of numbers or of object with `bytes`; whether
-        it came as `instances` and is to be answered with `predictions`.
 
     Raises:
         HTTPException: 400, if it is not JSON, the signature is unknown, an input is missing,
@@ -106,7 +146,7 @@ def parse_predict(
         >>> specs = {"user_id": tf.TensorSpec([None], tf.int64), "k": tf.TensorSpec([], tf.int32)}
         >>> signatures = {"retrieve_user": SignatureInputs(specs, ServeSettings())}
         >>> body = b'{"signature_name": "retrieve_user", "inputs": {"user_id": [7], "k": 3}}'
-        >>> parse_predict(body, signatures)
+        >>> tuple(parse_predict(body, signatures))
         ('retrieve_user', {'user_id': array([7]), 'k': array(3, dtype=int32)}, False)
     """
     try:
@@ -136,8 +176,8 @@ def parse_predict(
         raise HTTPException(400, "A request has either 'inputs' or 'instances'.")
     inputs = signatures[name]
     if is_row_format:
-        return name, inputs.of_rows(document["instances"]), True
-    return name, inputs.of_columns(document["inputs"]), False
+        return PredictCall(name, inputs.of_rows(document["instances"]), True)
+    return PredictCall(name, inputs.of_columns(document["inputs"]), False)
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], *, is_row_format: bool) -> bytes:
@@ -157,14 +197,14 @@ def format_outputs(outputs: Mapping[str, np.ndarray], *, is_row_format: bool) ->
         >>> format_outputs(outputs, is_row_format=True)
         b'{"predictions":[{"ids":[7,3],"scores":[0.5,-Infinity]}]}'
     """
-    columns = {name: _plain(array.tolist()) for name, array in outputs.items()}
+    columns = {name: array.tolist() for name, array in outputs.items()}
     # A single output stands without its name.
     answer: Any = columns if len(columns) > 1 else next(iter(columns.values()))
     if is_row_format and len(columns) > 1:
         rows = zip(*columns.values(), strict=True)
         answer = [dict(zip(columns, row, strict=True)) for row in rows]
     document = {"predictions" if is_row_format else "outputs": answer}
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(document, inf_nan_mode="constants")
 
 
 def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
@@ -239,13 +279,6 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
     if spec.dtype.is_floating and np.isinf(array).any():
         raise HTTPException(400, f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
     return array
-
-
-def _plain(value: Any) -> Any:
-    """Turns the byte strings in an array's lists into text."""
-    if isinstance(value, list) and value and isinstance(value[0], bytes | list):
-        return [_plain(inner) for inner in value]
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _shown(value: Any) -> str:

@@ -25,14 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 try:
     import fastapi
     import prometheus_client
     import uvicorn
     from starlette.exceptions import HTTPException
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+
+    from tfrs_pipeline.serving.connections import AllowedHosts, Connection, Server
 except ImportError as missing:
     raise ImportError(
         "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
@@ -50,6 +53,11 @@ logger = logging.getLogger(__name__)
 # and forgotten up to this many times the limit.
 MAX_FORGOTTEN = 32
 CLOSE = {"Connection": "close"}
+# What is larger is worked on in slices, one at a time, beside which small requests go on.
+SMALL_BODY_BYTES = 8_192
+SMALL_QUERIES, SMALL_RESULTS = 4, 500
+# Seconds after which a thread lets another one go on: Python's 5 ms are ten small requests.
+SWITCH_SECONDS = 0.0005
 
 T = TypeVar("T")
 
@@ -69,6 +77,7 @@ class ModelServer:
         self.settings = settings
         self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
+        self.large = ThreadPoolExecutor(1, "large-requests")
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; refuses another model's name."""
@@ -82,22 +91,38 @@ class ModelServer:
         version: str | None = request.path_params.get("version")
         return version
 
-    async def ask(self, number: str | None, work: Callable[[ServedVersion], T]) -> T:
-        """Does what takes a while with a version, off the event loop."""
+    async def ask(self, work: Callable[[ServedVersion], T]) -> T:
+        """Does what takes a while with the version in use, off the event loop."""
+        with self.versions.use() as version:
+            return await _run(self.large, work, version)
 
-        def asked() -> T:
-            with self.versions.use(number) as version:
-                return work(version)
+    async def predict(self, number: str | None, body: bytes) -> bytes:
+        """Answers the body of a predict call: a small one in one go, a large one in slices.
 
-        return await asyncio.get_running_loop().run_in_executor(self.threads, asked)
+        The slices of all large ones take turns.
+        """
 
-    def predict(self, version: ServedVersion, body: bytes) -> bytes:
-        """Answers the body of a predict call."""
-        signature, inputs, is_row_format = rest.parse_predict(body, version.signatures)
-        metrics.CALL_QUERIES.observe(next(len(array) for array in inputs.values() if array.ndim))
-        with metrics.CALL_SECONDS.time():
-            outputs = version.call(signature, inputs)
-        return rest.format_outputs(outputs, is_row_format=is_row_format)
+        def begin(version: ServedVersion) -> bytes | rest.PredictCall:
+            call = rest.parse_predict(body, version.signatures)
+            if call.num_queries > SMALL_QUERIES or call.num_results > SMALL_RESULTS:
+                return call
+            return call.answer(version.call(call.signature, call.inputs))
+
+        with self.versions.use(number) as version:
+            is_small = len(body) <= SMALL_BODY_BYTES
+            call = await _run(self.threads if is_small else self.large, begin, version)
+            if isinstance(call, bytes):
+                return call
+            parts = [
+                await _run(self.large, version.call, call.signature, part)
+                for part in call.slices(SMALL_QUERIES, SMALL_RESULTS)
+            ]
+            outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            return await _run(self.large, call.answer, outputs)
+
+
+async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
 def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None) -> fastapi.FastAPI:
@@ -110,12 +135,12 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         on_ready()
         yield
         watch.cancel()
-        server.threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (server.threads, server.large):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # Its documentation pages load scripts from elsewhere.
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    hosts = [*settings.allowed_hosts, _in_url(settings.host)]
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(AllowedHosts, patterns=(*settings.allowed_hosts, settings.host))
     app.add_middleware(metrics.CountRequests)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -129,13 +154,18 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
 def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
     model, version = "/v1/models/{name}", "/v1/models/{name}/versions/{version}"
 
-    @app.post(f"{model}:predict")
-    @app.post(f"{version}:predict")
     async def predict(request: Request) -> Response:
+        if request.method != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
         number = server.number(request)
         body = await read_body(request, server.settings)
-        answer = await server.ask(number, lambda version: server.predict(version, body))
+        answer = await server.predict(number, body)
         return Response(answer, media_type="application/json")
+
+    # Past FastAPI, whose checks of arguments cost more than the rest of the way. With all methods:
+    # the paths below would take ":predict" for a part of a name.
+    for path in (f"{model}:predict", f"{version}:predict"):
+        app.add_route(path, predict, list(http.HTTPMethod))
 
     @app.get(f"{model}/metadata")
     @app.get(f"{version}/metadata")
@@ -192,16 +222,16 @@ def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
 
     @app.get("/page/model")
     async def page_model() -> dict[str, Any]:
-        return await server.ask(None, page.card)
+        return await server.ask(page.card)
 
     @app.get("/page/items")
     async def page_items(search: str = "") -> dict[str, Any]:
-        return {"items": await server.ask(None, lambda version: page.find(version, search[:200]))}
+        return {"items": await server.ask(lambda version: page.find(version, search[:200]))}
 
     @app.post("/page/query")
     async def page_query(request: Request) -> dict[str, Any]:
         body = await read_body(request, server.settings)
-        return await server.ask(None, lambda version: page.answer(version, body, server.settings))
+        return await server.ask(lambda version: page.answer(version, body, server.settings))
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:
@@ -284,6 +314,9 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             log_config=None,
             access_log=False,
             server_header=False,
+            http=Connection,
+            ws="none",
+            proxy_headers=False,
             timeout_keep_alive=30,
             limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=settings.shutdown_seconds,
@@ -291,7 +324,8 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
         for number in (signal.SIGTERM, signal.SIGINT):
             # uvicorn raises them again after its stop, which would end in an error code.
             signal.signal(number, lambda *arguments: sys.exit(0))
-        uvicorn.Server(config).run(sockets=[listener])
+        sys.setswitchinterval(SWITCH_SECONDS)
+        Server(config).run(sockets=[listener])
 
 
 def _listener(host: str, port: int) -> socket.socket:

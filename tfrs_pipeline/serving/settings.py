@@ -29,8 +29,9 @@ class ServeSettings(Config):
     """Whether to serve the page at /. It compares the index with exact search, so a ScaNN model's
     brute-force fallback is held in memory too."""
     num_threads: PositiveInt = 4
-    """Requests that are read, answered and written at the same time; further ones wait."""
-    max_body_bytes: PositiveInt = 1_000_000
+    """Small requests that are answered at the same time. Larger ones take turns in one more thread,
+    so that they do not hold others up."""
+    max_body_bytes: PositiveInt = 200_000
     """Longest request body."""
     body_timeout_seconds: PositiveFloat = 10.0
     """Seconds within which a request body must have come."""
@@ -38,6 +39,8 @@ class ServeSettings(Config):
     """Largest k of a request."""
     max_queries: PositiveInt = 64
     """Most queries in a request."""
+    max_results: PositiveInt = 20_000
+    """Most results in a request: its queries times k."""
     max_exclude: PositiveInt = 2_000
     """Longest list of items to exclude, and of values to filter by, for each query."""
     max_history: PositiveInt = 1_000

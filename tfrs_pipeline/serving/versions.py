@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import ctypes
 import gc
 import logging
 import threading
@@ -49,6 +49,9 @@ class ServedVersion:
         retriever: What answers requests.
         exact: Exact search over the same items: the brute-force fallback, or `retriever` itself
             where that is exact; None where it was not loaded, as without a page.
+        titles: Title of each item by id, in the order of the corpus; None where there is none. Read
+            for the page alone, and at once: the version's folder may go.
+        search_lines: What an item is found by: title and id, without case.
         signatures: What each signature takes.
         signature_def: The signatures as TensorFlow Serving's metadata shows them.
         num_uses: Requests that it answers now; see `ModelVersions.use`.
@@ -66,6 +69,12 @@ class ServedVersion:
         self.exact: LoadedRetriever | None = self.retriever
         if self.retriever.manifest["index"]["kind"] == "scann":
             self.exact = load(folder, exact=True) if settings.page else None
+        self.titles: dict[Any, str | None] = {}
+        if settings.page:
+            self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
+        self.search_lines = {
+            id_: f"{title or ''} {id_}".casefold() for id_, title in self.titles.items()
+        }
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
@@ -78,16 +87,6 @@ class ServedVersion:
                 one = {key: missing_input(spec, 1) for key, spec in inputs.items()}
                 retriever.saved_model.signatures[name](**one)
 
-    @functools.cached_property
-    def titles(self) -> dict[Any, str | None]:
-        """Title of each item by id, in the order of the corpus; None where there is none."""
-        return dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-
-    @functools.cached_property
-    def search_lines(self) -> dict[Any, str]:
-        """What an item is found by: title and id, without case."""
-        return {id_: f"{title or ''} {id_}".casefold() for id_, title in self.titles.items()}
-
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers a signature's inputs, of as many queries each."""
         function = self._functions[signature]
@@ -96,7 +95,9 @@ class ServedVersion:
             name: tf.constant(array, specs[name].dtype, array.shape)
             for name, array in inputs.items()
         }
-        return {name: tensor.numpy() for name, tensor in function(**tensors).items()}
+        metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
+        with metrics.CALL_SECONDS.time():
+            return {name: tensor.numpy() for name, tensor in function(**tensors).items()}
 
     def _retrievers(self) -> set[LoadedRetriever]:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
@@ -204,6 +205,9 @@ class ModelVersions:
         if self._release_idle():
             # What TensorFlow built refers to itself: counting references frees nothing.
             gc.collect()
+            # Each thread that loads has its own heap, which would keep what was freed.
+            with contextlib.suppress(AttributeError):  # Of glibc alone.
+                ctypes.CDLL(None).malloc_trim(0)
 
     async def watch(self, poll_seconds: float) -> None:
         """Looks for another version for ever."""

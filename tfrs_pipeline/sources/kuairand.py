@@ -106,6 +106,7 @@ def load_kuairand(
         list_separator=",",
         unknown_items=unknown_items,
         duplicates=duplicates,
+        max_bad_share=0,
     )
     for name, column in (("user_id", "user_id"), ("item_id", "video_id")):
         if not log.events.schema()[name].is_int64():

@@ -1,0 +1,94 @@
+"""Dirty input is read right or refused: never taken wrong, never a crash."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.dirty_inputs import run
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError, Dropped, Source
+from tfrs_pipeline.data.tables import check_account
+
+CLICKS = {"user_id": [n % 7 for n in range(40)], "item_id": [n % 9 for n in range(40)]}
+
+
+def load(more: dict[str, list[Any]] | None = None, **options: Any) -> Log:
+    return Log.from_table(pa.table(CLICKS | (more or {})), **options)
+
+
+@pytest.mark.parametrize("first", [0, 1_000])
+def test_no_dirty_input_is_taken_wrong(tmp_path: Path, first: int) -> None:
+    found = run(25, tmp_path, first)
+    wrong = [
+        f"seed {seed}, {case.form}, {case.dirt}: {outcome.word}: {outcome.detail}"
+        for seed, case, outcome in found
+        if outcome.word not in ("right", "refused")
+    ]
+    assert not wrong, "\n".join(wrong)
+    # A refusal is no way out where the rows can be dropped, or the values be read.
+    answered = Counter(outcome.word for _, case, outcome in found if not case.must_refuse)
+    assert answered["right"] >= 0.9 * answered.total()
+
+
+def test_how_many_bad_rows_are_dropped_is_a_setting() -> None:
+    times = [1_700_000_000 + n for n in range(36)] + [0, 1, None, 1_700_000_000]
+    log = load({"timestamp": times})
+    assert log.dropped == (
+        Dropped(f"column 'timestamp' lies outside 1990-01-01 to {next_day()}", 2),
+        Dropped("column 'timestamp' is null", 1),
+    )
+    assert log.describe()[2] == "dropped 3 of 40 rows"
+    for share in (0.0, 0.07):
+        with pytest.raises(
+            DataError, match=r"in 2 of 40 rows, such as 0, 1 .first: row 37"
+        ) as raised:
+            load({"timestamp": times}, max_bad_share=share)
+        assert raised.value.setting == "earliest_time"
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    assert load({"timestamp": times}, earliest_time=epoch).dropped[0].num_rows == 1
+    with pytest.raises(DataError, match="lies outside 1990-01-01 to 2000-01-01 in 39 of 40 rows"):
+        load({"timestamp": times}, latest_time=datetime(2000, 1, 1))
+
+
+def next_day() -> str:
+    return f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%d}"
+
+
+def test_what_is_kept_is_counted_too() -> None:
+    items = pa.table({"item_id": [*range(8), 20], "price": [1.0, None, *range(7)]})
+    log = load(items=items, item_features={"price": "numeric"})
+    assert log.describe()[1:] == [
+        "dropped nothing",
+        "item table: column 'price' is missing in 1 of 9 rows (11.1%)",
+        "4 of 40 events (10.0%) are of 1 items that item table lacks, such as 8: kept, with null "
+        "features",
+    ]
+    repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
+    assert load(repeated).notes == (
+        "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept",
+    )
+
+
+def test_a_row_that_is_neither_kept_nor_counted_is_an_error() -> None:
+    check_account(Source("x"), 5, 3, [Dropped("a", 1), Dropped("b", 1)])
+    with pytest.raises(RuntimeError, match="of 5 rows 3 were kept, 1 dropped"):
+        check_account(Source("x"), 5, 3, [Dropped("a", 1)])
+
+
+@pytest.mark.parametrize("name", ["timestmp", "itemid", "_row", "event_number"])
+def test_a_name_that_means_something_else_is_no_context(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"did you mean '(timestamp|item_id)'|name the column other"
+    ):
+        load({"x": list(range(40))}, columns={name: "x"})
+    assert load({"x": list(range(40))}, columns={"page": "x"}).events.columns[-1] == "page"
+
+
+def test_parts_of_a_split_by_place() -> None:
+    split = load().split("last_n", min_positives=3)
+    train, validation, test = split
+    assert (split[0], split[1], split[-1]) == (train, validation, test)

@@ -1,0 +1,767 @@
+"""Random dirty inputs whose right answer is known, and what a log makes of each.
+
+A clean log is written down in Python values; then dirt is put into its cells, lines, bytes and
+names, and what each piece of dirt does to the right answer is noted beside it: which rows cannot be
+kept, which features are missing, or that nothing but a refusal is right. No code of the package
+takes part in that.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import random
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError
+
+START = datetime(2023, 1, 2, tzinfo=UTC)
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
+LONG = "x" * 100_000 + "\x1b[2J"
+
+
+@dataclass
+class Table:
+    """A table as it will be written: column -> cells, None where there is nothing."""
+
+    name: str
+    cells: dict[str, list[Any]]
+    names: dict[str, str] = field(default_factory=dict)  # Log's name -> its name in the file.
+    lines: dict[int, Callable[[bytes], bytes]] = field(default_factory=dict)  # Row -> its change.
+    text: list[Callable[[bytes], bytes]] = field(default_factory=list)
+    raw: list[Callable[[bytes], bytes]] = field(default_factory=list)
+    more: dict[str, list[Any]] = field(default_factory=dict)  # Columns that nobody asks for.
+    repeated: str = ""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.cells.values())))
+
+    def named(self) -> list[tuple[str, list[Any]]]:
+        columns = [(self.names.get(name, name), cells) for name, cells in self.cells.items()]
+        columns += list(self.more.items())
+        return columns + ([(self.repeated, [1] * len(self))] if self.repeated else [])
+
+
+@dataclass
+class Case:
+    """An input, the arguments that go with it, and the right answer.
+
+    Attributes:
+        truth: Of each row: user, item, seconds, stage and weight.
+        is_lost: Of each row: whether it cannot be kept.
+        features: Item id -> price, category and vector.
+        must_refuse: Why nothing but a refusal is right; "" where there is a right answer.
+        dirt: What was done.
+        columns: Names, in the files, of the columns with dirt.
+    """
+
+    rng: random.Random
+    form: str
+    kind: str
+    time: str
+    events: Table
+    items: Table | None
+    truth: list[dict[str, Any]]
+    is_lost: list[bool]
+    features: dict[str, dict[str, Any]]
+    options: dict[str, Any]
+    must_refuse: str = ""
+    dirt: list[str] = field(default_factory=list)
+    columns: set[str] = field(default_factory=set)
+    file_name: str = "events"
+    decoys: list[str] = field(default_factory=list)
+    num_files: int = 1
+    is_empty: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        return self.form in ("csv", "csv.gz")
+
+    def rows(self, column: str, most: int = 3) -> list[int]:
+        """Draws sound rows for dirt in a column, whose name a refusal must then give."""
+        self.columns.add(self.events.names.get(column, column))
+        sound = [row for row, is_lost in enumerate(self.is_lost) if not is_lost]
+        return self.rng.sample(sound, self.rng.randint(1, most))
+
+    def put(self, column: str, *values: Any) -> None:
+        """Puts values into an event's column, so that their rows are lost."""
+        for row in self.rows(column):
+            self.events.cells[column][row] = self.rng.choice(values)
+            self.is_lost[row] = True
+
+
+def make_case(seed: int) -> Case:
+    """Makes a clean log of a random kind, form and way of writing, and then makes it dirty."""
+    rng = random.Random(seed)
+    form = rng.choice(["csv", "csv", "csv", "csv.gz", "parquet", "parquet", "pandas"])
+    kind = rng.choice(["clicks", "ratings", "funnel", "label"])
+    is_text = form.startswith("csv")
+    time = rng.choice(["", "s", "ms", "us", "zoned", "naive", *([] if is_text else ["stamp"])])
+    num_rows = rng.randint(30, 90)
+    as_user: Callable[[int], Any] = int if rng.random() < 0.5 else "u{}".format
+    as_item: Callable[[int], Any] = int if rng.random() < 0.5 else "i{}".format
+    truth = [
+        {
+            "user_id": as_user(rng.randint(1, 9)),
+            "item_id": as_item(rng.randint(1, 14)),
+            # Each its own second, so that no two events are equal.
+            "time": int(START.timestamp()) + 100 * n + rng.randint(0, 99) if time else None,
+            "stage": rng.choice(STAGES[3:] if kind != "funnel" else STAGES),
+            "weight": 1.0,
+        }
+        for n in range(num_rows)
+    ]
+    truth[0]["stage"] = "clicked"
+    cells: dict[str, list[Any]] = {
+        name: [row[name] for row in truth] for name in ("user_id", "item_id")
+    }
+    options: dict[str, Any] = {}
+    if kind == "clicks":
+        for row in truth:
+            row["stage"] = "clicked"
+    elif kind == "ratings":
+        cells["rating"] = [
+            rng.randint(4, 5) if is_click(row) else rng.randint(1, 3) for row in truth
+        ]
+        options["rating_threshold"] = 4
+    elif kind == "label":
+        cells["liked"] = [float(is_click(row)) for row in truth]
+        options["label"] = {"liked": 1.0}
+    else:
+        cells["stage"] = [row["stage"] for row in truth]
+        cells["request_id"] = [n // 5 for n in range(num_rows)]
+        cells["rank"] = [n % 5 for n in range(num_rows)]
+    if time:
+        cells["timestamp"] = [written(row["time"], time) for row in truth]
+        if time in UNITS and (time != "s" or rng.random() < 0.3):
+            options["timestamp_unit"] = time
+        if time == "naive":
+            options["time_zone"] = "Europe/Berlin"
+    if rng.random() < 0.4:
+        cells["weight"] = [rng.choice([0.5, 1.0, 2.0]) for _ in truth]
+        for row, weight in zip(truth, cells["weight"], strict=True):
+            row["weight"] = weight
+    events = Table("events", cells)
+    items, features = None, {}
+    if rng.random() < 0.6:
+        features = {
+            str(as_item(n)): {"price": n / 2, "kind": f"k{n % 3}", "v": [float(n), 0.5]}
+            for n in range(1, 16)
+        }
+        columns: dict[str, list[Any]] = {"item_id": [as_item(n) for n in range(1, 16)]}
+        columns |= {name: [f[name] for f in features.values()] for name in ("price", "kind", "v")}
+        if is_text:
+            columns["v"] = ["|".join(map(str, v)) for v in columns["v"]]
+        items = Table("items", columns)
+        kinds = {"price": "numeric", "kind": "categorical", "v": "vector"}
+        options["item_features"] = kinds
+    case = Case(rng, form, kind, time, events, items, truth, [False] * num_rows, features, options)
+    for table, argument in ((events, "columns"), (items, "item_columns")):
+        if table is not None and rng.random() < 0.5:
+            table.names = {n: f"{n} of {table.name}" for n in table.cells if rng.random() < 0.5}
+            if table.names:
+                options[argument] = dict(table.names)
+    drawn = rng.sample(DIRT, rng.choices([0, 1, 2, 3], [1, 8, 4, 2])[0])
+    for dirty in sorted(
+        drawn, key=DIRT.index
+    ):  # What holds of a row may depend on what came before.
+        if dirty(case):
+            case.dirt.append(dirty.__name__)
+    return case
+
+
+def is_click(row: dict[str, Any]) -> bool:
+    return bool(row["stage"] == "clicked")
+
+
+def written(seconds: int, way: str) -> Any:
+    """Writes a time."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    if way in UNITS:
+        return seconds * UNITS[way]
+    if way == "zoned":
+        return moment.isoformat().replace("+00:00", "Z")
+    return moment if way == "stamp" else f"{moment.astimezone(ZoneInfo('Europe/Berlin')):%F %T}"
+
+
+# Each kind of dirt changes a case and says so; False where it does not go with the case.
+
+
+def no_id(case: Case) -> bool:
+    case.put(case.rng.choice(["user_id", "item_id"]), None)
+    return True
+
+
+def a_word_for_no_id(case: Case) -> bool:
+    column = case.rng.choice(["user_id", "item_id"])
+    if not case.is_text and isinstance(case.truth[0][column], int):
+        return False
+    case.put(column, "nan", "None", "NaN", "<NA>", "null")
+    return True
+
+
+def a_reserved_id(case: Case) -> bool:
+    column = case.rng.choice(["user_id", "item_id"])
+    is_number = isinstance(case.truth[0][column], int)
+    if is_number and any(isinstance(c, str) for c in case.events.cells[column]):
+        return False
+    case.put(column, -1 if is_number else "")
+    return True
+
+
+def ids_as_floats(case: Case) -> bool:
+    column = case.rng.choice(["user_id", "item_id"])
+    cells = case.events.cells[column]
+    if not all(isinstance(cell, int | None) for cell in cells) or column in case.columns:
+        return False
+    some = 0.2 if case.is_text and case.rng.random() < 0.5 else 1.0
+    for row, cell in enumerate(cells):
+        if cell is not None and case.rng.random() < some:
+            cells[row] = float(cell)
+    return True
+
+
+def item_ids_as_floats(case: Case) -> bool:
+    if case.items is None or not isinstance(case.items.cells["item_id"][0], int):
+        return False
+    case.items.cells["item_id"] = [float(cell) for cell in case.items.cells["item_id"]]
+    return True
+
+
+def white_space_around_ids(case: Case) -> bool:
+    if not case.is_text:
+        return False
+    for column in ("user_id", "item_id"):
+        for row in case.rows(column):
+            cell = case.events.cells[column][row]
+            case.events.cells[column][row] = None if cell is None else f" {cell}\t"
+    return True
+
+
+def leading_zeros(case: Case) -> bool:
+    if not case.is_text:
+        return False
+    for row in case.rows("user_id"):
+        case.events.cells["user_id"][row] = case.truth[row]["user_id"] = "007"
+    return True
+
+
+def ids_past_int64(case: Case) -> bool:
+    if case.form != "parquet" or not all(isinstance(c, int) for c in case.events.cells["user_id"]):
+        return False
+    if -1 in case.events.cells["user_id"]:
+        return False
+    for row in case.rows("user_id"):
+        case.events.cells["user_id"][row] = case.truth[row]["user_id"] = 2**63 + row
+    return True
+
+
+def a_line_break_in_an_id(case: Case) -> bool:
+    if not case.is_text:
+        return False
+    case.put("user_id", "a\nb")
+    return True
+
+
+def no_time(case: Case) -> bool:
+    if not case.time:
+        return False
+    case.put("timestamp", None)
+    return True
+
+
+def an_implausible_time(case: Case) -> bool:
+    if case.time in UNITS:
+        values: list[Any] = [0, -5 * UNITS[case.time], 3 * 10**10 * UNITS[case.time]]
+        values += ["inf", "nan", "1e300", "-inf"] if case.is_text else []
+    elif case.time == "stamp":
+        values = [datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)]
+    elif case.time:
+        end = "Z" if case.time == "zoned" else ""
+        days = (
+            "1970-01-01",
+            "0001-01-01",
+            "9999-12-31",
+            "12023-01-01",
+            "2262-04-12",
+            "0044-03-15 (BC)",
+        )
+        values = [f"{day} 00:00:00{end}" for day in days] + ["infinity", "-infinity"]
+    else:
+        return False
+    case.put("timestamp", *values)
+    return True
+
+
+def an_unreadable_time(case: Case) -> bool:
+    if not case.time or not (case.is_text or case.time in ("zoned", "naive")):
+        return False
+    case.put("timestamp", "yesterday", "31/01/2023", "2023-13-01", "12:30", "N/A", LONG)
+    return True
+
+
+def a_time_in_another_unit(case: Case) -> bool:
+    if case.time not in UNITS or "timestamp" in case.columns:
+        return False
+    other = case.rng.choice([unit for unit in UNITS if unit != case.time])
+    for row in case.rows("timestamp"):
+        case.events.cells["timestamp"][row] = case.truth[row]["time"] * UNITS[other]
+        case.is_lost[row] = True
+    case.must_refuse = "units"
+    return True
+
+
+def a_wrong_unit(case: Case) -> bool:
+    if case.time not in UNITS:
+        return False
+    case.rows("timestamp")
+    units = [unit for unit in ("s", "ms", "us", "ns") if unit != case.time]
+    case.options["timestamp_unit"] = case.rng.choice(units)
+    case.must_refuse = "unit"
+    return True
+
+
+def an_undated_zone(case: Case) -> bool:
+    if case.time != "naive":
+        return False
+    case.rows("timestamp")
+    del case.options["time_zone"]
+    case.must_refuse = "time zone"
+    return True
+
+
+def a_bad_rating(case: Case) -> bool:
+    if case.kind != "ratings":
+        return False
+    case.put(
+        "rating", *([None, "nan", "inf", "good", LONG] if case.is_text else [None, float("nan")])
+    )
+    return True
+
+
+def a_bad_outcome(case: Case) -> bool:
+    if case.kind != "label":
+        return False
+    if case.form == "pandas":  # To pandas, NaN is a missing value: the outcome does not hold.
+        return False
+    case.put("liked", *(["nan", "inf", "maybe"] if case.is_text else [float("nan"), float("inf")]))
+    return True
+
+
+def a_missing_outcome(case: Case) -> bool:
+    if case.kind != "label":
+        return False
+    for row in case.rows("liked"):
+        case.events.cells["liked"][row], case.truth[row]["stage"] = None, "exposed"
+    return True
+
+
+def a_bad_weight(case: Case) -> bool:
+    if "weight" not in case.events.cells:
+        return False
+    for row in case.rows("weight"):
+        bad = [
+            None,
+            0.0,
+            -1.0,
+            float("inf"),
+            float("nan"),
+            1e38,
+            *(["heavy"] if case.is_text else []),
+        ]
+        case.events.cells["weight"][row] = case.rng.choice(bad)
+        case.truth[row]["weight"] = 1.0
+        case.is_lost[row] |= case.kind == "clicks" or is_click(case.truth[row])
+    return True
+
+
+def an_unknown_stage(case: Case) -> bool:
+    if case.kind != "funnel":
+        return False
+    case.put("stage", "liked", "Clicked")
+    case.must_refuse = "stage"
+    return True
+
+
+def no_stage(case: Case) -> bool:
+    if case.kind != "funnel":
+        return False
+    case.put("stage", None)
+    return True
+
+
+def a_bad_rank(case: Case) -> bool:
+    if case.kind != "funnel":
+        return False
+    case.put("rank", *([1.5, "first"] if case.is_text else [1.5]))
+    return True
+
+
+def a_line_of_another_length(case: Case) -> bool:
+    if not case.is_text:
+        return False
+    for row in case.rows("user_id"):
+        case.events.lines[row] = case.rng.choice([lambda line: line + b",x", lambda line: b"1"])
+        case.is_lost[row] = True
+    case.columns.add("line")
+    return True
+
+
+def a_line_that_is_not_utf8(case: Case) -> bool:
+    if not case.is_text:
+        return False
+    for row in case.rows("user_id"):
+        case.events.lines[row] = lambda line: b"\xff\xfe" + line
+        case.is_lost[row] = True
+    case.columns.add("line")
+    return True
+
+
+def an_open_quote(case: Case) -> bool:
+    if not case.is_text or has_line_breaks(case):
+        return False
+    (row,) = case.rows("user_id", most=1)
+    case.events.lines[row] = lambda line: b'"' + line
+    case.columns.add("line")
+    case.must_refuse = "an open quote"
+    return True
+
+
+def has_line_breaks(case: Case) -> bool:
+    return any("\n" in str(cell) for cell in case.events.cells["user_id"])
+
+
+def windows_line_ends(case: Case) -> bool:
+    if not case.is_text or has_line_breaks(case):
+        return False
+    case.events.text.append(lambda text: text.replace(b"\n", b"\r\n"))
+    return True
+
+
+def a_byte_order_mark(case: Case) -> bool:
+    case.events.text.append(lambda text: b"\xef\xbb\xbf" + text)
+    return case.is_text
+
+
+def empty_lines(case: Case) -> bool:
+    case.events.text.append(lambda text: text + b"\n\n")
+    return case.is_text
+
+
+def a_cut_file(case: Case) -> bool:
+    if case.form not in ("csv.gz", "parquet"):
+        return False
+    case.must_refuse, share = "a cut file", case.rng.random()
+    case.columns.add("cannot be read")
+    case.events.raw.append(lambda raw: raw[: int(len(raw) * share)])
+    return True
+
+
+def a_wrong_checksum(case: Case) -> bool:
+    if case.form != "csv.gz":
+        return False
+    case.must_refuse = "a checksum"
+    case.columns.add("cannot be read")
+    case.events.raw.append(lambda raw: raw[:-6] + bytes([raw[-6] ^ 1]) + raw[-5:])
+    return True
+
+
+def a_file_named_like_a_pattern(case: Case) -> bool:
+    name, decoy = case.rng.choice(
+        [("log[1]", "log1"), ("a*b", "axb"), ("who?", "whom"), ("[a-z]", "q"), ("{a,b}", "a")]
+    )
+    case.file_name, case.decoys = name, [decoy]
+    return case.form != "pandas"
+
+
+def several_files(case: Case) -> bool:
+    if case.form == "pandas":
+        return False
+    case.num_files = 3
+    return True
+
+
+def a_repeated_column(case: Case) -> bool:
+    column = case.rng.choice(["user_id", "item_id"])
+    name = case.events.names.get(column, column)
+    case.events.repeated = case.rng.choice([name, name.upper()])
+    case.columns.add(case.events.repeated)
+    case.must_refuse = "a repeated column"
+    return True
+
+
+def columns_named_as_within(case: Case) -> bool:
+    size = len(case.events)
+    names = ("_row", "_fault", "_copy", "event_number", "num_positives")
+    case.events.more |= {name: list(range(size, 0, -1)) for name in names}
+    return True
+
+
+def a_missing_column(case: Case) -> bool:
+    column = case.rng.choice(["user_id", "item_id"])
+    case.columns.add(case.events.names.get(column, column))
+    case.events.names[column] = f"{column[:4]}"
+    case.must_refuse = "a missing column"
+    return True
+
+
+def no_rows(case: Case) -> bool:
+    case.is_empty = True
+    case.columns |= {"0 rows", "none of 0 rows"}
+    case.must_refuse = "no rows"
+    return True
+
+
+def unknown_items(case: Case) -> bool:
+    if case.items is None:
+        return False
+    choice = case.options["unknown_items"] = case.rng.choice(["keep", "drop", "error"])
+    as_id = (
+        (lambda n: n) if isinstance(case.items.cells["item_id"][0], int | float) else "i{}".format
+    )
+    for row in case.rows("item_id"):
+        known = case.events.cells["item_id"][row]
+        if isinstance(known, str) and known != known.strip():
+            continue
+        case.events.cells["item_id"][row] = case.truth[row]["item_id"] = as_id(90 + row)
+        case.is_lost[row] = choice != "keep"
+        if choice == "error":
+            case.must_refuse = "unknown items"
+    return True
+
+
+def other_ids(case: Case) -> bool:
+    if case.items is None:
+        return False
+    case.items.cells["item_id"] = [f"sku-{n}" for n in range(len(case.items))]
+    case.columns.add(case.events.names.get("item_id", "item_id"))
+    case.must_refuse = "no id in common"
+    return True
+
+
+def repeated_events(case: Case) -> bool:
+    if not case.time or "item_id" in case.columns or case.kind == "funnel":
+        return False
+    choice = case.options["duplicates"] = case.rng.choice(["keep", "drop", "error"])
+    (row,) = case.rows("user_id", most=1)
+    for cells in (*case.events.cells.values(), *case.events.more.values()):
+        cells.append(cells[row])
+    case.truth.append(dict(case.truth[row]))
+    case.is_lost.append(choice == "drop")
+    case.columns.add("duplicates")
+    if choice == "error":
+        case.must_refuse = "a repeated event"
+    return True
+
+
+def items_without_id(case: Case) -> bool:
+    if case.items is None:
+        return False
+    for cells in case.items.cells.values():
+        cells.append(cells[0])
+    case.items.cells["item_id"][-1] = None
+    case.columns.add(case.items.names.get("item_id", "item_id"))
+    return True
+
+
+def a_repeated_item(case: Case) -> bool:
+    if case.items is None:
+        return False
+    for cells in case.items.cells.values():
+        cells.append(cells[0])
+    case.columns.add(case.items.names.get("item_id", "item_id"))
+    if case.rng.random() < 0.5:
+        case.items.cells["kind"][-1] = "another"
+        case.must_refuse = "an item twice"
+    return True
+
+
+def a_bad_feature(case: Case) -> bool:
+    if case.items is None:
+        return False
+    name = case.rng.choice(["price", "v"])
+    case.columns.add(case.items.names.get(name, name))
+    bad: dict[str, list[Any]] = {
+        "price": [None, float("inf"), float("nan"), *(["cheap", LONG] if case.is_text else [])],
+        "v": ["1|x", "1|nan", "1|2|3", None]
+        if case.is_text
+        else [None, [1.0], [1.0, float("nan")], []],
+    }
+    row = case.rng.randrange(1, len(case.features))  # The first may be repeated.
+    case.items.cells[name][row] = case.rng.choice(bad[name])
+    list(case.features.values())[row][name] = None
+    return True
+
+
+DIRT: list[Callable[[Case], bool]] = [
+    *(no_id, a_word_for_no_id, white_space_around_ids, leading_zeros, a_line_break_in_an_id),
+    *(a_reserved_id, ids_past_int64, ids_as_floats, item_ids_as_floats),
+    *(no_time, an_implausible_time, an_unreadable_time, a_time_in_another_unit, a_wrong_unit),
+    *(an_undated_zone, a_bad_rating, a_bad_outcome, a_missing_outcome, a_bad_weight),
+    *(an_unknown_stage, no_stage, a_bad_rank, a_line_of_another_length, a_line_that_is_not_utf8),
+    *(an_open_quote, windows_line_ends, a_byte_order_mark, empty_lines, a_cut_file),
+    *(a_wrong_checksum, a_file_named_like_a_pattern, several_files, a_repeated_column),
+    *(columns_named_as_within, a_missing_column, no_rows, unknown_items, other_ids),
+    *(repeated_events, items_without_id, a_repeated_item, a_bad_feature),
+]
+
+
+# What comes of a case.
+
+
+def write(case: Case, folder: Path) -> dict[str, Any]:
+    """Writes a case's tables into a folder, and returns the arguments that name them."""
+    folder.mkdir(parents=True)
+    for decoy in case.decoys:
+        other = Table("decoy", {"user_id": [999], "item_id": [999]})
+        write_table(case, other, folder / decoy, case.num_files)
+    arguments: dict[str, Any] = {"events": write_table(case, case.events, folder / case.file_name)}
+    if case.items is not None:
+        arguments["items"] = write_table(case, case.items, folder / "items", 1)
+    return arguments
+
+
+def write_table(case: Case, table: Table, path: Path, num_files: int | None = None) -> Any:
+    """Writes a table: one file, a folder of them, or none for pandas, and returns what to read."""
+    columns = table.named()
+    num_rows = 0 if case.is_empty and table is case.events else len(table)
+    if case.form == "pandas":
+        arrays = [typed(cells[:num_rows]) for _, cells in columns]
+        frame = pa.table({str(i): array for i, array in enumerate(arrays)}).to_pandas()
+        frame.columns = [name for name, _ in columns]
+        return frame
+    num_files = num_files or case.num_files
+    suffix = "parquet" if case.form == "parquet" else case.form
+    targets = [path.with_name(f"{path.name}.{suffix}")]
+    if num_files > 1:
+        path.mkdir()
+        targets = [path / f"part-{i}.{suffix}" for i in range(num_files)]
+    for i, target in enumerate(targets):
+        rows = range(i * num_rows // num_files, (i + 1) * num_rows // num_files)
+        target.write_bytes(encode(case, table, columns, rows))
+    return path if num_files > 1 else targets[0]
+
+
+def encode(case: Case, table: Table, columns: list[tuple[str, list[Any]]], rows: range) -> bytes:
+    """Returns the bytes of a file that holds some rows."""
+    sink = io.BytesIO()
+    if case.form == "parquet":
+        arrays = [typed(cells).slice(rows.start, len(rows)) for _, cells in columns]
+        whole = pa.Table.from_arrays(arrays, names=[name for name, _ in columns])
+        pq.write_table(whole, sink, row_group_size=20)
+    else:
+        lines = [as_line([name for name, _ in columns])]
+        for row in rows:
+            line = as_line([cells[row] for _, cells in columns])
+            lines.append(table.lines.get(row, bytes)(line))
+        text = b"".join(line + b"\n" for line in lines)
+        for change in table.text:
+            text = change(text)
+        sink.write(gzip.compress(text) if case.form == "csv.gz" else text)
+    content = sink.getvalue()
+    for change in table.raw:
+        content = change(content)
+    return content
+
+
+def typed(cells: list[Any]) -> pa.Array:
+    is_large = any(isinstance(cell, int) and cell >= 2**63 for cell in cells)
+    return pa.array(cells, pa.uint64() if is_large else None)
+
+
+def as_line(cells: list[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(["" if cell is None else cell for cell in cells])
+    return text.getvalue()[:-1].encode()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Args:
+        word: right, refused, silent (wrong data was taken), raw (another exception than a refusal)
+            or unnamed (a refusal without file and column, or with more of the data than a line).
+        detail: The message, or what differs.
+    """
+
+    word: str
+    detail: str = ""
+
+
+def judge(case: Case, folder: Path) -> Outcome:
+    """Loads a case and compares what came out with the right answer."""
+    arguments = write(case, folder)
+    try:
+        load = Log.from_table if case.form == "pandas" else Log.from_files
+        log = load(arguments.pop("events"), **arguments, **case.options)
+        log.describe()
+    except DataError as error:
+        return judge_refusal(case, str(error))
+    except Exception:
+        return Outcome("raw", traceback.format_exc(limit=-3))
+    if case.must_refuse:
+        return Outcome("silent", f"taken in spite of {case.must_refuse}")
+    if found := difference(case, log):
+        return Outcome("silent", found)
+    return Outcome("right")
+
+
+def judge_refusal(case: Case, message: str) -> Outcome:
+    files = ("event table", "item table") if case.form == "pandas" else (case.file_name, "items.")
+    is_named = any(name in message for name in files)
+    if case.columns and not any(name in message for name in case.columns):
+        is_named = False
+    if len(message) > 1500 or re.search(r"[\x00-\x1f\x7f-\x9f]", message):
+        is_named = False
+    return Outcome("refused" if is_named else "unnamed", message)
+
+
+def difference(case: Case, log: Log) -> str:
+    """Says in what a log differs from the right answer; "" if in nothing."""
+    kept = [row for row, is_lost in zip(case.truth, case.is_lost, strict=True) if not is_lost]
+    rows = log.events.order_by("event_number").to_pyarrow().to_pylist()
+    if len(rows) != len(kept):
+        return f"{len(rows)} events, not {len(kept)}"
+    for found, wanted in zip(rows, kept, strict=True):
+        time = found.get("timestamp")
+        got = {
+            **{name: str(found[name]) for name in ("user_id", "item_id")},
+            "time": None if time is None else int(time.timestamp()),
+            "stage": found["stage"],
+            "weight": found.get("weight", 1.0),
+        }
+        want = {**wanted, **{name: str(wanted[name]) for name in ("user_id", "item_id")}}
+        if got != want:
+            return f"{got}, not {want}"
+    if sum(each.num_rows for each in log.dropped) != sum(case.is_lost):
+        return f"{log.dropped} dropped, not {sum(case.is_lost)} rows"
+    of_events: dict[str, dict[str, Any]] = {str(row["item_id"]): {} for row in kept}
+    nothing = dict.fromkeys(("price", "kind", "v"))
+    items = {str(row.pop("item_id")): row for row in log.items.to_pyarrow().to_pylist()}
+    if case.items is None:
+        return "" if items == of_events else f"items {items}"
+    expected = {id_: case.features.get(id_, nothing) for id_ in of_events | case.features}
+    return "" if items == expected else f"items {items}, not {expected}"
+
+
+def run(num_inputs: int, folder: Path, first: int = 0) -> list[tuple[int, Case, Outcome]]:
+    """Makes and judges cases, each from its own seed."""
+    found = []
+    for seed in range(first, first + num_inputs):
+        case = make_case(seed)
+        found.append((seed, case, judge(case, folder / str(seed))))
+    return found

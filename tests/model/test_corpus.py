@@ -1,0 +1,44 @@
+"""Samples that are kept are those of the log, or built again."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from tests.damage import DAMAGES, damage
+from tests.small_log import event_table
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.samples.store import RowLists, Samples
+
+
+def assert_same_samples(got: Samples, expected: Samples) -> None:
+    for field in dataclasses.fields(Samples):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        if isinstance(a, RowLists):
+            np.testing.assert_array_equal(a.offsets, b.offsets)
+            a, b = a.values, b.values
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path) -> None:
+    log = Log.from_table(event_table("int").drop_columns(["rating"]))
+    expected = TrainingSet.build(log, tmp_path, seed=0)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) == 7
+    # As a process leaves it that is killed as it builds.
+    (tmp_path / "_numbered-killed.parquet").write_text("half")
+    for path, how in zip(files, itertools.cycle(DAMAGES), strict=False):
+        damage(path, how)
+        built = TrainingSet.build(log, tmp_path, seed=0)
+        assert_same_samples(built.samples, expected.samples)
+        assert built.report == expected.report
+        assert built.corpus.candidate_ids.values.tolist() == (
+            expected.corpus.candidate_ids.values.tolist()
+        )
+        assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
+    times = [path.stat().st_mtime_ns for path in files]
+    TrainingSet.build(log, tmp_path, seed=0)
+    assert [path.stat().st_mtime_ns for path in files] == times

@@ -1,0 +1,133 @@
+"""Connections and the end of a server, over sockets; no model."""
+
+import asyncio
+import contextlib
+import json
+import select
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from tfrs_pipeline.serving import connections
+from tfrs_pipeline.serving.connections import Connection, Server
+
+REQUEST = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+class Running:
+    """A server whose answers to /slow wait for `gate`."""
+
+    def __init__(self, limit: int) -> None:
+        self.gate, self.is_asked = asyncio.Event(), threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            self._answer,
+            http=Connection,
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            limit_concurrency=limit,
+        )
+        self.server = Server(config)
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self._run)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            self.is_asked.set()
+            await self.gate.wait()
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    def _run(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.loop.run_until_complete(self.server.serve([self.listener]))
+
+    def open(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    running = Running(limit=3)
+    running.thread.start()
+    yield running
+    running.server.should_exit = running.server.force_exit = True
+    running.thread.join()
+
+
+def answer(connection: socket.socket, path: bytes = b"") -> str:
+    connection.sendall(REQUEST % path)
+    return read(connection)
+
+
+def read(connection: socket.socket) -> str:
+    """Reads one answer."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].split()[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return (head + b"\r\n\r\n" + body).decode()
+
+
+def test_headers_that_never_end_are_cut_off(running: Running) -> None:
+    with running.open() as silent, running.open() as slow:
+        assert answer(slow).startswith("HTTP/1.1 200")
+        with contextlib.suppress(ConnectionError):  # Sends on into what is closed by then.
+            for byte in REQUEST % (b"x" * 2000):
+                slow.sendall(bytes([byte]))
+                if select.select([slow], [], [], 0.01)[0]:
+                    break
+        assert slow.recv(65536) == b""
+        assert silent.recv(65536) == b""
+    with running.open() as connection:
+        assert answer(connection).startswith("HTTP/1.1 200")
+
+
+def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(running.open()) for _ in range(3)]
+        for connection in kept:
+            assert answer(connection).startswith("HTTP/1.1 200")
+        with running.open() as further:
+            head, _, body = answer(further).partition("\r\n\r\n")
+            assert head.startswith("HTTP/1.1 503")
+            assert "retry-after: 1" in head
+            assert "connection: close" in head
+            assert set(json.loads(body)) == {"error"}
+        kept.pop().close()
+        while not answer(stack.enter_context(running.open())).startswith("HTTP/1.1 200"):
+            pass
+
+
+def test_a_server_that_stops_answers_what_comes_and_says_that_it_closes(running: Running) -> None:
+    with running.open() as idle, running.open() as busy:
+        assert "connection: close" not in answer(idle)
+        busy.sendall(REQUEST % b"slow")
+        assert running.is_asked.wait(20)
+        running.server.should_exit = True
+        # A request on a new connection, until it is told.
+        while True:
+            with running.open() as new:
+                text = answer(new)
+                assert text.startswith("HTTP/1.1 200")
+                if "connection: close" in text:
+                    assert new.recv(65536) == b""
+                    break
+        # Not a byte for the one that asks nothing; a whole answer for the one that waits.
+        assert idle.recv(65536) == b""
+        running.loop.call_soon_threadsafe(running.gate.set)
+        text = read(busy)
+        assert text.startswith("HTTP/1.1 200")
+        assert "connection: close" in text
+    running.thread.join()
+    with pytest.raises(ConnectionRefusedError):
+        running.open()

@@ -1,0 +1,248 @@
+"""Times of any writing turned into UTC: the only place for them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import zoneinfo
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
+
+from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit
+
+_MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
+_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+# A time of 1973 or later, as a number, tells its unit: the four ranges do not overlap until 5138.
+_UNIT_FROM = {"s": 1.0, "ms": 1e11, "us": 1e14, "ns": 1e17}
+# What Python's calendar holds.
+_FIRST, _END = datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+_NAIVE = dt.Timestamp(scale=6)
+_UTC = dt.Timestamp(timezone="UTC", scale=6)
+
+
+@ibis.udf.scalar.builtin(name="make_timestamptz", signature=((dt.int64,), _UTC))
+def _from_microseconds(microseconds: ir.IntegerValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+@ibis.udf.scalar.builtin(name="make_timestamp_ns", signature=((dt.int64,), dt.Timestamp(scale=9)))
+def _from_nanoseconds(nanoseconds: ir.IntegerValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+@ibis.udf.scalar.builtin(name="timezone", signature=((dt.string, _NAIVE), _UTC))
+def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.TimestampValue:
+    """DuckDB's own function."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How values are written where their type does not say it.
+
+    Args:
+        timestamp_unit: What numbers count since 1970; None means seconds.
+        time_zone: Of times without one, such as "Europe/Berlin"; None refuses them.
+        list_separator: Between the values of a multi_categorical or vector feature in a string.
+    """
+
+    timestamp_unit: TimestampUnit | None = None
+    time_zone: str | None = None
+    list_separator: str = "|"
+
+    def __post_init__(self) -> None:
+        try:
+            zoneinfo.ZoneInfo(self.time_zone or "UTC")
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError(
+                f"time_zone must be one of the tz database, such as Europe/Berlin. Received: "
+                f"{self.time_zone!r}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Period:
+    """When events may have happened: a time outside is a fault of the log, such as 0 for none.
+
+    Args:
+        earliest: First moment, in UTC if it has no zone; None means 1990.
+        latest: The first that is too late; None means a day from now.
+    """
+
+    earliest: datetime | None = None
+    latest: datetime | None = None
+
+    def bounds(self) -> tuple[datetime, datetime]:
+        """Returns the first moment and the first that is too late, with their zones."""
+        latest = self.latest or datetime.now(UTC) + timedelta(days=1)
+        earliest = self.earliest or datetime(1990, 1, 1, tzinfo=UTC)
+        return _in_utc(earliest), _in_utc(latest)
+
+
+def to_timestamp(
+    raw: RawTable, column: str, formats: Formats, period: Period | None = None
+) -> ir.TimestampValue:
+    """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
+
+    Args:
+        raw: The table.
+        column: Its column.
+        formats: How numbers and times without a zone are written.
+        period: What times may lie in; None for all that a calendar has.
+    """
+    first, end = period.bounds() if period else (_FIRST, _END)
+    value = raw.table[column]
+    if value.type().is_string():
+        value = _read_time(raw, column)
+    dtype = value.type()
+    if dtype.is_numeric() and not dtype.is_boolean():
+        if dtype.is_floating():
+            value = value.isnan().ifelse(ibis.null(), value)
+        _check_unit(raw, value, column, formats.timestamp_unit, period)
+        time = _from_numbers(value, formats.timestamp_unit)
+    elif dtype.is_timestamp() and dtype.timezone is not None:
+        time = value.cast(_UTC)
+    elif dtype.is_timestamp() or dtype.is_date():
+        if formats.time_zone is None:
+            raise DataError(
+                f"{raw.source.column(column)} holds times without a time zone "
+                f"({raw.num_rows} rows). Set time_zone to where they were read off the "
+                "clock: UTC, or Europe/Berlin.",
+                setting="time_zone",
+            )
+        time = _in_time_zone(ibis.literal(formats.time_zone), value.cast(_NAIVE))
+    else:
+        raise raw.wrong_type(column, "a timestamp or a number")
+    is_within = ((time >= first) & (time < end)).fill_null(False)
+    raw.fault(
+        column,
+        value.notnull() & ~is_within,
+        f"lies outside {first:%Y-%m-%d} to {end:%Y-%m-%d}"
+        if period
+        else "has no year of 2 to 9998",
+        "Correct them, or set earliest_time and latest_time." if period else "Correct them.",
+        "earliest_time" if period else "",
+    )
+    return is_within.ifelse(time, ibis.null(_UTC))
+
+
+def _read_time(raw: RawTable, column: str) -> ir.Value:
+    """Reads times written as text, in the way that most are: numbers, or ISO 8601.
+
+    With an offset or without is another way.
+    """
+    value = raw.table[column]
+    number, zoned = value.try_cast("float64"), value.try_cast(_UTC)
+    has_offset = value.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & value.contains(":")
+    is_time = number.isnull() & zoned.notnull()
+    ways: dict[str, tuple[ir.Value, ir.BooleanValue]] = {
+        "number": (number, number.notnull()),
+        "zoned": (zoned, is_time & has_offset),
+        "naive": (value.try_cast(_NAIVE), is_time & ~has_offset),
+    }
+    sums = {name: is_so.sum() for name, (_, is_so) in ways.items()}
+    whole = is_integer_text(value).sum()
+    counts = raw.table.aggregate(whole=whole, **sums).to_pyarrow().to_pylist()[0]
+    usual = max(ways, key=lambda name: counts[name] or 0)
+    time, is_usual = ways[usual]
+    if usual == "number" and counts["whole"] == counts["number"]:
+        time = value.try_cast("int64")  # Nanoseconds are past the whole numbers that a float holds.
+    raw.fault(
+        column, value.notnull() & ~(number.notnull() | is_time), "must hold times and does not"
+    )
+    remedy = "Write all of them the same way, with an offset in all or in none."
+    problem = "must hold times written one way and does not"
+    raw.fault(column, value.notnull() & ~is_usual, problem, remedy, "")
+    return is_usual.ifelse(time, ibis.null(time.type()))
+
+
+def _check_unit(
+    raw: RawTable,
+    value: ir.NumericValue,
+    column: str,
+    unit: TimestampUnit | None,
+    period: Period | None,
+) -> None:
+    """Refuses numbers that count in another unit than they must: all, most or some of them."""
+    own = unit or "s"
+    number = value.cast("float64")
+    size, infinity = number.abs(), float("inf")
+    ends = [*list(_UNIT_FROM.values())[1:], infinity]
+    sums = {
+        name: ((size >= start) & (size < end)).sum()
+        for (name, start), end in zip(_UNIT_FROM.items(), ends, strict=True)
+    }
+    found = raw.table.aggregate(
+        largest=(size < infinity).ifelse(size, 0.0).max(),
+        dates=size.between(19_000_101, 21_001_231).sum(),
+        **sums,
+    )
+    counts = {name: count or 0 for name, count in found.to_pyarrow().to_pylist()[0].items()}
+    rows = f"numbers up to {counts.pop('largest'):.0f} ({raw.num_rows} rows)"
+    num_dates = counts.pop("dates")
+    if unit is None and num_dates * 2 > sum(counts.values()):
+        raise DataError(
+            f"{raw.source.column(column)} holds {rows}, which look like dates (YYYYMMDD). Write "
+            "them as 2024-01-31, or set timestamp_unit to s if they are seconds.",
+            setting="timestamp_unit",
+        )
+    usual = max(counts, key=lambda name: (counts[name], name == own))
+    if usual != own:
+        raise DataError(
+            f"{raw.source.column(column)} holds {rows}, which must be UTC in {_UNIT_NAMES[own]} "
+            f"and look like {_UNIT_NAMES[usual]}. Set timestamp_unit to {usual}.",
+            setting="timestamp_unit",
+        )
+    if period is None:
+        return
+    first, end = (moment.timestamp() * 1e6 for moment in period.bounds())
+    is_within = {
+        name: (number * factor >= first) & (number * factor < end)
+        for name, factor in _MICROSECONDS.items()
+    }
+    others = [is_so for name, is_so in is_within.items() if name != own]
+    is_mixed = ~is_within[own] & functools.reduce(operator.or_, others)
+    problem = f"holds times in another unit among {_UNIT_NAMES[own]}"
+    remedy = "Write all of them in one unit."
+    raw.faults.append(Refusal(column, is_mixed, problem, remedy, is_droppable=False))
+
+
+def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
+    """Makes times of numbers; null where no calendar has such a year."""
+    factor = _MICROSECONDS[unit or "s"]
+    is_time = value.cast("float64").abs() * factor < _END.timestamp() * 1e6
+    value = is_time.ifelse(value, ibis.null(value.type()))
+    if unit == "ns" and value.type().is_integer():  # Past the whole numbers that a float holds.
+        naive = _from_nanoseconds(value.try_cast("int64")).cast(_NAIVE)
+        return _in_time_zone(ibis.literal("UTC"), naive)
+    if value.type().is_integer():
+        return _from_microseconds(value.cast("int64") * int(factor))
+    return _from_microseconds((value.cast("float64") * factor).round().cast("int64"))
+
+
+def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
+    """Refuses years read as seconds, which all fall into the same half hour of 1970."""
+    row = raw.table.aggregate(first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
+    if row["first"] is None:
+        return
+    first, last = (int(row[name].timestamp()) for name in ("first", "last"))
+    if first >= 1000 and last <= 3000:
+        raise DataError(
+            f"{raw.source.column(column)} holds numbers from {first} to {last} "
+            f"({raw.num_rows} rows), which look like years. Make it numeric or "
+            "bucketized, write dates such as 1999-01-31, or set timestamp_unit to s if they are "
+            "seconds.",
+            setting="timestamp_unit",
+        )
+
+
+def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
+    """Says which text is written as int64 is ("7", not "007", "7.0" or "+7")."""
+    return value == ibis.coalesce(value.try_cast("int64").cast("string"), "")
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
