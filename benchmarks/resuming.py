@@ -1,6 +1,6 @@
 r"""Kills runs and damages their files, and looks whether they end as an undisturbed run does.
 
-    python benchmarks/resuming.py --kills 100 --damage --full --json FILE
+    python benchmarks/resuming.py --kills 100 --damage 300 --full --json FILE
 
 Kills (SIGKILL): a run on a small log, with mined negatives, selection, refit and export, is begun
 in a process of its own and killed; another process goes on and is killed too, until one comes to
@@ -9,7 +9,8 @@ the time, at the sight of a file half written: a checkpoint (`epoch-3_temp`), a 
 version.
 
 Damage: every file of a run stopped in its refit, and every file of a finished run and of its
-export, is emptied, cut at half, or has a bit flipped, one at a time, and the run is begun again.
+export, is emptied, cut at half, or has a bit flipped, one at a time, and the run is begun again: as
+many of these as are asked for, drawn at random.
 
 Full disk (needs root, to mount one in memory): a run is begun on a disk that is too small, and
 again each time that the disk has grown a little.
@@ -224,13 +225,13 @@ def reset(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def damages(folder: Path) -> dict[str, Any]:
-    """Damages every file of a half done and of a finished run, one at a time.
+def damages(folder: Path, num_damages: int) -> dict[str, Any]:
+    """Damages files of a half done and of a finished run, one at a time.
 
     Returns:
-        By state of the run and damage, how many files had which outcome: "the same", "refused" by
-        name, "other" weights, metrics or answers, "raw" errors that do not name the file; and
-        "wrong", the files of the latter two.
+        "num_damages" of "num_possible"; by state of the run and damage, how many files had which
+        outcome: "the same", "refused" by name, "other" weights, metrics or answers, "raw" errors
+        that do not name the file; and "wrong", the files of the latter two.
     """
     config = config_in(folder)
 
@@ -243,23 +244,31 @@ def damages(folder: Path) -> dict[str, Any]:
     keep(folder, "half done")
     expected, _ = outcome_of(config, folder / "run")
     keep(folder, "finished")
-    figures: dict[str, Any] = {"wrong": []}
-    for state in ("half done", "finished"):
-        template = folder / "kept" / state
-        names = [path.relative_to(template) for path in files_of(template) if path.is_file()]
-        for how in DAMAGES:
-            counts = Counter[str]()
-            for name in sorted(names):
-                reset(folder)
-                shutil.copytree(template, folder, dirs_exist_ok=True)
-                damage(folder / name, how)
-                outcome = begin_again(config, folder, name, expected)
-                counts[outcome] += 1
-                if outcome in ("other", "raw"):
-                    figures["wrong"].append(f"{state}: {name} {how}: {outcome}")
-                print(f"{state}: {name} {how}: {outcome}", flush=True)
-            figures[f"{state}, {how}"] = dict(counts)
-    return figures
+    possible = [
+        (state, path.relative_to(folder / "kept" / state), how)
+        for state in ("half done", "finished")
+        for path in sorted(files_of(folder / "kept" / state))
+        for how in DAMAGES
+        if path.is_file()
+    ]
+    drawn = np.random.default_rng(0).permutation(len(possible))[:num_damages]
+    counts: dict[str, Counter[str]] = {}
+    wrong = []
+    for state, name, how in (possible[i] for i in drawn):
+        reset(folder)
+        shutil.copytree(folder / "kept" / state, folder, dirs_exist_ok=True)
+        damage(folder / name, how)
+        outcome = begin_again(config, folder, name, expected)
+        counts.setdefault(f"{state}, {how}", Counter())[outcome] += 1
+        line = f"{state}: {name} {how}: {outcome}"
+        wrong += [line] if outcome in ("other", "raw") else []
+        print(line, flush=True)
+    return {
+        "num_damages": len(drawn),
+        "num_possible": len(possible),
+        **{name: dict(count) for name, count in counts.items()},
+        "wrong": wrong,
+    }
 
 
 def keep(folder: Path, state: str) -> None:
@@ -325,7 +334,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="How many (none).")
-    parser.add_argument("--damage", action="store_true", help="Damage files too.")
+    parser.add_argument("--damage", type=int, default=0, metavar="N", help="Likewise.")
     parser.add_argument("--full", action="store_true", help="Fill disks too; needs root.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
@@ -337,7 +346,7 @@ def main() -> None:
             figures["kills"] = kills(Path(folder), options.kills)
     if options.damage:
         with tempfile.TemporaryDirectory() as folder:
-            figures["damage"] = damages(Path(folder))
+            figures["damage"] = damages(Path(folder), options.damage)
     if options.full:
         with disk() as folder_in_memory:
             figures["full"] = full_disk(folder_in_memory)

@@ -1,6 +1,8 @@
 """Files that are whole or known not to be, locks that a kill frees, a full disk in one line."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -156,32 +158,24 @@ def test_a_lock_is_held_by_one_and_freed_by_a_kill(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_lock_is_held_by_one_of_many_at_once(tmp_path: Path) -> None:
-    """Also while others free and remove the file."""
-    holders, most = 0, 0
-    guard = threading.Lock()
+def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened as its holder leaves and removes it, and another one holds a new file."""
+    path, stack, flock = tmp_path / "lock", contextlib.ExitStack(), fcntl.flock
 
-    def work() -> None:
-        nonlocal holders, most
-        done = 0
-        while done < 20:
-            try:
-                with locked(tmp_path / "lock"):
-                    with guard:
-                        holders += 1
-                        most = max(most, holders)
-                    with guard:
-                        holders -= 1
-                    done += 1
-            except InUse:
-                time.sleep(0.0005)
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        other = threading.Thread(target=stack.enter_context, args=[locked(path)])
+        other.start()
+        other.join()
+        flock(descriptor, operation)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InUse, match="is in use by process"), locked(path):
+        pass
+    stack.close()
 
 
 def with_duckdb(path: Path) -> None:

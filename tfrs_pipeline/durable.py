@@ -85,7 +85,7 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
     """
     files = list(files)
     with naming(path.parent):
-        flush(files)
+        flush({*files, *(file.parent for file in files)})
         hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in files}
     record = json.loads(json.dumps({**content, _HASHES: hashes}))
     hashes[path.name] = _own_hash(record)
