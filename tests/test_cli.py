@@ -488,10 +488,13 @@ def test_query_prints_the_best_with_titles_and_leaves_known_items_out(
 def test_query_excludes_and_filters_as_it_is_told_to(command: Any, run: Run) -> None:
     everything = [item["item_id"] for item in asked(command, run.model, "--user", 7)["items"]]
     excluded = [everything[0], everything[3]]
-    rest = asked(command, run.model, "--user", 7, "--exclude", *excluded, 999)["items"]
-    assert [item["item_id"] for item in rest][:8] == [
-        item for item in everything if item not in excluded
-    ]
+    excluding = ("--user", 7, "--exclude", *excluded, 999)
+    answer = asked(command, run.model, *excluding)
+    rest = [item["item_id"] for item in answer["items"]]
+    assert rest[:8] == [item for item in everything if item not in excluded]
+    assert answer["unknown_excluded"] == [999]
+    shown = command("query", run.model, *excluding).out
+    assert "1 of 3 items to exclude are not among this model's items, first 999.\n" in shown
     table = item_table("int").to_pydict()
     genres = dict(zip(table["item_id"], table["genre"], strict=True))
     first, *others = sorted(set(genres.values()))

@@ -140,7 +140,8 @@ def test_users_are_as_they_were(served: Served, refreshed: tuple[Path, pa.Table]
 
 def test_filters_go_by_todays_values(served: Served, refreshed: tuple[Path, pa.Table]) -> None:
     folder, items = refreshed
-    found, scores = load(folder).retrieve([{}], 60, allowed=[["a"]])
+    loaded = load(folder)
+    found, scores = loaded.retrieve([{}], 60, allowed=[["a"]])
     with_a = {
         id_
         for id_, genres in zip(
@@ -150,6 +151,9 @@ def test_filters_go_by_todays_values(served: Served, refreshed: tuple[Path, pa.T
     }
     assert set(found[0][np.isfinite(scores[0])].tolist()) == with_a
     assert new_ids(served)[0] in with_a
+    # A history is read by what the training had: also by what is gone, by nothing that is new.
+    asked = [*served.candidate_ids[[0, -1]].tolist(), *new_ids(served)]
+    assert loaded.knows(asked).tolist() == [True, True, *[False] * len(new_ids(served))]
 
 
 @pytest.mark.usefixtures("unproven")

@@ -72,7 +72,7 @@ class Query(OfModel):
         from tfrs_pipeline.serving.retriever import load
 
         retriever = load(self.model, exact=self.exact)
-        about, ids, scores, note = self._ask(retriever)
+        about, ids, scores, notes = self._ask(retriever)
         titles = retriever.titles()
         items = [
             {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
@@ -83,7 +83,7 @@ class Query(OfModel):
             print(json.dumps({**about, "items": items}, ensure_ascii=False))
             return 0
         console = Console()
-        if note:
+        for note in notes:
             say(console, note)
         table = Table("rank", "item", *(["title"] if titles else []), "score")
         for item in items:
@@ -97,19 +97,27 @@ class Query(OfModel):
 
     def _ask(
         self, retriever: LoadedRetriever
-    ) -> tuple[dict[str, Any], list[Any], list[float], str]:
-        """Returns what to say of the question, ids and scores of the best items, and a note."""
+    ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
+        """Returns what to say of the question, ids and scores of the best items, and notes."""
         about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
         exclude = [retriever.parse_item_id(text) for text in self.exclude]
         allowed = None if self.filter is None else [list(self.filter)]
         k = min(self.k, retriever.num_candidates)
-        note = ""
+        notes = []
+        if exclude:
+            known = set(retriever.candidate_ids())
+            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
+            if unknown:
+                notes.append(
+                    f"{len(unknown)} of {len(exclude)} items to exclude are not among this model's "
+                    f"items, first {unknown[0]!r}."
+                )
         if self.history is None:
             users = [about["user_id"]]
             ids, scores, (is_known,) = retriever.retrieve_user(users, k, [exclude], allowed=allowed)
             about["is_known_user"] = bool(is_known)
             if not is_known:
-                note = (
+                notes.append(
                     f"User {self.user} is unknown to this model: the answer for an empty history."
                 )
         else:
@@ -120,11 +128,11 @@ class Query(OfModel):
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
             about["unknown_items"] = unknown
             if unknown:
-                note = (
+                notes.append(
                     f"{len(unknown)} of {len(history)} items of the history say nothing: the "
                     f"model's training did not have them, first {unknown[0]!r}."
                 )
-        return about, ids[0].tolist(), scores[0].tolist(), note
+        return about, ids[0].tolist(), scores[0].tolist(), notes
 
 
 class Serve(ServeSettings, OfModel):
