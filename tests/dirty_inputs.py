@@ -756,12 +756,3 @@ def difference(case: Case, log: Log) -> str:
         return "" if items == of_events else f"items {items}"
     expected = {id_: case.features.get(id_, nothing) for id_ in of_events | case.features}
     return "" if items == expected else f"items {items}, not {expected}"
-
-
-def run(num_inputs: int, folder: Path, first: int = 0) -> list[tuple[int, Case, Outcome]]:
-    """Makes and judges cases, each from its own seed."""
-    found = []
-    for seed in range(first, first + num_inputs):
-        case = make_case(seed)
-        found.append((seed, case, judge(case, folder / str(seed))))
-    return found

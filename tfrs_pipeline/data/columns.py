@@ -31,9 +31,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
     """
     dtype = raw.table[column].type()
     if dtype.is_string():
-        value = raw.table[column]
-        cleaned = is_integer_text(value).ifelse(value, _clean(value))
-        return raw.is_text and not raw.has(~is_integer_text(cleaned))
+        return raw.is_text and _read_text(raw, column)[1]
     return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
 
 
@@ -44,7 +42,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     if not (dtype.is_string() or dtype.is_numeric()) or dtype.is_boolean():
         raise raw.wrong_type(column, "an integer or a string")
     if dtype.is_string():
-        value = _clean(value)
+        value, _ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
         is_whole = (whole.cast("float64") == value) & (value.abs() < 2**53)
@@ -68,7 +66,7 @@ def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     raw.fault(column, value == reserved, problem, remedy)
     if raw.is_text and not as_integer:
         problem = "runs over several lines"
-        raw.fault(column, value.re_search(r"[\n\r]"), problem, "Close the quotes before it.")
+        raw.fault(column, value.contains("\n"), problem, "Close the quotes before it.")
     return value
 
 
@@ -180,7 +178,22 @@ def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
     return (length == found).ifelse(numbers.cast("array<float32>"), ibis.null("array<float32>"))
 
 
-def _clean(value: ir.StringValue) -> ir.StringValue:
-    """Takes what programs add off ids: white space around them, ".0", words for a missing one."""
-    text = value.re_replace(_WHOLE_FLOAT, r"\1").strip()
-    return text.isin(_NO_ID).ifelse(ibis.null("string"), text)
+def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
+    """Takes what programs add off ids: white space around them, ".0", words for a missing one.
+
+    Returns:
+        The text, and whether all of it is written as int64 is.
+    """
+    if column not in raw.texts:
+        value = raw.table[column]
+        text = value.re_replace(_WHOLE_FLOAT, r"\1").strip()
+        cleaned = text.isin(_NO_ID).ifelse(ibis.null("string"), text)
+        is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(_NO_ID)
+        found = raw.table.aggregate(
+            is_other=(~is_integer_text(value)).any(), is_unclean=is_unclean.any()
+        )
+        is_other, is_unclean = found.to_pyarrow().to_pylist()[0].values()
+        if is_other and is_unclean:
+            value, is_other = cleaned, raw.has(~is_integer_text(cleaned))
+        raw.texts[column] = value, not is_other
+    return raw.texts[column]

@@ -159,6 +159,7 @@ class RawTable:
         is_text: Whether every column is a string that may stand for another type (CSV).
         dropped: What could not even be read as a row.
         faults: What is wrong with values, in the order in which they were typed.
+        texts: Columns of ids as `columns.py` has read them.
     """
 
     table: ibis.Table
@@ -167,6 +168,7 @@ class RawTable:
     is_text: bool
     dropped: tuple[Dropped, ...] = ()
     faults: list[Refusal] = field(default_factory=list)
+    texts: dict[str, tuple[ir.StringValue, bool]] = field(default_factory=dict)
 
     def __contains__(self, column: str) -> bool:
         return column in self.table.columns

@@ -135,13 +135,15 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
     With an offset or without is another way.
     """
     value = raw.table[column]
-    number, zoned = value.try_cast("float64"), value.try_cast(_UTC)
-    has_offset = value.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & value.contains(":")
-    is_time = number.isnull() & zoned.notnull()
+    number = value.try_cast("float64")
+    text = number.isnull().ifelse(value, ibis.null("string"))  # A try that fails takes its time.
+    zoned = text.try_cast(_UTC)
+    has_offset = text.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & text.contains(":")
+    is_time = zoned.notnull()
     ways: dict[str, tuple[ir.Value, ir.BooleanValue]] = {
         "number": (number, number.notnull()),
         "zoned": (zoned, is_time & has_offset),
-        "naive": (value.try_cast(_NAIVE), is_time & ~has_offset),
+        "naive": (text.try_cast(_NAIVE), is_time & ~has_offset),
     }
     sums = {name: is_so.sum() for name, (_, is_so) in ways.items()}
     whole = is_integer_text(value).sum()
