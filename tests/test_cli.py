@@ -21,7 +21,7 @@ from rich.console import Console
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import cli
 from tfrs_pipeline import run as pipeline
-from tfrs_pipeline.cli.console import progress, verdicts
+from tfrs_pipeline.cli.console import print_result, progress, verdicts
 from tfrs_pipeline.cli.flags import as_typed
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import (
@@ -29,11 +29,12 @@ from tfrs_pipeline.config import (
     dump_config,
     main_job_config,
 )
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run import StepReport
+from tfrs_pipeline.run_folder import read_settings
 from tfrs_pipeline.serving import export, retriever
 from tfrs_pipeline.settings import Config
 
@@ -262,6 +263,9 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --config nowhere.toml", r"nowhere.toml:\s+cannot be read: No such file"),
         ("run --config broken.toml", r"broken.toml:\s+is not a TOML file: .*line 1"),
         ("run --config unknown.toml", r"unknown.toml:\s+training.batch_sise: .*batch_size'\?"),
+        ("run --run-dir cut", r"cut/config.toml:\s+is not as the run wrote it: .* --config FILE"),
+        ("run --run-dir cut --data.path x.csv", r"cut/config.toml:\s+is not as the run wrote it"),
+        ("run --run-dir lost", r"lost/config.toml:\s+is not as the run wrote it: lost, cut or ch"),
         ("run --data.path b/log.csv",
          "export.name: saved_models/log/1 is a model of a/log.csv: set another name, or 'log' to"),
         ("query", "the following arguments are required: MODEL\n"),
@@ -281,6 +285,9 @@ def test_a_wrong_word_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("broken.toml").write_text("seed == 3")
     Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
+    for name in ("cut", "lost/data"):
+        Path(name).mkdir(parents=True)
+    Path("cut/config.toml").write_text("seed = 3\n")
     manifest = Path("saved_models/log/1/manifest.json")
     manifest.parent.mkdir(parents=True)
     data = {"source": "files", "path": "a/log.csv"}
@@ -390,6 +397,13 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
         assert (run.folder / RUN / name).exists()
         assert any(line.endswith(f"{RUN}/{name}") for line in lines)
     assert lines[-1].startswith("next:  tfrs-pipeline query ")
+
+
+def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: Run) -> None:
+    folder, gone = run.folder / RUN, run.folder / "saved_models" / "films" / "77"
+    result = pipeline.RunResult(folder, gone, read_record(folder / "metrics.json"))
+    shown = rendered(200, lambda console: print_result(console, read_settings(folder), result))
+    assert f"model    {gone}\n" in without_colours(shown)
 
 
 def test_the_next_command_it_names_works(command: Any, run: Run) -> None:

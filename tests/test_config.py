@@ -65,7 +65,7 @@ def problems(table: type[Config], **settings: Any) -> dict[str, str]:
 
 
 def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
-    assert load(tmp_path, "") == RunConfig()
+    assert load(tmp_path, "seed = 0") == RunConfig()
     config = load(
         tmp_path,
         """
@@ -111,6 +111,7 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
         (b"seed = 1\nseed = 2\n", "is not a TOML file: .*line 2"),
         (b"name = '\xff'", "is not a TOML file: .*utf-8"),
         (b"training = 3", "training: got 3; must be a table of settings"),
+        (b"", "holds no setting"),
         (None, "cannot be read: No such file"),
     ],
 )

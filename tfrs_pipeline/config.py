@@ -505,6 +505,8 @@ def load_config(path: Path | str) -> RunConfig:
         raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
+    if not settings:  # Of a full disk, as a rule: the defaults are another run.
+        raise ConfigError([("", "holds no setting")], str(path))
     try:
         return RunConfig(**settings)
     except ConfigError as error:

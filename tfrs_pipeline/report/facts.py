@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import numpy as np
 from markupsafe import Markup
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.config import RunConfig, dump_config, load_config
+from tfrs_pipeline.config import RunConfig, dump_config
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -27,6 +27,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures
+from tfrs_pipeline.run_folder import read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_samples
 
@@ -216,11 +217,11 @@ def gather_facts(folder: Path) -> RunFacts:
     """Reads what the report of a run tells; nothing is trained or written.
 
     Raises:
-        ValueError: If the folder holds no finished run.
+        ValueError: If the folder holds no finished run, or a file of it is damaged.
     """
     require_finished_run(folder)
-    config = load_config(folder / "config.toml")
-    metrics = json.loads((folder / "metrics.json").read_text())
+    config = read_settings(folder)
+    metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
     split = Split.read(log, config.split.kind, folder / "data" / "split.parquet").events
     # Without a second training there are no other samples.
@@ -243,7 +244,7 @@ def gather_facts(folder: Path) -> RunFacts:
         dropped=log.dropped,
         events_by_stage=_events_by_stage(log.events, split),
         items_by_part=_items_by_part(split),
-        samples=json.loads((samples_folder / "report.json").read_text()),
+        samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
         mean_hard_share=None if isinstance(config.model.hard, Mined) else batches.mean_hard_share,
         popularity=_popularity(batches),
