@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=10_000, help="how many")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seconds", type=float, default=7200, help="after which none is begun")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     words: Counter[str] = Counter()
@@ -70,12 +71,14 @@ def main() -> None:
                 print(f"seed {seed}: {word}: {detail}", flush=True)
             if (seed + 1) % 500 == 0:
                 print(f"{seed + 1}: {time.monotonic() - start:.0f} s, {dict(words)}", flush=True)
+            if time.monotonic() - start > options.seconds:
+                break
     seconds = time.monotonic() - start
     right = answerable["right"] / max(answerable.total(), 1)
     print(f"of {answerable.total()} that have a right answer, {right:.1%} got it")
     if options.json:
         figures = {
-            "num_inputs": options.inputs,
+            "num_inputs": words.total(),
             "seconds": seconds,
             "outcomes": dict(words),
             "outcomes_where_there_is_a_right_answer": dict(+answerable),
