@@ -85,6 +85,7 @@ class Case:
     decoys: list[str] = field(default_factory=list)
     num_files: int = 1
     is_empty: bool = False
+    folder: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -503,6 +504,15 @@ def a_repeated_column(case: Case) -> bool:
     return True
 
 
+def a_folder_named_like_a_column(case: Case) -> bool:
+    if case.form == "pandas":
+        return False
+    name = case.events.names.get("user_id", "user_id")
+    case.folder, case.must_refuse = f"{name}=7", "a folder that is a column"
+    case.columns.add(name)
+    return True
+
+
 def columns_named_as_within(case: Case) -> bool:
     size = len(case.events)
     names = ("_row", "_fault", "_copy", "event_number", "num_positives")
@@ -613,7 +623,13 @@ DIRT: list[Callable[[Case], bool]] = [
     *(an_undated_zone, a_bad_rating, a_bad_outcome, a_missing_outcome, a_bad_weight),
     *(an_unknown_stage, no_stage, a_bad_rank, a_line_of_another_length, a_line_that_is_not_utf8),
     *(an_open_quote, windows_line_ends, a_byte_order_mark, empty_lines, a_cut_file),
-    *(a_wrong_checksum, a_file_named_like_a_pattern, several_files, a_repeated_column),
+    *(
+        a_wrong_checksum,
+        a_file_named_like_a_pattern,
+        several_files,
+        a_repeated_column,
+        a_folder_named_like_a_column,
+    ),
     *(columns_named_as_within, a_missing_column, no_rows, unknown_items, other_ids),
     *(repeated_events, items_without_id, a_repeated_item, a_bad_feature),
 ]
@@ -624,6 +640,7 @@ DIRT: list[Callable[[Case], bool]] = [
 
 def write(case: Case, folder: Path) -> dict[str, Any]:
     """Writes a case's tables into a folder, and returns the arguments that name them."""
+    folder = folder / case.folder
     folder.mkdir(parents=True)
     for decoy in case.decoys:
         other = Table("decoy", {"user_id": [999], "item_id": [999]})

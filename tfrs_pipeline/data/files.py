@@ -197,11 +197,16 @@ def _plain(of: pa.DataType) -> pa.DataType:
 
 
 def _check_names(name: str | Path, columns: Sequence[str]) -> None:
-    """Refuses columns that a database, which does not tell cases apart, takes for one."""
-    counts = collections.Counter(column.casefold() for column in columns)
-    if repeated := sorted({each for each in columns if counts[each.casefold()] > 1 or not each}):
+    """Refuses columns that a database, which does not tell cases apart, takes for one.
+
+    Folders called COLUMN=VALUE make a column of their own.
+    """
+    folders = name.parent.parts if isinstance(name, Path) else ()
+    named = [*columns, *{part.partition("=")[0] for part in folders if "=" in part}]
+    counts = collections.Counter(column.casefold() for column in named)
+    if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
         raise DataError(
-            f"{name} must name each column once. Repeated or empty: "
+            f"{name} must name each column once, in its folders' names too. Repeated or empty: "
             f"{printable(', '.join(repeated) or 'a column without a name', 200)}. Rename them."
         )
 
@@ -276,7 +281,8 @@ def _read_header(paths: Sequence[Path]) -> tuple[list[str], str]:
             )
     delimiter = max(",;\t|", key=lines[0].count)
     header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
-    _check_names(paths[0], header)
+    for path in paths:
+        _check_names(path, header)
     return header, delimiter
 
 

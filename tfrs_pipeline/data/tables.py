@@ -303,7 +303,6 @@ def load_items(
     item_features: Mapping[str, FeatureKind],
     item_columns: Mapping[str, str],
     formats: Formats,
-    max_bad_share: float = MAX_BAD_SHARE,
 ) -> ibis.Table:
     """Loads an item table by itself, such as today's for a model of last week's.
 
@@ -312,9 +311,8 @@ def load_items(
         is_integer_id: Whether the ids are integers, as in the events that the model was trained on;
             else they are read as text.
         item_features: Feature column -> kind.
-        item_columns: As in `Log.from_files`; so is the last one.
+        item_columns: As in `Log.from_files`.
         formats: How values are written.
-        max_bad_share: Of the rows.
 
     Returns:
         item_id, the features, and `title` where there is one, by ascending item_id.
@@ -337,7 +335,7 @@ def load_items(
         as_integer=is_integer_id,
         features=item_features,
         formats=formats,
-        max_bad_share=max_bad_share,
+        max_bad_share=MAX_BAD_SHARE,
     )
     for each in dropped:
         logger.warning("%s: dropped %d rows: %s", raw.source.name, each.num_rows, each.reason)
@@ -365,10 +363,7 @@ def settle_unknown(
     Returns:
         The events that are kept, what was dropped, and what is to be known, in lines for a person.
     """
-    where, (kind, table) = (
-        sources[0].column(id_name),
-        (id_name.removesuffix("_id"), sources[1].name),
-    )
+    where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
     lacking = events.anti_join(entities, id_name)
     lacks = lacking.aggregate(
         num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
