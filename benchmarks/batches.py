@@ -85,7 +85,10 @@ def make_samples(num_candidates: int, num_samples: int, seed: int) -> Samples:
 def make_batches(
     samples: Samples, seed: int, masks: tuple[bool, bool] = MASKS["both"]
 ) -> tp.HybridBatches:
-    """Makes the batches of this benchmark."""
+    """Makes the batches of this benchmark, without the lists that are not to be masked."""
+    nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples.exposed))
+    kept = zip(("known_positives", "exposed"), masks, strict=True)
+    samples = dataclasses.replace(samples, **{name: nothing for name, is_in in kept if not is_in})
     examples = tp.SinglePositives(
         samples, batch_size=BATCH_SIZE, history_length=HISTORY_LENGTH, seed=seed
     )
@@ -94,8 +97,6 @@ def make_batches(
         examples,
         NEGATIVES,
         seed=seed,
-        mask_known_positives=masks[0],
-        allow_exposed_as_negatives=not masks[1],
     )
 
 

@@ -125,12 +125,10 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
 IALS_GRIDS: dict[str, dict[str, Any]] = {
     "ml-100k": {},  # The main job's own settings.
     "ml-1m": {
-        "evaluation.ials_num_factors": (128,),
         "evaluation.ials_regularization": (10.0, 30.0, 100.0),
         "evaluation.ials_alpha": (3.0, 10.0),
     },
     "gowalla": {
-        "evaluation.ials_num_factors": (128,),
         "evaluation.ials_regularization": (3.0, 10.0, 30.0),
         "evaluation.ials_alpha": (10.0, 50.0),
     },

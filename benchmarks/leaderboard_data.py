@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Before TensorFlow, since it selects Keras 2.
-from tfrs_pipeline import RunConfig, main_job_config, with_settings
+from tfrs_pipeline import RunConfig, movielens_config, with_settings
 
 # isort: split
 import numpy as np
@@ -79,7 +79,7 @@ class Protocol:
         """
         if self.convert is None:
             path = {} if data_dir is None else {"data.path": data_dir}
-            return with_settings(main_job_config(), {**path, **self.settings})
+            return with_settings(movielens_config(), {**path, **self.settings})
         # Written last.
         if not (folder / "events.parquet").exists():
             if data_dir is None:

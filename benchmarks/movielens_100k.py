@@ -42,7 +42,7 @@ import numpy as np
 import tutorial
 from record import write_json
 
-from tfrs_pipeline.config import RunConfig, main_job_config, with_settings
+from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.retrieval import Retriever
@@ -117,12 +117,11 @@ MODELS: dict[str, Callable[[RunConfig, RunData], Fitted]] = {
 SEEDLESS = ("popularity", "ease")
 
 
-def summarise(results: Sequence[EvaluationResult], num_bootstrap: int) -> dict[str, Any]:
+def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
     """Averages each user over the seeds, and then over users with an interval.
 
     Args:
         results: One a seed.
-        num_bootstrap: Resamples of the users.
 
     Returns:
         Metric -> mean, low, high and the mean of each seed.
@@ -130,7 +129,7 @@ def summarise(results: Sequence[EvaluationResult], num_bootstrap: int) -> dict[s
     by_seed = np.stack(
         [np.stack([result.per_query[m] for m in METRICS], axis=1) for result in results]
     )
-    intervals = bootstrap_intervals(by_seed.mean(axis=0), num_bootstrap=num_bootstrap, seed=0)
+    intervals = bootstrap_intervals(by_seed.mean(axis=0), seed=0)
     means = by_seed.mean(axis=1)
     return {
         metric: {**interval.as_dict(), "by_seed": means[:, i].tolist()}
@@ -145,7 +144,7 @@ def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
     }
     fits: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for seed in range(num_seeds):
-        config = with_settings(main_job_config(), {"seed": seed})
+        config = with_settings(movielens_config(), {"seed": seed})
         with prepared(config) as data:
             num_positives = len(data.final.samples)
             for name in models:
@@ -173,7 +172,7 @@ def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
             "models": {
                 name: {
                     "fits": fits[name],
-                    **{e: summarise(r, config.evaluation.num_bootstrap) for e, r in by.items()},
+                    **{e: summarise(r) for e, r in by.items()},
                 }
                 for name, by in results.items()
             },

@@ -40,7 +40,7 @@ from record import write_json
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import recall_at_k
+from tfrs_pipeline.evaluation.metrics import query_metrics
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.run import load_log, split_log
 from tfrs_pipeline.serving.refresh import refresh_index
@@ -61,7 +61,7 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     Returns:
         By model and ranking, each query's recall.
     """
-    config = tp.with_settings(tp.main_job_config(), {"seed": seed})
+    config = tp.with_settings(tp.movielens_config(), {"seed": seed})
     log = load_log(config.data)
     split = split_log(log, config.split, seed)
     all_ids = np.array(log.items["item_id"].to_pyarrow().to_pylist())
@@ -152,7 +152,7 @@ def measure(
     for name, k in CUTOFFS.items():
         ranked = np.argsort(np.where(excluded[name], np.inf, -scores), axis=1, kind="stable")
         is_hit = np.take_along_axis(is_relevant, ranked[:, :k], axis=1)
-        recalls[name] = recall_at_k(is_hit, is_relevant.sum(axis=1), k)
+        recalls[name] = query_metrics(is_hit, is_relevant.sum(axis=1), k)["recall"]
     return recalls
 
 

@@ -61,7 +61,7 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def run_seed(seed: int, plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Trains and measures every plan with one seed."""
-    config = tp.with_settings(tp.main_job_config(), {"seed": seed})
+    config = tp.with_settings(tp.movielens_config(), {"seed": seed})
     rows = []
     with prepared(config) as data:
         for name, settings in plans.items():

@@ -52,7 +52,8 @@ def make_samples(mean_list: int, seed: int) -> Samples:
     """Generates samples with Zipf-like positives and pools of 20 hard negatives."""
     rng = np.random.default_rng(seed)
     candidate_rows = 1 + (NUM_CANDIDATES * rng.random(NUM_SAMPLES) ** 3).astype(np.int32)
-    half = max(1, mean_list // 2)
+    half = mean_list // 2
+    nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_QUERIES + 1))
     query_rows = rng.integers(1, NUM_QUERIES + 1, NUM_SAMPLES).astype(np.int32)
     sequences = random_lists(rng, NUM_QUERIES + 1, HISTORY_LENGTH)
     num_earlier = rng.integers(0, HISTORY_LENGTH // 2, NUM_SAMPLES)
@@ -65,8 +66,8 @@ def make_samples(mean_list: int, seed: int) -> Samples:
         num_earlier=np.minimum(num_earlier, np.diff(sequences.offsets)[query_rows]).astype(
             np.int32
         ),
-        known_positives=random_lists(rng, NUM_QUERIES + 1, half),
-        exposed=random_lists(rng, NUM_QUERIES + 1, half),
+        known_positives=random_lists(rng, NUM_QUERIES + 1, half) if half else nothing,
+        exposed=random_lists(rng, NUM_QUERIES + 1, half) if half else nothing,
         counts=np.bincount(candidate_rows, minlength=NUM_CANDIDATES + 1),
         hard_pools={"pre_ranked": random_lists(rng, NUM_SAMPLES, POOL)},
     )
@@ -74,7 +75,7 @@ def make_samples(mean_list: int, seed: int) -> Samples:
 
 def make_step(mean_list: int, num_hard: int, seed: int) -> Callable[[int], float]:
     """Returns a function that runs n steps and gives the milliseconds a step."""
-    samples = make_samples(max(1, mean_list), seed)
+    samples = make_samples(mean_list, seed)
     examples = tp.SinglePositives(
         samples, batch_size=BATCH_SIZE, history_length=HISTORY_LENGTH, seed=seed
     )
@@ -85,8 +86,6 @@ def make_step(mean_list: int, num_hard: int, seed: int) -> Callable[[int], float
         NEGATIVES,
         hard=hard,
         seed=seed,
-        mask_known_positives=mean_list > 0,
-        allow_exposed_as_negatives=mean_list == 0,
     )
     model = tp.TwoTower(
         dim=DIM, history_pooling=("mean",), history_length=HISTORY_LENGTH, id_dropout=0.0

@@ -53,12 +53,12 @@ from tutorial import (
     tutorial_retriever,
 )
 
-from tfrs_pipeline.config import PRESETS
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run import RunData
 
 METRIC = "ndcg@100"
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    config = tp.with_settings(tp.main_job_config(), {"seed": options.seed})
+    config = tp.with_settings(tp.movielens_config(), {"seed": options.seed})
     figures: dict[str, Any] = {}
     with prepared(config) as data:
         for part in options.only:

@@ -26,7 +26,7 @@ import numpy as np
 from record import write_json
 
 from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.mixture import expected_count
+from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -130,7 +130,7 @@ def run(num_draws: int, seed: int) -> list[dict[str, object]]:
         for columns in NUM_COLUMNS:
             nums = {kind: round(part * columns) for kind, part in parts.items()}
             frame = SamplingFrame.of_counts(counts, nums.get("in_batch", 0) + 1)
-            n = expected_count([_kind(kind, num) for kind, num in nums.items()], frame)
+            n = Mixture([_kind(*pair) for pair in nums.items()], frame).expected_count
             draws = sum(rng.multinomial(num, shares[kind], num_draws) for kind, num in nums.items())
             for hard_share in HARD_SHARES:
                 log_q = {

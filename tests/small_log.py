@@ -94,9 +94,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
         },
         "evaluation": {
             "cutoffs": [5, 20],
-            "num_bootstrap": 20,
             "baselines": ["popularity"],
-            "uncorrected": False,
         },
         "export": {"name": "films", "directory": folder / "saved_models", "index": "exact"},
     }

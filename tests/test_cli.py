@@ -22,12 +22,12 @@ from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, wr
 from tfrs_pipeline import cli
 from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.cli.console import print_result, progress, verdicts
-from tfrs_pipeline.cli.flags import as_typed
+from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import (
     RunConfig,
     dump_config,
-    main_job_config,
+    movielens_config,
 )
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.mined import Mined
@@ -123,11 +123,10 @@ def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
     for setting, field in settings(RunConfig):
         assert field.description
         assert (squeezed(field.description) in shown) != setting.startswith(other), setting
-        default = as_typed(field.default)
-        if not setting.startswith(other):
-            about = squeezed(f"{field.description} (default: {default})")
-            assert (about in shown) == (default not in ("none", "no"))
-            assert shown.count(squeezed(f"{field.description} (default:")) == (about in shown)
+        about = squeezed(explained(field))
+        assert shown.count(about) == (not setting.startswith(other)), setting
+        if field.default is not None:
+            assert about.endswith(squeezed(f"(default: {as_typed(field.default)})"))
 
 
 def test_the_short_help_is_short_and_says_what_a_bare_run_does(command: Any) -> None:
@@ -184,7 +183,7 @@ OWN = RunConfig(
     model={
         "negatives": [Uniform(16), Popularity(8, 0.5)],
         "hard": Mined(share=0.25, num=2),
-        "query_layers": (64, 32),
+        "hidden_layers": (64, 32),
         "history_pooling": (),
         "use_user_id": True,
     },
@@ -199,7 +198,7 @@ OWN = RunConfig(
 )
 
 
-@pytest.mark.parametrize("config", [main_job_config(), OWN], ids=["main job", "own data"])
+@pytest.mark.parametrize("config", [movielens_config(), OWN], ids=["main job", "own data"])
 def test_a_flag_reads_what_the_help_shows(config_of: Any, config: RunConfig) -> None:
     assert config_of(*as_flags(config)) == config
 
@@ -212,7 +211,7 @@ def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any)
 
 
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
-    assert config_of() == main_job_config()
+    assert config_of() == movielens_config()
     # Data of the user's own has no features of MovieLens, and no index of its own.
     own = config_of("--data.path", "x.csv")
     assert own == RunConfig(data={"source": "files", "path": "x.csv"})

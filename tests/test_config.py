@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.config import (
-    PRESETS,
     Config,
     ConfigError,
     DataConfig,
@@ -26,7 +25,7 @@ from tfrs_pipeline.config import (
     check_model_name,
     dump_config,
     load_config,
-    main_job_config,
+    movielens_config,
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
@@ -37,6 +36,7 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.presets import PRESETS
 
 
 def tables(table: type[Config]) -> Iterator[type[Config]]:
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_config_is_refused(
 
 
 def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
-    config = main_job_config()
+    config = movielens_config()
     for name, settings in tomllib.loads(dump_config(config)).items():
         table = getattr(config, name)
         if isinstance(table, Config):
@@ -163,7 +163,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
             ),
             hard=draw(st.sampled_from([None, Mined(every=2), FunnelLosers(min_rank=3)])),
             temperature=draw(numbers),
-            query_layers=(),
+            hidden_layers=(),
         ),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
@@ -206,7 +206,7 @@ def test_a_number_has_a_range() -> None:
         (TwoTowerSettings, "temperature", [0], [1e-9]),
         (TwoTowerSettings, "history_dropout", [1], [0]),
         (TwoTowerSettings, "recency_decay", [0, 1.01], [1]),
-        (TwoTowerSettings, "query_layers", [[64, 0]], [[]]),
+        (TwoTowerSettings, "hidden_layers", [[64, 0]], [[]]),
         (SplitConfig, "test", [0, 1.5, -1], [0.5, 1, 2]),
         (TrainingSettings, "batch_size", [1], [2]),
         (TrainingSettings, "monitor", ["ndcg", "ndcg@0", "loss@10"], ["recall@5"]),
@@ -227,20 +227,6 @@ def test_the_ends_of_a_range(
         table(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "message"),
-    [
-        (TrainingSettings, "learning_rte", "did you mean 'learning_rate'?"),
-        (RunConfig, "batch_size", "did you mean 'training.batch_size'?"),
-        (RunConfig, "trainig", "did you mean 'training'?"),
-    ],
-)
-def test_an_unknown_setting_is_refused_with_the_nearest(
-    table: type[Config], name: str, message: str
-) -> None:
-    assert problems(table, **{name: 1}) == {name: f"unknown setting; {message}"}
-
-
 # Settings that ask for each other
 
 FILES = {"data.path": "x.csv"}
@@ -250,12 +236,6 @@ STARTS = {
     "split.test": datetime(2024, 2, 1, tzinfo=UTC),
 }
 SEQUENCES = PRESETS["sequence"][1]
-SETS = FILES | {
-    "data.is_ordered": False,
-    "model.negatives": ("uniform",),
-    "training.examples": "sets",
-    "training.batch_size": 32,  # Shorter than any window would let it.
-}
 FEATURES = {
     "data.item_features": {"title": "text", "year": "categorical"},
     "data.user_features": {"age": "numeric"},
@@ -289,17 +269,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
          "never a negative.*allow_exposed"),
         ({"model.hard": "mined:every=3"}, {"training.max_epochs": 3}, "model.hard", "nothing wo"),
         (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
-        (SEQUENCES, {"model.correction": "streaming", "model.negatives": ["uniform"]},
-         "model.correction", "no in-batch"),
         (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
-        (SETS, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
-        (SETS, {"model.hard": "mined"}, "model.hard", "a query has many"),
-        (SETS | {"model.use_user_id": True}, {"model.history_pooling": ()},
-         "model.history_pooling", "reads the history"),
-        ({}, {"model.history_pooling": ["attention"], "model.attention_heads": 3},
-         "model.attention_heads", "must divide dim 64"),
-        ({}, {"model.share_item_embedding": True, "model.use_candidate_id": False,
-              "data.item_features": {"title": "text"}}, "model.share_item_embedding", "needs use"),
         (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
         (FEATURES | BLIND, {"data.user_features": {}}, "model", "query tower reads nothing"),
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
@@ -314,11 +284,6 @@ def test_what_does_not_go_together_is_refused(
     found = [text for name, text in raised.value.problems if name == setting]
     assert found, raised.value
     assert re.search(message, found[0])
-
-
-def test_exposed_items_are_negatives_only_for_who_insists() -> None:
-    settings = TwoTowerSettings(hard={"kind": "funnel", "stages": ["exposed"], "allow_exposed": 1})
-    assert settings.hard == FunnelLosers(stages=("exposed",), allow_exposed=True)
 
 
 def test_the_default_mixture_can_draw_every_item() -> None:
@@ -344,12 +309,12 @@ def test_settings_do_not_change() -> None:
 
 
 def test_replaced_settings_are_checked() -> None:
-    base = main_job_config()
-    changed = with_settings(base, {"training.max_epochs": 2, "model.query_layers": [8]})
+    base = movielens_config()
+    changed = with_settings(base, {"training.max_epochs": 2, "model.hidden_layers": [8]})
     assert changed.training.max_epochs == 2
-    assert changed.model.query_layers == (8,)
+    assert changed.model.hidden_layers == (8,)
     assert changed.data == base.data
-    assert base == main_job_config()
+    assert base == movielens_config()
     for name, value, message in [
         ("training.max_epochs", 0, "must be greater than 0"),
         ("training.max_epoch", 2, "did you mean 'max_epochs'"),
@@ -362,7 +327,7 @@ def test_replaced_settings_are_checked() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_goes_with_the_main_job_and_with_clicks(tmp_path: Path, name: str) -> None:
-    for base in (main_job_config(), with_settings(RunConfig(), FILES)):
+    for base in (movielens_config(), with_settings(RunConfig(), FILES)):
         config = with_settings(base, preset=name)
         assert config != base
         assert load(tmp_path, dump_config(config)) == config
@@ -374,7 +339,7 @@ def test_a_preset_goes_with_the_main_job_and_with_clicks(tmp_path: Path, name: s
 
 
 def test_the_main_job_is_movielens_served_by_scann() -> None:
-    config = main_job_config()
+    config = movielens_config()
     assert config.data.source == config.model_name == "movielens-100k"
     assert set(config.data.item_features) == {"title", "year", "genres"}
     assert config.export.index == "scann"

@@ -13,7 +13,7 @@ import tfrs_pipeline as tp
 # isort: split
 import tensorflow as tf
 
-from tfrs_pipeline.config import PRESETS
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import setting_names
 
 ROOT = Path(__file__).parent.parent

@@ -24,6 +24,7 @@ ROOMS = [
     "evaluation",
     "model",
     "serving",
+    "presets",
     "config",
     "run_folder",
     "run",

@@ -38,7 +38,7 @@ def test_the_package_imports_neither_tensorflow_nor_pydantic() -> None:
 
 def test_settings_are_read_without_tensorflow() -> None:
     code = (
-        "import sys, tfrs_pipeline; tfrs_pipeline.main_job_config(); "
+        "import sys, tfrs_pipeline; tfrs_pipeline.movielens_config(); "
         "print({'tensorflow', 'keras'} & sys.modules.keys())"
     )
     assert run(code).stdout.strip() == "set()"

@@ -123,11 +123,11 @@ def exact(problem: Problem) -> Retriever:
     embeddings = np.eye(2)[community] * (1 + np.arange(NUM_CANDIDATES) // 8)[:, None]
     items = problem.interactions.items
 
-    def query_fn(queries: Sequence[Query]) -> np.ndarray:
+    def embed_queries(queries: Sequence[Query]) -> np.ndarray:
         rows = [items.known_rows(query.get("history", ())) for query in queries]
         return np.array([np.eye(2)[community[of_query - 1]].sum(axis=0) for of_query in rows])
 
-    return ExactRetriever(problem.candidate_ids, embeddings, query_fn)
+    return ExactRetriever(problem.candidate_ids, embeddings, embed_queries)
 
 
 def popularity(problem: Problem) -> Retriever:

@@ -146,7 +146,7 @@ def ratings_config(folder: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def of_stages(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("stages")
-    evaluation = {"uncorrected": True, "baselines": ["popularity", "ease"], "ease_l2": [1.0, 50.0]}
+    evaluation = {"baselines": ["uncorrected", "popularity", "ease"], "ease_l2": [1.0, 50.0]}
     return go(stages_config(folder, event_table("str"), evaluation=evaluation), folder / "run")
 
 
@@ -219,8 +219,8 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
     assert facts.popularity.counts.tolist() == [counts[id_] for id_ in in_order]
     share = facts.popularity.counts / len(before_test)
     np.testing.assert_allclose(facts.popularity.after, share)
-    np.testing.assert_allclose(facts.popularity.samplers["in-batch"], share)
-    np.testing.assert_allclose(facts.popularity.samplers["uniform"], 1 / NUM_ITEMS)
+    np.testing.assert_allclose(facts.popularity.negatives["in-batch"], share)
+    np.testing.assert_allclose(facts.popularity.negatives["uniform"], 1 / NUM_ITEMS)
     shown = {id_ for example in of_stages.metrics["examples"] for id_ in example["recommended"]}
     items = item_table("str").to_pydict()
     titles = dict(zip(items["item_id"], items["title"], strict=True))
@@ -377,7 +377,6 @@ def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
             finished.holdout("test"),
             exclude=finished.config.evaluation.exclude,
             cutoffs=finished.config.evaluation.cutoffs,
-            num_bootstrap=finished.config.evaluation.num_bootstrap,
             seed=finished.config.seed,
         ).first
         expected = finished.metrics["models"]["two_tower"]
@@ -662,9 +661,7 @@ def test_a_whole_run_with_its_proof_in_a_fresh_process(
 ) -> None:
     monkeypatch.setattr(export, "prove", PROVE)
     config = ratings_config(tmp_path)
-    evaluation = config.evaluation.model_copy(
-        update={"baselines": ("popularity", "ease", "ials"), "ials_num_factors": (8,)}
-    )
+    evaluation = config.evaluation.model_copy(update={"baselines": ("popularity", "ease", "ials")})
     finished = go(config.model_copy(update={"evaluation": evaluation}), tmp_path / "run", "int")
     assert list(finished.metrics["models"]) == ["two_tower", "popularity", "ease", "ials"]
     assert "fresh process" in finished.reports["export"].notes[-1]

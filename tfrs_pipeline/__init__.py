@@ -49,7 +49,7 @@ _PUBLIC = {
     "export": "serving.export",
     "load": "serving.retriever",
     "load_config": "config",
-    "main_job_config": "config",
+    "movielens_config": "config",
     "with_settings": "config",
 }
 

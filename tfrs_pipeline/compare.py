@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.durable import is_whole, read_record, write_record
+from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
+from tfrs_pipeline.evaluation.results import EvaluationResult
+from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -40,14 +42,13 @@ from tfrs_pipeline.run import (
 )
 from tfrs_pipeline.run_folder import claim_folder
 
-logger = logging.getLogger(__name__)
-
 # Columns that a row draws from its hard negatives, in plans of one stage and of several.
 NUM_HARD = 8
-# What positives are compared with: name of the column -> stage of the items, of those that the user
-# met in the test part alone; None is the corpus, without what the user has seen or clicked.
-AUC_STAGES: dict[str, Stage | None] = {
-    "auc_corpus": None,
+# Of the corpus, drawn uniformly, that positives are compared with in the AUC.
+NUM_CORPUS_ITEMS = 1000
+# What positives are compared with, besides the corpus without what the user has seen or clicked:
+# name of the column -> stage of the items, of those that the user met in the test part alone.
+AUC_STAGES: dict[str, Stage] = {
     "auc_pre_rank_losers": Stage.RETRIEVED,
     "auc_rank_losers": Stage.PRE_RANKED,
     "auc_exposed": Stage.EXPOSED,
@@ -56,50 +57,30 @@ AUC_STAGES: dict[str, Stage | None] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A way of choosing negatives.
-
-    Args:
-        name: Also of its folder.
-        settings: What it changes in the config, by dotted name.
-    """
+    """A way of choosing negatives: a name and what it changes in the config, by dotted name."""
 
     name: str
     settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class PlanComparison:
-    """What a comparison left behind.
+class _Measured:
+    summary: dict[str, Any]
+    per_query: dict[str, np.ndarray]
+    training: TrainingResult
 
-    Args:
-        folder: With comparison.json, comparison.md, comparison.png and a folder a plan.
-        rows: A row a plan, in the order of the table.
-        table: As plain text.
-        notes: What was dropped, and what holds for every plan.
+
+@dataclass(frozen=True)
+class PlanComparison:
+    """What a comparison left behind: a row a plan, the table of them, and notes.
+
+    The folder holds comparison.json, comparison.md, comparison.png and a folder a plan.
     """
 
     folder: Path
     rows: Sequence[PlanRow]
     table: str
     notes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What every plan is trained and measured on.
-
-    Args:
-        config: Of the comparison.
-        data: Split and samples.
-        positive_rows: Per test query, rows of what is to be found.
-        others: AUC column -> per test query, rows of what positives are compared with; None where
-            the log has none.
-    """
-
-    config: RunConfig
-    data: RunData
-    positive_rows: list[np.ndarray]
-    others: dict[str, list[np.ndarray] | None]
 
 
 def compare(
@@ -111,8 +92,8 @@ def compare(
 ) -> PlanComparison:
     """Trains and measures every sampling plan of a config.
 
-    A folder that holds a stopped comparison of the same config is resumed: finished plans are kept,
-    the one at hand goes on from its last epoch.
+    A folder that holds a stopped comparison of the same config is resumed: trained plans are
+    measured again from their checkpoints, the one at hand goes on from its last epoch.
 
     Args:
         config: What to do; `compare` lists the plans.
@@ -139,21 +120,24 @@ def _compare(
         logged = [name for name, pool in pools.items() if len(pool.values)]
         plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
         notes += _about_exposed(config, data, plans)
-        task = _Task(config, data, *_auc_rows(config, data))
+        positives, others = _auc_rows(config, data)
         report.notes = [f"{len(plans)} plans", *notes]
-    results = {}
+    measured: dict[str, _Measured] = {}
     for plan in plans:
         with step(plan.name) as report:
-            result = _run_plan(plan, task, folder / "plans" / plan.name, on_progress)
-            results[plan.name], report.notes = result, result["notes"]
-    notes += [
-        f"{name}: {note}"
-        for name, result in results.items()
-        for note in result["notes"]
-        if note.startswith("no hard negatives")
-    ]
-    rows = _rows(results, config)
-    return _write(rows, config, notes, {plan.name: plan for plan in plans}, folder)
+            model = _train(plan, config, data, folder / "plans" / plan.name, on_progress)
+            result = evaluate_all(config, {plan.name: model}, data.test, on_progress).first
+            queries = model.query_embeddings(data.test.as_queries())
+            candidates = model.network.embed_corpus()
+            per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
+            per_query |= {
+                name: auc_per_query(queries, candidates, positives, rows)
+                for name, rows in others.items()
+            }
+            measured[plan.name] = _Measured(result.summary(), per_query, model.result)
+            report.notes = model.notes
+            notes += [f"{plan.name}: {x}" for x in model.notes if x.startswith("no hard negatives")]
+    return _write(_rows(measured, config), config, notes, plans, folder)
 
 
 def _every_loser(config: RunConfig) -> FunnelLosers:
@@ -226,13 +210,10 @@ def _plans_of_kind(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
         for shared in config.model.negatives
     )
+    in_batch = {"model.negatives": (InBatch(),)}
     simple: dict[str, dict[str, Any]] = {
-        "in_batch_uncorrected": {
-            "model.negatives": (InBatch(),),
-            "model.correction": "none",
-            "model.correct_positive": False,
-        },
-        "in_batch": {"model.negatives": (InBatch(),)},
+        "in_batch_uncorrected": {**in_batch, "model.correction": "none"},
+        "in_batch": in_batch,
         "uniform": {"model.negatives": (Uniform(num),)},
         "popularity": {"model.negatives": (Popularity(num),)},
         "mixed": {},
@@ -244,43 +225,34 @@ def _plans_of_kind(
             Plan(f"resampled_{exponent:g}", {"model.resampling_exponent": exponent})
             for exponent in config.compare.resampling_exponents
         ], ""
-    return _hard_plans(kind, config, logged, num_candidates)
-
-
-def _hard_plans(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
-) -> tuple[list[Plan], str]:
-    """Turns a kind of plan with hard negatives into settings, a plan a share; with a note."""
-    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
-    losers = tuple(stage for stage in ("retrieved", "pre_ranked") if stage in logged)
-    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
-    hard: FunnelLosers | Mined
-    note = ""
-    if kind == "exposed":
-        if "exposed" not in logged:
-            return [], "plan exposed is missing: the log holds no exposed items"
-        name = "exposed"
-        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
-    elif kind != "mined" and losers:
-        name = "hybrid"
-        hard = FunnelLosers(stages=losers, num=NUM_HARD // len(losers))  # type: ignore[arg-type]
-    elif num_candidates > mined.min_rank:
-        name, hard = "mined", mined
-        if kind != "mined":
-            note = f"plan {kind}: the log holds no losers; mined from the model"
-    else:
-        return [], (
-            f"plan {kind} is missing: {num_candidates:,} items have no rank {mined.min_rank} "
-            "(model.hard.min_rank)"
-        )
-    plans = [
+    hard, note = _hard_kind(kind, config, logged, num_candidates)
+    if hard is None:
+        return [], f"plan {kind} is missing: {note}"
+    name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
+    return [
         Plan(
             f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}",
             {"model.hard": dataclasses.replace(hard, share=share)},
         )
-        for share in shares
-    ]
-    return plans, note
+        for share in ((0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares)
+    ], note
+
+
+def _hard_kind(
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
+) -> tuple[FunnelLosers | Mined | None, str]:
+    """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
+    losers = tuple(stage for stage in ("retrieved", "pre_ranked") if stage in logged)
+    if kind == "exposed":
+        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
+        return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
+    if kind != "mined" and losers:
+        return FunnelLosers(stages=losers, num=NUM_HARD // len(losers)), ""  # type: ignore[arg-type]
+    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
+    if num_candidates <= mined.min_rank:
+        rank = mined.min_rank
+        return None, f"{num_candidates:,} items have no rank {rank} (model.hard.min_rank)"
+    return mined, "" if kind == "mined" else f"plan {kind}: the log holds no losers; mined instead"
 
 
 def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> list[str]:
@@ -307,8 +279,12 @@ def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> l
 
 def _auc_rows(
     config: RunConfig, data: RunData
-) -> tuple[list[np.ndarray], dict[str, list[np.ndarray] | None]]:
-    """Finds the rows of each test query's positives, and of what they are compared with."""
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """Finds the rows of each test query's positives, and of what they are compared with.
+
+    Returns:
+        Positives; and by AUC column, of those that the log has items for, the others.
+    """
     test = data.test
     ids = Ids(test.candidate_ids)
     relevant, seen = (
@@ -319,105 +295,64 @@ def _auc_rows(
     if (excluded := test.excluded(config.evaluation.exclude)) is not None:
         rows = (ids.known_rows(items) for items in excluded)
         positives = [np.setdiff1d(a, b) for a, b in zip(relevant, rows, strict=True)]
-    stages = [stage for stage in AUC_STAGES.values() if stage is not None]
-    of_stages = items_by_stage(data.split.events, "test", test.user_ids, stages)
-    others: dict[str, list[np.ndarray] | None] = {}
-    for name, of_stage in AUC_STAGES.items():
-        if of_stage is None:
-            met = [np.union1d(a, b) for a, b in zip(seen, relevant, strict=True)]
-            others[name] = draw_corpus_rows(
-                len(ids), met, config.compare.num_corpus_items, config.seed
-            )
-        else:
-            found = [ids.known_rows(items) for items in of_stages[of_stage]]
-            others[name] = found if any(map(len, found)) else None
+    met = [np.union1d(a, b) for a, b in zip(seen, relevant, strict=True)]
+    others = {"auc_corpus": draw_corpus_rows(len(ids), met, NUM_CORPUS_ITEMS, config.seed)}
+    of_stages = items_by_stage(data.split.events, "test", test.user_ids, [*AUC_STAGES.values()])
+    for name, stage in AUC_STAGES.items():
+        found = [ids.known_rows(items) for items in of_stages[stage]]
+        if any(map(len, found)):
+            others[name] = found
     return positives, others
 
 
-def _run_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> dict[str, Any]:
-    """Trains and measures a plan, or reads what was measured before it was stopped."""
-    if not is_whole(folder / "result.json"):
-        _measure_plan(plan, task, folder, on_progress)
-    result = read_record(folder / "result.json", check_files=False)
-    with np.load(folder / "per_query.npz") as saved:
-        result["per_query"] = dict(saved)
-    return result
-
-
-def _measure_plan(plan: Plan, task: _Task, folder: Path, on_progress: OnProgress) -> None:
-    config = with_settings(task.config, plan.settings)
-    settings = config.compare
+def _train(
+    plan: Plan, config: RunConfig, data: RunData, folder: Path, on_progress: OnProgress
+) -> TwoTower:
+    config = with_settings(config, plan.settings)
     max_epochs = config.training.max_epochs
-    if settings.max_steps is not None:
-        num_samples = len(task.data.selection.samples)
+    if config.compare.max_steps is not None:
+        num_samples = len(data.selection.samples)
         steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
-        max_epochs = -(-settings.max_steps // steps_per_epoch)
-    model = train_and_refit(
+        max_epochs = -(-config.compare.max_steps // steps_per_epoch)
+    return train_and_refit(
         config,
-        task.data,
+        data,
         max_epochs=max_epochs,
-        max_seconds=settings.max_seconds,
+        max_seconds=config.compare.max_seconds,
         folder=folder / "checkpoints",
         name=plan.name,
         on_progress=on_progress,
     )
-    test = task.data.test
-    result = evaluate_all(config, {plan.name: model}, test, on_progress).first
+
+
+def _per_query(result: EvaluationResult, test: Holdout, longest: int) -> dict[str, np.ndarray]:
+    """Returns a plan's metrics of each test query, NaN where it was not measured."""
     place = {user: i for i, user in enumerate(result.user_ids.tolist())}
     of_result = [place.get(user, -1) for user in test.user_ids.tolist()]
-    longest = max(config.evaluation.cutoffs)
-    columns = {
-        **result.per_query,
-        f"tail/recall@{longest}": result.slices["tail"].per_query[f"recall@{longest}"],
-    }
-    per_query = {name: np.append(values, np.nan)[of_result] for name, values in columns.items()}
-    per_query |= _aucs(model, task)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "per_query.npz", **dict[str, Any](per_query))
-    measured = {
-        "summary": result.summary(),
-        "num_epochs": model.result.best_epoch,
-        "seconds": model.result.seconds,
-        "history": model.result.history,
-        "notes": model.notes,
-    }
-    write_record(folder / "result.json", measured, [folder / "per_query.npz"])
+    tail = result.slices["tail"].per_query[f"recall@{longest}"]
+    columns = {**result.per_query, f"tail/recall@{longest}": tail}
+    return {name: np.append(values, np.nan)[of_result] for name, values in columns.items()}
 
 
-def _aucs(model: TwoTower, task: _Task) -> dict[str, np.ndarray]:
-    queries = model.query_embeddings(task.data.test.as_queries())
-    candidates = model.network.embed_corpus()
-    return {
-        name: auc_per_query(queries, candidates, task.positive_rows, rows)
-        for name, rows in task.others.items()
-        if rows is not None
-    }
-
-
-def _rows(results: Mapping[str, dict[str, Any]], config: RunConfig) -> list[PlanRow]:
+def _rows(measured: Mapping[str, _Measured], config: RunConfig) -> list[PlanRow]:
     """Compares every plan with the reference, query by query."""
-    reference = results[config.compare.reference]["per_query"]
+    reference = measured[config.compare.reference].per_query
     names = list(reference)
     rows = []
-    for name, result in results.items():
-        values = np.stack([result["per_query"][metric] for metric in names], axis=1)
+    for plan, of_plan in measured.items():
+        values = np.stack([of_plan.per_query[metric] for metric in names], axis=1)
         against = values - np.stack([reference[metric] for metric in names], axis=1)
         # One draw of queries for both, so that the intervals belong together.
-        intervals = bootstrap_intervals(
-            np.concatenate([values, against], axis=1),
-            num_bootstrap=config.evaluation.num_bootstrap,
-            seed=config.seed,
-        )
+        intervals = bootstrap_intervals(np.concatenate([values, against], axis=1), seed=config.seed)
+        differences = dict(zip(names, intervals[len(names) :], strict=True))
         rows.append(
             PlanRow(
-                name=name,
+                name=plan,
                 metrics=dict(zip(names, intervals[: len(names)], strict=True)),
-                differences={}
-                if name == config.compare.reference
-                else dict(zip(names, intervals[len(names) :], strict=True)),
-                summary=result["summary"],
-                num_epochs=result["num_epochs"],
-                seconds=result["seconds"],
+                differences={} if plan == config.compare.reference else differences,
+                summary=of_plan.summary,
+                num_epochs=of_plan.training.best_epoch,
+                seconds=of_plan.training.seconds,
             )
         )
     return rows
@@ -427,19 +362,18 @@ def _write(
     rows: Sequence[PlanRow],
     config: RunConfig,
     notes: Sequence[str],
-    plans: Mapping[str, Plan],
+    plans: Sequence[Plan],
     folder: Path,
 ) -> PlanComparison:
-    cutoffs = config.evaluation.cutoffs
-    table = comparison_table(rows, cutoffs, markdown=False)
-    reference = config.compare.reference
+    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
         "plans": [
-            {**row.as_dict(), "settings": _jsonable(plans[row.name].settings)} for row in rows
+            {**row.as_dict(), "settings": to_jsonable_python(plan.settings)}
+            for row, plan in zip(rows, plans, strict=True)
         ],
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))
@@ -451,14 +385,4 @@ def _write(
     ]
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
     comparison_figure(rows, reference, cutoffs).savefig(folder / "comparison.png", dpi=150)
-    return PlanComparison(folder, rows, table, notes)
-
-
-def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(each) for each in value]
-        is_kind = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        return dataclasses.asdict(value) if is_kind else value
-
-    return {name: plain(value) for name, value in settings.items()}
+    return PlanComparison(folder, rows, comparison_table(rows, cutoffs, markdown=False), notes)

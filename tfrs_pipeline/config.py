@@ -13,7 +13,7 @@ import zoneinfo
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -29,13 +29,21 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.settings import Config, ConfigError, refuse, setting_names, suggest
+from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.settings import (
+    Config,
+    ConfigError,
+    Distinct,
+    Several,
+    refuse,
+    setting_names,
+    suggest,
+)
 
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+# Those from mined on only if asked for.
 PlanKind: TypeAlias = Literal[
     "in_batch_uncorrected",
     "in_batch",
@@ -44,11 +52,12 @@ PlanKind: TypeAlias = Literal[
     "mixed",
     "hybrid",
     "hybrid_50_50",
-    "mined",
     "resampled",
+    "mined",
     "exposed",
 ]
 
+Baseline: TypeAlias = Literal["uncorrected", "popularity", "ease", "ials"]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -71,18 +80,18 @@ class DataConfig(Config):
 
     source: Literal["movielens-100k", "kuairand", "recflow", "files"] = "movielens-100k"
     """Files of your own, or a public data set; if not given, files where there is a path. What
-    files hold shows in their columns: a stage makes them the log of a funnel, a rating with
-    rating_threshold ratings, a label impressions; else all rows are clicks."""
+    files hold shows in their columns: a stage, a funnel; a rating with rating_threshold, ratings;
+    a label, impressions; none of these, clicks."""
     path: Path | None = None
     """CSV or Parquet file of events, or a folder of them; for kuairand and recflow the folder as
     published; for movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
     items_path: Path | None = None
     """CSV or Parquet file of items, or a folder of them."""
     users_path: Path | None = None
-    """CSV or Parquet file of users, or a folder of them."""
+    """The same of users."""
     columns: dict[str, str] = {}
-    """Names of the columns in the user's files, by the name this package gives them, such as
-    user_id=viewer; a column that is not listed keeps its name."""
+    """Names of the columns in the files, by this package's names, such as user_id=viewer; others
+    keep theirs."""
     item_columns: dict[str, str] = {}
     """The same of the item table, such as item_id=sku."""
     user_columns: dict[str, str] = {}
@@ -107,7 +116,7 @@ class DataConfig(Config):
     for very many values; multi_categorical; text; numeric, or bucketized for a number whose effect
     is no straight line; timestamp; vector, a list of numbers from another model."""
     user_features: dict[str, FeatureKind] = {}
-    """Columns of the user table that the model reads, and the kind of each, as of items."""
+    """The same for features of users."""
     list_separator: str = Field("|", min_length=1)
     """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
     CSV file."""
@@ -203,42 +212,21 @@ class SplitConfig(Config):
 class EvaluationConfig(Config):
     """What is measured on the test, and against which baselines."""
 
-    cutoffs: tuple[PositiveInt, ...] = (20, 100)
+    cutoffs: Several[PositiveInt] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
     """Users at most that are measured, sampled where the test has more."""
-    num_bootstrap: PositiveInt = 1000
-    """Resamples of the queries behind each confidence interval."""
-    uncorrected: bool = True
-    """Whether to train the same model without the correction too, and to show it in the table."""
-    baselines: tuple[Literal["popularity", "ease", "ials"], ...] = ("popularity", "ease", "ials")
-    """Baselines in the same table."""
-    ease_l2: tuple[PositiveFloat, ...] = (200.0,)
+    baselines: Distinct[Baseline] = ("uncorrected", "popularity", "ease", "ials")
+    """What the model is compared with in the same table: itself, trained without the correction;
+    the most popular items; EASE; iALS."""
+    ease_l2: Several[PositiveFloat] = (200.0,)
     """Regularisation of EASE; of several values, validation chooses."""
-    max_ease_candidates: PositiveInt = 20_000
-    """EASE is skipped above this many items: it inverts a matrix of items by items."""
-    ials_num_factors: tuple[PositiveInt, ...] = (128,)
-    """Factors of iALS; of several values, validation chooses."""
-    ials_regularization: tuple[PositiveFloat, ...] = (30.0,)
+    ials_regularization: Several[PositiveFloat] = (30.0,)
     """Regularisation of iALS; of several values, validation chooses."""
-    ials_alpha: tuple[PositiveFloat, ...] = (6.0,)
+    ials_alpha: Several[PositiveFloat] = (6.0,)
     """Weight of a positive in iALS; of several values, validation chooses."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluationConfig:
-        refuse(self._problems())
-        return self
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        for name, values in self:
-            if not isinstance(values, tuple):
-                continue
-            if not values and name != "baselines":
-                yield name, "must list at least one value"
-            if len(set(values)) < len(values):
-                yield name, f"got {list(values)!r}: a value twice"
 
 
 class ExportConfig(Config):
@@ -271,47 +259,28 @@ class ExportConfig(Config):
 class CompareConfig(Config):
     """What `tfrs-pipeline compare` tries."""
 
-    plans: tuple[PlanKind, ...] = (
-        "in_batch_uncorrected",
-        "in_batch",
-        "uniform",
-        "popularity",
-        "mixed",
-        "hybrid",
-        "hybrid_50_50",
-        "resampled",
-    )
+    plans: Several[PlanKind] = get_args(PlanKind)[:-2]
     """Sampling plans; also mined, and exposed, which measures what items that were shown and not
     clicked do as negatives."""
     reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
         "mixed"
     )
     """Plan that the others are compared with, query by query."""
-    hard_shares: tuple[Share, ...] = (0.01, 0.05, 0.2)
+    hard_shares: Several[Share] = (0.01, 0.05, 0.2)
     """Hard shares of the plans hybrid, mined and exposed: one plan each."""
-    resampling_exponents: tuple[Share, ...] = (0.3, 0.6)
+    resampling_exponents: Several[Share] = (0.3, 0.6)
     """Exponents of the power law in the plan resampled: one plan each."""
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
     max_seconds: PositiveFloat | None = None
     """Budget of a plan in seconds, after which no epoch is begun."""
-    num_corpus_items: PositiveInt = 1000
-    """Items of the corpus, drawn uniformly, that positives are compared with in the AUC."""
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:
-        refuse(self._problems())
-        return self
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("plans", "hard_shares", "resampling_exponents"):
-            values = getattr(self, name)
-            if not values:
-                yield name, "must list at least one value"
-            if len(set(values)) < len(values):
-                yield name, f"got {list(values)!r}: a value twice"
         if self.reference not in self.plans:
-            yield "reference", f"got {self.reference!r}, which is not among compare.plans"
+            message = f"got {self.reference!r}, which is not among compare.plans"
+            refuse([("reference", message)])
+        return self
 
 
 class RunConfig(Config):
@@ -390,100 +359,16 @@ class RunConfig(Config):
         return re.sub(r"^[._-]+|-+$", "", re.sub(r"[^A-Za-z0-9._-]+", "-", name))
 
 
-def main_job_config() -> RunConfig:
+def movielens_config() -> RunConfig:
     """Returns the settings of the main job: MovieLens-100K, served by ScaNN."""
+    from tfrs_pipeline.sources.movielens import ITEM_FEATURES, USER_FEATURES
+
     return RunConfig(
-        data=DataConfig(
-            item_features={"title": "text", "year": "categorical", "genres": "multi_categorical"},
-            user_features={
-                "age_group": "categorical",
-                "gender": "categorical",
-                "occupation": "categorical",
-            },
-        ),
+        data=DataConfig(item_features=dict(ITEM_FEATURES), user_features=dict(USER_FEATURES)),
         # The published protocol.
         split=SplitConfig(kind="last_share", validation=0.1, test=0.2),
         export=ExportConfig(name="movielens-100k", index="scann"),
     )
-
-
-# Name -> what it is good for, and the settings that it changes, by dotted name.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "quick": (
-        "a first look at a log with an order: small embeddings, sequence-level training, ten "
-        "epochs at most, popularity and EASE beside it",
-        {
-            "model.negatives": (Uniform(256), Popularity(256)),
-            "model.dim": 32,
-            "training.examples": "sequences",
-            "training.max_epochs": 10,
-            "training.patience": 2,
-            "training.learning_rate": 0.004,
-            "evaluation.uncorrected": False,
-            "evaluation.baselines": ("popularity", "ease"),
-        },
-    ),
-    "ids": (
-        "a fixed set of users without an order in their events: an embedding a user and an item, "
-        "no history, no features; whoever is not in the log gets the answer for an unknown user",
-        {
-            "data.item_features": {},
-            "data.user_features": {},
-            "model.use_user_id": True,
-            "model.history_pooling": (),
-            "model.id_dropout": 0.01,
-            "model.combination": "sum",
-        },
-    ),
-    "sets": (
-        "a log without an order: the mean of the history, of which a random half is input and the "
-        "other the target, a user at a time; users who come later are answered by their history",
-        {
-            "data.is_ordered": False,
-            "model.negatives": (Popularity(2048, 0.5),),
-            "model.dim": 128,
-            "model.history_length": 300,
-            "model.history_pooling": ("mean",),
-            "model.history_dropout": 0.0,
-            "model.candidate_bias": True,
-            "model.combination": "sum",
-            "model.temperature": 0.07,
-            "training.examples": "sets",
-            "training.batch_size": 3072,
-            "training.learning_rate": 0.01,
-            "training.decay": "cosine",
-            "training.warmup_steps": 10,
-            "training.max_epochs": 40,
-            "training.patience": 10,
-        },
-    ),
-    "sequence": (
-        "logs in which the order of the events tells what comes next: causal self-attention over "
-        "the history, sequence-level training",
-        {
-            "model.negatives": (Uniform(512), Popularity(512)),
-            "model.history_length": 200,
-            "model.history_pooling": ("attention",),
-            "model.history_dropout": 0.2,
-            "model.share_item_embedding": True,
-            "model.combination": "sum",
-            "training.examples": "sequences",
-            "training.max_epochs": 100,
-        },
-    ),
-    "hybrid_1_100": (
-        "funnel logs: 1 in 100 of the negatives' weight is held by losers of pre-rank and rank",
-        {"model.hard": FunnelLosers(share=0.01)},
-    ),
-    "hybrid_50_50": (
-        "funnel logs, by the rule of thumb: half of the negatives' weight",
-        {"model.hard": FunnelLosers(share=0.5)},
-    ),
-    "mined_1_100": (
-        "logs without losers: 1 in 100, mined from the model",
-        {"model.hard": Mined(share=0.01)},
-    ),
-}
 
 
 def load_config(path: Path | str) -> RunConfig:
@@ -570,7 +455,7 @@ def check_model_name(config: RunConfig) -> None:
         message = f"required: no letter or digit in the name of {config.data.path} to name it by"
         raise ConfigError([("export.name", message)])
     ours = config.model_dump(mode="json")["data"]
-    for path in (config.export.directory / config.model_name).glob("*/manifest.json"):
+    for path in (config.export.directory / config.model_name).glob(f"*/{MANIFEST_FILE}"):
         theirs = read_record(path, check_files=False)["config"]["data"]
         if _origin(theirs) != _origin(ours):
             message = (

@@ -349,9 +349,9 @@ def fit_baselines(
         "popularity": [MostPopular()],
         "ease": [Ease(l2=l2) for l2 in settings.ease_l2],
         "ials": [
-            Ials(num_factors=factors, regularization=regularization, alpha=alpha, seed=config.seed)
-            for factors, regularization, alpha in itertools.product(
-                settings.ials_num_factors, settings.ials_regularization, settings.ials_alpha
+            Ials(regularization=regularization, alpha=alpha, seed=config.seed)
+            for regularization, alpha in itertools.product(
+                settings.ials_regularization, settings.ials_alpha
             )
         ],
     }
@@ -359,11 +359,12 @@ def fit_baselines(
     found: dict[str, Retriever] = {}
     notes = []
     for name in settings.baselines:
-        if name == "ease" and num_items > settings.max_ease_candidates:
+        if name == "ease" and num_items > Ease.max_candidates:
             notes.append(
-                f"ease: skipped, {num_items:,} items are more than "
-                f"evaluation.max_ease_candidates = {settings.max_ease_candidates:,}"
+                f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
+                f"are more than {Ease.max_candidates:,}"
             )
+        if name == "uncorrected" or (name == "ease" and num_items > Ease.max_candidates):
             continue
         grid, scores = grids[name], []
         for i, baseline in enumerate(grid if len(grid) > 1 else []):
@@ -395,7 +396,6 @@ def evaluate_all(
         holdout,
         exclude=config.evaluation.exclude,
         cutoffs=config.evaluation.cutoffs,
-        num_bootstrap=config.evaluation.num_bootstrap,
         seed=config.seed,
         on_progress=on_progress,
     )
@@ -508,9 +508,9 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
 
 def _variants(config: RunConfig) -> dict[str, TwoTowerSettings]:
     variants = {"two_tower": config.model}
-    if config.evaluation.uncorrected and config.model.correction != "none":
-        without = {"correction": "none", "correct_positive": False}
-        variants["two_tower_uncorrected"] = config.model.model_copy(update=without)
+    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
+        without = config.model.model_copy(update={"correction": "none"})
+        variants["two_tower_uncorrected"] = without
     return variants
 
 

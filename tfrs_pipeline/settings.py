@@ -8,9 +8,10 @@ import json
 import re
 import typing
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
+from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
 
@@ -61,6 +62,26 @@ class Config(pydantic.BaseModel):
                 for problem in _problems(details, type(self))
             ]
             raise ConfigError(problems) from None
+
+
+T = TypeVar("T")
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value twice")
+    return values
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("must list at least one value")
+    return values
+
+
+# Types of settings that list values, none of them twice; of `Several` there is one at least.
+Distinct: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+Several: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct), AfterValidator(_some)]
 
 
 def refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> None:

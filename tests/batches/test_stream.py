@@ -149,7 +149,7 @@ def test_the_corrected_sum_is_that_over_the_corpus(in_batch: bool) -> None:
         "history_rows": np.zeros([len(candidates), 0], np.int32),
     }
     examples = tf.data.Dataset.from_tensor_slices(rows)
-    frequency = StreamingFrequency(num_buckets=5000, learning_rate=0.005)
+    frequency = StreamingFrequency(5000, learning_rate=0.005)
     value = tf.constant(np.exp(rng.normal(size=NUM_CANDIDATES + 1)), tf.float32)
 
     @tf.function

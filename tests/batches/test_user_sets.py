@@ -39,13 +39,10 @@ def parts(batch: dict[str, Any]) -> Iterator[tuple[int, list[int], list[int]]]:
         yield query, inputs, targets[row]
 
 
-@pytest.mark.parametrize(("input_share", "num_epochs"), [(0.5, 60), (0.3, 60)])
-def test_a_positive_is_input_or_target_by_a_coin_of_its_own(
-    input_share: float, num_epochs: int
-) -> None:
-    batches = batches_of_sets(history_length=EVERYTHING, examples={"input_share": input_share})
+def test_a_positive_is_input_or_target_by_a_coin_of_its_own() -> None:
+    batches, num_epochs = batches_of_sets(history_length=EVERYTHING), 60
     steps = batches.steps_per_epoch
-    assert steps == round(NUM_SAMPLES * (1 - input_share) / 16)
+    assert steps == round(NUM_SAMPLES / 2 / 16)
     # Per epoch and query: how many of its distinct candidates were targets.
     num_targets = np.zeros((num_epochs, len(QUERIES)))
     num_target_samples, visits = 0, []
@@ -64,7 +61,7 @@ def test_a_positive_is_input_or_target_by_a_coin_of_its_own(
     orders = [[query for at, query in visits if at == epoch] for epoch in range(2)]
     assert orders[0] != orders[1]
 
-    p = 1 - input_share
+    p = 0.5
     num_coins = np.array([len(SAMPLES.known_positives[query]) for query in QUERIES])
     n = num_epochs * num_coins.sum()
     assert num_targets.sum() / n == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
@@ -122,9 +119,3 @@ def test_users_of_one_positive_have_it_as_target_without_input(
     assert set(np.unique(visited)) == {0, 1}
     if num_users == 40:
         assert visited.mean() == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(visited.size))
-
-
-def test_refuses_a_share_that_leaves_nothing() -> None:
-    for share in (0.0, 1.0):
-        with pytest.raises(ValueError, match=r"input_share must be in \(0, 1\)"):
-            batches_of_sets(examples={"input_share": share})

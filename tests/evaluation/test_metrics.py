@@ -9,12 +9,9 @@ from sklearn.metrics import ndcg_score
 
 from tfrs_pipeline.evaluation.metrics import (
     QUERY_METRICS,
-    average_popularity,
-    coverage,
     find_hits,
-    gini,
-    ndcg_at_k,
-    recommendation_counts_at_k,
+    query_metrics,
+    set_metrics,
 )
 
 Ranking: TypeAlias = tuple[np.ndarray, list[np.ndarray], int]
@@ -65,8 +62,9 @@ def test_metrics_equal_their_definitions(ranking: Any) -> None:
         slow_metrics(rows, set(r.tolist()), k)
         for rows, r in zip(retrieved.tolist(), relevant, strict=True)
     ]
-    for name, metric in QUERY_METRICS.items():
-        values = metric(is_hit, num_relevant, k)
+    found = query_metrics(is_hit, num_relevant, k)
+    assert tuple(found) == QUERY_METRICS
+    for name, values in found.items():
         assert values.dtype == np.float64
         np.testing.assert_allclose(values, [s[name] for s in slow], rtol=1e-12, err_msg=name)
 
@@ -90,66 +88,48 @@ def test_ndcg_equals_scikit_learn() -> None:
     order = np.argsort(-scores, axis=1)
     is_hit = np.take_along_axis(truth, order, axis=1)
     for k in (1, 5, 60):
-        ours = ndcg_at_k(is_hit, truth.sum(axis=1), k)
+        ours = query_metrics(is_hit, truth.sum(axis=1), k)["ndcg"]
         theirs = [ndcg_score(truth[[i]], scores[[i]], k=k) for i in range(num_queries)]
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_refuses_what_would_be_a_wrong_number() -> None:
     hit = np.array([[True, True]])
-    for metric in QUERY_METRICS.values():
-        with pytest.raises(ValueError, match=r"k must lie in .*k=3"):
-            metric(hit, np.array([2]), 3)
-        with pytest.raises(ValueError, match="2 hits but 1 relevant"):
-            metric(hit, np.array([1]), 1)
-        with pytest.raises(ValueError, match="num_queries, max_k"):
-            metric(hit, np.array([1, 2]), 1)
-        with pytest.raises(ValueError, match="int64"):
-            metric(hit.astype(int), np.array([2]), 1)
-    with pytest.raises(ValueError, match="queries 0 to 1"):
-        find_hits(np.array([[1]]), np.array([0, 1]), np.array([1, 2]))
-    with pytest.raises(ValueError, match="rows from 0"):
-        find_hits(np.array([[1, 0]]), np.array([0]), np.array([0]))
-    with pytest.raises(ValueError, match=r"\(1,\)"):
-        find_hits(np.array([1]), np.array([0]), np.array([1]))
+    for is_hit, num_relevant, k, message in (
+        (hit, [2], 3, r"k must lie in .*k=3"),
+        (hit, [1], 1, "2 hits but 1 relevant"),
+        (hit, [1, 2], 1, "num_queries, max_k"),
+        (hit.astype(int), [2], 1, "int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            query_metrics(is_hit, np.array(num_relevant), k)
+    for rows, queries, relevant, message in (
+        ([[1]], [0, 1], [1, 2], "queries 0 to 1"),
+        ([[1, 0]], [0], [0], "rows from 0"),
+        ([1], [0], [1], r"\(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_hits(np.array(rows), np.array(queries), np.array(relevant))
+    for num_candidates, k, message in ((2, 1, "Received: 3"), (4, 4, "k=4")):
+        counts = np.ones(num_candidates)
+        with pytest.raises(ValueError, match=message):
+            set_metrics(np.array([[3, 1, 2]]), counts, counts > 0, k)
 
 
-def test_recommendation_counts_ignore_empty_slots_and_places_beyond_k() -> None:
-    rows = np.array([[1, 3, 2], [3, 0, 0]])
-    assert recommendation_counts_at_k(rows, 4, 2).tolist() == [1, 0, 2, 0]
-    assert recommendation_counts_at_k(rows, 4, 3).tolist() == [1, 1, 2, 0]
-    with pytest.raises(ValueError, match="Received: 3"):
-        recommendation_counts_at_k(rows, 2, 1)
-    with pytest.raises(ValueError, match="k=4"):
-        recommendation_counts_at_k(rows, 4, 4)
-
-
-counts = st.lists(st.integers(0, 20), max_size=12).map(lambda x: np.array(x, int))
-
-
-@given(counts)
-def test_gini_equals_the_mean_difference_of_all_pairs(times_retrieved: np.ndarray) -> None:
-    if not times_retrieved.sum():
-        assert math.isnan(gini(times_retrieved))
-        return
-    n = len(times_retrieved)
-    differences = sum(abs(int(a) - int(b)) for a in times_retrieved for b in times_retrieved)
-    expected = differences / (2 * n * n * times_retrieved.mean())
-    assert gini(times_retrieved) == pytest.approx(expected, abs=1e-12)
-
-
-@given(counts, st.data())
-def test_coverage_and_average_popularity_equal_a_loop_over_slots(
-    times_retrieved: np.ndarray, data: st.DataObject
+@given(rankings(), st.lists(st.integers(0, 99), min_size=10, max_size=10), st.integers(0, 1023))
+def test_metrics_of_all_lists_equal_a_loop_over_slots(
+    ranking: Any, popularity: list[int], part: int
 ) -> None:
-    popularity = np.array([data.draw(st.integers(0, 99)) for _ in times_retrieved], int)
-    slots = [row for row, times in enumerate(times_retrieved) for _ in range(times)]
-    if len(times_retrieved):
-        assert coverage(times_retrieved) == len(set(slots)) / len(times_retrieved)
-    else:
-        assert math.isnan(coverage(times_retrieved))
-    average = average_popularity(times_retrieved, popularity)
+    retrieved, _, k = ranking
+    in_part = np.array([part >> i & 1 for i in range(10)], bool)
+    slots = [row for row in retrieved[:, :k].ravel().tolist() if row and in_part[row - 1]]
+    times = [slots.count(row) for row in range(1, 11) if in_part[row - 1]]
+    expected = dict.fromkeys(("coverage", "average_popularity", "gini"), math.nan)
+    if times:
+        expected["coverage"] = len(set(slots)) / len(times)
     if slots:
-        assert average == pytest.approx(sum(int(popularity[s]) for s in slots) / len(slots))
-    else:
-        assert math.isnan(average)
+        expected["average_popularity"] = sum(popularity[row - 1] for row in slots) / len(slots)
+        differences = sum(abs(a - b) for a in times for b in times)
+        expected["gini"] = differences / (2 * len(times) * len(slots))
+    found = set_metrics(retrieved, np.array(popularity), in_part, k)
+    assert found == pytest.approx(expected, nan_ok=True, abs=1e-12)

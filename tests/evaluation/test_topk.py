@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline.evaluation import topk
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
 
 Problem: TypeAlias = tuple[np.ndarray, int, list[np.ndarray], int]
@@ -53,9 +54,9 @@ def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
         asked.append(block.stop - block.start)
         return scores[block]
 
-    rows, top_scores = top_k_in_blocks(
-        score_block, len(scores), scores.shape[1], k, excluded, block_size
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "_SCORES_PER_BLOCK", block_size * scores.shape[1])
+        rows, top_scores = top_k_in_blocks(score_block, len(scores), scores.shape[1], k, excluded)
     assert sum(asked) == len(scores)
     assert max(asked, default=0) <= block_size
     assert rows.tolist() == slow_top_k(scores, k, excluded)
@@ -83,7 +84,6 @@ def test_equals_a_stable_sort_on_many_candidates() -> None:
         ([[0, 0]], {"exclude_rows": [np.array([3])]}, r"must lie in \[0, 2\]"),
         ([[0, 0]], {"exclude_rows": []}, "0 for 1 queries"),
         ([[0, 0]], {"k": 0}, "k=0"),
-        ([[0, 0]], {"block_size": 0}, "block_size=0"),
         ([[0, 0]], {"num_candidates": 3}, r"\(1, 3\)"),
     ],
 )

@@ -156,15 +156,12 @@ def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     for num_distinct, num_buckets in ((0, 16), (8, 16), (9, 32), (1000, 2048)):
         column = [*range(num_distinct), *range(num_distinct), None]
         assert Feature.fit("x", "hashed", column).num_buckets == num_buckets <= MAX_HASH_BUCKETS
-    values = [f"author {i}" for i in range(20_000)]
-    feature = Feature.fit("author", "hashed", values)
-    num_buckets = feature.num_buckets
-    codes = feature.encode_column(values)
-    assert codes.min() >= 1
-    assert codes.max() < feature.spec.size == num_buckets + 1 == 2**16 + 1
+    feature = Feature("author", "hashed", num_buckets=2**16)
+    codes = feature.encode_column([f"author {i}" for i in range(20_000)])
+    assert 1 <= codes.min() <= codes.max() < feature.spec.size == 2**16 + 1
     # Of n values in m buckets, m (1 - (1 - 1/m)^n) buckets are met; the deviation is below sqrt(n).
-    expected = num_buckets * (1 - (1 - 1 / num_buckets) ** len(values))
-    assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(len(values))
+    expected = 2**16 * (1 - (1 - 2.0**-16) ** 20_000)
+    assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(20_000)
 
 
 # Numbers
@@ -282,14 +279,6 @@ def test_each_kind_from_column_to_embedding(kind: FeatureKind) -> None:
     assert embedded.shape == (NUM_NEW, WIDTHS[kind])
     assert np.isfinite(embedded).all()
     assert feature.encode_column([]).shape == (0, *missing.shape[1:])
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"vector"}))
-def test_columns_without_a_value_encode_as_missing(kind: FeatureKind) -> None:
-    feature = Feature.fit("x", kind, [None, None])
-    np.testing.assert_array_equal(feature.encode_column([None]), feature.spec.empty(1))
-    encoded = feature.encode_column(NEW[kind])
-    assert np.isfinite(FeatureEmbedding(feature.spec, 4)(encoded)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -465,25 +454,6 @@ def test_a_graph_rounds_as_single_operations_do(loaded: Any) -> None:
     for feature in features:
         expected = feature.encode_column(columns[feature.name])
         np.testing.assert_array_equal(encoded[feature.name], expected)
-
-
-def test_the_signature_and_what_fits_it() -> None:
-    features = fitted_features()
-    signature, raw = raw_signature(features), raw_columns(features, new_columns(), NUM_NEW)
-    assert list(signature) == list(raw) == [feature.name for feature in features]
-    dtypes = ["string"] * 4 + ["float64"] * 3 + ["float32"]
-    for spec, values, dtype in zip(signature.values(), raw.values(), dtypes, strict=True):
-        assert spec.dtype.name == dtype
-        assert spec.shape.is_compatible_with(values.shape)
-        assert values.dtype == (object if dtype == "string" else dtype)
-        assert np.all(values[1] == "" if dtype == "string" else np.isnan(values[1]))
-    assert {type(value) for value in raw["a_text"]} == {str}
-    assert raw["a_timestamp"][4:6].tolist() == [-1 - 5.5 * 3600, 0]
-    assert raw["a_multi_categorical"][[0, 3], :4].tolist() == [
-        ["c", "new", "日本", ""],
-        ["a", "", "", ""],
-    ]
-    assert encode_raw([], {}) == raw_columns([], {}, 3) == raw_signature([]) == {}
 
 
 def test_lists_of_a_request_are_cut_and_padded() -> None:

@@ -1,27 +1,31 @@
 """Histories: pooling, padding, the empty history, and every beginning of a sequence at once."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.model.history import HistoryEncoder, SelfAttention
+from tfrs_pipeline.model.settings import TwoTowerSettings
 
 ALL = ("mean", "recency", "attention")
 LENGTHS = [8, 3, 0, 5]
 
 
-def make_encoder(*poolings: str, **options: Any) -> HistoryEncoder:
-    settings: dict[str, Any] = {"recency_decay": 0.5, "dropout": 0.5, "max_length": 8}
-    settings |= {"attention_heads": 1, "attention_dropout": 0.0, **options}
-    encoder = HistoryEncoder(9, 3, poolings=poolings or ALL, **settings)
+def make_encoder(*poolings: str, dropout: float = 0.5) -> HistoryEncoder:
+    settings = TwoTowerSettings(
+        dim=4,
+        history_pooling=poolings or ALL,
+        recency_decay=0.5,
+        history_dropout=dropout,
+        history_length=8,
+    )
+    encoder = HistoryEncoder(9, settings)
     encoder(tf.zeros([1, 1], tf.int32))
     return encoder
 
 
 def table_of(encoder: HistoryEncoder) -> tf.Variable:
-    return next(v for v in encoder.trainable_variables if v.shape == (10, 3))
+    return next(v for v in encoder.trainable_variables if v.shape == (10, 4))
 
 
 def sequences(lengths: list[int]) -> np.ndarray:
@@ -34,9 +38,9 @@ def test_history_is_pooled_as_a_loop_would() -> None:
     encoder = make_encoder("mean", "recency")
     pooled = encoder(tf.constant([[4, 2, 7, 0]])).numpy()[0]
     rows = table_of(encoder).numpy()[[4, 2, 7]]
-    np.testing.assert_allclose(pooled[:3], rows.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(pooled[:4], rows.mean(axis=0), rtol=1e-5)
     # The most recent item comes first and weighs most.
-    np.testing.assert_allclose(pooled[3:], np.average(rows, axis=0, weights=[4, 2, 1]), rtol=1e-5)
+    np.testing.assert_allclose(pooled[4:], np.average(rows, axis=0, weights=[4, 2, 1]), rtol=1e-5)
 
 
 def test_padding_changes_nothing() -> None:
@@ -83,7 +87,7 @@ def test_a_state_does_not_know_what_comes_after(pooling: str) -> None:
 
 @pytest.mark.parametrize("pooling", ALL)
 def test_dropout_is_a_function_of_its_seed_and_of_training(pooling: str) -> None:
-    encoder, rows = make_encoder(pooling, attention_dropout=0.2), tf.constant(sequences([8] * 50))
+    encoder, rows = make_encoder(pooling), tf.constant(sequences([8] * 50))
     for encode in (encoder, encoder.states):
         first, again, other = (
             encode(rows, training=True, dropout_seed=tf.constant(seed)).numpy()
@@ -99,7 +103,7 @@ def test_dropout_drops_its_share() -> None:
     encoder = make_encoder("mean", dropout=0.3)
     empty = encoder(tf.zeros([1, 3], tf.int32)).numpy()
     # Row i's embedding is its indicator: a pooled vector shows what was kept.
-    table_of(encoder).assign(np.eye(10, 3, k=-1))
+    table_of(encoder).assign(np.eye(10, 4, k=-1))
     rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
     pooled = encoder(rows, training=True, dropout_seed=tf.constant([0, 1])).numpy()
     is_empty = (pooled == empty).all(axis=1)
@@ -109,24 +113,27 @@ def test_dropout_drops_its_share() -> None:
     assert abs(is_empty.mean() - 0.3**3) < 4 * np.sqrt(0.027 / 4000)
 
 
-def test_one_pass_drops_an_item_for_every_pooling_or_for_none() -> None:
+def test_one_pass_drops_an_item_for_every_pooling_or_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     encoder = make_encoder()
+    monkeypatch.setattr(encoder._attention, "_dropout", 0.0)
     rows = tf.constant([[4] + [0] * 7] * 99)
     empty, whole = encoder(tf.zeros([1, 8], tf.int32)).numpy(), encoder(rows[:1]).numpy()
     trained = encoder(rows, training=True, dropout_seed=tf.constant([1, 5])).numpy()
-    parts = [slice(0, 3), slice(3, 6), slice(6, 9)]
+    parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
     is_whole = [np.isclose(trained[:, x], whole[:, x], atol=1e-5).all(axis=1) for x in parts]
     np.testing.assert_array_equal(is_whole[0], is_whole[1])
     np.testing.assert_array_equal(is_whole[0], is_whole[2])
     assert 20 < is_whole[0].sum() < 80
     np.testing.assert_allclose(
-        trained[~is_whole[0], :6], np.repeat(empty[:, :6], 99, 0)[is_whole[0].sum() :]
+        trained[~is_whole[0], :8], np.repeat(empty[:, :8], 99, 0)[is_whole[0].sum() :]
     )
 
 
 def test_attention_is_that_of_a_loop() -> None:
     """One block and two heads, computed with NumPy from the layer's own weights."""
-    layer = SelfAttention(4, max_length=5, num_blocks=1, num_heads=2, dropout=0.3)
+    layer = SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3)
     vectors = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     layer(tf.constant(vectors))
     for variable in layer.trainable_variables:  # No zeros and ones that hide a missing term.
@@ -160,7 +167,7 @@ def test_attention_is_that_of_a_loop() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="must divide the embedding size 3"):
-        make_encoder("attention", attention_heads=2)
+    with pytest.raises(ValueError, match="multiple of 2 heads"):
+        SelfAttention(3, max_length=5, num_blocks=1, dropout=0.3)
     with pytest.raises(tf.errors.InvalidArgumentError, match="8 items at most"):
         make_encoder("attention").states(tf.ones([1, 9], tf.int32))

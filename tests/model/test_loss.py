@@ -18,7 +18,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 QUERIES, COLUMNS, HARD, POSITIVES = normal(W, D), normal(C, D), normal(W, H, D), normal(P, D)
-LOG_Q, HARD_LOG_Q, POSITIVE_LOG_Q = normal(W, C), normal(W, H), normal(P)
+LOG_Q, HARD_LOG_Q = normal(W, C), normal(W, H)
 MASK, HARD_MASK = RNG.random((W, C)) > 0.3, RNG.random((W, H)) > 0.4
 WEIGHTS = RNG.random(P).astype(np.float32)
 # Several positives a query, and one of none.
@@ -33,12 +33,11 @@ def value_and_gradients(loss: Any, *arrays: np.ndarray) -> list[np.ndarray]:
     return [value.numpy(), *(tf.convert_to_tensor(gradient).numpy() for gradient in gradients)]
 
 
-def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any, *, is_corrected: bool) -> Any:
+def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any) -> Any:
     """The loss of the documentation, one column of one positive at a time."""
     total = 0.0
     for p, w in enumerate(POSITIVE_QUERY):
         own = tf.tensordot(queries[w], positives[p], 1) / 0.5
-        own -= POSITIVE_LOG_Q[p] * is_corrected
         sum_exp = tf.exp(own)
         for c in np.flatnonzero(MASK[w]):
             sum_exp += tf.exp(tf.tensordot(queries[w], columns[c], 1) / 0.5 - LOG_Q[w, c])
@@ -48,13 +47,10 @@ def slow_loss(queries: Any, columns: Any, positives: Any, hard: Any, *, is_corre
     return total
 
 
-@pytest.mark.parametrize("correct_positive", [False, True])
 @pytest.mark.parametrize("repeats_rows", [False, True])
-def test_value_and_gradients_are_those_of_a_loop(
-    correct_positive: bool, repeats_rows: bool
-) -> None:
+def test_value_and_gradients_are_those_of_a_loop(repeats_rows: bool) -> None:
     """With several positives a query, or the query's row once for each of them."""
-    task = HybridRetrieval(0.5, correct_positive=correct_positive)
+    task = HybridRetrieval(0.5)
 
     def loss(queries: Any, columns: Any, positives: Any, hard: Any) -> tf.Tensor:
         rows = [tf.identity(queries), hard, LOG_Q, MASK, HARD_LOG_Q, HARD_MASK]
@@ -68,7 +64,6 @@ def test_value_and_gradients_are_those_of_a_loop(
             score_mask=mask,
             negative_embeddings=columns,
             log_q=log_q,
-            positive_log_q=POSITIVE_LOG_Q,
             positive_query=None if repeats_rows else tf.constant(POSITIVE_QUERY),
             hard_embeddings=hard,
             hard_log_q=hard_log_q,
@@ -77,7 +72,7 @@ def test_value_and_gradients_are_those_of_a_loop(
 
     arrays = QUERIES, COLUMNS, POSITIVES, HARD
     got = value_and_gradients(loss, *arrays)
-    expected = value_and_gradients(lambda *x: slow_loss(*x, is_corrected=correct_positive), *arrays)
+    expected = value_and_gradients(slow_loss, *arrays)
     for ours, slow in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, slow, rtol=1e-4, atol=1e-5)
 
@@ -174,7 +169,7 @@ def test_a_graph_need_not_know_how_many_columns_there_are() -> None:
 
 
 def test_refusals() -> None:
-    task, positives = HybridRetrieval(correct_positive=True), COLUMNS[:W]
+    task, positives = HybridRetrieval(), COLUMNS[:W]
     options: dict[str, Any] = {"negative_embeddings": COLUMNS, "score_mask": MASK}
     with pytest.raises(ValueError, match="pass log_q alone"):
         task(QUERIES, COLUMNS, log_q=LOG_Q, candidate_sampling_probability=tf.ones([C]))
@@ -182,13 +177,7 @@ def test_refusals() -> None:
         task(QUERIES, COLUMNS, candidate_sampling_probability=tf.ones([C, 1]))
     with pytest.raises(ValueError, match="hard_embeddings needs hard_log_q"):
         task(QUERIES, positives, hard_embeddings=HARD, **options)
-    with pytest.raises(ValueError, match="correct_positive needs positive_log_q"):
-        task(QUERIES, positives, log_q=LOG_Q, **options)
     # A column of them would be broadcast to a square.
     options["hard_log_q"] = LOG_Q[:, :1]
     with pytest.raises(tf.errors.InvalidArgumentError, match="shape"):
         task(QUERIES, positives, hard_embeddings=HARD, **options)
-    del options["hard_log_q"]
-    column = task(QUERIES, positives, log_q=LOG_Q, positive_log_q=LOG_Q[:, :1], **options)
-    flat = task(QUERIES, positives, log_q=LOG_Q, positive_log_q=LOG_Q[:, 0], **options)
-    assert column.numpy() == flat.numpy()

@@ -11,14 +11,12 @@ import pytest
 from tests.damage import damage
 from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.model import mining
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.mining import MinedPools, MiningReport, mine_pools, query_of_sample
+from tfrs_pipeline.model.mining import MinedPools, mine_pools, query_of_sample
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.retrieval import Retriever
 
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 
@@ -94,59 +92,19 @@ def test_a_damaged_pool_is_mined_again(
     assert resumed.notes == unbroken[0].notes
 
 
-def slow_pools(retriever: Retriever, data: TrainingSet) -> list[list[int]]:
-    samples, pools = data.samples, []
+def test_the_model_mines_by_its_own_ranking(
+    data: TrainingSet, unbroken: tuple[TwoTower, Path]
+) -> None:
+    model, samples = unbroken[0], data.samples
+    pools, _ = mine_pools(
+        model._retriever_of_rows(), samples, Mined(min_rank=4, max_rank=12), seed=0,
+        history_length=LENGTH,
+    )  # fmt: skip
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
         never = {own, *samples.known_positives[user], *samples.exposed[user]}
-        query = {"user_id": user, "history": samples.history(i, LENGTH)}
-        (ranking,), _ = retriever.retrieve([query], NUM_ITEMS)
-        pools.append([row for row in ranking if row not in never][4:12])
-    return pools
-
-
-def test_pools_are_what_a_slow_loop_keeps(
-    data: TrainingSet, unbroken: tuple[TwoTower, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the model's own ranking, in blocks, with and without a limit on the pool."""
-    retriever, samples = unbroken[0]._retriever_of_rows(), data.samples
-    expected = slow_pools(retriever, data)
-    assert {len(pool) for pool in expected} == {8}
-    whole = Mined(min_rank=4, max_rank=12)
-    pools, report = mine_pools(retriever, samples, whole, seed=0, history_length=LENGTH)
-    for i, pool in enumerate(expected):
-        assert sorted(pools[i]) == sorted(pool)
-    monkeypatch.setattr(mining, "_CELLS_PER_BATCH", 7 * (NUM_ITEMS + 1))
-    done: list[int] = []
-    limited, report = mine_pools(
-        retriever,
-        samples,
-        MINED,
-        seed=[0, 2],
-        history_length=LENGTH,
-        on_progress=lambda n, total: done.append(n),
-    )
-    assert done == [*range(7, 120, 7), 120]
-    for i, pool in enumerate(expected):
-        assert len(set(limited[i])) == 5
-        assert set(limited[i]) <= set(pool)
-    known, exposed = 4 * 120, 2 * 120
-    assert report == MiningReport(
-        num_samples=120,
-        num_without=0,
-        num_retrieved=report.num_retrieved,
-        num_kept=5 * 120,
-        dropped={
-            "known positives": report.dropped["known positives"],
-            "exposed and not clicked": report.dropped["exposed and not clicked"],
-            "of a better rank": 4 * 120,
-            "of a worse rank": report.dropped["of a worse rank"],
-            "beyond the pool's size": 3 * 120,
-        },
-    )
-    # What is retrieved beyond the deepest rank covers every item that may be dropped.
-    assert 0 < report.dropped["known positives"] <= known
-    assert 0 < report.dropped["exposed and not clicked"] <= exposed
-    assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
+        query = {"user_id": 100 + user, "history": 10 * samples.history(i, LENGTH)}
+        (ids,), _ = model.retrieve([query], NUM_ITEMS, [[10 * row for row in never]])
+        assert sorted(pools[i]) == sorted(ids[4:12] // 10)
 
 
 def test_a_query_holds_the_latest_of_what_the_sample_knew(data: TrainingSet) -> None:
@@ -160,12 +118,7 @@ def test_a_query_holds_the_latest_of_what_the_sample_knew(data: TrainingSet) -> 
     assert data.samples.candidate_rows[i] == sequence[3]
 
 
-def test_what_cannot_be_mined_is_refused_or_said(
-    data: TrainingSet, unbroken: tuple[TwoTower, Path]
-) -> None:
-    deep = Mined(min_rank=NUM_ITEMS, max_rank=200)
-    with pytest.raises(ValueError, match=r"ranks from 24 on.*24 items. Lower model.hard.min_rank"):
-        mine_pools(unbroken[0]._retriever_of_rows(), data.samples, deep, seed=0)
+def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: tuple[TwoTower, Path]) -> None:
     batches = make_model().batches(data.samples)
     before = MinedPools(
         batches,

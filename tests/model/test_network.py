@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, NUM_USERS, tiny
+from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
 from tfrs_pipeline.model import network as network_module
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -31,7 +31,6 @@ def slow_loss(
     batch: dict[str, tf.Tensor],
     *,
     num_popular: int,
-    correct_positive: bool,
 ) -> float:
     """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
     batch = {name: value.numpy() for name, value in batch.items()}
@@ -55,7 +54,6 @@ def slow_loss(
         hard = [row for row in drawn if row not in {0, *never}]
         share = LOSERS.share if hard else 0.0
         own = scores[positive]
-        own -= np.log(n[positive] / (1 - share)) * correct_positive
         total = np.exp(own)
         for row in batch["shared_row"].tolist():
             total += np.exp(scores[row]) * (1 - share) / n[row] * (row not in never)
@@ -73,7 +71,6 @@ def weighted(data: TrainingSet) -> TrainingSet:
     return dataclasses.replace(data, samples=dataclasses.replace(data.samples, weights=weights))
 
 
-@pytest.mark.parametrize("correct_positive", [False, True])
 @pytest.mark.parametrize(
     ("examples", "options"),
     [
@@ -83,17 +80,12 @@ def weighted(data: TrainingSet) -> TrainingSet:
     ],
 )
 def test_the_loss_is_that_of_a_loop_over_the_samples(
-    weighted: TrainingSet, examples: str, options: dict[str, Any], correct_positive: bool
+    weighted: TrainingSet, examples: str, options: dict[str, Any]
 ) -> None:
     options = {"use_user_id": True, "share_item_embedding": True, **options}
     if examples != "single":
         options["negatives"] = [UNIFORM, POPULAR]
-    model = tiny(
-        temperature=TEMPERATURE,
-        correct_positive=correct_positive,
-        training={"examples": examples},
-        **options,
-    )
+    model = tiny(temperature=TEMPERATURE, training={"examples": examples}, **options)
     samples = weighted.samples
     if examples == "sets":
         samples = dataclasses.replace(samples, num_earlier=None)
@@ -106,7 +98,6 @@ def test_the_loss_is_that_of_a_loop_over_the_samples(
         samples,
         batch,
         num_popular=B - 1 if examples == "single" else POPULAR.num,
-        correct_positive=correct_positive,
     )
     got = network.compute_loss(batch).numpy()
     assert got == pytest.approx(expected, rel=1e-4)
@@ -138,6 +129,7 @@ def test_sampled_gradients_come_to_those_of_the_full_softmax(
     data: TrainingSet, negatives: list[Any], tolerance: float
 ) -> None:
     """The relative error is that of a mean of thousands of draws, 1 / sqrt(6000 / 24) at most."""
+    tf.keras.utils.set_random_seed(1)
     exact = tiny(negatives=[EveryCandidate()], temperature=TEMPERATURE)
     network = exact.build(data.corpus)
     variables = [*network.trainable_variables]
@@ -183,12 +175,12 @@ def test_a_bias_is_added_to_the_score(data: TrainingSet) -> None:
     for variable in biased.weights:
         is_bias = "bias/embeddings" in variable.name
         variable.assign(bias if is_bias else of_plain[variable.name])
-    pairs = {
-        "query_row": tf.constant([1, 2, 0]),
-        "history_rows": tf.constant([[3, 4, 0]] * 3),
-        "candidate_row": tf.constant([7, 24, 1]),
-    }
-    np.testing.assert_allclose(biased(pairs), plain(pairs) + bias[[7, 24, 1], 0], rtol=1e-5)
+    rows, histories = tf.constant([1, 2, 0]), tf.constant([[3, 4, 0]] * 3)
+    scores, with_bias = (
+        network.embed_queries(rows, histories).numpy() @ network.embed_corpus().T
+        for network in (plain, biased)
+    )
+    np.testing.assert_allclose(with_bias, scores + bias[1:, 0], rtol=1e-5, atol=1e-6)
     assert biased.embed_corpus().shape == (NUM_ITEMS, 9)
 
 
@@ -232,10 +224,21 @@ def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> 
     assert abs(corrected.compute_loss(batch).numpy() - expected) > 0.05
 
 
-def test_towers_of_two_sizes_are_refused(data: TrainingSet) -> None:
-    class Whole(tf.keras.layers.Layer):
-        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
-            return tf.zeros([tf.shape(inputs["row"])[0], NUM_USERS, 3])
+@pytest.mark.parametrize(
+    ("sizes", "received"),
+    [(([3], [4]), r"\(1, 3\) of the query tower, \(1, 4\) of"), (([2, 3], [2, 3]), r"\(1, 2, 3\)")],
+)
+def test_towers_that_do_not_go_together_are_refused(
+    data: TrainingSet, sizes: tuple[list[int], list[int]], received: str
+) -> None:
+    class Zeros(tf.keras.layers.Layer):
+        def __init__(self, size: list[int]) -> None:
+            super().__init__()
+            self.size = size
 
-    with pytest.raises(ValueError, match=r"must return \[n, D\], the same D"):
-        tiny(query_tower=Whole(), candidate_tower=Whole()).build(data.corpus)
+        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+            return tf.zeros([tf.shape(inputs["row"])[0], *self.size])
+
+    query, candidate = map(Zeros, sizes)
+    with pytest.raises(ValueError, match=rf"must return \[n, D\], the same D.*{received}"):
+        tiny(query_tower=query, candidate_tower=candidate).build(data.corpus)

@@ -12,7 +12,6 @@ from tests.model.conftest import LOSERS, NUM_ITEMS, tiny
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.streaming import StreamingFrequency
-from tfrs_pipeline.model.two_tower import MAX_BUCKETS, _frequency
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.uniform import Uniform
 
@@ -51,7 +50,7 @@ def test_training_alone_moves_the_estimate_once_a_step_before_the_loss(data: Tra
     network, batches = streaming(data, history_dropout=0, id_dropout=0)
     network.compile(optimizer=tf.keras.optimizers.SGD(0.0))
     network.fit(batches.dataset(0, 3), verbose=0)
-    second = StreamingFrequency(num_buckets=1000)
+    second = StreamingFrequency(1000)
     for step in range(3):
         second.update(batches.batch(step)["candidate_row"])
     corpus = tf.range(1, NUM_ITEMS + 1)
@@ -99,5 +98,6 @@ def test_batches_of_the_other_correction_are_refused(data: TrainingSet) -> None:
 
 
 def test_buckets_follow_the_corpus() -> None:
-    buckets = [_frequency(n).num_buckets for n in (100, 2**15, 2**15 + 1, 2**21)]
-    assert buckets == [2**16, 2**17, 2**18, MAX_BUCKETS]
+    sizes = (100, 2**15, 2**15 + 1, 2**21)
+    buckets = [StreamingFrequency.of_corpus(n).num_buckets for n in sizes]
+    assert buckets == [2**16, 2**17, 2**18, 2**22]

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
+from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 
 GENRE = FeatureSpec("genre", "categorical", size=5, num_values=1)
@@ -14,9 +15,10 @@ SEED = tf.constant([5, 6])
 
 
 def make_tower(**options: Any) -> Tower:
-    settings: dict[str, Any] = {"dim": 4, "hidden_layers": (), "features": ()}
-    settings |= {"feature_dim": 2, "normalize": False, "num_ids": 6, **options}
-    return Tower("tower", **settings)
+    reads: dict[str, Any] = {"features": (), "num_ids": 6, "bias": None}
+    reads |= {name: options.pop(name) for name in reads.keys() & options.keys()}
+    small = {"dim": 4, "feature_dim": 2, "normalize": False, "id_dropout": 0.0}
+    return Tower("tower", TwoTowerSettings(**{**small, **options}), **reads)
 
 
 def embed(

@@ -1,5 +1,7 @@
 """Kinds of negatives: drawn as often as declared, tail included; what they refuse."""
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -12,7 +14,7 @@ from tfrs_pipeline.negatives.alias import build_alias_table
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.mixture import Mixture, expected_count, expected_count_in_parts
+from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.popularity import Popularity, sampling_probability
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -96,11 +98,11 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
     frame = SamplingFrame.of_counts([0, 6, 3, 0], batch_size=4)
     kinds: list[Negatives] = [InBatch(), Uniform(6), Popularity(5, alpha=1)]
     n = np.array([0, 2 + 2 + 10 / 3, 1 + 2 + 5 / 3, 2])
-    np.testing.assert_allclose(expected_count(kinds, frame), n)
-    draws, other = expected_count_in_parts([InBatch(), *kinds], frame)
-    assert draws == 6
-    np.testing.assert_allclose(other, n - [0, 2, 1, 0])
+    twice = Mixture([InBatch(), *kinds], frame)
+    assert twice.in_batch_draws == 6
+    np.testing.assert_allclose(twice.other_expected_count, n - [0, 2, 1, 0])
     mixture = Mixture(kinds, frame)
+    np.testing.assert_allclose(mixture.expected_count, n)
     rows = tf.constant([2, 1, 1, 2])
     drawn = mixture.draw(rows, seed=[1, 0])
     assert drawn.shape == [4 + 6 + 5]
@@ -130,11 +132,26 @@ def test_refusals_of_counts() -> None:
         sampling_probability(np.array([0, 0]), 0.75)
     with pytest.raises(DataError, match="holds no positive"):
         positive_probability(np.array([0, 0]))
-    for counted in (expected_count, expected_count_in_parts):
+    for kinds, batch_size in (([InBatch()], 1), ([], 5)):
         with pytest.raises(ValueError, match="No shared column"):
-            counted([InBatch()], frame_of([0, 1], batch_size=1))
-        with pytest.raises(ValueError, match="No shared column"):
-            counted([], frame_of([0, 1]))
+            Mixture(kinds, frame_of([0, 1], batch_size))
+
+
+def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
+    class Drawn:
+        draw = Uniform.draw
+
+    for wrong, method in (
+        (Drawn(), "expected_count"),
+        ("uniform:num=5", "draw"),
+        (Uniform, "draw"),
+    ):
+        with pytest.raises(TypeError, match=rf"see `Negatives`.*without {method}: "):
+            Mixture([cast(Any, wrong)], frame_of([0, 1]))
+    mixture = Mixture([Uniform(3)], frame_of([0, 1]))
+    for seed in (7, tf.constant(7), [7]):
+        with pytest.raises(ValueError, match=r"two integers, such as \[7, step\].*Received: .*7"):
+            mixture.draw(tf.constant([1]), seed)
 
 
 @pytest.mark.parametrize(

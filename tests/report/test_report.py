@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.config import RunConfig, dump_config, main_job_config, with_settings
+from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -122,7 +122,7 @@ def make_facts() -> RunFacts:
     share = counts / counts.sum()
     return RunFacts(
         folder="runs/films-1",
-        config=main_job_config(),
+        config=movielens_config(),
         metrics=make_metrics(rng),
         table_sizes={"events": 11_011, "items": 400, "users": 302},
         dropped=(Dropped("item is not in the item table", 17),),
@@ -204,7 +204,7 @@ def test_training_data_and_times_are_counted_out() -> None:
 
 
 def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
-    counts, uniform = FACTS.popularity.counts, FACTS.popularity.samplers["uniform"]
+    counts, uniform = FACTS.popularity.counts, FACTS.popularity.negatives["uniform"]
     sums = {"head": [0, 0.0, 0.0], "torso": [0, 0.0, 0.0], "tail": [0, 0.0, 0.0]}
     held = 0
     for count, probability in zip(counts, uniform, strict=True):  # By falling count already.

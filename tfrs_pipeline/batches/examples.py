@@ -59,13 +59,9 @@ class Examples(Protocol):
 
 
 class EpochChoices:
-    """What an epoch's batches hold, drawn an epoch at a time in NumPy.
+    """What an epoch's batches hold, drawn an epoch at a time in NumPy, by (seed, epoch).
 
-    Args:
-        seed: An epoch is a function of (seed, epoch).
-        steps_per_epoch: Batches of an epoch.
-        draw: Draws an epoch: a structure of arrays for each of its batches.
-        signature: Of the structures, as `tf.data` describes them.
+    `draw` returns a structure of arrays for each batch of an epoch, and `signature` is theirs.
     """
 
     def __init__(

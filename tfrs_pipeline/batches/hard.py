@@ -67,9 +67,6 @@ class HardDraws:
         Args:
             name: One of those drawn from.
             pool: Per sample, the candidate rows of its hard negatives, in random order.
-
-        Raises:
-            ValueError: If nothing is drawn from this pool, or the lists are not one a sample.
         """
         if name not in self._hard.pools:
             raise ValueError(

@@ -17,7 +17,7 @@ from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.batches.masks import contains, ragged
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.in_batch import InBatch
-from tfrs_pipeline.negatives.mixture import Mixture, expected_count_in_parts
+from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -37,9 +37,6 @@ class HybridBatches:
         seed: Of the draws.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
-        mask_known_positives: Whether a query's other training positives are no negatives of it.
-        allow_exposed_as_negatives: Whether shared columns may be items that were exposed to the
-            query's user and never clicked, to measure what that does.
         estimates_frequency: Whether the share of a candidate among the positives is the model's own
             estimate (`StreamingFrequency`): batches then hold the parts of n(c) instead of log_q.
 
@@ -52,7 +49,7 @@ class HybridBatches:
 
     Raises:
         ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
-            examples do not go with in-batch or hard negatives, or without the mask.
+            examples do not go with in-batch or hard negatives.
 
     Example:
         The batches as they are, for a training loop of one's own:
@@ -76,8 +73,6 @@ class HybridBatches:
         hard: HardNegatives | None = None,
         seed: int,
         positive_weight: np.ndarray | None = None,
-        mask_known_positives: bool = True,
-        allow_exposed_as_negatives: bool = False,
         estimates_frequency: bool = False,
     ) -> None:
         if InBatch() in negatives and not examples.is_fair_draw:
@@ -86,11 +81,10 @@ class HybridBatches:
                 f"{type(examples).__name__} puts all positives of a user together. Use popularity "
                 "with alpha 1 in place of in_batch: it draws from the same distribution."
             )
-        if not examples.has_one_positive and (hard is not None or not mask_known_positives):
+        if hard is not None and not examples.has_one_positive:
             raise ValueError(
-                f"{type(examples).__name__} gives a query many positives, whose columns are the "
-                "same: hard negatives are those of one positive, and known positives must be "
-                "masked. Set hard to none, or training.examples to 'single'."
+                f"{type(examples).__name__} gives a query many positives, and hard negatives are "
+                "those of one. Set hard to none, or training.examples to 'single'."
             )
         self.samples = samples
         self.examples = examples
@@ -102,33 +96,24 @@ class HybridBatches:
         self.expected_count = self._mixture.expected_count
         self._parts = None
         if estimates_frequency:
-            draws, other = expected_count_in_parts(self.negatives, self.frame)
-            self._parts = tf.constant(draws, tf.float32), tf.constant(other, tf.float32)
+            parts = self._mixture.in_batch_draws, self._mixture.other_expected_count
+            self._parts = [tf.constant(part, tf.float32) for part in parts]
         weights = _scaled_weights(samples, positive_weight)
         self._weights = tf.constant(weights)
-        per_candidate = np.bincount(samples.candidate_rows, weights, len(samples.counts))
-        if examples.rate is not None:
-            per_candidate *= examples.rate
-        self.positive_share = per_candidate / per_candidate.sum()
-        known = [ragged(samples.known_positives)] if mask_known_positives else []
-        exposed = [ragged(samples.exposed)]
-        self._known_positives = known
-        self._exposed = [] if allow_exposed_as_negatives else exposed
+        self.positive_share = _positive_share(samples, weights, examples.rate)
+        known, exposed = ragged(samples.known_positives), ragged(samples.exposed)
+        self._never = {"known positives": known, "exposed items": exposed}
         self._hard = None
         if hard is not None:
             # The pool "exposed" is there only where it is allowed by `allow_exposed`.
             excluded = {
-                name: [*known, *([] if name == "exposed" else exposed)] for name in hard.pools
+                name: [known] if name == "exposed" else [known, exposed] for name in hard.pools
             }
             self._hard = HardDraws(samples, hard, seed=seed, excluded=excluded)
             self._hard_share = hard.share
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool of hard negatives; see `HardDraws.set_pool`.
-
-        Raises:
-            ValueError: If no hard negatives are drawn.
-        """
+        """Replaces a pool of hard negatives; see `HardDraws.set_pool`."""
         if self._hard is None:
             raise ValueError(f"These batches draw no hard negatives, and no pool {name!r}.")
         self._hard.set_pool(name, pool)
@@ -170,9 +155,8 @@ class HybridBatches:
             shared_row: [C] int32, candidates of the shared columns, kind by kind.
             log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
                 negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
-            positive_log_q: [P] float32, what log_q would be in a shared column of the positive.
-            in_batch_draws, other_expected_count: Scalar and [1, C] float32, instead of these two if
-                the frequency is estimated: n(c) = in_batch_draws * q(c) + other_expected_count.
+            in_batch_draws, other_expected_count: Scalar and [1, C] float32, instead of log_q if the
+                frequency is estimated: n(c) = in_batch_draws * q(c) + other_expected_count.
             is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one),
                 known positive, exposed item.
             hard_candidate_row, hard_log_q, hard_is_counted, hard_share: See `HardDraws.draw`.
@@ -192,22 +176,19 @@ class HybridBatches:
         return batch | self._corrections(batch)
 
     def _corrections(self, batch: Batch) -> Batch:
-        """Computes log_q of the shared columns and of the positives, or their parts."""
+        """Computes log_q of the shared columns, or its parts."""
         if self._parts is not None:
             in_batch_draws, other = self._parts
             other = tf.gather(other, batch["shared_row"])[tf.newaxis, :]
             return {"in_batch_draws": in_batch_draws, "other_expected_count": other}
         log_q = self._mixture.log_q(batch["shared_row"])[tf.newaxis, :]
-        positive_log_q = self._mixture.log_q(batch["candidate_row"])
         if "hard_share" in batch:
-            log_easy_share = tf.math.log1p(-batch["hard_share"])
-            log_q -= log_easy_share[:, tf.newaxis]
-            positive_log_q -= log_easy_share
-        return {"log_q": log_q, "positive_log_q": positive_log_q}
+            log_q -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
+        return {"log_q": log_q}
 
     def _is_counted(self, batch: Batch) -> tf.Tensor:
         columns, query_row = batch["shared_row"], batch["query_row"]
-        is_counted = ~self._holds([*self._known_positives, *self._exposed], query_row, columns)
+        is_counted = ~self._holds([*self._never.values()], query_row, columns)
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
         return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
@@ -216,8 +197,6 @@ class HybridBatches:
         self, kinds: Sequence[tf.RaggedTensor], query_row: tf.Tensor, columns: tf.Tensor
     ) -> tf.Tensor:
         """Tells which columns are in a list of the row's query, of any kind: [W, C] bool."""
-        if not kinds:
-            return tf.zeros([tf.shape(query_row)[0], tf.shape(columns)[0]], tf.bool)
         if not self.examples.repeats_queries:
             return contains([tf.gather(lists, query_row) for lists in kinds], columns)
         queries, slot = tf.unique(query_row)
@@ -226,15 +205,11 @@ class HybridBatches:
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
         """Counts why shared columns do not count, over the first batches.
 
-        Args:
-            num_steps: Batches to look at.
-
         Returns:
             By reason, the share of the columns: accidental hits (the same candidate again, a row's
             own in-batch column not counted), known positives, exposed items.
         """
-        reasons = (("known positives", self._known_positives), ("exposed items", self._exposed))
-        masked = {"accidental hits": 0, **{name: 0 for name, kinds in reasons if kinds}}
+        masked = {"accidental hits": 0, **dict.fromkeys(self._never, 0)}
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
@@ -245,7 +220,8 @@ class HybridBatches:
             is_left = tf.ones_like(is_hit)
             found = {"accidental hits": is_hit}
             found |= {
-                name: self._holds(kinds, query_row, columns) for name, kinds in reasons if kinds
+                name: self._holds([lists], query_row, columns)
+                for name, lists in self._never.items()
             }
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
@@ -254,6 +230,13 @@ class HybridBatches:
             masked["accidental hits"] -= num_own
             num_cells += int(tf.size(is_hit)) - num_own
         return {name: count / num_cells for name, count in masked.items()}
+
+
+def _positive_share(samples: Samples, weights: np.ndarray, rate: np.ndarray | None) -> np.ndarray:
+    share = np.bincount(samples.candidate_rows, weights, len(samples.counts))
+    if rate is not None:
+        share *= rate
+    return share / share.sum()
 
 
 def _scaled_weights(samples: Samples, factor_of: np.ndarray | None) -> np.ndarray:

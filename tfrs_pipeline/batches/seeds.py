@@ -17,14 +17,5 @@ class Use(IntEnum):
 
 
 def seed_of(seed: int, use: Use, key: tf.Tensor) -> tf.Tensor:
-    """Derives the seed of a draw.
-
-    Args:
-        seed: Of the run.
-        use: What it is for.
-        key: Scalar int64, the step or the epoch.
-
-    Returns:
-        [2] int32, for TensorFlow's stateless draws.
-    """
+    """Derives the seed of a draw, [2] int32, from the run's and a step or epoch, scalar int64."""
     return tf.cast(tf.random.experimental.stateless_fold_in([seed, use], key), tf.int32)

@@ -23,7 +23,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.examples import Batch
 from tfrs_pipeline.batches.masks import contains, leading
 from tfrs_pipeline.batches.seeds import Use, seed_of
-from tfrs_pipeline.negatives.mixture import draw_all, expected_count_in_parts
+from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
 # Rank and dtype of what an example holds.
@@ -99,9 +99,8 @@ def stream_batches(
     """
     _check_examples(examples.element_spec)
     no_counts = np.zeros(num_candidates + 1)
-    frame = SamplingFrame(no_counts, no_counts, batch_size)
-    in_batch_draws, other_count = expected_count_in_parts(negatives, frame)
-    other_count = tf.constant(other_count, tf.float32)
+    mixture = Mixture(negatives, SamplingFrame(no_counts, no_counts, batch_size))
+    other_count = tf.constant(mixture.other_expected_count, tf.float32)
 
     def batch(step: tf.Tensor, rows: Mapping[str, tf.Tensor | tf.RaggedTensor]) -> Batch:
         history = _as_lists(rows["history_rows"])
@@ -111,7 +110,7 @@ def stream_batches(
         ]
         with tf.control_dependencies(in_corpus):
             positives = tf.identity(rows["candidate_row"])
-        columns = draw_all(negatives, frame, positives, seed_of(seed, Use.SHARED, step))
+        columns = mixture.draw(positives, seed_of(seed, Use.SHARED, step))
         masked = [_positives_in_batch(rows["query_row"], positives), history]
         if "excluded_rows" in rows:
             masked.append(_as_lists(rows["excluded_rows"]))
@@ -121,7 +120,7 @@ def stream_batches(
             "candidate_row": positives,
             "weight": rows.get("weight", tf.ones([batch_size], tf.float32)),
             "shared_row": columns,
-            "in_batch_draws": tf.constant(in_batch_draws, tf.float32),
+            "in_batch_draws": tf.constant(mixture.in_batch_draws, tf.float32),
             "other_expected_count": tf.gather(other_count, columns)[tf.newaxis, :],
             "is_counted": ~contains(masked, columns),
             "dropout_seed": seed_of(seed, Use.DROPOUT, step),

@@ -39,10 +39,6 @@ class UserSets:
         batch_size: Positives in a batch, about.
         history_length: Longest history; more input than that is drawn from at random.
         seed: Of the order and the coins.
-        input_share: Probability that a candidate of a user is input, in (0, 1).
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     is_fair_draw = False
@@ -51,19 +47,10 @@ class UserSets:
     rate: np.ndarray | None = None
 
     def __init__(
-        self,
-        samples: Samples,
-        *,
-        batch_size: int,
-        history_length: int,
-        seed: int,
-        input_share: float = 0.5,
+        self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
-        if not 0 < input_share < 1:
-            raise ValueError(f"input_share must be in (0, 1). Received: {input_share}")
         self.batch_size = batch_size
         self._history_length = history_length
-        self._input_share = input_share
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
         self._candidate_rows = tf.constant(samples.candidate_rows)
@@ -73,8 +60,8 @@ class UserSets:
         self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
         self._query_of_sample = query_of_pair[self._pair]
         # Half of all draws at least have as many users left as their mean, rounded down.
-        mean_left = np.sum(1 - input_share ** np.bincount(query_of_pair))
-        wanted = round(len(samples) * (1 - input_share) / batch_size)
+        mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
+        wanted = round(len(samples) * 0.5 / batch_size)
         self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
         names = ("query_row", "target", "num_targets", "input", "num_inputs")
         signature = {name: tf.TensorSpec([None], tf.int32) for name in names}
@@ -117,7 +104,7 @@ class UserSets:
     def _flip_coins(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws which samples are input, and counts the targets of each query."""
         while True:
-            is_input = (rng.random(int(self._pair.max()) + 1) < self._input_share)[self._pair]
+            is_input = (rng.random(int(self._pair.max()) + 1) < 0.5)[self._pair]
             num_targets = np.bincount(
                 self._query_of_sample[~is_input], minlength=len(self._queries)
             )

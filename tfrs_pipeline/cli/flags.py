@@ -63,10 +63,9 @@ class CommandLine:
         program: Its name, for the help.
         version: What `--version` prints.
         description: What it is for.
-        commands: Settings of each command; docstrings are its help, of which the first paragraph
-            is shown in the list of commands.
-        brief: For commands with many settings: those within tables that `--help` shows.
-            `--help-all` shows the others too.
+        commands: Settings of each; docstrings are their help, the first paragraph also in the list.
+        brief: Of commands with many settings those within tables that `--help` shows, where
+            `--help-all` shows all.
     """
 
     program: str
@@ -147,9 +146,7 @@ class CommandLine:
         if options["help"] == argparse.SUPPRESS:  # A table as JSON: its settings are flags.
             return
         field = _field(self.commands[command], setting)
-        default = "none" if field.is_required() else as_typed(field.default)
-        shown = "" if default in ("none", "no") else f" (default: {default})"
-        options["help"] = f"{field.description}{shown}".replace("%", "%%")
+        options["help"] = explained(field).replace("%", "%%")
         if "." in setting and not shows_all and setting not in self.brief.get(command, ()):
             options["help"] = argparse.SUPPRESS
         if options.get("action") == "append":
@@ -186,6 +183,13 @@ def _field(table: Any, setting: str) -> FieldInfo:
     for inner in tables:
         table = table.model_fields[inner].annotation
     return next(f for key, f in table.model_fields.items() if name in (key, f.alias))
+
+
+def explained(field: FieldInfo) -> str:
+    """Returns a setting's sentence and its default, where the sentence does not say that itself."""
+    says_itself = "not given" in str(field.description) and field.default is None
+    default = "" if field.is_required() or says_itself else as_typed(field.default)
+    return f"{field.description} (default: {default})" if default else str(field.description)
 
 
 def as_typed(value: Any) -> str:

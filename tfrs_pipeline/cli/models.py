@@ -197,7 +197,7 @@ class RefreshIndex(OfModel):
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
     """Keep the newest versions, this many, and delete older ones."""
-    all_new: CliToggleFlag[bool] = False
+    allow_all_new: CliToggleFlag[bool] = False
     """Accept a file without any item that the model knows."""
 
     def __call__(self) -> int:
@@ -216,7 +216,7 @@ class RefreshIndex(OfModel):
                 self.items,
                 index=index,
                 keep_versions=self.keep_versions,
-                allow_all_new=self.all_new,
+                allow_all_new=self.allow_all_new,
                 on_progress=on_progress,
             )
         for line in (*_changes(done), describe_index(done.index, done.num_items)):

@@ -23,13 +23,13 @@ from tfrs_pipeline.cli.console import (
 )
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.config import (
-    PRESETS,
     RunConfig,
     check_model_name,
     load_config,
-    main_job_config,
+    movielens_config,
     with_settings,
 )
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder, read_settings
 
 if TYPE_CHECKING:
@@ -129,13 +129,20 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
+    written = flags.config or (flags.run_dir and flags.run_dir / "config.toml")
+    if flags.config or (written and written.exists()):
+        base = load_config(cast(Path, written))
+    elif settings.get("data.source") == "movielens-100k" or not (
+        {"data.source", "data.path"} & settings.keys()
+    ):
+        base = movielens_config()
     folder, names_data = flags.run_dir, {"data.source", "data.path"} & settings.keys()
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or (_is_used(folder) and not names_data)):
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
-        base = main_job_config()
+        base = movielens_config()
     else:  # The main job's features and name are MovieLens' own.
         base = RunConfig()
     # At once: a flag may mend what a preset alone would not go with.

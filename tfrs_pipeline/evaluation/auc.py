@@ -52,23 +52,16 @@ def auc_per_query(
 
     Returns:
         [num_queries] float64 in [0, 1]; NaN where a query lacks either.
-
-    Raises:
-        ValueError: If there is not one array a query, or a score is NaN.
     """
-    num_queries = len(query_embeddings)
-    if not len(positive_rows) == len(negative_rows) == num_queries:
-        raise ValueError(
-            f"Needs one array of positives and of negatives for each of {num_queries} queries. "
-            f"Received: {len(positive_rows)} and {len(negative_rows)}."
+    values = []
+    for query, positives, negatives in zip(
+        query_embeddings, positive_rows, negative_rows, strict=True
+    ):
+        scores = (
+            candidate_embeddings[np.concatenate([positives, negatives]).astype(int) - 1] @ query
         )
-    values = np.full(num_queries, np.nan)
-    for i, (positives, negatives) in enumerate(zip(positive_rows, negative_rows, strict=True)):
-        if len(positives) and len(negatives):
-            rows = np.concatenate([positives, negatives])
-            scores = candidate_embeddings[rows - 1] @ query_embeddings[i]
-            values[i] = auc(scores[: len(positives)], scores[len(positives) :])
-    return values
+        values.append(auc(scores[: len(positives)], scores[len(positives) :]))
+    return np.array(values)
 
 
 def draw_corpus_rows(
@@ -83,7 +76,7 @@ def draw_corpus_rows(
         seed: Of the draw.
 
     Returns:
-        Per query, the drawn rows without the excluded: int64, ascending.
+        Per query, the drawn rows without the excluded, ascending.
     """
     rng = np.random.default_rng(seed)
     drawn = np.arange(1, num_candidates + 1)

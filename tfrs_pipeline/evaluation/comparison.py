@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ class PlanRow:
             "auc_corpus" and the others those that the log has items for.
         differences: The same names -> paired difference from the reference; empty for itself.
         summary: `EvaluationResult.summary()`.
-        num_epochs: Chosen on validation.
-        seconds: Of the training that chose it, validation included.
+        num_epochs: Chosen on validation, in `seconds`, validation included.
+        seconds: Wall time.
     """
 
     name: str
@@ -48,24 +49,17 @@ class PlanRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the numbers for JSON."""
-        return {
-            "name": self.name,
-            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
-            "differences": {n: interval.as_dict() for n, interval in self.differences.items()},
-            "summary": dict(self.summary),
-            "num_epochs": self.num_epochs,
-            "seconds": self.seconds,
+        return dataclasses.asdict(self) | {
+            field: {name: interval.as_dict() for name, interval in getattr(self, field).items()}
+            for field in ("metrics", "differences")
         }
 
 
 def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdown: bool) -> str:
-    """Lays a comparison out as text.
+    """Lays a comparison out as Markdown or as plain text.
 
-    Args:
-        rows: The plans.
-        cutoffs: Of the evaluation: the longest for recall, NDCG and the tail, the shortest for
-            coverage and average popularity.
-        markdown: As a Markdown table, or as plain text.
+    Of the evaluation's cutoffs the longest is that of recall, NDCG and the tail, the shortest that
+    of coverage and average popularity.
     """
     shortest, longest = min(cutoffs), max(cutoffs)
     compared = [f"ndcg@{longest}", f"recall@{longest}"]
@@ -93,13 +87,7 @@ def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdow
 def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:
     """Draws a comparison: what a plan gains, where in popularity, and what it finds easy.
 
-    Args:
-        rows: The plans; the first is drawn on top.
-        reference: Name of the plan that differences are from.
-        cutoffs: Of the evaluation; the longest is drawn.
-
-    Returns:
-        A figure of three panels with a line a plan.
+    Three panels with a line a plan, the first on top, at the longest cutoff.
     """
     from matplotlib.figure import Figure  # Not pyplot: no window, no state.
 

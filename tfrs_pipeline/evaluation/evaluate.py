@@ -10,14 +10,7 @@ import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.metrics import (
-    QUERY_METRICS,
-    average_popularity,
-    coverage,
-    find_hits,
-    gini,
-    recommendation_counts_at_k,
-)
+from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metrics
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
 from tfrs_pipeline.retrieval import Query, Retriever
 
@@ -156,9 +149,8 @@ Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
 class _Truth:
     """The queries that are measured, and what is to be found.
 
-    queries: [num_queries]; user_ids: [num_queries]; excluded: ids of each query, or None;
-    excluded_pairs, relevant: without candidates outside the corpus; num_relevant: [num_queries],
-    with them; num_excluded: relevant items that were excluded, in all.
+    Pairs are without candidates outside the corpus, num_relevant, [num_queries], is with them;
+    num_excluded counts the relevant items that were excluded, in all.
     """
 
     queries: list[Query]
@@ -292,9 +284,9 @@ def _measure(
         hits = is_hit & in_part[rows - 1]
         per_query.append(
             {
-                f"{metric}@{k}": compute(hits, num_relevant[-1], k)
-                for metric, compute in QUERY_METRICS.items()
+                f"{metric}@{k}": values
                 for k in cutoffs
+                for metric, values in query_metrics(hits, num_relevant[-1], k).items()
             }
         )
     columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
@@ -303,7 +295,11 @@ def _measure(
         SliceResult(
             per_query=values,
             intervals={name: next(intervals) for name in values},
-            set_metrics=_set_metrics(rows, in_part, counts, cutoffs),
+            set_metrics={
+                f"{metric}@{k}": value
+                for k in cutoffs
+                for metric, value in set_metrics(rows, counts, in_part, k).items()
+            },
             num_candidates=int(in_part.sum()),
             num_queries=int(np.count_nonzero(num_in_part)),
             num_relevant=int(num_in_part.sum()),
@@ -312,15 +308,3 @@ def _measure(
             per_query, parts.values(), num_relevant, strict=True
         )
     ]
-
-
-def _set_metrics(
-    rows: np.ndarray, in_part: np.ndarray, counts: np.ndarray, cutoffs: Sequence[int]
-) -> dict[str, float]:
-    metrics = {}
-    for k in cutoffs:
-        times_retrieved = recommendation_counts_at_k(rows, len(in_part), k)[in_part]
-        metrics[f"coverage@{k}"] = coverage(times_retrieved)
-        metrics[f"average_popularity@{k}"] = average_popularity(times_retrieved, counts[in_part])
-        metrics[f"gini@{k}"] = gini(times_retrieved)
-    return metrics

@@ -1,13 +1,15 @@
 """Retrieval metrics: of each query, from where its hits stand; of all retrieved lists together.
 
-The metrics of a query take `is_hit`, which `find_hits` makes once for all of them. To measure a
-part of the relevant items (a popularity slice), clear the other hits and count the part in
-`num_relevant`.
+The metrics of a query take `is_hit`, which `find_hits` makes once for every k. To measure a part of
+the relevant items (a popularity slice), clear the other hits and count the part in `num_relevant`.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+QUERY_METRICS = ("recall", "hit_rate", "ndcg", "mrr")
+SET_METRICS = ("coverage", "average_popularity", "gini")
 
 
 def find_hits(
@@ -55,11 +57,16 @@ def find_hits(
     return wanted[places] == pairs
 
 
-def recall_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
-    """Computes recall@k of each query.
+def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """Computes the metrics of each query at a cutoff.
 
-    recall@k = |top k retrieved and relevant| / |relevant|. Not capped: below 1 where more than k
-    are relevant.
+    With places counted from 1:
+
+        recall@k = hits in the top k / num_relevant; not capped: below 1 where more are relevant
+        hit_rate@k = 1 if there is a hit in the top k, or 0
+        ndcg@k = sum over the hits of 1 / log2(1 + place), divided by that of the ideal list, which
+            puts min(num_relevant, k) hits first (Järvelin and Kekäläinen 2002, binary gains)
+        mrr@k = 1 / place of the first hit, or 0 without one
 
     Args:
         is_hit: [num_queries, max_k] bool, best first; see `find_hits`.
@@ -68,83 +75,23 @@ def recall_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndar
         k: Cutoff, 1 <= k <= max_k.
 
     Returns:
-        [num_queries] float64 in [0, 1], or NaN.
+        Name of `QUERY_METRICS` -> [num_queries] float64 in [0, 1], or NaN.
 
     Raises:
         ValueError: If k is out of range, or a query has more hits than relevant candidates.
 
     Example:
-        >>> recall_at_k(np.array([[False, True, True]]), np.array([2]), k=2)
-        array([0.5])
+        >>> hits = np.array([[False, True, True]])
+        >>> {name: x.round(2).item() for name, x in query_metrics(hits, np.array([2]), 2).items()}
+        {'recall': 0.5, 'hit_rate': 1.0, 'ndcg': 0.39, 'mrr': 0.5}
     """
-    top, is_measured = _checked(is_hit, num_relevant, k)
-    return _where_measured(top.sum(axis=1), np.maximum(num_relevant, 1), is_measured)
-
-
-def hit_rate_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
-    """Computes whether the top k of each query hold a relevant candidate: 1 or 0.
-
-    Args, Returns and Raises as of `recall_at_k`.
-
-    Example:
-        >>> hit_rate_at_k(np.array([[False, True, True]]), np.array([2]), k=2)
-        array([1.])
-    """
-    top, is_measured = _checked(is_hit, num_relevant, k)
-    return _where_measured(np.any(top, axis=1).astype(float), 1.0, is_measured)
-
-
-def ndcg_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
-    """Computes normalised discounted cumulative gain of each query, with binary gains.
-
-    DCG@k = sum over the hits of 1 / log2(1 + place), places from 1. The ideal puts
-    min(num_relevant, k) hits first, so that a perfect list has 1.
-
-    Args, Returns and Raises as of `recall_at_k`.
-
-    Reference: Järvelin and Kekäläinen 2002, Cumulated gain-based evaluation of IR techniques.
-
-    Example:
-        >>> ndcg_at_k(np.array([[True, False]]), np.array([1]), k=2)
-        array([1.])
-    """
-    top, is_measured = _checked(is_hit, num_relevant, k)
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.cumsum(discounts)[np.clip(num_relevant, 1, k) - 1]
-    return _where_measured(top @ discounts, ideal, is_measured)
-
-
-def mrr_at_k(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
-    """Computes the reciprocal rank of each query: 1 / place of its first hit, or 0 without one.
-
-    Args, Returns and Raises as of `recall_at_k`.
-
-    Example:
-        >>> mrr_at_k(np.array([[False, True, True]]), np.array([2]), k=3)
-        array([0.5])
-    """
-    top, is_measured = _checked(is_hit, num_relevant, k)
-    has_hit = np.any(top, axis=1).astype(float)
-    return _where_measured(has_hit, 1.0 + np.argmax(top, axis=1), is_measured)
-
-
-QUERY_METRICS = {
-    "recall": recall_at_k,
-    "hit_rate": hit_rate_at_k,
-    "ndcg": ndcg_at_k,
-    "mrr": mrr_at_k,
-}
-
-
-def _checked(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if is_hit.ndim != 2 or is_hit.dtype != bool or num_relevant.shape != is_hit.shape[:1]:
         raise ValueError(
             "is_hit must be [num_queries, max_k] bool and num_relevant [num_queries]. Received: "
             f"`is_hit.shape` = {is_hit.shape} ({is_hit.dtype}), "
             f"`num_relevant.shape` = {num_relevant.shape}."
         )
-    if not 1 <= k <= is_hit.shape[1]:
-        raise ValueError(f"k must lie in [1, max_k = {is_hit.shape[1]}]. Received: k={k}.")
+    _check_cutoff(k, is_hit)
     num_hits = is_hit.sum(axis=1)
     if np.any(num_hits > num_relevant):
         query = int(np.argmax(num_hits > num_relevant))
@@ -152,96 +99,63 @@ def _checked(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> tuple[np.n
             f"Query {query} has {num_hits[query]} hits but {num_relevant[query]} relevant "
             "candidates: a candidate was retrieved twice, or num_relevant counts something else."
         )
-    return is_hit[:, :k], num_relevant > 0
+    top = is_hit[:, :k]
+    has_hit = np.any(top, axis=1).astype(float)
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    ideal = np.cumsum(discounts)[np.clip(num_relevant, 1, k) - 1]
+    values = {
+        "recall": top.sum(axis=1) / np.maximum(num_relevant, 1).astype(np.float64),
+        "hit_rate": has_hit,
+        "ndcg": top @ discounts / ideal,
+        "mrr": has_hit / (1.0 + np.argmax(top, axis=1)),
+    }
+    return {name: np.where(num_relevant > 0, x, np.nan) for name, x in values.items()}
 
 
-def _where_measured(
-    numerator: np.ndarray, denominator: np.ndarray | float, is_measured: np.ndarray
-) -> np.ndarray:
-    return np.where(is_measured, numerator / np.asarray(denominator, np.float64), np.nan)
+def set_metrics(
+    retrieved_rows: np.ndarray, candidate_counts: np.ndarray, in_part: np.ndarray, k: int
+) -> dict[str, float]:
+    """Computes what the top k of all queries together say of a part of the candidates.
 
-
-def recommendation_counts_at_k(
-    retrieved_rows: np.ndarray, num_candidates: int, k: int
-) -> np.ndarray:
-    """Counts how often each candidate stands in a top k.
+        coverage = share of the candidates that were retrieved for at least one query
+        average_popularity = mean training count of what was retrieved, a filled slot counting once
+        gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), with x_i how often candidate i was
+            retrieved: 0 when all are alike, (n - 1) / n when only one ever is
 
     Args:
         retrieved_rows: [num_queries, max_k] candidate rows from 1, best first; 0 is an empty slot.
-        num_candidates: How many candidates the corpus has.
+        candidate_counts: [num_candidates] training positives.
+        in_part: [num_candidates] bool.
         k: Cutoff, 1 <= k <= max_k.
 
     Returns:
-        [num_candidates] int64; row r is counted at r - 1.
+        Name of `SET_METRICS` -> a number; NaN of no candidates, or if nothing was retrieved.
 
     Raises:
         ValueError: If k or a row is out of range.
+
+    Example:
+        >>> rows, counts = np.array([[1, 3], [3, 0]]), np.array([90, 5, 0, 8])
+        >>> set_metrics(rows, counts, np.array([True, True, True, False]), k=2)
+        {'coverage': 0.6666666666666666, 'average_popularity': 30.0, 'gini': 0.4444444444444444}
     """
-    if not 1 <= k <= retrieved_rows.shape[1]:
-        raise ValueError(f"k must lie in [1, max_k = {retrieved_rows.shape[1]}]. Received: k={k}.")
-    rows = retrieved_rows[:, :k].ravel()
-    if len(rows) and rows.max() > num_candidates:
+    _check_cutoff(k, retrieved_rows)
+    rows, num_candidates = retrieved_rows[:, :k].ravel(), len(candidate_counts)
+    if rows.max(initial=0) > num_candidates:
         raise ValueError(f"Rows must be at most {num_candidates=}. Received: {rows.max()}.")
-    return np.bincount(rows, minlength=num_candidates + 1)[1:]
+    times = np.bincount(rows, minlength=num_candidates + 1)[1:][in_part]
+    total, n = times.sum(), len(times)
+    found = dict.fromkeys(SET_METRICS, float("nan"))
+    if n:
+        found["coverage"] = float(np.mean(times > 0))
+    if total:
+        found["average_popularity"] = float(times @ candidate_counts[in_part] / total)
+        # Sorted, the double sum is a single one: the i-th smallest counts 2 i - n - 1 times.
+        weights = 2 * np.arange(1, n + 1) - n - 1
+        found["gini"] = float(weights @ np.sort(times).astype(np.float64) / (n * total))
+    return found
 
 
-def coverage(recommendation_counts: np.ndarray) -> float:
-    """Computes the share of the candidates that were retrieved for at least one query.
-
-    Args:
-        recommendation_counts: [num_candidates], see `recommendation_counts_at_k`. Pass a part of
-            the candidates to measure that part.
-
-    Returns:
-        A share in [0, 1]; NaN of no candidates.
-
-    Example:
-        >>> coverage(np.array([0, 3, 1, 0]))
-        0.5
-    """
-    if not len(recommendation_counts):
-        return float("nan")
-    return float(np.mean(recommendation_counts > 0))
-
-
-def average_popularity(recommendation_counts: np.ndarray, candidate_counts: np.ndarray) -> float:
-    """Computes the mean training count of what was retrieved, every filled slot counting once.
-
-    Args:
-        recommendation_counts: [num_candidates], see `recommendation_counts_at_k`.
-        candidate_counts: [num_candidates] training positives.
-
-    Returns:
-        Training positives per retrieved candidate; NaN if nothing was retrieved.
-
-    Example:
-        >>> average_popularity(np.array([1, 0, 3]), np.array([100, 50, 0]))
-        25.0
-    """
-    total = recommendation_counts.sum()
-    return float(recommendation_counts @ candidate_counts / total) if total else float("nan")
-
-
-def gini(recommendation_counts: np.ndarray) -> float:
-    """Computes how unevenly the retrieved slots are spread over the candidates.
-
-    Gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)): 0 when all are retrieved equally often,
-    (n - 1) / n when only one ever is.
-
-    Args:
-        recommendation_counts: [num_candidates], see `recommendation_counts_at_k`.
-
-    Returns:
-        A number in [0, 1); NaN if nothing was retrieved.
-
-    Example:
-        >>> gini(np.array([0, 0, 0, 8]))
-        0.75
-    """
-    counts = np.sort(recommendation_counts).astype(np.float64)
-    total = counts.sum()
-    if not total:
-        return float("nan")
-    # Sorted, the double sum is a single one: the i-th smallest counts 2 i - n - 1 times.
-    n = len(counts)
-    return float((2 * np.arange(1, n + 1) - n - 1) @ counts / (n * total))
+def _check_cutoff(k: int, lists: np.ndarray) -> None:
+    if not 1 <= k <= lists.shape[1]:
+        raise ValueError(f"k must lie in [1, max_k = {lists.shape[1]}]. Received: k={k}.")

@@ -15,16 +15,14 @@ def format_table(
 ) -> str:
     """Lays what was measured of several models out as text, a model a line.
 
+    An interval is shown as its mean and half its width; "-" stands for what was not measured.
+
     Args:
         models: Name -> `EvaluationResult.summary()`.
         columns: Names of metrics. "tail/recall@20" is that of a slice.
         differences: Name -> metric -> difference from the model that has none, as of
             `Evaluation.summary()`; they are shown beside their metric's column.
         markdown: As a Markdown table, or as lines of equal length.
-
-    Returns:
-        The table, without a newline at the end. An interval is shown as its mean and half its
-        width; "-" stands for what was not measured.
 
     Example:
         >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}

@@ -20,7 +20,6 @@ def top_k_in_blocks(
     num_candidates: int,
     k: int,
     exclude_rows: Sequence[np.ndarray] | None = None,
-    block_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k best candidates of each query, scoring a block of queries at a time.
 
@@ -36,15 +35,14 @@ def top_k_in_blocks(
         k: How many to find for each query, 1 or more; may exceed `num_candidates`.
         exclude_rows: One array of candidate rows a query, never to be returned for it. Repeats and
             row 0 are harmless. None excludes nothing.
-        block_size: Queries scored at a time; by default so many that a block takes 64 MB.
 
     Returns:
         rows: [num_queries, k] int32 from 1, best first, 0 in empty slots.
         scores: [num_queries, k] float32, -inf in empty slots.
 
     Raises:
-        ValueError: If a score is NaN, a row is out of range, a shape is not as described, or k or
-            block_size is below 1.
+        ValueError: If a score is NaN, a row is out of range, a shape is not as described, or k is
+            below 1.
 
     Example:
         >>> scores = np.array([[0.5, 2.0, 2.0, 1.0]])
@@ -52,17 +50,14 @@ def top_k_in_blocks(
         >>> rows
         array([[2, 3]], dtype=int32)
     """
-    if block_size is None:
-        block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
-    if k < 1 or block_size < 1:
-        raise ValueError(
-            f"k and block_size must be 1 or more. Received: k={k}, block_size={block_size}."
-        )
+    if k < 1:
+        raise ValueError(f"k must be 1 or more. Received: k={k}.")
     if exclude_rows is not None:
         check_one_each("exclude_rows", exclude_rows, num_queries)
     rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
     num_found = min(k, num_candidates)
+    block_size = max(1, _SCORES_PER_BLOCK // max(1, num_candidates))
     for start in range(0, num_queries, block_size):
         block = slice(start, min(start + block_size, num_queries))
         shape = (block.stop - block.start, num_candidates)
@@ -148,15 +143,7 @@ def retrieve_by_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Answers `Retriever.retrieve` for anything that can score every candidate of its queries.
 
-    Args:
-        score_queries: Given queries, returns [num_queries, num_candidates] scores.
-        corpus: The candidates, in the order of the scores.
-        queries: As of `Retriever.retrieve`.
-        k: As of `Retriever.retrieve`.
-        exclude: As of `Retriever.retrieve`.
-
-    Returns:
-        Candidate ids and scores, as of `Retriever.retrieve`.
+    `score_queries` returns [num_queries, num_candidates], columns in the order of the corpus.
     """
     exclude_rows = exclude_rows_of(corpus, queries, exclude)
     rows, scores = top_k_in_blocks(
@@ -187,7 +174,7 @@ class ExactRetriever:
     Args:
         candidate_ids: [num_candidates] distinct ids, int or str. Their order breaks ties.
         candidate_embeddings: [num_candidates, dim] floats.
-        query_fn: The query tower: queries -> [num_queries, dim] embeddings.
+        embed_queries: The query tower: queries -> [num_queries, dim] embeddings.
 
     Raises:
         ValueError: If ids and embeddings do not match.
@@ -203,11 +190,11 @@ class ExactRetriever:
         self,
         candidate_ids: Collection[Any] | np.ndarray,
         candidate_embeddings: np.ndarray,
-        query_fn: Callable[[Sequence[Query]], np.ndarray],
+        embed_queries: Callable[[Sequence[Query]], np.ndarray],
     ) -> None:
         self.corpus = Ids(candidate_ids)
         self.candidate_embeddings = np.asarray(candidate_embeddings, np.float32)
-        self.query_fn = query_fn
+        self._embed_queries = embed_queries
         if self.candidate_embeddings.ndim != 2 or len(self.candidate_embeddings) != len(
             self.corpus
         ):
@@ -226,11 +213,11 @@ class ExactRetriever:
         return retrieve_by_scores(self._scores, self.corpus, queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
-        embeddings = np.asarray(self.query_fn(queries), np.float32)
+        embeddings = np.asarray(self._embed_queries(queries), np.float32)
         expected = (len(queries), self.candidate_embeddings.shape[1])
         if embeddings.shape != expected:
             raise ValueError(
-                f"query_fn must return [num_queries, dim] = {expected}. "
+                f"embed_queries must return [num_queries, dim] = {expected}. "
                 f"Received: `embeddings.shape` = {embeddings.shape}."
             )
         return embeddings @ self.candidate_embeddings.T

@@ -26,15 +26,9 @@ MIN_TEXT_COUNT = 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """Ids and encoded features behind the rows of samples.
+    """Ids and features behind the rows of samples: `features` say how a column is encoded.
 
-    Args:
-        candidate_ids: Item ids and their rows.
-        query_ids: User ids and their rows.
-        candidate_features: How item columns are encoded.
-        query_features: How user columns are encoded.
-        candidate_columns: Encoded item features by name, of rows 1, 2, ...
-        query_columns: Encoded user features by name.
+    `columns` hold the encoded features by name, of rows 1, 2, ...
     """
 
     candidate_ids: Ids
@@ -46,12 +40,7 @@ class Corpus:
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
-        """Reads the ids behind the rows of samples, and encodes the features beside them.
-
-        Args:
-            log: That the samples were built from, or another part of the same whole.
-            folder: Of the samples.
-        """
+        """Reads the ids behind the samples in a folder, and encodes the log's features of them."""
         candidate_ids, query_ids = read_ids(folder)
         end = None
         if "timestamp" in log.events.columns:
@@ -59,14 +48,8 @@ class Corpus:
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
         candidate_features, candidate_columns = _encode(items, log.item_features, end)
         query_features, query_columns = _encode(users, log.user_features, end)
-        return cls(
-            candidate_ids,
-            query_ids,
-            candidate_features,
-            query_features,
-            candidate_columns,
-            query_columns,
-        )
+        features = candidate_features, query_features
+        return cls(candidate_ids, query_ids, *features, candidate_columns, query_columns)
 
 
 def _encode(
@@ -84,13 +67,7 @@ def _encode(
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Samples of a log, and the corpus behind their rows.
-
-    Args:
-        samples: One per positive.
-        corpus: Ids and features behind the rows.
-        report: Counts of what the samples hold and what was dropped (see `build_samples`).
-    """
+    """Samples of a log, the corpus behind their rows, and the report of `build_samples`."""
 
     samples: Samples
     corpus: Corpus

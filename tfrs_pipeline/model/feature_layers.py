@@ -52,12 +52,7 @@ def layer_name(column: str) -> str:
 
 
 class FeatureTable(tf.keras.layers.Layer):
-    """Encoded features of every row, constant in the model and gathered by row.
-
-    Args:
-        specs: The features.
-        num_rows: Rows, row 0 "unknown" included.
-    """
+    """Encoded features of every row, 0 ("unknown") included, constant in the model."""
 
     def __init__(self, specs: Sequence[FeatureSpec], num_rows: int, name: str) -> None:
         super().__init__(name=name, trainable=False)
@@ -72,7 +67,7 @@ class FeatureTable(tf.keras.layers.Layer):
                 trainable=False,
             )
 
-    def assign(self, columns: dict[str, np.ndarray]) -> None:
+    def assign(self, columns: Mapping[str, np.ndarray]) -> None:
         """Sets the features.
 
         Args:
@@ -98,16 +93,12 @@ class FeatureTable(tf.keras.layers.Layer):
 
 
 class FeatureEmbedding(tf.keras.layers.Layer):
-    """Embeds one encoded feature.
+    """Embeds one encoded feature, in `dim` numbers if it is no numeric or timestamp one.
 
     Categorical, hashed and bucketized: an embedding, code 0 included. Multi-valued and text: the
     mean of the embeddings of the codes other than 0, the zero vector where there is none. Numeric
     and timestamp: the values. Vector: a trained linear map of it. These three have zeros where the
     value is missing, and say in one more column whether it is.
-
-    Args:
-        spec: The feature.
-        dim: Embedding size (not used by numeric and timestamp features).
     """
 
     def __init__(self, spec: FeatureSpec, dim: int) -> None:
@@ -121,10 +112,7 @@ class FeatureEmbedding(tf.keras.layers.Layer):
             self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=name)
 
     def call(self, values: tf.Tensor) -> tf.Tensor:
-        """Embeds encoded values.
-
-        Args:
-            values: [n] or [n, num_values], as `Feature.encode` returns them.
+        """Embeds [n] or [n, num_values] values, as `Feature.encode` returns them.
 
         Returns:
             [n, dim] float32; [n, dim + 1] if vector, [n, 2] if numeric, [n, 6] if timestamp.
@@ -161,14 +149,7 @@ def drop_features(
 
     Returns:
         The features, encoded as missing (`FeatureSpec.empty`) where they are dropped.
-
-    Raises:
-        ValueError: If the rate is out of range, or a feature is missing.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"`rate` must be from 0 to 1. Received: {rate}.")
-    if missing := [spec.name for spec in specs if spec.name not in features]:
-        raise ValueError(f"Features {missing} are missing. Received: {sorted(features)}.")
     dropped = dict(features)
     if not specs or not rate:
         return dropped
@@ -183,14 +164,6 @@ def drop_features(
 
 
 def weighted_mean(vectors: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Computes the weighted mean over the second axis, zero where no weight is positive.
-
-    Args:
-        vectors: [n, m, d].
-        weights: [n, m], 0 or more.
-
-    Returns:
-        [n, d].
-    """
+    """Computes the mean of [n, m, d] vectors by [n, m] weights: [n, d], 0 where all weights are."""
     total = tf.reduce_sum(weights, axis=1, keepdims=True)
     return tf.math.divide_no_nan(tf.einsum("nmd,nm->nd", vectors, weights), total)

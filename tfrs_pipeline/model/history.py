@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import tensorflow as tf
 
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
+from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
+
+ATTENTION_DROPOUT = 0.2
 
 
 class HistoryEncoder(tf.keras.layers.Layer):
@@ -26,14 +29,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     Args:
         num_candidates: Candidates, row 0 not counted.
-        dim: Embedding size.
-        poolings: Any of the three.
-        max_length: Longest history.
-        recency_decay: Weight of an item relative to the one after it, in (0, 1].
-        dropout: Share of the items dropped at random in training.
-        attention_blocks: Blocks of the Transformer.
-        attention_heads: Heads of each; must divide `dim`.
-        attention_dropout: Share of the Transformer's activations dropped in training.
+        settings: Which poolings, and their sizes and dropout.
         item_embedding: Embedding of candidate rows to read the items with, such as the candidate
             tower's own; None is one of the history's own.
     """
@@ -41,26 +37,18 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def __init__(
         self,
         num_candidates: int,
-        dim: int,
-        *,
-        poolings: Sequence[str],
-        max_length: int,
-        recency_decay: float,
-        dropout: float,
-        attention_blocks: int = 2,
-        attention_heads: int = 2,
-        attention_dropout: float = 0.2,
+        settings: TwoTowerSettings,
         item_embedding: tf.keras.layers.Embedding | None = None,
     ) -> None:
         super().__init__(name="history")
+        dim = settings.dim
         self._embedding = item_embedding or tf.keras.layers.Embedding(
             num_candidates + 1, dim, name="history_item"
         )
-        self._poolings = tuple(poolings)
+        self._poolings = settings.history_pooling
         self.num_vectors = len(self._poolings)
-        self._recency_decay = recency_decay
-        self._dropout = dropout
-        self._dim = dim
+        self._recency_decay = settings.recency_decay
+        self._dropout = settings.history_dropout
         pooled = [pooling for pooling in self._poolings if pooling != "attention"]
         if pooled:
             self._empty = self.add_weight(
@@ -68,11 +56,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
             )
         if "attention" in self._poolings:
             self._attention = SelfAttention(
-                dim,
-                max_length=max_length,
-                num_blocks=attention_blocks,
-                num_heads=attention_heads,
-                dropout=attention_dropout,
+                dim, max_length=settings.history_length, num_blocks=settings.attention_blocks
             )
 
     def call(
@@ -81,15 +65,12 @@ class HistoryEncoder(tf.keras.layers.Layer):
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Encodes histories.
+        """Encodes histories: [B, num_poolings * dim] float32.
 
         Args:
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
             training: Whether items are dropped.
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
-
-        Returns:
-            [B, num_poolings * dim] float32.
         """
         kept = self._kept(history_rows, training, dropout_seed)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
@@ -117,8 +98,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
         Args:
             sequence_rows: [W, L] int32, oldest first, 0 is padding and comes last.
-            training: Whether items are dropped.
-            dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
+            training: As of `call`, and so is `dropout_seed`.
+            dropout_seed: [2] int32 or None.
 
         Returns:
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
@@ -208,25 +189,18 @@ class SelfAttention(tf.keras.layers.Layer):
     Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM.
 
     Args:
-        dim: Size of inputs and outputs.
+        dim: Size of inputs and outputs, a multiple of `ATTENTION_HEADS`.
         max_length: Longest sequence.
         num_blocks: Blocks.
-        num_heads: Heads of each; must divide `dim`.
         dropout: Share of activations dropped in training.
-
-    Raises:
-        ValueError: If the heads do not divide `dim`.
     """
 
     def __init__(
-        self, dim: int, *, max_length: int, num_blocks: int, num_heads: int, dropout: float
+        self, dim: int, *, max_length: int, num_blocks: int, dropout: float = ATTENTION_DROPOUT
     ) -> None:
         super().__init__(name="self_attention")
-        if dim % num_heads:
-            raise ValueError(
-                f"The number of heads must divide the embedding size {dim}. Received: {num_heads}"
-            )
-        self._num_heads = num_heads
+        if dim % ATTENTION_HEADS:
+            raise ValueError(f"dim must be a multiple of {ATTENTION_HEADS} heads. Received: {dim}")
         self._dropout = dropout
         self._scale = dim**0.5
         self._start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
@@ -247,17 +221,11 @@ class SelfAttention(tf.keras.layers.Layer):
         self._norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
 
     def call(self, vectors: tf.Tensor, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
-        """Attends.
+        """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
 
         Args:
             vectors: [W, L, dim] float32, oldest first, L at most `max_length`.
             dropout_seed: [2] int32 that the dropout is a function of; None is no dropout.
-
-        Returns:
-            [W, L + 1, dim] float32: output j has seen the first j vectors.
-
-        Raises:
-            tf.errors.InvalidArgumentError: If a sequence is longer than `max_length`.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -282,10 +250,9 @@ class SelfAttention(tf.keras.layers.Layer):
 
     def _attend(self, block: dict[str, tf.keras.layers.Layer], hidden: tf.Tensor) -> tf.Tensor:
         shape = tf.shape(hidden)
-        num_heads = self._num_heads
         projected = tf.reshape(
             block["query_key_value"](hidden),
-            [shape[0], shape[1], 3, num_heads, hidden.shape[2] // num_heads],
+            [shape[0], shape[1], 3, ATTENTION_HEADS, hidden.shape[2] // ATTENTION_HEADS],
         )
         query, key, value = tf.unstack(tf.transpose(projected, [2, 0, 3, 1, 4]))
         scores = tf.matmul(query, key, transpose_b=True) / (query.shape[-1] ** 0.5)

@@ -19,17 +19,14 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
 
     The parent's `candidate_sampling_probability` is one number per column, clipped to [1e-6, 1],
     and corrects the positive as well. Here `log_q` may differ by row, is never clipped, and the
-    row's own positive keeps its bare logit unless `correct_positive`. Hard negatives of a row are
-    columns of that row alone: B * H products, not B * B * H. A row may have several positives, each
+    row's own positive keeps its bare logit. Hard negatives of a row are columns of that row alone:
+    B * H products, not B * B * H. A row may have several positives, each
     with a loss of its own over the same negatives, which are scored once.
 
     It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
 
     Args:
         temperature: Scores are divided by it.
-        correct_positive: Whether the positive's logit is corrected with log_q too (Yi et al.,
-            RecSys 2019).
-        name: Layer name.
 
     Example:
         In-batch negatives and two easy ones, all of them corrected:
@@ -47,15 +44,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         3.219
     """
 
-    def __init__(
-        self,
-        temperature: float | None = None,
-        *,
-        correct_positive: bool = False,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(temperature=temperature, name=name)
-        self._correct_positive = correct_positive
+    def __init__(self, temperature: float | None = None) -> None:
+        super().__init__(temperature=temperature)
 
     def call(
         self,
@@ -67,7 +57,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         *,
         negative_embeddings: tf.Tensor | None = None,
         log_q: tf.Tensor | None = None,
-        positive_log_q: tf.Tensor | None = None,
         positive_query: tf.Tensor | None = None,
         hard_embeddings: tf.Tensor | None = None,
         hard_log_q: tf.Tensor | None = None,
@@ -87,7 +76,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
                 a column that holds the row's own positive must not.
             negative_embeddings: [C, D], the shared columns.
             log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns.
-            positive_log_q: [P], for `correct_positive`.
             positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
             hard_embeddings: [W, H, D], each row's own negatives.
             hard_log_q: [W, H], required with `hard_embeddings`.
@@ -105,37 +93,30 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         queries = tf.convert_to_tensor(query_embeddings)
         if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
             queries = queries / self._temperature
-        is_parent_form = negative_embeddings is None
-        positives = candidate_embeddings
-        if is_parent_form:
-            positives = candidate_embeddings[: tf.shape(queries)[0]]
-            negative_embeddings = candidate_embeddings
-        own = tf.einsum("pd,pd->p", _of_positives(queries, positive_query), positives)
-        shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
+        positives, parents_log_q = candidate_embeddings, None
         if candidate_sampling_probability is not None:
-            if log_q is not None or not is_parent_form:
+            if log_q is not None or negative_embeddings is not None:
                 raise ValueError(
                     "candidate_sampling_probability is the parent's form, without "
                     "negative_embeddings and log_q: pass log_q alone."
                 )
-            log_q = _checked_log(candidate_sampling_probability)
-            own = own - log_q[: tf.shape(own)[0]]
-        elif self._correct_positive and log_q is not None:
-            given = _given("positive_log_q", positive_log_q, "correct_positive")
-            own = own - tf.reshape(given, tf.shape(own))
+            log_q = parents_log_q = _checked_log(candidate_sampling_probability)
+        if negative_embeddings is None:
+            num_rows = tf.shape(queries)[0]
+            positives, negative_embeddings = candidate_embeddings[:num_rows], candidate_embeddings
+            score_mask = _off_diagonal(score_mask, num_rows, tf.shape(candidate_embeddings)[0])
+        own = tf.einsum("pd,pd->p", _of_positives(queries, positive_query), positives)
+        if parents_log_q is not None:
+            own = own - parents_log_q[: tf.shape(own)[0]]
+        shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
         if log_q is not None:
             shared = shared - _checked_log_q(log_q, shared)
-        if is_parent_form:
-            score_mask = tf.ones_like(shared, tf.bool) if score_mask is None else score_mask
-            score_mask = tf.linalg.set_diag(score_mask, tf.zeros(tf.shape(own), tf.bool))
-        blocks = [shared if score_mask is None else tf.where(score_mask, shared, MASKED_LOGIT)]
+        blocks = [_masked(shared, score_mask)]
         if hard_embeddings is not None:
+            if hard_log_q is None:
+                raise ValueError("hard_embeddings needs hard_log_q.")
             logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
-            given = _given("hard_log_q", hard_log_q, "hard_embeddings")
-            logits -= tf.reshape(given, tf.shape(logits))
-            blocks.append(
-                logits if hard_mask is None else tf.where(hard_mask, logits, MASKED_LOGIT)
-            )
+            blocks.append(_masked(logits - tf.reshape(hard_log_q, tf.shape(logits)), hard_mask))
         # log(exp(own) + exp(others)) - own.
         losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
         if sample_weight is not None:  # The parent takes [P, 1] too.
@@ -143,10 +124,14 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         return tf.reduce_sum(losses)
 
 
-def _given(name: str, value: tf.Tensor | None, needed_by: str) -> tf.Tensor:
-    if value is None:
-        raise ValueError(f"{needed_by} needs {name}.")
-    return value
+def _masked(logits: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    return logits if mask is None else tf.where(mask, logits, MASKED_LOGIT)
+
+
+def _off_diagonal(mask: tf.Tensor | None, num_rows: tf.Tensor, num_columns: tf.Tensor) -> tf.Tensor:
+    """Takes each row's own positive, which stands on the diagonal, from its negatives."""
+    mask = tf.ones([num_rows, num_columns], tf.bool) if mask is None else mask
+    return tf.linalg.set_diag(mask, tf.zeros([num_rows], tf.bool))
 
 
 def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:

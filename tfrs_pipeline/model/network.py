@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import FeatureTable
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.randomness import Stream, fold
+from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.streaming import StreamingFrequency
 
 # Candidates embedded at once when the whole corpus is.
@@ -29,42 +31,41 @@ class TwoTowerNetwork(tfrs.Model):
     Args:
         query_tower: Embeds queries.
         candidate_tower: Embeds candidates.
-        query_table: Encoded features of users by row.
-        candidate_table: Encoded features of items by row.
-        num_candidates: Corpus size, row 0 not counted.
-        history_length: N.
-        temperature: Scores are divided by it in the loss.
-        is_corrected: Whether log_q is subtracted from the logits of sampled columns; False is for
-            comparison.
-        correct_positive: Whether the positive's logit is corrected too.
-        frequency: Estimates the share of each candidate among the positives, for batches that hold
-            the parts of n(c) instead of log_q.
+        settings: N, the temperature and the correction. With "streaming" the model estimates the
+            share of each candidate among the positives, and batches hold the parts of n(c).
+        corpus: Its encoded features become constants of the model.
         name: Of the model.
+
+    Raises:
+        ValueError: If the towers' embeddings do not go together.
     """
 
     def __init__(
         self,
         query_tower: tf.keras.layers.Layer,
         candidate_tower: tf.keras.layers.Layer,
-        *,
-        query_table: FeatureTable,
-        candidate_table: FeatureTable,
-        num_candidates: int,
-        history_length: int,
-        temperature: float = 0.15,
-        is_corrected: bool = True,
-        correct_positive: bool = False,
-        frequency: StreamingFrequency | None = None,
-        name: str = "two_tower",
+        settings: TwoTowerSettings,
+        corpus: Corpus,
+        name: str,
     ) -> None:
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
-        self.query_table, self.candidate_table = query_table, candidate_table
-        self.num_candidates = num_candidates
-        self.history_length = history_length
-        self.task = HybridRetrieval(temperature, correct_positive=correct_positive)
-        self._is_corrected = is_corrected
-        self._frequency = frequency
+        self.query_table = _feature_table(
+            "query_features", corpus.query_features, corpus.query_columns, len(corpus.query_ids)
+        )
+        self.num_candidates = len(corpus.candidate_ids)
+        self.candidate_table = _feature_table(
+            "candidate_features",
+            corpus.candidate_features,
+            corpus.candidate_columns,
+            self.num_candidates,
+        )
+        self.history_length = settings.history_length
+        self.task = HybridRetrieval(settings.temperature)
+        self._is_corrected = settings.correction != "none"
+        self._frequency = None
+        if settings.correction == "streaming":
+            self._frequency = StreamingFrequency.of_corpus(self.num_candidates)
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
         self._build_variables()
 
@@ -74,32 +75,19 @@ class TwoTowerNetwork(tfrs.Model):
         history_rows: tf.Tensor,
         features: Mapping[str, tf.Tensor] | None = None,
     ) -> tf.Tensor:
-        """Embeds queries.
+        """Embeds queries: [B, D] float32.
 
         Args:
             query_rows: [B] int32, 0 is an unknown user.
             history_rows: [B, N] int32, most recent first, padded with 0.
-            features: Encoded features, for users that the model does not hold; None takes those
-                of `query_rows`.
-
-        Returns:
-            [B, D] float32.
+            features: Encoded, for users that the model does not hold; None takes those of the rows.
         """
         return self._queries({"query_row": query_rows, "history_rows": history_rows}, features)
 
     def embed_candidates(
         self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
     ) -> tf.Tensor:
-        """Embeds candidates.
-
-        Args:
-            candidate_rows: [n] int32, 0 is an unknown item.
-            features: Encoded features, for items that the model does not hold; None takes those of
-                `candidate_rows`.
-
-        Returns:
-            [n, D] float32.
-        """
+        """Embeds candidates, [n] int32 rows, 0 is an unknown item: [n, D] float32."""
         return self._candidates(candidate_rows, features)
 
     def embed_corpus(self) -> np.ndarray:
@@ -184,7 +172,6 @@ class TwoTowerNetwork(tfrs.Model):
             score_mask=inputs["is_counted"],
             negative_embeddings=shared,
             log_q=self.log_q(inputs),
-            positive_log_q=inputs.get("positive_log_q"),
             positive_query=inputs.get("positive_query"),
             **own,
         )
@@ -255,9 +242,6 @@ class TwoTowerNetwork(tfrs.Model):
     def diagnose(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, float]:
         """Computes what tells a training gone wrong, from one batch; nothing is changed.
 
-        Args:
-            inputs: As `HybridBatches.batch` describes.
-
         Returns:
             "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
             corrected; "masked_share", of the shared columns those that do not count; "norm/query"
@@ -276,27 +260,23 @@ class TwoTowerNetwork(tfrs.Model):
             figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
         return {name: float(figure) for name, figure in figures.items()}
 
-    def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
-        """Scores pairs.
-
-        Args:
-            inputs: `query_row` [B], `history_rows` [B, N] and `candidate_row` [B], all int32.
-            training: Whether dropout is on.
-
-        Returns:
-            [B] float32 dot products, not divided by the temperature.
-        """
-        queries = self._queries(inputs, training=training)
-        candidates = self._candidates(inputs["candidate_row"], training=training)
-        return tf.reduce_sum(queries * candidates, axis=1)
-
     def _build_variables(self) -> None:
         """Makes every variable now, so that weights can be loaded before the first step."""
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
-        scores = self({"query_row": row, "history_rows": history, "candidate_row": row})
-        if scores.shape.rank != 1:
+        query = self._queries({"query_row": row, "history_rows": history})
+        candidate = self._candidates(row)
+        if query.shape.rank != 2 or query.shape != candidate.shape:
             raise ValueError(
-                "Each tower must return [n, D], the same D. Received: scores of shape "
-                f"{tuple(scores.shape)}"
+                "Each tower must return [n, D], the same D: make the last layers of query_tower "
+                f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
+                f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
+
+
+def _feature_table(
+    name: str, features: Sequence[Feature], columns: Mapping[str, np.ndarray], num_rows: int
+) -> FeatureTable:
+    table = FeatureTable([feature.spec for feature in features], num_rows + 1, name=name)
+    table.assign(columns)
+    return table

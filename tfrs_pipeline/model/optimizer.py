@@ -121,13 +121,10 @@ def make_optimizer(
 
     Args:
         name: "adagrad", "adam" or "lazy_adam".
-        learning_rate: Or the peak of it.
+        learning_rate: Or the peak of it; a plain number in the optimizer where it stays the same.
         num_steps: Steps after which a decay has come to its end.
         warmup_steps: Steps over which it rises from 0; 0 is no warm-up.
         decay: "cosine" falls to 0 after the warm-up, "none" stays.
-
-    Returns:
-        The optimizer; its learning rate is a plain number where it stays the same.
 
     Raises:
         ValueError: If the warm-up leaves no step for the decay.

@@ -15,14 +15,9 @@ QUERY_BATCH = 1024
 
 
 def history_rows(history: np.ndarray, length: int) -> np.ndarray:
-    """Turns candidate rows, oldest first, into the form of a batch.
+    """Turns candidate rows, oldest first, into [length] int32, most recent first, padded with 0.
 
-    Args:
-        history: [n] int rows; 0 (unknown) is dropped.
-        length: N.
-
-    Returns:
-        [N] int32, most recent first, padded with 0.
+    Unknown ones, of row 0, are dropped.
 
     Example:
         >>> history_rows(np.array([4, 0, 7, 9]), length=5)
@@ -35,13 +30,7 @@ def history_rows(history: np.ndarray, length: int) -> np.ndarray:
 
 
 class QueryEncoder:
-    """Embeds raw queries with a model's query tower.
-
-    Args:
-        model: The model.
-        query_ids: User ids and their rows.
-        candidate_ids: Item ids and their rows.
-    """
+    """Embeds raw queries with a model's query tower."""
 
     def __init__(self, model: TwoTowerNetwork, query_ids: Ids, candidate_ids: Ids) -> None:
         self._model = model
@@ -61,14 +50,10 @@ class QueryEncoder:
         self._embed = embed
 
     def rows(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
-        """Looks up the rows of queries.
+        """Looks up query_rows, [n] int32, and history_rows, [n, N] int32.
 
-        Args:
-            queries: `user_id` and `history` are read; either may be missing. Unknown users have
-                row 0, unknown items are dropped from the history.
-
-        Returns:
-            query_rows [n] int32 and history_rows [n, N] int32.
+        `user_id` and `history` are read; either may be missing. Unknown users have row 0, unknown
+        items are dropped from the history.
         """
         length = self._model.history_length
         users = self._query_ids.rows([query.get("user_id") for query in queries])

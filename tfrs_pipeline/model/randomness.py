@@ -18,15 +18,7 @@ class Stream(IntEnum):
 
 
 def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | None:
-    """Returns the seed of a pass: none outside training, a new one where none is given.
-
-    Args:
-        training: Whether anything is random.
-        dropout_seed: [2] int32, or None.
-
-    Returns:
-        [2] int32, or None.
-    """
+    """Returns the seed of a pass: none outside training, a new one where none is given."""
     if not training:
         return None
     if dropout_seed is not None:

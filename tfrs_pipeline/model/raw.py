@@ -37,13 +37,10 @@ def to_texts(column: Column) -> Any:
 
 
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
-    """Returns the values of lists, end to end, and how many each row has.
+    """Returns the values of lists, an Arrow array of strings, and how many each of n rows has.
 
     Missing values and empty strings within a list are dropped; a value that is in no list is one of
     its own.
-
-    Returns:
-        An Arrow array of strings, and [n] int64.
 
     Example:
         >>> values, lengths = to_text_lists([["a", 7, None, ""], None, "b"])
@@ -122,12 +119,7 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
 
 def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
-    """Returns [n, length] float32, NaN in rows that are missing.
-
-    Args:
-        name: Of the feature.
-        column: Vectors.
-        length: That all must have; None takes the most frequent one.
+    """Returns [n, length] float32, NaN in missing rows; the length is by default the commonest.
 
     Raises:
         ValueError: If an entry is no vector, lengths differ, a number is not finite, or all are

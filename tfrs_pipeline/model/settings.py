@@ -13,12 +13,14 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.settings import Config, from_text, refuse
+from tfrs_pipeline.settings import Config, Distinct, from_text, refuse
 
 Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Combination: TypeAlias = Literal["concat", "sum"]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
 Decay: TypeAlias = Literal["none", "cosine"]
+
+ATTENTION_HEADS = 2  # Of each block of the self-attention.
 
 SharedKind: TypeAlias = Annotated[
     InBatch | Uniform | Popularity,
@@ -46,17 +48,13 @@ class TwoTowerSettings(Config):
     correction: Literal["mixture", "streaming", "none"] = "mixture"
     """Whether logits are corrected by the expected count of each candidate in the batch: from the
     training counts, or with the popularity of positives estimated from the batches so far."""
-    correct_positive: bool = False
-    """Whether the positive's own logit is corrected too (Yi et al. 2019)."""
     temperature: PositiveFloat = 0.15
     """What scores are divided by in the loss."""
     normalize: bool = True
     """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
     one."""
-    query_layers: tuple[PositiveInt, ...] = ()
-    """Sizes of the hidden layers of the query tower."""
-    candidate_layers: tuple[PositiveInt, ...] = ()
-    """Sizes of the hidden layers of the candidate tower."""
+    hidden_layers: tuple[PositiveInt, ...] = ()
+    """Sizes of the hidden layers of each tower."""
     combination: Combination = "concat"
     """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
     brought to the embedding's length and added up."""
@@ -75,7 +73,7 @@ class TwoTowerSettings(Config):
     """Share of the features that training replaces by a missing value, at random."""
     history_length: PositiveInt = 50
     """Latest positives before the event that the query holds."""
-    history_pooling: tuple[Literal["mean", "recency", "attention"], ...] = ("mean", "recency")
+    history_pooling: Distinct[Literal["mean", "recency", "attention"]] = ("mean", "recency")
     """How the history becomes a vector: a plain mean, one weighted by recency, causal
     self-attention, or several of them."""
     history_dropout: Fraction = 0.5
@@ -86,10 +84,6 @@ class TwoTowerSettings(Config):
     """Weight of a step back in the history, relative to the step after it."""
     attention_blocks: PositiveInt = 2
     """Blocks of the self-attention, with history_pooling attention."""
-    attention_heads: PositiveInt = 2
-    """Heads of each block of the self-attention; must divide dim."""
-    attention_dropout: Fraction = 0.2
-    """Share of the activations of the self-attention that is dropped at random in training."""
 
     @model_validator(mode="after")
     def _check(self) -> TwoTowerSettings:
@@ -97,12 +91,9 @@ class TwoTowerSettings(Config):
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.correct_positive and self.correction != "mixture":
-            yield "correct_positive", f"needs correction 'mixture', got {self.correction!r}"
-        if len(set(self.history_pooling)) < len(self.history_pooling):
-            yield "history_pooling", f"got {list(self.history_pooling)!r}: a pooling twice"
-        if "attention" in self.history_pooling and self.dim % self.attention_heads:
-            yield "attention_heads", f"got {self.attention_heads}; must divide dim {self.dim}"
+        if "attention" in self.history_pooling and self.dim % ATTENTION_HEADS:
+            message = f"must be a multiple of {ATTENTION_HEADS}, the heads of the self-attention"
+            yield "dim", f"got {self.dim}; {message}"
         if self.share_item_embedding and not self.history_pooling:
             yield "share_item_embedding", "needs history_pooling"
         if not self.use_candidate_id:

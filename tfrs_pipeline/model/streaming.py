@@ -19,10 +19,11 @@ Large Corpus Item Recommendations", algorithm 2), with these differences:
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
 
+from tfrs_pipeline.model.features import bucket_count
+
+NUM_HASHES = 2
 # The short memory, of some seven batches in which the candidate occurs: a frequency that it puts at
 # RISE times the long memory's is adopted. By simulation with exponential gaps, one a batch, and a
 # learning rate of .01: by chance that happens once in 10^6 occurrences; after a first gap of 10^3
@@ -31,14 +32,7 @@ import tensorflow as tf
 RECENT_RATE = 0.15
 RISE = 4.0
 
-_INT64_MAX = 2**63 - 1
-# Of splitmix64 (Steele et al. 2014): its increment, and the shifts and factors of its finaliser.
-_INCREMENT = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_LAST_SHIFT = 31
 
-
-@tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
 class StreamingFrequency(tf.keras.layers.Layer):
     """Estimates q(c), the share of each candidate among the positives, from a stream of them.
 
@@ -63,74 +57,45 @@ class StreamingFrequency(tf.keras.layers.Layer):
       batches with an occurrence; 1% after 460. A rise by more than RISE is taken over at once, as
       soon as the last 1 / RECENT_RATE such batches show it. A fall needs no occurrence: the open
       gap alone lowers the estimate.
-    - Batch boundaries: the decay is by batch, so that they matter to candidates that occur several
-      times within one; any other stream cut in other places gives the same state, to the bit.
     - Never seen: 1 / (clock + 1), no more than any candidate that has been seen; 1 before the first
       update. An estimate is never 0, and never above 1.
     - Collisions: a hash array adds the frequencies of the others in the bucket, 1 / num_buckets on
       average. Take a few times as many buckets as candidates.
 
-    The state, 24 bytes for each of num_buckets * num_hashes, is in weights: checkpoints and saved
-    models hold it. The clock counts in int64; float32 would stop at 16.7 million.
+    The state, 24 bytes for each of num_buckets * NUM_HASHES, is in weights: checkpoints hold it.
+    The clock counts in int64; float32 would stop at 16.7 million.
 
     Args:
-        num_buckets: Buckets in each hash array.
-        num_hashes: Hash arrays, each with its own hash function. They are fixed, so that a restored
-            state means the same.
+        num_buckets: Buckets in each hash array, 1 or more.
         learning_rate: a, above 0 and at most 1: weight of the latest batch.
-        name: Layer name.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Example:
-        >>> frequency = StreamingFrequency(num_buckets=1000)
+        >>> frequency = StreamingFrequency(1000)
         >>> for _ in range(300):
         ...     frequency.update(tf.constant([7, 7, 2, 7]))
         >>> frequency(tf.constant([7, 2, 5])).numpy().round(4)
         array([0.75  , 0.2494, 0.0008], dtype=float32)
     """
 
-    def __init__(
-        self,
-        *,
-        num_buckets: int,
-        num_hashes: int = 2,
-        learning_rate: float = 0.01,
-        name: str = "streaming_frequency",
-    ) -> None:
-        for argument, value in (("num_buckets", num_buckets), ("num_hashes", num_hashes)):
-            if value < 1:
-                raise ValueError(f"{argument} must be 1 or more. Received: {value}")
-        if not 0 < learning_rate <= 1:
-            raise ValueError(
-                "learning_rate must be above 0 and at most 1: it is the weight of the latest batch "
-                f"in which a candidate occurs. Received: {learning_rate}"
-            )
+    def __init__(self, num_buckets: int, learning_rate: float = 0.01) -> None:
         # With a dtype: a mixed precision policy would have the sums read as float16.
-        super().__init__(name=name, trainable=False, dtype=tf.float32)
+        super().__init__(name="streaming_frequency", trainable=False, dtype=tf.float32)
         self.num_buckets = num_buckets
-        self.num_hashes = num_hashes
         self.learning_rate = learning_rate
-        self._keys = tf.constant([[_hash_key(i)] for i in range(num_hashes)], tf.int64)
         # A recent memory longer than the long one would undo what that has learnt of a fall.
         recent_rate = max(RECENT_RATE, learning_rate)
         self._kept = tf.constant([1 - learning_rate] * 2 + [1 - recent_rate] * 2, tf.float32)
-        num_cells = num_buckets * num_hashes
+        num_cells = num_buckets * NUM_HASHES
         self._clock = self._state("clock", [], tf.int64)
         # The place in the stream, from 1, of the last occurrence; 0 if there was none.
         self._last_seen = self._state("last_seen", [num_cells], tf.int64)
         # N and S of the long memory, then of the recent one, side by side to be read at once.
         self._sums = self._state("sums", [num_cells, 4], tf.float32)
 
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments."""
-        return {
-            "num_buckets": self.num_buckets,
-            "num_hashes": self.num_hashes,
-            "learning_rate": self.learning_rate,
-            "name": self.name,
-        }
+    @classmethod
+    def of_corpus(cls, num_candidates: int) -> StreamingFrequency:
+        """Makes one in which few candidates share a bucket, of 3 MB to 200 MB."""
+        return cls(bucket_count(num_candidates, per_value=4, low=2**16, high=2**22))
 
     def update(self, candidate_rows: tf.Tensor) -> None:
         """Takes in the next batch of positives, and moves the clock on by as many examples.
@@ -138,22 +103,11 @@ class StreamingFrequency(tf.keras.layers.Layer):
         Args:
             candidate_rows: [n] int32 or int64, in the order of the stream, repeats and n = 0
                 allowed. Row 0 is a candidate like any other.
-
-        Raises:
-            ValueError: If the shape or dtype is another.
         """
-        rows = _integer_rows(candidate_rows)
-        if rows.shape.rank not in (None, 1):
-            raise ValueError(
-                "candidate_rows must be [n], one batch in the order of the stream. "
-                f"Received: shape {rows.shape}"
-            )
-        num_rows = tf.shape(rows, tf.int64)[0]
+        num_rows = tf.shape(candidate_rows, tf.int64)[0]
         place = self._clock + 1 + tf.range(num_rows)
-        cell, slot, count = tf.unique_with_counts(tf.reshape(self._cells(rows), [-1]))
-        last = tf.math.unsorted_segment_max(
-            tf.tile(place, [self.num_hashes]), slot, tf.shape(cell)[0]
-        )
+        cell, slot, count = tf.unique_with_counts(tf.reshape(self._cells(candidate_rows), [-1]))
+        last = tf.math.unsorted_segment_max(tf.tile(place, [NUM_HASHES]), slot, tf.shape(cell)[0])
         # The gaps from the last occurrence before the batch to the last one in it add up to the
         # distance of these two, wherever the others lie.
         gaps = tf.cast(last - tf.gather(self._last_seen, cell), tf.float32)
@@ -174,53 +128,26 @@ class StreamingFrequency(tf.keras.layers.Layer):
 
         Returns:
             float32 of the same shape, in (0, 1].
-
-        Raises:
-            ValueError: If the dtype is another.
         """
-        rows = _integer_rows(candidate_rows)
-        cells = self._cells(tf.reshape(rows, [-1]))
+        cells = self._cells(tf.reshape(candidate_rows, [-1]))
         num, span, _, _ = tf.unstack(tf.gather(self._sums, cells), axis=2)
         open_gap = tf.cast(self._clock - tf.gather(self._last_seen, cells), tf.float32)
         unseen = 1.0 / tf.cast(self._clock + 1, tf.float32)
         estimate = tf.where(num > 0, tf.math.divide_no_nan(num, span + open_gap), unseen)
-        return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(rows))
+        return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(candidate_rows))
 
     def _cells(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns the place of each row's bucket in each hash array: [num_hashes, n] int64."""
-        mixed = tf.cast(rows, tf.int64) + self._keys
-        for shift, factor in _ROUNDS:
-            mixed = tf.bitwise.bitwise_xor(mixed, _shifted(mixed, shift)) * _as_int64(factor)
-        mixed = tf.bitwise.bitwise_xor(mixed, _shifted(mixed, _LAST_SHIFT))
-        bucket = tf.bitwise.bitwise_and(mixed, _INT64_MAX) % self.num_buckets
-        first = tf.range(self.num_hashes, dtype=tf.int64) * self.num_buckets
-        return bucket + first[:, tf.newaxis]
+        """Returns the place of each row's bucket in each hash array: [NUM_HASHES, n] int64."""
+        text = tf.strings.as_string(rows)
+        return tf.stack(
+            [
+                tf.strings.to_hash_bucket_strong(text, self.num_buckets, key=[i, i])
+                + i * self.num_buckets
+                for i in range(NUM_HASHES)
+            ]
+        )
 
     def _state(self, name: str, shape: list[int], dtype: tf.DType) -> tf.Variable:
         return self.add_weight(
             name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False
         )
-
-
-def _integer_rows(candidate_rows: tf.Tensor) -> tf.Tensor:
-    rows = tf.convert_to_tensor(candidate_rows)
-    if rows.dtype not in (tf.int32, tf.int64):
-        raise ValueError(f"candidate_rows must be int32 or int64. Received: {rows.dtype.name}")
-    return rows
-
-
-def _hash_key(index: int) -> int:
-    """Returns what sets hash function `index` apart: an output of splitmix64, as int64."""
-    mixed = (index + 1) * _INCREMENT % 2**64
-    for shift, factor in _ROUNDS:
-        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
-    return _as_int64(mixed ^ (mixed >> _LAST_SHIFT))
-
-
-def _as_int64(value: int) -> int:
-    return value - 2**64 if value > _INT64_MAX else value
-
-
-def _shifted(values: tf.Tensor, shift: int) -> tf.Tensor:
-    """Shifts int64 right and fills with zeros, where `right_shift` would copy the sign."""
-    return tf.bitwise.bitwise_and(tf.bitwise.right_shift(values, shift), 2 ** (64 - shift) - 1)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tensorflow as tf
 
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import (
     FeatureEmbedding,
     FeatureSpec,
@@ -15,7 +16,7 @@ from tfrs_pipeline.model.feature_layers import (
 )
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
-from tfrs_pipeline.model.settings import Combination
+from tfrs_pipeline.model.settings import TwoTowerSettings
 
 
 class Tower(tf.keras.layers.Layer):
@@ -28,15 +29,9 @@ class Tower(tf.keras.layers.Layer):
 
     Args:
         name: "query_tower" or "candidate_tower".
-        dim: Size of the output, and of the embeddings of ids.
-        hidden_layers: Sizes of the MLP's ReLU layers; a linear output layer comes on top.
+        settings: Sizes, dropout and how the inputs are joined.
         features: Features besides the id.
-        feature_dim: Embedding size of a feature.
-        normalize: Whether the output has length 1.
-        feature_dropout: Share of the features that training replaces by missing ones, row by row.
-        combination: "concat" or "sum".
         num_ids: Rows of the id embedding besides row 0; None is no id embedding.
-        id_dropout: Share of the ids that training replaces by the unknown id, row 0, to train it.
         bias: "id" gives each id a number of its own besides, the last entry of its output; "ones"
             is the other tower's part of it, a 1.
         history: History encoder, for the query tower.
@@ -48,16 +43,10 @@ class Tower(tf.keras.layers.Layer):
     def __init__(
         self,
         name: str,
+        settings: TwoTowerSettings,
         *,
-        dim: int,
-        hidden_layers: Sequence[int],
-        features: Sequence[FeatureSpec],
-        feature_dim: int,
-        normalize: bool,
-        feature_dropout: float = 0.0,
-        combination: Combination = "concat",
+        features: Sequence[FeatureSpec] = (),
         num_ids: int | None = None,
-        id_dropout: float = 0.0,
         bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
@@ -66,6 +55,7 @@ class Tower(tf.keras.layers.Layer):
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
         if bias == "id" and num_ids is None:
             raise ValueError(f"The {name} has no id, and a bias is the id's.")
+        dim = settings.dim
         self.id_embedding = (
             None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
         )
@@ -76,35 +66,30 @@ class Tower(tf.keras.layers.Layer):
             self._bias = tf.keras.layers.Embedding(
                 num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
             )
-        self._id_dropout = id_dropout
+        self._id_dropout = settings.id_dropout
         self.history = history
         self._specs = tuple(features)
-        self._feature_dropout = feature_dropout
-        self._features = {spec.name: FeatureEmbedding(spec, feature_dim) for spec in features}
-        self._is_sum = combination == "sum"
+        self._feature_dropout = settings.feature_dropout
+        self._features = {
+            spec.name: FeatureEmbedding(spec, settings.feature_dim) for spec in features
+        }
+        self._is_sum = settings.combination == "sum"
         # A history of one vector has the size of the output.
         projected = [*self._features, *(["history"] if history and history.num_vectors > 1 else [])]
         self._projections = {
             name: tf.keras.layers.Dense(dim, name=f"{layer_name(name)}_projection")
             for name in (projected if self._is_sum else [])
         }
-        self._hidden = [tf.keras.layers.Dense(size, "relu") for size in hidden_layers]
+        self._hidden = [tf.keras.layers.Dense(size, "relu") for size in settings.hidden_layers]
         self._output = (
-            None
-            if self._is_sum and not hidden_layers
-            else tf.keras.layers.Dense(dim, name="output")
+            None if self._is_sum and not self._hidden else tf.keras.layers.Dense(dim, name="output")
         )
-        self._normalize = normalize
+        self._normalize = settings.normalize
 
     def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
-        """Embeds queries or candidates.
+        """Embeds queries or candidates: [n, dim] float32; with a bias, one entry more.
 
-        Args:
-            inputs: See `TwoTowerNetwork`; without a `dropout_seed`, training draws anew.
-            training: Whether ids and features are dropped, and items of the history.
-
-        Returns:
-            [n, dim] float32, of length 1 if `normalize`; with a bias, one entry more.
+        For the inputs see `TwoTowerNetwork`; without a `dropout_seed`, training draws anew.
         """
         seed = pass_seed(training, inputs.get("dropout_seed"))
         features = inputs["features"]
@@ -145,3 +130,32 @@ class Tower(tf.keras.layers.Layer):
             return rows
         drawn = tf.random.stateless_uniform(tf.shape(rows), fold(seed, Stream.UNKNOWN_IDS))
         return tf.where(drawn < self._id_dropout, 0, rows)
+
+
+def candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
+    """Makes the built-in candidate tower."""
+    return Tower(
+        "candidate_tower",
+        settings,
+        features=[feature.spec for feature in corpus.candidate_features],
+        num_ids=len(corpus.candidate_ids) if settings.use_candidate_id else None,
+        bias="id" if settings.candidate_bias else None,
+    )
+
+
+def query_tower(
+    settings: TwoTowerSettings, corpus: Corpus, candidate_tower: tf.keras.layers.Layer
+) -> Tower:
+    """Makes the built-in query tower, which may read items as the candidate tower does."""
+    history = None
+    if settings.history_pooling:
+        shared = candidate_tower.id_embedding if settings.share_item_embedding else None
+        history = HistoryEncoder(len(corpus.candidate_ids), settings, shared)
+    return Tower(
+        "query_tower",
+        settings,
+        features=[feature.spec for feature in corpus.query_features],
+        num_ids=len(corpus.query_ids) if settings.use_user_id else None,
+        bias="ones" if settings.candidate_bias else None,
+        history=history,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -24,16 +24,12 @@ from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.feature_layers import FeatureTable
-from tfrs_pipeline.model.features import bucket_count
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
-from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
-from tfrs_pipeline.model.streaming import StreamingFrequency
-from tfrs_pipeline.model.towers import Tower
+from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -50,8 +46,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BUILT_IN = (InBatch, Uniform, Popularity)
-# Of the streaming frequency: few candidates share a bucket, and its state is 3 MB to 200 MB.
-BUCKETS_PER_CANDIDATE, MIN_BUCKETS, MAX_BUCKETS = 4, 2**16, 2**22
 
 TowerLike: TypeAlias = tf.keras.layers.Layer | Callable[[Corpus], tf.keras.layers.Layer]
 OnProgress: TypeAlias = Callable[[str, int, int], None]
@@ -176,7 +170,6 @@ class TwoTower:
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
-        callbacks: Sequence[tf.keras.callbacks.Callback] = (),
         on_epoch: OnEpoch | None = None,
         on_progress: OnProgress = lambda task, done, total: None,
         log: Log | None = None,
@@ -191,7 +184,6 @@ class TwoTower:
             folder: Of the checkpoints.
             exclude: As in `fit`.
             cutoffs: Of validation's metrics, besides that of the monitored one.
-            callbacks: Further ones of Keras.
             on_epoch: As in `fit`.
             on_progress: Called while mining with a task's name, steps done and in all.
             log: That the samples are of, which an export needs.
@@ -210,14 +202,8 @@ class TwoTower:
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
-            sampled = []
             if validation is not None:
                 validation = validation.sample(self.training.validation_users, self.seed)
-                if validation.num_sampled_from is not None:
-                    sampled = [
-                        f"validation ranks {len(validation):,} of "
-                        f"{validation.num_sampled_from:,} users, sampled"
-                    ]
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
             self.result = train(
@@ -229,12 +215,11 @@ class TwoTower:
                 max_seconds=max_seconds,
                 before_epochs=mining,
                 folder=folder,
-                callbacks=callbacks,
                 on_epoch=on_epoch,
             )
             self._retriever = self._exact_retriever()
             self.notes = [
-                *sampled,
+                *_describe_sample(validation),
                 *(mining.describe() if mining else []),
                 *_describe(batches, self.settings),
             ]
@@ -285,37 +270,13 @@ class TwoTower:
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it."""
-        settings = self.settings
-        tables = [
-            FeatureTable([feature.spec for feature in features], len(ids) + 1, name=name)
-            for features, ids, name in (
-                (corpus.query_features, corpus.query_ids, "query_features"),
-                (corpus.candidate_features, corpus.candidate_ids, "candidate_features"),
-            )
-        ]
-        query_tower, candidate_tower = (
+        query, candidate = (
             tower(corpus) if tower and not isinstance(tower, tf.keras.layers.Layer) else tower
             for tower in self._towers
         )
-        candidate_tower = candidate_tower or _candidate_tower(settings, corpus)
-        network = TwoTowerNetwork(
-            query_tower or _query_tower(settings, corpus, candidate_tower),
-            candidate_tower,
-            query_table=tables[0],
-            candidate_table=tables[1],
-            num_candidates=len(corpus.candidate_ids),
-            history_length=settings.history_length,
-            temperature=settings.temperature,
-            is_corrected=settings.correction != "none",
-            correct_positive=settings.correct_positive,
-            frequency=_frequency(len(corpus.candidate_ids))
-            if settings.correction == "streaming"
-            else None,
-            name=self.name,
-        )
-        tables[0].assign(dict(corpus.query_columns))
-        tables[1].assign(dict(corpus.candidate_columns))
-        return network
+        candidate = candidate or candidate_tower(self.settings, corpus)
+        query = query or query_tower(self.settings, corpus, candidate)
+        return TwoTowerNetwork(query, candidate, self.settings, corpus, self.name)
 
     @property
     def network(self) -> TwoTowerNetwork:
@@ -386,22 +347,17 @@ class TwoTower:
         encoder = QueryEncoder(self.network, query_rows, candidate_rows)
         return ExactRetriever(candidate_rows.values, self.network.embed_corpus(), encoder)
 
-    # What `serving.encoder.Exportable` asks for.
+    # What `serving.encoder.Exportable` asks for, in whose words it is described.
 
-    def embed_queries(
-        self,
-        query_rows: tf.Tensor,
-        history_rows: tf.Tensor,
-        features: Mapping[str, tf.Tensor] | None = None,
-    ) -> tf.Tensor:
-        """Embeds queries by row; see `TwoTowerNetwork.embed_queries`."""
-        return self.network.embed_queries(query_rows, history_rows, features)
+    @property
+    def embed_queries(self) -> Callable[..., tf.Tensor]:
+        """`TwoTowerNetwork.embed_queries`."""
+        return self.network.embed_queries
 
-    def embed_candidates(
-        self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
-    ) -> tf.Tensor:
-        """Embeds candidates by row; see `TwoTowerNetwork.embed_candidates`."""
-        return self.network.embed_candidates(candidate_rows, features)
+    @property
+    def embed_candidates(self) -> Callable[..., tf.Tensor]:
+        """`TwoTowerNetwork.embed_candidates`."""
+        return self.network.embed_candidates
 
     @property
     def history_length(self) -> int:
@@ -481,61 +437,11 @@ def _is_own(kind: object) -> bool:
     return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)
 
 
-def _frequency(num_candidates: int) -> StreamingFrequency:
-    buckets = bucket_count(
-        num_candidates, per_value=BUCKETS_PER_CANDIDATE, low=MIN_BUCKETS, high=MAX_BUCKETS
-    )
-    return StreamingFrequency(num_buckets=buckets)
-
-
-def _tower_options(settings: TwoTowerSettings) -> dict[str, Any]:
-    return {
-        "dim": settings.dim,
-        "feature_dim": settings.feature_dim,
-        "normalize": settings.normalize,
-        "combination": settings.combination,
-        "id_dropout": settings.id_dropout,
-        "feature_dropout": settings.feature_dropout,
-    }
-
-
-def _candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
-    return Tower(
-        "candidate_tower",
-        hidden_layers=settings.candidate_layers,
-        features=[feature.spec for feature in corpus.candidate_features],
-        num_ids=len(corpus.candidate_ids) if settings.use_candidate_id else None,
-        bias="id" if settings.candidate_bias else None,
-        **_tower_options(settings),
-    )
-
-
-def _query_tower(
-    settings: TwoTowerSettings, corpus: Corpus, candidate_tower: tf.keras.layers.Layer
-) -> Tower:
-    history = None
-    if settings.history_pooling:
-        history = HistoryEncoder(
-            len(corpus.candidate_ids),
-            settings.dim,
-            poolings=settings.history_pooling,
-            max_length=settings.history_length,
-            recency_decay=settings.recency_decay,
-            dropout=settings.history_dropout,
-            attention_blocks=settings.attention_blocks,
-            attention_heads=settings.attention_heads,
-            attention_dropout=settings.attention_dropout,
-            item_embedding=candidate_tower.id_embedding if settings.share_item_embedding else None,
-        )
-    return Tower(
-        "query_tower",
-        hidden_layers=settings.query_layers,
-        features=[feature.spec for feature in corpus.query_features],
-        num_ids=len(corpus.query_ids) if settings.use_user_id else None,
-        bias="ones" if settings.candidate_bias else None,
-        history=history,
-        **_tower_options(settings),
-    )
+def _describe_sample(validation: Holdout | None) -> list[str]:
+    if validation is None or validation.num_sampled_from is None:
+        return []
+    num_users = validation.num_sampled_from
+    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
 
 
 def _describe(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:

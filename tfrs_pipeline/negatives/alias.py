@@ -61,15 +61,9 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class AliasSampler:
-    """Draws candidate rows from a fixed distribution, with replacement, statelessly.
+    """Draws candidate rows from a distribution as of `build_alias_table`, with replacement.
 
     The same seed gives the same rows, on any number of threads.
-
-    Args:
-        probability: [num_rows] float64, sum 1.
-
-    Raises:
-        ValueError: As `build_alias_table`.
     """
 
     def __init__(self, probability: np.ndarray) -> None:
@@ -80,15 +74,7 @@ class AliasSampler:
         self._num_rows = len(accept)
 
     def sample(self, num: int, seed: tf.Tensor) -> tf.Tensor:
-        """Draws `num` rows.
-
-        Args:
-            num: How many.
-            seed: [2] int, as in `tf.random.stateless_uniform`.
-
-        Returns:
-            [num] int32 candidate rows.
-        """
+        """Draws [num] int32 rows; the seed, [2] int, is as in `tf.random.stateless_uniform`."""
         slot_seed, accept_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
         # int64: the remainder of a 32-bit draw would favour low slots by up to num_rows / 2^32.
         slot = tf.random.stateless_uniform(

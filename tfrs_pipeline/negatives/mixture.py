@@ -39,10 +39,17 @@ class Mixture:
         frame: What they draw from.
 
     Attributes:
-        expected_count: [num_candidates + 1] float64, n(c).
+        expected_count: [num_candidates + 1] float64, n(c), the expected copies of candidate c among
+            a row's shared columns; 0 where no kind can draw the candidate.
+        in_batch_draws: Positives of other rows that a row meets.
+        other_expected_count: [num_candidates + 1] float64, what the kinds but in-batch expect. With
+            it, n(c) = in_batch_draws * q_positive(c) + other(c), where q_positive is yet to be
+            estimated and that of the frame is 0.
 
     Raises:
-        ValueError: As `expected_count`.
+        TypeError: If something is no kind of negative.
+        ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
+            row 0 a count; if there is no negative at all.
 
     Example:
         The negatives of a batch for a loss of one's own, of items counted 3 and 1 times:
@@ -53,12 +60,29 @@ class Mixture:
         >>> rows = mixture.draw(tf.constant([1, 1, 2, 1, 1]), seed=[7, 0])
         >>> rows.shape, mixture.log_q(tf.constant([1, 2])).numpy().round(3)
         (TensorShape([7]), array([1.386, 0.693], dtype=float32))
+        >>> mixture.expected_count, mixture.in_batch_draws, mixture.other_expected_count
+        (array([0., 4., 2.]), 4, array([0., 1., 1.]))
     """
 
     def __init__(self, negatives: Sequence[Negatives], frame: SamplingFrame) -> None:
         self._negatives = tuple(negatives)
         self._frame = frame
-        self.expected_count = expected_count(self._negatives, frame)
+        self.expected_count = np.zeros(frame.num_candidates + 1)
+        self.other_expected_count = np.zeros(frame.num_candidates + 1)
+        num_in_batch = 0
+        for kind in self._negatives:
+            count = _checked_count(kind, frame)
+            self.expected_count += count
+            if isinstance(kind, InBatch):
+                num_in_batch += 1
+            else:
+                self.other_expected_count += count
+        self.in_batch_draws = (frame.batch_size - 1) * num_in_batch
+        if not (self.in_batch_draws or self.other_expected_count.any()):
+            raise ValueError(
+                "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
+                "more, or an easy kind such as uniform."
+            )
         # Nothing is clipped: log 0 can only meet a candidate that no kind draws.
         with np.errstate(divide="ignore"):
             self._log_count = tf.constant(np.log(self.expected_count), tf.float32)
@@ -72,107 +96,48 @@ class Mixture:
 
         Returns:
             [C] int32 candidate rows, kind by kind. A row must mask those that are its own positive.
+
+        Raises:
+            ValueError: If the seed is no pair.
         """
-        return draw_all(self._negatives, self._frame, positive_rows, seed)
+        if np.shape(seed) != (2,):
+            raise ValueError(
+                "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
+                f"each batch needs its own. Received: {seed!r}"
+            )
+        drawn = [
+            kind.draw(
+                self._frame,
+                positive_rows,
+                tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32),
+            )
+            for i, kind in enumerate(self._negatives)
+        ]
+        return tf.concat(drawn, axis=0)
 
     def log_q(self, candidate_rows: tf.Tensor) -> tf.Tensor:
         """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`."""
         return tf.gather(self._log_count, candidate_rows)
 
 
-def expected_count(negatives: Sequence[Negatives], frame: SamplingFrame) -> np.ndarray:
-    """Computes n(c), the expected copies of candidate c among a row's shared columns.
-
-    Args:
-        negatives: The kinds in use.
-        frame: What they draw from.
-
-    Returns:
-        [num_candidates + 1] float64, the sum over the kinds. 0 where none can draw the candidate.
-
-    Raises:
-        ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if there is no negative at all.
-
-    Example:
-        >>> from tfrs_pipeline.negatives.in_batch import InBatch
-        >>> from tfrs_pipeline.negatives.uniform import Uniform
-        >>> frame = SamplingFrame(np.array([0, 3, 1]), np.array([0, 0.75, 0.25]), batch_size=5)
-        >>> expected_count([InBatch(), Uniform(2)], frame)
-        array([0., 4., 2.])
-    """
-    total = _summed(negatives, frame)
-    _refuse_no_negative(bool(total.any()))
-    return total
-
-
-def expected_count_in_parts(
-    negatives: Sequence[Negatives], frame: SamplingFrame
-) -> tuple[int, np.ndarray]:
-    """Splits n(c) where q_positive is yet to be estimated: n(c) = draws * q_positive(c) + other(c).
-
-    Args:
-        negatives: The kinds in use.
-        frame: What they draw from; its q_positive is not read.
-
-    Returns:
-        Positives of other rows that a row meets; the other kinds' [num_candidates + 1] float64.
-
-    Raises:
-        ValueError: As `expected_count`.
-
-    Example:
-        >>> from tfrs_pipeline.negatives.uniform import Uniform
-        >>> frame = SamplingFrame(np.zeros(3), np.zeros(3), batch_size=5)
-        >>> expected_count_in_parts([InBatch(), Uniform(2)], frame)
-        (4, array([0., 1., 1.]))
-    """
-    others = [kind for kind in negatives if not isinstance(kind, InBatch)]
-    draws = (frame.batch_size - 1) * (len(negatives) - len(others))
-    other = _summed(others, frame)
-    _refuse_no_negative(draws > 0 or bool(other.any()))
-    return draws, other
-
-
-def _summed(negatives: Sequence[Negatives], frame: SamplingFrame) -> np.ndarray:
-    total = np.zeros(frame.num_candidates + 1)
-    for kind in negatives:
-        count = np.asarray(kind.expected_count(frame), np.float64)
-        if count.shape != total.shape:
-            raise ValueError(
-                f"{kind}: expected_count must return a number for each of {len(total)} candidate "
-                f"rows. Received: shape {count.shape}"
+def _checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
+    """Returns how many copies of each candidate a kind expects to draw."""
+    for method in ("draw", "expected_count"):
+        if isinstance(kind, type) or not hasattr(kind, method):
+            raise TypeError(
+                "A kind of negative has the methods draw and expected_count (see `Negatives`): "
+                f"log_q follows from the second. Received, without {method}: {kind!r}"
             )
-        if count[0] != 0 or not (np.isfinite(count).all() and (count >= 0).all()):
-            raise ValueError(
-                f"{kind}: expected_count must return finite numbers, 0 or more, with 0 at row 0. "
-                f"Received: {count.min()} to {count.max()}, {count[0]} at row 0"
-            )
-        total += count
-    return total
-
-
-def _refuse_no_negative(has_some: bool) -> None:
-    if not has_some:
+    count = np.asarray(kind.expected_count(frame), np.float64)
+    num_rows = frame.num_candidates + 1
+    if count.shape != (num_rows,):
         raise ValueError(
-            "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
-            "more, or an easy kind such as uniform."
+            f"{kind}: expected_count must return a number for each of {num_rows} candidate "
+            f"rows. Received: shape {count.shape}"
         )
-
-
-def draw_all(
-    negatives: Sequence[Negatives],
-    frame: SamplingFrame,
-    positive_rows: tf.Tensor,
-    seed: tf.Tensor | Sequence[int],
-) -> tf.Tensor:
-    """Draws from each kind; see `Mixture.draw`."""
-    drawn = [
-        kind.draw(
-            frame,
-            positive_rows,
-            tf.cast(tf.random.experimental.stateless_fold_in(seed, i), tf.int32),
+    if count[0] != 0 or not (np.isfinite(count).all() and (count >= 0).all()):
+        raise ValueError(
+            f"{kind}: expected_count must return finite numbers, 0 or more, with 0 at row 0. "
+            f"Received: {count.min()} to {count.max()}, {count[0]} at row 0"
         )
-        for i, kind in enumerate(negatives)
-    ]
-    return tf.concat(drawn, axis=0)
+    return count

@@ -31,10 +31,6 @@ class SamplingFrame:
     def of_counts(cls, counts: Sequence[int] | np.ndarray, batch_size: int) -> SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
-        Args:
-            counts: [num_candidates + 1] training positives by candidate row, 0 at row 0.
-            batch_size: B.
-
         Raises:
             ValueError: If counts are negative, or not 0 at row 0.
         """

@@ -21,7 +21,7 @@ from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
-from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
+from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -34,26 +34,24 @@ from tfrs_pipeline.samples.store import read_samples
 REPORT_FILE = "report.html"
 DROPPED = "dropped"
 
-_SET_METRICS = ("coverage", "average_popularity", "gini")
-
 
 @dataclass(frozen=True)
 class PopularityFacts:
-    """Who is drawn how often, by candidate.
+    """Who is drawn how often, [num_candidates] each.
 
     Args:
-        counts: [num_candidates] training positives.
-        before: [num_candidates] share of the positives as logged, sum 1.
-        after: [num_candidates] share of the positives' weight as trained on, sum 1; that of before
-            where neither resampling nor weights change it.
-        samplers: Kind of negative -> [num_candidates] the distribution that it draws from.
+        counts: Training positives.
+        before: Share of the positives as logged, sum 1.
+        after: Share of the positives' weight as trained on, sum 1; that of before where neither
+            resampling nor weights change it.
+        negatives: Kind of negative -> the distribution that it draws from.
         num_unreachable: Candidates that no kind can draw.
     """
 
     counts: np.ndarray
     before: np.ndarray
     after: np.ndarray
-    samplers: Mapping[str, np.ndarray]
+    negatives: Mapping[str, np.ndarray]
     num_unreachable: int
 
     @cached_property
@@ -112,18 +110,12 @@ class RunFacts:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the report of a finished run: one HTML file that needs no other.
+    """Writes the report of a finished run, one HTML file that needs no other; returns where.
 
-    Args:
-        folder: Of the run.
-        output: Where to write; None is report.html in the folder.
-
-    Returns:
-        Where it was written.
+    It is report.html in the run's folder if nothing else is said.
 
     Raises:
         ValueError: If the folder holds no finished run.
-        OSError: If the file cannot be written.
     """
     path = folder / REPORT_FILE if output is None else output
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
@@ -150,7 +142,7 @@ def report_page(facts: RunFacts) -> str:
         facts=facts,
         figures=_figures(facts),
         best_other=max(others, key=others.__getitem__, default=None),
-        metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *_SET_METRICS) for k in cutoffs],
+        metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *SET_METRICS) for k in cutoffs],
         parts=[
             part
             for part in (*PARTS, DROPPED)
@@ -163,19 +155,10 @@ def report_page(facts: RunFacts) -> str:
 
 def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
     """Draws the figures of each section; a name before each keeps the ids of the page apart."""
-    models, training = facts.metrics["models"], facts.metrics["training"]
-    recall = f"recall@{facts.longest}"
-    histories = {name: result["history"] for name, result in training.items()}
-    chosen = {name: result["best_epoch"] for name, result in training.items()}
-    monitor = f"val_{facts.config.training.monitor}"
-    curves = dict.fromkeys(["loss", monitor, *(c for h in histories.values() for c in h)])
-    popularity = facts.popularity
-    order = np.argsort(-popularity.counts, kind="stable")
-    sizes = {name: int(is_in.sum()) for name, is_in in popularity.slices.items()}
-    ranks = {
-        "training positives": {"training positives": popularity.counts},
-        "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
-        "probability of a draw": popularity.samplers,
+    models, recall = facts.metrics["models"], f"recall@{facts.longest}"
+    slices = {
+        name: {part: values[recall] for part, values in model["slices"].items()}
+        for name, model in models.items()
     }
     return {
         "results": [
@@ -184,33 +167,45 @@ def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
             )
             for i, metric in enumerate((f"ndcg@{facts.longest}", recall))
         ],
-        "slices": [
-            figures.slices_figure(
-                {
-                    name: {part: values[recall] for part, values in model["slices"].items()}
-                    for name, model in models.items()
-                },
-                recall,
-                "slices",
-            )
-        ],
-        "training": [
-            figures.curves_figure(
-                {name: h[curve] for name, h in histories.items() if curve in h},
-                chosen,
-                curve.replace("val_", "validation "),
-                f"curve-{i}",
-            )
-            for i, curve in enumerate(curves)
-        ],
-        "popularity": [
-            figures.popularity_figure(
-                {name: values[order] for name, values in lines.items()}, sizes, what, f"rank-{i}"
-            )
-            for i, (what, lines) in enumerate(ranks.items())
-            if lines
-        ],
+        "slices": [figures.slices_figure(slices, recall, "slices")],
+        "training": _training_figures(facts),
+        "popularity": _popularity_figures(facts.popularity),
     }
+
+
+def _training_figures(facts: RunFacts) -> list[Markup]:
+    """Draws what each epoch logged: the loss, the monitored metric, and whatever else there is."""
+    training = facts.metrics["training"]
+    histories = {name: result["history"] for name, result in training.items()}
+    chosen = {name: result["best_epoch"] for name, result in training.items()}
+    monitor = f"val_{facts.config.training.monitor}"
+    logged = dict.fromkeys(["loss", monitor, *(name for h in histories.values() for name in h)])
+    return [
+        figures.curves_figure(
+            {name: history[curve] for name, history in histories.items() if curve in history},
+            chosen,
+            curve.replace("val_", "validation "),
+            f"curve-{i}",
+        )
+        for i, curve in enumerate(logged)
+    ]
+
+
+def _popularity_figures(popularity: PopularityFacts) -> list[Markup]:
+    order = np.argsort(-popularity.counts, kind="stable")
+    sizes = {name: int(is_in.sum()) for name, is_in in popularity.slices.items()}
+    ranks = {
+        "training positives": {"training positives": popularity.counts},
+        "share of the positives": popularity.shares if len(popularity.shares) > 1 else {},
+        "probability of a draw": popularity.negatives,
+    }
+    return [
+        figures.popularity_figure(
+            {name: values[order] for name, values in lines.items()}, sizes, what, f"rank-{i}"
+        )
+        for i, (what, lines) in enumerate(ranks.items())
+        if lines
+    ]
 
 
 def gather_facts(folder: Path) -> RunFacts:
@@ -253,11 +248,7 @@ def gather_facts(folder: Path) -> RunFacts:
 
 
 def require_finished_run(folder: Path) -> None:
-    """Checks that a folder holds a finished run.
-
-    Raises:
-        ValueError: If it does not; the message says what to do.
-    """
+    """Refuses a folder that holds no finished run, and says what to do."""
     if (folder / "comparison.json").is_file():
         raise ValueError(
             f"{folder} holds a comparison, and its report is there: {folder / 'comparison.md'}, "
@@ -303,7 +294,7 @@ def _popularity(batches: HybridBatches) -> PopularityFacts:
         counts=frame.counts[1:],
         before=positive_probability(frame.counts)[1:],
         after=batches.positive_share[1:],
-        samplers={name: count[1:] / count.sum() for name, count in expected.items()},
+        negatives={name: count[1:] / count.sum() for name, count in expected.items()},
         num_unreachable=int((batches.expected_count[1:] <= 0).sum()),
     )
 

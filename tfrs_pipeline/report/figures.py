@@ -1,4 +1,7 @@
-"""The figures of a run's report: inline SVG whose colours follow the page, light or dark."""
+"""The figures of a run's report: inline SVG whose colours follow the page, light or dark.
+
+Each takes a name of its own in the page, for its ids, and what an axis shows.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,7 @@ _MAX_POINTS = 150
 
 
 def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, name: str) -> Markup:
-    """Draws the mean of every model with its 95% interval.
-
-    Args:
-        intervals: Model -> "mean", "low" and "high", None where not measured; the first on top.
-        metric: For the axis.
-        name: Of the figure, unique in the page.
-    """
+    """Draws each model's "mean", "low" and "high", None where not measured; the first on top."""
     figure, axes = _figure((4.6, 1.0 + 0.34 * len(intervals)))
     for place, interval in enumerate(intervals.values()):
         colour = SERIES[0] if place == 0 else SERIES[1]
@@ -53,13 +50,7 @@ def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, na
 def slices_figure(
     slices: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, name: str
 ) -> Markup:
-    """Draws a metric by popularity of the item, a mark a model.
-
-    Args:
-        slices: Model -> slice -> "mean", "low" and "high".
-        metric: For the axis.
-        name: Of the figure, unique in the page.
-    """
+    """Draws a metric by popularity of the item: model -> slice -> "mean", "low" and "high"."""
     figure, axes = _figure(_SIZE)
     names = list(next(iter(slices.values())))
     spread = np.linspace(-0.3, 0.3, len(slices)) if len(slices) > 1 else np.zeros(1)
@@ -81,14 +72,7 @@ def slices_figure(
 def curves_figure(
     curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str, name: str
 ) -> Markup:
-    """Draws training curves, a line a model, the chosen epoch marked.
-
-    Args:
-        curves: Model -> value after each epoch, from epoch 1.
-        chosen: Model -> the epoch that was kept, from 1.
-        what: For the axis.
-        name: Of the figure, unique in the page.
-    """
+    """Draws each model's values after every epoch, from 1, with a mark at the chosen one."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(_SIZE)
@@ -109,13 +93,10 @@ def curves_figure(
 def popularity_figure(
     curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str, name: str
 ) -> Markup:
-    """Draws values by rank of popularity, both axes logarithmic.
+    """Draws values by rank of popularity, both axes logarithmic; zeros are not drawn.
 
-    Args:
-        curves: Line -> [num_candidates] values by falling training count. Zeros are not drawn.
-        slices: "head", "torso" and "tail" -> how many candidates they hold.
-        what: For the axis.
-        name: Of the figure, unique in the page.
+    `curves` are [num_candidates] by falling training count, `slices` says how many candidates the
+    "head", the "torso" and the "tail" hold.
     """
     from matplotlib.ticker import LogLocator
 

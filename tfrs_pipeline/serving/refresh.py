@@ -103,7 +103,7 @@ def refresh_index(
         raise DataError(
             f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
             f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-            "on; if all are meant to be new, set allow_all_new (--all-new)."
+            "on; if all are meant to be new, set allow_all_new."
         )
     num_untrained = int((~is_trained).sum())
     on_progress("index", 0, 0)

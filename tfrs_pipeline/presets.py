@@ -1,0 +1,87 @@
+"""Presets: what suits a kind of log, as settings that flags may replace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+
+# Name -> what it is good for, and the settings that it changes, by dotted name.
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quick": (
+        "a first look at a log with an order: small embeddings, sequence-level training, ten "
+        "epochs at most, popularity and EASE beside it",
+        {
+            "model.negatives": (Uniform(256), Popularity(256)),
+            "model.dim": 32,
+            "training.examples": "sequences",
+            "training.max_epochs": 10,
+            "training.patience": 2,
+            "training.learning_rate": 0.004,
+            "evaluation.baselines": ("popularity", "ease"),
+        },
+    ),
+    "ids": (
+        "a fixed set of users without an order in their events: an embedding a user and an item, "
+        "no history, no features; whoever is not in the log gets the answer for an unknown user",
+        {
+            "data.item_features": {},
+            "data.user_features": {},
+            "model.use_user_id": True,
+            "model.history_pooling": (),
+            "model.id_dropout": 0.01,
+            "model.combination": "sum",
+        },
+    ),
+    "sets": (
+        "a log without an order: the mean of the history, of which a random half is input and the "
+        "other the target, a user at a time; users who come later are answered by their history",
+        {
+            "data.is_ordered": False,
+            "model.negatives": (Popularity(2048, 0.5),),
+            "model.dim": 128,
+            "model.history_length": 300,
+            "model.history_pooling": ("mean",),
+            "model.history_dropout": 0.0,
+            "model.candidate_bias": True,
+            "model.combination": "sum",
+            "model.temperature": 0.07,
+            "training.examples": "sets",
+            "training.batch_size": 3072,
+            "training.learning_rate": 0.01,
+            "training.decay": "cosine",
+            "training.warmup_steps": 10,
+            "training.max_epochs": 40,
+            "training.patience": 10,
+        },
+    ),
+    "sequence": (
+        "logs in which the order of the events tells what comes next: causal self-attention over "
+        "the history, sequence-level training",
+        {
+            "model.negatives": (Uniform(512), Popularity(512)),
+            "model.history_length": 200,
+            "model.history_pooling": ("attention",),
+            "model.history_dropout": 0.2,
+            "model.share_item_embedding": True,
+            "model.combination": "sum",
+            "training.examples": "sequences",
+            "training.max_epochs": 100,
+        },
+    ),
+    "hybrid_1_100": (
+        "funnel logs: 1 in 100 of the negatives' weight is held by losers of pre-rank and rank",
+        {"model.hard": FunnelLosers(share=0.01)},
+    ),
+    "hybrid_50_50": (
+        "funnel logs, by the rule of thumb: half of the negatives' weight",
+        {"model.hard": FunnelLosers(share=0.5)},
+    ),
+    "mined_1_100": (
+        "logs without losers: 1 in 100, mined from the model",
+        {"model.hard": Mined(share=0.01)},
+    ),
+}
