@@ -4,7 +4,7 @@ An index is tuned as an export's is, then asked by other queries: a grid of k an
 the nearest to the query or far ones; and filters that let a share of the items pass, at random or
 those nearest to or farthest from a direction, as the values of a feature lie.
 
-    python benchmarks/index.py --json benchmarks/results/index.json
+    python benchmarks/index.py --vectors 50000 --json benchmarks/results/index_50k.json
     python benchmarks/index.py --model saved_models/NAME
 
 Without `--model` the corpora are synthetic: unit vectors in 1,000 overlapping clusters, the spread

@@ -102,23 +102,33 @@ def test_the_target_holds_for_filters(
     assert recalls(rows.numpy()[some], exact.numpy()[some]).mean() >= TARGET
 
 
-def test_a_wide_filter_is_searched_by_the_index(
+def test_what_excludes_and_filters_as_usual_is_searched_by_the_index(
     tuned: tuple[np.ndarray, np.ndarray, ScannIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, queries, index = tuned
-    codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
-    calls = []
+    embeddings, queries, index = tuned
+    exactly = []
     search = index.exact.search
     monkeypatch.setattr(
         index.exact,
         "search",
-        lambda queries, *rest: calls.append(queries) or search(queries, *rest),
+        lambda queries, *rest: exactly.append(len(queries)) or search(queries, *rest),
     )
-    for share, num_exact in ((0.25, 0), (1e-4, len(queries))):
-        is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
-        allowed = Allowed(is_chosen, tf.constant(codes, tf.int32), tf.fill([len(queries)], share))
-        index.search(tf.constant(queries), 10, tf.zeros([len(queries), 0], tf.int32), allowed)
-        assert len(calls.pop()) == num_exact
+    order = ranked(embeddings, queries).astype(np.int32)
+    codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
+    is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
+    for num_excluded, share, num_exact in (
+        (0, None, 0),
+        (150, None, 0),
+        (15_000, None, len(queries)),
+        (10, 0.25, 0),
+        (0, 1e-4, len(queries)),
+    ):
+        allowed = None
+        if share is not None:
+            codes_of = tf.constant(codes, tf.int32)
+            allowed = Allowed(is_chosen, codes_of, tf.fill([len(queries)], share))
+        index.search(tf.constant(queries), 10, tf.constant(order[:, :num_excluded]), allowed)
+        assert exactly.pop() == num_exact
 
 
 def test_equal_data_give_an_equal_index() -> None:
