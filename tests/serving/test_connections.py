@@ -58,6 +58,8 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     running.thread.start()
     yield running
     running.server.should_exit = running.server.force_exit = True
+    with contextlib.suppress(RuntimeError):  # It has ended.
+        running.loop.call_soon_threadsafe(running.gate.set)
     running.thread.join()
 
 

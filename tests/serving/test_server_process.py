@@ -138,6 +138,27 @@ def test_slow_and_long_bodies_a_new_version_and_sigterm(
 
 
 @pytest.mark.slow
+def test_everything_at_once_and_no_good_request_fails() -> None:
+    """The short form of the benchmark, which fails where a good request does."""
+    script = Path(__file__).parents[2] / "benchmarks" / "mixed_load.py"
+    flags = [
+        "--candidates",
+        "2000",
+        "--minutes",
+        "0.5",
+        "--stops",
+        "1",
+        "--rounds",
+        "1",
+        "--swap-seconds",
+        "2",
+    ]
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "'num_failed': 0" in done.stdout
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_without_an_error(process: subprocess.Popen[str]) -> None:
     port = port_of(process)
     assert httpx.post(f"http://127.0.0.1:{port}{PREDICT}", json=GOOD).status_code == 200
