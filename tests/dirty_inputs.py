@@ -458,7 +458,7 @@ def a_byte_order_mark(case: Case) -> bool:
 
 
 def empty_lines(case: Case) -> bool:
-    case.events.text.append(lambda text: text + b"\n\n")
+    case.events.text.append(lambda text: text + (b"\r\n" if b"\r\n" in text else b"\n") * 2)
     return case.is_text
 
 
