@@ -1,6 +1,7 @@
 """How widely an index is set to search, against exact answers to requests of every kind."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,13 +107,14 @@ def test_what_excludes_and_filters_as_usual_is_searched_by_the_index(
     tuned: tuple[np.ndarray, np.ndarray, ScannIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embeddings, queries, index = tuned
-    exactly = []
+    exactly: list[int] = []
     search = index.exact.search
-    monkeypatch.setattr(
-        index.exact,
-        "search",
-        lambda queries, *rest: exactly.append(len(queries)) or search(queries, *rest),
-    )
+
+    def counted(queries: tf.Tensor, *rest: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        exactly.append(len(queries))
+        return search(queries, *rest)
+
+    monkeypatch.setattr(index.exact, "search", counted)
     order = ranked(embeddings, queries).astype(np.int32)
     codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
     is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
