@@ -10,8 +10,6 @@ import tensorflow as tf
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
-ATTENTION_DROPOUT = 0.2
-
 
 class HistoryEncoder(tf.keras.layers.Layer):
     """Encodes the items of a query's history, alone or at every place of a sequence.
@@ -56,7 +54,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
             )
         if "attention" in self._poolings:
             self._attention = SelfAttention(
-                dim, max_length=settings.history_length, num_blocks=settings.attention_blocks
+                dim,
+                max_length=settings.history_length,
+                num_blocks=settings.attention_blocks,
+                dropout=settings.attention_dropout,
             )
 
     def call(
@@ -195,9 +196,7 @@ class SelfAttention(tf.keras.layers.Layer):
         dropout: Share of activations dropped in training.
     """
 
-    def __init__(
-        self, dim: int, *, max_length: int, num_blocks: int, dropout: float = ATTENTION_DROPOUT
-    ) -> None:
+    def __init__(self, dim: int, *, max_length: int, num_blocks: int, dropout: float) -> None:
         super().__init__(name="self_attention")
         if dim % ATTENTION_HEADS:
             raise ValueError(f"dim must be a multiple of {ATTENTION_HEADS} heads. Received: {dim}")

@@ -84,6 +84,8 @@ class TwoTowerSettings(Config):
     """Weight of a step back in the history, relative to the step after it."""
     attention_blocks: PositiveInt = 2
     """Blocks of the self-attention, with history_pooling attention."""
+    attention_dropout: Fraction = 0.2
+    """Share of the activations of the self-attention that is dropped at random in training."""
 
     @model_validator(mode="after")
     def _check(self) -> TwoTowerSettings:
