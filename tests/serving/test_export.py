@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
+from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.publish import EXACT_FOLDER, versions_of
+from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 
@@ -363,20 +364,27 @@ def test_an_export_that_answers_otherwise_is_not_published(
 
 
 @pytest.mark.usefixtures("unproven")
-def test_the_towers_of_one_version_and_the_index_of_another_are_refused(
+def test_a_version_is_served_as_it_was_exported_or_not_at_all(
     served: Served, tmp_path: Path
 ) -> None:
-    folders = [publish(served, tmp_path, "scann") for _ in range(2)]
-    for place, exact in ((Path(), False), (EXACT_FOLDER, True)):
+    folder = publish(served, tmp_path, "scann")
+    variables = Path("variables") / "variables.data-00000-of-00001"
+    for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
         # Another index over other towers: the same graph, other numbers.
-        name = place / "variables" / "variables.data-00000-of-00001"
-        path = folders[1] / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}.* towers and its index belong together"):
-            load(folders[1], exact=exact)
-        assert load(folders[0], exact=exact).num_candidates == NUM_CANDIDATES
+        path = folder / name
+        whole = path.read_bytes()
+        half = len(whole) // 2
+        path.write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+        with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):
+            load(folder, exact=exact)
+        path.write_bytes(whole)
+    load(folder)
+    manifest = folder / MANIFEST_FILE
+    text = manifest.read_text()
+    assert '"num_leaves": 1,' in text
+    manifest.write_text(text.replace('"num_leaves": 1,', '"num_leaves": 2,'))
+    with pytest.raises(Damaged, match=r"manifest\.json"):
+        load(folder)
 
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:

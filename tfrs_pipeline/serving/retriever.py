@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from tfrs_pipeline.durable import file_hash
+from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.retrieval import Query
@@ -41,8 +40,8 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
         ImportError: If the index needs ScaNN and it is missing.
-        ValueError: If a file of the SavedModel is not the one that was exported: the towers and the
-            index over their embeddings belong together.
+        Damaged: If a file is not the one that was exported: the towers and the index over their
+            embeddings belong together.
     """
     folder = Path(path).resolve()
     if not (folder / MANIFEST_FILE).is_file():
@@ -71,10 +70,15 @@ class LoadedRetriever:
 
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
+        try:
+            self.manifest = read_record(folder / MANIFEST_FILE)
+        except Damaged as error:
+            raise Damaged(
+                f"{error} A version's towers and index belong together: copy it whole, or export "
+                "it again."
+            ) from None
         is_scann = self.manifest["index"]["kind"] == "scann"
         place = EXACT_FOLDER if is_scann and exact else Path()
-        _check_files(folder, self.manifest.get("sha256", {}), place)
         if is_scann and not exact:
             load_scann_ops()
         self.saved_model: Any = tf.saved_model.load(str(folder / place))
@@ -298,17 +302,6 @@ class LoadedRetriever:
             near = difflib.get_close_matches(str(unknown), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
-
-
-def _check_files(folder: Path, hashes: Mapping[str, str], place: Path) -> None:
-    """Refuses a SavedModel, at a place in a version's folder, that is not the one exported."""
-    for name in ("saved_model.pb", "variables/variables.index", "variables/variables.data*"):
-        for path in (folder / place).glob(name):
-            if hashes.get(path.relative_to(folder).as_posix()) != file_hash(path):
-                raise ValueError(
-                    f"{path} is not the file of this version: its towers and its index belong "
-                    "together. Copy the version whole, or export it again."
-                )
 
 
 def _check_queries(queries: Sequence[Query]) -> None:
