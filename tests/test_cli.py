@@ -286,7 +286,7 @@ def test_a_wrong_word_is_told_in_a_line(
     Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
     for name in ("cut", "lost/data"):
         Path(name).mkdir(parents=True)
-    Path("cut/config.toml").write_text("seed = 3\n")
+    Path("cut/config.toml").write_text("seed = 3\n[train")
     manifest = Path("saved_models/log/1/manifest.json")
     manifest.parent.mkdir(parents=True)
     data = {"source": "files", "path": "a/log.csv"}

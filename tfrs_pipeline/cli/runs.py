@@ -129,13 +129,6 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
-    written = flags.config or (flags.run_dir and flags.run_dir / "config.toml")
-    if flags.config or (written and written.exists()):
-        base = load_config(cast(Path, written))
-    elif settings.get("data.source") == "movielens-100k" or not (
-        {"data.source", "data.path"} & settings.keys()
-    ):
-        base = movielens_config()
     folder, names_data = flags.run_dir, {"data.source", "data.path"} & settings.keys()
     if flags.config:
         base = load_config(flags.config)
