@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="Fill disks too; needs root.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
-    export._prove = lambda *arguments: None
+    export.prove = lambda *arguments: None
     figures: dict[str, Any] = {}
     # First: a process that has used TensorFlow cannot be forked.
     if options.kills:
