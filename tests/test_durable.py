@@ -26,7 +26,7 @@ from tfrs_pipeline.durable import (
     locked,
     naming,
     read_record,
-    replace,
+    replace_text,
     try_writing,
     write_record,
 )
@@ -229,7 +229,7 @@ def test_a_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
-    replace(tmp_path / "text", "old")
-    replace(tmp_path / "text", "né")
+    replace_text(tmp_path / "text", "old")
+    replace_text(tmp_path / "text", "né")
     assert (tmp_path / "text").read_text(encoding="utf-8") == "né"
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

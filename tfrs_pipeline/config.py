@@ -25,6 +25,7 @@ from tfrs_pipeline.data.schema import (
     SplitKind,
     TimestampUnit,
     UnknownItems,
+    is_time_zone,
     name_problem,
 )
 from tfrs_pipeline.durable import read_record
@@ -165,7 +166,7 @@ class DataConfig(Config):
         for name in self.columns:
             if problem := name_problem(name):
                 yield f"columns.{name}", problem
-        if self.time_zone is not None and not _is_time_zone(self.time_zone):
+        if self.time_zone is not None and not is_time_zone(self.time_zone):
             zones = zoneinfo.available_timezones()
             yield (
                 "time_zone",
@@ -467,11 +468,3 @@ def check_model_name(config: RunConfig) -> None:
 
 def _origin(data: Mapping[str, Any]) -> Path | str:
     return Path(data["path"]).resolve() if data["path"] else data["source"]
-
-
-def _is_time_zone(name: str) -> bool:
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return False
-    return True

@@ -55,7 +55,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Writes a text file: at every moment it is what it was or all that it becomes."""
     partial = path.with_name(f"{path.name}.partial")
     with naming(path):
@@ -89,7 +89,7 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
         hashes = {file.relative_to(path.parent).as_posix(): file_hash(file) for file in files}
     record = json.loads(json.dumps({**content, _HASHES: hashes}))
     hashes[path.name] = _own_hash(record)
-    replace(path, json.dumps({**record, _HASHES: hashes}, indent=2))
+    replace_text(path, json.dumps({**record, _HASHES: hashes}, indent=2))
 
 
 def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:

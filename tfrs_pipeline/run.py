@@ -33,7 +33,7 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder
 from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
@@ -235,7 +235,7 @@ def prepare(
             # Made again it might be of other events than what was trained on it.
             raise Damaged(
                 f"{error} All else in {folder} was made from it: train in another folder, with "
-                f"--config {folder / 'config.toml'} --run-dir NEW, and delete this one."
+                f"--config {folder / CONFIG_FILE} --run-dir NEW, and delete this one."
             ) from error
         report.notes = log.describe()
     with step("split") as report:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.durable import locked, naming, replace, try_writing
+from tfrs_pipeline.durable import locked, naming, replace_text, try_writing
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE = "config.toml"
@@ -81,7 +81,7 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
     if not (folder / "data" / "log.json").exists():
         settings = dump_config(config)
-        replace(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
+        replace_text(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
     changed = [name for name in old | new if old.get(name) != new.get(name)]

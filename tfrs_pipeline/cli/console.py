@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tfrs_pipeline.run_folder import CONFIG_FILE
+
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.config import RunConfig
@@ -119,7 +121,7 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     for line in verdicts(result.metrics["differences"], [f"ndcg@{longest}", f"recall@{shortest}"]):
         say(console, line)
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
-    say(console, f"config   {result.folder / 'config.toml'}")
+    say(console, f"config   {result.folder / CONFIG_FILE}")
     say(console, f"report   {result.folder / 'report.html'}")
     say(console, f"model    {result.export_folder}")
     command = [program(), "query", str(result.export_folder.parent)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import zoneinfo
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -221,6 +222,15 @@ def name_problem(name: str) -> str:
     if name not in LOG_COLUMNS and near:
         return f"unknown column; did you mean {near[0]!r}?"
     return ""
+
+
+def is_time_zone(name: str) -> bool:
+    """Tells whether the tz database has a time zone of this name."""
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
 
 
 def require_column(

@@ -90,8 +90,8 @@ class EventRules:
                 f"{dict(self.stage_values)}."
             )
 
-    def own_column(self, scanned: Scan) -> str | None:
-        """Returns the column that tells what became of an item, stage or rating, if any does."""
+    def stage_column(self, scanned: Scan) -> str | None:
+        """Names the column that stages are made of, `stage` or `rating`; None if there is none."""
         where = Source(scanned.name)
 
         def has(name: str) -> bool:
@@ -123,8 +123,8 @@ def load_events(
     Returns:
         The events without the rows at fault, and how many of these were dropped, and why.
     """
-    own = rules.own_column(scanned)
-    names = _event_columns(scanned, own, rules)
+    stage_column = rules.stage_column(scanned)
+    names = _event_columns(scanned, stage_column, rules)
     raw = scanned.load(connection, names)
     columns: dict[str, ir.Value] = {}
     for name in ("user_id", "item_id"):
@@ -137,11 +137,11 @@ def load_events(
         remedy = "Give these rows a time, or omit the column where it is not known."
         raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
     columns["event_number"] = raw.table["_row"]
-    columns["stage"] = _stage(raw, own, rules)
+    columns["stage"] = _stage(raw, stage_column, rules)
     for name in names:
         if name in rules.label:
             columns[name] = to_outcome(raw, name)
-        elif name not in columns and name not in (own, "weight"):
+        elif name not in columns and name not in (stage_column, "weight"):
             columns[name] = _other_column(raw, name)
     weight = ibis.literal(1.0)
     if rules.label:
@@ -438,9 +438,9 @@ def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Ta
         raise DataError(f"{source.name}: {str(error).strip()}") from error
 
 
-def _event_columns(scanned: Scan, own: str | None, rules: EventRules) -> dict[str, str]:
+def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -> dict[str, str]:
     """Returns log's name -> column of the source, of all columns to be taken."""
-    required = ["user_id", "item_id", *([own] if own else [])]
+    required = ["user_id", "item_id", *([stage_column] if stage_column else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
     names = {}
     for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label]):
@@ -450,8 +450,8 @@ def _event_columns(scanned: Scan, own: str | None, rules: EventRules) -> dict[st
     return names
 
 
-def _stage(raw: RawTable, own: str | None, rules: EventRules) -> ir.StringValue:
-    if own == "stage":
+def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.StringValue:
+    if stage_column == "stage":
         value = stage = raw.table["stage"].cast("string")
         if rules.stage_values:
             cases = [(value == found, stage) for found, stage in rules.stage_values.items()]
@@ -462,7 +462,7 @@ def _stage(raw: RawTable, own: str | None, rules: EventRules) -> ir.StringValue:
         unknown = ("stage", stage.notin(known), "holds an unknown stage", remedy, "stage_values")
         raw.faults.append(Refusal(*unknown, is_droppable=False))
         return stage
-    if own == "rating":
+    if stage_column == "rating":
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
         is_clicked = rating >= rules.rating_threshold

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import zoneinfo
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +11,7 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit
+from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit, is_time_zone
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -54,13 +53,11 @@ class Formats:
     list_separator: str = "|"
 
     def __post_init__(self) -> None:
-        try:
-            zoneinfo.ZoneInfo(self.time_zone or "UTC")
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
+        if self.time_zone is not None and not is_time_zone(self.time_zone):
             raise ValueError(
-                f"time_zone must be one of the tz database, such as Europe/Berlin. Received: "
+                "time_zone must be one of the tz database, such as Europe/Berlin. Received: "
                 f"{self.time_zone!r}."
-            ) from error
+            )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     The parent's `candidate_sampling_probability` is one number per column, clipped to [1e-6, 1],
     and corrects the positive as well. Here `log_q` may differ by row, is never clipped, and the
     row's own positive keeps its bare logit. Hard negatives of a row are columns of that row alone:
-    B * H products, not B * B * H. A row may have several positives, each
-    with a loss of its own over the same negatives, which are scored once.
+    B * H products, not B * B * H. A row may have several positives, each with a loss of its own
+    over the same negatives, which are scored once.
 
     It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
 

@@ -43,8 +43,8 @@ class Mixture:
             a row's shared columns; 0 where no kind can draw the candidate.
         in_batch_draws: Positives of other rows that a row meets.
         other_expected_count: [num_candidates + 1] float64, what the kinds but in-batch expect. With
-            it, n(c) = in_batch_draws * q_positive(c) + other(c), where q_positive is yet to be
-            estimated and that of the frame is 0.
+            it, n(c) = in_batch_draws * q_positive(c) + other_expected_count(c), where q_positive is
+            yet to be estimated and that of the frame is 0.
 
     Raises:
         TypeError: If something is no kind of negative.

@@ -27,7 +27,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures
-from tfrs_pipeline.run_folder import read_settings
+from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_samples
 
@@ -254,10 +254,10 @@ def require_finished_run(folder: Path) -> None:
             f"{folder} holds a comparison, and its report is there: {folder / 'comparison.md'}, "
             f"with the figure {folder / 'comparison.png'}"
         )
-    if not (folder / "config.toml").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{folder} is no run: it has no config.toml. Give the folder that `tfrs-pipeline run` "
-            "named first, runs/... unless told otherwise"
+            f"{folder} is no run: it has no {CONFIG_FILE}. Give the folder that "
+            "`tfrs-pipeline run` named first, runs/... unless told otherwise"
         )
     if not (folder / "metrics.json").is_file():
         command = "compare" if (folder / "plans").is_dir() else "run"

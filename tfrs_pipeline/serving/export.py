@@ -171,17 +171,17 @@ def export_index(
     keep_versions: int | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports an index over candidates behind an encoder; see `export`.
+    """Exports an index over candidates behind an encoder.
 
     Args:
-        path: As of `export`, and so are the arguments below without a word.
+        path: As in `export`.
         encoder: `Encoder`, or what one was loaded as.
         embeddings: [num_candidates, D] float32, of the rows of `items`.
         items: The candidates: `item_id`, the column of the filter and, if there is one, `title`.
-        queries: Likewise.
-        index: Likewise.
-        filter_by: Likewise.
-        keep_versions: Likewise.
+        queries: As in `export`.
+        index: As in `export`.
+        filter_by: As in `export`.
+        keep_versions: As in `export`.
         manifest: What is known of the model; index, filter, name, date, signatures and versions
             of the libraries are added.
 
@@ -215,10 +215,7 @@ def export_index(
     }
     with new_version(Path(path), keep=keep_versions) as version:
         _save(modules, version.partial)
-        (version.partial / ITEMS_FILE).parent.mkdir()
-        shown = items.select(["item_id", *({"title"} & set(items.column_names))])
-        pq.write_table(shown, version.partial / ITEMS_FILE)
-        pq.write_table(_query_table(queries, items), version.partial / QUERIES_FILE)
+        _write_tables(items, queries, version.partial)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
@@ -234,6 +231,13 @@ def _save(modules: Mapping[Path, RetrievalModule], folder: Path) -> None:
         tf.saved_model.save(
             module, str(folder / place), signatures=module.exported, options=options
         )
+
+
+def _write_tables(items: pa.Table, queries: Sequence[Query], folder: Path) -> None:
+    (folder / ITEMS_FILE).parent.mkdir()
+    shown = items.select(["item_id", *({"title"} & set(items.column_names))])
+    pq.write_table(shown, folder / ITEMS_FILE)
+    pq.write_table(_query_table(queries, items), folder / QUERIES_FILE)
 
 
 def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:

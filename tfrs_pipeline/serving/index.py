@@ -289,35 +289,24 @@ class ScannIndex(tf.Module):
         level = self._levels_of(num_wanted + num_excluded, allowed)
         # Levels without a query cost nothing.
         present = tf.unique(tf.boolean_mask(level, level < len(self.levels))).y
-        settings = tf.constant(
-            [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
-            tf.int32,
-            [len(self.levels), 3],
-        )
 
-        def search_level(
+        def search_next(
             number: tf.Tensor, rows: tf.Tensor, scores: tf.Tensor
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             lines = tf.where(level == present[number])
-            found, found_scores = self.approximate(
-                tf.gather_nd(queries, lines), *tf.unstack(settings[present[number]])
+            found, found_scores = self._search_level(
+                present[number], queries, k, keys, allowed, lines
             )
-            is_dropped = _is_among(keys, found, lines, self.num_candidates)
-            if allowed is not None:
-                is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
-            left = tf.where(is_dropped, -np.inf, found_scores)
-            top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
-            top = _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
             return (
                 number + 1,
-                tf.tensor_scatter_nd_update(rows, lines, top[0]),
-                tf.tensor_scatter_nd_update(scores, lines, top[1]),
+                tf.tensor_scatter_nd_update(rows, lines, found),
+                tf.tensor_scatter_nd_update(scores, lines, found_scores),
             )
 
         empty = tf.stack([tf.shape(queries)[0], k])
         _, rows, scores = tf.while_loop(
             lambda number, *_: number < tf.size(present),
-            search_level,
+            search_next,
             (0, tf.zeros(empty, tf.int32), tf.fill(empty, tf.constant(-np.inf, tf.float32))),
             shape_invariants=(tf.TensorShape([]), *2 * [tf.TensorShape([None, None])]),
             parallel_iterations=1,
@@ -333,6 +322,29 @@ class ScannIndex(tf.Module):
             tf.tensor_scatter_nd_update(rows, short, exact_rows),
             tf.tensor_scatter_nd_update(scores, short, exact_scores),
         )
+
+    def _search_level(
+        self,
+        level: tf.Tensor,
+        queries: tf.Tensor,
+        k: tf.Tensor,
+        excluded_keys: tf.Tensor,
+        allowed: Allowed | None,
+        lines: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Searches lines [b, 1] of a call as widely as a level says: rows and scores [b, k]."""
+        settings = tf.constant(
+            [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
+            tf.int32,
+            [len(self.levels), 3],
+        )
+        found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
+        is_dropped = _is_among(excluded_keys, found, lines, self.num_candidates)
+        if allowed is not None:
+            is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
+        left = tf.where(is_dropped, -np.inf, scores)
+        top_scores, order = tf.math.top_k(left, tf.minimum(k, tf.shape(left)[1]))
+        return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
 
     def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
         """Finds the level of each query's depth [B]; past the last is exact search."""

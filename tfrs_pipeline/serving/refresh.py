@@ -99,12 +99,8 @@ def refresh_index(
     found = _read_items(path, retriever)
     table, embeddings, is_trained = _embeddable(path, found, retriever, on_progress)
     ids = table["item_id"].to_pylist()
-    if not (allow_all_new or is_trained.any() or before & set(ids)):
-        raise DataError(
-            f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
-            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-            "on; if all are meant to be new, set allow_all_new."
-        )
+    if not (allow_all_new or is_trained.any()):
+        _require_known(path, ids, before)
     num_untrained = int((~is_trained).sum())
     on_progress("index", 0, 0)
     asked = retriever.manifest["export"]
@@ -137,6 +133,16 @@ def refresh_index(
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=manifest["index"],
     )
+
+
+def _require_known(path: Path, ids: list[Any], before: set[Any]) -> None:
+    """Refuses items that the version before did not have either: ids of another kind."""
+    if before.isdisjoint(ids):
+        raise DataError(
+            f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
+            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+            "on; if all are meant to be new, set allow_all_new."
+        )
 
 
 def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool:

@@ -39,8 +39,7 @@ try:
 except ImportError as missing:
     raise ImportError(
         "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
-        f"project's folder. "
-        f"The import said: {missing}"
+        f"project's folder. The import said: {missing}"
     ) from missing
 
 from tfrs_pipeline.serving import metrics, page, rest
