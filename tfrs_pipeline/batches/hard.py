@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.masks import draw_from_lists, is_member, ragged
+from tfrs_pipeline.batches.guard import Guard
+from tfrs_pipeline.batches.row_lists import draw_from_lists, ragged
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.samples.store import RowLists, Samples
 
@@ -37,22 +37,21 @@ class HardDraws:
     Args:
         samples: The training samples. A pool that they lack is empty until `set_pool`.
         hard: What to draw.
+        guard: Masks what must not be a negative.
         seed: Of the draws.
-        excluded: Per pool, what is never a negative of a query: lists of candidate rows by query
-            row. The pools were cleared of these when they were built; a mask does not trust that.
     """
 
     def __init__(
         self,
         samples: Samples,
         hard: HardNegatives,
+        guard: Guard,
         *,
         seed: int,
-        excluded: Mapping[str, Sequence[tf.RaggedTensor]],
     ) -> None:
         self._hard = hard
         self._seed = seed
-        self._excluded = excluded
+        self._guard = guard
         self._num_samples = len(samples)
         self._num_candidates = len(samples.counts) - 1
         self._pools: dict[str, tf.RaggedTensor] = {}
@@ -105,8 +104,7 @@ class HardDraws:
             # Graphs lose the static shape on the way; the loss wants its rank.
             drawn = tf.ensure_shape(drawn, [index.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            for lists in self._excluded[name]:
-                is_good &= ~is_member(tf.gather(lists, query_row), drawn)
+            is_good &= ~self._guard.of_own(query_row, drawn, name)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))

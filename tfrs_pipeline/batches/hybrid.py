@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch, Examples
+from tfrs_pipeline.batches.guard import EXPOSED, KNOWN, Guard
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
-from tfrs_pipeline.batches.masks import contains, ragged
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mixture import Mixture
@@ -101,15 +101,10 @@ class HybridBatches:
         weights = _scaled_weights(samples, positive_weight)
         self._weights = tf.constant(weights)
         self.positive_share = _positive_share(samples, weights, examples.rate)
-        known, exposed = ragged(samples.known_positives), ragged(samples.exposed)
-        self._never = {"known positives": known, "exposed items": exposed}
+        self._guard = Guard(samples)
         self._hard = None
         if hard is not None:
-            # The pool "exposed" is there only where it is allowed by `allow_exposed`.
-            excluded = {
-                name: [known] if name == "exposed" else [known, exposed] for name in hard.pools
-            }
-            self._hard = HardDraws(samples, hard, seed=seed, excluded=excluded)
+            self._hard = HardDraws(samples, hard, self._guard, seed=seed)
             self._hard_share = hard.share
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
@@ -188,19 +183,12 @@ class HybridBatches:
 
     def _is_counted(self, batch: Batch) -> tf.Tensor:
         columns, query_row = batch["shared_row"], batch["query_row"]
-        is_counted = ~self._holds([*self._never.values()], query_row, columns)
+        is_counted = ~self._guard.of_shared(
+            query_row, columns, repeats_queries=self.examples.repeats_queries
+        )
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
         return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
-
-    def _holds(
-        self, kinds: Sequence[tf.RaggedTensor], query_row: tf.Tensor, columns: tf.Tensor
-    ) -> tf.Tensor:
-        """Tells which columns are in a list of the row's query, of any kind: [W, C] bool."""
-        if not self.examples.repeats_queries:
-            return contains([tf.gather(lists, query_row) for lists in kinds], columns)
-        queries, slot = tf.unique(query_row)
-        return tf.gather(contains([tf.gather(lists, queries) for lists in kinds], columns), slot)
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
         """Counts why shared columns do not count, over the first batches.
@@ -209,7 +197,7 @@ class HybridBatches:
             By reason, the share of the columns: accidental hits (the same candidate again, a row's
             own in-batch column not counted), known positives, exposed items.
         """
-        masked = {"accidental hits": 0, **dict.fromkeys(self._never, 0)}
+        masked = dict.fromkeys(("accidental hits", KNOWN, EXPOSED), 0)
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
@@ -220,8 +208,10 @@ class HybridBatches:
             is_left = tf.ones_like(is_hit)
             found = {"accidental hits": is_hit}
             found |= {
-                name: self._holds([lists], query_row, columns)
-                for name, lists in self._never.items()
+                reason: self._guard.of_shared(
+                    query_row, columns, repeats_queries=True, reasons=[reason]
+                )
+                for reason in (KNOWN, EXPOSED)
             }
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch, EpochChoices
-from tfrs_pipeline.batches.masks import ragged
+from tfrs_pipeline.batches.row_lists import ragged
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 # Windows of like length are batched together, out of this many batches' worth in random order.

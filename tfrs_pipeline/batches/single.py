@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.masks import leading, ragged
+from tfrs_pipeline.batches.row_lists import leading, ragged
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.alias import AliasSampler
 from tfrs_pipeline.samples.store import Samples

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.masks import contains, leading
+from tfrs_pipeline.batches.row_lists import contains, leading
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame

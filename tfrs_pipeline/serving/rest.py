@@ -31,7 +31,7 @@ class SignatureInputs:
 
     Args:
         specs: Of the inputs, by name.
-        limits: `max_k`, `max_queries`, `max_exclude` and `max_history` are read.
+        limits: `max_k`, `max_queries`, `max_exclude`, `max_history` and `max_results`.
     """
 
     def __init__(self, specs: Mapping[str, tf.TensorSpec], limits: ServeSettings) -> None:
