@@ -176,9 +176,8 @@ def make_case(seed: int) -> Case:
             if table.names:
                 options[argument] = dict(table.names)
     drawn = rng.sample(DIRT, rng.choices([0, 1, 2, 3], [1, 8, 4, 2])[0])
-    for dirty in sorted(
-        drawn, key=DIRT.index
-    ):  # What holds of a row may depend on what came before.
+    # In this order: what holds of a row may depend on what came before.
+    for dirty in sorted(drawn, key=DIRT.index):
         if dirty(case):
             case.dirt.append(dirty.__name__)
     return case
@@ -623,13 +622,8 @@ DIRT: list[Callable[[Case], bool]] = [
     *(an_undated_zone, a_bad_rating, a_bad_outcome, a_missing_outcome, a_bad_weight),
     *(an_unknown_stage, no_stage, a_bad_rank, a_line_of_another_length, a_line_that_is_not_utf8),
     *(an_open_quote, windows_line_ends, a_byte_order_mark, empty_lines, a_cut_file),
-    *(
-        a_wrong_checksum,
-        a_file_named_like_a_pattern,
-        several_files,
-        a_repeated_column,
-        a_folder_named_like_a_column,
-    ),
+    *(a_wrong_checksum, a_file_named_like_a_pattern, several_files),
+    *(a_repeated_column, a_folder_named_like_a_column),
     *(columns_named_as_within, a_missing_column, no_rows, unknown_items, other_ids),
     *(repeated_events, items_without_id, a_repeated_item, a_bad_feature),
 ]

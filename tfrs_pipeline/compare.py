@@ -46,8 +46,8 @@ from tfrs_pipeline.run_folder import claim_folder
 NUM_HARD = 8
 # Of the corpus, drawn uniformly, that positives are compared with in the AUC.
 NUM_CORPUS_ITEMS = 1000
-# What positives are compared with, besides the corpus without what the user has seen or clicked:
-# name of the column -> stage of the items, of those that the user met in the test part alone.
+# Column -> stage of the items that positives are compared with: of those that the user met in the
+# test part alone. "auc_corpus" compares them with what the user has neither seen nor clicked.
 AUC_STAGES: dict[str, Stage] = {
     "auc_pre_rank_losers": Stage.RETRIEVED,
     "auc_rank_losers": Stage.PRE_RANKED,

@@ -223,6 +223,10 @@ def prepare(
         folder: Of the run.
         step: Reports each step.
         hard: Losers to find instead of those of the config.
+
+    Raises:
+        DataError: If the data is refused.
+        Damaged: If the folder's log is not as it was written.
     """
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard

@@ -8,7 +8,7 @@ import pytest
 from tests.serving.conftest import Served
 from tests.serving.running_server import address_of
 from tests.serving.test_server import write_version
-from tfrs_pipeline.serving.client import QUERIES, ServedRetriever
+from tfrs_pipeline.serving.client import MAX_QUERIES, ServedRetriever
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str)
             "user_id": users[i % len(users)],
             "history": rng.choice(served.candidate_ids, i % 6).tolist(),
         }
-        for i in range(QUERIES + 7)
+        for i in range(MAX_QUERIES + 7)
     ]
     exclude = [rng.choice(served.candidate_ids, i % 9) for i in range(len(queries))]
     ids, scores = ServedRetriever(url).retrieve(queries, 11, exclude)
@@ -37,7 +37,7 @@ def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str)
 
 def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
     retriever = ServedRetriever(url)
-    num_queries = QUERIES + 3
+    num_queries = MAX_QUERIES + 3
     allowed = [[["b"], ["a", "c"], [], ["unheard"]][i % 4] for i in range(num_queries)]
     queries = [{"history": served.known(1 + i % 5)} for i in range(num_queries)]
     k = len(served.candidate_ids)

@@ -66,6 +66,9 @@ class HardDraws:
         Args:
             name: One of those drawn from.
             pool: Per sample, the candidate rows of its hard negatives, in random order.
+
+        Raises:
+            ValueError: If the pool is not drawn from, or has no list for each sample.
         """
         if name not in self._hard.pools:
             raise ValueError(

@@ -66,7 +66,15 @@ class Scan:
     rejects: str = ""
 
     def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
-        """Reads the columns that are wanted, once: name that a column gets -> its name here."""
+        """Reads the columns that are wanted, once.
+
+        Args:
+            connection: Where the rows are stored.
+            names: Name that a column gets -> its name here.
+
+        Raises:
+            DataError: If a row cannot be read, other than a line that can be left out by itself.
+        """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
                 f"{self.name}: a column cannot be called {printable(inner[0])} here: names that "
@@ -124,6 +132,9 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
             in the order of their names; a list of such files; or a table: pandas, pyarrow, Ibis of
             any backend, or whatever else speaks Arrow. No name is a pattern.
         name: What the table is, in messages about one in memory.
+
+    Raises:
+        DataError: If it is no such source, or names a column twice.
     """
     if isinstance(source, str | Path):
         return _scan_files(connection, Path(source), *_list_files(Path(source)))

@@ -59,6 +59,9 @@ class EventRules:
         label: Makes clicks of exposures.
         period: When events may have happened.
         max_bad_share: Of the rows that may be dropped.
+
+    Raises:
+        ValueError: If a name or a number is out of range, or rules contradict each other.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +94,11 @@ class EventRules:
             )
 
     def stage_column(self, scanned: Scan) -> str | None:
-        """Names the column that stages are made of, `stage` or `rating`; None if there is none."""
+        """Names the column that stages are made of, `stage` or `rating`; None if there is none.
+
+        Raises:
+            DataError: If there are ratings and no threshold.
+        """
         where = Source(scanned.name)
 
         def has(name: str) -> bool:
@@ -122,6 +129,9 @@ def load_events(
 
     Returns:
         The events without the rows at fault, and how many of these were dropped, and why.
+
+    Raises:
+        DataError: If a column is missing, of a wrong type, or at fault in too many rows.
     """
     stage_column = rules.stage_column(scanned)
     names = _event_columns(scanned, stage_column, rules)
@@ -195,7 +205,11 @@ def store_sound(
 
 
 def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
-    """Checks that each row was either kept or dropped and counted."""
+    """Checks that each row was either kept or dropped and counted.
+
+    Raises:
+        RuntimeError: If not.
+    """
     num_dropped = sum(each.num_rows for each in dropped)
     if num_in != num_kept + num_dropped:
         raise RuntimeError(
@@ -211,7 +225,12 @@ def load_raw(
     columns: Mapping[str, str],
     features: Mapping[str, FeatureKind],
 ) -> RawTable | None:
-    """Opens an item or user table; None where there is none."""
+    """Opens an item or user table; None where there is none.
+
+    Raises:
+        DataError: If it cannot be read, or lacks a column.
+        ValueError: If there are features and no table.
+    """
     kind = id_name.removesuffix("_id")
     if source is None:
         if features:
@@ -246,6 +265,9 @@ def type_entities(
     Returns:
         The table, one row an id; what was dropped of it; and what is missing in it, in lines for a
         person. A feature that cannot be used is missing.
+
+    Raises:
+        DataError: If too many rows or features are at fault, or two rows of an id differ.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     num_id_faults = len(raw.faults)
@@ -362,6 +384,9 @@ def settle_unknown(
 
     Returns:
         The events that are kept, what was dropped, and what is to be known, in lines for a person.
+
+    Raises:
+        DataError: If they are refused, or no event's is in the table.
     """
     where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
     lacking = events.anti_join(entities, id_name)
@@ -398,7 +423,14 @@ def settle_unknown(
 def settle_duplicates(
     events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
 ) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events that repeat an earlier one, and counts them."""
+    """Keeps, drops or refuses events that repeat an earlier one, and counts them.
+
+    Returns:
+        As `settle_unknown`.
+
+    Raises:
+        DataError: If they are refused.
+    """
     # An event of the test part is not a repeat of one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]

@@ -46,6 +46,9 @@ class Formats:
         timestamp_unit: What numbers count since 1970; None means seconds.
         time_zone: Of times without one, such as "Europe/Berlin"; None refuses them.
         list_separator: Between the values of a multi_categorical or vector feature in a string.
+
+    Raises:
+        ValueError: If there is no such time zone.
     """
 
     timestamp_unit: TimestampUnit | None = None
@@ -89,6 +92,13 @@ def to_timestamp(
         column: Its column.
         formats: How numbers and times without a zone are written.
         period: What times may lie in; None for all that a calendar has.
+
+    Returns:
+        The times, null where there is none or it is a fault (`RawTable.fault`).
+
+    Raises:
+        DataError: If the column is of another type, most numbers count in another unit, or times
+            have no zone and `formats` names none.
     """
     first, end = period.bounds() if period else (_FIRST, _END)
     value = raw.table[column]

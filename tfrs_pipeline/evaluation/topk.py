@@ -76,7 +76,7 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
     """
     if len(values) != num_queries:
         raise ValueError(
-            f"{name} must hold one collection a query, an empty one to exclude nothing. "
+            f"{name} must hold one collection a query, which may be empty. "
             f"Received: {len(values)} for {num_queries} queries."
         )
     text = next((value for value in values if isinstance(value, str)), None)

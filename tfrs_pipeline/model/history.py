@@ -194,6 +194,9 @@ class SelfAttention(tf.keras.layers.Layer):
         max_length: Longest sequence.
         num_blocks: Blocks.
         dropout: Share of activations dropped in training.
+
+    Raises:
+        ValueError: If `dim` is no such multiple.
     """
 
     def __init__(self, dim: int, *, max_length: int, num_blocks: int, dropout: float) -> None:

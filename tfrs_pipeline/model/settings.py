@@ -15,7 +15,7 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import Config, Distinct, from_text, refuse
 
-Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Combination: TypeAlias = Literal["concat", "sum"]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
 Decay: TypeAlias = Literal["none", "cosine"]
@@ -62,21 +62,21 @@ class TwoTowerSettings(Config):
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
     """Whether the candidate tower has an embedding for each item id."""
-    id_dropout: Fraction = 0.05
+    id_dropout: DropoutShare = 0.05
     """Share of the ids that training replaces by the unknown id, at random: it trains what stands
     for a new user or item, besides its features."""
     candidate_bias: bool = False
     """Whether each item has a number of its own that is added to its scores."""
     feature_dim: PositiveInt = 4
     """Length of the embedding of each feature."""
-    feature_dropout: Fraction = 0.0
+    feature_dropout: DropoutShare = 0.0
     """Share of the features that training replaces by a missing value, at random."""
     history_length: PositiveInt = 50
     """Latest positives before the event that the query holds."""
     history_pooling: Distinct[Literal["mean", "recency", "attention"]] = ("mean", "recency")
     """How the history becomes a vector: a plain mean, one weighted by recency, causal
     self-attention, or several of them."""
-    history_dropout: Fraction = 0.5
+    history_dropout: DropoutShare = 0.5
     """Share of the history's items that is dropped at random in training."""
     share_item_embedding: bool = False
     """Whether the history's items have the same embedding as the candidates."""
@@ -84,7 +84,7 @@ class TwoTowerSettings(Config):
     """Weight of a step back in the history, relative to the step after it."""
     attention_blocks: PositiveInt = 2
     """Blocks of the self-attention, with history_pooling attention."""
-    attention_dropout: Fraction = 0.2
+    attention_dropout: DropoutShare = 0.2
     """Share of the activations of the self-attention that is dropped at random in training."""
 
     @model_validator(mode="after")

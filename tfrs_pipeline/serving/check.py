@@ -69,7 +69,18 @@ def prove(
     item_ids: Sequence[Any],
     values: Mapping[str, Any],
 ) -> None:
-    """Has a fresh process load what was saved and answer as the module in memory does."""
+    """Has a fresh process load what was saved and answer as the module in memory does.
+
+    Args:
+        folder: Of the SavedModel.
+        module: What was saved.
+        queries: That the signatures of users are asked with.
+        item_ids: That those of items are asked with.
+        values: Of other inputs, by name (see `example_values`); they are missing otherwise.
+
+    Raises:
+        ExportError: If the process fails, or an answer differs.
+    """
     probe = folder / "probe.npz"
     arrays: dict[str, np.ndarray] = {}
     for name, function in module.exported.items():

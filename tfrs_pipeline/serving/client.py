@@ -14,7 +14,7 @@ from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
 
 # Of a request, below the limits of the server as it is set.
-QUERIES, RESULTS = 64, 20_000
+MAX_QUERIES, MAX_RESULTS = 64, 20_000
 
 
 class ServedRetriever:
@@ -77,7 +77,7 @@ class ServedRetriever:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         users = [[query.get("user_id")] for query in queries]
         histories = [query.get("history", ()) for query in queries]
-        size = max(1, min(QUERIES, RESULTS // k))
+        size = max(1, min(MAX_QUERIES, MAX_RESULTS // k))
         for start in range(0, len(queries), size):
             block = slice(start, start + size)
             inputs = {

@@ -37,6 +37,9 @@ class Scann:
 
     Args:
         recall: Recall target: share of the exact answer that it must find, in (0, 1].
+
+    Raises:
+        ValueError: If the target is out of range.
     """
 
     recall: float = 0.98
