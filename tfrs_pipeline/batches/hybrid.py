@@ -110,7 +110,9 @@ class HybridBatches:
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
         """Replaces a pool of hard negatives; see `HardDraws.set_pool`."""
         if self._hard is None:
-            raise ValueError(f"These batches draw no hard negatives, and no pool {name!r}.")
+            raise ValueError(
+                f"These batches draw no hard negatives: give them `hard`. Received: pool {name!r}"
+            )
         self._hard.set_pool(name, pool)
 
     @property

@@ -265,7 +265,9 @@ class Log:
         """
         folder = Path(folder)
         if not (folder / "log.json").exists():
-            raise DataError(f"{folder} has no log.json: writing the log did not finish there.")
+            raise DataError(
+                f"{folder} has no log.json: writing the log did not finish there. Write it again."
+            )
         about = read_record(folder / "log.json")
         connection = connect()
         events, items, users = (open_parquet(connection, folder / f"{x}.parquet") for x in _KEYS)

@@ -27,7 +27,10 @@ def auc(positive_scores: np.ndarray, negative_scores: np.ndarray) -> float:
         0.625
     """
     if np.isnan(positive_scores).any() or np.isnan(negative_scores).any():
-        raise ValueError("Scores are NaN, which have no place in an order: the model has diverged.")
+        raise ValueError(
+            "Scores are NaN, which have no place in an order: the model has diverged or a feature "
+            "is NaN."
+        )
     if not len(positive_scores) or not len(negative_scores):
         return float("nan")
     in_order = np.sort(negative_scores)

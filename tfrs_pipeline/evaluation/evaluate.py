@@ -131,7 +131,10 @@ def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
     """
     counts = np.asarray(candidate_counts)
     if counts.ndim != 1 or np.any(counts < 0):
-        raise ValueError("candidate_counts must be one number a candidate, 0 or more.")
+        raise ValueError(
+            "candidate_counts must be one number a candidate, 0 or more. Received: "
+            f"`candidate_counts.shape` = {counts.shape}, from {counts.min(initial=0)}"
+        )
     order = np.argsort(-counts, kind="stable")
     held_by_more_popular = np.cumsum(counts[order]) - counts[order]
     # .8 of a sum can be a hair off; counts are whole, so half of one is margin.
@@ -185,7 +188,8 @@ def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
     if not len(measured):
         raise ValueError(
             f"Nothing to measure: none of {num_queries} queries has a relevant item that "
-            f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded)."
+            f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). Exclude "
+            "less, or test on a larger part."
         )
     place = np.full(num_queries, -1)
     place[measured] = np.arange(len(measured))

@@ -114,7 +114,9 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         blocks = [_masked(shared, score_mask)]
         if hard_embeddings is not None:
             if hard_log_q is None:
-                raise ValueError("hard_embeddings needs hard_log_q.")
+                raise ValueError(
+                    "hard_embeddings needs hard_log_q, their correction; zeros correct nothing."
+                )
             logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
             blocks.append(_masked(logits - tf.reshape(hard_log_q, tf.shape(logits)), hard_mask))
         # log(exp(own) + exp(others)) - own.

@@ -54,7 +54,7 @@ class Tower(tf.keras.layers.Layer):
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
         if bias == "id" and num_ids is None:
-            raise ValueError(f"The {name} has no id, and a bias is the id's.")
+            raise ValueError(f"The {name} has no id, and a bias is the id's: give it num_ids.")
         dim = settings.dim
         self.id_embedding = (
             None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")

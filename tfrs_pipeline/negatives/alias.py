@@ -34,7 +34,10 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     probability = np.asarray(probability, np.float64)
     if not (np.isfinite(probability).all() and (probability >= 0).all()):
-        raise ValueError("Probabilities must be finite and 0 or more.")
+        raise ValueError(
+            "Probabilities must be finite and 0 or more. Received: "
+            f"{probability.min()} to {probability.max()}"
+        )
     if not np.isclose(probability.sum(), 1.0, rtol=0, atol=1e-9):
         raise ValueError(f"Probabilities must sum to 1. Received: {probability.sum()!r}")
     num_rows = len(probability)

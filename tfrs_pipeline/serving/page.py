@@ -77,7 +77,11 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     if (query.user_id is None) == (not query.items):
         raise HTTPException(400, "A query has either 'user_id' or 'items'.")
     if query.k > limits.max_k or len(query.items) > limits.max_history:
-        raise HTTPException(400, f"At most k {limits.max_k} and {limits.max_history} items.")
+        raise HTTPException(
+            400,
+            f"At most k {limits.max_k} and {limits.max_history} items. Got: k {query.k}, "
+            f"{len(query.items)} items",
+        )
     found = _asked(version.retriever, query, version.titles)
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
     if version.exact not in (None, version.retriever):

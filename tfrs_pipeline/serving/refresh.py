@@ -168,7 +168,7 @@ def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
         formats=Formats(**{f.name: data[f.name] for f in fields(Formats) if f.name in data}),
     ).to_pyarrow()
     if not table.num_rows:
-        raise DataError(f"{path} holds no row: it must list all items to retrieve.")
+        raise DataError(f"{path} holds no row. List all items to retrieve in it.")
     return table
 
 
@@ -186,7 +186,8 @@ def _embeddable(
     if not is_trained.any():
         raise DataError(
             f"{path} holds no item that the model can embed: it reads no item features, and "
-            f"its training had none of the {len(is_trained)} ids."
+            f"its training had none of the {len(is_trained)} ids. Give items of its log, or train "
+            "it with item features."
         )
     return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
 

@@ -256,7 +256,8 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
     except ClientDisconnect:
         raise HTTPException(400, "The client went away before its body had come.") from None
     if size > settings.max_body_bytes:
-        raise HTTPException(413, f"The body may have {settings.max_body_bytes} bytes.", CLOSE)
+        most = settings.max_body_bytes
+        raise HTTPException(413, f"The body may have {most} bytes (--max-body-bytes).", CLOSE)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity")
     if (kind, encoding) != ("application/json", "identity"):
