@@ -75,12 +75,15 @@ def test_what_is_kept_is_counted_too() -> None:
     log = load(items=items, item_features={"price": "numeric"})
     assert log.describe()[1:] == [
         "dropped nothing",
+        "event table: without stage, rating or label, every row is a click",
         "item table: column 'price' is missing in 1 of 9 rows (11.1%)",
         "4 of 40 events (10.0%) are of 1 items that item table lacks, such as 8: kept, with null "
         "features",
     ]
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
-    assert load(repeated).notes == (
+    assert load({**repeated, "ts": [1, 2, 3]}).notes == (
+        "event table: columns not read: ts",
+        "event table: without stage, rating or label, every row is a click",
         "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept",
     )
 
@@ -98,6 +101,14 @@ def test_a_name_that_means_something_else_is_no_context(name: str) -> None:
     ):
         load({"x": list(range(40))}, columns={name: "x"})
     assert load({"x": list(range(40))}, columns={"page": "x"}).events.columns[-1] == "page"
+
+
+@pytest.mark.parametrize("header", ["Stage", "stages", "Timestamp", "time_stamp", "Request_ID"])
+def test_a_header_that_is_nearly_one_of_the_logs_is_refused(header: str) -> None:
+    column = {header: ["clicked", "retrieved"] * 20}
+    with pytest.raises(DataError, match=rf"column '{header}' is not read; did you mean '"):
+        load(column)
+    assert load(column, columns={"page": header}).events.columns[-1] == "page"
 
 
 def test_parts_of_a_split_by_place() -> None:

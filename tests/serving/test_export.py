@@ -332,7 +332,7 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve([history], 3)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"User ids come in a list"):
         loaded.retrieve_user("u0", 3)
-    other = "7" if isinstance(user, int) else 7
+    other = 7 if isinstance(user, str) else "7"
     with pytest.raises(ValueError, match=f"This model's ids are .*. Received: {other!r}"):
         loaded.retrieve_user([other], 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):

@@ -200,9 +200,9 @@ class Log:
             "item_id": load_raw(connection, items, "item_id", item_columns or {}, item_features),
             "user_id": load_raw(connection, users, "user_id", user_columns or {}, user_features),
         }
-        events, dropped = load_events(connection, scanned, rules, formats, raws)
+        events, dropped, notes = load_events(connection, scanned, rules, formats, raws)
         sources = {"events": Source(scanned.name, dict(rules.columns))}
-        tables, notes = {}, []
+        tables = {}
         for name, features in (("item_id", item_features), ("user_id", user_features)):
             raw = raws[name]
             if raw is None:

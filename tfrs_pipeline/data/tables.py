@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from tfrs_pipeline.data.columns import (
 from tfrs_pipeline.data.files import LINES_REMEDY, Scan, connect, scan
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import (
+    LOG_COLUMNS,
     DataError,
     Dropped,
     Duplicates,
@@ -124,11 +126,12 @@ def load_events(
     rules: EventRules,
     formats: Formats,
     others: Mapping[str, RawTable | None],
-) -> tuple[ibis.Table, tuple[Dropped, ...]]:
+) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an event table; its ids and those of `others` become one type.
 
     Returns:
-        The events without the rows at fault, and how many of these were dropped, and why.
+        The events without the rows at fault; how many of these were dropped, and why; and notes on
+        what was read.
 
     Raises:
         DataError: If a column is missing, of a wrong type, or at fault in too many rows.
@@ -162,7 +165,7 @@ def load_events(
         columns["weight"] = weight
     events, dropped = store_sound(connection, raw, columns, rules.max_bad_share)
     connection.drop_table(raw.table.get_name())
-    return events, dropped
+    return events, dropped, list(_describe_reading(scanned, names, stage_column, rules))
 
 
 def store_sound(
@@ -479,7 +482,32 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
         names[name] = rules.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
+    absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
+    if stage_column or rules.label:
+        absent -= {"stage", "rating"}
+    for column in _not_read(scanned, names):
+        # Without its stage or its time a log would be another log, and nobody would be told.
+        if near := difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85):
+            raise DataError(
+                f"{Source(scanned.name).column(column)} is not read; did you mean {near[0]!r}? Set "
+                f"columns to say which column is {near[0]}, or rename it.",
+                "columns",
+            )
     return names
+
+
+def _not_read(scanned: Scan, names: Mapping[str, str]) -> list[str]:
+    return [column for column in scanned.columns if column not in names.values()]
+
+
+def _describe_reading(
+    scanned: Scan, names: Mapping[str, str], stage_column: str | None, rules: EventRules
+) -> Iterator[str]:
+    """Says what was not read of an event table, and what its rows were taken for."""
+    if unread := _not_read(scanned, names):
+        yield f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}"
+    if stage_column is None and not rules.label:
+        yield f"{scanned.name}: without stage, rating or label, every row is a click"
 
 
 def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.StringValue:
