@@ -392,7 +392,10 @@ def load_config(path: Path | str) -> RunConfig:
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
     if not settings:  # Of a full disk, as a rule: the defaults are another run.
-        raise ConfigError([("", "holds no setting")], str(path))
+        raise ConfigError(
+            [("", "holds no setting: it is cut, or not a config of a run; write it again")],
+            str(path),
+        )
     try:
         return RunConfig(**settings)
     except ConfigError as error:

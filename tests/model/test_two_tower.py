@@ -258,3 +258,8 @@ def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
     assert f"validation ranks 7 of {len(split.validation)} users, sampled" in model.notes
     expected = measured.overall.intervals[model.training.monitor].mean
     assert model.result.history[f"val_{model.training.monitor}"] == [pytest.approx(expected)]
+
+
+def test_a_kind_of_negatives_by_itself_is_refused_in_words() -> None:
+    with pytest.raises(TypeError, match="negatives must be a list of kinds"):
+        TwoTower(negatives=InBatch())  # type: ignore[arg-type]

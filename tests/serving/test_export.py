@@ -332,6 +332,9 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve([history], 3)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"User ids come in a list"):
         loaded.retrieve_user("u0", 3)
+    for k in (0, 2.5, "5", True):
+        with pytest.raises(ValueError, match="k must be a whole number"):
+            loaded.retrieve_user([user], k)  # type: ignore[arg-type]
     other = 7 if isinstance(user, str) else "7"
     with pytest.raises(ValueError, match=f"This model's ids are .*. Received: {other!r}"):
         loaded.retrieve_user([other], 3)

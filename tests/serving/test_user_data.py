@@ -42,7 +42,7 @@ def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, unproven: N
     queries = [{"history": served.known(row), **more} for row in (2, 4, 5) for more in FEATURES]
     for got, expected in zip(model.retrieve(queries, 9), full.retrieve(queries, 9), strict=True):
         np.testing.assert_array_equal(got, expected)
-    with pytest.raises(ValueError, match=r"exported without user data and knows no users\. Give"):
+    with pytest.raises(ValueError, match=r"exported without user data and knows no users\. Ask by"):
         model.retrieve_user([served.query_ids[0]], 5)
     with pytest.raises(HTTPException) as caught:
         parse_predict(b'{"inputs": ["x"]}', ServedVersion(left_out, ServeSettings()).signatures)

@@ -102,6 +102,8 @@ class TwoTower:
         **changes: Any,
     ) -> None:
         given = settings.model_dump() if settings else {}
+        if negatives is not None and not isinstance(negatives, list | tuple):
+            raise TypeError(f"negatives must be a list of kinds. Received: {negatives!r}.")
         own: list[Any] = [kind for kind in negatives or () if _is_own(kind)]
         if negatives is not None:
             # Own kinds are no settings: they cannot be written into a file.

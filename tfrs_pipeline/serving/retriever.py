@@ -148,8 +148,8 @@ class LoadedRetriever:
         """
         if not self.manifest.get("user_data", True):
             raise ValueError(
-                "This model was exported without user data and knows no users. Give the history: "
-                "retrieve([{'history': [...]}], k)"
+                "This model was exported without user data and knows no users. Ask by history: "
+                "`retrieve`, or --history on the command line."
             )
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
@@ -279,8 +279,9 @@ class LoadedRetriever:
         allowed: Sequence[Collection[str]] | None,
         num_queries: int,
     ) -> dict[str, tf.Tensor]:
-        if not 1 <= k <= tf.int32.max:
-            raise ValueError(f"k must be 1 or more, and an int32. Received: {k}")
+        is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+        if not is_whole or not 1 <= k <= tf.int32.max:
+            raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
         exclude = [()] * num_queries if exclude is None else exclude
         check_one_each("exclude", exclude, num_queries)
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
