@@ -356,6 +356,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
         f"dropped {num_lost + len(repeated):,} of {len(rows):,} rows",
         f"dropped {num_lost:,} rows: item is not in the item table",
         f"dropped {len(repeated):,} rows: repeats an earlier event",
+        f"{tmp_path / 'events.parquet'}: columns not read: rating",
     ]
     clicks = Counter(row["user_id"] for row in left if row["stage"] == "clicked")
     dropped = {row["user_id"] for row in left if clicks[row["user_id"]] < 5}

@@ -86,8 +86,11 @@ class Log:
         >>> import pyarrow as pa
         >>> clicks = pa.table({"user": [1, 1, 2], "item_id": ["a", "b", "a"]})
         >>> log = Log.from_table(clicks, columns={"user_id": "user"})
-        >>> log.describe()
-        ['3 events, 2 items, 2 users', 'dropped nothing']
+        >>> for line in log.describe():
+        ...     print(line)
+        3 events, 2 items, 2 users
+        dropped nothing
+        event table: without stage, rating or label, every row is a click
     """
 
     # A table's repr is its whole expression.
