@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ibis
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -503,3 +504,24 @@ def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str,
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
     with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one of them"):
         Log.from_files(tmp_path / "a.csv", **options)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_only_folders_below_what_is_named_make_columns(tmp_path: Path, suffix: str) -> None:
+    rows = pd.DataFrame({"user_id": [1, 2], "item_id": [3, 4]})
+    for stage in ("clicked", "exposed"):
+        folder = tmp_path / "log" / f"stage={stage}"
+        folder.mkdir(parents=True)
+        getattr(rows, f"to_{suffix}")(folder / f"a.{suffix}", index=False)
+    events = Log.from_files(tmp_path / "log").events.to_pandas()
+    assert events["user_id"].tolist() == [1, 2, 1, 2]
+    assert events["stage"].tolist() == ["clicked", "clicked", "exposed", "exposed"]
+    above = (tmp_path / "log").rename(tmp_path / "user_id=7")
+    with pytest.raises(DataError, match="user_id=7, which would be read as a column"):
+        Log.from_files(above)
+    file = above / "stage=exposed" / f"a.{suffix}"
+    events = Log.from_files(file).events.to_pandas()
+    assert (events["user_id"].tolist(), set(events["stage"])) == ([1, 2], {"clicked"})
+    getattr(rows.drop(columns="user_id"), f"to_{suffix}")(file, index=False)
+    with pytest.raises(DataError, match="no column 'user_id'"):
+        Log.from_files(file)

@@ -169,7 +169,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
         if not is_text:
             return _scan_parquet(connection, path, paths)
         rejects = ibis.util.gen_name("rejects")
-        relation = connection.con.sql(f"SELECT * FROM {_csv_sql(paths, rejects)}")
+        relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
         return Scan(str(path), relation.columns, True, lambda columns: relation, rejects=rejects)
     except duckdb.Error as error:
         raise _unreadable(path, error) from error
@@ -188,7 +188,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 f"{each} cannot be read: {printable(str(error), 200)}. Write it anew as Parquet."
             ) from error
         num_rows += about.num_rows
-        _check_names(each, schema.names)
+        _check_names(each, schema.names, _folders(path, each))
         for column in schema:
             of = _plain(column.type)
             if types.setdefault(column.name, of) != of:
@@ -196,7 +196,8 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                     f"{Source(str(each)).column(column.name)} is {of}, in {paths[0].name} "
                     f"{types[column.name]}. Give the files of a folder the same types."
                 )
-    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)})")
+    hive = f"hive_partitioning={_is_partitioned(path, paths)}"
+    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {hive})")
     return Scan(str(path), relation.columns, False, lambda columns: relation, num_rows)
 
 
@@ -207,12 +208,25 @@ def _plain(of: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(of) else of
 
 
-def _check_names(name: str | Path, columns: Sequence[str]) -> None:
-    """Refuses columns that a database, which does not tell cases apart, takes for one.
+def _folders(path: Path, file: Path) -> tuple[str, ...]:
+    """Returns the folders between what the user named and a file: COLUMN=VALUE makes a column."""
+    return file.relative_to(path).parent.parts if path in file.parents else ()
 
-    Folders called COLUMN=VALUE make a column of their own.
-    """
-    folders = name.parent.parts if isinstance(name, Path) else ()
+
+def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
+    if not any("=" in folder for file in paths for folder in _folders(path, file)):
+        return False
+    # The database looks at the folders above, too, in which the user keeps the data.
+    if above := [part for part in path.absolute().parts if "=" in part]:
+        raise DataError(
+            f"{path} lies in {printable(above[0])}, which would be read as a column, as the "
+            "folders in it are. Name that folder without '=', or read the files one by one."
+        )
+    return True
+
+
+def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str] = ()) -> None:
+    """Refuses columns that a database, which does not tell cases apart, takes for one."""
     named = [*columns, *{part.partition("=")[0] for part in folders if "=" in part}]
     counts = collections.Counter(column.casefold() for column in named)
     if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
@@ -228,9 +242,9 @@ def _unreadable(name: str | Path, error: duckdb.Error) -> DataError:
     return DataError(f"{name} cannot be read: {reason} {LINES_REMEDY}")
 
 
-def _csv_sql(paths: Sequence[Path], rejects: str) -> str:
+def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
     """Writes SQL that scans the files in this order, all columns as text."""
-    header, delimiter = _read_header(paths)
+    header, delimiter = _read_header(path, paths)
     types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
     # By itself DuckDB takes a "?" in a name for the end of it.
     are_zipped = {_is_zipped(path) for path in paths}
@@ -238,6 +252,7 @@ def _csv_sql(paths: Sequence[Path], rejects: str) -> str:
     return (
         f"read_csv({_quote_all(paths)}, columns={{{types}}}, delim={_quote(delimiter)}, "
         "header=true, auto_detect=false, quote='\"', escape='\"', "
+        f"hive_partitioning={_is_partitioned(path, paths)}, "
         f"compression='{compression}', store_rejects=true, rejects_table='{rejects}', "
         f"rejects_scan='{rejects}_files')"
     )
@@ -268,7 +283,7 @@ def _is_csv(path: Path) -> bool:
     return path.name.lower().endswith(_CSV_SUFFIXES)
 
 
-def _read_header(paths: Sequence[Path]) -> tuple[list[str], str]:
+def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     """Reads the column names, and the delimiter, from the first lines of CSV files."""
     lines = []
     for path in paths:
@@ -293,7 +308,7 @@ def _read_header(paths: Sequence[Path]) -> tuple[list[str], str]:
     delimiter = max(",;\t|", key=lines[0].count)
     header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
     for path in paths:
-        _check_names(path, header)
+        _check_names(path, header, _folders(place, path))
     return header, delimiter
 
 
