@@ -518,6 +518,8 @@ def columns_named_as_within(case: Case) -> bool:
 
 
 def a_missing_column(case: Case) -> bool:
+    if case.events.repeated:  # The other one of that name would be the column.
+        return False
     column = case.rng.choice(["user_id", "item_id"])
     case.columns.add(case.events.names.get(column, column))
     case.events.names[column] = f"{column[:4]}"
