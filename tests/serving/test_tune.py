@@ -236,3 +236,15 @@ def test_refuses(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tune_index(embeddings, requests_of(queries), target_recall=target_recall)
+
+
+def test_an_index_is_measured_on_other_queries_than_it_is_tuned_on() -> None:
+    queries = np.arange(500, dtype=np.float32)[:, np.newaxis]
+    requests = Requests(queries, [np.array([i]) for i in range(500)])
+    tuning, measured = requests.parted()
+    assert (len(tuning.queries), len(measured.queries)) == (372, 128)
+    assert sorted([*tuning.queries[:, 0], *measured.queries[:, 0]]) == list(range(500))
+    for part in (tuning, measured):
+        assert [known.item() for known in part.known] == part.queries[:, 0].tolist()
+    few = Requests(queries[:300], requests.known[:300])
+    assert few.parted() == (few, few)

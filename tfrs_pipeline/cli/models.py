@@ -174,10 +174,10 @@ class TuneIndex(OfModel):
         retriever = load(self.model, exact=True)
         asked = retriever.manifest["export"]["index"] or {}
         recall = self.target_recall or asked.get("recall", Scann.recall)
-        requests = retriever.held_out_requests()
+        tuning, measured = retriever.held_out_requests().parted()
         with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
-            index = tune_index(retriever.candidate_embeddings(), requests, target_recall=recall)
-        say(Console(), index_tables(index, measure_requests(index, requests)))
+            index = tune_index(retriever.candidate_embeddings(), tuning, target_recall=recall)
+        say(Console(), index_tables(index, measure_requests(index, measured)))
         return 0
 
 

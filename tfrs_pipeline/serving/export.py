@@ -88,8 +88,9 @@ def export(
             embeddings, and the queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
         queries: Held-out ones, of which `user_id` and `history` are read: a ScaNN index is tuned
-            and measured on the first 1,000, and what every signature answers to the first 20 must
-            come back the same from the reloaded model. None takes the model's users.
+            and measured on the first 1,000 (see `Requests.parted`), and what every signature
+            answers to the first 20 must come back the same from the reloaded model. None takes the
+            model's users.
         manifest: More for `manifest.json`: JSON-able, such as config and metrics.
 
     Returns:
@@ -262,13 +263,14 @@ def _built(
     if isinstance(index, Exact):
         return ExactIndex(embeddings), {"kind": index.kind}
     requests = Requests(embed_queries(encoder, queries), known_rows(encoder, queries, ids))
-    scann = tune_index(embeddings, requests, target_recall=index.recall)
+    tuning, measured = requests.parted()
+    scann = tune_index(embeddings, tuning, target_recall=index.recall)
     return scann, {
         "kind": index.kind,
         "target_recall": index.recall,
         "num_leaves": scann.num_leaves,
         "levels": [asdict(level) for level in scann.levels],
-        "requests": measure_requests(scann, requests),
+        "requests": measure_requests(scann, measured),
     }
 
 
@@ -279,8 +281,8 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
     levels, requests = description["levels"], description["requests"]
     lowest = min((x["recall"] for x in requests), default=description["target_recall"])
     text = (
-        f"ScaNN finds {lowest:.4f} or more of the exact answer where k and the excluded items are "
-        f"{levels[-1]['depth']:,} at most, together; beyond, search is exact"
+        f"ScaNN finds at least {lowest:.4f} of the exact answer on average; where k and the "
+        f"excluded items are above {levels[-1]['depth']:,}, together, search is exact"
     )
     if num_candidates < SMALLEST_SCANN_CORPUS:
         text += f". For {num_candidates:,} candidates exact search alone would do"

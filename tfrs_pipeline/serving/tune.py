@@ -45,6 +45,20 @@ class Requests(NamedTuple):
     queries: np.ndarray
     known: Sequence[np.ndarray]
 
+    def parted(self) -> tuple[Requests, Requests]:
+        """Parts what an index is tuned on from what it is measured on; of few, all do both.
+
+        What was found of the former flatters the index.
+
+        Returns:
+            All but the first 128, and these.
+        """
+        num = _REPORTED_QUERIES
+        if len(self.queries) < 3 * num:
+            return self, self
+        tuning = Requests(self.queries[num:], self.known[num:])
+        return tuning, Requests(self.queries[:num], self.known[:num])
+
 
 def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: float) -> ScannIndex:
     """Builds the ScaNN index that reaches a recall target with the least work, for each depth.
