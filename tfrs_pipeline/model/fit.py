@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +97,8 @@ def train(
         max_seconds: No epoch is begun once training has taken this long, validation and earlier
             parts of a resumed run included.
         before_epochs: Called before the first epoch and every few epochs from then on.
-        folder: Where every epoch is saved and a stopped run is resumed from.
+        folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
+            one in a temporary folder.
         callbacks: Further ones of Keras.
         on_epoch: Called after each epoch with its number, from 1, and its logs.
 
@@ -117,39 +120,41 @@ def train(
     )
     network.compile(optimizer=optimizer)
     network.optimizer.build(network.trainable_variables)
-    keeper = _BestEpoch(
-        settings.monitor,
-        validate,
-        patience=settings.patience,
-        max_seconds=max_seconds,
-        folder=folder,
-        on_epoch=on_epoch,
-    )
-    epoch = keeper.restore(network, before_epochs)
-    if epoch and epoch < max_epochs:
-        logger.info("training: resuming after epoch %d", epoch)
-    all_callbacks = [*callbacks, keeper]
-    if settings.tensorboard and folder is not None:
-        board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
-        # The keeper comes last: an epoch that counts as done has its events.
-        all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
-    keeper.start_clock()
-    while epoch < max_epochs and not keeper.is_over:
-        until = max_epochs
-        if before_epochs is not None:
-            due = epoch - epoch % before_epochs.every
-            before_epochs.prepare(due)
-            until = min(due + before_epochs.every, max_epochs)
-        network.fit(
-            batches.dataset(epoch * steps, (until - epoch) * steps),
-            initial_epoch=epoch,
-            epochs=until,
-            steps_per_epoch=steps,
-            callbacks=all_callbacks,
-            verbose=0,
+    with contextlib.ExitStack() as stack:
+        keeper = _BestEpoch(
+            settings.monitor,
+            validate,
+            patience=settings.patience,
+            max_seconds=max_seconds,
+            folder=folder or Path(stack.enter_context(tempfile.TemporaryDirectory())),
+            saves_all=folder is not None,
+            on_epoch=on_epoch,
         )
-        epoch = until
-    keeper.keep_best(network)
+        epoch = keeper.restore(network, before_epochs)
+        if epoch and epoch < max_epochs:
+            logger.info("training: resuming after epoch %d", epoch)
+        all_callbacks = [*callbacks, keeper]
+        if settings.tensorboard and folder is not None:
+            board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
+            # The keeper comes last: an epoch that counts as done has its events.
+            all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
+        keeper.start_clock()
+        while epoch < max_epochs and not keeper.is_over:
+            until = max_epochs
+            if before_epochs is not None:
+                due = epoch - epoch % before_epochs.every
+                before_epochs.prepare(due)
+                until = min(due + before_epochs.every, max_epochs)
+            network.fit(
+                batches.dataset(epoch * steps, (until - epoch) * steps),
+                initial_epoch=epoch,
+                epochs=until,
+                steps_per_epoch=steps,
+                callbacks=all_callbacks,
+                verbose=0,
+            )
+            epoch = until
+        keeper.keep_best(network)
     return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
 
 
@@ -166,7 +171,10 @@ class _Diagnostics(tf.keras.callbacks.Callback):
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):
-    """Early stopping that remembers the best weights, and saves itself after each epoch."""
+    """Early stopping that keeps the best weights, in a folder: not a second time in memory.
+
+    With `saves_all` every epoch is saved there, so that a stopped training can go on from it.
+    """
 
     def __init__(
         self,
@@ -175,7 +183,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         *,
         patience: int,
         max_seconds: float | None,
-        folder: Path | None,
+        folder: Path,
+        saves_all: bool,
         on_epoch: OnEpoch | None,
     ) -> None:
         super().__init__()
@@ -184,8 +193,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._patience = patience
         self._max_seconds = max_seconds
         self._folder = folder
+        self._saves_all = saves_all
         self._on_epoch = on_epoch
-        self._best_weights: list[np.ndarray] | None = None
         self._started = 0.0
         self._seconds_before = 0.0
         self.history: dict[str, list[float]] = {}
@@ -229,9 +238,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             logs |= {f"val_{name}": value for name, value in metrics.items()}
         for name, value in logs.items():
             self.history.setdefault(name, []).append(float(value))
-        if self._validate is None or self.best_epoch == epoch + 1:
-            self._best_weights = self.model.get_weights()
-        if self._folder is not None:
+        is_best = self._validate is not None and self.best_epoch == epoch + 1
+        if self._saves_all or is_best:
             self._save(self.model, epoch + 1)
         if self.is_over:
             self.model.stop_training = True
@@ -240,12 +248,12 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def keep_best(self, network: TwoTowerNetwork) -> None:
         self._seconds_before, self._started = self.seconds, 0.0
-        if self._best_weights is not None:
-            network.set_weights(self._best_weights)
+        if self.best_epoch < len(self.history.get("loss", [])):
+            self._read_best(network)
 
     def restore(self, network: TwoTowerNetwork, before_epochs: BeforeEpochs | None) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        saved = [] if self._folder is None else self._folder.glob("epoch-*.json")
+        saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if before_epochs is not None and not before_epochs.can_go_on(epoch):
                 continue
@@ -256,17 +264,17 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             except (Damaged, FileNotFoundError) as error:
                 logger.warning("%s Training goes on from an earlier epoch.", error)
                 continue
-            best = tf.train.Checkpoint(model=network)
-            best.read(str(self._path(self.best_epoch))).expect_partial()
-            self._best_weights = network.get_weights()
             last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
             last.read(str(self._path(epoch))).assert_existing_objects_matched()
             return epoch
         self.history, self._seconds_before = {}, 0.0
         return 0
 
+    def _read_best(self, network: TwoTowerNetwork) -> None:
+        best = tf.train.Checkpoint(model=network)
+        best.read(str(self._path(self.best_epoch))).expect_partial()
+
     def _path(self, epoch: int, suffix: str = "") -> Path:
-        assert self._folder is not None
         return self._folder / f"epoch-{epoch}{suffix}"
 
     def _save(self, network: TwoTowerNetwork, epoch: int) -> None:
