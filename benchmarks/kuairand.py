@@ -31,7 +31,7 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.compare import compare
-from tfrs_pipeline.run import StepReport
+from tfrs_pipeline.run_data import StepReport
 
 SETTINGS = {
     "data": {

@@ -50,7 +50,8 @@ from record import COMMIT, command, machine, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.run import RunData, Steps, fit_baselines, prepare, train_and_refit
+from tfrs_pipeline.run_data import RunData, Steps, prepare
+from tfrs_pipeline.trainings import fit_baselines, train_and_refit
 
 NUM_BOOTSTRAP = 1000
 

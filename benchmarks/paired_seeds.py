@@ -31,7 +31,7 @@ import tensorflow as tf
 from movielens_100k import prepared
 from record import write_json
 
-from tfrs_pipeline.run import train_and_refit
+from tfrs_pipeline.trainings import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
 WITHOUT_COUNTS = {"model.negatives": (tp.InBatch(), tp.Uniform(512))}

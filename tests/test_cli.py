@@ -33,7 +33,7 @@ from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run import StepReport
+from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import read_settings
 from tfrs_pipeline.serving import export, retriever
 from tfrs_pipeline.settings import Config

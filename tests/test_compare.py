@@ -16,8 +16,10 @@ from tfrs_pipeline.evaluation.comparison import comparison_figure
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run import Steps, evaluate_all, prepare, train_and_refit
+from tfrs_pipeline.run import evaluate_all
+from tfrs_pipeline.run_data import Steps, prepare
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
+from tfrs_pipeline.trainings import train_and_refit
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
 

@@ -96,9 +96,7 @@ def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     assert flags <= settings
     named = {name for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text) if "py" not in name}
     tables = {name.partition(".")[0] for name in settings}
-    assert {name for name in named if name.partition(".")[0] in tables} - settings <= {
-        "run.load_log"
-    }
+    assert {name for name in named if name.partition(".")[0] in tables} <= settings
     names = set(re.findall(r"\btp\.(\w+)", text))
     assert names <= set(tp.__all__)
     presets = set(re.findall(r"--preset ([a-z]\w+)", text))

@@ -27,6 +27,8 @@ ROOMS = [
     "presets",
     "config",
     "run_folder",
+    "run_data",
+    "trainings",
     "run",
     "compare",
     "report",

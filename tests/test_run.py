@@ -35,7 +35,8 @@ from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run import RunResult, StepReport, run
+from tfrs_pipeline.run import RunResult, run
+from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load

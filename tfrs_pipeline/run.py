@@ -2,94 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib.metadata
-import itertools
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tfrs_pipeline import __version__
-from tfrs_pipeline.config import (
-    DataConfig,
-    RunConfig,
-    SplitConfig,
-    check_model_name,
-)
-from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.config import RunConfig, check_model_name
 from tfrs_pipeline.data.split import Holdout
-from tfrs_pipeline.durable import Damaged, file_hash, is_whole, read_record, write_record
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
+from tfrs_pipeline.durable import file_hash, is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
-from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder
+from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
+from tfrs_pipeline.run_folder import claim_folder
 from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
-from tfrs_pipeline.sources.kuairand import load_kuairand
-from tfrs_pipeline.sources.movielens import load_movielens_100k
-from tfrs_pipeline.sources.recflow import load_recflow
+from tfrs_pipeline.trainings import fit_baselines, train_and_refit
 
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
-
-OnStep = Callable[["StepReport"], None]
-
-
-@dataclass
-class StepReport:
-    """What one step of a command did.
-
-    Args:
-        name: Of the step.
-        notes: Lines for the user: counts, what was dropped.
-        seconds: Wall time.
-    """
-
-    name: str
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-class Steps:
-    """Times the steps of a command, shows them and keeps their notes.
-
-    Args:
-        on_step: Called as each step ends.
-        on_progress: Called as each step begins, with its name and no total.
-
-    Attributes:
-        notes: Step -> its lines.
-        seconds: Step -> wall time.
-    """
-
-    def __init__(self, on_step: OnStep, on_progress: OnProgress) -> None:
-        self._on_step = on_step
-        self._on_progress = on_progress
-        self.notes: dict[str, list[str]] = {}
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[StepReport]:
-        """Runs a step within; what is noted in its report is kept."""
-        report = StepReport(name)
-        start = time.monotonic()
-        self._on_progress(name, 0, 0)
-        yield report
-        self.notes[name] = report.notes
-        report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
-        self._on_step(report)
 
 
 @dataclass(frozen=True)
@@ -105,25 +44,6 @@ class RunResult:
     folder: Path
     export_folder: Path
     metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What the trainings of a run have in common.
-
-    Args:
-        split: The log in parts.
-        selection: Samples of the training part.
-        final: Samples of all that precedes the test, as far as the run trains on it.
-        validation: Queries that choose; sampled where there are more than the config asks for.
-        test: Queries that are measured; sampled likewise.
-    """
-
-    split: Split
-    selection: TrainingSet
-    final: TrainingSet
-    validation: Holdout
-    test: Holdout
 
 
 def run(
@@ -213,181 +133,6 @@ def _finished_run(folder: Path) -> RunResult | None:
     )
 
 
-def prepare(
-    config: RunConfig, folder: Path, step: Steps, hard: FunnelLosers | None = None
-) -> RunData:
-    """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
-
-    Args:
-        config: Of the run.
-        folder: Of the run.
-        step: Reports each step.
-        hard: Losers to find instead of those of the config.
-
-    Raises:
-        DataError: If the data is refused.
-        Damaged: If the folder's log is not as it was written.
-    """
-    if hard is None and isinstance(config.model.hard, FunnelLosers):
-        hard = config.model.hard
-    with step("data") as report:
-        if not (folder / "data" / "log.json").exists():
-            load_log(config.data).write(folder / "data")
-        try:
-            log = Log.read(folder / "data")
-        except Damaged as error:
-            # Made again it might be of other events than what was trained on it.
-            raise Damaged(
-                f"{error} All else in {folder} was made from it: train in another folder, with "
-                f"--config {folder / CONFIG_FILE} --run-dir NEW, and delete this one."
-            ) from error
-        report.notes = log.describe()
-    with step("split") as report:
-        path = folder / "data" / "split.parquet"
-        if not is_whole(path.with_suffix(".json")):
-            split_log(log, config.split, config.seed).write(path)
-        split = Split.read(log, config.split.kind, path)
-        report.notes = split.describe()
-    with step("samples") as report:
-        samples = folder / "samples"
-        selection = final = TrainingSet.build(
-            split.train, samples / "selection", seed=config.seed, hard=hard
-        )
-        if config.training.refit and split.before_test is not split.train:
-            final = TrainingSet.build(
-                split.before_test, samples / "final", seed=config.seed, hard=hard
-            )
-        report.notes = describe_samples(final.report)
-    return RunData(
-        split,
-        selection,
-        final,
-        split.validation.sample(config.training.validation_users, config.seed),
-        split.test.sample(config.evaluation.max_users, config.seed),
-    )
-
-
-def train_and_refit(
-    config: RunConfig,
-    data: RunData,
-    *,
-    settings: TwoTowerSettings | None = None,
-    max_epochs: int | None = None,
-    max_seconds: float | None = None,
-    folder: Path | None = None,
-    name: str = "two_tower",
-    on_progress: OnProgress = lambda task, done, total: None,
-) -> TwoTower:
-    """Chooses the number of epochs on validation, then trains on all that precedes the test.
-
-    Args:
-        config: Of the run; `training.refit` says whether there is a second training.
-        data: Split and samples.
-        settings: Of the model, instead of the config's own.
-        max_epochs: Instead of the config's own.
-        max_seconds: After this time the first training begins no epoch.
-        folder: Where both trainings are kept, to be resumed if stopped.
-        name: Of the model.
-        on_progress: As in `run`.
-
-    Returns:
-        The model; its `result` is that of the first training, and its `notes` tell of both.
-    """
-    training = config.training
-    if max_epochs is not None:
-        training = training.model_copy(update={"max_epochs": max_epochs})
-
-    def fit(
-        samples: TrainingSet, step: str, max_epochs: int, validation: Holdout | None
-    ) -> TwoTower:
-        model = TwoTower(settings or config.model, training=training, seed=config.seed, name=name)
-        return model.fit_samples(
-            samples,
-            validation,
-            max_epochs=max_epochs,
-            max_seconds=max_seconds if validation else None,
-            folder=None if folder is None else folder / step,
-            exclude=config.evaluation.exclude,
-            cutoffs=config.evaluation.cutoffs,
-            on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
-            on_progress=on_progress,
-            log=data.split.train,
-        )
-
-    model = fit(data.selection, "selection", training.max_epochs, data.validation)
-    chosen = model.result
-    monitored = chosen.history[f"val_{training.monitor}"]
-    notes = [
-        f"best validation {training.monitor} {max(monitored):.4f} after "
-        f"{chosen.best_epoch} of {len(monitored)} epochs"
-    ]
-    if data.final is not data.selection:
-        model = fit(data.final, "refit", chosen.best_epoch, None)
-        notes.append(
-            f"trained again on training and validation positives for {chosen.best_epoch} epochs"
-        )
-        model.result = chosen
-    model.notes = [*notes, *model.notes]
-    return model
-
-
-def fit_baselines(
-    config: RunConfig,
-    data: RunData,
-    *,
-    on_progress: OnProgress = lambda task, done, total: None,
-) -> tuple[dict[str, Retriever], list[str]]:
-    """Fits the baselines of a config, their settings chosen on validation where it lists several.
-
-    Args:
-        config: Of the run; `evaluation` lists the baselines and their settings.
-        data: Split and queries.
-        on_progress: As in `run`.
-
-    Returns:
-        The baselines by name, and notes on what was chosen and what was skipped.
-    """
-    settings = config.evaluation
-    final = data.split.before_test if config.training.refit else data.split.train
-    grids: dict[str, list[Any]] = {
-        "popularity": [MostPopular()],
-        "ease": [Ease(l2=l2) for l2 in settings.ease_l2],
-        "ials": [
-            Ials(regularization=regularization, alpha=alpha, seed=config.seed)
-            for regularization, alpha in itertools.product(
-                settings.ials_regularization, settings.ials_alpha
-            )
-        ],
-    }
-    num_items = len(data.test.candidate_ids)
-    found: dict[str, Retriever] = {}
-    notes = []
-    for name in settings.baselines:
-        if name == "ease" and num_items > Ease.max_candidates:
-            notes.append(
-                f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
-                f"are more than {Ease.max_candidates:,}"
-            )
-        if name == "uncorrected" or (name == "ease" and num_items > Ease.max_candidates):
-            continue
-        grid, scores = grids[name], []
-        for i, baseline in enumerate(grid if len(grid) > 1 else []):
-            on_progress(f"{name}, choosing on validation", i, len(grid))
-            measured = evaluate(
-                baseline.fit(data.split.train),
-                data.validation,
-                exclude=settings.exclude,
-                cutoffs=settings.cutoffs,
-                num_bootstrap=0,
-            )
-            scores.append(measured.first.overall.intervals[config.training.monitor].mean)
-        best = grid[int(np.argmax(scores))] if scores else grid[0]
-        found[name] = best.fit(final)
-        if scores:
-            notes.append(f"{name}: {best!r}, best of {len(grid)} on validation")
-    return found, notes
-
-
 def evaluate_all(
     config: RunConfig,
     retrievers: Mapping[str, Retriever],
@@ -439,75 +184,6 @@ def export_model(
         manifest={"config": config.model_dump(mode="json"), **manifest},
     )
     return folder, written["index"]
-
-
-def load_log(config: DataConfig) -> Log:
-    """Loads the log that a config names."""
-    features: dict[str, Any] = {
-        "item_features": config.item_features,
-        "user_features": config.user_features,
-    }
-    if config.source == "movielens-100k":
-        log = load_movielens_100k(config.path, **features)
-        return dataclasses.replace(log, is_ordered=config.is_ordered)
-    assert config.path is not None  # The config's own check.
-    common: dict[str, Any] = {"label": config.label, "duplicates": config.duplicates, **features}
-    if config.source == "kuairand":
-        return load_kuairand(config.path, unknown_items=config.unknown_items, **common)
-    if config.source == "recflow":
-        return load_recflow(config.path, **common)
-    return Log.from_files(
-        config.path,
-        items=config.items_path,
-        users=config.users_path,
-        columns=config.columns,
-        item_columns=config.item_columns,
-        user_columns=config.user_columns,
-        rating_threshold=config.rating_threshold,
-        stage_values=config.stage_values,
-        timestamp_unit=config.timestamp_unit,
-        time_zone=config.time_zone,
-        list_separator=config.list_separator,
-        unknown_items=config.unknown_items,
-        is_ordered=config.is_ordered,
-        earliest_time=config.earliest_time,
-        latest_time=config.latest_time,
-        max_bad_share=config.max_bad_share,
-        **common,
-    )
-
-
-def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
-    """Splits a log as a config says."""
-    return log.split(
-        config.kind,
-        validation=config.validation,
-        test=config.test,
-        target_share=config.target_share,
-        min_positives=config.min_positives,
-        seed=seed,
-    )
-
-
-def describe_samples(report: Mapping[str, Any]) -> list[str]:
-    """Says what samples hold, and what was kept from being a negative (see `build_samples`)."""
-    return [
-        f"{report['num_samples']:,} positives, {report['num_empty_histories']:,} of them with an "
-        "empty history",
-        f"{report['num_candidates']:,} candidates, {report['num_candidates_without_count']:,} of "
-        "them never clicked in training",
-        f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
-        f"{report['num_exposed']:,} exposed and not clicked",
-        *(
-            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
-            f"{pool['mean_pool']:.1f} on average"
-            for stage, pool in report.get("hard_negatives", {}).items()
-        ),
-        *(
-            f"never hard negatives, {reason}: {num_rows:,} rows"
-            for reason, num_rows in report.get("hard_negatives_removed", {}).items()
-        ),
-    ]
 
 
 def _variants(config: RunConfig) -> dict[str, TwoTowerSettings]:

@@ -20,7 +20,8 @@ from tfrs_pipeline.run_folder import CONFIG_FILE
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.config import RunConfig
-    from tfrs_pipeline.run import RunResult, StepReport
+    from tfrs_pipeline.run import RunResult
+    from tfrs_pipeline.run_data import StepReport
 
 PROGRAM = "tfrs-pipeline"
 SECONDS_BETWEEN_LINES = 15.0  # Of progress, where the output is no terminal.

@@ -1,0 +1,212 @@
+"""The data of a run: its log, the split of it and the samples, in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfrs_pipeline.config import DataConfig, RunConfig, SplitConfig
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.durable import Damaged, is_whole
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.two_tower import OnProgress
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.run_folder import CONFIG_FILE
+from tfrs_pipeline.sources.kuairand import load_kuairand
+from tfrs_pipeline.sources.movielens import load_movielens_100k
+from tfrs_pipeline.sources.recflow import load_recflow
+
+OnStep = Callable[["StepReport"], None]
+
+
+@dataclass
+class StepReport:
+    """What one step of a command did.
+
+    Args:
+        name: Of the step.
+        notes: Lines for the user: counts, what was dropped.
+        seconds: Wall time.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Steps:
+    """Times the steps of a command, shows them and keeps their notes.
+
+    Args:
+        on_step: Called as each step ends.
+        on_progress: Called as each step begins, with its name and no total.
+
+    Attributes:
+        notes: Step -> its lines.
+        seconds: Step -> wall time.
+    """
+
+    def __init__(self, on_step: OnStep, on_progress: OnProgress) -> None:
+        self._on_step = on_step
+        self._on_progress = on_progress
+        self.notes: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[StepReport]:
+        """Runs a step within; what is noted in its report is kept."""
+        report = StepReport(name)
+        start = time.monotonic()
+        self._on_progress(name, 0, 0)
+        yield report
+        self.notes[name] = report.notes
+        report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
+        self._on_step(report)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the trainings of a run have in common.
+
+    Args:
+        split: The log in parts.
+        selection: Samples of the training part.
+        final: Samples of all that precedes the test, as far as the run trains on it.
+        validation: Queries that choose; sampled where there are more than the config asks for.
+        test: Queries that are measured; sampled likewise.
+    """
+
+    split: Split
+    selection: TrainingSet
+    final: TrainingSet
+    validation: Holdout
+    test: Holdout
+
+
+def prepare(
+    config: RunConfig, folder: Path, step: Steps, hard: FunnelLosers | None = None
+) -> RunData:
+    """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
+
+    Args:
+        config: Of the run.
+        folder: Of the run.
+        step: Reports each step.
+        hard: Losers to find instead of those of the config.
+
+    Raises:
+        DataError: If the data is refused.
+        Damaged: If the folder's log is not as it was written.
+    """
+    if hard is None and isinstance(config.model.hard, FunnelLosers):
+        hard = config.model.hard
+    with step("data") as report:
+        if not (folder / "data" / "log.json").exists():
+            load_log(config.data).write(folder / "data")
+        try:
+            log = Log.read(folder / "data")
+        except Damaged as error:
+            # Made again it might be of other events than what was trained on it.
+            raise Damaged(
+                f"{error} All else in {folder} was made from it: train in another folder, with "
+                f"--config {folder / CONFIG_FILE} --run-dir NEW, and delete this one."
+            ) from error
+        report.notes = log.describe()
+    with step("split") as report:
+        path = folder / "data" / "split.parquet"
+        if not is_whole(path.with_suffix(".json")):
+            split_log(log, config.split, config.seed).write(path)
+        split = Split.read(log, config.split.kind, path)
+        report.notes = split.describe()
+    with step("samples") as report:
+        samples = folder / "samples"
+        selection = final = TrainingSet.build(
+            split.train, samples / "selection", seed=config.seed, hard=hard
+        )
+        if config.training.refit and split.before_test is not split.train:
+            final = TrainingSet.build(
+                split.before_test, samples / "final", seed=config.seed, hard=hard
+            )
+        report.notes = describe_samples(final.report)
+    return RunData(
+        split,
+        selection,
+        final,
+        split.validation.sample(config.training.validation_users, config.seed),
+        split.test.sample(config.evaluation.max_users, config.seed),
+    )
+
+
+def load_log(config: DataConfig) -> Log:
+    """Loads the log that a config names."""
+    features: dict[str, Any] = {
+        "item_features": config.item_features,
+        "user_features": config.user_features,
+    }
+    if config.source == "movielens-100k":
+        log = load_movielens_100k(config.path, **features)
+        return dataclasses.replace(log, is_ordered=config.is_ordered)
+    assert config.path is not None  # The config's own check.
+    common: dict[str, Any] = {"label": config.label, "duplicates": config.duplicates, **features}
+    if config.source == "kuairand":
+        return load_kuairand(config.path, unknown_items=config.unknown_items, **common)
+    if config.source == "recflow":
+        return load_recflow(config.path, **common)
+    return Log.from_files(
+        config.path,
+        items=config.items_path,
+        users=config.users_path,
+        columns=config.columns,
+        item_columns=config.item_columns,
+        user_columns=config.user_columns,
+        rating_threshold=config.rating_threshold,
+        stage_values=config.stage_values,
+        timestamp_unit=config.timestamp_unit,
+        time_zone=config.time_zone,
+        list_separator=config.list_separator,
+        unknown_items=config.unknown_items,
+        is_ordered=config.is_ordered,
+        earliest_time=config.earliest_time,
+        latest_time=config.latest_time,
+        max_bad_share=config.max_bad_share,
+        **common,
+    )
+
+
+def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
+    """Splits a log as a config says."""
+    return log.split(
+        config.kind,
+        validation=config.validation,
+        test=config.test,
+        target_share=config.target_share,
+        min_positives=config.min_positives,
+        seed=seed,
+    )
+
+
+def describe_samples(report: Mapping[str, Any]) -> list[str]:
+    """Says what samples hold, and what was kept from being a negative (see `build_samples`)."""
+    return [
+        f"{report['num_samples']:,} positives, {report['num_empty_histories']:,} of them with an "
+        "empty history",
+        f"{report['num_candidates']:,} candidates, {report['num_candidates_without_count']:,} of "
+        "them never clicked in training",
+        f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
+        f"{report['num_exposed']:,} exposed and not clicked",
+        *(
+            f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
+            f"{pool['mean_pool']:.1f} on average"
+            for stage, pool in report.get("hard_negatives", {}).items()
+        ),
+        *(
+            f"never hard negatives, {reason}: {num_rows:,} rows"
+            for reason, num_rows in report.get("hard_negatives_removed", {}).items()
+        ),
+    ]
