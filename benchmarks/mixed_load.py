@@ -6,6 +6,10 @@ sends a request again where its connection was refused, or closed without a byte
 anything else but a 200 is a failure. Before, it measures what a small client waits for beside the
 largest requests, in turn with it alone.
 
+Of memory it records the resident part, which wavers with what the allocator has given back for the
+moment, and all that the process has for its data: this one must settle, or something is never
+freed.
+
     python benchmarks/mixed_load.py --minutes 60 --json benchmarks/results/mixed_load.json
 """
 
@@ -29,7 +33,16 @@ from typing import Any
 
 import numpy as np
 from record import write_json
-from serving import NAME, NUM_USERS, build_export, request, resident_mib, run_clients, served
+from serving import (
+    NAME,
+    NUM_USERS,
+    build_export,
+    request,
+    resident_mib,
+    run_clients,
+    served,
+    status_mib,
+)
 
 Counts = collections.Counter[str]
 
@@ -232,21 +245,24 @@ def measure(model: Path, minutes: float, num_stops: int, swap_seconds: float) ->
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = start(model, port)
-    seconds, memory, num_swaps = 60 * minutes, [[resident_mib(process.pid)]], 0
+    seconds, num_swaps = 60 * minutes, 0
+    resident, data = [[resident_mib(process.pid)]], [[status_mib(process.pid, "VmData")]]
     begin = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         load = pool.apply_async(run_load, (port, seconds))
         version = 1
         while not load.ready():
-            is_due = (time.monotonic() - begin) / seconds > len(memory) / (num_stops + 1)
-            if is_due and len(memory) <= num_stops:
+            is_due = (time.monotonic() - begin) / seconds > len(resident) / (num_stops + 1)
+            if is_due and len(resident) <= num_stops:
                 stop(process)
                 process = start(model, port)
-                memory.append([])
+                resident.append([])
+                data.append([])
             version, num_swaps = version + 1, num_swaps + 1
             put(model, version, is_broken=num_swaps % 5 == 0)
             time.sleep(swap_seconds)
-            memory[-1].append(resident_mib(process.pid))
+            resident[-1].append(resident_mib(process.pid))
+            data[-1].append(status_mib(process.pid, "VmData"))
         figures = load.get()
     stop(process)
     return {
@@ -254,8 +270,9 @@ def measure(model: Path, minutes: float, num_stops: int, swap_seconds: float) ->
         "minutes": minutes,
         "num_versions": num_swaps,
         "num_broken_versions": num_swaps // 5,
-        "num_stops": len(memory),
-        "resident_mib_of_each_process": memory,
+        "num_stops": len(resident),
+        "resident_mib_of_each_process": resident,
+        "data_mib_of_each_process": data,
     }
 
 
@@ -290,8 +307,11 @@ def main() -> None:
             ratios = neighbours(port, options.rounds)
         load = measure(model, options.minutes, options.stops, options.swap_seconds)
     print({key: value for key, value in load.items() if "mib" not in key})
-    for number, process in enumerate(load["resident_mib_of_each_process"], 1):
-        print(f"process {number}: {', '.join(f'{mib:.0f}' for mib in process[::5])} MiB")
+    for kind in ("resident", "data"):
+        for number, process in enumerate(load[f"{kind}_mib_of_each_process"], 1):
+            print(
+                f"{kind}, process {number}: {', '.join(f'{mib:.0f}' for mib in process[::5])} MiB"
+            )
     figures = {"num_candidates": options.candidates, "neighbours": ratios, "load": load}
     if options.json:
         write_json(options.json, figures, seed=0)

@@ -213,8 +213,13 @@ def served(model: Path, *flags: str) -> Iterator[tuple[int, int]]:
 
 def resident_mib(pid: int) -> float:
     """Reads the resident memory of a process."""
+    return status_mib(pid, "VmRSS")
+
+
+def status_mib(pid: int, field: str) -> float:
+    """Reads a size in `/proc/PID/status`."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def measure_latency(
