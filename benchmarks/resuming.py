@@ -53,7 +53,7 @@ from tfrs_pipeline.run import run
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load
 
-HALF_WRITTEN = ("_temp", ".partial", "_numbered-", ".partial-")
+HALF_WRITTEN = ("_temp", ".partial", "_work-", ".partial-")
 # A run that is neither killed nor done by then hangs.
 MAX_SECONDS = 300.0
 

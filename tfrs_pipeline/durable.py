@@ -55,6 +55,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def part_files(path: Path) -> list[Path]:
+    """Lists the files of a table: itself, or those of a folder in their order, as engines write it.
+
+    Engines leave _SUCCESS, .x.crc and the like beside them.
+    """
+    return [path] if path.is_file() else sorted(path.glob("[!._]*.parquet"))
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file: at every moment it is what it was or all that it becomes."""
     partial = path.with_name(f"{path.name}.partial")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.damage import DAMAGES, damage
-from tests.small_log import event_table
+from tests.small_log import event_table, write
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -27,9 +27,9 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     log = Log.from_table(event_table("int").drop_columns(["rating"]))
     expected = TrainingSet.build(log, tmp_path, seed=0)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 6
     # As a process leaves it that is killed as it builds.
-    (tmp_path / "_numbered-killed.parquet").write_text("half")
+    write(event_table("int"), tmp_path / "_work-killed" / "_events.parquet")
     for path, how in zip(files, itertools.cycle(DAMAGES), strict=False):
         damage(path, how)
         built = TrainingSet.build(log, tmp_path, seed=0)

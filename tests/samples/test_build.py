@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.samples import build as build_module
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.store import RowLists, Samples, read_ids, read_samples
@@ -155,27 +154,23 @@ def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:
         assert report["num_empty_histories"] == 1
 
 
-def test_samples_are_shuffled_by_the_seed_over_shards_and_rebuilt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[Event] = [(1, 1 + i % 7, i, "clicked", None) for i in range(60)]
-    log = make_log(events, weight=pa.array(np.arange(60) / 8))
-    read: dict[int, Samples] = {}
-    for seed in (1, 2):
-        build_samples(log, tmp_path, seed=seed)
-        read[seed] = read_samples(tmp_path)
-        # Each sample has its own weight, item and history, wherever it stands.
-        places = (read[seed].weights * 8).astype(int)
-        assert sorted(places.tolist()) == list(range(60))
-        np.testing.assert_array_equal(read[seed].num_earlier, places)
-        np.testing.assert_array_equal(read[seed].candidate_rows, 1 + places % 7)
-    assert read[1].weights.tolist() != read[2].weights.tolist()
-    monkeypatch.setattr(build_module, "SAMPLES_PER_SHARD", 25)
-    monkeypatch.setattr(build_module, "SAMPLES_PER_ROW_GROUP", 10)
-    build_samples(log, tmp_path, seed=1)
-    assert len(list((tmp_path / "samples").iterdir())) == 3  # Of 30, 20 and 10: whole groups.
-    assert read_samples(tmp_path).weights.tolist() == read[1].weights.tolist()
-    assert not list(tmp_path.glob("_numbered-*"))
+def test_samples_stand_by_query_and_time_and_are_rebuilt(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    seconds, users = rng.permutation(60).tolist(), rng.integers(1, 4, 60).tolist()
+    events: list[Event] = [
+        (user, 1 + second % 7, second, "clicked", None)
+        for user, second in zip(users, seconds, strict=True)
+    ]
+    log = make_log(events, weight=pa.array(np.array(seconds) / 8))
+    for _ in range(2):
+        build_samples(log, tmp_path, seed=0)
+        samples = read_samples(tmp_path)
+        # Each sample has its own weight, which is its time, and item, wherever it stands.
+        times = (samples.weights * 8).astype(int)
+        found = list(zip(samples.query_rows.tolist(), times.tolist(), strict=True))
+        assert found == sorted(zip(users, seconds, strict=True))
+        np.testing.assert_array_equal(samples.candidate_rows, 1 + times % 7)
+        assert not list(tmp_path.glob("_work-*"))
 
 
 def test_ids_stand_at_their_rows_and_the_report_counts(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.samples.hard_pools import add_pools, find_losers
-from tfrs_pipeline.samples.store import pool_column
+from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
@@ -78,11 +77,11 @@ def run(
     exposed = events.filter(events["stage"] == "exposed").select(*pairs).distinct()
     losers, removed = find_losers(events, hard, known, exposed.anti_join(known, pairs))
     positives = events.filter(events["stage"] == "clicked")
-    table = add_pools(positives, losers, hard, seed=0).to_pyarrow().to_pylist()
-    pools: Pools = {
-        row["event_number"]: {stage: row[pool_column(stage)] or [] for stage in hard.stages}
-        for row in table
-    }
+    numbers = positives["event_number"].to_pyarrow().to_pylist()
+    pools: Pools = {number: {stage: [] for stage in hard.stages} for number in numbers}
+    for stage, pool in draw_pools(positives, losers, hard, seed=0).items():
+        for row in pool.order_by("candidate_row").to_pyarrow().to_pylist():
+            pools[row["event_number"]][stage].append(row["candidate_row"])
     return pools, removed
 
 
@@ -202,6 +201,23 @@ def test_large_pools_are_thinned_at_random_and_by_the_seed() -> None:
     pool = run(rows, hard)[0][1]["retrieved"]
     assert len(set(pool)) == 50
     assert pool == run(rows, hard)[0][1]["retrieved"]
-    assert pool != sorted(pool)
-    # 50 of 198 in any order: about a quarter are of the first quarter.
+    # Of 198: about a quarter are of the first quarter.
     assert 3 <= sum(item < 50 for item in pool) <= 25
+
+
+def test_of_many_recent_losers_the_latest_are_taken() -> None:
+    """Also where the window ends before there are enough."""
+    row = {"query_row": 1, "rank": None}
+    rows = []
+    for minute in range(100):
+        stage = "clicked" if minute % 7 == 3 else "retrieved"
+        time = START + timedelta(minutes=minute if minute < 60 else minute + 300)
+        numbers = dict.fromkeys(("candidate_row", "event_number", "request_id"), minute)
+        rows.append({**row, **numbers, "stage": stage, "time": time})
+    hard = FunnelLosers(stages=("retrieved",), max_pool=10, window_hours=1)
+    pools = as_sets(run(rows, hard)[0])
+    slow = slow_pools(rows, hard)
+    assert max(len(of_stage["retrieved"]) for of_stage in slow.values()) > 50
+    for positive, of_stage in pools.items():
+        # Candidates are numbered by time.
+        assert of_stage["retrieved"] == set(sorted(slow[positive]["retrieved"])[-10:])

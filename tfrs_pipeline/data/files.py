@@ -31,20 +31,6 @@ _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 
 
-def connect() -> DuckDB:
-    """Opens a DuckDB in memory, without the progress bar that it would write to the output."""
-    connection = ibis.duckdb.connect()
-    shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
-    if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and may not even be set.
-        connection.con.execute("SET enable_progress_bar = false")
-    return connection
-
-
-def open_parquet(connection: DuckDB, path: Path) -> ibis.Table:
-    """Opens a file of Parquet, whose name is no pattern, without loading it."""
-    return connection.read_parquet(glob.escape(str(path)))
-
-
 @dataclass(frozen=True)
 class Scan:
     """A table whose columns are known and whose rows are not read yet.

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.files import connect, open_parquet, scan
+from tfrs_pipeline.data.engines import connect, open_parquet
+from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,

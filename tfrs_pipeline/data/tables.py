@@ -22,7 +22,8 @@ from tfrs_pipeline.data.columns import (
     to_outcome,
     to_required_id,
 )
-from tfrs_pipeline.data.files import LINES_REMEDY, Scan, connect, scan
+from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.files import LINES_REMEDY, Scan, scan
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,

@@ -23,7 +23,7 @@ class FunnelLosers:
             lost in rank, "ranked" ended low in rank.
         num: Columns drawn for each row from its pool of a stage.
         min_pool: A stage with fewer losers in the positive's own request takes those of the user's
-            recent requests too.
+            recent requests too, the latest `max_pool` of them.
         max_pool: Losers kept for a positive and stage, drawn at random.
         window_hours: How far back recent requests may lie; in a log without timestamps, any.
         bottom_share: Low part of the ranked list, in (0, 1]: a share of the request's ranks.

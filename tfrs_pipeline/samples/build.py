@@ -1,34 +1,34 @@
-"""Event tables turned into samples: sharded Parquet, a corpus table and the mask tables.
+"""Event tables turned into samples: Parquet of positives, of the corpus, of masks and of pools.
 
-Everything is an Ibis expression, run out of core by the backend that holds the tables.
+Everything is an Ibis expression that runs, and is written, in the engine that holds the log: DuckDB
+out of core, or Spark. All tables are flat rows in order, since engines hold lists in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ibis
-import numpy as np
-import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.files import open_parquet
+from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, Stage
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.data.schema import DataError, Stage, count_rows
+from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.samples.hard_pools import add_pools, describe_pools, find_losers
+from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
-from tfrs_pipeline.samples.store import POOL_PREFIX, Samples, read_samples
+from tfrs_pipeline.samples.store import pool_size_column
 
-logger = logging.getLogger(__name__)
-
-SAMPLES_PER_SHARD = 1_000_000
-SAMPLES_PER_ROW_GROUP = 131_072
+_WORK = "_work-"
+_PAIR = ["query_row", "candidate_row"]
+_IN_SEQUENCE = ["query_row", "time", "event_number"]
 
 
 def build_samples(
@@ -36,12 +36,18 @@ def build_samples(
 ) -> dict[str, Any]:
     """Writes the samples of a log below `folder`.
 
-    Files: `corpus.parquet` (candidate_row from 1, item_id, count), `queries.parquet` (query_row
-    from 1, user_id), `samples/shard-*.parquet` (query_row, candidate_row, weight and, in a log with
-    an order, num_earlier), `sequences.parquet`, `known_positives.parquet` and `exposed.parquet`
-    (query_row, candidate_rows).
-    Row 0 is "unknown" on both sides. Counts, histories and masks come from the log's events alone:
-    give the training part. Shards hold the samples in an order shuffled by `seed`.
+    | file, by its rows | columns | in the order of |
+    |---|---|---|
+    | `corpus.parquet` | candidate_row from 1, item_id, count | candidate_row |
+    | `queries.parquet` | query_row from 1, user_id | query_row |
+    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; with hard negatives num_hard_<stage> | query_row, then time |
+    | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples |
+    | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
+
+    Each is a file (DuckDB) or a folder of part files in the order of their names (Spark). A query's
+    samples are its sequence, of which the first num_earlier lie before the sample. Row 0 is
+    "unknown" on both sides. Counts, histories and masks come from the log's events alone: give the
+    training part. The same log gives the same samples on either engine.
 
     Before an event means an earlier timestamp (ties, and items of the same request, do not enter);
     in a log without times an earlier place in it; in one without any order, every other positive of
@@ -50,102 +56,120 @@ def build_samples(
     Args:
         log: Its events; rows are those of all its items and users.
         folder: Where to write; made if missing.
-        seed: Of the shuffle, and of the draw of hard pools.
-        hard: Which losers of the funnel become the samples' hard negatives; a shard then has a
-            column `hard_<stage>_rows` per stage.
+        seed: Of the draw of hard pools.
+        hard: Which losers of the funnel become the samples' hard negatives.
 
     Returns:
         Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
         num_known_positives, num_exposed, num_candidates_without_count; with hard negatives,
-        "hard_negatives" by stage and "hard_negatives_removed" by reason.
+        "hard_negatives" by stage (num_samples that have some, mean_pool of these) and
+        "hard_negatives_removed" by reason.
 
     Raises:
         DataError: If no event is a positive.
-    """
+    """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are not whole.
     (folder / "report.json").unlink(missing_ok=True)
-    items = _number_rows(log.items, "item_id", "candidate_row")
-    users = _number_rows(log.users, "user_id", "query_row")
-    has_order = log.is_ordered or "timestamp" in log.events.columns
-    with _numbered(log, items, users, folder) as numbered:
-        positives = Positives.select(numbered)
-        _write_corpus(items, users, positives, folder)
-        known, exposed = _write_lists(numbered, positives, folder)
-        samples = _with_num_earlier(positives) if has_order else positives
+    with _work_folder(log, folder) as work:
+        events = _write_rows(log, work)
+        positives = Positives.select(events)
+        _write_counts(positives, work)
+        _write_masks(events, positives, work)
+        samples = positives
+        if log.is_ordered or "timestamp" in log.events.columns:
+            samples = _with_num_earlier(positives)
         if "weight" not in samples.columns:
             samples = samples.mutate(weight=ibis.literal(1.0))
         removed: dict[str, int] = {}
         if hard is not None:
-            losers, removed = find_losers(numbered, hard, known, exposed)
-            samples = add_pools(samples, losers, hard, seed)
-        num_samples = _write_shards(samples, folder / "samples", seed)
-    if num_samples == 0:
-        raise DataError(NO_POSITIVE)
-    report = _report(folder, removed)
-    shards = (folder / "samples").glob("shard-*.parquet")
-    write_record(folder / "report.json", report, [*folder.glob("*.parquet"), *shards])
+            removed = _write_pools(events, positives, work, hard, seed)
+            samples = _with_pool_sizes(samples, work, hard)
+        _write_samples(samples, work)
+        report = _report(work, hard, removed)
+        files = work.publish(folder)
+    write_record(folder / "report.json", report, files)
     return report
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A folder of tables that are written and read again; one that begins with "_" stays in it.
+
+    Of a name of its own, since DuckDB remembers the statistics of a path that it has read.
+    """
+
+    backend: Any
+    folder: Path
+
+    def write(self, name: str, table: ibis.Table) -> ibis.Table:
+        write_parquet(table, self.folder / f"{name}.parquet")
+        return self.open(name)
+
+    def open(self, name: str) -> ibis.Table:
+        return open_parquet(self.backend, self.folder / f"{name}.parquet")
+
+    def publish(self, folder: Path) -> list[Path]:
+        """Moves what is to stay into a folder, instead of what it holds; returns its files."""
+        for old in folder.glob("*.parquet"):
+            remove(old)
+        moved = [path for path in self.folder.glob("*.parquet") if not path.name.startswith("_")]
+        for path in moved:
+            os.replace(path, folder / path.name)
+        return [file for path in moved for file in part_files(folder / path.name)]
+
+
 @contextlib.contextmanager
-def _numbered(log: Log, items: ibis.Table, users: ibis.Table, folder: Path) -> Iterator[ibis.Table]:
-    """Writes the events with rows instead of ids, and with their times; deleted after the build.
+def _work_folder(log: Log, folder: Path) -> Iterator[_Work]:
+    for left in folder.glob(f"{_WORK}*"):  # By a process that was killed.
+        remove(left)
+    work = folder / f"{_WORK}{uuid.uuid4().hex}"
+    work.mkdir()
+    try:
+        yield _Work(log.events.get_backend(), work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_rows(log: Log, work: _Work) -> ibis.Table:
+    """Numbers items and users; writes the events with rows instead of ids, and with their times.
 
     Once, so that the window and the joins are not run again for every output.
     """
-    numbered = log.events.inner_join(items, "item_id").inner_join(users, "user_id")
-    time = numbered["timestamp" if "timestamp" in numbered.columns else "event_number"]
-    numbered = numbered.mutate(time=time)
-    numbered = numbered.mutate(query_time=_query_time(numbered)).drop("item_id", "user_id")
-    for left in folder.glob("_numbered-*.parquet"):  # By a process that was killed.
-        left.unlink()
-    # Under a name of its own: DuckDB remembers the statistics of a path that it has read.
-    path = folder / f"_numbered-{uuid.uuid4().hex}.parquet"
-    try:
-        numbered.to_parquet(path)
-        yield open_parquet(numbered.get_backend(), path)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _write_corpus(
-    items: ibis.Table, users: ibis.Table, positives: ibis.Table, folder: Path
-) -> None:
-    counts = positives.group_by("candidate_row").agg(count=lambda t: t.count())
-    corpus = items.left_join(counts, "candidate_row").select(
-        "candidate_row", "item_id", count=ibis.coalesce(counts["count"], 0)
-    )
-    corpus.order_by("candidate_row").to_parquet(folder / "corpus.parquet")
-    users.order_by("query_row").to_parquet(folder / "queries.parquet")
-
-
-def _write_lists(
-    numbered: ibis.Table, positives: ibis.Table, folder: Path
-) -> tuple[ibis.Table, ibis.Table]:
-    """Writes each query's sequence and masks; returns the pairs behind the two masks."""
-    known = positives.select("query_row", "candidate_row").distinct()
-    exposed = (
-        numbered.filter(numbered["stage"] == Stage.EXPOSED.value)
-        .select("query_row", "candidate_row")
-        .distinct()
-        .anti_join(known, ["query_row", "candidate_row"])
-    )
-    for name, rows, by in (
-        ("sequences", positives, ["time", "event_number"]),
-        ("known_positives", known, ["candidate_row"]),
-        ("exposed", exposed, ["candidate_row"]),
-    ):
-        lists = rows.group_by("query_row").agg(
-            candidate_rows=rows["candidate_row"].collect(order_by=[rows[key] for key in by])
-        )
-        lists.order_by("query_row").to_parquet(folder / f"{name}.parquet")
-    return known, exposed
+    items = work.write("_items", _number_rows(log.items, "item_id", "candidate_row"))
+    users = work.write("queries", _number_rows(log.users, "user_id", "query_row"))
+    events = log.events.inner_join(items, "item_id").inner_join(users, "user_id")
+    time = events["timestamp" if "timestamp" in events.columns else "event_number"]
+    events = events.mutate(time=time)
+    events = events.mutate(query_time=_query_time(events))
+    names = ["event_number", "stage", "time", "query_time", "request_id", "rank", "weight"]
+    kept = [name for name in names if name in events.columns]
+    return work.write("_events", events.select(*_PAIR, *kept))
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
+    """Numbers ids in their order, from 1. One task of Spark does it: ids alone, sorted."""
     row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
-    return table.select(id_column, **{row_column: row.cast("int32")})
+    rows = table.select(id_column, **{row_column: row.cast("int32")})
+    return rows.select(row_column, id_column).order_by(row_column)
+
+
+def _write_counts(positives: ibis.Table, work: _Work) -> None:
+    items = work.open("_items")
+    counts = positives.group_by("candidate_row").agg(count=positives.count())
+    corpus = items.left_join(counts, "candidate_row").select(
+        "candidate_row", "item_id", count=ibis.coalesce(counts["count"], 0)
+    )
+    corpus = work.write("corpus", corpus.order_by("candidate_row"))
+    if not corpus["count"].max().to_pyarrow().as_py():
+        raise DataError(NO_POSITIVE)
+
+
+def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None:
+    """Writes what is never a negative of whom."""
+    known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
+    exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
+    work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
 
 
 def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
@@ -155,13 +179,14 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
     was made. Ties are excluded, and so are items of the same request.
     """
     # Clicks and queries on one line of time; a query goes before the clicks of its moment.
-    clicks = positives.select("query_row", at="time", is_click=1, asker=ibis.null("int64"))
-    queries = positives.select("query_row", at="query_time", is_click=0, asker="event_number")
-    line = clicks.union(queries)
+    queries = positives.mutate(at=positives["query_time"], is_click=0)
+    nulls = {name: ibis.null(of) for name, of in positives.schema().items()}
+    nulls["query_row"] = positives["query_row"]
+    clicks = positives.select(**nulls, at=positives["time"], is_click=1)
+    line = queries.union(clicks)
     before = ibis.cumulative_window(group_by="query_row", order_by=["at", "is_click"])
     line = line.mutate(num_earlier=line["is_click"].sum().over(before).cast("int32"))
-    counts = line.filter(line["is_click"] == 0).select("num_earlier", event_number="asker")
-    return positives.inner_join(counts, "event_number")
+    return line.filter(line["is_click"] == 0).drop("at", "is_click")
 
 
 def _query_time(events: ibis.Table) -> ibis.Value:
@@ -172,52 +197,64 @@ def _query_time(events: ibis.Table) -> ibis.Value:
     return events["request_id"].isnull().ifelse(events["time"], start)
 
 
-def _write_shards(samples: ibis.Table, folder: Path, seed: int) -> int:
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("shard-*.parquet"):
-        old.unlink()
-    key = (samples["event_number"].cast("string") + f":{seed}").hash()
-    pools = [name for name in samples.columns if name.startswith(POOL_PREFIX)]
-    earlier = [name for name in samples.columns if name == "num_earlier"]
-    shuffled = samples.order_by([key, samples["event_number"]]).select(
-        "query_row", "candidate_row", "weight", *earlier, *pools
-    )
-    num_samples, shard = 0, 0
-    writer: pq.ParquetWriter | None = None
-    for batch in shuffled.to_pyarrow_batches(chunk_size=SAMPLES_PER_ROW_GROUP):
-        if writer is None:
-            writer = pq.ParquetWriter(folder / f"shard-{shard:05d}.parquet", batch.schema)
-        writer.write_batch(batch)
-        num_samples += batch.num_rows
-        if num_samples >= (shard + 1) * SAMPLES_PER_SHARD:
-            writer.close()
-            writer, shard = None, shard + 1
-    if writer is not None:
-        writer.close()
-    return num_samples
+def _write_pools(
+    events: ibis.Table, positives: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
+) -> dict[str, int]:
+    """Writes the pools of each stage; returns what was removed of the losers."""
+    losers, removed = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
+    losers = work.write("_losers", losers)
+    for stage, pool in draw_pools(positives, losers, hard, seed).items():
+        pool = pool.order_by([*_IN_SEQUENCE, "candidate_row"])
+        work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
+    return removed
 
 
-def _report(folder: Path, removed: Mapping[str, int]) -> dict[str, Any]:
-    samples = read_samples(folder)
+def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ibis.Table:
+    for stage in hard.stages:
+        pool = work.open(f"hard_{stage}")
+        sizes = pool.group_by(pool_of="event_number").agg(num=pool.count())
+        joined = samples.left_join(sizes, samples["event_number"] == sizes["pool_of"])
+        size = ibis.coalesce(joined["num"], 0).cast("int32")
+        samples = joined.mutate(**{pool_size_column(stage): size}).drop("num", "pool_of")
+    return samples
+
+
+def _write_samples(samples: ibis.Table, work: _Work) -> None:
+    names = [*_PAIR, "weight", "num_earlier"]
+    sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
+    kept = [name for name in [*names, *sizes] if name in samples.columns]
+    work.write("samples", samples.order_by(_IN_SEQUENCE).select(*kept))
+
+
+def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) -> dict[str, Any]:
+    samples, corpus, known = map(work.open, ("samples", "corpus", "known_positives"))
     report: dict[str, Any] = {
-        "num_samples": len(samples),
-        "num_empty_histories": _num_empty_histories(samples),
-        "num_candidates": len(samples.counts) - 1,
-        "num_candidates_without_count": int((samples.counts[1:] == 0).sum()),
-        "num_queries": len(samples.known_positives) - 1,
-        "num_known_positives": len(samples.known_positives.values),
-        "num_exposed": len(samples.exposed.values),
+        "num_samples": count_rows(samples),
+        "num_empty_histories": _num_empty_histories(samples, known),
+        "num_candidates": count_rows(corpus),
+        "num_candidates_without_count": count_rows(corpus.filter(corpus["count"] == 0)),
+        "num_queries": count_rows(work.open("queries")),
+        "num_known_positives": count_rows(known),
+        "num_exposed": count_rows(work.open("exposed")),
     }
-    if samples.hard_pools:
-        sizes = {stage: np.diff(pool.offsets) for stage, pool in samples.hard_pools.items()}
-        report["hard_negatives"] = describe_pools(sizes)
+    if hard is not None:
+        report["hard_negatives"] = {
+            stage: _describe_pools(samples[pool_size_column(stage)]) for stage in hard.stages
+        }
         report["hard_negatives_removed"] = dict(removed)
     return report
 
 
-def _num_empty_histories(samples: Samples) -> int:
-    if samples.num_earlier is not None:
-        return int(np.count_nonzero(samples.num_earlier == 0))
+def _num_empty_histories(samples: ibis.Table, known: ibis.Table) -> int:
+    if "num_earlier" in samples.columns:
+        return count_rows(samples.filter(samples["num_earlier"] == 0))
     # Without an order only users of a single item have nothing else.
-    num_known = np.diff(samples.known_positives.offsets)
-    return int(np.count_nonzero(num_known[samples.query_rows] == 1))
+    num_known = known.group_by("query_row").agg(num=known.count())
+    return count_rows(samples.semi_join(num_known.filter(num_known["num"] == 1), "query_row"))
+
+
+def _describe_pools(sizes: ibis.Value) -> dict[str, float]:
+    """Counts the samples that have hard negatives, and how many these have on average."""
+    counts = sizes.as_table().aggregate(num=(sizes > 0).sum(), total=sizes.sum())
+    num, total = counts.to_pyarrow().to_pylist()[0].values()
+    return {"num_samples": num, "mean_pool": total / max(1, num)}

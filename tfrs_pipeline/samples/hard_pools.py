@@ -7,14 +7,14 @@ clicked, or that the user clicked anywhere in training, is never a negative of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import ibis
-import numpy as np
 
+from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.samples.store import pool_column
+
+# Names a positive, in the order of the samples.
+_POSITIVE = ("query_row", "time", "event_number")
 
 
 def find_losers(
@@ -23,15 +23,15 @@ def find_losers(
     """Finds the losers of each request that may be hard negatives, the guard applied.
 
     Args:
-        events: Training events with query_row, candidate_row, stage, time; optional request_id,
-            rank.
+        events: Training events with query_row, candidate_row, stage, time and event_number;
+            optional request_id, rank.
         hard: Which to take.
         known: (query_row, candidate_row) pairs clicked in training.
         exposed: (query_row, candidate_row) pairs exposed in training and never clicked.
 
     Returns:
-        Table of query_row, candidate_row, stage, time and request_id (null where unknown), and
-        counts of the rows removed, by reason.
+        Table of query_row, candidate_row, stage, time, event_number and request_id (null where
+        unknown), and counts of the rows removed, by reason.
     """
     if "request_id" not in events.columns:
         events = events.mutate(request_id=ibis.null("int64"))
@@ -40,7 +40,7 @@ def find_losers(
     removed: dict[str, int] = {}
     if Stage.RANKED in hard.stages:
         taken, removed = _low_part(events, taken, hard)
-    losers = taken.select(*pairs, "stage", "time", "request_id")
+    losers = taken.select(*pairs, "stage", "time", "event_number", "request_id")
     removed["clicked by the user in training"] = _num_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
     # The stage "exposed" itself is here only where it is allowed by `allow_exposed`.
@@ -50,10 +50,13 @@ def find_losers(
     return others.anti_join(exposed, pairs).union(was_exposed), removed
 
 
-def add_pools(
+def draw_pools(
     positives: ibis.Table, losers: ibis.Table, hard: FunnelLosers, seed: int
-) -> ibis.Table:
-    """Adds to each positive a list of candidate rows per stage, `pool_column(stage)`.
+) -> dict[str, ibis.Table]:
+    """Draws the pools of each positive: losers of its own request and, if few, of recent ones.
+
+    Of recent requests the `max_pool` latest losers are taken, so that a user's part grows with
+    their events and not with the square of them.
 
     Args:
         positives: Rows with query_row, event_number, time and, if logged, request_id.
@@ -62,46 +65,23 @@ def add_pools(
         seed: Of the draw where a pool exceeds `max_pool`.
 
     Returns:
-        `positives` with one array column per stage; empty or null where there is none.
+        Stage -> table of query_row, time and event_number of the positive and candidate_row of the
+        loser, each pair once.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
-    keys = keyed.select("event_number", "query_row", "request_id", "time")
+    keys = keyed.select(*_POSITIVE, "request_id")
+    pools: dict[str, ibis.Table] = {}
     for stage in hard.stages:
         of_stage = losers.filter(losers["stage"] == stage)
-        pool = _own_request(keys, of_stage).union(_recent_requests(keys, of_stage, hard))
-        pool = pool.distinct()
-        key = (
-            pool["candidate_row"].cast("string")
-            + ":"
-            + pool["event_number"].cast("string")
-            + f":{seed}"
-        ).hash()
-        lists = pool.group_by("event_number").agg(
-            pool=pool["candidate_row"].collect(order_by=[key, pool["candidate_row"]])
-        )
-        lists = lists.select("event_number", **{pool_column(stage): lists["pool"][: hard.max_pool]})
-        positives = positives.left_join(lists, "event_number").drop("event_number_right")
-    return positives
-
-
-def describe_pools(pool_sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Counts, per stage, the samples that have hard negatives and how many these have on average.
-
-    Args:
-        pool_sizes: Stage -> [num_samples] sizes.
-
-    Example:
-        >>> describe_pools({"retrieved": np.array([0, 2, 4])})
-        {'retrieved': {'num_samples': 2, 'mean_pool': 3.0}}
-    """
-    return {
-        stage: {
-            "num_samples": int(np.count_nonzero(sizes)),
-            "mean_pool": float(sizes.sum() / max(1, np.count_nonzero(sizes))),
-        }
-        for stage, sizes in pool_sizes.items()
-    }
+        pool = own = _own_request(keys, of_stage)
+        if hard.min_pool:
+            pool = own.union(_recent_requests(keys, own, of_stage, hard)).distinct()
+        key = random_key(pool["candidate_row"], pool["event_number"], seed=seed)
+        drawn = ibis.window(group_by="event_number", order_by=[key, pool["candidate_row"]])
+        pool = pool.mutate(_place=ibis.row_number().over(drawn))
+        pools[stage] = pool.filter(pool["_place"] < hard.max_pool).drop("_place")
+    return pools
 
 
 def _low_part(
@@ -150,25 +130,42 @@ def _low_part(
 
 
 def _own_request(keys: ibis.Table, losers: ibis.Table) -> ibis.Table:
-    joined = keys.inner_join(losers, ["query_row", "request_id"], rname="{name}_of_loser")
-    return joined.select("event_number", "candidate_row")
+    """Joins positives with the losers of their requests; each pair once."""
+    asked = losers.select("query_row", "request_id", "candidate_row").distinct()
+    joined = keys.inner_join(asked, ["query_row", "request_id"])
+    return joined.select(*_POSITIVE, "candidate_row")
 
 
-def _recent_requests(keys: ibis.Table, losers: ibis.Table, hard: FunnelLosers) -> ibis.Table:
-    """Joins positives whose own request has too few with the user's losers in the window."""
-    own = _own_request(keys, losers).distinct()
-    own_counts = own.group_by("event_number").agg(num_own=own.count())
-    counted = keys.left_join(own_counts, "event_number").drop("event_number_right")
-    short = counted.filter(ibis.coalesce(counted["num_own"], 0) < hard.min_pool)
-    is_recent = [
-        short["query_row"] == losers["query_row"],
-        losers["time"] <= short["time"],
-    ]
-    if losers["time"].type().is_timestamp():
-        seconds = round(hard.window_hours * 3600)
-        is_recent.append(losers["time"] >= short["time"] - ibis.interval(seconds=seconds))
-    joined = short.inner_join(losers, is_recent, rname="{name}_of_loser")
-    return joined.select("event_number", "candidate_row")
+def _recent_requests(
+    keys: ibis.Table, own: ibis.Table, losers: ibis.Table, hard: FunnelLosers
+) -> ibis.Table:
+    """Joins positives whose own request has too few with the user's latest losers in the window."""
+    counts = own.group_by("event_number").agg(_num_own=own.count())
+    enough = counts.filter(counts["_num_own"] >= hard.min_pool)
+    # Both on one line of time, where a positive comes after the losers of its moment.
+    of_losers = losers.select(*_POSITIVE, "candidate_row", is_positive=0)
+    of_positives = keys.anti_join(enough, "event_number").select(
+        *_POSITIVE, candidate_row=ibis.null("int32"), is_positive=1
+    )
+    line = of_losers.union(of_positives)
+    so_far = ibis.cumulative_window(
+        group_by="query_row", order_by=["time", "is_positive", "event_number"]
+    )
+    line = line.mutate(place=(1 - line["is_positive"]).sum().over(so_far))
+    # The latest losers of a positive lie in its own block of places and in the one before.
+    line = line.mutate(block=(line["place"] - 1) // hard.max_pool)
+    asking = line.filter((line["is_positive"] == 1) & (line["place"] > 0)).drop("candidate_row")
+    asking = asking.union(asking.mutate(block=asking["block"] - 1))
+    answer = line.filter(line["is_positive"] == 0).select(
+        "query_row", "block", "candidate_row", loser_time="time", loser_place="place"
+    )
+    joined = asking.inner_join(answer, ["query_row", "block"])
+    is_recent = joined["loser_place"] > joined["place"] - hard.max_pool
+    is_recent &= joined["loser_place"] <= joined["place"]
+    if joined["time"].type().is_timestamp():
+        window = ibis.interval(seconds=round(hard.window_hours * 3600))
+        is_recent &= joined["loser_time"] >= joined["time"] - window
+    return joined.filter(is_recent).select(*_POSITIVE, "candidate_row")
 
 
 def _num_rows(table: ibis.Table) -> int:

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 
-POOL_PREFIX, POOL_SUFFIX = "hard_", "_rows"
+_POOL_SIZE = "num_hard_"
 
 
-def pool_column(name: str) -> str:
-    """Names the column that holds the pool of a stage."""
-    return f"{POOL_PREFIX}{name}{POOL_SUFFIX}"
+def pool_size_column(stage: str) -> str:
+    """Names the column that holds how many hard negatives of a stage each sample has."""
+    return f"{_POOL_SIZE}{stage}"
 
 
 @dataclass(frozen=True)
@@ -158,32 +158,32 @@ def read_samples(folder: Path) -> Samples:
     Raises:
         FileNotFoundError: If the folder holds no samples.
     """
-    shards = sorted((folder / "samples").glob("shard-*.parquet"))
-    if not shards:
+    path = folder / "samples.parquet"
+    if not path.exists():
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
-    table = pa.concat_tables([pq.read_table(shard) for shard in shards]).combine_chunks()
+    table = pq.read_table(path)
     corpus = pq.read_table(folder / "corpus.parquet")
-    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
+    num_queries = pq.read_table(folder / "queries.parquet", columns=["query_row"]).num_rows
     counts = np.zeros(corpus.num_rows + 1, np.int64)
     counts[corpus["candidate_row"].to_numpy()] = corpus["count"].to_numpy()
+    pools = {}
+    for name in table.column_names:
+        if name.startswith(_POOL_SIZE):
+            stage = name.removeprefix(_POOL_SIZE)
+            rows = pq.read_table(folder / f"hard_{stage}.parquet", columns=["candidate_row"])
+            pools[stage] = _lists(table[name].to_numpy(), rows)
     return Samples(
         query_rows=table["query_row"].to_numpy().astype(np.int32),
         candidate_rows=table["candidate_row"].to_numpy().astype(np.int32),
         weights=table["weight"].to_numpy().astype(np.float32),
-        sequences=_read_lists(folder / "sequences.parquet", num_queries + 1),
+        sequences=_by_query(table, num_queries),
         num_earlier=table["num_earlier"].to_numpy().astype(np.int32)
         if "num_earlier" in table.column_names
         else None,
-        known_positives=_read_lists(folder / "known_positives.parquet", num_queries + 1),
-        exposed=_read_lists(folder / "exposed.parquet", num_queries + 1),
+        known_positives=_by_query(pq.read_table(folder / "known_positives.parquet"), num_queries),
+        exposed=_by_query(pq.read_table(folder / "exposed.parquet"), num_queries),
         counts=counts,
-        hard_pools={
-            name.removeprefix(POOL_PREFIX).removesuffix(POOL_SUFFIX): RowLists(
-                *_unpack(table[name])
-            )
-            for name in table.column_names
-            if name.startswith(POOL_PREFIX)
-        },
+        hard_pools=pools,
     )
 
 
@@ -199,24 +199,10 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
     return Ids(corpus.to_numpy()), Ids(queries.to_numpy())
 
 
-def _unpack(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns lists into offsets and values; null is empty."""
-    if column.num_chunks == 0:
-        return np.zeros(1, np.int64), np.zeros(0, np.int32)
-    array = column.combine_chunks()
-    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+def _by_query(pairs: pa.Table, num_queries: int) -> RowLists:
+    return _lists(np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1), pairs)
+
+
+def _lists(lengths: np.ndarray, rows: pa.Table) -> RowLists:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    return offsets, values
-
-
-def _read_lists(path: Path, num_keys: int) -> RowLists:
-    table = pq.read_table(path)
-    lengths = np.zeros(num_keys, np.int64)
-    if table.num_rows:
-        lists = table["candidate_rows"].combine_chunks()
-        lengths[table["query_row"].to_numpy()] = lists.value_lengths().to_numpy()
-        values = lists.flatten().to_numpy().astype(np.int32)
-    else:
-        values = np.zeros(0, np.int32)
-    return RowLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+    return RowLists(offsets, rows["candidate_row"].to_numpy().astype(np.int32))

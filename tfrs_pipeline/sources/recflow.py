@@ -36,7 +36,8 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.dataset
 
-from tfrs_pipeline.data.files import connect, scan
+from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import (
     DataError,

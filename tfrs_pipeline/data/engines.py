@@ -1,0 +1,118 @@
+"""Where tables lie and are computed: DuckDB in this process, or Spark.
+
+Both take the same Ibis expressions. What they do not take alike is here.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+from ibis.backends.duckdb import Backend as DuckDB
+
+from tfrs_pipeline.data.schema import DataError
+
+_SPARK = "pyspark"
+
+
+def connect(memory_limit: str | None = None, temporary_folder: Path | None = None) -> DuckDB:
+    """Opens a DuckDB whose tables need not fit in memory: they lie in a file that goes with it.
+
+    Args:
+        memory_limit: Of what it holds at once, such as "4GB"; beyond it lies on disk. None is
+            DuckDB's own, four fifths of the machine's.
+        temporary_folder: Where the file lies, and what does not fit in memory; None is the
+            system's. It takes about as much room as the events have uncompressed.
+
+    Raises:
+        ValueError: If `memory_limit` is no size.
+    """
+    if temporary_folder is not None:
+        temporary_folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="tfrs-pipeline-", dir=temporary_folder))
+    options = {} if memory_limit is None else {"memory_limit": memory_limit}
+    connection = ibis.duckdb.connect(
+        folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options
+    )
+    weakref.finalize(connection, shutil.rmtree, folder, ignore_errors=True)
+    shown = connection.con.execute("SELECT current_setting('enable_progress_bar')").fetchone()
+    if shown and shown[0]:  # In Jupyter without ipywidgets it is off, and may not even be set.
+        connection.con.execute("SET enable_progress_bar = false")
+    return connection
+
+
+def connect_spark(master: str | None = None) -> Any:
+    """Opens a Spark session.
+
+    Args:
+        master: Such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
+
+    Returns:
+        Its Ibis backend.
+
+    Raises:
+        DataError: If pyspark or Java is missing.
+    """
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise DataError(
+            "Spark needs the package pyspark, which is not installed: "
+            "pip install -c constraints.txt -e '.[spark]'"
+        ) from error
+    if not os.environ.get("JAVA_HOME") and shutil.which("java") is None:
+        raise DataError(
+            "Spark needs Java 17 or 21, and there is no program 'java'. Install one, such as the "
+            "package openjdk-21-jre-headless of Debian, or set JAVA_HOME."
+        )
+    builder = SparkSession.builder.appName("tfrs-pipeline")
+    if master is not None:
+        builder = builder.master(master)
+        if master.startswith("local"):  # Of no use to other machines.
+            builder = builder.config("spark.driver.host", "127.0.0.1")
+            builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
+            builder = builder.config("spark.ui.enabled", False)
+    return ibis.pyspark.connect(builder.getOrCreate())
+
+
+def open_parquet(backend: Any, path: Path) -> ibis.Table:
+    """Opens a file of Parquet, or a folder of part files, whose name is no pattern."""
+    if backend.name == _SPARK:
+        return backend.read_parquet(path.absolute().as_uri())
+    return backend.read_parquet(glob.escape(str(path)))
+
+
+def write_parquet(table: ibis.Table, path: Path) -> None:
+    """Has the engine write a table in its order: DuckDB a file, Spark a folder of part files.
+
+    Spark's executors must see the folder under the same path as this process.
+    """
+    remove(path)
+    is_spark = table.get_backend().name == _SPARK
+    table.to_parquet(path.absolute().as_uri() if is_spark else path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that it holds, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def random_key(*numbers: ir.IntegerValue, seed: int) -> ir.StringValue:
+    """Hashes integers alike in every engine, whose own hash functions differ.
+
+    Returns:
+        12 hexadecimal digits: what DuckDB still compares as fast as a number.
+    """
+    text = ibis.literal(str(seed))
+    for number in numbers:
+        text = text + ":" + number.cast("string")
+    return text.hexdigest("md5").left(12)
