@@ -111,6 +111,11 @@ class FeatureEmbedding(tf.keras.layers.Layer):
         elif spec.kind not in _NUMBERS:
             self._embedding = tf.keras.layers.Embedding(spec.size, dim, name=name)
 
+    @property
+    def table(self) -> tf.Variable | None:
+        """The table with a row a code; None if the feature is numbers."""
+        return None if self._kind in _NUMBERS else self._embedding.embeddings
+
     def call(self, values: tf.Tensor) -> tf.Tensor:
         """Embeds [n] or [n, num_values] values, as `Feature.encode` returns them.
 

@@ -21,6 +21,7 @@ from tfrs_pipeline.durable import Damaged, naming, read_record, write_record
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def train(
     validate: Validate | None = None,
     max_seconds: float | None = None,
     before_epochs: BeforeEpochs | None = None,
+    warm_start: WarmStart | None = None,
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
     on_epoch: OnEpoch | None = None,
@@ -97,6 +99,7 @@ def train(
         max_seconds: No epoch is begun once training has taken this long, validation and earlier
             parts of a resumed run included.
         before_epochs: Called before the first epoch and every few epochs from then on.
+        warm_start: What the first epoch begins with, instead of the network as it is.
         folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
             one in a temporary folder.
         callbacks: Further ones of Keras.
@@ -111,15 +114,8 @@ def train(
     """
     steps = batches.steps_per_epoch
     max_epochs = settings.max_epochs if max_epochs is None else max_epochs
-    optimizer = make_optimizer(
-        settings.optimizer,
-        settings.learning_rate,
-        num_steps=settings.max_epochs * steps,
-        warmup_steps=settings.warmup_steps,
-        decay=settings.decay,
-    )
-    network.compile(optimizer=optimizer)
-    network.optimizer.build(network.trainable_variables)
+    first_step = 0 if warm_start is None else warm_start.first_step
+    _compile(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         keeper = _BestEpoch(
             settings.monitor,
@@ -131,6 +127,8 @@ def train(
             on_epoch=on_epoch,
         )
         epoch = keeper.restore(network, before_epochs)
+        if not epoch and warm_start is not None:
+            warm_start.apply(network)
         if epoch and epoch < max_epochs:
             logger.info("training: resuming after epoch %d", epoch)
         all_callbacks = [*callbacks, keeper]
@@ -156,6 +154,43 @@ def train(
             epoch = until
         keeper.keep_best(network)
     return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
+
+
+def read_epoch(
+    network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
+) -> None:
+    """Gives a network the weights and the optimizer state that a training has saved.
+
+    Args:
+        network: Of the shape that was trained; compiled here.
+        settings: That it was trained with.
+        folder: Of the training.
+        epoch: One that is kept there: the best, or the last.
+
+    Raises:
+        FileNotFoundError: If the folder does not have it.
+        Damaged: If a file of it is not as it was written.
+    """
+    read_record(folder / f"epoch-{epoch}.json")
+    _compile(network, settings, settings.warmup_steps + 1)
+    saved = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+    saved.read(str(folder / f"epoch-{epoch}")).assert_existing_objects_matched()
+
+
+def _compile(
+    network: TwoTowerNetwork, settings: TrainingSettings, num_steps: int, first_step: int = 0
+) -> None:
+    """Gives a network its optimizer, with every variable of it."""
+    optimizer = make_optimizer(
+        settings.optimizer,
+        settings.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=settings.warmup_steps,
+        decay=settings.decay,
+        first_step=first_step,
+    )
+    network.compile(optimizer=optimizer)
+    network.optimizer.build(network.trainable_variables)
 
 
 class _Diagnostics(tf.keras.callbacks.Callback):
@@ -271,8 +306,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         return 0
 
     def _read_best(self, network: TwoTowerNetwork) -> None:
-        best = tf.train.Checkpoint(model=network)
-        best.read(str(self._path(self.best_epoch))).expect_partial()
+        # Its optimizer state too: another training may start from it.
+        best = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+        best.read(str(self._path(self.best_epoch))).assert_existing_objects_matched()
 
     def _path(self, epoch: int, suffix: str = "") -> Path:
         return self._folder / f"epoch-{epoch}{suffix}"

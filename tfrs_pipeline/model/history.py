@@ -115,6 +115,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.concat(parts, axis=2)
 
     @property
+    def item_table(self) -> tf.Variable:
+        """The table that items are read with, a row a candidate."""
+        return self._embedding.embeddings
+
+    @property
     def _num_pooled(self) -> int:
         return sum(pooling != "attention" for pooling in self._poolings)
 

@@ -69,6 +69,11 @@ class TwoTowerNetwork(tfrs.Model):
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
         self._build_variables()
 
+    @property
+    def frequency(self) -> StreamingFrequency | None:
+        """The estimated share of each candidate among the positives; None if it is counted."""
+        return self._frequency
+
     def embed_queries(
         self,
         query_rows: tf.Tensor,

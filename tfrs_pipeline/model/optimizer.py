@@ -106,6 +106,33 @@ _OPTIMIZERS: dict[OptimizerName, type[tf.keras.optimizers.Optimizer]] = {
 }
 
 
+def slots_of(optimizer: tf.keras.optimizers.Optimizer, variable: tf.Variable) -> list[tf.Variable]:
+    """Returns what a built optimizer keeps of a variable: tables of its shape."""
+    number = optimizer._index_dict[optimizer._var_key(variable)]
+    kept = ("_momentums", "_velocities", "_accumulators")
+    return [getattr(optimizer, name)[number] for name in kept if hasattr(optimizer, name)]
+
+
+def initial_slot(optimizer: tf.keras.optimizers.Optimizer) -> float:
+    """Returns what an optimizer keeps of a weight that has had no gradient."""
+    return float(getattr(optimizer, "initial_accumulator_value", 0.0))
+
+
+class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that begins at a later step of an optimizer."""
+
+    def __init__(
+        self, schedule: tf.keras.optimizers.schedules.LearningRateSchedule, first_step: int
+    ) -> None:
+        self._schedule, self._first_step = schedule, first_step
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        return self._schedule(step - self._first_step)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"schedule": self._schedule, "first_step": self._first_step}
+
+
 def make_optimizer(
     name: OptimizerName,
     learning_rate: float,
@@ -113,6 +140,7 @@ def make_optimizer(
     num_steps: int,
     warmup_steps: int = 0,
     decay: Decay = "none",
+    first_step: int = 0,
 ) -> tf.keras.optimizers.Optimizer:
     """Makes an optimizer by name, with a warm-up and a decay of its learning rate.
 
@@ -125,6 +153,7 @@ def make_optimizer(
         num_steps: Steps after which a decay has come to its end.
         warmup_steps: Steps over which it rises from 0; 0 is no warm-up.
         decay: "cosine" falls to 0 after the warm-up, "none" stays.
+        first_step: Step at which warm-up and decay begin; a warm start counts on from there.
 
     Raises:
         ValueError: If the warm-up leaves no step for the decay.
@@ -143,4 +172,4 @@ def make_optimizer(
         warmup_target=learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )
-    return _OPTIMIZERS[name](schedule)
+    return _OPTIMIZERS[name](_From(schedule, first_step) if first_step else schedule)

@@ -19,6 +19,7 @@ Large Corpus Item Recommendations", algorithm 2), with these differences:
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import bucket_count
@@ -129,12 +130,39 @@ class StreamingFrequency(tf.keras.layers.Layer):
         Returns:
             float32 of the same shape, in (0, 1].
         """
-        cells = self._cells(tf.reshape(candidate_rows, [-1]))
+        estimate = self._estimates(self._cells(tf.reshape(candidate_rows, [-1])))
+        return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(candidate_rows))
+
+    def take_over(self, other: StreamingFrequency, rows: np.ndarray) -> None:
+        """Takes over what another stream has shown, whose rows were others.
+
+        A candidate brings the bucket in which it looked least frequent, the one that the fewest
+        others shared. Where two of them meet in a bucket, that of the more frequent one stands.
+
+        Args:
+            other: What was shown there.
+            rows: [num_candidates + 1] ints: for every row here that of the candidate there, 0 if it
+                is new.
+        """
+        kept = np.flatnonzero(rows)
+        cells = other._cells(tf.constant(rows[kept], tf.int32))
+        estimates = other._estimates(cells).numpy()
+        order = np.argsort(estimates.min(axis=0), kind="stable")  # The last one written stands.
+        cells = cells.numpy()[estimates.argmin(axis=0), np.arange(len(kept))][order]
+        own_cells = self._cells(tf.constant(kept[order], tf.int32)).numpy()
+        for own, theirs in ((self._sums, other._sums), (self._last_seen, other._last_seen)):
+            values, found = own.numpy(), theirs.numpy()[cells]
+            for of_hash in own_cells:
+                values[of_hash] = found
+            own.assign(values)
+        self._clock.assign(other._clock)
+
+    def _estimates(self, cells: tf.Tensor) -> tf.Tensor:
+        """Estimates by each hash array alone: [NUM_HASHES, n] float32."""
         num, span, _, _ = tf.unstack(tf.gather(self._sums, cells), axis=2)
         open_gap = tf.cast(self._clock - tf.gather(self._last_seen, cells), tf.float32)
         unseen = 1.0 / tf.cast(self._clock + 1, tf.float32)
-        estimate = tf.where(num > 0, tf.math.divide_no_nan(num, span + open_gap), unseen)
-        return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(candidate_rows))
+        return tf.where(num > 0, tf.math.divide_no_nan(num, span + open_gap), unseen)
 
     def _cells(self, rows: tf.Tensor) -> tf.Tensor:
         """Returns the place of each row's bucket in each hash array: [NUM_HASHES, n] int64."""

@@ -115,6 +115,16 @@ class Tower(tf.keras.layers.Layer):
         # That of the unknown id where the id is dropped: it is trained with row 0.
         return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
 
+    @property
+    def id_tables(self) -> list[tf.Variable]:
+        """The tables with a row an id of the tower's own."""
+        tables = (self.id_embedding, None if self._bias == "ones" else self._bias)
+        return [table.embeddings for table in tables if table is not None]
+
+    def feature_table(self, name: str) -> tf.Variable | None:
+        """The table with a row a code of a feature; None if the feature is numbers."""
+        return self._features[name].table
+
     def _read_history(
         self, inputs: Mapping[str, Any], training: bool, seed: tf.Tensor | None
     ) -> tf.Tensor:

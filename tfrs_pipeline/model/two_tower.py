@@ -27,9 +27,11 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.notes import describe_batches, describe_sample
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
+from tfrs_pipeline.model.warm_start import Trained, WarmStart
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -125,6 +127,7 @@ class TwoTower:
         train: Log,
         validation: Holdout | None = None,
         *,
+        warm_start: Trained | None = None,
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         on_epoch: OnEpoch | None = None,
@@ -135,6 +138,8 @@ class TwoTower:
             train: The training part. Rows are those of all its items and users.
             validation: Chooses the epoch to keep and stops training early; None trains all of
                 `training.max_epochs`.
+            warm_start: Another model, fitted, that this one starts from (`WarmStart` says how): of
+                the same shape, trained on nothing that validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on; None is a
                 temporary folder.
             exclude: What validation excludes from a user's ranking.
@@ -146,6 +151,7 @@ class TwoTower:
         Raises:
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
+            ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, or training diverges.
         """
         hard = self.settings.hard
@@ -156,6 +162,7 @@ class TwoTower:
             return self.fit_samples(
                 data,
                 validation,
+                warm_start=warm_start,
                 folder=None if folder is None else folder / "checkpoints",
                 exclude=exclude,
                 on_epoch=on_epoch,
@@ -169,6 +176,7 @@ class TwoTower:
         *,
         max_epochs: int | None = None,
         max_seconds: float | None = None,
+        warm_start: Trained | None = None,
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
@@ -183,6 +191,7 @@ class TwoTower:
             validation: As in `fit`.
             max_epochs: Instead of the settings' number (see `fit.train`).
             max_seconds: No epoch is begun after this time.
+            warm_start: As in `fit`.
             folder: Of the checkpoints.
             exclude: As in `fit`.
             cutoffs: Of validation's metrics, besides that of the monitored one.
@@ -201,6 +210,9 @@ class TwoTower:
             self._query_encoder = QueryEncoder(
                 self._network, self.corpus.query_ids, self.corpus.candidate_ids
             )
+            start = None
+            if warm_start is not None:
+                start = WarmStart(warm_start, self.settings, self.training, self.corpus)
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
@@ -216,14 +228,16 @@ class TwoTower:
                 validate=validate,
                 max_seconds=max_seconds,
                 before_epochs=mining,
+                warm_start=start,
                 folder=folder,
                 on_epoch=on_epoch,
             )
             self._retriever = self._exact_retriever()
             self.notes = [
-                *_describe_sample(validation),
+                *(start.describe() if start else []),
+                *describe_sample(validation),
                 *(mining.describe() if mining else []),
-                *_describe(batches, self.settings),
+                *describe_batches(batches, self.settings),
             ]
         return self
 
@@ -437,21 +451,3 @@ def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
 def _is_own(kind: object) -> bool:
     """Whether this is a kind of negative that no setting can say."""
     return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)
-
-
-def _describe_sample(validation: Holdout | None) -> list[str]:
-    if validation is None or validation.num_sampled_from is None:
-        return []
-    num_users = validation.num_sampled_from
-    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
-
-
-def _describe(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
-    """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
-    unreachable = int((batches.expected_count[1:] <= 0).sum())
-    notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
-    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
-    notes.append(f"masked in the columns that rows share: {masked}")
-    if settings.hard is not None:
-        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
-    return notes

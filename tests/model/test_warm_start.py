@@ -1,0 +1,369 @@
+"""A training that starts from another one: by id, not by row; what is new from the stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import Stopped, assert_same, tiny, weights_of
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
+from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.streaming import StreamingFrequency
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart, _source_codes
+from tfrs_pipeline.settings import ConfigError
+
+NUM_USERS = 20
+MODEL: dict[str, Any] = {
+    "use_user_id": True,
+    "candidate_bias": True,
+    "id_dropout": 0.3,
+    "correction": "streaming",
+    "training": {"max_epochs": 3},
+}
+YESTERDAY, TODAY = range(10, 34), range(4, 30)  # Numbers of the items that are there.
+
+
+def log_of(items: range, first_user: int) -> Log:
+    """A log of items by number; today's ids stand in other rows than yesterday's."""
+    rng = np.random.default_rng(len(items))
+    rows = [
+        (f"user {user}", f"item {item}")
+        for user in range(first_user, first_user + NUM_USERS)
+        for item in rng.permutation(np.arange(items.start, items.stop))[:8]
+    ]
+    table = pd.DataFrame({"item_id": [f"item {item}" for item in items]})
+    # The genre of 4 and 9 comes first of all, and yesterday did not have it.
+    table["genre"] = ["action" if item % 5 == 4 and item < 10 else f"g{item % 5}" for item in items]
+    table["title"] = [f"word{item % 3} word{item % 2}" for item in items]
+    features = {"genre": "categorical", "title": "text"}
+    events = pd.DataFrame(rows, columns=["user_id", "item_id"])
+    return Log.from_table(events, items=table, item_features=features)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSet, TrainingSet]:
+    """Samples of yesterday and of today."""
+    return tuple(
+        TrainingSet.build(log, tmp_path_factory.mktemp("samples"), seed=0)
+        for log in (log_of(YESTERDAY, 0), log_of(TODAY, 5))
+    )  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def source(sets: tuple[TrainingSet, TrainingSet]) -> TwoTower:
+    return tiny(**MODEL).fit_samples(sets[0])
+
+
+@pytest.fixture(scope="module")
+def started(source: TwoTower, sets: tuple[TrainingSet, TrainingSet]) -> TwoTower:
+    """A model of today that starts from yesterday's, before its first step."""
+    return started_from(source, tiny(**MODEL), sets[1])
+
+
+def started_from(source: TwoTower, model: TwoTower, data: TrainingSet) -> TwoTower:
+    start = WarmStart(source, model.settings, model.training, data.corpus)
+    model._network, model.corpus = model.build(data.corpus), data.corpus
+    model.network.compile(optimizer=make_optimizer(model.training.optimizer, 0.02, num_steps=1))
+    model.network.optimizer.build(model.network.trainable_variables)
+    start.apply(model.network)
+    return model
+
+
+def states(model: TwoTower) -> list[list[np.ndarray]]:
+    """Every weight of a model, each followed by its optimizer state."""
+    optimizer = model.network.optimizer
+    return [
+        [variable.numpy(), *(slot.numpy() for slot in slots_of(optimizer, variable))]
+        for variable in model.network.trainable_variables
+    ]
+
+
+def by_id(ids: np.ndarray, table: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(["", *ids.tolist()], table, strict=True))
+
+
+def id_tables(model: TwoTower) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Every table of ids and what the optimizer keeps of it, by id; "" is the unknown one."""
+    network, optimizer = model.network, model.network.optimizer
+    (query_ids,) = network.query_tower.id_tables
+    ids, biases = network.candidate_tower.id_tables
+    for name, table, of_rows in (
+        ("user", query_ids, model.query_ids),
+        ("item", ids, model.candidate_ids),
+        ("bias", biases, model.candidate_ids),
+        ("history", network.query_tower.history.item_table, model.candidate_ids),
+    ):
+        for kind, values in zip(
+            ("weights", "m", "v"), (table, *slots_of(optimizer, table)), strict=True
+        ):
+            yield f"{name}/{kind}", by_id(of_rows, values.numpy())
+
+
+def test_the_same_samples_start_with_the_same_state(
+    source: TwoTower, sets: tuple[TrainingSet, TrainingSet]
+) -> None:
+    again = started_from(source, tiny(**MODEL), sets[0])
+    for ours, theirs in zip(states(again), states(source), strict=True):
+        assert len(ours) == 3
+        assert_same(ours, theirs)
+    frequencies = again.network.frequency, source.network.frequency
+    assert_same(*(frequency.get_weights() for frequency in frequencies if frequency))
+    assert int(again.network.optimizer.iterations) == 3 * (len(sets[0].samples) // 32)
+
+
+def test_what_is_still_there_keeps_its_state_and_what_is_new_has_the_stand_in(
+    source: TwoTower, started: TwoTower
+) -> None:
+    assert source.candidate_ids.tolist() != started.candidate_ids.tolist()
+    before = dict(id_tables(source))
+    for name, now in id_tables(started):
+        there, kind = before[name], name.partition("/")[2]
+        kept, new = there.keys() & now.keys(), now.keys() - there.keys()
+        assert len(kept) > 10
+        assert len(new) >= 5
+        assert there.keys() - now.keys()
+        for id_ in kept:
+            np.testing.assert_array_equal(now[id_], there[id_], err_msg=f"{name} of {id_}")
+        stand_in = there[""] if kind == "weights" else np.zeros_like(there[""])
+        for id_ in new:
+            if name != "history/weights":
+                np.testing.assert_array_equal(now[id_], stand_in, err_msg=f"{name} of {id_}")
+    # Nothing trains row 0 of the history's own table: new items begin as in any training.
+    history = dict(id_tables(started))["history/weights"]
+    assert not np.array_equal(history["item 4"], history["item 5"])
+    assert not np.array_equal(history["item 4"], history[""])
+
+
+def test_embeddings_are_those_of_the_source(source: TwoTower, started: TwoTower) -> None:
+    """Of what is still there, through features and dense layers; of new items without their id."""
+    ours, theirs = (
+        by_id(model.candidate_ids, np.r_[np.zeros((1, 9), np.float32), found])
+        for model, found in (
+            (started, started.network.embed_corpus()),
+            (source, source.network.embed_corpus()),
+        )
+    )
+    kept = (ours.keys() & theirs.keys()) - {""}
+    assert len(kept) == 20
+    for id_ in kept:
+        np.testing.assert_allclose(ours[id_], theirs[id_], atol=1e-6)
+    new = [f"item {i}" for i in range(5, 9)]
+    genre, title = source.candidate_features
+    columns = {
+        "genre": genre.encode_column([f"g{i % 5}" for i in range(5, 9)]),
+        "title": title.encode_column([f"word{i % 3} word{i % 2}" for i in range(5, 9)]),
+    }
+    expected = source.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
+    np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
+    (ours, theirs) = (
+        model.embed_queries(
+            model.corpus.query_ids.rows(["user 7", ""]),
+            np.array([model.corpus.candidate_ids.rows(["item 12", "item 20", ""]), [0, 0, 0]]),
+        )
+        for model in (started, source)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_what_was_carried_over_is_told(
+    source: TwoTower, sets: tuple[TrainingSet, TrainingSet]
+) -> None:
+    training = {"max_epochs": 1, "optimizer": "adagrad", "learning_rate": 1e-9}
+    model = tiny(**{**MODEL, "training": training}).fit_samples(sets[1], warm_start=source)
+    tables = (x.network.candidate_tower.id_tables[0].numpy() for x in (model, source))
+    ours, theirs = (
+        by_id(x.candidate_ids, table) for x, table in zip((model, source), tables, strict=True)
+    )
+    np.testing.assert_allclose(ours["item 12"], theirs["item 12"], atol=1e-6)
+    assert model.notes[:4] == [
+        "warm start: 20 items kept, 6 new, 4 gone; 15 users kept, 5 new, 5 gone",
+        "    genre: 5 values kept, 1 new, 0 gone",
+        "    title: 3 values kept, 0 new, 0 gone",
+        "    the optimizer's state starts anew: it was lazy_adam, now adagrad",
+    ]
+    assert int(model.network.optimizer.iterations) == len(sets[1].samples) // 32
+
+
+def test_a_stopped_warm_start_goes_on_bit_for_bit(
+    source: TwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
+) -> None:
+    training = {"max_epochs": 3, "warmup_steps": 3, "decay": "cosine"}
+    model = {**MODEL, "training": training}
+    whole = tiny(**model).fit_samples(sets[1], warm_start=source)
+
+    def stop(epoch: int, logs: dict[str, float]) -> None:
+        if epoch == 1:
+            raise Stopped
+
+    options: dict[str, Any] = {"warm_start": source, "folder": tmp_path}
+    with pytest.raises(Stopped):
+        tiny(**model).fit_samples(sets[1], on_epoch=stop, **options)
+    resumed = tiny(**model).fit_samples(sets[1], **options)
+    for ours, theirs in zip(states(resumed), states(whole), strict=True):
+        assert_same(ours, theirs)
+    assert_same(weights_of(resumed.network), weights_of(whole.network))
+    assert resumed.notes == whole.notes
+
+
+def test_the_state_is_that_of_the_epoch_that_is_kept(
+    sets: tuple[TrainingSet, TrainingSet],
+) -> None:
+    """A second epoch that is worse leaves its mark neither in the weights nor in their moments."""
+    log = log_of(YESTERDAY, 0)
+    train, validation, _ = log.split("last_n", validation=1, test=1)
+    with pytest.MonkeyPatch.context() as patch:
+        values = iter([0.5, 0.1])
+        patch.setattr(
+            TwoTower, "_validate", lambda *arguments: {"ndcg@5": next(values), "recall@5": 0.0}
+        )
+        model = tiny(**{**MODEL, "training": {"max_epochs": 2}}).fit(train, validation)
+    once = tiny(**{**MODEL, "training": {"max_epochs": 1}}).fit(train)
+    assert model.result.best_epoch == 1
+    for ours, theirs in zip(states(model), states(once), strict=True):
+        assert_same(ours, theirs)
+
+
+def test_warm_up_and_decay_begin_anew() -> None:
+    schedule: dict[str, Any] = {"num_steps": 20, "warmup_steps": 5, "decay": "cosine"}
+    rates = [make_optimizer("adam", 0.1, **schedule, first_step=first) for first in (0, 1000)]
+    for step in (0, 3, 5, 12, 20):
+        for first, optimizer in zip((0, 1000), rates, strict=True):
+            optimizer.iterations.assign(first + step)
+        assert float(rates[0]._compute_current_learning_rate() or 0) == pytest.approx(
+            float(rates[1]._compute_current_learning_rate() or 0)
+        )
+
+
+OTHERS: dict[str, Any] = {
+    "dim": 16,
+    "normalize": False,
+    "hidden_layers": (4,),
+    "combination": "sum",
+    "use_user_id": True,
+    "use_candidate_id": False,
+    "candidate_bias": True,
+    "share_item_embedding": True,
+    "feature_dim": 5,
+    "history_pooling": ("mean", "attention"),
+    "history_length": 4,
+    "attention_blocks": 1,
+}
+
+
+@pytest.mark.parametrize("name", [*SHAPE, *ATTENTION_SHAPE])
+def test_another_shape_is_refused_by_name(name: str, sets: tuple[TrainingSet, TrainingSet]) -> None:
+    base = tiny(history_pooling=("attention",) if name in ATTENTION_SHAPE else ("mean",))
+    other = TwoTowerSettings(**{**base.settings.model_dump(), name: OTHERS[name]})
+    base._network, base.corpus = base.build(sets[0].corpus), sets[0].corpus
+    with pytest.raises(ConfigError, match=rf"model\.{name}: got .*, where the model to start from"):
+        WarmStart(base, other, base.training, sets[1].corpus)
+
+
+def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
+    sets: tuple[TrainingSet, TrainingSet],
+) -> None:
+    """None is forgotten in SHAPE: the others change no variable of the towers."""
+    base = tiny().settings
+    others: dict[str, Any] = {
+        "resampling_exponent": 0.5,
+        "temperature": 1.0,
+        "id_dropout": 0.5,
+        "feature_dropout": 0.5,
+        "history_length": 7,
+        "history_dropout": 0.1,
+        "recency_decay": 0.5,
+        "attention_blocks": 5,
+        "attention_dropout": 0.5,
+        "correction": "none",
+    }
+    loss_alone = {"negatives", "hard"}
+    assert others.keys() | loss_alone | set(SHAPE) == set(TwoTowerSettings.model_fields)
+    changed = TwoTowerSettings(**{**base.model_dump(), **others})
+    shapes = [
+        [tuple(w.shape) for w in TwoTower(settings).build(sets[0].corpus).trainable_variables]
+        for settings in (base, changed)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_other_features_and_ids_are_refused(source: TwoTower, tmp_path: Path) -> None:
+    events = pd.DataFrame({"user_id": [1] * 40, "item_id": np.arange(40)})
+    data = TrainingSet.build(Log.from_table(events), tmp_path, seed=0)
+    model = tiny(**MODEL)
+    with pytest.raises(ConfigError) as error:
+        model.fit_samples(data, warm_start=source)
+    assert str(error.value).splitlines() == [
+        "data.item_features: got none, where the model to start from has genre=categorical "
+        "title=text",
+        "warm_start: item ids are integers here and strings there",
+        "warm_start: user ids are integers here and strings there",
+    ]
+    with pytest.raises(ValueError, match="not fitted"):
+        _ = model.network
+
+
+def test_ids_of_another_kind_and_own_towers_are_refused(
+    source: TwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
+) -> None:
+    other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path, seed=0)
+    with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
+        tiny(**MODEL).fit_samples(other, warm_start=source)
+
+    class Own(tf.keras.layers.Layer):
+        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+            return tf.ones([tf.shape(inputs["row"])[0], 8])
+
+    own = TwoTower(dim=8, candidate_tower=Own())
+    own._network, own.corpus = own.build(sets[0].corpus), sets[0].corpus
+    with pytest.raises(ConfigError, match="own towers cannot be carried over"):
+        WarmStart(own, own.settings, own.training, sets[1].corpus)
+
+
+@pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])
+def test_codes_are_those_of_the_same_values(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    for sizes in ((20, 300), (300, 20)):
+        columns: list[Any] = [rng.integers(0, 1000, size) for size in sizes]
+        if kind == "bucketized":
+            columns = [column.astype(float) for column in columns]
+        there, here = (Feature.fit("x", kind, column) for column in columns)
+        codes = _source_codes(there, here)
+        assert len(codes) == here.spec.size
+        assert codes[0] == 0
+        values = columns[1]
+        if kind == "bucketized":
+            values = np.array([-1.0, *here.boundaries])  # What opens each bucket.
+        ours, theirs = here.encode_column(values), there.encode_column(values)
+        if kind == "hashed" and here.num_buckets < there.num_buckets:
+            # A bucket here holds several there, and takes over one of them.
+            assert set(codes[ours] % here.num_buckets) == set(theirs % here.num_buckets)
+        else:
+            np.testing.assert_array_equal(codes[ours], theirs)
+
+
+def test_a_stream_goes_on_under_other_rows() -> None:
+    """As if every positive so far had come under the new rows."""
+    rng = np.random.default_rng(0)
+    there, here, expected = (StreamingFrequency(2**16) for _ in range(3))
+    rows = np.array([0, 5, 0, 3, 1, 2])  # Row 2 is new, row 4 there is gone.
+    place = {5: 1, 3: 3, 1: 4, 2: 5, 4: 6}
+    for _ in range(40):
+        batch = rng.choice([1, 2, 3, 4, 5], 16, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+        there.update(tf.constant(batch, tf.int32))
+        expected.update(tf.constant([place[row] for row in batch], tf.int32))
+    here.take_over(there, rows)
+    for _ in range(2):
+        asked = tf.range(1, 6)
+        np.testing.assert_allclose(here(asked), expected(asked), rtol=1e-6)
+        for frequency in (here, expected):
+            frequency.update(tf.constant([1, 2, 2, 4]))

@@ -1,0 +1,26 @@
+"""What a training has to say of its batches and its validation, in lines for a person."""
+
+from __future__ import annotations
+
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.model.settings import TwoTowerSettings
+
+
+def describe_sample(validation: Holdout | None) -> list[str]:
+    """Says that validation ranks a sample of its users; nothing if it ranks all."""
+    if validation is None or validation.num_sampled_from is None:
+        return []
+    num_users = validation.num_sampled_from
+    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
+
+
+def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
+    """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
+    unreachable = int((batches.expected_count[1:] <= 0).sum())
+    notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
+    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
+    notes.append(f"masked in the columns that rows share: {masked}")
+    if settings.hard is not None:
+        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
+    return notes

@@ -1,0 +1,241 @@
+"""A training that begins where another one ended: carried over by id, not by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.optimizer import initial_slot, slots_of
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.towers import Tower
+from tfrs_pipeline.settings import refuse
+
+# What makes the weights of two models mean the same.
+SHAPE = (
+    *("dim", "normalize", "hidden_layers", "combination"),
+    *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
+    *("feature_dim", "history_pooling"),
+)
+ATTENTION_SHAPE = ("history_length", "attention_blocks")
+
+
+class Trained(Protocol):
+    """What a training leaves behind: a fitted `TwoTower`, or `TrainedNetwork`."""
+
+    @property
+    def settings(self) -> TwoTowerSettings: ...  # noqa: D102
+    @property
+    def training(self) -> TrainingSettings: ...  # noqa: D102
+    @property
+    def corpus(self) -> Corpus: ...  # noqa: D102
+    @property
+    def network(self) -> TwoTowerNetwork: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A `Trained` that was read from where a training has saved it."""
+
+    settings: TwoTowerSettings
+    training: TrainingSettings
+    corpus: Corpus
+    network: TwoTowerNetwork
+
+
+class WarmStart:
+    """Gives a new network what another one has learned.
+
+    Items, users and values of features that are still there keep their embeddings and optimizer
+    state, whatever their rows were. New ones start from the embedding of row 0, which stands for
+    unknown ids, if that was trained (by `id_dropout`, or because a feature's value was missing),
+    else as in any training; their optimizer state is that of a row which has had no gradient. All
+    other weights and their state are carried over, the count of steps too, and so is the estimated
+    frequency of the candidates; a learning rate's warm-up and decay begin anew. Training counts are
+    those of the new samples. What of the optimizer's state cannot be carried over, because the
+    optimizer is another one, starts anew.
+
+    Buckets of a number are carried over by their lowest value, those of hashes by the hash.
+
+    Args:
+        source: To start from.
+        settings: Of the new model.
+        training: Likewise.
+        corpus: Of the new samples.
+
+    Attributes:
+        first_step: What the optimizer's count of steps begins at.
+
+    Raises:
+        ConfigError: If a setting that shapes the weights, or a feature, is another; if an own tower
+            hides what its rows stand for; if no item is still there.
+    """
+
+    def __init__(
+        self,
+        source: Trained,
+        settings: TwoTowerSettings,
+        training: TrainingSettings,
+        corpus: Corpus,
+    ) -> None:
+        refuse(_problems(source, settings, corpus))
+        self._source = source.network
+        self._corpora = source.corpus, corpus
+        self._optimizers = source.training.optimizer, training.optimizer
+        # By row here, the row there: 0 is new.
+        self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
+        self._query_rows = _source_rows(source.corpus.query_ids, corpus.query_ids)
+        if not self._candidate_rows.any():
+            here, there = (c.candidate_ids.values[0] for c in (corpus, source.corpus))
+            message = f"no item is known there: ids are like {here!r} here and {there!r} there"
+            refuse([("warm_start", f"{message}. Start from a model of this log's items")])
+        is_same = len(set(self._optimizers)) == 1
+        self.first_step = int(self._source.optimizer.iterations) if is_same else 0
+
+    def apply(self, network: TwoTowerNetwork) -> None:
+        """Sets the weights and the optimizer state of an untrained network, compiled and built."""
+        rows = {table.ref(): own for table, own in self._tables(network)}
+        pairs = zip(network.trainable_variables, self._source.trainable_variables, strict=True)
+        for variable, source in pairs:
+            self._carry(network, variable, source, rows.get(variable.ref()))
+        network.optimizer.iterations.assign(self.first_step)
+        if network.frequency is not None and self._source.frequency is not None:
+            network.frequency.take_over(self._source.frequency, self._candidate_rows)
+
+    def describe(self) -> list[str]:
+        """Says what is carried over, and what is new and gone."""
+        there, here = self._corpora
+        items = _counted("items", self._candidate_rows, len(there.candidate_ids))
+        users = _counted("users", self._query_rows, len(there.query_ids))
+        notes = [f"warm start: {items}; {users}"]
+        features = zip(
+            (*there.candidate_features, *there.query_features),
+            (*here.candidate_features, *here.query_features),
+            strict=True,
+        )
+        for old, new in features:
+            if new.vocabulary or old.vocabulary:
+                values = _counted("values", _source_codes(old, new), len(old.vocabulary))
+                notes.append(f"    {new.name}: {values}")
+        if len(set(self._optimizers)) > 1:
+            before, now = self._optimizers
+            notes.append(f"    the optimizer's state starts anew: it was {before}, now {now}")
+        return notes
+
+    def _tables(self, network: TwoTowerNetwork) -> Iterator[tuple[tf.Variable, np.ndarray]]:
+        """Yields the tables of a network, and for each of their rows the row of the source."""
+        there, here = self._corpora
+        for tower, own_rows, old, new in (
+            (network.candidate_tower, self._candidate_rows, *_features(there, here, "candidate")),
+            (network.query_tower, self._query_rows, *_features(there, here, "query")),
+        ):
+            for table in tower.id_tables:
+                yield table, own_rows
+            if tower.history is not None:
+                yield tower.history.item_table, self._candidate_rows
+            for before, now in zip(old, new, strict=True):
+                if (codes := tower.feature_table(now.name)) is not None:
+                    yield codes, _source_codes(before, now)
+
+    def _carry(
+        self,
+        network: TwoTowerNetwork,
+        variable: tf.Variable,
+        source: tf.Variable,
+        rows: np.ndarray | None,
+    ) -> None:
+        """Carries over one weight and its optimizer state; of a table, row by row."""
+        old_slots = slots_of(self._source.optimizer, source)
+        new_slots = slots_of(network.optimizer, variable) if self.first_step else []
+        if rows is None:
+            variable.assign(source)
+            for new, old in zip(new_slots, old_slots, strict=bool(new_slots)):
+                new.assign(old)
+            return
+        is_new = (rows == 0) & (np.arange(len(rows)) > 0)
+        at_first = initial_slot(self._source.optimizer)
+        has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
+        variable.assign(_gathered(source, rows, variable, is_new & (not has_stand_in)))
+        for new, old in zip(new_slots, old_slots, strict=bool(new_slots)):
+            new.assign(_gathered(old, rows, new, is_new))
+
+
+def _gathered(
+    source: tf.Variable, rows: np.ndarray, own: tf.Variable, keeps_own: np.ndarray
+) -> tf.Tensor:
+    """Gathers the rows of a source, but for those that keep what they have."""
+    return tf.where(keeps_own[:, np.newaxis], own, tf.gather(source, rows))
+
+
+def _problems(
+    source: Trained, settings: TwoTowerSettings, corpus: Corpus
+) -> Iterator[tuple[str, str]]:
+    """Yields what makes the weights of two models mean different things."""
+    has_attention = "attention" in settings.history_pooling
+    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
+        there, here = getattr(source.settings, name), getattr(settings, name)
+        if there != here:
+            yield f"model.{name}", f"got {here!r}, where the model to start from has {there!r}"
+    towers = source.network.query_tower, source.network.candidate_tower
+    if not all(isinstance(tower, Tower) for tower in towers):
+        message = "own towers cannot be carried over: what their rows stand for is not known"
+        yield "warm_start", message
+    for side, name in (("candidate", "item"), ("query", "user")):
+        old, new = (list(map(_shape, x)) for x in _features(source.corpus, corpus, side))
+        if old != new:
+            yield (
+                f"data.{name}_features",
+                f"got {_listed(new)}, where the model to start from has {_listed(old)}",
+            )
+    for name, there, here in (
+        ("item", source.corpus.candidate_ids, corpus.candidate_ids),
+        ("user", source.corpus.query_ids, corpus.query_ids),
+    ):
+        if there.values.dtype != here.values.dtype:
+            kinds = ["strings" if x.values.dtype == object else "integers" for x in (here, there)]
+            yield "warm_start", f"{name} ids are {kinds[0]} here and {kinds[1]} there"
+
+
+def _shape(feature: Feature) -> str:
+    length = f" of {feature.num_values} numbers" if feature.kind == "vector" else ""
+    return f"{feature.name}={feature.kind}{length}"
+
+
+def _listed(features: Sequence[str]) -> str:
+    return " ".join(features) or "none"
+
+
+def _features(there: Corpus, here: Corpus, side: str) -> Any:
+    return (getattr(corpus, f"{side}_features") for corpus in (there, here))
+
+
+def _source_rows(there: Ids, here: Ids) -> np.ndarray:
+    """Returns for every row here, 0 first, the row of the same id there, 0 where there is none."""
+    return np.concatenate([[0], there.rows(here.values)])
+
+
+def _source_codes(there: Feature, here: Feature) -> np.ndarray:
+    """Returns for every code of a feature here that of the same value there, 0 if there is none."""
+    if here.kind == "hashed":
+        # Their numbers are powers of two: a bucket here is part of one there, or holds it.
+        return np.concatenate([[0], 1 + np.arange(here.num_buckets) % there.num_buckets])
+    if here.kind == "bucketized":
+        lowest = np.array([-np.inf, *here.boundaries])
+        return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
+    if not (there.vocabulary and here.vocabulary):
+        return np.zeros(len(here.vocabulary) + 1, np.int64)
+    return _source_rows(Ids(there.vocabulary), Ids(here.vocabulary))
+
+
+def _counted(what: str, rows: np.ndarray, num_there: int) -> str:
+    num_kept = int(np.count_nonzero(rows))
+    return (
+        f"{num_kept:,} {what} kept, {len(rows) - 1 - num_kept:,} new, {num_there - num_kept:,} gone"
+    )
