@@ -43,7 +43,7 @@ def test_every_sample_reads_the_end_of_its_own_history(
     assert num_earlier is not None
     examples = WholeSequences(samples, batch_size=200, history_length=length, seed=0)
     assert examples.steps_per_epoch == 1
-    batch = {name: x.numpy() for name, x in examples.build(0, examples.choose(0)).items()}
+    batch = examples.read(examples.choose(0))
     assert sorted(batch["index"].tolist()) == list(range(len(samples)))
     width = batch["sequence_rows"].shape[1] + 1
     assert width <= length + 1
@@ -79,8 +79,8 @@ def test_positives_of_one_moment_stay_in_one_window() -> None:
     """One moment of a user with 20 positives, and 40 users with one each."""
     samples = samples_of_users([[5] * 20, *[[1]] * 40])
     examples = WholeSequences(samples, batch_size=30, history_length=LENGTH, seed=0)
-    batches = [examples.build(step, examples.choose(step)) for step in range(2)]
-    found = [batch["index"].numpy().tolist() for batch in batches]
+    batches = [examples.read(examples.choose(step)) for step in range(2)]
+    found = [batch["index"].tolist() for batch in batches]
     assert sorted(itertools.chain(*found)) == list(range(60))
     for batch, of_batch in zip(batches, found, strict=True):
         assert batch["sequence_rows"].shape[1] == 0  # Nobody has a history.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use
 
 Batch = dict[str, tf.Tensor]
@@ -16,8 +17,8 @@ Batch = dict[str, tf.Tensor]
 class Examples(Protocol):
     """An order of the training samples: one by one, whole sequences, or sets of a user's items.
 
-    A batch is a function of (seed, step). Of a step, `choose` says in Python what its batch holds
-    (`dataset` does so for many), and `build` makes it tensors, in the graph.
+    A batch is a function of (seed, step). `choose` says what a step's batch holds (`dataset` does
+    so for many), and `read` gathers that from the samples' arrays, in NumPy.
 
     Attributes:
         batch_size: B, positives of a batch, about or exactly.
@@ -27,6 +28,7 @@ class Examples(Protocol):
         is_fair_draw: Whether a batch is a fair draw of the positives, as in-batch negatives need.
         has_one_positive: Whether each row of a batch has exactly one positive.
         repeats_queries: Whether rows of a batch have the same query.
+        signature: Types of what `read` returns, by name.
     """
 
     batch_size: int
@@ -35,20 +37,21 @@ class Examples(Protocol):
     is_fair_draw: bool
     has_one_positive: bool
     repeats_queries: bool
+    signature: dict[str, tf.TensorSpec]
 
     def choose(self, step: int) -> Any:
-        """Returns what the batch of a step holds, a structure of tensors."""
+        """Returns what the batch of a step holds, a structure of arrays."""
         ...
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step, scalar int64, and what `choose` gives for it."""
         ...
 
-    def build(self, step: tf.Tensor, chosen: Any) -> Batch:
-        """Makes tensors of what was chosen.
+    def read(self, chosen: Any) -> Found:
+        """Gathers what was chosen, a structure of arrays.
 
         Returns:
-            index: [P] int32, the samples.
+            index: [P] integers, the samples.
             candidate_row: [P] int32, their positives.
             query_row: [W] int32, of the batch's queries; W = P unless there is a positive_query.
             positive_query: [P] int32 in [0, W), whose positive it is; only if W may differ from P.
@@ -78,8 +81,13 @@ class EpochChoices:
         self._drawn: tuple[int, Sequence[Any]] | None = None
 
     def choose(self, step: int) -> Any:
-        """Returns what a step's batch holds, as tensors."""
-        return tf.nest.map_structure(tf.constant, self._arrays(step))
+        """Returns what a step's batch holds."""
+        epoch, place = divmod(step, self._steps_per_epoch)
+        drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
+        if drawn is None or drawn[0] != epoch:
+            rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
+            drawn = self._drawn = epoch, self._draw(rng)
+        return drawn[1][place]
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
         """Returns pairs of a step and what its batch holds."""
@@ -87,16 +95,8 @@ class EpochChoices:
         def pairs() -> Iterator[tuple[int, Any]]:
             step = start_step
             while num_steps is None or step < start_step + num_steps:
-                yield step, self._arrays(step)
+                yield step, self.choose(step)
                 step += 1
 
         signature = (tf.TensorSpec([], tf.int64), self._signature)
         return tf.data.Dataset.from_generator(pairs, output_signature=signature)
-
-    def _arrays(self, step: int) -> Any:
-        epoch, place = divmod(step, self._steps_per_epoch)
-        drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
-        if drawn is None or drawn[0] != epoch:
-            rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
-            drawn = self._drawn = epoch, self._draw(rng)
-        return drawn[1][place]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.row_lists import contains, is_member, ragged
-from tfrs_pipeline.samples.store import Samples
+from tfrs_pipeline.batches.row_lists import contains, is_member
+from tfrs_pipeline.samples.store import RowLists, Samples
 
-KNOWN, EXPOSED = "known positives", "exposed items"
+KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
+
+Never = Mapping[str, tf.RaggedTensor]
+"""By reason, for each row, the sorted candidates that are never a negative of its query."""
 
 
 class Guard:
@@ -24,39 +28,33 @@ class Guard:
     """
 
     def __init__(self, samples: Samples) -> None:
-        self._never = {KNOWN: ragged(samples.known_positives), EXPOSED: ragged(samples.exposed)}
+        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
 
-    def of_shared(
-        self,
-        query_row: tf.Tensor,
-        columns: tf.Tensor,
-        *,
-        repeats_queries: bool,
-        reasons: Collection[str] = (KNOWN, EXPOSED),
-    ) -> tf.Tensor:
+    def read(self, query_rows: np.ndarray) -> dict[str, RowLists]:
+        """Gathers what is `Never` a negative of queries, [n] int32."""
+        return {reason: lists.take(query_rows) for reason, lists in self._never.items()}
+
+    @staticmethod
+    def of_shared(never: Never, columns: tf.Tensor, reasons: Sequence[str] = REASONS) -> tf.Tensor:
         """Tells which columns that all rows share are never a negative of a row's query.
 
         Args:
-            query_row: [W] int32.
+            never: Of n rows.
             columns: [C] int32 candidate rows.
-            repeats_queries: Whether rows of one query come together, which is then looked up once.
             reasons: Of them.
 
         Returns:
-            [W, C] bool.
+            [n, C] bool.
         """
-        slot = None
-        if repeats_queries:
-            query_row, slot = tf.unique(query_row)
-        found = contains([tf.gather(self._never[x], query_row) for x in reasons], columns)
-        return found if slot is None else tf.gather(found, slot)
+        return contains([never[reason] for reason in reasons], columns)
 
-    def of_own(self, query_row: tf.Tensor, rows: tf.Tensor, pool: str) -> tf.Tensor:
-        """Tells which of each row's own candidates [W, H] are never a negative of its query.
+    @staticmethod
+    def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
+        """Tells which of each row's own candidates [n, H] are never a negative of its query.
 
         A pool of exposed items is there only for who insists (`allow_exposed`): it is kept to the
         known positives.
         """
-        reasons = (KNOWN,) if pool == "exposed" else (KNOWN, EXPOSED)
-        found = [is_member(tf.gather(self._never[x], query_row), rows) for x in reasons]
+        reasons = (KNOWN,) if pool == "exposed" else REASONS
+        found = [is_member(never[reason], rows) for reason in reasons]
         return tf.reduce_any(tf.stack(found), axis=0)

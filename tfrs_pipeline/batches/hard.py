@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.guard import Guard
-from tfrs_pipeline.batches.row_lists import draw_from_lists, ragged
+from tfrs_pipeline.batches.guard import Guard, Never
+from tfrs_pipeline.batches.row_lists import draw_from_lists
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.samples.store import RowLists, Samples
 
@@ -37,28 +38,16 @@ class HardDraws:
     Args:
         samples: The training samples. A pool that they lack is empty until `set_pool`.
         hard: What to draw.
-        guard: Masks what must not be a negative.
         seed: Of the draws.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        hard: HardNegatives,
-        guard: Guard,
-        *,
-        seed: int,
-    ) -> None:
+    def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
         self._hard = hard
         self._seed = seed
-        self._guard = guard
         self._num_samples = len(samples)
         self._num_candidates = len(samples.counts) - 1
-        self._pools: dict[str, tf.RaggedTensor] = {}
-        self._has_some: dict[str, np.ndarray] = {}
-        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples))
-        for name in hard.pools:
-            self.set_pool(name, samples.hard_pools.get(name, nothing))
+        nothing = RowLists.empty(len(samples))
+        self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
 
     def set_pool(self, name: str, pool: RowLists) -> None:
         """Replaces a pool, in datasets that are made from now on.
@@ -80,18 +69,29 @@ class HardDraws:
                 f"A pool must hold one list for each of {self._num_samples} samples. "
                 f"Received: {len(pool)}"
             )
-        self._pools[name] = ragged(pool)
-        self._has_some[name] = np.diff(pool.offsets) > 0
+        # A new dict: a data set goes on with the pools that it was made with.
+        self.pools = {**self.pools, name: pool}
 
-    @property
-    def has_any(self) -> np.ndarray:
-        """[num_samples] bool: whether a sample has a hard negative in any pool."""
-        return np.any(list(self._has_some.values()), axis=0)
+    def has_any(self, place: slice) -> np.ndarray:
+        """Tells which samples have a hard negative in any pool: [n] bool."""
+        ends = slice(place.start + 1, place.stop + 1)
+        has_some = [pool.offsets[ends] > pool.offsets[place] for pool in self.pools.values()]
+        return np.any(has_some, axis=0)
 
     def draw(
-        self, step: tf.Tensor, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
+        self,
+        step: tf.Tensor,
+        pools: Mapping[str, tf.RaggedTensor],
+        candidate_row: tf.Tensor,
+        never: Never,
     ) -> Batch:
-        """Draws for the samples at `index`, [B]; the others are as of `Examples.build`.
+        """Draws for the samples of a batch.
+
+        Args:
+            step: Of the batch.
+            pools: By name, [B, None] int32, the pools of the samples.
+            candidate_row: [B] int32, their positives.
+            never: What is never a negative of them.
 
         Returns:
             hard_candidate_row: [B, H] int32, 0 where the row has none in the pool.
@@ -100,14 +100,14 @@ class HardDraws:
             hard_share: [B] float32, the row's f: 0 where it has no hard negative left.
         """
         rows, is_counted, num_left = [], [], []
-        for i, (name, pool) in enumerate(self._pools.items()):
+        for i, (name, pool) in enumerate(pools.items()):
             seed = seed_of(self._seed, Use.HARD, step)
             seed = tf.random.experimental.stateless_fold_in(seed, i)
-            drawn = draw_from_lists(tf.gather(pool, index), self._hard.num, seed)
+            drawn = draw_from_lists(pool, self._hard.num, seed)
             # Graphs lose the static shape on the way; the loss wants its rank.
-            drawn = tf.ensure_shape(drawn, [index.shape[0], self._hard.num])
+            drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            is_good &= ~self._guard.of_own(query_row, drawn, name)
+            is_good &= ~Guard.of_own(never, drawn, name)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))

@@ -7,20 +7,26 @@ step by starting there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch, Examples
-from tfrs_pipeline.batches.guard import EXPOSED, KNOWN, Guard
+from tfrs_pipeline.batches.guard import REASONS, Guard, Never
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
+from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
+from tfrs_pipeline.batches.row_lists import contains
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import RowLists, Samples
+
+_SAMPLES_PER_BLOCK = 1 << 20
 
 
 class HybridBatches:
@@ -98,13 +104,15 @@ class HybridBatches:
         if estimates_frequency:
             parts = self._mixture.in_batch_draws, self._mixture.other_expected_count
             self._parts = [tf.constant(part, tf.float32) for part in parts]
-        weights = _scaled_weights(samples, positive_weight)
-        self._weights = tf.constant(weights)
-        self.positive_share = _positive_share(samples, weights, examples.rate)
+        self._factor = None
+        if positive_weight is not None:
+            mean = np.average(positive_weight, weights=samples.counts)
+            self._factor = positive_weight / mean
+        self.positive_share = self._positive_share()
         self._guard = Guard(samples)
         self._hard = None
         if hard is not None:
-            self._hard = HardDraws(samples, hard, self._guard, seed=seed)
+            self._hard = HardDraws(samples, hard, seed=seed)
             self._hard_share = hard.share
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
@@ -121,8 +129,15 @@ class HybridBatches:
         if self._hard is None:
             return 0.0
         rate = self.examples.rate
-        weights = None if rate is None else rate[self.samples.candidate_rows]
-        return self._hard_share * float(np.average(self._hard.has_any, weights=weights))
+        total = drawn = 0.0
+        for place in _blocks(len(self.samples)):
+            has_any = self._hard.has_any(place)
+            rates = np.ones(len(has_any))
+            if rate is not None:
+                rates = rate[self.samples.candidate_rows[place]]
+            total += rates.sum()
+            drawn += rates[has_any].sum()
+        return self._hard_share * drawn / total
 
     @property
     def steps_per_epoch(self) -> int:
@@ -147,7 +162,7 @@ class HybridBatches:
         """Builds the batch of one step, 0 or more, outside a graph.
 
         Returns:
-            What `Examples.build` describes, but for index, and:
+            What `Examples.read` describes, but for index, and:
             weight: [P] float32.
             shared_row: [C] int32, candidates of the shared columns, kind by kind.
             log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
@@ -162,15 +177,45 @@ class HybridBatches:
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
 
     def _build(self, step: tf.Tensor, chosen: object) -> Batch:
-        batch = self.examples.build(step, chosen)
-        index, positives = batch.pop("index"), batch["candidate_row"]
+        hard = self._hard
+        pools = {} if hard is None else hard.pools
+        batch = look_up(functools.partial(self._read, pools), chosen, self._signature)
+        del batch["index"]
+        positives = batch["candidate_row"]
+        of_samples = {name: batch.pop(f"pool {name}") for name in pools}
+        never = {reason: batch.pop(reason) for reason in REASONS}
+        slot = batch.pop("slot", None)
         batch["shared_row"] = self._mixture.draw(positives, seed_of(self._seed, Use.SHARED, step))
-        batch["weight"] = tf.gather(self._weights, index)
         batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
-        if self._hard is not None:
-            batch |= self._hard.draw(step, index, batch["query_row"], positives)
-        batch["is_counted"] = self._is_counted(batch)
+        if hard is not None:
+            batch |= hard.draw(step, of_samples, positives, _of_rows(never, slot))
+        batch["is_counted"] = self._is_counted(batch, never, slot)
         return batch | self._corrections(batch)
+
+    def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
+        """Gathers all that a batch needs of the samples' arrays, in NumPy."""
+        found = self.examples.read(chosen)
+        index, keys = found["index"], found["query_row"]
+        found["weight"] = self._weights(index)
+        if self.examples.repeats_queries:  # Each is looked up once.
+            keys, found["slot"] = np.unique(keys, return_inverse=True)
+        found |= {f"pool {name}": pool.take(index) for name, pool in pools.items()}
+        return found | self._guard.read(keys)
+
+    @functools.cached_property
+    def _signature(self) -> dict[str, tf.TypeSpec]:
+        """Types of what `_read` returns."""
+        signature: dict[str, tf.TypeSpec] = dict(self.examples.signature)
+        num_positives = signature["index"].shape[0]
+        signature["weight"] = tf.TensorSpec([num_positives], tf.float32)
+        num_keys = signature["query_row"].shape[0]
+        if self.examples.repeats_queries:
+            signature["slot"] = tf.TensorSpec([num_keys], tf.int64)
+            num_keys = None
+        if self._hard is not None:
+            pools = (f"pool {name}" for name in self._hard.pools)
+            signature |= dict.fromkeys(pools, lists_of(num_positives))
+        return signature | dict.fromkeys(REASONS, lists_of(num_keys))
 
     def _corrections(self, batch: Batch) -> Batch:
         """Computes log_q of the shared columns, or its parts."""
@@ -183,14 +228,29 @@ class HybridBatches:
             log_q -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
         return {"log_q": log_q}
 
-    def _is_counted(self, batch: Batch) -> tf.Tensor:
-        columns, query_row = batch["shared_row"], batch["query_row"]
-        is_counted = ~self._guard.of_shared(
-            query_row, columns, repeats_queries=self.examples.repeats_queries
-        )
+    def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor | None) -> tf.Tensor:
+        columns = batch["shared_row"]
+        is_never = Guard.of_shared(never, columns)
+        is_counted = ~(is_never if slot is None else tf.gather(is_never, slot))
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
         return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
+
+    def _weights(self, index: np.ndarray | slice) -> np.ndarray:
+        """Gathers the weights of samples: [n] float32."""
+        weights = self.samples.weights[index]
+        if self._factor is None:
+            return weights
+        return (weights * self._factor[self.samples.candidate_rows[index]]).astype(np.float32)
+
+    def _positive_share(self) -> np.ndarray:
+        share = np.zeros(len(self.samples.counts))
+        for place in _blocks(len(self.samples)):
+            rows = self.samples.candidate_rows[place]
+            share += np.bincount(rows, self._weights(place), len(share))
+        if self.examples.rate is not None:
+            share *= self.examples.rate
+        return share / share.sum()
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
         """Counts why shared columns do not count, over the first batches.
@@ -199,7 +259,7 @@ class HybridBatches:
             By reason, the share of the columns: accidental hits (the same candidate again, a row's
             own in-batch column not counted), known positives, exposed items.
         """
-        masked = dict.fromkeys(("accidental hits", KNOWN, EXPOSED), 0)
+        masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
@@ -208,13 +268,9 @@ class HybridBatches:
                 query_row = tf.gather(query_row, batch["positive_query"])
             is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
             is_left = tf.ones_like(is_hit)
+            never = self._guard.read(query_row.numpy())
             found = {"accidental hits": is_hit}
-            found |= {
-                reason: self._guard.of_shared(
-                    query_row, columns, repeats_queries=True, reasons=[reason]
-                )
-                for reason in (KNOWN, EXPOSED)
-            }
+            found |= {reason: contains([ragged(never[reason])], columns) for reason in REASONS}
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
@@ -224,15 +280,14 @@ class HybridBatches:
         return {name: count / num_cells for name, count in masked.items()}
 
 
-def _positive_share(samples: Samples, weights: np.ndarray, rate: np.ndarray | None) -> np.ndarray:
-    share = np.bincount(samples.candidate_rows, weights, len(samples.counts))
-    if rate is not None:
-        share *= rate
-    return share / share.sum()
+def _blocks(num_samples: int) -> Iterator[slice]:
+    """Cuts samples into blocks, of whose arrays copies may be in memory."""
+    for start in range(0, num_samples, _SAMPLES_PER_BLOCK):
+        yield slice(start, min(start + _SAMPLES_PER_BLOCK, num_samples))
 
 
-def _scaled_weights(samples: Samples, factor_of: np.ndarray | None) -> np.ndarray:
-    if factor_of is None:
-        return samples.weights
-    factor = factor_of[samples.candidate_rows]
-    return (samples.weights * factor / factor.mean()).astype(np.float32)
+def _of_rows(never: Never, slot: tf.Tensor | None) -> Never:
+    """Gathers lists of distinct queries for the rows of a batch."""
+    if slot is None:
+        return never
+    return {reason: tf.gather(lists, slot) for reason, lists in never.items()}

@@ -6,13 +6,6 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tfrs_pipeline.samples.store import RowLists
-
-
-def ragged(lists: RowLists) -> tf.RaggedTensor:
-    """Returns lists as a tensor."""
-    return tf.RaggedTensor.from_row_splits(lists.values, lists.offsets, validate=False)
-
 
 def leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
     """Returns the first `length` entries of each list, padded with 0: [num_lists, length]."""

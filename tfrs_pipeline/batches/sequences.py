@@ -8,13 +8,12 @@ it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch, EpochChoices
-from tfrs_pipeline.batches.row_lists import ragged
+from tfrs_pipeline.batches.examples import EpochChoices
+from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 # Windows of like length are batched together, out of this many batches' worth in random order.
@@ -29,7 +28,7 @@ class WholeSequences:
     window have short histories. Batches hold about `batch_size` positives each, and as many windows
     as it takes; windows of like length come together, which leaves little padding.
 
-    `build` returns what `Examples.build` describes, with P = W positives (about B), but for
+    `read` returns what `Examples.read` describes, with P = W positives (about B), but for
     history_rows:
         sequence_rows: [S, L'] int32, the windows, oldest first, padded with 0; L' is the longest
             one's length.
@@ -59,6 +58,12 @@ class WholeSequences:
                 "sequence. Give the log its order, or train its users as sets."
             )
         windows = _Windows.cut(samples, history_length)
+        self.signature = {
+            **dict.fromkeys(
+                ("index", "query_row", "candidate_row", "state"), tf.TensorSpec([None], tf.int32)
+            ),
+            "sequence_rows": tf.TensorSpec([None, None], tf.int32),
+        }
         self.batch_size = batch_size
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self._num_samples = len(samples)
@@ -75,14 +80,8 @@ class WholeSequences:
             seed, self.steps_per_epoch, self._draw_epoch, tf.TensorSpec([None], tf.int32)
         )
         self.choose, self.dataset = self._choices.choose, self._choices.dataset
-        self._query_rows = tf.constant(samples.query_rows)
-        self._candidate_rows = tf.constant(samples.candidate_rows)
-        self._sequences = ragged(samples.sequences)
-        self._num_earlier = tf.constant(samples.num_earlier)
-        self._window_query = tf.constant(windows.query_rows)
-        self._window_start = tf.constant(windows.starts)
-        self._window_length = tf.constant(windows.lengths)
-        self._window_samples = ragged(windows.samples)
+        self._samples = samples
+        self._windows = windows
 
     def _draw_epoch(self, rng: np.random.Generator) -> list[np.ndarray]:
         order = rng.permutation(len(self._num_positives))
@@ -96,25 +95,25 @@ class WholeSequences:
         batches = np.split(order.astype(np.int32), ends)
         return [batches[i] for i in rng.permutation(self.steps_per_epoch)]
 
-    def build(self, step: tf.Tensor, chosen: Any) -> Batch:
-        """Reads the windows `chosen`, [S] int32; see the class."""
-        lists = tf.gather(self._window_samples, chosen)
-        index = lists.values
-        starts = tf.gather(self._window_start, chosen)
-        lengths = tf.gather(self._window_length, chosen)
-        width = tf.reduce_max(lengths)
-        place = tf.range(width)[tf.newaxis, :]
-        is_item = place < lengths[:, tf.newaxis]
-        first = tf.gather(self._sequences.row_starts(), tf.gather(self._window_query, chosen))
-        source = tf.cast(first, tf.int32) + starts
-        source = source[:, tf.newaxis] + tf.where(is_item, place, 0)
-        window = tf.cast(lists.value_rowids(), tf.int32)
-        num_read = tf.gather(self._num_earlier, index) - tf.gather(starts, window)
+    def read(self, chosen: np.ndarray) -> Found:
+        """Reads windows, [S] int32; see the class."""
+        samples, windows = self._samples, self._windows
+        assert samples.num_earlier is not None
+        of_windows = windows.samples.take(chosen)
+        index = of_windows.values
+        starts, lengths = windows.starts[chosen], windows.lengths[chosen]
+        width = lengths.max()
+        place = np.arange(width)
+        is_item = place < lengths[:, np.newaxis]
+        first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
+        source = first[:, np.newaxis] + np.where(is_item, place, 0)
+        window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
+        num_read = samples.num_earlier[index] - starts[window]
         return {
             "index": index,
-            "query_row": tf.gather(self._query_rows, index),
-            "candidate_row": tf.gather(self._candidate_rows, index),
-            "sequence_rows": tf.where(is_item, tf.gather(self._sequences.values, source), 0),
+            "query_row": samples.query_rows[index],
+            "candidate_row": samples.candidate_rows[index],
+            "sequence_rows": np.where(is_item, samples.sequences.values[source], np.int32(0)),
             "state": window * (width + 1) + num_read,
         }
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.row_lists import leading, ragged
+from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.alias import AliasSampler
 from tfrs_pipeline.samples.store import Samples
@@ -57,40 +56,38 @@ class SinglePositives:
         self.batch_size = batch_size
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self.rate = rate
+        self.signature = {
+            "index": tf.TensorSpec([batch_size], tf.int32),
+            "query_row": tf.TensorSpec([batch_size], tf.int32),
+            "candidate_row": tf.TensorSpec([batch_size], tf.int32),
+            "history_rows": tf.TensorSpec([batch_size, history_length], tf.int32),
+        }
+        self._samples = samples
         self._num_samples = len(samples)
         self._history_length = history_length
         self._seed = seed
-        self._query_rows = tf.constant(samples.query_rows)
-        self._candidate_rows = tf.constant(samples.candidate_rows)
-        self._sequences = ragged(samples.sequences)
-        self._num_earlier = (
-            None if samples.num_earlier is None else tf.constant(samples.num_earlier, tf.int64)
-        )
         self._sampler = None
         if rate is not None:
             of_samples = rate[samples.candidate_rows]
             self._sampler = AliasSampler(of_samples / of_samples.sum())
 
-    def choose(self, step: int) -> tf.Tensor:
-        """Returns the step: the samples follow from it in the graph."""
-        return tf.constant(step, tf.int64)
+    def choose(self, step: int) -> np.ndarray:
+        """Returns [B] int32 samples."""
+        return self._samples_of(tf.constant(step, tf.int64)).numpy()
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
-        """Returns pairs of a step and itself."""
+        """Returns pairs of a step and its samples."""
         stop = np.iinfo(np.int64).max if num_steps is None else start_step + num_steps
         steps = tf.data.Dataset.range(start_step, stop)
-        return tf.data.Dataset.zip((steps, steps))
+        return steps.map(lambda step: (step, self._samples_of(step)))
 
-    def build(self, step: tf.Tensor, chosen: tf.Tensor) -> Batch:
-        """Looks up the samples of a step; see `Examples`."""
-        index = self._samples_of(step)
-        query_row = tf.gather(self._query_rows, index)
-        candidate_row = tf.gather(self._candidate_rows, index)
+    def read(self, chosen: np.ndarray) -> Found:
+        """Looks up samples, [B] int32; see `Examples`."""
         return {
-            "index": index,
-            "query_row": query_row,
-            "candidate_row": candidate_row,
-            "history_rows": self._histories(index, query_row, candidate_row),
+            "index": chosen,
+            "query_row": self._samples.query_rows[chosen],
+            "candidate_row": self._samples.candidate_rows[chosen],
+            "history_rows": self._samples.latest(chosen, self._history_length),
         }
 
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
@@ -109,21 +106,3 @@ class SinglePositives:
     def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         seed = seed_of(self._seed, Use.ORDER, epoch)
         return tf.random.experimental.index_shuffle(index, seed, self._num_samples - 1)
-
-    def _histories(
-        self, index: tf.Tensor, query_row: tf.Tensor, candidate_row: tf.Tensor
-    ) -> tf.Tensor:
-        """Returns the latest of each sample's history: [B, N] int32, most recent first."""
-        sequences, length = self._sequences, self._history_length
-        if self._num_earlier is not None:
-            start = tf.gather(sequences.row_starts(), query_row)[:, tf.newaxis]
-            num_known = tf.gather(self._num_earlier, index)[:, tf.newaxis]
-            steps_ago = tf.range(1, length + 1, dtype=tf.int64)
-            place = start + num_known - steps_ago
-            is_known = steps_ago <= num_known
-            return tf.where(is_known, tf.gather(sequences.values, tf.maximum(place, start)), 0)
-        # Without an order: the rest of the sequence, copies of the positive excluded.
-        lists = tf.gather(sequences, query_row)
-        is_other = lists.with_values(lists.values != tf.repeat(candidate_row, lists.row_lengths()))
-        others = tf.reverse(tf.ragged.boolean_mask(lists, is_other), axis=[1])
-        return leading(others, length)

@@ -6,12 +6,11 @@ of its targets, where single positives compute them once each.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch, EpochChoices
+from tfrs_pipeline.batches.examples import EpochChoices
+from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.samples.store import Samples
 
 
@@ -29,7 +28,7 @@ class UserSets:
     holds varies with its users. In a tiny log whose coins leave fewer users than batches they are
     flipped again.
 
-    `build` returns what `Examples.build` describes, with positive_query rising, and history_rows in
+    `read` returns what `Examples.read` describes, with positive_query rising, and history_rows in
     random order, as wide as the longest of the batch, `history_length` at most. The shared columns
     of a query count for all of its positives alike, so that all of these must be masked, and there
     are no hard negatives, which are those of one positive.
@@ -49,11 +48,17 @@ class UserSets:
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
+        self.signature = {
+            **dict.fromkeys(
+                ("index", "query_row", "candidate_row", "positive_query"),
+                tf.TensorSpec([None], tf.int32),
+            ),
+            "history_rows": tf.TensorSpec([None, None], tf.int32),
+        }
         self.batch_size = batch_size
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
-        self._candidate_rows = tf.constant(samples.candidate_rows)
         # The distinct (query, candidate) that have a coin, and those of each sample.
         pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
         distinct, self._pair = np.unique(pairs, return_inverse=True)
@@ -64,8 +69,8 @@ class UserSets:
         wanted = round(len(samples) * 0.5 / batch_size)
         self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
         names = ("query_row", "target", "num_targets", "input", "num_inputs")
-        signature = {name: tf.TensorSpec([None], tf.int32) for name in names}
-        self._choices = EpochChoices(seed, self.steps_per_epoch, self._draw_epoch, signature)
+        drawn = dict.fromkeys(names, tf.TensorSpec([None], tf.int32))
+        self._choices = EpochChoices(seed, self.steps_per_epoch, self._draw_epoch, drawn)
         self.choose, self.dataset = self._choices.choose, self._choices.dataset
 
     def _draw_epoch(self, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
@@ -111,16 +116,22 @@ class UserSets:
             if np.count_nonzero(num_targets) >= self.steps_per_epoch:
                 return is_input, num_targets
 
-    def build(self, step: tf.Tensor, chosen: Any) -> Batch:
-        """Makes tensors of what was drawn for a step; see the class."""
-        read = tf.RaggedTensor.from_row_lengths(
-            chosen["input"], chosen["num_inputs"], validate=False
-        )
-        num_queries = tf.shape(chosen["query_row"])[0]
+    def read(self, chosen: dict[str, np.ndarray]) -> Found:
+        """Reads what was drawn for a step; see the class."""
+        num_inputs = chosen["num_inputs"]
+        width = min(num_inputs.max(), self._history_length)
+        place = np.arange(width)
+        is_item = place < num_inputs[:, np.newaxis]
+        first = np.cumsum(num_inputs) - num_inputs
+        source = np.where(is_item, first[:, np.newaxis] + place, 0)
+        padded = np.append(chosen["input"], np.int32(0))  # For when there is none at all.
+        num_queries = len(num_inputs)
         return {
             "index": chosen["target"],
             "query_row": chosen["query_row"],
-            "candidate_row": tf.gather(self._candidate_rows, chosen["target"]),
-            "positive_query": tf.repeat(tf.range(num_queries), chosen["num_targets"]),
-            "history_rows": read[:, : self._history_length].to_tensor(),
+            "candidate_row": self._rows[chosen["target"]],
+            "positive_query": np.repeat(
+                np.arange(num_queries, dtype=np.int32), chosen["num_targets"]
+            ),
+            "history_rows": np.where(is_item, padded[source], np.int32(0)),
         }

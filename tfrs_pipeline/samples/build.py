@@ -80,7 +80,8 @@ def build_samples(
         if log.is_ordered or "timestamp" in log.events.columns:
             samples = _with_num_earlier(positives)
         if "weight" not in samples.columns:
-            samples = samples.mutate(weight=ibis.literal(1.0))
+            # DuckDB takes 1.0 for a decimal.
+            samples = samples.mutate(weight=ibis.literal(1).cast("float64"))
         removed: dict[str, int] = {}
         if hard is not None:
             removed = _write_pools(events, positives, work, hard, seed)

@@ -1,17 +1,31 @@
-"""Samples in memory, and the way from the Parquet files of `build_samples` to them."""
+"""Samples, and the way to them from the Parquet files of `build_samples`: mapped columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.durable import (
+    file_hash,
+    is_whole,
+    naming,
+    part_files,
+    read_record,
+    write_record,
+)
+from tfrs_pipeline.samples.columns import ColumnWriter, OffsetsWriter, map_column
 
+_RECORD = "columns.json"
+_FLAT = {"candidate_row": np.int32, "weight": np.float32, "num_earlier": np.int32}
+_MASKS = ("known_positives", "exposed")
 _POOL_SIZE = "num_hard_"
 
 
@@ -45,10 +59,28 @@ class RowLists:
         values = np.concatenate(lists) if len(lists) else np.zeros(0)
         return cls(offsets, values.astype(np.int32))
 
+    @classmethod
+    def empty(cls, num_keys: int) -> RowLists:
+        """Makes lists that hold nothing."""
+        return cls(np.zeros(num_keys + 1, np.int64), np.zeros(0, np.int32))
+
+    def take(self, keys: np.ndarray) -> RowLists:
+        """Gathers the lists of keys, [n] integers, repeats allowed: one list for each.
+
+        Example:
+            >>> RowLists.from_lists([[7], [], [3, 4]]).take(np.array([2, 0, 2])).values
+            array([3, 4, 7, 3, 4], dtype=int32)
+        """
+        starts = self.offsets[keys]
+        lengths = self.offsets[keys + 1] - starts
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return RowLists(offsets, self.values[place])
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Training samples in memory, one per positive.
+    """Training samples, one per positive: arrays in memory, or mapped from files.
 
     Args:
         query_rows: [num_samples] int32, the user's row.
@@ -130,7 +162,7 @@ class Samples:
             sequences=RowLists(offsets, candidates[order]),
             num_earlier=num_earlier,
             known_positives=RowLists(known_offsets, (known & 0xFFFFFFFF).astype(np.int32)),
-            exposed=RowLists(np.zeros(num_queries + 2, np.int64), np.zeros(0, np.int32)),
+            exposed=RowLists.empty(num_queries + 1),
             counts=np.bincount(candidates, minlength=num_candidates + 1),
         )
 
@@ -151,39 +183,76 @@ class Samples:
             rows = sequence[: self.num_earlier[i]]
         return rows if length is None else rows[max(len(rows) - length, 0) :]
 
+    def latest(self, index: np.ndarray, length: int) -> np.ndarray:
+        """Gathers the latest of the histories of samples.
+
+        Args:
+            index: [n] places of samples.
+            length: N, most recent rows of each.
+
+        Returns:
+            [n, N] int32 candidate rows, most recent first, padded with 0.
+        """
+        if self.num_earlier is None:
+            return self._latest_others(index, length)
+        steps_ago = np.arange(1, length + 1)
+        num_known = self.num_earlier[index][:, np.newaxis]
+        place = (
+            self.sequences.offsets[self.query_rows[index]][:, np.newaxis] + num_known - steps_ago
+        )
+        is_known = steps_ago <= num_known
+        return np.where(is_known, self.sequences.values[np.where(is_known, place, 0)], np.int32(0))
+
+    def _latest_others(self, index: np.ndarray, length: int) -> np.ndarray:
+        """Gathers, without an order, the rest of the sequences, copies of the positive excluded."""
+        lists = self.sequences.take(self.query_rows[index])
+        line = np.repeat(np.arange(len(index)), np.diff(lists.offsets))
+        is_other = lists.values != self.candidate_rows[index][line]
+        line, others = line[is_other], lists.values[is_other]
+        end = np.cumsum(np.bincount(line, minlength=len(index)))
+        steps_ago = end[line] - np.arange(len(line))
+        is_latest = steps_ago <= length
+        rows = np.zeros((len(index), length), np.int32)
+        rows[line[is_latest], steps_ago[is_latest] - 1] = others[is_latest]
+        return rows
+
 
 def read_samples(folder: Path) -> Samples:
-    """Loads what `build_samples` wrote.
+    """Maps what `build_samples` wrote; nothing is read until a batch asks for it.
+
+    Once, the Parquet files are turned into columns, a few rows at a time, in a folder `columns`
+    beside them; again when they were built anew or a column is damaged.
 
     Raises:
         FileNotFoundError: If the folder holds no samples.
     """
-    path = folder / "samples.parquet"
-    if not path.exists():
+    report, columns = folder / "report.json", folder / "columns"
+    if not report.exists():
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
-    table = pq.read_table(path)
-    corpus = pq.read_table(folder / "corpus.parquet")
-    num_queries = pq.read_table(folder / "queries.parquet", columns=["query_row"]).num_rows
-    counts = np.zeros(corpus.num_rows + 1, np.int64)
-    counts[corpus["candidate_row"].to_numpy()] = corpus["count"].to_numpy()
-    pools = {}
-    for name in table.column_names:
-        if name.startswith(_POOL_SIZE):
-            stage = name.removeprefix(_POOL_SIZE)
-            rows = pq.read_table(folder / f"hard_{stage}.parquet", columns=["candidate_row"])
-            pools[stage] = _lists(table[name].to_numpy(), rows)
+    with (folder / "columns.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
+        of = {"report": file_hash(report)}
+        if not (is_whole(columns / _RECORD) and read_record(columns / _RECORD) == of):
+            with naming(columns):
+                shutil.rmtree(columns, ignore_errors=True)
+                columns.mkdir()
+                _convert(folder, columns)
+            write_record(columns / _RECORD, of, columns.glob("*.npy"))
+
+    column = {path.stem: map_column(path) for path in columns.glob("*.npy")}
+    stages = [name.removeprefix("of_hard_") for name in column if name.startswith("of_hard_")]
     return Samples(
-        query_rows=table["query_row"].to_numpy().astype(np.int32),
-        candidate_rows=table["candidate_row"].to_numpy().astype(np.int32),
-        weights=table["weight"].to_numpy().astype(np.float32),
-        sequences=_by_query(table, num_queries),
-        num_earlier=table["num_earlier"].to_numpy().astype(np.int32)
-        if "num_earlier" in table.column_names
-        else None,
-        known_positives=_by_query(pq.read_table(folder / "known_positives.parquet"), num_queries),
-        exposed=_by_query(pq.read_table(folder / "exposed.parquet"), num_queries),
-        counts=counts,
-        hard_pools=pools,
+        query_rows=column["query_row"],
+        candidate_rows=column["candidate_row"],
+        weights=column["weight"],
+        # In the order of users and time: they are the sequences too.
+        sequences=RowLists(column["of_sequences"], column["candidate_row"]),
+        num_earlier=column.get("num_earlier"),
+        **{name: RowLists(column[f"of_{name}"], column[name]) for name in _MASKS},
+        counts=column["counts"],
+        hard_pools={
+            stage: RowLists(column[f"of_hard_{stage}"], column[f"hard_{stage}"]) for stage in stages
+        },
     )
 
 
@@ -199,10 +268,66 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
     return Ids(corpus.to_numpy()), Ids(queries.to_numpy())
 
 
-def _by_query(pairs: pa.Table, num_queries: int) -> RowLists:
-    return _lists(np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1), pairs)
+def _convert(folder: Path, columns: Path) -> None:
+    """Writes `NAME.npy`, and of lists `of_NAME.npy`, their offsets."""
+    num_queries = sum(len(batch["query_row"]) for batch in _batches(folder / "queries.parquet"))
+    _convert_samples(folder, columns, num_queries)
+    for name in _MASKS:
+        with (
+            OffsetsWriter(columns / f"of_{name}.npy", num_queries + 1) as offsets,
+            ColumnWriter(columns / f"{name}.npy", np.int32) as values,
+        ):
+            for batch in _batches(folder / f"{name}.parquet"):
+                offsets.append_keys(batch["query_row"])
+                values.append(batch["candidate_row"])
+    with ColumnWriter(columns / "counts.npy", np.int64) as counts:
+        counts.append([0])
+        for batch in _batches(folder / "corpus.parquet"):
+            counts.append(batch["count"])
 
 
-def _lists(lengths: np.ndarray, rows: pa.Table) -> RowLists:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return RowLists(offsets, rows["candidate_row"].to_numpy().astype(np.int32))
+def _convert_samples(folder: Path, columns: Path, num_queries: int) -> None:
+    path = folder / "samples.parquet"
+    names = pq.read_schema(part_files(path)[0]).names
+    with contextlib.ExitStack() as stack:
+
+        def writer(name: str, dtype: type) -> ColumnWriter:
+            return stack.enter_context(ColumnWriter(columns / f"{name}.npy", dtype))
+
+        query_row = writer("query_row", np.int32)
+        sequences = stack.enter_context(
+            OffsetsWriter(columns / "of_sequences.npy", num_queries + 1)
+        )
+        flat = {name: writer(name, dtype) for name, dtype in _FLAT.items() if name in names}
+        pools = {
+            name: writer(f"of_hard_{name.removeprefix(_POOL_SIZE)}", np.int64)
+            for name in names
+            if name.startswith(_POOL_SIZE)
+        }
+        ends = dict.fromkeys(pools, 0)
+        for offsets in pools.values():
+            offsets.append([0])
+        for batch in _batches(path):
+            query_row.append(batch["query_row"])
+            sequences.append_keys(batch["query_row"])
+            for name, column in flat.items():
+                column.append(batch[name])
+            for name, offsets in pools.items():
+                of_batch = ends[name] + np.cumsum(batch[name], dtype=np.int64)
+                offsets.append(of_batch)
+                ends[name] = of_batch[-1]
+        for name in pools:
+            stage = name.removeprefix(_POOL_SIZE)
+            values = writer(f"hard_{stage}", np.int32)
+            for batch in _batches(folder / f"hard_{stage}.parquet"):
+                values.append(batch["candidate_row"])
+
+
+def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Reads a table a few rows at a time, without the columns of ids."""
+    for part in part_files(path):
+        file = pq.ParquetFile(part)
+        names = [name for name in file.schema_arrow.names if name not in ("user_id", "item_id")]
+        for batch in file.iter_batches(columns=names):
+            if batch.num_rows:
+                yield {name: batch[name].to_numpy() for name in names}
