@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv check format test test-slow notebooks
+.PHONY: venv check format test test-slow notebooks docs
 
 venv: .venv/.installed
 
@@ -15,6 +15,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest
 
 format: venv
@@ -26,6 +27,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/pytest -m slow
+
+# Builds the site and serves it at http://127.0.0.1:8000; a page that is saved is built anew.
+docs: venv
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
 
 # Runs every notebook in full, on the real data, and saves its output in place.
 notebooks: venv

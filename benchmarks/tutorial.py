@@ -74,7 +74,7 @@ class TutorialModel(tfrs.Model):
 
 
 class HybridTutorialModel(TutorialModel):
-    """The tutorial's model with task and negatives as docs/from_the_tfrs_tutorial.md changes them.
+    """The tutorial's model with task and negatives as the guide changes them.
 
     Args:
         data: As of `TutorialModel`.

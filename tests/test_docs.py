@@ -17,7 +17,7 @@ from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import setting_names
 
 ROOT = Path(__file__).parent.parent
-DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 TITLES = [f"film {number}" for number in range(30)]
 
 
@@ -58,7 +58,7 @@ def script() -> dict[str, Any]:
 
 
 def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs(script: dict[str, Any]) -> None:
-    setup, loss = diffs("from_the_tfrs_tutorial.md")
+    setup, loss = diffs("guides/from_the_tfrs_tutorial.md")
     assert sum(line.startswith("+") for line in setup + loss) <= 15
     exec(new_code(setup), script)
     exec("def compute_loss(self, features):\n" + new_code(loss), script)

@@ -139,8 +139,8 @@ class Serve(ServeSettings, OfModel):
     """Serve an exported model over HTTP.
 
     Answers TensorFlow Serving's REST requests for a model, picks up its new versions, and has a
-    page to try it on. Listens on this machine alone unless --host says otherwise; docs/serving.md
-    says what a network takes. SIGTERM or Ctrl-C stops it.
+    page to try it on. Listens on this machine alone unless --host says otherwise;
+    docs/guides/serving.md says what a network takes. SIGTERM or Ctrl-C stops it.
     """
 
     def __call__(self) -> int:

@@ -1,8 +1,8 @@
 """TensorFlow Serving's REST form of a predict call: JSON to arrays and back.
 
 A request names a signature and gives every input of it, either by columns (`inputs`) or by rows
-(`instances`); the answer has the same form, under `outputs` or `predictions`. docs/serving.md says
-where it is stricter than TensorFlow Serving.
+(`instances`); the answer has the same form, under `outputs` or `predictions`.
+docs/guides/serving.md says where it is stricter than TensorFlow Serving.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     GET  /healthz, /readyz, /metrics                        for whoever runs it
     GET  /                                                  a page to try the model on
 
-docs/serving.md describes requests, limits and what a network takes.
+docs/guides/serving.md describes requests, limits and what a network takes.
 """
 
 from __future__ import annotations

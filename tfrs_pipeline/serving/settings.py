@@ -17,7 +17,7 @@ class ServeSettings(Config):
 
     host: str = "127.0.0.1"
     """Address to listen on. Another one than this machine's own opens the server to a network,
-    without TLS or passwords: see docs/serving.md."""
+    without TLS or passwords: see docs/guides/serving.md."""
     port: Port = 8501
     """Port to listen on; 0 takes a free one."""
     allowed_hosts: tuple[HostName, ...] = ("localhost", "127.0.0.1")
