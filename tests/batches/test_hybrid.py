@@ -26,6 +26,7 @@ from tests.small_batches import (
     make_samples,
     samples_of,
 )
+from tfrs_pipeline.batches import single
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -227,15 +228,15 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
         assert len({batch[name].tobytes() for batch in unbroken}) == 12
 
 
-def test_positives_are_drawn_by_their_rate() -> None:
+def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "_SAMPLES_PER_BLOCK", 7)
     batches = make_batches(examples={"rate": RATE})
-    drawn = np.concatenate([b["candidate_row"] for b in batches.dataset(0, 800)])
-    is_used = SAMPLES.counts > 0
-    share = SAMPLES.counts[is_used] ** 0.4
-    observed = np.bincount(drawn, minlength=len(is_used))
-    assert observed[~is_used].sum() == 0
+    drawn = list(itertools.chain(*map(samples_of, batch_list(batches, 800))))
+    assert RATE is not None
+    share = RATE[SAMPLES.candidate_rows]
+    observed = np.bincount(drawn, minlength=NUM_SAMPLES)
     expected = share / share.sum() * len(drawn)
-    assert scipy.stats.chisquare(observed[is_used], expected).pvalue > 1e-4
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-4
 
 
 def test_shares_of_the_positives_and_of_f() -> None:

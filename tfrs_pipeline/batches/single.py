@@ -8,16 +8,18 @@ import tensorflow as tf
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.alias import AliasSampler
+from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import Samples
 
 INT32_MAX = np.iinfo(np.int32).max
+_SAMPLES_PER_BLOCK = 1 << 20
 
 
 class SinglePositives:
     """Every sample once an epoch, in an order that is a permutation evaluated in the graph.
 
     Epochs are strung together, so that every batch is full. With rates, an epoch is as many draws
-    with replacement.
+    with replacement: of a candidate, and of one of its samples.
 
     Args:
         samples: The training samples.
@@ -68,11 +70,13 @@ class SinglePositives:
         self._seed = seed
         self._sampler = None
         if rate is not None:
-            of_samples = rate[samples.candidate_rows]
-            self._sampler = AliasSampler(of_samples / of_samples.sum())
+            self._sampler = AliasSampler(positive_probability(samples.counts, rate))
+            self._counts = tf.constant(samples.counts, tf.int64)
+            self._first = tf.cumsum(self._counts, exclusive=True)
+            self._by_candidate = _sort_by_candidate(samples)
 
     def choose(self, step: int) -> np.ndarray:
-        """Returns [B] int32 samples."""
+        """Returns [B] int32: samples, or with rates their places in the order of candidates."""
         return self._samples_of(tf.constant(step, tf.int64)).numpy()
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
@@ -82,18 +86,19 @@ class SinglePositives:
         return steps.map(lambda step: (step, self._samples_of(step)))
 
     def read(self, chosen: np.ndarray) -> Found:
-        """Looks up samples, [B] int32; see `Examples`."""
+        """Looks up what was chosen; see `Examples`."""
+        index = chosen if self._sampler is None else self._by_candidate[chosen]
         return {
-            "index": chosen,
-            "query_row": self._samples.query_rows[chosen],
-            "candidate_row": self._samples.candidate_rows[chosen],
-            "history_rows": self._samples.latest(chosen, self._history_length),
+            "index": index,
+            "query_row": self._samples.query_rows[index],
+            "candidate_row": self._samples.candidate_rows[index],
+            "history_rows": self._samples.latest(index, self._history_length),
         }
 
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns [B] samples: of a permutation an epoch, or drawn by rate."""
+        """Returns [B] samples of a permutation an epoch, or draws by rate."""
         if self._sampler is not None:
-            return self._sampler.sample(self.batch_size, seed_of(self._seed, Use.ORDER, step))
+            return self._drawn(self._sampler, seed_of(self._seed, Use.ORDER, step))
         place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
         index = tf.cast(place % self._num_samples, tf.int32)
         first_epoch = step * self.batch_size // self._num_samples
@@ -106,3 +111,28 @@ class SinglePositives:
     def _shuffled(self, index: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         seed = seed_of(self._seed, Use.ORDER, epoch)
         return tf.random.experimental.index_shuffle(index, seed, self._num_samples - 1)
+
+    def _drawn(self, sampler: AliasSampler, seed: tf.Tensor) -> tf.Tensor:
+        """Draws candidates, and of each one of its samples: [B] int32 places in their order."""
+        seed, within_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+        candidate = sampler.sample(self.batch_size, seed)
+        # As many bits as make the remainder fair to within one in 2^31.
+        bits = tf.random.stateless_uniform(
+            [self.batch_size], within_seed, minval=None, maxval=None, dtype=tf.int64
+        )
+        within = (bits & np.iinfo(np.int64).max) % tf.gather(self._counts, candidate)
+        return tf.cast(tf.gather(self._first, candidate) + within, tf.int32)
+
+
+def _sort_by_candidate(samples: Samples) -> np.ndarray:
+    """Sorts samples by candidate, a block at a time: [num_samples] int32."""
+    place = np.cumsum(samples.counts) - samples.counts
+    by_candidate = np.empty(len(samples), np.int32)
+    for start in range(0, len(samples), _SAMPLES_PER_BLOCK):
+        rows = samples.candidate_rows[start : start + _SAMPLES_PER_BLOCK]
+        order = np.argsort(rows, kind="stable")
+        distinct, first, num = np.unique(rows[order], return_index=True, return_counts=True)
+        target = np.arange(len(rows)) + np.repeat(place[distinct] - first, num)
+        by_candidate[target] = start + order
+        place[distinct] += num
+    return by_candidate

@@ -1,6 +1,6 @@
 """Draws from a fixed distribution over the corpus: in the graph, exactly, in constant time.
 
-An alias table (Walker 1977; Vose 1991) spends one integer and one float draw on each negative,
+An alias table (Walker 1977) spends one integer and one float draw on each negative,
 whatever the size of the corpus. An inverse CDF in float32 would give the tail of a large corpus
 probability zero.
 """
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Builds Vose's alias table of a distribution.
+    """Builds an alias table of a distribution, by sums along it: no loop over rows.
 
     Slot i yields i with probability accept[i] and alias[i] otherwise, so that
 
@@ -40,27 +40,26 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         )
     if not np.isclose(probability.sum(), 1.0, rtol=0, atol=1e-9):
         raise ValueError(f"Probabilities must sum to 1. Received: {probability.sum()!r}")
-    num_rows = len(probability)
-    # Python lists: element access is several times faster than NumPy's in this loop.
-    mass = (probability * num_rows).tolist()
-    alias = list(range(num_rows))
-    small = [i for i, m in enumerate(mass) if m < 1.0]
-    large = [i for i, m in enumerate(mass) if m >= 1.0]
-    while small and large:
-        needy, donor = small.pop(), large[-1]
-        alias[needy] = donor
-        mass[donor] -= 1.0 - mass[needy]
-        if mass[donor] < 1.0:
-            small.append(large.pop())
-    # What is left over differs from 1 by rounding alone; only a row of probability 0 must not be
-    # handed out for it.
-    top = int(np.argmax(probability))
-    for i in small + large:
-        if probability[i] > 0:
-            mass[i] = 1.0
-        else:
-            mass[i], alias[i] = 0.0, top
-    return np.asarray(mass, np.float32), np.asarray(alias, np.int32)
+    mass = probability * len(probability)
+    # Rounding may leave none at 1 or above.
+    is_large = mass >= min(1.0, mass.max())
+    small, large = np.flatnonzero(~is_large), np.flatnonzero(is_large)
+    # Small rows take what they lack from large ones, in order: all that lack beside all that is
+    # spare, on one line. A row takes from the one whose spare mass its own stretch begins in; where
+    # the stretch ends beyond, that one has given too much and takes it back from the next.
+    lacking, spare = np.cumsum(1 - mass[small]), np.cumsum(mass[large] - 1)
+    alias = np.arange(len(mass), dtype=np.int32)
+    begins = np.append(0.0, lacking[:-1])[: len(small)]
+    donor = np.searchsorted(spare, begins, side="right")
+    # Spare mass is what is lacking, but for rounding, which must not reach beyond the last row.
+    alias[small] = large[np.minimum(donor, len(large) - 1)]
+    last = np.searchsorted(lacking, spare)  # The row that takes more than there is.
+    gives_too_much = (last < len(small)) & (np.arange(len(large)) < len(large) - 1)
+    accept = np.minimum(mass, 1.0)
+    given = np.append(lacking, np.inf)[last] - spare
+    accept[large] = np.where(gives_too_much, 1 - given, 1.0)
+    alias[large[:-1]] = np.where(gives_too_much[:-1], large[1:], large[:-1])
+    return accept.astype(np.float32), alias
 
 
 class AliasSampler:
