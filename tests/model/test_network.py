@@ -14,8 +14,9 @@ import tensorflow as tf
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
 from tfrs_pipeline.model import network as network_module
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
 from tfrs_pipeline.model.queries import history_rows
+from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -192,6 +193,25 @@ def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
         queries = network.embed_queries(tf.constant([1]), tf.constant([[3, 9, 0]]))
     gradient = tf.convert_to_tensor(tape.gradient(queries, tables[0])).numpy()
     assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {3, 9}
+
+
+@pytest.mark.parametrize("combination", ["sum", "concat"])
+def test_a_shared_item_is_read_with_its_features(data: TrainingSet, combination: str) -> None:
+    """The mean of one item is that item: with its id, its genre and the layers over both."""
+    options = {"share_item_embedding": True, "history_pooling": ["mean"], "combination": "sum"}
+    network = tiny(**options).build(data.corpus)
+    if combination == "concat":  # A query tower that only sums, beside another candidate tower.
+        settings = tiny(**{**options, "combination": "concat", "hidden_layers": [5]}).settings
+        table = candidate_table(data.corpus)
+        candidate = candidate_tower(settings, data.corpus)
+        summing = tiny(**options).settings
+        query = query_tower(summing, data.corpus, candidate, table)
+        network = TwoTowerNetwork(query, candidate, summing, data.corpus, table, "mixed")
+    histories = np.zeros((NUM_ITEMS, LENGTH), np.int32)
+    histories[:, 0] = np.arange(1, NUM_ITEMS + 1)
+    users = tf.zeros([NUM_ITEMS], tf.int32)
+    queries = network.embed_queries(users, tf.constant(histories))
+    np.testing.assert_allclose(queries, network.embed_corpus(), rtol=1e-5, atol=1e-6)
 
 
 def test_diagnostics_are_what_the_batch_holds(data: TrainingSet) -> None:

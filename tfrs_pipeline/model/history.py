@@ -28,21 +28,22 @@ class HistoryEncoder(tf.keras.layers.Layer):
     Args:
         num_candidates: Candidates, row 0 not counted.
         settings: Which poolings, and their sizes and dropout.
-        item_embedding: Embedding of candidate rows to read the items with, such as the candidate
-            tower's own; None is one of the history's own.
+        item_embedding: Layer that embeds candidate rows of any shape, [..., dim], to read the items
+            with; None is an embedding of the history's own.
     """
 
     def __init__(
         self,
         num_candidates: int,
         settings: TwoTowerSettings,
-        item_embedding: tf.keras.layers.Embedding | None = None,
+        item_embedding: tf.keras.layers.Layer | None = None,
     ) -> None:
         super().__init__(name="history")
         dim = settings.dim
         self._embedding = item_embedding or tf.keras.layers.Embedding(
             num_candidates + 1, dim, name="history_item"
         )
+        self._is_shared = item_embedding is not None
         self._poolings = settings.history_pooling
         self.num_vectors = len(self._poolings)
         self._recency_decay = settings.recency_decay
@@ -115,9 +116,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.concat(parts, axis=2)
 
     @property
-    def item_table(self) -> tf.Variable:
-        """The table that items are read with, a row a candidate."""
-        return self._embedding.embeddings
+    def item_table(self) -> tf.Variable | None:
+        """The table that items are read with, a row a candidate; None if it is not its own."""
+        return None if self._is_shared else self._embedding.embeddings
 
     @property
     def _num_pooled(self) -> int:

@@ -34,6 +34,7 @@ class TwoTowerNetwork(tfrs.Model):
         settings: N, the temperature and the correction. With "streaming" the model estimates the
             share of each candidate among the positives, and batches hold the parts of n(c).
         corpus: Its encoded features become constants of the model.
+        candidate_table: Those of the candidates, which the query tower may read too.
         name: Of the model.
 
     Raises:
@@ -46,6 +47,7 @@ class TwoTowerNetwork(tfrs.Model):
         candidate_tower: tf.keras.layers.Layer,
         settings: TwoTowerSettings,
         corpus: Corpus,
+        candidate_table: FeatureTable,
         name: str,
     ) -> None:
         super().__init__(name=name)
@@ -54,12 +56,7 @@ class TwoTowerNetwork(tfrs.Model):
             "query_features", corpus.query_features, corpus.query_columns, len(corpus.query_ids)
         )
         self.num_candidates = len(corpus.candidate_ids)
-        self.candidate_table = _feature_table(
-            "candidate_features",
-            corpus.candidate_features,
-            corpus.candidate_columns,
-            self.num_candidates,
-        )
+        self.candidate_table = candidate_table
         self.history_length = settings.history_length
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
@@ -277,6 +274,16 @@ class TwoTowerNetwork(tfrs.Model):
                 f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
+
+
+def candidate_table(corpus: Corpus) -> FeatureTable:
+    """Makes the table of the candidates' encoded features."""
+    return _feature_table(
+        "candidate_features",
+        corpus.candidate_features,
+        corpus.candidate_columns,
+        len(corpus.candidate_ids),
+    )
 
 
 def _feature_table(

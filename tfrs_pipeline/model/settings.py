@@ -79,7 +79,8 @@ class TwoTowerSettings(Config):
     history_dropout: DropoutShare = 0.5
     """Share of the history's items that is dropped at random in training."""
     share_item_embedding: bool = False
-    """Whether the history's items have the same embedding as the candidates."""
+    """Whether the history's items are read with the candidates' vectors, features included, instead
+    of an embedding of their ids of its own."""
     recency_decay: float = Field(0.85, gt=0, le=1)
     """Weight of a step back in the history, relative to the step after it."""
     attention_blocks: PositiveInt = 2

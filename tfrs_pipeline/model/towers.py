@@ -11,12 +11,14 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import (
     FeatureEmbedding,
     FeatureSpec,
+    FeatureTable,
     drop_features,
     layer_name,
 )
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.settings import refuse
 
 
 class Tower(tf.keras.layers.Layer):
@@ -95,19 +97,11 @@ class Tower(tf.keras.layers.Layer):
         features = inputs["features"]
         if seed is not None and self._feature_dropout:
             features = drop_features(features, self._specs, self._feature_dropout, seed)
-        parts = {name: embed(features[name]) for name, embed in self._features.items()}
+        parts = self._embedded(features)
         if self.history is not None:
             parts["history"] = self._read_history(inputs, training, seed)
-        for name, project in self._projections.items():
-            parts[name] = project(parts[name])
         rows = self._dropped_ids(inputs["row"], seed)
-        if self.id_embedding is not None:
-            parts["id"] = self.id_embedding(rows)
-        joined = list(parts.values())
-        hidden = tf.add_n(joined) if self._is_sum else tf.concat(joined, axis=1)
-        for layer in self._hidden:
-            hidden = layer(hidden)
-        output = hidden if self._output is None else self._output(hidden)
+        output = self._joined(rows, parts)
         if self._normalize:
             output = tf.math.l2_normalize(output, axis=1)
         if self._bias == "ones":
@@ -124,6 +118,25 @@ class Tower(tf.keras.layers.Layer):
     def feature_table(self, name: str) -> tf.Variable | None:
         """The table with a row a code of a feature; None if the feature is numbers."""
         return self._features[name].table
+
+    def vectors(self, rows: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Embeds candidates as `call` does, not normalised and without dropout: [n, dim]."""
+        return self._joined(rows, self._embedded(features))
+
+    def _embedded(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {name: embed(features[name]) for name, embed in self._features.items()}
+
+    def _joined(self, rows: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Maps features, history and ids, in this order, to the shared space."""
+        for name, project in self._projections.items():
+            parts[name] = project(parts[name])
+        if self.id_embedding is not None:
+            parts["id"] = self.id_embedding(rows)
+        joined = list(parts.values())
+        hidden = tf.add_n(joined) if self._is_sum else tf.concat(joined, axis=1)
+        for layer in self._hidden:
+            hidden = layer(hidden)
+        return hidden if self._output is None else self._output(hidden)
 
     def _read_history(
         self, inputs: Mapping[str, Any], training: bool, seed: tf.Tensor | None
@@ -142,6 +155,20 @@ class Tower(tf.keras.layers.Layer):
         return tf.where(drawn < self._id_dropout, 0, rows)
 
 
+class ItemVectors(tf.keras.layers.Layer):
+    """Embeds the items of a history by what the candidate tower knows of them: id and features."""
+
+    def __init__(self, tower: Tower, table: FeatureTable) -> None:
+        super().__init__(name="item_vectors")
+        self._tower, self._table = tower, table
+
+    def call(self, rows: tf.Tensor) -> tf.Tensor:
+        """Embeds candidate rows of any shape: [..., dim] float32."""
+        distinct, slot = tf.unique(tf.reshape(rows, [-1]))
+        vectors = self._tower.vectors(distinct, self._table(distinct))
+        return tf.gather(vectors, tf.reshape(slot, tf.shape(rows)))
+
+
 def candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
     """Makes the built-in candidate tower."""
     return Tower(
@@ -154,12 +181,22 @@ def candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
 
 
 def query_tower(
-    settings: TwoTowerSettings, corpus: Corpus, candidate_tower: tf.keras.layers.Layer
+    settings: TwoTowerSettings,
+    corpus: Corpus,
+    candidate_tower: tf.keras.layers.Layer,
+    candidate_table: FeatureTable,
 ) -> Tower:
-    """Makes the built-in query tower, which may read items as the candidate tower does."""
-    history = None
+    """Makes the built-in query tower, which may read items as the candidate tower does.
+
+    Raises:
+        ConfigError: If it shall, and that tower is another than the built-in one.
+    """
+    history = shared = None
+    if settings.share_item_embedding:
+        if not isinstance(candidate_tower, Tower):
+            refuse([("share_item_embedding", "needs the built-in candidate tower")])
+        shared = ItemVectors(candidate_tower, candidate_table)
     if settings.history_pooling:
-        shared = candidate_tower.id_embedding if settings.share_item_embedding else None
         history = HistoryEncoder(len(corpus.candidate_ids), settings, shared)
     return Tower(
         "query_tower",

@@ -26,7 +26,7 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
-from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
 from tfrs_pipeline.model.notes import describe_batches, describe_sample
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
@@ -291,8 +291,9 @@ class TwoTower:
             for tower in self._towers
         )
         candidate = candidate or candidate_tower(self.settings, corpus)
-        query = query or query_tower(self.settings, corpus, candidate)
-        return TwoTowerNetwork(query, candidate, self.settings, corpus, self.name)
+        table = candidate_table(corpus)
+        query = query or query_tower(self.settings, corpus, candidate, table)
+        return TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
 
     @property
     def network(self) -> TwoTowerNetwork:

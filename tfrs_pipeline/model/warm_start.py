@@ -138,8 +138,8 @@ class WarmStart:
         ):
             for table in tower.id_tables:
                 yield table, own_rows
-            if tower.history is not None:
-                yield tower.history.item_table, self._candidate_rows
+            if tower.history is not None and (table := tower.history.item_table) is not None:
+                yield table, self._candidate_rows
             for before, now in zip(old, new, strict=True):
                 if (codes := tower.feature_table(now.name)) is not None:
                     yield codes, _source_codes(before, now)
