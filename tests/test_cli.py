@@ -115,9 +115,11 @@ def test_a_command_explains_itself(command: Any, name: str) -> None:
     assert squeezed(name + doc.split("\n\n")[0]) in squeezed(command("--help").out)
 
 
-@pytest.mark.parametrize(("name", "other"), [("run", "compare."), ("compare", "export.")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("run", "compare."), ("compare", ("export.", "warm_start"))]
+)
 def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
-    command: Any, name: str, other: str
+    command: Any, name: str, other: str | tuple[str, ...]
 ) -> None:
     shown = squeezed(command(name, "--help-all").out)
     for setting, field in settings(RunConfig):

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.config import (
     Config,
     ConfigError,
@@ -22,14 +21,12 @@ from tfrs_pipeline.config import (
     RunConfig,
     SplitConfig,
     StageName,
-    check_model_name,
     dump_config,
     load_config,
     movielens_config,
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -366,23 +363,3 @@ def test_a_model_is_named_by_its_file_so_that_it_can_be_loaded(path: str, name: 
     assert of_clicks(path).model_name == name
     ExportConfig(name=name)
     assert of_clicks(path, name="mine").model_name == "mine"
-
-
-def test_a_name_is_not_taken_from_a_model_of_other_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    written = Path("saved_models/log/1/manifest.json")
-    written.parent.mkdir(parents=True)
-    config = of_clicks("a/log.csv").model_dump(mode="json")
-    write_record(written, {"config": config})
-    for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
-        check_model_name(of_clicks(str(same)))
-    check_model_name(of_clicks("b/log.csv", name="log"))
-    with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
-        check_model_name(of_clicks("b/log.csv"))
-    with pytest.raises(ConfigError, match=r"^export.name: required: no letter or digit"):
-        check_model_name(of_clicks("журнал.csv"))
-    with pytest.raises(ConfigError, match="log/1"):
-        pipeline.run(of_clicks("b/log.csv"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -3,13 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import InUse, StorageError
-from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder, read_settings
+from tfrs_pipeline.durable import InUse, StorageError, write_record
+from tfrs_pipeline.run import run
+from tfrs_pipeline.run_folder import CONFIG_FILE, check_model_name, claim_folder, read_settings
 from tfrs_pipeline.settings import ConfigError
 
 
@@ -91,6 +93,33 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
     with claim_folder(config, tmp_path / "run", exports=False):
         pass
+
+
+def of_clicks(path: str, **export: Any) -> RunConfig:
+    return RunConfig(data={"path": path}, export=export)
+
+
+def test_a_name_is_not_taken_from_a_model_of_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = Path("saved_models/log/1/manifest.json")
+    written.parent.mkdir(parents=True)
+    config = of_clicks("a/log.csv").model_dump(mode="json")
+    write_record(written, {"config": config})
+    for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
+        check_model_name(of_clicks(str(same)))
+    check_model_name(of_clicks("b/log.csv", name="log"))
+    with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
+        check_model_name(of_clicks("b/log.csv"))
+    write_record(written, {})  # As Python exports a model.
+    with pytest.raises(ConfigError, match=r"log/1 is a model of data that it does not name: set"):
+        check_model_name(of_clicks("a/log.csv"))
+    with pytest.raises(ConfigError, match=r"^export.name: required: no letter or digit"):
+        check_model_name(of_clicks("журнал.csv"))
+    with pytest.raises(ConfigError, match="log/1"):
+        run(of_clicks("b/log.csv"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 SECOND = """

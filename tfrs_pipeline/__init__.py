@@ -50,6 +50,7 @@ _PUBLIC = {
     "load": "serving.retriever",
     "load_config": "config",
     "movielens_config": "config",
+    "trained_in": "trainings",
     "with_settings": "config",
 }
 

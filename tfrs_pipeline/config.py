@@ -28,11 +28,9 @@ from tfrs_pipeline.data.schema import (
     is_time_zone,
     name_problem,
 )
-from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import (
     Config,
     ConfigError,
@@ -245,6 +243,9 @@ class ExportConfig(Config):
     """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
     keep_versions: PositiveInt | None = None
     """Versions of the model to keep, the newest; older ones are deleted. If not given, all."""
+    gate: bool = False
+    """Whether to export only a model that is not worse than the version in service: by
+    training.monitor on the same test queries, beyond the 95% interval."""
     user_data: bool = True
     """Whether the export holds what the log tells of people: users' ids, histories and features,
     and held-out queries. Without them every request brings the user's history."""
@@ -301,6 +302,9 @@ class RunConfig(Config):
     """The model in service: its index and where it is saved."""
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
+    warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
+    """A finished run's folder, or an exported model's, whose run is meant, to start training from.
+    If not given, from nothing."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
@@ -318,6 +322,12 @@ class RunConfig(Config):
                 f"got 'column' with source {self.data.source!r}, whose log has no column part; "
                 "choose another kind",
             )
+        if self.split.kind == "held_out_users":
+            message = "with split.kind 'held_out_users': an earlier model was trained on them"
+            if self.warm_start is not None:
+                yield "warm_start", f"got {str(self.warm_start)!r} {message}"
+            if self.export.gate:
+                yield "export.gate", f"got true {message}"
         hard = model.hard
         if isinstance(hard, Mined) and hard.every >= self.training.max_epochs:
             yield (
@@ -444,30 +454,3 @@ def with_settings(
             table = table[key]
         table[setting] = value
     return RunConfig(**tree)
-
-
-def check_model_name(config: RunConfig) -> None:
-    """Checks a name that comes from the file of the events, before anything is done in it.
-
-    Raises:
-        ConfigError: If nothing of it can name a folder, or a model of other data has it: a version
-            of that model is added only if it is asked for by name.
-    """
-    if config.export.name is not None:
-        return
-    if not config.model_name:
-        message = f"required: no letter or digit in the name of {config.data.path} to name it by"
-        raise ConfigError([("export.name", message)])
-    ours = config.model_dump(mode="json")["data"]
-    for path in (config.export.directory / config.model_name).glob(f"*/{MANIFEST_FILE}"):
-        theirs = read_record(path, check_files=False)["config"]["data"]
-        if _origin(theirs) != _origin(ours):
-            message = (
-                f"{path.parent} is a model of {theirs['path'] or theirs['source']}: set another "
-                f"name, or {config.model_name!r} to add a version to it all the same"
-            )
-            raise ConfigError([("export.name", message)])
-
-
-def _origin(data: Mapping[str, Any]) -> Path | str:
-    return Path(data["path"]).resolve() if data["path"] else data["source"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline import __version__
-from tfrs_pipeline.config import RunConfig, check_model_name
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.durable import file_hash, is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -21,10 +21,11 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
-from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
+from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
 from tfrs_pipeline.trainings import fit_baselines, train_and_refit
 
 NUM_EXAMPLES = 4
@@ -69,10 +70,13 @@ def run(
         Where things lie, and the metrics.
 
     Raises:
+        NotPublished: If `export.gate` is set and the model is worse than the one in service; the
+            trained run is kept.
         ValueError: If the folder holds a run of another config, or the data is refused
             (`DataError`).
     """
     check_model_name(config)
+    config = with_source(config)
     with claim_folder(config, folder, exports=True):
         if (finished := _finished_run(folder)) is not None:
             on_step(StepReport("finished before", ["its results follow; nothing was done"]))
@@ -91,22 +95,26 @@ def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) 
                 settings=settings,
                 folder=folder / "checkpoints" / name,
                 name=name,
+                warm_start=config.warm_start,
                 on_progress=on_progress,
             )
             report.notes = models[name].notes
     with step("baselines") as report:
         baselines, report.notes = fit_baselines(config, data, on_progress=on_progress)
     with step("evaluate") as report:
-        evaluation = evaluate_all(config, {**models, **baselines}, data.test, on_progress)
+        measured = {**models, **baselines, **_in_service(config, data.test)}
+        evaluation = evaluate_all(config, measured, data.test, on_progress)
         report.notes += _describe_evaluation(evaluation.first)
+    metrics = _metrics(config, data, models, evaluation)
     with step("export") as report:
-        metrics = _metrics(config, data, models, evaluation)
+        report.notes += _pass_gate(config, folder, evaluation, metrics)
         data_files = sorted((folder / "data").glob("*.parquet"))
         export_folder, metrics["index"] = export_model(
             config,
             models["two_tower"],
             data.test,
             manifest={
+                "run": str(folder.resolve()),
                 "data": {path.name: file_hash(path) for path in data_files},
                 "counts": data.final.report,
                 "metrics": metrics["models"]["two_tower"],
@@ -125,12 +133,41 @@ def _finished_run(folder: Path) -> RunResult | None:
     if not is_whole(folder / "metrics.json"):
         return None
     metrics = read_record(folder / "metrics.json")
+    if metrics["export_folder"] is None:  # Refused by the gate, which may be open now.
+        return None
     export_folder = Path(metrics["export_folder"])
     return (
         RunResult(folder, export_folder, metrics)
         if is_whole(export_folder / MANIFEST_FILE)
         else None
     )
+
+
+def _in_service(config: RunConfig, holdout: Holdout) -> dict[str, Retriever]:
+    """Loads the version that the new model must not be worse than, if there is to be a gate."""
+    folder = config.export.directory / config.model_name
+    found = version_in_service(folder, holdout.candidate_ids) if config.export.gate else None
+    return {} if found is None else {IN_SERVICE: found}
+
+
+def _pass_gate(
+    config: RunConfig, folder: Path, evaluation: Evaluation, metrics: Mapping[str, Any]
+) -> list[str]:
+    """Lets the model through to its export, or keeps the run without one."""
+    if not config.export.gate:
+        return []
+    if IN_SERVICE not in evaluation.results:
+        return ["no version is in service yet"]
+    model = config.export.directory / config.model_name
+    try:
+        return [refuse_worse(evaluation, config.training.monitor, model)]
+    except NotPublished as error:
+        kept = {"index": {"kind": "none, not published"}, "export_folder": None}
+        write_record(folder / "metrics.json", {**metrics, **kept, "notes": {}, "seconds": {}})
+        raise NotPublished(
+            f"{error} {model} stays as it is. The trained run is kept: --run-dir {folder} with "
+            "--no-export.gate exports it all the same."
+        ) from None
 
 
 def evaluate_all(

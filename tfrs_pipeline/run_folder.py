@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.durable import locked, naming, replace_text, try_writing
+from tfrs_pipeline.durable import locked, naming, read_record, replace_text, try_writing
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE = "config.toml"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
+# Says nothing of what a folder holds: a refused model may be exported all the same.
+_MAY_CHANGE = ("export.gate",)
 
 
 @contextlib.contextmanager
@@ -80,11 +83,13 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
     """Writes the settings into a folder, or checks that they are those of what it holds."""
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
     if not (folder / "data" / "log.json").exists():
-        settings = dump_config(config)
-        replace_text(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
+        _write_settings(config, folder)
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
-    changed = [name for name in old | new if old.get(name) != new.get(name)]
+    every_change = [name for name in old | new if old.get(name) != new.get(name)]
+    changed = [name for name in every_change if name not in _MAY_CHANGE]
+    if every_change and not changed:
+        _write_settings(config, folder)
     if changed:
         lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
         more = len(changed) - len(lines)
@@ -93,6 +98,69 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
             f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, or "
             "delete this one."
         )
+
+
+def _write_settings(config: RunConfig, folder: Path) -> None:
+    settings = dump_config(config)
+    replace_text(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
+
+
+def with_source(config: RunConfig) -> RunConfig:
+    """Returns the settings with the run to start from in place of the model that it made.
+
+    A model gets new versions: a stopped run must go on from what it has begun with.
+
+    Raises:
+        ConfigError: If there is no such run.
+    """
+    path = config.warm_start
+    if path is None or (path / CONFIG_FILE).is_file():
+        return config
+    versions = versions_of(path)
+    version = path / str(versions[-1]) if versions else path
+    if not (version / MANIFEST_FILE).is_file():
+        message = f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
+        raise ConfigError([("warm_start", message)])
+    made_by = read_record(version / MANIFEST_FILE, check_files=False).get("run")
+    if made_by is None:
+        message = f"{version} was exported from Python: no run holds its optimizer state"
+        raise ConfigError([("warm_start", f"{message}. Use TwoTower.fit(warm_start=...) there")])
+    if not (Path(made_by) / CONFIG_FILE).is_file():
+        message = (
+            f"{version} was made by the run {made_by}, which is gone, and its optimizer state with "
+            "it. Give another run's folder, or none to train from nothing"
+        )
+        raise ConfigError([("warm_start", message)])
+    return config.model_copy(update={"warm_start": Path(made_by)})
+
+
+def check_model_name(config: RunConfig) -> None:
+    """Checks a name that comes from the file of the events, before anything is done in it.
+
+    Raises:
+        ConfigError: If nothing of it can name a folder, or a model of other data has it: a version
+            of that model is added only if it is asked for by name.
+    """
+    if config.export.name is not None:
+        return
+    if not config.model_name:
+        message = f"required: no letter or digit in the name of {config.data.path} to name it by"
+        raise ConfigError([("export.name", message)])
+    ours = config.model_dump(mode="json")["data"]
+    for path in (config.export.directory / config.model_name).glob(f"*/{MANIFEST_FILE}"):
+        # A model that Python exported has no config: of what data it is, nobody knows.
+        theirs = read_record(path, check_files=False).get("config", {}).get("data")
+        if theirs is None or _origin(theirs) != _origin(ours):
+            made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
+            message = (
+                f"{path.parent} is a model of {made_of}: set another "
+                f"name, or {config.model_name!r} to add a version to it all the same"
+            )
+            raise ConfigError([("export.name", message)])
+
+
+def _origin(data: Mapping[str, Any]) -> Path | str:
+    return Path(data["path"]).resolve() if data["path"] else data["source"]
 
 
 def _hash(settings: str) -> str:

@@ -4,19 +4,97 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.fit import read_epoch
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
+from tfrs_pipeline.model.warm_start import TrainedNetwork
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
+from tfrs_pipeline.run_folder import read_settings
+from tfrs_pipeline.settings import ConfigError
+
+Training: TypeAlias = Literal["selection", "refit"]
+
+
+def trained_in(
+    folder: Path, step: Training = "refit", name: str = "two_tower"
+) -> TrainedNetwork | None:
+    """Reads what a finished run has trained, to start another training from it.
+
+    Args:
+        folder: Of the run.
+        step: "selection", the training that validation has ended, or "refit", that on all that
+            precedes the test; where there was no second one, it is the first.
+        name: Of the model.
+
+    Returns:
+        Weights, optimizer state and corpus; None if the run trained no model of the name.
+
+    Raises:
+        ConfigError: If the run is not finished.
+        Damaged: If a file is not as the run wrote it.
+
+    Example:
+        A model of today's events that starts from yesterday's run::
+
+            model.fit(train, validation, warm_start=trained_in(Path("runs/yesterday")))
+    """
+    config = read_settings(folder)
+    if not (folder / "metrics.json").is_file():
+        message = f"got {str(folder)!r}, a run that is not finished: go on with it first"
+        raise ConfigError([("warm_start", message)])
+    trained = read_record(folder / "metrics.json")["training"]
+    if name not in trained:
+        return None
+    checkpoints = folder / "checkpoints" / name
+    if not (checkpoints / step).is_dir():
+        step = "selection"
+    split = _split_of(folder, config)
+    part, samples = (
+        (split.train, "selection") if step == "selection" else (split.before_test, "final")
+    )
+    corpus = Corpus.read(part, folder / "samples" / samples)
+    network = TwoTower(config.model, training=config.training, name=name).build(corpus)
+    read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
+    return TrainedNetwork(config.model, config.training, corpus, network)
+
+
+def _split_of(folder: Path, config: RunConfig) -> Split:
+    log = Log.read(folder / "data")
+    return Split.read(log, config.split.kind, folder / "data" / "split.parquet")
+
+
+def _about_source(folder: Path, name: str, data: RunData) -> list[str]:
+    """Says where a model has started, and warns if that has seen what is held out here."""
+    if not (folder / "checkpoints" / name).is_dir():
+        return [f"from nothing: {folder} has no {name}"]
+    notes = [f"started from {folder}"]
+    source = _split_of(folder, read_settings(folder))
+    if data.split.kind == source.kind == "time":
+        has_refit = (folder / "checkpoints" / name / "refit").is_dir()
+        final = "before_test" if has_refit else "train"
+        for part, held_out in (("train", "validation"), (final, "test")):
+            last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
+            events = data.split.events
+            of_part = events.filter(events["part"] == held_out)
+            first = of_part["timestamp"].min().to_pyarrow().as_py()
+            if first is not None and last >= first:
+                notes.append(
+                    f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, and {held_out} "
+                    f"begins {first:%Y-%m-%d %H:%M}: what it measures here is too good"
+                )
+    return notes
 
 
 def train_and_refit(
@@ -28,6 +106,7 @@ def train_and_refit(
     max_seconds: float | None = None,
     folder: Path | None = None,
     name: str = "two_tower",
+    warm_start: Path | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> TwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
@@ -40,6 +119,8 @@ def train_and_refit(
         max_seconds: After this time the first training begins no epoch.
         folder: Where both trainings are kept, to be resumed if stopped.
         name: Of the model.
+        warm_start: Folder of a run to start from: the first training from the first one there,
+            which has seen nothing of what validates here, the second from what came of the second.
         on_progress: As in `run`.
 
     Returns:
@@ -50,7 +131,7 @@ def train_and_refit(
         training = training.model_copy(update={"max_epochs": max_epochs})
 
     def fit(
-        samples: TrainingSet, step: str, max_epochs: int, validation: Holdout | None
+        samples: TrainingSet, step: Training, max_epochs: int, validation: Holdout | None
     ) -> TwoTower:
         model = TwoTower(settings or config.model, training=training, seed=config.seed, name=name)
         return model.fit_samples(
@@ -58,6 +139,7 @@ def train_and_refit(
             validation,
             max_epochs=max_epochs,
             max_seconds=max_seconds if validation else None,
+            warm_start=None if warm_start is None else trained_in(warm_start, step, name),
             folder=None if folder is None else folder / step,
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
@@ -70,8 +152,9 @@ def train_and_refit(
     chosen = model.result
     monitored = chosen.history[f"val_{training.monitor}"]
     notes = [
+        *(_about_source(warm_start, name, data) if warm_start else []),
         f"best validation {training.monitor} {max(monitored):.4f} after "
-        f"{chosen.best_epoch} of {len(monitored)} epochs"
+        f"{chosen.best_epoch} of {len(monitored)} epochs",
     ]
     if data.final is not data.selection:
         model = fit(data.final, "refit", chosen.best_epoch, None)

@@ -16,10 +16,12 @@ from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, TuneIndex
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
 from tfrs_pipeline.durable import naming
+from tfrs_pipeline.serving.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
+NOT_PUBLISHED = 3
 BROKEN_PIPE = 141
 
 COMMANDS: dict[str, Any] = {
@@ -45,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes those of the process.
 
     Returns:
-        0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 130
-        after Ctrl-C, 141 if nobody reads the output any more.
+        0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3 for
+        a model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the
+        output any more.
     """
     # TensorFlow's C++ log helps nobody here; what fails comes as a Python error too.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -62,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NotPublished as error:
+        print(f"not published: {error}", file=sys.stderr)
+        return NOT_PUBLISHED
     except BrokenPipeError:
         # What is left to flush has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,13 +24,18 @@ from tfrs_pipeline.cli.console import (
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.config import (
     RunConfig,
-    check_model_name,
     load_config,
     movielens_config,
     with_settings,
 )
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run_folder import CONFIG_FILE, claim_folder, read_settings
+from tfrs_pipeline.run_folder import (
+    CONFIG_FILE,
+    check_model_name,
+    claim_folder,
+    read_settings,
+    with_source,
+)
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
@@ -44,7 +49,7 @@ BRIEF = frozenset(
         *("data.item_features", "data.user_features", "data.rating_threshold"),
         *("split.kind", "model.dim", "model.negatives", "model.hard"),
         *("training.batch_size", "training.max_epochs", "training.learning_rate"),
-        *("evaluation.cutoffs", "export.name", "export.index"),
+        *("export.name", "export.index"),
         *("compare.plans", "compare.reference", "compare.max_steps"),
     }
 )
@@ -66,18 +71,18 @@ class Work(Command):
     )
 
 
-def _with_settings_but(excluded: str, doc: str) -> type[Command]:
-    """Returns the flags of long work: those above, and the settings of a run but for a table."""
+def _with_settings_but(excluded: Collection[str], doc: str) -> type[Command]:
+    """Returns the flags of long work: those above, and the settings of a run but for some."""
     fields: dict[str, Any] = {
         name: (field.annotation, field)
         for name, field in RunConfig.model_fields.items()
-        if name != excluded
+        if name not in excluded
     }
     return cast(type[Command], pydantic.create_model("Work", __base__=Work, __doc__=doc, **fields))
 
 
 Run = _with_settings_but(
-    "compare",
+    ["compare"],
     """Train, evaluate and export a model.
 
     Trains a two-tower retrieval model, compares it with baselines and exports it with its index.
@@ -89,7 +94,7 @@ Run = _with_settings_but(
 )
 
 Compare = _with_settings_but(
-    "export",
+    ["export", "warm_start"],
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
@@ -107,6 +112,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     prefix, work, show = _WORK[command]
     if command == "run":
         check_model_name(config)  # Before there is a folder.
+        config = with_source(config)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()

@@ -28,6 +28,10 @@ EXACT_FOLDER = Path("exact") / "1"
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
+class NotPublished(RuntimeError):
+    """A model that was trained and is not put into service."""
+
+
 def versions_of(folder: Path) -> list[int]:
     """Lists the complete versions below a model's folder, ascending."""
     if not folder.is_dir():

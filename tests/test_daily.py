@@ -1,0 +1,324 @@
+"""Day after day: a run that starts from yesterday's, and a gate before the model in service."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from tests.small_log import event_table, item_id, item_table, small_config, write
+from tfrs_pipeline import cli
+from tfrs_pipeline.config import RunConfig, dump_config, with_settings
+from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.run import RunResult, run
+from tfrs_pipeline.run_data import StepReport
+from tfrs_pipeline.run_folder import read_settings, with_source
+from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.trainings import _split_of, trained_in
+
+YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trusted_exports() -> Iterator[None]:
+    """Skips the check in a fresh process: it takes seconds and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "prove", lambda *arguments: None)
+        yield
+
+
+def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfig:
+    """Settings of a run on the log of a day: other items, and other events of the same users."""
+    there = pa.array([item_id(number, "str") for number in items])
+
+    def filtered(table: pa.Table) -> pa.Table:
+        return table.filter(pc.is_in(table["item_id"], there))
+
+    events = filtered(event_table("str"))
+    start, stop = (0, 0.85) if items is YESTERDAY else (0.15, 1)
+    events = events.slice(int(start * len(events)), int((stop - start) * len(events)))
+    data = {
+        "path": write(events, folder / day / "events.parquet"),
+        "items_path": write(filtered(item_table("str")), folder / day / "items.parquet"),
+        "item_features": {"genre": "categorical"},
+    }
+    evaluation = {"cutoffs": [5, 20], "baselines": []}
+    config = small_config(folder, data, split={"kind": "last_share"}, evaluation=evaluation)
+    return with_settings(config, settings)
+
+
+@pytest.fixture(scope="module")
+def yesterday(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("daily")
+    config = config_of(folder, "yesterday", YESTERDAY)
+    return run(config, folder / "runs" / "yesterday")
+
+
+@pytest.fixture(scope="module")
+def place(yesterday: RunResult) -> Path:
+    return yesterday.folder.parents[1]
+
+
+def model_folder(place: Path) -> Path:
+    return place / "saved_models" / "films"
+
+
+def today(place: Path, **settings: Any) -> RunConfig:
+    return config_of(place, "today", TODAY, **settings)
+
+
+@pytest.fixture(scope="module")
+def warm(yesterday: RunResult, place: Path) -> tuple[RunResult, dict[str, StepReport]]:
+    """Today's run, from the model in service and through the gate into its place."""
+    settings = {"warm_start": model_folder(place), "export.gate": True}
+    reports: dict[str, StepReport] = {}
+    config = today(place, **settings)
+    result = run(config, place / "runs" / "today", on_step=lambda x: reports.update({x.name: x}))
+    return result, reports
+
+
+def test_a_run_starts_from_the_run_that_made_the_model(
+    yesterday: RunResult, place: Path, warm: tuple[RunResult, dict[str, StepReport]]
+) -> None:
+    result, reports = warm
+    # What it went on from stays so, whatever is in service when it is resumed.
+    assert read_settings(result.folder).warm_start == yesterday.folder
+    notes = reports["train two_tower"].notes
+    assert f"started from {yesterday.folder}" in notes
+    assert "warm start: 70 items kept, 5 new, 5 gone; 150 users kept, 0 new, 0 gone" in notes
+    assert "    genre: 4 values kept, 0 new, 0 gone" in notes
+    assert versions_of(model_folder(place)) == [1, 2]
+    # It begins where yesterday's training has come to.
+    losses = [r.metrics["training"]["two_tower"]["history"]["loss"] for r in (yesterday, result)]
+    assert losses[1][0] < losses[0][0]
+
+
+def test_the_gate_measures_on_the_same_queries(
+    place: Path, warm: tuple[RunResult, dict[str, StepReport]]
+) -> None:
+    result, reports = warm
+    (note,) = [x for x in reports["export"].notes if "not worse" in x]
+    gap = result.metrics["differences"][IN_SERVICE]["ndcg@20"]
+    new, old = (result.metrics["models"][x]["ndcg@20"]["mean"] for x in ("two_tower", IN_SERVICE))
+    assert gap["mean"] == pytest.approx(old - new, abs=1e-9)
+    assert re.match(
+        rf"not worse than the version in service: ndcg@20 {new:.4f}, and {old:.4f} of version 1 in "
+        rf"service: \{new - old:+.4f} \[.*\] on the same \d+ queries",
+        note,
+    )
+
+
+def test_each_training_starts_from_its_own(yesterday: RunResult) -> None:
+    """The first one from what validation ended, so that it has seen nothing of what validates."""
+    best = yesterday.metrics["training"]["two_tower"]["best_epoch"]
+    found = {}
+    for step in ("selection", "refit"):
+        source = trained_in(yesterday.folder, step)
+        assert source is not None
+        assert source.network.optimizer.iterations.numpy() > 0
+        (table, *_) = source.network.candidate_tower.id_tables
+        found[step] = table.numpy()
+        import tensorflow as tf
+
+        saved = tf.train.load_checkpoint(
+            str(yesterday.folder / "checkpoints" / "two_tower" / step / f"epoch-{best}")
+        )
+        (name,) = [
+            x
+            for x in saved.get_variable_to_shape_map()
+            if "candidate_tower/id_embedding" in x and "OPTIMIZER" not in x
+        ]
+        np.testing.assert_array_equal(found[step], saved.get_tensor(name))
+    assert not np.array_equal(found["selection"], found["refit"])
+    assert trained_in(yesterday.folder, "refit", "two_tower_uncorrected") is None
+
+
+@pytest.mark.slow
+def test_a_stopped_warm_start_ends_as_an_unbroken_one(
+    place: Path, warm: tuple[RunResult, dict[str, StepReport]]
+) -> None:
+    """Stopped in both trainings, when another version is in service than it began with."""
+    whole = warm[0]
+    config = with_settings(read_settings(whole.folder), {"export.name": "others"})
+
+    def stop_at(name: str) -> Any:
+        def on_progress(task: str, done: int, total: int) -> None:
+            if (task, done) == (name, 1):
+                raise Stopped
+
+        return on_progress
+
+    folder = place / "runs" / "stopped"
+    for name in ("two_tower, selection", "two_tower, refit"):
+        with pytest.raises(Stopped):
+            run(config, folder, on_progress=stop_at(name))
+    ended = run(config, folder)
+    assert ended.metrics["training"] == whole.metrics["training"]
+    assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
+    answers = [
+        load(x.export_folder).retrieve([{"history": [item_id(7, "str")]}], 20)
+        for x in (ended, whole)
+    ]
+    for a, b in zip(*answers, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_worse_model_is_not_published_until_it_is_asked_for(
+    place: Path,
+    warm: tuple[RunResult, dict[str, StepReport]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is refused with its own code; the run is kept, and can be exported all the same."""
+    served = model_folder(place)
+    before = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
+    untrained = {"training.learning_rate": 1e-9, "training.max_epochs": 1}
+    config = today(place, **untrained, **{"export.gate": True})
+    (place / "worse.toml").write_text(dump_config(config))
+    folder = place / "runs" / "worse"
+    asked = ["run", "--config", str(place / "worse.toml"), "--run-dir", str(folder)]
+    assert cli.main(asked) == cli.NOT_PUBLISHED == 3
+    told = capsys.readouterr().err
+    assert re.match(
+        r"not published: The new model is worse than the one in service. ndcg@20 0\.\d+, and "
+        r"0\.\d+ of version 2 in service: -0\.\d+ \[-0\.\d+, -0\.\d+\] on the same \d+ queries\. "
+        rf".*films stays as it is\. The trained run is kept: --run-dir {folder} with",
+        told,
+    )
+    assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before
+    metrics = read_record(folder / "metrics.json")
+    assert metrics["export_folder"] is None
+    gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
+    assert gap["low"] > 0
+    assert cli.main(["report", str(folder)]) == 0
+    # Another look is another refusal; opened, the gate lets it through without another training.
+    assert cli.main(["run", "--run-dir", str(folder)]) == 3
+    trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}
+    assert cli.main(["run", "--run-dir", str(folder), "--no-export.gate"]) == 0
+    assert {x: x.stat().st_mtime_ns for x in trained} == trained
+    assert versions_of(served) == [1, 2, 3]
+    assert read_settings(folder).export.gate is False
+    shutil.rmtree(served / "3")
+
+
+def holdout_of(result: RunResult) -> Holdout:
+    split: Split = _split_of(result.folder, read_settings(result.folder))
+    return split.test
+
+
+def test_an_equal_model_passes(yesterday: RunResult, place: Path) -> None:
+    """The version in service is found to be as good as itself, and the gate tells by how much."""
+    holdout = holdout_of(yesterday)
+    folder = place / "one" / "films"
+    shutil.copytree(model_folder(place) / "1", folder / "1")
+    served = version_in_service(folder, holdout.candidate_ids)
+    assert served is not None
+    same = evaluate({"new": load(folder), IN_SERVICE: served}, holdout, cutoffs=(20,))
+    assert refuse_worse(same, "ndcg@20", folder).endswith(
+        f"+0.0000 [+0.0000, +0.0000] on the same {len(same.first.user_ids)} queries"
+    )
+
+    class Reversed:
+        def retrieve(self, queries: Any, k: int, exclude: Any = None) -> Any:
+            assert served is not None
+            ids, scores = served.retrieve(queries, len(served.corpus), exclude)
+            shown = [np.r_[row[score > -np.inf][::-1], row[score == -np.inf]] for row, score in
+                     zip(ids, scores, strict=True)]  # fmt: skip
+            places = np.where(scores > -np.inf, -np.arange(scores.shape[1]), -np.inf)
+            return np.array(shown, object)[:, :k], places[:, :k].astype(np.float32)
+
+    worse = evaluate({"new": Reversed(), IN_SERVICE: served}, holdout, cutoffs=(20,))
+    with pytest.raises(NotPublished, match=r"ndcg@20 0\.\d+, and 0\.\d+ of version 1"):
+        refuse_worse(worse, "ndcg@20", folder)
+    better = evaluate({"new": served, IN_SERVICE: Reversed()}, holdout, cutoffs=(20,))
+    assert refuse_worse(better, "ndcg@20", folder).startswith("not worse")
+
+
+def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) -> None:
+    folder = model_folder(place)
+    ids = np.array([item_id(number, "str") for number in (*range(40, 75), 78, 79)], object)
+    served = version_in_service(folder.parent / folder.name, ids)
+    assert served is not None
+    assert version_in_service(folder.with_name("none"), ids) is None
+    only = place / "one service"
+    shutil.copytree(folder / "1", only / "1")
+    served = version_in_service(only, ids)
+    assert served is not None
+    queries = [{"user_id": "user 3", "history": [item_id(3, "str"), item_id(45, "str")]}, {}]
+    found, scores = served.retrieve(queries, len(ids))
+    gone = [item_id(number, "str") for number in range(40)]
+    expected, expected_scores = load(only, exact=True).retrieve(queries, 35, [gone, gone])
+    assert found[:, 35:].tolist() == [["", ""]] * 2
+    np.testing.assert_array_equal(found[:, :35], expected)
+    np.testing.assert_allclose(scores[:, :35], expected_scores, atol=1e-6)
+    with pytest.raises(ValueError, match=r"in service and has none of the 1 items of this run"):
+        version_in_service(folder, np.array(["another"], object))
+
+
+def test_what_cannot_be_started_from_is_said(
+    yesterday: RunResult, place: Path, tmp_path: Path
+) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(ConfigError) as error:
+            with_source(today(place, warm_start=path))
+        return str(error.value)
+
+    wrong = tmp_path / "nowhere"
+    expected = f"got {str(wrong)!r}, which is neither a run's folder nor an exported model's"
+    assert refused(wrong) == f"warm_start: {expected}"
+    version = tmp_path / "model" / "1"
+    version.mkdir(parents=True)
+    write_record(version / MANIFEST_FILE, {"run": str(tmp_path / "gone")})
+    assert "was made by the run" in refused(version.parent)
+    assert "which is gone" in refused(version)
+    write_record(version / MANIFEST_FILE, {})
+    assert "was exported from Python: no run holds its optimizer state" in refused(version)
+    half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
+    (half / "metrics.json").unlink()
+    with pytest.raises(ConfigError, match=r"a run that is not finished: go on with it first"):
+        trained_in(half)
+    for settings in ({"warm_start": yesterday.folder}, {"export.gate": True}):
+        with pytest.raises(ConfigError, match=r"with split.kind 'held_out_users': an earlier"):
+            today(place, **settings, **{"split.kind": "held_out_users"})
+
+
+def test_another_shape_is_refused_before_a_step(yesterday: RunResult, place: Path) -> None:
+    settings = {"warm_start": yesterday.folder, "model.dim": 8}
+    with pytest.raises(ConfigError, match=r"^model.dim: got 8, where the model to start from has"):
+        run(today(place, **settings), place / "runs" / "other shape")
+
+
+@pytest.mark.slow
+def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Path) -> None:
+    """Two splits by time, of which the second one begins to test before the first one did."""
+    by_time = {"split.kind": "time", "training.max_epochs": 1, "split.test": 0.1}
+    first = run(config_of(place, "yesterday", YESTERDAY, **by_time), place / "runs" / "a day")
+    settings = {**by_time, "split.test": 0.6, "warm_start": first.folder, "export.name": "timed"}
+    reports: dict[str, StepReport] = {}
+
+    def stop(report: StepReport) -> None:
+        reports[report.name] = report
+        if report.name == "train two_tower":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(today(place, **settings), place / "runs" / "too early", on_step=stop)
+    told = [x for x in reports["train two_tower"].notes if "what it measures here is too good" in x]
+    assert len(told) == 2
+    assert json.dumps(told).count("test begins") == 1

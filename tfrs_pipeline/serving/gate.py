@@ -1,0 +1,77 @@
+"""A new model beside the version in service: published only if it is not worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.serving.publish import NotPublished, versions_of
+from tfrs_pipeline.serving.retriever import load
+
+IN_SERVICE = "in_service"  # The version's name among what is evaluated.
+
+
+def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetriever | None:
+    """Loads a model's newest version to be measured beside a new one.
+
+    It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
+    the items it finds those that it has; what is gone since is left out of its answers, and it
+    cannot find what is new.
+
+    Args:
+        folder: The model's, with its versions.
+        candidate_ids: [num_candidates] of the new model.
+
+    Returns:
+        None if there is no version.
+
+    Raises:
+        ValueError: If it has none of the candidates.
+    """
+    if not versions_of(folder):
+        return None
+    retriever = load(folder, exact=True)
+    known = np.array(retriever.candidate_ids(), candidate_ids.dtype)
+    is_there = np.isin(known, candidate_ids)
+    if not is_there.any():
+        raise ValueError(
+            f"{retriever.folder} is in service and has none of the {len(candidate_ids):,} items of "
+            f"this run: its ids are like {known[0]!r}, these like {candidate_ids[0]!r}. Set "
+            "another export.name, or export without export.gate."
+        )
+    embeddings = retriever.candidate_embeddings()[is_there]
+    return ExactRetriever(known[is_there], embeddings, retriever.embed_queries)
+
+
+def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
+    """Refuses a model that finds less than the version in service.
+
+    Args:
+        evaluation: Of the new model, first, and of `IN_SERVICE`, on the same queries.
+        metric: That decides, such as "ndcg@100".
+        folder: The model's.
+
+    Returns:
+        What was found, in a line for a person.
+
+    Raises:
+        NotPublished: If the version in service is better by more than the 95% interval of the
+            difference, query by query.
+    """
+    version = versions_of(folder)[-1]
+    new, old = (
+        result.overall.intervals[metric].mean
+        for result in (evaluation.first, evaluation.results[IN_SERVICE])
+    )
+    better = evaluation.differences[IN_SERVICE][metric]  # By how much that in service is.
+    found = (
+        f"{metric} {new:.4f}, and {old:.4f} of version {version} in service: "
+        f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
+        f"{len(evaluation.first.user_ids):,} queries"
+    )
+    if better.low > 0:
+        raise NotPublished(f"The new model is worse than the one in service. {found}.")
+    return f"not worse than the version in service: {found}"
