@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.damage import damage
 from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.mining import MinedPools, mine_pools, query_of_sample
+from tfrs_pipeline.model.mining import MinedPools, mine_pools
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -68,7 +67,7 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
     resumed = make_model().fit_samples(data, folder=tmp_path)
     assert_same(weights_of(resumed.network), weights_of(model.network))
     assert reports_in(tmp_path) == reports_in(folder)
-    assert {path.name for path in tmp_path.glob("mined-*")} == {"mined-4.npz", "mined-4.json"}
+    assert {path.name.partition(".")[0] for path in tmp_path.glob("mined-*")} == {"mined-4"}
     assert resumed.notes == model.notes
     assert resumed.notes[0].startswith("mined after epoch 4: ")
     # Every sample has a pool, so that f is what was asked for.
@@ -86,7 +85,7 @@ def test_a_damaged_pool_is_mined_again(
 
     with pytest.raises(Stopped):
         make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
-    damage(tmp_path / "mined-2.npz", "flipped")
+    damage(tmp_path / "mined-2.values.npy", "flipped")
     resumed = make_model().fit_samples(data, folder=tmp_path)
     assert_same(weights_of(resumed.network), weights_of(unbroken[0].network))
     assert resumed.notes == unbroken[0].notes
@@ -97,7 +96,7 @@ def test_the_model_mines_by_its_own_ranking(
 ) -> None:
     model, samples = unbroken[0], data.samples
     pools, _ = mine_pools(
-        model._retriever_of_rows(), samples, Mined(min_rank=4, max_rank=12), seed=0,
+        model._row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
     )  # fmt: skip
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
@@ -107,23 +106,12 @@ def test_the_model_mines_by_its_own_ranking(
         assert sorted(pools[i]) == sorted(ids[4:12] // 10)
 
 
-def test_a_query_holds_the_latest_of_what_the_sample_knew(data: TrainingSet) -> None:
-    i = int(np.flatnonzero(data.samples.num_earlier == 3)[0])
-    user = int(data.samples.query_rows[i])
-    sequence = data.samples.sequences[user]
-    for length, expected in ((2, sequence[1:3]), (None, sequence[:3])):
-        query = query_of_sample(data.samples, i, length)
-        assert query["user_id"] == user
-        np.testing.assert_array_equal(query["history"], expected)
-    assert data.samples.candidate_rows[i] == sequence[3]
-
-
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: tuple[TwoTower, Path]) -> None:
     batches = make_model().batches(data.samples)
     before = MinedPools(
         batches,
         MINED,
-        make_retriever=unbroken[0]._retriever_of_rows,
+        make_retrieval=unbroken[0]._row_retrieval,
         history_length=LENGTH,
         seed=0,
     )

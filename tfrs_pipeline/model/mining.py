@@ -6,19 +6,24 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.retrieval import Query, Retriever
+from tfrs_pipeline.samples.columns import map_column
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 logger = logging.getLogger(__name__)
 
 # A look-up table of a batch: 64 MB.
 _CELLS_PER_BATCH = 1 << 26
+
+RetrieveRows: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""Given [n] query rows, [n, N] history rows, most recent first, padded with 0, and k: the candidate
+rows, [n, k], best first, 0 in empty slots."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,27 @@ class MiningReport:
 
 
 def mine_pools(
-    retriever: Retriever,
+    retrieve: RetrieveRows,
     samples: Samples,
     mined: Mined,
     *,
     seed: int | Sequence[int],
-    history_length: int | None = None,
+    history_length: int,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[RowLists, MiningReport]:
     """Mines a pool of hard negatives for every sample.
 
-    Nothing is excluded by the retriever itself: what the filters drop can then be counted.
+    Samples of one query state, those of a user with the same history, are retrieved for once.
+    Nothing is excluded by the retrieval itself: what the filters drop can then be counted.
 
     Args:
-        retriever: Of the current model. Its candidate ids are candidate rows, from 1; it is asked
-            with `user_id`, the query row, and `history`, candidate rows, oldest first.
+        retrieve: By the current model.
         samples: Training samples.
         mined: Which ranks to keep.
         seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
-        history_length: Most recent items of a history in a query; None is all.
-        batch_size: Samples a call of the retriever; fewer for a corpus of more than 65,000 items.
+        history_length: N, most recent items of a history in a query.
+        batch_size: States a call; fewer for a corpus of more than 65,000 items.
         on_progress: Called after each batch with the samples done and their total.
 
     Returns:
@@ -77,49 +82,63 @@ def mine_pools(
             f"Mining keeps ranks from {mined.min_rank} on, and the corpus has {num_candidates} "
             "items. Lower model.hard.min_rank."
         )
-    masks = (samples.known_positives, samples.exposed)
-    num_dropped_at_most = sum(np.diff(lists.offsets)[samples.query_rows] for lists in masks)
     batch_size = min(batch_size, max(1, _CELLS_PER_BATCH // (num_candidates + 1)))
-    # Samples that need the same depth together: the deepest of a batch decides for all.
-    order = np.argsort(num_dropped_at_most, kind="stable")
+    order, first = _by_state(samples)
     rng = np.random.default_rng(seed)
-    pools: list[np.ndarray] = [np.zeros(0, np.int32)] * len(samples)
+    sizes = np.zeros(len(samples), np.int64)
+    kept: list[np.ndarray] = []
     dropped: dict[str, int] = {}
     num_retrieved = 0
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        k = min(num_candidates, mined.max_rank + int(num_dropped_at_most[batch].max()))
-        queries = [query_of_sample(samples, i, history_length) for i in batch.tolist()]
-        rows, _ = retriever.retrieve(queries, k)
-        num_retrieved += int(np.count_nonzero(rows > 0))
-        is_known, is_exposed = (
-            _is_member(lists, samples.query_rows[batch], rows, num_candidates) for lists in masks
-        )
-        is_known |= rows == samples.candidate_rows[batch][:, np.newaxis]
-        left, by_reason = mined.keep(rows > 0, is_known, is_exposed)
-        drawn = mined.draw_pools(left, rng)
-        for i, row, places in zip(batch.tolist(), rows, drawn, strict=True):
-            pools[i] = row[places].astype(np.int32)
-        by_reason["beyond the pool's size"] = int(left.sum()) - sum(map(len, drawn))
+    for start in range(0, len(first) - 1, batch_size):
+        ends = first[start : start + batch_size + 1]
+        batch, states = order[ends[0] : ends[-1]], order[ends[:-1]]
+        keys = samples.query_rows[states]
+        masks = [lists.take(keys) for lists in (samples.known_positives, samples.exposed)]
+        num_dropped_at_most = np.sum([np.diff(lists.offsets) for lists in masks], axis=0)
+        k = min(num_candidates, mined.max_rank + int(num_dropped_at_most.max()))
+        found = retrieve(keys, samples.latest(states, history_length), k)
+        is_known, is_exposed = (_is_member(lists, found, num_candidates) for lists in masks)
+        state_of = np.repeat(np.arange(len(states)), np.diff(ends))
+        rows = found[state_of]
+        is_own = rows == samples.candidate_rows[batch][:, np.newaxis]
+        left, by_reason = mined.keep(rows > 0, is_known[state_of] | is_own, is_exposed[state_of])
+        places, sizes[batch] = mined.draw_pools(left, rng)
+        is_drawn = np.arange(places.shape[1]) < sizes[batch][:, np.newaxis]
+        kept.append(np.take_along_axis(rows, places, axis=1)[is_drawn].astype(np.int32))
+        by_reason["beyond the pool's size"] = int(left.sum()) - len(kept[-1])
         dropped = {name: dropped.get(name, 0) + count for name, count in by_reason.items()}
-        on_progress(min(start + batch_size, len(order)), len(order))
-    pool = RowLists.from_lists(pools)
-    num_without = int(np.count_nonzero(np.diff(pool.offsets) == 0))
+        num_retrieved += int(np.count_nonzero(rows > 0))
+        on_progress(int(ends[-1]), len(samples))
+    as_mined = RowLists(np.append(0, np.cumsum(sizes[order])), np.concatenate(kept))
+    pool = as_mined.take(np.argsort(order))
+    num_without = int(np.count_nonzero(sizes == 0))
     return pool, MiningReport(len(samples), num_without, num_retrieved, len(pool.values), dropped)
 
 
-def query_of_sample(samples: Samples, i: int, history_length: int | None = None) -> Query:
-    """Makes the query of a sample for a retriever whose ids are rows."""
-    return {"user_id": int(samples.query_rows[i]), "history": samples.history(i, history_length)}
+def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts samples so that those of one query state come together.
+
+    States that need the same depth come together too: the deepest of a batch decides for all.
+
+    Returns:
+        [num_samples] samples in that order; [num_states + 1] where each state begins.
+    """
+    # Without an order, a history is what is left without the positive.
+    history = samples.candidate_rows if samples.num_earlier is None else samples.num_earlier
+    state = samples.query_rows.astype(np.int64) << 32 | history
+    depth = sum(
+        np.diff(lists.offsets)[samples.query_rows]
+        for lists in (samples.known_positives, samples.exposed)
+    )
+    order = np.lexsort([state, depth])
+    is_first = np.append(True, np.diff(state[order]) != 0)
+    return order, np.append(np.flatnonzero(is_first), len(order))
 
 
-def _is_member(
-    lists: RowLists, keys: np.ndarray, rows: np.ndarray, num_candidates: int
-) -> np.ndarray:
-    """Looks up candidate rows [n, k], 0 where empty, in the lists of keys [n]: [n, k] bool."""
-    table = np.zeros((len(keys), num_candidates + 1), bool)
-    for line, key in zip(table, keys.tolist(), strict=True):
-        line[lists[key]] = True
+def _is_member(lists: RowLists, rows: np.ndarray, num_candidates: int) -> np.ndarray:
+    """Looks up candidate rows [n, k], 0 where empty, in n lists: [n, k] bool."""
+    table = np.zeros((len(lists), num_candidates + 1), bool)
+    table[np.repeat(np.arange(len(lists)), np.diff(lists.offsets)), lists.values] = True
     return np.take_along_axis(table, np.maximum(rows, 0), axis=1)
 
 
@@ -129,7 +148,7 @@ class MinedPools:
     Args:
         batches: Of the training; they draw from the pool "mined".
         mined: Which ranks to keep, and how often to mine.
-        make_retriever: Makes a retriever, whose ids are rows, of the model as it is now.
+        make_retrieval: Makes the retrieval by the model as it is now.
         history_length: Most recent items of a history in a query.
         seed: Of the draws.
         folder: Where pools are kept, so that a stopped training goes on with the same ones.
@@ -145,7 +164,7 @@ class MinedPools:
         batches: HybridBatches,
         mined: Mined,
         *,
-        make_retriever: Callable[[], Retriever],
+        make_retrieval: Callable[[], RetrieveRows],
         history_length: int,
         seed: int,
         folder: Path | None = None,
@@ -154,7 +173,7 @@ class MinedPools:
         self.every = mined.every
         self._batches = batches
         self._mined = mined
-        self._make_retriever = make_retriever
+        self._make_retrieval = make_retrieval
         self._history_length = history_length
         self._seed = seed
         self._folder = folder
@@ -175,13 +194,12 @@ class MinedPools:
         """Gives the batches the pools of the next epochs: mined now, or kept from before."""
         samples = self._batches.samples
         if epoch == 0:
-            nothing = RowLists.from_lists([np.zeros(0, np.int32)] * len(samples))
-            self._batches.set_hard_pool("mined", nothing)
+            self._batches.set_hard_pool("mined", RowLists.empty(len(samples)))
             return
         pool = self._load(epoch)
         if pool is None:
             pool, report = mine_pools(
-                self._make_retriever(),
+                self._make_retrieval(),
                 samples,
                 self._mined,
                 seed=[self._seed, epoch],
@@ -190,7 +208,7 @@ class MinedPools:
             )
             self.reports[epoch] = report
             logger.info("mined after epoch %d: %s", epoch, report)
-            self._save(epoch, pool)
+            pool = self._save(epoch, pool)
         self._batches.set_hard_pool("mined", pool)
 
     def describe(self) -> list[str]:
@@ -213,17 +231,23 @@ class MinedPools:
             return None
         report = read_record(self._folder / f"mined-{epoch}.json", check_files=False)
         self.reports[epoch] = MiningReport(**report)
-        with np.load(self._folder / f"mined-{epoch}.npz") as saved:
-            return RowLists(saved["offsets"], saved["values"])
+        return RowLists(*(map_column(path) for path in self._files(epoch)))
 
-    def _save(self, epoch: int, pool: RowLists) -> None:
+    def _save(self, epoch: int, pool: RowLists) -> RowLists:
+        """Writes a pool, if there is a folder, and maps what it wrote."""
         if self._folder is None:
-            return
-        path = self._folder / f"mined-{epoch}.npz"
-        with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, offsets=pool.offsets, values=pool.values)
-        write_record(path.with_suffix(".json"), asdict(self.reports[epoch]), [path])
+            return pool
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
+                np.save(path, array)
+        record = self._folder / f"mined-{epoch}.json"
+        write_record(record, asdict(self.reports[epoch]), self._files(epoch))
         for old in self._folder.glob("mined-*"):
-            if old.stem != path.stem:
+            if old.name.partition(".")[0] != record.stem:
                 old.unlink()
+        return RowLists(*(map_column(path) for path in self._files(epoch)))
+
+    def _files(self, epoch: int) -> list[Path]:
+        assert self._folder is not None
+        return [self._folder / f"mined-{epoch}.{name}.npy" for name in ("offsets", "values")]

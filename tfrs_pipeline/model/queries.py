@@ -65,12 +65,15 @@ class QueryEncoder:
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries: [n, D] float32."""
-        query_rows, histories = self.rows(queries)
+        return self.embed_rows(*self.rows(queries))
+
+    def embed_rows(self, query_rows: np.ndarray, history_rows: np.ndarray) -> np.ndarray:
+        """Embeds what `rows` gives: [n, D] float32."""
         blocks = [
             self._embed(
                 tf.constant(query_rows[start : start + QUERY_BATCH]),
-                tf.constant(histories[start : start + QUERY_BATCH]),
+                tf.constant(history_rows[start : start + QUERY_BATCH]),
             ).numpy()
-            for start in range(0, max(len(queries), 1), QUERY_BATCH)
+            for start in range(0, max(len(query_rows), 1), QUERY_BATCH)
         ]
         return np.concatenate(blocks)

@@ -17,15 +17,14 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Exclude
 from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
-from tfrs_pipeline.model.mining import MinedPools
+from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
 from tfrs_pipeline.model.notes import describe_batches, describe_sample
 from tfrs_pipeline.model.queries import QueryEncoder
@@ -38,7 +37,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.retrieval import Query, Retriever
+from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -348,21 +347,23 @@ class TwoTower:
         return MinedPools(
             batches,
             mined,
-            make_retriever=self._retriever_of_rows,
+            make_retrieval=self._row_retrieval,
             history_length=self.settings.history_length,
             seed=self.seed,
             folder=folder,
             on_progress=lambda done, total: on_progress(f"{self.name}, mining", done, total),
         )
 
-    def _retriever_of_rows(self) -> Retriever:
-        """Makes a retriever whose ids are rows of the network as it is now."""
-        query_rows, candidate_rows = (
-            Ids(np.arange(1, len(ids) + 1))
-            for ids in (self.corpus.query_ids, self.corpus.candidate_ids)
-        )
-        encoder = QueryEncoder(self.network, query_rows, candidate_rows)
-        return ExactRetriever(candidate_rows.values, self.network.embed_corpus(), encoder)
+    def _row_retrieval(self) -> RetrieveRows:
+        """Makes the exact retrieval by rows of the network as it is now."""
+        corpus, embed = self.network.embed_corpus(), self._query_encoder.embed_rows
+
+        def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
+            queries = embed(query_rows, history_rows)
+            size = len(queries), len(corpus)
+            return top_k_in_blocks(lambda block: queries[block] @ corpus.T, *size, k)[0]
+
+        return retrieve
 
     # What `serving.encoder.Exportable` asks for, in whose words it is described.
 

@@ -93,8 +93,14 @@ class Mined:
         drop("of a worse rank", rank >= self.max_rank)
         return left, dropped
 
-    def draw_pools(self, is_left: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-        """Draws up to `max_pool` places of each line of [b, k] bool, in random order."""
+    def draw_pools(
+        self, is_left: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draws up to `max_pool` places of each line of [b, k] bool, in random order.
+
+        Returns:
+            [b, at most max_pool] places, and [b] how many of the first of them were drawn.
+        """
         # What is not left sorts last.
         keys = np.where(is_left, rng.random(is_left.shape, np.float32), np.float32(2))
         num = np.minimum(is_left.sum(axis=1), self.max_pool)
@@ -103,5 +109,4 @@ class Mined:
         else:
             lowest = np.broadcast_to(np.arange(keys.shape[1]), keys.shape)
         in_order = np.argsort(np.take_along_axis(keys, lowest, axis=1), axis=1)
-        places = np.take_along_axis(lowest, in_order, axis=1)
-        return [line[:n] for line, n in zip(places, num.tolist(), strict=True)]
+        return np.take_along_axis(lowest, in_order, axis=1), num
