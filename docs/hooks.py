@@ -45,6 +45,7 @@ ROOMS = {
     "retrieval": "What anything that retrieves is asked",
     "config": "Settings of a run",
     "settings": "Errors of settings",
+    "trainings": "An earlier run",
 }
 
 
