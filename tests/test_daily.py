@@ -15,8 +15,8 @@ import pytest
 from tests.small_log import event_table, item_id, item_table, small_config, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.run import RunResult, run

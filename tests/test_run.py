@@ -29,8 +29,8 @@ from tests.small_log import (
 )
 from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet

@@ -20,7 +20,7 @@ _PUBLIC = {
     "Ease": "evaluation.baselines",
     "Exact": "serving.index",
     "FunnelLosers": "negatives.funnel",
-    "Holdout": "data.split",
+    "Holdout": "data.holdout",
     "HybridBatches": "batches.hybrid",
     "HybridRetrieval": "model.loss",
     "Ials": "evaluation.baselines",

@@ -17,10 +17,10 @@ import numpy as np
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table

@@ -13,7 +13,7 @@ import numpy as np
 
 from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.durable import file_hash, is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult

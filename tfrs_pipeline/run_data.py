@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.config import DataConfig, RunConfig, SplitConfig
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import OnProgress
@@ -138,8 +138,8 @@ def prepare(
         split,
         selection,
         final,
-        split.validation.sample(config.training.validation_users, config.seed),
-        split.test.sample(config.evaluation.max_users, config.seed),
+        split.holdout("validation", config.training.validation_users, config.seed),
+        split.holdout("test", config.evaluation.max_users, config.seed),
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate

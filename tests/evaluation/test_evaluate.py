@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS

@@ -20,6 +20,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 from tfrs_pipeline.data.schema import DataError
 
 _SPARK = "pyspark"
+ENGINES = ("duckdb", _SPARK)
 
 
 def connect(memory_limit: str | None = None, temporary_folder: Path | None = None) -> DuckDB:
@@ -70,7 +71,7 @@ def connect_spark(master: str | None = None) -> Any:
     if not os.environ.get("JAVA_HOME") and shutil.which("java") is None:
         raise DataError(
             "Spark needs Java 17 or 21, and there is no program 'java'. Install one, such as the "
-            "package openjdk-21-jre-headless of Debian, or set JAVA_HOME."
+            "package default-jre-headless of Debian, or set JAVA_HOME."
         )
     builder = SparkSession.builder.appName("tfrs-pipeline")
     if master is not None:
@@ -85,7 +86,10 @@ def connect_spark(master: str | None = None) -> Any:
 def open_parquet(backend: Any, path: Path) -> ibis.Table:
     """Opens a file of Parquet, or a folder of part files, whose name is no pattern."""
     if backend.name == _SPARK:
-        return backend.read_parquet(path.absolute().as_uri())
+        table = backend.read_parquet(path.absolute().as_uri())
+        # They are moments in UTC, which Ibis does not see.
+        times = [name for name, of in table.schema().items() if of.is_timestamp()]
+        return table.cast({name: "timestamp('UTC', 6)" for name in times})
     return backend.read_parquet(glob.escape(str(path)))
 
 
@@ -106,13 +110,13 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def random_key(*numbers: ir.IntegerValue, seed: int) -> ir.StringValue:
-    """Hashes integers alike in every engine, whose own hash functions differ.
+def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
+    """Hashes integers or strings alike in every engine, whose own hash functions differ.
 
     Returns:
         12 hexadecimal digits: what DuckDB still compares as fast as a number.
     """
     text = ibis.literal(str(seed))
-    for number in numbers:
-        text = text + ":" + number.cast("string")
+    for value in values:
+        text = text + ":" + value.cast("string")
     return text.hexdigest("md5").left(12)

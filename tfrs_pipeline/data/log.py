@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.engines import connect, open_parquet
+from tfrs_pipeline.data.contract import check_entities, check_events
+from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
 from tfrs_pipeline.data.files import scan
+from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
@@ -26,32 +28,17 @@ from tfrs_pipeline.data.schema import (
     UnknownItems,
     count_rows,
 )
-from tfrs_pipeline.data.split import (
-    PARTS,
-    EvaluationPart,
-    Holdout,
-    is_positive,
-    make_holdout,
-    split_by_column,
-    split_by_time,
-    split_held_out_users,
-    split_last_n,
-    split_last_share,
-)
+from tfrs_pipeline.data.settle import settle
+from tfrs_pipeline.data.split import PARTS, is_positive, split_events
 from tfrs_pipeline.data.tables import (
     MAX_BAD_SHARE,
     EventRules,
-    add_missing,
-    check_account,
     load_events,
     load_raw,
-    settle_duplicates,
-    settle_unknown,
-    store,
     type_entities,
 )
 from tfrs_pipeline.data.times import Formats, Period
-from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.durable import part_files, read_record, write_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +116,7 @@ class Log:
         earliest_time: datetime | None = None,
         latest_time: datetime | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
+        connection: DuckDB | None = None,
     ) -> Log:
         """Makes a log of CSV or Parquet.
 
@@ -173,6 +161,8 @@ class Log:
                 must have is missing or cannot be read, and of its features that may be missing for
                 that; more is refused, with 0 all. A whole row of CSV, ids, a time, a rating, stage,
                 outcome or weight is what an event must have, an item or user its id.
+            connection: Ibis's DuckDB to store the tables in. None opens one in the system's
+                temporary folder, so that the tables need not fit in memory.
 
         Returns:
             A log that keeps the contract of `Log`; `dropped` counts the events that were dropped,
@@ -198,7 +188,7 @@ class Log:
             max_bad_share,
         )
         formats = Formats(timestamp_unit, time_zone, list_separator)
-        connection = connect()
+        connection = connection or connect()
         scanned = scan(connection, path, "event table")
         raws = {
             "item_id": load_raw(connection, items, "item_id", item_columns or {}, item_features),
@@ -225,17 +215,17 @@ class Log:
             notes += noted
             sources[name] = raw.source
             connection.drop_table(raw.table.get_name())
-        log = cls(
-            events,
-            tables["item_id"],
-            tables["user_id"],
+        settled, repeated, noted = settle(
+            connection, events, tables, sources, unknown_items=unknown_items, duplicates=duplicates
+        )
+        return cls(
+            *settled,
             item_features,
             user_features,
-            dropped=dropped,
-            notes=tuple(notes),
+            dropped=(*dropped, *repeated),
+            notes=(*notes, *noted),
             is_ordered=is_ordered,
         )
-        return _finish(connection, log, sources, unknown_items, duplicates)
 
     @classmethod
     def from_table(cls, events: Any, **options: Any) -> Log:
@@ -243,9 +233,9 @@ class Log:
 
         Args:
             events: A pandas DataFrame, a pyarrow Table, an Ibis table of any backend, or whatever
-                else speaks Arrow; its rows are copied. The order of the rows becomes
-                `event_number`: order an Ibis table first (`table.order_by("time")`), since engines
-                keep none.
+                else speaks Arrow; its rows are copied (`from_ibis` leaves them). The order of the
+                rows becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
+                since engines keep none.
             **options: Those of `from_files`; `items` and `users` may be such tables too.
 
         Returns:
@@ -260,8 +250,58 @@ class Log:
         return cls.from_files(events, **options)
 
     @classmethod
-    def read(cls, folder: Path | str) -> Log:
+    def from_ibis(
+        cls,
+        events: ibis.Table,
+        *,
+        items: ibis.Table | None = None,
+        users: ibis.Table | None = None,
+        item_features: Mapping[str, FeatureKind] | None = None,
+        user_features: Mapping[str, FeatureKind] | None = None,
+        is_ordered: bool = True,
+    ) -> Log:
+        """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.
+
+        Nothing is copied or cleaned: the tables hold what `Log` says of them, which the engine
+        checks. Splits and samples are then computed and written by the same engine.
+
+        Args:
+            events: As `Log` has them: user_id, item_id, event_number, stage, and optional columns.
+                Spark's timestamps are UTC, whatever their session says.
+            items: With item_id, the features and, if there is one, `title`. None makes one of the
+                ids alone; items of events that it lacks are added with null features.
+            users: The same of users.
+            item_features: Feature column -> kind (see `Log`).
+            user_features: Feature column -> kind.
+            is_ordered: Whether `event_number` is an order in time, where there are no timestamps.
+
+        Raises:
+            DataError: If a table does not hold it, naming column, rows and remedy; or is of another
+                engine.
+        """
+        if (engine := events.get_backend().name) not in ENGINES:
+            raise DataError(
+                f"Samples are made in {' or '.join(ENGINES)}. Received: a table of {engine}. "
+                "Log.from_table copies it into DuckDB."
+            )
+        item_features, user_features = dict(item_features or {}), dict(user_features or {})
+        events = check_events(events, Source("event table"))
+        return cls(
+            events,
+            check_entities(items, "item_id", events, item_features),
+            check_entities(users, "user_id", events, user_features),
+            item_features,
+            user_features,
+            is_ordered=is_ordered,
+        )
+
+    @classmethod
+    def read(cls, folder: Path | str, connection: Any = None) -> Log:
         """Opens what `write` wrote, without loading it.
+
+        Args:
+            folder: Of the log.
+            connection: Ibis's DuckDB or Spark to open it in. None opens a DuckDB.
 
         Raises:
             DataError: If the folder holds no whole log.
@@ -273,7 +313,7 @@ class Log:
                 f"{folder} has no log.json: writing the log did not finish there. Write it again."
             )
         about = read_record(folder / "log.json")
-        connection = connect()
+        connection = connection or connect()
         events, items, users = (open_parquet(connection, folder / f"{x}.parquet") for x in _KEYS)
         return cls(
             events,
@@ -297,7 +337,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.json").unlink(missing_ok=True)
         for name, key in _KEYS.items():
-            getattr(self, name).order_by(key).to_parquet(folder / f"{name}.parquet")
+            write_parquet(getattr(self, name).order_by(key), folder / f"{name}.parquet")
         about = {
             "item_features": dict(self.item_features),
             "user_features": dict(self.user_features),
@@ -305,7 +345,8 @@ class Log:
             "notes": self.notes,
             "is_ordered": self.is_ordered,
         }
-        write_record(folder / "log.json", about, [folder / f"{name}.parquet" for name in _KEYS])
+        files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
+        write_record(folder / "log.json", about, files)
 
     @property
     def whole(self) -> Log:
@@ -363,27 +404,16 @@ class Log:
         """
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
         _check_choice("split.kind", kind, SplitKind)
-        if validation is None:
-            validation = 1 if kind == "last_n" else 0.05
-        if test is None:
-            test = 1 if kind == "last_n" else 0.1
-        if kind == "column":
-            return Split(self, split_by_column(self.events), kind)
-        if kind == "time":
-            return Split(self, split_by_time(self.events, validation, test), kind)
-        if isinstance(validation, datetime) or isinstance(test, datetime):
-            raise ValueError(
-                f"A moment splits by time; split.kind is {kind!r}. Received: {validation}, {test}."
-            )
-        options: dict[str, Any] = {"min_positives": min_positives}
-        if kind == "held_out_users":
-            options |= {"target_share": target_share, "seed": seed}
-        functions: dict[str, Any] = {
-            "last_share": split_last_share,
-            "last_n": split_last_n,
-            "held_out_users": split_held_out_users,
-        }
-        return Split(self, functions[kind](self.events, validation, test, **options), kind)
+        events = split_events(
+            self.events,
+            kind,
+            validation=validation,
+            test=test,
+            target_share=target_share,
+            min_positives=min_positives,
+            seed=seed,
+        )
+        return Split(self, events, kind)
 
     def describe(self) -> list[str]:
         """Says what the log holds and what was dropped, in lines for a person."""
@@ -438,12 +468,28 @@ class Split:
     @functools.cached_property
     def validation(self) -> Holdout:
         """What the validation part asks. A `DataError` if it holds no positive."""
-        return self._holdout("validation", self.train)
+        return self.holdout("validation")
 
     @functools.cached_property
     def test(self) -> Holdout:
         """What the test part asks. A `DataError` if it holds no positive."""
-        return self._holdout("test", self.before_test)
+        return self.holdout("test")
+
+    def holdout(
+        self, part: EvaluationPart, max_queries: int | None = None, seed: int = 0
+    ) -> Holdout:
+        """What a part asks, of `max_queries` users at most, drawn at random; None is all.
+
+        Only the events of those drawn leave the engine.
+
+        Raises:
+            DataError: If the part holds no positive.
+        """
+        training = self.train if part == "validation" else self.before_test
+        items = self.log.items
+        return make_holdout(
+            self.events, part, items, training.events, max_queries=max_queries, seed=seed
+        )
 
     def report(self) -> dict[str, Any]:
         """Counts what is in each part.
@@ -490,8 +536,8 @@ class Split:
     def write(self, path: Path) -> None:
         """Writes the events with their parts as Parquet, and then its record `split.json`."""
         path.with_suffix(".json").unlink(missing_ok=True)
-        self.events.to_parquet(path)
-        write_record(path.with_suffix(".json"), {"kind": self.kind}, [path])
+        write_parquet(self.events, path)
+        write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
 
     @classmethod
     def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:
@@ -503,9 +549,6 @@ class Split:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
         return dataclasses.replace(self.log, events=events, part_of=self.log.whole)
 
-    def _holdout(self, part: EvaluationPart, training: Log) -> Holdout:
-        return make_holdout(self.events, part, self.log.items, training.events)
-
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
@@ -516,50 +559,3 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(
             f"{name} must be one of {', '.join(get_args(choices))}. Received: {value}."
         )
-
-
-def _finish(
-    connection: DuckDB,
-    log: Log,
-    sources: Mapping[str, Source],
-    unknown_items: UnknownItems,
-    duplicates: Duplicates,
-) -> Log:
-    """Settles unknown ids and repeated events, and stores the tables.
-
-    Raises:
-        DataError: If unknown items or duplicates are refused, or nothing is left to learn from.
-    """
-    events, dropped, notes = log.events, list(log.dropped), list(log.notes)
-    num_in = num_rows = count_rows(events)
-    for name, unknown in (("item_id", unknown_items), ("user_id", "keep")):
-        if name in sources:
-            entities = log.items if name == "item_id" else log.users
-            where = (sources["events"], sources[name])
-            events, lost, noted = settle_unknown(events, entities, name, where, unknown, num_rows)
-            dropped, notes = dropped + lost, notes + noted
-            num_rows -= sum(each.num_rows for each in lost)
-    events, lost, noted = settle_duplicates(events, sources["events"], duplicates, num_rows)
-    dropped, notes = dropped + lost, notes + noted
-    if len(dropped) > len(log.dropped):
-        events = store(connection, events, sources["events"])
-    counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
-    num_left, num_positives = counts.to_pyarrow().to_pylist()[0].values()
-    check_account(sources["events"], num_in, num_left, dropped[len(log.dropped) :])
-    if not num_left:
-        raise DataError(f"{sources['events'].name}: 0 rows. Give a log that holds events.")
-    if not num_positives:
-        raise DataError(
-            f"{sources['events'].name}: none of {num_left} rows is a positive (stage 'clicked'). "
-            "Check stage_values, rating_threshold or label."
-        )
-    items = add_missing(log.items, events, "item_id").order_by("item_id")
-    users = add_missing(log.users, events, "user_id").order_by("user_id")
-    return dataclasses.replace(
-        log,
-        events=events,
-        items=store(connection, items, sources["events"]),
-        users=store(connection, users, sources["events"]),
-        dropped=tuple(dropped),
-        notes=tuple(notes),
-    )

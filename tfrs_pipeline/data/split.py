@@ -1,4 +1,4 @@
-"""Which events train, which are kept for evaluation, and what an evaluation asks.
+"""Which events train, and which are kept for evaluation.
 
 A split adds a column `part` to the event table, or replaces the one that is there: "train",
 "validation", "test", or "fold_in" (history of a held-out user: never trained on). Positives are the
@@ -9,164 +9,56 @@ event number alone where the log has no time. All are lazy expressions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
-import pyarrow as pa
 
-from tfrs_pipeline.data.schema import DataError, Exclude, Stage
-from tfrs_pipeline.retrieval import Query
-
-EvaluationPart: TypeAlias = Literal["validation", "test"]
+from tfrs_pipeline.data.engines import random_key
+from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
-
-# What a query may know: everything before the user's cut, so for "test" the validation part too.
-_PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
-    "validation": ("train", "fold_in"),
-    "test": ("train", "validation", "fold_in"),
-}
 # .07 * 100 is 7.000000000000001 in binary: its ceiling must be 7.
 _CEIL_SLACK = 1e-9
 
 
-@dataclass(frozen=True, eq=False)
-class Holdout:
-    """What an evaluation asks: one query a user, aligned lists, sorted by user id.
-
-    Args:
-        user_ids: [num_queries] int64 or object (str).
-        histories: Per query, the item ids of the positives before the user's cut, oldest first.
-        relevant: Per query, the distinct item ids of the positives to find, 1 or more.
-        clicked: Per query, the distinct item ids of `histories`.
-        seen: Per query, the distinct item ids clicked or exposed before the cut.
-        candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
-        candidate_counts: [num_candidates] int64 training positives before the cut.
-        num_sampled_from: Of a sample, how many queries it was drawn from; else None.
-    """
-
-    user_ids: np.ndarray
-    histories: list[np.ndarray]
-    relevant: list[np.ndarray]
-    clicked: list[np.ndarray]
-    seen: list[np.ndarray]
-    candidate_ids: np.ndarray
-    candidate_counts: np.ndarray
-    num_sampled_from: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
-    def __repr__(self) -> str:
-        return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
-
-    def sample(self, num_queries: int, seed: int = 0) -> Holdout:
-        """Draws queries at random, without replacement; all that draw tell how many there were.
-
-        Args:
-            num_queries: At most.
-            seed: Of the draw.
-
-        Returns:
-            A holdout of the queries drawn, by user id as before; itself if there are no more.
-        """
-        if len(self) <= num_queries:
-            return self
-        drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
-        drawn.sort()
-        lists: dict[str, Any] = {
-            name: [getattr(self, name)[i] for i in drawn]
-            for name in ("histories", "relevant", "clicked", "seen")
-        }
-        total = self.num_sampled_from or len(self)
-        return replace(self, user_ids=self.user_ids[drawn], num_sampled_from=total, **lists)
-
-    def as_queries(self) -> list[Query]:
-        """Returns what a `Retriever` takes: user_id and history of each query."""
-        return [
-            {"user_id": user_id, "history": history}
-            for user_id, history in zip(self.user_ids.tolist(), self.histories, strict=True)
-        ]
-
-    def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
-        """Returns what an evaluation excludes from each ranking.
-
-        Args:
-            rule: What the user clicked before the cut, what the user saw before it, or nothing.
-
-        Returns:
-            Item ids of each query; None for nothing.
-
-        Raises:
-            ValueError: If there is no such rule.
-        """
-        if rule not in ("clicked", "seen", "none"):
-            raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
-        return {"clicked": self.clicked, "seen": self.seen, "none": None}[rule]
-
-
-def make_holdout(
-    split: ibis.Table, part: EvaluationPart, items: ibis.Table, training: ibis.Table
-) -> Holdout:
-    """Makes the queries of a part, one for each user with a positive in it.
-
-    Args:
-        split: Events with `part`.
-        part: Whose positives are to be found.
-        items: The log's item table: the candidates.
-        training: Events whose positives are the candidates' counts.
-
-    Raises:
-        DataError: If the part has no positive.
-    """
-    is_target = (split["part"] == part) & is_positive(split)
-    is_before = split["part"].isin(_PARTS_BEFORE[part]) & split["stage"].isin(
-        [Stage.CLICKED.value, Stage.EXPOSED.value]
-    )
-    rows = (
-        split.filter(is_target | is_before)
-        .semi_join(split.filter(is_target), "user_id")
-        .order_by(["user_id", *_order_keys(split)])
-        .mutate(is_positive=is_positive, is_target=lambda t: t["part"] == part)
-        .select("user_id", "item_id", "is_positive", "is_target")
-        .to_pyarrow()
-    )
-    if rows.num_rows == 0:
-        raise DataError(
-            f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
-            "moment, or lower split.min_positives."
+def split_events(
+    events: ibis.Table,
+    kind: SplitKind,
+    *,
+    validation: float | datetime | None,
+    test: float | datetime | None,
+    target_share: float,
+    min_positives: int,
+    seed: int,
+) -> ibis.Table:
+    """Adds the column `part` (see `Log.split`)."""
+    if validation is None:
+        validation = 1 if kind == "last_n" else 0.05
+    if test is None:
+        test = 1 if kind == "last_n" else 0.1
+    if kind == "column":
+        return split_by_column(events)
+    if kind == "time":
+        return split_by_time(events, validation, test)
+    if isinstance(validation, datetime) or isinstance(test, datetime):
+        raise ValueError(
+            f"A moment splits by time; split.kind is {kind!r}. Received: {validation}, {test}."
         )
-    columns = {name: rows[name].to_numpy() for name in rows.column_names}
-    user_ids = columns["user_id"]
-    starts = np.flatnonzero(np.concatenate([[True], user_ids[1:] != user_ids[:-1]]))
-
-    def per_user(keep: np.ndarray) -> list[np.ndarray]:
-        ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
-        return np.split(columns["item_id"][keep], ends[:-1])
-
-    histories = per_user(columns["is_positive"] & ~columns["is_target"])
-    positives = training.filter(is_positive)
-    counts = positives.group_by("item_id").agg(count=positives.count())
-    candidates = (
-        items.left_join(counts, "item_id")
-        .select("item_id", count=counts["count"].fill_null(0))
-        .order_by("item_id")
-        .to_pyarrow()
-    )
-    return Holdout(
-        user_ids=user_ids[starts],
-        histories=histories,
-        relevant=[np.unique(ids) for ids in per_user(columns["is_target"])],
-        clicked=[np.unique(ids) for ids in histories],
-        seen=[np.unique(ids) for ids in per_user(~columns["is_target"])],
-        candidate_ids=candidates["item_id"].to_numpy(),
-        candidate_counts=candidates["count"].to_numpy(),
-    )
+    if kind == "held_out_users":
+        return split_held_out_users(
+            events,
+            validation,
+            test,
+            target_share=target_share,
+            min_positives=min_positives,
+            seed=seed,
+        )
+    if kind == "last_n":
+        return split_last_n(events, validation, test, min_positives=min_positives)
+    return split_last_share(events, validation, test, min_positives=min_positives)
 
 
 def split_by_time(
@@ -210,7 +102,7 @@ def split_by_time(
 
 
 def split_last_n(
-    events: ibis.Table, validation: int, test: int, *, min_positives: int
+    events: ibis.Table, validation: float, test: float, *, min_positives: int
 ) -> ibis.Table:
     """Splits off each user's last positives, a fixed number of them (see `Log.split`)."""
     for name, number in (("validation", validation), ("test", test)):
@@ -263,15 +155,16 @@ def split_held_out_users(
             f"{target_share} and {min_positives}."
         )
     counted = _count_positives(events, min_positives)
-    users = counted.select("user_id").distinct().order_by("user_id").to_pyarrow()["user_id"]
-    drawn = np.random.default_rng(seed).permutation(len(users))
-    num_test = math.ceil(test * len(users) - _CEIL_SLACK)
-    num_held_out = num_test + math.ceil(validation * len(users) - _CEIL_SLACK)
-    roles = np.full(len(users), "train", object)
-    roles[drawn[:num_held_out]] = "validation"
-    roles[drawn[:num_test]] = "test"
-    role_table = ibis.memtable(pa.table({"user_id": users, "_role": pa.array(roles, pa.string())}))
-    counted = counted.inner_join(role_table, "user_id")
+    users = counted.select("user_id").distinct()
+    num_users = count_rows(users)
+    num_test = math.ceil(test * num_users - _CEIL_SLACK)
+    num_held_out = num_test + math.ceil(validation * num_users - _CEIL_SLACK)
+    drawn = ibis.window(order_by=[random_key(users["user_id"], seed=seed), users["user_id"]])
+    place = ibis.row_number().over(drawn)
+    role = ibis.cases(
+        (place < num_test, "test"), (place < num_held_out, "validation"), else_="train"
+    )
+    counted = counted.inner_join(users.mutate(_role=role), "user_id")
     num_positives = counted["_num_positives"]
     is_target = counted["_num_so_far"] > num_positives - _ceil(num_positives * target_share)
     is_history = (counted["_role"] != "train") & ~is_target
@@ -323,8 +216,11 @@ def _time_cuts(
 ) -> tuple[datetime, datetime]:
     """Finds the moments of the first validation and of the first test positive."""
     _check_shares(validation_share, test_share)
-    times = events.filter(is_positive).select("timestamp").order_by("timestamp")
-    num_positives = int(times.count().to_pyarrow().as_py())
+    times = events.filter(is_positive).select("timestamp")
+    # Each hour's: few numbers, however many the positives are.
+    hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
+    counts = hours["num"].to_numpy()
+    num_positives = int(counts.sum())
     num_test = math.ceil(test_share * num_positives - _CEIL_SLACK)
     num_validation = math.ceil(validation_share * num_positives - _CEIL_SLACK)
     first_test = num_positives - num_test
@@ -334,9 +230,21 @@ def _time_cuts(
             f"{num_positives} positives leave none to train on after {num_validation} for "
             f"validation and {num_test} for the test. Use smaller shares, or more data."
         )
-    cuts = [times.limit(1, offset=row).to_pyarrow() for row in (first_validation, first_test)]
-    validation_start, test_start = (cut["timestamp"][0].as_py().astimezone(UTC) for cut in cuts)
-    return validation_start, test_start
+    ends = np.cumsum(counts)
+
+    def time_of(place: int) -> datetime:
+        number = int(np.searchsorted(ends, place, side="right"))
+        of_hour = times.filter(_hour(times) == hours["hour"][number].as_py())
+        in_order = ibis.row_number().over(ibis.window(order_by="timestamp"))
+        place -= int(ends[number] - counts[number])
+        found = of_hour.mutate(place=in_order).filter(lambda t: t["place"] == place)
+        return found.to_pyarrow()["timestamp"][0].as_py().astimezone(UTC)
+
+    return time_of(first_validation), time_of(first_test)
+
+
+def _hour(times: ibis.Table) -> ir.IntegerValue:
+    return (times["timestamp"].epoch_seconds() / 3600).floor().cast("int64")
 
 
 def _columns(events: ibis.Table) -> list[str]:
@@ -344,14 +252,15 @@ def _columns(events: ibis.Table) -> list[str]:
     return [name for name in events.columns if name != "part"]
 
 
-def _order_keys(events: ibis.Table) -> list[str]:
+def order_keys(events: ibis.Table) -> list[str]:
+    """Names the columns that a user's events are in order of."""
     return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]
 
 
 def _count_positives(events: ibis.Table, min_positives: int) -> ibis.Table:
     """Adds _num_positives of the user and _num_so_far, those up to and including the event."""
     positives = is_positive(events).cast("int64")
-    so_far = ibis.cumulative_window(group_by="user_id", order_by=_order_keys(events))
+    so_far = ibis.cumulative_window(group_by="user_id", order_by=order_keys(events))
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
         _num_so_far=positives.sum().over(so_far),

@@ -29,13 +29,11 @@ from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     DataError,
     Dropped,
-    Duplicates,
     FeatureKind,
     RawTable,
     Refusal,
     Source,
     Stage,
-    UnknownItems,
     count_rows,
     name_problem,
     require_column,
@@ -366,102 +364,6 @@ def load_items(
     for each in dropped:
         logger.warning("%s: dropped %d rows: %s", raw.source.name, each.num_rows, each.reason)
     return items.order_by("item_id")
-
-
-def settle_unknown(
-    events: ibis.Table,
-    entities: ibis.Table,
-    id_name: str,
-    sources: tuple[Source, Source],
-    unknown: UnknownItems,
-    num_rows: int,
-) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events whose item or user its table lacks, and counts them.
-
-    Args:
-        events: The events.
-        entities: The item or user table.
-        id_name: Its id.
-        sources: What to call the events and the table.
-        unknown: What to do with such events.
-        num_rows: How many events there are.
-
-    Returns:
-        The events that are kept, what was dropped, and what is to be known, in lines for a person.
-
-    Raises:
-        DataError: If they are refused, or no event's is in the table.
-    """
-    where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
-    lacking = events.anti_join(entities, id_name)
-    lacks = lacking.aggregate(
-        num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
-    )
-    found = lacks.to_pyarrow().to_pylist()[0]
-    if not (num := found["num"]):
-        return events, [], []
-    example = printable(repr(found["first"]))
-    if num == num_rows:
-        other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
-        raise DataError(
-            f"{where}: none of {num_rows} rows holds one of the {kind}s of {table}, whose ids "
-            f"look like {other}, not {example}. Set columns or {kind}_columns to the same ids.",
-            f"{kind}_columns",
-        )
-    if unknown == "error":
-        raise DataError(
-            f"{where}: {num} of {num_rows} rows hold a {kind} that {table} lacks, such as "
-            f"{example}. Add it there, or set unknown_items to keep (with null features) or drop.",
-            "unknown_items",
-        )
-    if unknown == "drop":
-        kept = events.semi_join(entities, id_name)
-        return kept, [Dropped(f"{kind} is not in the {kind} table", num)], []
-    note = (
-        f"{num:,} of {num_rows:,} events ({num / num_rows:.1%}) are of {found['ids']:,} {kind}s "
-        f"that {table} lacks, such as {example}: kept, with null features"
-    )
-    return events, [], [note]
-
-
-def settle_duplicates(
-    events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
-) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events that repeat an earlier one, and counts them.
-
-    Returns:
-        As `settle_unknown`.
-
-    Raises:
-        DataError: If they are refused.
-    """
-    # An event of the test part is not a repeat of one in the training part.
-    keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
-    keys = [name for name in keys if name in events.columns]
-    num_copies = num_rows - count_rows(events.select(*keys).distinct())
-    if not num_copies:
-        return events, [], []
-    what = f"in {', '.join(keys)}"
-    if duplicates == "error":
-        raise DataError(
-            f"{source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. Remove "
-            "them, or set duplicates to drop or keep.",
-            "duplicates",
-        )
-    if duplicates == "keep":
-        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        return events, [], [note]
-    same = ibis.window(group_by=keys, order_by="event_number")
-    numbered = events.mutate(_copy=ibis.row_number().over(same))
-    kept = numbered.filter(numbered["_copy"] == 0).drop("_copy")
-    return kept, [Dropped("repeats an earlier event", num_copies)], []
-
-
-def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
-    """Adds the ids of the events that an item or user table lacks, with null features."""
-    missing = events.select(id_name).distinct().anti_join(entities, id_name)
-    nulls = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
-    return entities.union(missing.mutate(**nulls).select(*entities.columns))
 
 
 def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:

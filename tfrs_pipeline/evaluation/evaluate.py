@@ -15,8 +15,8 @@ from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, Slice
 from tfrs_pipeline.retrieval import Query, Retriever
 
 if TYPE_CHECKING:
+    from tfrs_pipeline.data.holdout import Holdout
     from tfrs_pipeline.data.schema import Exclude
-    from tfrs_pipeline.data.split import Holdout
 
 _QUERIES_PER_CALL = 1024
 

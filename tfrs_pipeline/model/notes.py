@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.split import Holdout
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
 

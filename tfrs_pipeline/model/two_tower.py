@@ -17,9 +17,9 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Exclude
-from tfrs_pipeline.data.split import Holdout
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet

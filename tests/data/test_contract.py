@@ -1,0 +1,120 @@
+"""Tables that are a log already: what they must hold, and that they stay where they are."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pyarrow as pa
+import pytest
+
+from tests.small_log import event_table, item_table
+from tfrs_pipeline.data.engines import connect, random_key
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.store import read_samples
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+CONNECTION = ibis.duckdb.connect()
+
+
+def table_of(columns: dict[str, Any] | pa.Table) -> ibis.Table:
+    return CONNECTION.create_table(ibis.util.gen_name("contract"), pa.table(columns))
+
+
+def events_with(**columns: Any) -> ibis.Table:
+    """Makes a log of four events, some of its columns replaced or, if None, gone."""
+    times = [START + timedelta(hours=hour) for hour in range(4)]
+    good: dict[str, Any] = {
+        "user_id": [1, 1, 2, 2],
+        "item_id": ["a", "b", "a", "c"],
+        "event_number": [5, 6, 8, 9],
+        "stage": ["clicked", "exposed", "clicked", "retrieved"],
+        "timestamp": pa.array(times, pa.timestamp("us", "UTC")),
+        "weight": [1.0, 2.0, 0.5, 1.0],
+    }
+    return table_of({k: v for k, v in (good | columns).items() if v is not None})
+
+
+def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
+    copied = Log.from_table(
+        event_table("str").drop_columns(["rating"]),
+        items=item_table("str"),
+        item_features={"genre": "categorical"},
+    )
+    events = copied.events
+    log = Log.from_ibis(
+        # As a warehouse may hold them: smaller integers, other columns, some items not listed.
+        events.mutate(event_number=events["event_number"].cast("int32"), device=ibis.literal("tv")),
+        items=copied.items.filter(copied.items["genre"] != "genre 3"),
+        item_features={"genre": "categorical"},
+    )
+    assert log.events.get_backend() is copied.events.get_backend()
+    for each, name in ((copied, "a"), (log, "b")):
+        build_samples(each.split("last_share").train, tmp_path / name, seed=0)
+    a, b = read_samples(tmp_path / "a"), read_samples(tmp_path / "b")
+    for name in ("query_rows", "candidate_rows", "num_earlier", "counts"):
+        assert getattr(a, name).tolist() == getattr(b, name).tolist()
+    null = log.items.filter(log.items["genre"].isnull()).count().to_pyarrow().as_py()
+    assert 0 < null == copied.items.filter(copied.items["genre"] == "genre 3").count().execute()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"event_number": None}, "no column 'event_number'.*row_number"),
+        ({"event_number": [1, 2, 2, 3]}, "3 different numbers in 4 rows.*row_number"),
+        ({"stage": ["clicked", "bought", "buy", None]}, "'stage' holds no stage in 3 of 4 rows"),
+        ({"stage": ["exposed"] * 4}, "none of 4 rows is a positive"),
+        ({"user_id": [1, None, 2, 2]}, "'user_id' is null in 1 of 4 rows"),
+        ({"item_id": ["a", "", "b", "c"]}, "'item_id' is '', which is reserved"),
+        ({"item_id": [0.5, 1, 2, 3]}, "'item_id' must be integer or string, it is float64"),
+        ({"weight": [1, -1, 0, 2]}, "'weight' is not a number above 0.*in 2 of 4 rows"),
+        (
+            {"timestamp": pa.array([START.replace(tzinfo=None)] * 4, pa.timestamp("us"))},
+            "'timestamp' has no time zone",
+        ),
+        ({"time_stamp": [1, 2, 3, 4]}, "did you mean 'timestamp'"),
+    ],
+)
+def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: str) -> None:
+    Log.from_ibis(events_with())
+    with pytest.raises(DataError, match=message):
+        Log.from_ibis(events_with(**columns))
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"item_id": ["a", "a"], "genre": ["x", "y"]}, "1 different ids in 2 rows"),
+        ({"item_id": [1, 2], "genre": ["x", "y"]}, "must be string, as in the events"),
+        ({"item_id": ["a"], "genres": ["x"]}, "no column 'genre'. Nearest: genres"),
+        ({"item_id": ["a"], "genre": [[1.5]]}, "'genre' must be integer or string"),
+    ],
+)
+def test_items_that_are_none_are_refused(items: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Log.from_ibis(events_with(), items=table_of(items), item_features={"genre": "categorical"})
+
+
+def test_other_engines_are_refused_with_what_copies_them() -> None:
+    table = ibis.sqlite.connect().create_table("events", event_table("int"))
+    with pytest.raises(DataError, match=r"sqlite.*Log\.from_table copies"):
+        Log.from_ibis(table)
+
+
+def test_tables_larger_than_memory_lie_on_disk(tmp_path: Path) -> None:
+    """Sorting 60 MB in 30 needs the disk, and nothing is left there in the end."""
+    connection = connect("30MB", tmp_path)
+    connection.con.execute("SET threads = 1")
+    connection.con.execute("CREATE TABLE numbers AS SELECT range AS number FROM range(2_000_000)")
+    numbers = connection.table("numbers")
+    shuffled = numbers.order_by(random_key(numbers["number"], seed=0))
+    shuffled.to_parquet(tmp_path / "shuffled.parquet")
+    back = connection.read_parquet(tmp_path / "shuffled.parquet")["number"]
+    assert back.as_table().aggregate(n=back.nunique()).to_pyarrow()["n"][0].as_py() == 2_000_000
+    (folder,) = tmp_path.glob("tfrs-pipeline-*")
+    assert (folder / "tables.duckdb").exists()
+    del connection, numbers, shuffled, back
+    assert not folder.exists()

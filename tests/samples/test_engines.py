@@ -1,0 +1,108 @@
+"""DuckDB and Spark give the same samples, in the same order."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tfrs_pipeline.data.engines import connect_spark
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.schema import DataError, SplitKind
+from tfrs_pipeline.durable import part_files
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
+
+# Pools from own and recent requests, thinned, and the low part of ranks.
+HARD = FunnelLosers(
+    stages=("retrieved", "pre_ranked", "ranked"), min_pool=40, max_pool=25, window_hours=72
+)
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[Any]:
+    backend = connect_spark("local[2]")
+    backend.raw_sql("SET spark.sql.shuffle.partitions = 2")
+    backend.raw_sql("SET spark.sql.adaptive.enabled = false")  # Else one part file holds it all.
+    yield backend
+    backend.disconnect()
+
+
+@pytest.fixture(scope="module")
+def logs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Log]:
+    """Returns the same log in DuckDB and in Spark."""
+    folder = tmp_path_factory.mktemp("log")
+    options = FunnelOptions(num_retrieved=30, num_pre_ranked=16, num_ranked=8, num_exposed=4)
+    log = simulate_funnel(num_users=30, num_items=80, num_requests=500, seed=3, options=options).log
+    log.write(folder)
+    events, items, users = (
+        spark.read_parquet(f"{folder}/{name}.parquet") for name in ("events", "items", "users")
+    )
+    in_spark = Log.from_ibis(
+        events,
+        items=items,
+        users=users,
+        item_features=log.item_features,
+        user_features=log.user_features,
+    )
+    return Log.read(folder), in_spark
+
+
+def read(folder: Path) -> dict[str, pa.Table]:
+    """Reads all that a build has written, in its order."""
+    return {
+        path.name: pa.concat_tables(map(pq.read_table, part_files(path)))
+        for path in sorted(folder.glob("*.parquet"))
+    }
+
+
+@pytest.mark.slow
+def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path: Path) -> None:
+    found = []
+    for log, name in zip(logs, ("duckdb", "spark"), strict=True):
+        # Read back, as a run does it.
+        (folder := tmp_path / name).mkdir()
+        log.split("time").write(folder / "split.parquet")
+        split = Split.read(log, "time", folder / "split.parquet")
+        report = build_samples(split.train, folder / "samples", seed=5, hard=HARD)
+        found.append((report, read(folder / "samples")))
+    (report, tables), (other_report, others) = found
+    assert report == other_report
+    # Some pools are thinned, and some are not.
+    assert 12 < report["hard_negatives"]["retrieved"]["mean_pool"] < HARD.max_pool
+    assert tables.keys() == others.keys()
+    assert len(tables) == 5 + len(HARD.stages)
+    for name, table in tables.items():
+        assert table.num_rows
+        assert table.to_pylist() == others[name].to_pylist()
+    assert len(part_files(tmp_path / "spark" / "samples" / "samples.parquet")) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last_share", "held_out_users"])
+def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -> None:
+    holdout, other = (log.split(kind).holdout("test", 5, seed=1) for log in logs)
+    assert holdout.num_sampled_from == other.num_sampled_from
+    for name in ("user_ids", "candidate_ids", "candidate_counts"):
+        assert getattr(holdout, name).tolist() == getattr(other, name).tolist()
+    for name in ("histories", "relevant", "seen"):
+        for left, right in zip(getattr(holdout, name), getattr(other, name), strict=True):
+            assert left.tolist() == right.tolist()
+
+
+def test_what_spark_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyspark.sql", None)
+    with pytest.raises(DataError, match=r"package pyspark.*\[spark\]"):
+        connect_spark()
+
+
+def test_that_java_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"Java 17 or 21.*default-jre"):
+        connect_spark()

@@ -1,0 +1,172 @@
+"""Tables of an engine that are a log already: checked where they lie, none of their rows moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
+
+from tfrs_pipeline.data.schema import (
+    DataError,
+    FeatureKind,
+    Refusal,
+    Source,
+    Stage,
+    count_rows,
+    name_problem,
+    refuse_rows,
+    require_column,
+)
+from tfrs_pipeline.data.settle import add_missing
+from tfrs_pipeline.data.tables import MAX_WEIGHT
+
+# Type of a column -> what a log stores it as.
+_ID = {"integer": "int64", "string": "string"}
+_NUMBER = {"integer": "float64", "floating": "float64", "decimal": "float64"}
+_TIME = {"timestamp": "timestamp('UTC', 6)"}
+_EVENT_TYPES: dict[str, dict[str, str]] = {
+    "user_id": _ID,
+    "item_id": _ID,
+    "event_number": {"integer": "int64"},
+    "stage": {"string": "string"},
+    "timestamp": _TIME,
+    "request_id": _ID,
+    "rank": {"integer": "int64"},
+    "score": _NUMBER,
+    "weight": _NUMBER,
+    "part": {"string": "string"},
+}
+_REQUIRED = ("user_id", "item_id", "event_number", "stage")
+_FEATURE_TYPES: dict[FeatureKind, dict[str, str]] = {
+    "categorical": _ID,
+    "hashed": _ID,
+    "multi_categorical": {"array": "array<string>"},
+    "text": {"string": "string"},
+    "numeric": _NUMBER,
+    "bucketized": _NUMBER,
+    "timestamp": _TIME,
+    "vector": {"array": "array<float32>"},
+}
+
+
+def check_events(events: ibis.Table, source: Source) -> ibis.Table:
+    """Checks that a table holds what `Log` says of events.
+
+    Returns:
+        The table, its columns cast to the types of a log where no value changes by it.
+
+    Raises:
+        DataError: Naming column, rows and remedy.
+    """
+    for name in _REQUIRED:
+        require_column(events.columns, name, source, _remedy(name))
+    for name in events.columns:
+        if name not in _EVENT_TYPES and (problem := name_problem(name)):
+            raise DataError(f"{source.column(name)}: {problem}.")
+    types = {name: of for name, of in _EVENT_TYPES.items() if name in events.columns}
+    events = _cast(events, types, source)
+    refuse_rows(events, source, *_event_refusals(events))
+    numbers = events.aggregate(rows=events.count(), distinct=events["event_number"].nunique())
+    num_rows, num_distinct = numbers.to_pyarrow().to_pylist()[0].values()
+    if num_rows != num_distinct:
+        raise DataError(
+            f"{source.column('event_number')} holds {num_distinct} different numbers in {num_rows} "
+            f"rows. {_remedy('event_number')}"
+        )
+    if not count_rows(events.filter(events["stage"] == Stage.CLICKED.value)):
+        raise DataError(f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked').")
+    return events
+
+
+def check_entities(
+    entities: ibis.Table | None,
+    id_name: str,
+    events: ibis.Table,
+    features: Mapping[str, FeatureKind],
+) -> ibis.Table:
+    """Checks an item or user table, and adds the ids of the events that it lacks.
+
+    Args:
+        entities: None makes one of the ids alone.
+        id_name: "item_id" or "user_id".
+        events: Checked ones.
+        features: Feature column -> kind.
+
+    Raises:
+        DataError: Naming column, rows and remedy.
+    """
+    source = Source(f"{id_name.removesuffix('_id')} table")
+    if entities is None:
+        for name in features:
+            require_column([id_name], name, source, "Give the table that holds it.")
+        return events.select(id_name).distinct()
+    kept = [id_name, *features, *(["title"] if "title" in entities.columns else [])]
+    for name in kept:
+        require_column(entities.columns, name, source, "Rename the column that holds it.")
+    types = {id_name: _ID} | {name: _FEATURE_TYPES[kind] for name, kind in features.items()}
+    entities = _cast(entities.select(*dict.fromkeys(kept)), types, source)
+    of = events.schema()[id_name]
+    if entities.schema()[id_name] != of:
+        raise DataError(f"{source.column(id_name)} must be {of}, as in the events. Cast it.")
+    refuse_rows(entities, source, *_id_refusals(entities, id_name))
+    num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
+    if num_ids != num_rows:
+        raise DataError(
+            f"{source.column(id_name)} holds {num_ids} different ids in {num_rows} rows. One row "
+            "an id: remove the repeated ones."
+        )
+    return add_missing(entities, events, id_name)
+
+
+def _cast(table: ibis.Table, types: Mapping[str, Mapping[str, str]], source: Source) -> ibis.Table:
+    casts = {}
+    for name, allowed in types.items():
+        dtype = table.schema()[name]
+        found = [to for of, to in allowed.items() if getattr(dtype, f"is_{of}")()]
+        if not found:
+            wanted = " or ".join(allowed)
+            raise DataError(f"{source.column(name)} must be {wanted}, it is {dtype}. Cast it.")
+        # Spark calls its UTC moments so; those of other engines may be of any zone.
+        is_naive = isinstance(dtype, dt.Timestamp) and dtype.timezone is None
+        if is_naive and table.get_backend().name == "duckdb":
+            raise DataError(f"{source.column(name)} has no time zone. Cast it to timestamp('UTC').")
+        casts[name] = table[name].cast(found[0])
+    return table.mutate(**casts)
+
+
+def _id_refusals(table: ibis.Table, name: str) -> Iterable[Refusal]:
+    value, remedy = table[name], "Give these rows an id."
+    reserved = -1 if value.type().is_int64() else ""
+    yield Refusal(name, value.isnull(), "is null", remedy)
+    problem = f"is {reserved!r}, which is reserved for empty slots,"
+    yield Refusal(name, (value == reserved).fill_null(False), problem, remedy)
+
+
+def _event_refusals(events: ibis.Table) -> Iterable[Refusal]:
+    for name in ("user_id", "item_id"):
+        yield from _id_refusals(events, name)
+    for name in ("event_number", "timestamp"):
+        if name in events.columns:
+            yield Refusal(name, events[name].isnull(), "is null", "Give these rows one.")
+    stages = [str(stage) for stage in Stage]
+    is_stage = events["stage"].isin(stages).fill_null(False)
+    yield Refusal("stage", ~is_stage, "holds no stage", f"Known: {', '.join(stages)}.")
+    if "weight" in events.columns:
+        weight: ir.NumericValue = events["weight"]
+        is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
+        problem = f"is not a number above 0 and at most {MAX_WEIGHT:.0e}"
+        remedy = "Give these rows a weight (1 is neutral)."
+        yield Refusal("weight", ~is_usable, problem, remedy)
+
+
+def _remedy(name: str) -> str:
+    if name == "event_number":
+        return (
+            "It is an int64 of its own for every event, in their order: number them once and store "
+            "it, such as by row_number() OVER (ORDER BY timestamp)."
+        )
+    if name == "stage":
+        return f"It is one of {', '.join(Stage)}; of clicks alone, 'clicked' everywhere."
+    return f"Rename the column that holds the {name.removesuffix('_id')}s."

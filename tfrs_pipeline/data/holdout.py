@@ -1,0 +1,178 @@
+"""What an evaluation asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import ibis
+import numpy as np
+
+from tfrs_pipeline.data.engines import random_key
+from tfrs_pipeline.data.schema import DataError, Exclude, Stage, count_rows
+from tfrs_pipeline.data.split import is_positive, order_keys
+from tfrs_pipeline.retrieval import Query
+
+EvaluationPart: TypeAlias = Literal["validation", "test"]
+
+# What a query may know: everything before the user's cut, so for "test" the validation part too.
+_PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
+    "validation": ("train", "fold_in"),
+    "test": ("train", "validation", "fold_in"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Holdout:
+    """What an evaluation asks: one query a user, aligned lists, sorted by user id.
+
+    Args:
+        user_ids: [num_queries] int64 or object (str).
+        histories: Per query, the item ids of the positives before the user's cut, oldest first.
+        relevant: Per query, the distinct item ids of the positives to find, 1 or more.
+        clicked: Per query, the distinct item ids of `histories`.
+        seen: Per query, the distinct item ids clicked or exposed before the cut.
+        candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
+        candidate_counts: [num_candidates] int64 training positives before the cut.
+        num_sampled_from: Of a sample, how many queries it was drawn from; else None.
+    """
+
+    user_ids: np.ndarray
+    histories: list[np.ndarray]
+    relevant: list[np.ndarray]
+    clicked: list[np.ndarray]
+    seen: list[np.ndarray]
+    candidate_ids: np.ndarray
+    candidate_counts: np.ndarray
+    num_sampled_from: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def __repr__(self) -> str:
+        return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
+
+    def sample(self, num_queries: int, seed: int = 0) -> Holdout:
+        """Draws queries at random, without replacement; all that draw tell how many there were.
+
+        Args:
+            num_queries: At most.
+            seed: Of the draw.
+
+        Returns:
+            A holdout of the queries drawn, by user id as before; itself if there are no more.
+        """
+        if len(self) <= num_queries:
+            return self
+        drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
+        drawn.sort()
+        lists: dict[str, Any] = {
+            name: [getattr(self, name)[i] for i in drawn]
+            for name in ("histories", "relevant", "clicked", "seen")
+        }
+        total = self.num_sampled_from or len(self)
+        return replace(self, user_ids=self.user_ids[drawn], num_sampled_from=total, **lists)
+
+    def as_queries(self) -> list[Query]:
+        """Returns what a `Retriever` takes: user_id and history of each query."""
+        return [
+            {"user_id": user_id, "history": history}
+            for user_id, history in zip(self.user_ids.tolist(), self.histories, strict=True)
+        ]
+
+    def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
+        """Returns what an evaluation excludes from each ranking.
+
+        Args:
+            rule: What the user clicked before the cut, what the user saw before it, or nothing.
+
+        Returns:
+            Item ids of each query; None for nothing.
+
+        Raises:
+            ValueError: If there is no such rule.
+        """
+        if rule not in ("clicked", "seen", "none"):
+            raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
+        return {"clicked": self.clicked, "seen": self.seen, "none": None}[rule]
+
+
+def make_holdout(
+    split: ibis.Table,
+    part: EvaluationPart,
+    items: ibis.Table,
+    training: ibis.Table,
+    *,
+    max_queries: int | None = None,
+    seed: int = 0,
+) -> Holdout:
+    """Makes the queries of a part, one for each user with a positive in it.
+
+    Args:
+        split: Events with `part`.
+        part: Whose positives are to be found.
+        items: The log's item table: the candidates.
+        training: Events whose positives are the candidates' counts.
+        max_queries: Where there are more, so many are drawn at random by the engine, so that no
+            other's events are read. None is all.
+        seed: Of the draw.
+
+    Raises:
+        DataError: If the part has no positive.
+    """
+    is_target = (split["part"] == part) & is_positive(split)
+    is_before = split["part"].isin(_PARTS_BEFORE[part]) & split["stage"].isin(
+        [Stage.CLICKED.value, Stage.EXPOSED.value]
+    )
+    asking = split.filter(is_target).select("user_id").distinct()
+    num_users = None
+    if max_queries is not None and (num := count_rows(asking)) > max_queries:
+        num_users = num
+        drawn = [random_key(asking["user_id"], seed=seed), "user_id"]
+        asking = asking.order_by(drawn).limit(max_queries)
+    rows = (
+        split.filter(is_target | is_before)
+        .semi_join(asking, "user_id")
+        .order_by(["user_id", *order_keys(split)])
+        .mutate(is_positive=is_positive, is_target=lambda t: t["part"] == part)
+        .select("user_id", "item_id", "is_positive", "is_target")
+        .to_pyarrow()
+    )
+    if rows.num_rows == 0:
+        raise DataError(
+            f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
+            "moment, or lower split.min_positives."
+        )
+    columns = {name: rows[name].to_numpy() for name in rows.column_names}
+    user_ids = columns["user_id"]
+    starts = np.flatnonzero(np.concatenate([[True], user_ids[1:] != user_ids[:-1]]))
+
+    def per_user(keep: np.ndarray) -> list[np.ndarray]:
+        ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
+        return np.split(columns["item_id"][keep], ends[:-1])
+
+    histories = per_user(columns["is_positive"] & ~columns["is_target"])
+    candidate_ids, counts = _count_candidates(items, training)
+    return Holdout(
+        user_ids=user_ids[starts],
+        histories=histories,
+        relevant=[np.unique(ids) for ids in per_user(columns["is_target"])],
+        clicked=[np.unique(ids) for ids in histories],
+        seen=[np.unique(ids) for ids in per_user(~columns["is_target"])],
+        candidate_ids=candidate_ids,
+        candidate_counts=counts,
+        num_sampled_from=num_users,
+    )
+
+
+def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of all items, ascending, and how many training positives each has."""
+    positives = training.filter(is_positive)
+    counts = positives.group_by("item_id").agg(count=positives.count())
+    candidates = (
+        items.left_join(counts, "item_id")
+        .select("item_id", count=lambda t: t["count"].fill_null(0))
+        .order_by("item_id")
+        .to_pyarrow()
+    )
+    return candidates["item_id"].to_numpy(), candidates["count"].to_numpy()
