@@ -21,7 +21,9 @@ COLUMNS: dict[str, list[Any]] = {
 def labelled(label: dict[str, float], **more: list[Any] | None) -> list[tuple[str, float]]:
     columns = {name: values for name, values in (COLUMNS | more).items() if values is not None}
     events = Log.from_table(pa.table(columns), label=label).events.order_by("event_number")
-    rows = events.select("stage", "weight").to_pyarrow().to_pylist()
+    table = events.select("stage", "weight").to_pyarrow()
+    assert table["weight"].type == pa.float64()
+    rows = table.to_pylist()
     return [(row["stage"], row["weight"]) for row in rows]
 
 

@@ -33,7 +33,9 @@ def relabel(
     for name, weight in label.items():
         column = columns[name]
         holds = column if column.type().is_boolean() else column > 0
-        terms.append(ibis.coalesce(holds, False).ifelse(float(weight), 0.0))
+        # DuckDB takes the literal 1.0 for a decimal, and Ibis drops a cast of it to its own type.
+        as_double = ibis.literal(str(float(weight))).cast("float64")
+        terms.append(ibis.coalesce(holds, False).ifelse(as_double, 0.0))
     weight = functools.reduce(operator.add, terms)
     stage, is_labelled = columns["stage"], weight > 0
     was_exposed = stage.isin([Stage.EXPOSED.value, Stage.CLICKED.value])
