@@ -70,6 +70,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.combination": "sum",
             "training.examples": "sequences",
             "training.max_epochs": 100,
+            # Sparse logs waver by an epoch: 3 stop at half of what is to be learned.
+            "training.patience": 10,
         },
     ),
     "hybrid_1_100": (
