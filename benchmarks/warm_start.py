@@ -231,7 +231,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="MovieLens-100K's folder; fetched if not given.")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="Seeds 0 to N - 1 (3).")
-    parser.add_argument("--period-days", type=int, default=10, metavar="N", help="(10)")
+    parser.add_argument("--period-days", type=int, default=20, metavar="N", help="(20)")
     parser.add_argument("--window-days", type=int, default=100, metavar="N", help="(100)")
     parser.add_argument("--periods", type=int, metavar="N", help="At most so many.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
