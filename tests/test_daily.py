@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import tensorflow as tf
 
 from tests.small_log import event_table, item_id, item_table, small_config, write
-from tfrs_pipeline import cli
+from tfrs_pipeline import cli, trainings
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
@@ -34,6 +36,15 @@ YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are ther
 
 class Stopped(Exception):
     """Stands for a kill in the middle of a run."""
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A run that has started from another, what it said, and which trainings it started from."""
+
+    result: RunResult
+    reports: dict[str, StepReport]
+    started_from: list[str]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,19 +96,30 @@ def today(place: Path, **settings: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def warm(yesterday: RunResult, place: Path) -> tuple[RunResult, dict[str, StepReport]]:
+def warm(yesterday: RunResult, place: Path) -> Warm:
     """Today's run, from the model in service and through the gate into its place."""
     settings = {"warm_start": model_folder(place), "export.gate": True}
     reports: dict[str, StepReport] = {}
-    config = today(place, **settings)
-    result = run(config, place / "runs" / "today", on_step=lambda x: reports.update({x.name: x}))
-    return result, reports
+    started_from: list[str] = []
+
+    def read(folder: Path, step: Any, name: str) -> Any:
+        started_from.append(step)
+        return trained_in(folder, step, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainings, "trained_in", read)
+        result = run(
+            today(place, **settings),
+            place / "runs" / "today",
+            on_step=lambda report: reports.update({report.name: report}),
+        )
+    return Warm(result, reports, started_from)
 
 
 def test_a_run_starts_from_the_run_that_made_the_model(
-    yesterday: RunResult, place: Path, warm: tuple[RunResult, dict[str, StepReport]]
+    yesterday: RunResult, place: Path, warm: Warm
 ) -> None:
-    result, reports = warm
+    result, reports = warm.result, warm.reports
     # What it went on from stays so, whatever is in service when it is resumed.
     assert read_settings(result.folder).warm_start == yesterday.folder
     notes = reports["train two_tower"].notes
@@ -110,10 +132,8 @@ def test_a_run_starts_from_the_run_that_made_the_model(
     assert losses[1][0] < losses[0][0]
 
 
-def test_the_gate_measures_on_the_same_queries(
-    place: Path, warm: tuple[RunResult, dict[str, StepReport]]
-) -> None:
-    result, reports = warm
+def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
+    result, reports = warm.result, warm.reports
     (note,) = [x for x in reports["export"].notes if "not worse" in x]
     gap = result.metrics["differences"][IN_SERVICE]["ndcg@20"]
     new, old = (result.metrics["models"][x]["ndcg@20"]["mean"] for x in ("two_tower", IN_SERVICE))
@@ -125,8 +145,9 @@ def test_the_gate_measures_on_the_same_queries(
     )
 
 
-def test_each_training_starts_from_its_own(yesterday: RunResult) -> None:
+def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:
     """The first one from what validation ended, so that it has seen nothing of what validates."""
+    assert warm.started_from == ["selection", "refit"]
     best = yesterday.metrics["training"]["two_tower"]["best_epoch"]
     found = {}
     for step in ("selection", "refit"):
@@ -135,8 +156,6 @@ def test_each_training_starts_from_its_own(yesterday: RunResult) -> None:
         assert source.network.optimizer.iterations.numpy() > 0
         (table, *_) = source.network.candidate_tower.id_tables
         found[step] = table.numpy()
-        import tensorflow as tf
-
         saved = tf.train.load_checkpoint(
             str(yesterday.folder / "checkpoints" / "two_tower" / step / f"epoch-{best}")
         )
@@ -151,11 +170,9 @@ def test_each_training_starts_from_its_own(yesterday: RunResult) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_warm_start_ends_as_an_unbroken_one(
-    place: Path, warm: tuple[RunResult, dict[str, StepReport]]
-) -> None:
+def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
     """Stopped in both trainings, when another version is in service than it began with."""
-    whole = warm[0]
+    whole = warm.result
     config = with_settings(read_settings(whole.folder), {"export.name": "others"})
 
     def stop_at(name: str) -> Any:
@@ -182,7 +199,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(
 
 def test_a_worse_model_is_not_published_until_it_is_asked_for(
     place: Path,
-    warm: tuple[RunResult, dict[str, StepReport]],
+    warm: Warm,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It is refused with its own code; the run is kept, and can be exported all the same."""
@@ -300,8 +317,10 @@ def test_what_cannot_be_started_from_is_said(
 
 def test_another_shape_is_refused_before_a_step(yesterday: RunResult, place: Path) -> None:
     settings = {"warm_start": yesterday.folder, "model.dim": 8}
+    folder = place / "runs" / "other shape"
     with pytest.raises(ConfigError, match=r"^model.dim: got 8, where the model to start from has"):
-        run(today(place, **settings), place / "runs" / "other shape")
+        run(today(place, **settings), folder)
+    assert not folder.exists()
 
 
 @pytest.mark.slow

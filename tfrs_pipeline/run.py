@@ -26,7 +26,7 @@ from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_versi
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
-from tfrs_pipeline.trainings import fit_baselines, train_and_refit
+from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
 
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
@@ -77,6 +77,7 @@ def run(
     """
     check_model_name(config)
     config = with_source(config)
+    check_source(config)
     with claim_folder(config, folder, exports=True):
         if (finished := _finished_run(folder)) is not None:
             on_step(StepReport("finished before", ["its results follow; nothing was done"]))

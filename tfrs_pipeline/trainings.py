@@ -18,11 +18,11 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import read_epoch
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
-from tfrs_pipeline.model.warm_start import TrainedNetwork
+from tfrs_pipeline.model.warm_start import TrainedNetwork, shape_problems
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
 from tfrs_pipeline.run_folder import read_settings
-from tfrs_pipeline.settings import ConfigError
+from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
 
@@ -50,10 +50,7 @@ def trained_in(
 
             model.fit(train, validation, warm_start=trained_in(Path("runs/yesterday")))
     """
-    config = read_settings(folder)
-    if not (folder / "metrics.json").is_file():
-        message = f"got {str(folder)!r}, a run that is not finished: go on with it first"
-        raise ConfigError([("warm_start", message)])
+    config = _settings_of_finished(folder)
     trained = read_record(folder / "metrics.json")["training"]
     if name not in trained:
         return None
@@ -68,6 +65,23 @@ def trained_in(
     network = TwoTower(config.model, training=config.training, name=name).build(corpus)
     read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
     return TrainedNetwork(config.model, config.training, corpus, network)
+
+
+def check_source(config: RunConfig) -> None:
+    """Refuses a run that cannot be started from, before anything is done.
+
+    Raises:
+        ConfigError: If it is not finished, or its model is of another shape.
+    """
+    if config.warm_start is not None:
+        refuse(shape_problems(_settings_of_finished(config.warm_start).model, config.model))
+
+
+def _settings_of_finished(folder: Path) -> RunConfig:
+    if not (folder / "metrics.json").is_file():
+        message = f"got {str(folder)!r}, a run that is not finished: go on with it first"
+        raise ConfigError([("warm_start", message)])
+    return read_settings(folder)
 
 
 def _split_of(folder: Path, config: RunConfig) -> Split:

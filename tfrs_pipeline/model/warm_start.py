@@ -174,15 +174,20 @@ def _gathered(
     return tf.where(keeps_own[:, np.newaxis], own, tf.gather(source, rows))
 
 
+def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
+    """Yields the settings that make weights here mean something else than there, with messages."""
+    has_attention = "attention" in here.history_pooling
+    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
+        old, new = getattr(there, name), getattr(here, name)
+        if old != new:
+            yield f"model.{name}", f"got {new!r}, where the model to start from has {old!r}"
+
+
 def _problems(
     source: Trained, settings: TwoTowerSettings, corpus: Corpus
 ) -> Iterator[tuple[str, str]]:
     """Yields what makes the weights of two models mean different things."""
-    has_attention = "attention" in settings.history_pooling
-    for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
-        there, here = getattr(source.settings, name), getattr(settings, name)
-        if there != here:
-            yield f"model.{name}", f"got {here!r}, where the model to start from has {there!r}"
+    yield from shape_problems(source.settings, settings)
     towers = source.network.query_tower, source.network.candidate_tower
     if not all(isinstance(tower, Tower) for tower in towers):
         message = "own towers cannot be carried over: what their rows stand for is not known"
