@@ -116,11 +116,12 @@ def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
     if array.dtype.kind == "i":
         return array.astype(np.int64)
     values = array.tolist()
-    if all(isinstance(id_, str) for id_ in values) and values:
+    types = set(map(type, values))
+    if types and all(issubclass(kind, str) for kind in types):
         return np.array(values, dtype=object)
-    if all(isinstance(id_, int | np.integer) and not isinstance(id_, bool) for id_ in values):
+    if all(issubclass(kind, int | np.integer) and kind is not bool for kind in types):
         return np.array(values, dtype=np.int64)
-    kinds = sorted({type(id_).__name__ for id_ in values})
+    kinds = sorted(kind.__name__ for kind in types)
     raise ValueError(
         "Ids must be all integers or all strings: cast them to one of the two. "
         f"Received: {', '.join(kinds)}."

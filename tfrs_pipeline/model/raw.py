@@ -32,7 +32,10 @@ def to_texts(column: Column) -> Any:
     if not isinstance(column, pa.Array):
         return pa.array(["" if _is_missing(v) else str(v) for v in column], pa.string())
     if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
-        return to_texts(column.to_pylist())  # Arrow would write them otherwise than Python.
+        # Arrow would write them otherwise than Python: once for each value.
+        encoded = column.dictionary_encode()
+        texts = to_texts(encoded.dictionary.to_pylist())
+        return texts.take(encoded.indices).fill_null("")
     return column.cast(pa.string()).fill_null("")
 
 
