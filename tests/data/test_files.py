@@ -392,9 +392,14 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
     [
         ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
         (
-            "item_id,title\n5,a\n5,b\n",
+            "item_id,title\n7,a\n5,a\n5,b\n",
             {},
-            r"items\.csv: column 'item_id' holds 1 different ids in 2",
+            r"'item_id' holds 2 different ids in 3 rows that differ, such as those of 5\. One row",
+        ),
+        (
+            "item_id,title\n,a\n5,b\n",
+            {"max_bad_share": 0},
+            r"'item_id' .* in 1 of 2 rows(?!.*max_bad_share)",
         ),
         ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
         ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),

@@ -215,9 +215,7 @@ def test_a_stopped_warm_start_goes_on_bit_for_bit(
     assert resumed.notes == whole.notes
 
 
-def test_the_state_is_that_of_the_epoch_that_is_kept(
-    sets: tuple[TrainingSet, TrainingSet],
-) -> None:
+def test_the_state_is_that_of_the_epoch_that_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """A second epoch that is worse leaves its mark neither in the weights nor in their moments."""
     log = log_of(YESTERDAY, 0)
     train, validation, _ = log.split("last_n", validation=1, test=1)
@@ -227,7 +225,12 @@ def test_the_state_is_that_of_the_epoch_that_is_kept(
             TwoTower, "_validate", lambda *arguments: {"ndcg@5": next(values), "recall@5": 0.0}
         )
         model = tiny(**{**MODEL, "training": {"max_epochs": 2}}).fit(train, validation)
-    once = tiny(**{**MODEL, "training": {"max_epochs": 1}}).fit(train)
+    once = tiny(**{**MODEL, "training": {"max_epochs": 1}}).fit(train, verbose=True)
+    shown = capsys.readouterr().err  # Of the first one nothing: it is no terminal.
+    (loss,) = once.result.history["loss"]
+    assert [x for x in shown.splitlines() if x.startswith("epoch")] == [
+        f"epoch 1/1: loss {loss:.4f}"
+    ]
     assert model.result.best_epoch == 1
     for ours, theirs in zip(states(model), states(once), strict=True):
         assert_same(ours, theirs)

@@ -140,7 +140,7 @@ class Refusal(NamedTuple):
         examples = f", such as {', '.join(map(printable, values))}" if values else ""
         place = f" (first: row {row['first'] + 1})" if first else ""
         drop = ""
-        if may_drop is not None and self.is_droppable:
+        if may_drop and self.is_droppable:
             drop = f" Up to max_bad_share ({may_drop:g}) of the rows are dropped instead."
         return DataError(
             f"{source.column(self.column)} {self.problem} in {row['num']} of {count_rows(table)} "

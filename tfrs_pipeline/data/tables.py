@@ -226,8 +226,11 @@ def load_raw(
     id_name: str,
     columns: Mapping[str, str],
     features: Mapping[str, FeatureKind],
+    remedy: str = "",
 ) -> RawTable | None:
     """Opens an item or user table; None where there is none.
+
+    `remedy` says what to do if it lacks a column, in place of setting its name.
 
     Raises:
         DataError: If it cannot be read, or lacks a column.
@@ -247,8 +250,8 @@ def load_raw(
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
         setting = f"{kind}_columns"
-        remedy = f"Set {setting} to say which column is {name}."
-        require_column(scanned.columns, names[name], Source(scanned.name), remedy, setting)
+        mend = remedy or f"Set {setting} to say which column is {name}."
+        require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
     return scanned.load(connection, names)
 
 
@@ -294,9 +297,12 @@ def type_entities(
         entities = store(connection, entities.distinct(), raw.source)
         num_left = count_rows(entities)
         if num_left != num_ids:
+            counts_of = entities.group_by(id_name).agg(num=entities.count())
+            repeated = counts_of.filter(counts_of["num"] > 1)[id_name].min().to_pyarrow().as_py()
             raise DataError(
                 f"{raw.source.column(id_name)} holds {num_ids} different ids in {num_left} rows "
-                "that differ. One row an id: remove the repeated ones."
+                f"that differ, such as those of {printable(repr(repeated))}. One row an id: remove "
+                "the repeated ones."
             )
         dropped = (*dropped, Dropped(f"repeats a row of {raw.source.name}", num_rows - num_ids))
         check_account(raw.source, num_rows, num_left, dropped[-1:])
@@ -345,7 +351,8 @@ def load_items(
         DataError: Naming source, column, rows and remedy.
     """
     connection = connect()
-    raw = load_raw(connection, source, "item_id", item_columns, item_features)
+    remedy = "Name the columns as the item table of the training did."
+    raw = load_raw(connection, source, "item_id", item_columns, item_features, remedy)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.fit import OnEpoch
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 
 
 def describe_sample(validation: Holdout | None) -> list[str]:
@@ -24,3 +27,17 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     if settings.hard is not None:
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
     return notes
+
+
+def epoch_writer(training: TrainingSettings, verbose: bool | None) -> OnEpoch | None:
+    """Makes what writes a line an epoch to standard error; None, for a terminal, asks for it."""
+    if not (sys.stderr.isatty() if verbose is None else verbose):
+        return None
+
+    def write(epoch: int, logs: dict[str, float]) -> None:
+        measured = logs.get(f"val_{training.monitor}")
+        found = "" if measured is None else f", validation {training.monitor} {measured:.4f}"
+        line = f"epoch {epoch}/{training.max_epochs}: loss {logs['loss']:.4f}{found}"
+        print(line, file=sys.stderr, flush=True)
+
+    return write

@@ -26,7 +26,7 @@ from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
-from tfrs_pipeline.model.notes import describe_batches, describe_sample
+from tfrs_pipeline.model.notes import describe_batches, describe_sample, epoch_writer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
@@ -130,6 +130,7 @@ class TwoTower:
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         on_epoch: OnEpoch | None = None,
+        verbose: bool | None = None,
     ) -> Self:
         """Fits the model to the events of a log.
 
@@ -143,6 +144,7 @@ class TwoTower:
                 temporary folder.
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with its number, from 1, and its logs.
+            verbose: Whether standard error shows each epoch; None shows it on a terminal alone.
 
         Returns:
             The model itself.
@@ -164,7 +166,7 @@ class TwoTower:
                 warm_start=warm_start,
                 folder=None if folder is None else folder / "checkpoints",
                 exclude=exclude,
-                on_epoch=on_epoch,
+                on_epoch=on_epoch or epoch_writer(self.training, verbose),
                 log=train,
             )
 
