@@ -31,21 +31,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 # Page of the site -> the file of the repository that it shows.
 SHOWN = {
+    "index.md": "README.md",
     "reference/exported_models.md": "saved_models/README.md",
     "explanation/contributing.md": "CONTRIBUTING.md",
-}
-ROOMS = {
-    "data": "Data",
-    "samples": "Samples",
-    "negatives": "Negatives",
-    "batches": "Batches",
-    "model": "Model",
-    "evaluation": "Evaluation",
-    "serving": "Service",
-    "retrieval": "What anything that retrieves is asked",
-    "config": "Settings of a run",
-    "settings": "Errors of settings",
-    "trainings": "An earlier run",
 }
 
 
@@ -67,11 +55,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     page_of = {shown: name for name, shown in SHOWN.items()}
 
     def on_site(found: re.Match[str]) -> str:
-        target = os.path.normpath(source.parent / found[1])
+        target = os.path.normpath(source.parent / found[2])
         place = page_of.get(target, target.removeprefix("docs/"))
-        return f"]({os.path.relpath(place, Path(name).parent)}{found[2] or ''})"
+        return found[1] + os.path.relpath(place, Path(name).parent)
 
-    return re.sub(r"\]\((?!https?:)([\w./-]+)(#[\w.-]+)?\)", on_site, markdown)
+    # Of a link in line, and of one that is named at the end of the page.
+    return re.sub(r"(\]\(|^\[\w+\]: )(?!\w+:)([\w./-]+)", on_site, markdown, flags=re.MULTILINE)
 
 
 def api_lines() -> Iterator[str]:
@@ -79,10 +68,8 @@ def api_lines() -> Iterator[str]:
     names = defaultdict(list)
     for name, module in sorted(tfrs_pipeline._PUBLIC.items()):
         names[module.partition(".")[0]].append(f"tfrs_pipeline.{module}.{name}")
-    for room, title in ROOMS.items():
-        yield from (f"## {title}", "", *(f"::: {path}" for path in names.pop(room)), "")
-    if names:
-        raise ValueError(f"rooms without a title: {sorted(names)}; add them to ROOMS")
+    for room, paths in sorted(names.items()):
+        yield from (f"## {room.capitalize()}", "", *(f"::: {path}" for path in paths), "")
 
 
 def configuration_lines() -> Iterator[str]:

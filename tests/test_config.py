@@ -339,7 +339,7 @@ def test_the_main_job_is_movielens_served_by_scann() -> None:
     config = movielens_config()
     assert config.data.source == config.model_name == "movielens-100k"
     assert set(config.data.item_features) == {"title", "year", "genres"}
-    assert config.export.index == "scann"
+    assert (config.export.index, config.export.filter_by) == ("scann", "genres")
 
 
 # Names of models

@@ -1,6 +1,10 @@
 """What the documentation shows, run."""
 
+import importlib.util
+import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +96,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "saved_models/README.md", *DOCS]
 def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     settings = set(setting_names(tp.RunConfig))
-    flags = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z_]+)", text))
+    flags = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z0-9_]+)", text))
     assert flags <= settings
     named = {name for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text) if "py" not in name}
     tables = {name.partition(".")[0] for name in settings}
@@ -103,39 +107,67 @@ def test_pages_name_settings_and_public_names_that_exist(page: str) -> None:
     assert presets <= PRESETS.keys()
 
 
-def python_blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_examples_of_the_readme_run(
+def test_the_example_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As they stand, on files of the names that they read."""
-    from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
-
+    """As it stands, on a smaller log than the one whose numbers the README shows."""
+    readme = benchmark("readme_example")
     monkeypatch.chdir(tmp_path)
-    simulation = simulate_funnel(
-        num_users=60,
-        num_items=100,
-        num_requests=900,
-        seed=1,
-        options=FunnelOptions(
-            num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
-        ),
-    )
-    simulation.log.events.to_parquet("events.parquet")
-    ids = simulation.log.items.select("item_id").to_pandas()
-    ids["title"] = "video number " + ids["item_id"].astype(str)
-    ids.to_csv("videos.csv", index=False)
-    example, *pieces = python_blocks("README.md")
+    users = readme.write_files(tmp_path, num_users=60, num_items=100, num_requests=900)
+    example = readme.example()
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
-    user = int(simulation.log.users["user_id"].min().to_pyarrow().as_py())
-    namespace: dict[str, Any] = {}
-    exec(example.replace("[42]", f"[{user}]"), namespace)
-    assert "two_tower" in capsys.readouterr().out
-    assert isinstance(namespace["model"], tp.TwoTower)
-    assert list((tmp_path / "saved_models" / "videos").iterdir())
-    for piece in pieces:
-        exec(piece, namespace)
-    assert isinstance(namespace["model"].network.candidate_tower, namespace["Videos"])
-    assert next(iter(namespace["dataset"]))["log_q"].shape == (1, 7)
+    capsys.readouterr()
+    exec(example.replace("[42]", f"[{users[0]}]"), {})
+    printed = capsys.readouterr().out
+    shown = re.findall(r"```text\n(.*?)```", readme.README.read_text(), re.DOTALL)[1]
+
+    def words(text: str) -> list[str]:
+        return re.findall(r"[a-z][\w@/]+", text)
+
+    assert words(printed) == words(shown)
+    ids = re.findall(r"\d+", printed.splitlines()[-1])
+    assert len(ids) == len(re.findall(r"\d+", shown.splitlines()[-1])) == 5
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Yields every number of a JSON value."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_a_number_of_the_readme_is_in_the_file_that_it_links_to() -> None:
+    text = (ROOT / "README.md").read_text()
+    files = dict(re.findall(r"^\[(\w+)\]: (\S+\.json)$", text, re.MULTILINE))
+    linked = re.findall(r"\[(\.\d+)[^\]]*\]\[(\w+)\]", text)
+    assert len(linked) >= 15
+    for number, name in linked:
+        measured = numbers(json.loads((ROOT / files[name]).read_text()))
+        assert any(f"{value:.3f}" == f"0{number}" for value in measured), (number, name)
+
+
+def test_the_figure_is_that_of_the_result_file() -> None:
+    figure = benchmark("figure")
+    assert figure.FIGURE.read_text() == figure.draw(json.loads(figure.RESULTS.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_within_the_repository_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", text)
+    links += re.findall(r"^\[\w+\]: (?!\w+:)(\S+)", text, re.MULTILINE)
+    made = {"docs/reference/exported_models.md", "docs/explanation/contributing.md"}
+    for link in links:
+        target = os.path.normpath(ROOT / Path(page).parent / link)
+        assert Path(target).exists() or str(Path(target).relative_to(ROOT)) in made, link

@@ -378,7 +378,7 @@ def movielens_config() -> RunConfig:
         data=DataConfig(item_features=dict(ITEM_FEATURES), user_features=dict(USER_FEATURES)),
         # The published protocol.
         split=SplitConfig(kind="last_share", validation=0.1, test=0.2),
-        export=ExportConfig(name="movielens-100k", index="scann"),
+        export=ExportConfig(name="movielens-100k", index="scann", filter_by="genres"),
     )
 
 

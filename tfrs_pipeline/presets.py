@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "no history, no features; whoever is not in the log gets the answer for an unknown user",
         {
             "data.item_features": {},
+            "export.filter_by": None,
             "data.user_features": {},
             "model.use_user_id": True,
             "model.history_pooling": (),

@@ -1,0 +1,200 @@
+"""The commands and snippets of the guides and of the README, run in order, with what they print.
+
+Commands run within this process, so that TensorFlow is loaded once; a server answers in a thread.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.running_server import address_of
+from tfrs_pipeline import cli
+from tfrs_pipeline.serving import export
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+START = "docs/start/ten_minutes.md"
+# Those that read the files and the model of the first page.
+GUIDES = [
+    START,
+    *(
+        f"docs/guides/{name}.md"
+        for name in ("clicks", "logq", "negatives", "exposed", "funnel", "seen", "new_items")
+    ),
+    "docs/guides/debugging.md",
+    "docs/guides/pieces.md",
+]
+# The requests of the one are made below, of the README's model; the other is a script for cron.
+RUN_ELSEWHERE = ("docs/guides/serving.md", "docs/guides/daily.md")
+SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
+# What makes a command short; of a flag given twice the last counts.
+SHORT = {
+    "run": ["--training.max_epochs", "2"],
+    "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2"],
+}
+ONE_BASELINE = ["--evaluation.baselines", "popularity"]
+SCI_FI = 15  # Its place among GroupLens's genres.
+BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trusted_exports() -> Iterator[None]:
+    """Skips the check in a fresh process: it takes seconds and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "prove", lambda *arguments: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the guides run, one after another."""
+    return tmp_path_factory.mktemp("guides")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def run_command(words: list[str], more: Sequence[str]) -> None:
+    """Runs a command of a page; those that only install are passed over."""
+    program, *arguments = words
+    if Path(program).name == "tfrs-pipeline" and arguments[0] == "serve":
+        address_of(Path(arguments[1]).absolute())
+    elif Path(program).name == "tfrs-pipeline":
+        short = [*SHORT[arguments[0]], *more] if arguments[0] in SHORT else []
+        assert cli.main([*arguments, *short]) == 0
+    elif program == "curl":
+        body, url = arguments[1:]
+        print(ask(url, body))
+    else:
+        assert program in SHELL, f"a command that no test runs: {program}"
+
+
+def ask(url: str, body: str) -> str:
+    """Asks the server in the thread what a page asks the one at the default port."""
+    name = re.search(r"/v1/models/([\w-]+):predict", url)
+    assert name is not None
+    request = urllib.request.Request(
+        f"{address_of(Path('saved_models', name[1]).absolute())}:predict",
+        body.encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.dumps(json.load(answer), sort_keys=True, separators=(",", ":"))
+
+
+def run_block(
+    kind: str, text: str, namespace: dict[str, Any] | None = None, more: Sequence[str] = ()
+) -> str:
+    """Runs a block; returns what it printed.
+
+    Args:
+        kind: Language of the block.
+        text: The block.
+        namespace: What the blocks of Python before it defined.
+        more: Flags for its trainings, beside those that make them short.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if kind == "python":
+            exec(text, namespace)
+        else:
+            for command in re.split(r"\n(?=\S)", text.strip()):
+                if words := shlex.split(command.replace("\\\n", " "), comments=True):
+                    run_command(words, more)
+    return printed.getvalue()
+
+
+def is_shown(expected: str, printed: str) -> bool:
+    """Says whether the lines that a page shows were printed in that order.
+
+    Whatever the numbers are; "..." stands for anything, on a line of its own for any lines.
+    """
+    lines = iter(plain(line) for line in printed.splitlines())
+    shown = [plain(line) for line in expected.splitlines() if line != "..."]
+    patterns = [re.escape(line).replace(r"\.\.\.", ".*") for line in shown]
+    return all(any(re.fullmatch(pattern, line) for line in lines) for pattern in patterns)
+
+
+def plain(line: str) -> str:
+    """Writes every number as 0, and white space and the rules of tables as one space."""
+    numbers = re.sub(r"((?<!\w)[-+])?\d[\d,]*(\.\d+)?", "0", line)
+    return " ".join(re.sub(r"[┏┓┡┩╇┳━]+", " ", numbers).split())
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_a_guide_runs_as_it_stands(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    namespace: dict[str, Any] = {}
+    printed = ""
+    for kind, text in blocks(page):
+        if kind in ("text", "json"):
+            assert is_shown(text, printed), f"{page} shows\n{text}\nand got\n{printed}"
+        else:
+            # The first page shows a row of each.
+            more = [] if page == START else ONE_BASELINE
+            printed = run_block(kind, text, namespace, more)
+
+
+def test_every_guide_with_a_command_is_run() -> None:
+    pages = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+    shown = {page for page in pages if any(kind in ("python", "sh") for kind, _ in blocks(page))}
+    assert shown <= {*GUIDES, *RUN_ELSEWHERE}
+
+
+def write_movielens(folder: Path) -> None:
+    """Writes made-up ratings in GroupLens's form, with the users and films that pages name."""
+    rng = np.random.default_rng(0)
+    genres = np.eye(19, dtype=int)[np.r_[SCI_FI, rng.integers(1, 19, 199)]]
+    films = [
+        "|".join([str(n), f"Film {n} (1995)", "01-Jan-1995", "", "http://x", *map(str, flags)])
+        for n, flags in enumerate(genres.tolist(), 1)
+    ]
+    users = [f"{n}|{20 + n % 40}|{'MF'[n % 2]}|writer|10003" for n in range(1, 61)]
+    ratings = [
+        f"{user}\t{film}\t{rng.integers(1, 6)}\t{881250949 + place}"
+        for user in range(1, 61)
+        for place, film in enumerate(rng.permutation(np.arange(1, 201))[:100].tolist())
+    ]
+    for name, lines in (("u.data", ratings), ("u.item", films), ("u.user", users)):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
+
+
+def test_what_the_readme_runs_can_be_asked_all_that_the_pages_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main job, on made-up ratings, then every request of the README and of the guide."""
+    monkeypatch.chdir(tmp_path)
+    write_movielens(tmp_path)
+    commands = [text for kind, text in blocks("README.md") if kind == "sh"]
+    assert commands[0].splitlines()[-1] == ".venv/bin/tfrs-pipeline run"
+    where = ["--data.source", "movielens-100k", "--data.path", str(tmp_path)]
+    printed = run_block("sh", shlex.join(["tfrs-pipeline", "run", *where]))
+    shown = next(text for kind, text in blocks("README.md") if kind == "text")
+    assert is_shown(shown, printed), printed
+    asked = run_block("sh", commands[1])
+    assert asked.count("rank") == 2
+    answers = [
+        json.loads(answer.replace("-Infinity", "null"))
+        for kind, text in blocks("docs/guides/serving.md")
+        if kind == "sh" and "curl" in text
+        for answer in run_block("sh", text).splitlines()
+    ]
+    assert len(answers) == 5
+    filtered = answers[3]["outputs"]["candidate_ids"][0]
+    films = [line.split("|") for line in Path("u.item").read_text("latin-1").splitlines()]
+    is_sci_fi = {int(film[0]): film[5 + SCI_FI] == "1" for film in films}
+    assert all(is_sci_fi[item] for item in filtered if item != -1)
