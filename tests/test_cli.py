@@ -492,7 +492,7 @@ def test_query_prints_the_best_with_titles_and_leaves_known_items_out(
     assert all(item["title"] == titles[item["item_id"]] for item in items)
 
     shown = command("query", run.model / "1", "--user", 7, "-k", 5).out
-    rows = re.findall(r"│ (\d+) +│ (\d+) +│ (.*?) +│ +(-?\d\.\d+) │", shown)
+    rows = re.findall(r"│ (\d+) +│ (\d+) +│ (.*?) +│ +(-?\d\.\d+) +│", shown)
     assert [(int(rank), int(id_), title) for rank, id_, title, _ in rows] == [
         (item["rank"], item["item_id"], item["title"]) for item in items[:5]
     ]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_jsonable_python
 
+from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
@@ -102,6 +103,8 @@ def compare(
     Raises:
         ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
+    if this_worker().count > 1:
+        raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     with claim_folder(config, folder, exports=False):
         return _compare(config, folder, Steps(on_step, on_progress), on_progress)
 

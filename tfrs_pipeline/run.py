@@ -7,16 +7,18 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from tfrs_pipeline import __version__
+from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.durable import file_hash, is_whole, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
+from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
 from tfrs_pipeline.retrieval import Retriever
@@ -60,6 +62,10 @@ def run(
     kept, training goes on from its last epoch. A finished run whose export is still there is given
     back as it is: another export would be another version for a server to take up.
 
+    Where TF_CONFIG names several workers, each of them calls this with the same folder, on a file
+    system that all see. They train together; the chief alone writes, by its own config, evaluates
+    and exports, and the others wait for it.
+
     Args:
         config: What to do.
         folder: The run's folder; made if missing.
@@ -76,17 +82,18 @@ def run(
             (`DataError`).
     """
     check_model_name(config)
-    config = with_source(config)
+    training_strategy()  # Joins the other workers, if there are any.
+    config = RunConfig(**on_chief(lambda: with_source(config).model_dump(mode="json")))
     check_source(config)
     with claim_folder(config, folder, exports=True):
-        if (finished := _finished_run(folder)) is not None:
+        if (finished := chief_first(lambda: _finished_run(folder))) is not None:
             on_step(StepReport("finished before", ["its results follow; nothing was done"]))
             return finished
         return _run(config, folder, Steps(on_step, on_progress), on_progress)
 
 
 def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) -> RunResult:
-    data = prepare(config, folder, step)
+    data = chief_first(lambda: prepare(config, folder, step))
     models: dict[str, TwoTower] = {}
     for name, settings in _variants(config).items():
         with step(f"train {name}") as report:
@@ -100,6 +107,24 @@ def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) 
                 on_progress=on_progress,
             )
             report.notes = models[name].notes
+
+    def conclude() -> RunResult:
+        if this_worker().is_chief:
+            return _conclude(config, folder, data, models, step, on_progress)
+        return cast(RunResult, _finished_run(folder))
+
+    return chief_first(conclude)
+
+
+def _conclude(
+    config: RunConfig,
+    folder: Path,
+    data: RunData,
+    models: Mapping[str, TwoTower],
+    step: Steps,
+    on_progress: OnProgress,
+) -> RunResult:
+    """Compares what was trained with the baselines, and exports it."""
     with step("baselines") as report:
         baselines, report.notes = fit_baselines(config, data, on_progress=on_progress)
     with step("evaluate") as report:

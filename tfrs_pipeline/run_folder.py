@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
 from tfrs_pipeline.durable import locked, naming, read_record, replace_text, try_writing
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
@@ -25,7 +26,8 @@ _MAY_CHANGE = ("export.gate",)
 def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[None]:
     """Works in a folder: no other process does meanwhile, and its settings are these.
 
-    A folder that was made for a run whose data is refused goes again.
+    A folder that was made for a run whose data is refused goes again. Where several workers train
+    together, the chief's claim is that of all.
 
     Args:
         config: Of the work.
@@ -38,6 +40,9 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
         StorageError: If it, or where the model is to be exported, cannot be written.
         ValueError: If it holds a run with other settings, or TensorFlow could not use its path.
     """
+    if not this_worker().is_chief:
+        yield
+        return
     for written in (folder, *([config.export.directory] if exports else [])):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):

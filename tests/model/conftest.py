@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -17,14 +18,18 @@ from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.uniform import Uniform
 
+# Two devices, so that a test can train on several.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
 # The id of row r is 10 * r for items, 100 + r for users.
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 30, 24, 3
 LENGTH = 3
 LOSERS = FunnelLosers(share=0.3, num=2, stages=("pre_ranked",))
 
 
-@pytest.fixture(scope="session")
-def log() -> Log:
+def make_log() -> Log:
     """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank."""
     rng = np.random.default_rng(0)
     rows = []
@@ -41,6 +46,11 @@ def log() -> Log:
     items = pd.DataFrame({"item_id": 10 * np.arange(1, NUM_ITEMS + 1)})
     items["genre"] = [genres[row % NUM_TASTES] for row in range(NUM_ITEMS)]
     return Log.from_table(events, items=items, item_features={"genre": "categorical"})
+
+
+@pytest.fixture(scope="session")
+def log() -> Log:
+    return make_log()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_features_are_dropped_whole_each_and_each_row_by_itself() -> None:
     num_rows, rate = 4000, 0.3
     features = encoded_columns(num_rows)
     seed = tf.constant([3, 4])
-    dropped = drop_features(features, SPECS, rate, seed)
+    dropped = drop_features(features, SPECS, rate, seed, tf.range(num_rows))
     masks = np.array([is_empty(spec, dropped[spec.name]) for spec in SPECS], float)
     for spec, mask in zip(SPECS, masks, strict=True):
         assert dropped[spec.name].dtype == features[spec.name].dtype
@@ -56,24 +56,25 @@ def test_features_are_dropped_whole_each_and_each_row_by_itself() -> None:
 
 
 def test_what_is_dropped_is_a_function_of_the_seed() -> None:
-    features = encoded_columns(200)
-    in_graph = tf.function(lambda seed: drop_features(features, SPECS, 0.5, seed))
-    first = drop_features(features, SPECS, 0.5, tf.constant([1, 2]))
+    features, rows = encoded_columns(200), tf.range(200)
+    in_graph = tf.function(lambda seed: drop_features(features, SPECS, 0.5, seed, rows))
+    first = drop_features(features, SPECS, 0.5, tf.constant([1, 2]), rows)
     tf.random.set_seed(9)
-    for again in (drop_features(features, SPECS, 0.5, tf.constant([1, 2])), in_graph([1, 2])):
+    for again in (drop_features(features, SPECS, 0.5, tf.constant([1, 2]), rows), in_graph([1, 2])):
         for spec in SPECS:
             np.testing.assert_array_equal(first[spec.name], again[spec.name])
     for other in ([1, 3], [2, 2], [2, 1]):
-        changed = drop_features(features, SPECS, 0.5, tf.constant(other))
+        changed = drop_features(features, SPECS, 0.5, tf.constant(other), rows)
         assert (first["categorical"].numpy() != changed["categorical"].numpy()).any()
 
 
 def test_no_rate_drops_nothing_and_the_full_one_everything() -> None:
-    features = encoded_columns(5)
+    features, rows = encoded_columns(5), tf.range(5)
     seed = tf.constant([0, 0])
-    for none in (drop_features(features, SPECS, 0.0, seed), drop_features(features, [], 1.0, seed)):
+    for specs, rate in ((SPECS, 0.0), ([], 1.0)):
+        none = drop_features(features, specs, rate, seed, rows)
         assert all(none[name] is value for name, value in features.items())
-    some = drop_features(features, SPECS[:1], 1.0, seed)
+    some = drop_features(features, SPECS[:1], 1.0, seed, rows)
     assert [is_empty(spec, some[spec.name]).all() for spec in SPECS] == [True, *[False] * 7]
 
 

@@ -8,7 +8,7 @@ step by starting there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
 from tfrs_pipeline.batches.row_lists import contains
 from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.batches.slices import Slices
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -144,18 +145,25 @@ class HybridBatches:
         """Batches per pass over the samples."""
         return self.examples.steps_per_epoch
 
-    def dataset(self, start_step: int = 0, num_steps: int | None = None) -> tf.data.Dataset:
+    def dataset(
+        self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None
+    ) -> tf.data.Dataset:
         """Streams the batches of steps `start_step`, `start_step` + 1, ...
 
         Args:
             start_step: First step; continuing from it gives what an unbroken run would have seen.
             num_steps: How many batches; endless if None.
+            slices: These of each batch, one after the other, instead of the whole.
 
         Returns:
             Dataset of the dicts that `batch` describes.
         """
         chosen = self.examples.dataset(start_step, num_steps)
-        batches = chosen.map(self._build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        build: Callable[..., Batch] = self._build
+        if slices is not None:
+            chosen = slices.each(chosen)
+            build = functools.partial(self._build_slice, slices)
+        batches = chosen.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def batch(self, step: int) -> Batch:
@@ -176,21 +184,34 @@ class HybridBatches:
         """
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
 
-    def _build(self, step: tf.Tensor, chosen: object) -> Batch:
+    def _build(
+        self,
+        step: tf.Tensor,
+        chosen: object,
+        part: Callable[[Batch, Collection[str]], Batch] | None = None,
+    ) -> Batch:
         hard = self._hard
         pools = {} if hard is None else hard.pools
         batch = look_up(functools.partial(self._read, pools), chosen, self._signature)
         del batch["index"]
         positives = batch["candidate_row"]
         of_samples = {name: batch.pop(f"pool {name}") for name in pools}
-        never = {reason: batch.pop(reason) for reason in REASONS}
+        never: Never = {reason: batch.pop(reason) for reason in REASONS}
         slot = batch.pop("slot", None)
         batch["shared_row"] = self._mixture.draw(positives, seed_of(self._seed, Use.SHARED, step))
         batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
         if hard is not None:
             batch |= hard.draw(step, of_samples, positives, _of_rows(never, slot))
+        if part is not None:
+            # Cut before the masks are made, which are much of the work.
+            batch, never, slot = _cut(batch, never, slot, part)
         batch["is_counted"] = self._is_counted(batch, never, slot)
         return batch | self._corrections(batch)
+
+    def _build_slice(
+        self, slices: Slices, number: tf.Tensor, element: tuple[tf.Tensor, object]
+    ) -> Batch:
+        return self._build(*element, part=functools.partial(slices.take, number))
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
         """Gathers all that a batch needs of the samples' arrays, in NumPy."""
@@ -291,3 +312,19 @@ def _of_rows(never: Never, slot: tf.Tensor | None) -> Never:
     if slot is None:
         return never
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
+
+
+def _cut(
+    batch: Batch,
+    never: Never,
+    slot: tf.Tensor | None,
+    part: Callable[[Batch, Collection[str]], Batch],
+) -> tuple[Batch, Never, tf.Tensor | None]:
+    """Cuts a batch, and what is never a negative of its queries with it."""
+    of_rows = never if slot is None else {"slot": slot}
+    batch = part({**batch, **of_rows}, of_rows.keys())
+    of_rows = {name: batch.pop(name) for name in of_rows}
+    if slot is None:
+        return batch, of_rows, None
+    kept, slot = tf.unique(of_rows["slot"])
+    return batch, _of_rows(never, kept), slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +22,8 @@ from tfrs_pipeline.cli.console import (
     progress,
     say,
 )
-from tfrs_pipeline.cli.flags import Command
+from tfrs_pipeline.cli.flags import Command, UsageError
+from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     RunConfig,
     load_config,
@@ -113,6 +115,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if command == "run":
         check_model_name(config)  # Before there is a folder.
         config = with_source(config)
+    is_chief = this_worker().is_chief
+    if this_worker().count > 1 and flags.run_dir is None:
+        raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()
@@ -120,7 +125,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         with (
             # At once, for a run that is stopped while libraries are still being imported.
             claim_folder(config, folder, exports=command == "run"),
-            native_errors_to(folder / "native.log"),
+            native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             progress(console) as (on_step, on_progress),
         ):
             say(console, f"run folder: {folder}")
@@ -129,13 +134,16 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         say(console, f"\nstopped; go on with:  {again}")
         return INTERRUPTED
-    show(console, config, result)
+    if is_chief:
+        show(console, config, result)
     return 0
 
 
 def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     """Puts settings together: a file, that of a stopped run or the defaults; a preset; flags."""
-    folder, names_data = flags.run_dir, {"data.source", "data.path"} & settings.keys()
+    # The other workers take the chief's settings, whatever it may be writing there now.
+    folder = flags.run_dir if this_worker().is_chief else None
+    names_data = {"data.source", "data.path"} & settings.keys()
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or (_is_used(folder) and not names_data)):
@@ -158,7 +166,8 @@ def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
 
     result = run(config, folder, **callbacks)
     callbacks["on_progress"]("report", 0, 0)
-    write_report(folder)
+    if this_worker().is_chief:
+        write_report(folder)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.randomness import Stream, fold
+from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
 
 if TYPE_CHECKING:
     from tfrs_pipeline.data.schema import FeatureKind
@@ -139,7 +139,11 @@ class FeatureEmbedding(tf.keras.layers.Layer):
 
 
 def drop_features(
-    features: Mapping[str, tf.Tensor], specs: Sequence[FeatureSpec], rate: float, seed: tf.Tensor
+    features: Mapping[str, tf.Tensor],
+    specs: Sequence[FeatureSpec],
+    rate: float,
+    seed: tf.Tensor,
+    rows: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
     """Sets features to missing at random, each by itself in each row.
 
@@ -151,6 +155,7 @@ def drop_features(
         rate: Probability that a feature of a row is dropped, 0 to 1.
         seed: [2] int32. The result is a function of the arguments; the draws are apart from those
             of `tf.random.stateless_uniform` with the same seed.
+        rows: [n] int32, whose features these are; see `uniform_of_rows`.
 
     Returns:
         The features, encoded as missing (`FeatureSpec.empty`) where they are dropped.
@@ -159,12 +164,12 @@ def drop_features(
     if not specs or not rate:
         return dropped
     own_seed = fold(seed, Stream.FEATURES)
-    num_rows = tf.shape(features[specs[0].name])[0]
-    drawn = tf.random.stateless_uniform([num_rows, len(specs)], own_seed)
     for i, spec in enumerate(specs):
         empty = spec.empty(1)
-        is_dropped = drawn[:, i : i + 1] if empty.ndim == 2 else drawn[:, i]
-        dropped[spec.name] = tf.where(is_dropped < rate, empty, features[spec.name])
+        is_dropped = uniform_of_rows(rows, fold(own_seed, i)) < rate
+        if empty.ndim == 2:
+            is_dropped = is_dropped[:, tf.newaxis]
+        dropped[spec.name] = tf.where(is_dropped, empty, features[spec.name])
     return dropped
 
 

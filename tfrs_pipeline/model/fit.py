@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import shutil
@@ -17,7 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.durable import Damaged, naming, read_record, write_record
+from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -132,7 +135,7 @@ def train(
         if epoch and epoch < max_epochs:
             logger.info("training: resuming after epoch %d", epoch)
         all_callbacks = [*callbacks, keeper]
-        if settings.tensorboard and folder is not None:
+        if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
             # The keeper comes last: an epoch that counts as done has its events.
             all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
@@ -141,10 +144,10 @@ def train(
             until = max_epochs
             if before_epochs is not None:
                 due = epoch - epoch % before_epochs.every
-                before_epochs.prepare(due)
+                chief_first(functools.partial(before_epochs.prepare, due))
                 until = min(due + before_epochs.every, max_epochs)
             network.fit(
-                batches.dataset(epoch * steps, (until - epoch) * steps),
+                dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
                 initial_epoch=epoch,
                 epochs=until,
                 steps_per_epoch=steps,
@@ -181,16 +184,17 @@ def _compile(
     network: TwoTowerNetwork, settings: TrainingSettings, num_steps: int, first_step: int = 0
 ) -> None:
     """Gives a network its optimizer, with every variable of it."""
-    optimizer = make_optimizer(
-        settings.optimizer,
-        settings.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=settings.warmup_steps,
-        decay=settings.decay,
-        first_step=first_step,
-    )
-    network.compile(optimizer=optimizer)
-    network.optimizer.build(network.trainable_variables)
+    with network.distribute_strategy.scope():
+        optimizer = make_optimizer(
+            settings.optimizer,
+            settings.learning_rate,
+            num_steps=num_steps,
+            warmup_steps=settings.warmup_steps,
+            decay=settings.decay,
+            first_step=first_step,
+        )
+        network.compile(optimizer=optimizer)
+        network.optimizer.build(network.trainable_variables)
 
 
 class _Diagnostics(tf.keras.callbacks.Callback):
@@ -233,6 +237,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._started = 0.0
         self._seconds_before = 0.0
         self.history: dict[str, list[float]] = {}
+        self.is_over = False
 
     @property
     def best_epoch(self) -> int:
@@ -241,9 +246,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         values = self.history.get(f"val_{self._monitor}", [])
         return int(np.argmax(values)) + 1 if values else 0
 
-    @property
-    def is_over(self) -> bool:
-        """Whether patience or the time has run out."""
+    def _has_ended(self) -> bool:
+        """Whether patience or the time has run out; by the chief's clock, where it is not alone."""
         num_epochs = len(self.history.get("loss", []))
         if self._max_seconds is not None and num_epochs and self.seconds >= self._max_seconds:
             return True
@@ -263,23 +267,28 @@ class _BestEpoch(tf.keras.callbacks.Callback):
                 f"The loss is {logs['loss']} after epoch {epoch + 1}: training has diverged. Lower "
                 "training.learning_rate, and look for weights and features of extreme size."
             )
-        if self._validate is not None:
-            metrics = self._validate()
-            if self._monitor not in metrics:
-                raise ValueError(
-                    f"Cannot monitor {self._monitor!r}: validation measures {list(metrics)}. Add "
-                    "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
-                )
-            logs |= {f"val_{name}": value for name, value in metrics.items()}
+        logs = dict(on_chief(functools.partial(self._validated, logs)))
         for name, value in logs.items():
-            self.history.setdefault(name, []).append(float(value))
+            self.history.setdefault(name, []).append(value)
         is_best = self._validate is not None and self.best_epoch == epoch + 1
         if self._saves_all or is_best:
-            self._save(self.model, epoch + 1)
+            on_chief(lambda: self._save(self.model, epoch + 1))
+        self.is_over = on_chief(self._has_ended)
         if self.is_over:
             self.model.stop_training = True
         if self._on_epoch is not None:
             self._on_epoch(epoch + 1, logs)
+
+    def _validated(self, logs: dict[str, float]) -> dict[str, float]:
+        """Adds what validation measures to the logs of an epoch."""
+        metrics = {} if self._validate is None else self._validate()
+        if self._validate is not None and self._monitor not in metrics:
+            raise ValueError(
+                f"Cannot monitor {self._monitor!r}: validation measures {list(metrics)}. Add "
+                "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
+            )
+        logs = logs | {f"val_{name}": value for name, value in metrics.items()}
+        return {name: float(value) for name, value in logs.items()}
 
     def keep_best(self, network: TwoTowerNetwork) -> None:
         self._seconds_before, self._started = self.seconds, 0.0
@@ -288,21 +297,29 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def restore(self, network: TwoTowerNetwork, before_epochs: BeforeEpochs | None) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
+        epoch = on_chief(lambda: self._last_whole(before_epochs))
+        self.history, self._seconds_before = {}, 0.0
+        if epoch:
+            state = read_record(self._path(epoch, ".json"), check_files=False)
+            self.history, self._seconds_before = state["history"], state["seconds"]
+            last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+            last.read(str(self._path(epoch))).assert_existing_objects_matched()
+        self.is_over = on_chief(self._has_ended)
+        return int(epoch)
+
+    def _last_whole(self, before_epochs: BeforeEpochs | None) -> int:
         saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if before_epochs is not None and not before_epochs.can_go_on(epoch):
                 continue
             try:
                 state = read_record(self._path(epoch, ".json"))
-                self.history, self._seconds_before = state["history"], state["seconds"]
+                self.history = state["history"]
                 read_record(self._path(self.best_epoch, ".json"))
             except (Damaged, FileNotFoundError) as error:
                 logger.warning("%s Training goes on from an earlier epoch.", error)
                 continue
-            last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-            last.read(str(self._path(epoch))).assert_existing_objects_matched()
             return epoch
-        self.history, self._seconds_before = {}, 0.0
         return 0
 
     def _read_best(self, network: TwoTowerNetwork) -> None:

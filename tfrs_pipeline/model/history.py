@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
+from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_slice
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
 
@@ -66,6 +66,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         history_rows: tf.Tensor,
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
+        dropout_slice: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Encodes histories: [B, num_poolings * dim] float32.
 
@@ -73,8 +74,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
             training: Whether items are dropped.
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
+            dropout_slice: [2] int32, where these are a slice of a batch: number of the first
+                history, and of those of the whole; their dropout is then that of the whole.
         """
-        kept = self._kept(history_rows, training, dropout_seed)
+        seed = pass_seed(training, dropout_seed)
+        kept = self._kept(history_rows, seed, dropout_slice)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
         parts = []
         if self._num_pooled:
@@ -86,7 +90,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
                 for values in (history_rows, kept)
             )
-            states = self._attended(oldest_first, kept, training, dropout_seed)
+            states = self._attended(oldest_first, kept, seed, dropout_slice)
             parts.append(tf.gather(states, lengths, batch_dims=1))
         return tf.concat(parts, axis=1)
 
@@ -95,24 +99,27 @@ class HistoryEncoder(tf.keras.layers.Layer):
         sequence_rows: tf.Tensor,
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
+        dropout_slice: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Encodes every beginning of sequences in one pass.
 
         Args:
             sequence_rows: [W, L] int32, oldest first, 0 is padding and comes last.
-            training: As of `call`, and so is `dropout_seed`.
+            training: As of `call`, and so are `dropout_seed` and `dropout_slice`.
             dropout_seed: [2] int32 or None.
+            dropout_slice: [2] int32 or None.
 
         Returns:
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
             beyond a sequence's length mean nothing.
         """
-        kept = self._kept(sequence_rows, training, dropout_seed)
+        seed = pass_seed(training, dropout_seed)
+        kept = self._kept(sequence_rows, seed, dropout_slice)
         parts = []
         if self._num_pooled:
             parts.append(self._pooled_states(sequence_rows, kept))
         if "attention" in self._poolings:
-            parts.append(self._attended(sequence_rows, kept, training, dropout_seed))
+            parts.append(self._attended(sequence_rows, kept, seed, dropout_slice))
         return tf.concat(parts, axis=2)
 
     @property
@@ -124,12 +131,13 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def _num_pooled(self) -> int:
         return sum(pooling != "attention" for pooling in self._poolings)
 
-    def _kept(self, rows: tf.Tensor, training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor:
+    def _kept(
+        self, rows: tf.Tensor, seed: tf.Tensor | None, dropout_slice: tf.Tensor | None
+    ) -> tf.Tensor:
         """Returns 1 for items that count and 0 for padding and dropped ones: float32."""
         is_kept = rows > 0
-        seed = pass_seed(training, dropout_seed)
         if seed is not None and self._dropout:
-            drawn = tf.random.stateless_uniform(tf.shape(rows), fold(seed, Stream.HISTORY))
+            drawn = uniform_of_slice(tf.shape(rows), fold(seed, Stream.HISTORY), dropout_slice)
             is_kept &= drawn >= self._dropout
         return tf.cast(is_kept, tf.float32)
 
@@ -177,13 +185,13 @@ class HistoryEncoder(tf.keras.layers.Layer):
         self,
         sequence_rows: tf.Tensor,
         kept: tf.Tensor,
-        training: bool,
-        dropout_seed: tf.Tensor | None,
+        seed: tf.Tensor | None,
+        dropout_slice: tf.Tensor | None,
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
         # The place of a dropped item stays; it only says nothing.
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
-        return self._attention(vectors, pass_seed(training, dropout_seed))
+        return self._attention(vectors, seed, dropout_slice)
 
 
 class SelfAttention(tf.keras.layers.Layer):
@@ -228,12 +236,18 @@ class SelfAttention(tf.keras.layers.Layer):
         ]
         self._norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
 
-    def call(self, vectors: tf.Tensor, dropout_seed: tf.Tensor | None = None) -> tf.Tensor:
+    def call(
+        self,
+        vectors: tf.Tensor,
+        dropout_seed: tf.Tensor | None = None,
+        dropout_slice: tf.Tensor | None = None,
+    ) -> tf.Tensor:
         """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
 
         Args:
             vectors: [W, L, dim] float32, oldest first, L at most `max_length`.
             dropout_seed: [2] int32 that the dropout is a function of; None is no dropout.
+            dropout_slice: As of `HistoryEncoder.call`.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -248,12 +262,12 @@ class SelfAttention(tf.keras.layers.Layer):
         # A seed for each place where something is dropped; none outside training.
         seed = None if dropout_seed is None else fold(dropout_seed, Stream.ATTENTION)
         seeds = (None if seed is None else fold(seed, i) for i in itertools.count())
-        hidden = self._dropped(hidden, seeds)
+        hidden = self._dropped(hidden, seeds, dropout_slice)
         for block in self._blocks:
             attended = block["attended"](self._attend(block, block["attention_norm"](hidden)))
-            hidden += self._dropped(attended, seeds)
+            hidden += self._dropped(attended, seeds, dropout_slice)
             output = block["output"](block["hidden"](block["mlp_norm"](hidden)))
-            hidden += self._dropped(output, seeds)
+            hidden += self._dropped(output, seeds, dropout_slice)
         return self._norm(hidden)
 
     def _attend(self, block: dict[str, tf.keras.layers.Layer], hidden: tf.Tensor) -> tf.Tensor:
@@ -269,11 +283,17 @@ class SelfAttention(tf.keras.layers.Layer):
         attended = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
         return tf.reshape(attended, shape)
 
-    def _dropped(self, values: tf.Tensor, seeds: Iterator[tf.Tensor | None]) -> tf.Tensor:
+    def _dropped(
+        self,
+        values: tf.Tensor,
+        seeds: Iterator[tf.Tensor | None],
+        dropout_slice: tf.Tensor | None,
+    ) -> tf.Tensor:
         seed = next(seeds)
         if seed is None or not self._dropout:
             return values
-        return tf.nn.experimental.stateless_dropout(values, self._dropout, seed)
+        drawn = uniform_of_slice(tf.shape(values), seed, dropout_slice)
+        return tf.where(drawn >= self._dropout, values / (1.0 - self._dropout), 0.0)
 
 
 def _normal() -> tf.keras.initializers.Initializer:

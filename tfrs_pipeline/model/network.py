@@ -24,7 +24,8 @@ class TwoTowerNetwork(tfrs.Model):
     """A query tower and a candidate tower, for `fit` and `evaluate` on `HybridBatches`.
 
     A tower is any Keras layer. It is called with a dict: `row`, [n] int32, of users or items, 0 is
-    unknown; `features`, encoded, by name; `dropout_seed`, [2] int32, in training; the query tower's
+    unknown; `features`, encoded, by name; `dropout_seed`, [2] int32, in training, also
+    `dropout_slice` where several replicas train (see `Slices.take`); the query tower's
     also with `history_rows`, [n, N] int32, most recent first, padded with 0, or with
     `sequence_rows` and `state` (see `WholeSequences`). It returns [n, D] float32.
 
@@ -63,8 +64,11 @@ class TwoTowerNetwork(tfrs.Model):
         self._frequency = None
         if settings.correction == "streaming":
             self._frequency = StreamingFrequency.of_corpus(self.num_candidates)
-        self._loss_metric = tf.keras.metrics.Mean(name="loss")
+        self._make_loss_metric()
+        # Replicas report the same, the metric's value over all of them; not to be added up.
+        self.distribute_reduction_method = "first"
         self._build_variables()
+        self._check_variables()
 
     @property
     def frequency(self) -> StreamingFrequency | None:
@@ -116,9 +120,8 @@ class TwoTowerNetwork(tfrs.Model):
             "row": rows,
             "features": self.query_table(rows) if features is None else features,
         }
-        for name in ("history_rows", "sequence_rows", "state", "dropout_seed"):
-            if name in batch:
-                inputs[name] = batch[name]
+        read = ("history_rows", "sequence_rows", "state", "dropout_seed", "dropout_slice")
+        inputs |= {name: batch[name] for name in read if name in batch}
         return self.query_tower(inputs, training=training)
 
     def _candidates(
@@ -146,11 +149,11 @@ class TwoTowerNetwork(tfrs.Model):
         have come a few times, and never too much, as it would be with an estimate from before.
 
         Args:
-            inputs: As `HybridBatches.batch` describes.
+            inputs: As `HybridBatches.batch` describes, or a slice of it (`Slices.take`).
             training: Whether dropout is on and the streaming estimate moves on.
 
         Returns:
-            Scalar float32.
+            Scalar float32; of a slice its part, which add up to the mean loss of the whole batch.
 
         Raises:
             ValueError: If the batch was made for another correction.
@@ -158,7 +161,7 @@ class TwoTowerNetwork(tfrs.Model):
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
         if self._frequency is not None and training:
-            self._frequency.update(inputs["candidate_row"])
+            self._frequency.update(inputs.get("all_candidate_rows", inputs["candidate_row"]))
         own: dict[str, tf.Tensor] = {}
         if hard is not None:
             log_q = inputs["hard_log_q"]
@@ -178,10 +181,9 @@ class TwoTowerNetwork(tfrs.Model):
             **own,
         )
         # The task's loss is a sum; a mean keeps the learning rate free of the batch size.
-        total_weight = tf.reduce_sum(inputs["weight"])
-        mean_loss = tf.math.divide_no_nan(loss, total_weight)
-        self._loss_metric.update_state(mean_loss, sample_weight=total_weight)
-        return mean_loss
+        weight = tf.reduce_sum(inputs["weight"])
+        self._loss_metric.update_state(tf.math.divide_no_nan(loss, weight), sample_weight=weight)
+        return tf.math.divide_no_nan(loss, inputs.get("total_weight", weight))
 
     def _embed_columns(
         self, inputs: Mapping[str, tf.Tensor], training: bool
@@ -207,6 +209,23 @@ class TwoTowerNetwork(tfrs.Model):
             return positives, shared, None
         shape = tf.concat([tf.shape(hard_rows), tf.shape(positives)[1:]], axis=0)
         return positives, shared, tf.reshape(hard[0], shape)
+
+    @tf.__internal__.tracking.no_automatic_dependency_tracking
+    def _make_loss_metric(self) -> None:
+        # In no checkpoint, and none of the weights: each replica has its own part of it, which one
+        # worker could not read alone.
+        self._loss_metric = tf.keras.metrics.Mean(name="loss")
+
+    @property
+    def metrics(self) -> list[tf.keras.metrics.Metric]:
+        """The loss, which Keras resets each epoch."""
+        return [*super().metrics, self._loss_metric]
+
+    @property
+    def losses(self) -> list[tf.Tensor]:
+        """Regularization losses of own towers: their replica's share, since gradients add up."""
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return [loss / replicas for loss in super().losses]
 
     def log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         """Returns log_q of a batch's shared columns, [1 or W, C]; None without a correction.
@@ -273,6 +292,19 @@ class TwoTowerNetwork(tfrs.Model):
                 "Each tower must return [n, D], the same D: make the last layers of query_tower "
                 f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
+            )
+
+    def _check_variables(self) -> None:
+        """Refuses towers with statistics of their own replica where several train."""
+        own = [
+            variable.name
+            for variable in (*self.query_tower.weights, *self.candidate_tower.weights)
+            if variable.synchronization == tf.VariableSynchronization.ON_READ
+        ]
+        if own and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                f"{own[0]} is a statistic of each replica's own slice, as BatchNormalization has: "
+                "several replicas would train another model than one. Use LayerNormalization."
             )
 
 

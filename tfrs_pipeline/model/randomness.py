@@ -6,6 +6,9 @@ from enum import IntEnum
 
 import tensorflow as tf
 
+# Rows that are a multiple of this apart share what is drawn for them in a batch.
+ROWS_DRAWN = 2**14
+
 
 class Stream(IntEnum):
     """What a batch's seed is used for; draws of one use tell nothing of another's."""
@@ -29,3 +32,40 @@ def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | Non
 def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
     """Derives a seed from a seed and a number, such as a `Stream`: [2] int32."""
     return tf.cast(tf.random.experimental.stateless_fold_in(seed, int(number)), tf.int32)
+
+
+def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Draws a number in [0, 1) for each row, a function of the seed and the row alone.
+
+    Where in a batch a row stands, and what else is there, plays no part: every slice of a batch has
+    the draws of the whole. A row that comes twice in a batch has one draw.
+
+    Args:
+        rows: [n] int32, of users or candidates.
+        seed: [2] int32.
+
+    Returns:
+        [n] float32.
+    """
+    return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
+
+
+def uniform_of_slice(
+    shape: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None
+) -> tf.Tensor:
+    """Draws numbers in [0, 1) for the lines of a batch, or for a slice of them what the whole has.
+
+    Args:
+        shape: Of the result; its first dimension is the lines.
+        seed: [2] int32.
+        dropout_slice: [2] int32, number of the first line in the whole batch, and of its lines;
+            None is the whole.
+
+    Returns:
+        float32.
+    """
+    if dropout_slice is None:
+        return tf.random.stateless_uniform(shape, seed)
+    first, num_lines = dropout_slice[0], dropout_slice[1]
+    whole = tf.random.stateless_uniform(tf.concat([[num_lines], shape[1:]], axis=0), seed)
+    return whole[first : first + shape[0]]

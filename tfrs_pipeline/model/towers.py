@@ -16,7 +16,7 @@ from tfrs_pipeline.model.feature_layers import (
     layer_name,
 )
 from tfrs_pipeline.model.history import HistoryEncoder
-from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
+from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.settings import refuse
 
@@ -96,7 +96,9 @@ class Tower(tf.keras.layers.Layer):
         seed = pass_seed(training, inputs.get("dropout_seed"))
         features = inputs["features"]
         if seed is not None and self._feature_dropout:
-            features = drop_features(features, self._specs, self._feature_dropout, seed)
+            features = drop_features(
+                features, self._specs, self._feature_dropout, seed, inputs["row"]
+            )
         parts = self._embedded(features)
         if self.history is not None:
             parts["history"] = self._read_history(inputs, training, seed)
@@ -143,15 +145,16 @@ class Tower(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes [n, N] histories, or picks [n] states of sequences that are read once."""
         assert self.history is not None
+        dropout = {"dropout_seed": seed, "dropout_slice": inputs.get("dropout_slice")}
         if "sequence_rows" not in inputs:
-            return self.history(inputs["history_rows"], training=training, dropout_seed=seed)
-        states = self.history.states(inputs["sequence_rows"], training=training, dropout_seed=seed)
+            return self.history(inputs["history_rows"], training=training, **dropout)
+        states = self.history.states(inputs["sequence_rows"], training=training, **dropout)
         return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
     def _dropped_ids(self, rows: tf.Tensor, seed: tf.Tensor | None) -> tf.Tensor:
         if seed is None or not self._id_dropout:
             return rows
-        drawn = tf.random.stateless_uniform(tf.shape(rows), fold(seed, Stream.UNKNOWN_IDS))
+        drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
         return tf.where(drawn < self._id_dropout, 0, rows)
 
 

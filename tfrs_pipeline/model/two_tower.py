@@ -23,6 +23,12 @@ from tfrs_pipeline.data.schema import DataError, Exclude
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.distribution import (
+    check_shared,
+    chief_first,
+    naming_lost_workers,
+    training_strategy,
+)
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
@@ -118,6 +124,7 @@ class TwoTower:
         self._towers = query_tower, candidate_tower
         self._log: Log | None = None
         self._network: TwoTowerNetwork | None = None
+        training_strategy()  # Joins the other workers, if there are any: nothing may come before.
         self.notes: list[str] = []
         self.result: TrainingResult
 
@@ -141,7 +148,7 @@ class TwoTower:
             warm_start: Another model, fitted, that this one starts from (`WarmStart` says how): of
                 the same shape, trained on nothing that validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on; None is a
-                temporary folder.
+                temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with its number, from 1, and its logs.
             verbose: Whether standard error shows each epoch; None shows it on a terminal alone.
@@ -159,7 +166,10 @@ class TwoTower:
         funnel = hard if isinstance(hard, FunnelLosers) else None
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary) if folder is None else folder
-            data = TrainingSet.build(train, place / "samples", seed=self.seed, hard=funnel)
+            check_shared(folder)
+            data = chief_first(
+                lambda: TrainingSet.build(train, place / "samples", seed=self.seed, hard=funnel)
+            )
             return self.fit_samples(
                 data,
                 validation,
@@ -203,11 +213,13 @@ class TwoTower:
         Returns:
             The model itself.
         """
-        with self._unchanged_on_failure():
+        check_shared(folder)
+        with self._unchanged_on_failure(), naming_lost_workers():
             self._log, self.corpus = log, data.corpus
             vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
             tf.keras.utils.set_random_seed(self.seed)
-            self._network = self.build(data.corpus)
+            with training_strategy().scope():
+                self._network = self.build(data.corpus)
             self._query_encoder = QueryEncoder(
                 self._network, self.corpus.query_ids, self.corpus.candidate_ids
             )

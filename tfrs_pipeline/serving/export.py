@@ -14,6 +14,7 @@ A version is written beside its place and renamed once it is whole and checked.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.check import example_values, prove
@@ -77,6 +79,8 @@ def export(
 ) -> Path:
     """Writes a model's next version, checks it in a fresh process, and puts it in place.
 
+    Where several workers train, all call this: the chief writes, and the others wait for it.
+
     Args:
         model: Whatever embeds queries and candidates.
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
@@ -103,7 +107,8 @@ def export(
         ValueError: If the model's items are not those of its ids, or lack the column to filter by;
             if there shall be no user data and the model has an embedding of each user.
     """
-    return export_version(
+    write = functools.partial(
+        export_version,
         model,
         path,
         index=index,
@@ -112,7 +117,8 @@ def export(
         user_data=user_data,
         queries=queries,
         manifest=manifest or {},
-    )[0]
+    )
+    return Path(on_chief(lambda: str(write()[0])))
 
 
 def export_version(

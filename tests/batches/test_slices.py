@@ -1,0 +1,58 @@
+"""Slices of a batch: together they are the batch, cut between queries."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.small_batches import SAMPLES, UNORDERED, batch_list, make_batches
+from tfrs_pipeline.batches.slices import Slices
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+
+HARD = FunnelLosers(share=0.3, num=2)
+OF_QUERIES = ("query_row", "history_rows", "is_counted", "hard_candidate_row", "hard_log_q")
+
+
+def reads(batch: dict[str, Any]) -> list[list[int]]:
+    """Lists what is read for each positive, oldest first or padded, whatever the order."""
+    if "sequence_rows" in batch:
+        width = batch["sequence_rows"].shape[1] + 1
+        windows, lengths = np.divmod(batch["state"], width)
+        return [
+            batch["sequence_rows"][i][:n].tolist() for i, n in zip(windows, lengths, strict=True)
+        ]
+    rows = batch["history_rows"]
+    return rows[batch.get("positive_query", np.arange(len(rows)))].tolist()
+
+
+@pytest.mark.parametrize("total", [2, 3])
+@pytest.mark.parametrize("order", ["single", "sequences", "sets"])
+def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
+    samples = UNORDERED if order == "sets" else SAMPLES
+    batches = make_batches(order, samples, hard=None if order == "sets" else HARD)
+    whole = batch_list(batches, 2, start=4)
+    sliced = list(batches.dataset(4, 2, Slices(0, total, total)).as_numpy_iterator())
+    assert len(sliced) == 2 * total
+    for i, batch in enumerate(whole):
+        parts = sliced[i * total : (i + 1) * total]
+        for name in ("candidate_row", "weight", *OF_QUERIES):
+            if name in batch:
+                joined = np.concatenate([part[name] for part in parts])
+                np.testing.assert_array_equal(joined, batch[name], name)
+        assert [line for part in parts for line in reads(part)] == reads(batch)
+        log_q = [np.broadcast_to(x["log_q"], x["is_counted"].shape) for x in (batch, *parts)]
+        np.testing.assert_array_equal(np.concatenate(log_q[1:]), log_q[0])
+        sizes = [len(part["query_row"]) for part in parts]
+        if order != "sequences":
+            assert max(sizes) - min(sizes) <= 1
+        for part in parts:
+            np.testing.assert_array_equal(part["shared_row"], batch["shared_row"])
+            np.testing.assert_array_equal(part["all_candidate_rows"], batch["candidate_row"])
+
+
+def test_a_worker_builds_its_own_slices_alone() -> None:
+    batches = make_batches()
+    every = list(batches.dataset(3, 2, Slices(0, 3, 3)).as_numpy_iterator())
+    last_two = list(batches.dataset(3, 2, Slices(1, 2, 3)).as_numpy_iterator())
+    for got, expected in zip(last_two, [*every[1:3], *every[4:]], strict=True):
+        np.testing.assert_array_equal(got["weight"], expected["weight"])

@@ -1,0 +1,110 @@
+"""Several replicas train the weights that one does, to float32 rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import tiny, weights_of
+from tests.model.train_together import CASES, train
+from tfrs_pipeline.cluster import Worker, this_worker
+from tfrs_pipeline.model.corpus import TrainingSet
+
+LIMIT_S = 300
+
+
+def assert_close(weights: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> None:
+    for a, b in zip(weights, others, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def devices() -> tf.distribute.Strategy:
+    """One for the process: TensorFlow takes the collectives of two for the same ones."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.mark.parametrize("case", ["streaming", "sequences"])
+def test_two_devices_train_the_weights_of_one(
+    data: TrainingSet, devices: tf.distribute.Strategy, case: str
+) -> None:
+    alone = tiny(**CASES[case]).fit_samples(data, max_epochs=2)
+    with devices.scope():
+        together = tiny(**CASES[case]).fit_samples(data, max_epochs=2)
+    assert together.network.distribute_strategy is devices
+    assert_close(weights_of(alone.network), weights_of(together.network))
+    assert together.result.history["loss"] == pytest.approx(alone.result.history["loss"], rel=1e-4)
+    np.testing.assert_allclose(
+        alone.network.embed_corpus(), together.network.embed_corpus(), rtol=1e-4, atol=1e-5
+    )
+
+
+def start_workers(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Starts the workers of one cluster on this machine."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{x.getsockname()[1]}" for x in sockets]
+    for x in sockets:
+        x.close()
+    processes = []
+    for i in range(count):
+        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env={**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Waits for processes; none outlives a failure of one to end."""
+    try:
+        return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "cases"), [(2, list(CASES)), (3, ["mixture"])])
+def test_workers_train_the_weights_of_one(count: int, cases: list[str], tmp_path: Path) -> None:
+    workers = start_workers(count, "tests.model.train_together", str(tmp_path / "together"), *cases)
+    printed = outputs(workers)
+    assert [worker.returncode for worker in workers] == [0] * count, printed
+    for case in cases:
+        alone = train(case, tmp_path / "alone")
+        with np.load(tmp_path / "together" / f"{case}.npz") as together:
+            assert_close(weights_of(alone.network), [together[name] for name in together.files])
+
+
+def test_tf_config_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+
+    def read(**config: object) -> Worker:
+        monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+        return this_worker()
+
+    assert read(cluster=cluster, task={"type": "worker", "index": 1}) == Worker(2, 3)
+    assert read(cluster=cluster, task={"type": "chief", "index": "0"}).is_chief
+    assert read() == Worker(0, 1)
+    for task in ({"type": "worker", "index": 2}, {"type": "ps", "index": 0}, {}):
+        with pytest.raises(ValueError, match="which of them this process is"):
+            read(cluster=cluster, task=task)
+    with pytest.raises(ValueError, match="which of them"):
+        read(cluster={**cluster, "ps": ["d:1"]}, task={"type": "chief", "index": 0})
+    monkeypatch.setenv("TF_CONFIG", "{")
+    with pytest.raises(ValueError, match="Received: "):
+        this_worker()

@@ -1,0 +1,66 @@
+"""Trains models of the tiny log, alone or as one of the workers that TF_CONFIG names.
+
+A program: FOLDER CASE... trains each case in a folder of its own, and the chief keeps the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.model.conftest import LOSERS, make_log, tiny, weights_of
+from tfrs_pipeline.cluster import this_worker
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.distribution import chief_first
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+
+# Every kind of negative, of dropout, of examples and of optimizer: what replicas could get wrong.
+DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": LOSERS}
+# To Adam a gradient of nothing but rounding, as the bias of attention's keys has, is one like any.
+ATTENTION: dict[str, Any] = {**DROPOUT, "history_pooling": ["recency", "attention"]}
+SHARED = [Uniform(16), Popularity(8)]
+CASES: dict[str, dict[str, Any]] = {
+    "streaming": {**DROPOUT, "correction": "streaming", "training": {"optimizer": "lazy_adam"}},
+    "sequences": {
+        **ATTENTION,
+        "negatives": SHARED,
+        "training": {"examples": "sequences", "optimizer": "adagrad"},
+    },
+    "mixture": {
+        **ATTENTION,
+        "negatives": [InBatch(), *SHARED],
+        "training": {"optimizer": "adagrad"},
+    },
+    "sets": {
+        "negatives": SHARED,
+        "training": {"examples": "sets", "optimizer": "lazy_adam"},
+    },
+    "mined": {
+        "hard": Mined(share=0.2, num=2, min_rank=3, max_rank=12, every=1),
+        "training": {"optimizer": "adam"},
+    },
+}
+NUM_EPOCHS = 3
+
+
+def train(case: str, folder: Path) -> TwoTower:
+    model = tiny(**CASES[case])
+    split = make_log().split("last_n", validation=1, test=1)
+    data = chief_first(
+        lambda: TrainingSet.build(split.train, folder / "samples", seed=0, hard=LOSERS)
+    )
+    return model.fit_samples(data, split.validation, max_epochs=NUM_EPOCHS, folder=folder / case)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        fitted = train(name, Path(sys.argv[1]))
+        if this_worker().is_chief:
+            np.savez(Path(sys.argv[1]) / f"{name}.npz", *weights_of(fitted.network))

@@ -1,0 +1,187 @@
+"""Training by several replicas: devices of one machine, or workers that TF_CONFIG names."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.batches.slices import Slices
+from tfrs_pipeline.cluster import this_worker
+
+T = TypeVar("T")
+
+
+class WorkerLost(RuntimeError):
+    """Another worker of the training has failed, or does not answer."""
+
+
+def training_strategy() -> tf.distribute.Strategy:
+    """Returns how to train: the strategy in scope, else that of TF_CONFIG, else of all GPUs.
+
+    Raises:
+        ValueError: If TF_CONFIG is wrong, or the strategy in scope is none in which every replica
+            holds all weights and steps together with the others.
+        RuntimeError: If TF_CONFIG names several workers and TensorFlow has been used before.
+    """
+    if tf.distribute.has_strategy():
+        strategy = tf.distribute.get_strategy()
+        if not isinstance(
+            strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy
+        ):
+            raise ValueError(
+                "Train under MirroredStrategy or MultiWorkerMirroredStrategy, or under none. "
+                f"Received: {type(strategy).__name__}"
+            )
+        return strategy
+    if this_worker().count > 1:
+        return _of_workers()
+    if len(tf.config.list_physical_devices("GPU")) > 1:
+        return _of_gpus()
+    return tf.distribute.get_strategy()  # The default, of one replica.
+
+
+@functools.cache
+def _of_gpus() -> tf.distribute.Strategy:
+    return tf.distribute.MirroredStrategy()
+
+
+@functools.cache
+def _of_workers() -> tf.distribute.Strategy:
+    """Joins the other workers; once a process, and before TensorFlow does anything else."""
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "TF_CONFIG names several workers, and TensorFlow was used in this process before they "
+            "could be joined. Make the TwoTower first, before any other use of TensorFlow; or "
+            f"unset TF_CONFIG to train alone. TensorFlow says: {error}"
+        ) from error
+    # TensorFlow now takes SIGTERM for a notice and goes on: what is told to stop shall stop.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    return strategy
+
+
+def check_shared(folder: Path | None) -> None:
+    """Refuses a training by several workers without a folder that all of them see."""
+    if folder is None and this_worker().count > 1:
+        raise ValueError(
+            "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
+            "all and on a file system that all of them see, for samples and checkpoints."
+        )
+
+
+def dataset_of(
+    network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """Returns the batches of some steps; of several replicas each gets its slice of every batch."""
+    strategy = network.distribute_strategy
+    if strategy.num_replicas_in_sync == 1:
+        return batches.dataset(start_step, num_steps)
+
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        count = context.num_replicas_in_sync // context.num_input_pipelines
+        first = context.input_pipeline_id * count
+        slices = Slices(first, count, context.num_replicas_in_sync)
+        return batches.dataset(start_step, num_steps, slices)
+
+    return strategy.distribute_datasets_from_function(of_worker)
+
+
+def on_chief(work: Callable[[], Any]) -> Any:
+    """Does work on the chief alone while the other workers wait; each gets its JSON-able result.
+
+    All workers must call this, in the same order. A process that works alone just works.
+
+    Raises:
+        WorkerLost: On the others if the work fails, with the chief's error; on any if a worker does
+            not answer any more.
+    """
+    worker = this_worker()
+    if worker.count == 1:
+        return work()
+    if not worker.is_chief:
+        answer = json.loads(_from_chief(b""))
+        if "error" in answer:
+            raise WorkerLost(f"The chief, worker 0, has stopped: {answer['error']}")
+        return answer["result"]
+    try:
+        result = work()
+    except BaseException as error:
+        with contextlib.suppress(WorkerLost):
+            _from_chief(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        raise
+    _from_chief(json.dumps({"result": result}).encode())
+    return result
+
+
+def chief_first(work: Callable[[], T]) -> T:
+    """Does work on the chief, then on the others, which find the files that it has made."""
+    done: list[T] = []
+    on_chief(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+@contextlib.contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Has failures of the block that come of another worker's end say so.
+
+    Raises:
+        WorkerLost: Instead of TensorFlow's error.
+    """
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        worker = this_worker()
+        if worker.count == 1:
+            raise
+        reason = next((x for x in str(error).splitlines() if "aborted by" in x), str(error)[:300])
+        raise WorkerLost(
+            f"Another of the {worker.count} workers does not answer (this is worker "
+            f"{worker.number}): it was killed, has failed, or the network is down; its own output "
+            "tells more. Start all workers again with the same command: training goes on from the "
+            f"last epoch that was saved. TensorFlow says: {reason}"
+        ) from error
+
+
+def _from_chief(message: bytes) -> bytes:
+    """Sends bytes from the chief to all workers; what the others give is ignored."""
+    (length,) = _sum_of_workers(np.array([len(message)]))
+    codes = np.zeros(length, np.int64)
+    if message:
+        codes[:] = np.frombuffer(message, np.uint8)
+    return bytes(_sum_of_workers(codes).astype(np.uint8))
+
+
+def _sum_of_workers(numbers: np.ndarray) -> np.ndarray:
+    """Sums up [n] int64 of every worker, each worker's counted once."""
+    strategy = training_strategy()
+    with naming_lost_workers():
+        summed = _summing(strategy)(tf.constant(numbers, tf.int64))
+        return np.asarray(strategy.experimental_local_results(summed)[0])
+
+
+@functools.cache
+def _summing(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], Any]:
+    num_devices = strategy.num_replicas_in_sync // this_worker().count
+
+    def of_replica(numbers: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        is_first = tf.equal(context.replica_id_in_sync_group % num_devices, 0)
+        given = tf.where(is_first, numbers, tf.zeros_like(numbers))
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, given)
+
+    return tf.function(
+        lambda numbers: strategy.run(of_replica, args=(numbers,)),
+        input_signature=[tf.TensorSpec([None], tf.int64)],
+    )
