@@ -34,8 +34,9 @@ GUIDES = [
     "docs/guides/debugging.md",
     "docs/guides/pieces.md",
 ]
-# The requests of the one are made below, of the README's model; the other is a script for cron.
-RUN_ELSEWHERE = ("docs/guides/serving.md", "docs/guides/daily.md")
+# The requests of the first are made below, of the README's model; the others are scripts for cron
+# and for a cluster.
+RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale"))
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
 SHORT = {
