@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from tfrs_pipeline.config import (
     Config,
     ConfigError,
-    DataConfig,
     EvaluationConfig,
     ExportConfig,
     RunConfig,
-    SplitConfig,
-    StageName,
     dump_config,
     load_config,
     movielens_config,
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig, StageName
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -228,6 +226,7 @@ def test_the_ends_of_a_range(
 
 FILES = {"data.path": "x.csv"}
 RECFLOW = {"data.source": "recflow", "data.path": "x"}
+SPARK = {"data.source": "spark", "data.path": "shop.events"}
 STARTS = {
     "split.validation": datetime(2024, 1, 1, tzinfo=UTC),
     "split.test": datetime(2024, 2, 1, tzinfo=UTC),
@@ -245,6 +244,12 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     [
         (FILES, {"data.path": None}, "data.path", "required"),
         (RECFLOW, {"data.path": None}, "data.path", "required"),
+        (SPARK, {"data.path": None}, "data.path", "name of the table"),
+        (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "a log already"),
+        (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
+        (SPARK | {"data.spark_master": "local"}, {"data.source": "files"}, "data.spark_master",
+         "only with 'spark'"),
+        (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
         (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
         (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
         # What decides which events are positives; what is harmless is let be.

@@ -15,7 +15,7 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.durable import file_hash, is_whole, read_record, write_record
+from tfrs_pipeline.durable import file_hash, is_whole, part_files, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
@@ -134,14 +134,18 @@ def _conclude(
     metrics = _metrics(config, data, models, evaluation)
     with step("export") as report:
         report.notes += _pass_gate(config, folder, evaluation, metrics)
-        data_files = sorted((folder / "data").glob("*.parquet"))
+        tables = sorted((folder / "data").glob("*.parquet"))
+        data_files = [file for table in tables for file in part_files(table)]
         export_folder, metrics["index"] = export_model(
             config,
             models["two_tower"],
             data.test,
             manifest={
                 "run": str(folder.resolve()),
-                "data": {path.name: file_hash(path) for path in data_files},
+                "data": {
+                    path.relative_to(folder / "data").as_posix(): file_hash(path)
+                    for path in data_files
+                },
                 "counts": data.final.report,
                 "metrics": metrics["models"]["two_tower"],
             },

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfrs_pipeline.config import DataConfig, RunConfig, SplitConfig
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import OnProgress
@@ -107,10 +109,11 @@ def prepare(
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
     with step("data") as report:
+        connection = connect_engine(config.data)
         if not (folder / "data" / "log.json").exists():
-            load_log(config.data).write(folder / "data")
+            load_log(config.data, connection).write(folder / "data")
         try:
-            log = Log.read(folder / "data")
+            log = Log.read(folder / "data", connection)
         except Damaged as error:
             # Made again it might be of other events than what was trained on it.
             raise Damaged(
@@ -143,8 +146,16 @@ def prepare(
     )
 
 
-def load_log(config: DataConfig) -> Log:
-    """Loads the log that a config names."""
+def connect_engine(config: DataConfig) -> Any:
+    """Opens the engine that a config makes its log and samples in."""
+    if config.source == "spark":
+        return connect_spark(config.spark_master)
+    return connect(config.memory_limit, config.temporary_folder)
+
+
+def load_log(config: DataConfig, connection: Any = None) -> Log:
+    """Loads the log that a config names, into a connection of `connect_engine`; None opens one."""
+    connection = connection or connect_engine(config)
     features: dict[str, Any] = {
         "item_features": config.item_features,
         "user_features": config.user_features,
@@ -153,7 +164,19 @@ def load_log(config: DataConfig) -> Log:
         log = load_movielens_100k(config.path, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
     assert config.path is not None  # The config's own check.
-    common: dict[str, Any] = {"label": config.label, "duplicates": config.duplicates, **features}
+    if config.source == "spark":
+        paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
+        tables = {
+            name: None if path is None else connection.sql(f"SELECT * FROM {path}")
+            for name, path in paths.items()
+        }
+        return Log.from_ibis(**tables, is_ordered=config.is_ordered, **features)
+    common: dict[str, Any] = {
+        "label": config.label,
+        "duplicates": config.duplicates,
+        "connection": connection,
+        **features,
+    }
     if config.source == "kuairand":
         return load_kuairand(config.path, unknown_items=config.unknown_items, **common)
     if config.source == "recflow":

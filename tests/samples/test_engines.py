@@ -12,15 +12,15 @@ import pytest
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError, SplitKind
+from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.run_data import load_log
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 # Pools from own and recent requests, thinned, and the low part of ranks.
-HARD = FunnelLosers(
-    stages=("retrieved", "pre_ranked", "ranked"), min_pool=40, max_pool=25, window_hours=72
-)
+HARD = FunnelLosers(stages=("retrieved", "ranked"), min_pool=40, max_pool=25, window_hours=72)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,28 @@ def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -
     for name in ("histories", "relevant", "seen"):
         for left, right in zip(getattr(holdout, name), getattr(other, name), strict=True):
             assert left.tolist() == right.tolist()
+
+
+@pytest.mark.slow
+def test_a_config_names_tables_of_spark(spark: Any, logs: tuple[Log, Log], tmp_path: Path) -> None:
+    for name in ("events", "items"):
+        table = getattr(logs[1], name)
+        spark.create_view(name, table, overwrite=True)
+    data = DataConfig(
+        source="spark",
+        path=Path("events"),
+        items_path=Path("items"),
+        item_features={"genre": "categorical"},
+        spark_master="local[2]",
+    )
+    load_log(data).write(tmp_path)
+    assert len(part_files(tmp_path / "events.parquet")) > 1
+    # What Spark has written, DuckDB reads.
+    back = Log.read(tmp_path)
+    for name, key in (("events", "event_number"), ("items", "item_id")):
+        columns = getattr(back, name).columns
+        expected = getattr(logs[0], name).select(*columns).order_by(key).to_pyarrow()
+        assert getattr(back, name).to_pyarrow().to_pylist() == expected.to_pylist()
 
 
 def test_what_spark_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.durable import part_files
 
 _SPARK = "pyspark"
 ENGINES = ("duckdb", _SPARK)
@@ -90,7 +91,7 @@ def open_parquet(backend: Any, path: Path) -> ibis.Table:
         # They are moments in UTC, which Ibis does not see.
         times = [name for name, of in table.schema().items() if of.is_timestamp()]
         return table.cast({name: "timestamp('UTC', 6)" for name in times})
-    return backend.read_parquet(glob.escape(str(path)))
+    return backend.read_parquet([glob.escape(str(file)) for file in part_files(path) or [path]])
 
 
 def write_parquet(table: ibis.Table, path: Path) -> None:
@@ -99,8 +100,13 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
     Spark's executors must see the folder under the same path as this process.
     """
     remove(path)
-    is_spark = table.get_backend().name == _SPARK
-    table.to_parquet(path.absolute().as_uri() if is_spark else path)
+    backend = table.get_backend()
+    if backend.name != _SPARK:
+        table.to_parquet(path)
+        return
+    # Spark's own default, INT96, has no time zone to other readers.
+    backend.raw_sql("SET spark.sql.parquet.outputTimestampType = TIMESTAMP_MICROS")
+    table.to_parquet(path.absolute().as_uri())
 
 
 def remove(path: Path) -> None:

@@ -129,14 +129,13 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     try:
         if isinstance(source, ibis.Table):
             # Opened when it is read: an engine may know one open query alone.
-            return Scan(
-                name,
-                source.columns,
-                False,
-                lambda columns: connection.con.from_arrow(
-                    source.select(*columns).to_pyarrow_batches()
-                ),
-            )
+            def open_table(columns: list[str]) -> duckdb.DuckDBPyRelation:
+                rows = source.select(*columns)
+                if source.get_backend() is connection:
+                    return connection.con.sql(connection.compile(rows))
+                return connection.con.from_arrow(rows.to_pyarrow_batches())
+
+            return Scan(name, source.columns, False, open_table)
         arrow = source if isinstance(source, pa.RecordBatchReader) else pa.table(source)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(

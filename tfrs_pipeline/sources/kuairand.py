@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from ibis.backends.duckdb import Backend as DuckDB
+
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import (
     DataError,
@@ -57,6 +59,7 @@ def load_kuairand(
     user_features: Mapping[str, FeatureKind] | None = None,
     unknown_items: UnknownItems = "keep",
     duplicates: Duplicates = "keep",
+    connection: DuckDB | None = None,
 ) -> Log:
     """Loads KuaiRand: one event an exposure, with the context columns `is_rand` and `tab`.
 
@@ -72,6 +75,7 @@ def load_kuairand(
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
         unknown_items: As in `Log.from_files`, for videos that video_features_basic lacks.
         duplicates: As in `Log.from_files`.
+        connection: As in `Log.from_files`.
 
     Returns:
         A log with int64 ids.
@@ -106,6 +110,7 @@ def load_kuairand(
         list_separator=",",
         unknown_items=unknown_items,
         duplicates=duplicates,
+        connection=connection,
         max_bad_share=0,
     )
     for name, column in (("user_id", "user_id"), ("item_id", "video_id")):

@@ -35,6 +35,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.dataset
+from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import scan
@@ -94,6 +95,7 @@ def load_recflow(
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
     duplicates: Duplicates = "keep",
+    connection: DuckDB | None = None,
 ) -> Log:
     """Loads RecFlow: all stages, or the exposures alone where there is no all_stage.
 
@@ -112,6 +114,7 @@ def load_recflow(
         item_features: Column among `ITEM_COLUMNS` -> "categorical" or "numeric".
         user_features: Column among `USER_COLUMNS` -> "categorical" or "numeric".
         duplicates: As in `Log.from_files`.
+        connection: As in `Log.from_files`.
 
     Returns:
         A log with int64 ids; `dropped` counts the rows without a flag.
@@ -131,7 +134,8 @@ def load_recflow(
     paths = _list_days(Path(folder))
     logger.info("RecFlow from %s. Licence: CC BY-SA 4.0, by its authors.", folder)
     carried = dict.fromkeys([*label, *features["item"], *features["user"]])
-    rows, num_rows = _stage_rows(paths, list(carried), label)
+    connection = connection or connect()
+    rows, num_rows = _stage_rows(connection, paths, list(carried), label)
     if not (num_flagged := count_rows(rows)):
         raise DataError(
             f"{paths[0].parent}: none of {num_rows} rows has a flag that says which stage it "
@@ -148,6 +152,7 @@ def load_recflow(
         label=label,
         timestamp_unit="ms",
         duplicates=duplicates,
+        connection=connection,
     )
     if num_flagged == num_rows:
         return log
@@ -202,7 +207,7 @@ def _is_date(text: str) -> bool:
 
 
 def _stage_rows(
-    paths: Sequence[Path], carried: Sequence[str], label: Mapping[str, float]
+    connection: DuckDB, paths: Sequence[Path], carried: Sequence[str], label: Mapping[str, float]
 ) -> tuple[ibis.Table, int]:
     """Reads the files one by one.
 
@@ -210,7 +215,6 @@ def _stage_rows(
         The rows that have a flag, in the order of the files and their rows, with stage, rank and
         the carried columns; and the number of all rows.
     """
-    connection = connect()
     name, num_rows = "recflow", 0
     for path in paths:
         raw = scan(connection, _open_feather(path), str(path)).load(

@@ -1,0 +1,202 @@
+"""The settings of a log and of its split.
+
+The sentence under each field is its documentation and its help in the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zoneinfo
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from tfrs_pipeline.data.schema import (
+    Duplicates,
+    FeatureKind,
+    SplitKind,
+    TimestampUnit,
+    UnknownItems,
+    is_time_zone,
+    name_problem,
+)
+from tfrs_pipeline.settings import Config, refuse, suggest
+
+StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+
+# What says how to read tables that are no log yet.
+_OF_RAW_TABLES = (
+    *("columns", "item_columns", "user_columns", "label", "timestamp_unit", "time_zone"),
+    *("list_separator", "unknown_items", "duplicates", "earliest_time", "latest_time"),
+    *("max_bad_share", "memory_limit", "temporary_folder"),
+)
+
+
+def _amount(value: Any) -> Any:
+    """Reads a share, a number or a moment."""
+    for read in (int, float, datetime.fromisoformat):
+        with contextlib.suppress(ValueError, TypeError):
+            amount: Any = value if isinstance(value, int | float | datetime) else read(value)
+            is_number = isinstance(amount, int) and amount >= 1
+            if isinstance(amount, datetime) or is_number or 0 < amount < 1:
+                return amount
+    raise ValueError("must be a share in (0, 1), a whole number of 1 or more, or a moment")
+
+
+Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
+
+
+class DataConfig(Config):
+    """Where events, items and users come from."""
+
+    source: Literal["movielens-100k", "kuairand", "recflow", "files", "spark"] = "movielens-100k"
+    """Files of your own, tables in Spark, or a public data set; if not given, files where there is
+    a path. What files hold shows in their columns: a stage, a funnel; a rating with
+    rating_threshold, ratings; a label, impressions; none of these, clicks."""
+    path: Path | None = None
+    """CSV or Parquet file of events, or a folder of them; for spark the name of a table that is a
+    log already (docs/reference/data.md); for kuairand and recflow the folder as published; for
+    movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
+    items_path: Path | None = None
+    """CSV or Parquet file of items, or a folder of them; for spark the name of a table."""
+    users_path: Path | None = None
+    """The same of users."""
+    columns: dict[str, str] = {}
+    """Names of the columns in the files, by this package's names, such as user_id=viewer; others
+    keep theirs."""
+    item_columns: dict[str, str] = {}
+    """The same of the item table, such as item_id=sku."""
+    user_columns: dict[str, str] = {}
+    """The same of the user table."""
+    stage_values: dict[str, StageName] = {}
+    """Stages by the value that the file's stage column holds, such as impression=exposed."""
+    rating_threshold: float | None = None
+    """Ratings at or above this are clicks, those below are exposures, never negatives."""
+    timestamp_unit: TimestampUnit | None = None
+    """Unit of timestamps that are stored as numbers, those of features too."""
+    label: dict[str, PositiveFloat] = {}
+    """Columns that make an exposed event a positive, each with the weight that it adds, such as
+    is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand,
+    effective_view in recflow."""
+    time_zone: str | None = None
+    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris; those of
+    features too."""
+    is_ordered: bool = True
+    """Whether the order of the rows is the order of the events, for events without timestamps."""
+    item_features: dict[str, FeatureKind] = {}
+    """Columns of the item table that the model reads, and the kind of each: categorical, or hashed
+    for very many values; multi_categorical; text; numeric, or bucketized for a number whose effect
+    is no straight line; timestamp; vector, a list of numbers from another model."""
+    user_features: dict[str, FeatureKind] = {}
+    """The same for features of users."""
+    list_separator: str = Field("|", min_length=1)
+    """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
+    CSV file."""
+    unknown_items: UnknownItems = "keep"
+    """What to do with events whose item is not in the item table: keep them with empty features,
+    drop and count them, or stop."""
+    duplicates: Duplicates = "keep"
+    """What to do with events equal in user, item, time, stage, request and part: keep all of them,
+    drop and count all but the first, or stop."""
+    earliest_time: datetime | None = None
+    """Events before it have no time, such as 0 in place of none; in UTC if without a zone; if not
+    given, 1990."""
+    latest_time: datetime | None = None
+    """Events from it on have no time either; if not given, a day from now."""
+    max_bad_share: float = Field(0.1, ge=0, lt=1)
+    """Share of a table's rows that may be dropped, and counted, because something that they must
+    have is missing or cannot be read; more is refused, with 0 all."""
+
+    memory_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")
+    """What DuckDB holds in memory as it makes the log and the samples, such as 4GB; the rest lies
+    on disk. If not given, four fifths of the machine's."""
+    temporary_folder: Path | None = None
+    """Where DuckDB keeps what does not fit in memory; if not given, the system's."""
+    spark_master: str | None = None
+    """Spark's master for source spark, such as local[4] or spark://host:7077; if not given, that of
+    Spark's own settings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer_source(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and settings.get("path") and "source" not in settings:
+            return {**settings, "source": "files"}
+        return settings
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        refuse([*self._source_problems(), *self._value_problems()])
+        return self
+
+    def _source_problems(self) -> Iterator[tuple[str, str]]:
+        """Yields what the source needs and lacks, and what would make other positives of it."""
+        if self.source != "movielens-100k" and self.path is None:
+            what = "name of the table" if self.source == "spark" else "file or folder"
+            yield "path", f"required for source {self.source!r}: the {what} of its events"
+        for table in ("item", "user"):
+            features, path = getattr(self, f"{table}_features"), getattr(self, f"{table}s_path")
+            if self.source in ("files", "spark") and features and path is None:
+                what = "table" if self.source == "spark" else "file"
+                yield f"{table}s_path", f"required for {table}_features: the {what} that holds them"
+        for name in ("stage_values", "rating_threshold"):
+            if getattr(self, name) and self.source != "files":
+                yield name, f"has no effect with source {self.source!r}: only with 'files'"
+        if self.label and self.source == "movielens-100k":
+            yield "label", "has no effect with source 'movielens-100k'"
+        if self.spark_master is not None and self.source != "spark":
+            yield "spark_master", f"has no effect with source {self.source!r}: only with 'spark'"
+        if self.source == "spark":
+            for name in _OF_RAW_TABLES:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield name, "has no effect with source 'spark', whose tables are a log already"
+
+    def _value_problems(self) -> Iterator[tuple[str, str]]:
+        for name in self.columns:
+            if problem := name_problem(name):
+                yield f"columns.{name}", problem
+        if self.time_zone is not None and not is_time_zone(self.time_zone):
+            zones = zoneinfo.available_timezones()
+            yield (
+                "time_zone",
+                f"unknown time zone {self.time_zone!r}; {suggest(self.time_zone, zones)}",
+            )
+
+
+class SplitConfig(Config):
+    """Which events train the model, which choose its settings, which test it."""
+
+    kind: SplitKind | None = None
+    """Test on what came after a point in time (the default for logs with timestamps), on the last
+    share (the default for others) or the last few positives of each user, on users that training
+    never saw, or as the log's own column part says: train, validation or test."""
+    validation: Amount | None = None
+    """Share of the positives that validates: of what the test left of each user's for last_share,
+    of the users for held_out_users; a number of positives a user for last_n; or, for time, the
+    moment at which validation starts, with a time zone. If not given, .05, or 1 for last_n."""
+    test: Amount | None = None
+    """The same of the test. If not given, .1, or 1 for last_n."""
+    target_share: Share = 0.2
+    """Share of a held-out user's last positives that is to be found, for held_out_users."""
+    min_positives: PositiveInt = 5
+    """Users with fewer positives are dropped, except by time and by column, which keep every
+    user."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        refuse(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        given = {"validation": self.validation, "test": self.test}
+        for name, value in given.items():
+            if isinstance(value, datetime) and value.tzinfo is None:
+                text = value.isoformat()
+                yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
+            if isinstance(value, datetime) and self.kind not in (None, "time"):
+                yield name, f"got a moment with kind {self.kind!r}: only with 'time'"
+        if len({isinstance(value, datetime) for value in given.values()}) > 1:
+            yield "", "give moments for both validation and test, or for neither"
