@@ -15,7 +15,6 @@ from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
 from tfrs_pipeline.model import network as network_module
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
-from tfrs_pipeline.model.queries import history_rows
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import SamplingFrame
@@ -47,7 +46,7 @@ def slow_loss(
         if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
             history = batch["history_rows"][w]
         else:
-            history = history_rows(samples.history(i), network.history_length)
+            (history,) = samples.latest(np.array([i]), network.history_length)
         query = network.embed_queries(tf.constant([user]), tf.constant(history[np.newaxis]))[0]
         scores = np.concatenate([[0], corpus @ query.numpy() / TEMPERATURE])
         never = {positive, *samples.known_positives[user], *samples.exposed[user]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,23 +11,9 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.samples.store import RowLists
 
 QUERY_BATCH = 1024
-
-
-def history_rows(history: np.ndarray, length: int) -> np.ndarray:
-    """Turns candidate rows, oldest first, into [length] int32, most recent first, padded with 0.
-
-    Unknown ones, of row 0, are dropped.
-
-    Example:
-        >>> history_rows(np.array([4, 0, 7, 9]), length=5)
-        array([9, 7, 4, 0, 0], dtype=int32)
-    """
-    known = history[history > 0][::-1][:length]
-    rows = np.zeros(length, np.int32)
-    rows[: len(known)] = known
-    return rows
 
 
 class QueryEncoder:
@@ -57,11 +44,10 @@ class QueryEncoder:
         """
         length = self._model.history_length
         users = self._query_ids.rows([query.get("user_id") for query in queries])
-        histories = [
-            history_rows(self._candidate_ids.rows(query.get("history", ())), length)
-            for query in queries
-        ]
-        return users, np.stack(histories) if histories else np.zeros((0, length), np.int32)
+        histories = [query.get("history", ()) for query in queries]
+        offsets = np.append(0, np.cumsum(np.fromiter(map(len, histories), np.int64)))
+        items = self._candidate_ids.rows(itertools.chain.from_iterable(histories))
+        return users, RowLists(offsets, items).where(items > 0).latest(length)
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries: [n, D] float32."""

@@ -77,6 +77,25 @@ class RowLists:
         place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return RowLists(offsets, self.values[place])
 
+    def where(self, is_kept: np.ndarray) -> RowLists:
+        """Keeps some of the values, [total] bool."""
+        return RowLists(np.append(0, np.cumsum(is_kept))[self.offsets], self.values[is_kept])
+
+    def latest(self, length: int) -> np.ndarray:
+        """Returns the ends of the lists, backwards, padded with 0: [num_keys, length] int32.
+
+        Example:
+            >>> RowLists.from_lists([[7], [], [3, 4, 5]]).latest(2)
+            array([[7, 0],
+                   [0, 0],
+                   [5, 4]], dtype=int32)
+        """
+        steps_ago = np.arange(1, length + 1)
+        is_there = steps_ago <= np.diff(self.offsets)[:, np.newaxis]
+        padded = np.append(np.int32(0), self.values)
+        place = self.offsets[1:, np.newaxis] - steps_ago + 1
+        return padded[np.where(is_there, place, 0)]
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -194,7 +213,10 @@ class Samples:
             [n, N] int32 candidate rows, most recent first, padded with 0.
         """
         if self.num_earlier is None:
-            return self._latest_others(index, length)
+            # The rest of the sequences, copies of the positive excluded.
+            lists = self.sequences.take(self.query_rows[index])
+            own = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
+            return lists.where(lists.values != own).latest(length)
         steps_ago = np.arange(1, length + 1)
         num_known = self.num_earlier[index][:, np.newaxis]
         place = (
@@ -202,19 +224,6 @@ class Samples:
         )
         is_known = steps_ago <= num_known
         return np.where(is_known, self.sequences.values[np.where(is_known, place, 0)], np.int32(0))
-
-    def _latest_others(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers, without an order, the rest of the sequences, copies of the positive excluded."""
-        lists = self.sequences.take(self.query_rows[index])
-        line = np.repeat(np.arange(len(index)), np.diff(lists.offsets))
-        is_other = lists.values != self.candidate_rows[index][line]
-        line, others = line[is_other], lists.values[is_other]
-        end = np.cumsum(np.bincount(line, minlength=len(index)))
-        steps_ago = end[line] - np.arange(len(line))
-        is_latest = steps_ago <= length
-        rows = np.zeros((len(index), length), np.int32)
-        rows[line[is_latest], steps_ago[is_latest] - 1] = others[is_latest]
-        return rows
 
 
 def read_samples(folder: Path) -> Samples:
