@@ -67,11 +67,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_length": 200,
             "model.history_pooling": ("attention",),
             "model.history_dropout": 0.2,
+            "model.id_dropout": 0.01,
             "model.share_item_embedding": True,
             "model.combination": "sum",
+            "model.temperature": 0.1,
             "training.examples": "sequences",
             "training.max_epochs": 100,
-            # Sparse logs waver by an epoch: 3 stop at half of what is to be learned.
+            # Validation wavers in sparse logs: 3 epochs stop at half of what is to be learned.
             "training.patience": 10,
         },
     ),
