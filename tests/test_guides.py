@@ -151,7 +151,7 @@ def test_a_guide_runs_as_it_stands(
 
 
 def test_every_guide_with_a_command_is_run() -> None:
-    pages = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+    pages = [str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "guides").glob("*.md")]
     shown = {page for page in pages if any(kind in ("python", "sh") for kind, _ in blocks(page))}
     assert shown <= {*GUIDES, *RUN_ELSEWHERE}
 
