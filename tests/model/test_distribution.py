@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.model.train_together import CASES, train
 from tfrs_pipeline.cluster import Worker, this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 def assert_close(weights: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> None:
@@ -48,41 +49,40 @@ def test_two_devices_train_the_weights_of_one(
     )
 
 
-def start_workers(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Starts the workers of one cluster on this machine."""
+@contextlib.contextmanager
+def started(count: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts the workers of one cluster on this machine; none outlives the block."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{x.getsockname()[1]}" for x in sockets]
     for x in sockets:
         x.close()
-    processes = []
-    for i in range(count):
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
-        processes.append(
-            subprocess.Popen(
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for i in range(count):
+            config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+            process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env={**os.environ, "TF_CONFIG": json.dumps(config), "TF_CPP_MIN_LOG_LEVEL": "3"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-        )
-    return processes
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
 
 
 def outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Waits for processes; none outlives a failure of one to end."""
-    try:
-        return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    """Waits for processes, and returns what they printed."""
+    return [process.communicate(timeout=LIMIT_S)[0] for process in processes]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "cases"), [(2, list(CASES)), (3, ["mixture"])])
 def test_workers_train_the_weights_of_one(count: int, cases: list[str], tmp_path: Path) -> None:
-    workers = start_workers(count, "tests.model.train_together", str(tmp_path / "together"), *cases)
-    printed = outputs(workers)
+    folder = str(tmp_path / "together")
+    with started(count, "tests.model.train_together", folder, *cases) as workers:
+        printed = outputs(workers)
     assert [worker.returncode for worker in workers] == [0] * count, printed
     for case in cases:
         alone = train(case, tmp_path / "alone")

@@ -1,0 +1,60 @@
+"""A run by several workers: one killed, the others stop and say so, and all go on together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.model.test_distribution import outputs, started
+from tests.small_log import event_table, small_config, write
+from tfrs_pipeline.config import dump_config
+from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.run import run
+
+NUM_EPOCHS = 4
+WAIT_S = 600
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + WAIT_S
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} was not written"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
+    data = {"path": write(event_table("int"), tmp_path / "events.parquet")}
+    training = {"max_epochs": NUM_EPOCHS, "patience": NUM_EPOCHS, "optimizer": "adagrad"}
+    config = small_config(tmp_path, data, training=training)
+    settings = tmp_path / "settings.toml"
+    settings.write_text(dump_config(config))
+    together = tmp_path / "together"
+    command = ("tfrs_pipeline.cli", "run", "--config", str(settings), "--run-dir", str(together))
+
+    with started(2, *command) as workers:
+        wait_for(together / "checkpoints" / "two_tower" / "selection" / "epoch-1.json")
+        workers[1].kill()
+        printed = outputs(workers)
+    assert workers[0].returncode == 1
+    assert "Another of the 2 workers does not answer" in printed[0]
+    assert "Start all workers again with the same command" in printed[0]
+    assert not (together / "metrics.json").exists()
+
+    with started(2, *command) as workers:
+        printed = outputs(workers)
+    assert [worker.returncode for worker in workers] == [0, 0], printed
+    assert "run folder" in printed[0]
+    # One version, of the chief; and the numbers of a run by one process.
+    assert [path.name for path in (tmp_path / "saved_models" / "films").iterdir()] == ["1"]
+    metrics = read_record(together / "metrics.json")
+    config = small_config(tmp_path / "alone", data, training=training)
+    alone = run(config, tmp_path / "alone" / "run").metrics
+    np.testing.assert_allclose(
+        metrics["training"]["two_tower"]["history"]["loss"],
+        alone["training"]["two_tower"]["history"]["loss"],
+        rtol=1e-4,
+    )
