@@ -1,6 +1,6 @@
 r"""Measures models on public data sets, by published protocols, beside the published numbers.
 
-    ml-100k   MovieLens-100K, the package's main job; fetched by the package
+    ml-100k   MovieLens-100K, the package's default run; fetched by the package
     ml-1m     MovieLens-1M in SASRec's version, leave-one-out: HR@10 and NDCG@10
     gowalla   LightGCN's split, ids alone: recall@20 and NDCG@20
 
@@ -124,7 +124,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 IALS_GRIDS: dict[str, dict[str, Any]] = {
-    "ml-100k": {},  # The main job's own settings.
+    "ml-100k": {},  # The default run's own settings.
     "ml-1m": {
         "evaluation.ials_regularization": (10.0, 30.0, 100.0),
         "evaluation.ials_alpha": (3.0, 10.0),

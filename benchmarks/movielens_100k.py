@@ -1,9 +1,9 @@
 """Measures the package's models, baselines and the TFRS tutorial's model on MovieLens-100K.
 
-The split of the main job: ratings of 4 and 5 are likes, the last fifth of each user's likes is the
-test (938 users, 11,442 likes), everything before it trains. NDCG@100, recall@100 and recall@20 over
-the whole corpus, means over users with 95% bootstrap intervals, once with the user's earlier likes
-excluded from the ranking (clicked) and once with every rated item excluded (seen).
+The split of the default run: ratings of 4 and 5 are likes, the last fifth of each user's likes is
+the test (938 users, 11,442 likes), everything before it trains. NDCG@100, recall@100 and recall@20
+over the whole corpus, means over users with 95% bootstrap intervals, once with the user's earlier
+likes excluded from the ranking (clicked) and once with every rated item excluded (seen).
 
     tutorial               the TFRS retrieval tutorial as it stands: embeddings of user and item
                            ids, 32-d, in-batch negatives, batch 8192, Adagrad 0.1, 3 epochs
@@ -18,7 +18,7 @@ excluded from the ranking (clicked) and once with every rated item excluded (see
     popularity, ease, ials
 
 No setting is chosen on the test: the tutorial's are its own, the number of epochs of the package's
-models is chosen on validation, all others are the defaults of the main job. With several seeds a
+models is chosen on validation, all others are those of the default run. With several seeds a
 user's value is the mean over the seeds.
 
     python benchmarks/movielens_100k.py --seeds 3 --json benchmarks/results/movielens_100k.json

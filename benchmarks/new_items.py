@@ -3,13 +3,13 @@ r"""Measures whether items that the training never saw are found, once the index
 On MovieLens-100K a tenth of the items, drawn by a seed, is taken out of the log, as if they had not
 been there yet. The package's model is trained and exported without them, then refreshed with the
 whole item table, where they are known by title words, year and genres alone. The queries are those
-of the main job's test, their relevant items the new ones that the user likes in the test part.
+of the default run's test, their relevant items the new ones that the user likes in the test part.
 
     all items    a new item must come up among the whole corpus, the user's earlier likes excluded
     new items    the new items are ranked among themselves
 
-    default      the main job's settings: ID dropout of 5%, so that the embedding of an unknown id
-                 is trained
+    default      the default run's settings: ID dropout of 5%, so that the embedding of an unknown
+                 id is trained
     known_ids    the same without (model.id_dropout 0)
     features     the same without ids (model.use_candidate_id)
     popularity   by likes before the test, of which a new item has none: the last of all items, and

@@ -1,7 +1,7 @@
 """Measures ways of training against the default one, on MovieLens-100K, in paired seeds.
 
 The split, the settings and the two trainings (epochs chosen on validation, then again on both) are
-those of the main job; plans share a seed's initial weights and order of the positives. Sets of
+those of the default run; plans share a seed's initial weights and order of the positives. Sets of
 plans, the first of each the one that the others are compared with:
 
     mined      no hard negatives; mined at ranks 100 to 500, renewed every three epochs, f = .005

@@ -145,7 +145,7 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
         encoder = QueryEncoder(network, corpus.query_ids, corpus.candidate_ids)
         retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
         tp.evaluate(retriever, holdout, num_bootstrap=0)
-    files = [path for path in (folder / "samples" / "columns").iterdir()]
+    files = list((folder / "samples" / "columns").iterdir())
     return {
         "num_events": num_events,
         "num_samples": len(data.samples),

@@ -1,4 +1,4 @@
-r"""Measures retraining from yesterday's model against training from nothing, on MovieLens-100K.
+"""Measures retraining from yesterday's model against training from nothing, on MovieLens-100K.
 
 The log is cut into periods. At every cut a model is trained on the likes of the window that ends
 there, and asked what users like in the period that follows: a user's first half of it is in the
@@ -160,8 +160,10 @@ def run_seed(
         fit(cut, WARM, num_epochs, models[WARM])
         fit(cut, WARM_FIFTH, num_epochs // 5, models[WARM_FIFTH])
         measured = {
-            **{name: refreshed(models[name], items) for name in (REFERENCE, FIFTH)},
-            **{name: refreshed(models[name], items) for name in (WARM, WARM_FIFTH)},
+            **{
+                name: refreshed(models[name], items)
+                for name in (REFERENCE, FIFTH, WARM, WARM_FIFTH)
+            },
             REFRESHED: refreshed(old, items),
             FIRST: refreshed(models[FIRST], items),
         }
@@ -237,9 +239,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # Retracing a model is no fault here.
-    features = {name: getattr(tp.movielens_config().data, name) for name in
-                ("item_features", "user_features")}  # fmt: skip
-    log = load_movielens_100k(options.data, **features)
+    data = tp.movielens_config().data
+    log = load_movielens_100k(
+        options.data, item_features=data.item_features, user_features=data.user_features
+    )
     seeds: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         seeds.append(run_seed(log, seed, options.period_days, options.window_days, options.periods))

@@ -78,8 +78,9 @@ def run(
     Raises:
         NotPublished: If `export.gate` is set and the model is worse than the one in service; the
             trained run is kept.
-        ValueError: If the folder holds a run of another config, or the data is refused
-            (`DataError`).
+        ValueError: If the folder holds a run of another config, the run to start from is not
+            finished or of another shape (`ConfigError`), or the data is refused (`DataError`).
+        WorkerLost: If another worker fails or does not answer.
     """
     check_model_name(config)
     training_strategy()  # Joins the other workers, if there are any.

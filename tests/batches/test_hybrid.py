@@ -26,7 +26,7 @@ from tests.small_batches import (
     make_samples,
     samples_of,
 )
-from tfrs_pipeline.batches import single
+from tfrs_pipeline.batches import examples
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -229,7 +229,7 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
 
 
 def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(single, "_SAMPLES_PER_BLOCK", 7)
+    monkeypatch.setattr(examples, "_SAMPLES_PER_BLOCK", 7)
     batches = make_batches(examples={"rate": RATE})
     drawn = list(itertools.chain(*map(samples_of, batch_list(batches, 800))))
     assert RATE is not None

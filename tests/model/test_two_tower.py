@@ -100,8 +100,8 @@ def test_every_way_to_train_learns_the_tastes(
 
 
 def test_fit_keeps_the_epoch_that_validation_chose(fitted: TwoTower, split: Split) -> None:
-    assert share_of_own_taste(fitted) > 0.8
     """The monitored cutoff is measured besides the others."""
+    assert share_of_own_taste(fitted) > 0.8
     history = fitted.result.history
     assert {"val_ndcg@5", "val_ndcg@20", "val_tail/recall@20"} <= history.keys()
     values = history["val_ndcg@5"]

@@ -13,6 +13,8 @@ from tfrs_pipeline.batches.seeds import Use
 
 Batch = dict[str, tf.Tensor]
 
+_SAMPLES_PER_BLOCK = 1 << 20
+
 
 class Examples(Protocol):
     """An order of the training samples: one by one, whole sequences, or sets of a user's items.
@@ -100,3 +102,9 @@ class EpochChoices:
 
         signature = (tf.TensorSpec([], tf.int64), self._signature)
         return tf.data.Dataset.from_generator(pairs, output_signature=signature)
+
+
+def blocks(num_samples: int) -> Iterator[slice]:
+    """Cuts samples into blocks, of whose arrays copies may be in memory."""
+    for start in range(0, num_samples, _SAMPLES_PER_BLOCK):
+        yield slice(start, min(start + _SAMPLES_PER_BLOCK, num_samples))

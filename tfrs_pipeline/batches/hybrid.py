@@ -8,13 +8,13 @@ step by starting there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch, Examples
+from tfrs_pipeline.batches.examples import Batch, Examples, blocks
 from tfrs_pipeline.batches.guard import REASONS, Guard, Never
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
@@ -26,8 +26,6 @@ from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import RowLists, Samples
-
-_SAMPLES_PER_BLOCK = 1 << 20
 
 
 class HybridBatches:
@@ -131,7 +129,7 @@ class HybridBatches:
             return 0.0
         rate = self.examples.rate
         total = drawn = 0.0
-        for place in _blocks(len(self.samples)):
+        for place in blocks(len(self.samples)):
             has_any = self._hard.has_any(place)
             rates = np.ones(len(has_any))
             if rate is not None:
@@ -266,7 +264,7 @@ class HybridBatches:
 
     def _positive_share(self) -> np.ndarray:
         share = np.zeros(len(self.samples.counts))
-        for place in _blocks(len(self.samples)):
+        for place in blocks(len(self.samples)):
             rows = self.samples.candidate_rows[place]
             share += np.bincount(rows, self._weights(place), len(share))
         if self.examples.rate is not None:
@@ -299,12 +297,6 @@ class HybridBatches:
             masked["accidental hits"] -= num_own
             num_cells += int(tf.size(is_hit)) - num_own
         return {name: count / num_cells for name, count in masked.items()}
-
-
-def _blocks(num_samples: int) -> Iterator[slice]:
-    """Cuts samples into blocks, of whose arrays copies may be in memory."""
-    for start in range(0, num_samples, _SAMPLES_PER_BLOCK):
-        yield slice(start, min(start + _SAMPLES_PER_BLOCK, num_samples))
 
 
 def _of_rows(never: Never, slot: tf.Tensor | None) -> Never:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.batches.examples import blocks
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.alias import AliasSampler
@@ -12,7 +13,6 @@ from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import Samples
 
 INT32_MAX = np.iinfo(np.int32).max
-_SAMPLES_PER_BLOCK = 1 << 20
 
 
 class SinglePositives:
@@ -128,11 +128,11 @@ def _sort_by_candidate(samples: Samples) -> np.ndarray:
     """Sorts samples by candidate, a block at a time: [num_samples] int32."""
     place = np.cumsum(samples.counts) - samples.counts
     by_candidate = np.empty(len(samples), np.int32)
-    for start in range(0, len(samples), _SAMPLES_PER_BLOCK):
-        rows = samples.candidate_rows[start : start + _SAMPLES_PER_BLOCK]
+    for block in blocks(len(samples)):
+        rows = samples.candidate_rows[block]
         order = np.argsort(rows, kind="stable")
         distinct, first, num = np.unique(rows[order], return_index=True, return_counts=True)
         target = np.arange(len(rows)) + np.repeat(place[distinct] - first, num)
-        by_candidate[target] = start + order
+        by_candidate[target] = block.start + order
         place[distinct] += num
     return by_candidate

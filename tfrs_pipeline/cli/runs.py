@@ -150,7 +150,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
-    else:  # The main job's features and name are MovieLens' own.
+    else:  # MovieLens' features and name are its own.
         base = RunConfig()
     # At once: a flag may mend what a preset alone would not go with.
     return with_settings(base, settings, preset=flags.preset)

@@ -65,7 +65,7 @@ def check_events(events: ibis.Table, source: Source) -> ibis.Table:
     for name in events.columns:
         if name not in _EVENT_TYPES and (problem := name_problem(name)):
             raise DataError(f"{source.column(name)}: {problem}.")
-    types = {name: of for name, of in _EVENT_TYPES.items() if name in events.columns}
+    types = {name: allowed for name, allowed in _EVENT_TYPES.items() if name in events.columns}
     events = _cast(events, types, source)
     refuse_rows(events, source, *_event_refusals(events))
     numbers = events.aggregate(rows=events.count(), distinct=events["event_number"].nunique())

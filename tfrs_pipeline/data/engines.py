@@ -89,7 +89,7 @@ def open_parquet(backend: Any, path: Path) -> ibis.Table:
     if backend.name == _SPARK:
         table = backend.read_parquet(path.absolute().as_uri())
         # They are moments in UTC, which Ibis does not see.
-        times = [name for name, of in table.schema().items() if of.is_timestamp()]
+        times = [name for name, dtype in table.schema().items() if dtype.is_timestamp()]
         return table.cast({name: "timestamp('UTC', 6)" for name in times})
     return backend.read_parquet([glob.escape(str(file)) for file in part_files(path) or [path]])
 

@@ -402,7 +402,7 @@ class Log:
             DataError: If the log cannot be split so.
             ValueError: If a share or a number is out of range.
         """
-        kind = kind or ("time" if self.order == "timestamp" else "last_share")
+        kind = kind or _default_kind(self)
         _check_choice("split.kind", kind, SplitKind)
         events = split_events(
             self.events,
@@ -542,8 +542,8 @@ class Split:
     @classmethod
     def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:
         """Opens what `write` wrote of a split of this log of this kind, without loading it."""
-        kind = kind or ("time" if log.order == "timestamp" else "last_share")
-        return cls(log, open_parquet(log.events.get_backend(), path), kind)
+        events = open_parquet(log.events.get_backend(), path)
+        return cls(log, events, kind or _default_kind(log))
 
     def _part(self, *parts: str) -> Log:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
@@ -552,6 +552,10 @@ class Split:
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+
+
+def _default_kind(log: Log) -> SplitKind:
+    return "time" if log.order == "timestamp" else "last_share"
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -73,7 +73,11 @@ def _of_workers() -> tf.distribute.Strategy:
 
 
 def check_shared(folder: Path | None) -> None:
-    """Refuses a training by several workers without a folder that all of them see."""
+    """Refuses a training by several workers without a folder that all of them see.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if folder is None and this_worker().count > 1:
         raise ValueError(
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
@@ -101,7 +105,7 @@ def dataset_of(
 def on_chief(work: Callable[[], Any]) -> Any:
     """Does work on the chief alone while the other workers wait; each gets its JSON-able result.
 
-    All workers must call this, in the same order. A process that works alone just works.
+    All workers must call this, in the same order. A process that works alone does just that.
 
     Raises:
         WorkerLost: On the others if the work fails, with the chief's error; on any if a worker does

@@ -160,7 +160,9 @@ class TwoTower:
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
             ConfigError: If the model to start from is of another shape.
-            ValueError: If there are too few positives for a batch, or training diverges.
+            ValueError: If there are too few positives for a batch, training diverges, or several
+                workers have no folder.
+            WorkerLost: If another worker fails or does not answer.
         """
         hard = self.settings.hard
         funnel = hard if isinstance(hard, FunnelLosers) else None

@@ -181,7 +181,7 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
     """
     # Clicks and queries on one line of time; a query goes before the clicks of its moment.
     queries = positives.mutate(at=positives["query_time"], is_click=0)
-    nulls = {name: ibis.null(of) for name, of in positives.schema().items()}
+    nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
     nulls["query_row"] = positives["query_row"]
     clicks = positives.select(**nulls, at=positives["time"], is_click=1)
     line = queries.union(clicks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ibis
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.schema import Stage, count_rows
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
 # Names a positive, in the order of the samples.
@@ -41,12 +41,12 @@ def find_losers(
     if Stage.RANKED in hard.stages:
         taken, removed = _low_part(events, taken, hard)
     losers = taken.select(*pairs, "stage", "time", "event_number", "request_id")
-    removed["clicked by the user in training"] = _num_rows(losers.semi_join(known, pairs))
+    removed["clicked by the user in training"] = count_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
     # The stage "exposed" itself is here only where it is allowed by `allow_exposed`.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    removed["exposed to the user and not clicked"] = _num_rows(others.semi_join(exposed, pairs))
+    removed["exposed to the user and not clicked"] = count_rows(others.semi_join(exposed, pairs))
     return others.anti_join(exposed, pairs).union(was_exposed), removed
 
 
@@ -91,9 +91,9 @@ def _low_part(
     is_ranked = taken["stage"] == Stage.RANKED.value
     ranked, others = taken.filter(is_ranked), taken.filter(~is_ranked)
     if "rank" not in events.columns:
-        return others, {"ranked without a rank": _num_rows(ranked)}
+        return others, {"ranked without a rank": count_rows(ranked)}
     without_request = 0
-    without_rank = _num_rows(ranked.filter(ranked["rank"].isnull()))
+    without_rank = count_rows(ranked.filter(ranked["rank"].isnull()))
     ranked = ranked.filter(ranked["rank"].notnull())
     if hard.min_rank is not None:
         low = ranked.filter(ranked["rank"] >= hard.min_rank)
@@ -105,7 +105,7 @@ def _low_part(
             & events["request_id"].notnull()
             & events["stage"].isin(last_stages)
         )
-        without_request = _num_rows(ranked.filter(ranked["request_id"].isnull()))
+        without_request = count_rows(ranked.filter(ranked["request_id"].isnull()))
         ranked = ranked.filter(ranked["request_id"].notnull())
         by_request = ibis.window(
             group_by=["query_row", "request_id"], order_by=["rank", "event_number"]
@@ -124,7 +124,7 @@ def _low_part(
     removed = {
         "ranked without a rank": without_rank,
         "ranked without a request": without_request,
-        "ranked, not in the low part": _num_rows(ranked) - _num_rows(low),
+        "ranked, not in the low part": count_rows(ranked) - count_rows(low),
     }
     return others.union(low.select(*others.columns)), removed
 
@@ -166,7 +166,3 @@ def _recent_requests(
         window = ibis.interval(seconds=round(hard.window_hours * 3600))
         is_recent &= joined["loser_time"] >= joined["time"] - window
     return joined.filter(is_recent).select(*_POSITIVE, "candidate_row")
-
-
-def _num_rows(table: ibis.Table) -> int:
-    return int(table.count().to_pyarrow().as_py())

@@ -240,13 +240,13 @@ def read_samples(folder: Path) -> Samples:
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
     with (folder / "columns.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
-        of = {"report": file_hash(report)}
-        if not (is_whole(columns / _RECORD) and read_record(columns / _RECORD) == of):
+        made_of = {"report": file_hash(report)}
+        if not (is_whole(columns / _RECORD) and read_record(columns / _RECORD) == made_of):
             with naming(columns):
                 shutil.rmtree(columns, ignore_errors=True)
                 columns.mkdir()
                 _convert(folder, columns)
-            write_record(columns / _RECORD, of, columns.glob("*.npy"))
+            write_record(columns / _RECORD, made_of, columns.glob("*.npy"))
 
     column = {path.stem: map_column(path) for path in columns.glob("*.npy")}
     stages = [name.removeprefix("of_hard_") for name in column if name.startswith("of_hard_")]

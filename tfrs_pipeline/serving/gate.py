@@ -67,6 +67,7 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
         for result in (evaluation.first, evaluation.results[IN_SERVICE])
     )
     better = evaluation.differences[IN_SERVICE][metric]  # By how much that in service is.
+    # Taken from 0: the negative of 0.0 would be shown as -0.0000.
     found = (
         f"{metric} {new:.4f}, and {old:.4f} of version {version} in service: "
         f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
