@@ -127,6 +127,9 @@ def test_a_run_starts_from_the_run_that_made_the_model(
     assert "warm start: 70 items kept, 5 new, 5 gone; 150 users kept, 0 new, 0 gone" in notes
     assert "    genre: 4 values kept, 0 new, 0 gone" in notes
     assert versions_of(model_folder(place)) == [1, 2]
+    # Asked for once more, when the newest version is its own.
+    again = today(place, warm_start=model_folder(place))
+    assert with_source(again, result.folder).warm_start == yesterday.folder
     # It begins where yesterday's training has come to.
     losses = [r.metrics["training"]["two_tower"]["history"]["loss"] for r in (yesterday, result)]
     assert losses[1][0] < losses[0][0]
@@ -293,7 +296,7 @@ def test_what_cannot_be_started_from_is_said(
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(ConfigError) as error:
-            with_source(today(place, warm_start=path))
+            with_source(today(place, warm_start=path), tmp_path)
         return str(error.value)
 
     wrong = tmp_path / "nowhere"

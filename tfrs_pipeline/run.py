@@ -84,7 +84,7 @@ def run(
     """
     check_model_name(config)
     training_strategy()  # Joins the other workers, if there are any.
-    config = RunConfig(**on_chief(lambda: with_source(config).model_dump(mode="json")))
+    config = RunConfig(**on_chief(lambda: with_source(config, folder).model_dump(mode="json")))
     check_source(config)
     with claim_folder(config, folder, exports=True):
         if (finished := chief_first(lambda: _finished_run(folder))) is not None:

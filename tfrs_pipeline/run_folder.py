@@ -110,10 +110,15 @@ def _write_settings(config: RunConfig, folder: Path) -> None:
     replace_text(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
 
 
-def with_source(config: RunConfig) -> RunConfig:
+def with_source(config: RunConfig, folder: Path) -> RunConfig:
     """Returns the settings with the run to start from in place of the model that it made.
 
-    A model gets new versions: a stopped run must go on from what it has begun with.
+    A model gets new versions: a stopped run must go on from what it has begun with, and so must one
+    that is asked for again once its own version is the newest.
+
+    Args:
+        config: Settings as they were given.
+        folder: Of the run to be started.
 
     Raises:
         ConfigError: If there is no such run.
@@ -136,7 +141,10 @@ def with_source(config: RunConfig) -> RunConfig:
             "it. Give another run's folder, or none to train from nothing"
         )
         raise ConfigError([("warm_start", message)])
-    return config.model_copy(update={"warm_start": Path(made_by)})
+    source: Path | None = Path(made_by)
+    if Path(made_by).resolve() == folder.resolve():
+        source = read_settings(folder).warm_start
+    return config.model_copy(update={"warm_start": source})
 
 
 def check_model_name(config: RunConfig) -> None:

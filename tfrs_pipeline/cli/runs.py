@@ -112,14 +112,14 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     flags = Work(**{name: value for name, value in given.items() if name in Work.model_fields})
     config = _config_of(flags, {k: v for k, v in given.items() if k not in Work.model_fields})
     prefix, work, show = _WORK[command]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     if command == "run":
         check_model_name(config)  # Before there is a folder.
-        config = with_source(config)
+        config = with_source(config, folder)
     is_chief = this_worker().is_chief
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
     console = Console()
     try:
         with (

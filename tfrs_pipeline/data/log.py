@@ -77,6 +77,7 @@ class Log:
         >>> for line in log.describe():
         ...     print(line)
         3 events, 2 items, 2 users
+        no timestamps: the order of the rows is taken for that of the events
         dropped nothing
         event table: without stage, rating or label, every row is a click
     """
@@ -425,6 +426,8 @@ class Log:
             first, last = found.to_pylist()[0].values()
             # A wrong unit shows here.
             notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
+        elif self.order == "event_number":
+            notes.append("no timestamps: the order of the rows is taken for that of the events")
         num_dropped = sum(each.num_rows for each in self.dropped)
         num_read = counts["events"] + num_dropped
         notes.append(
