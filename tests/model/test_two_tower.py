@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 
@@ -263,3 +264,8 @@ def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
 def test_a_kind_of_negatives_by_itself_is_refused_in_words() -> None:
     with pytest.raises(TypeError, match="negatives must be a list of kinds"):
         TwoTower(negatives=InBatch())  # type: ignore[arg-type]
+
+
+def test_a_table_is_no_log() -> None:
+    with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
+        tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))

@@ -157,6 +157,7 @@ class TwoTower:
             The model itself.
 
         Raises:
+            TypeError: If `train` is no log, such as a DataFrame.
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
             ConfigError: If the model to start from is of another shape.
@@ -164,6 +165,11 @@ class TwoTower:
                 workers have no folder.
             WorkerLost: If another worker fails or does not answer.
         """
+        if not isinstance(train, Log):
+            raise TypeError(
+                "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
+                f"Received: {type(train).__name__}"
+            )
         hard = self.settings.hard
         funnel = hard if isinstance(hard, FunnelLosers) else None
         with tempfile.TemporaryDirectory() as temporary:
