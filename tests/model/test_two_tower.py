@@ -100,9 +100,16 @@ def test_every_way_to_train_learns_the_tastes(
     assert losses[-1] < losses[0] - 0.3
 
 
+def test_fit_finds_the_users_tastes(fitted: TwoTower, split: Split) -> None:
+    """Over three seeds: of one alone the 60 items found waver by a twentieth."""
+    training = {"max_epochs": 12, "learning_rate": 0.05}
+    others = [tiny(use_user_id=True, seed=seed, training=training) for seed in (1, 2)]
+    models = [fitted, *(model.fit(split.train, validation=split.validation) for model in others)]
+    assert np.mean([share_of_own_taste(model) for model in models]) > 0.9
+
+
 def test_fit_keeps_the_epoch_that_validation_chose(fitted: TwoTower, split: Split) -> None:
     """The monitored cutoff is measured besides the others."""
-    assert share_of_own_taste(fitted) > 0.8
     history = fitted.result.history
     assert {"val_ndcg@5", "val_ndcg@20", "val_tail/recall@20"} <= history.keys()
     values = history["val_ndcg@5"]
