@@ -1,19 +1,36 @@
-"""Draws the README's figure, what the correction does, from the result file of MovieLens-100K.
+"""Draws the figures of README and site from committed result files.
 
     python benchmarks/figure.py
 
-An SVG of its own card, light or dark as the reader's system is.
+`docs/figures/correction.svg`: what the correction does, on MovieLens-100K. `scale.svg`: what each
+stage of a run takes as its log grows.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import MultipleLocator
+
+import tfrs_pipeline  # noqa: F401 Before TensorFlow, since it selects Keras 2.
+from tfrs_pipeline.drawing import (
+    GRID,
+    INK,
+    SERIES,
+    SOFT,
+    Drawing,
+    finish,
+    label_lines,
+    new_figure,
+    title,
+)
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "movielens_100k.json"
-FIGURE = ROOT / "docs" / "figures" / "correction.svg"
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 METRIC = "ndcg@100"
 # A row a pair of models that differ in the correction alone; below them the others, dot by dot.
 PAIRS = {
@@ -26,105 +43,112 @@ OTHERS = {
     "the TFRS tutorial as it stands": "tutorial",
     "popularity": "popularity",
 }
-WIDTH, LEFT, RIGHT, TOP, ROW = 640, 222, 24, 52, 30
-LOW, HIGH = 0.15, 0.35
-
-STYLE = """
-  .card { fill: #ffffff; stroke: #d0d7de }
-  text { font: 13px system-ui, sans-serif; fill: #24292f }
-  .small { font-size: 11px; fill: #57606a }
-  .grid { stroke: #d8dee4 }
-  .with { fill: #0072b2; stroke: #0072b2 }
-  .without { fill: #d55e00; stroke: #d55e00 }
-  .other { fill: #57606a; stroke: #57606a }
-  @media (prefers-color-scheme: dark) {
-    .card { fill: #161b22; stroke: #30363d }
-    text { fill: #e6edf3 }
-    .small { fill: #9198a1 }
-    .grid { stroke: #30363d }
-    .with { fill: #56b4e9; stroke: #56b4e9 }
-    .without { fill: #e69f00; stroke: #e69f00 }
-    .other { fill: #9198a1; stroke: #9198a1 }
-  }
-"""
 
 
-def draw(results: dict[str, Any]) -> str:
-    """Draws the figure.
+def draw_correction(results: Mapping[str, Any]) -> Drawing:
+    """Draws models with and without the correction, and others, with their 95% intervals.
 
     Args:
         results: What `movielens_100k.py` wrote.
-
-    Returns:
-        The SVG.
     """
-    height = TOP + ROW * (len(PAIRS) + len(OTHERS)) + 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'aria-label="NDCG@100 on MovieLens-100K with and without the correction">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="6"/>',
-        '<text x="14" y="24">NDCG@100 on MovieLens-100K, 95% intervals over users</text>',
-    ]
-    bottom = height - 34
-    for tick in (0.15, 0.20, 0.25, 0.30, 0.35):
-        x = _x(tick)
-        parts += [
-            f'<line class="grid" x1="{x}" y1="{TOP - 12}" x2="{x}" y2="{bottom}"/>',
-            f'<text class="small" x="{x}" y="{bottom + 18}" text-anchor="middle">'
-            f"{_short(tick, 2)}</text>",
-        ]
-    y = TOP + 4
-    for place, (label, (without, corrected)) in enumerate(PAIRS.items()):
-        low, high = (_value(results, name)["mean"] for name in (without, corrected))
-        parts.append(_label(label, y))
-        parts.append(
-            f'<line class="other" stroke-width="1.5" stroke-dasharray="2 3" x1="{_x(low)}" '
-            f'y1="{y}" x2="{_x(high)}" y2="{y}"/>'
-        )
-        parts += _dot(_value(results, without), y, "without", "without" if not place else "")
-        parts += _dot(_value(results, corrected), y, "with", "corrected" if not place else "")
-        y += ROW
-    for label, name in OTHERS.items():
-        parts.append(_label(label, y))
-        parts += _dot(_value(results, name), y, "other", "")
-        y += ROW
-    return "\n".join([*parts, "</svg>", ""])
+    names = [*PAIRS, *OTHERS]
+    figure, (axes,) = new_figure(7.2, 3.1)
+    for place, (without, corrected) in enumerate(PAIRS.values()):
+        ends = [_values(results, name)["mean"] for name in (without, corrected)]
+        axes.plot(ends, [place, place], ":", color=SOFT, linewidth=1.5)
+        is_first = place == 0
+        _dot(axes, place, _values(results, without), SERIES[1], "without " if is_first else "")
+        _dot(axes, place, _values(results, corrected), SERIES[0], "corrected " if is_first else "")
+    for place, name in enumerate(OTHERS.values(), len(PAIRS)):
+        _dot(axes, place, _values(results, name), SOFT, "")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.tick_params(left=False, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=GRID)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value, 2))
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
+    title(axes, "NDCG@100 on MovieLens-100K, 95% intervals over users\n")
+    return finish(figure, "NDCG@100 on MovieLens-100K with and without the correction")
 
 
-def _x(value: float) -> float:
-    return round(LEFT + (value - LOW) / (HIGH - LOW) * (WIDTH - LEFT - RIGHT), 1)
+def _values(results: Mapping[str, Any], name: str) -> dict[str, float]:
+    values: dict[str, float] = results["models"][name]["clicked"][METRIC]
+    return values
+
+
+def _dot(axes: Any, place: int, value: Mapping[str, float], colour: str, name: str) -> None:
+    """Draws a mean with its interval, and its number above."""
+    axes.plot([value["low"], value["high"]], [place, place], color=colour, linewidth=2)
+    axes.plot(value["mean"], place, "o", color=colour, markersize=6)
+    axes.annotate(
+        f"{name}{_short(value['mean'], 3)}",
+        (value["mean"], place),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        color=colour if name else INK,
+        fontsize=8.5,
+    )
 
 
 def _short(value: float, digits: int) -> str:
     return f"{value:.{digits}f}".lstrip("0")
 
 
-def _value(results: dict[str, Any], name: str) -> dict[str, float]:
-    values: dict[str, float] = results["models"][name]["clicked"][METRIC]
-    return values
+def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Draws seconds and memory of each stage over the number of events.
+
+    Args:
+        sizes: What `scale.py` measured of each size.
+    """
+    figure, (left, right) = new_figure(9.6, 3.4, 2)
+    events = [size["num_events"] for size in sizes]
+    stages = list(sizes[0]["stages"])
+    # As many steps of training for all sizes: its seconds say nothing.
+    seconds = {
+        name: [size["stages"][name]["cpu_seconds"] for size in sizes]
+        for name in stages
+        if name != "training"
+    }
+    memory = {name: [size["stages"][name]["rss_anon_gib"] for size in sizes] for name in stages}
+    memory["columns on disk"] = [size["columns_gib"] for size in sizes]
+    colours = dict(zip(memory, (*SERIES, SOFT), strict=False))
+    left.set_yscale("log")
+    panels = {
+        "CPU seconds": (left, seconds),
+        "GiB at the peak, without mapped pages": (right, memory),
+    }
+    for what, (axes, lines) in panels.items():
+        for name, values in lines.items():
+            style = "--" if name == "columns on disk" else "-"
+            axes.plot(events, values, style, marker="o", markersize=4, color=colours[name])
+        axes.set(xscale="log", xlabel="events")
+        title(axes, what)
+        axes.grid(color=GRID)
+        axes.minorticks_off()
+    for axes, lines in panels.values():
+        ends = {name: (events[-1], values[-1]) for name, values in lines.items()}
+        label_lines(axes, ends, [colours[name] for name in ends])
+    return finish(figure, "CPU seconds and memory of each stage by the number of events")
 
 
-def _label(text: str, y: float) -> str:
-    return f'<text x="{LEFT - 14}" y="{y + 4}" text-anchor="end">{text}</text>'
+def drawings() -> dict[str, Drawing]:
+    """Draws the committed result files; name of the figure -> drawing."""
 
+    def read(name: str) -> Any:
+        return json.loads((RESULTS / f"{name}.json").read_text())
 
-def _dot(value: dict[str, float], y: float, kind: str, name: str) -> list[str]:
-    """Draws a mean with its interval, and its number above."""
-    x = _x(value["mean"])
-    number = _short(value["mean"], 3)
-    return [
-        f'<line class="{kind}" stroke-width="2" x1="{_x(value["low"])}" y1="{y}" '
-        f'x2="{_x(value["high"])}" y2="{y}"/>',
-        f'<circle class="{kind}" cx="{x}" cy="{y}" r="4.5"/>',
-        f'<text class="small" x="{x}" y="{y - 8}" text-anchor="middle">{name} {number}</text>',
-    ]
+    return {
+        "correction": draw_correction(read("movielens_100k")),
+        "scale": draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),
+    }
 
 
 def main() -> None:
-    """Draws the figure of the committed result file."""
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    FIGURE.write_text(draw(json.loads(RESULTS.read_text())))
+    """Writes the figures."""
+    for name, drawing in drawings().items():
+        (FIGURES / f"{name}.svg").write_text(drawing.card() + "\n")
 
 
 if __name__ == "__main__":

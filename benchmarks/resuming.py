@@ -83,7 +83,7 @@ def config_in(folder: Path) -> RunConfig:
 def outcome_of(config: RunConfig, folder: Path) -> tuple[list[Any], Path]:
     """Runs to the end; returns what must be the same, and the export's folder."""
     result = run(config, folder)
-    other = ("seconds", "notes", "export_folder")
+    other = ("date", "seconds", "notes", "export_folder")
     metrics = {name: value for name, value in result.metrics.items() if name not in other}
     users = [f"user {number}" for number in range(40)]
     ids, scores, _ = load(result.export_folder, exact=True).retrieve_user(users, 20)

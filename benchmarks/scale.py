@@ -24,7 +24,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import tfrs_pipeline as tp
 # isort: split
 import duckdb
 import numpy as np
+from figure import draw_scale
 from record import write_json
 
 from tfrs_pipeline.data.engines import connect
@@ -177,30 +178,6 @@ def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> lis
     return found
 
 
-def draw(sizes: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws seconds and memory of each stage over the number of events."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    events = [size["num_events"] for size in sizes]
-    for name in sizes[0]["stages"]:
-        of_stage = [size["stages"][name] for size in sizes]
-        if name != "training":  # As many steps for all sizes.
-            left.plot(events, [x["cpu_seconds"] for x in of_stage], "o-", label=name)
-        right.plot(events, [x["rss_anon_gib"] for x in of_stage], "o-", label=name)
-    right.plot(events, [size["columns_gib"] for size in sizes], "k--", label="columns on disk")
-    left.set(xscale="log", yscale="log", xlabel="events", ylabel="CPU seconds")
-    right.set(xscale="log", xlabel="events", ylabel="peak memory, mapped pages apart, GiB")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a fresh process, which leaves no memory behind."""
     context = multiprocessing.get_context("spawn")
@@ -237,7 +214,7 @@ def main() -> None:
             if options.json:
                 write_json(options.json, {"sizes": sizes})
     if options.figure:
-        draw(sizes, options.figure)
+        options.figure.write_text(draw_scale(sizes).card())
 
 
 if __name__ == "__main__":

@@ -439,7 +439,7 @@ def test_report_writes_a_page_where_it_is_told_to(command: Any, run: Run, tmp_pa
         (
             ["config.toml", "comparison.json"],
             "holds a comparison, and its report is there: {folder}/comparison.md, with the figure "
-            "{folder}/comparison.png",
+            "{folder}/comparison.svg",
         ),
     ],
 )

@@ -157,9 +157,10 @@ def test_a_number_of_the_readme_is_in_the_file_that_it_links_to() -> None:
         assert any(f"{value:.3f}" == f"0{number}" for value in measured), (number, name)
 
 
-def test_the_figure_is_that_of_the_result_file() -> None:
+def test_the_figures_are_those_of_the_result_files() -> None:
     figure = benchmark("figure")
-    assert figure.FIGURE.read_text() == figure.draw(json.loads(figure.RESULTS.read_text()))
+    for name, drawing in figure.drawings().items():
+        assert (figure.FIGURES / f"{name}.svg").read_text() == drawing.card() + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES)

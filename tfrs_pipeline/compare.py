@@ -22,6 +22,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.outcomes import items_by_stage
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.drawing import finish
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
@@ -70,7 +71,7 @@ class _Measured:
 class PlanComparison:
     """What a comparison left behind: a row a plan, the table of them, and notes.
 
-    The folder holds comparison.json, comparison.md, comparison.png and a folder a plan.
+    The folder holds comparison.json, comparison.md, comparison.svg and a folder a plan.
     """
 
     folder: Path
@@ -382,5 +383,7 @@ def _write(
         *(f"{note[0].upper()}{note[1:]}." for note in notes),
     ]
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
-    comparison_figure(rows, reference, cutoffs).savefig(folder / "comparison.png", dpi=150)
+    label = f"What each plan gains over {reference}, what it finds and what it tells apart"
+    drawing = finish(comparison_figure(rows, reference, cutoffs), label)
+    (folder / "comparison.svg").write_text(drawing.card())
     return PlanComparison(folder, rows, comparison_table(rows, cutoffs, markdown=False), notes)

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -272,6 +273,7 @@ def _metrics(
     """
     return {
         "dataset": config.model_name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
         "models": {name: result.summary() for name, result in evaluation.results.items()},
         "training": {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
+from tfrs_pipeline.drawing import PALETTE
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.report.facts import PopularityFacts, RunFacts, report_page
@@ -34,6 +35,7 @@ class Page:
     def __init__(self, text: str) -> None:
         self.tree = ElementTree.fromstring(text)
         self.text = "".join(self.tree.itertext())
+        self.joined = self.text.replace("\n", "")
         self.headings = [element.text for element in self.tree.iter("h2")]
         self.tables: dict[str, dict[str, list[Cell]]] = {}
         self.headers: dict[str, list[str]] = {}
@@ -83,6 +85,7 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
     history = {"loss": [5.0, 4.0, 3.5], "val_ndcg@100": [0.1, 0.3, 0.2]}
     return {
         "dataset": "films",
+        "date": "2026-11-26T06:33:15+00:00",
         "split": {
             "train": {"num_events": 9000, "num_positives": 5000, "num_users": 300},
             "test": {"num_events": 2000, "num_positives": 1000, "num_users": 299},
@@ -126,6 +129,7 @@ def make_facts() -> RunFacts:
         metrics=make_metrics(rng),
         table_sizes={"events": 11_011, "items": 400, "users": 302},
         dropped=(Dropped("item is not in the item table", 17),),
+        log_notes=("item table: column 'year' is missing in 1 of 400 rows (0.2%)",),
         events_by_stage={"exposed": {"train": 4000, "test": 1000}, "clicked": {"train": 5000,
                                                                               "dropped": 11}},
         items_by_part={"train": 390, "test": 311},
@@ -194,9 +198,11 @@ def test_training_data_and_times_are_counted_out() -> None:
     assert PAGE.values("Split", "train") == [9000, 5000, 300, 390]
     assert PAGE.tables["Dropped"]["item is not in the item table"] == [("17", 17, False)]
     assert PAGE.values("Dropped", "by the split last_share: events") == [11]
-    assert PAGE.headers["Events by stage"] == ["stage", "events", "train", "test", "dropped"]
+    assert PAGE.headers["Events by stage"][4:] == ["train", "test", "dropped"]
+    # All of them were shown; those that were clicked are a part of them.
     assert list(PAGE.tables["Events by stage"]) == ["exposed", "clicked"]
-    assert PAGE.values("Events by stage", "clicked") == [5011, 5000, 0, 11]
+    assert PAGE.values("Events by stage", "exposed") == [10_011, None, 5000, 4000, 1000, 0]
+    assert PAGE.values("Events by stage", "clicked") == [5011, 5011 / 10_011, 5011, 5000, 0, 11]
     assert PAGE.tables["Masked in the shared columns"]["known positives"][0][0] == "20.00%"
     assert PAGE.tables["Times"]["train two_tower"] == [("8.5 s", 8.5, False)]
     assert PAGE.values("Times", "in all") == [9.75]
@@ -216,6 +222,25 @@ def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
         held += count
     for name, expected in sums.items():
         assert PAGE.values("Shares by slice", name) == pytest.approx(expected)
+
+
+def test_the_first_screen_answers_four_questions() -> None:
+    assert PAGE.headings[:4] == [
+        "Is it better than the baselines?",
+        "For whom?",
+        "What was dropped?",
+        "Is the index good?",
+    ]
+    first, _, _ = PAGE.joined.partition("Recommendations")
+    assert "run of 2026-11-26 06:33 UTC" in first
+    assert "two_tower_uncorrected is better than two_tower" in first
+    assert "two_tower does not clearly differ from popularity" in first
+    # Dropped at reading and by the split: 17 and 11, of the table's rows and those 17.
+    assert "What was dropped?28 of 11,028 events" in first
+    where = PAGE.tables["Where the events went"]
+    assert [where[part][0][1] for part in ("train", "test", "dropped")] == [9000, 2000, 28]
+    assert sum(cells[1][1] or 0 for cells in where.values()) == pytest.approx(1)
+    assert "column 'year' is missing in 1 of 400 rows" in first
 
 
 def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:
@@ -265,7 +290,9 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     requests = "Recall and milliseconds by request"
     assert page.values(requests, "10") == [100, 0.98765, 0.25, 1.5]
     assert page.tables[requests]["1,000"][0][0] == "known"
-    assert "index recall, scann, at least0.9877" in page.text
+    assert "At least 98.8% of the exact answer is found, where 98% were asked for." in page.text
+    known = "A query that excludes what its user knows"
+    assert page.values(known, "1,000") == [0.99, 0.5, 1.25]
     # Of the positives as trained on.
     assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
@@ -291,6 +318,7 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
     assert page.tables["Metrics"]["average_popularity@20"][2] == ("-", None, False)
     assert page.tables["Metrics"]["ndcg@100"][2][:2] == ("0.5000", 0.5)
     assert set(PAGE.headings) - set(page.headings) == {"Recommendations"}
+    assert "Is it better than the baselines?Not compared" in page.joined
     assert "Differences" not in page.tables
     assert "mined from the model" in page.text
 
@@ -354,8 +382,9 @@ def test_the_page_can_be_read_aloud_and_moved_through() -> None:
     assert len(PAGE.of("h1")) == len(PAGE.of("main")) == len(PAGE.of("title")) == 1
     sections = [f"#{attributes['id']}" for attributes in PAGE.of("section")]
     assert [attributes["href"] for attributes in PAGE.of("a")] == sections
-    assert len(sections) == len(PAGE.headings) == 11
-    assert len(PAGE.of("svg")) == 7
+    assert len(sections) == 9
+    assert len(PAGE.headings) == 4 + len(sections)
+    assert len(PAGE.of("svg")) == 6
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in PAGE.of("svg"))
     boxes = [a for a in PAGE.of("div") if a.get("class") == "scroll"]
     assert len(boxes) == len(PAGE.tables)
@@ -394,18 +423,19 @@ def contrast(a: str, b: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_lines_stand_out_in_light_and_dark(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_text_and_lines_stand_out_in_light_and_dark(scheme: int) -> None:
     style = (files("tfrs_pipeline.report") / "template.html").read_text()
-    light, dark = re.findall(r":root \{(.*?)\}", style, flags=re.DOTALL)
-    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", light if scheme == "light" else dark))
+    own = re.findall(r"--(wash|link|good|bad): (#[0-9a-f]{6})", style)
+    assert len(own) == 8
+    colours = {name: of_schemes[scheme] for name, of_schemes in PALETTE.items()}
+    colours |= dict(own[4 * scheme : 4 * scheme + 4])
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    for name in ("ink", "soft", "link", "good"):
-        assert contrast(colours[name], colours["paper"]) >= 4.5
-    for name in ("ink", "soft"):
-        assert contrast(colours[name], colours["wash"]) >= 4.5
-    for number in range(1, 6):
-        assert contrast(colours[f"series-{number}"], colours["paper"]) >= 3
+    for ground in ("paper", "wash"):
+        for name in ("ink", "soft", "link", "good", "bad"):
+            assert contrast(colours[name], colours[ground]) >= 4.5
+        for number in range(1, 6):
+            assert contrast(colours[f"series-{number}"], colours[ground]) >= 3
 
 
 # Curves

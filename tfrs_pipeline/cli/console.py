@@ -155,5 +155,5 @@ def print_comparison(console: Console, config: RunConfig, result: PlanComparison
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
     for note in result.notes:
         say(console, note)
-    for kind in ("md", "png", "json"):
+    for kind in ("md", "svg", "json"):
         say(console, f"{kind:5} {result.folder / f'comparison.{kind}'}")

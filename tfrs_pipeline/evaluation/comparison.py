@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, new_figure
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.table import format_table
 
@@ -22,8 +23,6 @@ AUC_TITLES = {
     "auc_rank_losers": "rank losers",
     "auc_exposed": "exposed, not clicked",
 }
-# Distinct in colour (Okabe and Ito 2008) and in shape.
-_MARKS = (("o", "#0072B2"), ("s", "#E69F00"), ("^", "#009E73"), ("D", "#CC79A7"))
 
 
 @dataclass(frozen=True)
@@ -89,39 +88,45 @@ def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence
 
     Three panels with a line a plan, the first on top, at the longest cutoff.
     """
-    from matplotlib.figure import Figure  # Not pyplot: no window, no state.
-
     longest = max(cutoffs)
-    figure = Figure(figsize=(13, 1.6 + 0.36 * len(rows)), layout="constrained")
-    gains, slices, aucs = figure.subplots(1, 3, sharey=True)
-    places = np.arange(len(rows))
+    figure, (gains, slices, aucs) = new_figure(13, 1.6 + 0.36 * len(rows), 3, sharey=True)
     _draw_gains(gains, rows, f"ndcg@{longest}", reference)
-    for (marker, colour), part in zip(_MARKS, ("head", "torso", "tail"), strict=False):
-        means = [row.summary["slices"][part][f"recall@{longest}"]["mean"] for row in rows]
-        slices.plot(
-            [np.nan if mean is None else mean for mean in means],
-            places,
-            linestyle="none",
-            marker=marker,
-            color=colour,
-            label=part,
-        )
+    parts = {
+        part: [row.summary["slices"][part][f"recall@{longest}"]["mean"] for row in rows]
+        for part in ("head", "torso", "tail")
+    }
+    _draw_dots(slices, parts)
     slices.set_xlabel(f"recall@{longest} by popularity of the item")
-    for (marker, colour), (name, title) in zip(_MARKS, AUC_TITLES.items(), strict=True):
-        means = [row.metrics[name].mean if name in row.metrics else np.nan for row in rows]
-        if not np.all(np.isnan(means)):
-            aucs.plot(means, places, linestyle="none", marker=marker, color=colour, label=title)
-    aucs.axvline(0.5, color="0.6", linewidth=1, zorder=0)
+    found = {
+        title: [row.metrics[name].mean if name in row.metrics else None for row in rows]
+        for name, title in AUC_TITLES.items()
+        if any(name in row.metrics for row in rows)
+    }
+    _draw_dots(aucs, found)
+    aucs.axvline(0.5, color=SOFT, linewidth=1, zorder=0)
     aucs.set_xlabel("AUC of the positives, compared with")
     for axes in (gains, slices, aucs):
-        axes.grid(axis="y", color="0.9")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in (slices, aucs):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
-    gains.set_yticks(places, [row.name for row in rows])
+        axes.grid(axis="y", color=GRID)
+    gains.set_yticks(range(len(rows)), [row.name for row in rows])
     gains.set_ylim(len(rows) - 0.5, -0.5)
     return figure
+
+
+def _draw_dots(axes: Axes, series: Mapping[str, Sequence[float | None]]) -> None:
+    """Draws values of the plans, named above; they cross, so that no name could stand beside."""
+    for colour, marker, (name, values) in zip(SERIES, MARKERS, series.items(), strict=False):
+        drawn = [np.nan if value is None else value for value in values]
+        axes.plot(drawn, range(len(drawn)), marker, color=colour, label=name)
+    if series:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(series),
+            frameon=False,
+            labelcolor="linecolor",
+            handletextpad=0.2,
+            columnspacing=1.2,
+        )
 
 
 def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str) -> None:
@@ -129,10 +134,10 @@ def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str
     for place, row in enumerate(rows):
         interval = row.differences.get(metric, Interval(0.0, 0.0, 0.0))
         is_different = interval.low > 0 or interval.high < 0
-        colour = "#0072B2" if is_different else "0.55"
+        colour = SERIES[0] if is_different else SOFT
         if not np.isnan(interval.low):
             axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         axes.plot(interval.mean, place, "o", color=colour)
-    axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
     axes.locator_params(axis="x", nbins=6)  # More labels than that run into each other.
     axes.set_xlabel(f"{metric} above that of {reference} ({base:.4f}), 95% interval")

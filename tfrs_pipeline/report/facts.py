@@ -19,6 +19,7 @@ from tfrs_pipeline.config import RunConfig, dump_config
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import Dropped, Stage
 from tfrs_pipeline.data.split import PARTS
+from tfrs_pipeline.drawing import Drawing, variables
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
@@ -27,6 +28,13 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.report import figures
+from tfrs_pipeline.report.verdict import (
+    advice,
+    by_popularity,
+    compared_with_baselines,
+    counted,
+    found_by_index,
+)
 from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_samples
@@ -78,6 +86,7 @@ class RunFacts:
         metrics: What its metrics.json holds.
         table_sizes: "events", "items", "users" -> rows.
         dropped: What was dropped as the log was read.
+        log_notes: What else was found then (`Log.notes`).
         events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" by
             it -> events.
         items_by_part: Part of the split -> distinct items.
@@ -95,6 +104,7 @@ class RunFacts:
     metrics: Mapping[str, Any]
     table_sizes: Mapping[str, int]
     dropped: Sequence[Dropped]
+    log_notes: Sequence[str]
     events_by_stage: Mapping[str, Mapping[str, int]]
     items_by_part: Mapping[str, int]
     samples: Mapping[str, Any]
@@ -107,6 +117,31 @@ class RunFacts:
     def longest(self) -> int:
         """The longest cutoff."""
         return max(self.config.evaluation.cutoffs)
+
+    @property
+    def funnel(self) -> list[dict[str, Any]]:
+        """The stages from the first: how many events ended there, and how many came as far."""
+        sizes = [sum(of_stage.values()) for of_stage in self.events_by_stage.values()]
+        reached = np.cumsum(sizes[::-1])[::-1].tolist()
+        return [
+            {"stage": stage, "ended": size, "reached": num, "of_before": num / before}
+            for stage, size, num, before in zip(
+                self.events_by_stage, sizes, reached, [reached[0], *reached], strict=False
+            )
+        ]
+
+    @property
+    def events_by_part(self) -> dict[str, int]:
+        """Every event that was read: by the part of the split that it came to, or dropped."""
+        split = self.metrics["split"]
+        counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
+        return counts | {DROPPED: self.num_dropped}
+
+    @property
+    def num_dropped(self) -> int:
+        """Events that were dropped as the log was read, and by the split."""
+        at_reading: int = sum(each.num_rows for each in self.dropped)
+        return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -131,49 +166,49 @@ def report_page(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    metric = f"ndcg@{facts.longest}"
-    others = {
-        name: model[metric]["mean"]
-        for name, model in list(facts.metrics["models"].items())[1:]
-        if model[metric]["mean"] is not None
-    }
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    metric, recall = f"ndcg@{facts.longest}", f"recall@{facts.longest}"
     cutoffs = facts.config.evaluation.cutoffs
     return environment.get_template("template.html").render(
         facts=facts,
-        figures=_figures(facts),
-        best_other=max(others, key=others.__getitem__, default=None),
+        palettes=[variables(scheme) for scheme in (0, 1)],
+        figures=_figures(facts, metric, recall),
+        counted=counted,
+        better=compared_with_baselines(facts.metrics, metric),
+        advice=list(advice(facts.metrics, metric, facts.config.training.monitor)),
+        for_whom=by_popularity(facts.metrics, recall),
+        index=found_by_index(facts.metrics["index"]),
         metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *SET_METRICS) for k in cutoffs],
         parts=[
             part
             for part in (*PARTS, DROPPED)
             if any(part in of_stage for of_stage in facts.events_by_stage.values())
         ],
-        largest_stage=max(sum(of_stage.values()) for of_stage in facts.events_by_stage.values()),
         settings=dump_config(facts.config),
     )
 
 
-def _figures(facts: RunFacts) -> dict[str, list[Markup]]:
-    """Draws the figures of each section; a name before each keeps the ids of the page apart."""
-    models, recall = facts.metrics["models"], f"recall@{facts.longest}"
+def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup]]:
+    """Draws the figures of each place; its name keeps the ids of the page apart."""
+    models = facts.metrics["models"]
     slices = {
-        name: {part: values[recall] for part, values in model["slices"].items()}
-        for name, model in models.items()
+        part: {name: model["slices"][part][recall] for name, model in models.items()}
+        for part in next(iter(models.values()))["slices"]
     }
-    return {
-        "results": [
-            figures.intervals_figure(
-                {name: model[metric] for name, model in models.items()}, metric, f"interval-{i}"
-            )
-            for i, metric in enumerate((f"ndcg@{facts.longest}", recall))
-        ],
-        "slices": [figures.slices_figure(slices, recall, "slices")],
+    overall = {metric: {name: model[metric] for name, model in models.items()}}
+    drawings = {
+        "results": [figures.intervals_figure(overall, metric)],
+        "slices": [figures.intervals_figure(slices, recall)],
         "training": _training_figures(facts),
         "popularity": _popularity_figures(facts.popularity),
     }
+    return {
+        place: [Markup(drawing.inline(f"{place}-{i}")) for i, drawing in enumerate(of_place)]
+        for place, of_place in drawings.items()
+    }
 
 
-def _training_figures(facts: RunFacts) -> list[Markup]:
+def _training_figures(facts: RunFacts) -> list[Drawing]:
     """Draws what each epoch logged: the loss, the monitored metric, and whatever else there is."""
     training = facts.metrics["training"]
     histories = {name: result["history"] for name, result in training.items()}
@@ -185,13 +220,12 @@ def _training_figures(facts: RunFacts) -> list[Markup]:
             {name: history[curve] for name, history in histories.items() if curve in history},
             chosen,
             curve.replace("val_", "validation "),
-            f"curve-{i}",
         )
-        for i, curve in enumerate(logged)
+        for curve in logged
     ]
 
 
-def _popularity_figures(popularity: PopularityFacts) -> list[Markup]:
+def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
     order = np.argsort(-popularity.counts, kind="stable")
     sizes = {name: int(is_in.sum()) for name, is_in in popularity.slices.items()}
     ranks = {
@@ -201,9 +235,9 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Markup]:
     }
     return [
         figures.popularity_figure(
-            {name: values[order] for name, values in lines.items()}, sizes, what, f"rank-{i}"
+            {name: values[order] for name, values in lines.items()}, sizes, what
         )
-        for i, (what, lines) in enumerate(ranks.items())
+        for what, lines in ranks.items()
         if lines
     ]
 
@@ -237,6 +271,7 @@ def gather_facts(folder: Path) -> RunFacts:
             )
         },
         dropped=log.dropped,
+        log_notes=log.notes,
         events_by_stage=_events_by_stage(log.events, split),
         items_by_part=_items_by_part(split),
         samples=read_record(samples_folder / "report.json"),
@@ -252,7 +287,7 @@ def require_finished_run(folder: Path) -> None:
     if (folder / "comparison.json").is_file():
         raise ValueError(
             f"{folder} holds a comparison, and its report is there: {folder / 'comparison.md'}, "
-            f"with the figure {folder / 'comparison.png'}"
+            f"with the figure {folder / 'comparison.svg'}"
         )
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(

@@ -1,140 +1,149 @@
-"""The figures of a run's report: inline SVG whose colours follow the page, light or dark.
-
-Each takes a name of its own in the page, for its ids, and what an axis shows.
-"""
+"""The figures of a run's report; see `drawing` for their style."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from tfrs_pipeline.drawing import (
+    GRID,
+    INK,
+    LINES,
+    MARKERS,
+    SERIES,
+    SOFT,
+    Drawing,
+    finish,
+    label_lines,
+    new_figure,
+    title,
+)
 
-# What matplotlib draws with -> the page's own colour. No other colour may hold these values.
-INK, GRID = "#000101", "#000102"
-SERIES = tuple(f"#00020{number}" for number in range(1, 6))
-_VARIABLES = {
-    INK: "var(--ink)",
-    GRID: "var(--line)",
-    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
-}
-# Distinct without colour too.
-_MARKERS = ("o", "s", "^", "D", "v")
-_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
-_SIZE = (4.6, 3.1)
+_SIZE = (4.8, 2.9)
 _MAX_POINTS = 150
 
 
-def intervals_figure(intervals: Mapping[str, Mapping[str, Any]], metric: str, name: str) -> Markup:
-    """Draws each model's "mean", "low" and "high", None where not measured; the first on top."""
-    figure, axes = _figure((4.6, 1.0 + 0.34 * len(intervals)))
-    for place, interval in enumerate(intervals.values()):
-        colour = SERIES[0] if place == 0 else SERIES[1]
-        mean, low, high = (_nan(interval[key]) for key in ("mean", "low", "high"))
-        axes.plot([low, high], [place, place], color=colour, linewidth=2.5)
-        axes.plot(mean, place, _MARKERS[min(place, 1)], color=colour, markersize=6)
-    axes.set_yticks(range(len(intervals)), list(intervals))
-    axes.set_ylim(len(intervals) - 0.5, -0.5)
-    axes.set_xlabel(f"{metric}, 95% interval")
-    axes.grid(axis="x", color=GRID)
-    return _svg(figure, name, f"{metric} of each model with its 95% interval")
+def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
+    """Draws a metric of each model, the first on top.
 
-
-def slices_figure(
-    slices: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str, name: str
-) -> Markup:
-    """Draws a metric by popularity of the item: model -> slice -> "mean", "low" and "high"."""
-    figure, axes = _figure(_SIZE)
-    names = list(next(iter(slices.values())))
-    spread = np.linspace(-0.3, 0.3, len(slices)) if len(slices) > 1 else np.zeros(1)
-    for number, (model, parts) in enumerate(slices.items()):
-        places = np.arange(len(names)) + spread[number]
-        colour, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
-        for place, interval in zip(places, parts.values(), strict=True):
-            axes.plot([place] * 2, [_nan(interval["low"]), _nan(interval["high"])], color=colour)
-        means = [_nan(interval["mean"]) for interval in parts.values()]
-        axes.plot(places, means, marker, color=colour, markersize=5, label=model)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel(metric)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=GRID)
-    _legend(axes)
-    return _svg(figure, name, f"{metric} of each model on head, torso and tail")
+    Args:
+        panels: Title -> model -> "mean", "low" and "high", None where not measured.
+        metric: Its name.
+    """
+    names = list(next(iter(panels.values())))
+    figure, all_axes = new_figure(
+        4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
+    )
+    for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
+        for place, interval in enumerate(intervals.values()):
+            colour = SERIES[0] if place == 0 else SERIES[1]
+            mean, low, high = (_nan(interval[key]) for key in ("mean", "low", "high"))
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(mean, place, MARKERS[min(place, 1)], color=colour, markersize=5)
+            if not np.isnan(mean):
+                axes.annotate(
+                    f"{mean:.3f}".replace("0.", "."),
+                    (mean, place),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    color=INK,
+                    fontsize=8.5,
+                )
+        title(axes, of_panel, "center")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(left=False)
+        axes.margins(x=0.18)
+        axes.locator_params(axis="x", nbins=6 // len(panels))
+        axes.grid(axis="x", color=GRID)
+    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].set_ylim(len(names) - 0.5, -0.6)
+    for text in all_axes[0].get_yticklabels():
+        text.set(color=INK, weight="bold" if text.get_text() == names[0] else "normal")
+    return finish(figure, f"{metric} of each model with its 95% interval: {', '.join(panels)}")
 
 
 def curves_figure(
-    curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str, name: str
-) -> Markup:
+    curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str
+) -> Drawing:
     """Draws each model's values after every epoch, from 1, with a mark at the chosen one."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(_SIZE)
+    figure, (axes,) = new_figure(*_SIZE)
+    ends = {}
     for number, (model, values) in enumerate(curves.items()):
-        colour, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = SERIES[number % 5], MARKERS[number % 5]
         epochs = np.arange(1, len(values) + 1)
-        axes.plot(epochs, values, color=colour, linestyle=_LINES[number % 5], label=model)
+        axes.plot(epochs, values, color=colour, linestyle=LINES[number % 5])
         if 1 <= chosen[model] <= len(values):
-            axes.plot(chosen[model], values[chosen[model] - 1], marker, color=colour, markersize=7)
+            axes.plot(chosen[model], values[chosen[model] - 1], marker, color=colour, markersize=6)
+        ends[model] = (len(values), values[-1])
     axes.set_xlabel("epoch")
-    axes.set_ylabel(what)
+    title(axes, what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=GRID)
-    _legend(axes)
-    return _svg(figure, name, f"{what} by epoch, the chosen epoch marked")
+    label_lines(axes, ends, [SERIES[i % 5] for i in range(len(ends))])
+    return finish(figure, f"{what} by epoch, the chosen epoch marked")
 
 
 def popularity_figure(
-    curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str, name: str
-) -> Markup:
+    curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str
+) -> Drawing:
     """Draws values by rank of popularity, both axes logarithmic; zeros are not drawn.
 
     `curves` are [num_candidates] by falling training count, `slices` says how many candidates the
     "head", the "torso" and the "tail" hold.
     """
-    from matplotlib.ticker import LogLocator
-
-    figure, axes = _figure(_SIZE)
+    figure, (axes,) = new_figure(*_SIZE)
+    ends = {}
     for number, (label, values) in enumerate(curves.items()):
         ranks, means = thinned(values)
-        drawn = np.where(means > 0, means, np.nan)
-        colour, line = SERIES[number % len(SERIES)], _LINES[number % 5]
-        axes.plot(ranks, drawn, color=colour, linestyle=line, label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        is_drawn = means > 0
+        colour, line = SERIES[number % 5], LINES[number % 5]
+        axes.plot(ranks[is_drawn], means[is_drawn], color=colour, linestyle=line)
+        if is_drawn.any():
+            ends[label] = (ranks[is_drawn][-1], means[is_drawn][-1])
+    axes.set(xscale="log", yscale="log")
+    _mark_slices(axes, slices)
+    _plain_numbers(axes)
+    axes.set_xlabel("rank of the item by training positives")
+    title(axes, f"{what}\n")
+    axes.grid(color=GRID)
+    if len(curves) > 1:
+        label_lines(axes, ends, [SERIES[i % 5] for i in range(len(ends))])
+    return finish(figure, f"{what} by popularity rank of the item, both axes logarithmic")
+
+
+def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
+    """Parts the ranks into head, torso and tail, and names them above."""
     start = 0
     for part, num in slices.items():
         if start:
-            axes.axvline(start + 0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+            axes.axvline(start + 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 3)))
         if num:
-            middle = np.sqrt((start + 1) * (start + num))
             axes.annotate(
                 part,
-                (middle, 1.01),
+                (np.sqrt((start + 1) * (start + num)), 1.01),
                 xycoords=("data", "axes fraction"),
                 ha="center",
-                color=INK,
+                color=SOFT,
                 fontsize=9,
             )
         start += num
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Writes the numbers of logarithmic axes as people do."""
+    from matplotlib.ticker import LogLocator
+
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("e-0", "e-"))
     axes.minorticks_off()
     low, high = axes.get_ylim()
     if high < 100 * low:  # Powers of ten alone would leave an axis without a number.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.set_xlabel("rank of the item by training positives")
-    axes.set_ylabel(what)
-    axes.grid(color=GRID)
-    if len(curves) > 1:
-        _legend(axes, top=1.1)
-    return _svg(figure, name, f"{what} by popularity rank of the item, both axes logarithmic")
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,53 +166,5 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(starts * stops.astype(np.float64)), sums / (stops - starts + 1)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # Not pyplot: no window, no state.
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=10)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.label.set_fontsize(10)
-    return figure, axes
-
-
-def _legend(axes: Axes, top: float = 1.0) -> None:
-    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, top),
-        ncols=2 if longest <= 22 else 1,  # As many as fit beside each other.
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=INK,
-        borderaxespad=0.2,
-    )
-
-
 def _nan(value: float | None) -> float:
     return np.nan if value is None else value
-
-
-def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """Writes a figure as an SVG element for a page: its ids are its own, its colours the page's."""
-    import matplotlib
-
-    file = io.StringIO()
-    # Text stays text: it can be read aloud, found and copied.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True)
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    (box,) = re.findall(r'^<svg[^>]*(viewBox="[^"]*")', text)
-    body = text[text.index(">") + 1 :]
-    return Markup(f'<svg {box} role="img" aria-label="{escape(label)}">{body}'.rstrip())

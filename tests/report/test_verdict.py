@@ -1,0 +1,106 @@
+"""Words about a run: each follows from its numbers, and from no others."""
+
+from typing import Any
+
+import pytest
+
+from tfrs_pipeline.report.verdict import (
+    advice,
+    by_popularity,
+    compared_with_baselines,
+    found_by_index,
+)
+
+METRIC = "ndcg@100"
+
+
+def interval(mean: float, half: float = 0.01) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
+    """Makes metrics of models by their mean, the first against the others."""
+    first = next(iter(means))
+    slices = {"head": 0.2, "torso": 0.0, "tail": -0.1}
+    return {
+        "models": {
+            name: {
+                METRIC: interval(mean),
+                "slices": {
+                    part: {METRIC: interval(mean + more), "num_candidates": 100}
+                    for part, more in slices.items()
+                },
+            }
+            for name, mean in means.items()
+        },
+        "differences": {
+            name: {METRIC: interval(mean - means[first])}
+            for name, mean in means.items()
+            if name != first
+        },
+        "split": {"train": {"num_positives": 30_000}},
+        "training": {first: {"best_epoch": 3, "history": {f"val_{METRIC}": [0.1, 0.2, 0.3, 0.2]}}},
+    } | changed
+
+
+def test_a_model_is_better_where_every_interval_says_so() -> None:
+    better = compared_with_baselines(made({"two_tower": 0.3, "ease": 0.2, "ials": 0.25}), METRIC)
+    assert (better.answer, better.is_good) == ("yes", True)
+    assert better.why == (
+        "in ndcg@100 two_tower is better than ease and ials "
+        "(the nearest, ials: -0.0500 [-0.0600, -0.0400])"
+    )
+    level = compared_with_baselines(made({"two_tower": 0.3, "ease": 0.305, "p": 0.1}), METRIC)
+    assert (level.answer, level.is_good) == ("not clearly", False)
+    worse = compared_with_baselines(made({"two_tower": 0.3, "ease": 0.32, "ials": 0.4}), METRIC)
+    assert (worse.answer, worse.is_good) == ("no", False)
+    assert "ease and ials are better than two_tower" in worse.why
+    assert compared_with_baselines(made({"two_tower": 0.3}), METRIC).is_good is None
+
+
+def test_popularity_slices_are_told_apart() -> None:
+    metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
+    assert by_popularity(metrics, METRIC).answer == "ahead in the head, torso and tail"
+    metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
+    metrics["models"]["ease"]["slices"]["torso"][METRIC] = interval(0.31)
+    found = by_popularity(metrics, METRIC)
+    assert (found.answer, found.is_good) == ("ahead in the tail", None)
+    assert "level with the best one in the torso" in found.why
+    assert "behind one in the head (0.50, ease 0.70)" in found.why
+
+
+def test_an_index_is_measured_by_its_target() -> None:
+    scann = {"kind": "scann", "target_recall": 0.98}
+    assert found_by_index({"kind": "exact"}).is_good
+    assert found_by_index(scann).is_good is None
+    assert found_by_index(scann | {"requests": [{"recall": 0.99}, {"recall": 0.981}]}).is_good
+    low = found_by_index(scann | {"requests": [{"recall": 0.99}, {"recall": 0.9}]})
+    assert (low.is_good, "90.0%" in low.why) == (False, True)
+
+
+LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ease": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        (made({"two_tower": 0.4, "ease": 0.3}, split={"train": {"num_positives": 5}}), None),
+        (made(LOSING), None),
+        (made(LOSING, split={"train": {"num_positives": 1_500}}), "5.0 each"),
+        (
+            made(
+                LOSING,
+                training={"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}},
+            ),
+            "was best after the last of 1 epoch.",
+        ),
+        (made(LOSING | {"popularity": 0.31}), "ease, which read"),
+        (made(LOSING | {"two_tower_uncorrected": 0.25}), "model.correction"),
+    ],
+)
+def test_advice_follows_from_what_was_measured(
+    metrics: dict[str, Any], expected: str | None
+) -> None:
+    found = list(advice(metrics, METRIC, METRIC))
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]

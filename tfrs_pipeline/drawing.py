@@ -1,0 +1,193 @@
+"""One style for every figure: light and dark, for the colour-blind too, names beside the lines.
+
+Okabe and Ito's colours (2008), the light ones darkened until they stand out on white. A figure is
+SVG whose colours are CSS variables: a page that sets them draws it in its own colours; elsewhere it
+is a card that follows the reader's system.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Variable -> its colour in light and in dark.
+PALETTE = {
+    "paper": ("#ffffff", "#14181d"),
+    "ink": ("#1c2127", "#e6eaee"),
+    "soft": ("#55606b", "#a5b0bb"),
+    "line": ("#d9dee3", "#39424c"),
+    "series-1": ("#0072b2", "#56b4e9"),
+    "series-2": ("#b84a00", "#f0a35e"),
+    "series-3": ("#00795a", "#3ccfa0"),
+    "series-4": ("#a8487f", "#e59ac6"),
+    "series-5": ("#6b5d00", "#d9cb55"),
+}
+# What matplotlib draws with, a colour a variable that nothing else has.
+_STAND_INS = {name: f"#0001{number:02x}" for number, name in enumerate(PALETTE, 1)}
+INK, SOFT, GRID = (_STAND_INS[name] for name in ("ink", "soft", "line"))
+SERIES = tuple(colour for name, colour in _STAND_INS.items() if name.startswith("series"))
+# Distinct without colour too.
+MARKERS = ("o", "s", "^", "D", "v")
+LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
+_FONT_SIZE = 9.5
+_LINE_HEIGHT = 1.2
+_PADDING = 8
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished figure.
+
+    Args:
+        label: What it shows, for those who hear it.
+        view_box: Of the SVG.
+        body: What stands within the SVG, colours as `var(--name, light colour)`.
+    """
+
+    label: str
+    view_box: str
+    body: str
+
+    def inline(self, name: str) -> str:
+        """Returns an SVG element in the colours of the page, its ids apart by a name of its own."""
+        body = re.sub(r"var\((--[\w-]+), #\w+\)", r"var(\1)", self.body)
+        body = re.sub(r'\bid="', f'id="{name}-', body)
+        body = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\g<1>{name}-", body)
+        return f'<svg viewBox="{self.view_box}" role="img" aria-label="{self.label}">{body}'
+
+    def card(self) -> str:
+        """Returns an SVG document on a ground of its own, light or dark as the system is."""
+        style = (
+            f".card {{ {variables(0)} }} "
+            f"@media (prefers-color-scheme: dark) {{ .card {{ {variables(1)} }} }} "
+            ".card text { font-family: system-ui, sans-serif !important; fill: var(--ink) }"
+        )
+        width, height = (float(size) + 2 * _PADDING for size in self.view_box.split()[2:])
+        corner = f'x="-{_PADDING}" y="-{_PADDING}" width="{width:g}" height="{height:g}"'
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'class="card" viewBox="-{_PADDING} -{_PADDING} {width:g} {height:g}" '
+            f'width="{width:g}pt" height="{height:g}pt" role="img" aria-label="{self.label}">'
+            f'<style>{style}</style><rect {corner} rx="6" style="fill: {_variable("paper")}; '
+            f'stroke: {_variable("line")}"/>{self.body}'
+        )
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:
+        return {"image/svg+xml": self.card(), "text/plain": self.label}
+
+
+def variables(scheme: int) -> str:
+    """Returns the colours as CSS variables: 0 is light, 1 is dark."""
+    return " ".join(f"--{name}: {colours[scheme]};" for name, colours in PALETTE.items())
+
+
+def _variable(name: str) -> str:
+    return f"var(--{name}, {PALETTE[name][0]})"
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, **options: Any
+) -> tuple[Figure, Sequence[Axes]]:
+    """Makes a figure with axes beside each other.
+
+    Args:
+        width: In inches, as `height`.
+        height: As above.
+        columns: How many axes.
+        **options: Of `Figure.subplots`, such as sharey.
+    """
+    from matplotlib.figure import Figure  # Not pyplot: no window, no state.
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    all_axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for axes in all_axes:
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(GRID)
+        axes.tick_params(which="both", color=GRID, labelcolor=SOFT, labelsize=_FONT_SIZE)
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            text.set(color=INK, fontsize=_FONT_SIZE)
+    return figure, all_axes
+
+
+def title(axes: Axes, text: str, align: Literal["left", "center"] = "left") -> None:
+    """Writes above axes what they show."""
+    axes.set_title(text, loc=align, color=INK, fontsize=_FONT_SIZE)
+
+
+def label_lines(
+    axes: Axes, labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
+) -> None:
+    """Writes names to the right of points, such as the ends of lines, none over another.
+
+    Args:
+        axes: With the scales and limits that they are to keep.
+        labels: Name -> point, in data.
+        colours: Of each.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # Lays it out.
+    points = axes.transData.transform(list(labels.values())) * 72 / figure.dpi
+    heights = _apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
+    for name, point, height, (_, own_height), colour in zip(
+        labels, labels.values(), heights, points, colours, strict=False
+    ):
+        axes.annotate(
+            name,
+            point,
+            xytext=(6, height - own_height),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=_FONT_SIZE,
+            annotation_clip=False,
+        )
+
+
+def _apart(heights: np.ndarray, least: float) -> np.ndarray:
+    """Moves heights until neighbours are `least` apart, in the same order, as little as possible.
+
+    Example:
+        >>> _apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
+        [4.0, 0.0, 6.0]
+    """
+    order = np.argsort(heights, kind="stable")
+    # Less the steps, heights that are apart do not fall: the nearest such are means over blocks.
+    steps = least * np.arange(len(heights))
+    blocks: list[list[float]] = []
+    for value in heights[order] - steps:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    found = np.empty(len(heights))
+    found[order] = np.concatenate([np.full(len(b), np.mean(b)) for b in blocks]) + steps
+    return found
+
+
+def finish(figure: Figure, label: str) -> Drawing:
+    """Turns a figure into SVG; the same figure gives the same text."""
+    import matplotlib
+    from markupsafe import escape
+
+    file = io.StringIO()
+    # Text stays text: it can be read aloud, found and copied.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", transparent=True)
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    for variable, colour in _STAND_INS.items():
+        text = text.replace(colour, _variable(variable))
+    (box,) = re.findall(r'^<svg[^>]*viewBox="([^"]*)"', text)
+    return Drawing(str(escape(label)), box, text[text.index(">") + 1 :].rstrip())
