@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from tfrs_pipeline import cli, trainings
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
@@ -40,11 +41,19 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Warm:
-    """A run that has started from another, what it said, and which trainings it started from."""
+    """A run that has started from another.
+
+    Args:
+        result: Of it.
+        reports: What it said, by step.
+        started_from: Which trainings it has read.
+        alone: The steps at whose end nobody else could publish.
+    """
 
     result: RunResult
     reports: dict[str, StepReport]
     started_from: list[str]
+    alone: list[str]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +110,21 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
     settings = {"warm_start": model_folder(place), "export.gate": True}
     reports: dict[str, StepReport] = {}
     started_from: list[str] = []
+    alone: list[str] = []
+
+    def on_step(report: StepReport) -> None:
+        reports[report.name] = report
+
+        def try_publishing() -> None:
+            try:
+                with locked(model_folder(place) / ".lock"):
+                    pass
+            except InUse:
+                alone.append(report.name)
+
+        other = threading.Thread(target=try_publishing)
+        other.start()
+        other.join()
 
     def read(folder: Path, step: Any, name: str) -> Any:
         started_from.append(step)
@@ -108,12 +132,8 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainings, "trained_in", read)
-        result = run(
-            today(place, **settings),
-            place / "runs" / "today",
-            on_step=lambda report: reports.update({report.name: report}),
-        )
-    return Warm(result, reports, started_from)
+        result = run(today(place, **settings), place / "runs" / "today", on_step=on_step)
+    return Warm(result, reports, started_from, alone)
 
 
 def test_a_run_starts_from_the_run_that_made_the_model(
@@ -146,6 +166,10 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
         rf"service: \{new - old:+.4f} \[.*\] on the same \d+ queries",
         note,
     )
+
+
+def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:
+    assert warm.alone == ["evaluate", "export"]
 
 
 def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> None:
@@ -230,7 +254,14 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     # Another look is another refusal; opened, the gate lets it through without another training.
     assert cli.main(["run", "--run-dir", str(folder)]) == 3
     trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}
+    capsys.readouterr()
     assert cli.main(["run", "--run-dir", str(folder), "--no-export.gate"]) == 0
+    told = capsys.readouterr().out
+    assert "exported all the same, without the gate: The new model is worse" in told
+    assert re.search(rf"^{IN_SERVICE} +0\.\d+", told, re.MULTILINE)
+    forced = read_record(folder / "metrics.json")
+    for kind in ("models", "differences"):
+        assert forced[kind][IN_SERVICE] == metrics[kind][IN_SERVICE]
     assert {x: x.stat().st_mtime_ns for x in trained} == trained
     assert versions_of(served) == [1, 2, 3]
     assert read_settings(folder).export.gate is False

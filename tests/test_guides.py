@@ -18,6 +18,7 @@ import pytest
 
 from tests.serving.running_server import address_of
 from tfrs_pipeline import cli
+from tfrs_pipeline.config import load_config
 from tfrs_pipeline.serving import export
 
 pytestmark = pytest.mark.slow
@@ -154,6 +155,13 @@ def test_every_guide_with_a_command_is_run() -> None:
     pages = [str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "guides").glob("*.md")]
     shown = {page for page in pages if any(kind in ("python", "sh") for kind, _ in blocks(page))}
     assert shown <= {*GUIDES, *RUN_ELSEWHERE}
+
+
+def test_the_settings_of_a_day_are_those_of_a_run(tmp_path: Path) -> None:
+    page = (ROOT / "docs/guides/daily.md").read_text()
+    (settings,) = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "daily.toml").write_text(settings)
+    assert load_config(tmp_path / "daily.toml").data.source == "files"
 
 
 def write_movielens(folder: Path) -> None:

@@ -198,20 +198,24 @@ def try_writing(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file; the system frees it if this process is killed.
 
     A thread may hold it again that holds it already.
 
+    Args:
+        path: Of the file; made, and removed at the end.
+        wait: Whether to wait, and to log it, while another process or thread holds it.
+
     Raises:
-        InUse: If another process or thread holds it, naming that.
+        InUse: If another one holds it, naming that, and it is not waited for.
     """
     key = path.resolve(), threading.get_ident()
     if key in _held:
         yield
         return
     with naming(path):
-        descriptor = _lock(path)
+        descriptor = _lock(path, wait)
     _held.add(key)
     try:
         yield
@@ -221,11 +225,12 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, wait: bool) -> int:
+    at_once = fcntl.LOCK_NB
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | at_once)
             # Whoever held it before has removed the file, perhaps since it was opened here.
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 os.ftruncate(descriptor, 0)
@@ -235,11 +240,13 @@ def _lock(path: Path) -> int:
             pass
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise InUse(
-                f"{path.parent} is in use by {holder}, which holds {path.name} there. Wait until "
-                "it ends, or take another folder."
-            ) from None
+            message = f"{path.parent} is in use by {holder}, which holds {path.name} there."
+            if wait:
+                logger.warning("%s Waiting until it ends.", message)
+                at_once = 0
+            else:
+                os.close(descriptor)
+                raise InUse(f"{message} Wait until it ends, or take another folder.") from None
         except OSError:
             os.close(descriptor)
             raise

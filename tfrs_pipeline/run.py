@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
 
 NUM_EXAMPLES = 4
@@ -129,32 +130,35 @@ def _conclude(
     """Compares what was trained with the baselines, and exports it."""
     with step("baselines") as report:
         baselines, report.notes = fit_baselines(config, data, on_progress=on_progress)
-    with step("evaluate") as report:
-        measured = {**models, **baselines, **_in_service(config, data.test)}
-        evaluation = evaluate_all(config, measured, data.test, on_progress)
-        report.notes += _describe_evaluation(evaluation.first)
-    metrics = _metrics(config, data, models, evaluation)
-    with step("export") as report:
-        report.notes += _pass_gate(config, folder, evaluation, metrics)
-        tables = sorted((folder / "data").glob("*.parquet"))
-        data_files = [file for table in tables for file in part_files(table)]
-        export_folder, metrics["index"] = export_model(
-            config,
-            models["two_tower"],
-            data.test,
-            manifest={
-                "run": str(folder.resolve()),
-                "data": {
-                    path.relative_to(folder / "data").as_posix(): file_hash(path)
-                    for path in data_files
+    # What it is compared with stays in service until the new version is there.
+    alone = publishing(_model_folder(config)) if _is_compared(config, folder) else nullcontext()
+    with alone:
+        with step("evaluate") as report:
+            measured = {**models, **baselines, **_in_service(config, folder, data.test)}
+            evaluation = evaluate_all(config, measured, data.test, on_progress)
+            report.notes += _describe_evaluation(evaluation.first)
+        metrics = _metrics(config, data, models, evaluation)
+        with step("export") as report:
+            report.notes += _pass_gate(config, folder, evaluation, metrics)
+            tables = sorted((folder / "data").glob("*.parquet"))
+            data_files = [file for table in tables for file in part_files(table)]
+            export_folder, metrics["index"] = export_model(
+                config,
+                models["two_tower"],
+                data.test,
+                manifest={
+                    "run": str(folder.resolve()),
+                    "data": {
+                        path.relative_to(folder / "data").as_posix(): file_hash(path)
+                        for path in data_files
+                    },
+                    "counts": data.final.report,
+                    "metrics": metrics["models"]["two_tower"],
                 },
-                "counts": data.final.report,
-                "metrics": metrics["models"]["two_tower"],
-            },
-        )
-        num_candidates = len(models["two_tower"].candidate_ids)
-        report.notes.append(describe_index(metrics["index"], num_candidates))
-        report.notes.append("a fresh process loaded the export and gave the same answers")
+            )
+            num_candidates = len(models["two_tower"].candidate_ids)
+            report.notes.append(describe_index(metrics["index"], num_candidates))
+            report.notes.append("a fresh process loaded the export and gave the same answers")
     metrics |= {"export_folder": str(export_folder), "notes": step.notes, "seconds": step.seconds}
     write_record(folder / "metrics.json", metrics)
     return RunResult(folder, export_folder, metrics)
@@ -162,10 +166,8 @@ def _conclude(
 
 def _finished_run(folder: Path) -> RunResult | None:
     """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
-    if not is_whole(folder / "metrics.json"):
-        return None
-    metrics = read_record(folder / "metrics.json")
-    if metrics["export_folder"] is None:  # Refused by the gate, which may be open now.
+    metrics = _read_metrics(folder)
+    if metrics is None or metrics["export_folder"] is None:  # Refused: the gate may be open now.
         return None
     export_folder = Path(metrics["export_folder"])
     return (
@@ -175,25 +177,41 @@ def _finished_run(folder: Path) -> RunResult | None:
     )
 
 
-def _in_service(config: RunConfig, holdout: Holdout) -> dict[str, Retriever]:
-    """Loads the version that the new model must not be worse than, if there is to be a gate."""
-    folder = config.export.directory / config.model_name
-    found = version_in_service(folder, holdout.candidate_ids) if config.export.gate else None
+def _read_metrics(folder: Path) -> dict[str, Any] | None:
+    path = folder / "metrics.json"
+    return read_record(path) if is_whole(path) else None
+
+
+def _is_compared(config: RunConfig, folder: Path) -> bool:
+    """Whether to measure the version in service too: for the gate, or as it has refused the run."""
+    metrics = _read_metrics(folder)
+    return config.export.gate or (metrics is not None and metrics["export_folder"] is None)
+
+
+def _in_service(config: RunConfig, folder: Path, holdout: Holdout) -> dict[str, Retriever]:
+    """Loads the version that the new model is compared with, if there is to be such a one."""
+    if not _is_compared(config, folder):
+        return {}
+    found = version_in_service(_model_folder(config), holdout.candidate_ids)
     return {} if found is None else {IN_SERVICE: found}
+
+
+def _model_folder(config: RunConfig) -> Path:
+    return config.export.directory / config.model_name
 
 
 def _pass_gate(
     config: RunConfig, folder: Path, evaluation: Evaluation, metrics: Mapping[str, Any]
 ) -> list[str]:
     """Lets the model through to its export, or keeps the run without one."""
-    if not config.export.gate:
-        return []
     if IN_SERVICE not in evaluation.results:
-        return ["no version is in service yet"]
-    model = config.export.directory / config.model_name
+        return ["no version is in service yet"] if config.export.gate else []
+    model = _model_folder(config)
     try:
         return [refuse_worse(evaluation, config.training.monitor, model)]
     except NotPublished as error:
+        if not config.export.gate:
+            return [f"exported all the same, without the gate: {error}"]
         kept = {"index": {"kind": "none, not published"}, "export_folder": None}
         write_record(folder / "metrics.json", {**metrics, **kept, "notes": {}, "seconds": {}})
         raise NotPublished(
@@ -244,7 +262,7 @@ def export_model(
         index = Scann(recall) if config.export.index == "scann" else Exact()
     folder, written = export_version(
         model,
-        config.export.directory / config.model_name,
+        _model_folder(config),
         index=index,
         filter_by=config.export.filter_by,
         keep_versions=config.export.keep_versions,

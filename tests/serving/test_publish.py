@@ -1,5 +1,6 @@
 """Versions on disk: whole or not there, in order, and none lost to a crash."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,22 +98,56 @@ def test_keeps_the_newest_versions_alone(tmp_path: Path) -> None:
     assert versions_of(tmp_path) == [7]
 
 
-def test_removes_what_a_killed_process_left_and_nothing_that_is_being_written(
-    tmp_path: Path,
-) -> None:
+def test_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     for name in (".partial-killed", ".discarded-killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "variables").write_text("half")
-    (tmp_path / ".partial-killed.lock").write_text("process 1")
-    (tmp_path / ".partial-just-begun.lock").write_text("process 2")
-    with new_version(tmp_path) as version:
-        (version.partial / MANIFEST_FILE).write_text("slow")
-        other = threading.Thread(target=publish, args=[tmp_path, "fast"])
-        other.start()
-        other.join()
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
-    payloads = [(tmp_path / name / MANIFEST_FILE).read_text() for name in ("1", "2")]
-    assert payloads == ["fast", "slow"]
+    (tmp_path / ".lock").write_text("process 1")
+    publish(tmp_path, "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}
+
+
+# Takes the newest version for the one to be better than, and publishes when it is told to.
+DECIDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version, publishing, versions_of
+
+parent = Path(sys.argv[1])
+print("ready", flush=True)
+with publishing(parent):
+    newest = versions_of(parent)[-1:]
+    print("decided", flush=True)
+    sys.stdin.readline()
+    with new_version(parent) as version:
+        (version.partial / MANIFEST_FILE).write_text(str(newest))
+"""
+
+
+def test_who_decides_by_the_newest_version_publishes_the_next(tmp_path: Path) -> None:
+    """Of two processes at once the second one waits, and decides by what the first one made."""
+    command = [sys.executable, "-c", DECIDER, str(tmp_path), str(Path(__file__).parents[2])]
+
+    def start(stack: contextlib.ExitStack) -> Any:
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        return stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+
+    with contextlib.ExitStack() as stack:
+        first = start(stack)
+        assert [first.stdout.readline() for _ in range(2)] == ["ready\n", "decided\n"]
+        second = start(stack)
+        assert second.stdout.readline() == "ready\n"
+        told = second.stderr.readline()
+        assert f"{tmp_path} is in use by process {first.pid}" in told
+        assert told.endswith("Waiting until it ends.\n")
+        first.stdin.write("go\n")
+        first.stdin.flush()
+        assert second.stdout.readline() == "decided\n"
+        second.stdin.write("go\n")
+        second.stdin.flush()
+    found = [(tmp_path / str(x) / MANIFEST_FILE).read_text() for x in versions_of(tmp_path)]
+    assert found == ["[]", "[1]"]
 
 
 def test_publications_at_once_do_not_mix(tmp_path: Path) -> None:

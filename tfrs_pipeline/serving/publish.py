@@ -1,8 +1,8 @@
 """The versions of a model on disk: a new one appears whole or not at all.
 
 A version is written beside its place and renamed once it is whole, so that a reader, and whoever is
-left by a crash, finds the newest complete version and nothing of a broken one. Its lock tells that
-a version is being written: what a killed process left behind is removed by the next publication.
+left by a crash, finds the newest complete version and nothing of a broken one. One process at a
+time publishes: the next removes what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tfrs_pipeline.durable import InUse, flush, locked, naming
+from tfrs_pipeline.durable import flush, locked, naming
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,24 @@ def versions_of(folder: Path) -> list[int]:
         return []
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
     return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+
+@contextlib.contextmanager
+def publishing(parent: Path) -> Iterator[None]:
+    """Has a model's folder for oneself: whoever else wants to publish there waits until the end.
+
+    The newest version stays the newest within the block, so that it may decide about the next one.
+
+    Args:
+        parent: The model's folder; made if missing.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    with naming(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with locked(parent / _LOCK, wait=True):
+        yield
 
 
 @contextlib.contextmanager
@@ -66,10 +84,10 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
-    with naming(parent), contextlib.ExitStack() as stack:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
-        version = NewVersion(_own_place(parent, stack))
+    with naming(parent), publishing(parent):
+        for left in [*parent.glob(f"{_PARTIAL}*"), *parent.glob(f"{_DISCARDED}*")]:
+            shutil.rmtree(left, ignore_errors=True)
+        version = NewVersion(parent / f"{_PARTIAL}{uuid.uuid4().hex}")
         version.partial.mkdir()
         try:
             yield version
@@ -80,8 +98,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
             flush([parent])
         finally:
             shutil.rmtree(version.partial, ignore_errors=True)
-    if keep is not None:
-        for number in versions_of(parent)[:-keep]:
+        for number in versions_of(parent)[:-keep] if keep else ():
             _discard(parent / str(number))
 
 
@@ -98,42 +115,17 @@ class NewVersion:
         self.folder = partial
 
 
-def _own_place(parent: Path, stack: contextlib.ExitStack) -> Path:
-    """Names a partial version that nobody else writes or removes until the stack is closed."""
-    while True:
-        partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
-        with contextlib.suppress(InUse):  # Another publication is looking whether it is left over.
-            stack.enter_context(locked(partial.with_suffix(_LOCK)))
-            return partial
-
-
 def _put_in_place(partial: Path, parent: Path) -> Path:
-    while True:
-        # Also of what is no version, or none yet: its number is taken.
-        taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
-        folder = parent / str(max(taken, default=0) + 1)
-        try:
-            # Fails where another export took the number: a folder that is not empty stays.
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            continue
-        return folder
+    # Also of what is no version, or none yet: its number is taken.
+    taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
+    folder = parent / str(max(taken, default=0) + 1)
+    os.rename(partial, folder)
+    return folder
 
 
 def _discard(folder: Path) -> None:
     """Deletes a version; it is no version any more from the first moment on."""
     hidden = folder.with_name(f"{_DISCARDED}{uuid.uuid4().hex}")
-    try:
-        os.rename(folder, hidden)
-    except FileNotFoundError:  # Another publication was faster.
-        return
+    os.rename(folder, hidden)
     logger.info("deleted version %s of %s", folder.name, folder.parent)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for child in [*parent.glob(f"{_PARTIAL}*"), *parent.glob(f"{_DISCARDED}*")]:
-        with contextlib.suppress(InUse), locked(child.with_suffix(_LOCK)):
-            shutil.rmtree(child, ignore_errors=True)

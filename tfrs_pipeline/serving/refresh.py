@@ -18,7 +18,8 @@ from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import export_index
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.publish import publishing
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
 
 
 @dataclass(frozen=True)
@@ -87,42 +88,44 @@ def refresh_index(
         ExportError: If a fresh process cannot load the export or answers otherwise.
         RuntimeError: If no ScaNN index reaches the recall target.
     """
-    # The brute-force fallback needs no ScaNN, and has the same encoder.
-    retriever = load(model, exact=True)
-    if not retriever.folder.name.isdecimal():
-        raise ValueError(
-            "A version's folder is named by its number, such as saved_models/NAME/3: the new one "
-            f"is written beside it. Received: {retriever.folder}"
-        )
-    path = Path(items)
-    before = set(retriever.candidate_ids())
-    found = _read_items(path, retriever)
-    table, embeddings, is_trained = _embeddable(path, found, retriever, on_progress)
-    ids = table["item_id"].to_pylist()
-    if not (allow_all_new or is_trained.any()):
-        _require_known(path, ids, before)
-    num_untrained = int((~is_trained).sum())
-    on_progress("index", 0, 0)
-    asked = retriever.manifest["export"]
-    folder, manifest = export_index(
-        retriever.folder.parent,
-        encoder=retriever.saved_model.encoder,
-        embeddings=embeddings,
-        items=table,
-        queries=retriever.held_out_queries(),
-        index=index or _index_of(asked["index"]),
-        filter_by=asked["filter_by"],
-        keep_versions=asked["keep_versions"] if keep_versions is None else keep_versions,
-        manifest={
-            **retriever.manifest,
-            "refreshed": {
-                "from_version": int(retriever.folder.name),
-                "items": {path.name: file_hash(path)},
-                "num_items": len(ids),
-                "num_untrained": num_untrained,
+    # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
+    with publishing(version_at(model).parent):
+        # The brute-force fallback needs no ScaNN, and has the same encoder.
+        retriever = load(model, exact=True)
+        if not retriever.folder.name.isdecimal():
+            raise ValueError(
+                "A version's folder is named by its number, such as saved_models/NAME/3: the new "
+                f"one is written beside it. Received: {retriever.folder}"
+            )
+        path = Path(items)
+        before = set(retriever.candidate_ids())
+        found = _read_items(path, retriever)
+        table, embeddings, is_trained = _embeddable(path, found, retriever, on_progress)
+        ids = table["item_id"].to_pylist()
+        if not (allow_all_new or is_trained.any()):
+            _require_known(path, ids, before)
+        num_untrained = int((~is_trained).sum())
+        on_progress("index", 0, 0)
+        asked = retriever.manifest["export"]
+        folder, manifest = export_index(
+            retriever.folder.parent,
+            encoder=retriever.saved_model.encoder,
+            embeddings=embeddings,
+            items=table,
+            queries=retriever.held_out_queries(),
+            index=index or _index_of(asked["index"]),
+            filter_by=asked["filter_by"],
+            keep_versions=asked["keep_versions"] if keep_versions is None else keep_versions,
+            manifest={
+                **retriever.manifest,
+                "refreshed": {
+                    "from_version": int(retriever.folder.name),
+                    "items": {path.name: file_hash(path)},
+                    "num_items": len(ids),
+                    "num_untrained": num_untrained,
+                },
             },
-        },
-    )
+        )
     return Refreshed(
         folder=folder,
         num_items=len(ids),

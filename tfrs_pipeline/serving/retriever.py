@@ -43,16 +43,25 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
         Damaged: If a file is not the one that was exported: the towers and the index over their
             embeddings belong together.
     """
+    return LoadedRetriever(version_at(path), exact=exact)
+
+
+def version_at(path: str | Path) -> Path:
+    """Returns the folder of the version that `load` takes.
+
+    Raises:
+        FileNotFoundError: If there is no complete export at `path`.
+    """
     folder = Path(path).resolve()
-    if not (folder / MANIFEST_FILE).is_file():
-        versions = versions_of(folder)
-        if not versions:
-            raise FileNotFoundError(
-                f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
-                f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
-            )
-        folder = folder / str(versions[-1])
-    return LoadedRetriever(folder, exact=exact)
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    versions = versions_of(folder)
+    if not versions:
+        raise FileNotFoundError(
+            f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
+            f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
+        )
+    return folder / str(versions[-1])
 
 
 class LoadedRetriever:
