@@ -205,6 +205,14 @@ def test_a_flag_reads_what_the_help_shows(config_of: Any, config: RunConfig) -> 
     assert config_of(*as_flags(config)) == config
 
 
+def test_a_default_filter_goes_with_the_default_features(config_of: Any, command: Any) -> None:
+    titles = ("--data.item_features", "title=text")
+    assert config_of(*titles).export.filter_by is None
+    assert config_of("--data.item_features", "none").export.filter_by is None
+    assert config_of("--data.item_features", "genres=categorical").export.filter_by == "genres"
+    assert "export.filter_by: got 'x'" in command("run", *titles, "--export.filter_by", "x").err
+
+
 def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any) -> None:
     flags = ["--training.batch-size=32", "--no-data.is_ordered", "--model.negatives"]
     config = config_of(*flags, '{"kind": "popularity", "alpha": 0.5, "num": 8}', "uniform")

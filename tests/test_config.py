@@ -259,7 +259,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (RECFLOW, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
         (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
         (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
-        ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'vector'"),
+        ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),
         ({}, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
         ({}, {"split.kind": "column"}, "split.kind", "no column part"),
         (RECFLOW, {"split.kind": "column"}, "split.kind", "no column part"),

@@ -75,12 +75,33 @@ def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     (tmp_path / "run").mkdir()  # One's own.
     with pytest.raises(DataError):
         work(DataError("no column"))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG_FILE, "data"}
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(DataError):
+        work(DataError("no column"))
+    assert (tmp_path / "run" / "notes.txt").exists()
     for error, done in ((KeyboardInterrupt(), ""), (ValueError("diverged"), "checkpoints")):
         subprocess.run(["rm", "-r", tmp_path / "run"], check=True)
         with pytest.raises(type(error)):
             work(error, done)
         assert read_settings(tmp_path / "run") == config
+
+
+def test_folders_made_for_what_is_refused_go_too(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "mine" / "runs" / "today"
+    with pytest.raises(DataError), claim_folder(config, folder, exports=False):
+        raise DataError("no column")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+    def work() -> None:
+        with claim_folder(config, folder, exports=False):
+            (folder.parent / "another").mkdir()
+            raise DataError("no column")
+
+    with pytest.raises(DataError):
+        work()
+    assert list((tmp_path / "mine" / "runs").iterdir()) == [folder.parent / "another"]
 
 
 def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run import evaluate_all
 from tfrs_pipeline.run_data import OnStep, RunData, Steps, prepare
 from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.settings import ConfigError
 from tfrs_pipeline.trainings import train_and_refit
 
 # Columns that a row draws from its hard negatives, in plans of one stage and of several.
@@ -102,8 +103,12 @@ def compare(
         The table, and where it lies.
 
     Raises:
+        ConfigError: If there is a run to start from.
         ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
+    if config.warm_start is not None:
+        message = "the plans of a comparison all start from nothing; leave it out"
+        raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     with claim_folder(config, folder, exports=False):

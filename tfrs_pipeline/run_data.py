@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -129,13 +130,15 @@ def prepare(
         report.notes = split.describe()
     with step("samples") as report:
         samples = folder / "samples"
-        selection = final = TrainingSet.build(
-            split.train, samples / "selection", seed=config.seed, hard=hard
+        build = functools.partial(
+            TrainingSet.build,
+            seed=config.seed,
+            hard=hard,
+            min_positives=config.training.min_positives,
         )
+        selection = final = build(split.train, samples / "selection")
         if config.training.refit and split.before_test is not split.train:
-            final = TrainingSet.build(
-                split.before_test, samples / "final", seed=config.seed, hard=hard
-            )
+            final = build(split.before_test, samples / "final")
         report.notes = describe_samples(final.report)
     return RunData(
         split,

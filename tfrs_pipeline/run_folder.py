@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ _MAY_CHANGE = ("export.gate",)
 def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[None]:
     """Works in a folder: no other process does meanwhile, and its settings are these.
 
-    A folder that was made for a run whose data is refused goes again. Where several workers train
-    together, the chief's claim is that of all.
+    What was made for a run whose data is refused goes again. Where several workers train together,
+    the chief's claim is that of all.
 
     Args:
         config: Of the work.
@@ -51,7 +51,8 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
                 "writes there. Choose a folder without."
             )
         try_writing(written)
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    is_new = not folder.exists() or not any(folder.iterdir())
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
@@ -60,8 +61,18 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
                 yield
             except ValueError:
                 if is_new and not any((folder / x).exists() for x in ("checkpoints", "plans")):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _empty(folder, made)
                 raise
+
+
+def _empty(folder: Path, made: Sequence[Path]) -> None:
+    """Removes what a folder holds, and the folders that were made for it, the innermost first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not made:
+        folder.mkdir(exist_ok=True)
+    for path in made[1:]:
+        with contextlib.suppress(OSError):  # Another run may be in it by now.
+            path.rmdir()
 
 
 def read_settings(folder: Path) -> RunConfig:

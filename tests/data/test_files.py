@@ -117,6 +117,22 @@ def test_ids_in_csv_are_integers_only_if_all_are_written_so(
     assert column(tables.events, "user_id") == expected
 
 
+def test_a_few_odd_ids_that_make_text_of_all_are_told(load: Any) -> None:
+    def notes(*users: Any, **options: Any) -> list[str]:
+        text = "user_id,item_id\n" + "".join(f"{user},5\n" for user in users)
+        return [note for note in load(text, **options).notes if "kept as text" in note]
+
+    (note,) = notes(*range(18), "x1", "x2")
+    assert note.endswith(
+        "events.csv: column 'user_id' is no integer in 2 of 20 rows, such as 'x1': all ids are "
+        "kept as text"
+    )
+    assert notes(*range(17), "x1", "x2", "x3") == notes(*range(20)) == notes(*"abc") == []
+    items = "item_id,title\n" + "".join(f"{n},t\n" for n in range(19)) + "x9,t\n"
+    (note,) = notes(1, items=items)
+    assert "items.csv: column 'item_id' is no integer in 1 of 20 rows, such as 'x9'" in note
+
+
 def test_ids_of_two_files_get_one_type(load: Any) -> None:
     tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
     assert column(tables.events, "item_id") == ["5", "6"]
@@ -320,7 +336,12 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             r"events\.csv: no whole line: .*Columns: 2 Found: 3 \(first: line 3 of events\.csv\) "
             r"\(1 of 2 lines\)\. Give CSV",
         ),
-        ("user_id,item_id\n1,2\r\n3,4\r\n", {}, "the same line ending in each line"),
+        (
+            "user_id,item_id\n1,2\n3,4\r\n5,6\n",
+            {},
+            r"line 3 of events\.csv has another line ending than the header.*the same line ending",
+        ),
+        ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         (
             "user_id,item_id\n-1,2\n",

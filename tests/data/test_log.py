@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
+from tfrs_pipeline.settings import ConfigError
 
 TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
 EVENTS = pd.DataFrame(
@@ -129,12 +131,58 @@ def test_columns_that_contradict_the_settings_are_refused(options: Any, message:
         {"unknown_items": "refuse"},
         {"duplicates": "refuse"},
         {"timestamp_unit": "minutes"},
-        {"item_features": {"price": "numeri"}},
     ],
 )
 def test_what_is_none_of_the_choices_is_refused(options: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be one of .*Received: (refuse|minutes|numeri)"):
+    with pytest.raises(ValueError, match=r"must be one of .*Received: (refuse|minutes)"):
         Log.from_table(EVENTS, **OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant"),
+    [
+        ("number", "numeric"),
+        ("Float", "numeric"),
+        ("int", "numeric"),
+        ("numeri", "numeric"),
+        ("string", "categorical"),
+        ("str", "categorical"),
+        ("category", "categorical"),
+        ("list", "multi_categorical"),
+        ("datetime", "timestamp"),
+        ("embedding", "vector"),
+    ],
+)
+def test_a_kind_of_feature_by_another_name_is_told_its_own(kind: Any, meant: str) -> None:
+    expected = f"did you mean '{meant}'\\?"
+    with pytest.raises(ValueError, match=f"^Feature 'price' has .*{expected} Received: '{kind}'"):
+        Log.from_table(EVENTS, **OPTIONS | {"item_features": {"price": kind}})
+    with pytest.raises(ValueError, match=expected):
+        Log.from_ibis(ibis.memtable(EVENTS), item_features={"price": kind})
+    with pytest.raises(ConfigError, match=rf"data.user_features.price: got '{kind}'.*{expected}"):
+        RunConfig(data={"user_features": {"price": kind}})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"user_id": "user", "hourr": "hour"}}, "columns.hourr: did you mean 'hour'"),
+        ({"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
+        ({"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
+        ({"item_columns": {"item_id": "sku", "titel": "name"}}, "item_columns.titel: .*'title'"),
+        ({"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
+    ],
+)
+def test_a_mistyped_name_of_a_column_makes_no_second_one(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Log.from_table(EVENTS.assign(hour=1), **OPTIONS | options)
+
+
+def test_a_column_may_be_called_otherwise() -> None:
+    columns = {"user_id": "user", "device_type": "deviceType", "hour": "hod"}
+    events = EVENTS.assign(deviceType="phone", hod=1)
+    log = Log.from_table(events, **OPTIONS | {"columns": columns})
+    assert {"device_type", "hour"} <= set(log.events.columns)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
+import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
 from tests.model.test_network import EveryCandidate
 from tfrs_pipeline.data.log import Log, Split
@@ -271,6 +272,25 @@ def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
 def test_a_kind_of_negatives_by_itself_is_refused_in_words() -> None:
     with pytest.raises(TypeError, match="negatives must be a list of kinds"):
         TwoTower(negatives=InBatch())  # type: ignore[arg-type]
+
+
+def test_a_setting_of_the_training_is_told_where_it_belongs() -> None:
+    with pytest.raises(ConfigError) as error:
+        TwoTower(dim=4, max_epochs=3, optimizer="adam")
+    assert str(error.value).splitlines() == [
+        "max_epochs: is a setting of the training: training=tp.TrainingSettings(max_epochs=3)",
+        "optimizer: is a setting of the training: training=tp.TrainingSettings(optimizer='adam')",
+    ]
+    assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
+    with pytest.raises(ConfigError, match="max_epoch: unknown setting"):
+        TwoTower(max_epoch=3)
+
+
+def test_fewer_positives_than_a_batch_are_refused_before_the_work(tmp_path: Path) -> None:
+    clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
+    with pytest.raises(ValueError, match="A batch needs 4 positives and the training part has 3"):
+        tiny(training={"batch_size": 4}).fit(clicks, folder=tmp_path)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_a_table_is_no_log() -> None:

@@ -61,7 +61,7 @@ def test_no_queries(url: str) -> None:
 
 def test_a_refusal_is_the_servers_own_words(served: Served, url: str) -> None:
     retriever = ServedRetriever(url + "/")
-    with pytest.raises(ValueError, match=r"400 .*inputs.k: .* equal to 2000. Got: 5000"):
+    with pytest.raises(ValueError, match=r"400 .*inputs.k: .* equal to 2000. Received: 5000"):
         retriever.retrieve([{}], 5000)
     with pytest.raises(ValueError, match=r"k must be 1 or more. Received: 0"):
         retriever.retrieve([{}], 0)

@@ -383,11 +383,11 @@ def test_hostile_input_is_answered_and_not_felt(small: Running, case: str, path:
 
 def test_what_is_refused_is_explained(small: Running) -> None:
     documents = {
-        "inputs.k: Input should be less than or equal to 100. Got: 101": retrieve_user(
+        "inputs.k: Input should be less than or equal to 100. Received: 101": retrieve_user(
             [1], [[]], 101
         ),
         "List should have at most 10 items": retrieve_user([1] * 11, [[]] * 11, 1),
-        "800 results, its queries times k (--max-results). Got: 9 x 89": retrieve_user(
+        "800 results, its queries times k (--max-results). Received: 9 x 89": retrieve_user(
             [1] * 9, [[]] * 9, 89
         ),
         "inputs.exclude.0: List should have at most 50 items": retrieve_user([1], [[3] * 51], 1),

@@ -150,6 +150,8 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
+        if "genres" not in settings.get("data.item_features", ["genres"]):
+            settings = {"export.filter_by": None, **settings}
     else:  # MovieLens' features and name are its own.
         base = RunConfig()
     # At once: a flag may mend what a preset alone would not go with.

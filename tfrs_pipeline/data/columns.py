@@ -8,6 +8,7 @@ missing value: it becomes null.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import ibis
@@ -15,11 +16,13 @@ import ibis.expr.types as ir
 
 from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable
 from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
+from tfrs_pipeline.settings import printable
 
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 # How programs write an id that is missing, or a whole number in a column where others are.
 _NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
+_FEW = 0.1
 _WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
 
 
@@ -33,6 +36,21 @@ def is_integer(raw: RawTable, column: str) -> bool:
     if dtype.is_string():
         return raw.is_text and _read_text(raw, column)[1]
     return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
+
+
+def describe_odd_ids(raw: RawTable, column: str) -> Iterator[str]:
+    """Says that a few ids have made text of all, where nearly all are written as integers."""
+    if not raw.is_text or is_integer(raw, column):
+        return
+    value, _ = _read_text(raw, column)
+    is_odd = ~is_integer_text(value)
+    found = raw.table.aggregate(num=is_odd.sum(), example=value.min(where=is_odd))
+    num, example = found.to_pyarrow().to_pylist()[0].values()
+    if num <= _FEW * raw.num_rows:
+        yield (
+            f"{raw.source.column(column)} is no integer in {num:,} of {raw.num_rows:,} rows, such "
+            f"as {printable(repr(example))}: all ids are kept as text"
+        )
 
 
 def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import glob
 import gzip
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import ibis
@@ -38,17 +39,17 @@ class Scan:
     Args:
         name: In messages: the path, or what the table is.
         columns: Names of its columns.
-        is_text: Whether every column is a string (CSV).
         open: Makes the rows of some columns, in their order.
         num_rows: How many there are, where that is known before.
+        csv_files: Those that it is made of, if any: every column is a string then.
         rejects: Where DuckDB puts lines that hold too few or too many fields, for CSV.
     """
 
     name: str
     columns: Sequence[str]
-    is_text: bool
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
     num_rows: int | None = None
+    csv_files: Sequence[Path] = ()
     rejects: str = ""
 
     def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
@@ -75,7 +76,7 @@ class Scan:
         try:
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
         except duckdb.Error as error:
-            raise _unreadable(self.name, error) from error
+            raise _unreadable(self.name, error, self.csv_files) from error
         raw = connection.table(table)
         (num_read,) = connection.con.execute(f'SELECT count(*) FROM "{table}"').fetchone()
         if self.num_rows not in (None, num_read):
@@ -84,7 +85,8 @@ class Scan:
             )
         renamed = {name: column for name, column in names.items() if name != column}
         dropped = self._dropped(connection)
-        return RawTable(raw, Source(self.name, renamed), num_read, self.is_text, dropped)
+        is_text = bool(self.csv_files)
+        return RawTable(raw, Source(self.name, renamed), num_read, is_text, dropped)
 
     def _dropped(self, connection: DuckDB) -> tuple[Dropped, ...]:
         """Counts the lines that were left out; refuses those that may hide others."""
@@ -135,7 +137,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                     return connection.con.sql(connection.compile(rows))
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
-            return Scan(name, source.columns, False, open_table)
+            return Scan(name, source.columns, open_table)
         arrow = source if isinstance(source, pa.RecordBatchReader) else pa.table(source)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(
@@ -146,7 +148,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     _check_names(name, arrow.schema.names)
     relation = connection.con.from_arrow(arrow)
     num_rows = getattr(arrow, "num_rows", None)
-    return Scan(name, relation.columns, False, lambda columns: relation, num_rows)
+    return Scan(name, relation.columns, lambda columns: relation, num_rows)
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
@@ -155,7 +157,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
             return _scan_parquet(connection, path, paths)
         rejects = ibis.util.gen_name("rejects")
         relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
-        return Scan(str(path), relation.columns, True, lambda columns: relation, rejects=rejects)
+        return Scan(str(path), relation.columns, lambda columns: relation, None, paths, rejects)
     except duckdb.Error as error:
         raise _unreadable(path, error) from error
 
@@ -183,7 +185,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 )
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {hive})")
-    return Scan(str(path), relation.columns, False, lambda columns: relation, num_rows)
+    return Scan(str(path), relation.columns, lambda columns: relation, num_rows)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:
@@ -221,10 +223,21 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
         )
 
 
-def _unreadable(name: str | Path, error: duckdb.Error) -> DataError:
+def _unreadable(name: str | Path, error: duckdb.Error, csv_files: Sequence[Path] = ()) -> DataError:
     # DuckDB goes on with options of its reader, which are not settings here.
     reason = printable(str(error).strip().partition("\n")[0], 300)
+    if "invalid state" in reason:  # Its words for this, without a place.
+        found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
+        reason = f"{next(found, 'a line')} has another line ending than the header."
     return DataError(f"{name} cannot be read: {reason} {LINES_REMEDY}")
+
+
+def _odd_line(path: Path) -> int | None:
+    """Finds the first line that ends otherwise than the header does."""
+    with _open(path) as lines:
+        is_windows = next(lines).endswith(b"\r\n")
+        ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
+        return next((number for number, end in enumerate(ends, 2) if end != is_windows), None)
 
 
 def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
@@ -276,7 +289,7 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
         try:
             if is_zipped:
                 _check_gzip(path)
-            with (gzip.open if is_zipped else open)(path, "rb") as opened:
+            with _open(path) as opened:
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise DataError(
@@ -299,6 +312,12 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
 
 def _is_zipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    with (gzip.open if _is_zipped(path) else open)(path, "rb") as opened:
+        yield opened
 
 
 def _check_gzip(path: Path) -> None:

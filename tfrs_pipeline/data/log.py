@@ -27,6 +27,7 @@ from tfrs_pipeline.data.schema import (
     TimestampUnit,
     UnknownItems,
     count_rows,
+    kind_problem,
 )
 from tfrs_pipeline.data.settle import settle
 from tfrs_pipeline.data.split import PARTS, is_positive, split_events
@@ -178,8 +179,7 @@ class Log:
         _check_choice("duplicates", duplicates, Duplicates)
         if timestamp_unit is not None:
             _check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
-        for column, feature_kind in [*item_features.items(), *user_features.items()]:
-            _check_choice(f"the kind of feature {column!r}", feature_kind, FeatureKind)
+        _check_kinds(item_features, user_features)
         rules = EventRules(
             columns or {},
             rating_threshold,
@@ -286,6 +286,7 @@ class Log:
                 "Log.from_table copies it into DuckDB."
             )
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
+        _check_kinds(item_features, user_features)
         events = check_events(events, Source("event table"))
         return cls(
             events,
@@ -559,6 +560,12 @@ _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
 
 def _default_kind(log: Log) -> SplitKind:
     return "time" if log.order == "timestamp" else "last_share"
+
+
+def _check_kinds(*features: Mapping[str, str]) -> None:
+    for name, kind in (pair for table in features for pair in table.items()):
+        if problem := kind_problem(kind):
+            raise ValueError(f"Feature {name!r} has {problem} Received: {kind!r}.")
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

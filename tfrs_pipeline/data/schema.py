@@ -10,9 +10,9 @@ import enum
 import zoneinfo
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.settings import printable, suggest
 
 if TYPE_CHECKING:
     import ibis
@@ -28,6 +28,16 @@ FeatureKind: TypeAlias = Literal[
     "timestamp",
     "vector",
 ]
+# What others call them.
+_KINDS_ELSEWHERE: dict[str, FeatureKind] = {
+    **dict.fromkeys(("number", "float", "double", "integer", "int", "real"), "numeric"),
+    **dict.fromkeys(
+        ("category", "string", "str", "object", "enum", "id", "boolean", "bool"), "categorical"
+    ),
+    **dict.fromkeys(("list", "array", "set", "tags", "categories"), "multi_categorical"),
+    **dict.fromkeys(("time", "date", "datetime"), "timestamp"),
+    **dict.fromkeys(("embedding", "floats"), "vector"),
+}
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
@@ -210,6 +220,16 @@ def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
     for i, refusal in enumerate(refusals):
         if is_found[str(i)]:
             raise refusal.error(table, source)
+
+
+def kind_problem(kind: object) -> str:
+    """Says what is meant by what is no kind of feature; "" if it is one."""
+    known = get_args(FeatureKind)
+    if kind in known:
+        return ""
+    meant = _KINDS_ELSEWHERE.get(str(kind).lower())
+    hint = f"did you mean {meant!r}?" if meant else suggest(str(kind), known)
+    return f"no kind of feature; {hint}"
 
 
 def name_problem(name: str) -> str:

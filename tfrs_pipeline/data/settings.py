@@ -21,6 +21,7 @@ from tfrs_pipeline.data.schema import (
     TimestampUnit,
     UnknownItems,
     is_time_zone,
+    kind_problem,
     name_problem,
 )
 from tfrs_pipeline.settings import Config, refuse, suggest
@@ -28,6 +29,14 @@ from tfrs_pipeline.settings import Config, refuse, suggest
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
+
+def _kind(value: Any) -> Any:
+    if problem := kind_problem(value):
+        raise ValueError(problem)
+    return value
+
+
+Kind: TypeAlias = Annotated[FeatureKind, BeforeValidator(_kind)]
 # What says how to read tables that are no log yet.
 _OF_RAW_TABLES = (
     *("columns", "item_columns", "user_columns", "label", "timestamp_unit", "time_zone"),
@@ -87,11 +96,11 @@ class DataConfig(Config):
     features too."""
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
-    item_features: dict[str, FeatureKind] = {}
+    item_features: dict[str, Kind] = {}
     """Columns of the item table that the model reads, and the kind of each: categorical, or hashed
     for very many values; multi_categorical; text; numeric, or bucketized for a number whose effect
     is no straight line; timestamp; vector, a list of numbers from another model."""
-    user_features: dict[str, FeatureKind] = {}
+    user_features: dict[str, Kind] = {}
     """The same for features of users."""
     list_separator: str = Field("|", min_length=1)
     """What separates the values of a multi_categorical feature, or the numbers of a vector, in a

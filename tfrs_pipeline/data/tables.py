@@ -14,6 +14,7 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.columns import (
+    describe_odd_ids,
     is_integer,
     to_context,
     to_feature,
@@ -39,7 +40,7 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.data.times import Formats, Period, to_timestamp
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.settings import printable, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +140,12 @@ def load_events(
     names = _event_columns(scanned, stage_column, rules)
     raw = scanned.load(connection, names)
     columns: dict[str, ir.Value] = {}
+    notes = list(_describe_reading(scanned, names, stage_column, rules))
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator: a wrong type in either table is refused.
         as_integer = all([is_integer(table, name) for table in tables])
+        notes += [note for table in tables for note in describe_odd_ids(table, name)]
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
         columns["timestamp"] = to_timestamp(raw, "timestamp", formats, rules.period)
@@ -164,7 +167,7 @@ def load_events(
         columns["weight"] = weight
     events, dropped = store_sound(connection, raw, columns, rules.max_bad_share)
     connection.drop_table(raw.table.get_name())
-    return events, dropped, list(_describe_reading(scanned, names, stage_column, rules))
+    return events, dropped, notes
 
 
 def store_sound(
@@ -246,10 +249,17 @@ def load_raw(
         return None
     scanned = scan(connection, source, f"{kind} table")
     shown = ["title"] if id_name == "item_id" and "title" in scanned.columns else []
+    setting = f"{kind}_columns"
+    used = dict.fromkeys([id_name, *features, *(["title"] if id_name == "item_id" else [])])
+    if unused := sorted(set(columns) - set(used)):
+        raise DataError(
+            f"{setting}.{printable(unused[0])}: nothing reads a column of that name, "
+            f"{suggest(unused[0], used)}",
+            setting,
+        )
     names = {}
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
-        setting = f"{kind}_columns"
         mend = remedy or f"Set {setting} to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
     return scanned.load(connection, names)
@@ -392,6 +402,12 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
         names[name] = rules.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
+        if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
+            raise DataError(
+                f"columns.{name}: did you mean {names[name]!r}? A column called by its name needs "
+                "no entry.",
+                "columns",
+            )
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stage_column or rules.label:
         absent -= {"stage", "rating"}
@@ -404,6 +420,14 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
                 "columns",
             )
     return names
+
+
+def _is_mistyped(name: str, column: str) -> bool:
+    """Whether a name is nearly another: the same letters are a style (device_type, deviceType)."""
+    plain = ["".join(filter(str.isalnum, each.casefold())) for each in (name, column)]
+    return plain[0] != plain[1] and bool(
+        difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
+    )
 
 
 def _not_read(scanned: Scan, names: Mapping[str, str]) -> list[str]:

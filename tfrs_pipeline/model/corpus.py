@@ -11,13 +11,15 @@ from typing import Any
 import ibis
 import numpy as np
 
+from tfrs_pipeline.batches.single import check_one_batch
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import FeatureKind
+from tfrs_pipeline.data.schema import FeatureKind, count_rows
 from tfrs_pipeline.durable import is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 # Words that a single item has are noise.
@@ -75,7 +77,13 @@ class TrainingSet:
 
     @classmethod
     def build(
-        cls, log: Log, folder: Path, *, seed: int, hard: FunnelLosers | None = None
+        cls,
+        log: Log,
+        folder: Path,
+        *,
+        seed: int,
+        hard: FunnelLosers | None = None,
+        min_positives: int = 1,
     ) -> TrainingSet:
         """Builds the samples of a log in a folder, or reads those that it holds.
 
@@ -84,11 +92,15 @@ class TrainingSet:
             folder: Where the samples lie; whole ones are read as they are, whatever made them.
             seed: Of the shuffle.
             hard: Which losers of the funnel become hard negatives.
+            min_positives: Fewer are refused, before the samples are built.
 
         Raises:
             DataError: If there is no positive.
+            ValueError: If there are too few.
         """
         if not is_whole(folder / "report.json"):
+            if num_positives := count_rows(Positives.select(log.events)):
+                check_one_batch(num_positives, min_positives)
             build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)
         return cls(read_samples(folder), Corpus.read(log, folder), report)

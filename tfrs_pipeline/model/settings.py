@@ -150,6 +150,11 @@ class TrainingSettings(Config):
             refuse([("monitor", f"got {self.monitor!r}; {message}")])
         return self
 
+    @property
+    def min_positives(self) -> int:
+        """Positives without which there is no batch."""
+        return self.batch_size if self.examples == "single" else 1
+
 
 def check_examples(
     model: TwoTowerSettings, training: TrainingSettings

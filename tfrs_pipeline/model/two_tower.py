@@ -115,6 +115,11 @@ class TwoTower:
         if negatives is not None:
             # Own kinds are no settings: they cannot be written into a file.
             changes["negatives"] = tuple(kind for kind in negatives if not _is_own(kind))
+        refuse(
+            (name, f"is a setting of the training: training=tp.TrainingSettings({name}={value!r})")
+            for name, value in changes.items()
+            if name in TrainingSettings.model_fields
+        )
         self.settings = TwoTowerSettings(**{**given, **changes})
         self.training = training or TrainingSettings()
         refuse(check_examples(self.settings, self.training))
@@ -176,7 +181,13 @@ class TwoTower:
             place = Path(temporary) if folder is None else folder
             check_shared(folder)
             data = chief_first(
-                lambda: TrainingSet.build(train, place / "samples", seed=self.seed, hard=funnel)
+                lambda: TrainingSet.build(
+                    train,
+                    place / "samples",
+                    seed=self.seed,
+                    hard=funnel,
+                    min_positives=self.training.min_positives,
+                )
             )
             return self.fit_samples(
                 data,

@@ -79,7 +79,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     if query.k > limits.max_k or len(query.items) > limits.max_history:
         raise HTTPException(
             400,
-            f"At most k {limits.max_k} and {limits.max_history} items. Got: k {query.k}, "
+            f"At most k {limits.max_k} and {limits.max_history} items. Received: k {query.k}, "
             f"{len(query.items)} items",
         )
     found = _asked(version.retriever, query, version.titles)

@@ -52,13 +52,15 @@ class SignatureInputs:
         arrays = {name: _array(columns[name], spec, name) for name, spec in self._specs.items()}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
-            raise HTTPException(400, f"The inputs must be of as many queries each. Got: {sizes}")
+            raise HTTPException(
+                400, f"The inputs must be of as many queries each. Received: {sizes}"
+            )
         num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
         if num_queries * k > self._max_results:
             raise HTTPException(
                 400,
                 f"A request may ask for {self._max_results} results, its queries times k "
-                f"(--max-results). Got: {num_queries} x {k}",
+                f"(--max-results). Received: {num_queries} x {k}",
             )
         return arrays
 
@@ -155,7 +157,8 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
         raise HTTPException(400, f"The body is not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
         raise HTTPException(
-            400, f"The body must be an object, such as {{'inputs': [42]}}. Got: {_shown(document)}"
+            400,
+            f"The body must be an object, such as {{'inputs': [42]}}. Received: {_shown(document)}",
         )
     if unknown := [key for key in document if key not in KEYS]:
         raise HTTPException(
@@ -212,7 +215,7 @@ def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
     problem = "Missing named input" if details["type"] == "missing" else details["msg"]
-    return HTTPException(400, f"{place}: {problem}. Got: {_shown(details['input'])}")
+    return HTTPException(400, f"{place}: {problem}. Received: {_shown(details['input'])}")
 
 
 def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
@@ -272,7 +275,7 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
             raise HTTPException(
                 400,
                 f"Input {name!r} must have lists of one length: fill the shorter ones with "
-                f"{empty}. Got lengths: {sorted(widths)[:5]}",
+                f"{empty}. Received lengths: {sorted(widths)[:5]}",
             )
         width = widths.pop() if widths else spec.shape[1] or 0
         array = np.array(column, spec.dtype.as_numpy_dtype).reshape(len(column), width)

@@ -264,7 +264,7 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
         raise HTTPException(
             415,
             "Send plain JSON, with Content-Type: application/json. "
-            f"Got: {kind!r:.80}, encoding {encoding!r:.80}",
+            f"Received: {kind!r:.80}, encoding {encoding!r:.80}",
         )
     return bytes(body)
 
