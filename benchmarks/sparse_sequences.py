@@ -1,13 +1,18 @@
-"""Measures the preset `sequence` on a sparse log, and what its settings and true features change.
+"""Measures the preset `sequence` on sparse logs, and what its settings and true features change.
 
-MovieLens-1M in SASRec's version (`--data-dir`; `leaderboard_data.py` says which files), cut into
-10,000 users with 5 events or more, 9 on average: stretches of the real users' sequences, drawn by a
-seed of their own. The last item of each is the test, the one before it the validation; all items
-are ranked, the user's own excluded. Settings are chosen by the validation figures.
+Two logs of 10,000 users, ordered and without times:
 
-    python benchmarks/sparse_sequences.py --data-dir ml-1m --json sparse_sequences.json
+    ml-1m          MovieLens-1M in SASRec's version, cut into stretches of the real users'
+                   sequences, 9 events on average, by a seed of their own; attributes: genres
+    kuairand-pure  the last long views of users with 5 or more, 19 on average, of a cut of
+                   KuaiRand-Pure (`kuairand.py` says which); attributes: tags
 
-A minute or two a plan and seed on two idle cores.
+The last item of each is the test, the one before it the validation; all items are ranked, the
+user's own excluded. Settings are chosen by the validation figures.
+
+    python benchmarks/sparse_sequences.py --data ml-1m --data-dir ml-1m --json FILE
+
+About five CPU minutes a plan and seed.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from leaderboard_data import convert_ml_1m
@@ -32,29 +38,27 @@ from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.presets import PRESETS
 
 NUM_USERS, MIN_EVENTS, MEAN_EVENTS, CUT_SEED = 10_000, 5, 9, 0
-GENRES = {"genres": "multi_categorical"}
+TRUE, RANDOM = "attributes", "attributes_of_another"
 # Name -> features of the items, and settings that differ from the preset's.
 PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "preset": ({}, {}),
     "temperature .15": ({}, {"model.temperature": 0.15}),
     "temperature .07": ({}, {"model.temperature": 0.07}),
     "id_dropout .05": ({}, {"model.id_dropout": 0.05}),
-    "patience 3": ({}, {"training.patience": 3}),
-    "genres": (GENRES, {}),
-    "genres, title, year": (GENRES | {"title": "text", "year": "categorical"}, {}),
-    "genres of another item": ({"random_genres": "multi_categorical"}, {}),
+    "patience 10": ({}, {"training.patience": 10}),
+    "attributes": ({TRUE: "multi_categorical"}, {}),
+    "attributes of another item": ({RANDOM: "multi_categorical"}, {}),
 }
 
 
-def cut(data_dir: Path, folder: Path) -> None:
-    """Writes `sparse.parquet` and `items.parquet`, with each item's genres and another one's."""
+def cut_ml_1m(data_dir: Path, folder: Path, rng: np.random.Generator) -> tuple[pa.Table, pa.Table]:
+    """Returns events and items, of MovieLens-1M."""
     convert_ml_1m(data_dir, folder)
     events = pq.read_table(folder / "events.parquet")
     users = events["user_id"].to_numpy()
     order = np.argsort(users, kind="stable")
     items = events["item_id"].to_numpy()[order]
     begins = np.flatnonzero(np.diff(users[order], prepend=-1))
-    rng = np.random.default_rng(CUT_SEED)
     stretches = []
     for begin, end in zip(begins, [*begins[1:], len(items)], strict=True):
         while end - begin >= MIN_EVENTS:
@@ -62,15 +66,46 @@ def cut(data_dir: Path, folder: Path) -> None:
             stretches.append((begin, begin + length))
             begin += length
     kept = [stretches[i] for i in rng.choice(len(stretches), NUM_USERS, replace=False)]
-    lengths = [end - begin for begin, end in kept]
-    columns = {
-        "user_id": np.repeat(np.arange(NUM_USERS), lengths),
-        "item_id": np.concatenate([items[begin:end] for begin, end in kept]),
-    }
-    pq.write_table(pa.table(columns), folder / "sparse.parquet")
+    sequences = [items[begin:end] for begin, end in kept]
     table = pq.read_table(folder / "items.parquet")
-    others = table["genres"].take(pa.array(rng.permutation(len(table))))
-    pq.write_table(table.append_column("random_genres", others), folder / "items.parquet")
+    return _events(range(NUM_USERS), sequences), _items(table["item_id"], table["genres"])
+
+
+def cut_kuairand(
+    data_dir: Path, folder: Path, rng: np.random.Generator
+) -> tuple[pa.Table, pa.Table]:
+    """Returns events and items, of KuaiRand."""
+    del folder
+    sequences = pq.read_table(data_dir / "user_sequences.parquet").sort_by("user_id").to_pandas()
+    long_enough = sequences[sequences["long_watch_seq"].map(len) >= MIN_EVENTS]
+    kept = long_enough.iloc[np.sort(rng.choice(len(long_enough), NUM_USERS, replace=False))]
+    events = _events(kept["user_id"], list(kept["long_watch_seq"]))
+    videos = pd.read_csv(data_dir / "video_features_basic_pure.csv", dtype={"tag": str})
+    watched = videos[videos["video_id"].isin(events["item_id"].to_numpy())]
+    return events, _items(watched["video_id"], watched["tag"].fillna("").str.split(","))
+
+
+def _events(users: Any, sequences: list[np.ndarray]) -> pa.Table:
+    lengths = [len(sequence) for sequence in sequences]
+    return pa.table(
+        {"user_id": np.repeat(np.array(users), lengths), "item_id": np.concatenate(sequences)}
+    )
+
+
+def _items(item_ids: Any, attributes: Any) -> pa.Table:
+    return pa.table({"item_id": item_ids, TRUE: attributes})
+
+
+CUTS = {"ml-1m": cut_ml_1m, "kuairand-pure": cut_kuairand}
+
+
+def cut(data: str, data_dir: Path, folder: Path) -> None:
+    """Writes `sparse.parquet` and `items.parquet`, with each item's attributes and another's."""
+    rng = np.random.default_rng(CUT_SEED)
+    events, items = CUTS[data](data_dir, folder, rng)
+    others = items[TRUE].take(pa.array(rng.permutation(len(items))))
+    pq.write_table(events, folder / "sparse.parquet")
+    pq.write_table(items.append_column(RANDOM, others), folder / "items.parquet")
 
 
 def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -95,6 +130,7 @@ def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
         "plan": name,
         "seed": seed,
         "best_epoch": model.result.best_epoch,
+        "validation_by_epoch": model.result.history[f"val_{model.training.monitor}"],
         "cpu_seconds": time.process_time() - start,
     }
     for part, holdout in (("validation", validation), ("test", test)):
@@ -110,20 +146,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="Folder of MovieLens-1M.")
+    parser.add_argument("--data", choices=CUTS, required=True)
+    parser.add_argument("--data-dir", type=Path, required=True, help="Folder of the data set.")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), metavar="PLAN")
-    parser.add_argument("--seeds", type=int, default=1, help="How many (1).")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Which (0).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as directory:
-        cut(options.data_dir, Path(directory))
-        for seed in range(options.seeds):
+        cut(options.data, options.data_dir, Path(directory))
+        for seed in options.seeds:
             for name in options.plans:
                 found.append(measure(Path(directory), name, seed))
                 print(found[-1], flush=True)
                 if options.json:
-                    write_json(options.json, {"runs": found})
+                    write_json(options.json, {"data": options.data, "runs": found})
 
 
 if __name__ == "__main__":
