@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from record import write_json
 from tfrs_pipeline.trainings import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
+REPORTED = ("validation_ndcg@100", *METRICS, "seconds")
 WITHOUT_COUNTS = {"model.negatives": (tp.InBatch(), tp.Uniform(512))}
 SETS: dict[str, dict[str, dict[str, Any]]] = {
     "mined": {
@@ -87,14 +89,19 @@ def run_seed(seed: int, plans: dict[str, dict[str, Any]]) -> list[dict[str, Any]
     return rows
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Computes each plan's means and its paired differences from the first one."""
+def summarise(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Computes each plan's means and its paired differences from the first one.
+
+    Args:
+        rows: A dict each of "plan", "seed" and the metrics.
+        metrics: Which of them.
+    """
     table: dict[str, Any] = {}
     base = {row["seed"]: row for row in rows if row["plan"] == rows[0]["plan"]}
     for plan in dict.fromkeys(row["plan"] for row in rows):
         own = [row for row in rows if row["plan"] == plan]
         table[plan] = {"num_seeds": len(own)}
-        for metric in ("validation_ndcg@100", *METRICS, "seconds"):
+        for metric in metrics:
             values = np.array([row[metric] for row in own])
             difference = values - np.array([base[row["seed"]][metric] for row in own])
             table[plan][metric] = {
@@ -123,13 +130,13 @@ def main() -> None:
     for seed in range(options.seeds):
         rows += run_seed(seed, SETS[options.set])
         if options.json:  # Hours of work: kept as it comes.
-            write_json(options.json, {"plans": summarise(rows), "runs": rows})
-    for plan, row in summarise(rows).items():
+            write_json(options.json, {"plans": summarise(rows, REPORTED), "runs": rows})
+    for plan, row in summarise(rows, REPORTED).items():
         cells = [
             f"{name} {row[name]['mean']:.4f} ({row[name]['difference']:+.4f} "
             f"± {row[name]['standard_error'] or float('nan'):.4f}, "
             f"{row[name]['num_seeds_ahead']} ahead)"
-            for name in ("validation_ndcg@100", *METRICS)
+            for name in REPORTED[:-1]
         ]
         print(f"{plan:18}", "  ".join(cells))
 

@@ -1,0 +1,269 @@
+r"""Measures changed losses and corrections against the package's, on validation, in paired seeds.
+
+Data sets (DATA says with which settings):
+
+    ml-100k   the default run
+    gowalla   LightGCN's split, the preset `sets` at 64 dimensions, 8 epochs
+    sparse    10,000 stretches of MovieLens-1M's sequences, the preset `sequence`,
+              ids alone, 12 epochs
+
+The last two are read from a folder each (--data-dir; see `leaderboard_data.py`). Plans:
+
+    package            the loss as it is, every column corrected by its exact log q
+    exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as the mean
+                       over the corpus, to the power of t, so that t = 1 is the package's loss
+    top 20, ...        SL@K: each positive's loss weighted by sigmoid((its logit - that of the
+                       20th candidate) / 2), the 20th found among the sampled columns, of which
+                       each stands for 1 / q candidates
+    unigram            the correction of published code for mixed negatives: log of the share of
+                       the clicks, whatever drew the column, and of the positive as well
+    none               no correction
+
+    python benchmarks/losses.py --data gowalla --data-dir gowalla --plans package "exponent 1.22" \
+        --seeds 3 --json losses_gowalla.json
+
+BSL: Wu et al. 2024. SL@K: Yang et al. 2025, "Breaking the Top-K Barrier", KDD. `unigram`: Mixed
+sampler of Tikhonovich et al. 2025, "eSASRec", RecSys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
+import numpy as np
+import tensorflow as tf
+from leaderboard import Task
+from leaderboard_data import PROTOCOLS
+from paired_seeds import summarise
+from record import write_json
+from sparse_sequences import cut
+
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.presets import PRESETS
+
+# Data set -> its protocol, and settings over it. The learning rate falls to 0 in the epochs given.
+DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "ml-100k": ("ml-100k", {}),
+    "gowalla": (
+        "gowalla",
+        {
+            **PRESETS["sets"][1],
+            "model.dim": 64,
+            "model.id_dropout": 0.0,
+            "training.max_epochs": 8,
+            "training.validation_users": 3000,
+        },
+    ),
+    "sparse": (
+        "ml-1m",
+        {**PRESETS["sequence"][1], "training.max_epochs": 12, "training.validation_users": 3000},
+    ),
+}
+WITHOUT_FEATURES = {"data.item_features": {}, "data.user_features": {}}
+# Given the model and the training clicks of each row; changes the model.
+Change = Callable[[TwoTowerNetwork, np.ndarray], None]
+
+
+class ChangedLoss(HybridRetrieval):
+    """The package's loss of shared negatives, with the exponent of BSL or the weight of SL@K.
+
+    With V candidates, own logit s and the estimate N of the sum of exp over the negatives, a
+    positive's loss is w * (log(exp s + V * (N / V)^exponent) - s).
+
+    Args:
+        temperature: As of the parent.
+        num_candidates: V.
+        exponent: 1 is the parent's loss.
+        top_k: K of the weight w; None is w = 1.
+        softness: w = sigmoid((s - logit of the K-th candidate) / softness), no gradient in it.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        num_candidates: int,
+        *,
+        exponent: float = 1.0,
+        top_k: int | None = None,
+        softness: float = 2.0,
+    ) -> None:
+        super().__init__(temperature)
+        self._num_candidates, self._exponent = num_candidates, exponent
+        self._top_k, self._softness = top_k, softness
+
+    def call(
+        self,
+        query_embeddings: tf.Tensor,
+        candidate_embeddings: tf.Tensor,
+        sample_weight: tf.Tensor,
+        *,
+        score_mask: tf.Tensor,
+        negative_embeddings: tf.Tensor,
+        log_q: tf.Tensor,
+        positive_query: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Computes the summed loss of a batch; the arguments are the parent's."""
+        queries = query_embeddings / self._temperature
+        logits = tf.matmul(queries, negative_embeddings, transpose_b=True)
+        logits = tf.where(score_mask, logits, tf.float32.min / 100)
+        negatives = tf.reduce_logsumexp(logits - log_q, axis=1)
+        negatives += (self._exponent - 1.0) * (negatives - math.log(self._num_candidates))
+        best = self._of_top_k(logits, log_q)
+        if positive_query is not None:
+            queries, negatives, best = (
+                tf.gather(x, positive_query) for x in (queries, negatives, best)
+            )
+        own = tf.einsum("pd,pd->p", queries, candidate_embeddings)
+        losses = tf.nn.softplus(negatives - own) * sample_weight
+        if self._top_k is not None:
+            losses *= tf.stop_gradient(tf.sigmoid((own - best) / self._softness))
+        return tf.reduce_sum(losses)
+
+    def _of_top_k(self, logits: tf.Tensor, log_q: tf.Tensor) -> tf.Tensor:
+        """Estimates the logit of the K-th best candidate: [W]."""
+        if self._top_k is None:
+            return logits[:, 0]
+        best, place = tf.math.top_k(logits, min(256, logits.shape[1]))
+        # How many candidates a column stands for.
+        weight = tf.broadcast_to(tf.exp(-log_q), tf.shape(logits))
+        stands_for = tf.gather(weight, place, batch_dims=1)
+        num_better = tf.reduce_sum(
+            tf.cast(tf.cumsum(stands_for, axis=1) < self._top_k, tf.int32), axis=1
+        )
+        return tf.gather(best, tf.minimum(num_better, best.shape[1] - 1), batch_dims=1)
+
+
+def with_loss(**options: Any) -> Change:
+    """Makes the change to another loss (see `ChangedLoss`)."""
+
+    def change(network: TwoTowerNetwork, counts: np.ndarray) -> None:
+        temperature = network.task._temperature
+        network.task = ChangedLoss(temperature, network.num_candidates, **options)
+
+    return change
+
+
+def with_unigram(network: TwoTowerNetwork, counts: np.ndarray) -> None:
+    """Corrects all columns by the log of their share of the clicks, and the positive likewise."""
+    # An item without a click, which uniform negatives draw, counts as one of half a click.
+    share = np.maximum(counts, 0.5) / counts.sum()
+    log_share = tf.constant(np.log(share), tf.float32)
+
+    def log_q(inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        # A softmax does not change if all logits of a row rise alike: so the positive's stays.
+        own, shared = (tf.gather(log_share, inputs[x]) for x in ("candidate_row", "shared_row"))
+        return shared[tf.newaxis, :] - own[:, tf.newaxis]
+
+    network.log_q = log_q
+
+
+def unchanged(network: TwoTowerNetwork, counts: np.ndarray) -> None:
+    """Leaves the model as it is."""
+
+
+# Plan -> what changes in the model, and settings.
+PLANS: dict[str, tuple[Change, dict[str, Any]]] = {
+    "package": (unchanged, {}),
+    **{f"exponent {t:g}": (with_loss(exponent=t), {}) for t in (0.8, 0.9, 1.1, 1.22)},
+    **{f"top {k}": (with_loss(top_k=k), {}) for k in (20, 50)},
+    "unigram": (with_unigram, {}),
+    "none": (unchanged, {"model.correction": "none"}),
+}
+
+
+class Variant(tp.TwoTower):
+    """A two-tower model that is changed once it is built."""
+
+    change: Callable[[TwoTowerNetwork], None]
+
+    def build(self, corpus: Corpus) -> TwoTowerNetwork:
+        """Builds the Keras model, and changes it."""
+        network = super().build(corpus)
+        self.change(network)
+        return network
+
+
+def task_of(data: str, data_dir: Path | None, folder: Path) -> Task:
+    """Makes the data set and its settings."""
+    name, settings = DATA[data]
+    protocol = PROTOCOLS[name]
+    config = protocol.config(data_dir, folder / "source")
+    if data == "sparse":
+        assert data_dir is not None
+        cut(data_dir, folder / "source")
+        path = {"data.path": folder / "source" / "sparse.parquet"}
+        settings = {**WITHOUT_FEATURES, **path, **settings}
+    return Task(data, protocol, tp.with_settings(config, settings), folder)
+
+
+def measure(task: Task, plan: str, seed: int) -> dict[str, Any]:
+    """Fits one plan and measures it on validation."""
+    change, settings = PLANS[plan]
+    config = tp.with_settings(task.config, {**settings, "seed": seed})
+    data = task.prepare(config)
+    tf.keras.backend.clear_session()
+    model = Variant(config.model, training=config.training, seed=seed)
+    model.change = functools.partial(change, counts=data.selection.samples.counts)
+    start = time.process_time()
+    model.fit_samples(data.selection, data.validation, exclude=config.evaluation.exclude)
+    cpu_seconds = time.process_time() - start
+    monitor = config.training.monitor
+    k = int(monitor.partition("@")[2])
+    measured = tp.evaluate(
+        model,
+        data.validation,
+        exclude=config.evaluation.exclude,
+        cutoffs=(k,),
+        num_bootstrap=0,
+    ).first
+    return {
+        "plan": plan,
+        "seed": seed,
+        "num_epochs": model.result.best_epoch,
+        **{f"{x}@{k}": measured.overall.intervals[f"{x}@{k}"].mean for x in ("ndcg", "recall")},
+        f"tail/recall@{k}": measured.slices["tail"].intervals[f"recall@{k}"].mean,
+        f"coverage@{k}": measured.overall.set_metrics[f"coverage@{k}"],
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--data-dir", type=Path, help="Folder of the data set; see the top.")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, required=True, metavar="PLAN")
+    parser.add_argument("--seeds", type=int, default=1, help="How many (1).")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")  # A model a plan retraces its functions: no fault here.
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        task = task_of(options.data, options.data_dir, Path(folder))
+        for seed in range(options.seeds):
+            for plan in options.plans:
+                rows.append(measure(task, plan, seed))
+                print(rows[-1], flush=True)
+                if options.json:
+                    metrics = [name for name in rows[0] if name not in ("plan", "seed")]
+                    table = summarise(rows, metrics)
+                    write_json(options.json, {"data": options.data, "plans": table, "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
