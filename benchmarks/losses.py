@@ -203,7 +203,7 @@ def task_of(data: str, data_dir: Path | None, folder: Path) -> Task:
     config = protocol.config(data_dir, folder / "source")
     if data == "sparse":
         assert data_dir is not None
-        cut(data_dir, folder / "source")
+        cut("ml-1m", data_dir, folder / "source")
         path = {"data.path": folder / "source" / "sparse.parquet"}
         settings = {**WITHOUT_FEATURES, **path, **settings}
     return Task(data, protocol, tp.with_settings(config, settings), folder)
