@@ -303,8 +303,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = build_export(Path(directory), options.candidates, 0).parent
-        with served(model, "--no-page") as (port, _):
-            ratios = neighbours(port, options.rounds)
+        ratios = {}
+        if options.rounds:
+            with served(model, "--no-page") as (port, _):
+                ratios = neighbours(port, options.rounds)
         load = measure(model, options.minutes, options.stops, options.swap_seconds)
     print({key: value for key, value in load.items() if "mib" not in key})
     for kind in ("resident", "data"):

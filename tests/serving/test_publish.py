@@ -137,15 +137,14 @@ def test_who_decides_by_the_newest_version_publishes_the_next(tmp_path: Path) ->
         first = start(stack)
         assert [first.stdout.readline() for _ in range(2)] == ["ready\n", "decided\n"]
         second = start(stack)
-        assert second.stdout.readline() == "ready\n"
+        second.stdin.write("go\n")
+        second.stdin.flush()
         told = second.stderr.readline()
         assert f"{tmp_path} is in use by process {first.pid}" in told
         assert told.endswith("Waiting until it ends.\n")
         first.stdin.write("go\n")
         first.stdin.flush()
-        assert second.stdout.readline() == "decided\n"
-        second.stdin.write("go\n")
-        second.stdin.flush()
+        assert [process.wait() for process in (first, second)] == [0, 0]
     found = [(tmp_path / str(x) / MANIFEST_FILE).read_text() for x in versions_of(tmp_path)]
     assert found == ["[]", "[1]"]
 

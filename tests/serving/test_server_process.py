@@ -149,7 +149,7 @@ def test_everything_at_once_and_no_good_request_fails() -> None:
         "--stops",
         "1",
         "--rounds",
-        "1",
+        "0",
         "--swap-seconds",
         "2",
     ]

@@ -1,7 +1,8 @@
-"""Has a process of its own load a SavedModel and compares its answers with recorded ones.
+"""Has a process of its own load SavedModels and compares their answers with recorded ones.
 
-    python -m tfrs_pipeline.serving.check FOLDER PROBE.npz
+    python -m tfrs_pipeline.serving.check FOLDER...
 
+A folder holds the model and its `probe.npz`. The fallbacks come first, before ScaNN's op is there.
 Exits with 0 if they are the same, else with 1 and the difference on standard error.
 """
 
@@ -25,6 +26,7 @@ from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
 
 # The reloaded model may run other kernels on another batch shape: same answer, not same bits.
 SCORE_TOLERANCE = 1e-4
+PROBE_FILE = "probe.npz"
 
 
 class ExportError(RuntimeError):
@@ -63,17 +65,15 @@ def _probe(
 
 
 def prove(
-    folder: Path,
-    module: RetrievalModule,
+    modules: Mapping[Path, RetrievalModule],
     queries: Sequence[Query],
     item_ids: Sequence[Any],
     values: Mapping[str, Any],
 ) -> None:
-    """Has a fresh process load what was saved and answer as the module in memory does.
+    """Has a fresh process load what was saved and answer as the modules in memory do.
 
     Args:
-        folder: Of the SavedModel.
-        module: What was saved.
+        modules: Folder of a SavedModel -> what was saved there.
         queries: That the signatures of users are asked with.
         item_ids: That those of items are asked with.
         values: Of other inputs, by name (see `example_values`); they are missing otherwise.
@@ -81,20 +81,21 @@ def prove(
     Raises:
         ExportError: If the process fails, or an answer differs.
     """
-    probe = folder / "probe.npz"
-    arrays: dict[str, np.ndarray] = {}
-    for name, function in module.exported.items():
-        inputs = _probe(function, queries, item_ids, values)
-        outputs = function(*inputs.values())
-        for role, tensors in (("input", inputs), ("output", outputs)):
-            arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
-    np.savez(probe, allow_pickle=False, **arrays)
-    command = [sys.executable, "-m", "tfrs_pipeline.serving.check", str(folder), str(probe)]
+    for folder, module in modules.items():
+        arrays: dict[str, np.ndarray] = {}
+        for name, function in module.exported.items():
+            inputs = _probe(function, queries, item_ids, values)
+            outputs = function(*inputs.values())
+            for role, tensors in (("input", inputs), ("output", outputs)):
+                arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
+        np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)
+    command = [sys.executable, "-m", "tfrs_pipeline.serving.check", *map(str, modules)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    probe.unlink()
+    for folder in modules:
+        (folder / PROBE_FILE).unlink()
     if done.returncode:
         raise ExportError(
-            f"A fresh process could not use the export to {folder}: {done.stderr.strip()[-2000:]}"
+            f"A fresh process could not use the export: {done.stderr.strip()[-2000:]}"
         )
 
 
@@ -105,16 +106,16 @@ def _plain(values: np.ndarray) -> np.ndarray:
     return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)
 
 
-def differences(folder: str, probe_path: str) -> str:
+def differences(folder: Path) -> str:
     """Describes how the reloaded model's answers differ from the probe's; "" if they do not.
 
     Args:
-        folder: Of the SavedModel.
-        probe_path: Arrays by "SIGNATURE/input/NAME" and "SIGNATURE/output/NAME".
+        folder: Of the SavedModel, and of arrays by "SIGNATURE/input/NAME" and
+            "SIGNATURE/output/NAME".
     """
-    with np.load(probe_path) as probe:
+    with np.load(folder / PROBE_FILE) as probe:
         arrays = {tuple(name.split("/", 2)): array for name, array in probe.items()}
-    loaded = tf.saved_model.load(folder)
+    loaded = tf.saved_model.load(str(folder))
     problems = []
     for signature in dict.fromkeys(name for name, _, _ in arrays):
         function = loaded.signatures[signature]
@@ -163,18 +164,23 @@ def _difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) 
 
 
 def main() -> int:
-    """Runs the check of the two paths on the command line."""
-    folder, probe_path = sys.argv[1:]
+    """Runs the check of the folders on the command line."""
+    problems = []
+    for folder in sorted(map(Path, sys.argv[1:]), key=_may_need_scann):
+        if _may_need_scann(folder):
+            try:
+                load_scann_ops()
+            except ImportError as error:
+                print(error, file=sys.stderr)
+        if problem := differences(folder):
+            problems.append(f"{folder}: {problem}")
+    print(*problems, sep="\n", file=sys.stderr)
+    return int(bool(problems))
+
+
+def _may_need_scann(folder: Path) -> bool:
     # Judged by the whole ending: a model or a folder above it may be called "exact" too.
-    if Path(folder).parts[-len(EXACT_FOLDER.parts) :] != EXACT_FOLDER.parts:
-        try:
-            load_scann_ops()
-        except ImportError as error:
-            print(error, file=sys.stderr)
-    problem = differences(folder, probe_path)
-    if problem:
-        print(problem, file=sys.stderr)
-    return int(bool(problem))
+    return folder.parts[-len(EXACT_FOLDER.parts) :] != EXACT_FOLDER.parts
 
 
 if __name__ == "__main__":

@@ -226,9 +226,8 @@ def export_index(
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
-        probes = queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full)
-        for place, module in modules.items():
-            prove(version.partial / place, module, *probes)
+        saved = {version.partial / place: module for place, module in modules.items()}
+        prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
     return version.folder, full
 
 
