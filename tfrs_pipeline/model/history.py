@@ -10,8 +10,6 @@ import tensorflow as tf
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_slice
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
-MLP_WIDTH = 2  # Of the hidden layer of a block of self-attention, in widths of the block.
-
 
 class HistoryEncoder(tf.keras.layers.Layer):
     """Encodes the items of a query's history, alone or at every place of a sequence.
@@ -199,15 +197,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
 class SelfAttention(tf.keras.layers.Layer):
     """A causal Transformer with learned positions: each output has seen what comes before alone.
 
-    Blocks normalise first, and gate what they add by what they read, entry by entry: x +
-    sigmoid(A x) * Attention(norm(x)), then x + sigmoid(B x) * SwiGLU(norm(x)), with SwiGLU(y) =
-    W (silu(U y) * V y). The outputs are normalised once more. A learned vector stands before the
-    first item, so that there is an output for nothing too. Padding must come last: causality then
-    keeps it out of all that counts.
+    Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
+    normalised once more. A learned vector stands before the first item, so that there is an output
+    for nothing too. Padding must come last: causality then keeps it out of all that counts.
 
-    References: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM, for the
-    whole; Borisyuk et al. 2025, "From Features to Transformers: Redefining Ranking for Scalable
-    Impact", for the gates (LiGR); Shazeer 2020, "GLU Variants Improve Transformer".
+    Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM.
 
     Args:
         dim: Size of inputs and outputs, a multiple of `ATTENTION_HEADS`.
@@ -234,12 +228,9 @@ class SelfAttention(tf.keras.layers.Layer):
                 "attention_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
                 "query_key_value": tf.keras.layers.Dense(3 * dim),
                 "attended": tf.keras.layers.Dense(dim),
-                "attention_gate": tf.keras.layers.Dense(dim, "sigmoid"),
                 "mlp_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
-                "hidden": tf.keras.layers.Dense(MLP_WIDTH * dim),
-                "hidden_gate": tf.keras.layers.Dense(MLP_WIDTH * dim, "silu"),
+                "hidden": tf.keras.layers.Dense(dim, "relu"),
                 "output": tf.keras.layers.Dense(dim),
-                "mlp_gate": tf.keras.layers.Dense(dim, "sigmoid"),
             }
             for _ in range(num_blocks)
         ]
@@ -274,11 +265,9 @@ class SelfAttention(tf.keras.layers.Layer):
         hidden = self._dropped(hidden, seeds, dropout_slice)
         for block in self._blocks:
             attended = block["attended"](self._attend(block, block["attention_norm"](hidden)))
-            attended = self._dropped(attended, seeds, dropout_slice)
-            hidden += block["attention_gate"](hidden) * attended
-            normed = block["mlp_norm"](hidden)
-            output = block["output"](block["hidden_gate"](normed) * block["hidden"](normed))
-            hidden += block["mlp_gate"](hidden) * self._dropped(output, seeds, dropout_slice)
+            hidden += self._dropped(attended, seeds, dropout_slice)
+            output = block["output"](block["hidden"](block["mlp_norm"](hidden)))
+            hidden += self._dropped(output, seeds, dropout_slice)
         return self._norm(hidden)
 
     def _attend(self, block: dict[str, tf.keras.layers.Layer], hidden: tf.Tensor) -> tf.Tensor:
