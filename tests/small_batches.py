@@ -71,6 +71,14 @@ def forbidden(samples: Samples, query: int) -> list[int]:
 
 SAMPLES = with_pools(make_samples())
 UNORDERED = dataclasses.replace(SAMPLES, num_earlier=None)
+# A request feature that names the sample too, and one of several numbers.
+REQUESTED = dataclasses.replace(
+    SAMPLES,
+    request_columns={
+        "place": np.arange(NUM_SAMPLES, dtype=np.int32),
+        "vector": np.arange(2 * NUM_SAMPLES, dtype=np.float32).reshape(-1, 2),
+    },
+)
 # The weight names the sample: no two are equal.
 SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}
 ORDERS = {"single": SinglePositives, "sequences": WholeSequences, "sets": UserSets}

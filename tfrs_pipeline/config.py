@@ -177,6 +177,12 @@ class RunConfig(Config):
                 f"{self.training.max_epochs}: nothing would be mined",
             )
         yield from check_examples(model, self.training)
+        if self.data.request_features and self.training.examples == "sets":
+            yield (
+                "data.request_features",
+                f"got {', '.join(self.data.request_features)} with training.examples 'sets', which "
+                "gives a query the positives of many requests: train 'single' or 'sequences'",
+            )
         cutoffs = self.evaluation.cutoffs
         if int(self.training.monitor.partition("@")[2]) not in cutoffs:
             yield (
@@ -191,10 +197,12 @@ class RunConfig(Config):
                 f"got {filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "
                 f"data.item_features has {', '.join(self.data.item_features) or 'none'}",
             )
-        if not (model.use_user_id or model.history_pooling or self.data.user_features):
+        of_query = self.data.user_features or self.data.request_features
+        if not (model.use_user_id or model.history_pooling or of_query):
             yield (
                 "model",
-                "the query tower reads nothing: set use_user_id, history_pooling or user_features",
+                "the query tower reads nothing: set use_user_id, history_pooling, user_features or "
+                "request_features",
             )
         if not (model.use_candidate_id or self.data.item_features):
             yield (

@@ -9,7 +9,8 @@ import numpy as np
 
 Query: TypeAlias = Mapping[str, Any]
 """Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
-ids, oldest first; `"features"`, raw values of user features by column name."""
+ids, oldest first; `"features"`, raw values of user features by column name; `"request"`, those of
+request features, and `"timestamp"`, of which those are made that the log made of its own."""
 
 
 @runtime_checkable

@@ -162,6 +162,7 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
     features: dict[str, Any] = {
         "item_features": config.item_features,
         "user_features": config.user_features,
+        "request_features": config.request_features,
     }
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, **features)

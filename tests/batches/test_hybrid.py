@@ -17,6 +17,7 @@ from tests.small_batches import (
     NUM_CANDIDATES,
     NUM_SAMPLES,
     ORDERS,
+    REQUESTED,
     SAMPLES,
     STAGES,
     assert_same_batches,
@@ -70,6 +71,21 @@ def test_rows_of_a_batch_belong_together(is_ordered: bool) -> None:
             assert batch["candidate_row"][i] == samples.candidate_rows[sample]
             latest = samples.history(sample)[::-1][:LENGTH].tolist()
             assert batch["history_rows"][i].tolist() == latest + [0] * (LENGTH - len(latest))
+
+
+@pytest.mark.parametrize("order", ["single", "sequences"])
+@pytest.mark.parametrize("rate", [None, RATE])
+def test_request_features_are_those_of_the_positive(order: str, rate: Any) -> None:
+    drawn = {} if order == "sequences" or rate is None else {"rate": rate}
+    for batch in batch_list(make_batches(order, REQUESTED, examples=drawn), 3):
+        sample = samples_of(batch)
+        assert batch["request place"].tolist() == sample
+        assert batch["request vector"].tolist() == [[2 * i, 2 * i + 1] for i in sample]
+
+
+def test_a_set_is_of_many_requests() -> None:
+    with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
+        make_batches("sets", REQUESTED)
 
 
 @pytest.mark.parametrize("order", ORDERS)

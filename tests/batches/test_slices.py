@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.small_batches import SAMPLES, UNORDERED, batch_list, make_batches
+from tests.small_batches import REQUESTED, UNORDERED, batch_list, make_batches
 from tfrs_pipeline.batches.slices import Slices
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
 OF_QUERIES = ("query_row", "history_rows", "is_counted", "hard_candidate_row", "hard_log_q")
+OF_REQUESTS = ("request place", "request vector")
 
 
 def reads(batch: dict[str, Any]) -> list[list[int]]:
@@ -28,14 +29,14 @@ def reads(batch: dict[str, Any]) -> list[list[int]]:
 @pytest.mark.parametrize("total", [2, 3])
 @pytest.mark.parametrize("order", ["single", "sequences", "sets"])
 def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
-    samples = UNORDERED if order == "sets" else SAMPLES
+    samples = UNORDERED if order == "sets" else REQUESTED
     batches = make_batches(order, samples, hard=None if order == "sets" else HARD)
     whole = batch_list(batches, 2, start=4)
     sliced = list(batches.dataset(4, 2, Slices(0, total, total)).as_numpy_iterator())
     assert len(sliced) == 2 * total
     for i, batch in enumerate(whole):
         parts = sliced[i * total : (i + 1) * total]
-        for name in ("candidate_row", "weight", *OF_QUERIES):
+        for name in ("candidate_row", "weight", *OF_QUERIES, *OF_REQUESTS):
             if name in batch:
                 joined = np.concatenate([part[name] for part in parts])
                 np.testing.assert_array_equal(joined, batch[name], name)

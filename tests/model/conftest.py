@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -26,11 +28,15 @@ tf.config.set_logical_device_configuration(
 # The id of row r is 10 * r for items, 100 + r for users.
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 30, 24, 3
 LENGTH = 3
+REQUEST_FEATURES: Mapping[str, FeatureKind] = {"device": "categorical", "hour": "numeric"}
 LOSERS = FunnelLosers(share=0.3, num=2, stages=("pre_ranked",))
 
 
-def make_log() -> Log:
-    """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank."""
+def make_log(request_features: Mapping[str, FeatureKind] | None = None) -> Log:
+    """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank.
+
+    On one device every second item is clicked, on the other one the rest; it is not always known.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for user in range(NUM_USERS):
@@ -42,10 +48,17 @@ def make_log() -> Log:
         rows += [(101 + user, 10 * item, 1, "pre_ranked") for item in others[2:5]]
     events = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "stage"])
     events["timestamp"] = pd.to_datetime(1_700_000_000 + events["timestamp"], unit="s", utc=True)
+    devices = np.array(["web", "app"])[events["item_id"] // 10 % 2]
+    events["device"] = [None if i % 7 == 0 else device for i, device in enumerate(devices)]
     genres = ["drama", "comedy", "war"]
     items = pd.DataFrame({"item_id": 10 * np.arange(1, NUM_ITEMS + 1)})
     items["genre"] = [genres[row % NUM_TASTES] for row in range(NUM_ITEMS)]
-    return Log.from_table(events, items=items, item_features={"genre": "categorical"})
+    return Log.from_table(
+        events,
+        items=items,
+        item_features={"genre": "categorical"},
+        request_features=request_features,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +75,14 @@ def split(log: Log) -> Split:
 def data(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     """120 samples: the first four clicks of each user."""
     return TrainingSet.build(split.train, tmp_path_factory.mktemp("samples"), seed=0, hard=LOSERS)
+
+
+@pytest.fixture(scope="session")
+def requested(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    """The same with request features."""
+    split = make_log(REQUEST_FEATURES).split("last_n", validation=1, test=1)
+    folder = tmp_path_factory.mktemp("requested")
+    return TrainingSet.build(split.train, folder, seed=0, hard=LOSERS)
 
 
 def tiny(**changes: Any) -> TwoTower:

@@ -36,11 +36,11 @@ def devices() -> tf.distribute.Strategy:
 
 @pytest.mark.parametrize("case", ["streaming", "sequences"])
 def test_two_devices_train_the_weights_of_one(
-    data: TrainingSet, devices: tf.distribute.Strategy, case: str
+    requested: TrainingSet, devices: tf.distribute.Strategy, case: str
 ) -> None:
-    alone = tiny(**CASES[case]).fit_samples(data, max_epochs=2)
+    alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=2)
     with devices.scope():
-        together = tiny(**CASES[case]).fit_samples(data, max_epochs=2)
+        together = tiny(**CASES[case]).fit_samples(requested, max_epochs=2)
     assert together.network.distribute_strategy is devices
     assert_close(weights_of(alone.network), weights_of(together.network))
     assert together.result.history["loss"] == pytest.approx(alone.result.history["loss"], rel=1e-4)

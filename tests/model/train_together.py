@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.model.conftest import LOSERS, make_log, tiny, weights_of
+from tests.model.conftest import LOSERS, REQUEST_FEATURES, make_log, tiny, weights_of
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
@@ -52,9 +52,12 @@ NUM_EPOCHS = 3
 
 def train(case: str, folder: Path) -> TwoTower:
     model = tiny(**CASES[case])
-    split = make_log().split("last_n", validation=1, test=1)
+    # Sets hold the positives of many requests.
+    features = None if case == "sets" else REQUEST_FEATURES
+    split = make_log(features).split("last_n", validation=1, test=1)
+    samples = "samples" if features is None else "requested"
     data = chief_first(
-        lambda: TrainingSet.build(split.train, folder / "samples", seed=0, hard=LOSERS)
+        lambda: TrainingSet.build(split.train, folder / samples, seed=0, hard=LOSERS)
     )
     return model.fit_samples(data, split.validation, max_epochs=NUM_EPOCHS, folder=folder / case)
 

@@ -1,17 +1,19 @@
 """DuckDB and Spark give the same samples, in the same order."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import DataError, SplitKind
+from tfrs_pipeline.data.schema import DataError, FeatureKind, SplitKind
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -21,6 +23,14 @@ from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
 # Pools from own and recent requests, thinned, and the low part of ranks.
 HARD = FunnelLosers(stages=("retrieved", "ranked"), min_pool=40, max_pool=25, window_hours=72)
+
+
+REQUEST_FEATURES: dict[str, FeatureKind] = {
+    "place": "categorical",
+    "near": "vector",
+    "hour": "numeric",
+    "weekday": "categorical",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +48,16 @@ def logs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Log
     folder = tmp_path_factory.mktemp("log")
     options = FunnelOptions(num_retrieved=30, num_pre_ranked=16, num_ranked=8, num_exposed=4)
     log = simulate_funnel(num_users=30, num_items=80, num_requests=500, seed=3, options=options).log
+    # What is known at a request, of each type; not of every one.
+    place = log.events["user_id"] % 4
+    log = dataclasses.replace(
+        log,
+        events=log.events.mutate(
+            place=ibis.ifelse(place > 0, place.cast("string"), ibis.null("string")),
+            near=ibis.ifelse(place > 1, ibis.array([place / 8, place / 4]), None),
+        ).mutate(near=lambda t: t["near"].cast("array<float32>")),
+        request_features=REQUEST_FEATURES,
+    )
     log.write(folder)
     events, items, users = (
         spark.read_parquet(f"{folder}/{name}.parquet") for name in ("events", "items", "users")
@@ -48,6 +68,7 @@ def logs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Log, Log
         users=users,
         item_features=log.item_features,
         user_features=log.user_features,
+        request_features=log.request_features,
     )
     return Log.read(folder), in_spark
 
@@ -92,6 +113,8 @@ def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -
     for name in ("histories", "relevant", "seen"):
         for left, right in zip(getattr(holdout, name), getattr(other, name), strict=True):
             assert left.tolist() == right.tolist()
+    assert holdout.requests == other.requests
+    assert {tuple(request) for request in holdout.requests or ()} == {tuple(REQUEST_FEATURES)}
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ from tfrs_pipeline.batches.seeds import Use
 
 Batch = dict[str, tf.Tensor]
 
+REQUEST = "request "
+"""What the name of each request feature in a batch begins with."""
+
 _SAMPLES_PER_BLOCK = 1 << 20
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch, Examples, blocks
+from tfrs_pipeline.batches.examples import REQUEST, Batch, Examples, blocks
 from tfrs_pipeline.batches.guard import REASONS, Guard, Never
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
@@ -90,6 +90,11 @@ class HybridBatches:
             raise ValueError(
                 f"{type(examples).__name__} gives a query many positives, and hard negatives are "
                 "those of one. Set hard to none, or training.examples to 'single'."
+            )
+        if samples.request_columns and not examples.has_one_positive:
+            raise ValueError(
+                f"{type(examples).__name__} gives a query many positives, and request features are "
+                "those of one. Leave request_features out, or set training.examples to 'single'."
             )
         self.samples = samples
         self.examples = examples
@@ -170,6 +175,7 @@ class HybridBatches:
         Returns:
             What `Examples.read` describes, but for index, and:
             weight: [P] float32.
+            request <name>: [W] or [W, any], each request feature of the samples, encoded.
             shared_row: [C] int32, candidates of the shared columns, kind by kind.
             log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
                 negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
@@ -219,6 +225,8 @@ class HybridBatches:
         if self.examples.repeats_queries:  # Each is looked up once.
             keys, found["slot"] = np.unique(keys, return_inverse=True)
         found |= {f"pool {name}": pool.take(index) for name, pool in pools.items()}
+        columns = self.samples.request_columns.items()
+        found |= {f"{REQUEST}{name}": column[index] for name, column in columns}
         return found | self._guard.read(keys)
 
     @functools.cached_property
@@ -227,6 +235,9 @@ class HybridBatches:
         signature: dict[str, tf.TypeSpec] = dict(self.examples.signature)
         num_positives = signature["index"].shape[0]
         signature["weight"] = tf.TensorSpec([num_positives], tf.float32)
+        for name, column in self.samples.request_columns.items():
+            shape = [num_positives, *column.shape[1:]]
+            signature[f"{REQUEST}{name}"] = tf.TensorSpec(shape, column.dtype)
         num_keys = signature["query_row"].shape[0]
         if self.examples.repeats_queries:
             signature["slot"] = tf.TensorSpec([num_keys], tf.int64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch
+from tfrs_pipeline.batches.examples import REQUEST, Batch
 
 _OF_POSITIVES = ("candidate_row", "weight", "positive_query", "state")
 _OF_QUERIES = ("query_row", "history_rows")
@@ -71,7 +71,7 @@ class Slices:
         for name in batch:
             if name in _OF_POSITIVES:
                 part[name] = batch[name][first:last]
-            elif name in (*_OF_QUERIES, *of_queries) or name.startswith("hard_"):
+            elif name in (*_OF_QUERIES, *of_queries) or name.startswith(("hard_", REQUEST)):
                 part[name] = batch[name][queries]
         if "positive_query" in batch:
             part["positive_query"] -= begin

@@ -51,7 +51,9 @@ _FEATURE_TYPES: dict[FeatureKind, dict[str, str]] = {
 }
 
 
-def check_events(events: ibis.Table, source: Source) -> ibis.Table:
+def check_events(
+    events: ibis.Table, source: Source, request_features: Mapping[str, FeatureKind]
+) -> ibis.Table:
     """Checks that a table holds what `Log` says of events.
 
     Returns:
@@ -62,10 +64,14 @@ def check_events(events: ibis.Table, source: Source) -> ibis.Table:
     """
     for name in _REQUIRED:
         require_column(events.columns, name, source, _remedy(name))
+    known = {
+        **{name: _FEATURE_TYPES[kind] for name, kind in request_features.items()},
+        **_EVENT_TYPES,
+    }
     for name in events.columns:
-        if name not in _EVENT_TYPES and (problem := name_problem(name)):
+        if name not in known and (problem := name_problem(name)):
             raise DataError(f"{source.column(name)}: {problem}.")
-    types = {name: allowed for name, allowed in _EVENT_TYPES.items() if name in events.columns}
+    types = {name: allowed for name, allowed in known.items() if name in events.columns}
     events = _cast(events, types, source)
     refuse_rows(events, source, *_event_refusals(events))
     numbers = events.aggregate(rows=events.count(), distinct=events["event_number"].nunique())

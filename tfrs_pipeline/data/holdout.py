@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -9,7 +10,8 @@ import ibis
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import DataError, Exclude, Stage, count_rows
+from tfrs_pipeline.data.requests import at_request
+from tfrs_pipeline.data.schema import DataError, Exclude, FeatureKind, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
@@ -35,6 +37,9 @@ class Holdout:
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
         candidate_counts: [num_candidates] int64 training positives before the cut.
         num_sampled_from: Of a sample, how many queries it was drawn from; else None.
+        requests: Per query, the raw request features by name: those of the request that brought the
+            first of the positives to find, since that is the one which is asked about. None in a
+            log without request features.
     """
 
     user_ids: np.ndarray
@@ -45,6 +50,7 @@ class Holdout:
     candidate_ids: np.ndarray
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
+    requests: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -68,16 +74,20 @@ class Holdout:
         drawn.sort()
         lists: dict[str, Any] = {
             name: [getattr(self, name)[i] for i in drawn]
-            for name in ("histories", "relevant", "clicked", "seen")
+            for name in ("histories", "relevant", "clicked", "seen", "requests")
+            if getattr(self, name) is not None
         }
         total = self.num_sampled_from or len(self)
         return replace(self, user_ids=self.user_ids[drawn], num_sampled_from=total, **lists)
 
     def as_queries(self) -> list[Query]:
-        """Returns what a `Retriever` takes: user_id and history of each query."""
+        """Returns what a `Retriever` takes: user_id, history and, if there is one, request."""
+        columns: dict[str, Any] = {"user_id": self.user_ids.tolist(), "history": self.histories}
+        if self.requests is not None:
+            columns["request"] = self.requests
         return [
-            {"user_id": user_id, "history": history}
-            for user_id, history in zip(self.user_ids.tolist(), self.histories, strict=True)
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
         ]
 
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
@@ -103,6 +113,7 @@ def make_holdout(
     items: ibis.Table,
     training: ibis.Table,
     *,
+    request_features: Mapping[str, FeatureKind],
     max_queries: int | None = None,
     seed: int = 0,
 ) -> Holdout:
@@ -113,6 +124,7 @@ def make_holdout(
         part: Whose positives are to be found.
         items: The log's item table: the candidates.
         training: Events whose positives are the candidates' counts.
+        request_features: What the queries' requests bring (see `Log`).
         max_queries: Where there are more, so many are drawn at random by the engine, so that no
             other's events are read. None is all.
         seed: Of the draw.
@@ -162,7 +174,21 @@ def make_holdout(
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_users,
+        requests=_first_requests(split.semi_join(asking, "user_id"), part, request_features),
     )
+
+
+def _first_requests(
+    events: ibis.Table, part: EvaluationPart, features: Mapping[str, FeatureKind]
+) -> list[dict[str, Any]] | None:
+    """Returns the request features of each user's first positive of a part, by user id."""
+    if not features:
+        return None
+    asked = events.mutate(**at_request(events, features))
+    asked = asked.filter((asked["part"] == part) & is_positive(asked))
+    in_order = ibis.window(group_by="user_id", order_by=order_keys(asked))
+    first = asked.mutate(_place=ibis.row_number().over(in_order)).filter(lambda t: t["_place"] == 0)
+    return first.order_by("user_id").select(*features).to_pyarrow().to_pylist()
 
 
 def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarray, np.ndarray]:

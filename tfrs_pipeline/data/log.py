@@ -17,6 +17,7 @@ from tfrs_pipeline.data.contract import check_entities, check_events
 from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
@@ -65,6 +66,10 @@ class Log:
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
         user_features: The same of `users`.
+        request_features: Columns of `events` that are known when a request comes (device, place,
+            search text), and their kinds, likewise. `hour` and `weekday` are made of the timestamp,
+            in UTC, where there are no such columns. What is known later, such as a watch time or
+            any other outcome, must not be here: training would see it, and no request can bring it.
         dropped: Events that were dropped in the making, and why.
         notes: What else was found in the making, in lines for a person: events of unknown items,
             repeated ones, missing features.
@@ -89,10 +94,15 @@ class Log:
     users: ibis.Table = field(repr=False)
     item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+    request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = field(default=(), repr=False)
     is_ordered: bool = True
     part_of: Log | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_names(self.request_features, self.user_features)
+        check_request_features(self.events, self.request_features)
 
     @classmethod
     def from_files(
@@ -106,6 +116,7 @@ class Log:
         user_columns: Mapping[str, str] | None = None,
         item_features: Mapping[str, FeatureKind] | None = None,
         user_features: Mapping[str, FeatureKind] | None = None,
+        request_features: Mapping[str, FeatureKind] | None = None,
         rating_threshold: float | None = None,
         stage_values: Mapping[str, str] | None = None,
         label: Mapping[str, float] | None = None,
@@ -142,6 +153,7 @@ class Log:
             user_columns: The same of the user table.
             item_features: Feature column -> kind (see `Log`).
             user_features: Feature column -> kind.
+            request_features: Column of the events, known when the request comes -> kind.
             rating_threshold: Lowest rating that is a positive.
             stage_values: Value in the stage column -> stage, where they differ.
             label: Column -> weight: an exposed event is a positive if any of the columns holds (is
@@ -175,11 +187,12 @@ class Log:
             ValueError: If an argument is none of its choices, or arguments contradict each other.
         """
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
+        request_features = dict(request_features or {})
         _check_choice("unknown_items", unknown_items, UnknownItems)
         _check_choice("duplicates", duplicates, Duplicates)
         if timestamp_unit is not None:
             _check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
-        _check_kinds(item_features, user_features)
+        _check_kinds(item_features, user_features, request_features)
         rules = EventRules(
             columns or {},
             rating_threshold,
@@ -187,6 +200,7 @@ class Log:
             label or {},
             Period(earliest_time, latest_time),
             max_bad_share,
+            request_features,
         )
         formats = Formats(timestamp_unit, time_zone, list_separator)
         connection = connection or connect()
@@ -223,6 +237,7 @@ class Log:
             *settled,
             item_features,
             user_features,
+            request_features,
             dropped=(*dropped, *repeated),
             notes=(*notes, *noted),
             is_ordered=is_ordered,
@@ -259,6 +274,7 @@ class Log:
         users: ibis.Table | None = None,
         item_features: Mapping[str, FeatureKind] | None = None,
         user_features: Mapping[str, FeatureKind] | None = None,
+        request_features: Mapping[str, FeatureKind] | None = None,
         is_ordered: bool = True,
     ) -> Log:
         """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.
@@ -274,6 +290,7 @@ class Log:
             users: The same of users.
             item_features: Feature column -> kind (see `Log`).
             user_features: Feature column -> kind.
+            request_features: Column of `events` -> kind (see `Log`).
             is_ordered: Whether `event_number` is an order in time, where there are no timestamps.
 
         Raises:
@@ -286,14 +303,16 @@ class Log:
                 "Log.from_table copies it into DuckDB."
             )
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
-        _check_kinds(item_features, user_features)
-        events = check_events(events, Source("event table"))
+        request_features = dict(request_features or {})
+        _check_kinds(item_features, user_features, request_features)
+        events = check_events(events, Source("event table"), request_features)
         return cls(
             events,
             check_entities(items, "item_id", events, item_features),
             check_entities(users, "user_id", events, user_features),
             item_features,
             user_features,
+            request_features,
             is_ordered=is_ordered,
         )
 
@@ -323,6 +342,7 @@ class Log:
             users,
             item_features=about["item_features"],
             user_features=about["user_features"],
+            request_features=about["request_features"],
             dropped=tuple(Dropped(**dropped) for dropped in about["dropped"]),
             notes=tuple(about["notes"]),
             is_ordered=about["is_ordered"],
@@ -343,6 +363,7 @@ class Log:
         about = {
             "item_features": dict(self.item_features),
             "user_features": dict(self.user_features),
+            "request_features": dict(self.request_features),
             "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
             "notes": self.notes,
             "is_ordered": self.is_ordered,
@@ -490,9 +511,14 @@ class Split:
             DataError: If the part holds no positive.
         """
         training = self.train if part == "validation" else self.before_test
-        items = self.log.items
         return make_holdout(
-            self.events, part, items, training.events, max_queries=max_queries, seed=seed
+            self.events,
+            part,
+            self.log.items,
+            training.events,
+            request_features=self.log.request_features,
+            max_queries=max_queries,
+            seed=seed,
         )
 
     def report(self) -> dict[str, Any]:

@@ -102,6 +102,10 @@ class DataConfig(Config):
     is no straight line; timestamp; vector, a list of numbers from another model."""
     user_features: dict[str, Kind] = {}
     """The same for features of users."""
+    request_features: dict[str, Kind] = {}
+    """The same for columns of the events that are known when the request comes, such as device,
+    place or search text; never what is known after it. hour and weekday are made of the timestamp,
+    in UTC, where there are no such columns."""
     list_separator: str = Field("|", min_length=1)
     """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
     CSV file."""
@@ -165,7 +169,7 @@ class DataConfig(Config):
 
     def _value_problems(self) -> Iterator[tuple[str, str]]:
         for name in self.columns:
-            if problem := name_problem(name):
+            if name not in self.request_features and (problem := name_problem(name)):
                 yield f"columns.{name}", problem
         if self.time_zone is not None and not is_time_zone(self.time_zone):
             zones = zoneinfo.available_timezones()

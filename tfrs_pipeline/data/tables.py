@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from tfrs_pipeline.data.columns import (
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import LINES_REMEDY, Scan, scan
 from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.requests import check_names, is_from_timestamp
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     DataError,
@@ -61,6 +62,7 @@ class EventRules:
         label: Makes clicks of exposures.
         period: When events may have happened.
         max_bad_share: Of the rows that may be dropped.
+        request_features: Columns that requests bring, and their kinds.
 
     Raises:
         ValueError: If a name or a number is out of range, or rules contradict each other.
@@ -72,13 +74,15 @@ class EventRules:
     label: Mapping[str, float] = field(default_factory=dict)
     period: Period = field(default_factory=Period)
     max_bad_share: float = MAX_BAD_SHARE
+    request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stages = [str(stage) for stage in Stage]
         if wrong := sorted(set(self.stage_values.values()) - set(stages)):
             raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
+        check_names(self.request_features, self.label)
         for name in (*self.columns, *self.label):
-            if problem := name_problem(name):
+            if name not in self.request_features and (problem := name_problem(name)):
                 raise ValueError(f"columns.{printable(name)}: {problem}.")
         if taken := sorted(set(self.label) & {"user_id", "item_id", "timestamp", "stage"}):
             raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
@@ -153,6 +157,8 @@ def load_events(
         raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
     columns["event_number"] = raw.table["_row"]
     columns["stage"] = _stage(raw, stage_column, rules)
+    requests = {k: v for k, v in rules.request_features.items() if k in names}
+    notes += _type_features(raw, columns, requests, formats, rules.max_bad_share)
     for name in names:
         if name in rules.label:
             columns[name] = to_outcome(raw, name)
@@ -285,13 +291,9 @@ def type_entities(
         DataError: If too many rows or features are at fault, or two rows of an id differ.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
-    num_id_faults = len(raw.faults)
-    for name, kind in features.items():
-        columns[name] = to_feature(raw, name, kind, formats)
+    notes = _type_features(raw, columns, features, formats, max_bad_share)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    notes = _settle_features(raw, raw.faults[num_id_faults:], max_bad_share)
-    del raw.faults[num_id_faults:]
     entities, dropped = store_sound(connection, raw, columns, max_bad_share)
     missing = {name: entities[name].isnull().sum() for name in columns if name != id_name}
     counted = entities.aggregate(
@@ -319,8 +321,19 @@ def type_entities(
     return entities, dropped, notes
 
 
-def _settle_features(raw: RawTable, faults: Sequence[Refusal], max_bad_share: float) -> list[str]:
-    """Counts values of features that cannot be used, and refuses too many of them."""
+def _type_features(
+    raw: RawTable,
+    columns: dict[str, ir.Value],
+    features: Mapping[str, FeatureKind],
+    formats: Formats,
+    max_bad_share: float,
+) -> list[str]:
+    """Types features; counts values that cannot be used, and refuses too many of them."""
+    num_other_faults = len(raw.faults)
+    for name, kind in features.items():
+        columns[name] = to_feature(raw, name, kind, formats)
+    faults = raw.faults[num_other_faults:]
+    del raw.faults[num_other_faults:]
     if not faults:
         return []
     sums = {str(i): fault.is_bad.sum() for i, fault in enumerate(faults)}
@@ -397,8 +410,13 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
     """Returns log's name -> column of the source, of all columns to be taken."""
     required = ["user_id", "item_id", *([stage_column] if stage_column else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
+    requested = [
+        name
+        for name in rules.request_features
+        if not is_from_timestamp(name, (*rules.columns, *scanned.columns))
+    ]
     names = {}
-    for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label]):
+    for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label, *requested]):
         names[name] = rules.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import numpy as np
 from tfrs_pipeline.batches.single import check_one_batch
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import FeatureKind, count_rows
 from tfrs_pipeline.durable import is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.requests import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 # Words that a single item has are noise.
@@ -30,7 +32,8 @@ MIN_TEXT_COUNT = 2
 class Corpus:
     """Ids and features behind the rows of samples: `features` say how a column is encoded.
 
-    `columns` hold the encoded features by name, of rows 1, 2, ...
+    `columns` hold the encoded features by name, of rows 1, 2, ...; those of requests are no row's,
+    and the samples have them.
     """
 
     candidate_ids: Ids
@@ -39,6 +42,7 @@ class Corpus:
     query_features: tuple[Feature, ...] = ()
     candidate_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    request_features: tuple[Feature, ...] = ()
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
@@ -50,8 +54,15 @@ class Corpus:
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
         candidate_features, candidate_columns = _encode(items, log.item_features, end)
         query_features, query_columns = _encode(users, log.user_features, end)
-        features = candidate_features, query_features
-        return cls(candidate_ids, query_ids, *features, candidate_columns, query_columns)
+        return cls(
+            candidate_ids,
+            query_ids,
+            candidate_features,
+            query_features,
+            candidate_columns,
+            query_columns,
+            fit_requests(log, folder, end),
+        )
 
 
 def _encode(
@@ -61,10 +72,25 @@ def _encode(
     features, columns = [], {}
     data = table.select(*kinds).to_pyarrow() if kinds else {}
     for name, kind in kinds.items():
-        min_count = MIN_TEXT_COUNT if kind == "text" else 1
-        features.append(Feature.fit(name, kind, data[name], min_count=min_count, reference=end))
+        features.append(_fit(name, kind, data[name], end))
         columns[name] = features[-1].encode_column(data[name])
     return tuple(features), columns
+
+
+def _fit(name: str, kind: FeatureKind, column: Any, end: datetime | None) -> Feature:
+    min_count = MIN_TEXT_COUNT if kind == "text" else 1
+    return Feature.fit(name, kind, column, min_count=min_count, reference=end)
+
+
+def fit_requests(log: Log, folder: Path, end: datetime | None) -> tuple[Feature, ...]:
+    """Fits the request features of a log to its samples in a folder: of training alone."""
+    return tuple(
+        replace(
+            _fit(name, kind, read_raw(folder, name), end),
+            is_from_timestamp=is_from_timestamp(name, log.events.columns),
+        )
+        for name, kind in log.request_features.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -103,4 +129,9 @@ class TrainingSet:
                 check_one_batch(num_positives, min_positives)
             build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)
-        return cls(read_samples(folder), Corpus.read(log, folder), report)
+        samples, corpus = read_samples(folder), Corpus.read(log, folder)
+        features = corpus.request_features
+        encoders = {feature.name: feature.encode_column for feature in features}
+        made_by = [feature.to_dict() for feature in features]
+        columns = encoded_columns(folder, encoders, made_by) if features else {}
+        return cls(replace(samples, request_columns=columns), corpus, report)

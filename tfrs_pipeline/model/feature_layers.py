@@ -67,6 +67,11 @@ class FeatureTable(tf.keras.layers.Layer):
                 trainable=False,
             )
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the features."""
+        return frozenset(self._columns)
+
     def assign(self, columns: Mapping[str, np.ndarray]) -> None:
         """Sets the features.
 

@@ -51,7 +51,7 @@ _RAW_DTYPES: dict[FeatureKind, tf.DType] = {
     "vector": tf.float32,
 }
 # What a signature may take beside features.
-_OTHER_INPUTS = ("user_id", "item_id", "history", "exclude", "allowed", "k")
+_OTHER_INPUTS = ("user_id", "item_id", "history", "timestamp", "exclude", "allowed", "k")
 
 # Letters with their marks, digits and underscores make words, and apostrophes within them.
 _LETTER = r"\p{L}\p{M}\p{N}_"
@@ -97,6 +97,7 @@ class Feature:
             are encoded as 1, 2, ..., 0 is missing.
         num_buckets: Buckets of a hashed column, encoded as 1 to num_buckets; 0 is missing.
         reference: Time from which the age of a timestamp counts, in seconds since 1970 (UTC).
+        is_from_timestamp: Whether it is the hour or the weekday that a request's timestamp tells.
 
     Example:
         >>> genres = Feature.fit("genres", "multi_categorical", [["war", "drama"], ["war"]])
@@ -116,6 +117,7 @@ class Feature:
     boundaries: tuple[float, ...] = ()
     num_buckets: int = 0
     reference: float = 0.0
+    is_from_timestamp: bool = False
 
     @classmethod
     def fit(

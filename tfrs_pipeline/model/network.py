@@ -8,23 +8,28 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from tfrs_pipeline.batches.examples import REQUEST
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.feature_layers import FeatureTable
+from tfrs_pipeline.model.feature_layers import FeatureTable, drop_features
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.loss import HybridRetrieval
-from tfrs_pipeline.model.randomness import Stream, fold
+from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.streaming import StreamingFrequency
 
 # Candidates embedded at once when the whole corpus is.
 CORPUS_BLOCK = 65_536
+# Share of the request features that training drops, so that a request may come without: as many as
+# ids are dropped for users and items that come later.
+REQUEST_DROPOUT = 0.05
 
 
 class TwoTowerNetwork(tfrs.Model):
     """A query tower and a candidate tower, for `fit` and `evaluate` on `HybridBatches`.
 
     A tower is any Keras layer. It is called with a dict: `row`, [n] int32, of users or items, 0 is
-    unknown; `features`, encoded, by name; `dropout_seed`, [2] int32, in training, also
+    unknown; `features`, encoded, by name, those of the request among the query tower's, of which
+    training drops some; `dropout_seed`, [2] int32, in training, also
     `dropout_slice` where several replicas train (see `Slices.take`); the query tower's
     also with `history_rows`, [n, N] int32, most recent first, padded with 0, or with
     `sequence_rows` and `state` (see `WholeSequences`). It returns [n, D] float32.
@@ -56,6 +61,7 @@ class TwoTowerNetwork(tfrs.Model):
         self.query_table = _feature_table(
             "query_features", corpus.query_features, corpus.query_columns, len(corpus.query_ids)
         )
+        self._request_specs = [feature.spec for feature in corpus.request_features]
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
         self.history_length = settings.history_length
@@ -86,7 +92,8 @@ class TwoTowerNetwork(tfrs.Model):
         Args:
             query_rows: [B] int32, 0 is an unknown user.
             history_rows: [B, N] int32, most recent first, padded with 0.
-            features: Encoded, for users that the model does not hold; None takes those of the rows.
+            features: Encoded, by name: of the request, and all of the user's or none, which takes
+                those of the rows. A request feature that is not there is missing.
         """
         return self._queries({"query_row": query_rows, "history_rows": history_rows}, features)
 
@@ -116,13 +123,28 @@ class TwoTowerNetwork(tfrs.Model):
         training: bool = False,
     ) -> tf.Tensor:
         rows = batch["query_row"]
-        inputs = {
-            "row": rows,
-            "features": self.query_table(rows) if features is None else features,
-        }
+        given = dict(features or {})
+        if not self.query_table.names <= given.keys():
+            given = self.query_table(rows) | given
+        inputs = {"row": rows, "features": given | self._of_request(batch, given, training)}
         read = ("history_rows", "sequence_rows", "state", "dropout_seed", "dropout_slice")
         inputs |= {name: batch[name] for name in read if name in batch}
         return self.query_tower(inputs, training=training)
+
+    def _of_request(
+        self, batch: Mapping[str, tf.Tensor], given: Mapping[str, tf.Tensor], training: bool
+    ) -> dict[str, tf.Tensor]:
+        """Returns the request features that are given, or in a batch, or missing."""
+        rows = batch["query_row"]
+        features = {}
+        for spec in self._request_specs:
+            missing = tf.repeat(tf.constant(spec.empty(1)), tf.shape(rows)[0], axis=0)
+            features[spec.name] = given.get(spec.name, batch.get(f"{REQUEST}{spec.name}", missing))
+        if not features or not training:
+            return features
+        seed = pass_seed(training, batch.get("dropout_seed"))
+        seed = fold(seed, Stream.REQUESTS)
+        return drop_features(features, self._request_specs, REQUEST_DROPOUT, seed, rows)
 
     def _candidates(
         self,

@@ -18,6 +18,7 @@ class Stream(IntEnum):
     UNKNOWN_IDS = 3
     FEATURES = 4
     CANDIDATES = 5
+    REQUESTS = 6
 
 
 def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | None:

@@ -204,7 +204,7 @@ def query_tower(
     return Tower(
         "query_tower",
         settings,
-        features=[feature.spec for feature in corpus.query_features],
+        features=[x.spec for x in (*corpus.query_features, *corpus.request_features)],
         num_ids=len(corpus.query_ids) if settings.use_user_id else None,
         bias="ones" if settings.candidate_bias else None,
         history=history,

@@ -240,7 +240,10 @@ class TwoTower:
             with training_strategy().scope():
                 self._network = self.build(data.corpus)
             self._query_encoder = QueryEncoder(
-                self._network, self.corpus.query_ids, self.corpus.candidate_ids
+                self._network,
+                self.corpus.query_ids,
+                self.corpus.candidate_ids,
+                self.corpus.request_features,
             )
             start = None
             if warm_start is not None:
@@ -349,7 +352,7 @@ class TwoTower:
         return self._retriever.retrieve(queries, k, exclude)
 
     def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries by `user_id` and `history`: [num_queries, D] float32."""
+        """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
         _ = self.network
         return self._query_encoder(queries)
 
@@ -439,6 +442,11 @@ class TwoTower:
     def query_features(self) -> tuple[Any, ...]:
         """Fitted features of users."""
         return self.corpus.query_features
+
+    @property
+    def request_features(self) -> tuple[Any, ...]:
+        """Fitted features of requests."""
+        return self.corpus.request_features
 
     @property
     def candidate_features(self) -> tuple[Any, ...]:

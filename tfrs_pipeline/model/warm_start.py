@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,12 +116,8 @@ class WarmStart:
         items = _counted("items", self._candidate_rows, len(there.candidate_ids))
         users = _counted("users", self._query_rows, len(there.query_ids))
         notes = [f"warm start: {items}; {users}"]
-        features = zip(
-            (*there.candidate_features, *there.query_features),
-            (*here.candidate_features, *here.query_features),
-            strict=True,
-        )
-        for old, new in features:
+        sides = (_features(there, here, side) for side in ("candidate", "query", "request"))
+        for old, new in itertools.chain.from_iterable(zip(*side, strict=True) for side in sides):
             if new.vocabulary or old.vocabulary:
                 values = _counted("values", _source_codes(old, new), len(old.vocabulary))
                 notes.append(f"    {new.name}: {values}")
@@ -132,17 +129,18 @@ class WarmStart:
     def _tables(self, network: TwoTowerNetwork) -> Iterator[tuple[tf.Variable, np.ndarray]]:
         """Yields the tables of a network, and for each of their rows the row of the source."""
         there, here = self._corpora
-        for tower, own_rows, old, new in (
-            (network.candidate_tower, self._candidate_rows, *_features(there, here, "candidate")),
-            (network.query_tower, self._query_rows, *_features(there, here, "query")),
+        for tower, own_rows, sides in (
+            (network.candidate_tower, self._candidate_rows, ("candidate",)),
+            (network.query_tower, self._query_rows, ("query", "request")),
         ):
             for table in tower.id_tables:
                 yield table, own_rows
             if tower.history is not None and (table := tower.history.item_table) is not None:
                 yield table, self._candidate_rows
-            for before, now in zip(old, new, strict=True):
-                if (codes := tower.feature_table(now.name)) is not None:
-                    yield codes, _source_codes(before, now)
+            for side in sides:
+                for before, now in zip(*_features(there, here, side), strict=True):
+                    if (codes := tower.feature_table(now.name)) is not None:
+                        yield codes, _source_codes(before, now)
 
     def _carry(
         self,
@@ -192,7 +190,7 @@ def _problems(
     if not all(isinstance(tower, Tower) for tower in towers):
         message = "own towers cannot be carried over: what their rows stand for is not known"
         yield "warm_start", message
-    for side, name in (("candidate", "item"), ("query", "user")):
+    for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
         old, new = (list(map(_shape, x)) for x in _features(source.corpus, corpus, side))
         if old != new:
             yield (

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import ibis
 
 from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import at_request, query_time
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
+from tfrs_pipeline.samples.requests import request_column
 from tfrs_pipeline.samples.store import pool_size_column
 
 _WORK = "_work-"
@@ -40,7 +42,7 @@ def build_samples(
     |---|---|---|
     | `corpus.parquet` | candidate_row from 1, item_id, count | candidate_row |
     | `queries.parquet` | query_row from 1, user_id | query_row |
-    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; with hard negatives num_hard_<stage> | query_row, then time |
+    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples |
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
@@ -86,7 +88,7 @@ def build_samples(
         if hard is not None:
             removed = _write_pools(events, positives, work, hard, seed)
             samples = _with_pool_sizes(samples, work, hard)
-        _write_samples(samples, work)
+        _write_samples(samples, work, list(map(request_column, log.request_features)))
         report = _report(work, hard, removed)
         files = work.publish(folder)
     write_record(folder / "report.json", report, files)
@@ -142,10 +144,12 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     events = log.events.inner_join(items, "item_id").inner_join(users, "user_id")
     time = events["timestamp" if "timestamp" in events.columns else "event_number"]
     events = events.mutate(time=time)
-    events = events.mutate(query_time=_query_time(events))
+    events = events.mutate(query_time=query_time(events, events["time"]))
     names = ["event_number", "stage", "time", "query_time", "request_id", "rank", "weight"]
     kept = [name for name in names if name in events.columns]
-    return work.write("_events", events.select(*_PAIR, *kept))
+    requests = at_request(events, log.request_features)
+    requests = {request_column(name): value for name, value in requests.items()}
+    return work.write("_events", events.select(*_PAIR, *kept, **requests))
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
@@ -190,14 +194,6 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
     return line.filter(line["is_click"] == 0).drop("at", "is_click")
 
 
-def _query_time(events: ibis.Table) -> ibis.Value:
-    """Says when an event's query was made: at the start of its request, if it has one."""
-    if "request_id" not in events.columns:
-        return events["time"]
-    start = events["time"].min().over(ibis.window(group_by=["query_row", "request_id"]))
-    return events["request_id"].isnull().ifelse(events["time"], start)
-
-
 def _write_pools(
     events: ibis.Table, positives: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
 ) -> dict[str, int]:
@@ -220,8 +216,8 @@ def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ib
     return samples
 
 
-def _write_samples(samples: ibis.Table, work: _Work) -> None:
-    names = [*_PAIR, "weight", "num_earlier"]
+def _write_samples(samples: ibis.Table, work: _Work, requests: Sequence[str]) -> None:
+    names = [*_PAIR, "weight", "num_earlier", *requests]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
     work.write("samples", samples.order_by(_IN_SEQUENCE).select(*kept))

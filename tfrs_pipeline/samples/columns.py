@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
+
 
 class ColumnWriter:
-    """Writes a .npy file of one dimension, whose length is known only at its end.
+    """Writes a .npy file, whose length is known only at its end: of numbers, or of rows of them.
 
     Example:
         >>> import tempfile
@@ -21,8 +26,9 @@ class ColumnWriter:
         array([5, 3, 8], dtype=int32)
     """
 
-    def __init__(self, path: Path, dtype: Any) -> None:
+    def __init__(self, path: Path, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
         self._dtype = np.dtype(dtype)
+        self._row_shape = row_shape
         self._length = 0
         self._file = path.open("wb")
         self._write_header()
@@ -43,7 +49,8 @@ class ColumnWriter:
         self._file.close()
 
     def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        shape = self._length, *self._row_shape
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
@@ -75,6 +82,28 @@ class OffsetsWriter(ColumnWriter):
     def __exit__(self, *error: object) -> None:
         self.append(np.full(self._num_keys + 1 - self._length, self._num_rows))
         super().__exit__(*error)
+
+
+def map_columns(
+    folder: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]
+) -> dict[str, np.ndarray]:
+    """Maps the columns in a folder, written first if they are not there, whole, and of this.
+
+    Args:
+        folder: Of `NAME.npy`; what else is there goes.
+        made_of: JSON-able: with another one the columns are made again.
+        write: Given the folder, writes the columns.
+    """
+    record = folder / "columns.json"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
+        if not (is_whole(record) and read_record(record) == made_of):
+            with naming(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                write(folder)
+            write_record(record, made_of, folder.glob("*.npy"))
+    return {path.stem: map_column(path) for path in folder.glob("*.npy")}
 
 
 def map_column(path: Path) -> np.ndarray:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import shutil
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.durable import (
-    file_hash,
-    is_whole,
-    naming,
-    part_files,
-    read_record,
-    write_record,
-)
-from tfrs_pipeline.samples.columns import ColumnWriter, OffsetsWriter, map_column
+from tfrs_pipeline.durable import file_hash, part_files
+from tfrs_pipeline.samples.columns import ColumnWriter, OffsetsWriter, map_columns
+from tfrs_pipeline.samples.requests import REQUEST
 
-_RECORD = "columns.json"
 _FLAT = {"candidate_row": np.int32, "weight": np.float32, "num_earlier": np.int32}
 _MASKS = ("known_positives", "exposed")
 _POOL_SIZE = "num_hard_"
@@ -113,6 +105,8 @@ class Samples:
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
+        request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
+            float32 with NaN where missing.
     """
 
     query_rows: np.ndarray
@@ -124,6 +118,7 @@ class Samples:
     exposed: RowLists
     counts: np.ndarray
     hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
+    request_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -235,20 +230,11 @@ def read_samples(folder: Path) -> Samples:
     Raises:
         FileNotFoundError: If the folder holds no samples.
     """
-    report, columns = folder / "report.json", folder / "columns"
+    report = folder / "report.json"
     if not report.exists():
         raise FileNotFoundError(f"No samples in {folder}: run build_samples first.")
-    with (folder / "columns.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
-        made_of = {"report": file_hash(report)}
-        if not (is_whole(columns / _RECORD) and read_record(columns / _RECORD) == made_of):
-            with naming(columns):
-                shutil.rmtree(columns, ignore_errors=True)
-                columns.mkdir()
-                _convert(folder, columns)
-            write_record(columns / _RECORD, made_of, columns.glob("*.npy"))
-
-    column = {path.stem: map_column(path) for path in columns.glob("*.npy")}
+    convert = functools.partial(_convert, folder)
+    column = map_columns(folder / "columns", {"report": file_hash(report)}, convert)
     stages = [name.removeprefix("of_hard_") for name in column if name.startswith("of_hard_")]
     return Samples(
         query_rows=column["query_row"],
@@ -257,7 +243,8 @@ def read_samples(folder: Path) -> Samples:
         # In the order of users and time: they are the sequences too.
         sequences=RowLists(column["of_sequences"], column["candidate_row"]),
         num_earlier=column.get("num_earlier"),
-        **{name: RowLists(column[f"of_{name}"], column[name]) for name in _MASKS},
+        known_positives=RowLists(column["of_known_positives"], column["known_positives"]),
+        exposed=RowLists(column["of_exposed"], column["exposed"]),
         counts=column["counts"],
         hard_pools={
             stage: RowLists(column[f"of_hard_{stage}"], column[f"hard_{stage}"]) for stage in stages
@@ -333,10 +320,11 @@ def _convert_samples(folder: Path, columns: Path, num_queries: int) -> None:
 
 
 def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Reads a table a few rows at a time, without the columns of ids."""
+    """Reads a table a few rows at a time, without ids and request features."""
     for part in part_files(path):
         file = pq.ParquetFile(part)
-        names = [name for name in file.schema_arrow.names if name not in ("user_id", "item_id")]
+        others = ("user_id", "item_id", REQUEST)
+        names = [name for name in file.schema_arrow.names if not name.startswith(others)]
         for batch in file.iter_batches(columns=names):
             if batch.num_rows:
                 yield {name: batch[name].to_numpy() for name in names}

@@ -133,6 +133,11 @@ def export_version(
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
+    if getattr(model, "request_features", ()):
+        raise ValueError(
+            "A model with request features cannot be exported yet: train it without "
+            "request_features."
+        )
     items = model.items
     if items["item_id"].to_pylist() != model.candidate_ids.tolist():
         raise ValueError(

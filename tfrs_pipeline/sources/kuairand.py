@@ -16,6 +16,7 @@ from pathlib import Path
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import check_names
 from tfrs_pipeline.data.schema import (
     DataError,
     Duplicates,
@@ -57,6 +58,7 @@ def load_kuairand(
     label: Mapping[str, float] | None = None,
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
+    request_features: Mapping[str, FeatureKind] | None = None,
     unknown_items: UnknownItems = "keep",
     duplicates: Duplicates = "keep",
     connection: DuckDB | None = None,
@@ -73,6 +75,7 @@ def load_kuairand(
             upload_type, music_type (categorical), tag (multi_categorical), video_duration
             (numeric, ms), upload_dt (timestamp; days of UTC+8).
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
+        request_features: Column of the logs -> kind: tab, or hour and weekday (UTC); no outcome.
         unknown_items: As in `Log.from_files`, for videos that video_features_basic lacks.
         duplicates: As in `Log.from_files`.
         connection: As in `Log.from_files`.
@@ -85,6 +88,7 @@ def load_kuairand(
     """
     for name in label or {}:
         require_column(OUTCOMES, name, Source("KuaiRand's outcomes"), "Set label to some of them.")
+    check_names(request_features or {}, OUTCOMES)
     folder, names = _find_files(Path(folder))
     logs, version = _list_logs(folder, names)
     logger.info("KuaiRand from %s. Licence: CC BY-SA 4.0, by its authors.", folder)
@@ -102,6 +106,7 @@ def load_kuairand(
         item_columns={"item_id": "video_id"},
         item_features=item_features,
         user_features=user_features,
+        request_features=request_features,
         stage_values={"1": "clicked", "0": "exposed"},
         label=label,
         timestamp_unit="ms",

@@ -71,6 +71,7 @@ def load_movielens_100k(
     *,
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
+    request_features: Mapping[str, FeatureKind] | None = None,
     cache_dir: Path | None = None,
     fetchers: Mapping[str, Fetcher] | None = None,
 ) -> Log:
@@ -84,6 +85,7 @@ def load_movielens_100k(
         folder: Holds GroupLens's own files u.data, u.item and u.user.
         item_features: Those of `ITEM_FEATURES` to take; None means all.
         user_features: Those of `USER_FEATURES` to take; None means all.
+        request_features: Of `hour` and `weekday`, when a film was rated, those to take.
         cache_dir: Where fetched files are kept; None means `default_cache_dir()`.
         fetchers: Route name -> fetcher, tried in order; None means the two routes above.
 
@@ -108,6 +110,7 @@ def load_movielens_100k(
         rating_threshold=MIN_CLICKED_RATING,
         item_features=ITEM_FEATURES if item_features is None else item_features,
         user_features=USER_FEATURES if user_features is None else user_features,
+        request_features=request_features,
     )
 
 

@@ -94,6 +94,7 @@ def load_recflow(
     label: Mapping[str, float] | None = None,
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
+    request_features: Mapping[str, FeatureKind] | None = None,
     duplicates: Duplicates = "keep",
     connection: DuckDB | None = None,
 ) -> Log:
@@ -113,6 +114,7 @@ def load_recflow(
         label: Outcome (see `OUTCOMES`) -> weight, as in `Log.from_files`. None: effective_view.
         item_features: Column among `ITEM_COLUMNS` -> "categorical" or "numeric".
         user_features: Column among `USER_COLUMNS` -> "categorical" or "numeric".
+        request_features: `hour` and `weekday` of the request -> kind.
         duplicates: As in `Log.from_files`.
         connection: As in `Log.from_files`.
 
@@ -149,6 +151,7 @@ def load_recflow(
         users=_latest(rows, "user_id", features["user"]),
         item_features=features["item"],
         user_features=features["user"],
+        request_features=request_features,
         label=label,
         timestamp_unit="ms",
         duplicates=duplicates,

@@ -1,0 +1,151 @@
+"""Request features: what they are at an event, and what a holdout asks with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import at_request
+from tfrs_pipeline.data.schema import DataError, FeatureKind
+
+FEATURES: dict[str, FeatureKind] = {
+    "device": "categorical",
+    "speed": "numeric",
+    "hour": "categorical",
+    "weekday": "categorical",
+}
+NUM = 200
+START = datetime(2024, 2, 26, 22, tzinfo=UTC)  # A Monday, at the end of a February of 29 days.
+
+
+@functools.cache
+def rows() -> list[dict[str, Any]]:
+    """Events of requests that take up to two hours; the device is their own."""
+    rng = np.random.default_rng(0)
+    starts = [START + timedelta(minutes=float(x)) for x in rng.integers(0, 20_000, NUM)]
+    return [
+        {
+            "user_id": int(rng.integers(12)),
+            "item_id": int(rng.integers(30)),
+            "request_id": [None, number // 3][int(number % 5 > 0)],
+            "timestamp": starts[number // 3] + timedelta(minutes=float(rng.integers(120))),
+            "device": [None, "web", "app"][rng.integers(3)],
+            "speed": float(rng.integers(9)),
+        }
+        for number in range(NUM)
+    ]
+
+
+def made(table: list[dict[str, Any]], features: dict[str, FeatureKind], **options: Any) -> Log:
+    return Log.from_table(pa.Table.from_pylist(table), request_features=features, **options)
+
+
+@pytest.fixture(scope="module")
+def log() -> Log:
+    return made(rows(), FEATURES)
+
+
+def expected(number: int) -> dict[str, Any]:
+    """Says by Python's calendar what the request of an event brought."""
+    events = rows()
+    event = events[number]
+    times = [
+        other["timestamp"]
+        for other in events
+        if other["request_id"] == event["request_id"] is not None
+        and other["user_id"] == event["user_id"]
+    ]
+    time = min([event["timestamp"], *times])
+    return {
+        "device": event["device"],
+        "speed": event["speed"],
+        "hour": time.hour,
+        "weekday": time.weekday(),
+    }
+
+
+def test_hour_and_weekday_are_those_of_the_start_of_the_request(log: Log) -> None:
+    values = log.events.select("event_number", **at_request(log.events, log.request_features))
+    for row in values.to_pyarrow().to_pylist():
+        assert expected(row.pop("event_number")) == row
+    assert not {"hour", "weekday"} & set(log.events.columns)
+
+
+def test_a_column_of_the_log_is_not_made_of_the_timestamp() -> None:
+    table = [{**row, "hour": f"local {number % 24}"} for number, row in enumerate(rows())]
+    log = made(table, {"hour": "categorical"})
+    values = log.events.order_by("event_number").select(
+        **at_request(log.events, log.request_features)
+    )
+    assert values.to_pyarrow()["hour"].to_pylist() == [row["hour"] for row in table]
+
+
+def test_a_query_asks_with_the_request_of_its_first_positive(log: Log) -> None:
+    split = log.split("last_share", validation=0.2, test=0.3)
+    test = split.holdout("test")
+    events = rows()
+    order = sorted(range(NUM), key=lambda i: (events[i]["timestamp"], i))
+    assert test.requests is not None
+    for query, request in zip(test.as_queries(), test.requests, strict=True):
+        theirs = [i for i in order if events[i]["user_id"] == query["user_id"]]
+        first = theirs[len(query["history"])]
+        assert query["request"] == request == expected(first)
+    drawn, sampled = split.holdout("test", 5, seed=1), test.sample(5, seed=2)
+    of_user = dict(zip(test.user_ids.tolist(), test.requests, strict=True))
+    for part in (drawn, sampled):
+        assert part.requests == [of_user[user] for user in part.user_ids.tolist()]
+
+
+def test_a_written_log_keeps_its_request_features(log: Log, tmp_path: Path) -> None:
+    log.write(tmp_path)
+    again = Log.read(tmp_path)
+    assert dict(again.request_features) == FEATURES
+    assert again.split().test.requests == log.split().test.requests
+
+
+def test_what_cannot_be_read_is_missing_and_counted() -> None:
+    table = [{**row, "speed": "fast" if i == 7 else "3"} for i, row in enumerate(rows())]
+    log = made(table, {"speed": "numeric"}, columns={"place": "device"})
+    speeds = log.events.order_by("event_number")["speed"].to_pyarrow().to_pylist()
+    assert speeds == [None if i == 7 else 3.0 for i in range(NUM)]
+    assert not log.dropped
+    assert any("'speed'" in note and "1 rows: taken as missing" in note for note in log.notes)
+    assert "place" in log.events.columns
+
+
+def test_a_feature_that_no_request_can_bring_is_refused() -> None:
+    table = [{**row, "is_click": 1.0, "wait": 2.0} for row in rows()]
+    for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait"):
+        with pytest.raises(ValueError, match=rf"request_features.{name}: .*known"):
+            made(table, {name: "numeric"})
+    with pytest.raises(ValueError, match="an outcome is known after the request alone"):
+        made(table, {"is_click": "numeric"}, label={"is_click": 1.0})
+    with pytest.raises(DataError, match=r"no column 'wat'. Nearest: wait"):
+        made(table, {"wat": "numeric"})
+    with pytest.raises(ValueError, match=r"'wait' has .*'number'"):
+        made(table, {"wait": "number"})  # type: ignore[dict-item]
+    users = pa.table({"user_id": list(range(12)), "device": ["web"] * 12})
+    with pytest.raises(ValueError, match=r"request_features\.device: is a user feature"):
+        made(table, {"device": "categorical"}, users=users, user_features={"device": "categorical"})
+
+
+def test_a_log_without_times_has_no_hour(log: Log) -> None:
+    table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
+    with pytest.raises(DataError, match=r"'hour' is among request_features .* of the timestamp"):
+        made(table, {"hour": "categorical"})
+    with pytest.raises(DataError, match=r"'weekday' .* cannot be text. Make it categorical"):
+        made(rows(), {"weekday": "text"})
+    in_place = Log.from_ibis(log.events, request_features=FEATURES)
+    assert in_place.split().test.requests == log.split().test.requests
+    with pytest.raises(DataError, match="'device' must be integer or floating or decimal"):
+        Log.from_ibis(log.events, request_features={"device": "numeric"})
+    with pytest.raises(DataError, match="no column 'place'"):
+        dataclasses.replace(log, request_features={"place": "text"})

@@ -1,0 +1,126 @@
+"""Request features from raw values to the query tower: in training, evaluation and retrieval."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
+from tfrs_pipeline.model.two_tower import TwoTower
+
+HOUR = Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True)
+WEEKDAY = Feature("weekday", "numeric", is_from_timestamp=True)
+
+
+def encoded(*requests: dict[str, Any]) -> dict[str, np.ndarray]:
+    found = encode_requests((HOUR, WEEKDAY), raw_requests((HOUR, WEEKDAY), requests))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+@given(st.datetimes(datetime(1901, 1, 1), datetime(2100, 1, 1)), st.integers(-12, 14))
+def test_a_timestamp_tells_hour_and_weekday_as_the_calendar_does(
+    moment: datetime, offset: int
+) -> None:
+    time = moment.replace(tzinfo=UTC)
+    abroad = (time + timedelta(hours=offset)).replace(
+        tzinfo=datetime.strptime(f"{offset:+03d}00", "%z").tzinfo
+    )
+    for request in ({"timestamp": time}, {"timestamp": abroad}):
+        found = encoded(request)
+        assert found["hour"].tolist() == [HOUR.vocabulary.index(str(time.hour)) + 1]
+        assert found["weekday"].tolist() == [time.weekday()]
+
+
+def test_what_is_given_goes_before_the_timestamp() -> None:
+    night = datetime(2024, 1, 7, 23, tzinfo=UTC)  # A Sunday.
+    requests: tuple[dict[str, Any], ...] = (
+        {"hour": 3, "weekday": 1, "timestamp": night},
+        {"hour": 3, "timestamp": night},
+        {"weekday": 2.0},
+        {},
+    )
+    found = encoded(*requests)
+    code = HOUR.vocabulary.index
+    assert found["hour"].tolist() == [code("3") + 1, code("3") + 1, 0, 0]
+    np.testing.assert_array_equal(found["weekday"], [1, 6, 2, np.nan])
+    assert list(request_signature((HOUR, WEEKDAY))) == ["hour", "weekday", "timestamp"]
+    assert list(request_signature((Feature("hour", "numeric"),))) == ["hour"]
+    with pytest.raises(ValueError, match="timestamp"):
+        encoded({"timestamp": datetime(2024, 1, 1)})
+
+
+@pytest.fixture(scope="module")
+def holdout() -> Holdout:
+    return make_log(REQUEST_FEATURES).split("last_n", validation=1, test=1).validation
+
+
+@pytest.fixture(scope="module")
+def model(requested: TrainingSet, holdout: Holdout) -> TwoTower:
+    return tiny(training={"max_epochs": 12, "patience": 12}).fit_samples(requested, holdout)
+
+
+def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout) -> None:
+    """Of the items of a user's taste, those with an odd number are clicked on the app alone."""
+    histories = [{"history": ids} for ids in holdout.histories]
+    shares = {}
+    for device in ("app", "web", "fridge", None):
+        queries = [{**query, "request": {"device": device}} for query in histories]
+        ids, _ = model.retrieve(queries, k=4)
+        shares[device] = float(np.mean(ids // 10 % 2))
+    assert shares["app"] > 0.8
+    assert shares["web"] < 0.2
+    # Unknown and missing are one, and trained: between the two.
+    assert shares["fridge"] == shares[None]
+    assert 0.25 < shares[None] < 0.75
+
+
+def test_validation_asks_with_the_requests_as_evaluation_does(
+    model: TwoTower, holdout: Holdout
+) -> None:
+    measured = evaluate(model, holdout, cutoffs=(5,), num_bootstrap=0).first
+    best = max(model.result.history["val_ndcg@5"])
+    assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)
+    blind = dataclasses.replace(holdout, requests=None)
+    without = evaluate(model, blind, cutoffs=(5,), num_bootstrap=0).first
+    assert without.overall.intervals["ndcg@5"].mean < best - 0.05
+
+
+def test_training_drops_some_of_the_request_features(requested: TrainingSet) -> None:
+    seen: list[tf.Tensor] = []
+
+    class Spy(tf.keras.layers.Layer):
+        def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+            seen.append(inputs["features"])
+            return tf.zeros([tf.shape(inputs["row"])[0], 8])
+
+    network = TwoTower(dim=8, query_tower=Spy()).build(requested.corpus)
+    num = 1000
+    columns = {"device": tf.ones([num], tf.int32), "hour": tf.ones([num])}
+    batch = {
+        "query_row": tf.range(1, num + 1),
+        "history_rows": tf.zeros([num, 50], tf.int32),
+        "dropout_seed": tf.constant([1, 2]),
+        **{f"request {name}": column for name, column in columns.items()},
+    }
+    network._queries(batch, training=True)
+    network._queries(batch)
+    dropped, kept = seen[-2:]
+    for name, missing in (("device", 0), ("hour", np.nan)):
+        np.testing.assert_array_equal(kept[name], columns[name])
+        is_missing = np.isclose(dropped[name], missing, equal_nan=True)
+        # Five standard deviations of a draw of 5%.
+        assert abs(is_missing.mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / num)
+    both = (dropped["device"].numpy() == 0) & np.isnan(dropped["hour"])
+    assert both.mean() < 0.02

@@ -1,0 +1,48 @@
+"""Request features of samples: raw as at their events, encoded once, mapped."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.data.test_requests import FEATURES, expected, made, rows
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.requests import encoded_columns, read_raw
+
+
+def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> None:
+    log = made(rows(), FEATURES)
+    build_samples(log, tmp_path, seed=0)
+    # Users are numbered in the order of their ids, and a user's samples are in that of time.
+    table = sorted(enumerate(rows()), key=lambda x: (x[1]["user_id"], x[1]["timestamp"], x[0]))
+    samples = pq.read_table(tmp_path / "samples.parquet")
+    for name in FEATURES:
+        found = [expected(number)[name] for number, _ in table]
+        assert samples[f"request_{name}"].to_pylist() == found
+        raw = read_raw(tmp_path, name)
+        assert raw.to_pylist() == found
+        assert pa.types.is_dictionary(raw.type) == (name == "device")
+
+
+def test_encoded_columns_are_made_once_for_an_encoder(tmp_path: Path) -> None:
+    log = made(rows(), {"device": "categorical", "speed": "numeric"})
+    data = TrainingSet.build(log, tmp_path, seed=0)
+    raw = [read_raw(tmp_path, name) for name in ("device", "speed")]
+    for feature, column in zip(data.corpus.request_features, raw, strict=True):
+        encoded = data.samples.request_columns[feature.name]
+        np.testing.assert_array_equal(encoded, feature.encode_column(column))
+        assert not encoded.flags.writeable
+
+    def read(maker: str) -> np.ndarray:
+        asked.append(maker)
+        encoders = {"speed": lambda values: np.full((len(values), 2), len(maker), np.float32)}
+        return encoded_columns(tmp_path, encoders, maker)["speed"]
+
+    asked: list[str] = []
+    assert (read("one") == 3).all()
+    files = [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
+    assert read("one").shape == (len(data.samples), 2)
+    assert files == [path.stat().st_mtime_ns for path in (tmp_path / "requests").iterdir()]
+    assert (read("other") == 5).all()

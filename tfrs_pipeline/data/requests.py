@@ -1,0 +1,99 @@
+"""Request features: columns of the event that are known when the request comes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import ibis
+import ibis.expr.types as ir
+
+from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, FeatureKind, Source, require_column
+
+FROM_TIMESTAMP = ("hour", "weekday")
+"""Request features that are made of the timestamp, in UTC, where the log has no such column."""
+
+_KINDS_OF_WHOLE_NUMBERS = ("categorical", "hashed", "numeric", "bucketized")
+
+
+def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
+    """Tells whether a request feature is made of the timestamp of events with these columns."""
+    return name in FROM_TIMESTAMP and name not in columns
+
+
+def check_names(features: Collection[str], others: Collection[str]) -> None:
+    """Refuses request features that no request can bring, or that are called as others are.
+
+    Args:
+        features: Their names.
+        others: Names of user features, which the query tower reads beside them, and of outcomes.
+
+    Raises:
+        ValueError: Naming the feature and the remedy.
+    """
+    for name in features:
+        if name in (*LOG_COLUMNS, "event_number") or name.startswith("_"):
+            remedy = "give a column of what is known when the request comes"
+            if name == "timestamp":
+                remedy = f"of the timestamp there are {' and '.join(FROM_TIMESTAMP)}"
+            raise ValueError(
+                f"request_features.{name}: is the log's own column or is known after the request "
+                f"alone; {remedy}."
+            )
+        if name in others:
+            raise ValueError(
+                f"request_features.{name}: is a user feature or an outcome too. Rename it; an "
+                "outcome is known after the request alone, and can be no feature of it."
+            )
+
+
+def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKind]) -> None:
+    """Refuses request features that events do not have.
+
+    Raises:
+        DataError: Naming the feature and the remedy.
+    """
+    source = Source("event table")
+    for name, kind in features.items():
+        if not is_from_timestamp(name, events.columns):
+            require_column(
+                events.columns, name, source, "It is among request_features: remove it there."
+            )
+        elif "timestamp" not in events.columns:
+            raise DataError(
+                f"{source.column(name)} is among request_features and not there; it would be made "
+                "of the timestamp, which the log does not have either. Set columns to say which "
+                f"column is {name} or timestamp, or remove it from request_features.",
+                "columns",
+            )
+        elif kind not in _KINDS_OF_WHOLE_NUMBERS:
+            raise DataError(
+                f"{source.column(name)} is made of the timestamp, a whole number, and cannot be "
+                f"{kind}. Make it {', '.join(_KINDS_OF_WHOLE_NUMBERS)}."
+            )
+
+
+def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[str, ir.Value]:
+    """Returns the request features of each event, by name.
+
+    A column is taken as it stands at the event. The hour (0 to 23) and the weekday (0 is Monday)
+    are those of the moment at which the request was made, in UTC.
+    """
+    of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
+    values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
+    if of_timestamp:
+        seconds = query_time(events, events["timestamp"]).epoch_seconds().cast("int64")
+        day = (seconds / 86_400).floor().cast("int64")
+        # 1970 began on a Thursday. The remainder, whose sign differs by engine, is not used.
+        weekday = day + 3 - 7 * ((day + 3) / 7).floor().cast("int64")
+        hour = ((seconds - 86_400 * day) / 3600).floor().cast("int64")
+        made = {"hour": hour, "weekday": weekday}
+        values |= {name: made[name] for name in of_timestamp}
+    return {name: values[name] for name in features}
+
+
+def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:
+    """Says when an event's query was made: at the start of its request, if it has one."""
+    if "request_id" not in events.columns:
+        return time
+    start = time.min().over(ibis.window(group_by=["user_id", "request_id"]))
+    return events["request_id"].isnull().ifelse(time, start)

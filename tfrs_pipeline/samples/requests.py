@@ -1,0 +1,71 @@
+"""Request features of samples: raw in Parquet, encoded in columns that are mapped."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfrs_pipeline.durable import file_hash, part_files
+from tfrs_pipeline.samples.columns import ColumnWriter, map_columns
+
+REQUEST = "request_"
+
+
+def request_column(name: str) -> str:
+    """Names the column of `samples.parquet` that holds a request feature."""
+    return f"{REQUEST}{name}"
+
+
+def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
+    """Reads a request feature of all samples in a folder; strings as codes of a dictionary."""
+    column = request_column(name)
+    parts = part_files(folder / "samples.parquet")
+    is_text = pa.types.is_string(pq.read_schema(parts[0]).field(column).type)
+    as_codes = [column] if is_text else None
+    tables = [pq.read_table(part, columns=[column], read_dictionary=as_codes) for part in parts]
+    return pa.chunked_array([chunk for table in tables for chunk in table[column].chunks])
+
+
+def encoded_columns(
+    folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], made_by: Any
+) -> dict[str, np.ndarray]:
+    """Maps the encoded request features of the samples in a folder: made once, a part at a time.
+
+    Args:
+        folder: Of the samples.
+        encoders: By feature, what turns some of its raw values, an Arrow array, into an array.
+        made_by: Tells encoders apart, JSON-able.
+
+    Returns:
+        By feature, [num_samples, ...].
+    """
+    made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}
+    write = functools.partial(_write, folder, encoders)
+    columns = map_columns(folder / "requests", made_of, write)
+    return {name: columns[str(i)] for i, name in enumerate(encoders)}
+
+
+def _write(
+    folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], columns: Path
+) -> None:
+    """Writes a column each, by number: a name may be none of a file."""
+    for i, (name, encode) in enumerate(encoders.items()):
+        blocks = map(encode, _blocks(folder, name))
+        first = next(blocks)
+        with ColumnWriter(columns / f"{i}.npy", first.dtype, first.shape[1:]) as column:
+            for block in itertools.chain([first], blocks):
+                column.append(block)
+
+
+def _blocks(folder: Path, name: str) -> Iterator[Any]:
+    for part in part_files(folder / "samples.parquet"):
+        for batch in pq.ParquetFile(part).iter_batches(columns=[request_column(name)]):
+            if batch.num_rows:
+                yield batch[0]
