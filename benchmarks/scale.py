@@ -13,6 +13,11 @@ negatives, batches of 1,024), validation of sampled users against all items.
               size, in one process, so that ratios are those of one machine at one time
 
     python benchmarks/scale.py --events 1e6 1e7 1e8 --json benchmarks/results/scale.json
+
+With --engines the samples of the same log are made by DuckDB and by Spark (local[2], Java from the
+system) instead, each in a process of its own; Spark's JVM is measured apart from that process.
+
+    python benchmarks/scale.py --events 1e6 --engines --json benchmarks/results/engines.json
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import numpy as np
 from figure import draw_scale
 from record import write_json
 
-from tfrs_pipeline.data.engines import connect
+from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import part_files
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -46,10 +51,12 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.samples.build import build_samples
 
 NUM_ITEMS, EVENTS_PER_USER = 200_000, 20
 NEGATIVES = (tp.InBatch(), tp.Uniform(256), tp.Popularity(256))
 WARM_UP_STEPS = 30
+ENGINES = ("duckdb", "spark")
 MEMORY = {"rss_anon_gib": "RssAnon", "rss_gib": "VmRSS"}
 
 Stages = dict[str, dict[str, float]]
@@ -72,10 +79,20 @@ def make_log(num_events: int, path: Path, memory_limit: str) -> None:
 
 
 def resident() -> dict[str, float]:
-    """Reads the memory of this process, in GiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[field].split()[0]) / 2**20 for name, field in MEMORY.items()}
+    """Reads the memory of this process, and of a JVM that it has started, in GiB."""
+
+    def read(process: str) -> dict[str, float]:
+        lines = Path("/proc", process, "status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return {name: int(fields[field].split()[0]) / 2**20 for name, field in MEMORY.items()}
+
+    found = read("self")
+    for started in Path("/proc/self/task").glob("*/children"):
+        for process in started.read_text().split():
+            with contextlib.suppress(OSError, KeyError):  # It may have ended by now.
+                if Path("/proc", process, "comm").read_text().strip() == "java":
+                    found["jvm_rss_gib"] = read(process)["rss_gib"]
+    return found
 
 
 @contextlib.contextmanager
@@ -85,7 +102,8 @@ def stage(name: str, stages: Stages) -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         while not is_over.wait(0.02):
-            peak.update({name: max(peak[name], value) for name, value in resident().items()})
+            now = resident()
+            peak.update({name: max(peak.get(name, 0), value) for name, value in now.items()})
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -156,6 +174,48 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     }
 
 
+def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the samples of a log in an engine."""
+    stages: Stages = {}
+    place = folder / f"by-{engine}"
+    print(engine, flush=True)
+    with stage("start", stages):
+        if engine == "duckdb":
+            connection = connect(options.memory_limit, folder / "duckdb")
+        else:
+            heap = options.memory_limit.lower().removesuffix("b")
+            os.environ["PYSPARK_SUBMIT_ARGS"] = f"--driver-memory {heap} pyspark-shell"
+            connection = connect_spark("local[2]")
+    with stage("split", stages):
+        log = tp.Log.read(folder / "log", connection)
+        log.split("time").write(place / "split.parquet")
+        split = Split.read(log, "time", place / "split.parquet")
+    with stage("samples", stages):
+        report = build_samples(split.train, place, seed=0)
+    return {"report": report, "stages": stages}
+
+
+def write_log(folder: Path, memory_limit: str) -> None:
+    """Makes a log of the clicks."""
+    connection = connect(memory_limit, folder / "duckdb")
+    tp.Log.from_files(folder / "clicks.parquet", connection=connection).write(folder / "log")
+
+
+def compare_engines(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the samples of a size in each engine, and looks whether they are the same rows."""
+    in_own_process(write_log, folder, options.memory_limit)
+    found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    for engine in ENGINES:
+        (folder / f"by-{engine}").mkdir()
+        found[engine] = in_own_process(make_samples, engine, folder, options)
+    paths = (folder / f"by-{engine}" / "samples.parquet" for engine in ENGINES)
+    first, other = (f"FROM read_parquet({list(map(str, part_files(path)))})" for path in paths)
+    (num_other,) = duckdb.sql(f"SELECT count(*) FROM ({first} EXCEPT ALL {other})").fetchall()[0]
+    found["is_same"] = not num_other and len({repr(found[x]["report"]) for x in ENGINES}) == 1
+    print("the same samples" if found["is_same"] else "OTHER SAMPLES", flush=True)
+    return found
+
+
 def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures the training of several sizes in turn; ratios are to the first one, by round."""
     trainings = []
@@ -185,13 +245,20 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def write_figures(options: argparse.Namespace, sizes: Sequence[dict[str, Any]]) -> None:
+    """Writes what is measured by now, if there is a file for it."""
+    if options.json:
+        write_json(options.json, {"sizes": sizes})
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=lambda text: int(float(text)), nargs="+", required=True)
-    parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB (3GB).")
+    parser.add_argument("--engines", action="store_true", help="Samples by DuckDB and by Spark.")
+    parser.add_argument("--memory-limit", default="3GB", help="Of DuckDB, and Spark's heap (3GB).")
     parser.add_argument("--users", type=int, default=10_000, help="Of validation (10,000).")
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
     parser.add_argument("--rounds", type=int, default=3, help="Of the training in turn (3).")
@@ -206,14 +273,17 @@ def main() -> None:
             folder.mkdir()
             clicks = folder / "clicks.parquet"
             in_own_process(make_log, num_events, clicks, options.memory_limit)
+            if options.engines:
+                sizes.append({"num_events": num_events, **compare_engines(folder, options)})
+                write_figures(options, sizes)
+                continue
             load = os.getloadavg()[0]
             sizes.append(in_own_process(measure, num_events, folder, options))
             sizes[-1]["load_average"] = load, os.getloadavg()[0]
             in_turn = in_own_process(measure_in_turn, [folders[0], folder], options)
             sizes[-1]["training_in_turn"] = in_turn[-1]
-            if options.json:
-                write_json(options.json, {"sizes": sizes})
-    if options.figure:
+            write_figures(options, sizes)
+    if options.figure and not options.engines:
         options.figure.write_text(draw_scale(sizes).card())
 
 
