@@ -37,6 +37,7 @@ for number in itertools.count():
                 for part in payload:
                     file.write(part)
                     file.flush()
+    print("published", flush=True)
 """
 
 
@@ -176,8 +177,11 @@ def test_killed_at_random_points_the_newest_version_is_whole(tmp_path: Path) -> 
         publisher = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert publisher.stdout is not None
         publisher.stdout.readline()
-        # A version takes about 5 ms: a few of them, and some point within one.
-        time.sleep(float(rng.uniform(0.0, 0.03)))
+        # Some versions, as long as they take here and now, and some point within the next one.
+        start, num_whole = time.monotonic(), 1 + trial % 3
+        for _ in range(num_whole):
+            publisher.stdout.readline()
+        time.sleep(float(rng.uniform(0, (time.monotonic() - start) / num_whole)))
         publisher.send_signal(signal.SIGKILL)
         publisher.wait()
         publisher.stdout.close()
