@@ -15,6 +15,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.contract import check_entities, check_events
 from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
+from tfrs_pipeline.data.events import EventRules, load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.requests import check_names, check_request_features
@@ -32,13 +33,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import settle
 from tfrs_pipeline.data.split import PARTS, is_positive, split_events
-from tfrs_pipeline.data.tables import (
-    MAX_BAD_SHARE,
-    EventRules,
-    load_events,
-    load_raw,
-    type_entities,
-)
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, Period
 from tfrs_pipeline.durable import part_files, read_record, write_record
 

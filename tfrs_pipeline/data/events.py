@@ -1,0 +1,268 @@
+"""A raw table turned into the event table of a log."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import ibis
+import ibis.expr.types as ir
+from ibis.backends.duckdb import Backend as DuckDB
+
+from tfrs_pipeline.data.columns import (
+    describe_odd_ids,
+    is_integer,
+    to_context,
+    to_id,
+    to_number,
+    to_outcome,
+    to_required_id,
+)
+from tfrs_pipeline.data.files import Scan
+from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.requests import check_names, is_from_timestamp
+from tfrs_pipeline.data.schema import (
+    LOG_COLUMNS,
+    DataError,
+    Dropped,
+    FeatureKind,
+    RawTable,
+    Refusal,
+    Source,
+    Stage,
+    name_problem,
+    require_column,
+)
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, type_features
+from tfrs_pipeline.data.times import Formats, Period, to_timestamp
+from tfrs_pipeline.settings import printable
+
+_OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
+
+
+@dataclass(frozen=True)
+class EventRules:
+    """What the rows of an event table mean.
+
+    Args:
+        columns: As in `Log.from_files`; so are the other fields.
+        rating_threshold: Makes clicks of ratings.
+        stage_values: Makes stages of a column's values.
+        label: Makes clicks of exposures.
+        period: When events may have happened.
+        max_bad_share: Of the rows that may be dropped.
+        request_features: Columns that requests bring, and their kinds.
+
+    Raises:
+        ValueError: If a name or a number is out of range, or rules contradict each other.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    rating_threshold: float | None = None
+    stage_values: Mapping[str, str] = field(default_factory=dict)
+    label: Mapping[str, float] = field(default_factory=dict)
+    period: Period = field(default_factory=Period)
+    max_bad_share: float = MAX_BAD_SHARE
+    request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stages = [str(stage) for stage in Stage]
+        if wrong := sorted(set(self.stage_values.values()) - set(stages)):
+            raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
+        check_names(self.request_features, self.label)
+        for name in (*self.columns, *self.label):
+            if name not in self.request_features and (problem := name_problem(name)):
+                raise ValueError(f"columns.{printable(name)}: {problem}.")
+        if taken := sorted(set(self.label) & {"user_id", "item_id", "timestamp", "stage"}):
+            raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
+        if self.label and min(self.label.values()) <= 0:
+            raise ValueError(
+                f"A label needs columns with weights above 0. Received: {dict(self.label)}"
+            )
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share must be in [0, 1). Received: {self.max_bad_share}.")
+        if self.rating_threshold is not None and (self.label or self.stage_values):
+            raise ValueError(
+                "rating_threshold says what a positive is, and so would label or stage_values: set "
+                f"one of them. Received: {self.rating_threshold}, {dict(self.label)} and "
+                f"{dict(self.stage_values)}."
+            )
+
+    def stage_column(self, scanned: Scan) -> str | None:
+        """Names the column that stages are made of, `stage` or `rating`; None if there is none.
+
+        Raises:
+            DataError: If there are ratings and no threshold.
+        """
+        where = Source(scanned.name)
+
+        def has(name: str) -> bool:
+            return name in self.columns or name in scanned.columns
+
+        if self.rating_threshold is not None:
+            return "rating"
+        if has("stage") or self.stage_values:
+            return "stage"
+        if has("rating") and not self.label:
+            raise DataError(
+                f"{where.column(self.columns.get('rating', 'rating'))}: a log of ratings needs "
+                "rating_threshold, the lowest rating that is a positive. Set it; or rename the "
+                "column, if all rows are clicks.",
+                "rating_threshold",
+            )
+        return None
+
+
+def load_events(
+    connection: DuckDB,
+    scanned: Scan,
+    rules: EventRules,
+    formats: Formats,
+    others: Mapping[str, RawTable | None],
+) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
+    """Types and stores an event table; its ids and those of `others` become one type.
+
+    Returns:
+        The events without the rows at fault; how many of these were dropped, and why; and notes on
+        what was read.
+
+    Raises:
+        DataError: If a column is missing, of a wrong type, or at fault in too many rows.
+    """
+    stage_column = rules.stage_column(scanned)
+    names = _event_columns(scanned, stage_column, rules)
+    raw = scanned.load(connection, names)
+    columns: dict[str, ir.Value] = {}
+    notes = list(_describe_reading(scanned, names, stage_column, rules))
+    for name in ("user_id", "item_id"):
+        tables = [table for table in (raw, others[name]) if table is not None]
+        # A list, not a generator: a wrong type in either table is refused.
+        as_integer = all([is_integer(table, name) for table in tables])
+        notes += [note for table in tables for note in describe_odd_ids(table, name)]
+        columns[name] = to_required_id(raw, name, as_integer=as_integer)
+    if "timestamp" in names:
+        columns["timestamp"] = to_timestamp(raw, "timestamp", formats, rules.period)
+        remedy = "Give these rows a time, or omit the column where it is not known."
+        raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
+    columns["event_number"] = raw.table["_row"]
+    columns["stage"] = _stage(raw, stage_column, rules)
+    requests = {k: v for k, v in rules.request_features.items() if k in names}
+    notes += type_features(raw, columns, requests, formats, rules.max_bad_share)
+    for name in names:
+        if name in rules.label:
+            columns[name] = to_outcome(raw, name)
+        elif name not in columns and name not in (stage_column, "weight"):
+            columns[name] = _other_column(raw, name)
+    weight = ibis.literal(1.0)
+    if rules.label:
+        columns["stage"], weight = relabel(columns, rules.label)
+    if "weight" in names:
+        weight = weight * _weight(raw, columns["stage"])
+    if rules.label or "weight" in names:
+        columns["weight"] = weight
+    events, dropped = store_sound(connection, raw, columns, rules.max_bad_share)
+    connection.drop_table(raw.table.get_name())
+    return events, dropped, notes
+
+
+def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -> dict[str, str]:
+    """Returns log's name -> column of the source, of all columns to be taken."""
+    required = ["user_id", "item_id", *([stage_column] if stage_column else [])]
+    optional = [name for name in _OPTIONAL if name in scanned.columns]
+    requested = [
+        name
+        for name in rules.request_features
+        if not is_from_timestamp(name, (*rules.columns, *scanned.columns))
+    ]
+    names = {}
+    for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label, *requested]):
+        names[name] = rules.columns.get(name, name)
+        remedy = f"Set columns to say which column is {name}."
+        require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
+        if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
+            raise DataError(
+                f"columns.{name}: did you mean {names[name]!r}? A column called by its name needs "
+                "no entry.",
+                "columns",
+            )
+    absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
+    if stage_column or rules.label:
+        absent -= {"stage", "rating"}
+    for column in _not_read(scanned, names):
+        # Without its stage or its time a log would be another log, and nobody would be told.
+        if near := difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85):
+            raise DataError(
+                f"{Source(scanned.name).column(column)} is not read; did you mean {near[0]!r}? Set "
+                f"columns to say which column is {near[0]}, or rename it.",
+                "columns",
+            )
+    return names
+
+
+def _is_mistyped(name: str, column: str) -> bool:
+    """Whether a name is nearly another: the same letters are a style (device_type, deviceType)."""
+    plain = ["".join(filter(str.isalnum, each.casefold())) for each in (name, column)]
+    return plain[0] != plain[1] and bool(
+        difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
+    )
+
+
+def _not_read(scanned: Scan, names: Mapping[str, str]) -> list[str]:
+    return [column for column in scanned.columns if column not in names.values()]
+
+
+def _describe_reading(
+    scanned: Scan, names: Mapping[str, str], stage_column: str | None, rules: EventRules
+) -> Iterator[str]:
+    """Says what was not read of an event table, and what its rows were taken for."""
+    if unread := _not_read(scanned, names):
+        yield f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}"
+    if stage_column is None and not rules.label:
+        yield f"{scanned.name}: without stage, rating or label, every row is a click"
+
+
+def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.StringValue:
+    if stage_column == "stage":
+        value = stage = raw.table["stage"].cast("string")
+        if rules.stage_values:
+            cases = [(value == found, stage) for found, stage in rules.stage_values.items()]
+            stage = ibis.cases(*cases, else_=value)
+        raw.fault("stage", value.isnull(), "is null", "Give these rows a stage.")
+        known = [str(each) for each in Stage]
+        remedy = f"Known: {', '.join(known)}. Set stage_values to the stage of each value."
+        unknown = ("stage", stage.notin(known), "holds an unknown stage", remedy, "stage_values")
+        raw.faults.append(Refusal(*unknown, is_droppable=False))
+        return stage
+    if stage_column == "rating":
+        rating = to_number(raw, "rating")
+        raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
+        is_clicked = rating >= rules.rating_threshold
+        return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+    return ibis.literal((Stage.EXPOSED if rules.label else Stage.CLICKED).value)
+
+
+def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
+    """Makes weights of positives: above 0, so that they train, and not past what float32 adds up.
+
+    Those of other events have no use, so that whatever stands there is 1.
+    """
+    value = raw.table["weight"]
+    if not (value.type().is_numeric() or value.type().is_string()):
+        raise raw.wrong_type("weight", "a number")
+    weight = value.try_cast("float64")
+    is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
+    problem = f"is not a number above 0 and at most {MAX_WEIGHT:.0e}"
+    remedy = "Give these rows a weight (1 is neutral)."
+    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, problem, remedy)
+    return is_usable.ifelse(weight, 1.0)
+
+
+def _other_column(raw: RawTable, name: str) -> ir.Value:
+    if name == "rank":
+        return to_number(raw, name, "int64")
+    if name == "score":
+        return to_number(raw, name)
+    if name == "request_id":
+        return to_id(raw, name, as_integer=is_integer(raw, name))
+    return to_context(raw, name)
