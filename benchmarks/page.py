@@ -1,7 +1,7 @@
 """Drives the server's page in a real browser, checks what it shows, and takes screenshots.
 
-Needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver). The browser is
-headless, in a profile of its own, and is told of no other address than the server's.
+Needs chromium (Debian: apt-get install chromium). The browser is headless, in a profile of its own,
+spoken to through a pipe, and is told of no other address than the server's.
 
     python benchmarks/page.py --screenshots DIR
 
@@ -15,187 +15,178 @@ import argparse
 import base64
 import contextlib
 import json
-import shutil
-import socket
+import os
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from serving import build_export, served
 
 SIZES = {"wide": (1200, 900), "narrow": (380, 900)}
 FLAGS = (
-    "--headless",
+    "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
     "--disable-background-networking",
     "--no-first-run",
+    "--remote-debugging-pipe",
 )
+KEYS = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}
 
 
 class Browser:
-    """A session of chromium over the WebDriver protocol."""
+    """A page of chromium, over the DevTools protocol: JSON with NUL after it, on files 3 and 4."""
 
-    def __init__(self, driver: str, dark: bool, size: tuple[int, int]) -> None:
-        self._driver = driver
-        profile = tempfile.mkdtemp()
-        options = {
-            "args": [*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
-        }
-        capabilities = {
-            "browserName": "chrome",
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
-        answer = self._ask("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
-        self._path = f"/session/{answer['sessionId']}"
-        self._profile = profile
-        # A window is never as narrow as a phone; the page can be told that it is.
-        width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.command("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.command("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._driver + path, data, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{method} {path}: {error.read().decode()[:500]}") from error
-
-    def command(self, name: str, parameters: dict[str, Any]) -> Any:
-        """Gives a command of the DevTools protocol."""
-        return self._ask(
-            "POST", self._path + "/goog/cdp/execute", {"cmd": name, "params": parameters}
+    def __init__(self, dark: bool, size: tuple[int, int]) -> None:
+        self._stack = contextlib.ExitStack()
+        profile = self._stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+        command = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec chromium "$@" about:blank'
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, "chromium", *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._out, self._in = os.fdopen(ours_out, "wb", 0), os.fdopen(ours_in, "rb", 0)
+        self._left, self._number, self._session = b"", 0, {}
+        self.events: list[dict[str, Any]] = []
+        targets = self.command("Target.getTargets")["targetInfos"]
+        (page,) = (each for each in targets if each["type"] == "page")
+        attached = self.command("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.command(f"{domain}.enable")
+        # A window is never as narrow as a phone; the page can be told that it is.
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self.command("Emulation.setDeviceMetricsOverride", **metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, url: str) -> None:
-        """Opens a page."""
-        self._ask("POST", self._path + "/url", {"url": url})
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._stack.close()
+
+    def command(self, method: str, **parameters: Any) -> Any:
+        """Gives a command and waits for its answer; events on the way are kept."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters, **self._session}
+        self._out.write(json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._left:
+                self._left += self._in.read(1 << 20) or _gone()
+            text, _, self._left = self._left.partition(b"\0")
+            answer = json.loads(text)
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return answer["result"]
+            self.events.append(answer)
 
     def run(self, script: str) -> Any:
-        """Runs JavaScript; returns what it returns."""
-        return self._ask("POST", self._path + "/execute/sync", {"script": script, "args": []})
+        """Evaluates JavaScript; returns its value."""
+        done = self.command("Runtime.evaluate", expression=script, returnByValue=True)
+        if "exceptionDetails" in done:
+            raise AssertionError(f"{script}: {done['exceptionDetails']}")
+        return done["result"].get("value")
 
-    def until(self, script: str, seconds: float = 30) -> Any:
-        """Waits until an expression is true; returns it."""
+    def until(self, script: str, seconds: float = 30) -> None:
+        """Waits until an expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(f"return {script}")):
+        while not self.run(script):
             if time.monotonic() > end:
                 raise AssertionError(f"Not within {seconds} s: {script}")
             time.sleep(0.05)
-        return value
-
-    def _element(self, selector: str) -> str:
-        body = {"using": "css selector", "value": selector}
-        found: dict[str, str] = self._ask("POST", self._path + "/element", body)
-        return f"{self._path}/element/{next(iter(found.values()))}"
-
-    def click(self, selector: str) -> None:
-        """Clicks, as a person does: what is covered or hidden cannot be clicked."""
-        self._ask("POST", self._element(selector) + "/click", {})
 
     def type(self, selector: str, text: str) -> None:
-        """Replaces the text of a field; a newline sends the form."""
-        self._ask("POST", self._element(selector) + "/clear", {})
-        self._ask("POST", self._element(selector) + "/value", {"text": text})
+        """Replaces the text of a field."""
+        self.run(
+            f"(() => {{const x = document.querySelector('{selector}'); x.focus(); x.select();}})()"
+        )
+        self.command("Input.insertText", text=text)
 
-    def log(self, kind: str) -> list[dict[str, Any]]:
-        """Reads a log since it was last read."""
-        entries: list[dict[str, Any]] = self._ask("POST", self._path + "/se/log", {"type": kind})
-        return entries
+    def key(self, name: str) -> None:
+        """Presses a key."""
+        key = {"key": name, "code": name, "windowsVirtualKeyCode": KEYS[name]}
+        text = {"text": "\r"} if name == "Enter" else {}
+        self.command("Input.dispatchKeyEvent", type="keyDown", **key, **text)
+        self.command("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def screenshot(self, path: Path) -> None:
         """Takes a picture of the whole page."""
-        shot = self.command("Page.captureScreenshot", {"captureBeyondViewport": True})
+        shot = self.command("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
-    def close(self) -> None:
-        """Ends the session."""
-        self._ask("DELETE", self._path)
-        shutil.rmtree(self._profile, ignore_errors=True)
 
-
-@contextlib.contextmanager
-def chromedriver() -> Iterator[str]:
-    """Runs chromedriver on a free port; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+def _gone() -> bytes:
+    raise RuntimeError("chromium has ended")
 
 
 def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     """Uses the page as a person would, and checks what it shows."""
-    browser.open(address + "/")
+    browser.command("Page.navigate", url=address + "/")
+    # It opens with an example, and the history of its user beside it.
+    browser.until("document.querySelectorAll('#sides .side').length === 3")
     browser.until("document.querySelector('#about').textContent.includes('ScaNN index')")
-    assert browser.run("return document.querySelector('#user').value") == "7"
-    browser.click("#go")
-    browser.until("document.querySelectorAll('#sides ol li').length === 20")
-    note = browser.run("return document.querySelector('#note').textContent")
-    assert "of the exact top 10" in note, note
+    assert browser.run("document.querySelector('#user').value") == "7"
+    assert browser.run("document.querySelectorAll('#sides ol:not(.history) li').length") == 20
+    assert "of the exact top 10" in browser.run("document.querySelector('#note').textContent")
+    assert "retrieve_user" in browser.run("document.querySelector('#curl').textContent")
     browser.screenshot(shots / f"{name}-user.png")
 
-    browser.type("#user", "123456789\n")
+    browser.type("#user", "123456789")
+    browser.key("Enter")
     browser.until("document.querySelector('#note').textContent.includes('unknown to the model')")
-    browser.type("#user", "me\n")
+    browser.type("#user", "me")
+    browser.key("Enter")
     browser.until("document.querySelector('#problem').textContent.includes('integers')")
-    assert browser.run("return document.querySelector('#answer').hidden")
+    assert browser.run("document.querySelector('#answer').hidden")
     browser.screenshot(shots / f"{name}-problem.png")
 
-    browser.click("input[value=items]")
-    for words in ("item 17 of", "item 21"):
-        browser.type("#search", words)
-        browser.until("document.querySelectorAll('#found button').length > 0")
-        if words == "item 21":
-            browser.screenshot(shots / f"{name}-search.png")
-        browser.click("#found li:first-child button")
-        browser.until("document.querySelectorAll('#found button').length === 0")
-    assert browser.run("return document.querySelectorAll('#picks button').length") == 2
-    browser.click("#go")
-    browser.until("document.querySelectorAll('#sides ol li').length === 20")
+    browser.run("document.querySelector('input[value=items]').click()")
+    num_picks = browser.run("document.querySelectorAll('#picks button').length")
+    browser.type("#search", "item 21")
+    browser.until("document.querySelectorAll('#found li[role=option]').length > 2")
+    browser.key("ArrowDown")
+    second = browser.run("document.querySelectorAll('#found li')[1].textContent")
+    assert browser.run("document.querySelector('[aria-selected=true]').textContent") == second
+    browser.screenshot(shots / f"{name}-search.png")
+    browser.key("Enter")  # Picks; an empty field's sends the form.
+    browser.until("document.querySelectorAll('#found li').length === 0")
+    picks = "document.querySelectorAll('#picks button').length"
+    assert browser.run(picks) == num_picks + 1
+    browser.key("Enter")
+    browser.until("document.querySelectorAll('#sides .side').length === 2")
     browser.screenshot(shots / f"{name}-items.png")
-    browser.click("#picks li:first-child button")
-    assert browser.run("return document.querySelectorAll('#picks button').length") == 1
+    browser.run("document.querySelector('#picks button').click()")
+    assert browser.run(picks) == num_picks
     wide = browser.run(
-        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     )
     assert wide <= 0, f"{name}: {wide} pixels too wide"
 
 
-def check_logs(browser: Browser, address: str) -> None:
+def check_events(events: list[dict[str, Any]], address: str) -> None:
     """Checks that nothing was asked elsewhere, and that only refused queries were logged."""
-    for entry in browser.log("browser"):
-        is_refusal = "page/query" in entry["message"] and "400" in entry["message"]
-        assert is_refusal, entry["message"]
-    asked = set()
-    for entry in browser.log("performance"):
-        message = json.loads(entry["message"])["message"]
-        is_request = message["method"] == "Network.requestWillBeSent"
-        # Not what the browser's own start page asked.
-        if is_request and message["params"]["documentURL"].startswith(address):
-            asked.add(message["params"]["request"]["url"])
-    outside = {url for url in asked if not url.startswith((address + "/", "data:"))}
+    of = {
+        method: [event["params"] for event in events if event["method"] == method]
+        for method in ("Runtime.exceptionThrown", "Log.entryAdded", "Network.requestWillBeSent")
+    }
+    assert not of["Runtime.exceptionThrown"], of["Runtime.exceptionThrown"]
+    for entry in of["Log.entryAdded"]:
+        is_refusal = "page/query" in entry["entry"].get("url", "") and "400" in str(entry)
+        assert is_refusal, entry
+    asked = {request["request"]["url"] for request in of["Network.requestWillBeSent"]}
     assert asked, "no request was logged"
+    outside = {url for url in asked if not url.startswith((address + "/", "data:"))}
     assert not outside, outside
 
 
@@ -213,17 +204,13 @@ def main() -> None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             options.model = build_export(directory, 20_000, seed=0).parent
         port, _ = stack.enter_context(served(options.model))
-        driver = stack.enter_context(chromedriver())
         address = f"http://127.0.0.1:{port}"
         for size, pixels in SIZES.items():
             for dark in (False, True):
                 name = f"{size}-{'dark' if dark else 'light'}"
-                browser = Browser(driver, dark, pixels)
-                try:
+                with Browser(dark, pixels) as browser:
                     try_page(browser, address, options.screenshots, name)
-                    check_logs(browser, address)
-                finally:
-                    browser.close()
+                    check_events(browser.events, address)
                 print(f"{name}: as it should be")
 
 

@@ -593,11 +593,23 @@ def test_the_page_is_one_file_that_asks_nobody_else(running: Running) -> None:
         assert outside not in response.text
 
 
-def test_the_page_shows_the_card_of_the_model(served: Served, running: Running, kind: str) -> None:
+def test_the_page_shows_the_card_of_the_model(
+    served: Served, running: Running, loaded: LoadedRetriever, kind: str
+) -> None:
     card = running.get("/page/model").json()
     assert (card["name"], card["version"], card["num_candidates"]) == ("films", 1, NUM_CANDIDATES)
     assert card["example_user"] == served.query_ids.tolist()[3]
     assert card["can_compare"] == (kind == "scann")
+    assert card["filter"] == {"name": "genres", "values": ["a", "b", "c"]}
+    assert card["inputs"] == [{"name": "gender", "kind": "categorical", "values": ["F", "M"]}]
+    titles = loaded.titles()
+    assert all(item["title"] == titles[item["item_id"]] for item in card["example_items"])
+    # The page asks for the first of both as it opens.
+    for first in (
+        {"user_id": str(card["example_user"])},
+        {"items": [x["item_id"] for x in card["example_items"]]},
+    ):
+        assert running.post("/page/query", json=first).json()["index"]["items"]
 
 
 def test_items_are_found_by_title_and_id(served: Served, running: Running) -> None:
@@ -641,6 +653,61 @@ def test_the_page_retrieves_for_a_user_and_for_items(
     everything = running.post("/page/query", json={"items": history, "k": 100}).json()
     found = {item["item_id"] for item in everything["index"]["items"]}
     assert found == set(served.candidate_ids.tolist()) - set(history)
+    assert "history" not in everything
+
+
+def test_the_page_shows_a_history_latest_first(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    titles = loaded.titles()
+    for row in (1, 2, 3):
+        known = served.known(row)
+        user = served.query_ids.tolist()[row - 1]
+        answer = running.post("/page/query", json={"user_id": str(user), "k": 1}).json()
+        assert answer["history"]["length"] == len(known)
+        items = answer["history"]["items"]
+        assert [item["item_id"] for item in items] == known[::-1][:10]
+        assert all(item["title"] == titles[item["item_id"]] for item in items)
+
+
+@pytest.mark.parametrize("of", ["user", "items", "features"])
+@pytest.mark.parametrize("has_filter", [False, True])
+def test_the_request_that_the_page_shows_is_what_it_asked(
+    served: Served, running: Running, of: str, has_filter: bool
+) -> None:
+    asked: dict[str, Any] = {"k": 7, "filter": ["b"] if has_filter else []}
+    history = served.candidate_ids[[4, 9]].tolist()
+    if of == "user":
+        asked["user_id"] = str(served.query_ids.tolist()[1])
+    else:
+        asked["items"] = history
+    if of == "features":
+        asked["features"] = {"gender": "F"}
+    answer = running.post("/page/query", json=asked).json()
+    request = answer["request"]
+    response = running.post(request["path"], content=request["body"].encode(), headers=JSON)
+    found = json.loads(response.text)["outputs"]
+    shown = answer["index"]["items"]
+    is_found = np.isfinite(found["scores"][0])
+    np.testing.assert_allclose(
+        [item["score"] for item in shown], np.array(found["scores"][0])[is_found], rtol=1e-4
+    )
+    assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
+    ids = served.candidate_ids.tolist()
+    genres = [served.genres[ids.index(item["item_id"])] for item in shown]
+    assert shown
+    assert not has_filter or all("b" in of_item for of_item in genres)
+    # And it is what the same question has as its answer in Python.
+    query: dict[str, Any] = {"history": history}
+    query |= {"features": {"gender": "F"}} if of == "features" else {}
+    with running.server.versions.use() as version:
+        allowed = [["b"]] if has_filter else None
+        if of == "user":
+            user = version.retriever.parse_user_id(asked["user_id"])
+            ids, *_ = version.retriever.retrieve_user([user], 7, allowed=allowed)
+        else:
+            ids, _ = version.retriever.retrieve([query], 7, [history], allowed=allowed)
+    assert [x["item_id"] for x in shown] == ids[0][: len(shown)].tolist()
 
 
 @pytest.mark.parametrize(
@@ -648,6 +715,8 @@ def test_the_page_retrieves_for_a_user_and_for_items(
     [
         {},
         {"user_id": "1", "items": [3]},
+        {"items": [3], "features": {"sex": "F"}},
+        {"items": [3], "filter": "b"},
         {"user_id": "one"},
         {"user_id": None},
         {"user_id": [1]},

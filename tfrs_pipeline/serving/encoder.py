@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,6 +105,7 @@ class Encoder(tf.Module):
             is_known_item [B] bool. An item that the training did not have is embedded by its
             features and the unknown id's embedding.
         known_items: user_id [B] -> [B, any] ids of the user's known positives.
+        stored_history: user_id [B] -> [B, any] ids of the user's history, most recent first.
     """
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
@@ -138,7 +140,8 @@ class Encoder(tf.Module):
                 self._embed_query, [user_id, history, *query_features]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
-        self.known_items = traced(self._known_items, [user_id])
+        self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
+        self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
         # Variables alone: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables)
         if not user_data:
@@ -207,8 +210,8 @@ class Encoder(tf.Module):
             "is_known_item": rows > 0,
         }
 
-    def _known_items(self, user_id: tf.Tensor) -> tf.Tensor:
-        rows = _lists(self._known, lookup(self._query_rows, user_id)).to_tensor()
+    def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
+        rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
         return tf.gather(self._candidate_ids, rows)
 
 

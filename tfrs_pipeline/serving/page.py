@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
+from pydantic_core import to_jsonable_python
 from starlette.exceptions import HTTPException
 
-from tfrs_pipeline.serving.rest import refusal
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.serving.encoder import empty_id
+from tfrs_pipeline.serving.rest import PredictCall, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.versions import ServedVersion
+from tfrs_pipeline.serving.versions import ServedVersion, call
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_FOUND = 20
+MAX_HISTORY_SHOWN = 10
+MAX_CHOICES = 500
+NUM_EXAMPLE_ITEMS = 3
 
 # One file without any request to elsewhere; its answers are shown as text, never as markup.
 PAGE_HEADERS = {
@@ -31,40 +38,64 @@ PAGE_HEADERS = {
 
 
 class PageQuery(BaseModel):
-    """A query of the page: by a user's stored history, or by items as the history.
+    """A query of the page: by a user's stored history, or by items and features of someone.
 
-    The items are excluded from the answer.
+    The items are excluded from the answer. Of `filter`, values of the model's item filter, items
+    have one.
     """
 
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
+    features: dict[str, Any] = {}
+    filter: Annotated[list[StrictStr], FailFast()] = []
     k: StrictInt = Field(10, ge=1)
 
 
 def card(version: ServedVersion) -> dict[str, Any]:
-    """Describes the model for the page."""
-    manifest = version.retriever.manifest
+    """Describes the model for the page, with what a first query may ask."""
+    retriever = version.retriever
+    manifest = retriever.manifest
+    ids, _ = retriever.retrieve([{}], min(NUM_EXAMPLE_ITEMS, len(version.titles)))
+    item_filter = retriever.item_filter or {"name": None, "values": []}
     return {
-        "name": version.retriever.folder.parent.name,
+        "name": retriever.folder.parent.name,
         "version": version.number,
         "index": manifest["index"],
         "num_candidates": len(version.titles),
         "has_titles": any(version.titles.values()),
+        "has_users": manifest.get("user_data", True),
         "example_user": manifest.get("example_user"),
-        "can_compare": version.exact not in (None, version.retriever),
+        "example_items": _shown(ids[0].tolist(), version.titles),
+        "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
+        "inputs": [
+            {"name": x.name, "kind": x.kind, "values": _choices(x)}
+            for x in retriever.query_features
+            if x.kind != "vector"
+        ],
+        "can_compare": version.exact not in (None, retriever),
     }
+
+
+def _choices(feature: Feature) -> list[str]:
+    is_chosen = feature.kind == "categorical" and len(feature.vocabulary) <= MAX_CHOICES
+    return list(feature.vocabulary) if is_chosen else []
+
+
+def _shown(ids: Iterable[Any], titles: Mapping[Any, str | None]) -> list[dict[str, Any]]:
+    return [{"item_id": id_, "title": titles.get(id_)} for id_ in ids]
 
 
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     """Finds the first items, in the order of the corpus, whose title or id holds `words`."""
     part = " ".join(words.casefold().split())
     ids = (id_ for id_, line in version.search_lines.items() if part and part in line)
-    found = itertools.islice(ids, MAX_FOUND)
-    return [{"item_id": id_, "title": version.titles[id_]} for id_ in found]
+    return _shown(itertools.islice(ids, MAX_FOUND), version.titles)
 
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
     """Answers a `PageQuery` by the index and, where there is one beside it, exactly.
+
+    Both get the request that the answer holds as `request`: a path, and a body as one would send.
 
     Raises:
         HTTPException: 400, if it is no such query, beyond a limit, or has an id that is no integer
@@ -74,47 +105,71 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
         query = PageQuery.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
-    if (query.user_id is None) == (not query.items):
-        raise HTTPException(400, "A query has either 'user_id' or 'items'.")
-    if query.k > limits.max_k or len(query.items) > limits.max_history:
-        raise HTTPException(
-            400,
-            f"At most k {limits.max_k} and {limits.max_history} items. Received: k {query.k}, "
-            f"{len(query.items)} items",
-        )
-    found = _asked(version.retriever, query, version.titles)
+    if (query.user_id is None) == (not query.items and not query.features):
+        raise HTTPException(400, "A query has either 'user_id', or 'items' or 'features'.")
+    try:
+        request = json.dumps(request_of(version.retriever, query), ensure_ascii=False)
+        asked = parse_predict(request.encode(), version.signatures)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    found = _asked(version.retriever, asked, version.titles)
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
+    name = version.retriever.folder.parent.name
+    result["request"] = {"path": f"/v1/models/{name}:predict", "body": request}
+    if query.user_id is not None:
+        user = version.retriever.parse_user_id(str(query.user_id))
+        history = version.retriever.stored_history(user)
+        shown = _shown(history[:MAX_HISTORY_SHOWN], version.titles)
+        result["history"] = {"items": shown, "length": len(history)}
     if version.exact not in (None, version.retriever):
-        result["exact"] = reference = _asked(version.exact, query, version.titles)
+        result["exact"] = reference = _asked(version.exact, asked, version.titles)
         ids = [{item["item_id"] for item in side["items"]} for side in (found, reference)]
         result["num_common"] = len(ids[0] & ids[1])
     return result
 
 
-def _asked(
-    retriever: LoadedRetriever, query: PageQuery, titles: Mapping[Any, str | None]
-) -> dict[str, Any]:
-    try:
-        if query.user_id is not None and not retriever.manifest.get("user_data", True):
+def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
+    """Makes the predict call that asks what a query does.
+
+    Raises:
+        ValueError: If the model has no users or no such features, or an id is not of its type.
+    """
+    inputs: dict[str, Any]
+    if query.user_id is not None:
+        if not retriever.manifest.get("user_data", True):
             raise ValueError("This model was exported without user data: pick items instead.")
-        user = None if query.user_id is None else retriever.parse_user_id(str(query.user_id))
+        user = retriever.parse_user_id(str(query.user_id))
+        signature, inputs = "retrieve_user", {"user_id": [user], "exclude": [[]]}
+    else:
         history = [retriever.parse_item_id(str(item)) for item in query.items]
-    except ValueError as error:
-        raise HTTPException(400, str(error)) from None
+        nobody = empty_id(retriever.user_dtype)
+        signature = "retrieve"
+        inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
+    if query.features:
+        signature += "_with_features"
+        raw = retriever.raw_query_features([{"features": query.features}])
+        inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in raw.items()}
+    if query.filter:
+        signature += "_filtered"
+        inputs["allowed"] = [query.filter]
+    return {"signature_name": signature, "inputs": {**inputs, "k": query.k}}
+
+
+def _asked(
+    retriever: LoadedRetriever, asked: PredictCall, titles: Mapping[Any, str | None]
+) -> dict[str, Any]:
     # The first call of its kind pays for what later ones find ready: the second is timed.
     for _ in range(2):
         start = time.perf_counter()
-        if user is not None:
-            ids, scores, is_known = retriever.retrieve_user([user], query.k)
-        else:
-            ids, scores = retriever.retrieve([{"history": history}], query.k, [history])
+        outputs = call(retriever.saved_model.signatures[asked.signature], asked.inputs)
         milliseconds = 1000 * (time.perf_counter() - start)
+    ids = to_jsonable_python(outputs["candidate_ids"][0].tolist())
     return {
-        "is_known_user": user is None or bool(is_known[0]),
+        "is_known_user": bool(outputs["is_known_user"][0]),
         "latency_ms": round(milliseconds, 3),
         "items": [
             {"item_id": id_, "title": titles[id_], "score": float(f"{score:.6g}")}
-            for id_, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+            for id_, score in zip(ids, outputs["scores"][0].tolist(), strict=True)
             if score > -np.inf
         ],
     }

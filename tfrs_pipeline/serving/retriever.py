@@ -73,6 +73,7 @@ class LoadedRetriever:
         saved_model: The model as `tf.saved_model.load` gives it: its signatures and its parts.
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Of the item ids.
+        query_features: What `features` of a query may hold.
         item_filter: "name" of the column that requests may filter by and all its "values"; None
             without a filter.
     """
@@ -95,7 +96,7 @@ class LoadedRetriever:
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
         features = self.manifest.get("features", {})
-        self._query_features, self._candidate_features = (
+        self.query_features, self._candidate_features = (
             [Feature.from_dict(settings) for settings in features.get(side, ())]
             for side in ("query", "candidate")
         )
@@ -202,6 +203,12 @@ class LoadedRetriever:
         nothing = {feature.name: [None] * len(item_ids) for feature in self._candidate_features}
         return self.embed_candidates(item_ids, nothing)[1]
 
+    def stored_history(self, user_id: Any) -> list[Any]:
+        """Returns what is stored of a user's history, most recent first; [] of an unknown one."""
+        ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
+        history: list[Any] = _decoded(ids.numpy())[0].tolist()
+        return history
+
     def parse_user_id(self, text: str) -> Any:
         """Turns a user id typed by a person into the type of the model's ids.
 
@@ -257,7 +264,7 @@ class LoadedRetriever:
             answer = self.saved_model.signatures[signature.format("")](**inputs)
             return {name: tensor.numpy() for name, tensor in answer.items()}
         order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
-        raw = self._raw_query_features([query for query in queries if "features" in query])
+        raw = self.raw_query_features([query for query in queries if "features" in query])
         parts = [
             self.saved_model.signatures[signature.format(suffix)](
                 **{n: x if n == "k" else tf.gather(x, places) for n, x in inputs.items()}, **more
@@ -267,8 +274,13 @@ class LoadedRetriever:
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}
 
-    def _raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        names = [feature.name for feature in self._query_features]
+    def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
+        """Makes the inputs of the signatures `..._with_features` of the queries' features.
+
+        Raises:
+            ValueError: If the model does not read one of them, or cannot.
+        """
+        names = [feature.name for feature in self.query_features]
         if not names:
             raise ValueError(
                 "The model reads no user features: remove `features` from the queries."
@@ -279,7 +291,7 @@ class LoadedRetriever:
                 f"{', '.join(names)}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return _raw_inputs(self._query_features, columns, len(queries))
+        return _raw_inputs(self.query_features, columns, len(queries))
 
     def _asked(
         self,

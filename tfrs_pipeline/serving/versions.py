@@ -89,15 +89,9 @@ class ServedVersion:
 
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers a signature's inputs, of as many queries each."""
-        function = self._functions[signature]
-        specs = function.structured_input_signature[1]
-        tensors = {
-            name: tf.constant(array, specs[name].dtype, array.shape)
-            for name, array in inputs.items()
-        }
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
-            return {name: tensor.numpy() for name, tensor in function(**tensors).items()}
+            return call(self._functions[signature], inputs)
 
     def _retrievers(self) -> set[LoadedRetriever]:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
@@ -115,6 +109,15 @@ class ServedVersion:
                 handles.append(state.recreate_handle())
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
+
+
+def call(function: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Asks a signature of a loaded model."""
+    specs = function.structured_input_signature[1]
+    tensors = {
+        name: tf.constant(array, specs[name].dtype, array.shape) for name, array in inputs.items()
+    }
+    return {name: tensor.numpy() for name, tensor in function(**tensors).items()}
 
 
 def _tables(root: Any) -> Iterator[tf.saved_model.experimental.TrackableResource]:
