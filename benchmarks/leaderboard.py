@@ -208,7 +208,9 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | 
         data,
         max_seconds=budget,
         folder=folder,
-        on_progress=lambda what, done, total: print(f"    {what} {done}/{total}", flush=True),
+        on_progress=lambda what, done, total, note="": print(
+            f"    {what} {done}/{total} {note}", flush=True
+        ),
     )
     chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]

@@ -235,7 +235,7 @@ def damages(folder: Path, num_damages: int) -> dict[str, Any]:
     """
     config = config_in(folder)
 
-    def stop(task: str, done: int, total: int) -> None:
+    def stop(task: str, done: int, total: int, note: str = "", /) -> None:
         if (task, done) == ("two_tower, refit", 2):
             raise Stopped
 

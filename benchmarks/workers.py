@@ -36,6 +36,7 @@ from record import write_json
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.fit import TrainingResult
 
 NUM_QUERIES, NUM_CANDIDATES = 50_000, 100_000
 NUM_EPOCHS = 4
@@ -69,7 +70,7 @@ def train(folder: Path, batch_size: int, steps: int) -> dict[str, float]:
     model = tp.TwoTower(training=training, dim=64)
     marks = []
 
-    def on_epoch(epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch(so_far: TrainingResult) -> None:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         marks.append((time.monotonic(), usage.ru_utime + usage.ru_stime, loopback_bytes()))
 

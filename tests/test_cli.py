@@ -21,7 +21,7 @@ from rich.console import Console
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import cli
 from tfrs_pipeline import run as pipeline
-from tfrs_pipeline.cli.console import print_result, progress, verdicts
+from tfrs_pipeline.cli.console import print_result, progress
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import (
@@ -260,6 +260,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a valid int"),
         ("run --training.batch_size 1", r"training.batch_size: got '1'; must be greater than or"),
         ("run --export.index hnsw", r"export.index: got 'hnsw'; must be 'auto', 'scann' or"),
+        ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
         ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
         ("run --data.columns usr_id=x --data.path x.csv",
          r"data.columns.usr_id: unknown column; did you mean 'user_id'\?"),
@@ -284,7 +285,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("tune-index model --target-recall 2", "target_recall: got '2'; must be less than or"),
         ("refresh-index model", "required: --items"),
         ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
-        ("server", "invalid choice: 'server'"),
+        ("server", "unknown command 'server'; did you mean 'serve'?"),
         ("", "no command; known: run, compare, report, query, serve, tune-index, refresh-index"),
     ],
 )  # fmt: skip
@@ -347,7 +348,7 @@ def test_refused_data_can_be_mended_in_the_same_folder(
     assert not Path("run").exists()
     answer = command(*arguments, "--data.columns", "user_id=usr_id")
     assert "other settings" not in answer.err
-    assert "1 events, 1 items, 1 users" in answer.out
+    assert "1 event, 1 item, 1 user" in answer.out
 
 
 # A run and its model
@@ -405,6 +406,15 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
     for name in ("metrics.json", "config.toml", "report.html"):
         assert (run.folder / RUN / name).exists()
         assert any(line.endswith(f"{RUN}/{name}") for line in lines)
+    # No terminal: a line an epoch, with what validation says of it.
+    epochs = [line for line in lines if line.startswith("    two_tower, selection ")]
+    assert epochs
+    for number, line in enumerate(epochs, 1):
+        assert line.startswith(f"    two_tower, selection {number}/")
+        assert ", validation ndcg@" in line
+    (verdict,) = (line for line in lines if line.startswith("better?"))
+    assert "two_tower" in verdict
+    assert "ndcg@20" in verdict
     assert lines[-1].startswith("next:  tfrs-pipeline query ")
 
 
@@ -567,7 +577,7 @@ def test_query_refuses_an_id_of_the_wrong_type(command: Any, run: Run) -> None:
 def test_query_says_when_fewer_items_are_left(command: Any, run: Run, k: int) -> None:
     answer = command("query", run.model, "--user", 7, "-k", k)
     num_left = NUM_ITEMS - len(clicked_by(7))
-    assert answer.out.endswith(f"Only {num_left} items are left for this user.\n")
+    assert answer.out.endswith(f"Left for this user: {num_left} items.\n")
     assert answer.out.count("Film ") == num_left
 
 
@@ -601,6 +611,23 @@ def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     assert whole_bar not in after
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_an_epoch_is_told_within_the_terminal(width: int) -> None:
+    note = "loss 4.876, validation ndcg@100 0.2932, best 0.2932 (epoch 6), 0:01:00 left"
+
+    def show(console: Console) -> None:
+        with progress(console) as (_, on_progress):
+            on_progress("two_tower_uncorrected, selection", 6, 30, note)
+            time.sleep(0.3)
+
+    lines = [line.split("\r")[-1] for line in without_colours(rendered(width, show)).splitlines()]
+    assert max(map(len, lines)) <= width
+    assert any("6/30" in line for line in lines)
+    shown = [line.strip() for line in lines if line.startswith("  loss 4.876")]
+    assert shown
+    assert width < 80 or set(shown) == {note}
+
+
 def test_the_lines_of_a_stage_stand_as_they_are() -> None:
     note = "no [b]markup[/b] :star: 12 " + "x" * 100
 
@@ -627,7 +654,7 @@ def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(
     answer = command("run", *own)
     assert answer.code == 130
     again = f"stopped; go on with:  tfrs-pipeline run --run-dir '{tmp_path}/a run'"
-    assert answer.out.splitlines()[-1] == again
+    assert answer.out.splitlines()[-2:] == ["nothing was finished yet", again]
     # The log is still one's own, and not what a bare run takes.
     command("run", "--run-dir", tmp_path / "a run")
     assert configs[1] == configs[0]
@@ -660,31 +687,14 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     assert (process.returncode, err) == (130, "")
     assert not (checkpoints / "epoch-50.json").exists()
 
-    last = out.splitlines()[-1]
+    kept, last = out.splitlines()[-2:]
+    assert re.fullmatch(
+        r"kept: data, samples, \d+ epochs? of the training two_tower/selection", kept
+    )
     assert last.startswith("stopped; go on with:  tfrs-pipeline run --run-dir ")
     again = shlex.split(last.partition("tfrs-pipeline")[2])
     done = subprocess.run([*program, *again], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "resumed after epoch " in done.stdout
     assert (checkpoints / "epoch-50.json").exists()
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").exists()
-
-
-def test_a_verdict_follows_the_interval() -> None:
-    def x(*interval: float | None) -> dict[str, float | None]:
-        return dict(zip(("mean", "low", "high"), interval, strict=True))
-
-    lines = list(
-        verdicts(
-            {
-                "ease": {"ndcg@9": x(0.02, 0.01, 0.03), "recall@3": x(-0.2, -0.3, -0.1)},
-                "ials": {"ndcg@9": x(0.0, -0.1, 0.1), "recall@3": x(None, None, None)},
-                "popularity": {"ndcg@9": x(None, None, None), "recall@3": x(None, None, None)},
-            },
-            ["ndcg@9", "recall@3"],
-        )
-    )
-    assert lines == [
-        "ease compared with two_tower: ndcg@9 +0.0200 [+0.0100, +0.0300], better; "
-        "recall@3 -0.2000 [-0.3000, -0.1000], worse",
-        "ials compared with two_tower: ndcg@9 +0.0000 [-0.1000, +0.1000], no clear difference",
-    ]

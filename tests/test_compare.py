@@ -261,7 +261,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     told: list[tuple[str, int]] = []
 
     def stop_at(name: str, step: int) -> Any:
-        def on_progress(task: str, done: int, total: int) -> None:
+        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
             told.append((task, done))
             if (task, done) == (name, step):
                 raise Stopped

@@ -203,7 +203,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     config = with_settings(read_settings(whole.folder), {"export.name": "others"})
 
     def stop_at(name: str) -> Any:
-        def on_progress(task: str, done: int, total: int) -> None:
+        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
             if (task, done) == (name, 1):
                 raise Stopped
 

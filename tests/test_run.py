@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
@@ -462,8 +463,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     config = config.model_copy(update={"data": data})
     told: list[tuple[str, int]] = []
 
-    def stop_at(name: str, step: int) -> Callable[[str, int, int], None]:
-        def on_progress(task: str, done: int, total: int) -> None:
+    def stop_at(name: str, step: int) -> OnProgress:
+        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
             told.append((task, done))
             if (task, done) == (name, step):
                 raise Stopped

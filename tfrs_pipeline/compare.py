@@ -28,7 +28,8 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
+from tfrs_pipeline.model.notes import OnProgress
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -86,7 +87,7 @@ def compare(
     folder: Path,
     *,
     on_step: OnStep = lambda report: None,
-    on_progress: OnProgress = lambda task, done, total: None,
+    on_progress: OnProgress = lambda *task: None,
 ) -> PlanComparison:
     """Trains and measures every sampling plan of a config.
 

@@ -21,8 +21,9 @@ from tfrs_pipeline.durable import file_hash, is_whole, part_files, read_record, 
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
+from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
@@ -30,6 +31,7 @@ from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_versi
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
+from tfrs_pipeline.settings import counted
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
 
 NUM_EXAMPLES = 4
@@ -56,7 +58,7 @@ def run(
     folder: Path,
     *,
     on_step: OnStep = lambda report: None,
-    on_progress: OnProgress = lambda task, done, total: None,
+    on_progress: OnProgress = lambda *task: None,
 ) -> RunResult:
     """Runs the whole pipeline.
 
@@ -224,7 +226,7 @@ def evaluate_all(
     config: RunConfig,
     retrievers: Mapping[str, Retriever],
     holdout: Holdout,
-    on_progress: OnProgress = lambda task, done, total: None,
+    on_progress: OnProgress = lambda *task: None,
 ) -> Evaluation:
     """Evaluates retrievers by the settings of a config, the first compared with the others."""
     return evaluate(
@@ -310,9 +312,13 @@ def _metrics(
 def _describe_evaluation(result: EvaluationResult) -> list[str]:
     return [
         *filter(None, [result.describe_sample()]),
-        f"{len(result.user_ids):,} queries, {result.overall.num_relevant:,} items to find",
-        f"skipped {result.num_skipped:,} queries with nothing to find; "
-        f"{result.num_relevant_excluded:,} items to find were excluded from the ranking",
+        f"{counted(len(result.user_ids), 'query')}, {result.overall.num_relevant:,} items to find; "
+        f"{counted(result.num_skipped, 'query')} skipped, with nothing to find",
+        *(
+            [f"{num:,} items to find were excluded from the ranking"]
+            if (num := result.num_relevant_excluded)
+            else []
+        ),
     ]
 
 

@@ -18,9 +18,10 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.two_tower import OnProgress
+from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run_folder import CONFIG_FILE
+from tfrs_pipeline.settings import counted
 from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 from tfrs_pipeline.sources.recflow import load_recflow
@@ -221,10 +222,10 @@ def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
 def describe_samples(report: Mapping[str, Any]) -> list[str]:
     """Says what samples hold, and what was kept from being a negative (see `build_samples`)."""
     return [
-        f"{report['num_samples']:,} positives, {report['num_empty_histories']:,} of them with an "
-        "empty history",
-        f"{report['num_candidates']:,} candidates, {report['num_candidates_without_count']:,} of "
-        "them never clicked in training",
+        f"{counted(report['num_samples'], 'positive')}, {report['num_empty_histories']:,} of them "
+        "with an empty history",
+        f"{counted(report['num_candidates'], 'candidate')}, "
+        f"{report['num_candidates_without_count']:,} of them never clicked in training",
         f"masked as negatives of their user: {report['num_known_positives']:,} known positives, "
         f"{report['num_exposed']:,} exposed and not clicked",
         *(
@@ -233,7 +234,7 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
             for stage, pool in report.get("hard_negatives", {}).items()
         ),
         *(
-            f"never hard negatives, {reason}: {num_rows:,} rows"
+            f"never hard negatives, {reason}: {counted(num_rows, 'row')}"
             for reason, num_rows in report.get("hard_negatives_removed", {}).items()
         ),
     ]

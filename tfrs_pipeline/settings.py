@@ -109,6 +109,12 @@ def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str,
         yield setting, f"unknown kind {tag!r}; {suggest(tag, tags)}"
     elif details["type"] in ("model_type", "model_attributes_type"):
         yield setting, f"got {details['input']!r}; must be a table of settings"
+    elif details["type"] == "literal_error" and (
+        near := difflib.get_close_matches(
+            str(details["input"]), re.findall(r"'([^']+)'", details["ctx"]["expected"]), n=1
+        )
+    ):
+        yield setting, f"got {details['input']!r}; did you mean {near[0]!r}?"
     else:
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
         message = message[0].lower() + message[1:]
@@ -161,6 +167,17 @@ def printable(text: str, max_chars: int = 80) -> str:
     """
     cut = text if len(text) <= max_chars else text[:max_chars] + "..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
+
+
+def counted(number: int, what: str) -> str:
+    """Writes a count with its noun.
+
+    Example:
+        >>> counted(1, "epoch"), counted(1000, "query")
+        ('1 epoch', '1,000 queries')
+    """
+    many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else many}"
 
 
 def suggest(name: str, known: Collection[str]) -> str:

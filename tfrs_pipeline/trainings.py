@@ -15,14 +15,15 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.fit import read_epoch
+from tfrs_pipeline.model.fit import TrainingResult, read_epoch
+from tfrs_pipeline.model.notes import OnProgress, describe_epoch
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.two_tower import OnProgress, TwoTower
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import TrainedNetwork, shape_problems
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
 from tfrs_pipeline.run_folder import read_settings
-from tfrs_pipeline.settings import ConfigError, refuse
+from tfrs_pipeline.settings import ConfigError, counted, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
 
@@ -121,7 +122,7 @@ def train_and_refit(
     folder: Path | None = None,
     name: str = "two_tower",
     warm_start: Path | None = None,
-    on_progress: OnProgress = lambda task, done, total: None,
+    on_progress: OnProgress = lambda *task: None,
 ) -> TwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
@@ -147,6 +148,10 @@ def train_and_refit(
     def fit(
         samples: TrainingSet, step: Training, max_epochs: int, validation: Holdout | None
     ) -> TwoTower:
+        def on_epoch(so_far: TrainingResult) -> None:
+            note = describe_epoch(so_far, training.monitor, max_epochs)
+            on_progress(f"{name}, {step}", so_far.num_epochs, max_epochs, note)
+
         model = TwoTower(settings or config.model, training=training, seed=config.seed, name=name)
         return model.fit_samples(
             samples,
@@ -157,7 +162,7 @@ def train_and_refit(
             folder=None if folder is None else folder / step,
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
-            on_epoch=lambda epoch, logs: on_progress(f"{name}, {step}", epoch, max_epochs),
+            on_epoch=on_epoch,
             on_progress=on_progress,
             log=data.split.train,
         )
@@ -167,15 +172,23 @@ def train_and_refit(
     monitored = chosen.history[f"val_{training.monitor}"]
     notes = [
         *(_about_source(warm_start, name, data) if warm_start else []),
-        f"best validation {training.monitor} {max(monitored):.4f} after "
-        f"{chosen.best_epoch} of {len(monitored)} epochs",
+        f"best validation {training.monitor} {max(monitored):.4f} after epoch "
+        f"{chosen.best_epoch} of {len(monitored)}",
     ]
+    results = [chosen]
     if data.final is not data.selection:
         model = fit(data.final, "refit", chosen.best_epoch, None)
         notes.append(
-            f"trained again on training and validation positives for {chosen.best_epoch} epochs"
+            "trained again on training and validation positives for "
+            f"{counted(chosen.best_epoch, 'epoch')}"
         )
+        results.append(model.result)
         model.result = chosen
+    notes += [
+        f"resumed after epoch {result.resumed_after}"
+        for result in results
+        if 0 < result.resumed_after < result.num_epochs
+    ]
     model.notes = [*notes, *model.notes]
     return model
 
@@ -184,7 +197,7 @@ def fit_baselines(
     config: RunConfig,
     data: RunData,
     *,
-    on_progress: OnProgress = lambda task, done, total: None,
+    on_progress: OnProgress = lambda *task: None,
 ) -> tuple[dict[str, Retriever], list[str]]:
     """Fits the baselines of a config, their settings chosen on validation where it lists several.
 

@@ -70,6 +70,7 @@ def test_all_ways_in_give_one_log(form: str, tmp_path: Path) -> None:
         {"item_id": 9, "kind": 1, "title": "nine"},
     ]
     assert (log.order, log.dropped, log.whole) == ("timestamp", (), log)
+    assert repr(log) == ("Log(3 events, 3 items, 2 users; order timestamp; features kind, title)")
 
 
 def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:

@@ -19,6 +19,7 @@ from tests.model.conftest import Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, train
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.notes import describe_epoch
 
 # 120 positives in batches of 32: 4 steps an epoch.
 NUM_EPOCHS, STEPS = 5, 4
@@ -72,11 +73,11 @@ def run(data: TrainingSet) -> Run:
         done = list(options.pop("done", ()))
         if metrics is not None:
             options["validate"] = lambda: {"ndcg@5": metrics[len(done)], "recall@5": 0.5}
-        on_epoch = options.pop("on_epoch", lambda epoch, logs: None)
+        on_epoch = options.pop("on_epoch", lambda so_far: None)
 
-        def count(epoch: int, logs: dict[str, float]) -> None:
-            done.append(epoch)
-            on_epoch(epoch, logs)
+        def count(so_far: TrainingResult) -> None:
+            done.append(so_far.num_epochs)
+            on_epoch(so_far)
 
         batches = model.batches(data.samples)
         result = train(network, batches, model.training, on_epoch=count, **options)
@@ -121,8 +122,8 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
         run(RISING, callbacks=[StopAt(STEPS + 2)], **options)
     assert [path.name for path in tmp_path.glob("*.json")] == ["epoch-1.json"]
 
-    def stop(epoch: int, logs: dict[str, float]) -> None:
-        if epoch == 3:
+    def stop(so_far: TrainingResult) -> None:
+        if so_far.num_epochs == 3:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -131,7 +132,21 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Run, whole: Whole, tmp_
     for number in (2, 4):
         (tmp_path / f"epoch-{number}_temp").mkdir()
         (tmp_path / f"epoch-{number}_temp" / "part-00000-of-00001.data").write_text("half")
-    resumed, result = run(RISING, done=[1, 2, 3], **options)
+    told: list[str] = []
+    resumed, result = run(
+        RISING,
+        done=[1, 2, 3],
+        on_epoch=lambda so_far: told.append(describe_epoch(so_far, "ndcg@5", len(RISING))),
+        **options,
+    )
+    assert result.resumed_after == 3
+    loss = result.history["loss"][3]
+    best = f"validation ndcg@5 {RISING[3]:.4f}, best {RISING[3]:.4f} (epoch 4)"
+    assert told[0].startswith(f"loss {loss:.3f}, {best}")
+    assert [line.endswith("resumed after epoch 3") for line in told] == [
+        True,
+        *[False] * len(told[1:]),
+    ]
     assert_same(weights_of(resumed), weights_of(whole.network))
     assert set(whole.result.history) == {"loss", "val_ndcg@5", "val_recall@5"}
     for name, values in whole.result.history.items():
@@ -172,7 +187,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(
         metrics,
         training={"patience": 2},
         folder=tmp_path,
-        on_epoch=lambda epoch, logs: seen.append((epoch, logs["val_ndcg@5"])),
+        on_epoch=lambda x: seen.append((x.num_epochs, x.history["val_ndcg@5"][-1])),
     )
     # The fourth is not better than the second.
     assert result.history["val_ndcg@5"] == metrics[:4]
@@ -188,8 +203,8 @@ def test_a_damaged_epoch_is_trained_again(run: Run, tmp_path: Path) -> None:
     """From the epoch before, if that is kept whole, or from the start: the end is the same."""
     metrics, kept = [0.1, 0.5, 0.3, 0.2, 0.1], tmp_path / "kept"
 
-    def stop(epoch: int, logs: dict[str, float]) -> None:
-        if epoch == 3:
+    def stop(so_far: TrainingResult) -> None:
+        if so_far.num_epochs == 3:
             raise Stopped
 
     with pytest.raises(Stopped):

@@ -11,6 +11,7 @@ from tests.damage import damage
 from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
@@ -56,8 +57,8 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
 
     for last in (2, 3):
 
-        def stop(epoch: int, logs: dict[str, float], last: int = last) -> None:
-            if epoch == last:
+        def stop(so_far: TrainingResult, last: int = last) -> None:
+            if so_far.num_epochs == last:
                 raise Stopped
 
         with pytest.raises(Stopped):
@@ -79,8 +80,8 @@ def test_a_damaged_pool_is_mined_again(
 ) -> None:
     """Of the model that it was mined from, which is not the one at which training stopped."""
 
-    def stop(epoch: int, logs: dict[str, float]) -> None:
-        if epoch == 3:
+    def stop(so_far: TrainingResult) -> None:
+        if so_far.num_epochs == 3:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -120,4 +121,4 @@ def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: tuple[TwoTower,
     assert before.describe() == [
         "no hard negatives were mined: training ended within the first 2 epochs (model.hard.every)"
     ]
-    assert tiny()._mining(batches, None, lambda task, done, total: None) is None
+    assert tiny()._mining(batches, None, lambda *task: None) is None

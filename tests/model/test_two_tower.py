@@ -109,6 +109,13 @@ def test_fit_finds_the_users_tastes(fitted: TwoTower, split: Split) -> None:
     assert np.mean([share_of_own_taste(model) for model in models]) > 0.9
 
 
+def test_a_model_says_what_it_is(fitted: TwoTower, split: Split) -> None:
+    told = "TwoTower(dim 8, negatives InBatch, Uniform; {})"
+    assert repr(tiny()) == told.format("not fitted")
+    items, users = split.log.items.count().to_pyarrow(), split.log.users.count().to_pyarrow()
+    assert repr(fitted) == told.format(f"fitted to {items} items and {users} users")
+
+
 def test_fit_keeps_the_epoch_that_validation_chose(fitted: TwoTower, split: Split) -> None:
     """The monitored cutoff is measured besides the others."""
     history = fitted.result.history

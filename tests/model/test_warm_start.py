@@ -15,6 +15,7 @@ from tests.model.conftest import Stopped, assert_same, tiny, weights_of
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.streaming import StreamingFrequency
@@ -201,8 +202,8 @@ def test_a_stopped_warm_start_goes_on_bit_for_bit(
     model = {**MODEL, "training": training}
     whole = tiny(**model).fit_samples(sets[1], warm_start=source)
 
-    def stop(epoch: int, logs: dict[str, float]) -> None:
-        if epoch == 1:
+    def stop(so_far: TrainingResult) -> None:
+        if so_far.num_epochs == 1:
             raise Stopped
 
     options: dict[str, Any] = {"warm_start": source, "folder": tmp_path}
@@ -229,7 +230,7 @@ def test_the_state_is_that_of_the_epoch_that_is_kept(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().err  # Of the first one nothing: it is no terminal.
     (loss,) = once.result.history["loss"]
     assert [x for x in shown.splitlines() if x.startswith("epoch")] == [
-        f"epoch 1/1: loss {loss:.4f}"
+        f"epoch 1/1: loss {loss:.3f}"
     ]
     assert model.result.best_epoch == 1
     for ours, theirs in zip(states(model), states(once), strict=True):

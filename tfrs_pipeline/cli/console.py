@@ -7,25 +7,30 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
 from tfrs_pipeline.run_folder import CONFIG_FILE
+from tfrs_pipeline.settings import counted
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.config import RunConfig
+    from tfrs_pipeline.model.notes import OnProgress
     from tfrs_pipeline.run import RunResult
-    from tfrs_pipeline.run_data import StepReport
+    from tfrs_pipeline.run_data import OnStep, StepReport
 
 PROGRAM = "tfrs-pipeline"
 SECONDS_BETWEEN_LINES = 15.0  # Of progress, where the output is no terminal.
-Callbacks: TypeAlias = "tuple[Callable[[StepReport], None], Callable[[str, int, int], None]]"
 
 
 def program() -> str:
@@ -44,43 +49,54 @@ def say(console: Console, text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callbacks]:
+def progress(console: Console) -> Iterator[tuple[OnStep, OnProgress]]:
     """Shows a bar for the task at hand, and a line with its notes for each finished stage.
+
+    Where the output is no terminal, a line an epoch of training and one now and then of what else
+    takes long.
 
     Yields:
         `on_step` and `on_progress`, as `run` and `compare` take them.
     """
-    bar = Progress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    bar = Progress(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
+    remark = Text(no_wrap=True, overflow="ellipsis")
     said = time.monotonic()
 
-    def on_progress(name: str, done: int, total: int) -> None:
+    def on_progress(name: str, done: int, total: int, note: str = "", /) -> None:
         nonlocal said
-        if not console.is_terminal:  # No bar: a line now and then.
-            if total and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+        if not console.is_terminal:
+            if note or (total and time.monotonic() - said > SECONDS_BETWEEN_LINES):
                 said = time.monotonic()
-                say(console, f"    {name} {done:,}/{total:,}")
+                say(console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
             return
         (task,) = bar.tasks
         if task.description != name:  # A task cannot lose its total, nor start its clock again.
             bar.remove_task(task.id)
             bar.add_task(name, total=total or None, count="")
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
+        remark.plain = f"  {note}" if note else ""
 
     def on_step(report: StepReport) -> None:
         say(console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
             say(console, f"    {note}")
 
-    with bar:
+    with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
         yield on_step, on_progress
+
+
+def kept_in(folder: Path) -> str:
+    """Says what the folder of a stopped run holds, that another process will not do again."""
+    kept = [name for name in ("data", "samples") if any((folder / name).rglob("*.json"))]
+    epochs = list(folder.rglob("epoch-*.json"))
+    if epochs:
+        last = max(epochs, key=lambda path: path.stat().st_mtime)
+        number = int(last.stem.removeprefix("epoch-"))
+        training = last.parent.relative_to(folder).as_posix().replace("checkpoints/", "")
+        kept.append(f"{counted(number, 'epoch')} of the training {training}")
+    return f"kept: {', '.join(kept)}" if kept else "nothing was finished yet"
 
 
 @contextlib.contextmanager
@@ -119,8 +135,11 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:")
     say(console, table)
-    for line in verdicts(result.metrics["differences"], [f"ndcg@{longest}", f"recall@{shortest}"]):
-        say(console, line)
+    say(console, "")
+    for head, text in _findings(config, result.metrics):
+        # Whole lines for whoever reads them from a pipe.
+        width = min(console.width, 100) if console.is_terminal else 100_000
+        say(console, textwrap.fill(f"{head:8} {text}", width, subsequent_indent=" " * 9))
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
     say(console, f"config   {result.folder / CONFIG_FILE}")
     say(console, f"report   {result.folder / 'report.html'}")
@@ -131,20 +150,17 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
-def verdicts(
-    differences: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
-) -> Iterator[str]:
-    """Says of each model if it is better than two_tower, by 95% intervals of the difference."""
-    for other, by_metric in differences.items():
-        found = []
-        for metric in metrics:
-            x = by_metric[metric]
-            if x["low"] is None:  # No query, or one alone: nothing to tell.
-                continue
-            word = "better" if x["low"] > 0 else "worse" if x["high"] < 0 else "no clear difference"
-            found.append(f"{metric} {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}], {word}")
-        if found:
-            yield f"{other} compared with two_tower: {'; '.join(found)}"
+def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Says in words what the numbers come to, and what to try where they are not good."""
+    longest = max(config.evaluation.cutoffs)
+    better = compared_with_baselines(metrics, f"ndcg@{longest}")
+    for_whom = by_popularity(metrics, f"recall@{longest}")
+    yield "better?", f"{better.answer}: {better.why}"
+    yield "for whom", for_whom.why
+    for line in advice(metrics, f"ndcg@{longest}", config.training.monitor):
+        yield "try", line
+    if better.is_good is False:
+        yield "more", "docs/guides/debugging.md"
 
 
 def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:

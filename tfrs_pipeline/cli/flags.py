@@ -86,6 +86,9 @@ class CommandLine:
             UsageError: If a command or flag is unknown, or a value is missing.
             SystemExit: After a help, which is printed.
         """
+        command = next((text for text in arguments if not text.startswith("-")), None)
+        if command is not None and command not in self.commands:
+            raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
         parser = _Parser(prog=self.program, description=self.description)
         parser.add_argument("--version", action="version", version=self.version)
         source = self._source(parser, "--help-all" in arguments)
@@ -174,6 +177,7 @@ def _metavar(annotation: str) -> str:
     """Shortens what the library calls a type: dict[str,float], tuple[int,...]."""
     inner = re.sub(r"^tuple\[(.*),\.\.\.\]$", r"\1", annotation)
     inner = re.sub(r"^dict\[str,(.*)\]$", r"NAME=\1", inner)
+    inner = re.sub(r"^NAME=\{.*\}$", "NAME=KIND", inner)
     inner = re.sub(r"\b(str|Path|int|float|datetime)\b", lambda match: _WORDS[match[0]], inner)
     return "[KIND:]NAME=VALUE:..." if re.search(r"JSON|[A-Z][a-z]", inner) else inner
 

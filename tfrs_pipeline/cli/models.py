@@ -19,7 +19,7 @@ from rich.text import Text
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.settings import ConfigError, printable
+from tfrs_pipeline.settings import ConfigError, counted, printable
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.refresh import Refreshed
@@ -92,7 +92,7 @@ class Query(OfModel):
             table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
         if len(items) < self.k:
-            say(console, f"Only {len(items)} items are left for this user.")
+            say(console, f"Left for this user: {counted(len(items), 'item')}.")
         return 0
 
     def _ask(

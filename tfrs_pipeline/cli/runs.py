@@ -15,6 +15,7 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
+    kept_in,
     native_errors_to,
     print_comparison,
     print_result,
@@ -132,7 +133,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             result = work(config, folder, on_step=on_step, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
-        say(console, f"\nstopped; go on with:  {again}")
+        say(console, f"\n{kept_in(folder)}\nstopped; go on with:  {again}")
         return INTERRUPTED
     if is_chief:
         show(console, config, result)

@@ -36,6 +36,7 @@ from tfrs_pipeline.data.split import PARTS, is_positive, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, Period
 from tfrs_pipeline.durable import part_files, read_record, write_record
+from tfrs_pipeline.settings import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +84,16 @@ class Log:
         event table: without stage, rating or label, every row is a click
     """
 
-    # A table's repr is its whole expression.
-    events: ibis.Table = field(repr=False)
-    items: ibis.Table = field(repr=False)
-    users: ibis.Table = field(repr=False)
+    events: ibis.Table
+    items: ibis.Table
+    users: ibis.Table
     item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
-    notes: tuple[str, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
     is_ordered: bool = True
-    part_of: Log | None = field(default=None, repr=False)
+    part_of: Log | None = None
 
     def __post_init__(self) -> None:
         check_names(self.request_features, self.user_features)
@@ -221,7 +221,9 @@ class Log:
                 formats=formats,
                 max_bad_share=max_bad_share,
             )
-            notes += [f"{raw.source.name}: dropped {d.num_rows:,} rows: {d.reason}" for d in lost]
+            notes += [
+                f"{raw.source.name}: dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in lost
+            ]
             notes += noted
             sources[name] = raw.source
             connection.drop_table(raw.table.get_name())
@@ -433,10 +435,20 @@ class Log:
         )
         return Split(self, events, kind)
 
+    def __repr__(self) -> str:
+        # Elsewhere to count may be a job of minutes.
+        backend = self.events.get_backend().name
+        holds = _listed(self._counts()) if backend == "duckdb" else f"tables in {backend}"
+        features = ", ".join({**self.item_features, **self.user_features})
+        return f"Log({holds}; order {self.order}; features {features or 'none'})"
+
+    def _counts(self) -> dict[str, int]:
+        return {name: count_rows(getattr(self, name)) for name in _KEYS}
+
     def describe(self) -> list[str]:
         """Says what the log holds and what was dropped, in lines for a person."""
-        counts = {name: count_rows(getattr(self, name)) for name in _KEYS}
-        notes = [", ".join(f"{count:,} {name}" for name, count in counts.items())]
+        counts = self._counts()
+        notes = [_listed(counts)]
         if self.order == "timestamp":
             times = self.events["timestamp"]
             found = self.events.aggregate(first=times.min(), last=times.max()).to_pyarrow()
@@ -448,9 +460,11 @@ class Log:
         num_dropped = sum(each.num_rows for each in self.dropped)
         num_read = counts["events"] + num_dropped
         notes.append(
-            f"dropped {num_dropped:,} of {num_read:,} rows" if num_dropped else "dropped nothing"
+            f"dropped {num_dropped:,} of {counted(num_read, 'row')}"
+            if num_dropped
+            else "dropped nothing"
         )
-        notes += [f"dropped {d.num_rows:,} rows: {d.reason}" for d in self.dropped]
+        notes += [f"dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in self.dropped]
         return [*notes, *self.notes]
 
 
@@ -547,14 +561,14 @@ class Split:
             if part in counts:
                 row = counts[part]
                 notes.append(
-                    f"{part}: {row['num_positives']:,} positives of {row['num_users']:,} users, "
-                    f"{row['num_events']:,} events"
+                    f"{part}: {counted(row['num_positives'], 'positive')} of "
+                    f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
                 )
         if counts["num_events_dropped"]:
             why = "of no part" if self.kind == "column" else "of users with too few positives"
             notes.append(
-                f"dropped {counts['num_events_dropped']:,} events {why} "
-                f"({counts['num_users_dropped']:,} users)"
+                f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
+                f"({counted(counts['num_users_dropped'], 'user')})"
             )
         return notes
 
@@ -577,6 +591,10 @@ class Split:
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(counted(count, name[:-1]) for name, count in counts.items())
 
 
 def _default_kind(log: Log) -> SplitKind:

@@ -29,7 +29,6 @@ from tfrs_pipeline.model.warm_start import WarmStart
 logger = logging.getLogger(__name__)
 
 Validate = Callable[[], dict[str, float]]
-OnEpoch = Callable[[int, dict[str, float]], None]
 
 
 class BeforeEpochs(Protocol):
@@ -63,11 +62,21 @@ class TrainingResult:
         history: Per logged name, one value an epoch.
         best_epoch: Epochs after which the kept weights were reached, counted from 1.
         seconds: Wall time, validation included, earlier parts of a resumed run included.
+        resumed_after: Epochs that an earlier process had done.
     """
 
     history: dict[str, list[float]]
     best_epoch: int
     seconds: float
+    resumed_after: int = 0
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs done."""
+        return len(self.history.get("loss", []))
+
+
+OnEpoch = Callable[[TrainingResult], None]
 
 
 def train(
@@ -106,7 +115,7 @@ def train(
         folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
             one in a temporary folder.
         callbacks: Further ones of Keras.
-        on_epoch: Called after each epoch with its number, from 1, and its logs.
+        on_epoch: Called after each epoch with what was done so far.
 
     Returns:
         The history, the best epoch and the time.
@@ -132,8 +141,6 @@ def train(
         epoch = keeper.restore(network, before_epochs)
         if not epoch and warm_start is not None:
             warm_start.apply(network)
-        if epoch and epoch < max_epochs:
-            logger.info("training: resuming after epoch %d", epoch)
         all_callbacks = [*callbacks, keeper]
         if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
@@ -156,7 +163,7 @@ def train(
             )
             epoch = until
         keeper.keep_best(network)
-    return TrainingResult(keeper.history, keeper.best_epoch, keeper.seconds)
+    return keeper.result
 
 
 def read_epoch(
@@ -236,8 +243,13 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._on_epoch = on_epoch
         self._started = 0.0
         self._seconds_before = 0.0
+        self._resumed_after = 0
         self.history: dict[str, list[float]] = {}
         self.is_over = False
+
+    @property
+    def result(self) -> TrainingResult:
+        return TrainingResult(self.history, self.best_epoch, self.seconds, self._resumed_after)
 
     @property
     def best_epoch(self) -> int:
@@ -277,7 +289,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         if self.is_over:
             self.model.stop_training = True
         if self._on_epoch is not None:
-            self._on_epoch(epoch + 1, logs)
+            self._on_epoch(self.result)
 
     def _validated(self, logs: dict[str, float]) -> dict[str, float]:
         """Adds what validation measures to the logs of an epoch."""
@@ -305,6 +317,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
             last.read(str(self._path(epoch))).assert_existing_objects_matched()
         self.is_over = on_chief(self._has_ended)
+        self._resumed_after = int(epoch)
         return int(epoch)
 
     def _last_whole(self, before_epochs: BeforeEpochs | None) -> int:

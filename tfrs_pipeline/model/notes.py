@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
+from typing import Protocol
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.model.fit import OnEpoch
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+
+
+class OnProgress(Protocol):
+    """Told of long work: a task's name, steps done and in all, and what there is to say of it."""
+
+    def __call__(self, task: str, done: int, total: int, note: str = "", /) -> None:
+        """Shows it."""
+        ...
 
 
 def describe_sample(validation: Holdout | None) -> list[str]:
@@ -29,15 +39,34 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     return notes
 
 
+def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
+    """Says what the last epoch came to: loss, validation, best so far, time left for all epochs.
+
+    Args:
+        so_far: What was done.
+        monitor: The validation metric that chooses.
+        max_epochs: Epochs at most.
+    """
+    parts = [f"loss {so_far.history['loss'][-1]:.3f}"]
+    if values := so_far.history.get(f"val_{monitor}"):
+        parts.append(f"validation {monitor} {values[-1]:.4f}")
+        parts.append(f"best {max(values):.4f} (epoch {so_far.best_epoch})")
+    if num_left := max_epochs - so_far.num_epochs:
+        seconds = round(so_far.seconds / so_far.num_epochs * num_left)
+        parts.append(f"{timedelta(seconds=seconds)} left")
+    if so_far.num_epochs == so_far.resumed_after + 1 > 1:
+        parts.append(f"resumed after epoch {so_far.resumed_after}")
+    return ", ".join(parts)
+
+
 def epoch_writer(training: TrainingSettings, verbose: bool | None) -> OnEpoch | None:
     """Makes what writes a line an epoch to standard error; None, for a terminal, asks for it."""
     if not (sys.stderr.isatty() if verbose is None else verbose):
         return None
 
-    def write(epoch: int, logs: dict[str, float]) -> None:
-        measured = logs.get(f"val_{training.monitor}")
-        found = "" if measured is None else f", validation {training.monitor} {measured:.4f}"
-        line = f"epoch {epoch}/{training.max_epochs}: loss {logs['loss']:.4f}{found}"
-        print(line, file=sys.stderr, flush=True)
+    def write(so_far: TrainingResult) -> None:
+        epoch, all_epochs = so_far.num_epochs, training.max_epochs
+        line = describe_epoch(so_far, training.monitor, all_epochs)
+        print(f"epoch {epoch}/{all_epochs}: {line}", file=sys.stderr, flush=True)
 
     return write

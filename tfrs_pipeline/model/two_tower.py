@@ -32,7 +32,7 @@ from tfrs_pipeline.model.distribution import (
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
-from tfrs_pipeline.model.notes import describe_batches, describe_sample, epoch_writer
+from tfrs_pipeline.model.notes import OnProgress, describe_batches, describe_sample, epoch_writer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 BUILT_IN = (InBatch, Uniform, Popularity)
 
 TowerLike: TypeAlias = tf.keras.layers.Layer | Callable[[Corpus], tf.keras.layers.Layer]
-OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 
 class TwoTower:
@@ -133,6 +132,15 @@ class TwoTower:
         self.notes: list[str] = []
         self.result: TrainingResult
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(type(kind).__name__ for kind in self.negatives)
+        fitted = "not fitted"
+        if self._network is not None:
+            fitted = (
+                f"fitted to {len(self.candidate_ids):,} items and {len(self.query_ids):,} users"
+            )
+        return f"TwoTower(dim {self.settings.dim}, negatives {kinds}; {fitted})"
+
     def fit(
         self,
         train: Log,
@@ -155,7 +163,7 @@ class TwoTower:
             folder: Where samples and checkpoints lie, so that a stopped training goes on; None is a
                 temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
-            on_epoch: Called after each epoch with its number, from 1, and its logs.
+            on_epoch: Called after each epoch with what was done so far.
             verbose: Whether standard error shows each epoch; None shows it on a terminal alone.
 
         Returns:
@@ -211,7 +219,7 @@ class TwoTower:
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
         on_epoch: OnEpoch | None = None,
-        on_progress: OnProgress = lambda task, done, total: None,
+        on_progress: OnProgress = lambda *task: None,
         log: Log | None = None,
     ) -> Self:
         """Fits the model to samples that are built already; see `fit`.

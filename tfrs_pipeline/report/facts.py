@@ -32,12 +32,12 @@ from tfrs_pipeline.report.verdict import (
     advice,
     by_popularity,
     compared_with_baselines,
-    counted,
     found_by_index,
 )
 from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_samples
+from tfrs_pipeline.settings import counted
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfrs_pipeline.settings import counted
+
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
 _READS_HISTORIES = ("ease", "ials")
@@ -29,16 +31,6 @@ class Verdict:
     answer: str
     why: str
     is_good: bool | None
-
-
-def counted(number: int, what: str) -> str:
-    """Writes a count with its noun, "1 epoch" or "1,000 epochs".
-
-    Example:
-        >>> counted(1, "epoch"), counted(1000, "epoch")
-        ('1 epoch', '1,000 epochs')
-    """
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
