@@ -30,7 +30,16 @@ GUIDES = [
     START,
     *(
         f"docs/guides/{name}.md"
-        for name in ("clicks", "logq", "negatives", "exposed", "funnel", "seen", "new_items")
+        for name in (
+            "clicks",
+            "logq",
+            "negatives",
+            "exposed",
+            "funnel",
+            "seen",
+            "new_items",
+            "request",
+        )
     ),
     "docs/guides/debugging.md",
     "docs/guides/pieces.md",

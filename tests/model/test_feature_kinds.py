@@ -185,7 +185,8 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
     model = TwoTower(dim=8, feature_dim=4, history_length=5).build(corpus)
     exportable: Any = SimpleNamespace(
         query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
-        query_features=features, candidate_features=features, history_length=5,
+        query_features=features, request_features=(), candidate_features=features,
+        history_length=5,
         variables=model.variables, embed_queries=model.embed_queries,
         embed_candidates=model.embed_candidates,
     )  # fmt: skip

@@ -37,6 +37,7 @@ class Served:
     genders: list[str]
     genres: list[list[str]]
     titles: list[str]
+    request_features: tuple[Feature, ...] = ()
 
     @property
     def history_length(self) -> int:
@@ -68,7 +69,8 @@ class Served:
 
     @property
     def in_memory(self) -> ExactRetriever:
-        encoder = QueryEncoder(self.model, Ids(self.query_ids), Ids(self.candidate_ids))
+        ids = Ids(self.query_ids), Ids(self.candidate_ids)
+        encoder = QueryEncoder(self.model, *ids, self.request_features)
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:
@@ -95,7 +97,9 @@ def served(request: pytest.FixtureRequest) -> Served:
     return make_served(request.param)
 
 
-def make_served(ids: str, *, use_user_id: bool = True) -> Served:
+def make_served(
+    ids: str, *, use_user_id: bool = True, request_features: tuple[Feature, ...] = ()
+) -> Served:
     """Makes the model with ids of a type, "int" or "str"."""
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
@@ -117,6 +121,7 @@ def make_served(ids: str, *, use_user_id: bool = True) -> Served:
             (gender,),
             {"genres": genres.encode_column(all_genres)},
             {"gender": gender.encode_column(all_genders)},
+            request_features,
         )
     )
     # An untrained Keras embedding is nearly zero: spread the answers out.
@@ -140,6 +145,7 @@ def make_served(ids: str, *, use_user_id: bool = True) -> Served:
         all_genders,
         all_genres,
         [f"title of {id_}" for id_ in candidate_ids.tolist()],
+        request_features,
     )
 
 

@@ -399,7 +399,7 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
 class OwnModel:
     """Keras layers of somebody's own, with no more than `export` asks for."""
 
-    history_length, query_features, candidate_features = 3, (), ()
+    history_length, query_features, request_features, candidate_features = 3, (), (), ()
     histories = known_positives = RowLists.from_lists(
         [np.arange(0), np.array([1, 2]), np.array([3])]
     )

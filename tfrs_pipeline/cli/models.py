@@ -48,6 +48,9 @@ class Query(OfModel):
     history: tuple[str, ...] | None = None
     """Ids of the items that the user liked, oldest first, for someone whom the model does not know
     or in place of what it knows."""
+    request: dict[str, str] = {}
+    """What is known of the request, such as device=ios hour=8, of the request features that the
+    model reads; timestamp=2026-01-31T08:00Z in place of an hour or weekday that it makes of it."""
     k: PositiveInt = 10
     """How many."""
     exclude: tuple[str, ...] = ()
@@ -103,6 +106,9 @@ class Query(OfModel):
         exclude = [retriever.parse_item_id(text) for text in self.exclude]
         allowed = None if self.filter is None else [list(self.filter)]
         k = min(self.k, retriever.num_candidates)
+        request = retriever.parse_request(self.request)
+        if request:
+            about["request"] = dict(self.request)
         notes = []
         if exclude:
             known = set(retriever.candidate_ids())
@@ -114,7 +120,9 @@ class Query(OfModel):
                 )
         if self.history is None:
             users = [about["user_id"]]
-            ids, scores, (is_known,) = retriever.retrieve_user(users, k, [exclude], allowed=allowed)
+            ids, scores, (is_known,) = retriever.retrieve_user(
+                users, k, [exclude], allowed=allowed, requests=[request]
+            )
             about["is_known_user"] = bool(is_known)
             if not is_known:
                 notes.append(
@@ -122,7 +130,7 @@ class Query(OfModel):
                 )
         else:
             about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
-            query = dict(about)
+            query = {**about, "request": request}
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.model.features import raw_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import query_inputs, signature_inputs
+from tfrs_pipeline.serving.encoder import features_of, query_inputs, signature_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import EXACT_FOLDER
 from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
@@ -38,8 +38,8 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if manifest["filter"] and manifest["filter"]["values"]:
         values["allowed"] = manifest["filter"]["values"][0]
-    for side in manifest["features"].values():
-        features = [Feature.from_dict(settings) for settings in side]
+    sides = features_of(manifest)
+    for features in (sides["candidate"], (*sides["query"], *sides["request"])):
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
             is_text = spec.dtype == tf.string
             values[spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0

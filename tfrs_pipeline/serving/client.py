@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.settings import suggest
 
 # Of a request, below the limits of the server as it is set.
 MAX_QUERIES, MAX_RESULTS = 64, 20_000
@@ -38,6 +41,8 @@ class ServedRetriever:
         self._has_filter = "retrieve_filtered" in signatures
         self._users_are_text = inputs["user_id"]["dtype"] == "DT_STRING"
         self._items_are_text = inputs["history"]["dtype"] == "DT_STRING"
+        others = ("user_id", "history", "exclude", "k")
+        self._of_request = {name: inputs[name] for name in inputs if name not in others}
 
     def retrieve(
         self,
@@ -49,7 +54,9 @@ class ServedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id` and `history` are read. Nothing is excluded but `exclude`.
+        `user_id`, `history` and `request` are read: this by the inputs of the signature, which are
+        the request features' names as far as TensorFlow takes them, its `timestamp` in seconds
+        since 1970 or an aware `datetime`. Nothing is excluded but `exclude`.
 
         Args:
             queries: One mapping a query.
@@ -59,8 +66,8 @@ class ServedRetriever:
                 that no item has finds nothing.
 
         Raises:
-            ValueError: If the server refuses the request, as for a k beyond its limit, or `allowed`
-                is given and the model has no item filter.
+            ValueError: If the server refuses the request, as for a k beyond its limit, the model
+                has no such request feature, or `allowed` is given and it has no item filter.
             OSError: If it does not answer, or with an error of its own.
         """
         if k < 1:
@@ -83,6 +90,7 @@ class ServedRetriever:
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),
+                **self._request_inputs([query.get("request") or {} for query in queries[block]]),
                 "exclude": _padded(exclude[block], self._items_are_text),
                 "k": k,
             }
@@ -94,6 +102,17 @@ class ServedRetriever:
             ids[block] = answer["outputs"]["candidate_ids"]
             scores[block] = answer["outputs"]["scores"]
         return ids, scores
+
+    def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
+        given = {name for request in requests for name in request}
+        if unknown := sorted(given - self._of_request.keys()):
+            hint = suggest(unknown[0], self._of_request) if self._of_request else "it reads none"
+            raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
+        return {
+            name: _values([request.get(name) for request in requests], about)
+            for name, about in self._of_request.items()
+        }
 
     def _ask(self, path: str, document: Any) -> Any:
         body = None if document is None else json.dumps(document).encode()
@@ -108,6 +127,26 @@ class ServedRetriever:
             if error.code < 500:
                 raise ValueError(message) from None
             raise OSError(message) from None
+
+
+def _values(values: Sequence[Any], about: Mapping[str, Any]) -> list[Any]:
+    """Writes values of an input: of strings, numbers, times, or lists of these."""
+    is_text = about["dtype"] == "DT_STRING"
+    absent: Any = "" if is_text else math.nan
+
+    def plain(value: Any) -> Any:
+        if value is None:
+            return absent
+        if isinstance(value, datetime):
+            return value.timestamp()
+        return str(value) if is_text else float(value)
+
+    sizes = [int(dim["size"]) for dim in about["tensor_shape"]["dim"]]
+    if len(sizes) == 1:
+        return [plain(value) for value in values]
+    lists = [[plain(each) for each in value or ()] for value in values]
+    width = max([sizes[1], *map(len, lists)])
+    return [[*line, *[absent] * (width - len(line))] for line in lists]
 
 
 def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:

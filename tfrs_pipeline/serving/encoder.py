@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
+from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import Query
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Exportable(Protocol):
         history_length: N, the most recent items of a history that `embed_queries` reads; 0 is none.
         variables: What the two methods read when they are given features: variables, and lookup
             tables where there are any. They are saved, and nothing else of the model.
-        query_features: Fitted features of the queries, in the order in which requests list them.
+        query_features: Fitted features of the users, in the order in which requests list them.
+        request_features: Those of a request itself, likewise.
         candidate_features: Those of the candidates.
         histories: Per query row from 0, candidate rows, most recent first, as known when exported.
         known_positives: Per query row from 0, the candidate rows that are not retrieved again.
@@ -51,6 +53,8 @@ class Exportable(Protocol):
     def variables(self) -> Sequence[Any]: ...  # noqa: D102
     @property
     def query_features(self) -> Sequence[Feature]: ...  # noqa: D102
+    @property
+    def request_features(self) -> Sequence[Feature]: ...  # noqa: D102
     @property
     def candidate_features(self) -> Sequence[Feature]: ...  # noqa: D102
     @property
@@ -71,7 +75,8 @@ class Exportable(Protocol):
         Args:
             query_rows: [B].
             history_rows: [B, N], most recent first, padded with 0.
-            features: Encoded, by name; None takes what the model holds of `query_rows`.
+            features: Encoded, by name: those of the request, and all of the user's or none, which
+                takes what the model holds of `query_rows`; None is no feature.
         """
 
     def embed_candidates(
@@ -94,6 +99,8 @@ class Encoder(tf.Module):
 
     Raises:
         ValueError: If there shall be no user data and the model has an embedding of each user.
+
+    Those of queries take the raw values of each request feature last (`request_signature`).
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
@@ -122,22 +129,27 @@ class Encoder(tf.Module):
             for lists in (model.histories, model.known_positives)
         )
         self._query_features = tuple(model.query_features)
+        self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
         # As attributes they are saved with the module.
         self._query_vocabularies = lookup_tables(model.query_features)
+        self._request_vocabularies = lookup_tables(model.request_features)
         self._candidate_vocabularies = lookup_tables(model.candidate_features)
         user_id = tf.TensorSpec([None], id_dtype(model.query_ids), "user_id")
         item_dtype = id_dtype(model.candidate_ids)
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
         history = tf.TensorSpec([None, None], item_dtype, "history")
         query_features = raw_signature(self._query_features).values()
+        request = request_signature(self._request_features, self._query_features).values()
         candidate_features = raw_signature(self._candidate_features).values()
-        self.embed_user: Any = traced(self._embed_user, [user_id]) if user_data else None
-        self.embed_query = traced(self._embed_query, [user_id, history])
+        self.embed_user: Any = None
+        if user_data:
+            self.embed_user = traced(self._embed_user, [user_id, *request])
+        self.embed_query = traced(self._embed_query, [user_id, history, *request])
         self.embed_query_with_features = None
         if query_features:
             self.embed_query_with_features = traced(
-                self._embed_query, [user_id, history, *query_features]
+                self._embed_query, [user_id, history, *query_features, *request]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
@@ -149,9 +161,9 @@ class Encoder(tf.Module):
             # Features of all users are among the model's, which nothing reads now.
             self._variables = [x for x in model.variables if _handle(x) in self._captured()]
 
-    def _embed_user(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         query_rows = lookup(self._query_rows, user_id)
-        return self._embed(query_rows, _lists(self._histories, query_rows), None)
+        return self._embed(query_rows, _lists(self._histories, query_rows), raw)
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
@@ -159,24 +171,35 @@ class Encoder(tf.Module):
         # Rows of known items, most recent first.
         rows = tf.reverse(lookup(self._candidate_rows, history), axis=[1])
         known = tf.ragged.boolean_mask(rows, rows > 0)
-        features = _encoded(self._query_features, raw)
-        return self._embed(lookup(self._query_rows, user_id), known, features)
+        return self._embed(lookup(self._query_rows, user_id), known, raw)
 
     def _embed(
         self,
         query_rows: tf.Tensor,
         histories: tf.RaggedTensor,
-        features: dict[str, tf.Tensor] | None,
+        raw: Mapping[str, tf.Tensor],
     ) -> dict[str, tf.Tensor]:
         model = self._model.value
-        if features is None and not self._holds_users:
-            features = self._missing_features(tf.shape(query_rows)[0])
+        features = self._encoded_features(raw)
+        if not self._holds_users:
+            features = self._missing_features(tf.shape(query_rows)[0]) | features
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
         return {
-            "embeddings": model.embed_queries(query_rows, recent, features),
+            "embeddings": model.embed_queries(query_rows, recent, features or None),
             "is_known_user": query_rows > 0,
         }
+
+    def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Encodes a signature's features of the user, where it has them, and of the request."""
+        of_user = raw_signature(self._query_features)
+        of_request = request_signature(self._request_features, self._query_features)
+        given = {name: raw[spec.name] for name, spec in of_request.items()}
+        features = encode_requests(self._request_features, given)
+        if all(spec.name in raw for spec in of_user.values()):
+            given = {name: raw[spec.name] for name, spec in of_user.items()}
+            features |= encode_raw(self._query_features, given)
+        return features
 
     def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
         return {
@@ -204,9 +227,11 @@ class Encoder(tf.Module):
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
-        features = _encoded(self._candidate_features, raw)
+        signature = raw_signature(self._candidate_features)
+        given = {name: raw[spec.name] for name, spec in signature.items()}
+        features = encode_raw(self._candidate_features, given)
         return {
-            "embeddings": self._model.value.embed_candidates(rows, features),
+            "embeddings": self._model.value.embed_candidates(rows, features or None),
             "is_known_item": rows > 0,
         }
 
@@ -227,13 +252,42 @@ def embed_corpus(model: Exportable) -> np.ndarray:
     )
 
 
-def embed_queries(encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
-    """Embeds queries by `user_id` and `history`: [num_queries, D] float32."""
+def embed_queries(
+    encoder: Encoder, queries: Sequence[Query], features: Mapping[str, Sequence[Feature]]
+) -> np.ndarray:
+    """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
     blocks = []
     for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
-        inputs = query_inputs(encoder.embed_query, queries[start : start + _QUERIES_PER_CALL])
+        block = queries[start : start + _QUERIES_PER_CALL]
+        inputs = query_inputs(encoder.embed_query, block)
+        inputs |= request_inputs(features, [query.get("request") for query in block])
         blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
     return np.concatenate(blocks)
+
+
+def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
+    """Reads the features of a model's manifest: those of query, request and candidate."""
+    return {
+        side: tuple(map(Feature.from_dict, manifest.get("features", {}).get(side, ())))
+        for side in ("query", "request", "candidate")
+    }
+
+
+def request_inputs(
+    features: Mapping[str, Sequence[Feature]], requests: Sequence[Mapping[str, Any] | None]
+) -> dict[str, tf.Tensor]:
+    """Makes the inputs of a signature that requests bring, by name, in their order.
+
+    Args:
+        features: Those of query and request.
+        requests: Raw values by feature, and the timestamp; what is not there is missing.
+    """
+    raw = raw_requests(features["request"], requests)
+    specs = request_signature(features["request"], features["query"])
+    return {
+        spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
+        for name, spec in specs.items()
+    }
 
 
 def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
@@ -285,16 +339,6 @@ def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
         function = function.get_concrete_function()
     positional, named = function.structured_input_signature
     return {spec.name: spec for spec in positional} | dict(named)
-
-
-def _encoded(
-    features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
-) -> dict[str, tf.Tensor] | None:
-    """Encodes the raw values of a signature's inputs; None if none were given."""
-    if not raw:
-        return None
-    signature = raw_signature(features)
-    return encode_raw(features, {name: raw[spec.name] for name, spec in signature.items()})
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -6,7 +6,7 @@ Layout, TensorFlow Serving's own:
         saved_model.pb, variables/     encoder and index, under the signatures of `RetrievalModule`
         manifest.json                  config, features, data, counts, metrics, index, versions
         assets.extra/items.parquet     item_id and title, for reading answers
-        assets.extra/queries.parquet   user_id and history of queries, to measure an index on
+        assets.extra/queries.parquet   queries to measure an index on: user_id, history, request
         exact/1/                       the brute-force fallback, for servers without the ScaNN op
 
 A version is written beside its place and renamed once it is whole and checked.
@@ -30,7 +30,8 @@ import tensorflow as tf
 
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.features import raw_signature
+from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (
@@ -38,6 +39,7 @@ from tfrs_pipeline.serving.encoder import (
     Exportable,
     embed_corpus,
     embed_queries,
+    features_of,
     history_of,
     known_rows,
 )
@@ -91,10 +93,10 @@ def export(
         user_data: Whether to export what is known of users: their ids, histories, features and
             embeddings, and the queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
-        queries: Held-out ones, of which `user_id` and `history` are read: a ScaNN index is tuned
-            and measured on the first 1,000 (see `Requests.parted`), and what every signature
-            answers to the first 20 must come back the same from the reloaded model. None takes the
-            model's users.
+        queries: Held-out ones, of which `user_id`, `history` and `request` are read: a ScaNN index
+            is tuned and measured on the first 1,000 (see `Requests.parted`), and what every
+            signature answers to the first 20 must come back the same from the reloaded model. None
+            takes the model's users.
         manifest: More for `manifest.json`: JSON-able, such as config and metrics.
 
     Returns:
@@ -133,11 +135,6 @@ def export_version(
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
-    if getattr(model, "request_features", ()):
-        raise ValueError(
-            "A model with request features cannot be exported yet: train it without "
-            "request_features."
-        )
     items = model.items
     if items["item_id"].to_pylist() != model.candidate_ids.tolist():
         raise ValueError(
@@ -148,12 +145,21 @@ def export_version(
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
         queries = _stored_queries(model)
-    sides = {"query": model.query_features, "candidate": model.candidate_features}
+    sides = {
+        "query": (model.query_features, raw_signature(model.query_features)),
+        "request": (
+            model.request_features,
+            request_signature(model.request_features, model.query_features),
+        ),
+        "candidate": (model.candidate_features, raw_signature(model.candidate_features)),
+    }
     about = {
-        "features": {side: [f.to_dict() for f in features] for side, features in sides.items()},
+        "features": {
+            side: [f.to_dict() for f in features] for side, (features, _) in sides.items()
+        },
         "feature_inputs": {
-            side: {name: spec.name for name, spec in raw_signature(features).items()}
-            for side, features in sides.items()
+            side: {name: spec.name for name, spec in signature.items()}
+            for side, (_, signature) in sides.items()
         },
         "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
@@ -204,9 +210,8 @@ def export_index(
     queries = queries[:NUM_QUERIES]
     item_filter = _filter_by(items, filter_by)
     ids = items["item_id"].to_numpy()
-    search, description = _built(
-        index or index_for(len(embeddings)), embeddings, ids, encoder, queries
-    )
+    kind, features = index or index_for(len(embeddings)), features_of(manifest)
+    search, description = _built(kind, embeddings, ids, encoder, queries, features)
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
         modules[EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
@@ -227,7 +232,7 @@ def export_index(
     }
     with new_version(Path(path), keep=keep_versions) as version:
         _save(modules, version.partial)
-        _write_tables(items, queries, version.partial)
+        _write_tables(items, queries, features["request"], version.partial)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
@@ -244,11 +249,13 @@ def _save(modules: Mapping[Path, RetrievalModule], folder: Path) -> None:
         )
 
 
-def _write_tables(items: pa.Table, queries: Sequence[Query], folder: Path) -> None:
+def _write_tables(
+    items: pa.Table, queries: Sequence[Query], request: Sequence[Feature], folder: Path
+) -> None:
     (folder / ITEMS_FILE).parent.mkdir()
     shown = items.select(["item_id", *({"title"} & set(items.column_names))])
     pq.write_table(shown, folder / ITEMS_FILE)
-    pq.write_table(_query_table(queries, items), folder / QUERIES_FILE)
+    pq.write_table(_query_table(queries, items, request), folder / QUERIES_FILE)
 
 
 def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
@@ -268,11 +275,13 @@ def _built(
     ids: np.ndarray,
     encoder: Encoder,
     queries: Sequence[Query],
+    features: Mapping[str, Sequence[Feature]],
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
     """Builds an index; says what it is, for the manifest."""
     if isinstance(index, Exact):
         return ExactIndex(embeddings), {"kind": index.kind}
-    requests = Requests(embed_queries(encoder, queries), known_rows(encoder, queries, ids))
+    embedded = embed_queries(encoder, queries, features)
+    requests = Requests(embedded, known_rows(encoder, queries, ids))
     tuning, measured = requests.parted()
     scann = tune_index(embeddings, tuning, target_recall=index.recall)
     return scann, {
@@ -308,10 +317,19 @@ def _stored_queries(model: Exportable) -> list[Query]:
     ]
 
 
-def _query_table(queries: Sequence[Query], items: pa.Table) -> pa.Table:
+def _query_table(queries: Sequence[Query], items: pa.Table, request: Sequence[Feature]) -> pa.Table:
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),
         "history": pa.array([list(history_of(query)) for query in queries], ids),
     }
+    if request:
+        codes = [x.name for x in request if x.kind in ("categorical", "hashed")]
+        read = [*(feature.name for feature in request), TIMESTAMP]
+        rows = [
+            {name: (query.get("request") or {}).get(name) for name in read} for query in queries
+        ]
+        for row in rows:  # Of whichever type they are.
+            row |= {name: None if row[name] is None else str(row[name]) for name in codes}
+        columns["request"] = pa.array(rows)
     return pa.table(columns)

@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.serving.encoder import empty_id
+from tfrs_pipeline.serving.encoder import empty_id, request_inputs
 from tfrs_pipeline.serving.rest import PredictCall, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -41,13 +41,14 @@ class PageQuery(BaseModel):
     """A query of the page: by a user's stored history, or by items and features of someone.
 
     The items are excluded from the answer. Of `filter`, values of the model's item filter, items
-    have one.
+    have one. A request is as typed: see `parse_request`.
     """
 
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
     features: dict[str, Any] = {}
     filter: Annotated[list[StrictStr], FailFast()] = []
+    request: dict[str, StrictStr] = {}
     k: StrictInt = Field(10, ge=1)
 
 
@@ -69,9 +70,10 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
         "inputs": [
             {"name": x.name, "kind": x.kind, "values": _choices(x)}
-            for x in retriever.query_features
+            for x in retriever.features["query"]
             if x.kind != "vector"
         ],
+        "request": list(manifest.get("feature_inputs", {}).get("request", ())),
         "can_compare": version.exact not in (None, retriever),
     }
 
@@ -149,6 +151,9 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         signature += "_with_features"
         raw = retriever.raw_query_features([{"features": query.features}])
         inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in raw.items()}
+    if query.request:
+        given = request_inputs(retriever.features, [retriever.parse_request(query.request)])
+        inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
     if query.filter:
         signature += "_filtered"
         inputs["allowed"] = [query.filter]

@@ -1,7 +1,7 @@
 """TensorFlow Serving's REST form of a predict call: JSON to arrays and back.
 
-A request names a signature and gives every input of it, either by columns (`inputs`) or by rows
-(`instances`); the answer has the same form, under `outputs` or `predictions`.
+A request names a signature and gives every input of it but those of its context, either by columns
+(`inputs`) or by rows (`instances`); the answer has the same form, under `outputs` or `predictions`.
 docs/guides/serving.md says where it is stricter than TensorFlow Serving.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import reprlib
-from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 import pydantic
@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.serving.saved_model import missing_input
 from tfrs_pipeline.serving.settings import ServeSettings
 
 DEFAULT_SIGNATURE = "serving_default"
@@ -32,9 +33,15 @@ class SignatureInputs:
     Args:
         specs: Of the inputs, by name.
         limits: `max_k`, `max_queries`, `max_exclude`, `max_history` and `max_results`.
+        optional: Inputs that a request need not give, those of its context: they are missing then.
     """
 
-    def __init__(self, specs: Mapping[str, tf.TensorSpec], limits: ServeSettings) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, tf.TensorSpec],
+        limits: ServeSettings,
+        optional: Collection[str] = (),
+    ) -> None:
         self._specs = dict(specs)
         self._max_results = limits.max_results
         types = {name: _value_type(name, spec, limits) for name, spec in specs.items()}
@@ -42,14 +49,14 @@ class SignatureInputs:
             name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
             for name, spec in specs.items()
         }
-        self._columns: TypeAdapter[Any] = TypeAdapter(_object_of(columns))
-        rows = _list_of(_object_of(types), limits.max_queries, min_length=1)
+        self._columns: TypeAdapter[Any] = TypeAdapter(_object_of(columns, optional))
+        rows = _list_of(_object_of(types, optional), limits.max_queries, min_length=1)
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
     def of_columns(self, inputs: Any) -> dict[str, np.ndarray]:
         """Reads `inputs`: an object with each input's column, or the column of the only one."""
         columns = _checked(self._columns, self._named(inputs), "inputs")
-        arrays = {name: _array(columns[name], spec, name) for name, spec in self._specs.items()}
+        arrays = {name: _array(columns[name], self._specs[name], name) for name in columns}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise HTTPException(
@@ -62,7 +69,7 @@ class SignatureInputs:
                 f"A request may ask for {self._max_results} results, its queries times k "
                 f"(--max-results). Received: {num_queries} x {k}",
             )
-        return arrays
+        return self._completed(arrays, num_queries)
 
     def of_rows(self, instances: Any) -> dict[str, np.ndarray]:
         """Reads `instances`: a list with an object, or the value of the only input, per query."""
@@ -75,8 +82,16 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
+        columns = {name: [row.get(name) for row in rows] for name in self._specs}
+        for name, values in columns.items():
+            absent = missing_input(self._specs[name], 1).numpy().tolist()[0]
+            columns[name] = [absent if value is None else value for value in values]
+        return {name: _array(columns[name], spec, name) for name, spec in self._specs.items()}
+
+    def _completed(self, arrays: Mapping[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
+        """Adds the inputs that were not given, in the signature's order."""
         return {
-            name: _array([row[name] for row in rows], spec, name)
+            name: arrays[name] if name in arrays else missing_input(spec, num_rows).numpy()
             for name, spec in self._specs.items()
         }
 
@@ -252,8 +267,9 @@ def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
     return Annotated[list[type_], FailFast(), lengths]
 
 
-def _object_of(types: dict[str, Any]) -> Any:
-    return TypedDict("Inputs", types)  # type: ignore[operator]
+def _object_of(types: dict[str, Any], optional: Collection[str]) -> Any:
+    fields = {n: NotRequired[type_] if n in optional else type_ for n, type_ in types.items()}
+    return TypedDict("Inputs", fields)  # type: ignore[operator]
 
 
 def _text(value: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ import tensorflow as tf
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
+from tfrs_pipeline.model.requests import request_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import id_list, id_lists, known_rows
+from tfrs_pipeline.serving.encoder import (
+    features_of,
+    id_list,
+    id_lists,
+    known_rows,
+    request_inputs,
+)
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -25,9 +33,10 @@ from tfrs_pipeline.serving.publish import (
     versions_of,
 )
 from tfrs_pipeline.serving.tune import Requests
+from tfrs_pipeline.settings import suggest
 
 # What a `Retriever` may be asked with.
-_QUERY_KEYS = ("user_id", "history", "features")
+_QUERY_KEYS = ("user_id", "history", "features", "request")
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
@@ -73,7 +82,8 @@ class LoadedRetriever:
         saved_model: The model as `tf.saved_model.load` gives it: its signatures and its parts.
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Of the item ids.
-        query_features: What `features` of a query may hold.
+        features: Fitted ones of the query (what `features` of a query may hold), of the request
+            (likewise `request`) and of the candidate.
         item_filter: "name" of the column that requests may filter by and all its "values"; None
             without a filter.
     """
@@ -95,11 +105,7 @@ class LoadedRetriever:
         spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
         self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
-        features = self.manifest.get("features", {})
-        self.query_features, self._candidate_features = (
-            [Feature.from_dict(settings) for settings in features.get(side, ())]
-            for side in ("query", "candidate")
-        )
+        self.features = features_of(self.manifest)
 
     def retrieve(
         self,
@@ -111,8 +117,10 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id`, `history` and `features` are read: these, raw values by column name, replace all
-        of the user's stored ones. Nothing is excluded but `exclude`: not what the user is known to
+        `user_id`, `history`, `features` and `request` are read. Features, raw values by column
+        name, replace all of the user's stored ones. A request is those of the request features, of
+        which any may be missing, and `timestamp`, an aware datetime, in place of an hour or weekday
+        that the log made of it. Nothing is excluded but `exclude`: not what the user is known to
         have clicked.
 
         Args:
@@ -123,10 +131,12 @@ class LoadedRetriever:
                 items that have one of them are retrieved alone; an empty list allows all.
 
         Raises:
-            ValueError: If a query holds another key than `user_id`, `history` and `features`, or a
-                feature that the model does not read; if `allowed` is given and the model has no
-                item filter, or holds a value that no item has.
+            ValueError: If a query holds another key than these, or a feature that the model does
+                not read; if `allowed` is given and the model has no item filter, or holds a value
+                that no item has.
         """
+        _check_queries(queries)
+        self._check_requests([query.get("request") for query in queries])
         asked = self._asked(k, exclude, allowed, len(queries))
         suffix = "" if allowed is None else "_filtered"
         answer = self._answer(queries, "retrieve{}" + suffix, asked)
@@ -139,6 +149,7 @@ class LoadedRetriever:
         exclude: Sequence[Collection[Any]] | None = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
+        requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves by the stored history of users, their known positives excluded.
 
@@ -148,6 +159,7 @@ class LoadedRetriever:
             k: How many candidates.
             exclude: Per user, further ids to exclude.
             allowed: Per user, values of the item filter, as in `retrieve`.
+            requests: Per user, the request, as in `retrieve`; None is without.
 
         Returns:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
@@ -164,9 +176,14 @@ class LoadedRetriever:
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
         asked = self._asked(k, exclude, allowed, len(user_ids))
+        requests = [{}] * len(user_ids) if requests is None else requests
+        check_one_each("requests", requests, len(user_ids))
+        self._check_requests(requests)
         name = "retrieve_user" if allowed is None else "retrieve_user_filtered"
         answer = self.saved_model.signatures[name](
-            user_id=id_list(user_ids, self.user_dtype), **asked
+            user_id=id_list(user_ids, self.user_dtype),
+            **request_inputs(self.features, requests),
+            **asked,
         )
         ids, scores, is_known = (
             answer[name].numpy() for name in ("candidate_ids", "scores", "is_known_user")
@@ -192,7 +209,7 @@ class LoadedRetriever:
         Raises:
             ValueError: If a feature that the model reads is missing.
         """
-        raw = _raw_inputs(self._candidate_features, features, len(item_ids))
+        raw = _raw_inputs(self.features["candidate"], features, len(item_ids))
         answer = self.saved_model.signatures["embed_candidate"](
             item_id=id_list(item_ids, self.item_dtype), **raw
         )
@@ -200,7 +217,7 @@ class LoadedRetriever:
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Tells which items the training had, [n] bool: a history is read without the others."""
-        nothing = {feature.name: [None] * len(item_ids) for feature in self._candidate_features}
+        nothing = {x.name: [None] * len(item_ids) for x in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
     def stored_history(self, user_id: Any) -> list[Any]:
@@ -221,6 +238,18 @@ class LoadedRetriever:
         """Turns an item id typed by a person into the type of the model's ids; as above."""
         return _parse_id(text, self.item_dtype, "item")
 
+    def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
+        """Turns request features typed by a person, and the timestamp, into their values.
+
+        Lists are written with commas, times in ISO 8601 with their zone.
+
+        Raises:
+            ValueError: If the model reads no such feature, or it holds something else.
+        """
+        self._check_requests([texts])
+        kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
+        return {name: _parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
+
     @property
     def num_candidates(self) -> int:
         """Size of the corpus."""
@@ -235,7 +264,7 @@ class LoadedRetriever:
         return self.saved_model.exact.embeddings.numpy()
 
     def held_out_queries(self) -> list[Query]:
-        """Reads the queries that the index was measured on: their user_id and history."""
+        """Reads the queries that the index was measured on: user_id, history and request."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
 
     def held_out_requests(self) -> Requests:
@@ -257,6 +286,7 @@ class LoadedRetriever:
         inputs = {
             "user_id": id_list([query.get("user_id") for query in queries], self.user_dtype),
             "history": id_lists([query.get("history", ()) for query in queries], self.item_dtype),
+            **request_inputs(self.features, [query.get("request") for query in queries]),
             **asked,
         }
         has_features = np.array(["features" in query for query in queries], bool)
@@ -280,7 +310,7 @@ class LoadedRetriever:
         Raises:
             ValueError: If the model does not read one of them, or cannot.
         """
-        names = [feature.name for feature in self.query_features]
+        names = [feature.name for feature in self.features["query"]]
         if not names:
             raise ValueError(
                 "The model reads no user features: remove `features` from the queries."
@@ -291,7 +321,14 @@ class LoadedRetriever:
                 f"{', '.join(names)}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return _raw_inputs(self.query_features, columns, len(queries))
+        return _raw_inputs(self.features["query"], columns, len(queries))
+
+    def _check_requests(self, requests: Sequence[Mapping[str, Any] | None]) -> None:
+        known = list(request_signature(self.features["request"]))
+        given = {name for request in requests for name in request or ()}
+        if unknown := sorted(given - set(known)):
+            hint = suggest(unknown[0], known) if known else "remove `request` from the queries"
+            raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
 
     def _asked(
         self,
@@ -354,6 +391,19 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         return int(text)
     except ValueError:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
+
+
+def _parse_value(name: str, kind: str, text: str) -> Any:
+    try:
+        if kind in ("numeric", "bucketized"):
+            return float(text)
+        if kind == "vector":
+            return [float(number) for number in text.split(",")]
+        if kind == "timestamp":
+            return datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {kind}. Received: {text!r} ({error})") from None
+    return text.split(",") if kind == "multi_categorical" else text
 
 
 def _raw_inputs(

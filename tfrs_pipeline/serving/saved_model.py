@@ -88,8 +88,12 @@ class RetrievalModule(tf.Module):
     - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
       `retrieve_with_features_filtered`, where there is an item filter: of the items that have one
       of the values alone; a list without values allows every item.
+    - of a model with request features, all of these but `serving_default`, to which a request says
+      nothing, take each one's raw value, and `timestamp [B]` where it tells hour or weekday, before
+      `exclude` (see `request_signature`); "" and NaN are missing.
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
+      With request features they take these last.
     - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
       embeddings [B, D] float32 and is_known_item [B].
 
@@ -157,14 +161,15 @@ class RetrievalModule(tf.Module):
         item = list(signature_inputs(embed).values())
         self._export("embed_candidate", functools.partial(_by_position, embed), item)
         if "retrieve_user" in self._names:
-            user_id = signature_inputs(self.encoder.embed_user).values()
-            self._export("serving_default", self._answer_default, list(user_id))
+            user_id, *_ = signature_inputs(self.encoder.embed_user).values()
+            self._export("serving_default", self._answer_default, [user_id])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        nothing = tf.zeros([tf.shape(user_id)[0], 0], self._candidate_ids.dtype)
-        return self._answer(
-            self.encoder.embed_user, nothing, tf.constant(DEFAULT_K), user_id=user_id
-        )
+        embed, num_queries = self.encoder.embed_user, tf.shape(user_id)[0]
+        nothing = tf.zeros([num_queries, 0], self._candidate_ids.dtype)
+        _, *request = signature_inputs(embed).values()
+        missing = {spec.name: missing_input(spec, num_queries) for spec in request}
+        return self._answer(embed, nothing, tf.constant(DEFAULT_K), user_id=user_id, **missing)
 
     def _answer(
         self,
@@ -176,7 +181,7 @@ class RetrievalModule(tf.Module):
         **query: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
         """Answers queries; `exclude` [B, E] and `allowed` [B, F] are padded with ""."""
-        if set(query) == {"user_id"}:  # By what is known of the user, who knows these items.
+        if "history" not in query:  # By what is known of the user, who knows these items.
             exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)

@@ -78,8 +78,9 @@ class ServedVersion:
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
+        of_request = self.retriever.manifest.get("feature_inputs", {}).get("request", {}).values()
         self.signatures = {
-            name: SignatureInputs(inputs, settings) for name, inputs in specs.items()
+            name: SignatureInputs(inputs, settings, of_request) for name, inputs in specs.items()
         }
         # The first call is slow, and shows a broken model.
         for retriever in self._retrievers():
