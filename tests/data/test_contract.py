@@ -45,8 +45,9 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
     )
     events = copied.events
     log = Log.from_ibis(
-        # As a warehouse may hold them: smaller integers, other columns, some items not listed.
-        events.mutate(event_number=events["event_number"].cast("int32"), device=ibis.literal("tv")),
+        # As a warehouse may hold them: smaller integers, other columns (one called nearly as one of
+        # the log's own, which is there too), some items not listed.
+        events.mutate(event_number=events["event_number"].cast("int32"), state=ibis.literal("NY")),
         items=copied.items.filter(copied.items["genre"] != "genre 3"),
         item_features={"genre": "categorical"},
     )
@@ -75,7 +76,7 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
             {"timestamp": pa.array([START.replace(tzinfo=None)] * 4, pa.timestamp("us"))},
             "'timestamp' has no time zone",
         ),
-        ({"time_stamp": [1, 2, 3, 4]}, "did you mean 'timestamp'"),
+        ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, "did you mean 'timestamp'"),
     ],
 )
 def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: str) -> None:

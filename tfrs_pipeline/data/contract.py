@@ -69,7 +69,7 @@ def check_events(
         **_EVENT_TYPES,
     }
     for name in events.columns:
-        if name not in known and (problem := name_problem(name)):
+        if name not in known and (problem := name_problem(name, events.columns)):
             raise DataError(f"{source.column(name)}: {problem}.")
     types = {name: allowed for name, allowed in known.items() if name in events.columns}
     events = _cast(events, types, source)

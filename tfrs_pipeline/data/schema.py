@@ -232,14 +232,17 @@ def kind_problem(kind: object) -> str:
     return f"no kind of feature; {hint}"
 
 
-def name_problem(name: str) -> str:
-    """Says why a log cannot call a column so; "" if it can, as one of its own or as context."""
+def name_problem(name: str, columns: Collection[str] = ()) -> str:
+    """Says why a log cannot call a column so; "" if it can, as one of its own or as context.
+
+    Beside the log's own column, of `columns`, a name that is nearly that is no mistake.
+    """
     if name == "event_number":
         return "is made here, of the order of the rows; name the column otherwise"
     if name.startswith("_"):
         return "must not begin with '_'; name the column otherwise"
     near = difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=0.7)
-    if name not in LOG_COLUMNS and near:
+    if name not in LOG_COLUMNS and near and near[0] not in columns:
         return f"unknown column; did you mean {near[0]!r}?"
     return ""
 
