@@ -98,6 +98,7 @@ class Problem:
             history_length=model.history_length,
             variables=model.variables,
             query_features=(),
+            request_features=(),
             candidate_features=(),
             histories=nothing,
             known_positives=nothing,
