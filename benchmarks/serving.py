@@ -51,6 +51,7 @@ class Clusters:
 
     history_length = HISTORY_LENGTH
     query_features: tuple[Any, ...] = ()
+    request_features: tuple[Any, ...] = ()
     candidate_features: tuple[Any, ...] = ()
 
     def __init__(self, num_candidates: int, seed: int) -> None:
