@@ -99,6 +99,25 @@ def test_dropout_is_a_function_of_its_seed_and_of_training(pooling: str) -> None
         np.testing.assert_array_equal(encode(rows, training=False), encode(rows))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str) -> None:
+    encoder = make_encoder(pooling)
+    # The longest history of the whole is in one of the slices alone.
+    histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
+    seed = tf.constant([3, 4], tf.int32)
+    whole = encoder(histories, training=True, dropout_seed=seed)
+    slices = [
+        encoder(
+            histories[first:last],
+            training=True,
+            dropout_seed=seed,
+            dropout_slice=tf.constant([first, 5], tf.int32),
+        )
+        for first, last in ((0, 3), (3, 5))
+    ]
+    np.testing.assert_allclose(tf.concat(slices, axis=0), whole, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_drops_its_share() -> None:
     encoder = make_encoder("mean", dropout=0.3)
     empty = encoder(tf.zeros([1, 3], tf.int32)).numpy()

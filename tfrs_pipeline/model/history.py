@@ -84,8 +84,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._num_pooled:
             parts.append(self._pooled(history_rows, kept))
         if "attention" in self._poolings:
-            # Only as wide as the longest history of the batch.
-            width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
+            width = tf.shape(history_rows)[1]
+            if seed is None:
+                # Only as wide as the longest history; in training that of a slice may be shorter
+                # than that of its batch, whose dropout it has to have.
+                width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
             oldest_first, kept = (
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
                 for values in (history_rows, kept)
