@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "training": {"optimizer": "adam"},
     },
 }
-NUM_EPOCHS = 3
+NUM_EPOCHS = 2
 
 
 def train(case: str, folder: Path) -> TwoTower:
