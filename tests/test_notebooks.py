@@ -20,7 +20,7 @@ QUICKSTART = NOTEBOOKS / "01_quickstart.ipynb"
 SAMPLING = NOTEBOOKS / "02_sampling.ipynb"
 SERVING = NOTEBOOKS / "03_serving.ipynb"
 NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
-MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 750_000}
+MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
 FIGURES = {
     QUICKSTART: ("popularity", "curve", "slices", "nearest"),
     SAMPLING: ("positives", "samplers", "correction", "hard", "auc", "exposed", "figure"),

@@ -216,6 +216,7 @@ def finish(figure: Figure, label: str) -> Drawing:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = _SHORT.sub(r"\1", text)
+    text = re.sub(r">\s+<", "><", text)  # A notebook holds each line with quotes and indentation.
     for variable, colour in [*_STAND_INS.items(), ("ink", "#000000")]:
         text = text.replace(colour, _variable(variable))
     (box,) = re.findall(r'^<svg[^>]*viewBox="([^"]*)"', text)

@@ -60,7 +60,10 @@ def test_a_model_is_better_where_every_interval_says_so() -> None:
 
 def test_popularity_slices_are_told_apart() -> None:
     metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
-    assert by_popularity(metrics, METRIC).answer == "ahead in the head, torso and tail"
+    found = by_popularity(metrics, METRIC)
+    assert found.answer == "ahead in the head, torso and tail"
+    # Whom it is ahead of is said: the uncorrected model is ahead of it.
+    assert found.why == "in ndcg@100 ahead of ease in the head, torso and tail"
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
     metrics["models"]["ease"]["slices"]["torso"][METRIC] = interval(0.31)
     found = by_popularity(metrics, METRIC)

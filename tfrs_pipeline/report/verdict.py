@@ -57,7 +57,10 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Tells where in popularity the model is ahead of all baselines, and where one is ahead."""
+    """Tells where in popularity the model is ahead of all baselines, and where one is ahead.
+
+    Another form of the model itself, such as the uncorrected one, is no baseline.
+    """
     first, *others = metrics["models"]
     found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
     for part in metrics["models"][first]["slices"]:
@@ -73,8 +76,9 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
             found["behind in"].append(f"{part} ({own['mean']:.2f}, {name} {best['mean']:.2f})")
         else:
             found["level in"].append(part)
+    passed = _listed(_baselines(others)) if found["ahead in"] else ""
     words = [
-        (found["ahead in"], "ahead of every baseline in the"),
+        (found["ahead in"], f"ahead of {passed} in the"),
         (found["level in"], "level with the best one in the"),
         (found["behind in"], "behind one in the"),
     ]
