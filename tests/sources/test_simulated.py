@@ -1,6 +1,5 @@
 """The simulated funnel does what its formulas say, and the truth it states is the one it used."""
 
-import itertools
 import math
 from collections import Counter
 from functools import cache
@@ -13,12 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.sources import simulated as synthetic
-from tfrs_pipeline.sources.simulated import (
-    FunnelOptions,
-    Simulation,
-    simulate_funnel,
-)
+from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
 
 NUM_USERS, NUM_ITEMS, NUM_REQUESTS = 200, 300, 1500
 # A right simulation fails a test at this level once in a million seeds; the seed is fixed.
@@ -58,10 +52,6 @@ def truth_of(simulation: Simulation, log: Log) -> np.ndarray:
     """Returns the true click probability of each event's pair."""
     matrix = simulation.click_probability(simulation.user_ids)
     return matrix[log["user_id"] - 1, log["item_id"] - 1]
-
-
-def genre_rows(simulation: Simulation) -> np.ndarray:
-    return simulation.log.items.order_by("item_id").to_pyarrow()["genre"].to_numpy()
 
 
 def test_tables_keep_the_contract() -> None:
@@ -106,24 +96,16 @@ def test_a_longer_simulation_begins_with_the_shorter_one(num_requests: int) -> N
 
 
 @settings(max_examples=10)
-@given(st.data())
-def test_each_request_holds_the_configured_stages(data: st.DataObject) -> None:
-    sizes = sorted(data.draw(st.lists(st.integers(1, 40), min_size=4, max_size=4)))
-    share = data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-    num_requests = data.draw(st.integers(1, 30))
-    names = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
-    options = FunnelOptions(
-        **dict(zip(names, sizes, strict=True)),
-        logged_share=share,
-        click_bias=3.0,
-    )
+@given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(1, 30))
+def test_each_request_holds_the_configured_stages(sizes: list[int], num_requests: int) -> None:
+    exposed, ranked, pre_ranked, retrieved = sorted(sizes)
+    options = FunnelOptions(retrieved, pre_ranked, ranked, exposed, click_bias=3.0)
     simulation = simulate_funnel(
         num_users=5, num_items=40, num_requests=num_requests, seed=0, options=options
     )
-    exposed, ranked, pre_ranked, retrieved = sizes
     expected = {
-        Stage.RETRIEVED.value: math.floor(share * (retrieved - pre_ranked) + 0.5),
-        Stage.PRE_RANKED.value: math.floor(share * (pre_ranked - ranked) + 0.5),
+        Stage.RETRIEVED.value: retrieved - pre_ranked,
+        Stage.PRE_RANKED.value: pre_ranked - ranked,
         Stage.RANKED.value: ranked - exposed,
         "shown": exposed,
     }
@@ -133,14 +115,14 @@ def test_each_request_holds_the_configured_stages(data: st.DataObject) -> None:
         stages = Counter(log["stage"][is_request].tolist())
         stages["shown"] = stages.pop("clicked", 0) + stages.pop("exposed", 0)
         assert {stage: stages[stage] for stage in expected} == expected
-        assert sum(stages.values()) == options.num_logged
-        assert len(set(log["item_id"][is_request])) == options.num_logged
+        assert sum(stages.values()) == retrieved
+        assert len(set(log["item_id"][is_request])) == retrieved
         assert len(set(log["user_id"][is_request])) == 1
-    assert len(log["stage"]) == num_requests * options.num_logged
+    assert len(log["stage"]) == num_requests * retrieved
 
 
 def test_shown_are_the_first_ranks_and_ranks_follow_scores() -> None:
-    log, options = usual_log(), usual().preferences.options
+    log, options = usual_log(), FunnelOptions()
     is_ranked = np.isin(log["stage"], ["ranked", "exposed", "clicked"])
     np.testing.assert_array_equal(is_ranked, ~np.isnan(log["rank"]))
     np.testing.assert_array_equal(is_ranked, ~np.isnan(log["score"]))
@@ -156,7 +138,6 @@ def test_shown_are_the_first_ranks_and_ranks_follow_scores() -> None:
 def test_without_noise_each_stage_is_a_sort() -> None:
     simulation = simulate(num_requests=60, retrieval_noise=0, pre_rank_noise=0, rank_noise=0)
     log, preferences = log_of(simulation), simulation.preferences
-    options = preferences.options
     for request in range(60):
         of_request = {name: column[log["request_id"] == request] for name, column in log.items()}
         user_row = int(of_request["user_id"][0]) - 1
@@ -166,7 +147,7 @@ def test_without_noise_each_stage_is_a_sort() -> None:
             popularity = float(preferences.popularity[row])
             truth[row + 1] = -4 + 4 * cosine + 0.3 * popularity
             retrieval[row + 1] = 4 * cosine + 1.0 * popularity
-        taken = sorted(retrieval, key=lambda item: -retrieval[item])[: options.num_retrieved]
+        taken = sorted(retrieval, key=lambda item: -retrieval[item])[:100]
         best = sorted(taken, key=lambda item: -truth[item])
         items = of_request["item_id"].tolist()
         assert items[:20] == best[:20]
@@ -206,7 +187,7 @@ def chi_squared(is_clicked: np.ndarray, expected: np.ndarray, groups: np.ndarray
 
 @pytest.mark.parametrize("position_bias", [0.0, 0.5, 1.0])
 def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
-    simulation = simulate(position_bias=position_bias, logged_share=0)
+    simulation = simulate(position_bias=position_bias)
     log = log_of(simulation)
     is_shown = np.isin(log["stage"], ["exposed", "clicked"])
     is_clicked = (log["stage"] == "clicked")[is_shown]
@@ -234,25 +215,12 @@ def head_share(log: Log, stages: list[str], num_items: int) -> float:
 
 
 def test_popularity_has_a_heavy_head() -> None:
-    size = {"num_requests": 1000, "num_items": 2000, "logged_share": 0}
-    zipf = log_of(simulate(**size))
-    flat = log_of(simulate(**size, popularity_weight=0, quality_weight=0))
-    for stages in (["exposed", "clicked"], ["clicked"]):
-        # Zipf's law itself gives the first tenth of 2,000 items 72%.
-        assert head_share(zipf, stages, 2000) > 0.6
-        assert head_share(zipf, stages, 2000) > 1.5 * head_share(flat, stages, 2000)
-
-
-def test_quality_rises_with_the_stages() -> None:
-    log = usual_log()
-    truth = truth_of(usual(), log)
-    losers = ["retrieved", "pre_ranked", "ranked", "exposed"]
-    samples = [truth[log["stage"] == stage] for stage in losers]
-    for worse, better in itertools.pairwise(samples):
-        spread = math.sqrt(worse.var() / len(worse) + better.var() / len(better))
-        assert better.mean() - worse.mean() > 5 * spread
-    whole_corpus = usual().click_probability(usual().user_ids).mean()
-    assert truth.mean() > 1.2 * whole_corpus
+    zipf = log_of(simulate(1000, num_items=2000))
+    flat = log_of(simulate(1000, num_items=2000, popularity_weight=0))
+    shown, clicked = ["exposed", "clicked"], ["clicked"]
+    # Zipf's law itself gives the first tenth of 2,000 items 72%.
+    assert min(head_share(zipf, stages, 2000) for stages in (shown, clicked)) > 0.6
+    assert head_share(zipf, shown, 2000) > 1.5 * head_share(flat, shown, 2000)
 
 
 @pytest.mark.parametrize("name", ["retrieval_noise", "pre_rank_noise", "rank_noise"])
@@ -275,23 +243,9 @@ def test_each_stage_has_a_noise_of_its_own(name: str) -> None:
         assert means[before][1] == pytest.approx(means[before][0])
 
 
-def test_logged_losers_are_a_fair_draw_of_all() -> None:
-    log, half = usual_log(), log_of(simulate(logged_share=0.5))
-    whole = set(zip(log["request_id"], log["item_id"], log["stage"], strict=True))
-    assert set(zip(half["request_id"], half["item_id"], half["stage"], strict=True)) < whole
-    for stage in ("retrieved", "pre_ranked"):
-        all_of_it = truth_of(usual(), log)[log["stage"] == stage]
-        drawn = truth_of(usual(), half)[half["stage"] == stage]
-        # Half of a finite set: the variance of the mean is that of the set over 2 len(drawn).
-        assert len(drawn) * 2 == len(all_of_it)
-        bound = 5 * math.sqrt(all_of_it.var() / (2 * len(drawn)))
-        assert abs(drawn.mean() - all_of_it.mean()) < bound
-
-
-def test_best_items_equal_a_slow_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_items_equal_a_slow_loop() -> None:
     simulation = usual()
     user_ids = [9, 200, 1, 9, 31]
-    monkeypatch.setattr(synthetic, "_MAX_BLOCK_SCORES", 2 * NUM_ITEMS)  # Blocks of two users.
     best = simulation.best_items(user_ids, k=7)
     for user_id, items in zip(user_ids, best.tolist(), strict=True):
         probability = simulation.click_probability([user_id])[0].tolist()
@@ -326,57 +280,34 @@ def explained_share(values: np.ndarray, groups: np.ndarray) -> float:
 
 
 def test_features_tell_of_the_taste() -> None:
-    by_chance = (10 - 1) / (NUM_ITEMS - 1)
-    shares = [
-        explained_share(simulation.preferences.item_tastes, genre_rows(simulation))
-        for simulation in (simulate(10, feature_noise=0), usual(), simulate(10, feature_noise=1))
-    ]
-    assert shares[0] > 1.2 * shares[1] > 5 * shares[2]
-    assert shares[2] < 3 * by_chance
     genres = usual().log.users.order_by("user_id").to_pyarrow()["favourite_genre"].to_numpy()
-    assert explained_share(usual().preferences.user_tastes, genres) > 0.2
+    item_genres = usual().log.items.order_by("item_id").to_pyarrow()["genre"].to_numpy()
+    # By chance it would be 9 / 199 and 9 / 299.
+    assert 0.2 < explained_share(usual().preferences.user_tastes, genres) < 0.9
+    assert 0.2 < explained_share(usual().preferences.item_tastes, item_genres) < 0.9
     # The same name is the same cluster on both sides.
     liking = usual().click_probability(usual().user_ids)
-    is_favourite = genres[:, None] == genre_rows(usual())[None, :]
+    is_favourite = genres[:, None] == item_genres[None, :]
     assert liking[is_favourite].mean() > 2 * liking[~is_favourite].mean()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_exposed": 21}, "num_exposed must be at most num_ranked.*Received: 21 and 20"),
-        ({"num_ranked": 41}, "num_ranked must be at most num_pre_ranked"),
-        ({"num_pre_ranked": 101}, "num_pre_ranked must be at most num_retrieved"),
+        ({"num_exposed": 21}, "num_exposed must be .* at most num_ranked.*Received: 21 and 20"),
+        ({"num_pre_ranked": 101}, "num_pre_ranked must be .* at most num_retrieved"),
         ({"num_exposed": 0}, "num_exposed must be 1 or more"),
-        ({"num_clusters": 0}, "num_clusters must be 1 or more"),
-        ({"logged_share": 1.5}, r"logged_share must be in \[0, 1\]. Received: 1.5"),
-        ({"feature_noise": float("nan")}, r"feature_noise must be in \[0, 1\]"),
         ({"rank_noise": -1}, "rank_noise must be 0 or more. Received: -1"),
-        ({"click_bias": float("inf")}, "click_bias must be finite"),
-        ({"num_days": 0}, "num_days must be above 0"),
-        ({"num_retrieved": 301}, "num_items must be at least num_retrieved, 301.*Received: 300"),
+        ({"num_retrieved": 301}, "num_items at least num_retrieved, 301.*and 300"),
+        ({"num_requests": 0}, "num_requests must be 1 or more"),
         ({"click_bias": -60}, "none of 1000 rows is a positive"),
     ],
 )
 def test_refused_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        simulate(num_requests=10, **options)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"num_users": 0}, {"num_requests": 0}, {"seed": -1}],
-    ids=lambda wrong: next(iter(wrong)),
-)
-def test_refused_sizes(wrong: dict[str, int]) -> None:
-    sizes: dict[str, Any] = {"num_users": 5, "num_items": 100, "num_requests": 5, "seed": 0} | wrong
-    with pytest.raises(ValueError, match="must be 1 or more, seed 0 or more"):
-        simulate_funnel(**sizes)
+        simulate(**{"num_requests": 10} | options)
 
 
 def test_refused_questions() -> None:
     with pytest.raises(ValueError, match=r"2 unknown user ids, the first is 0.*1 to 200"):
         usual().click_probability([0, 3, 201])
-    for k in (0, NUM_ITEMS + 1):
-        with pytest.raises(ValueError, match=rf"k must be in \[1, 300\].*{k}"):
-            usual().best_items([1], k=k)

@@ -4,18 +4,20 @@ Logs show what a funnel chose to show; recall measured on them rewards a model f
 funnel. Here every user's true click probability for every item is known, so a model can be measured
 against the items that the user would like best.
 
-The model, in logits of a click. Users and items lie in `num_clusters` clusters on the unit sphere;
-popularity is -log(place) of the item, places dealt at random, less its mean: Zipf's law.
+The model, in logits of a click. Users and items lie in 10 clusters, the genres, on the unit sphere
+of 8 dimensions; popularity is -log(place) of the item, places dealt at random, less its mean:
+Zipf's law.
 
-    truth(u, i)    = click_bias + taste_weight * <u, i> + quality_weight * popularity(i)
-    retrieval      = taste_weight * <u, i> + popularity_weight * popularity(i) + retrieval_noise * e
+    truth(u, i)    = click_bias + 4 <u, i> + .3 popularity(i)
+    retrieval      = 4 <u, i> + popularity_weight * popularity(i) + retrieval_noise * e
     pre-rank       = truth + pre_rank_noise * e
     rank           = truth + rank_noise * e
     P(click | shown at r) = sigmoid(truth) / (1 + r)^position_bias,    r = 0 is the first place
 
 with e standard normal, new for each request and item. Each stage keeps its best; the first
 `num_exposed` of rank are shown. Requests are independent given the users: tastes do not drift, and
-an item that was shown or clicked may come again.
+an item that was shown or clicked may come again. A click is a look times a liking: the examination
+hypothesis (Craswell et al. 2008, "An experimental comparison of click position-bias models").
 """
 
 from __future__ import annotations
@@ -29,10 +31,18 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from scipy.special import expit
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
 
+_NUM_DIMS, _NUM_CLUSTERS = 8, 10
+# Between a taste at right angles and the same taste 55 times the odds; a popular item is somewhat
+# better, at ten times the popularity twice the odds.
+_TASTE_WEIGHT, _QUALITY_WEIGHT = 4.0, 0.3
+# Probability that the genre that people are told of an item, or of a user, says nothing.
+_FEATURE_NOISE = 0.2
+_START, _DURATION = datetime(2024, 1, 1, tzinfo=UTC), timedelta(days=30)
 # Scores of a block of requests for the whole corpus: 4 MiB, which stay in the processor's cache.
 _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
@@ -48,7 +58,6 @@ _EVENT_SCHEMA = pa.schema(
         "score": pa.float64(),
     }
 )
-_START = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
 
 
 @dataclass(frozen=True)
@@ -56,34 +65,18 @@ class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
     Args:
-        num_retrieved: Items a request that retrieval takes from the corpus. 100.
-        num_pre_ranked: Of these, how many pre-rank keeps. 40.
-        num_ranked: Of these, how many rank keeps and logs with rank and score. 20.
-        num_exposed: Of these, the first, how many are shown. 10: one screen.
-        logged_share: Share of the losers of pre-rank, and of those of rank, that each request logs,
-            drawn uniformly: real logs seldom keep all. 1: all. The rest of the log does
-            not depend on it.
-        num_dims: Dimensions of a taste. 8.
-        num_clusters: Clusters of tastes, each a genre. 10.
-        taste_spread: Length of what is a user's or item's own, against 1 for what is its
-            cluster's, before both are brought to length 1. 1: half and half.
-        taste_weight: Logits between a taste at right angles and the same taste. 4: 55 times
-            the odds.
-        quality_weight: Of popularity in the truth: a popular item is somewhat better. 0.3: at ten
-            times the popularity, twice the odds.
+        num_retrieved: Items a request that retrieval takes from the corpus.
+        num_pre_ranked: Of these, how many pre-rank keeps.
+        num_ranked: Of these, how many rank keeps and logs with rank and score.
+        num_exposed: Of these, the first, how many are shown: one screen.
         popularity_weight: Of popularity in retrieval. 1: Zipf's law, blurred by noise.
         click_bias: Logit of a click on an item of mean popularity at right angles to the user's
             taste. -4: 1.8%.
-        retrieval_noise: Standard deviation of retrieval's error, in logits, 0 or more. 2.
-        pre_rank_noise: The same of pre-rank. 1.
-        rank_noise: The same of rank. 0.5.
-        position_bias: How attention falls with the place. 0.5: the fourth place is looked at half
-            as often as the first. 0: no bias.
-        activity_spread: Standard deviation of the log of a user's share of requests. 1: the middle
-            two thirds of the users lie within a factor of 7. 0: all alike.
-        feature_noise: Probability that the genre of an item, or a user's favourite one, says
-            nothing: it is then drawn from all. 0.2.
-        num_days: Days from the first request to the last, evenly filled. 30.
+        retrieval_noise: Standard deviation of retrieval's error, in logits, 0 or more.
+        pre_rank_noise: The same of pre-rank.
+        rank_noise: The same of rank.
+        position_bias: How attention falls with the place, 0 or more. 0.5: the fourth place is
+            looked at half as often as the first.
 
     Raises:
         ValueError: If a number is out of range.
@@ -93,60 +86,25 @@ class FunnelOptions:
     num_pre_ranked: int = 40
     num_ranked: int = 20
     num_exposed: int = 10
-    logged_share: float = 1.0
-    num_dims: int = 8
-    num_clusters: int = 10
-    taste_spread: float = 1.0
-    taste_weight: float = 4.0
-    quality_weight: float = 0.3
     popularity_weight: float = 1.0
     click_bias: float = -4.0
     retrieval_noise: float = 2.0
     pre_rank_noise: float = 1.0
     rank_noise: float = 0.5
     position_bias: float = 0.5
-    activity_spread: float = 1.0
-    feature_noise: float = 0.2
-    num_days: float = 30.0
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
         for fewer, more in itertools.pairwise(kept):
-            if getattr(self, fewer) > getattr(self, more):
+            if not 1 <= getattr(self, fewer) <= getattr(self, more):
                 raise ValueError(
-                    f"{fewer} must be at most {more}: each stage keeps some of what the one before "
-                    f"it kept. Received: {getattr(self, fewer)} and {getattr(self, more)}."
+                    f"{fewer} must be 1 or more and at most {more}: each stage keeps some of what "
+                    f"the one before it kept. Received: {getattr(self, fewer)} and "
+                    f"{getattr(self, more)}."
                 )
-        infinity, no_less = math.inf, "0 or more"
-        ranges: list[tuple[tuple[str, ...], float, float, str]] = [
-            (("num_exposed", "num_dims", "num_clusters"), 1, infinity, "1 or more"),
-            (("logged_share", "feature_noise"), 0, 1, "in [0, 1]"),
-            (("retrieval_noise", "pre_rank_noise", "rank_noise"), 0, infinity, no_less),
-            (("position_bias", "taste_spread", "activity_spread"), 0, infinity, no_less),
-            (("taste_weight", "quality_weight"), -infinity, infinity, "finite"),
-            (("popularity_weight", "click_bias"), -infinity, infinity, "finite"),
-            (("num_days",), math.ulp(0), infinity, "above 0"),
-        ]
-        for names, low, high, what in ranges:
-            for name in names:
-                value = getattr(self, name)
-                if not (low <= value <= high and math.isfinite(value)):
-                    raise ValueError(f"{name} must be {what}. Received: {value}.")
-
-    @property
-    def num_logged_pre_ranked(self) -> int:
-        """Events a request of stage pre_ranked: losers of rank."""
-        return _share(self.num_pre_ranked - self.num_ranked, self.logged_share)
-
-    @property
-    def num_logged_retrieved(self) -> int:
-        """Events a request of stage retrieved: losers of pre-rank."""
-        return _share(self.num_retrieved - self.num_pre_ranked, self.logged_share)
-
-    @property
-    def num_logged(self) -> int:
-        """Events a request, of all stages."""
-        return self.num_ranked + self.num_logged_pre_ranked + self.num_logged_retrieved
+        for name in ("retrieval_noise", "pre_rank_noise", "rank_noise", "position_bias"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more. Received: {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,46 +112,27 @@ class Preferences:
     """What users like: the truth that a funnel's scores only approach.
 
     Args:
-        user_tastes: [num_users, num_dims] float64 of length 1.
-        item_tastes: [num_items, num_dims] float64 of length 1.
+        user_tastes: [num_users, 8] float64 of length 1.
+        item_tastes: [num_items, 8] float64 of length 1.
         popularity: [num_items] float64, log of the Zipf weight less its mean.
-        options: `click_bias` and the weights.
+        click_bias: See `FunnelOptions`.
     """
 
     user_tastes: np.ndarray
     item_tastes: np.ndarray
     popularity: np.ndarray
-    options: FunnelOptions
+    click_bias: float
 
-    def logits(self, user_rows: np.ndarray) -> np.ndarray:
-        """Computes truth(u, i) of all items.
-
-        Args:
-            user_rows: [num_queries] rows of `user_tastes`.
-
-        Returns:
-            [num_queries, num_items] float64.
-        """
-        return self._logits(self.user_tastes[user_rows] @ self.item_tastes.T, self.popularity)
-
-    def pair_logits(self, user_rows: np.ndarray, item_rows: np.ndarray) -> np.ndarray:
-        """Computes truth(u, i) of some items of each user.
-
-        Args:
-            user_rows: [num_queries] rows of `user_tastes`.
-            item_rows: [num_queries, n] rows of `item_tastes`.
-
-        Returns:
-            [num_queries, n] float64.
-        """
-        tastes = self.user_tastes[user_rows], self.item_tastes[item_rows]
-        return self._logits(np.einsum("bd,bnd->bn", *tastes), self.popularity[item_rows])
-
-    def _logits(self, cosine: np.ndarray, popularity: np.ndarray) -> np.ndarray:
-        options = self.options
-        return (
-            options.click_bias + options.taste_weight * cosine + options.quality_weight * popularity
-        )
+    def logits(self, user_rows: np.ndarray, item_rows: np.ndarray | None = None) -> np.ndarray:
+        """Computes truth(u, i): [num_queries, num_items], or [num_queries, n] of `item_rows`."""
+        if item_rows is None:
+            cosine = self.user_tastes[user_rows] @ self.item_tastes.T
+            popularity = self.popularity
+        else:
+            tastes = self.user_tastes[user_rows], self.item_tastes[item_rows]
+            cosine = np.einsum("bd,bnd->bn", *tastes)
+            popularity = self.popularity[item_rows]
+        return self.click_bias + _TASTE_WEIGHT * cosine + _QUALITY_WEIGHT * popularity
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,8 +141,8 @@ class Simulation:
 
     Args:
         log: What was logged.
-        user_ids: [num_users] int64, ascending.
-        item_ids: [num_items] int64, ascending.
+        user_ids: [num_users] int64, 1, 2, ...
+        item_ids: [num_items] int64, likewise.
         preferences: The truth; its rows are in the order of `user_ids` and `item_ids`.
     """
 
@@ -213,55 +152,39 @@ class Simulation:
     preferences: Preferences
 
     def click_probability(self, user_ids: npt.ArrayLike) -> np.ndarray:
-        """Computes the true probability of a click on every item, if shown and looked at.
+        """Computes the true probability of a click on every item, if shown in the first place.
 
         Args:
-            user_ids: [num_queries] ids of `user_ids`, in any order.
+            user_ids: [num_queries] ids, in any order.
 
         Returns:
-            [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`. Position
-            bias is not in it: times `examination` it is the probability at a place.
+            [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`.
 
         Raises:
             ValueError: If a user is unknown.
         """
-        return _sigmoid(self.preferences.logits(self._user_rows(user_ids)))
+        return expit(self.preferences.logits(self._user_rows(user_ids)))
 
     def best_items(self, user_ids: npt.ArrayLike, k: int = 50) -> np.ndarray:
         """Finds each user's k items of highest true click probability.
 
-        Args:
-            user_ids: [num_queries] ids of `user_ids`, in any order.
-            k: How many, 1 <= k <= num_items.
-
         Returns:
-            [num_queries, k] int64 item ids, best first.
+            [num_queries, k] int64 item ids, best first; all items where there are fewer.
 
         Raises:
-            ValueError: If a user is unknown, or `k` is out of range.
+            ValueError: If a user is unknown.
         """
-        num_items = len(self.item_ids)
-        if not 1 <= k <= num_items:
-            raise ValueError(f"k must be in [1, {num_items}], the number of items. Received: {k}.")
-        user_rows = self._user_rows(user_ids)
-        best = np.empty((len(user_rows), k), np.int64)
-        num_rows = max(1, _MAX_BLOCK_SCORES // num_items)
-        for start in range(0, len(user_rows), num_rows):
-            logits = self.preferences.logits(user_rows[start : start + num_rows])
-            top, _ = _part_columns(logits, k)
-            order = np.argsort(-np.take_along_axis(logits, top, axis=1), axis=1)
-            best[start : start + num_rows] = self.item_ids[np.take_along_axis(top, order, axis=1)]
-        return best
+        logits = self.preferences.logits(self._user_rows(user_ids))
+        return self.item_ids[np.argsort(-logits, axis=1)[:, :k]]
 
     def _user_rows(self, user_ids: npt.ArrayLike) -> np.ndarray:
         ids = np.asarray(user_ids, np.int64).reshape(-1)
-        unknown = np.setdiff1d(ids, self.user_ids)
-        if len(unknown):
+        if len(unknown := np.setdiff1d(ids, self.user_ids)):
             raise ValueError(
                 f"{len(unknown)} unknown user ids, the first is {unknown[0]}. The simulation has "
-                f"{self.user_ids[0]} to {self.user_ids[-1]}."
+                f"1 to {self.user_ids[-1]}."
             )
-        return np.searchsorted(self.user_ids, ids)
+        return ids - 1
 
 
 def simulate_funnel(
@@ -281,7 +204,7 @@ def simulate_funnel(
     Args:
         num_users: 1 or more; ids from 1. A user may have no request.
         num_items: At least `options.num_retrieved`; ids from 1.
-        num_requests: 1 or more; each logs `options.num_logged` events.
+        num_requests: 1 or more; each logs `options.num_retrieved` events.
         seed: 0 or more.
         options: How the funnel works; None means `FunnelOptions()`.
 
@@ -303,19 +226,24 @@ def simulate_funnel(
         10000
     """
     options = options or FunnelOptions()
-    _check_sizes(num_users, num_items, num_requests, seed, options)
+    if min(num_users, num_requests) < 1 or num_items < options.num_retrieved:
+        raise ValueError(
+            "num_users and num_requests must be 1 or more, num_items at least num_retrieved, "
+            f"{options.num_retrieved}: retrieval takes that many different items. "
+            f"Received: {num_users}, {num_requests} and {num_items}."
+        )
     rng = _generator(seed, 0)
-    centers = _unit_length(rng.standard_normal((options.num_clusters, options.num_dims)))
-    user_tastes, favourite_genres = _draw_tastes(rng, num_users, centers, options)
-    item_tastes, genres = _draw_tastes(rng, num_items, centers, options)
-    activity = np.exp(options.activity_spread * rng.standard_normal(num_users))
+    centers = _unit_length(rng.standard_normal((_NUM_CLUSTERS, _NUM_DIMS)))
+    user_tastes, favourite_genres = _draw_tastes(rng, num_users, centers)
+    item_tastes, genres = _draw_tastes(rng, num_items, centers)
+    activity = np.exp(rng.standard_normal(num_users))
     popularity = -np.log(1.0 + rng.permutation(num_items))
-    preferences = Preferences(user_tastes, item_tastes, popularity - popularity.mean(), options)
+    popularity -= popularity.mean()
+    preferences = Preferences(user_tastes, item_tastes, popularity, options.click_bias)
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
-    blocks = _event_blocks(preferences, activity, num_requests, seed)
-    reader = pa.RecordBatchReader.from_batches(_EVENT_SCHEMA, blocks)
+    blocks = _event_blocks(preferences, options, activity, num_requests, seed)
     log = Log.from_table(
-        reader,
+        pa.RecordBatchReader.from_batches(_EVENT_SCHEMA, blocks),
         items=pa.table({"item_id": item_ids, "genre": genres}),
         users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
@@ -324,106 +252,24 @@ def simulate_funnel(
     return Simulation(log, user_ids, item_ids, preferences)
 
 
-def examination(rank: npt.ArrayLike, position_bias: float) -> np.ndarray:
-    """Computes the probability that a user looks at a place, 1 / (1 + rank)^position_bias.
-
-    The examination hypothesis: a click is a look times a liking (Craswell et al. 2008, "An
-    experimental comparison of click position-bias models").
-
-    Args:
-        rank: Places, 0 = first.
-        position_bias: 0 or more.
-
-    Returns:
-        float64 of the shape of `rank`, 1 at the first place.
-
-    Example:
-        >>> examination([0, 3], position_bias=0.5)
-        array([1. , 0.5])
-    """
-    return (1.0 + np.asarray(rank, np.float64)) ** -position_bias
-
-
-@dataclass(frozen=True, eq=False)
-class _Requests:
-    """A block of requests: [num_requests] users, [num_requests, num_logged] items and stages.
-
-    Columns: the ranked items, best first; the losers of rank; the losers of pre-rank.
-    """
-
-    user_rows: np.ndarray
-    item_rows: np.ndarray
-    stage_codes: np.ndarray
-    rank_scores: np.ndarray  # [num_requests, num_ranked]
-
-
-def _run_funnel(
-    rng: np.random.Generator, preferences: Preferences, user_rows: np.ndarray
-) -> _Requests:
-    """Sends one request of each of the users through the funnel."""
-    options = preferences.options
-    retrieved = _retrieve(rng, preferences, user_rows)
-    logits = preferences.pair_logits(user_rows, retrieved)
-
-    scores = logits + options.pre_rank_noise * rng.standard_normal(logits.shape)
-    kept, lost = _part_columns(scores, options.num_pre_ranked)
-    lost_in_pre_rank = np.take_along_axis(retrieved, lost, axis=1)
-    pre_ranked = np.take_along_axis(retrieved, kept, axis=1)
-    logits = np.take_along_axis(logits, kept, axis=1)
-
-    scores = logits + options.rank_noise * rng.standard_normal(logits.shape)
-    order = np.argsort(-scores, axis=1)
-    ranked, lost = order[:, : options.num_ranked], order[:, options.num_ranked :]
-    lost_in_rank = np.take_along_axis(pre_ranked, lost, axis=1)
-
-    shown = ranked[:, : options.num_exposed]
-    click_probability = _sigmoid(np.take_along_axis(logits, shown, axis=1))
-    click_probability *= examination(np.arange(options.num_exposed), options.position_bias)
-    is_clicked = rng.random(shown.shape) < click_probability
-
-    logged = [
-        np.take_along_axis(pre_ranked, ranked, axis=1),
-        _draw_columns(rng, lost_in_rank, options.num_logged_pre_ranked),
-        _draw_columns(rng, lost_in_pre_rank, options.num_logged_retrieved),
-    ]
-    stages = (Stage.RANKED, Stage.PRE_RANKED, Stage.RETRIEVED)
-    stage_codes = np.concatenate(
-        [
-            np.full(items.shape, _STAGES.index(stage.value), np.int8)
-            for items, stage in zip(logged, stages, strict=True)
-        ],
-        axis=1,
-    )
-    stage_codes[:, : options.num_exposed] = np.where(
-        is_clicked, _STAGES.index(Stage.CLICKED.value), _STAGES.index(Stage.EXPOSED.value)
-    )
-    return _Requests(
-        user_rows=user_rows,
-        item_rows=np.concatenate(logged, axis=1),
-        stage_codes=stage_codes,
-        rank_scores=np.take_along_axis(scores, ranked, axis=1),
-    )
-
-
-def _retrieve(
-    rng: np.random.Generator, preferences: Preferences, user_rows: np.ndarray
-) -> np.ndarray:
-    """Returns [num_requests, num_retrieved] item rows, in no order.
-
-    The one step that touches the whole corpus: in float32, since its noise is large.
-    """
-    options = preferences.options
-    shape = len(user_rows), len(preferences.item_tastes)
-    scores = rng.standard_normal(shape, dtype=np.float32)
-    scores *= np.float32(options.retrieval_noise)
-    weighted_tastes = options.taste_weight * preferences.user_tastes[user_rows]
-    scores += weighted_tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
-    scores += (options.popularity_weight * preferences.popularity).astype(np.float32)
-    return _part_columns(scores, options.num_retrieved)[0]
+def _draw_tastes(
+    rng: np.random.Generator, num: int, centers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws [num, 8] tastes, half the cluster's and half their own, and the genre told of them."""
+    clusters = rng.integers(len(centers), size=num)
+    own = rng.standard_normal((num, _NUM_DIMS)) / math.sqrt(_NUM_DIMS)
+    tastes = _unit_length(centers[clusters] + own)
+    says_nothing = rng.random(num) < _FEATURE_NOISE
+    told = np.where(says_nothing, rng.integers(len(centers), size=num), clusters)
+    return tastes, np.array([f"genre {cluster}" for cluster in range(len(centers))])[told]
 
 
 def _event_blocks(
-    preferences: Preferences, activity: np.ndarray, num_requests: int, seed: int
+    preferences: Preferences,
+    options: FunnelOptions,
+    activity: np.ndarray,
+    num_requests: int,
+    seed: int,
 ) -> Iterator[pa.RecordBatch]:
     """Yields the events of all requests."""
     num_items = len(preferences.item_tastes)
@@ -434,57 +280,104 @@ def _event_blocks(
         rng = _generator(seed, 1 + start // num_in_block)
         user_rows = np.searchsorted(cumulative_activity[:-1], rng.random(num_in_block), "right")
         # Times are uneven, but never so close that two requests share a microsecond.
-        jitter = 0.9 * rng.random(num_in_block)
-        requests = _run_funnel(rng, preferences, user_rows)
-        yield _as_events(requests, jitter, start, num_requests, preferences.options)
+        places = np.arange(start, start + num_in_block) + 0.9 * rng.random(num_in_block)
+        since_start = places * (_DURATION / timedelta(microseconds=1) / num_requests)
+        times = int(_START.timestamp()) * 1_000_000 + since_start.astype(np.int64)
+        of_requests = _run_funnel(rng, preferences, options, user_rows)
+        yield _as_events(user_rows, times, *of_requests, start).slice(
+            0, (num_requests - start) * options.num_retrieved
+        )
+
+
+def _run_funnel(
+    rng: np.random.Generator,
+    preferences: Preferences,
+    options: FunnelOptions,
+    user_rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sends one request of each of the users through the funnel.
+
+    Returns:
+        Item rows and codes of stages, [num_requests, num_retrieved]: the ranked items, best first;
+        the losers of rank; the losers of pre-rank. Scores of rank, [num_requests, num_ranked].
+    """
+    retrieved = _retrieve(rng, preferences, options, user_rows)
+    logits = preferences.logits(user_rows, retrieved)
+
+    scores = logits + options.pre_rank_noise * rng.standard_normal(logits.shape)
+    kept, lost = _part_columns(scores, options.num_pre_ranked)
+    lost_in_pre_rank = np.take_along_axis(retrieved, lost, axis=1)
+    pre_ranked = np.take_along_axis(retrieved, kept, axis=1)
+    logits = np.take_along_axis(logits, kept, axis=1)
+
+    scores = logits + options.rank_noise * rng.standard_normal(logits.shape)
+    order = np.argsort(-scores, axis=1)
+    ranked, lost = np.split(order, [options.num_ranked], axis=1)
+    lost_in_rank = np.take_along_axis(pre_ranked, lost, axis=1)
+
+    shown = ranked[:, : options.num_exposed]
+    examination = (1.0 + np.arange(options.num_exposed)) ** -options.position_bias
+    click_probability = expit(np.take_along_axis(logits, shown, axis=1)) * examination
+    is_clicked = rng.random(shown.shape) < click_probability
+
+    item_rows = [
+        np.take_along_axis(pre_ranked, ranked, axis=1),
+        _shuffled(rng, lost_in_rank),
+        _shuffled(rng, lost_in_pre_rank),
+    ]
+    stages = (Stage.RANKED, Stage.PRE_RANKED, Stage.RETRIEVED)
+    codes = np.repeat([_STAGES.index(s) for s in stages], [x.shape[1] for x in item_rows])
+    stage_codes = np.tile(codes, (len(user_rows), 1))
+    stage_codes[:, : options.num_exposed] = np.where(
+        is_clicked, _STAGES.index(Stage.CLICKED), _STAGES.index(Stage.EXPOSED)
+    )
+    rank_scores = np.take_along_axis(scores, ranked, axis=1)
+    return np.concatenate(item_rows, axis=1), stage_codes, rank_scores
+
+
+def _retrieve(
+    rng: np.random.Generator,
+    preferences: Preferences,
+    options: FunnelOptions,
+    user_rows: np.ndarray,
+) -> np.ndarray:
+    """Returns [num_requests, num_retrieved] item rows, in no order.
+
+    The one step that touches the whole corpus: in float32, since its noise is large.
+    """
+    shape = len(user_rows), len(preferences.item_tastes)
+    scores = rng.standard_normal(shape, dtype=np.float32)
+    scores *= np.float32(options.retrieval_noise)
+    weighted_tastes = _TASTE_WEIGHT * preferences.user_tastes[user_rows]
+    scores += weighted_tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
+    scores += (options.popularity_weight * preferences.popularity).astype(np.float32)
+    return _part_columns(scores, options.num_retrieved)[0]
 
 
 def _as_events(
-    requests: _Requests,
-    jitter: np.ndarray,
+    user_rows: np.ndarray,
+    times: np.ndarray,
+    item_rows: np.ndarray,
+    stage_codes: np.ndarray,
+    rank_scores: np.ndarray,
     first_request: int,
-    num_requests: int,
-    options: FunnelOptions,
 ) -> pa.RecordBatch:
-    """Writes a block as rows of the event table, without requests past the last one."""
-    num_logged = options.num_logged
-    num = min(len(requests.user_rows), num_requests - first_request)
-    request_ids = np.arange(first_request, first_request + num)
-    microseconds = timedelta(days=options.num_days) / timedelta(microseconds=1)
-    since_start = (request_ids + jitter[:num]) * (microseconds / num_requests)
-    times = _START + since_start.astype(np.int64)
-    scores = np.zeros((num, num_logged))
-    scores[:, : options.num_ranked] = requests.rank_scores[:num]
-    ranks = np.arange(num_logged)
-    is_unranked = np.tile(ranks >= options.num_ranked, num)
-    stages = pa.DictionaryArray.from_arrays(
-        pa.array(requests.stage_codes[:num].reshape(-1)), pa.array(_STAGES)
-    )
+    """Writes a block of requests as rows of the event table."""
+    (num, num_logged), num_ranked = item_rows.shape, rank_scores.shape[1]
+    scores = np.pad(rank_scores, [(0, 0), (0, num_logged - num_ranked)])
+    ranks = np.tile(np.arange(num_logged), num)
     columns = [
-        1 + np.repeat(requests.user_rows[:num], num_logged),
-        1 + requests.item_rows[:num].reshape(-1),
+        1 + np.repeat(user_rows, num_logged),
+        1 + item_rows.ravel(),
         pa.array(np.repeat(times, num_logged), pa.timestamp("us", "UTC")),
-        stages.cast(pa.string()),
-        np.repeat(request_ids, num_logged),
-        pa.array(np.tile(ranks, num), mask=is_unranked),
-        pa.array(scores.reshape(-1), mask=is_unranked),
+        pa.array(_STAGES).take(pa.array(stage_codes.ravel())),
+        np.repeat(np.arange(first_request, first_request + num), num_logged),
+        pa.array(ranks, mask=ranks >= num_ranked),
+        pa.array(scores.ravel(), mask=ranks >= num_ranked),
     ]
     return pa.RecordBatch.from_arrays(
         [pa.array(column) for column in columns], schema=_EVENT_SCHEMA
     )
-
-
-def _draw_tastes(
-    rng: np.random.Generator, num: int, centers: np.ndarray, options: FunnelOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws [num, num_dims] tastes around cluster centers, and the genre that people are told."""
-    clusters = rng.integers(len(centers), size=num)
-    own = rng.standard_normal((num, options.num_dims)) / math.sqrt(options.num_dims)
-    tastes = _unit_length(centers[clusters] + options.taste_spread * own)
-    says_nothing = rng.random(num) < options.feature_noise
-    told = np.where(says_nothing, rng.integers(len(centers), size=num), clusters)
-    names = np.array([f"genre {cluster}" for cluster in range(len(centers))])
-    return tastes, names[told]
 
 
 def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
@@ -497,40 +390,14 @@ def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.nda
     return columns[:, num_lost:], columns[:, :num_lost]
 
 
-def _draw_columns(rng: np.random.Generator, values: np.ndarray, num: int) -> np.ndarray:
-    """Draws `num` values of each row, without replacement, in random order."""
-    order = np.argsort(rng.random(values.shape), axis=1)[:, :num]
-    return np.take_along_axis(values, order, axis=1)
+def _shuffled(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
+    """Puts the values of each row into random order: no place of a log may tell of a score."""
+    return np.take_along_axis(values, np.argsort(rng.random(values.shape), axis=1), axis=1)
 
 
 def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    # By tanh, which does not overflow.
-    return 0.5 * (1.0 + np.tanh(0.5 * logits))
-
-
-def _share(num: int, share: float) -> int:
-    return math.floor(num * share + 0.5)
-
-
 def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream,)))
-
-
-def _check_sizes(
-    num_users: int, num_items: int, num_requests: int, seed: int, options: FunnelOptions
-) -> None:
-    if min(num_users, num_requests) < 1 or seed < 0:
-        raise ValueError(
-            "num_users and num_requests must be 1 or more, seed 0 or more. "
-            f"Received: {num_users}, {num_requests} and {seed}."
-        )
-    if num_items < options.num_retrieved:
-        raise ValueError(
-            f"num_items must be at least num_retrieved, {options.num_retrieved}: retrieval takes "
-            f"that many different items. Received: {num_items}. Take more items, or "
-            "FunnelOptions(num_retrieved=..., num_pre_ranked=..., ...)."
-        )
