@@ -30,7 +30,7 @@ from tfrs_pipeline.config import (
     movielens_config,
 )
 from tfrs_pipeline.durable import read_record, write_record
-from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run_data import StepReport
@@ -184,7 +184,7 @@ OWN = RunConfig(
     },
     model={
         "negatives": [Uniform(16), Popularity(8, 0.5)],
-        "hard": Mined(share=0.25, num=2),
+        "hard": FunnelLosers(share=0.25, stages=("ranked", "retrieved")),
         "hidden_layers": (64, 32),
         "history_pooling": (),
         "use_user_id": True,
@@ -218,6 +218,7 @@ def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any)
     config = config_of(*flags, '{"kind": "popularity", "alpha": 0.5, "num": 8}', "uniform")
     assert (config.training.batch_size, config.data.is_ordered) == (32, False)
     assert config.model.negatives == (Popularity(8, 0.5), Uniform())
+    assert config_of("--model.hard", "funnel:stages=ranked").model.hard.stages == ("ranked",)
 
 
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:

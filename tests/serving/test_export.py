@@ -392,8 +392,15 @@ def test_a_version_is_served_as_it_was_exported_or_not_at_all(
 
 
 def test_a_missing_model_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No exported model at .*manifest.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"No exported model at .*manifest.json.* run` writ"
+    ):
         load(tmp_path)
+    manifest = tmp_path / "movies" / "1" / MANIFEST_FILE
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    with pytest.raises(FileNotFoundError, match=rf"Did you mean {tmp_path}/movies\?"):
+        load(tmp_path / "movie")
 
 
 class OwnModel:

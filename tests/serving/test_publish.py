@@ -132,7 +132,12 @@ def test_who_decides_by_the_newest_version_publishes_the_next(tmp_path: Path) ->
 
     def start(stack: contextlib.ExitStack) -> Any:
         pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-        return stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+        process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+        # One that hangs ends, and what is read of it with it.
+        killer = threading.Timer(120, process.kill)
+        killer.start()
+        stack.callback(killer.cancel)
+        return process
 
     with contextlib.ExitStack() as stack:
         first = start(stack)

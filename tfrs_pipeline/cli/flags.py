@@ -208,7 +208,12 @@ def as_typed(value: Any) -> str:
     plain = to_jsonable_python(value)
     if isinstance(plain, dict):
         kind = [plain.pop("kind")] if "kind" in plain else []
-        pairs = [*kind, *(f"{name}={inner}" for name, inner in plain.items())]
+        pairs = [
+            f"{name}={','.join(inner) if isinstance(inner, list) else inner}"
+            for name, inner in plain.items()
+            if inner is not None
+        ]
+        pairs = [*kind, *pairs]
         return (" " if isinstance(value, Mapping) else ":").join(pairs) or "none"
     if isinstance(plain, bool):
         return "yes" if plain else "no"

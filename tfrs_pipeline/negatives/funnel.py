@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
+# As typed after a flag: with commas between.
+Stages = Annotated[
+    tuple[HardStage, ...], BeforeValidator(lambda x: x.split(",") if isinstance(x, str) else x)
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class FunnelLosers:
     """
 
     share: float = 0.01
-    stages: tuple[HardStage, ...] = ("retrieved", "pre_ranked")
+    stages: Stages = ("retrieved", "pre_ranked")
     num: int = 4
     min_pool: int = 4
     max_pool: int = 100

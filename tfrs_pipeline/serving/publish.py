@@ -8,6 +8,7 @@ time publishes: the next removes what a killed one left behind.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import re
@@ -40,17 +41,25 @@ def versions_of(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
 
+def no_model_at(path: Path) -> FileNotFoundError:
+    """Makes the error of a path without a complete version; names a model beside it."""
+    models = (
+        [x.name for x in path.parent.iterdir() if versions_of(x)] if path.parent.is_dir() else []
+    )
+    near = difflib.get_close_matches(path.name, models, n=1)
+    hint = f"Did you mean {path.with_name(near[0])}?" if near else "`tfrs-pipeline run` writes one."
+    return FileNotFoundError(
+        f"No exported model at '{path}': expected {MANIFEST_FILE} in it, or in the folder of a "
+        f"version in it. {hint}"
+    )
+
+
 @contextlib.contextmanager
 def publishing(parent: Path) -> Iterator[None]:
     """Has a model's folder for oneself: whoever else wants to publish there waits until the end.
 
     The newest version stays the newest within the block, so that it may decide about the next one.
-
-    Args:
-        parent: The model's folder; made if missing.
-
-    Raises:
-        StorageError: If the folder cannot be written.
+    The folder is made if missing.
     """
     with naming(parent):
         parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from tfrs_pipeline.serving.publish import (
     ITEMS_FILE,
     MANIFEST_FILE,
     QUERIES_FILE,
+    no_model_at,
     versions_of,
 )
 from tfrs_pipeline.serving.tune import Requests
@@ -66,10 +67,7 @@ def version_at(path: str | Path) -> Path:
         return folder
     versions = versions_of(folder)
     if not versions:
-        raise FileNotFoundError(
-            f"No exported model at '{path}': expected {path}/{MANIFEST_FILE} or "
-            f"{path}/<version>/{MANIFEST_FILE}. `tfrs-pipeline run` writes one."
-        )
+        raise no_model_at(Path(path))
     return folder / str(versions[-1])
 
 

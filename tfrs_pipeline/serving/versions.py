@@ -21,7 +21,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import signature_inputs
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import missing_input
@@ -39,11 +39,7 @@ Identity: TypeAlias = tuple[int, int, int]
 
 
 class ServedVersion:
-    """A loaded version of a model.
-
-    Args:
-        folder: Of the version; its name is the number.
-        settings: With the limits of requests, and whether there is a page.
+    """A loaded version of a model, in a folder whose name is its number.
 
     Attributes:
         retriever: What answers requests.
@@ -177,10 +173,7 @@ class ModelVersions:
         # By version: what was wrong, and when to try again.
         self._failures: dict[Identity, tuple[str, float]] = {}
         if not self._on_disk():
-            raise FileNotFoundError(
-                f"No exported model at '{path}': expected {MANIFEST_FILE} in it, or in a version's "
-                "folder in it. `tfrs-pipeline run` writes one."
-            )
+            raise no_model_at(path)
 
     def load_first(self) -> None:
         """Loads the newest version that can be loaded.
@@ -224,13 +217,9 @@ class ModelVersions:
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
-        """Lends the version in use, which stays loaded for as long.
+        """Lends the version in use (or an `HTTPException` 404 if it is not that number).
 
-        Args:
-            number: The version that must be meant; None for whichever is in use.
-
-        Raises:
-            HTTPException: 404, if it is another one.
+        It stays loaded for as long.
         """
         with self._lock:
             version = self._current
