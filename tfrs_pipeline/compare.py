@@ -89,19 +89,11 @@ def compare(
     on_step: OnStep = lambda report: None,
     on_progress: OnProgress = lambda *task: None,
 ) -> PlanComparison:
-    """Trains and measures every sampling plan of a config.
+    """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A folder that holds a stopped comparison of the same config is resumed: trained plans are
-    measured again from their checkpoints, the one at hand goes on from its last epoch.
-
-    Args:
-        config: What to do; `compare` lists the plans.
-        folder: Where to work; made if missing.
-        on_step: Called as each plan ends.
-        on_progress: Called within with a task's name, steps done and steps in all.
-
-    Returns:
-        The table, and where it lies.
+    measured again from their checkpoints, the one at hand goes on from its last epoch. `on_step` is
+    called as each plan ends, `on_progress` within it, as by `run`.
 
     Raises:
         ConfigError: If there is a run to start from.
@@ -158,7 +150,7 @@ def _every_loser(config: RunConfig) -> FunnelLosers:
 def sampling_plans(
     config: RunConfig, logged: Sequence[str], num_candidates: int
 ) -> tuple[list[Plan], list[str]]:
-    """Turns the plans of a config into settings.
+    """Turns the plans of a config into settings; says what is missing.
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
     all of them but in-batch alone see the same number.
@@ -167,9 +159,6 @@ def sampling_plans(
         config: `compare.plans`, and what the plans have in common.
         logged: Stages whose losers the samples hold, such as "retrieved".
         num_candidates: Size of the corpus.
-
-    Returns:
-        The plans, and notes on what is missing.
 
     Raises:
         ValueError: If the reference is missing, or a plan does not go with the other settings.

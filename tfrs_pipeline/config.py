@@ -232,13 +232,7 @@ def movielens_config() -> RunConfig:
 
 
 def load_config(path: Path | str) -> RunConfig:
-    """Reads the settings of a run from a TOML file.
-
-    Args:
-        path: File with one table a stage; a setting that is not in it has its default.
-
-    Returns:
-        The settings.
+    """Reads settings from a TOML file: a table a stage; one that is not in it has its default.
 
     Raises:
         ConfigError: If the file cannot be read, is not TOML, or holds settings that cannot be used;

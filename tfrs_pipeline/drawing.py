@@ -98,14 +98,7 @@ def _variable(name: str) -> str:
 def new_figure(
     width: float, height: float, columns: int = 1, **options: Any
 ) -> tuple[Figure, Sequence[Axes]]:
-    """Makes a figure with axes beside each other.
-
-    Args:
-        width: In inches, as `height`.
-        height: As above.
-        columns: How many axes.
-        **options: Of `Figure.subplots`, such as sharey.
-    """
+    """Makes a figure, in inches, with axes beside each other; options are of `Figure.subplots`."""
     from matplotlib.figure import Figure  # Not pyplot: no window, no state.
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -130,10 +123,7 @@ def label_lines(
 ) -> None:
     """Writes names to the right of points, such as the ends of lines, none over another.
 
-    Args:
-        axes: With the scales and limits that they are to keep.
-        labels: Name -> point, in data.
-        colours: Of each.
+    The points are in data, and the axes have the scales and limits that they are to keep.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None

@@ -84,13 +84,7 @@ def flush(paths: Iterable[Path]) -> None:
 
 
 def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
-    """Writes a record, after which it and its files are trusted.
-
-    Args:
-        path: Of the record; replaced if there is one.
-        content: JSON-able.
-        files: Whole ones, below the folder of the record.
-    """
+    """Writes a record, JSON-able, after which it and its files, whole and below it, are trusted."""
     files = list(files)
     with naming(path.parent):
         flush({*files, *(file.parent for file in files)})
@@ -201,14 +195,8 @@ def try_writing(folder: Path) -> None:
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file; the system frees it if this process is killed.
 
-    A thread may hold it again that holds it already.
-
-    Args:
-        path: Of the file; made, and removed at the end.
-        wait: Whether to wait, and to log it, while another process or thread holds it.
-
-    Raises:
-        InUse: If another one holds it, naming that, and it is not waited for.
+    A thread may hold it again that holds it already. Where another process or thread holds it, that
+    is waited for, and logged, or (without `wait`) an `InUse` that names it.
     """
     key = path.resolve(), threading.get_ident()
     if key in _held:

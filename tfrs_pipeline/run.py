@@ -248,12 +248,7 @@ def export_model(
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model with its index, checked in a fresh process (see `serving.export`).
 
-    Args:
-        config: Of the run; `export` says where and with which index.
-        model: Trained.
-        holdout: What a ScaNN index is tuned and measured on; the manifest's example user is the
-            first.
-        manifest: More to write into the manifest, such as metrics; JSON-able.
+    A ScaNN index is tuned and measured on the holdout, whose first user is the manifest's example.
 
     Returns:
         The folder of the new version, and what the index is.

@@ -31,13 +31,7 @@ OnStep = Callable[["StepReport"], None]
 
 @dataclass
 class StepReport:
-    """What one step of a command did.
-
-    Args:
-        name: Of the step.
-        notes: Lines for the user: counts, what was dropped.
-        seconds: Wall time.
-    """
+    """What one step of a command did: its name, lines for the user, wall time."""
 
     name: str
     notes: list[str] = field(default_factory=list)
@@ -45,11 +39,7 @@ class StepReport:
 
 
 class Steps:
-    """Times the steps of a command, shows them and keeps their notes.
-
-    Args:
-        on_step: Called as each step ends.
-        on_progress: Called as each step begins, with its name and no total.
+    """Times the steps of a command, shows them as they begin and end, and keeps their notes.
 
     Attributes:
         notes: Step -> its lines.
@@ -98,11 +88,7 @@ def prepare(
 ) -> RunData:
     """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
 
-    Args:
-        config: Of the run.
-        folder: Of the run.
-        step: Reports each step.
-        hard: Losers to find instead of those of the config.
+    Losers are found for `hard` in place of the config's own, if it is given.
 
     Raises:
         DataError: If the data is refused.

@@ -27,12 +27,7 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
     """Works in a folder: no other process does meanwhile, and its settings are these.
 
     What was made for a run whose data is refused goes again. Where several workers train together,
-    the chief's claim is that of all.
-
-    Args:
-        config: Of the work.
-        folder: Made if missing.
-        exports: Whether the work ends in an export, so that its place is tried too.
+    the chief's claim is that of all. Where the work `exports`, that place is tried too.
 
     Raises:
         ConfigError: If the folder's settings are damaged.
@@ -125,14 +120,7 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
     """Returns the settings with the run to start from in place of the model that it made.
 
     A model gets new versions: a stopped run must go on from what it has begun with, and so must one
-    that is asked for again once its own version is the newest.
-
-    Args:
-        config: Settings as they were given.
-        folder: Of the run to be started.
-
-    Raises:
-        ConfigError: If there is no such run.
+    that is asked for again once its own version is the newest. A `ConfigError` if there is no run.
     """
     path = config.warm_start
     if path is None or (path / CONFIG_FILE).is_file():

@@ -201,11 +201,6 @@ def fit_baselines(
 ) -> tuple[dict[str, Retriever], list[str]]:
     """Fits the baselines of a config, their settings chosen on validation where it lists several.
 
-    Args:
-        config: Of the run; `evaluation` lists the baselines and their settings.
-        data: Split and queries.
-        on_progress: As in `run`.
-
     Returns:
         The baselines by name, and notes on what was chosen and what was skipped.
     """

@@ -41,10 +41,7 @@ COMMAND_LINE = CommandLine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        arguments: Without the program's name; None takes those of the process.
+    """Runs a command of the arguments, those of the process if None.
 
     Returns:
         0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3 for

@@ -53,10 +53,7 @@ def progress(console: Console) -> Iterator[tuple[OnStep, OnProgress]]:
     """Shows a bar for the task at hand, and a line with its notes for each finished stage.
 
     Where the output is no terminal, a line an epoch of training and one now and then of what else
-    takes long.
-
-    Yields:
-        `on_step` and `on_progress`, as `run` and `compare` take them.
+    takes long. Yields `on_step` and `on_progress`, as `run` and `compare` take them.
     """
     columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     bar = Progress(*columns, TimeElapsedColumn(), console=console)

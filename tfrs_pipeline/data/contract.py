@@ -54,13 +54,9 @@ _FEATURE_TYPES: dict[FeatureKind, dict[str, str]] = {
 def check_events(
     events: ibis.Table, source: Source, request_features: Mapping[str, FeatureKind]
 ) -> ibis.Table:
-    """Checks that a table holds what `Log` says of events.
+    """Checks that a table holds what `Log` says of events, else raises a `DataError`.
 
-    Returns:
-        The table, its columns cast to the types of a log where no value changes by it.
-
-    Raises:
-        DataError: Naming column, rows and remedy.
+    Returns the table, its columns cast to the types of a log where no value changes by it.
     """
     for name in _REQUIRED:
         require_column(events.columns, name, source, _remedy(name))
@@ -92,17 +88,7 @@ def check_entities(
     events: ibis.Table,
     features: Mapping[str, FeatureKind],
 ) -> ibis.Table:
-    """Checks an item or user table, and adds the ids of the events that it lacks.
-
-    Args:
-        entities: None makes one of the ids alone.
-        id_name: "item_id" or "user_id".
-        events: Checked ones.
-        features: Feature column -> kind.
-
-    Raises:
-        DataError: Naming column, rows and remedy.
-    """
+    """Checks an item or user table, None makes one, and adds the ids that only the events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")
     if entities is None:
         for name in features:

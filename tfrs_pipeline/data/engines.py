@@ -51,16 +51,10 @@ def connect(memory_limit: str | None = None, temporary_folder: Path | None = Non
 
 
 def connect_spark(master: str | None = None) -> Any:
-    """Opens a Spark session.
+    """Opens a Spark session, as Ibis's backend; a `DataError` if pyspark or Java is missing.
 
     Args:
         master: Such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
-
-    Returns:
-        Its Ibis backend.
-
-    Raises:
-        DataError: If pyspark or Java is missing.
     """
     try:
         from pyspark.sql import SparkSession

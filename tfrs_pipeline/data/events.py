@@ -43,16 +43,7 @@ _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 @dataclass(frozen=True)
 class EventRules:
-    """What the rows of an event table mean.
-
-    Args:
-        columns: As in `Log.from_files`; so are the other fields.
-        rating_threshold: Makes clicks of ratings.
-        stage_values: Makes stages of a column's values.
-        label: Makes clicks of exposures.
-        period: When events may have happened.
-        max_bad_share: Of the rows that may be dropped.
-        request_features: Columns that requests bring, and their kinds.
+    """What the rows of an event table mean: arguments of `Log.from_files`.
 
     Raises:
         ValueError: If a name or a number is out of range, or rules contradict each other.
@@ -124,8 +115,7 @@ def load_events(
     """Types and stores an event table; its ids and those of `others` become one type.
 
     Returns:
-        The events without the rows at fault; how many of these were dropped, and why; and notes on
-        what was read.
+        The events without the rows at fault; how many of these were dropped, and why; and notes.
 
     Raises:
         DataError: If a column is missing, of a wrong type, or at fault in too many rows.

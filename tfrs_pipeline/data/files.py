@@ -53,11 +53,7 @@ class Scan:
     rejects: str = ""
 
     def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
-        """Reads the columns that are wanted, once.
-
-        Args:
-            connection: Where the rows are stored.
-            names: Name that a column gets -> its name here.
+        """Reads columns, once: `names` are those that they get -> their names here.
 
         Raises:
             DataError: If a row cannot be read, other than a line that can be left out by itself.

@@ -22,12 +22,8 @@ def relabel(
     weights of the columns that hold, that of another event 1.
 
     Args:
-        columns: `stage`, and the label's columns (boolean or numeric: true, or above 0, holds; null
-            does not).
+        columns: `stage`, and the label's columns: true, or above 0, holds; null does not.
         label: Column -> weight, above 0, such as {"is_click": 1.0, "long_view": 2.0}.
-
-    Returns:
-        The new stage, and the weight.
     """
     terms = []
     for name, weight in label.items():

@@ -20,15 +20,8 @@ def items_by_stage(
     An item that the user met in another part is excluded: what a model learned of the very pair
     would be measured, and one that lost here and was clicked there is no loser.
 
-    Args:
-        split: Event table with `part`.
-        part: Whose events count, such as "test".
-        user_ids: [num_users] users to answer for.
-        stages: Stages to answer for.
-
     Returns:
-        Per stage and user, in the order of `user_ids`, distinct item ids, ascending; none for a
-        user without.
+        Per stage and user, in the order of `user_ids`, distinct item ids, ascending.
     """
     rank = split["stage"].cases(*_ORDER.items())
     furthest = (

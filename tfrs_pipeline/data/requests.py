@@ -21,14 +21,9 @@ def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
 
 
 def check_names(features: Collection[str], others: Collection[str]) -> None:
-    """Refuses request features that no request can bring, or that are called as others are.
+    """Refuses (`ValueError`) request features that no request can bring, or that others are called.
 
-    Args:
-        features: Their names.
-        others: Names of user features, which the query tower reads beside them, and of outcomes.
-
-    Raises:
-        ValueError: Naming the feature and the remedy.
+    The others are user features, which the query tower reads beside them, or outcomes.
     """
     for name in features:
         if name in (*LOG_COLUMNS, "event_number") or name.startswith("_"):
@@ -47,11 +42,7 @@ def check_names(features: Collection[str], others: Collection[str]) -> None:
 
 
 def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKind]) -> None:
-    """Refuses request features that events do not have.
-
-    Raises:
-        DataError: Naming the feature and the remedy.
-    """
+    """Refuses (`DataError`) request features that events do not have."""
     source = Source("event table")
     for name, kind in features.items():
         if not is_from_timestamp(name, events.columns):

@@ -210,11 +210,7 @@ class RawTable:
 
 
 def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
-    """Refuses a table that has rows it must not have. All conditions are counted in one pass.
-
-    Raises:
-        DataError: For the first condition that any row meets.
-    """
+    """Refuses a table (`DataError`) for the first condition that any row meets, all in one pass."""
     found = {str(i): refusal.is_bad.any() for i, refusal in enumerate(refusals)}
     is_found = table.aggregate(**found).to_pyarrow().to_pylist()[0]
     for i, refusal in enumerate(refusals):

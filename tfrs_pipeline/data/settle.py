@@ -31,14 +31,6 @@ def settle(
 ) -> tuple[tuple[ibis.Table, ibis.Table, ibis.Table], list[Dropped], list[str]]:
     """Settles unknown ids and repeated events, and stores the tables.
 
-    Args:
-        connection: Where.
-        events: Typed events.
-        entities: Item and user table by "item_id" and "user_id".
-        sources: What to call "events", and those tables that were given.
-        unknown_items: What to do with events of unknown items.
-        duplicates: What to do with repeated events.
-
     Returns:
         Events, items and users; what was dropped of the events; and notes, in lines for a person.
 
@@ -92,14 +84,6 @@ def settle_unknown(
 ) -> tuple[ibis.Table, list[Dropped], list[str]]:
     """Keeps, drops or refuses events whose item or user its table lacks, and counts them.
 
-    Args:
-        events: The events.
-        entities: The item or user table.
-        id_name: Its id.
-        sources: What to call the events and the table.
-        unknown: What to do with such events.
-        num_rows: How many events there are.
-
     Returns:
         The events that are kept, what was dropped, and what is to be known, in lines for a person.
 
@@ -141,14 +125,7 @@ def settle_unknown(
 def settle_duplicates(
     events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
 ) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events that repeat an earlier one, and counts them.
-
-    Returns:
-        As `settle_unknown`.
-
-    Raises:
-        DataError: If they are refused.
-    """
+    """Keeps, drops or refuses events that repeat an earlier one; returns as `settle_unknown`."""
     # An event of the test part is not a repeat of one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]

@@ -145,8 +145,7 @@ def split_held_out_users(
     """Holds out users drawn at random, at once: none of their events is trained on.
 
     A held-out user's last ceil(target_share n) positives are the ones to find ("validation" or
-    "test"); the events before them are "fold_in", the history that a query may show. The same ids
-    and seed give the same users.
+    "test"); the events before them are "fold_in", the history that a query may show.
     """
     _check_shares(validation, test)
     if not 0 < target_share < 1 or min_positives < 2:
@@ -173,10 +172,7 @@ def split_held_out_users(
 
 
 def split_by_column(events: ibis.Table) -> ibis.Table:
-    """Splits as the log's own column `part` says; events of no part (null) are dropped.
-
-    Each part must have events, and there must be positives to train on and to test on.
-    """
+    """Splits as the log's own column `part` says; events of no part (null) are dropped."""
     if "part" not in events.columns:
         raise DataError(
             "The log has no column 'part', by which it is to be split. Set columns to say which "

@@ -37,8 +37,7 @@ def store_sound(
 ) -> tuple[ibis.Table, tuple[Dropped, ...]]:
     """Stores typed columns of the rows without a fault, and counts the others by their first.
 
-    Raises:
-        DataError: If there are more of them than may be dropped.
+    A `DataError` if there are more of them than may be dropped.
     """
     faults = sorted(raw.faults, key=lambda fault: fault.is_droppable)
     number = ibis.null("int64")
@@ -72,11 +71,7 @@ def store_sound(
 
 
 def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
-    """Checks that each row was either kept or dropped and counted.
-
-    Raises:
-        RuntimeError: If not.
-    """
+    """Checks that each row was either kept or dropped and counted: else a `RuntimeError`."""
     num_dropped = sum(each.num_rows for each in dropped)
     if num_in != num_kept + num_dropped:
         raise RuntimeError(
@@ -93,13 +88,9 @@ def load_raw(
     features: Mapping[str, FeatureKind],
     remedy: str = "",
 ) -> RawTable | None:
-    """Opens an item or user table; None where there is none.
+    """Opens an item or user table; None where there is none, a `ValueError` if it has features.
 
     `remedy` says what to do if it lacks a column, in place of setting its name.
-
-    Raises:
-        DataError: If it cannot be read, or lacks a column.
-        ValueError: If there are features and no table.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -219,15 +210,12 @@ def load_items(
         source: As `items` of `Log.from_files`.
         is_integer_id: Whether the ids are integers, as in the events that the model was trained on;
             else they are read as text.
-        item_features: Feature column -> kind.
+        item_features: As in `Log.from_files`.
         item_columns: As in `Log.from_files`.
         formats: How values are written.
 
     Returns:
         item_id, the features, and `title` where there is one, by ascending item_id.
-
-    Raises:
-        DataError: Naming source, column, rows and remedy.
     """
     connection = connect()
     remedy = "Name the columns as the item table of the training did."

@@ -40,16 +40,7 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
 
 @dataclass(frozen=True)
 class Formats:
-    """How values are written where their type does not say it.
-
-    Args:
-        timestamp_unit: What numbers count since 1970; None means seconds.
-        time_zone: Of times without one, such as "Europe/Berlin"; None refuses them.
-        list_separator: Between the values of a multi_categorical or vector feature in a string.
-
-    Raises:
-        ValueError: If there is no such time zone.
-    """
+    """How values are written where their type does not say it: arguments of `Log.from_files`."""
 
     timestamp_unit: TimestampUnit | None = None
     time_zone: str | None = None
@@ -67,9 +58,7 @@ class Formats:
 class Period:
     """When events may have happened: a time outside is a fault of the log, such as 0 for none.
 
-    Args:
-        earliest: First moment, in UTC if it has no zone; None means 1990.
-        latest: The first that is too late; None means a day from now.
+    As `earliest_time` and `latest_time` of `Log.from_files`.
     """
 
     earliest: datetime | None = None
@@ -87,14 +76,8 @@ def to_timestamp(
 ) -> ir.TimestampValue:
     """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
 
-    Args:
-        raw: The table.
-        column: Its column.
-        formats: How numbers and times without a zone are written.
-        period: What times may lie in; None for all that a calendar has.
-
-    Returns:
-        The times, null where there is none or it is a fault (`RawTable.fault`).
+    They are null where there is none or it is a fault (`RawTable.fault`), such as one outside the
+    period; without one they may be all that a calendar has.
 
     Raises:
         DataError: If the column is of another type, most numbers count in another unit, or times

@@ -147,10 +147,8 @@ class RunFacts:
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Writes the report of a finished run, one HTML file that needs no other; returns where.
 
-    It is report.html in the run's folder if nothing else is said.
-
-    Raises:
-        ValueError: If the folder holds no finished run.
+    It is report.html in the run's folder if nothing else is said. A `ValueError` if the folder
+    holds no finished run.
     """
     path = folder / REPORT_FILE if output is None else output
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
@@ -243,11 +241,7 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
 
 
 def gather_facts(folder: Path) -> RunFacts:
-    """Reads what the report of a run tells; nothing is trained or written.
-
-    Raises:
-        ValueError: If the folder holds no finished run, or a file of it is damaged.
-    """
+    """Reads what the report of a run tells; nothing is trained or written."""
     require_finished_run(folder)
     config = read_settings(folder)
     metrics = read_record(folder / "metrics.json")

@@ -26,12 +26,7 @@ _MAX_POINTS = 150
 
 
 def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
-    """Draws a metric of each model, the first on top.
-
-    Args:
-        panels: Title -> model -> "mean", "low" and "high", None where not measured.
-        metric: Its name.
-    """
+    """Draws a metric of each model, the first on top, the panels (by title) beside each other."""
     names = list(next(iter(panels.values())))
     figure, all_axes = new_figure(
         4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True

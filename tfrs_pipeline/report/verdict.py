@@ -108,10 +108,7 @@ def found_by_index(index: Metrics) -> Verdict:
 def advice(metrics: Metrics, metric: str, monitor: str) -> Iterator[str]:
     """Says what to try, each from what was measured; nothing where the model is clearly better.
 
-    Args:
-        metrics: Of the run.
-        metric: What the models are compared by.
-        monitor: What chose the epoch on validation.
+    The models are compared by `metric`; `monitor` chose the epoch on validation.
     """
     if compared_with_baselines(metrics, metric).is_good is not False:
         return

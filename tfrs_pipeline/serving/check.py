@@ -107,12 +107,7 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def differences(folder: Path) -> str:
-    """Describes how the reloaded model's answers differ from the probe's; "" if they do not.
-
-    Args:
-        folder: Of the SavedModel, and of arrays by "SIGNATURE/input/NAME" and
-            "SIGNATURE/output/NAME".
-    """
+    """Describes how a reloaded model's answers differ from its folder's probe, if they do."""
     with np.load(folder / PROBE_FILE) as probe:
         arrays = {tuple(name.split("/", 2)): array for name, array in probe.items()}
     loaded = tf.saved_model.load(str(folder))

@@ -56,14 +56,8 @@ class ServedRetriever:
 
         `user_id`, `history` and `request` are read: this by the inputs of the signature, which are
         the request features' names as far as TensorFlow takes them, its `timestamp` in seconds
-        since 1970 or an aware `datetime`. Nothing is excluded but `exclude`.
-
-        Args:
-            queries: One mapping a query.
-            k: How many candidates a query.
-            exclude: Per query, ids to exclude.
-            allowed: Per query, values of the model's item filter, as for `LoadedRetriever`; a value
-                that no item has finds nothing.
+        since 1970 or an aware `datetime`. Nothing is excluded but `exclude`. `allowed` is as for
+        `LoadedRetriever`, but a value that no item has finds nothing.
 
         Raises:
             ValueError: If the server refuses the request, as for a k beyond its limit, the model

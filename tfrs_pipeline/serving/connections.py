@@ -83,11 +83,9 @@ class Server(uvicorn.Server):
 
 
 class AllowedHosts:
-    """ASGI middleware that refuses requests which call the server by another name.
+    """ASGI middleware that refuses requests which call the server by a name of no pattern.
 
-    Args:
-        app: What it wraps.
-        patterns: Names; "*.example.com" is all names below, "*" any.
+    "*.example.com" is all names below, "*" any.
     """
 
     def __init__(self, app: ASGIApp, patterns: tuple[str, ...]) -> None:

@@ -189,17 +189,17 @@ def export_index(
     keep_versions: int | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports an index over candidates behind an encoder.
+    """Exports an index over candidates behind an encoder; arguments as those of `export`.
 
     Args:
-        path: As in `export`.
+        path: The model's folder.
         encoder: `Encoder`, or what one was loaded as.
         embeddings: [num_candidates, D] float32, of the rows of `items`.
         items: The candidates: `item_id`, the column of the filter and, if there is one, `title`.
-        queries: As in `export`.
-        index: As in `export`.
-        filter_by: As in `export`.
-        keep_versions: As in `export`.
+        queries: See `export`.
+        index: See `export`.
+        filter_by: See `export`.
+        keep_versions: See `export`.
         manifest: What is known of the model; index, filter, name, date, signatures and versions
             of the libraries are added.
 

@@ -15,18 +15,10 @@ IN_SERVICE = "in_service"  # The version's name among what is evaluated.
 
 
 def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetriever | None:
-    """Loads a model's newest version to be measured beside a new one.
+    """Loads a model's newest version to be measured beside a new one; None if there is none.
 
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
-    the items it finds those that it has; what is gone since is left out of its answers, and it
-    cannot find what is new.
-
-    Args:
-        folder: The model's, with its versions.
-        candidate_ids: [num_candidates] of the new model.
-
-    Returns:
-        None if there is no version.
+    the items it finds those that the new model has, too; it cannot find what is new.
 
     Raises:
         ValueError: If it has none of the candidates.
@@ -47,11 +39,11 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
 
 
 def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
-    """Refuses a model that finds less than the version in service.
+    """Refuses a model that finds less than the version in service, by a metric such as "ndcg@100".
 
     Args:
         evaluation: Of the new model, first, and of `IN_SERVICE`, on the same queries.
-        metric: That decides, such as "ndcg@100".
+        metric: That decides.
         folder: The model's.
 
     Returns:

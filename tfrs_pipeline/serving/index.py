@@ -181,10 +181,7 @@ def num_leaves_of(num_candidates: int) -> int:
 def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leaves: int) -> Any:
     """Builds a searcher of dot products; how widely it searches is an argument of each search.
 
-    Args:
-        builder: ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` outside TensorFlow.
-        embeddings: [num_candidates, D] float32.
-        num_leaves: Partitions; 1 is none.
+    The builder is ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` without TensorFlow.
     """
     sample = min(len(embeddings), _TRAINING_SAMPLE)
     configured = builder(embeddings, 1, "dot_product")

@@ -26,11 +26,7 @@ LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took
 
 
 class CountRequests:
-    """ASGI middleware that measures requests by handler and code.
-
-    Args:
-        app: What it wraps.
-    """
+    """ASGI middleware that measures requests by handler and code."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

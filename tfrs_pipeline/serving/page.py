@@ -98,10 +98,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     """Answers a `PageQuery` by the index and, where there is one beside it, exactly.
 
     Both get the request that the answer holds as `request`: a path, and a body as one would send.
-
-    Raises:
-        HTTPException: 400, if it is no such query, beyond a limit, or has an id that is no integer
-            where the model's are.
+    An `HTTPException` 400 if it is no such query, or beyond a limit.
     """
     try:
         query = PageQuery.model_validate_json(body)
@@ -133,8 +130,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call that asks what a query does.
 
-    Raises:
-        ValueError: If the model has no users or no such features, or an id is not of its type.
+    A `ValueError` if the model has no users or no such features, or an id is not of its type.
     """
     inputs: dict[str, Any]
     if query.user_id is not None:

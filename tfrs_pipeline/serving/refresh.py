@@ -76,17 +76,13 @@ def refresh_index(
             which would otherwise be ids of another kind.
         on_progress: Called with a task's name, steps done and steps in all.
 
-    Returns:
-        The new version, which a fresh process has loaded and answered with, and what it holds.
-
     Raises:
         DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
             holds no known item, and `allow_all_new` is not set.
         FileNotFoundError: If there is no exported model.
         ValueError: If the model's folder is no numbered version, or ScaNN is asked to index fewer
             than 16 items.
-        ExportError: If a fresh process cannot load the export or answers otherwise.
-        RuntimeError: If no ScaNN index reaches the recall target.
+        ExportError: As `export`; so is RuntimeError.
     """
     # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
     with publishing(version_at(model).parent):

@@ -28,12 +28,9 @@ KEYS = ("signature_name", "instances", "inputs")
 
 
 class SignatureInputs:
-    """What a signature takes: checks values of JSON and makes arrays of them.
+    """What a signature takes: checks values of JSON against limits, and makes arrays of them.
 
-    Args:
-        specs: Of the inputs, by name.
-        limits: `max_k`, `max_queries`, `max_exclude`, `max_history` and `max_results`.
-        optional: Inputs that a request need not give, those of its context: they are missing then.
+    `optional` are inputs that a request need not give, those of its context: missing then.
     """
 
     def __init__(

