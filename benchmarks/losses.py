@@ -1,13 +1,15 @@
-r"""Measures changed losses and corrections against the package's, on validation, in paired seeds.
+r"""Measures changed losses and corrections against the package's, in paired seeds.
 
 Data sets (DATA says with which settings):
 
-    ml-100k   the default run
-    gowalla   LightGCN's split, the preset `sets` at 64 dimensions, 8 epochs
-    sparse    10,000 stretches of MovieLens-1M's sequences, the preset `sequence`,
-              ids alone, 12 epochs
+    ml-100k    the default run
+    gowalla    LightGCN's split, the preset `sets` at 64 dimensions, 8 epochs
+    ml-1m, kuairand-pure
+               the sparse logs of `sparse_sequences.py`, the preset `sequence`, ids alone
 
-The last two are read from a folder each (--data-dir; see `leaderboard_data.py`). Plans:
+All but the first are read from a folder each (--data-dir; see `leaderboard_data.py` and
+`sparse_sequences.py`). Validation figures choose; those of the test are for plans between which
+nothing is chosen. Plans:
 
     package            the loss as it is, every column corrected by its exact log q
     exponent .9, ...   the bilateral exponent t of BSL: the sampled sum over negatives, as the mean
@@ -47,7 +49,7 @@ from leaderboard import Task
 from leaderboard_data import PROTOCOLS
 from paired_seeds import summarise
 from record import write_json
-from sparse_sequences import cut
+from sparse_sequences import CUTS, cut
 
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.loss import HybridRetrieval
@@ -67,12 +69,8 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
             "training.validation_users": 3000,
         },
     ),
-    "sparse": (
-        "ml-1m",
-        {**PRESETS["sequence"][1], "training.max_epochs": 12, "training.validation_users": 3000},
-    ),
+    **{name: ("ml-1m", PRESETS["sequence"][1]) for name in CUTS},
 }
-WITHOUT_FEATURES = {"data.item_features": {}, "data.user_features": {}}
 # Given the model and the training clicks of each row; changes the model.
 Change = Callable[[TwoTowerNetwork, np.ndarray], None]
 
@@ -200,17 +198,19 @@ def task_of(data: str, data_dir: Path | None, folder: Path) -> Task:
     """Makes the data set and its settings."""
     name, settings = DATA[data]
     protocol = PROTOCOLS[name]
-    config = protocol.config(data_dir, folder / "source")
-    if data == "sparse":
-        assert data_dir is not None
-        cut("ml-1m", data_dir, folder / "source")
-        path = {"data.path": folder / "source" / "sparse.parquet"}
-        settings = {**WITHOUT_FEATURES, **path, **settings}
+    if data in CUTS:
+        if data_dir is None:
+            raise ValueError("This data set is not fetched: say where it lies with --data-dir.")
+        cut(data, data_dir, folder)
+        files = {"data.source": "files", "data.path": folder / "sparse.parquet"}
+        config = tp.with_settings(tp.RunConfig(), {**files, **protocol.settings})
+    else:
+        config = protocol.config(data_dir, folder / "source")
     return Task(data, protocol, tp.with_settings(config, settings), folder)
 
 
 def measure(task: Task, plan: str, seed: int) -> dict[str, Any]:
-    """Fits one plan and measures it on validation."""
+    """Fits one plan and measures it on validation and test, of which training sees neither."""
     change, settings = PLANS[plan]
     config = tp.with_settings(task.config, {**settings, "seed": seed})
     data = task.prepare(config)
@@ -220,24 +220,17 @@ def measure(task: Task, plan: str, seed: int) -> dict[str, Any]:
     start = time.process_time()
     model.fit_samples(data.selection, data.validation, exclude=config.evaluation.exclude)
     cpu_seconds = time.process_time() - start
-    monitor = config.training.monitor
-    k = int(monitor.partition("@")[2])
-    measured = tp.evaluate(
-        model,
-        data.validation,
-        exclude=config.evaluation.exclude,
-        cutoffs=(k,),
-        num_bootstrap=0,
-    ).first
-    return {
-        "plan": plan,
-        "seed": seed,
-        "num_epochs": model.result.best_epoch,
-        **{f"{x}@{k}": measured.overall.intervals[f"{x}@{k}"].mean for x in ("ndcg", "recall")},
-        f"tail/recall@{k}": measured.slices["tail"].intervals[f"recall@{k}"].mean,
-        f"coverage@{k}": measured.overall.set_metrics[f"coverage@{k}"],
-        "cpu_seconds": cpu_seconds,
-    }
+    k = int(config.training.monitor.partition("@")[2])
+    row = {"plan": plan, "seed": seed, "num_epochs": model.result.best_epoch}
+    for prefix, holdout in (("", data.validation), ("test/", data.test)):
+        measured = tp.evaluate(
+            model, holdout, exclude=config.evaluation.exclude, cutoffs=(k,), num_bootstrap=0
+        ).first
+        overall, tail = (x.intervals for x in (measured.overall, measured.slices["tail"]))
+        row |= {f"{prefix}{x}@{k}": overall[f"{x}@{k}"].mean for x in ("ndcg", "recall")}
+        row[f"{prefix}tail/recall@{k}"] = tail[f"recall@{k}"].mean
+        row[f"{prefix}coverage@{k}"] = measured.overall.set_metrics[f"coverage@{k}"]
+    return {**row, "cpu_seconds": cpu_seconds}
 
 
 def main() -> None:
