@@ -5,7 +5,8 @@ Data sets (DATA says with which settings):
     ml-100k    the default run
     gowalla    LightGCN's split, the preset `sets` at 64 dimensions, 8 epochs
     ml-1m, kuairand-pure
-               the sparse logs of `sparse_sequences.py`, the preset `sequence`, ids alone
+               the sparse logs of `sparse_sequences.py`, the preset `sequence`, ids alone,
+               30 epochs at most
 
 All but the first are read from a folder each (--data-dir; see `leaderboard_data.py` and
 `sparse_sequences.py`). Validation figures choose; those of the test are for plans between which
@@ -69,7 +70,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
             "training.validation_users": 3000,
         },
     ),
-    **{name: ("ml-1m", PRESETS["sequence"][1]) for name in CUTS},
+    **{name: ("ml-1m", {**PRESETS["sequence"][1], "training.max_epochs": 30}) for name in CUTS},
 }
 # Given the model and the training clicks of each row; changes the model.
 Change = Callable[[TwoTowerNetwork, np.ndarray], None]

@@ -46,6 +46,11 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "temperature .07": ({}, {"model.temperature": 0.07}),
     "id_dropout .05": ({}, {"model.id_dropout": 0.05}),
     "patience 10": ({}, {"training.patience": 10}),
+    "cosine decay": ({}, {"training.decay": "cosine"}),
+    "cosine decay of 40 epochs": ({}, {"training.decay": "cosine", "training.max_epochs": 40}),
+    "dim 128": ({}, {"model.dim": 128}),
+    "attention_dropout .4": ({}, {"model.attention_dropout": 0.4}),
+    "1 block": ({}, {"model.attention_blocks": 1}),
     "attributes": ({TRUE: "multi_categorical"}, {}),
     "attributes of another item": ({RANDOM: "multi_categorical"}, {}),
 }
