@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfrs_pipeline.data.schema import FeatureKind
-from tfrs_pipeline.model import features as features_module
+from tfrs_pipeline.model import vocabulary
 from tfrs_pipeline.model.feature_layers import FeatureEmbedding, FeatureTable
 from tfrs_pipeline.model.features import (
     MAX_BUCKETS,
@@ -305,8 +305,8 @@ def test_lists_and_arrays_are_one_to_a_feature(
         assert Feature.fit("x", kind, whole) == Feature.fit("x", kind, whole.tolist())
     feature = Feature.fit("x", kind, column)
     expected = feature.encode_column(column)
-    for rows_per_call in (features_module._ROWS_PER_CALL, 3):
-        monkeypatch.setattr(features_module, "_ROWS_PER_CALL", rows_per_call)
+    for rows_per_call in (vocabulary._ROWS_PER_CALL, 3):
+        monkeypatch.setattr(vocabulary, "_ROWS_PER_CALL", rows_per_call)
         for array in [column, *arrays]:
             assert Feature.fit("x", kind, array) == feature
             np.testing.assert_array_equal(feature.encode_column(array), expected)

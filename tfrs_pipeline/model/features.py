@@ -11,13 +11,12 @@ import functools
 import keyword
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
@@ -30,6 +29,7 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
+from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.data.schema import FeatureKind
@@ -42,7 +42,6 @@ MAX_DEVIATIONS = 10.0
 MAX_HASH_BUCKETS = 2**20
 NUM_TIME_VALUES = 5
 DAY_SECONDS = 86_400.0
-_ROWS_PER_CALL = 65_536
 
 # What the graph takes of each kind, with NaN or "" where it is missing.
 _RAW_DTYPES: dict[FeatureKind, tf.DType] = {
@@ -52,10 +51,6 @@ _RAW_DTYPES: dict[FeatureKind, tf.DType] = {
 }
 # What a signature may take beside features.
 _OTHER_INPUTS = ("user_id", "item_id", "history", "timestamp", "exclude", "allowed", "k")
-
-# Letters with their marks, digits and underscores make words, and apostrophes within them.
-_LETTER = r"\p{L}\p{M}\p{N}_"
-_BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ class Feature:
             squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
             scale = float(np.sqrt(np.nanmean(squares))) or 1.0
             return cls(name, kind, num_values=vectors.shape[1], scale=scale)
-        counts, longest = _count_values(kind, column)
+        counts, longest = count_values(kind, column)
         if kind == "hashed":
             # A value shares its bucket with another one in 4 cases of 10 at most; more of them do
             # at the ceiling, which holds the table to 16 MB at 4 dimensions.
@@ -238,7 +233,7 @@ class Feature:
             raw = tf.pad(raw, [[0, 0], [0, self.num_values]], constant_values="")
             raw = tf.ensure_shape(raw[:, : self.num_values], [None, self.num_values])
         elif self.kind == "text":
-            words = _words(raw)[:, : self.num_values]
+            words = words_of(raw)[:, : self.num_values]
             raw = words.to_tensor("", shape=[None, self.num_values])
         if not self.vocabulary:
             return tf.zeros_like(raw, tf.int32)
@@ -246,7 +241,7 @@ class Feature:
 
     def encode_column(self, column: Column) -> np.ndarray:
         """Encodes a column by `to_raw` and `encode`, in blocks of rows."""
-        blocks = [self.encode(self.to_raw(block)).numpy() for block in _blocks(column)]
+        blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
 
     def _encode_times(self, seconds: tf.Tensor) -> tf.Tensor:
@@ -383,41 +378,6 @@ def _check_given(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
         raise ValueError(f"Features {missing} are missing. Received: {sorted(given)}.")
 
 
-def _blocks(column: Column) -> Iterator[Column]:
-    for start in range(0, max(len(column), 1), _ROWS_PER_CALL):
-        yield column[start : start + _ROWS_PER_CALL]
-
-
-def _words(texts: tf.Tensor) -> tf.RaggedTensor:
-    """Returns the lower-case words of texts [B], string [B, any]."""
-    # These letters first: what is the lower case of an I depends on the server's locale.
-    for pattern, by in ((_BETWEEN_WORDS, " "), ("İ", "I")):
-        texts = tf.strings.regex_replace(texts, pattern, by)
-    return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))
-
-
-def _count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int]:
-    """Counts the rows of each value, and the values of the longest row."""
-    counts, longest = [], 0
-    for block in _blocks(column):
-        if kind == "text":
-            words = _words(tf.constant(to_texts(block).to_pylist(), tf.string, [len(block)]))
-            values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
-            lengths = words.row_lengths().numpy()
-        elif kind == "multi_categorical":
-            values, lengths = to_text_lists(block)
-        else:
-            values = to_texts(block)
-            lengths = np.ones(len(values), np.int64)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
-        counts.append(pairs.group_by("value").aggregate([("row", "count")]))
-        longest = max(longest, int(lengths.max(initial=0)))
-    total = pa.concat_tables(counts).group_by("value").aggregate([("row_count", "sum")])
-    values, numbers = total["value"].to_pylist(), total["row_count_sum"].to_pylist()
-    return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
-
-
 def _standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
     """Divides by a scale other than 0, clips, and returns float32."""
     # A graph would turn `/` into a multiplication by the reciprocal, rounded otherwise.
@@ -449,14 +409,3 @@ def _boundaries(numbers: np.ndarray) -> tuple[float, ...]:
     # "higher" picks a number of the column, so that it opens its bucket; none opens at the lowest.
     quantiles = np.unique(np.quantile(known, shares, method="higher"))
     return tuple(quantiles[quantiles > known.min()].tolist())
-
-
-def bucket_count(num_values: int, *, per_value: int, low: int, high: int) -> int:
-    """Returns a power of two: the next above `per_value` * `num_values`, from `low` to `high`.
-
-    Example:
-        >>> bucket_count(100, per_value=2, low=16, high=2**20)
-        256
-    """
-    wanted = 2 ** (per_value * num_values - 1).bit_length()
-    return min(max(wanted, low), high)

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Examples
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.batches.sequences import WholeSequences
-from tfrs_pipeline.batches.single import SinglePositives
-from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, Exclude
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
+from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import (
     check_shared,
@@ -45,7 +42,6 @@ from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.histories import latest_histories
-from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.settings import refuse
 
@@ -301,31 +297,7 @@ class TwoTower:
         Raises:
             DataError: If `hard` asks for losers of the funnel and no positive has any.
         """
-        settings, training = self.settings, self.training
-        if isinstance(settings.hard, FunnelLosers):
-            _require_losers(samples, settings.hard)
-        rate = Positives(settings.resampling_exponent).rate(samples.counts)
-        common: dict[str, Any] = {
-            "batch_size": training.batch_size,
-            "history_length": settings.history_length,
-            "seed": self.seed,
-        }
-        examples: Examples
-        if training.examples == "sequences":
-            examples = WholeSequences(samples, **common)
-        elif training.examples == "sets":
-            examples = UserSets(samples, **common)
-        else:
-            examples = SinglePositives(samples, rate=rate, **common)
-        return HybridBatches(
-            samples,
-            examples,
-            self.negatives,
-            hard=settings.hard,
-            seed=self.seed,
-            positive_weight=None if training.examples == "single" else rate,
-            estimates_frequency=settings.correction == "streaming",
-        )
+        return make_batches(samples, self.settings, self.training, self.negatives, self.seed)
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it."""
@@ -487,16 +459,6 @@ class TwoTower:
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
         return self._log.whole
-
-
-def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
-    pools = [pool for stage, pool in samples.hard_pools.items() if stage in hard.pools]
-    if not any(len(pool.values) for pool in pools):
-        raise DataError(
-            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
-            "same users within window_hours; or set model.hard to mined, or to none."
-        )
 
 
 def _is_own(kind: object) -> bool:

@@ -1,0 +1,73 @@
+"""The training batches that a model's settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tfrs_pipeline.batches.examples import Examples
+from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.batches.sequences import WholeSequences
+from tfrs_pipeline.batches.single import SinglePositives
+from tfrs_pipeline.batches.user_sets import UserSets
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.protocol import Negatives
+from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.store import Samples
+
+
+def make_batches(
+    samples: Samples,
+    settings: TwoTowerSettings,
+    training: TrainingSettings,
+    negatives: Sequence[Negatives],
+    seed: int,
+) -> HybridBatches:
+    """Makes the batches of samples: a plain `tf.data.Dataset` by their `dataset()`.
+
+    Args:
+        samples: Of the training part.
+        settings: Of the model, whose negatives are those of the next argument but one.
+        training: How positives are put together.
+        negatives: Kinds that the rows of a batch share.
+        seed: Of everything random.
+
+    Raises:
+        DataError: If `hard` asks for losers of the funnel and no positive has any.
+    """
+    if isinstance(settings.hard, FunnelLosers):
+        _require_losers(samples, settings.hard)
+    rate = Positives(settings.resampling_exponent).rate(samples.counts)
+    common: dict[str, Any] = {
+        "batch_size": training.batch_size,
+        "history_length": settings.history_length,
+        "seed": seed,
+    }
+    examples: Examples
+    if training.examples == "sequences":
+        examples = WholeSequences(samples, **common)
+    elif training.examples == "sets":
+        examples = UserSets(samples, **common)
+    else:
+        examples = SinglePositives(samples, rate=rate, **common)
+    return HybridBatches(
+        samples,
+        examples,
+        negatives,
+        hard=settings.hard,
+        seed=seed,
+        positive_weight=None if training.examples == "single" else rate,
+        estimates_frequency=settings.correction == "streaming",
+    )
+
+
+def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
+    pools = [pool for stage, pool in samples.hard_pools.items() if stage in hard.pools]
+    if not any(len(pool.values) for pool in pools):
+        raise DataError(
+            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
+            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
+            "same users within window_hours; or set model.hard to mined, or to none."
+        )
