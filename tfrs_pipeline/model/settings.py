@@ -131,7 +131,7 @@ class TrainingSettings(Config):
     decay: Decay = "none"
     """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; a second
     training goes the same way, epoch by epoch."""
-    patience: PositiveInt = 3
+    patience: PositiveInt = 5
     """Epochs without a better validation metric after which training stops."""
     monitor: str = "ndcg@100"
     """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
