@@ -48,6 +48,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patience 10": ({}, {"training.patience": 10}),
     "cosine decay": ({}, {"training.decay": "cosine"}),
     "cosine decay of 40 epochs": ({}, {"training.decay": "cosine", "training.max_epochs": 40}),
+    "learning_rate .004": ({}, {"training.learning_rate": 0.004}),
     "dim 128": ({}, {"model.dim": 128}),
     "attention_dropout .4": ({}, {"model.attention_dropout": 0.4}),
     "1 block": ({}, {"model.attention_blocks": 1}),
