@@ -15,7 +15,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.settings import DataConfig, SplitConfig
+from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig, SplitConfig
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
@@ -72,8 +72,8 @@ class RunData:
         split: The log in parts.
         selection: Samples of the training part.
         final: Samples of all that precedes the test, as far as the run trains on it.
-        validation: Queries that choose; sampled where there are more than the config asks for.
-        test: Queries that are measured; sampled likewise.
+        validation: Queries that choose, a sample where there are more than the config asks for.
+        test: Queries that are measured, likewise.
     """
 
     split: Split
@@ -176,20 +176,10 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
         config.path,
         items=config.items_path,
         users=config.users_path,
-        columns=config.columns,
-        item_columns=config.item_columns,
-        user_columns=config.user_columns,
         rating_threshold=config.rating_threshold,
         stage_values=config.stage_values,
-        timestamp_unit=config.timestamp_unit,
-        time_zone=config.time_zone,
-        list_separator=config.list_separator,
-        unknown_items=config.unknown_items,
         is_ordered=config.is_ordered,
-        earliest_time=config.earliest_time,
-        latest_time=config.latest_time,
-        max_bad_share=config.max_bad_share,
-        **common,
+        **{**{name: getattr(config, name) for name in OF_RAW_TABLES}, **common},
     )
 
 

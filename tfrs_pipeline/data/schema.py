@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import enum
 import zoneinfo
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from tfrs_pipeline.settings import printable, suggest
 
@@ -250,6 +251,19 @@ def is_time_zone(name: str) -> bool:
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         return False
     return True
+
+
+def moment_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:
+    """Yields why moments cannot split so: the name of one of the two, and what is wrong."""
+    given = {"validation": validation, "test": test}
+    for name, value in given.items():
+        if isinstance(value, datetime) and value.tzinfo is None:
+            text = value.isoformat()
+            yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
+        if isinstance(value, datetime) and kind not in (None, "time"):
+            yield name, f"got a moment with kind {kind!r}: only with 'time'"
+    if len({isinstance(value, datetime) for value in given.values()}) > 1:
+        yield "", "give moments for both validation and test, or for neither"
 
 
 def require_column(

@@ -22,6 +22,7 @@ from tfrs_pipeline.data.schema import (
     UnknownItems,
     is_time_zone,
     kind_problem,
+    moment_problems,
     name_problem,
 )
 from tfrs_pipeline.settings import Config, refuse, suggest
@@ -37,11 +38,11 @@ def _kind(value: Any) -> Any:
 
 
 Kind: TypeAlias = Annotated[FeatureKind, BeforeValidator(_kind)]
-# What says how to read tables that are no log yet.
-_OF_RAW_TABLES = (
+# What says how to read tables that are no log yet: arguments of `Log.from_files`.
+OF_RAW_TABLES = (
     *("columns", "item_columns", "user_columns", "label", "timestamp_unit", "time_zone"),
     *("list_separator", "unknown_items", "duplicates", "earliest_time", "latest_time"),
-    *("max_bad_share", "memory_limit", "temporary_folder"),
+    "max_bad_share",
 )
 
 
@@ -163,7 +164,7 @@ class DataConfig(Config):
         if self.spark_master is not None and self.source != "spark":
             yield "spark_master", f"has no effect with source {self.source!r}: only with 'spark'"
         if self.source == "spark":
-            for name in _OF_RAW_TABLES:
+            for name in (*OF_RAW_TABLES, "memory_limit", "temporary_folder"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     yield name, "has no effect with source 'spark', whose tables are a log already"
 
@@ -200,16 +201,5 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
-        refuse(self._problems())
+        refuse(list(moment_problems(self.kind, self.validation, self.test)))
         return self
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        given = {"validation": self.validation, "test": self.test}
-        for name, value in given.items():
-            if isinstance(value, datetime) and value.tzinfo is None:
-                text = value.isoformat()
-                yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
-            if isinstance(value, datetime) and self.kind not in (None, "time"):
-                yield name, f"got a moment with kind {self.kind!r}: only with 'time'"
-        if len({isinstance(value, datetime) for value in given.values()}) > 1:
-            yield "", "give moments for both validation and test, or for neither"

@@ -16,7 +16,7 @@ import ibis.expr.types as ir
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows
+from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows, moment_problems
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
@@ -39,14 +39,14 @@ def split_events(
         validation = 1 if kind == "last_n" else 0.05
     if test is None:
         test = 1 if kind == "last_n" else 0.1
+    for name, problem in moment_problems(kind, validation, test):
+        raise ValueError(f"split.{name or kind}: {problem}. Received: {validation} and {test}.")
     if kind == "column":
         return split_by_column(events)
     if kind == "time":
         return split_by_time(events, validation, test)
-    if isinstance(validation, datetime) or isinstance(test, datetime):
-        raise ValueError(
-            f"A moment splits by time; split.kind is {kind!r}. Received: {validation}, {test}."
-        )
+    assert not isinstance(validation, datetime)  # Refused above.
+    assert not isinstance(test, datetime)
     if kind == "held_out_users":
         return split_held_out_users(
             events,
@@ -74,22 +74,13 @@ def split_by_time(
             "last_share, last_n or held_out_users, which need only an order."
         )
     if isinstance(validation, datetime) and isinstance(test, datetime):
-        for name, moment in (("validation", validation), ("test", test)):
-            if moment.tzinfo is None:
-                text = moment.isoformat()
-                raise ValueError(
-                    f"split.{name}: got {text} without a time zone; write {text}Z if it is UTC."
-                )
         if validation > test:
             raise ValueError(
                 f"split.validation must not be after split.test. Received: {validation} and {test}."
             )
-    elif isinstance(validation, datetime) or isinstance(test, datetime):
-        raise ValueError(
-            "split.validation and split.test must be two shares or two moments. Received: "
-            f"{validation} and {test}."
-        )
     else:
+        assert not isinstance(validation, datetime)  # Two moments or none.
+        assert not isinstance(test, datetime)
         validation, test = _time_cuts(events, validation, test)
     time = events["timestamp"]
     return events.mutate(
