@@ -66,22 +66,19 @@ def load_kuairand(
     """Loads KuaiRand: one event an exposure, with the context columns `is_rand` and `tab`.
 
     The order of the events is that of the logs: standard before random, by date and part, then by
-    row.
+    row. Arguments are as in `Log.from_files`; ids are int64.
 
     Args:
         folder: Holds the files, or a folder `data` with them.
-        label: Outcome (see `OUTCOMES`) -> weight, as in `Log.from_files`. None: is_click.
+        label: Outcome (see `OUTCOMES`) -> weight. None: is_click.
         item_features: Column of video_features_basic -> kind, such as author_id, video_type,
             upload_type, music_type (categorical), tag (multi_categorical), video_duration
             (numeric, ms), upload_dt (timestamp; days of UTC+8).
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
         request_features: Column of the logs -> kind: tab, or hour and weekday (UTC); no outcome.
-        unknown_items: As in `Log.from_files`, for videos that video_features_basic lacks.
-        duplicates: As in `Log.from_files`.
-        connection: As in `Log.from_files`.
-
-    Returns:
-        A log with int64 ids.
+        unknown_items: For videos that video_features_basic lacks.
+        duplicates: See there.
+        connection: See there.
 
     Raises:
         DataError: If files, columns or values are missing or are not what they should be.

@@ -27,8 +27,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ibis
@@ -84,7 +83,7 @@ _POSITIONS = ("rank_index", "rerank_index")
 COLUMNS = (*_REQUEST_COLUMNS, *USER_COLUMNS, *ITEM_COLUMNS, *_FLAGS, *_POSITIONS, *OUTCOMES)
 """All columns of a published file."""
 
-_FILE_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})\.feather")
+_FILE_NAME = re.compile(r"\d{4}-\d{2}-\d{2}\.feather")
 _REMEDY = "Take the files as they were published."
 
 
@@ -155,6 +154,7 @@ def load_recflow(
         label=label,
         timestamp_unit="ms",
         duplicates=duplicates,
+        max_bad_share=0,
         connection=connection,
     )
     if num_flagged == num_rows:
@@ -165,12 +165,24 @@ def load_recflow(
 
 def _list_days(folder: Path) -> list[Path]:
     """Lists the files to read, by date."""
+    # Operating systems and engines leave files beside them whose names begin so.
     days = {
-        name: {path.name: path for path in _days_of(folder / name)}
+        name: {path.name: path for path in (folder / name).glob("[!._]*")}
         for name in ("realshow", "all_stage")
     }
+    files = days["realshow"] | days["all_stage"]
+    if other := [path for name, path in files.items() if not _FILE_NAME.fullmatch(name)]:
+        raise DataError(
+            f"{other[0]}: a file of this folder must be named by its date, as 2024-01-13.feather. "
+            "Rename it, or take it out of the folder."
+        )
+    if not files:
+        raise DataError(
+            f"{folder}: no all_stage/YYYY-MM-DD.feather and no realshow/YYYY-MM-DD.feather. Name "
+            "the folder that holds these folders."
+        )
     # What was shown on a day without all stages still must never be a negative.
-    if shown := sorted(set(days["realshow"]) - set(days["all_stage"])):
+    if shown := sorted(days["realshow"].keys() - days["all_stage"]):
         logger.warning(
             "%s: %d days are read from realshow, for want of all_stage: exposures, and no losers "
             "of the funnel: %s",
@@ -178,35 +190,7 @@ def _list_days(folder: Path) -> list[Path]:
             len(shown),
             ", ".join(shown[:5]),
         )
-    if files := days["realshow"] | days["all_stage"]:
-        return [files[name] for name in sorted(files)]
-    raise DataError(
-        f"{folder}: no all_stage/YYYY-MM-DD.feather and no realshow/YYYY-MM-DD.feather. Name the "
-        "folder that holds these folders."
-    )
-
-
-def _days_of(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith((".", "_")):  # Left by operating systems and engines.
-            continue
-        match = _FILE_NAME.fullmatch(path.name)
-        if match is None or not _is_date(match[1]):
-            raise DataError(
-                f"{path}: a file of this folder must be named by its date, as 2024-01-13.feather. "
-                "Rename it, or take it out of the folder."
-            )
-        yield path
-
-
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+    return [files[name] for name in sorted(files)]
 
 
 def _stage_rows(
@@ -266,7 +250,7 @@ def _open_feather(path: Path) -> pa.RecordBatchReader:
 
 
 def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float]) -> None:
-    """Refuses flags, outcomes of exposed items, times and ids that are not what they should be."""
+    """Refuses flags, outcomes of exposed items and times that are not what they should be."""
 
     def is_no_flag(name: str) -> ir.BooleanValue:
         return table[name].isnull() | table[name].notin([0, 1])
@@ -274,7 +258,6 @@ def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float])
     is_exposed = table["realshow"] == 1
     outcomes = [name for name in label or ("effective_view",) if name in BINARY_OUTCOMES]
     time = table["request_timestamp"]
-    ids = ("request_id", "user_id", "video_id")
     refuse_rows(
         table,
         source,
@@ -290,7 +273,6 @@ def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float])
             "does not hold milliseconds since 1970",
             _REMEDY,
         ),
-        *(Refusal(name, table[name].isnull(), "is null", _REMEDY) for name in ids),
     )
 
 
