@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from tfrs_pipeline.data.schema import (
-    Exclude,
-)
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined

@@ -152,17 +152,13 @@ def _apart(heights: np.ndarray, least: float) -> np.ndarray:
         >>> _apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
         [4.0, 0.0, 6.0]
     """
+    from scipy.optimize import isotonic_regression
+
     order = np.argsort(heights, kind="stable")
-    # Less the steps, heights that are apart do not fall: the nearest such are means over blocks.
+    # Less the steps, heights that are apart do not fall.
     steps = least * np.arange(len(heights))
-    blocks: list[list[float]] = []
-    for value in heights[order] - steps:
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
     found = np.empty(len(heights))
-    found[order] = np.concatenate([np.full(len(b), np.mean(b)) for b in blocks]) + steps
+    found[order] = isotonic_regression(heights[order] - steps).x + steps
     return found
 
 

@@ -40,13 +40,7 @@ EXAMPLE_LENGTH = 10
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind.
-
-    Args:
-        folder: Of the run: config.toml, metrics.json, data, samples, checkpoints.
-        export_folder: The new version of the model.
-        metrics: What metrics.json holds.
-    """
+    """What a run left behind: its folder, the new version, and what metrics.json holds."""
 
     folder: Path
     export_folder: Path

@@ -25,12 +25,7 @@ from tfrs_pipeline.cli.console import (
 )
 from tfrs_pipeline.cli.flags import Command, UsageError
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.config import (
-    RunConfig,
-    load_config,
-    movielens_config,
-    with_settings,
-)
+from tfrs_pipeline.config import RunConfig, load_config, movielens_config, with_settings
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import (
     CONFIG_FILE,

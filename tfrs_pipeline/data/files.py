@@ -40,7 +40,6 @@ class Scan:
         name: In messages: the path, or what the table is.
         columns: Names of its columns.
         open: Makes the rows of some columns, in their order.
-        num_rows: How many there are, where that is known before.
         csv_files: Those that it is made of, if any: every column is a string then.
         rejects: Where DuckDB puts lines that hold too few or too many fields, for CSV.
     """
@@ -48,7 +47,6 @@ class Scan:
     name: str
     columns: Sequence[str]
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
-    num_rows: int | None = None
     csv_files: Sequence[Path] = ()
     rejects: str = ""
 
@@ -75,10 +73,6 @@ class Scan:
             raise _unreadable(self.name, error, self.csv_files) from error
         raw = connection.table(table)
         (num_read,) = connection.con.execute(f'SELECT count(*) FROM "{table}"').fetchone()
-        if self.num_rows not in (None, num_read):
-            raise DataError(
-                f"{self.name}: {num_read} of {self.num_rows} rows could be read. Write it anew."
-            )
         renamed = {name: column for name, column in names.items() if name != column}
         dropped = self._dropped(connection)
         is_text = bool(self.csv_files)
@@ -143,8 +137,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
         ) from error
     _check_names(name, arrow.schema.names)
     relation = connection.con.from_arrow(arrow)
-    num_rows = getattr(arrow, "num_rows", None)
-    return Scan(name, relation.columns, lambda columns: relation, num_rows)
+    return Scan(name, relation.columns, lambda columns: relation)
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
@@ -153,24 +146,21 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
             return _scan_parquet(connection, path, paths)
         rejects = ibis.util.gen_name("rejects")
         relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
-        return Scan(str(path), relation.columns, lambda columns: relation, None, paths, rejects)
+        return Scan(str(path), relation.columns, lambda columns: relation, paths, rejects)
     except duckdb.Error as error:
         raise _unreadable(path, error) from error
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet whose files hold the same columns; their footers are read."""
-    num_rows = 0
     types: dict[str, pa.DataType] = {}
     for each in paths:
         try:
-            about = pyarrow.parquet.read_metadata(each)
-            schema = about.schema.to_arrow_schema()
+            schema = pyarrow.parquet.read_schema(each)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{each} cannot be read: {printable(str(error), 200)}. Write it anew as Parquet."
             ) from error
-        num_rows += about.num_rows
         _check_names(each, schema.names, _folders(path, each))
         for column in schema:
             of = _plain(column.type)
@@ -181,7 +171,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 )
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {hive})")
-    return Scan(str(path), relation.columns, lambda columns: relation, num_rows)
+    return Scan(str(path), relation.columns, lambda columns: relation)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:

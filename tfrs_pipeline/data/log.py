@@ -277,18 +277,9 @@ class Log:
         """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.
 
         Nothing is copied or cleaned: the tables hold what `Log` says of them, which the engine
-        checks. Splits and samples are then computed and written by the same engine.
-
-        Args:
-            events: As `Log` has them: user_id, item_id, event_number, stage, and optional columns.
-                Spark's timestamps are UTC, whatever their session says.
-            items: With item_id, the features and, if there is one, `title`. None makes one of the
-                ids alone; items of events that it lacks are added with null features.
-            users: The same of users.
-            item_features: Feature column -> kind (see `Log`).
-            user_features: Feature column -> kind.
-            request_features: Column of `events` -> kind (see `Log`).
-            is_ordered: Whether `event_number` is an order in time, where there are no timestamps.
+        checks. Splits and samples are then computed and written by the same engine. An item or user
+        table that is None is one of the ids alone; ids of events that it lacks are added, with null
+        features. Spark's timestamps are UTC, whatever their session says.
 
         Raises:
             DataError: If a table does not hold it, naming column, rows and remedy; or is of another
@@ -315,11 +306,7 @@ class Log:
 
     @classmethod
     def read(cls, folder: Path | str, connection: Any = None) -> Log:
-        """Opens what `write` wrote, without loading it.
-
-        Args:
-            folder: Of the log.
-            connection: Ibis's DuckDB or Spark to open it in. None opens a DuckDB.
+        """Opens what `write` wrote, in Ibis's DuckDB (None opens one) or Spark, without loading it.
 
         Raises:
             DataError: If the folder holds no whole log.
@@ -514,10 +501,7 @@ class Split:
     ) -> Holdout:
         """What a part asks, of `max_queries` users at most, drawn at random; None is all.
 
-        Only the events of those drawn leave the engine.
-
-        Raises:
-            DataError: If the part holds no positive.
+        Only the events of those drawn leave the engine. A `DataError` if there is no positive.
         """
         training = self.train if part == "validation" else self.before_test
         return make_holdout(

@@ -85,13 +85,12 @@ class RunFacts:
         config: Its settings.
         metrics: What its metrics.json holds.
         table_sizes: "events", "items", "users" -> rows.
-        dropped: What was dropped as the log was read.
-        log_notes: What else was found then (`Log.notes`).
+        dropped: As in `Log`.
+        log_notes: As `notes` of `Log`.
         events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" by
             it -> events.
         items_by_part: Part of the split -> distinct items.
-        samples: Report of the samples that the model in service was trained on
-            (`build_samples`).
+        samples: Report of the samples that the model in service was trained on.
         masked_shares: Reason -> share of the columns that rows share and that do not count.
         mean_hard_share: Mean of f over the positives; None where hard negatives are mined, so that
             it changes while training.

@@ -207,13 +207,13 @@ class ScannIndex(tf.Module):
     threshold nor settings that can be given with a search.
 
     Args:
-        exact: Exact search over the candidates: for what no level reaches.
+        exact: Exact search over the candidates, 16 or more: for what no level reaches.
         num_leaves: Partitions of the corpus; None takes what suits its size.
         levels: By depth, ascending; the deeper requests are answered exactly.
 
     Raises:
         ImportError: If ScaNN is missing.
-        ValueError: If there are more leaves than candidates, or fewer than 16 candidates.
+        ValueError: If there are more leaves than candidates, or too few candidates.
     """
 
     def __init__(

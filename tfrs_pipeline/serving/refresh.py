@@ -32,10 +32,9 @@ class Refreshed:
         num_new: Of them, those that the version before did not have.
         num_untrained: Of them, those that the training did not have: embedded by their features.
         num_dropped: Items of the version before that are gone.
-        num_skipped: Items of the file that cannot be embedded: the training did not have them, and
-            the model reads no item features.
-        has_trained_unknown: Whether the embedding that such an item has in place of its id's was
-            trained, or there is none.
+        num_skipped: Items of the file that cannot be embedded.
+        has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
+            was trained, or there is none.
         index: What was built, as the manifest has it.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,13 +16,7 @@ from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
 from tfrs_pipeline.model.requests import request_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import (
-    features_of,
-    id_list,
-    id_lists,
-    known_rows,
-    request_inputs,
-)
+from tfrs_pipeline.serving.encoder import features_of, id_list, id_lists, known_rows, request_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -356,8 +349,7 @@ class LoadedRetriever:
             (value for values in allowed for value in values if value not in known), None
         )
         if unknown is not None:
-            near = difflib.get_close_matches(str(unknown), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {len(known)} values"
+            hint = suggest(str(unknown), known)
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
 
 
@@ -377,8 +369,7 @@ def _check_queries(queries: Sequence[Query]) -> None:
                 f"[{query['history']!r}]?"
             )
         if unknown := sorted(set(query) - set(_QUERY_KEYS)):
-            near = difflib.get_close_matches(unknown[0], _QUERY_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_QUERY_KEYS)}"
+            hint = suggest(unknown[0], _QUERY_KEYS)
             raise ValueError(f"Unknown key {unknown[0]!r} in a query; {hint}")
 
 

@@ -177,9 +177,7 @@ def _work_of_exact(index: ScannIndex) -> float:
 def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
     """Returns the lowest mean recall of the requests that need a depth, less its error.
 
-    Args:
-        is_found: [num_queries, depth] bool: of the exact ranking.
-        is_known: Likewise: what its user knows.
+    The arrays tell of the exact ranking, [num_queries, depth], what is found and what is known.
     """
     depth = is_found.shape[1]
     kinds = [is_found[:, -max(10, depth // 32) :].mean(axis=1)]
