@@ -9,6 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.model.notes import OnProgress
 
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
 EVENTS_PER_USER = 24
@@ -100,3 +101,19 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
     }
     tables = {name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings}
     return RunConfig(data=data, **tables)
+
+
+class Stopped(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+def stop_at(name: str, step: int, told: list[tuple[str, int]] | None = None) -> OnProgress:
+    """Stops a run as it tells of a step of a task; `told` takes all that it tells of."""
+
+    def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
+        if told is not None:
+            told.append((task, done))
+        if (task, done) == (name, step):
+            raise Stopped
+
+    return on_progress

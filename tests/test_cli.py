@@ -24,18 +24,14 @@ from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.cli.console import print_result, progress
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
-from tfrs_pipeline.config import (
-    RunConfig,
-    dump_config,
-    movielens_config,
-)
+from tfrs_pipeline.config import RunConfig, dump_config, movielens_config
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import read_settings
-from tfrs_pipeline.serving import export, retriever
+from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config
 
 RUN = "it's a run"  # A folder's name that a shell needs in quotes.
@@ -113,6 +109,9 @@ def test_a_command_explains_itself(command: Any, name: str) -> None:
     doc = str(cli.COMMAND_LINE.commands[name].__doc__)
     assert squeezed(doc) in squeezed(answer.out)
     assert squeezed(name + doc.split("\n\n")[0]) in squeezed(command("--help").out)
+    for _, field in settings(cli.COMMAND_LINE.commands[name]) if name in cli.COMMANDS else ():
+        assert field.description
+        assert squeezed(explained(field)) in squeezed(answer.out)
 
 
 @pytest.mark.parametrize(
@@ -377,11 +376,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        # The check in a fresh process takes seconds, and has its own tests.
-        patch.setattr(export, "prove", lambda *arguments: None)
         out = io.StringIO()
         patch.setattr(sys, "stdout", out)
         assert cli.main(run_arguments(folder)) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.small_log import event_table, small_config, write
+from tests.small_log import Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
 from tfrs_pipeline.evaluation.comparison import comparison_figure
@@ -51,10 +51,6 @@ def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
         split={"kind": "last_share"},
         compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
     )
-
-
-class Stopped(Exception):
-    """In the middle of a comparison."""
 
 
 @pytest.fixture(scope="module")
@@ -259,19 +255,10 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
     told: list[tuple[str, int]] = []
-
-    def stop_at(name: str, step: int) -> Any:
-        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
-            told.append((task, done))
-            if (task, done) == (name, step):
-                raise Stopped
-
-        return on_progress
-
     for stop in (("mixed, selection", 1), ("hybrid_0.1", 0)):
         with pytest.raises(Stopped):
-            compare(config, tmp_path / "run", on_progress=stop_at(*stop))
-    again = compare(config, tmp_path / "run", on_progress=stop_at("", 0))
+            compare(config, tmp_path / "run", on_progress=stop_at(*stop, told))
+    again = compare(config, tmp_path / "run", on_progress=stop_at("", 0, told))
     for row, expected in zip(again.rows, compared.rows, strict=True):
         assert row.metrics == expected.metrics
         assert row.differences == expected.differences

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pytest
 import tensorflow as tf
 
-from tests.small_log import event_table, item_id, item_table, small_config, write
+from tests.small_log import Stopped, event_table, item_id, item_table, small_config, stop_at, write
 from tfrs_pipeline import cli, trainings
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
@@ -25,18 +24,14 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import read_settings, with_source
-from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.settings import ConfigError
 from tfrs_pipeline.trainings import _split_of, trained_in
 
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
-
-
-class Stopped(Exception):
-    """Stands for a kill in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,6 @@ class Warm:
     reports: dict[str, StepReport]
     started_from: list[str]
     alone: list[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _trusted_exports() -> Iterator[None]:
-    """Skips the check in a fresh process: it takes seconds and has its own tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
-        yield
 
 
 def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfig:
@@ -202,17 +189,10 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     whole = warm.result
     config = with_settings(read_settings(whole.folder), {"export.name": "others"})
 
-    def stop_at(name: str) -> Any:
-        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
-            if (task, done) == (name, 1):
-                raise Stopped
-
-        return on_progress
-
     folder = place / "runs" / "stopped"
     for name in ("two_tower, selection", "two_tower, refit"):
         with pytest.raises(Stopped):
-            run(config, folder, on_progress=stop_at(name))
+            run(config, folder, on_progress=stop_at(name, 1))
     ended = run(config, folder)
     assert ended.metrics["training"] == whole.metrics["training"]
     assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]

@@ -1,16 +1,15 @@
 """The pipeline end to end, on a small log: what it reports, exports, repeats and must not know."""
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
@@ -19,10 +18,12 @@ from tests.small_log import (
     NUM_ITEMS,
     NUM_USERS,
     Ids,
+    Stopped,
     event_table,
     item_id,
     item_table,
     small_config,
+    stop_at,
     user_id,
     user_table,
     write,
@@ -34,7 +35,6 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
@@ -43,11 +43,8 @@ from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate", "export"]
-
-
-class Stopped(Exception):
-    """Stands for a kill in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,6 @@ class Finished:
 
     def holdout(self, part: str) -> Holdout:
         return holdout_of(self.folder, part)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _trusted_exports() -> Iterator[None]:
-    """Skips the check in a fresh process: it takes seconds and has its own tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
-        yield
 
 
 def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
@@ -316,56 +305,31 @@ def test_the_settings_of_a_baseline_are_chosen_on_validation(of_stages: Finished
     assert "50.0" in note or "1.0" in note
 
 
-def test_the_split_is_counted_as_a_loop_counts_it(of_stages: Finished) -> None:
-    clicks = Counter(
-        row["user_id"] for row in event_table("str").to_pylist() if row["stage"] == "clicked"
-    )
-    num_test = {user: math.ceil(0.2 * n) for user, n in clicks.items()}
-    num_validation = {user: math.ceil(0.1 * (n - num_test[user])) for user, n in clicks.items()}
-    split = of_stages.metrics["split"]
-    assert split["test"]["num_positives"] == sum(num_test.values())
-    assert split["validation"]["num_positives"] == sum(num_validation.values())
-    assert split["train"]["num_positives"] == sum(clicks.values()) - sum(num_test.values()) - sum(
-        num_validation.values()
-    )
-    assert split["num_users_dropped"] == 0
-
-
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
-    lost = [item_id(3, "str"), item_id(11, "str")]
-    rare = [user_id(user, "str") for user in (5, 6, 7)]
+    lost = item_id(3, "str")
     rows = event_table("str").to_pylist()
-    # A rare user keeps two events, and so has fewer than the five positives asked for.
-    place = [[row["user_id"] for row in rows[:i]].count(row["user_id"])
-             for i, row in enumerate(rows)]  # fmt: skip
-    rows = [row for row, n in zip(rows, place, strict=True) if row["user_id"] not in rare or n < 2]
-    rows += rows[100:109]
-    events = pa.Table.from_pylist(rows)
-    config = stages_config(tmp_path, events)
+    config = stages_config(tmp_path, pa.Table.from_pylist([*rows, *rows[100:109]]))
     items = item_table("str")
-    write(items.filter(pa.array([id_ not in lost for id_ in items["item_id"].to_pylist()])),
-          tmp_path / "items.parquet")  # fmt: skip
-    data = config.data.model_copy(update={"unknown_items": "drop", "duplicates": "drop"})
-    config = config.model_copy(update={"data": data})
-    reports = run_until(config, tmp_path / "run", "split")
-    num_lost = sum(row["item_id"] in lost for row in rows)
-    repeated = [row for row in rows[100:109] if row["item_id"] not in lost]
-    left = [row for row in rows[:-9] if row["item_id"] not in lost]
+    write(items.filter(pc.not_equal(items["item_id"], lost)), tmp_path / "items.parquet")
+    settings = {"data.unknown_items": "drop", "data.duplicates": "drop", "split.min_positives": 15}
+    reports = run_until(with_settings(config, settings), tmp_path / "run", "split")
+    num_lost = sum(row["item_id"] == lost for row in [*rows, *rows[100:109]])
+    left = [row for row in rows if row["item_id"] != lost]
+    num_repeated = len(rows) + 9 - num_lost - len(left)
     notes = reports["data"].notes
-    assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 2} items, {NUM_USERS} users"
+    assert notes[0] == f"{len(left):,} events, {NUM_ITEMS - 1} items, {NUM_USERS} users"
     assert re.fullmatch(r"from 2023-11-14 22:13 to 2023-11-\d\d \d\d:\d\d UTC", notes[1])
     assert notes[2:] == [
-        f"dropped {num_lost + len(repeated):,} of {len(rows):,} rows",
+        f"dropped {num_lost + num_repeated:,} of {len(rows) + 9:,} rows",
         f"dropped {num_lost:,} rows: item is not in the item table",
-        f"dropped {len(repeated):,} rows: repeats an earlier event",
+        f"dropped {num_repeated:,} rows: repeats an earlier event",
         f"{tmp_path / 'events.parquet'}: columns not read: rating",
     ]
     clicks = Counter(row["user_id"] for row in left if row["stage"] == "clicked")
-    dropped = {row["user_id"] for row in left if clicks[row["user_id"]] < 5}
-    assert set(rare) <= dropped
-    num_events = sum(row["user_id"] in dropped for row in left)
+    rare = {user for user, num in clicks.items() if num < 15}
+    num_events = sum(row["user_id"] in rare for row in left)
     assert reports["split"].notes[-1] == (
-        f"dropped {num_events} events of users with too few positives ({len(dropped)} users)"
+        f"dropped {num_events} events of users with too few positives ({len(rare)} users)"
     )
 
 
@@ -462,18 +426,9 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     data = of_stages.config.data
     config = config.model_copy(update={"data": data})
     told: list[tuple[str, int]] = []
-
-    def stop_at(name: str, step: int) -> OnProgress:
-        def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
-            told.append((task, done))
-            if (task, done) == (name, step):
-                raise Stopped
-
-        return on_progress
-
     for stop in [("samples", 0), ("two_tower, selection", 1), ("two_tower, refit", 1)]:
         with pytest.raises(Stopped):
-            run(config, tmp_path / "run", on_progress=stop_at(*stop))
+            run(config, tmp_path / "run", on_progress=stop_at(*stop, told))
     assert not (tmp_path / "run" / "metrics.json").exists()
     result = run(config, tmp_path / "run")
     assert numbers(result.metrics) == numbers(of_stages.metrics)
@@ -517,7 +472,7 @@ def test_a_folder_that_tensorflow_cannot_read_is_refused(
 # What must not be known
 
 
-def weights(folder: Path, step: str, epoch: int = 2) -> dict[str, np.ndarray]:
+def weights(folder: Path, step: str, epoch: int) -> dict[str, np.ndarray]:
     """Reads the towers' weights after an epoch."""
     reader = tf.train.load_checkpoint(
         str(folder / "checkpoints" / "two_tower" / step / f"epoch-{epoch}")
@@ -546,26 +501,24 @@ def assert_same_histories(a: Holdout, b: Holdout) -> None:
             np.testing.assert_array_equal(left, right)
 
 
-def assert_same_samples(a: Path, b: Path) -> None:
-    samples, others = read_samples(a), read_samples(b)
+def assert_same_training(a: Path, b: Path, samples: str, step: str, epoch: int) -> None:
+    """Compares two runs in their samples, and in the weights after an epoch of a training."""
+    one, other = (read_samples(folder / "samples" / samples) for folder in (a, b))
     for name in ("query_rows", "candidate_rows", "num_earlier", "counts"):
-        np.testing.assert_array_equal(getattr(samples, name), getattr(others, name))
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     for name in ("sequences", "known_positives", "exposed"):
-        np.testing.assert_array_equal(getattr(samples, name).values, getattr(others, name).values)
+        np.testing.assert_array_equal(getattr(one, name).values, getattr(other, name).values)
+    expected, got = (weights(folder, step, epoch) for folder in (a, b))
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
 
 
 def test_nothing_of_the_test_part_is_known_before(of_stages: Finished, tmp_path: Path) -> None:
     events = with_other_items(event_table("str"), of_stages.folder, ("test",))
-    config = stages_config(tmp_path, events)
-    run_until(config, tmp_path / "run", "train two_tower")
-    folders = of_stages.folder, tmp_path / "run"
-    for samples in ("selection", "final"):
-        assert_same_samples(*(folder / "samples" / samples for folder in folders))
+    run_until(stages_config(tmp_path, events), tmp_path / "run", "train two_tower")
     epochs = of_stages.metrics["training"]["two_tower"]["best_epoch"]
-    for step, epoch in (("selection", 2), ("refit", epochs)):
-        expected, got = (weights(folder, step, epoch) for folder in folders)
-        for name in expected:
-            np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    for samples, step, epoch in (("selection", "selection", 2), ("final", "refit", epochs)):
+        assert_same_training(of_stages.folder, tmp_path / "run", samples, step, epoch)
     other = holdout_of(tmp_path / "run", "test")
     assert_same_histories(other, of_stages.holdout("test"))
     # The change did reach what is to be found.
@@ -579,17 +532,10 @@ def test_nothing_of_the_validation_part_is_known_before(
     of_stages: Finished, tmp_path: Path
 ) -> None:
     events = with_other_items(event_table("str"), of_stages.folder, ("validation", "test"))
-    config = stages_config(tmp_path, events)
-    run_until(config, tmp_path / "run", "train two_tower")
     folders = of_stages.folder, tmp_path / "run"
-    assert_same_samples(*(folder / "samples" / "selection" for folder in folders))
-    expected, got = (weights(folder, "selection") for folder in folders)
-    for name in expected:
-        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
-    assert_same_histories(
-        holdout_of(tmp_path / "run", "validation"),
-        of_stages.holdout("validation"),
-    )
+    run_until(stages_config(tmp_path, events), folders[1], "train two_tower")
+    assert_same_training(*folders, "selection", "selection", 2)
+    assert_same_histories(holdout_of(folders[1], "validation"), of_stages.holdout("validation"))
     # The refit trains on the validation part, so there the change shows.
     before, after = (read_samples(folder / "samples" / "final").counts for folder in folders)
     assert not np.array_equal(before, after)

@@ -147,20 +147,6 @@ def test_embeddings_are_those_that_the_scores_are_products_of(
     np.testing.assert_allclose(answer["scores"], -np.sort(-scores, axis=1), atol=1e-5)
 
 
-def test_a_new_item_is_embedded_by_its_features(
-    served: Served, modules: dict[str, RetrievalModule]
-) -> None:
-    new = 5 if served.candidate_ids.dtype == np.int64 else "premiere"
-    items = modules["exact"].embed_candidate(
-        as_ids(served, [[new, new]])[0], tf.constant([["a", "c"], ["c", "new"]])
-    )
-    assert not items["is_known_item"].numpy().any()
-    encoded = served.candidate_features[0].encode_column([["a", "c"], ["c", "new"]])
-    expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
-    np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
-    assert np.abs(expected[0] - expected[1]).max() > 0.01
-
-
 def test_features_of_a_query_replace_the_stored_ones(
     served: Served, modules: dict[str, RetrievalModule]
 ) -> None:
@@ -307,10 +293,8 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
             mixed_scores[i, : is_allowed.sum()], scores[0, is_allowed], atol=1e-5
         )
     all_ids, _ = loaded.retrieve(queries[2:], NUM_CANDIDATES)
-    with_b = [id_ for id_ in all_ids[0].tolist() if "b" in by_id[id_]]
-    assert 0 < len(with_b) < NUM_CANDIDATES
-    assert filtered[0].tolist()[: len(with_b)] == with_b
-    assert filtered[0].tolist()[len(with_b)] == empty_of(served)
+    assert 0 < len(all_with_b) < NUM_CANDIDATES
+    assert filtered[0].tolist() == mixed_ids[2].tolist()
     assert filtered[1].tolist() == all_ids[0].tolist()
     with_filter, _, _ = loaded.retrieve_user([user], 5, allowed=[["b"]])
     without, _, _ = loaded.retrieve_user([user], NUM_CANDIDATES)
@@ -341,12 +325,6 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve_user([other], 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):
         loaded.retrieve([{"history": history[0]}], 3)
-    items, is_known = loaded.embed_candidates(
-        served.candidate_ids.tolist(), {"genres": served.genres}
-    )
-    assert is_known.all()
-    expected = -np.sort(-loaded.embed_queries(queries[2:]) @ items.T, axis=1)
-    np.testing.assert_allclose(loaded.retrieve(queries[2:], 60)[1], expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.serving.index import (
-    Exact,
-    ExactIndex,
-    Scann,
-    ScannIndex,
-    index_for,
-)
+from tfrs_pipeline.serving.index import Exact, ExactIndex, Scann, ScannIndex, index_for
 
 
 def clustered(num: int, dim: int = 16, seed: int = 0) -> np.ndarray:
