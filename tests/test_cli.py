@@ -24,7 +24,7 @@ from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.cli.console import print_result, progress
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
-from tfrs_pipeline.config import RunConfig, dump_config, movielens_config
+from tfrs_pipeline.config import RunConfig, dump_config, load_config, movielens_config
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -175,7 +175,7 @@ def as_flags(config: RunConfig) -> list[str]:
 
 OWN = RunConfig(
     data={
-        "path": "stars, [1] none.csv",
+        "path": "stars, [1] néne.csv",
         "rating_threshold": 3.5,
         "columns": {"user_id": "viewer", "item_id": 'the=film, [or] "so\\'},
         "timestamp_unit": "ms",
@@ -200,8 +200,13 @@ OWN = RunConfig(
 
 
 @pytest.mark.parametrize("config", [movielens_config(), OWN], ids=["main job", "own data"])
-def test_a_flag_reads_what_the_help_shows(config_of: Any, config: RunConfig) -> None:
+def test_a_flag_reads_what_the_help_shows_and_a_file_what_was_written(
+    config_of: Any, config: RunConfig, tmp_path: Path
+) -> None:
     assert config_of(*as_flags(config)) == config
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
 
 
 def test_a_default_filter_goes_with_the_default_features(config_of: Any, command: Any) -> None:

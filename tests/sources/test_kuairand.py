@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.sources.kuairand import load_kuairand
+from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.sources.kuairand import load_kuairand as load
 
 # The published header; only the columns that are read matter.
 LOG_COLUMNS = [
@@ -74,11 +74,6 @@ def published(tmp_path: Path) -> Path:
     (tmp_path / "data" / "user_features_27k.csv").write_text(USERS)
     (tmp_path / "data" / "video_features_statistic_27k_part1.csv").write_text("video_id\n0\n")
     return tmp_path
-
-
-def load(folder: Path, **options: Any) -> Log:
-    tables = load_kuairand(folder, **options)
-    return tables
 
 
 def rows_of(tables: Log) -> list[dict[str, Any]]:
@@ -148,7 +143,11 @@ def test_upload_days_are_those_of_the_logs_time_zone(published: Path) -> None:
     days = ("upload_dt", "2022-04-10", "", "2021-12-31")
     lines = zip(VIDEOS.splitlines(), days, strict=True)
     path.write_text("".join(f"{line},{day}\n" for line, day in lines))
-    kinds = {"upload_dt": "timestamp", "music_type": "hashed", "video_duration": "bucketized"}
+    kinds: dict[str, FeatureKind] = {
+        "upload_dt": "timestamp",
+        "music_type": "hashed",
+        "video_duration": "bucketized",
+    }
     items = load(published, item_features=kinds).items.order_by("item_id").to_pyarrow()
     assert items["upload_dt"].to_pylist() == [
         datetime(2022, 4, 9, 16, tzinfo=UTC),

@@ -12,7 +12,8 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.sources.recflow import COLUMNS, ITEM_COLUMNS, USER_COLUMNS, load_recflow
+from tfrs_pipeline.sources.recflow import COLUMNS, ITEM_COLUMNS, USER_COLUMNS
+from tfrs_pipeline.sources.recflow import load_recflow as load
 
 FLAGS = [
     "realshow",
@@ -74,11 +75,6 @@ def write(folder: Path, stage: str, days: list[list[Row]], types: Any = None) ->
         pa.feather.write_feather(
             pa.table(columns), folder / stage / f"2024-01-{13 + day}.feather", chunksize=64
         )
-
-
-def load(folder: Path, **options: Any) -> Log:
-    tables = load_recflow(folder, **options)
-    return tables
 
 
 def stage_of(row: Row, label: tuple[str, ...] = ("effective_view",)) -> str | None:
