@@ -153,15 +153,9 @@ def sampling_plans(
     """Turns the plans of a config into settings; says what is missing.
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
-    all of them but in-batch alone see the same number.
-
-    Args:
-        config: `compare.plans`, and what the plans have in common.
-        logged: Stages whose losers the samples hold, such as "retrieved".
-        num_candidates: Size of the corpus.
-
-    Raises:
-        ValueError: If the reference is missing, or a plan does not go with the other settings.
+    all of them but in-batch alone see the same number. `logged` are the stages whose losers the
+    samples hold. A `ValueError` if the reference is missing, or a plan does not go with the other
+    settings.
     """
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
     common: dict[str, Any] = {

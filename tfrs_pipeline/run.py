@@ -54,7 +54,7 @@ def run(
     on_step: OnStep = lambda report: None,
     on_progress: OnProgress = lambda *task: None,
 ) -> RunResult:
-    """Runs the whole pipeline.
+    """Runs the whole pipeline in a folder, which is made if missing.
 
     A folder that holds a stopped run of the same config is resumed: finished data and samples are
     kept, training goes on from its last epoch. A finished run whose export is still there is given
@@ -66,12 +66,9 @@ def run(
 
     Args:
         config: What to do.
-        folder: The run's folder; made if missing.
+        folder: Where.
         on_step: Called as each step ends.
         on_progress: Called within long steps with a task's name, steps done and steps in all.
-
-    Returns:
-        Where things lie, and the metrics.
 
     Raises:
         NotPublished: If `export.gate` is set and the model is worse than the one in service; the

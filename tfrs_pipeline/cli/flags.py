@@ -76,11 +76,7 @@ class CommandLine:
     _flags: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Reads a command and the settings that were given as its flags.
-
-        Returns:
-            Name of the command, and values by dotted name: of the given settings alone, and not yet
-            checked.
+        """Reads a command, and the settings given as its flags by dotted name, not yet checked.
 
         Raises:
             UsageError: If a command or flag is unknown, or a value is missing.

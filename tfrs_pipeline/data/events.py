@@ -116,9 +116,6 @@ def load_events(
 
     Returns:
         The events without the rows at fault; how many of these were dropped, and why; and notes.
-
-    Raises:
-        DataError: If a column is missing, of a wrong type, or at fault in too many rows.
     """
     stage_column = rules.stage_column(scanned)
     names = _event_columns(scanned, stage_column, rules)

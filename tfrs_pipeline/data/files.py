@@ -102,17 +102,14 @@ class Scan:
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
-    """Opens a source of rows.
+    """Opens a source of rows: for files and folders, read in the order of their names, or tables.
 
     Args:
         connection: Where the rows will be read.
-        source: A path to CSV (with a header) or Parquet, a file or a folder, whose files are read
-            in the order of their names; a list of such files; or a table: pandas, pyarrow, Ibis of
-            any backend, or whatever else speaks Arrow. No name is a pattern.
+        source: A path to CSV (with a header) or Parquet, a file or a folder; a list of such files;
+            or a table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No name
+            is a pattern.
         name: What the table is, in messages about one in memory.
-
-    Raises:
-        DataError: If it is no such source, or names a column twice.
     """
     if isinstance(source, str | Path):
         return _scan_files(connection, Path(source), *_list_files(Path(source)))

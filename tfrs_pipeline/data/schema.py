@@ -91,12 +91,7 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows that a source or a filter dropped.
-
-    Args:
-        reason: Why, for a person.
-        num_rows: How many, 1 or more.
-    """
+    """Rows that a source or a filter dropped: why, for a person, and how many."""
 
     reason: str
     num_rows: int
@@ -104,12 +99,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Source:
-    """What to call a table and its columns in an error message.
-
-    Args:
-        name: A file, or what the table is.
-        columns: Column name -> its name in the source, where they differ.
-    """
+    """What to call a table in a message, and its columns where they have another name there."""
 
     name: str
     columns: Mapping[str, str] = field(default_factory=dict)

@@ -33,9 +33,6 @@ def settle(
 
     Returns:
         Events, items and users; what was dropped of the events; and notes, in lines for a person.
-
-    Raises:
-        DataError: If unknown items or duplicates are refused, or nothing is left to learn from.
     """
     num_in = num_rows = count_rows(events)
     dropped: list[Dropped] = []
@@ -86,9 +83,6 @@ def settle_unknown(
 
     Returns:
         The events that are kept, what was dropped, and what is to be known, in lines for a person.
-
-    Raises:
-        DataError: If they are refused, or no event's is in the table.
     """
     where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
     lacking = events.anti_join(entities, id_name)

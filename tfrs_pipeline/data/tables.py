@@ -133,9 +133,6 @@ def type_entities(
     Returns:
         The table, one row an id; what was dropped of it; and what is missing in it, in lines for a
         person. A feature that cannot be used is missing.
-
-    Raises:
-        DataError: If too many rows or features are at fault, or two rows of an id differ.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     notes = type_features(raw, columns, features, formats, max_bad_share)
@@ -206,13 +203,8 @@ def load_items(
 ) -> ibis.Table:
     """Loads an item table by itself, such as today's for a model of last week's.
 
-    Args:
-        source: As `items` of `Log.from_files`.
-        is_integer_id: Whether the ids are integers, as in the events that the model was trained on;
-            else they are read as text.
-        item_features: As in `Log.from_files`.
-        item_columns: As in `Log.from_files`.
-        formats: How values are written.
+    `is_integer_id` says whether ids are integers, as in the events that the model was trained on;
+    else they are read as text.
 
     Returns:
         item_id, the features, and `title` where there is one, by ascending item_id.

@@ -20,12 +20,9 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer to one of the questions that a run is made for.
+    """An answer to one of the questions that a run is made for, and the sentence that it rests on.
 
-    Args:
-        answer: In a word or a few.
-        why: The sentence that it rests on.
-        is_good: Whether it is what one hopes for; None where it is neither.
+    `is_good` says whether it is what one hopes for; None where it is neither.
     """
 
     answer: str

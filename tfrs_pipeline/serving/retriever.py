@@ -50,11 +50,7 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
 
 
 def version_at(path: str | Path) -> Path:
-    """Returns the folder of the version that `load` takes.
-
-    Raises:
-        FileNotFoundError: If there is no complete export at `path`.
-    """
+    """Returns the folder of the version that `load` takes, or raises a `FileNotFoundError`."""
     folder = Path(path).resolve()
     if (folder / MANIFEST_FILE).is_file():
         return folder
@@ -218,11 +214,7 @@ class LoadedRetriever:
         return history
 
     def parse_user_id(self, text: str) -> Any:
-        """Turns a user id typed by a person into the type of the model's ids.
-
-        Raises:
-            ValueError: If the model's ids are integers and the text is not one.
-        """
+        """Turns a user id, as typed, into the type of the model's; or raises a `ValueError`."""
         return _parse_id(text, self.user_dtype, "user")
 
     def parse_item_id(self, text: str) -> Any:
@@ -232,10 +224,8 @@ class LoadedRetriever:
     def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """Turns request features typed by a person, and the timestamp, into their values.
 
-        Lists are written with commas, times in ISO 8601 with their zone.
-
-        Raises:
-            ValueError: If the model reads no such feature, or it holds something else.
+        Lists are written with commas, times in ISO 8601 with their zone. A `ValueError` if the
+        model reads no such feature, or it holds something else.
         """
         self._check_requests([texts])
         kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
@@ -296,11 +286,7 @@ class LoadedRetriever:
         return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs of the signatures `..._with_features` of the queries' features.
-
-        Raises:
-            ValueError: If the model does not read one of them, or cannot.
-        """
+        """Makes inputs of the signatures `..._with_features`; a `ValueError` if one is not read."""
         names = [feature.name for feature in self.features["query"]]
         if not names:
             raise ValueError(

@@ -66,7 +66,7 @@ def load_kuairand(
     """Loads KuaiRand: one event an exposure, with the context columns `is_rand` and `tab`.
 
     The order of the events is that of the logs: standard before random, by date and part, then by
-    row. Arguments are as in `Log.from_files`; ids are int64.
+    row. Ids are int64.
 
     Args:
         folder: Holds the files, or a folder `data` with them.
@@ -76,9 +76,9 @@ def load_kuairand(
             (numeric, ms), upload_dt (timestamp; days of UTC+8).
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
         request_features: Column of the logs -> kind: tab, or hour and weekday (UTC); no outcome.
-        unknown_items: For videos that video_features_basic lacks.
-        duplicates: See there.
-        connection: See there.
+        unknown_items: As in `Log.from_files`.
+        duplicates: As there.
+        connection: As there.
 
     Raises:
         DataError: If files, columns or values are missing or are not what they should be.

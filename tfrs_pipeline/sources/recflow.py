@@ -106,19 +106,17 @@ def load_recflow(
     the others by that place.
 
     Items and users come from the rows: of each id the values of its latest row, by
-    request_timestamp, then by place in the log.
+    request_timestamp, then by place in the log. Ids are int64; `dropped` counts the rows without a
+    flag.
 
     Args:
         folder: Holds all_stage, realshow, or both.
-        label: Outcome (see `OUTCOMES`) -> weight, as in `Log.from_files`. None: effective_view.
+        label: Outcome (see `OUTCOMES`) -> weight. None: effective_view.
         item_features: Column among `ITEM_COLUMNS` -> "categorical" or "numeric".
         user_features: Column among `USER_COLUMNS` -> "categorical" or "numeric".
         request_features: `hour` and `weekday` of the request -> kind.
         duplicates: As in `Log.from_files`.
-        connection: As in `Log.from_files`.
-
-    Returns:
-        A log with int64 ids; `dropped` counts the rows without a flag.
+        connection: As there.
 
     Raises:
         DataError: If files, columns or values are missing or are not what they should be.

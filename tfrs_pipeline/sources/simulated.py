@@ -154,9 +154,6 @@ class Simulation:
     def click_probability(self, user_ids: npt.ArrayLike) -> np.ndarray:
         """Computes the true probability of a click on every item, if shown in the first place.
 
-        Args:
-            user_ids: [num_queries] ids, in any order.
-
         Returns:
             [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`.
 
