@@ -23,6 +23,8 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+PROVE = export_module.prove
 NUM_GONE = 7
 
 
@@ -51,11 +53,9 @@ def of_int() -> Served:
 def refreshed(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
     """A model's folder after a refreshment, its second version, and the items of that."""
     directory = tmp_path_factory.mktemp("refreshed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "prove", lambda *arguments: None)
-        folder = publish(served, directory)
-        items = write_items(served, directory / "items.parquet")
-        done = refresh_index(folder, directory / "items.parquet")
+    folder = publish(served, directory)
+    items = write_items(served, directory / "items.parquet")
+    done = refresh_index(folder, directory / "items.parquet")
     assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
     assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
     assert done.folder == folder / "2"
@@ -156,7 +156,6 @@ def test_filters_go_by_todays_values(served: Served, refreshed: tuple[Path, pa.T
     assert loaded.knows(asked).tolist() == [True, True, *[False] * len(new_ids(served))]
 
 
-@pytest.mark.usefixtures("unproven")
 def test_refreshing_again_goes_back_to_what_was_dropped(
     served: Served, refreshed: tuple[Path, pa.Table], tmp_path: Path
 ) -> None:
@@ -175,7 +174,6 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
 
 
-@pytest.mark.usefixtures("unproven")
 def test_what_a_refreshment_asks_for_holds_for_the_next(of_int: Served, tmp_path: Path) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""
     folder = publish(of_int, tmp_path)
@@ -198,7 +196,6 @@ def test_what_a_refreshment_asks_for_holds_for_the_next(of_int: Served, tmp_path
         refresh_index(folder, tmp_path / "items.parquet", keep_versions=0)
 
 
-@pytest.mark.usefixtures("unproven")
 def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:
     by_id = dataclasses.replace(of_int, candidate_features=())
     folder = export(by_id, tmp_path / "ids", index=Exact())
@@ -211,7 +208,6 @@ def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) 
         refresh_index(folder.parent, tmp_path / "new.csv")
 
 
-@pytest.mark.usefixtures("unproven")
 def test_paths_are_judged_before_the_work(
     of_int: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +224,6 @@ def test_paths_are_judged_before_the_work(
         refresh_index(tmp_path / "copy", tmp_path / "items.parquet")
 
 
-@pytest.mark.usefixtures("unproven")
 def test_a_filter_without_any_value_allows_nothing_but_all(of_int: Served, tmp_path: Path) -> None:
     folder = publish(of_int, tmp_path)
     ids = of_int.candidate_ids.tolist()
@@ -247,7 +242,6 @@ def without_genres(table: pa.Table) -> pa.Table:
     return table.set_column(place, kind, pa.nulls(len(table), kind.type))
 
 
-@pytest.mark.usefixtures("unproven")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -269,7 +263,6 @@ def test_a_bad_item_table_changes_nothing(
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
-@pytest.mark.usefixtures("unproven")
 def test_ids_of_another_kind_are_refused_unless_all_are_new(of_int: Served, tmp_path: Path) -> None:
     folder = publish(of_int, tmp_path)
     ids = [2, 4, 5]
@@ -281,7 +274,6 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(of_int: Served, tmp_
     assert (done.num_items, done.num_untrained) == (3, 3)
 
 
-@pytest.mark.usefixtures("unproven")
 def test_text_ids_are_refused_by_a_model_of_integers(of_int: Served, tmp_path: Path) -> None:
     folder = publish(of_int, tmp_path)
     pq.write_table(pa.table({"item_id": ["x"], "genres": [["a"]]}), tmp_path / "text.parquet")
@@ -291,8 +283,12 @@ def test_text_ids_are_refused_by_a_model_of_integers(of_int: Served, tmp_path: P
 
 @pytest.mark.slow
 def test_the_command_says_what_it_did(
-    of_int: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    of_int: Served,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(export_module, "prove", PROVE)
     folder = publish(of_int, tmp_path)
     write_items(of_int, tmp_path / "items.parquet")
     command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
