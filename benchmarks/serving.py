@@ -53,6 +53,7 @@ class Clusters:
     query_features: tuple[Any, ...] = ()
     request_features: tuple[Any, ...] = ()
     candidate_features: tuple[Any, ...] = ()
+    history_times = None
 
     def __init__(self, num_candidates: int, seed: int) -> None:
         import pyarrow as pa

@@ -78,6 +78,8 @@ REQUESTED = dataclasses.replace(
         "place": np.arange(NUM_SAMPLES, dtype=np.int32),
         "vector": np.arange(2 * NUM_SAMPLES, dtype=np.float32).reshape(-1, 2),
     },
+    # A time names the place in the sequences.
+    sequence_times=np.arange(NUM_SAMPLES) + 1000,
 )
 # The weight names the sample: no two are equal.
 SAMPLE_OF = {weight: i for i, weight in enumerate(SAMPLES.weights.tolist())}

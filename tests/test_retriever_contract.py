@@ -101,6 +101,7 @@ class Problem:
             request_features=(),
             candidate_features=(),
             histories=nothing,
+            history_times=None,
             known_positives=nothing,
             items=pa.table({"item_id": self.candidate_ids.tolist()}),
             embed_queries=model.embed_queries,

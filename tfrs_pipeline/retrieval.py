@@ -9,8 +9,10 @@ import numpy as np
 
 Query: TypeAlias = Mapping[str, Any]
 """Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
-ids, oldest first; `"features"`, raw values of user features by column name; `"request"`, those of
-request features, and `"timestamp"`, of which those are made that the log made of its own."""
+ids, oldest first; `"history_timestamps"`, the time of each of these, aware `datetime`s or seconds
+since 1970; `"features"`, raw values of user features by column name; `"request"`, those of request
+features, and `"timestamp"`, when the request comes: of it those features are made that the log made
+of its own, and with it models that read times know how long ago the history was."""
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ def samples_of_users(places: list[list[int]]) -> Samples:
         known_positives=known,
         exposed=RowLists.from_lists([np.zeros(0, int)] * (len(places) + 1)),
         counts=np.bincount(candidates, minlength=99),
+        sequence_times=np.concatenate([sorted(times) for times in places]),
     )
 
 
@@ -52,6 +53,12 @@ def test_every_sample_reads_the_end_of_its_own_history(
         window, num_read = divmod(state, width)
         read = batch["sequence_rows"][window, :num_read].tolist()
         history = samples.history(sample).tolist()
+        # The times of what is read, and then of the query: of single positives, they come first.
+        times = batch["sequence_times"][window, : num_read + 1]
+        latest = samples.latest_times(np.array([sample]), length)[0]
+        np.testing.assert_array_equal(latest[: num_read + 1], times[::-1])
+        own = sorted(places[samples.query_rows[sample] - 1])
+        assert times.tolist() == own[len(history) - num_read : len(history) + 1]
         assert read == history[len(history) - num_read :]
         # Truncated to its window, which begins with one item; what fits one window is whole.
         assert num_read > 0 or not history

@@ -10,7 +10,15 @@ from tfrs_pipeline.batches.slices import Slices
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
-OF_QUERIES = ("query_row", "history_rows", "is_counted", "hard_candidate_row", "hard_log_q")
+OF_SEQUENCES = ("sequence_rows", "sequence_times")
+OF_QUERIES = (
+    "query_row",
+    "history_rows",
+    "history_times",
+    "is_counted",
+    "hard_candidate_row",
+    "hard_log_q",
+)
 OF_REQUESTS = ("request place", "request vector")
 
 
@@ -36,7 +44,7 @@ def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
     assert len(sliced) == 2 * total
     for i, batch in enumerate(whole):
         parts = sliced[i * total : (i + 1) * total]
-        for name in ("candidate_row", "weight", *OF_QUERIES, *OF_REQUESTS):
+        for name in ("candidate_row", "weight", *OF_QUERIES, *OF_REQUESTS, *OF_SEQUENCES):
             if name in batch:
                 joined = np.concatenate([part[name] for part in parts])
                 np.testing.assert_array_equal(joined, batch[name], name)

@@ -186,7 +186,7 @@ def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: 
     exportable: Any = SimpleNamespace(
         query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
         query_features=features, request_features=(), candidate_features=features,
-        history_length=5,
+        history_length=5, history_times=None,
         variables=model.variables, embed_queries=model.embed_queries,
         embed_candidates=model.embed_candidates,
     )  # fmt: skip

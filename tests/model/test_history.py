@@ -4,14 +4,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.model.history import HistoryEncoder, SelfAttention
+from tfrs_pipeline.model.history import (
+    NUM_GAPS,
+    HistoryEncoder,
+    SelfAttention,
+    _drop_gaps,
+    gap_buckets,
+)
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
 ALL = ("mean", "recency", "attention")
 LENGTHS = [8, 3, 0, 5]
 
 
-def make_encoder(*poolings: str, dropout: float = 0.5) -> HistoryEncoder:
+def make_encoder(*poolings: str, dropout: float = 0.5, reads_times: bool = False) -> HistoryEncoder:
     settings = TwoTowerSettings(
         dim=4,
         history_pooling=poolings or ALL,
@@ -19,9 +25,26 @@ def make_encoder(*poolings: str, dropout: float = 0.5) -> HistoryEncoder:
         history_dropout=dropout,
         history_length=8,
     )
-    encoder = HistoryEncoder(9, settings)
+    encoder = HistoryEncoder(9, settings, reads_times=reads_times)
     encoder(tf.zeros([1, 1], tf.int32))
     return encoder
+
+
+@pytest.fixture(scope="module")
+def timed() -> HistoryEncoder:
+    """Attends with gaps that tell."""
+    encoder = make_encoder("attention", reads_times=True)
+    gaps = encoder._attention._gaps
+    gaps.assign(tf.random.stateless_normal(gaps.shape, [5, 6]))
+    return encoder
+
+
+def times_of(lengths: list[int]) -> np.ndarray:
+    """[n, 9] rising seconds, of the items and of the query after them; some not known."""
+    rng = np.random.default_rng(2)
+    times = 1.7e9 + np.cumsum(rng.integers(0, 10 ** rng.integers(0, 7, (len(lengths), 9))), axis=1)
+    times[rng.random(times.shape) < 0.2] = np.nan
+    return np.where(np.arange(9) <= np.array(lengths)[:, None], times, np.nan)
 
 
 def table_of(encoder: HistoryEncoder) -> tf.Variable:
@@ -75,6 +98,66 @@ def test_each_state_is_the_encoding_of_its_beginning(pooling: str) -> None:
         np.testing.assert_allclose(states[w, j], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_state_has_the_gaps_of_its_beginning(timed: HistoryEncoder) -> None:
+    rows, times = sequences(LENGTHS), times_of(LENGTHS)
+    states = timed.states(tf.constant(rows), times=tf.constant(times)).numpy()
+    beginnings = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
+    latest_first = np.zeros((len(beginnings), 8), np.int32)
+    latest_times = np.full((len(beginnings), 9), np.nan)
+    for line, line_times, (w, j) in zip(latest_first, latest_times, beginnings, strict=True):
+        line[:j] = rows[w, :j][::-1]
+        line_times[: j + 1] = times[w, : j + 1][::-1]
+    alone = timed(tf.constant(latest_first), times=tf.constant(latest_times)).numpy()
+    for (w, j), expected in zip(beginnings, alone, strict=True):
+        np.testing.assert_allclose(states[w, j], expected, rtol=1e-4, atol=1e-5)
+    # The query's own time tells; where it is missing, or all are, nothing is told.
+    later, missing, none = latest_times.copy(), latest_times.copy(), np.full_like(times, np.nan)
+    later[:, 0], missing[:, 0] = 2e9, np.nan
+    moved, unknown = (
+        timed(tf.constant(latest_first), times=tf.constant(x)) for x in (later, missing)
+    )
+    is_told = np.isfinite(latest_times[:, :2]).all(axis=1)
+    assert (np.abs(moved - alone).max(axis=1) > 1e-3)[is_told].all()
+    assert (np.abs(unknown - alone).max(axis=1) > 1e-3)[is_told].all()
+    np.testing.assert_array_equal(
+        timed.states(tf.constant(rows)), timed.states(tf.constant(rows), times=tf.constant(none))
+    )
+
+
+def test_gaps_begin_as_if_there_were_none() -> None:
+    encoders = []
+    for reads_times in (False, True):
+        tf.keras.utils.set_random_seed(1)
+        encoders.append(make_encoder(reads_times=reads_times))
+    plain, timed = encoders
+    rows, times = tf.constant(sequences(LENGTHS)), tf.constant(times_of(LENGTHS))
+    np.testing.assert_array_equal(timed.states(rows, times=times), plain.states(rows))
+    # One that reads none has no weights of them: a log by order alone trains what it did.
+    assert len(timed.weights) == len(plain.weights) + 1
+    np.testing.assert_array_equal(plain.states(rows, times=times), plain.states(rows))
+
+
+def test_gaps_are_sorted_by_their_logarithm() -> None:
+    whole = np.arange(5000)
+    bucket = np.array([1 + (np.log2(1.0 + s) * 2 + 1e-9) // 1 for s in whole.tolist()])
+    times = np.stack([np.zeros(len(whole)), whole], axis=1)
+    np.testing.assert_array_equal(gap_buckets(tf.constant(times))[:, 1], bucket)
+    assert gap_buckets(
+        tf.constant([[9.0, 3.0, 1e12, np.nan, 7.0]], tf.float64)
+    ).numpy().tolist() == [[0, 1, NUM_GAPS - 1, 0, 0]]
+
+
+def test_training_drops_gaps_and_sometimes_all() -> None:
+    rng = np.random.default_rng(0)
+    gaps = tf.constant(rng.integers(1, NUM_GAPS, (4000, 6)), tf.int32)
+    dropped = _drop_gaps(gaps, tf.constant([1, 2]), None).numpy()
+    np.testing.assert_array_equal(dropped[dropped > 0], gaps.numpy()[dropped > 0])
+    is_whole = (dropped == 0).all(axis=1)
+    # Five standard deviations of 5%.
+    assert abs(is_whole.mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 4000)
+    assert abs((dropped[~is_whole] == 0).mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 22_000)
+
+
 @pytest.mark.parametrize("pooling", ALL)
 def test_a_state_does_not_know_what_comes_after(pooling: str) -> None:
     encoder, rows = make_encoder(pooling), sequences([8])
@@ -100,18 +183,20 @@ def test_dropout_is_a_function_of_its_seed_and_of_training(pooling: str) -> None
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str) -> None:
-    encoder = make_encoder(pooling)
+def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str, timed: HistoryEncoder) -> None:
+    encoder = timed if pooling == "attention" else make_encoder(pooling)
     # The longest history of the whole is in one of the slices alone.
     histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
+    times = tf.constant(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1)))
     seed = tf.constant([3, 4], tf.int32)
-    whole = encoder(histories, training=True, dropout_seed=seed)
+    whole = encoder(histories, training=True, dropout_seed=seed, times=times)
     slices = [
         encoder(
             histories[first:last],
             training=True,
             dropout_seed=seed,
             dropout_slice=tf.constant([first, 5], tf.int32),
+            times=times[first:last],
         )
         for first, last in ((0, 3), (3, 5))
     ]
@@ -152,12 +237,13 @@ def test_one_pass_drops_an_item_for_every_pooling_or_for_none(
 
 def test_attention_is_that_of_a_loop() -> None:
     """One block and two heads, computed with NumPy from the layer's own weights."""
-    layer = SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3)
+    layer = SelfAttention(4, max_length=5, num_blocks=1, dropout=0.3, reads_gaps=True)
+    gaps = np.array([[0, 3, 1, 63], [0, 0, 9, 0]])
     vectors = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     layer(tf.constant(vectors))
     for variable in layer.trainable_variables:  # No zeros and ones that hide a missing term.
         variable.assign(variable + tf.random.stateless_normal(variable.shape, [1, 2], stddev=0.3))
-    got = layer(tf.constant(vectors)).numpy()
+    got = layer(tf.constant(vectors), gaps=tf.constant(gaps)).numpy()
     block = {name: [w.numpy() for w in part.weights] for name, part in layer._blocks[0].items()}
 
     def norm(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
@@ -168,9 +254,10 @@ def test_attention_is_that_of_a_loop() -> None:
     def dense(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         return x @ weights[0] + weights[1]
 
-    for sequence, expected in zip(vectors, got, strict=True):
+    for sequence, of_gaps, expected in zip(vectors, gaps, got, strict=True):
         start = layer._start.numpy()[0]
         hidden = np.concatenate([start, sequence * 2.0]) + layer._positions.numpy()[:4]
+        hidden = hidden + layer._gaps.numpy()[of_gaps]
         projected = dense(norm(hidden, block["attention_norm"]), block["query_key_value"])
         query, key, value = projected[:, :4], projected[:, 4:8], projected[:, 8:]
         attended = np.zeros((4, 4))

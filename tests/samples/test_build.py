@@ -111,9 +111,11 @@ def test_histories_counts_and_masks_match_a_loop(
     assert build(log, folder) == slow_histories(events, has_request)
 
     clicked, exposed, counts = defaultdict(list), defaultdict(set), np.zeros(8, np.int64)
-    for user, item, _, stage, _ in sorted(events, key=lambda event: event[2]):
+    seconds = defaultdict(list)
+    for user, item, second, stage, _ in sorted(events, key=lambda event: event[2]):
         if stage == "clicked":
             clicked[user].append(item)
+            seconds[user].append(second)
             counts[item] += 1
         if stage == "exposed":
             exposed[user].add(item)
@@ -122,12 +124,20 @@ def test_histories_counts_and_masks_match_a_loop(
     for user in (1, 2, 3):
         assert samples.known_positives[user].tolist() == sorted(set(clicked[user]))
         assert samples.exposed[user].tolist() == sorted(exposed[user] - set(clicked[user]))
+    # A query's time is that of the first click that its history does not have.
+    start = int(START.timestamp())
+    for i, latest in enumerate(samples.latest_times(np.arange(len(samples)), 4) - start):
+        num_earlier = samples.num_earlier[i]
+        times = seconds[samples.query_rows[i]][: num_earlier + 1][::-1][:5]
+        np.testing.assert_array_equal(latest, [*times, *[np.nan] * (5 - len(times))])
     # As of now, to a model that knows users 2 and 3, and items 1 to 5.
-    histories, known = latest_histories(log, Ids([2, 3]), Ids(range(1, 6)))
+    histories, known, times = latest_histories(log, Ids([2, 3]), Ids(range(1, 6)))
     for row, user in enumerate((0, 2, 3)):
         items = [item if item <= 5 else 0 for item in clicked[user]]
         assert histories[row].tolist() == items[::-1]
         assert known[row].tolist() == sorted(set(items) - {0})
+        of_user = slice(*histories.offsets[row : row + 2])
+        assert (times[of_user] - start).tolist() == seconds[user][::-1]
 
 
 def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:

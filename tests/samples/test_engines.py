@@ -108,9 +108,9 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
 def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -> None:
     holdout, other = (log.split(kind).holdout("test", 5, seed=1) for log in logs)
     assert holdout.num_sampled_from == other.num_sampled_from
-    for name in ("user_ids", "candidate_ids", "candidate_counts"):
+    for name in ("user_ids", "times", "candidate_ids", "candidate_counts"):
         assert getattr(holdout, name).tolist() == getattr(other, name).tolist()
-    for name in ("histories", "relevant", "seen"):
+    for name in ("histories", "history_times", "relevant", "seen"):
         for left, right in zip(getattr(holdout, name), getattr(other, name), strict=True):
             assert left.tolist() == right.tolist()
     assert holdout.requests == other.requests

@@ -38,6 +38,7 @@ class Served:
     genres: list[list[str]]
     titles: list[str]
     request_features: tuple[Feature, ...] = ()
+    history_times: np.ndarray | None = None
 
     @property
     def history_length(self) -> int:
@@ -61,8 +62,10 @@ class Served:
         ids = self.candidate_ids.tolist()
         return pa.table({"item_id": ids, "title": self.titles, "genres": genres})
 
-    def embed_queries(self, rows: Any, history_rows: Any, features: Any = None) -> tf.Tensor:
-        return self.model.embed_queries(rows, history_rows, features)
+    def embed_queries(
+        self, rows: Any, history_rows: Any, features: Any = None, history_times: Any = None
+    ) -> tf.Tensor:
+        return self.model.embed_queries(rows, history_rows, features, history_times)
 
     def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
         return self.model.embed_candidates(rows, features)
@@ -98,9 +101,13 @@ def served(request: pytest.FixtureRequest) -> Served:
 
 
 def make_served(
-    ids: str, *, use_user_id: bool = True, request_features: tuple[Feature, ...] = ()
+    ids: str,
+    *,
+    use_user_id: bool = True,
+    request_features: tuple[Feature, ...] = (),
+    reads_times: bool = False,
 ) -> Served:
-    """Makes the model with ids of a type, "int" or "str"."""
+    """Makes the model with ids of a type, "int" or "str"; one that reads times attends."""
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
     genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
@@ -113,7 +120,10 @@ def make_served(
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    model = TwoTower(dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id).build(
+    changes = {"history_pooling": ("attention",)} if reads_times else {}
+    model = TwoTower(
+        dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
+    ).build(
         Corpus(
             Ids(candidate_ids),
             Ids(query_ids),
@@ -122,6 +132,7 @@ def make_served(
             {"genres": genres.encode_column(all_genres)},
             {"gender": gender.encode_column(all_genders)},
             request_features,
+            reads_times,
         )
     )
     # An untrained Keras embedding is nearly zero: spread the answers out.
@@ -146,7 +157,15 @@ def make_served(
         all_genres,
         [f"title of {id_}" for id_ in candidate_ids.tolist()],
         request_features,
+        _times(histories) if reads_times else None,
     )
+
+
+def _times(histories: list[np.ndarray]) -> np.ndarray:
+    """Falling seconds, as the most recent item comes first."""
+    rng = np.random.default_rng(3)
+    gaps = [10 ** rng.integers(0, 7, len(rows)) for rows in histories]
+    return np.concatenate([1_714_000_000 - np.cumsum(of_user) for of_user in gaps])
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The client beside the model in memory; what a server refuses."""
 
 import socket
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
         assert np.isneginf(scores[i, len(chosen) :]).all()
     with pytest.raises(ValueError, match=r"allowed .*'b'; did you mean \['b'\]"):
         retriever.retrieve([{}], 3, allowed=["b"])
+
+
+def test_times_that_the_model_does_not_read_change_nothing(served: Served, url: str) -> None:
+    query = {"history": served.known(3)}
+    now = datetime(2024, 5, 1, tzinfo=UTC)
+    timed = {**query, "history_timestamps": [now] * 4, "request": {"timestamp": now}}
+    scores = ServedRetriever(url).retrieve([timed, query], 5)[1]
+    np.testing.assert_array_equal(scores[0], scores[1])
 
 
 def test_no_queries(url: str) -> None:

@@ -388,6 +388,7 @@ class OwnModel:
     histories = known_positives = RowLists.from_lists(
         [np.arange(0), np.array([1, 2]), np.array([3])]
     )
+    history_times = None
 
     def __init__(self) -> None:
         self.query_ids, self.candidate_ids = np.array([7, 8]), np.array(["a", "b", "c"], object)

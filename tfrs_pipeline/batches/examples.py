@@ -62,6 +62,9 @@ class Examples(Protocol):
             positive_query: [P] int32 in [0, W), whose positive it is; only if W may differ from P.
             history_rows: [W, any] int32, most recent first, padded with 0; or sequence_rows and
                 state (`WholeSequences`).
+            history_times: [W, one more] float64, where the samples have times, in seconds since
+                1970: that of the query, then those of the items, NaN where there is none; or
+                sequence_times.
         """
         ...
 

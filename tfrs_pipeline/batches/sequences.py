@@ -33,6 +33,9 @@ class WholeSequences:
         sequence_rows: [S, L'] int32, the windows, oldest first, padded with 0; L' is the longest
             one's length.
         state: [P] int32, s * (L' + 1) + j where the history is the first j items of window s.
+        sequence_times: [S, L' + 1] float64, of a log with timestamps: in seconds since 1970 those
+            of the windows' items, and of the event that comes after the last one; NaN where there
+            is none. Entry j is thus the time of the query of state j.
 
     Args:
         samples: The training samples, of a log with an order.
@@ -64,6 +67,8 @@ class WholeSequences:
             ),
             "sequence_rows": tf.TensorSpec([None, None], tf.int32),
         }
+        if samples.sequence_times is not None:
+            self.signature["sequence_times"] = tf.TensorSpec([None, None], tf.float64)
         self.batch_size = batch_size
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self._num_samples = len(samples)
@@ -109,13 +114,20 @@ class WholeSequences:
         source = first[:, np.newaxis] + np.where(is_item, place, 0)
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
         num_read = samples.num_earlier[index] - starts[window]
-        return {
+        found: Found = {
             "index": index,
             "query_row": samples.query_rows[index],
             "candidate_row": samples.candidate_rows[index],
             "sequence_rows": np.where(is_item, samples.sequences.values[source], np.int32(0)),
             "state": window * (width + 1) + num_read,
         }
+        if samples.sequence_times is not None:
+            # A window ends with the last history, after which there is the event that it is of.
+            place = np.arange(width + 1)
+            is_event = place <= lengths[:, np.newaxis]
+            source = first[:, np.newaxis] + np.where(is_event, place, 0)
+            found["sequence_times"] = np.where(is_event, samples.sequence_times[source], np.nan)
+        return found
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class SinglePositives:
             "candidate_row": tf.TensorSpec([batch_size], tf.int32),
             "history_rows": tf.TensorSpec([batch_size, history_length], tf.int32),
         }
+        if samples.sequence_times is not None:
+            self.signature["history_times"] = tf.TensorSpec(
+                [batch_size, history_length + 1], tf.float64
+            )
         self._samples = samples
         self._num_samples = len(samples)
         self._history_length = history_length
@@ -97,12 +101,15 @@ class SinglePositives:
     def read(self, chosen: np.ndarray) -> Found:
         """Looks up what was chosen; see `Examples`."""
         index = chosen if self._sampler is None else self._by_candidate[chosen]
-        return {
+        found: Found = {
             "index": index,
             "query_row": self._samples.query_rows[index],
             "candidate_row": self._samples.candidate_rows[index],
             "history_rows": self._samples.latest(index, self._history_length),
         }
+        if "history_times" in self.signature:
+            found["history_times"] = self._samples.latest_times(index, self._history_length)
+        return found
 
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
         """Returns [B] samples of a permutation an epoch, or draws by rate."""

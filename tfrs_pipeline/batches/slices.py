@@ -10,7 +10,8 @@ import tensorflow as tf
 from tfrs_pipeline.batches.examples import REQUEST, Batch
 
 _OF_POSITIVES = ("candidate_row", "weight", "positive_query", "state")
-_OF_QUERIES = ("query_row", "history_rows")
+_OF_QUERIES = ("query_row", "history_rows", "history_times")
+_OF_SEQUENCES = ("sequence_rows", "sequence_times")
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ class Slices:
         for name in batch:
             if name in _OF_POSITIVES:
                 part[name] = batch[name][first:last]
+            elif name in _OF_SEQUENCES:
+                part[name] = batch[name][begin:end]
             elif name in (*_OF_QUERIES, *of_queries) or name.startswith(("hard_", REQUEST)):
                 part[name] = batch[name][queries]
         if "positive_query" in batch:
             part["positive_query"] -= begin
         if "sequence_rows" in batch:
-            part["sequence_rows"] = batch["sequence_rows"][begin:end]
             part["state"] -= begin * num_states
         return part | {
             "total_weight": tf.reduce_sum(batch["weight"]),

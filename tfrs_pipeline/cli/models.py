@@ -48,9 +48,12 @@ class Query(OfModel):
     history: tuple[str, ...] | None = None
     """Ids of the items that the user liked, oldest first, for someone whom the model does not know
     or in place of what it knows."""
+    history_timestamps: tuple[str, ...] | None = None
+    """When each of them was, such as 2026-01-31T08:00Z, for a model that reads times."""
     request: dict[str, str] = {}
     """What is known of the request, such as device=ios hour=8, of the request features that the
-    model reads; timestamp=2026-01-31T08:00Z in place of an hour or weekday that it makes of it."""
+    model reads; timestamp=2026-01-31T08:00Z is when it comes: of it the model makes an hour or
+    weekday, and knows how long ago the history was."""
     k: PositiveInt = 10
     """How many."""
     exclude: tuple[str, ...] = ()
@@ -131,6 +134,11 @@ class Query(OfModel):
         else:
             about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
             query = {**about, "request": request}
+            if self.history_timestamps is not None:
+                moments = [{"timestamp": text} for text in self.history_timestamps]
+                query["history_timestamps"] = [
+                    retriever.parse_request(moment)["timestamp"] for moment in moments
+                ]
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 
 import ibis
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.requests import at_request
+from tfrs_pipeline.data.requests import at_request, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Exclude, FeatureKind, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
@@ -22,6 +23,8 @@ _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
     "validation": ("train", "fold_in"),
     "test": ("train", "validation", "fold_in"),
 }
+
+_LISTS = ("histories", "relevant", "clicked", "seen")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,10 @@ class Holdout:
         requests: Per query, the raw request features by name: those of the request that brought the
             first of the positives to find, since that is the one which is asked about. None in a
             log without request features.
+        history_times: Per query, the time of each item of `histories`, in whole seconds since 1970;
+            None in a log without timestamps.
+        times: [num_queries] int64, when each query comes: the time of the first of the positives to
+            find, in seconds likewise; None likewise.
     """
 
     user_ids: np.ndarray
@@ -51,6 +58,8 @@ class Holdout:
     candidate_counts: np.ndarray
     num_sampled_from: int | None = None
     requests: list[dict[str, Any]] | None = None
+    history_times: list[np.ndarray] | None = None
+    times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -74,17 +83,33 @@ class Holdout:
         drawn.sort()
         lists: dict[str, Any] = {
             name: [getattr(self, name)[i] for i in drawn]
-            for name in ("histories", "relevant", "clicked", "seen", "requests")
+            for name in (*_LISTS, "requests", "history_times")
             if getattr(self, name) is not None
         }
-        total = self.num_sampled_from or len(self)
-        return replace(self, user_ids=self.user_ids[drawn], num_sampled_from=total, **lists)
+        return replace(
+            self,
+            user_ids=self.user_ids[drawn],
+            num_sampled_from=self.num_sampled_from or len(self),
+            times=None if self.times is None else self.times[drawn],
+            **lists,
+        )
 
     def as_queries(self) -> list[Query]:
-        """Returns what a `Retriever` takes: user_id, history and, if there is one, request."""
+        """Returns what a `Retriever` takes: user_id, history and, if there are, times and request.
+
+        The time of a query is the `timestamp` of its request, a `datetime`.
+        """
         columns: dict[str, Any] = {"user_id": self.user_ids.tolist(), "history": self.histories}
-        if self.requests is not None:
-            columns["request"] = self.requests
+        requests = self.requests
+        if self.history_times is not None and self.times is not None:
+            columns["history_timestamps"] = self.history_times
+            moments = [datetime.fromtimestamp(time, UTC) for time in self.times.tolist()]
+            requests = [
+                {**request, "timestamp": moment}
+                for request, moment in zip(requests or [{}] * len(self), moments, strict=True)
+            ]
+        if requests is not None:
+            columns["request"] = requests
         return [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
@@ -142,12 +167,15 @@ def make_holdout(
         num_users = num
         drawn = [random_key(asking["user_id"], seed=seed), "user_id"]
         asking = asking.order_by(drawn).limit(max_queries)
+    known = {"is_positive": is_positive(split), "is_target": split["part"] == part}
+    if "timestamp" in split.columns:
+        known["seconds"] = whole_seconds(split["timestamp"])
     rows = (
-        split.filter(is_target | is_before)
+        split.mutate(**known)
+        .filter(is_target | is_before)
         .semi_join(asking, "user_id")
         .order_by(["user_id", *order_keys(split)])
-        .mutate(is_positive=is_positive, is_target=lambda t: t["part"] == part)
-        .select("user_id", "item_id", "is_positive", "is_target")
+        .select("user_id", "item_id", *known)
         .to_pyarrow()
     )
     if rows.num_rows == 0:
@@ -159,11 +187,19 @@ def make_holdout(
     user_ids = columns["user_id"]
     starts = np.flatnonzero(np.concatenate([[True], user_ids[1:] != user_ids[:-1]]))
 
-    def per_user(keep: np.ndarray) -> list[np.ndarray]:
+    def per_user(keep: np.ndarray, name: str = "item_id") -> list[np.ndarray]:
         ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
-        return np.split(columns["item_id"][keep], ends[:-1])
+        return np.split(columns[name][keep], ends[:-1])
 
-    histories = per_user(columns["is_positive"] & ~columns["is_target"])
+    is_history = columns["is_positive"] & ~columns["is_target"]
+    histories = per_user(is_history)
+    times: dict[str, Any] = {}
+    if "seconds" in columns:
+        of_targets = per_user(columns["is_target"], "seconds")
+        times = {
+            "history_times": per_user(is_history, "seconds"),
+            "times": np.array([of_user[0] for of_user in of_targets]),
+        }
     candidate_ids, counts = _count_candidates(items, training)
     return Holdout(
         user_ids=user_ids[starts],
@@ -175,6 +211,7 @@ def make_holdout(
         candidate_counts=counts,
         num_sampled_from=num_users,
         requests=_first_requests(split.semi_join(asking, "user_id"), part, request_features),
+        **times,
     )
 
 

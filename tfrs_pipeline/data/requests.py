@@ -72,7 +72,7 @@ def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[
     of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
     if of_timestamp:
-        seconds = query_time(events, events["timestamp"]).epoch_seconds().cast("int64")
+        seconds = whole_seconds(query_time(events, events["timestamp"]))
         day = (seconds / 86_400).floor().cast("int64")
         # 1970 began on a Thursday. The remainder, whose sign differs by engine, is not used.
         weekday = day + 3 - 7 * ((day + 3) / 7).floor().cast("int64")
@@ -80,6 +80,11 @@ def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[
         made = {"hour": hour, "weekday": weekday}
         values |= {name: made[name] for name in of_timestamp}
     return {name: values[name] for name in features}
+
+
+def whole_seconds(timestamp: ir.Value) -> ir.Value:
+    """Returns whole seconds since 1970, int64, the rest cut off: a cast alone rounds in DuckDB."""
+    return timestamp.truncate("s").epoch_seconds().cast("int64")
 
 
 def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:

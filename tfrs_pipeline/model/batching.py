@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.samples.positives import Positives
@@ -37,6 +38,8 @@ def make_batches(
     Raises:
         DataError: If `hard` asks for losers of the funnel and no positive has any.
     """
+    if not reads_times(settings, training):
+        samples = dataclasses.replace(samples, sequence_times=None)
     if isinstance(settings.hard, FunnelLosers):
         _require_losers(samples, settings.hard)
     rate = Positives(settings.resampling_exponent).rate(samples.counts)

@@ -33,7 +33,7 @@ class Corpus:
     """Ids and features behind the rows of samples: `features` say how a column is encoded.
 
     `columns` hold the encoded features by name, of rows 1, 2, ...; those of requests are no row's,
-    and the samples have them.
+    and the samples have them. `has_times` says whether the samples have times.
     """
 
     candidate_ids: Ids
@@ -43,6 +43,7 @@ class Corpus:
     candidate_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     request_features: tuple[Feature, ...] = ()
+    has_times: bool = False
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
@@ -62,6 +63,7 @@ class Corpus:
             candidate_columns,
             query_columns,
             fit_requests(log, folder, end),
+            "timestamp" in log.events.columns,
         )
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import tensorflow as tf
 
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_slice
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
+
+# The seconds from one event to the next, by their logarithm: the last bucket begins at 68 years.
+NUM_GAPS = 64
+_GAPS_PER_DOUBLING = 2
+# Share of the gaps, and of the sequences with all of theirs, that training takes for unknown, so
+# that a request may come without times: as of request features.
+GAP_DROPOUT = 0.05
 
 
 class HistoryEncoder(tf.keras.layers.Layer):
@@ -18,7 +26,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     - "mean": the mean of the items' embeddings.
     - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
-    - "attention": the last output of a causal Transformer over them (`SelfAttention`).
+    - "attention": the last output of a causal Transformer over them (`SelfAttention`), which may
+      know how long after the item before it each item came, and how long after the last one the
+      query.
 
     A history with nothing left has a learned vector per pooling.
 
@@ -30,6 +40,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         settings: Which poolings, and their sizes and dropout.
         item_embedding: Layer that embeds candidate rows of any shape, [..., dim], to read the items
             with; None is an embedding of the history's own.
+        reads_times: Whether the self-attention reads times. Those that are not given are unknown.
     """
 
     def __init__(
@@ -37,6 +48,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         num_candidates: int,
         settings: TwoTowerSettings,
         item_embedding: tf.keras.layers.Layer | None = None,
+        reads_times: bool = False,
     ) -> None:
         super().__init__(name="history")
         dim = settings.dim
@@ -48,6 +60,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         self.num_vectors = len(self._poolings)
         self._recency_decay = settings.recency_decay
         self._dropout = settings.history_dropout
+        self._reads_times = reads_times
         pooled = [pooling for pooling in self._poolings if pooling != "attention"]
         if pooled:
             self._empty = self.add_weight(
@@ -59,6 +72,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 max_length=settings.history_length,
                 num_blocks=settings.attention_blocks,
                 dropout=settings.attention_dropout,
+                reads_gaps=reads_times,
             )
 
     def call(
@@ -67,6 +81,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
         dropout_slice: tf.Tensor | None = None,
+        times: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Encodes histories: [B, num_poolings * dim] float32.
 
@@ -76,6 +91,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
             dropout_slice: [2] int32, where these are a slice of a batch: number of the first
                 history, and of those of the whole; their dropout is then that of the whole.
+            times: [B, N + 1] float64, in seconds the time of the query and of each item, NaN where
+                it is not known; None is not known at all.
         """
         seed = pass_seed(training, dropout_seed)
         kept = self._kept(history_rows, seed, dropout_slice)
@@ -93,7 +110,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
                 for values in (history_rows, kept)
             )
-            states = self._attended(oldest_first, kept, seed, dropout_slice)
+            if times is not None:
+                times = tf.reverse_sequence(times, lengths + 1, seq_axis=1)[:, : width + 1]
+            states = self._attended(oldest_first, kept, times, seed, dropout_slice)
             parts.append(tf.gather(states, lengths, batch_dims=1))
         return tf.concat(parts, axis=1)
 
@@ -103,6 +122,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         training: bool = False,
         dropout_seed: tf.Tensor | None = None,
         dropout_slice: tf.Tensor | None = None,
+        times: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Encodes every beginning of sequences in one pass.
 
@@ -111,6 +131,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
             training: As of `call`, and so are `dropout_seed` and `dropout_slice`.
             dropout_seed: [2] int32 or None.
             dropout_slice: [2] int32 or None.
+            times: [W, L + 1] float64 or None, of each item and of the last entry's query: the query
+                of entry j comes at the time of item j + 1.
 
         Returns:
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
@@ -122,7 +144,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._num_pooled:
             parts.append(self._pooled_states(sequence_rows, kept))
         if "attention" in self._poolings:
-            parts.append(self._attended(sequence_rows, kept, seed, dropout_slice))
+            parts.append(self._attended(sequence_rows, kept, times, seed, dropout_slice))
         return tf.concat(parts, axis=2)
 
     @property
@@ -188,13 +210,19 @@ class HistoryEncoder(tf.keras.layers.Layer):
         self,
         sequence_rows: tf.Tensor,
         kept: tf.Tensor,
+        times: tf.Tensor | None,
         seed: tf.Tensor | None,
         dropout_slice: tf.Tensor | None,
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
         # The place of a dropped item stays; it only says nothing.
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
-        return self._attention(vectors, seed, dropout_slice)
+        gaps = None
+        if self._reads_times and times is not None:
+            gaps = gap_buckets(times)
+            if seed is not None:
+                gaps = _drop_gaps(gaps, fold(seed, Stream.GAPS), dropout_slice)
+        return self._attention(vectors, seed, dropout_slice, gaps)
 
 
 class SelfAttention(tf.keras.layers.Layer):
@@ -202,7 +230,9 @@ class SelfAttention(tf.keras.layers.Layer):
 
     Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
     normalised once more. A learned vector stands before the first item, so that there is an output
-    for nothing too. Padding must come last: causality then keeps it out of all that counts.
+    for nothing too. Padding must come last: causality then keeps it out of all that counts. A place
+    may also know the gap between its item and what comes next: a vector a gap is added to it, which
+    begins as zeros.
 
     Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM.
 
@@ -211,12 +241,21 @@ class SelfAttention(tf.keras.layers.Layer):
         max_length: Longest sequence.
         num_blocks: Blocks.
         dropout: Share of activations dropped in training.
+        reads_gaps: Whether gaps are read.
 
     Raises:
         ValueError: If `dim` is no such multiple.
     """
 
-    def __init__(self, dim: int, *, max_length: int, num_blocks: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        max_length: int,
+        num_blocks: int,
+        dropout: float,
+        reads_gaps: bool = False,
+    ) -> None:
         super().__init__(name="self_attention")
         if dim % ATTENTION_HEADS:
             raise ValueError(f"dim must be a multiple of {ATTENTION_HEADS} heads. Received: {dim}")
@@ -226,6 +265,9 @@ class SelfAttention(tf.keras.layers.Layer):
         self._positions = self.add_weight(
             name="positions", shape=[max_length + 1, dim], initializer=_normal()
         )
+        self._gaps = None
+        if reads_gaps:
+            self._gaps = self.add_weight(name="gaps", shape=[NUM_GAPS, dim], initializer="zeros")
         self._blocks = [
             {
                 "attention_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
@@ -244,6 +286,7 @@ class SelfAttention(tf.keras.layers.Layer):
         vectors: tf.Tensor,
         dropout_seed: tf.Tensor | None = None,
         dropout_slice: tf.Tensor | None = None,
+        gaps: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
 
@@ -251,6 +294,7 @@ class SelfAttention(tf.keras.layers.Layer):
             vectors: [W, L, dim] float32, oldest first, L at most `max_length`.
             dropout_seed: [2] int32 that the dropout is a function of; None is no dropout.
             dropout_slice: As of `HistoryEncoder.call`.
+            gaps: [W, L + 1] int32, as of `gap_buckets`; None is unknown.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -262,6 +306,10 @@ class SelfAttention(tf.keras.layers.Layer):
         # As in SASRec: without it the positions would weigh as much as the items.
         hidden = tf.concat([start, vectors * self._scale], axis=1)
         hidden += self._positions[: shape[1] + 1]
+        if self._gaps is not None:
+            if gaps is None:
+                gaps = tf.zeros_like(hidden[:, :, 0], tf.int32)
+            hidden += tf.gather(self._gaps, gaps)
         # A seed for each place where something is dropped; none outside training.
         seed = None if dropout_seed is None else fold(dropout_seed, Stream.ATTENTION)
         seeds = (None if seed is None else fold(seed, i) for i in itertools.count())
@@ -301,3 +349,35 @@ class SelfAttention(tf.keras.layers.Layer):
 
 def _normal() -> tf.keras.initializers.Initializer:
     return tf.keras.initializers.RandomNormal(stddev=0.02)
+
+
+def gap_buckets(times: tf.Tensor) -> tf.Tensor:
+    """Tells how long after the time before it each time is.
+
+    Args:
+        times: [W, L + 1] float64, in seconds, NaN where it is not known.
+
+    Returns:
+        [W, L + 1] int32: 0 where a time is not known, and at the first place, which has none before
+        it; else 1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
+
+    Example:
+        >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()
+        array([[0, 1, 3, 5, 0, 0]], dtype=int32)
+    """
+    seconds = times[:, 1:] - times[:, :-1]
+    is_known = tf.math.is_finite(seconds)
+    # A clock may go backwards.
+    seconds = tf.maximum(tf.where(is_known, seconds, 0.0), 0.0)
+    # Seconds are whole: a hair keeps rounding from choosing the bucket at its lowest.
+    steps = tf.floor(_GAPS_PER_DOUBLING * tf.math.log1p(seconds) / math.log(2) + 1e-6)
+    buckets = tf.minimum(1 + tf.cast(steps, tf.int32), NUM_GAPS - 1)
+    return tf.pad(tf.where(is_known, buckets, 0), [[0, 0], [1, 0]])
+
+
+def _drop_gaps(gaps: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None) -> tf.Tensor:
+    """Takes some gaps for unknown, and all of some sequences'."""
+    shape = tf.shape(gaps)
+    drawn = uniform_of_slice(tf.stack([shape[0], shape[1] + 1]), seed, dropout_slice)
+    is_kept = (drawn[:, :1] >= GAP_DROPOUT) & (drawn[:, 1:] >= GAP_DROPOUT)
+    return tf.where(is_kept, gaps, 0)

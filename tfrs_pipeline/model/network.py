@@ -22,6 +22,10 @@ CORPUS_BLOCK = 65_536
 # Share of the request features that training drops, so that a request may come without: as many as
 # ids are dropped for users and items that come later.
 REQUEST_DROPOUT = 0.05
+_READ_BY_QUERIES = (
+    *("history_rows", "history_times", "sequence_rows", "sequence_times", "state"),
+    *("dropout_seed", "dropout_slice"),
+)
 
 
 class TwoTowerNetwork(tfrs.Model):
@@ -32,7 +36,8 @@ class TwoTowerNetwork(tfrs.Model):
     training drops some; `dropout_seed`, [2] int32, in training, also
     `dropout_slice` where several replicas train (see `Slices.take`); the query tower's
     also with `history_rows`, [n, N] int32, most recent first, padded with 0, or with
-    `sequence_rows` and `state` (see `WholeSequences`). It returns [n, D] float32.
+    `sequence_rows` and `state` (see `WholeSequences`); where the corpus has times, also with
+    `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32.
 
     Args:
         query_tower: Embeds queries.
@@ -65,6 +70,7 @@ class TwoTowerNetwork(tfrs.Model):
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
         self.history_length = settings.history_length
+        self.reads_times = corpus.has_times
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
         self._frequency = None
@@ -86,6 +92,7 @@ class TwoTowerNetwork(tfrs.Model):
         query_rows: tf.Tensor,
         history_rows: tf.Tensor,
         features: Mapping[str, tf.Tensor] | None = None,
+        history_times: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Embeds queries: [B, D] float32.
 
@@ -94,8 +101,13 @@ class TwoTowerNetwork(tfrs.Model):
             history_rows: [B, N] int32, most recent first, padded with 0.
             features: Encoded, by name: of the request, and all of the user's or none, which takes
                 those of the rows. A request feature that is not there is missing.
+            history_times: [B, N + 1] float64, in seconds since 1970 the time of the query and of
+                each item of the history, NaN where it is not known; None is not known at all.
         """
-        return self._queries({"query_row": query_rows, "history_rows": history_rows}, features)
+        batch = {"query_row": query_rows, "history_rows": history_rows}
+        if history_times is not None:
+            batch["history_times"] = history_times
+        return self._queries(batch, features)
 
     def embed_candidates(
         self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
@@ -127,8 +139,7 @@ class TwoTowerNetwork(tfrs.Model):
         if not self.query_table.names <= given.keys():
             given = self.query_table(rows) | given
         inputs = {"row": rows, "features": given | self._of_request(batch, given, training)}
-        read = ("history_rows", "sequence_rows", "state", "dropout_seed", "dropout_slice")
-        inputs |= {name: batch[name] for name in read if name in batch}
+        inputs |= {name: batch[name] for name in _READ_BY_QUERIES if name in batch}
         return self.query_tower(inputs, training=training)
 
     def _of_request(

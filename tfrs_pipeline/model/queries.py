@@ -12,7 +12,14 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
+from tfrs_pipeline.model.raw import history_of, item_times
+from tfrs_pipeline.model.requests import (
+    TIMESTAMP,
+    encode_requests,
+    query_and_item_times,
+    raw_requests,
+    request_signature,
+)
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.store import RowLists
 
@@ -33,57 +40,81 @@ class QueryEncoder:
         self._query_ids = query_ids
         self._candidate_ids = candidate_ids
         self._request_features = request_features
-        length = model.history_length
+        self._specs = request_signature(request_features, reads_times=model.reads_times)
+        shape = [None, model.history_length]
 
         @tf.function(
             input_signature=[
                 tf.TensorSpec([None], tf.int32),
-                tf.TensorSpec([None, length], tf.int32),
-                request_signature(request_features),
+                tf.TensorSpec(shape, tf.int32),
+                self._specs,
+                *([tf.TensorSpec(shape, tf.float64)] if model.reads_times else []),
             ]
         )
         def embed(
-            query_rows: tf.Tensor, histories: tf.Tensor, requests: dict[str, tf.Tensor]
+            query_rows: tf.Tensor,
+            histories: tf.Tensor,
+            requests: dict[str, tf.Tensor],
+            of_items: tf.Tensor | None = None,
         ) -> tf.Tensor:
             encoded = encode_requests(request_features, requests)
-            return model.embed_queries(query_rows, histories, encoded)
+            times = None
+            if of_items is not None:
+                times = query_and_item_times(requests[TIMESTAMP], of_items)
+            return model.embed_queries(query_rows, histories, encoded, times)
 
         self._embed = embed
 
-    def rows(self, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
-        """Looks up query_rows, [n] int32, and history_rows, [n, N] int32.
+    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries: [n, D] float32.
 
-        `user_id` and `history` are read; either may be missing. Unknown users have row 0, unknown
-        items are dropped from the history.
+        `user_id`, `history`, `request` and, where the model reads times, `history_timestamps` are
+        read; any may be missing. Unknown users have row 0, unknown items are dropped from the
+        history.
         """
         length = self._model.history_length
-        users = self._query_ids.rows([query.get("user_id") for query in queries])
-        histories = [query.get("history", ()) for query in queries]
+        query_rows = self._query_ids.rows([query.get("user_id") for query in queries])
+        histories = list(map(history_of, queries))
         offsets = np.append(0, np.cumsum(np.fromiter(map(len, histories), np.int64)))
         items = self._candidate_ids.rows(itertools.chain.from_iterable(histories))
-        return users, RowLists(offsets, items).where(items > 0).latest(length)
-
-    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries: [n, D] float32; `request` is read besides, where there is one."""
-        return self.embed_rows(*self.rows(queries), [query.get("request") for query in queries])
+        history_rows = RowLists(offsets, items).where(items > 0).latest(length)
+        times = None
+        if self._model.reads_times:
+            of_items = RowLists(offsets, np.concatenate([np.zeros(0), *item_times(queries)]))
+            times = of_items.where(items > 0).latest(length)
+        return self.embed_rows(
+            query_rows, history_rows, [query.get("request") for query in queries], times
+        )
 
     def embed_rows(
         self,
         query_rows: np.ndarray,
         history_rows: np.ndarray,
         requests: Sequence[Mapping[str, Any] | None] | None = None,
+        of_items: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Embeds what `rows` gives: [n, D] float32; features of no request are missing."""
+        """Embeds rows: [n, D] float32.
+
+        Args:
+            query_rows: [n] int32.
+            history_rows: [n, N] int32, most recent first, padded with 0.
+            requests: Raw features and timestamp of each query's request; None is of none.
+            of_items: [n, N] float64 times of the items, NaN where unknown; None is of none. Read
+                where the model reads times.
+        """
         given = [None] * len(query_rows) if requests is None else requests
-        raw = raw_requests(self._request_features, given)
-        specs = request_signature(self._request_features)
+        reads_times = self._model.reads_times
+        raw = raw_requests(self._request_features, given, reads_times=reads_times)
+        if of_items is None:
+            of_items = np.full(history_rows.shape, np.nan)
+        columns = [query_rows, history_rows, *([of_items] if reads_times else [])]
         blocks = []
         for start in range(0, max(len(query_rows), 1), QUERY_BATCH):
             place = slice(start, start + QUERY_BATCH)
             of_block = {
                 name: tf.constant(raw[name][place], spec.dtype, raw[name][place].shape)
-                for name, spec in specs.items()
+                for name, spec in self._specs.items()
             }
-            rows = tf.constant(query_rows[place]), tf.constant(history_rows[place])
-            blocks.append(self._embed(*rows, of_block).numpy())
+            rows, histories, *times = (tf.constant(column[place]) for column in columns)
+            blocks.append(self._embed(rows, histories, of_block, *times).numpy())
         return np.concatenate(blocks)

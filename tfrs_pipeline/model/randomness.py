@@ -19,6 +19,7 @@ class Stream(IntEnum):
     FEATURES = 4
     CANDIDATES = 5
     REQUESTS = 6
+    GAPS = 7
 
 
 def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | None:

@@ -6,13 +6,18 @@ nothing needs TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from tfrs_pipeline.retrieval import Query
+
+HISTORY_TIMESTAMPS = "history_timestamps"
+"""What a query may bring beside its history: the time of each item."""
 
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
@@ -119,6 +124,45 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
             )
         seconds[i] = value.timestamp()
     return seconds
+
+
+def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
+    """Returns the time of each item of each query's history: float64 seconds since 1970.
+
+    Args:
+        queries: Their `history_timestamps`, if there are any, are one an item of the `history`: a
+            `datetime` with a time zone, or None where it is not known; or all are numbers, of
+            seconds since 1970, NaN where it is not known.
+
+    Returns:
+        Per query, [length of its history], NaN where a time is not known.
+
+    Raises:
+        ValueError: If there are more or fewer of them, or something else.
+    """
+    times = []
+    for query in queries:
+        num_items = len(history_of(query))
+        given = query.get(HISTORY_TIMESTAMPS)
+        if given is None:
+            times.append(np.full(num_items, np.nan))
+            continue
+        if len(given) != num_items:
+            raise ValueError(
+                f"{HISTORY_TIMESTAMPS} must be one time an item of the history, None where it is "
+                f"not known. Received: {len(given)} times for {num_items} items."
+            )
+        seconds = np.asarray(given)
+        if seconds.dtype.kind not in "iuf":
+            seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
+        times.append(seconds.astype(np.float64))
+    return times
+
+
+def history_of(query: Query) -> Sequence[Any]:
+    """Returns the history of a query, which may be missing or, read from a file, None."""
+    history = query.get("history")
+    return () if history is None else history
 
 
 def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:

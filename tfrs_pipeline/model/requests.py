@@ -22,23 +22,27 @@ TIMESTAMP = "timestamp"
 
 
 def request_signature(
-    features: Sequence[Feature], others: Sequence[Feature] = ()
+    features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
 ) -> dict[str, tf.TensorSpec]:
     """Returns what `encode_requests` takes, by name: the features, and the timestamp if it is read.
 
     Args:
         features: Request features.
         others: Features of the same signature, whose inputs have other names.
+        reads_times: Whether the model reads times, so that of the request too.
     """
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
-    if any(feature.is_from_timestamp for feature in features):
+    if reads_times or any(feature.is_from_timestamp for feature in features):
         specs[TIMESTAMP] = tf.TensorSpec([None], tf.float64, TIMESTAMP)
     return specs
 
 
 def raw_requests(
-    features: Sequence[Feature], requests: Sequence[Mapping[str, Any] | None]
+    features: Sequence[Feature],
+    requests: Sequence[Mapping[str, Any] | None],
+    *,
+    reads_times: bool = False,
 ) -> dict[str, np.ndarray]:
     """Makes requests the arrays that `encode_requests` takes; other keys are ignored.
 
@@ -46,6 +50,7 @@ def raw_requests(
         features: Request features.
         requests: Raw values by name; what is not there is missing. The timestamp is a `datetime`
             with a time zone.
+        reads_times: As of `request_signature`.
 
     Raises:
         ValueError: As `Feature.to_raw`.
@@ -56,7 +61,7 @@ def raw_requests(
 
     columns = {feature.name: column(feature.name) for feature in features}
     raw = raw_columns(features, columns, len(requests))
-    if TIMESTAMP in request_signature(features):
+    if TIMESTAMP in request_signature(features, reads_times=reads_times):
         raw[TIMESTAMP] = to_seconds(TIMESTAMP, column(TIMESTAMP))
     return raw
 
@@ -95,3 +100,8 @@ def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tens
         text = tf.strings.as_string(tf.cast(number, tf.int32))
         return tf.where((given == "") & is_known, text, given)
     return tf.where(~tf.math.is_finite(given) & is_known, number, given)
+
+
+def query_and_item_times(of_query: tf.Tensor, of_items: tf.Tensor) -> tf.Tensor:
+    """Joins [B] times of queries and [B, N] of their items, as the query tower reads them."""
+    return tf.concat([of_query[:, tf.newaxis], of_items], axis=1)

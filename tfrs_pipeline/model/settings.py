@@ -156,6 +156,14 @@ class TrainingSettings(Config):
         return self.batch_size if self.examples == "single" else 1
 
 
+def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
+    """Tells whether a model reads the times of a log that has them.
+
+    The self-attention does. Sets have no order, and their items no time before a request.
+    """
+    return "attention" in model.history_pooling and training.examples != "sets"
+
+
 def check_examples(
     model: TwoTowerSettings, training: TrainingSettings
 ) -> Iterator[tuple[str, str]]:

@@ -145,10 +145,12 @@ class Tower(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes [n, N] histories, or picks [n] states of sequences that are read once."""
         assert self.history is not None
-        dropout = {"dropout_seed": seed, "dropout_slice": inputs.get("dropout_slice")}
+        given = {"dropout_seed": seed, "dropout_slice": inputs.get("dropout_slice")}
         if "sequence_rows" not in inputs:
-            return self.history(inputs["history_rows"], training=training, **dropout)
-        states = self.history.states(inputs["sequence_rows"], training=training, **dropout)
+            given["times"] = inputs.get("history_times")
+            return self.history(inputs["history_rows"], training=training, **given)
+        given["times"] = inputs.get("sequence_times")
+        states = self.history.states(inputs["sequence_rows"], training=training, **given)
         return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
     def _dropped_ids(self, rows: tf.Tensor, seed: tf.Tensor | None) -> tf.Tensor:
@@ -200,7 +202,7 @@ def query_tower(
             refuse([("share_item_embedding", "needs the built-in candidate tower")])
         shared = ItemVectors(candidate_tower, candidate_table)
     if settings.history_pooling:
-        history = HistoryEncoder(len(corpus.candidate_ids), settings, shared)
+        history = HistoryEncoder(len(corpus.candidate_ids), settings, shared, corpus.has_times)
     return Tower(
         "query_tower",
         settings,

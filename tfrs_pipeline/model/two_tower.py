@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,7 +32,12 @@ from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
 from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
 from tfrs_pipeline.model.notes import OnProgress, describe_batches, describe_sample, epoch_writer
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
+from tfrs_pipeline.model.settings import (
+    TrainingSettings,
+    TwoTowerSettings,
+    check_examples,
+    reads_times,
+)
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.model.warm_start import Trained, WarmStart
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -301,6 +307,8 @@ class TwoTower:
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, untrained, with the features of a corpus in it."""
+        if not reads_times(self.settings, self.training):
+            corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
             tower(corpus) if tower and not isinstance(tower, tf.keras.layers.Layer) else tower
             for tower in self._towers
@@ -439,6 +447,11 @@ class TwoTower:
         return self._latest[0]
 
     @property
+    def history_times(self) -> np.ndarray | None:
+        """Of each of the histories' values its time in seconds; None if the model reads none."""
+        return self._latest[2] if self.network.reads_times else None
+
+    @property
     def known_positives(self) -> RowLists:
         """Per query row, the items that are not retrieved for the user again."""
         return self._latest[1]
@@ -449,7 +462,7 @@ class TwoTower:
         return self._whole_log.items.order_by("item_id").to_pyarrow()
 
     @functools.cached_property
-    def _latest(self) -> tuple[RowLists, RowLists]:
+    def _latest(self) -> tuple[RowLists, RowLists, np.ndarray | None]:
         # All that has happened, the test part included.
         return latest_histories(self._whole_log, self.corpus.query_ids, self.corpus.candidate_ids)
 

@@ -15,7 +15,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import initial_slot, slots_of
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.settings import refuse
 
@@ -86,7 +86,7 @@ class WarmStart:
         training: TrainingSettings,
         corpus: Corpus,
     ) -> None:
-        refuse(_problems(source, settings, corpus))
+        refuse(_problems(source, settings, training, corpus))
         self._source = source.network
         self._corpora = source.corpus, corpus
         self._optimizers = source.training.optimizer, training.optimizer
@@ -182,7 +182,7 @@ def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[
 
 
 def _problems(
-    source: Trained, settings: TwoTowerSettings, corpus: Corpus
+    source: Trained, settings: TwoTowerSettings, training: TrainingSettings, corpus: Corpus
 ) -> Iterator[tuple[str, str]]:
     """Yields what makes the weights of two models mean different things."""
     yield from shape_problems(source.settings, settings)
@@ -190,6 +190,11 @@ def _problems(
     if not all(isinstance(tower, Tower) for tower in towers):
         message = "own towers cannot be carried over: what their rows stand for is not known"
         yield "warm_start", message
+    has_times = corpus.has_times and reads_times(settings, training)
+    if has_times != source.network.reads_times:
+        which = ("this", "that") if has_times else ("that", "this")
+        message = "{} model reads times and {} one does not".format(*which)
+        yield "warm_start", f"{message}: give both logs timestamps, or neither"
     for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
         old, new = (list(map(_shape, x)) for x in _features(source.corpus, corpus, side))
         if old != new:

@@ -19,7 +19,7 @@ import ibis
 
 from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.requests import at_request, query_time
+from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -42,7 +42,7 @@ def build_samples(
     |---|---|---|
     | `corpus.parquet` | candidate_row from 1, item_id, count | candidate_row |
     | `queries.parquet` | query_row from 1, user_id | query_row |
-    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
+    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; in one with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples |
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
@@ -88,6 +88,8 @@ def build_samples(
         if hard is not None:
             removed = _write_pools(events, positives, work, hard, seed)
             samples = _with_pool_sizes(samples, work, hard)
+        if "timestamp" in log.events.columns:
+            samples = samples.mutate(seconds=whole_seconds(samples["time"]))
         _write_samples(samples, work, list(map(request_column, log.request_features)))
         report = _report(work, hard, removed)
         files = work.publish(folder)
@@ -217,10 +219,13 @@ def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ib
 
 
 def _write_samples(samples: ibis.Table, work: _Work, requests: Sequence[str]) -> None:
-    names = [*_PAIR, "weight", "num_earlier", *requests]
+    names = [*_PAIR, "weight", "num_earlier", "seconds", *requests]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
-    work.write("samples", samples.order_by(_IN_SEQUENCE).select(*kept))
+    # The time itself orders them, which may be finer than seconds.
+    in_order = samples.order_by(_IN_SEQUENCE).select(*kept)
+    named = {"time": "seconds"} if "seconds" in kept else {}
+    work.write("samples", in_order.rename(named))
 
 
 def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.requests import whole_seconds
 from tfrs_pipeline.data.split import order_keys
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists
 
 
-def latest_histories(log: Log, query_ids: Ids, candidate_ids: Ids) -> tuple[RowLists, RowLists]:
+def latest_histories(
+    log: Log, query_ids: Ids, candidate_ids: Ids
+) -> tuple[RowLists, RowLists, np.ndarray | None]:
     """Collects the positives of each user of a log, joined and sorted by its engine.
 
     Args:
@@ -25,6 +29,8 @@ def latest_histories(log: Log, query_ids: Ids, candidate_ids: Ids) -> tuple[RowL
         histories: Per query row from 0, the candidate rows of the user's positives, most recent
             first; of unknown items 0. Row 0, which stands for any unknown user, has none.
         known_positives: The known ones of the same, distinct and ascending.
+        times: [total] int64, of each of the histories' values its event's time in seconds since
+            1970; None in a log without timestamps.
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
@@ -33,10 +39,9 @@ def latest_histories(log: Log, query_ids: Ids, candidate_ids: Ids) -> tuple[RowL
     rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
     latest_first = [ibis.desc(key) for key in order_keys(log.events)]
     known = rows.filter(rows["candidate_row"] > 0).select("query_row", "candidate_row").distinct()
-    return (
-        _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids)),
-        _by_query(known.order_by(["query_row", "candidate_row"]), len(query_ids)),
-    )
+    histories, times = _by_query(rows.order_by(["query_row", *latest_first]), len(query_ids))
+    known_positives, _ = _by_query(known.order_by(["query_row", "candidate_row"]), len(query_ids))
+    return histories, known_positives, times
 
 
 def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:
@@ -44,8 +49,13 @@ def _row_table(id_name: str, ids: Ids, row_name: str) -> ibis.Table:
     return ibis.memtable(pa.table({id_name: ids.values, row_name: rows}))
 
 
-def _by_query(rows: ibis.Table, num_queries: int) -> RowLists:
-    pairs = rows.select("query_row", "candidate_row").to_pyarrow()
+def _by_query(rows: ibis.Table, num_queries: int) -> tuple[RowLists, np.ndarray | None]:
+    """Reads the lists of queries, and the times of their entries, if the rows have times."""
+    kept: dict[str, ir.Value] = {name: rows[name] for name in ("query_row", "candidate_row")}
+    if "timestamp" in rows.columns:
+        kept["time"] = whole_seconds(rows["timestamp"])
+    pairs = rows.select(**kept).to_pyarrow()
     lengths = np.bincount(pairs["query_row"].to_numpy(), minlength=num_queries + 1)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return RowLists(offsets, pairs["candidate_row"].to_numpy().astype(np.int32))
+    lists = RowLists(offsets, pairs["candidate_row"].to_numpy().astype(np.int32))
+    return lists, pairs["time"].to_numpy() if "time" in kept else None

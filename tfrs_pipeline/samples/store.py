@@ -16,7 +16,7 @@ from tfrs_pipeline.durable import file_hash, part_files
 from tfrs_pipeline.samples.columns import ColumnWriter, OffsetsWriter, map_columns
 from tfrs_pipeline.samples.requests import REQUEST
 
-_FLAT = {"candidate_row": np.int32, "weight": np.float32, "num_earlier": np.int32}
+_FLAT = {"candidate_row": np.int32, "weight": np.float32, "num_earlier": np.int32, "time": np.int64}
 _MASKS = ("known_positives", "exposed")
 _POOL_SIZE = "num_hard_"
 
@@ -107,6 +107,8 @@ class Samples:
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
             float32 with NaN where missing.
+        sequence_times: [total] int64, of each of the sequences' values its event's time in seconds
+            since 1970. None in a log without timestamps.
     """
 
     query_rows: np.ndarray
@@ -119,6 +121,7 @@ class Samples:
     counts: np.ndarray
     hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
     request_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sequence_times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -220,6 +223,28 @@ class Samples:
         is_known = steps_ago <= num_known
         return np.where(is_known, self.sequences.values[np.where(is_known, place, 0)], np.int32(0))
 
+    def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
+        """Gathers the times of the queries of samples and of what `latest` gives, in seconds.
+
+        A query's time is that of the first of its sequence's events that are not in its history.
+
+        Args:
+            index: [n] places of samples, of a log with timestamps.
+            length: N.
+
+        Returns:
+            [n, N + 1] float64, the query's first, then those of the items; NaN where there is none.
+        """
+        assert self.num_earlier is not None
+        assert self.sequence_times is not None
+        steps_ago = np.arange(length + 1)
+        num_known = self.num_earlier[index][:, np.newaxis]
+        place = (
+            self.sequences.offsets[self.query_rows[index]][:, np.newaxis] + num_known - steps_ago
+        )
+        is_known = steps_ago <= num_known
+        return np.where(is_known, self.sequence_times[np.where(is_known, place, 0)], np.nan)
+
 
 def read_samples(folder: Path) -> Samples:
     """Maps what `build_samples` wrote; nothing is read until a batch asks for it.
@@ -243,6 +268,7 @@ def read_samples(folder: Path) -> Samples:
         # In the order of users and time: they are the sequences too.
         sequences=RowLists(column["of_sequences"], column["candidate_row"]),
         num_earlier=column.get("num_earlier"),
+        sequence_times=column.get("time"),
         known_positives=RowLists(column["of_known_positives"], column["known_positives"]),
         exposed=RowLists(column["of_exposed"], column["exposed"]),
         counts=column["counts"],

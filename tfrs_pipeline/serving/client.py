@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.evaluation.topk import check_one_each
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.settings import suggest
 
@@ -41,7 +42,8 @@ class ServedRetriever:
         self._has_filter = "retrieve_filtered" in signatures
         self._users_are_text = inputs["user_id"]["dtype"] == "DT_STRING"
         self._items_are_text = inputs["history"]["dtype"] == "DT_STRING"
-        others = ("user_id", "history", "exclude", "k")
+        self._reads_item_times = HISTORY_TIMESTAMPS in inputs
+        others = ("user_id", "history", HISTORY_TIMESTAMPS, "exclude", "k")
         self._of_request = {name: inputs[name] for name in inputs if name not in others}
 
     def retrieve(
@@ -54,10 +56,10 @@ class ServedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id`, `history` and `request` are read: this by the inputs of the signature, which are
-        the request features' names as far as TensorFlow takes them, its `timestamp` in seconds
-        since 1970 or an aware `datetime`. Nothing is excluded but `exclude`. `allowed` is as for
-        `LoadedRetriever`, but a value that no item has finds nothing.
+        `user_id`, `history`, `history_timestamps` and `request` are read: this by the inputs of the
+        signature, which are the request features' names as far as TensorFlow takes them, its
+        `timestamp` in seconds since 1970 or an aware `datetime`. Nothing is excluded but `exclude`.
+        `allowed` is as for `LoadedRetriever`, but a value that no item has finds nothing.
 
         Raises:
             ValueError: If the server refuses the request, as for a k beyond its limit, the model
@@ -77,13 +79,14 @@ class ServedRetriever:
         ids = ids.astype(object if self._items_are_text else np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         users = [[query.get("user_id")] for query in queries]
-        histories = [query.get("history", ()) for query in queries]
+        histories = list(map(history_of, queries))
         size = max(1, min(MAX_QUERIES, MAX_RESULTS // k))
         for start in range(0, len(queries), size):
             block = slice(start, start + size)
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),
+                **(self._item_times(queries[block]) if self._reads_item_times else {}),
                 **self._request_inputs([query.get("request") or {} for query in queries[block]]),
                 "exclude": _padded(exclude[block], self._items_are_text),
                 "k": k,
@@ -97,10 +100,18 @@ class ServedRetriever:
             scores[block] = answer["outputs"]["scores"]
         return ids, scores
 
+    def _item_times(self, queries: Sequence[Query]) -> dict[str, list[Any]]:
+        """Writes the times of the histories' items, NaN where they are not known, as JSON."""
+        times = [of_query.tolist() for of_query in item_times(queries)]
+        width = max(map(len, times), default=0)
+        padded = [[*line, *[math.nan] * (width - len(line))] for line in times]
+        return {HISTORY_TIMESTAMPS: padded}
+
     def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
         given = {name for request in requests for name in request}
-        if unknown := sorted(given - self._of_request.keys()):
+        # Of a model that reads no time, a request may have one all the same.
+        if unknown := sorted(given - {*self._of_request, "timestamp"}):
             hint = suggest(unknown[0], self._of_request) if self._of_request else "it reads none"
             raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
         return {

@@ -10,7 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
-from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
+from tfrs_pipeline.model.requests import (
+    TIMESTAMP,
+    encode_requests,
+    query_and_item_times,
+    raw_requests,
+    request_signature,
+)
 from tfrs_pipeline.retrieval import Query
 
 if TYPE_CHECKING:
@@ -38,6 +45,8 @@ class Exportable(Protocol):
         request_features: Those of a request itself, likewise.
         candidate_features: Those of the candidates.
         histories: Per query row from 0, candidate rows, most recent first, as known when exported.
+        history_times: [total], of each of the histories' values its time in seconds since 1970;
+            None if `embed_queries` reads no times.
         known_positives: Per query row from 0, the candidate rows that are not retrieved again.
         items: One row a candidate, in the order of `candidate_ids`: `item_id`, columns to filter
             by and, if there is one, `title`.
@@ -60,6 +69,8 @@ class Exportable(Protocol):
     @property
     def histories(self) -> RowLists: ...  # noqa: D102
     @property
+    def history_times(self) -> np.ndarray | None: ...  # noqa: D102
+    @property
     def known_positives(self) -> RowLists: ...  # noqa: D102
     @property
     def items(self) -> pa.Table: ...  # noqa: D102
@@ -69,6 +80,7 @@ class Exportable(Protocol):
         query_rows: tf.Tensor,
         history_rows: tf.Tensor,
         features: Mapping[str, tf.Tensor] | None = None,
+        history_times: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Embeds queries, within a graph too.
 
@@ -77,6 +89,9 @@ class Exportable(Protocol):
             history_rows: [B, N], most recent first, padded with 0.
             features: Encoded, by name: those of the request, and all of the user's or none, which
                 takes what the model holds of `query_rows`; None is no feature.
+            history_times: [B, N + 1] float64, in seconds since 1970 the time of the query and of
+                each item of the history, NaN where it is not known. Only given if there are
+                `history_times`.
         """
 
     def embed_candidates(
@@ -100,7 +115,10 @@ class Encoder(tf.Module):
     Raises:
         ValueError: If there shall be no user data and the model has an embedding of each user.
 
-    Those of queries take the raw values of each request feature last (`request_signature`).
+    Those of queries take the raw values of each request feature last (`request_signature`). Of a
+    model that reads times, those take the request's timestamp too, and those with a history the
+    time of each of its items after it: history_timestamps [B, L] in seconds since 1970, NaN where
+    it is not known, and wherever the history goes on beyond it.
 
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
@@ -128,6 +146,10 @@ class Encoder(tf.Module):
             [stored(x) for x in ((lists.values, lists.offsets) if user_data else nobody)]
             for lists in (model.histories, model.known_positives)
         )
+        self._history_times: tf.Variable | None = None
+        if model.history_times is not None:
+            times = model.history_times if user_data else nobody[0]
+            self._history_times = stored(times.astype(np.float64))
         self._query_features = tuple(model.query_features)
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
@@ -140,16 +162,19 @@ class Encoder(tf.Module):
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
         history = tf.TensorSpec([None, None], item_dtype, "history")
         query_features = raw_signature(self._query_features).values()
-        request = request_signature(self._request_features, self._query_features).values()
+        timed = [history]
+        if self._reads_times:
+            timed.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
+        request = self._request_signature().values()
         candidate_features = raw_signature(self._candidate_features).values()
         self.embed_user: Any = None
         if user_data:
             self.embed_user = traced(self._embed_user, [user_id, *request])
-        self.embed_query = traced(self._embed_query, [user_id, history, *request])
+        self.embed_query = traced(self._embed_query, [user_id, *timed, *request])
         self.embed_query_with_features = None
         if query_features:
             self.embed_query_with_features = traced(
-                self._embed_query, [user_id, history, *query_features, *request]
+                self._embed_query, [user_id, *timed, *query_features, *request]
             )
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
@@ -161,22 +186,38 @@ class Encoder(tf.Module):
             # Features of all users are among the model's, which nothing reads now.
             self._variables = [x for x in model.variables if _handle(x) in self._captured()]
 
+    @property
+    def _reads_times(self) -> bool:
+        return self._history_times is not None
+
+    def _request_signature(self) -> dict[str, tf.TensorSpec]:
+        return request_signature(
+            self._request_features, self._query_features, reads_times=self._reads_times
+        )
+
     def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         query_rows = lookup(self._query_rows, user_id)
-        return self._embed(query_rows, _lists(self._histories, query_rows), raw)
+        times = None
+        if self._history_times is not None:
+            times = _lists([self._history_times, self._histories[1]], query_rows)
+        return self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        # Rows of known items, most recent first.
+        # Rows of known items, most recent first, and their times.
         rows = tf.reverse(lookup(self._candidate_rows, history), axis=[1])
-        known = tf.ragged.boolean_mask(rows, rows > 0)
-        return self._embed(lookup(self._query_rows, user_id), known, raw)
+        known, times = tf.ragged.boolean_mask(rows, rows > 0), None
+        if self._reads_times:
+            of_items = tf.reverse(_as_wide(raw[HISTORY_TIMESTAMPS], history), axis=[1])
+            times = tf.ragged.boolean_mask(of_items, rows > 0)
+        return self._embed(lookup(self._query_rows, user_id), known, times, raw)
 
     def _embed(
         self,
         query_rows: tf.Tensor,
         histories: tf.RaggedTensor,
+        times: tf.RaggedTensor | None,
         raw: Mapping[str, tf.Tensor],
     ) -> dict[str, tf.Tensor]:
         model = self._model.value
@@ -185,15 +226,19 @@ class Encoder(tf.Module):
             features = self._missing_features(tf.shape(query_rows)[0]) | features
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
+        given: dict[str, tf.Tensor] = {}
+        if times is not None:
+            of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
+            given["history_times"] = query_and_item_times(raw[TIMESTAMP], of_items)
         return {
-            "embeddings": model.embed_queries(query_rows, recent, features or None),
+            "embeddings": model.embed_queries(query_rows, recent, features or None, **given),
             "is_known_user": query_rows > 0,
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes a signature's features of the user, where it has them, and of the request."""
         of_user = raw_signature(self._query_features)
-        of_request = request_signature(self._request_features, self._query_features)
+        of_request = self._request_signature()
         given = {name: raw[spec.name] for name, spec in of_request.items()}
         features = encode_requests(self._request_features, given)
         if all(spec.name in raw for spec in of_user.values()):
@@ -260,7 +305,8 @@ def embed_queries(
     for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
         block = queries[start : start + _QUERIES_PER_CALL]
         inputs = query_inputs(encoder.embed_query, block)
-        inputs |= request_inputs(features, [query.get("request") for query in block])
+        requests = [query.get("request") for query in block]
+        inputs |= request_inputs(encoder.embed_query, features, requests)
         blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
     return np.concatenate(blocks)
 
@@ -274,16 +320,20 @@ def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
 
 
 def request_inputs(
-    features: Mapping[str, Sequence[Feature]], requests: Sequence[Mapping[str, Any] | None]
+    function: Any,
+    features: Mapping[str, Sequence[Feature]],
+    requests: Sequence[Mapping[str, Any] | None],
 ) -> dict[str, tf.Tensor]:
     """Makes the inputs of a signature that requests bring, by name, in their order.
 
     Args:
+        function: The signature.
         features: Those of query and request.
         requests: Raw values by feature, and the timestamp; what is not there is missing.
     """
-    raw = raw_requests(features["request"], requests)
-    specs = request_signature(features["request"], features["query"])
+    reads_times = TIMESTAMP in signature_inputs(function)
+    raw = raw_requests(features["request"], requests, reads_times=reads_times)
+    specs = request_signature(features["request"], features["query"], reads_times=reads_times)
     return {
         spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
         for name, spec in specs.items()
@@ -291,7 +341,10 @@ def request_inputs(
 
 
 def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-    """Makes those of a signature's inputs that are in queries: user_id [B], history [B, any]."""
+    """Makes those of a signature's inputs that are in queries, in their order.
+
+    These are user_id [B], history [B, any] and history_timestamps [B, any].
+    """
     specs = signature_inputs(function)
     inputs = {}
     if "user_id" in specs:
@@ -299,6 +352,9 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
         inputs["user_id"] = id_list(users, specs["user_id"].dtype)
     if "history" in specs:
         inputs["history"] = id_lists(list(map(history_of, queries)), specs["history"].dtype)
+    if HISTORY_TIMESTAMPS in specs:
+        lists = tf.ragged.constant(item_times(queries), tf.float64, ragged_rank=1)
+        inputs[HISTORY_TIMESTAMPS] = lists.to_tensor(np.nan)
     return inputs
 
 
@@ -314,12 +370,6 @@ def known_rows(
         rows = lookup(table, encoder.known_items(id_list(users, spec.dtype))).numpy()
         found += [np.unique(line[line > 0]) for line in rows]
     return found
-
-
-def history_of(query: Query) -> Sequence[Any]:
-    """Returns the history of a query, which may be missing or, read from a file, None."""
-    history = query.get("history")
-    return () if history is None else history
 
 
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
@@ -345,6 +395,13 @@ def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.Rag
     """Gathers the lists of rows."""
     values, offsets = values_and_offsets
     return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)
+
+
+def _as_wide(times: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
+    """Brings [B, any] times to the width of a [B, L] history: unknown where there are none."""
+    width = tf.shape(history)[1]
+    num_more = tf.maximum(width - tf.shape(times)[1], 0)
+    return tf.pad(times, [[0, 0], [0, num_more]], constant_values=np.nan)[:, :width]
 
 
 def _handle(variable: Any) -> int:

@@ -6,7 +6,8 @@ Layout, TensorFlow Serving's own:
         saved_model.pb, variables/     encoder and index, under the signatures of `RetrievalModule`
         manifest.json                  config, features, data, counts, metrics, index, versions
         assets.extra/items.parquet     item_id and title, for reading answers
-        assets.extra/queries.parquet   queries to measure an index on: user_id, history, request
+        assets.extra/queries.parquet   queries to measure an index on: user_id, history, and, where
+                                       the model reads them, the request and the history's times
         exact/1/                       the brute-force fallback, for servers without the ScaNN op
 
 A version is written beside its place and renamed once it is whole and checked.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ import tensorflow as tf
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import Feature, raw_signature
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
 from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.check import example_values, prove
@@ -40,8 +43,8 @@ from tfrs_pipeline.serving.encoder import (
     embed_corpus,
     embed_queries,
     features_of,
-    history_of,
     known_rows,
+    signature_inputs,
 )
 from tfrs_pipeline.serving.index import (
     SMALLEST_SCANN_CORPUS,
@@ -93,10 +96,10 @@ def export(
         user_data: Whether to export what is known of users: their ids, histories, features and
             embeddings, and the queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
-        queries: Held-out ones, of which `user_id`, `history` and `request` are read: a ScaNN index
-            is tuned and measured on the first 1,000 (see `Requests.parted`), and what every
-            signature answers to the first 20 must come back the same from the reloaded model. None
-            takes the model's users.
+        queries: Held-out ones, of which `user_id`, `history`, `history_timestamps` and `request`
+            are read: a ScaNN index is tuned and measured on the first 1,000 (see
+            `Requests.parted`), and what every signature answers to the first 20 must come back the
+            same from the reloaded model. None takes the model's users.
         manifest: More for `manifest.json`: JSON-able, such as config and metrics.
 
     Returns:
@@ -149,7 +152,11 @@ def export_version(
         "query": (model.query_features, raw_signature(model.query_features)),
         "request": (
             model.request_features,
-            request_signature(model.request_features, model.query_features),
+            request_signature(
+                model.request_features,
+                model.query_features,
+                reads_times=model.history_times is not None,
+            ),
         ),
         "candidate": (model.candidate_features, raw_signature(model.candidate_features)),
     }
@@ -232,7 +239,10 @@ def export_index(
     }
     with new_version(Path(path), keep=keep_versions) as version:
         _save(modules, version.partial)
-        _write_tables(items, queries, features["request"], version.partial)
+        read = signature_inputs(encoder.embed_query)
+        _write_tables(
+            items, _query_table(queries, items, features["request"], read), version.partial
+        )
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
@@ -249,13 +259,11 @@ def _save(modules: Mapping[Path, RetrievalModule], folder: Path) -> None:
         )
 
 
-def _write_tables(
-    items: pa.Table, queries: Sequence[Query], request: Sequence[Feature], folder: Path
-) -> None:
+def _write_tables(items: pa.Table, queries: pa.Table, folder: Path) -> None:
     (folder / ITEMS_FILE).parent.mkdir()
     shown = items.select(["item_id", *({"title"} & set(items.column_names))])
     pq.write_table(shown, folder / ITEMS_FILE)
-    pq.write_table(_query_table(queries, items, request), folder / QUERIES_FILE)
+    pq.write_table(queries, folder / QUERIES_FILE)
 
 
 def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
@@ -310,20 +318,32 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
 
 def _stored_queries(model: Exportable) -> list[Query]:
     """Makes a query of each of the first users, by what is stored of them."""
-    users = model.query_ids[:NUM_QUERIES].tolist()
+    queries: list[Query] = []
+    for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
+        history = model.candidate_ids[model.histories[row][::-1] - 1].tolist()
+        queries.append({"user_id": user, "history": history})
+    if model.history_times is None:
+        return queries
+    offsets = model.histories.offsets
+    times = (model.history_times[a:b][::-1] for a, b in itertools.pairwise(offsets[1:]))
     return [
-        {"user_id": user, "history": model.candidate_ids[model.histories[row][::-1] - 1].tolist()}
-        for row, user in enumerate(users, 1)
+        {**query, HISTORY_TIMESTAMPS: of_user}
+        for query, of_user in zip(queries, times, strict=False)
     ]
 
 
-def _query_table(queries: Sequence[Query], items: pa.Table, request: Sequence[Feature]) -> pa.Table:
+def _query_table(
+    queries: Sequence[Query], items: pa.Table, request: Sequence[Feature], read: Collection[str]
+) -> pa.Table:
+    """Makes a table of queries: what the model reads of them, which are the inputs `read`."""
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),
         "history": pa.array([list(history_of(query)) for query in queries], ids),
     }
-    if request:
+    if HISTORY_TIMESTAMPS in read:
+        columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
+    if request or TIMESTAMP in read:
         codes = [x.name for x in request if x.kind in ("categorical", "hashed")]
         read = [*(feature.name for feature in request), TIMESTAMP]
         rows = [

@@ -147,7 +147,9 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         raw = retriever.raw_query_features([{"features": query.features}])
         inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in raw.items()}
     if query.request:
-        given = request_inputs(retriever.features, [retriever.parse_request(query.request)])
+        function = retriever.saved_model.signatures[signature]
+        request = retriever.parse_request(query.request)
+        given = request_inputs(function, retriever.features, [request])
         inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
     if query.filter:
         signature += "_filtered"

@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.saved_model import missing_input
 from tfrs_pipeline.serving.settings import ServeSettings
 
@@ -255,6 +256,7 @@ def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings) -> Any:
         "exclude": limits.max_exclude,
         "allowed": limits.max_exclude,
         "history": limits.max_history,
+        HISTORY_TIMESTAMPS: limits.max_history,
     }
     return _list_of(value, lengths.get(name))
 

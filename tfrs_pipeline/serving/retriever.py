@@ -14,9 +14,17 @@ import tensorflow as tf
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.model.requests import request_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import features_of, id_list, id_lists, known_rows, request_inputs
+from tfrs_pipeline.serving.encoder import (
+    features_of,
+    id_list,
+    id_lists,
+    known_rows,
+    query_inputs,
+    request_inputs,
+)
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -30,7 +38,7 @@ from tfrs_pipeline.serving.tune import Requests
 from tfrs_pipeline.settings import suggest
 
 # What a `Retriever` may be asked with.
-_QUERY_KEYS = ("user_id", "history", "features", "request")
+_QUERY_KEYS = ("user_id", "history", HISTORY_TIMESTAMPS, "features", "request")
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
@@ -104,11 +112,12 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id`, `history`, `features` and `request` are read. Features, raw values by column
-        name, replace all of the user's stored ones. A request is those of the request features, of
-        which any may be missing, and `timestamp`, an aware datetime, in place of an hour or weekday
-        that the log made of it. Nothing is excluded but `exclude`: not what the user is known to
-        have clicked.
+        `user_id`, `history`, `history_timestamps`, `features` and `request` are read. Features, raw
+        values by column name, replace all of the user's stored ones. A request is those of the
+        request features, of which any may be missing, and `timestamp`, an aware datetime: of it
+        come an hour or weekday that the log made of its own, and how long ago the items of the
+        history were, where the model reads times. Nothing is excluded but `exclude`: not what the
+        user is known to have clicked.
 
         Args:
             queries: One mapping a query.
@@ -167,9 +176,10 @@ class LoadedRetriever:
         check_one_each("requests", requests, len(user_ids))
         self._check_requests(requests)
         name = "retrieve_user" if allowed is None else "retrieve_user_filtered"
-        answer = self.saved_model.signatures[name](
+        function = self.saved_model.signatures[name]
+        answer = function(
             user_id=id_list(user_ids, self.user_dtype),
-            **request_inputs(self.features, requests),
+            **request_inputs(function, self.features, requests),
             **asked,
         )
         ids, scores, is_known = (
@@ -245,7 +255,7 @@ class LoadedRetriever:
         return self.saved_model.exact.embeddings.numpy()
 
     def held_out_queries(self) -> list[Query]:
-        """Reads the queries that the index was measured on: user_id, history and request."""
+        """Reads the queries that the index was measured on, with what they were asked with."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
 
     def held_out_requests(self) -> Requests:
@@ -264,15 +274,16 @@ class LoadedRetriever:
     ) -> dict[str, np.ndarray]:
         """Asks one signature for the queries without features, another for those with."""
         _check_queries(queries)
+        function = self.saved_model.signatures[signature.format("")]
+        requests = [query.get("request") for query in queries]
         inputs = {
-            "user_id": id_list([query.get("user_id") for query in queries], self.user_dtype),
-            "history": id_lists([query.get("history", ()) for query in queries], self.item_dtype),
-            **request_inputs(self.features, [query.get("request") for query in queries]),
+            **query_inputs(function, queries),
+            **request_inputs(function, self.features, requests),
             **asked,
         }
         has_features = np.array(["features" in query for query in queries], bool)
         if not has_features.any():
-            answer = self.saved_model.signatures[signature.format("")](**inputs)
+            answer = function(**inputs)
             return {name: tensor.numpy() for name, tensor in answer.items()}
         order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
         raw = self.raw_query_features([query for query in queries if "features" in query])
@@ -301,10 +312,11 @@ class LoadedRetriever:
         return _raw_inputs(self.features["query"], columns, len(queries))
 
     def _check_requests(self, requests: Sequence[Mapping[str, Any] | None]) -> None:
-        known = list(request_signature(self.features["request"]))
+        # Of a model that reads no time, a request may have one all the same.
+        known = list(request_signature(self.features["request"], reads_times=True))
         given = {name for request in requests for name in request or ()}
         if unknown := sorted(given - set(known)):
-            hint = suggest(unknown[0], known) if known else "remove `request` from the queries"
+            hint = suggest(unknown[0], known)
             raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
 
     def _asked(

@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import signature_inputs
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
@@ -76,7 +77,8 @@ class ServedVersion:
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         of_request = self.retriever.manifest.get("feature_inputs", {}).get("request", {}).values()
         self.signatures = {
-            name: SignatureInputs(inputs, settings, of_request) for name, inputs in specs.items()
+            name: SignatureInputs(inputs, settings, {*of_request, HISTORY_TIMESTAMPS})
+            for name, inputs in specs.items()
         }
         # The first call is slow, and shows a broken model.
         for retriever in self._retrievers():

@@ -1,0 +1,144 @@
+"""Times of the events: what a model that attends learns of them, and who does without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import assert_same, tiny, weights_of
+from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.warm_start import WarmStart
+from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.settings import ConfigError
+
+NUM_ITEMS = 12
+HOUR, WEEK = timedelta(hours=1), timedelta(weeks=1)
+ATTENTION: dict[str, Any] = {"history_pooling": ("attention",), "negatives": [Uniform(16)]}
+
+
+def make_events(seed: int = 0) -> pd.DataFrame:
+    """Items with even numbers are clicked within hours of the last click, odd ones after weeks."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(60):
+        time = pd.Timestamp("2024-01-01", tz="UTC")
+        for _ in range(7):
+            is_late = rng.random() < 0.5
+            time += (WEEK if is_late else HOUR) * rng.uniform(0.5, 2)
+            rows.append((user, 2 * rng.integers(0, NUM_ITEMS // 2) + is_late, time))
+    return pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Log.from_table(make_events()).split("last_n", validation=1, test=1)
+
+
+@pytest.fixture(scope="module")
+def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return TrainingSet.build(split.train, tmp_path_factory.mktemp("timed"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(timed: TrainingSet, split: Split) -> TwoTower:
+    training = {"examples": "sequences", "max_epochs": 30, "patience": 30}
+    fitted = tiny(**ATTENTION, history_length=5, training=training)
+    return fitted.fit_samples(timed, split.validation, log=split.train)
+
+
+def test_the_time_of_a_request_decides_what_is_retrieved(model: TwoTower, split: Split) -> None:
+    last = make_events()["timestamp"].max()
+    margins = []
+    for since in (HOUR, WEEK, None):
+        request = {} if since is None else {"timestamp": last + since}
+        queries = [
+            {
+                "history": history,
+                "history_timestamps": [last - i * HOUR for i in range(len(history))][::-1],
+                "request": request,
+            }
+            for history in split.validation.histories
+        ]
+        ids, scores = model.retrieve(queries, k=NUM_ITEMS)
+        if since is not None:
+            assert np.mean(ids[:, :4] % 2 == (since == WEEK)) > 0.8
+        margins.append(np.mean(scores[ids % 2 == 1]) - np.mean(scores[ids % 2 == 0]))
+    # Unknown: between the two.
+    assert margins[0] < margins[2] < margins[1]
+
+
+def test_validation_asks_with_the_times_as_evaluation_does(model: TwoTower, split: Split) -> None:
+    measured = evaluate(model, split.validation, cutoffs=(5,), num_bootstrap=0).first
+    best = max(model.result.history["val_ndcg@5"])
+    assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)
+    blind = replace(split.validation, times=None, history_times=None)
+    without = evaluate(model, blind, cutoffs=(5,), num_bootstrap=0).first
+    assert without.overall.intervals["ndcg@5"].mean < best - 0.05
+    # A part of the queries has its own times.
+    asked = {query["user_id"]: query for query in split.validation.as_queries()}
+    for query in split.validation.sample(5).as_queries():
+        assert query["request"] == asked[query["user_id"]]["request"]
+        np.testing.assert_array_equal(
+            query["history_timestamps"], asked[query["user_id"]]["history_timestamps"]
+        )
+
+
+def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
+    events = make_events()
+    for query in split.test.as_queries():
+        of_user = events.loc[events["user_id"] == query["user_id"], "timestamp"]
+        assert query["request"] == {"timestamp": of_user.iloc[-1].floor("s")}
+        seconds = of_user.iloc[:-1].map(pd.Timestamp.timestamp) // 1
+        assert query["history_timestamps"].tolist() == seconds.tolist()
+
+
+def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
+    plain = replace(
+        timed,
+        samples=replace(timed.samples, sequence_times=None),
+        corpus=replace(timed.corpus, has_times=False),
+    )
+    for changes in ({}, {"history_pooling": ("attention",), "training": {"examples": "sets"}}):
+        options = {"negatives": [Uniform(16)], **changes}
+        weights = []
+        for data in (timed, plain):
+            model = tiny(**options)
+            tf.keras.utils.set_random_seed(0)
+            network = model.build(data.corpus)
+            assert not network.reads_times
+            batch = model.batches(data.samples).batch(0)
+            assert not {"history_times", "sequence_times"} & batch.keys()
+            weights.append(weights_of(network))
+        assert_same(*weights)
+
+
+def test_a_log_by_order_alone_has_no_times(tmp_path: Path) -> None:
+    log = Log.from_table(make_events().drop(columns="timestamp"))
+    split = log.split("last_n", validation=1, test=1)
+    data = TrainingSet.build(split.train, tmp_path, seed=0)
+    assert data.samples.sequence_times is None
+    assert not tiny(**ATTENTION).build(data.corpus).reads_times
+    assert split.test.times is None
+    assert all(query.keys() == {"user_id", "history"} for query in split.test.as_queries())
+
+
+def test_a_warm_start_has_times_on_both_sides(timed: TrainingSet) -> None:
+    without = replace(timed.corpus, has_times=False)
+    for there, here, message in (
+        (timed.corpus, without, "that model reads times and this one does not"),
+        (without, timed.corpus, "this model reads times and that one does not"),
+    ):
+        source = tiny(**ATTENTION)
+        source._network, source.corpus = source.build(there), there
+        with pytest.raises(ConfigError, match=f"warm_start: {message}: give both logs timestamps"):
+            WarmStart(source, source.settings, source.training, here)
