@@ -41,7 +41,7 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     expected = TrainingSet.build(log, tmp_path, seed=0)
     expected = dataclasses.replace(expected, samples=copied(expected.samples))
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 18
+    assert len(files) == 19
     # As a process leaves it that is killed as it builds.
     write(event_table("int"), tmp_path / "_work-killed" / "_events.parquet")
     filled = [path for path in files if path.stat().st_size]  # A lock is empty.
