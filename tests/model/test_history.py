@@ -1,5 +1,7 @@
 """Histories: pooling, padding, the empty history, and every beginning of a sequence at once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -34,7 +36,7 @@ def make_encoder(*poolings: str, dropout: float = 0.5, reads_times: bool = False
 def timed() -> HistoryEncoder:
     """Attends with gaps that tell."""
     encoder = make_encoder("attention", reads_times=True)
-    gaps = encoder._attention._gaps
+    gaps: Any = encoder._attention._gaps
     gaps.assign(tf.random.stateless_normal(gaps.shape, [5, 6]))
     return encoder
 
@@ -257,7 +259,8 @@ def test_attention_is_that_of_a_loop() -> None:
     for sequence, of_gaps, expected in zip(vectors, gaps, got, strict=True):
         start = layer._start.numpy()[0]
         hidden = np.concatenate([start, sequence * 2.0]) + layer._positions.numpy()[:4]
-        hidden = hidden + layer._gaps.numpy()[of_gaps]
+        table: Any = layer._gaps
+        hidden = hidden + table.numpy()[of_gaps]
         projected = dense(norm(hidden, block["attention_norm"]), block["query_key_value"])
         query, key, value = projected[:, :4], projected[:, 4:8], projected[:, 8:]
         attended = np.zeros((4, 4))

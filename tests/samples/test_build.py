@@ -126,18 +126,21 @@ def test_histories_counts_and_masks_match_a_loop(
         assert samples.exposed[user].tolist() == sorted(exposed[user] - set(clicked[user]))
     # A query's time is that of the first click that its history does not have.
     start = int(START.timestamp())
-    for i, latest in enumerate(samples.latest_times(np.arange(len(samples)), 4) - start):
+    query_times = samples.latest_times(np.arange(len(samples)), 4)
+    assert samples.num_earlier is not None
+    for i, latest in enumerate(query_times - start):
         num_earlier = samples.num_earlier[i]
         times = seconds[samples.query_rows[i]][: num_earlier + 1][::-1][:5]
         np.testing.assert_array_equal(latest, [*times, *[np.nan] * (5 - len(times))])
     # As of now, to a model that knows users 2 and 3, and items 1 to 5.
-    histories, known, times = latest_histories(log, Ids([2, 3]), Ids(range(1, 6)))
+    histories, known, item_times = latest_histories(log, Ids([2, 3]), Ids(range(1, 6)))
     for row, user in enumerate((0, 2, 3)):
         items = [item if item <= 5 else 0 for item in clicked[user]]
         assert histories[row].tolist() == items[::-1]
         assert known[row].tolist() == sorted(set(items) - {0})
         of_user = slice(*histories.offsets[row : row + 2])
-        assert (times[of_user] - start).tolist() == seconds[user][::-1]
+        assert item_times is not None
+        assert (item_times[of_user] - start).tolist() == seconds[user][::-1]
 
 
 def test_order_of_the_log_and_no_order(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def make_served(
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    changes = {"history_pooling": ("attention",)} if reads_times else {}
+    changes: dict[str, Any] = {"history_pooling": ("attention",)} if reads_times else {}
     model = TwoTower(
         dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
     ).build(

@@ -399,8 +399,16 @@ class OwnModel:
         self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
         self.variables = [*self._users.weights, *self._videos.weights, *self._top.weights]
 
-    def embed_queries(self, rows: Any, history_rows: Any, features: Any = None) -> tf.Tensor:
-        return self._top(self._users(rows) + tf.reduce_sum(self._videos(history_rows), axis=1))
+    def embed_queries(
+        self,
+        query_rows: Any,
+        history_rows: Any,
+        features: Any = None,
+        history_times: Any = None,
+    ) -> tf.Tensor:
+        return self._top(
+            self._users(query_rows) + tf.reduce_sum(self._videos(history_rows), axis=1)
+        )
 
     def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
         return self._videos(rows)
