@@ -249,7 +249,7 @@ def damages(folder: Path, num_damages: int) -> dict[str, Any]:
         for state in ("half done", "finished")
         for path in sorted(files_of(folder / "kept" / state))
         for how in DAMAGES
-        if path.is_file()
+        if path.is_file() and path.stat().st_size  # A lock is empty.
     ]
     drawn = np.random.default_rng(0).permutation(len(possible))[:num_damages]
     counts: dict[str, Counter[str]] = {}
