@@ -3,12 +3,14 @@
 import re
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tfrs_pipeline.config import (
     Config,
@@ -22,9 +24,11 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.settings import SplitConfig, StageName
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig, StageName
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.presets import PRESETS
@@ -122,6 +126,49 @@ def test_a_dump_holds_every_setting_but_those_that_are_none() -> None:
         table = getattr(config, name)
         if isinstance(table, Config):
             assert set(settings) == {key for key, value in table if value is not None}
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)
+ZONES = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    test_start = draw(st.datetimes(datetime(2001, 1, 1), datetime(2030, 1, 1), timezones=ZONES))
+    numbers = st.floats(1e-9, 1e9)
+    return RunConfig(
+        data=DataConfig(
+            source="files",
+            path=Path(draw(st.from_regex(r"[a-zé ]{1,9}/[a-z\"'\\]{1,9}", fullmatch=True))),
+            columns=draw(st.dictionaries(st.sampled_from(["user_id", "item_id"]), TEXT)),
+            stage_values=draw(st.dictionaries(TEXT, st.sampled_from(["exposed", "clicked"]))),
+            item_features=draw(st.dictionaries(TEXT, st.sampled_from(["text", "numeric"]))),
+            items_path=Path("items"),
+            list_separator=draw(TEXT),
+        ),
+        split=SplitConfig(
+            kind="time",
+            test=test_start,
+            validation=test_start - timedelta(microseconds=draw(st.integers(1, 10**15))),
+        ),
+        model=TwoTowerSettings(
+            negatives=tuple(
+                Popularity(num, alpha)
+                for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
+            ),
+            hard=draw(st.sampled_from([None, Mined(every=2), FunnelLosers(min_rank=3)])),
+            temperature=draw(numbers),
+            hidden_layers=(),
+        ),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+@given(configs())
+def test_any_config_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
+) -> None:
+    assert load(tmp_path_factory.mktemp("config"), dump_config(config)) == config
 
 
 # Every field

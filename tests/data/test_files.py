@@ -327,7 +327,9 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             "no column 'user_id'. Nearest: uid.*Set columns to say which column is user_id",
         ),
         ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
+        ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
         ("", {}, r"events\.csv: 0 rows, and no header"),
+        ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
         (
             "user_id,item_id\n1,2\n1,2,3,4\n",
             {},
@@ -340,8 +342,15 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             r"line 3 of events\.csv has another line ending than the header.*the same line ending",
         ),
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
+        ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
+        (
+            "user_id,item_id\n-1,2\n",
+            {},
+            "'user_id' is -1, which is reserved for empty slots, in 1 of 1 rows",
+        ),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
         (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
+        (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),
         (
             CLICKS.replace("1700000000", "yesterday"),
             {},
@@ -352,6 +361,7 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             {},
             "times written one way and does not in 1 of 3 rows, such as '2024-01-01' .first: row 3",
         ),
+        (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
         ("user_id,item_id,timestamp\n1,2,2024-01-31\n", {}, "without a time zone.*1 rows"),
         (
             "user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
@@ -359,7 +369,13 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             "does not in 1 of 2 rows.* with an offset in all or in none",
         ),
         ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
+        (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
         ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
+        (
+            "user_id,item_id,score\n1,2,good\n",
+            {},
+            "'score' must hold finite numbers .* and does not in 1 of 1 rows",
+        ),
         (
             "user_id,item_id,stage\n1,2,liked\n",
             {},
@@ -369,6 +385,11 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
             "user_id,item_id,rating\n1,2,3\n",
             {"rating_threshold": 4},
             "none of 1 rows is a positive",
+        ),
+        (
+            "user_id,item_id,rating\n1,2,\n1,2,5\n",
+            {"rating_threshold": 4},
+            "'rating' is null or NaN in 1 of 2 rows",
         ),
         (
             pa.table({"user_id": [1.5], "item_id": [2]}),
@@ -420,6 +441,7 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
             r"items\.csv: column 'v' must hold numbers separated by '\|' \(list_separator\) "
             "and does not in 1 of 2 rows, such as '1;2'",
         ),
+        ("item_id,v\n5,1|\n", {"item_features": {"v": "vector"}}, "does not in 1 of 1 rows"),
         (
             "item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n",
             {"item_features": {"v": "vector"}},
@@ -441,6 +463,13 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
             {"item_features": {"v": "vector"}},
             "must be a list of numbers or a string, it is array<string>",
         ),
+        ("item_id,v\n5,\n", {"item_features": {"v": "vector"}}, "none of 1 rows holds a vector"),
+        (
+            "item_id,p\n5,inf\n",
+            {"item_features": {"p": "numeric"}},
+            "finite numbers.* in 1 of 1 rows",
+        ),
+        ("item_id,p\n5,much\n", {"item_features": {"p": "bucketized"}}, "'p' must hold finite"),
         (
             "item_id,t\n5,2024-01-31\n",
             {"item_features": {"t": "timestamp"}},
@@ -455,6 +484,11 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
             "item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
             {"item_features": {"t": "timestamp"}, "time_zone": "UTC"},
             r"items\.csv: column 't' has no year of 2 to 9998 in 3 of 5 rows",
+        ),
+        (
+            pa.table({"item_id": [5], "c": [1.5]}),
+            {"item_features": {"c": "hashed"}},
+            "'c' must be an integer or a string",
         ),
     ],
 )

@@ -219,6 +219,19 @@ def test_an_evaluation_excludes_by_one_rule() -> None:
         test.excluded("shown")  # type: ignore[arg-type]
 
 
+def test_a_query_knows_what_lies_before_its_part_and_nothing_else() -> None:
+    _, validation, test = one_user("cecrcec").split("last_n", min_positives=1)
+    assert (validation.histories[0].tolist(), test.histories[0].tolist()) == ([0, 2], [0, 2, 4])
+    assert (validation.seen[0].tolist(), test.seen[0].tolist()) == ([0, 1, 2], [0, 1, 2, 4, 5])
+    assert (validation.relevant[0].tolist(), test.relevant[0].tolist()) == ([4], [6])
+
+
+def test_shares_are_rounded_up_and_other_events_take_the_part_of_their_place() -> None:
+    # ceil(.2 * 6) = 2 are the test, ceil(.1 * 4) = 1 of the four left is the validation part.
+    log = one_user("ececcrcecece")
+    assert letters(log.split("last_share", validation=0.1, test=0.2)) == "ttttttvvxxxx"
+
+
 def test_float_noise_does_not_round_up() -> None:
     assert (0.1 + 0.2) * 10 > 3
     split = one_user("c" * 10).split("last_share", validation=0, test=0.1 + 0.2)
@@ -226,6 +239,13 @@ def test_float_noise_does_not_round_up() -> None:
     assert 0.07 * 100 > 7
     split = one_user("c" * 100).split("time", validation=0, test=0.07)
     assert split.report()["test"]["num_positives"] == 7
+
+
+def test_ties_in_time_are_broken_by_the_order_in_the_source() -> None:
+    log = make_log([(1, item, 0, "clicked") for item in (5, 3, 4)])
+    test = log.split("last_n", min_positives=1).test
+    assert test.histories[0].tolist() == [5, 3]
+    assert test.relevant[0].tolist() == [4]
 
 
 def test_without_time_the_order_in_the_source_counts() -> None:
@@ -294,6 +314,21 @@ def test_held_out_users_are_never_trained_on() -> None:
     assert parts_of(split) == parts_of(again) != parts_of(other)
 
 
+def test_string_ids_stay_strings() -> None:
+    log = make_log([(user, i, i, "clicked") for user in (2, 10) for i in range(4)])
+    events = log.events.mutate(
+        user_id="u" + log.events["user_id"].cast("string"),
+        item_id=log.events["item_id"].cast("string"),
+    )
+    items, users = (events.select(name).distinct() for name in ("item_id", "user_id"))
+    test = Log(events, items, users).split("last_n", min_positives=1).test
+    assert test.user_ids.tolist() == ["u10", "u2"]
+    assert test.as_queries()[0]["user_id"] == "u10"
+    assert list(test.as_queries()[0]["history"]) == ["0", "1", "2"]
+    assert test.relevant[1].tolist() == ["3"]
+    assert test.candidate_ids.tolist() == ["0", "1", "2", "3"]
+
+
 @settings(max_examples=15, deadline=None, phases=QUICKLY)
 @given(st.integers(0, 2**32 - 1))
 def test_the_log_itself_says_which_part(seed: int) -> None:
@@ -360,6 +395,7 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         ("last_share", {"test": 1.0}),
         ("last_n", {"test": -1}),
         ("last_n", {"test": 0.2}),
+        ("last_n", {"test": START}),
         ("last_n", {"validation": START, "test": START}),
         ("held_out_users", {"test": 0.6, "validation": 0.4}),
         ("held_out_users", {"target_share": 0}),
@@ -382,3 +418,12 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
         one_user("ccc").split("column")
     with pytest.raises(DataError, match="leave none to train on"):
         one_user("c").split()
+
+
+def test_histories_are_arrays_even_when_empty() -> None:
+    log = make_log([(1, 1, 1, "clicked"), (2, 1, 9, "clicked")])
+    cut = START + timedelta(seconds=5)
+    test = log.split("time", validation=cut, test=cut).test
+    assert test.user_ids.tolist() == [2]
+    assert test.histories[0].dtype == np.int64
+    assert len(test.histories[0]) == len(test.seen[0]) == 0

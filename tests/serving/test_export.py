@@ -147,6 +147,20 @@ def test_embeddings_are_those_that_the_scores_are_products_of(
     np.testing.assert_allclose(answer["scores"], -np.sort(-scores, axis=1), atol=1e-5)
 
 
+def test_a_new_item_is_embedded_by_its_features(
+    served: Served, modules: dict[str, RetrievalModule]
+) -> None:
+    new = 5 if served.candidate_ids.dtype == np.int64 else "premiere"
+    items = modules["exact"].embed_candidate(
+        as_ids(served, [[new, new]])[0], tf.constant([["a", "c"], ["c", "new"]])
+    )
+    assert not items["is_known_item"].numpy().any()
+    encoded = served.candidate_features[0].encode_column([["a", "c"], ["c", "new"]])
+    expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
+    np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+
+
 def test_features_of_a_query_replace_the_stored_ones(
     served: Served, modules: dict[str, RetrievalModule]
 ) -> None:
@@ -325,6 +339,12 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
         loaded.retrieve_user([other], 3)
     with pytest.raises(ValueError, match=r"A history is a list of item ids"):
         loaded.retrieve([{"history": history[0]}], 3)
+    items, is_known = loaded.embed_candidates(
+        served.candidate_ids.tolist(), {"genres": served.genres}
+    )
+    assert is_known.all()
+    expected = -np.sort(-loaded.embed_queries(queries[2:]) @ items.T, axis=1)
+    np.testing.assert_allclose(loaded.retrieve(queries[2:], 60)[1], expected, atol=1e-5)
 
 
 @pytest.mark.slow

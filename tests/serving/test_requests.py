@@ -199,7 +199,7 @@ def test_the_client_the_page_and_the_command_line_send_requests(
     )
     version = ServedVersion(folder, ServeSettings())
     body = json.dumps({"items": known, "k": K, "request": typed}).encode()
-    answer = page.answer(version, body)
+    answer = page.answer(version, body, ServeSettings())
     assert [item["item_id"] for item in answer["index"]["items"]] == want
     assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
     for flags, found in (

@@ -182,6 +182,16 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(
     assert "A port of 0 takes a free one" in err
 
 
+def test_wrong_flags_and_folders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, folder, "--max-k", "0")[0] == 2
+    assert run(capsys, folder, "--port", "70000")[0] == 2
+    code, err = run(capsys, tmp_path)
+    assert code == 1
+    assert f"No exported model at '{tmp_path}'" in err
+
+
 def test_flags_become_settings(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +202,16 @@ def test_flags_become_settings(
     assert got[0] == folder
     hosts = ("a.example", "*.b.example")
     assert got[1] == ServeSettings(host="::1", allowed_hosts=hosts, page=False, max_k=7)
+
+
+def test_every_setting_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in ServeSettings.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert field.description
+        assert field.description[:50] in text
 
 
 def test_without_the_extra_the_message_says_what_to_install(

@@ -144,6 +144,50 @@ def test_a_label_of_several_outcomes_gives_stages_and_weights(tmp_path: Path) ->
         assert event["weight"] == (weight if wanted["stage"] == "clicked" else 1.0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "stage", "rank"),
+    [
+        (["prerank_neg"], "retrieved", None),
+        (["coarse_neg"], "pre_ranked", None),
+        (["rank_neg"], "pre_ranked", 30),
+        (["rank_pos"], "ranked", 30),
+        (["rerank_neg"], "ranked", 4),
+        (["rerank_pos"], "ranked", 4),
+        (["realshow"], "exposed", 4),
+        (["realshow", "prerank_neg"], "exposed", 4),  # Exposed is exposed, whatever else is said.
+        (["realshow", "rerank_neg", "rank_neg"], "exposed", 4),
+        (["coarse_neg", "prerank_neg"], "pre_ranked", None),
+        (["rank_pos", "rank_neg"], "ranked", 30),
+    ],
+)
+def test_the_furthest_stage_counts(
+    tmp_path: Path, flags: list[str], stage: str, rank: int | None
+) -> None:
+    positive = make_row(video_id=2, realshow=1, effective_view=1)
+    row = make_row(rank_index=30, rerank_index=4, **dict.fromkeys(flags, 1))
+    # A row without a flag is no event, and what it says of an outcome or an id does not enter.
+    unflagged = make_row(video_id=9, user_id=9, effective_view=-1)
+    write(tmp_path, "all_stage", [[row, positive, row, unflagged]])
+    log = load(tmp_path, duplicates="drop")
+    event = events_of(log)[0]
+    assert (event["stage"], event["rank"]) == (stage, rank)
+    assert [dropped.num_rows for dropped in log.dropped] == [1, 1]
+    assert sorted(log.items.to_pyarrow()["item_id"].to_pylist()) == [1, 2]
+    assert log.users.to_pyarrow()["user_id"].to_pylist() == [1]
+
+
+def test_an_outcome_without_exposure_is_no_positive(tmp_path: Path) -> None:
+    odd = make_row(rank_pos=1, effective_view=1, like=1)
+    write(
+        tmp_path, "all_stage", [[odd, make_row(video_id=2, realshow=1, effective_view=1, like=1)]]
+    )
+    for label in (None, {"like": 1.0}):
+        assert [event["stage"] for event in events_of(load(tmp_path, label=label))] == [
+            "ranked",
+            "clicked",
+        ]
+
+
 def test_the_latest_row_describes_an_item_and_a_user(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,7 +248,7 @@ def test_all_stage_is_read_before_realshow(
     assert "2024-01-14.feather" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["2024-1-13.feather", "days.parquet"])
+@pytest.mark.parametrize("name", ["2024-1-13.feather", "2024-02-30.feather", "days.parquet"])
 def test_a_file_must_be_named_by_its_date(tmp_path: Path, name: str) -> None:
     write(tmp_path, "all_stage", [[make_row(realshow=1, effective_view=1)]])
     (tmp_path / "all_stage" / name).touch()
@@ -236,6 +280,7 @@ def test_a_file_that_is_not_feather_is_refused(tmp_path: Path) -> None:
         ({"realshow": 1, "effective_view": 7}, "'effective_view' is not 0 or 1 in 1 of 3"),
         ({"request_timestamp": START_MS // 1000}, "'request_timestamp' does not hold milliseconds"),
         ({"video_id": None}, "'video_id' is null in 1 of 3"),
+        ({"request_id": None}, "'request_id' is null in 1 of 3"),
         (
             {"video_id": -1, "realshow": 1},
             "'video_id' is -1, which is reserved for empty slots, in 1 of 3 rows",

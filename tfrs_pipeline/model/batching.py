@@ -30,9 +30,9 @@ def make_batches(
 
     Args:
         samples: Of the training part.
-        settings: Of the model, whose negatives are those of the next argument but one.
+        settings: Of the model: hard negatives, resampling, what is corrected, histories' length.
         training: How positives are put together.
-        negatives: Kinds that the rows of a batch share.
+        negatives: Kinds that the rows of a batch share: the settings' and own ones.
         seed: Of everything random.
 
     Raises:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # For the headers of a request, from the opening of its connection or its first byte.
@@ -77,3 +80,34 @@ class Server(uvicorn.Server):
         for _ in range(round(seconds / 0.05)):
             if not self.force_exit:
                 await asyncio.sleep(0.05)
+
+
+class AllowedHosts:
+    """ASGI middleware that refuses requests which call the server by a name of no pattern.
+
+    "*.example.com" is all names below, "*" any.
+    """
+
+    def __init__(self, app: ASGIApp, patterns: tuple[str, ...]) -> None:
+        self._app = app
+        self._patterns = [pattern.lower() for pattern in patterns]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or refuses it."""
+        app = self._app
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("host", "")
+            if not self._is_allowed(given):
+                error = f"Host {given!r:.80} is not among --allowed-hosts."
+                app = JSONResponse({"error": error}, 400)
+        await app(scope, receive, send)
+
+    def _is_allowed(self, given: str) -> bool:
+        try:
+            host = urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            return False
+        return any(
+            host == pattern or (pattern[0] == "*" and host.endswith(pattern[1:]))
+            for pattern in self._patterns
+        )

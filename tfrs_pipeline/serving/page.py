@@ -18,6 +18,7 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving.encoder import empty_id, request_inputs
 from tfrs_pipeline.serving.rest import PredictCall, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
+from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion, call
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -93,7 +94,7 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     return _shown(itertools.islice(ids, MAX_FOUND), version.titles)
 
 
-def answer(version: ServedVersion, body: bytes) -> dict[str, Any]:
+def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
     """Answers a `PageQuery` by the index and, where there is one beside it, exactly.
 
     Both get the request that the answer holds as `request`: a path, and a body as one would send.

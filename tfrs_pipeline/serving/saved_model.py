@@ -91,9 +91,11 @@ class RetrievalModule(tf.Module):
     - of a model with request features, all of these but `serving_default`, to which a request says
       nothing, take each one's raw value, and `timestamp [B]` where it tells hour or weekday, before
       `exclude` (see `request_signature`); "" and NaN are missing.
+    - of a model that reads times, they take `timestamp [B]` too, and those with a history
+      `history_timestamps [B, L]` after it: float64 seconds since 1970, NaN where not known.
     - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
       user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
-      With request features they take these last.
+      What a request brings they take last.
     - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
       embeddings [B, D] float32 and is_known_item [B].
 

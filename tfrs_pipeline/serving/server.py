@@ -32,11 +32,10 @@ try:
     import prometheus_client
     import uvicorn
     from starlette.exceptions import HTTPException
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-    from tfrs_pipeline.serving.connections import Connection, Server
+    from tfrs_pipeline.serving.connections import AllowedHosts, Connection, Server
 except ImportError as missing:
     raise ImportError(
         "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
@@ -136,8 +135,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
 
     # Its documentation pages load scripts from elsewhere.
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    hosts = [*settings.allowed_hosts, _in_url(settings.host)]
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(AllowedHosts, patterns=(*settings.allowed_hosts, settings.host))
     app.add_middleware(metrics.CountRequests)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -228,7 +226,7 @@ def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
     @app.post("/page/query")
     async def page_query(request: Request) -> dict[str, Any]:
         body = await read_body(request, server.settings)
-        return await server.ask(lambda version: page.answer(version, body))
+        return await server.ask(lambda version: page.answer(version, body, server.settings))
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:

@@ -28,6 +28,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import ibis
@@ -83,7 +84,7 @@ _POSITIONS = ("rank_index", "rerank_index")
 COLUMNS = (*_REQUEST_COLUMNS, *USER_COLUMNS, *ITEM_COLUMNS, *_FLAGS, *_POSITIONS, *OUTCOMES)
 """All columns of a published file."""
 
-_FILE_NAME = re.compile(r"\d{4}-\d{2}-\d{2}\.feather")
+_FILE_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})\.feather")
 _REMEDY = "Take the files as they were published."
 
 
@@ -169,7 +170,7 @@ def _list_days(folder: Path) -> list[Path]:
         for name in ("realshow", "all_stage")
     }
     files = days["realshow"] | days["all_stage"]
-    if other := [path for name, path in files.items() if not _FILE_NAME.fullmatch(name)]:
+    if other := [path for name, path in files.items() if not _is_named_by_date(name)]:
         raise DataError(
             f"{other[0]}: a file of this folder must be named by its date, as 2024-01-13.feather. "
             "Rename it, or take it out of the folder."
@@ -189,6 +190,14 @@ def _list_days(folder: Path) -> list[Path]:
             ", ".join(shown[:5]),
         )
     return [files[name] for name in sorted(files)]
+
+
+def _is_named_by_date(name: str) -> bool:
+    match = _FILE_NAME.fullmatch(name)
+    try:
+        return match is not None and bool(date.fromisoformat(match[1]))
+    except ValueError:
+        return False
 
 
 def _stage_rows(
@@ -248,7 +257,7 @@ def _open_feather(path: Path) -> pa.RecordBatchReader:
 
 
 def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float]) -> None:
-    """Refuses flags, outcomes of exposed items and times that are not what they should be."""
+    """Refuses flags, outcomes of exposed items, times and requests that cannot be."""
 
     def is_no_flag(name: str) -> ir.BooleanValue:
         return table[name].isnull() | table[name].notin([0, 1])
@@ -271,6 +280,8 @@ def _check_values(table: ibis.Table, source: Source, label: Mapping[str, float])
             "does not hold milliseconds since 1970",
             _REMEDY,
         ),
+        # Those of users and items the log refuses itself.
+        Refusal("request_id", table["request_id"].isnull(), "is null", _REMEDY),
     )
 
 
