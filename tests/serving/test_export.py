@@ -443,6 +443,17 @@ print(sorted((heavy | {"matplotlib"}) & set(sys.modules)))
 """
 
 
+def test_a_stored_query_is_without_what_the_model_does_not_know(tmp_path: Path) -> None:
+    model = OwnModel()
+    # Most recent first; 0 is an item that came after the training.
+    model.histories = RowLists.from_lists([np.arange(0), np.array([0, 2, 0, 1]), np.array([0])])
+    loaded = load(export(model, tmp_path / "own"))
+    assert loaded.held_out_queries() == [
+        {"user_id": 7, "history": ["a", "b"]},
+        {"user_id": 8, "history": []},
+    ]
+
+
 def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> None:
     model = OwnModel()
     folder = export(model, tmp_path / "own")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -319,17 +318,16 @@ def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
 def _stored_queries(model: Exportable) -> list[Query]:
     """Makes a query of each of the first users, by what is stored of them."""
     queries: list[Query] = []
-    for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
-        history = model.candidate_ids[model.histories[row][::-1] - 1].tolist()
-        queries.append({"user_id": user, "history": history})
-    if model.history_times is None:
-        return queries
     offsets = model.histories.offsets
-    times = (model.history_times[a:b][::-1] for a, b in itertools.pairwise(offsets[1:]))
-    return [
-        {**query, HISTORY_TIMESTAMPS: of_user}
-        for query, of_user in zip(queries, times, strict=False)
-    ]
+    for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
+        history = model.histories[row][::-1]
+        is_known = history > 0
+        query = {"user_id": user, "history": model.candidate_ids[history[is_known] - 1].tolist()}
+        if model.history_times is not None:
+            times = model.history_times[offsets[row] : offsets[row + 1]][::-1]
+            query[HISTORY_TIMESTAMPS] = times[is_known]
+        queries.append(query)
+    return queries
 
 
 def _query_table(
