@@ -4,7 +4,7 @@ The default model is trained on logs of several kinds for at most 40 epochs, wit
 that no other one exceeds; the curve of its validation NDCG@100 then tells what each patience would
 have kept, and after how many epochs it would have stopped.
 
-    ratings          MovieLens-100K, split as the default run does
+    ratings          MovieLens-100K, the last share of each user's likes held out
     ratings, time    the same, split by time
     200 users        the first, of 200 of its users, without features
     funnel           a simulated funnel of 3,000 users and 2,000 items
