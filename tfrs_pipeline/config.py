@@ -48,23 +48,23 @@ Baseline: TypeAlias = Literal["uncorrected", "popularity", "ease", "ials"]
 
 
 class EvaluationConfig(Config):
-    """What is measured on the test, and against which baselines."""
+    """What is measured on the test, and the baselines to compare with."""
 
     cutoffs: Several[PositiveInt] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
-    """Users at most that are measured, sampled where the test has more."""
+    """Most users to measure; sampled if the test has more."""
     baselines: Distinct[Baseline] = ("uncorrected", "popularity", "ease", "ials")
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items; EASE; iALS."""
     ease_l2: Several[PositiveFloat] = (200.0,)
-    """Regularisation of EASE; of several values, validation chooses."""
+    """Regularisation of EASE; validation chooses among several values."""
     ials_regularization: Several[PositiveFloat] = (30.0,)
-    """Regularisation of iALS; of several values, validation chooses."""
+    """Regularisation of iALS; validation chooses among several values."""
     ials_alpha: Several[PositiveFloat] = (6.0,)
-    """Weight of a positive in iALS; of several values, validation chooses."""
+    """Weight of a positive in iALS; validation chooses among several values."""
 
 
 class ExportConfig(Config):
@@ -75,19 +75,19 @@ class ExportConfig(Config):
     directory: Path = Path("saved_models")
     """Folder that holds the models, as DIRECTORY/NAME/VERSION."""
     index: Literal["auto", "scann", "exact"] = "auto"
-    """Search structure: ScaNN, exact search, or whichever suits the size of the corpus."""
+    """Search structure: ScaNN, exact search, or auto, which chooses by the size of the corpus."""
     target_recall: float = Field(0.98, gt=0, le=1)
-    """Share of the exact top items that the ScaNN index must find; it is tuned to that."""
+    """Recall target: share of the exact top items that the ScaNN index must find."""
     filter_by: str | None = None
     """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
     keep_versions: PositiveInt | None = None
-    """Versions of the model to keep, the newest; older ones are deleted. If not given, all."""
+    """How many of the newest versions to keep; older ones are deleted. If not given, all."""
     gate: bool = False
-    """Whether to export only a model that is not worse than the version in service: by
-    training.monitor on the same test queries, beyond the 95% interval."""
+    """Whether to export a model only if it is not worse than the version in service, beyond the 95%
+    interval of training.monitor on the same test queries."""
     user_data: bool = True
-    """Whether the export holds what the log tells of people: users' ids, histories and features,
-    and held-out queries. Without them every request brings the user's history."""
+    """Whether the export holds personal data of the log: users' ids, histories and features, and
+    held-out queries. Without it, every request must send the user's history."""
 
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
@@ -101,12 +101,12 @@ class CompareConfig(Config):
     """What `tfrs-pipeline compare` tries."""
 
     plans: Several[PlanKind] = get_args(PlanKind)[:-2]
-    """Sampling plans; also mined, and exposed, which measures what items that were shown and not
-    clicked do as negatives."""
+    """Sampling plans to compare. Not among the defaults: mined, and exposed, which uses items that
+    were shown and not clicked as negatives."""
     reference: Literal["in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed"] = (
         "mixed"
     )
-    """Plan that the others are compared with, query by query."""
+    """Plan with which the others are compared, query by query."""
     hard_shares: Several[Share] = (0.01, 0.05, 0.2)
     """Hard shares of the plans hybrid, mined and exposed: one plan each."""
     resampling_exponents: Several[Share] = (0.3, 0.6)
@@ -125,7 +125,7 @@ class CompareConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     data: DataConfig = DataConfig()
     """Where events, items and users come from."""
@@ -136,14 +136,14 @@ class RunConfig(Config):
     training: TrainingSettings = TrainingSettings()
     """How the model is fitted."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured on the test, and against which baselines."""
+    """What is measured on the test, and the baselines to compare with."""
     export: ExportConfig = ExportConfig()
     """The model in service: its index and where it is saved."""
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
-    """A finished run's folder, or an exported model's, whose run is meant, to start training from.
-    If not given, from nothing."""
+    """Folder of a finished run or of an exported model, whose weights training starts from. If not
+    given, from scratch."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 

@@ -13,7 +13,7 @@ from tfrs_pipeline.negatives.uniform import Uniform
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": (
         "a first look at a log with an order: small embeddings, sequence-level training, ten "
-        "epochs at most, popularity and EASE beside it",
+        "epochs at most, compared with popularity and EASE",
         {
             "model.negatives": (Uniform(256), Popularity(256)),
             "model.dim": 32,
@@ -25,8 +25,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ids": (
-        "a fixed set of users without an order in their events: an embedding a user and an item, "
-        "no history, no features; whoever is not in the log gets the answer for an unknown user",
+        "a fixed set of users without an order in their events: an embedding for each user and "
+        "item, no history, no features; users not in the log get the answer for an unknown user",
         {
             "data.item_features": {},
             "export.filter_by": None,
@@ -38,8 +38,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "sets": (
-        "a log without an order: the mean of the history, of which a random half is input and the "
-        "other the target, a user at a time; users who come later are answered by their history",
+        "a log without an order: the mean of the history; a random half of a user's items is the "
+        "input, the other half the target; users who come later are answered by their history",
         {
             "data.is_ordered": False,
             "model.negatives": (Popularity(2048, 0.5),),
@@ -79,15 +79,15 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "hybrid_1_100": (
-        "funnel logs: 1 in 100 of the negatives' weight is held by losers of pre-rank and rank",
+        "funnel logs: losers of pre-rank and rank have 1% of the negatives' weight",
         {"model.hard": FunnelLosers(share=0.01)},
     ),
     "hybrid_50_50": (
-        "funnel logs, by the rule of thumb: half of the negatives' weight",
+        "funnel logs, by the rule of thumb: losers have half of the negatives' weight",
         {"model.hard": FunnelLosers(share=0.5)},
     ),
     "mined_1_100": (
-        "logs without losers: 1 in 100, mined from the model",
+        "logs without losers: negatives mined from the model have 1% of the weight",
         {"model.hard": Mined(share=0.01)},
     ),
 }

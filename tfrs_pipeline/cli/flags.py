@@ -52,7 +52,7 @@ class Command(Config):
     """Flags that every command has."""
 
     verbose: CliToggleFlag[bool] = False
-    """Log what happens within stages."""
+    """Log details of each stage."""
 
 
 @dataclass(frozen=True)

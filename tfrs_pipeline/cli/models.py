@@ -38,28 +38,28 @@ class OfModel(Command):
 class Query(OfModel):
     """Ask an exported model for a user's items.
 
-    Prints the best items of a user, or for a history, with ids, titles and scores. The user's known
-    items, or those of the history given, are excluded; an unknown user gets the answer for an empty
+    Prints the best items for a user or a history, with ids, titles and scores. The user's known
+    items, or those of the given history, are excluded; an unknown user gets the answer for an empty
     history.
     """
 
     user: str | None = None
     """Id of the user, as in the logs."""
     history: tuple[str, ...] | None = None
-    """Ids of the items that the user liked, oldest first, for someone whom the model does not know
-    or in place of what it knows."""
+    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
+    or instead of the history that it stores."""
     history_timestamps: tuple[str, ...] | None = None
-    """When each of them was, such as 2026-01-31T08:00Z, for a model that reads times."""
+    """Time of each item of the history, such as 2026-01-31T08:00Z, for a model that reads times."""
     request: dict[str, str] = {}
-    """What is known of the request, such as device=ios hour=8, of the request features that the
-    model reads; timestamp=2026-01-31T08:00Z is when it comes: of it the model makes an hour or
-    weekday, and knows how long ago the history was."""
+    """Values of the model's request features, such as device=ios hour=8. From timestamp, the time
+    of the request, such as 2026-01-31T08:00Z, the model computes an hour or weekday, and how long
+    ago the history was."""
     k: PositiveInt = 10
-    """How many."""
+    """Number of items to print."""
     exclude: tuple[str, ...] = ()
-    """Ids of further items to exclude."""
+    """Ids of more items to exclude."""
     filter: tuple[str, ...] | None = None
-    """Only items with one of these values of the feature that the model filters by
+    """Print only items with one of these values of the model's filter feature
     (export.filter_by)."""
     exact: CliToggleFlag[bool] = False
     """Use the brute-force fallback instead of the index."""
@@ -154,9 +154,9 @@ class Query(OfModel):
 class Serve(ServeSettings, OfModel):
     """Serve an exported model over HTTP.
 
-    Answers TensorFlow Serving's REST requests for a model, picks up its new versions, and has a
-    page to try it on. Listens on this machine alone unless --host says otherwise;
-    docs/guides/serving.md says what a network takes. SIGTERM or Ctrl-C stops it.
+    Answers TensorFlow Serving's REST requests for a model, loads its new versions, and has a page
+    to try it. Listens on this machine alone unless --host says otherwise; docs/guides/serving.md
+    says how to open it to a network. SIGTERM or Ctrl-C stops it.
     """
 
     def __call__(self) -> int:
@@ -171,11 +171,11 @@ class Serve(ServeSettings, OfModel):
 
 
 class TuneIndex(OfModel):
-    """Measure what an index finds, and what it costs.
+    """Measure the recall and the latency of an index.
 
     Builds a ScaNN index over the items of an exported model, as `run` and `refresh-index` do, and
-    prints what it finds of the exact answers to the model's held-out queries and the time of a
-    query, by k and by excluded items, beside exact search. The model stays as it is.
+    prints its recall of the exact answers to the model's held-out queries and the time of a query,
+    by k and by excluded items, compared with exact search. The model stays as it is.
     """
 
     target_recall: TargetRecall | None = None
@@ -198,11 +198,11 @@ class TuneIndex(OfModel):
 
 
 class RefreshIndex(OfModel):
-    """Exchange the items of an exported model, without training.
+    """Replace the items of an exported model, without training.
 
-    Writes a new version of a model that retrieves the items of a file: new ones are embedded by
-    their features, those that the file lacks are gone. The towers stay as they are. A server picks
-    the version up. What is not given is as in the version before.
+    Writes a new version of a model that retrieves the items of a file: new items are embedded by
+    their features, items missing from the file are removed. The towers stay as they are. A running
+    server loads the new version. Settings that are not given are those of the version before.
     """
 
     items: Path
@@ -212,7 +212,7 @@ class RefreshIndex(OfModel):
     target_recall: TargetRecall | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
-    """Keep the newest versions, this many, and delete older ones."""
+    """How many of the newest versions to keep; older ones are deleted."""
     allow_all_new: CliToggleFlag[bool] = False
     """Accept a file without any item that the model knows."""
 

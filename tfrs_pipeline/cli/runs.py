@@ -59,11 +59,10 @@ class Work(Command):
     config: Path | None = None
     """TOML file of settings."""
     run_dir: Path | None = None
-    """Folder of the run; one that holds a stopped run resumes it. If not given, a new one in
-    runs/."""
+    """Folder of the run; a stopped run in it is resumed. If not given, a new folder in runs/."""
     preset: str | None = Field(
         None,
-        description="A start that other flags may replace. "
+        description="Settings for a kind of log: "
         + "; ".join(f"{name}, {good.partition(':')[0]}" for name, (good, _) in PRESETS.items())
         + ".",
     )
@@ -84,10 +83,9 @@ Run = _with_settings_but(
     """Train, evaluate and export a model.
 
     Trains a two-tower retrieval model, compares it with baselines and exports it with its index.
-    Without an argument it does so on MovieLens-100K, fetched if need be, with that data's own
+    Without an argument it does so on MovieLens-100K, fetched if needed, with that data's own
     features and a ScaNN index; the defaults below are those for your own data. Settings come from
-    --config, or from the run in --run-dir that is to be resumed; then from --preset; flags replace
-    them.
+    --config, or from the stopped run in --run-dir; --preset replaces some, and flags replace those.
     """,
 )
 
@@ -96,9 +94,9 @@ Compare = _with_settings_but(
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
-    what each of them finds, what of the tail, and how well it tells positives from the corpus,
-    from the losers of the funnel and from exposed items. Settings come from --config, or from the
-    comparison in --run-dir that is to be resumed; then from --preset; flags replace them.
+    each plan's recall, overall and in the tail, and how well it scores positives above the corpus,
+    the losers of the funnel and exposed items. Settings come from --config, or from the stopped
+    comparison in --run-dir; --preset replaces some, and flags replace those.
     """,
 )
 
@@ -184,8 +182,8 @@ _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, An
 class Report(Command):
     """Write the report of a run as one HTML page.
 
-    The page is about a finished run: data, sampling, training, metrics, index, recommendations for
-    a few users. It needs no other file and no network. A run writes it at its end too.
+    The page shows a finished run: data, sampling, training, metrics, index, recommendations for a
+    few users. It needs no other file and no network. A run also writes it at its end.
     """
 
     run: CliPositionalArg[Path]

@@ -64,72 +64,72 @@ class DataConfig(Config):
     """Where events, items and users come from."""
 
     source: Literal["movielens-100k", "kuairand", "recflow", "files", "spark"] = "movielens-100k"
-    """Files of your own, tables in Spark, or a public data set; if not given, files where there is
-    a path. What files hold shows in their columns: a stage, a funnel; a rating with
-    rating_threshold, ratings; a label, impressions; none of these, clicks."""
+    """Your own files, tables in Spark, or a public data set; if not given, files if there is a
+    path. The columns of files tell the kind of log: a funnel has a stage, ratings have a rating
+    (and rating_threshold), impressions a label; without these, every row is a click."""
     path: Path | None = None
-    """CSV or Parquet file of events, or a folder of them; for spark the name of a table that is a
-    log already (docs/reference/data.md); for kuairand and recflow the folder as published; for
+    """CSV or Parquet file of events, or a folder of them; for spark the name of a table with a
+    log's columns (docs/reference/data.md); for kuairand and recflow the folder as published; for
     movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
     items_path: Path | None = None
     """CSV or Parquet file of items, or a folder of them; for spark the name of a table."""
     users_path: Path | None = None
-    """The same of users."""
+    """The same for users."""
     columns: dict[str, str] = {}
-    """Names of the columns in the files, by this package's names, such as user_id=viewer; others
-    keep theirs."""
+    """Columns of the event files by this package's names, such as user_id=viewer; other columns
+    keep their names."""
     item_columns: dict[str, str] = {}
-    """The same of the item table, such as item_id=sku."""
+    """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
-    """The same of the user table."""
+    """Columns of the user table by this package's names, such as user_id=viewer_id."""
     stage_values: dict[str, StageName] = {}
-    """Stages by the value that the file's stage column holds, such as impression=exposed."""
+    """Stages by the values in the file's stage column, such as impression=exposed."""
     rating_threshold: float | None = None
-    """Ratings at or above this are clicks, those below are exposures, never negatives."""
+    """Ratings at or above this are clicks; lower ones are exposed items, never negatives."""
     timestamp_unit: TimestampUnit | None = None
-    """Unit of timestamps that are stored as numbers, those of features too."""
+    """Unit of timestamps that are stored as numbers, also in features."""
     label: dict[str, PositiveFloat] = {}
     """Columns that make an exposed event a positive, each with the weight that it adds, such as
-    is_click=1 long_view=2; if not given, the stage clicked does: is_click in kuairand,
+    is_click=1 long_view=2; if not given, the stage clicked does, which is is_click in kuairand and
     effective_view in recflow."""
     time_zone: str | None = None
-    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris; those of
-    features too."""
+    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
+    features."""
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
     item_features: dict[str, Kind] = {}
-    """Columns of the item table that the model reads, and the kind of each: categorical, or hashed
-    for very many values; multi_categorical; text; numeric, or bucketized for a number whose effect
-    is no straight line; timestamp; vector, a list of numbers from another model."""
+    """Item table columns that the model reads, each with its kind: categorical; hashed, for very
+    many values; multi_categorical; text; numeric; bucketized, for numbers with a non-linear
+    effect; timestamp; vector, a list of numbers from another model."""
     user_features: dict[str, Kind] = {}
-    """The same for features of users."""
+    """The same for columns of the user table."""
     request_features: dict[str, Kind] = {}
-    """The same for columns of the events that are known when the request comes, such as device,
-    place or search text; never what is known after it. hour and weekday are made of the timestamp,
-    in UTC, where there are no such columns."""
+    """The same for columns of the events that are known when the request arrives, such as device,
+    place or search text; never columns known only later. hour and weekday are made from the
+    timestamp, in UTC, if there are no such columns."""
     list_separator: str = Field("|", min_length=1)
-    """What separates the values of a multi_categorical feature, or the numbers of a vector, in a
-    CSV file."""
+    """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
+    file."""
     unknown_items: UnknownItems = "keep"
-    """What to do with events whose item is not in the item table: keep them with empty features,
+    """What to do with events whose item is not in the item table: keep them with missing features,
     drop and count them, or stop."""
     duplicates: Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop."""
     earliest_time: datetime | None = None
-    """Events before it have no time, such as 0 in place of none; in UTC if without a zone; if not
-    given, 1990."""
+    """Events before this time count as having none, such as a 0 for a missing time; in UTC if
+    without a zone; if not given, 1990."""
     latest_time: datetime | None = None
-    """Events from it on have no time either; if not given, a day from now."""
+    """Events from this time on count as having none; if not given, a day from now."""
     max_bad_share: float = Field(0.1, ge=0, lt=1)
-    """Share of a table's rows that may be dropped, and counted, because something that they must
-    have is missing or cannot be read; more is refused, with 0 all."""
+    """Share of a table's rows that may be dropped, and counted, because a required value is missing
+    or unreadable; more is refused, with 0 any such row."""
 
     memory_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")
-    """What DuckDB holds in memory as it makes the log and the samples, such as 4GB; the rest lies
-    on disk. If not given, four fifths of the machine's."""
+    """Memory of DuckDB for making the log and the samples, such as 4GB; the rest goes to disk. If
+    not given, four fifths of the machine's memory."""
     temporary_folder: Path | None = None
-    """Where DuckDB keeps what does not fit in memory; if not given, the system's."""
+    """Where DuckDB spills what does not fit in memory; if not given, the system's folder."""
     spark_master: str | None = None
     """Spark's master for source spark, such as local[4] or spark://host:7077; if not given, that of
     Spark's own settings."""
@@ -184,19 +184,19 @@ class SplitConfig(Config):
     """Which events train the model, which choose its settings, which test it."""
 
     kind: SplitKind | None = None
-    """Test on what came after a point in time (the default for logs with timestamps), on the last
-    share (the default for others) or the last few positives of each user, on users that training
-    never saw, or as the log's own column part says: train, validation or test."""
+    """Test on events after a point in time (the default for logs with timestamps), on the last
+    share (the default for others) or the last n positives of each user, on users that training
+    never saw, or by the log's own column part: train, validation or test."""
     validation: Amount | None = None
-    """Share of the positives that validates: of what the test left of each user's for last_share,
-    of the users for held_out_users; a number of positives a user for last_n; or, for time, the
-    moment at which validation starts, with a time zone. If not given, .05, or 1 for last_n."""
+    """Share of the positives for validation (for last_share, of each user's positives before the
+    test; for held_out_users, of the users); for last_n, the number of positives per user; or, for
+    time, when validation starts, with a time zone. If not given, .05, or 1 for last_n."""
     test: Amount | None = None
-    """The same of the test. If not given, .1, or 1 for last_n."""
+    """Share, number or time of the test, as for validation. If not given, .1, or 1 for last_n."""
     target_share: Share = 0.2
-    """Share of a held-out user's last positives that is to be found, for held_out_users."""
+    """Share of a held-out user's positives, the last ones, to be found, for held_out_users."""
     min_positives: PositiveInt = 5
-    """Users with fewer positives are dropped, except by time and by column, which keep every
+    """Users with fewer positives are dropped, except with time and column, which keep every
     user."""
 
     @model_validator(mode="after")

@@ -38,55 +38,56 @@ class TwoTowerSettings(Config):
     dim: PositiveInt = 64
     """Length of the query and candidate embeddings."""
     negatives: tuple[SharedKind, ...] = (InBatch(), Uniform(256), Popularity(256, 0.75))
-    """Negatives that the rows of a batch share, all of them used together."""
+    """Easy negatives, shared by the rows of a batch; all kinds given are used together."""
     hard: HardKind | None = None
-    """Hard negatives of each row's own: losers of the funnel, such as funnel:share=0.01, or mined
-    from the model, such as mined:share=0.01."""
+    """Hard negatives for each row: losers of the funnel, such as funnel:share=0.01, or mined from
+    the model, such as mined:share=0.01."""
     resampling_exponent: float = Field(0.0, ge=0, le=1)
     """Down-samples positives of popular items and up-samples the others, by counts to the power of
     minus this: 0 changes nothing, 1 makes every clicked item equally likely."""
     correction: Literal["mixture", "streaming", "none"] = "mixture"
-    """Whether logits are corrected by the expected count of each candidate in the batch: from the
-    training counts, or with the popularity of positives estimated from the batches so far."""
+    """The logQ correction, by the log of each candidate's expected count in the batch: mixture,
+    from the training counts; streaming, with the popularity of positives estimated from the batches
+    so far; or none."""
     temperature: PositiveFloat = 0.15
-    """What scores are divided by in the loss."""
+    """Divisor of the scores in the loss."""
     normalize: bool = True
     """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
     one."""
     hidden_layers: tuple[PositiveInt, ...] = ()
     """Sizes of the hidden layers of each tower."""
     combination: Combination = "concat"
-    """How a tower joins what it reads: concat, end to end and mapped by its layers, or sum, each
-    brought to the embedding's length and added up."""
+    """How a tower combines its inputs: concat, end to end, mapped by its layers; or sum, each
+    mapped to the embedding's length and added up."""
     use_user_id: bool = False
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
     """Whether the candidate tower has an embedding for each item id."""
     id_dropout: DropoutShare = 0.05
-    """Share of the ids that training replaces by the unknown id, at random: it trains what stands
-    for a new user or item, besides its features."""
+    """ID dropout: share of the ids that training replaces by the unknown id, at random. It trains
+    the embedding that new users and items get, besides their features."""
     candidate_bias: bool = False
-    """Whether each item has a number of its own that is added to its scores."""
+    """Whether each item has a learned bias that is added to its scores."""
     feature_dim: PositiveInt = 4
     """Length of the embedding of each feature."""
     feature_dropout: DropoutShare = 0.0
-    """Share of the features that training replaces by a missing value, at random."""
+    """Feature dropout: share of the features that training makes missing, at random."""
     history_length: PositiveInt = 50
-    """Latest positives before the event that the query holds."""
+    """Number of the latest positives before the event that the query holds."""
     history_pooling: Distinct[Literal["mean", "recency", "attention"]] = ("mean", "recency")
-    """How the history becomes a vector: a plain mean, one weighted by recency, causal
+    """How the history becomes a vector: its mean, a mean weighted by recency, causal
     self-attention, or several of them."""
     history_dropout: DropoutShare = 0.5
-    """Share of the history's items that is dropped at random in training."""
+    """Share of the history's items that training drops, at random."""
     share_item_embedding: bool = False
-    """Whether the history's items are read with the candidates' vectors, features included, instead
-    of an embedding of their ids of its own."""
+    """Whether the history's items use the candidates' vectors, features included, instead of a
+    separate embedding of their ids."""
     recency_decay: float = Field(0.85, gt=0, le=1)
-    """Weight of a step back in the history, relative to the step after it."""
+    """With history_pooling recency: weight of an item relative to the item after it."""
     attention_blocks: PositiveInt = 2
     """Blocks of the self-attention, with history_pooling attention."""
     attention_dropout: DropoutShare = 0.2
-    """Share of the activations of the self-attention that is dropped at random in training."""
+    """Share of the self-attention's activations that training drops, at random."""
 
     @model_validator(mode="after")
     def _check(self) -> TwoTowerSettings:
@@ -116,30 +117,31 @@ class TrainingSettings(Config):
     batch_size: int = Field(1024, ge=2)
     """Positives in a batch."""
     examples: Literal["single", "sequences", "sets"] = "single"
-    """Which positives are trained together: each by itself; all of a user's sequence in one pass
-    (sequence-level training), for logs with an order; or, for logs without one, a random half of a
-    user's items from the other half. Batches of the last two have about batch_size positives."""
+    """Which positives are trained together: single, each by itself; sequences, a user's whole
+    sequence in one pass (sequence-level training), for logs with an order; sets, a random half of a
+    user's items from the other half, for logs without an order. Batches of the last two have about
+    batch_size positives."""
     max_epochs: PositiveInt = 30
-    """Epochs at most."""
+    """Most epochs to train."""
     optimizer: OptimizerName = "lazy_adam"
-    """Optimizer; lazy_adam is Adam that updates only the rows of a table that a batch has, and
-    costs what they do, where adam goes over the whole table each step."""
+    """Optimizer; lazy_adam is Adam that updates only the batch's rows of an embedding table, where
+    adam updates the whole table each step."""
     learning_rate: PositiveFloat = 0.002
     """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0 to its peak."""
     decay: Decay = "none"
-    """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; a second
-    training goes the same way, epoch by epoch."""
+    """How the learning rate falls to 0 after the warm-up, over the steps of max_epochs; the second
+    training (refit) has the same learning rates, epoch by epoch."""
     patience: PositiveInt = 5
-    """Epochs without a better validation metric after which training stops."""
+    """Training stops after this many epochs without a better validation metric."""
     monitor: str = "ndcg@100"
-    """Validation metric that chooses the epoch: recall or ndcg, at one of the cutoffs."""
+    """Validation metric that chooses the epoch: recall or ndcg, at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
-    """Users at most that validation ranks after each epoch, sampled where there are more."""
+    """Most users that validation ranks after each epoch; sampled if there are more."""
     refit: bool = True
-    """Whether a run trains again on training and validation events for the chosen number of epochs;
-    held-out users are never trained on."""
+    """Whether a run trains again on training and validation events, for the chosen number of
+    epochs; never on held-out users."""
     tensorboard: bool = False
     """Whether to write event files for TensorBoard beside the checkpoints."""
 

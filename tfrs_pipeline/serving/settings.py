@@ -16,25 +16,25 @@ class ServeSettings(Config):
     """How a model is served; the limits hold for each request by itself."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Another one than this machine's own opens the server to a network,
+    """Address to listen on. Any address but this machine's own opens the server to a network,
     without TLS or passwords: see docs/guides/serving.md."""
     port: Port = 8501
     """Port to listen on; 0 takes a free one."""
     allowed_hosts: tuple[HostName, ...] = ("localhost", "127.0.0.1")
-    """Names by which requests may call the server, in their Host header, beside the address that it
-    listens on; *.example.com takes all names below, * any. Keeps web pages of other names out."""
+    """Names that requests may have in their Host header, besides the address that the server
+    listens on; *.example.com allows all names below it, * any. Keeps other web pages out."""
     poll_seconds: PositiveFloat = 2.0
-    """Seconds between two looks for a new version."""
+    """Seconds between checks for a new version."""
     page: bool = True
-    """Whether to serve the page at /. It compares the index with exact search, so a ScaNN model's
-    brute-force fallback is held in memory too."""
+    """Whether to serve the page at /. It compares the index with exact search, so it keeps a ScaNN
+    model's brute-force fallback in memory too."""
     num_threads: PositiveInt = 4
-    """Small requests that are answered at the same time. Larger ones take turns in one more thread,
-    so that they do not hold others up."""
+    """How many small requests are answered at the same time. Larger ones take turns in one more
+    thread, so that they do not hold up the others."""
     max_body_bytes: PositiveInt = 200_000
-    """Longest request body."""
+    """Longest request body, in bytes."""
     body_timeout_seconds: PositiveFloat = 10.0
-    """Seconds within which a request body must have come."""
+    """Seconds within which a request body must arrive."""
     max_k: PositiveInt = 2_000
     """Largest k of a request."""
     max_queries: PositiveInt = 64
@@ -42,10 +42,10 @@ class ServeSettings(Config):
     max_results: PositiveInt = 20_000
     """Most results in a request: its queries times k."""
     max_exclude: PositiveInt = 2_000
-    """Longest list of items to exclude, and of values to filter by, for each query."""
+    """Longest list of items to exclude, and of values to filter by, per query."""
     max_history: PositiveInt = 1_000
-    """Longest history given with a query; of it, the model uses the most recent part."""
+    """Longest history in a query; the model uses its most recent part."""
     max_connections: PositiveInt = 1_000
-    """Most open connections; a further one is answered with 503."""
+    """Most open connections; further ones get a 503."""
     shutdown_seconds: PositiveInt = 20
-    """Seconds that requests in flight have to finish in after a signal to stop."""
+    """Seconds that requests in flight have to finish after a signal to stop."""
