@@ -1,10 +1,10 @@
-"""Measures what features of the request are worth on KuaiRand: the tab of the app, and the hour.
+"""Measures what features of the request are worth, on KuaiRand and on a simulated funnel.
 
-The exposures of val.parquet and test.parquet of a cut of KuaiRand-Pure (`--data-dir`;
-`kuairand.py` says which), a click a positive: five days to train on, 25 to 29 April 2022, the 30th
-to choose the epoch, the first of May to test. A user's query of a day asks with the request of the
-first click of that day; all clicks of the day are to be found, among all videos, the user's earlier
-clicks excluded. Settings are the package's defaults.
+KuaiRand: the tab of the app, and the hour. The exposures of val.parquet and test.parquet of a cut
+of KuaiRand-Pure (`--data-dir`; `kuairand.py` says which), a click a positive: five days to train
+on, 25 to 29 April 2022, the 30th to choose the epoch, the first of May to test. A user's query of a
+day asks with the request of the first click of that day; all clicks of the day are to be found,
+among all videos, the user's earlier clicks excluded. Settings are the package's defaults.
 
     none               no request features
     hour               the hour of the request, from its timestamp
@@ -13,7 +13,17 @@ clicks excluded. Settings are the package's defaults.
     tab of another     tab, each event with that of another one: what a feature costs that says
                        nothing
 
+Simulated: a funnel a seed, in which what is liked depends on the device half as much as on the user
+(`device_weight` 2). Each user of the test asks once from each device; measured is the recall of the
+50 items that the user likes best on that device, whatever was shown. Differences are paired by
+seed.
+
+    none               no request features
+    device             the device
+    device of another  that of another request
+
     python benchmarks/request.py --data-dir kuairand-pure --seeds 3 --json request.json
+    python benchmarks/request.py --simulated --seeds 10 --json request_simulated.json
 """
 
 from __future__ import annotations
@@ -32,6 +42,7 @@ import pandas as pd
 from record import write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
+from tfrs_pipeline.sources.simulated import DEVICES, FunnelOptions, Simulation, simulate_funnel
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
 VALIDATION, TEST = 20220430, 20220501
@@ -41,6 +52,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "tab": {"tab": "categorical"},
     "tab, hour": {"tab": "categorical", "hour": "categorical"},
     "tab of another": {"other_tab": "categorical"},
+}
+K = 50
+SIMULATED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "device": {"device": "categorical"},
+    "device of another": {"other_device": "categorical"},
 }
 
 
@@ -65,15 +82,8 @@ def read_events(data_dir: Path) -> pd.DataFrame:
     )
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", type=Path, required=True, help="Folder of KuaiRand's cut.")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
-    options = parser.parse_args()
+def measure_kuairand(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains every plan on KuaiRand, and compares it with that without request features."""
     events = read_events(options.data_dir)
     values: dict[str, list[np.ndarray]] = {plan: [] for plan in PLANS}
     fits: list[dict[str, Any]] = []
@@ -109,6 +119,75 @@ def main() -> None:
             for i, metric in enumerate(METRICS)
         )
         print(f"{plan:16} {line}")
+    return figures
+
+
+def simulate(seed: int) -> tuple[Simulation, pd.DataFrame]:
+    """Simulates a funnel; its events also have the device of another request."""
+    simulation = simulate_funnel(
+        num_users=1000,
+        num_items=1000,
+        num_requests=10_000,
+        seed=seed,
+        options=FunnelOptions(device_weight=2.0),
+    )
+    events = simulation.log.events.order_by("event_number").to_pandas()
+    of_request = events.groupby("request_id")["device"].first()
+    others = np.random.default_rng(seed).permutation(of_request.to_numpy())
+    events["other_device"] = others[np.searchsorted(of_request.index, events["request_id"])]
+    return simulation, events.drop(columns="event_number")
+
+
+def recall_of_truth(model: tp.TwoTower, simulation: Simulation, test: tp.Holdout) -> float:
+    """Recalls the 50 best items of every user and device."""
+    recalls = []
+    for device in DEVICES:
+        asked = [
+            {**query, "request": {"device": device, "other_device": device}}
+            for query in test.as_queries()
+        ]
+        found, _ = model.retrieve(asked, K)
+        best = simulation.best_items(test.user_ids, K, device)
+        recalls += [len(np.intersect1d(a, b)) / K for a, b in zip(found, best, strict=True)]
+    return float(np.mean(recalls))
+
+
+def measure_simulated(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains every plan on a funnel a seed, and compares it with that without request features."""
+    recalls: dict[str, list[float]] = {plan: [] for plan in SIMULATED}
+    for seed in range(options.seeds):
+        simulation, events = simulate(seed)
+        for plan, features in SIMULATED.items():
+            log = tp.Log.from_table(events, request_features=features)
+            train, validation, test = log.split("last_share")
+            model = tp.TwoTower(seed=seed).fit(train, validation)
+            recalls[plan].append(recall_of_truth(model, simulation, test))
+            print(f"seed {seed}  {plan:18} recall@{K} of truth {recalls[plan][-1]:.4f}", flush=True)
+    plans = {}
+    for plan, values in recalls.items():
+        to_none = np.array(values) - recalls["none"]
+        error = float(to_none.std(ddof=1) / len(to_none) ** 0.5) if len(to_none) > 1 else None
+        plans[plan] = {
+            "recalls": values,
+            "mean": float(np.mean(values)),
+            "to_none": {"mean": float(to_none.mean()), "standard_error": error},
+        }
+        print(f"{plan:18} {plans[plan]['mean']:.4f}  to none {to_none.mean():+.4f} ± {error}")
+    return {"recall_of_truth": K, "plans": plans}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data-dir", type=Path, help="Folder of KuaiRand's cut.")
+    data.add_argument("--simulated", action="store_true", help="Simulated funnels instead.")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    figures = measure_simulated(options) if options.simulated else measure_kuairand(options)
     if options.json:
         write_json(options.json, figures)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.sources.simulated import FunnelOptions, Simulation, simulate_funnel
+from tfrs_pipeline.sources.simulated import DEVICES, FunnelOptions, Simulation, simulate_funnel
 
 NUM_USERS, NUM_ITEMS, NUM_REQUESTS = 200, 300, 1500
 # A right simulation fails a test at this level once in a million seeds; the seed is fixed.
@@ -243,6 +243,50 @@ def test_each_stage_has_a_noise_of_its_own(name: str) -> None:
         assert means[before][1] == pytest.approx(means[before][0])
 
 
+def test_what_is_liked_depends_on_the_device_by_the_stated_formula() -> None:
+    simulation = simulate(device_weight=4.0)
+    log, preferences = log_of(simulation), simulation.preferences
+    assert simulation.log.request_features == {"device": "categorical"}
+    assert np.linalg.norm(preferences.device_tastes, axis=1) == pytest.approx(4)
+    # One device a request, each of them as often.
+    devices = log["device"].reshape(NUM_REQUESTS, -1)
+    assert (devices == devices[:, :1]).all()
+    counts = [int((devices[:, 0] == device).sum()) for device in DEVICES]
+    assert sum(counts) == NUM_REQUESTS
+    assert sum((num - NUM_REQUESTS / 3) ** 2 for num in counts) / (NUM_REQUESTS / 3) < chi2.isf(
+        LEVEL, 2
+    )
+    for row, device in enumerate(DEVICES):
+        probability = simulation.click_probability([17], device)[0]
+        taste = 4 * preferences.user_tastes[16] + preferences.device_tastes[row]
+        for item in range(NUM_ITEMS):
+            liking = float(np.dot(taste, preferences.item_tastes[item]))
+            logit = -4 + liking + 0.3 * preferences.popularity[item]
+            assert probability[item] == pytest.approx(1 / (1 + math.exp(-logit)))
+        best = simulation.best_items([17], k=5, device=device)[0]
+        assert best.tolist() == (1 + np.argsort(-probability)[:5]).tolist()
+    # The clicks follow it, and no other device's.
+    is_shown = np.isin(log["stage"], ["exposed", "clicked"])
+    looks = 1 / (1 + log["rank"][is_shown]) ** 0.5
+    is_clicked = (log["stage"] == "clicked")[is_shown]
+    of_device = np.stack([simulation.click_probability(simulation.user_ids, d) for d in DEVICES])
+    pairs = log["user_id"][is_shown] - 1, log["item_id"][is_shown] - 1
+    place = np.searchsorted(DEVICES, log["device"][is_shown].astype(str))
+    liking, others = of_device[place, *pairs], of_device[(place + 1) % 3, *pairs]
+    bins = np.digitize(liking, np.quantile(liking, np.linspace(0, 1, 11)[1:-1]))
+    bound = chi2.isf(LEVEL, 10)
+    assert chi_squared(is_clicked, liking * looks, bins) < bound
+    assert chi_squared(is_clicked, others * looks, bins) > 2 * bound
+
+
+def test_devices_change_nothing_where_they_do_not_matter() -> None:
+    log = simulate(60, device_weight=1e-12).log.events.order_by("event_number").to_pyarrow()
+    without = simulate(60).log.events.order_by("event_number").to_pyarrow()
+    names = ["user_id", "item_id", "timestamp", "stage", "request_id", "rank"]
+    assert log.select(names).equals(without.select(names))
+    assert "device" not in without.column_names
+
+
 def test_best_items_equal_a_slow_loop() -> None:
     simulation = usual()
     user_ids = [9, 200, 1, 9, 31]
@@ -298,6 +342,7 @@ def test_features_tell_of_the_taste() -> None:
         ({"num_pre_ranked": 101}, "num_pre_ranked must be .* at most num_retrieved"),
         ({"num_exposed": 0}, "num_exposed must be 1 or more"),
         ({"rank_noise": -1}, "rank_noise must be 0 or more. Received: -1"),
+        ({"device_weight": -1}, "device_weight must be 0 or more. Received: -1"),
         ({"num_retrieved": 301}, "num_items at least num_retrieved, 301.*and 300"),
         ({"num_requests": 0}, "num_requests must be 1 or more"),
         ({"click_bias": -60}, "none of 1000 rows is a positive"),
@@ -311,3 +356,7 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
 def test_refused_questions() -> None:
     with pytest.raises(ValueError, match=r"2 unknown user ids, the first is 0.*1 to 200"):
         usual().click_probability([0, 3, 201])
+    with pytest.raises(ValueError, match=r"device must be one of .*None.*Received: 'tv'"):
+        usual().click_probability([3], "tv")
+    with pytest.raises(ValueError, match=r"device must be one of .*phone.*Received: None"):
+        simulate(10, device_weight=1.0).best_items([3])

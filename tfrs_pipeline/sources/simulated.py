@@ -6,10 +6,12 @@ against the items that the user would like best.
 
 The model, in logits of a click. Users and items lie in 10 clusters, the genres, on the unit sphere
 of 8 dimensions; popularity is -log(place) of the item, places dealt at random, less its mean:
-Zipf's law.
+Zipf's law. Where `device_weight` is above 0, a request comes from one of three devices d, each with
+a taste of its own on that sphere.
 
-    truth(u, i)    = click_bias + 4 <u, i> + .3 popularity(i)
-    retrieval      = 4 <u, i> + popularity_weight * popularity(i) + retrieval_noise * e
+    taste(u, d)    = 4 u + device_weight * d
+    truth(u, d, i) = click_bias + <taste, i> + .3 popularity(i)
+    retrieval      = <taste, i> + popularity_weight * popularity(i) + retrieval_noise * e
     pre-rank       = truth + pre_rank_noise * e
     rank           = truth + rank_noise * e
     P(click | shown at r) = sigmoid(truth) / (1 + r)^position_bias,    r = 0 is the first place
@@ -47,6 +49,7 @@ _START, _DURATION = datetime(2024, 1, 1, tzinfo=UTC), timedelta(days=30)
 _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
 _STAGES = [stage.value for stage in Stage]
+DEVICES = ("phone", "tablet", "tv")
 _EVENT_SCHEMA = pa.schema(
     {
         "user_id": pa.int64(),
@@ -77,6 +80,8 @@ class FunnelOptions:
         rank_noise: The same of rank.
         position_bias: How attention falls with the place, 0 or more. 0.5: the fourth place is
             looked at half as often as the first.
+        device_weight: Of the device in what is liked, 0 or more; that of the user's taste is 4. At
+            0 requests have no device.
 
     Raises:
         ValueError: If a number is out of range.
@@ -92,6 +97,7 @@ class FunnelOptions:
     pre_rank_noise: float = 1.0
     rank_noise: float = 0.5
     position_bias: float = 0.5
+    device_weight: float = 0.0
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
@@ -102,7 +108,8 @@ class FunnelOptions:
                     f"the one before it kept. Received: {getattr(self, fewer)} and "
                     f"{getattr(self, more)}."
                 )
-        for name in ("retrieval_noise", "pre_rank_noise", "rank_noise", "position_bias"):
+        of_0_or_more = ("retrieval_noise", "pre_rank_noise", "rank_noise", "position_bias")
+        for name in (*of_0_or_more, "device_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more. Received: {getattr(self, name)}.")
 
@@ -116,23 +123,33 @@ class Preferences:
         item_tastes: [num_items, 8] float64 of length 1.
         popularity: [num_items] float64, log of the Zipf weight less its mean.
         click_bias: See `FunnelOptions`.
+        device_tastes: [3, 8] float64 of length `device_weight`, in the order of `DEVICES`.
     """
 
     user_tastes: np.ndarray
     item_tastes: np.ndarray
     popularity: np.ndarray
     click_bias: float
+    device_tastes: np.ndarray
 
-    def logits(self, user_rows: np.ndarray, item_rows: np.ndarray | None = None) -> np.ndarray:
-        """Computes truth(u, i): [num_queries, num_items], or [num_queries, n] of `item_rows`."""
+    @property
+    def has_devices(self) -> bool:
+        """Whether what is liked depends on the device of the request."""
+        return bool(self.device_tastes.any())
+
+    def tastes(self, user_rows: np.ndarray, device_rows: np.ndarray) -> np.ndarray:
+        """Computes taste(u, d) of requests: [num_queries, 8]."""
+        return _TASTE_WEIGHT * self.user_tastes[user_rows] + self.device_tastes[device_rows]
+
+    def logits(self, tastes: np.ndarray, item_rows: np.ndarray | None = None) -> np.ndarray:
+        """Computes the truth: [num_queries, num_items], or [num_queries, n] of `item_rows`."""
         if item_rows is None:
-            cosine = self.user_tastes[user_rows] @ self.item_tastes.T
+            liking = tastes @ self.item_tastes.T
             popularity = self.popularity
         else:
-            tastes = self.user_tastes[user_rows], self.item_tastes[item_rows]
-            cosine = np.einsum("bd,bnd->bn", *tastes)
+            liking = np.einsum("bd,bnd->bn", tastes, self.item_tastes[item_rows])
             popularity = self.popularity[item_rows]
-        return self.click_bias + _TASTE_WEIGHT * cosine + _QUALITY_WEIGHT * popularity
+        return self.click_bias + liking + _QUALITY_WEIGHT * popularity
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,28 +168,47 @@ class Simulation:
     item_ids: np.ndarray
     preferences: Preferences
 
-    def click_probability(self, user_ids: npt.ArrayLike) -> np.ndarray:
+    def click_probability(self, user_ids: npt.ArrayLike, device: str | None = None) -> np.ndarray:
         """Computes the true probability of a click on every item, if shown in the first place.
+
+        Args:
+            user_ids: [num_queries] user ids.
+            device: Of `DEVICES`, where what is liked depends on it.
 
         Returns:
             [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`.
 
         Raises:
-            ValueError: If a user is unknown.
+            ValueError: If a user or the device is unknown.
         """
-        return expit(self.preferences.logits(self._user_rows(user_ids)))
+        return expit(self._logits(user_ids, device))
 
-    def best_items(self, user_ids: npt.ArrayLike, k: int = 50) -> np.ndarray:
+    def best_items(
+        self, user_ids: npt.ArrayLike, k: int = 50, device: str | None = None
+    ) -> np.ndarray:
         """Finds each user's k items of highest true click probability.
+
+        Args:
+            user_ids: As of `click_probability`.
+            k: How many.
+            device: As of `click_probability`.
 
         Returns:
             [num_queries, k] int64 item ids, best first; all items where there are fewer.
 
         Raises:
-            ValueError: If a user is unknown.
+            ValueError: If a user or the device is unknown.
         """
-        logits = self.preferences.logits(self._user_rows(user_ids))
-        return self.item_ids[np.argsort(-logits, axis=1)[:, :k]]
+        return self.item_ids[np.argsort(-self._logits(user_ids, device), axis=1)[:, :k]]
+
+    def _logits(self, user_ids: npt.ArrayLike, device: str | None) -> np.ndarray:
+        known = DEVICES if self.preferences.has_devices else (None,)
+        if device not in known:
+            raise ValueError(f"device must be one of {known}. Received: {device!r}.")
+        rows = self._user_rows(user_ids)
+        return self.preferences.logits(
+            self.preferences.tastes(rows, np.full(len(rows), known.index(device)))
+        )
 
     def _user_rows(self, user_ids: npt.ArrayLike) -> np.ndarray:
         ids = np.asarray(user_ids, np.int64).reshape(-1)
@@ -208,7 +244,8 @@ def simulate_funnel(
     Returns:
         Events in the order of requests, with timestamp, request_id (from 0, in the order of time),
         rank and score (of the stage rank; null for what did not survive it). Item feature: genre
-        (categorical). User feature: favourite_genre (categorical). Both tell of the taste.
+        (categorical). User feature: favourite_genre (categorical). Both tell of the taste. Where
+        there are devices, a request feature: device (categorical).
 
     Raises:
         ValueError: If a number is out of range, or nothing was clicked.
@@ -236,15 +273,26 @@ def simulate_funnel(
     activity = np.exp(rng.standard_normal(num_users))
     popularity = -np.log(1.0 + rng.permutation(num_items))
     popularity -= popularity.mean()
-    preferences = Preferences(user_tastes, item_tastes, popularity, options.click_bias)
+    device_tastes = _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
+    preferences = Preferences(
+        user_tastes,
+        item_tastes,
+        popularity,
+        options.click_bias,
+        options.device_weight * device_tastes,
+    )
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, options, activity, num_requests, seed)
+    schema = _EVENT_SCHEMA
+    if preferences.has_devices:
+        schema = schema.append(pa.field("device", pa.string()))
     log = Log.from_table(
-        pa.RecordBatchReader.from_batches(_EVENT_SCHEMA, blocks),
+        pa.RecordBatchReader.from_batches(schema, (block.select(schema.names) for block in blocks)),
         items=pa.table({"item_id": item_ids, "genre": genres}),
         users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
         user_features={"favourite_genre": "categorical"},
+        request_features={"device": "categorical"} if preferences.has_devices else {},
     )
     return Simulation(log, user_ids, item_ids, preferences)
 
@@ -280,8 +328,12 @@ def _event_blocks(
         places = np.arange(start, start + num_in_block) + 0.9 * rng.random(num_in_block)
         since_start = places * (_DURATION / timedelta(microseconds=1) / num_requests)
         times = int(_START.timestamp()) * 1_000_000 + since_start.astype(np.int64)
-        of_requests = _run_funnel(rng, preferences, options, user_rows)
-        yield _as_events(user_rows, times, *of_requests, start).slice(
+        # Of a stream of its own: with and without devices, all else is drawn alike.
+        of_devices = _generator(seed, 1 + start // num_in_block, 1)
+        device_rows = of_devices.integers(len(DEVICES), size=num_in_block)
+        tastes = preferences.tastes(user_rows, device_rows)
+        of_requests = _run_funnel(rng, preferences, options, tastes)
+        yield _as_events(user_rows, device_rows, times, *of_requests, start).slice(
             0, (num_requests - start) * options.num_retrieved
         )
 
@@ -290,16 +342,16 @@ def _run_funnel(
     rng: np.random.Generator,
     preferences: Preferences,
     options: FunnelOptions,
-    user_rows: np.ndarray,
+    tastes: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sends one request of each of the users through the funnel.
+    """Sends requests, each of a taste, through the funnel.
 
     Returns:
         Item rows and codes of stages, [num_requests, num_retrieved]: the ranked items, best first;
         the losers of rank; the losers of pre-rank. Scores of rank, [num_requests, num_ranked].
     """
-    retrieved = _retrieve(rng, preferences, options, user_rows)
-    logits = preferences.logits(user_rows, retrieved)
+    retrieved = _retrieve(rng, preferences, options, tastes)
+    logits = preferences.logits(tastes, retrieved)
 
     scores = logits + options.pre_rank_noise * rng.standard_normal(logits.shape)
     kept, lost = _part_columns(scores, options.num_pre_ranked)
@@ -324,7 +376,7 @@ def _run_funnel(
     ]
     stages = (Stage.RANKED, Stage.PRE_RANKED, Stage.RETRIEVED)
     codes = np.repeat([_STAGES.index(s) for s in stages], [x.shape[1] for x in item_rows])
-    stage_codes = np.tile(codes, (len(user_rows), 1))
+    stage_codes = np.tile(codes, (len(tastes), 1))
     stage_codes[:, : options.num_exposed] = np.where(
         is_clicked, _STAGES.index(Stage.CLICKED), _STAGES.index(Stage.EXPOSED)
     )
@@ -336,23 +388,23 @@ def _retrieve(
     rng: np.random.Generator,
     preferences: Preferences,
     options: FunnelOptions,
-    user_rows: np.ndarray,
+    tastes: np.ndarray,
 ) -> np.ndarray:
     """Returns [num_requests, num_retrieved] item rows, in no order.
 
     The one step that touches the whole corpus: in float32, since its noise is large.
     """
-    shape = len(user_rows), len(preferences.item_tastes)
+    shape = len(tastes), len(preferences.item_tastes)
     scores = rng.standard_normal(shape, dtype=np.float32)
     scores *= np.float32(options.retrieval_noise)
-    weighted_tastes = _TASTE_WEIGHT * preferences.user_tastes[user_rows]
-    scores += weighted_tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
+    scores += tastes.astype(np.float32) @ preferences.item_tastes.T.astype(np.float32)
     scores += (options.popularity_weight * preferences.popularity).astype(np.float32)
     return _part_columns(scores, options.num_retrieved)[0]
 
 
 def _as_events(
     user_rows: np.ndarray,
+    device_rows: np.ndarray,
     times: np.ndarray,
     item_rows: np.ndarray,
     stage_codes: np.ndarray,
@@ -371,9 +423,11 @@ def _as_events(
         np.repeat(np.arange(first_request, first_request + num), num_logged),
         pa.array(ranks, mask=ranks >= num_ranked),
         pa.array(scores.ravel(), mask=ranks >= num_ranked),
+        pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged))),
     ]
     return pa.RecordBatch.from_arrays(
-        [pa.array(column) for column in columns], schema=_EVENT_SCHEMA
+        [pa.array(column) for column in columns],
+        schema=_EVENT_SCHEMA.append(pa.field("device", pa.string())),
     )
 
 
@@ -396,5 +450,5 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream,)))
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
