@@ -11,6 +11,11 @@ venv: .venv/.installed
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/.docs: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[docs]'
+	touch $@
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ test-slow: venv
 	$(BIN)/pytest -m slow
 
 # Builds the site and serves it at http://127.0.0.1:8000; a page that is saved is built anew.
-docs: venv
+docs: .venv/.docs
 	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
 
 # Runs every notebook in full, on the real data, and saves its output in place.

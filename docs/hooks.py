@@ -29,6 +29,8 @@ from tfrs_pipeline.settings import Config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+# What stands in place of such a list where the page is read as it is.
+UNBUILT = "*Listed on the built site: `make docs`.*"
 # Page of the site -> the file of the repository that it shows.
 SHOWN = {
     "index.md": "README.md",
@@ -49,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Fills in what is made of the code, and makes links right that leave the folder."""
     for marker, lines in MADE.items():
         if marker in markdown:
-            markdown = markdown.replace(marker, "\n".join(lines()))
+            markdown = markdown.replace(f"{UNBUILT}\n{marker}", "\n".join(lines()))
     name = page.file.src_uri
     source = Path(SHOWN.get(name, f"docs/{name}"))
     page_of = {shown: name for name, shown in SHOWN.items()}

@@ -232,6 +232,21 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert own == RunConfig(data={"source": "files", "path": "x.csv"})
 
 
+def test_a_folder_nearly_called_as_a_run_is_no_new_run(
+    config_of: Any, command: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "videos-20261126-141654").mkdir()
+    (tmp_path / "videos-20261126-141654" / "config.toml").write_text("seed = 3\n")
+    missing = tmp_path / "videos-2026112-141654"
+    answer = command("run", "--run-dir", missing)
+    assert answer.code == 2
+    assert f"no run in {missing}; did you mean {tmp_path}/videos-20261126-141654? " in answer.err
+    assert not missing.exists()
+    # With a setting it is a new one, and so it is where no other is near.
+    assert config_of("--run-dir", missing, "--seed", 4).seed == 4
+    assert config_of("--run-dir", tmp_path / "other") == movielens_config()
+
+
 def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(

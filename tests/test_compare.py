@@ -12,7 +12,13 @@ from sklearn.metrics import roc_auc_score
 from tests.small_log import Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
-from tfrs_pipeline.evaluation.comparison import comparison_figure
+from tfrs_pipeline.evaluation.bootstrap import Interval
+from tfrs_pipeline.evaluation.comparison import (
+    PlanRow,
+    compared_in_words,
+    comparison_figure,
+    comparison_table,
+)
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -249,6 +255,29 @@ def test_figure_shows_the_rows(compared: PlanComparison) -> None:
 
 
 # How it runs
+
+
+def test_what_a_comparison_comes_to_is_said(compared: PlanComparison) -> None:
+    def row(name: str, mean: float, low: float | None = None, high: float = 0.0) -> PlanRow:
+        differences = {} if low is None else {"ndcg@5": Interval(0.0, low, high)}
+        return PlanRow(name, {"ndcg@5": Interval(mean, 0, 1)}, differences, {}, 1, 1.0)
+
+    rows = [
+        row("mixed", 0.3),
+        row("uniform", 0.2, -0.11, -0.09),
+        row("mined", 0.31, -0.01, 0.03),
+        row("hybrid", 0.4, 0.09, 0.11),
+        row("one query", 0.3, np.nan, np.nan),
+    ]
+    assert compared_in_words(rows, "ndcg@5", "mixed") == (
+        "in ndcg@5 best: hybrid; better than mixed: hybrid; level with it: mined, one query; "
+        "worse: uniform"
+    )
+    # A terminal gets the columns that fit, the first ones; none is wrapped.
+    whole = comparison_table(compared.rows, (5, 20), markdown=False)
+    narrow = comparison_table(compared.rows, (5, 20), markdown=False, width=80)
+    assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
+    assert [line[:30] for line in narrow.split("\n")] == [line[:30] for line in whole.split("\n")]
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(

@@ -201,7 +201,8 @@ def finish(figure: Figure, label: str) -> Drawing:
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = _SHORT.sub(r"\1", text)
+    # Within tags alone: between them stand numbers that people read.
+    text = re.sub(r"<[^>]*>", lambda tag: _SHORT.sub(r"\1", tag[0]), text)
     text = re.sub(r">\s+<", "><", text)  # A notebook holds each line with quotes and indentation.
     for variable, colour in [*_STAND_INS.items(), ("ink", "#000000")]:
         text = text.replace(colour, _variable(variable))

@@ -301,7 +301,10 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
         f"{counted(len(result.user_ids), 'query')}, {result.overall.num_relevant:,} items to find; "
         f"{counted(result.num_skipped, 'query')} skipped, with nothing to find",
         *(
-            [f"{num:,} items to find were excluded from the ranking"]
+            [
+                f"{counted(num, 'other item')} of the test, excluded from the ranking, cannot be "
+                "found: the user clicked or saw them before (evaluation.exclude)"
+            ]
             if (num := result.num_relevant_excluded)
             else []
         ),

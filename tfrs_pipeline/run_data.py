@@ -197,6 +197,8 @@ def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
 
 def describe_samples(report: Mapping[str, Any]) -> list[str]:
     """Says what samples hold, and what was kept from being a negative (see `build_samples`)."""
+    pools = report.get("hard_negatives", {})
+    has_losers = any(pool["num_samples"] for pool in pools.values())
     return [
         f"{counted(report['num_samples'], 'positive')}, {report['num_empty_histories']:,} of them "
         "with an empty history",
@@ -207,10 +209,12 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
         *(
             f"hard negatives, {stage}: {pool['num_samples']:,} positives have some, "
             f"{pool['mean_pool']:.1f} on average"
-            for stage, pool in report.get("hard_negatives", {}).items()
+            for stage, pool in pools.items()
+            if has_losers
         ),
         *(
             f"never hard negatives, {reason}: {counted(num_rows, 'row')}"
             for reason, num_rows in report.get("hard_negatives_removed", {}).items()
+            if num_rows
         ),
     ]

@@ -82,8 +82,8 @@ def test_what_is_kept_is_counted_too() -> None:
         "features",
     ]
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
-    assert load({**repeated, "ts": [1, 2, 3]}).notes == (
-        "event table: columns not read: ts",
+    assert load({**repeated, "page": [1, 2, 3]}).notes == (
+        "event table: columns not read: page",
         "event table: without stage, rating or label, every row is a click",
         "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept",
     )
@@ -110,6 +110,23 @@ def test_a_header_that_is_nearly_one_of_the_logs_is_refused(header: str) -> None
     with pytest.raises(DataError, match=rf"column '{header}' is not read; did you mean '"):
         load(column)
     assert load(column, columns={"page": header}).events.columns[-1] == "page"
+
+
+@pytest.mark.parametrize("header", ["time", "Date", "ts", "created_at"])
+def test_a_time_by_another_name_is_not_left_unread(header: str) -> None:
+    column = {header: list(range(1_700_000_000, 1_700_000_040))}
+    with pytest.raises(
+        DataError, match=rf"column '{header}' is not read; did you mean 'timestamp'.*Set columns"
+    ):
+        load(column)
+    assert "timestamp" in load(column, columns={"timestamp": header}).events.columns
+    # Beside the time it is a column like others.
+    both: dict[str, list[Any]] = {"timestamp": column[header], header: ["late"] * 40}
+    assert load(both).notes[0] == f"event table: columns not read: {header}"
+    mistyped = {"when": column[header]}
+    with pytest.raises(DataError, match=r"columns.time: did you mean 'timestamp'"):
+        load(mistyped, columns={"time": "when"})
+    assert load(mistyped | {"timestamp": column[header]}, columns={"time": "when"}).is_ordered
 
 
 def test_parts_of_a_split_by_place() -> None:

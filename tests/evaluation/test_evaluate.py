@@ -222,6 +222,15 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     assert 0 < difference.low < difference.mean < difference.high
     assert difference.high - difference.low < (first.high - first.low) / 2
     assert found.differences["same"]["ndcg@3"] == Interval(0, 0, 0)
+    # So they are in each slice, over the queries that have something to find in it.
+    for part, of_part in found.first.slices.items():
+        both = (found.results[n].slices[part].per_query["recall@3"] for n in ("first", "better"))
+        gained = [b - a for a, b in zip(*both, strict=True) if not np.isnan(a)]
+        assert len(gained) == of_part.num_queries
+        expected = np.mean(gained) if gained else np.nan
+        assert found.differences["better"][f"{part}/recall@3"].mean == pytest.approx(
+            expected, nan_ok=True
+        )
     # What is printed: a line each, the difference beside the number.
     header, *lines = str(found).split("\n")
     assert [line.split()[0] for line in lines] == ["first", "better", "same"]

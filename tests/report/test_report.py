@@ -61,6 +61,12 @@ def read_cell(cell: ElementTree.Element) -> Cell:
     return data.text or "", float(data.attrib["value"]), cell.find("strong") is not None
 
 
+BY_SLICE = {
+    f"{part}/recall@100": {"mean": 0.02, "low": 0.01, "high": 0.03}
+    for part in ("head", "torso", "tail")
+}
+
+
 def summary(rng: np.random.Generator) -> dict[str, Any]:
     def numbers() -> dict[str, Any]:
         return {
@@ -74,6 +80,7 @@ def summary(rng: np.random.Generator) -> dict[str, Any]:
             "num_queries": 1234,
             "num_relevant": 5678,
             "num_skipped": 7,
+            "num_relevant_excluded": 1372,
             "num_sampled_from": 98765,
         }
 
@@ -99,8 +106,10 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
                                                                    "val_ndcg@100": [0.3, 0.2]}},
         },
         "differences": {
-            "two_tower_uncorrected": {"ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}},
-            "popularity": {"ndcg@100": {"mean": 0.02, "low": -0.01, "high": 0.05}},
+            "two_tower_uncorrected": {
+                "ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}, **BY_SLICE,
+            },
+            "popularity": {"ndcg@100": {"mean": 0.02, "low": -0.01, "high": 0.05}, **BY_SLICE},
         },
         "examples": [
             {
@@ -167,7 +176,9 @@ def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
     table = PAGE.tables["Metrics"]
     assert PAGE.headers["Metrics"] == ["metric", *MODELS]
     assert set(table) == {name for name in MODELS["two_tower"] if "@" in name}
-    assert "1,234 queries (sampled from 98,765 users)" in " ".join(PAGE.text.split())
+    text = " ".join(PAGE.text.split())
+    assert "1,234 queries (sampled from 98,765 users)" in text
+    assert "1,372 relevant items of the test fell under that and are not to be found" in text
     for part in ("head", "torso", "tail"):
         for metric in ("recall@100", "ndcg@100"):
             values = [model["slices"][part][metric]["mean"] for model in MODELS.values()]

@@ -34,7 +34,9 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
             for name, mean in means.items()
         },
         "differences": {
-            name: {METRIC: interval(mean - means[first])}
+            name: dict.fromkeys(
+                (METRIC, *(f"{part}/{METRIC}" for part in slices)), interval(mean - means[first])
+            )
             for name, mean in means.items()
             if name != first
         },
@@ -48,13 +50,14 @@ def test_a_model_is_better_where_every_interval_says_so() -> None:
     assert (better.answer, better.is_good) == ("yes", True)
     assert better.why == (
         "in ndcg@100 two_tower is better than ease and ials "
-        "(the nearest, ials: -0.0500 [-0.0600, -0.0400])"
+        "(the nearest, ials, is 0.0500 [0.0400, 0.0600] behind)"
     )
     level = compared_with_baselines(made({"two_tower": 0.3, "ease": 0.305, "p": 0.1}), METRIC)
     assert (level.answer, level.is_good) == ("not clearly", False)
     worse = compared_with_baselines(made({"two_tower": 0.3, "ease": 0.32, "ials": 0.4}), METRIC)
     assert (worse.answer, worse.is_good) == ("no", False)
     assert "ease and ials are better than two_tower" in worse.why
+    assert "(the nearest, ials, is 0.1000 [0.0900, 0.1100] ahead)" in worse.why
     assert compared_with_baselines(made({"two_tower": 0.3}), METRIC).is_good is None
 
 
@@ -62,14 +65,34 @@ def test_popularity_slices_are_told_apart() -> None:
     metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.9, "ease": 0.25})
     found = by_popularity(metrics, METRIC)
     assert found.answer == "ahead in the head, torso and tail"
-    # Whom it is ahead of is said: the uncorrected model is ahead of it.
-    assert found.why == "in ndcg@100 ahead of ease in the head, torso and tail"
+    # Whom it is ahead of is said, and that the uncorrected model is ahead of it.
+    assert found.why == (
+        "in ndcg@100 it is ahead of ease in the head, torso and tail; another form of it "
+        "finds more in the head (0.50, two_tower_uncorrected 1.10), torso (0.30, "
+        "two_tower_uncorrected 0.90) and tail (0.20, two_tower_uncorrected 0.80)"
+    )
     metrics["models"]["ease"]["slices"]["head"][METRIC] = interval(0.7)
-    metrics["models"]["ease"]["slices"]["torso"][METRIC] = interval(0.31)
+    metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
+    metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
     found = by_popularity(metrics, METRIC)
     assert (found.answer, found.is_good) == ("ahead in the tail", None)
     assert "level with the best one in the torso" in found.why
     assert "behind one in the head (0.50, ease 0.70)" in found.why
+
+
+def test_slices_are_compared_query_by_query() -> None:
+    # The intervals of the two overlap by far; that of their difference is narrow.
+    metrics = made({"two_tower": 0.3, "ease": 0.295})
+    metrics["differences"]["ease"][f"tail/{METRIC}"] = interval(-0.005, 0.002)
+    metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.005, 0.002)
+    found = by_popularity(metrics, METRIC)
+    assert found.answer == "ahead in the tail"
+    assert "behind one in the head" in found.why
+    assert "level with the best one in the torso" in found.why
+    # What has no interval, of one query, is not compared.
+    for name in metrics["differences"]["ease"]:
+        metrics["differences"]["ease"][name] = {"mean": 0.1, "low": None, "high": None}
+    assert by_popularity(metrics, METRIC).answer == "not compared"
 
 
 def test_an_index_is_measured_by_its_target() -> None:

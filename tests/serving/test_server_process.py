@@ -176,10 +176,11 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
-        code, err = run(capsys, folder, "--port", other.getsockname()[1])
+        port = other.getsockname()[1]
+        code, err = run(capsys, folder, "--port", port)
     assert code == 1
-    assert "Cannot listen on 127.0.0.1" in err
-    assert "A port of 0 takes a free one" in err
+    assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use." in err
+    assert "Set --port to another one, or to 0 for a free one" in err
 
 
 def test_wrong_flags_and_folders(

@@ -161,11 +161,15 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:
-    """Prints the table of a comparison, and where its files lie."""
+    """Prints the table of a comparison, what it comes to, and where its files lie."""
+    from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_table
+
+    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
+    width = console.width if console.is_terminal else None
     say(console, "")
-    say(console, result.table)
-    reference = config.compare.reference
+    say(console, comparison_table(result.rows, cutoffs, markdown=False, width=width))
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
+    say(console, compared_in_words(result.rows, f"ndcg@{max(cutoffs)}", reference))
     for note in result.notes:
         say(console, note)
     for kind in ("md", "svg", "json"):

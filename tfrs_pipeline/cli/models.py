@@ -112,7 +112,12 @@ class Query(OfModel):
         request = retriever.parse_request(self.request)
         if request:
             about["request"] = dict(self.request)
-        notes = []
+        notes = [
+            f"{feature.name} {self.request[feature.name]!r} was in no training: taken as missing."
+            for feature in retriever.features["request"]
+            if feature.kind == "categorical"
+            and self.request.get(feature.name) not in (None, "", *feature.vocabulary)
+        ]
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]

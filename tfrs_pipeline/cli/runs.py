@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -43,11 +44,10 @@ INTERRUPTED = 130
 # Settings within tables that the short help shows.
 BRIEF = frozenset(
     {
-        *("data.source", "data.path", "data.columns", "data.items_path", "data.users_path"),
-        *("data.item_features", "data.user_features", "data.rating_threshold"),
-        *("split.kind", "model.dim", "model.negatives", "model.hard"),
-        *("training.batch_size", "training.max_epochs", "training.learning_rate"),
-        *("export.name", "export.index"),
+        *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
+        *("data.request_features", "data.rating_threshold", "data.label"),
+        *("split.kind", "model.negatives", "model.hard"),
+        *("training.max_epochs", "export.name", "export.filter_by"),
         *("compare.plans", "compare.reference", "compare.max_steps"),
     }
 )
@@ -138,6 +138,8 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # The other workers take the chief's settings, whatever it may be writing there now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
+    if folder and not (flags.config or flags.preset or settings or folder.exists()):
+        _refuse_misspelled(folder)
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or (_is_used(folder) and not names_data)):
@@ -150,6 +152,16 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = RunConfig()
     # At once: a flag may mend what a preset alone would not go with.
     return with_settings(base, settings, preset=flags.preset)
+
+
+def _refuse_misspelled(folder: Path) -> None:
+    """Refuses a folder that is not there and nearly called as a run: meant to be resumed."""
+    runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
+    if near := difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.85):
+        raise UsageError(
+            f"--run-dir: there is no run in {folder}; did you mean {folder.with_name(near[0])}? "
+            "For a new run there, give a setting too, such as --data.source movielens-100k"
+        )
 
 
 def _is_used(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.requests import check_names, is_from_timestamp
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
+    TIMES_ELSEWHERE,
     DataError,
     Dropped,
     FeatureKind,
@@ -176,9 +177,19 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stage_column or rules.label:
         absent -= {"stage", "rating"}
+    # Without its stage or its time a log would be another log, and nobody would be told.
+    for name in set(names) & set(TIMES_ELSEWHERE) & set(rules.columns):
+        if "timestamp" in absent:
+            raise DataError(
+                f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
+                "column that is no time, call it otherwise.",
+                "columns",
+            )
     for column in _not_read(scanned, names):
-        # Without its stage or its time a log would be another log, and nobody would be told.
-        if near := difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85):
+        near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
+        if not near and "timestamp" in absent and column.lower() in TIMES_ELSEWHERE:
+            near = ["timestamp"]
+        if near:
             raise DataError(
                 f"{Source(scanned.name).column(column)} is not read; did you mean {near[0]!r}? Set "
                 f"columns to say which column is {near[0]}, or rename it.",

@@ -61,6 +61,10 @@ LOG_COLUMNS = (
 """Columns of an event table that mean something to a log; any other one is context."""
 
 
+TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
+"""What others call the column `timestamp`."""
+
+
 class DataError(ValueError):
     """Input that does not keep the contract. The message says where, how many rows, what to do.
 

@@ -68,16 +68,15 @@ class DataConfig(Config):
     path. The columns of files tell the kind of log: a funnel has a stage, ratings have a rating
     (and rating_threshold), impressions a label; without these, every row is a click."""
     path: Path | None = None
-    """CSV or Parquet file of events, or a folder of them; for spark the name of a table with a
-    log's columns (docs/reference/data.md); for kuairand and recflow the folder as published; for
-    movielens-100k a folder with u.data, u.item and u.user, fetched if not given."""
+    """CSV or Parquet file of events, or a folder of them; the folder of a public data set as
+    published; for spark the name of a table (docs/reference/data.md)."""
     items_path: Path | None = None
     """CSV or Parquet file of items, or a folder of them; for spark the name of a table."""
     users_path: Path | None = None
     """The same for users."""
     columns: dict[str, str] = {}
-    """Columns of the event files by this package's names, such as user_id=viewer; other columns
-    keep their names."""
+    """Names of columns in the event files, such as user_id=viewer, of user_id, item_id, timestamp,
+    stage, rating, request_id, rank, score, weight and part."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
@@ -89,9 +88,8 @@ class DataConfig(Config):
     timestamp_unit: TimestampUnit | None = None
     """Unit of timestamps that are stored as numbers, also in features."""
     label: dict[str, PositiveFloat] = {}
-    """Columns that make an exposed event a positive, each with the weight that it adds, such as
-    is_click=1 long_view=2; if not given, the stage clicked does, which is is_click in kuairand and
-    effective_view in recflow."""
+    """Columns that make an exposed event a positive, instead of the stage clicked, each with its
+    weight, such as is_click=1 long_view=2."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
     features."""

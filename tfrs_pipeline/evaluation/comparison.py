@@ -54,8 +54,14 @@ class PlanRow:
         }
 
 
-def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdown: bool) -> str:
-    """Lays a comparison out as Markdown or as plain text.
+def comparison_table(
+    rows: Sequence[PlanRow],
+    cutoffs: Sequence[int],
+    *,
+    markdown: bool,
+    width: int | None = None,
+) -> str:
+    """Lays a comparison out as Markdown or as plain text, of as many columns as fit in `width`.
 
     Of the evaluation's cutoffs the longest is that of recall, NDCG and the tail, the shortest that
     of coverage and average popularity.
@@ -80,7 +86,30 @@ def comparison_table(rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdow
         for row in rows
         if row.differences
     }
-    return format_table(plans, columns, differences, markdown=markdown)
+    table = format_table(plans, columns, differences, markdown=markdown)
+    while width is not None and len(table.partition("\n")[0]) > width and columns[1:]:
+        columns.pop()
+        table = format_table(plans, columns, differences, markdown=markdown)
+    return table
+
+
+def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> str:
+    """Says which plans are better and worse than the reference, by the intervals, and which level.
+
+    A plan without an interval, of a single query, is level.
+    """
+    others = [row for row in rows if row.name != reference]
+    better = [row.name for row in others if row.differences[metric].low > 0]
+    worse = [row.name for row in others if row.differences[metric].high < 0]
+    level = [row.name for row in others if row.name not in (*better, *worse)]
+    best = max(rows, key=lambda row: row.metrics[metric].mean)
+    said = {
+        f"better than {reference}": better,
+        "level with it": level,
+        "worse": worse,
+    }
+    parts = [f"{what}: {', '.join(names)}" for what, names in said.items() if names]
+    return f"in {metric} {'; '.join([f'best: {best.name}', *parts])}"
 
 
 def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:

@@ -75,6 +75,17 @@ class EvaluationResult:
         """Metric name -> [num_queries] float64, of the whole corpus."""
         return self.overall.per_query
 
+    @property
+    def per_query_and_slice(self) -> Mapping[str, np.ndarray]:
+        """As `per_query`, with the recalls of each slice: "tail/recall@20"; NaN as there."""
+        of_slices = {
+            f"{part}/{name}": values
+            for part, result in self.slices.items()
+            for name, values in result.per_query.items()
+            if name.startswith("recall@")
+        }
+        return {**self.per_query, **of_slices}
+
     def describe_sample(self) -> str:
         """Says how many users were sampled; empty where all were measured."""
         if self.num_sampled_from is None:
@@ -118,14 +129,16 @@ class Evaluation:
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
         """Name of another -> metric -> by how much it is above the first, query by query.
 
+        Those of the slices are called "tail/recall@20".
+
         A mean with a bootstrap interval, far narrower than the two intervals apart: what makes a
         query hard is common to both. An interval without 0 in it is a difference.
         """
         reference, *others = self.results
-        keys = [(name, metric) for name in others for metric in self.first.per_query]
+        values = {name: result.per_query_and_slice for name, result in self.results.items()}
+        keys = [(name, metric) for name in others for metric in values[reference]]
         if not keys:
             return {}
-        values = {name: result.per_query for name, result in self.results.items()}
         # All in one draw of queries: a bootstrap for each would take most of an evaluation.
         intervals = bootstrap_intervals(
             np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1),

@@ -47,8 +47,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     if behind:
         parts.append(f"{first} is better than {_listed(behind)}")
     nearest = max(measured, key=lambda name: measured[name]["mean"])
-    x = measured[nearest]
-    gap = f"the nearest, {nearest}: {x['mean']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]"
+    gap = f"the nearest, {nearest}, is {_gap(measured[nearest])}"
     answer = "no" if ahead else "not clearly" if level else "yes"
     return Verdict(answer, f"in {metric} {'; '.join(parts)} ({gap})", answer == "yes")
 
@@ -56,25 +55,40 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     """Tells where in popularity the model is ahead of all baselines, and where one is ahead.
 
-    Another form of the model itself, such as the uncorrected one, is no baseline.
+    By 95% intervals of the difference, query by query. Another form of the model itself, such as
+    the uncorrected one, is no baseline; where it finds more, that is said besides.
     """
     first, *others = metrics["models"]
     found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
+    other_forms: list[str] = []
     for part in metrics["models"][first]["slices"]:
-        of_part = {n: m["slices"][part][metric] for n, m in metrics["models"].items()}
-        rivals = {n: of_part[n] for n in _baselines(others) if of_part[n]["low"] is not None}
-        own = of_part[first]
-        if own["low"] is None or not rivals:
+        means = {n: m["slices"][part][metric]["mean"] for n, m in metrics["models"].items()}
+        above = {
+            name: x[f"{part}/{metric}"]
+            for name, x in metrics["differences"].items()
+            if x[f"{part}/{metric}"]["low"] is not None
+        }
+        rivals = {name: above[name] for name in _baselines(others) if name in above}
+        if not rivals:
             continue
-        name, best = max(rivals.items(), key=lambda item: item[1]["mean"])
-        if own["low"] > best["high"]:
+
+        def numbers(name: str, means: Mapping[str, float] = means) -> str:
+            return f"({means[first]:.2f}, {name} {means[name]:.2f})"
+
+        best = max(rivals, key=lambda name: rivals[name]["mean"])
+        if all(x["high"] < 0 for x in rivals.values()):
             found["ahead in"].append(part)
-        elif own["high"] < best["low"]:
-            found["behind in"].append(f"{part} ({own['mean']:.2f}, {name} {best['mean']:.2f})")
+        elif rivals[best]["low"] > 0:
+            found["behind in"].append(f"{part} {numbers(best)}")
         else:
             found["level in"].append(part)
+        other_forms += [
+            f"{part} {numbers(name)}"
+            for name, x in above.items()
+            if name not in rivals and x["low"] > 0
+        ]
     passed = _listed(_baselines(others)) if found["ahead in"] else ""
-    words = [
+    words: list[tuple[list[str], str]] = [
         (found["ahead in"], f"ahead of {passed} in the"),
         (found["level in"], "level with the best one in the"),
         (found["behind in"], "behind one in the"),
@@ -82,9 +96,11 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     why = "; ".join(f"{word} {_listed(parts)}" for parts, word in words if parts)
     if not why:
         return Verdict("not compared", "no baseline was measured beside it", None)
+    if other_forms:
+        why += f"; another form of it finds more in the {_listed(other_forms)}"
     is_good = not found["behind in"] or (None if found["ahead in"] or found["level in"] else False)
     answer = next(f"{word} the {_listed(found[word])}" for word in found if found[word])
-    return Verdict(answer.partition(" (")[0], f"in {metric} {why}", is_good)
+    return Verdict(answer.partition(" (")[0], f"in {metric} it is {why}", is_good)
 
 
 def found_by_index(index: Metrics) -> Verdict:
@@ -142,6 +158,14 @@ def advice(metrics: Metrics, metric: str, monitor: str) -> Iterator[str]:
         yield (
             "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
         )
+
+
+def _gap(above: Mapping[str, float]) -> str:
+    """Says by how much another is behind or ahead, as positive numbers with their interval."""
+    mean, low, high = above["mean"], above["low"], above["high"]
+    if mean <= 0:
+        mean, low, high = -mean, -high, -low
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}] {'ahead' if above['mean'] > 0 else 'behind'}"
 
 
 def _first(metrics: Metrics) -> str:

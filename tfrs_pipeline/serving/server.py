@@ -17,6 +17,7 @@ import gc
 import http
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -327,7 +328,11 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(f"Cannot listen on {host}: {error}. A port of 0 takes a free one.") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
+            "for a free one."
+        ) from error
     # Connections inherit it. asyncio sees to it only where a protocol is named; without it the body
     # of an answer waits 40 ms for the client to acknowledge its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
