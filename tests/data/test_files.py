@@ -1,7 +1,7 @@
 """A user's own files: what is read, in what order and type, and what is refused."""
 
 import gzip
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.store import read_samples
 
 CLICKS = "user_id,item_id,timestamp\n7,a,1700000002\n8,b,1700000001\n7,b,1700000000\n"
 NAMES = {"user_id": "uid", "item_id": "movie"}
@@ -515,6 +517,19 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
         Log.from_files(tmp_path / "b.parquet")
 
 
+@pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
+def test_parquet_whose_files_have_different_columns_is_refused(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    # Read by the columns of one file, the other's funnel would be clicks.
+    pq.write_table(pa.table({"user_id": [1], "item_id": [2]}), tmp_path / f"{first}.parquet")
+    of_funnel = pa.table({"item_id": [3], "stage": ["exposed"], "user_id": [1]})
+    pq.write_table(of_funnel, tmp_path / f"{second}.parquet")
+    message = r"b\.parquet has other columns than a\.parquet: only one of them has stage\."
+    with pytest.raises(DataError, match=message):
+        Log.from_files(tmp_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -530,6 +545,25 @@ def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str,
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
     with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one of them"):
         Log.from_files(tmp_path / "a.csv", **options)
+
+
+def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
+    # As one request, all events without would have been asked for at once, without a history.
+    rows = {"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "request_id": ["", "r", " ", None]}
+    assert column(load(pa.table(rows)).events, "request_id") == [None, "r", None, None]
+    log = load('user_id,item_id,request_id\n1,5,""\n1,6,r\n1,7," "\n1,8,\n')
+    assert column(log.events, "request_id") == [None, "r", None, None]
+    build_samples(log, tmp_path, seed=0)
+    samples = read_samples(tmp_path)
+    assert [samples.history(i).tolist() for i in range(4)] == [[], [1], [1, 2], [1, 2, 3]]
+
+
+def test_a_date_in_the_names_of_folders_may_be_context(tmp_path: Path) -> None:
+    for day in ("2024-01-31", "2024-02-01"):
+        (tmp_path / f"day={day}").mkdir()
+        (tmp_path / f"day={day}" / "a.csv").write_text("user_id,item_id\n1,2\n")
+    log = Log.from_files(tmp_path, columns={"day": "day"})
+    assert column(log.events, "day") == [date(2024, 1, 31), date(2024, 2, 1)]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

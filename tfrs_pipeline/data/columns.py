@@ -125,7 +125,8 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
 def to_context(raw: RawTable, column: str) -> ir.Value:
     """Keeps a column's type; text becomes int64 or float64 where every value is such a number."""
     value = raw.table[column]
-    if not raw.is_text:
+    # Folders named COLUMN=VALUE make columns that are no text.
+    if not (raw.is_text and value.type().is_string()):
         return value
     if not raw.has(~is_integer_text(value)):
         return value.cast("int64")

@@ -262,5 +262,11 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
     if name == "score":
         return to_number(raw, name)
     if name == "request_id":
-        return to_id(raw, name, as_integer=is_integer(raw, name))
+        return _request_id(raw)
     return to_context(raw, name)
+
+
+def _request_id(raw: RawTable) -> ir.Value:
+    """Makes ids of requests; an empty one is none, or all events without would be of one request."""
+    value = to_id(raw, "request_id", as_integer=is_integer(raw, "request_id"))
+    return value.strip().nullif("") if value.type().is_string() else value

@@ -151,6 +151,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet whose files hold the same columns; their footers are read."""
     types: dict[str, pa.DataType] = {}
+    columns: list[str] = []
     for each in paths:
         try:
             schema = pyarrow.parquet.read_schema(each)
@@ -159,6 +160,13 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 f"{each} cannot be read: {printable(str(error), 200)}. Write it anew as Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
+        columns = columns or schema.names
+        # What the first file lacks would not be read from the others, and nobody told.
+        if odd := sorted({*columns} ^ {*schema.names}):
+            raise DataError(
+                f"{each} has other columns than {paths[0].name}: only one of them has "
+                f"{printable(', '.join(odd), 200)}. Give the files of a folder the same columns."
+            )
         for column in schema:
             of = _plain(column.type)
             if types.setdefault(column.name, of) != of:
