@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow as tf
 from hypothesis import given
@@ -14,11 +16,13 @@ from hypothesis import strategies as st
 
 from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
 from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.serving.client import _values
 
 HOUR = Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True)
 WEEKDAY = Feature("weekday", "numeric", is_from_timestamp=True)
@@ -41,6 +45,20 @@ def test_a_timestamp_tells_hour_and_weekday_as_the_calendar_does(
         found = encoded(request)
         assert found["hour"].tolist() == [HOUR.vocabulary.index(str(time.hour)) + 1]
         assert found["weekday"].tolist() == [time.weekday()]
+
+
+def test_a_boolean_of_a_request_is_that_of_the_log(tmp_path: Path) -> None:
+    values = [True, False, True, None]
+    events = {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8], "is_app": values}
+    log = Log.from_table(pa.table(events), request_features={"is_app": "categorical"})
+    data = TrainingSet.build(log, tmp_path, seed=0)
+    of_samples = data.samples.request_columns["is_app"]
+    assert sorted(of_samples.tolist()) == [0, 1, 2, 2]
+    for column in (values, np.array(values, object), pa.array(values)):
+        (feature,) = data.corpus.request_features
+        np.testing.assert_array_equal(feature.encode_column(column), of_samples)
+    (of_client,) = _values([True], {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": -1}]}})
+    assert of_client in feature.vocabulary
 
 
 def test_what_is_given_goes_before_the_timestamp() -> None:

@@ -59,7 +59,7 @@ class Feature:
 
     | kind | a row of the column | raw, for the graph | encoded |
     |---|---|---|---|
-    | categorical | a value | string [B], `str(value)` | its place in the vocabulary |
+    | categorical | a value | string [B], as `to_text` | its place in the vocabulary |
     | hashed | a value, of very many | string [B] | a bucket by its hash (FarmHash) |
     | multi_categorical | a list of values | string [B, any], padded with "" | their places |
     | text | a string | string [B], UTF-8 | places of its lower-case words, a bag |

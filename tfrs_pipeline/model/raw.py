@@ -26,8 +26,13 @@ _VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
+def to_text(value: Any) -> str:
+    """Returns `str(value)`; of a boolean true or false, as a log and JSON write it."""
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
+
+
 def to_texts(column: Column) -> Any:
-    """Returns an Arrow array of what `str(value)` gives, "" where the value is missing.
+    """Returns an Arrow array of what `to_text` gives, "" where the value is missing.
 
     Example:
         >>> to_texts(["a", 7, None, float("nan")]).to_pylist()
@@ -35,8 +40,8 @@ def to_texts(column: Column) -> Any:
     """
     column = _typed(column)
     if not isinstance(column, pa.Array):
-        return pa.array(["" if _is_missing(v) else str(v) for v in column], pa.string())
-    if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        return pa.array(["" if _is_missing(v) else to_text(v) for v in column], pa.string())
+    if pa.types.is_floating(column.type):
         # Arrow would write them otherwise than Python: once for each value.
         encoded = column.dictionary_encode()
         texts = to_texts(encoded.dictionary.to_pylist())

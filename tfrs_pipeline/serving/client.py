@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.evaluation.topk import check_one_each
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
+from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times, to_text
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.settings import suggest
 
@@ -144,7 +144,7 @@ def _values(values: Sequence[Any], about: Mapping[str, Any]) -> list[Any]:
             return absent
         if isinstance(value, datetime):
             return value.timestamp()
-        return str(value) if is_text else float(value)
+        return to_text(value) if is_text else float(value)
 
     sizes = [int(dim["size"]) for dim in about["tensor_shape"]["dim"]]
     if len(sizes) == 1:
