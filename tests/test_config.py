@@ -226,6 +226,7 @@ def test_the_ends_of_a_range(
 
 FILES = {"data.path": "x.csv"}
 RECFLOW = {"data.source": "recflow", "data.path": "x"}
+KUAIRAND = {"data.source": "kuairand", "data.path": "x"}
 SPARK = {"data.source": "spark", "data.path": "shop.events"}
 STARTS = {
     "split.validation": datetime(2024, 1, 1, tzinfo=UTC),
@@ -257,6 +258,15 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
          "data.rating_threshold", "no effect with source 'recflow': only with 'files'"),
         ({"data.time_zone": "UTC"}, {"data.label": {"like": 1}}, "data.label", "no effect"),
         (RECFLOW, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
+        # So are tables that would not be read, and events that would not be dropped.
+        (RECFLOW, {"data.items_path": "items.csv"}, "data.items_path",
+         "no effect with source 'recflow', read as it was published"),
+        (KUAIRAND | {"data.unknown_items": "drop"}, {"data.source": "recflow"},
+         "data.unknown_items", "no effect with source 'recflow'"),
+        (RECFLOW | {"data.duplicates": "drop"},
+         {"data.source": "movielens-100k"}, "data.duplicates", "no effect"),
+        (KUAIRAND, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
+        ({}, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect with source 'movie"),
         (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
         (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
         ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),

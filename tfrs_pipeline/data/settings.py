@@ -44,6 +44,14 @@ OF_RAW_TABLES = (
     *("list_separator", "unknown_items", "duplicates", "earliest_time", "latest_time"),
     "max_bad_share",
 )
+# Of these and of the tables, what says which data there are; and the sources that heed it.
+_WHICH_DATA: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
+    **dict.fromkeys(("columns", "item_columns", "user_columns"), ("files", "spark")),
+    **dict.fromkeys(("earliest_time", "latest_time", "max_bad_share"), ("files", "spark")),
+    "unknown_items": ("files", "spark", "kuairand"),
+    "duplicates": ("files", "spark", "kuairand", "recflow"),
+}
 
 
 def _amount(value: Any) -> Any:
@@ -157,6 +165,10 @@ class DataConfig(Config):
         for name in ("stage_values", "rating_threshold"):
             if getattr(self, name) and self.source != "files":
                 yield name, f"has no effect with source {self.source!r}: only with 'files'"
+        for name, sources in _WHICH_DATA.items():
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.source not in sources:
+                yield name, f"has no effect with source {self.source!r}, read as it was published"
         if self.label and self.source == "movielens-100k":
             yield "label", "has no effect with source 'movielens-100k'"
         if self.spark_master is not None and self.source != "spark":
