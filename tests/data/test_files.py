@@ -63,6 +63,17 @@ def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
     assert "rating" not in tables.events.columns
 
 
+@pytest.mark.parametrize("dtype", [pa.float32(), pa.float64()])
+def test_a_rating_at_the_threshold_is_a_positive_in_any_precision(
+    load: Any, dtype: pa.DataType
+) -> None:
+    # 4.1 is 4.0999999 in float32.
+    ratings = pa.array([4.0, 4.1, 4.2], dtype)
+    events = pa.table({"user_id": [1] * 3, "item_id": [2, 3, 4], "rating": ratings})
+    tables = load(events, rating_threshold=4.1)
+    assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
+
+
 def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
     text = (
         "user_id,item_id,what,request_id,rank,score,page\n"

@@ -235,7 +235,10 @@ def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.Str
     if stage_column == "rating":
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
-        is_clicked = rating >= rules.rating_threshold
+        lowest = ibis.literal(float(rules.rating_threshold or 0))
+        if raw.table["rating"].type().is_float32():  # 4.1 there is below 4.1 in double precision.
+            lowest = lowest.cast("float32").cast("float64")
+        is_clicked = rating >= lowest
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     return ibis.literal((Stage.EXPOSED if rules.label else Stage.CLICKED).value)
 
