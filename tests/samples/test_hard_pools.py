@@ -1,6 +1,7 @@
 """Hard negatives from funnel logs, against a slow loop."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import ibis
@@ -8,9 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
+from tfrs_pipeline.samples.store import read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
@@ -203,6 +207,35 @@ def test_large_pools_are_thinned_at_random_and_by_the_seed() -> None:
     assert pool == run(rows, hard)[0][1]["retrieved"]
     # Of 198: about a quarter are of the first quarter.
     assert 3 <= sum(item < 50 for item in pool) <= 25
+
+
+def test_a_low_part_is_no_item_larger_than_its_share() -> None:
+    """.07 * 100 is 7.000000000000001 in binary."""
+    row = {"query_row": 1, "stage": "ranked", "time": START, "request_id": 0}
+    rows = [{**row, "candidate_row": n + 1, "event_number": n, "rank": n} for n in range(100)]
+    rows[0]["stage"] = "clicked"
+    pools, removed = run(rows, FunnelLosers(stages=("ranked",), bottom_share=0.07))
+    assert pools[0]["ranked"] == [94, 95, 96, 97, 98, 99, 100]
+    assert removed["ranked, not in the low part"] == 92
+
+
+def test_pools_are_written_in_random_order(tmp_path: Path) -> None:
+    """A batch draws neighbours in a pool, and neighbours by id may be much alike."""
+    rows = [
+        {"user_id": user, "item_id": item, "stage": "retrieved" if item else "clicked"}
+        for user in range(30)
+        for item in range(41)
+    ]
+    table = pa.Table.from_pylist([{**row, "request_id": row["user_id"]} for row in rows])
+    build_samples(Log.from_table(table), tmp_path, seed=0, hard=FunnelLosers(stages=("retrieved",)))
+    pools = read_samples(tmp_path).hard_pools["retrieved"]
+    in_order = [pools[i] for i in range(len(pools))]
+    assert all(sorted(pool) == list(range(2, 42)) for pool in in_order)
+    # Of 30 * 39 neighbours, 2 in 40 are next to each other by row.
+    is_next = np.concatenate([np.abs(np.diff(pool)) == 1 for pool in in_order])
+    assert 20 <= is_next.sum() <= 110
+    # Each item comes first in some of the pools.
+    assert len({pool[0] for pool in in_order}) > 12
 
 
 def test_of_many_recent_losers_the_latest_are_taken() -> None:

@@ -119,8 +119,8 @@ def split_last_share(
             raise ValueError(f"split.{name} must be a share in [0, 1). Received: {share}.")
     counted = _count_positives(events, min_positives)
     num_positives = counted["_num_positives"]
-    num_before_test = num_positives - _ceil(num_positives * test)
-    num_train = num_before_test - _ceil(num_before_test * validation)
+    num_before_test = num_positives - round_up(num_positives * test)
+    num_train = num_before_test - round_up(num_before_test * validation)
     return _part_by_place(events, counted, num_train, num_before_test)
 
 
@@ -156,7 +156,7 @@ def split_held_out_users(
     )
     counted = counted.inner_join(users.mutate(_role=role), "user_id")
     num_positives = counted["_num_positives"]
-    is_target = counted["_num_so_far"] > num_positives - _ceil(num_positives * target_share)
+    is_target = counted["_num_so_far"] > num_positives - round_up(num_positives * target_share)
     is_history = (counted["_role"] != "train") & ~is_target
     part = is_history.ifelse("fold_in", counted["_role"])
     return counted.mutate(part=part).select(*_columns(events), "part")
@@ -269,7 +269,8 @@ def _part_by_place(
     return counted.mutate(part=part).select(*_columns(events), "part")
 
 
-def _ceil(value: ir.NumericValue) -> ir.IntegerValue:
+def round_up(value: ir.NumericValue) -> ir.IntegerValue:
+    """Rounds a share of a number up to int64, but for the hair that binary fractions are off."""
     return (value - _CEIL_SLACK).ceil().cast("int64")
 
 

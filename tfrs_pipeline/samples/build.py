@@ -43,7 +43,7 @@ def build_samples(
     | `corpus.parquet` | candidate_row from 1, item_id, count | candidate_row |
     | `queries.parquet` | query_row from 1, user_id | query_row |
     | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; in one with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
-    | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples |
+    | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples, then random |
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
     Each is a file (DuckDB) or a folder of part files in the order of their names (Spark). A query's
@@ -203,7 +203,8 @@ def _write_pools(
     losers, removed = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
     losers = work.write("_losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
-        pool = pool.order_by([*_IN_SEQUENCE, "candidate_row"])
+        # A batch draws neighbours: by row, items of about one age would come together.
+        pool = pool.order_by([*_IN_SEQUENCE, "place"])
         work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
     return removed
 

@@ -11,6 +11,7 @@ import ibis
 
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.schema import Stage, count_rows
+from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
 # Names a positive, in the order of the samples.
@@ -65,8 +66,8 @@ def draw_pools(
         seed: Of the draw where a pool exceeds `max_pool`.
 
     Returns:
-        Stage -> table of query_row, time and event_number of the positive and candidate_row of the
-        loser, each pair once.
+        Stage -> table of query_row, time and event_number of the positive, candidate_row of the
+        loser, each pair once, and its place in the positive's pool, which is in random order.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
@@ -79,8 +80,8 @@ def draw_pools(
             pool = own.union(_recent_requests(keys, own, of_stage, hard)).distinct()
         key = random_key(pool["candidate_row"], pool["event_number"], seed=seed)
         drawn = ibis.window(group_by="event_number", order_by=[key, pool["candidate_row"]])
-        pool = pool.mutate(_place=ibis.row_number().over(drawn))
-        pools[stage] = pool.filter(pool["_place"] < hard.max_pool).drop("_place")
+        pool = pool.mutate(place=ibis.row_number().over(drawn))
+        pools[stage] = pool.filter(pool["place"] < hard.max_pool)
     return pools
 
 
@@ -118,9 +119,8 @@ def _low_part(
             num_ranks=logged.count().over(whole),
         )
         ranked = ranked.inner_join(place, "event_number")
-        low = ranked.filter(
-            ranked["place"] > ranked["num_ranks"] - (hard.bottom_share * ranked["num_ranks"]).ceil()
-        )
+        num_low = round_up(ranked["num_ranks"] * hard.bottom_share)
+        low = ranked.filter(ranked["place"] > ranked["num_ranks"] - num_low)
     removed = {
         "ranked without a rank": without_rank,
         "ranked without a request": without_request,
