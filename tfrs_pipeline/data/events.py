@@ -270,6 +270,6 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
 
 
 def _request_id(raw: RawTable) -> ir.Value:
-    """Makes ids of requests; an empty one is none, or all events without would be of one request."""
+    """Makes ids of requests; an empty one is none, or all without would be of one request."""
     value = to_id(raw, "request_id", as_integer=is_integer(raw, "request_id"))
     return value.strip().nullif("") if value.type().is_string() else value
