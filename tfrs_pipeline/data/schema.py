@@ -247,10 +247,13 @@ def is_time_zone(name: str) -> bool:
     return True
 
 
-def moment_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:
-    """Yields why moments cannot split so: the name of one of the two, and what is wrong."""
+def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:
+    """Yields why these cannot be the parts of a split: the name of one, and what is wrong."""
     given = {"validation": validation, "test": test}
     for name, value in given.items():
+        if kind == "column" and value is not None:
+            yield name, f"got {value} with kind 'column': the log's own column says it; leave it out"
+            continue
         if isinstance(value, datetime) and value.tzinfo is None:
             text = value.isoformat()
             yield name, f"got {text} without a time zone; write {text}Z if it is UTC"

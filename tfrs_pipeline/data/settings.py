@@ -22,7 +22,7 @@ from tfrs_pipeline.data.schema import (
     UnknownItems,
     is_time_zone,
     kind_problem,
-    moment_problems,
+    part_problems,
     name_problem,
 )
 from tfrs_pipeline.settings import Config, refuse, suggest
@@ -211,5 +211,5 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
-        refuse(list(moment_problems(self.kind, self.validation, self.test)))
+        refuse(list(part_problems(self.kind, self.validation, self.test)))
         return self

@@ -16,7 +16,7 @@ import ibis.expr.types as ir
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows, moment_problems
+from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows, part_problems
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
@@ -35,12 +35,12 @@ def split_events(
     seed: int,
 ) -> ibis.Table:
     """Adds the column `part` (see `Log.split`)."""
+    for name, problem in part_problems(kind, validation, test):
+        raise ValueError(f"split.{name or kind}: {problem}. Received: {validation} and {test}.")
     if validation is None:
         validation = 1 if kind == "last_n" else 0.05
     if test is None:
         test = 1 if kind == "last_n" else 0.1
-    for name, problem in moment_problems(kind, validation, test):
-        raise ValueError(f"split.{name or kind}: {problem}. Received: {validation} and {test}.")
     if kind == "column":
         return split_by_column(events)
     if kind == "time":
