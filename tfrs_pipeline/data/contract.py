@@ -145,6 +145,9 @@ def _event_refusals(events: ibis.Table) -> Iterable[Refusal]:
     stages = [str(stage) for stage in Stage]
     is_stage = events["stage"].isin(stages).fill_null(False)
     yield Refusal("stage", ~is_stage, "holds no stage", f"Known: {', '.join(stages)}.")
+    if "request_id" in events.columns and events["request_id"].type().is_string():
+        is_empty = (events["request_id"] == "").fill_null(False)
+        yield Refusal("request_id", is_empty, "is ''", "Make it null where there is no request.")
     if "weight" in events.columns:
         weight: ir.NumericValue = events["weight"]
         is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
