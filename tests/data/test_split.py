@@ -420,6 +420,15 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
         one_user("c").split()
 
 
+def test_candidates_are_counted_whatever_a_feature_is_called() -> None:
+    clicks = pa.table({"user_id": [1] * 6, "item_id": [5, 5, 6, 5, 6, 7]})
+    items = pa.table({"item_id": [5, 6, 7], "count": [70.0, None, 90.0]})
+    log = Log.from_table(clicks, items=items, item_features={"count": "numeric"})
+    test = log.split("last_n").test
+    assert test.candidate_ids.tolist() == [5, 6, 7]
+    assert test.candidate_counts.tolist() == [3, 2, 0]
+
+
 def test_histories_are_arrays_even_when_empty() -> None:
     log = make_log([(1, 1, 1, "clicked"), (2, 1, 9, "clicked")])
     cut = START + timedelta(seconds=5)

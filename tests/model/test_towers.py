@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
+from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 
@@ -15,7 +16,7 @@ SEED = tf.constant([5, 6])
 
 
 def make_tower(**options: Any) -> Tower:
-    reads: dict[str, Any] = {"features": (), "num_ids": 6, "bias": None}
+    reads: dict[str, Any] = {"features": (), "num_ids": 6, "bias": None, "history": None}
     reads |= {name: options.pop(name) for name in reads.keys() & options.keys()}
     small = {"dim": 4, "feature_dim": 2, "normalize": False, "id_dropout": 0.0}
     return Tower("tower", TwoTowerSettings(**{**small, **options}), **reads)
@@ -43,6 +44,25 @@ def test_a_sum_adds_up_what_the_tower_reads() -> None:
     (kernel,) = (v.numpy() for v in tower.trainable_variables if "kernel" in v.name)
     expected = table[7][[2, 3]] + table[5][[1, 4]] @ kernel
     np.testing.assert_allclose(both, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("combination", ["concat", "sum"])
+@pytest.mark.parametrize("name", ["id", "history"])
+def test_a_feature_called_as_another_input_is_read_beside_it(name: str, combination: str) -> None:
+    options: dict[str, Any] = {"combination": combination, "num_ids": 6}
+    settings = TwoTowerSettings(dim=4, history_pooling=("mean", "recency"), history_dropout=0)
+    history = HistoryEncoder(6, settings)
+    spec = FeatureSpec(name, "categorical", size=5, num_values=1)
+    tower = make_tower(**options, features=[spec], history=history)
+
+    def embedded(row: int, code: int, item: int) -> np.ndarray:
+        inputs = {"row": tf.constant([row]), "features": {name: tf.constant([code])}}
+        output = tower(inputs | {"history_rows": tf.constant([[item, 0]])})
+        return np.asarray(output)
+
+    first = embedded(1, 1, 1)
+    for changed in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        assert np.abs(embedded(*changed) - first).max() > 1e-4, changed
 
 
 def test_id_dropout_trains_the_unknown_id_and_its_bias_and_leaves_the_rest_alone() -> None:

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.data.test_requests import FEATURES, expected, made, rows
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
+from tfrs_pipeline.samples.store import read_samples
 
 
 def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> None:
@@ -24,6 +26,25 @@ def test_samples_have_the_request_features_of_their_events(tmp_path: Path) -> No
         raw = read_raw(tmp_path, name)
         assert raw.to_pylist() == found
         assert pa.types.is_dictionary(raw.type) == (name == "device")
+
+
+def test_request_features_may_be_called_as_columns_of_samples(tmp_path: Path) -> None:
+    names = ("time", "query_time", "id", "candidate_row", "query_row", "weight_", "num_earlier")
+    features = {name: [number + i / 8 for i in range(3)] for number, name in enumerate(names)}
+    seconds = pa.array([1_700_000_000, 1_700_000_005, 1_700_000_009], pa.timestamp("s", "UTC"))
+    clicks = {"user_id": [7, 7, 8], "item_id": [3, 2, 3], "timestamp": seconds}
+    clicks["request_id"] = ["a", "a", "b"]
+    log = Log.from_table(
+        pa.table(clicks | features), request_features=dict.fromkeys(names, "numeric")
+    )
+    build_samples(log, tmp_path, seed=0)
+    samples = read_samples(tmp_path)
+    assert samples.query_rows.tolist() == [1, 1, 2]
+    assert samples.candidate_rows.tolist() == [2, 1, 2]
+    assert samples.num_earlier is not None
+    assert samples.num_earlier.tolist() == [0, 0, 0]
+    for name in names:
+        assert read_raw(tmp_path, name).to_pylist() == features[name]
 
 
 def test_encoded_columns_are_made_once_for_an_encoder(tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ def _count_candidates(items: ibis.Table, training: ibis.Table) -> tuple[np.ndarr
     positives = training.filter(is_positive)
     counts = positives.group_by("item_id").agg(count=positives.count())
     candidates = (
-        items.left_join(counts, "item_id")
+        items.select("item_id")  # A feature may be called count, too.
+        .left_join(counts, "item_id")
         .select("item_id", count=lambda t: t["count"].fill_null(0))
         .order_by("item_id")
         .to_pyarrow()

@@ -252,7 +252,10 @@ def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tupl
     given = {"validation": validation, "test": test}
     for name, value in given.items():
         if kind == "column" and value is not None:
-            yield name, f"got {value} with kind 'column': the log's own column says it; leave it out"
+            yield (
+                name,
+                f"got {value} with kind 'column': the log's own column says it; leave it out",
+            )
             continue
         if isinstance(value, datetime) and value.tzinfo is None:
             text = value.isoformat()

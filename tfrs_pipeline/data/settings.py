@@ -22,8 +22,8 @@ from tfrs_pipeline.data.schema import (
     UnknownItems,
     is_time_zone,
     kind_problem,
-    part_problems,
     name_problem,
+    part_problems,
 )
 from tfrs_pipeline.settings import Config, refuse, suggest
 

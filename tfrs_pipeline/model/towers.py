@@ -20,6 +20,9 @@ from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_r
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.settings import refuse
 
+# Beside features, of which none has a name that begins so.
+_HISTORY, _ID = "_history", "_id"
+
 
 class Tower(tf.keras.layers.Layer):
     """Embeds rows and features, and maps them to the shared space.
@@ -77,9 +80,11 @@ class Tower(tf.keras.layers.Layer):
         }
         self._is_sum = settings.combination == "sum"
         # A history of one vector has the size of the output.
-        projected = [*self._features, *(["history"] if history and history.num_vectors > 1 else [])]
+        projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
         self._projections = {
-            name: tf.keras.layers.Dense(dim, name=f"{layer_name(name)}_projection")
+            name: tf.keras.layers.Dense(
+                dim, name=f"{layer_name(name.removeprefix('_'))}_projection"
+            )
             for name in (projected if self._is_sum else [])
         }
         self._hidden = [tf.keras.layers.Dense(size, "relu") for size in settings.hidden_layers]
@@ -101,7 +106,7 @@ class Tower(tf.keras.layers.Layer):
             )
         parts = self._embedded(features)
         if self.history is not None:
-            parts["history"] = self._read_history(inputs, training, seed)
+            parts[_HISTORY] = self._read_history(inputs, training, seed)
         rows = self._dropped_ids(inputs["row"], seed)
         output = self._joined(rows, parts)
         if self._normalize:
@@ -133,7 +138,7 @@ class Tower(tf.keras.layers.Layer):
         for name, project in self._projections.items():
             parts[name] = project(parts[name])
         if self.id_embedding is not None:
-            parts["id"] = self.id_embedding(rows)
+            parts[_ID] = self.id_embedding(rows)
         joined = list(parts.values())
         hidden = tf.add_n(joined) if self._is_sum else tf.concat(joined, axis=1)
         for layer in self._hidden:

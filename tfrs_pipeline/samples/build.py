@@ -30,6 +30,7 @@ from tfrs_pipeline.samples.store import pool_size_column
 
 _WORK = "_work-"
 _PAIR = ["query_row", "candidate_row"]
+_REQUESTED = "_requested_"
 _IN_SEQUENCE = ["query_row", "time", "event_number"]
 
 
@@ -90,7 +91,7 @@ def build_samples(
             samples = _with_pool_sizes(samples, work, hard)
         if "timestamp" in log.events.columns:
             samples = samples.mutate(seconds=whole_seconds(samples["time"]))
-        _write_samples(samples, work, list(map(request_column, log.request_features)))
+        _write_samples(samples, work, list(log.request_features))
         report = _report(work, hard, removed)
         files = work.publish(folder)
     write_record(folder / "report.json", report, files)
@@ -143,15 +144,19 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     """
     items = work.write("_items", _number_rows(log.items, "item_id", "candidate_row"))
     users = work.write("queries", _number_rows(log.users, "user_id", "query_row"))
-    events = log.events.inner_join(items, "item_id").inner_join(users, "user_id")
+    own = ["event_number", "stage", "timestamp", "request_id", "rank", "weight"]
+    own = [name for name in own if name in log.events.columns]
+    requests = at_request(log.events, log.request_features)
+    # Of the other columns, which may be called as those that are made here, nothing but this.
+    requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
+    events = log.events.select("user_id", "item_id", *own, **requests)
+    events = events.inner_join(items, "item_id").inner_join(users, "user_id")
     time = events["timestamp" if "timestamp" in events.columns else "event_number"]
     events = events.mutate(time=time)
     events = events.mutate(query_time=query_time(events, events["time"]))
     names = ["event_number", "stage", "time", "query_time", "request_id", "rank", "weight"]
     kept = [name for name in names if name in events.columns]
-    requests = at_request(events, log.request_features)
-    requests = {request_column(name): value for name, value in requests.items()}
-    return work.write("_events", events.select(*_PAIR, *kept, **requests))
+    return work.write("_events", events.select(*_PAIR, *kept, *requests))
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
@@ -220,13 +225,15 @@ def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ib
 
 
 def _write_samples(samples: ibis.Table, work: _Work, requests: Sequence[str]) -> None:
-    names = [*_PAIR, "weight", "num_earlier", "seconds", *requests]
+    columns = {request_column(name): f"{_REQUESTED}{name}" for name in requests}
+    names = [*_PAIR, "weight", "num_earlier", "seconds", *columns.values()]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
     # The time itself orders them, which may be finer than seconds.
     in_order = samples.order_by(_IN_SEQUENCE).select(*kept)
-    named = {"time": "seconds"} if "seconds" in kept else {}
-    work.write("samples", in_order.rename(named))
+    if "seconds" in kept:
+        columns["time"] = "seconds"
+    work.write("samples", in_order.rename(columns))
 
 
 def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) -> dict[str, Any]:
