@@ -300,6 +300,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
          "export.name: saved_models/log/1 is a model of a/log.csv: set another name, or 'log' to"),
         ("query", "the following arguments are required: MODEL\n"),
         ("query model", "user: required, or --history ITEM ... for someone without an id"),
+        ("query model --user 3 --history_timestamps 2024-05-01T08:00Z",
+         "history_timestamps: given without --history ITEM"),
         ("query model --user 3 -k ten", "k: got 'ten'; must be a valid integer"),
         ("query model --user 3 -k 0", "k: got '0'; must be greater than 0"),
         ("tune-index model --target-recall 2", "target_recall: got '2'; must be less than or"),
@@ -575,6 +577,13 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
         assert [item["item_id"] for item in answered["items"]] == ids[0].tolist()
         found = [item["score"] for item in answered["items"]]
         assert found == pytest.approx(scores[0], abs=1e-6)
+    more = ("--exclude", int(ids[0][1]), 998)
+    answered = asked(command, run.model, "-k", 4, "--history", *order, *more)
+    assert [item["item_id"] for item in answered["items"]] == [
+        ids[0][0],
+        *ids[0][2:],
+    ]
+    assert (answered["unknown_excluded"], answered["unknown_items"]) == ([998], [])
     shown = command("query", run.model, "--user", 7, "--history", *history, 999).out
     assert shown.startswith(
         "1 of 5 items of the history say nothing: "

@@ -296,6 +296,8 @@ def test_the_command_says_what_it_did(
     said = capsys.readouterr().out
     assert "55 items: 2 are new, 7 gone" in said
     assert "2 were in no training: embedded by their features alone" in said
+    # Nothing says how this model was trained.
+    assert "an unknown id: if that was not trained, they will seldom be found" in said
     assert "Train with model.id_dropout above 0" in said
     assert "ScaNN finds" in said
     assert versions_of(folder) == [2]
@@ -305,3 +307,33 @@ def test_the_command_says_what_it_did(
     assert main(["tune-index", str(folder), "--target-recall", "0.9"]) == 0
     said = capsys.readouterr().out
     assert all(column in said for column in ("of 1 leaves", "excluded", "recall", "known"))
+
+
+def test_the_command_keeps_the_recall_target_that_it_is_not_given(
+    of_int: Served, tmp_path: Path
+) -> None:
+    folder = publish(of_int, tmp_path)
+    write_items(of_int, tmp_path / "items.parquet")
+    command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
+    for flags in (["--target-recall", "0.9"], ["--index", "scann"]):
+        assert main([*command, *flags]) == 0
+        assert load(folder).manifest["index"]["target_recall"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_trained"),
+    [
+        (None, None),
+        ({"id_dropout": 0.1}, True),
+        ({"id_dropout": 0.0}, False),
+        ({"id_dropout": 0.0, "use_candidate_id": False}, True),
+    ],
+)
+def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
+    of_int: Served, tmp_path: Path, settings: dict[str, Any] | None, is_trained: bool | None
+) -> None:
+    manifest = {} if settings is None else {"config": {"model": settings}}
+    folder = tmp_path / "films"
+    export(of_int, folder, index=Exact(), manifest=manifest)
+    write_items(of_int, tmp_path / "items.parquet")
+    assert refresh_index(folder, tmp_path / "items.parquet").has_trained_unknown is is_trained

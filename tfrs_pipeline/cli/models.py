@@ -71,6 +71,9 @@ class Query(OfModel):
         if self.user is None and self.history is None:
             message = "required, or --history ITEM ... for someone without an id"
             raise ConfigError([("user", message)])
+        if self.history is None and self.history_timestamps is not None:
+            message = "given without --history ITEM ..., whose items they are the times of"
+            raise ConfigError([("history_timestamps", message)])
         return self
 
     def __call__(self) -> int:
@@ -138,7 +141,9 @@ class Query(OfModel):
                 )
         else:
             about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
-            query = {**about, "request": request}
+            query = {"history": history, "request": request}
+            if self.user is not None:
+                query["user_id"] = about["user_id"]
             if self.history_timestamps is not None:
                 moments = [{"timestamp": text} for text in self.history_timestamps]
                 query["history_timestamps"] = [
@@ -223,13 +228,18 @@ class RefreshIndex(OfModel):
 
     def __call__(self) -> int:
         """Writes the new version and says what changed."""
+        from tfrs_pipeline.durable import read_record
         from tfrs_pipeline.serving.export import describe_index
         from tfrs_pipeline.serving.index import Exact, Scann
+        from tfrs_pipeline.serving.publish import MANIFEST_FILE
         from tfrs_pipeline.serving.refresh import refresh_index
+        from tfrs_pipeline.serving.retriever import version_at
 
         index: Scann | Exact | None = Exact() if self.index == "exact" else None
         if self.index == "scann" or (index is None and self.target_recall):
-            index = Scann(self.target_recall or Scann.recall)
+            before = read_record(version_at(self.model) / MANIFEST_FILE, check_files=False)
+            asked = before["export"]["index"] or {}
+            index = Scann(self.target_recall or asked.get("recall", Scann.recall))
         console = Console()
         with native_errors_to(Path(os.devnull)), progress(console) as (_, on_progress):
             done = refresh_index(
@@ -254,9 +264,12 @@ def _changes(done: Refreshed) -> Iterator[str]:
     if done.num_untrained:
         yield f"{done.num_untrained:,} were in no training: embedded by their features alone"
         if not done.has_trained_unknown:
+            how = ": if that was not trained, they"
+            if done.has_trained_unknown is False:
+                how = ", which was not trained: they"
             yield (
-                "    beside the embedding of an unknown id, which was not trained: they will "
-                "seldom be found. Train with model.id_dropout above 0, such as 0.1"
+                f"    beside the embedding of an unknown id{how} will seldom be found. Train with "
+                "model.id_dropout above 0, such as 0.1"
             )
     if done.num_skipped:
         yield (

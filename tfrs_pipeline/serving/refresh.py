@@ -34,7 +34,8 @@ class Refreshed:
         num_dropped: Items of the version before that are gone.
         num_skipped: Items of the file that cannot be embedded.
         has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
-            was trained, or there is none.
+            was trained, or there is none; None where the manifest holds no settings to tell it by,
+            as of a model that Python exported.
         index: What was built, as the manifest has it.
     """
 
@@ -44,7 +45,7 @@ class Refreshed:
     num_untrained: int
     num_dropped: int
     num_skipped: int
-    has_trained_unknown: bool
+    has_trained_unknown: bool | None
     index: dict[str, Any]
 
 
@@ -143,8 +144,10 @@ def _require_known(path: Path, ids: list[Any], before: set[Any]) -> None:
         )
 
 
-def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool:
-    model = manifest.get("config", {}).get("model", {})
+def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
+    model = manifest.get("config", {}).get("model")
+    if model is None:
+        return None
     return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
 
 
