@@ -57,7 +57,8 @@ def test_a_boolean_of_a_request_is_that_of_the_log(tmp_path: Path) -> None:
     for column in (values, np.array(values, object), pa.array(values)):
         (feature,) = data.corpus.request_features
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
-    (of_client,) = _values([True], {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": -1}]}})
+    about = {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": -1}]}}
+    (of_client,) = _values("is_app", [True], about)
     assert of_client in feature.vocabulary
 
 

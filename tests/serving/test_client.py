@@ -2,6 +2,7 @@
 
 import socket
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
         assert np.isneginf(scores[i, len(chosen) :]).all()
     with pytest.raises(ValueError, match=r"allowed .*'b'; did you mean \['b'\]"):
         retriever.retrieve([{}], 3, allowed=["b"])
+    wrong: list[Any] = [1999, None, ""]
+    for value in wrong:  # Sent as no value, it would allow every item.
+        with pytest.raises(ValueError, match="are texts, and not empty"):
+            retriever.retrieve([{}, {}], 3, allowed=[["b"], [value]])
 
 
 def test_times_that_the_model_does_not_read_change_nothing(served: Served, url: str) -> None:

@@ -191,6 +191,17 @@ def test_the_client_the_page_and_the_command_line_send_requests(
         np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(ValueError, match="no request feature 'Gender'; did you mean 'Gender_'"):
         client.retrieve(queries_of(served)[:1], K)
+    # Each form that a value may have in Python is read as there.
+    forms: list[dict[str, Any]] = [
+        {"words": "a", "place": np.array([0.5, 1.0])},
+        {"Gender": float("nan"), "words": ["a", None, float("nan")], "free space": None},
+        {"Gender": np.str_("ios"), "words": np.array(["c", "a"]), "free space": np.float32(2)},
+    ]
+    by_input = [{"request": {inputs.get(n, n): x for n, x in form.items()}} for form in forms]
+    want = load(folder).retrieve([{"request": form} for form in forms], K)[1]
+    np.testing.assert_allclose(client.retrieve(by_input, K)[1], want, atol=1e-5)
+    with pytest.raises(ValueError, match="'timestamp' must hold datetimes with a time zone"):
+        client.retrieve([{"request": {"timestamp": datetime(2024, 5, 1)}}], K)
     typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
     request = {"Gender": "ios", "hour": 7, "free space": 2.0, "words": ["a", "c"]}
     known = served.known(2)

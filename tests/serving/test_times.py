@@ -128,6 +128,19 @@ def test_the_client_the_server_and_the_command_line_send_times(
         ServedRetriever(address_of(folder.parent)).retrieve(queries, K), expected, strict=True
     ):
         np.testing.assert_allclose(got, want, atol=1e-5)
+    # An id that no model can have takes its own time with it, and nobody else's.
+    strangers = [
+        {
+            **query,
+            "history": [10**30, *query["history"]],
+            "history_timestamps": [NOW, *query["history_timestamps"]],
+        }
+        for query in queries
+        if query.get("history_timestamps")
+    ]
+    want = model.retrieve(strangers, K)[1]
+    got = ServedRetriever(address_of(folder.parent)).retrieve(strangers, K)[1]
+    np.testing.assert_allclose(got, want, atol=1e-5)
     signatures = ServedVersion(folder, ServeSettings()).signatures
     inputs = {"user_id": [-1], "history": [served.known(5)], "exclude": [[]], "k": K}
     body = json.dumps({"signature_name": "retrieve", "inputs": inputs}).encode()

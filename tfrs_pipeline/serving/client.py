@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import urllib.error
@@ -13,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.evaluation.topk import check_one_each
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times, to_text
+from tfrs_pipeline.model.raw import (
+    HISTORY_TIMESTAMPS,
+    history_of,
+    item_times,
+    padded,
+    to_numbers,
+    to_seconds,
+    to_text_lists,
+    to_texts,
+    to_vectors,
+)
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.settings import suggest
 
@@ -75,6 +86,12 @@ class ServedRetriever:
             check_one_each("allowed", allowed, len(queries))
             if not self._has_filter:
                 raise ValueError("This model has no item filter: export it with export.filter_by.")
+            for value in itertools.chain.from_iterable(allowed):
+                # What is no text the server would take for no value, which allows every item.
+                if not isinstance(value, str) or not value:
+                    raise ValueError(
+                        f"Values to filter by are texts, and not empty. Received: {value!r}"
+                    )
         ids = np.full((len(queries), k), "" if self._items_are_text else -1)
         ids = ids.astype(object if self._items_are_text else np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -104,8 +121,8 @@ class ServedRetriever:
         """Writes the times of the histories' items, NaN where they are not known, as JSON."""
         times = [of_query.tolist() for of_query in item_times(queries)]
         width = max(map(len, times), default=0)
-        padded = [[*line, *[math.nan] * (width - len(line))] for line in times]
-        return {HISTORY_TIMESTAMPS: padded}
+        lines = [[*line, *[math.nan] * (width - len(line))] for line in times]
+        return {HISTORY_TIMESTAMPS: lines}
 
     def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
@@ -115,7 +132,7 @@ class ServedRetriever:
             hint = suggest(unknown[0], self._of_request) if self._of_request else "it reads none"
             raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
         return {
-            name: _values([request.get(name) for request in requests], about)
+            name: _values(name, [request.get(name) for request in requests], about)
             for name, about in self._of_request.items()
         }
 
@@ -134,24 +151,21 @@ class ServedRetriever:
             raise OSError(message) from None
 
 
-def _values(values: Sequence[Any], about: Mapping[str, Any]) -> list[Any]:
+def _values(name: str, values: Sequence[Any], about: Mapping[str, Any]) -> list[Any]:
     """Writes values of an input: of strings, numbers, times, or lists of these."""
     is_text = about["dtype"] == "DT_STRING"
-    absent: Any = "" if is_text else math.nan
-
-    def plain(value: Any) -> Any:
-        if value is None:
-            return absent
-        if isinstance(value, datetime):
-            return value.timestamp()
-        return to_text(value) if is_text else float(value)
-
     sizes = [int(dim["size"]) for dim in about["tensor_shape"]["dim"]]
-    if len(sizes) == 1:
-        return [plain(value) for value in values]
-    lists = [[plain(each) for each in value or ()] for value in values]
-    width = max([sizes[1], *map(len, lists)])
-    return [[*line, *[absent] * (width - len(line))] for line in lists]
+    written: Any
+    if len(sizes) > 1:
+        written = (
+            padded(*to_text_lists(values)) if is_text else to_vectors(name, values, sizes[1])
+        ).tolist()
+    elif is_text:
+        written = to_texts(values).to_pylist()
+    else:  # A time is a number of seconds here, or an aware datetime.
+        seconds = [to_seconds(name, [x])[0] if isinstance(x, datetime) else x for x in values]
+        written = to_numbers(name, seconds).tolist()
+    return list(written)
 
 
 def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
@@ -161,10 +175,16 @@ def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
 
 
 def _known(ids: Collection[Any], is_text: bool, width: int) -> list[Any]:
-    """Keeps the ids that the model can know, as JSON writes them; empty ones fill the rest."""
+    """Writes ids as JSON has them: the empty id in place of one that no model can know.
+
+    So each stays in its place, beside its time; empty ones fill the rest.
+    """
     if is_text:
-        known: list[Any] = [id_ for id_ in ids if isinstance(id_, str)]
+        known: list[Any] = [id_ if isinstance(id_, str) else "" for id_ in ids]
     else:
-        integers = (int(id_) for id_ in ids if isinstance(id_, int | np.integer))
-        known = [id_ for id_ in integers if -(2**63) <= id_ < 2**63]
+        known = [int(id_) if _is_int64(id_) else -1 for id_ in ids]
     return [*known, *["" if is_text else -1] * (width - len(known))]
+
+
+def _is_int64(id_: Any) -> bool:
+    return isinstance(id_, int | np.integer) and -(2**63) <= int(id_) < 2**63
