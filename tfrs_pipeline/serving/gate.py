@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
@@ -26,12 +27,14 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
     if not versions_of(folder):
         return None
     retriever = load(folder, exact=True)
-    known = np.array(retriever.candidate_ids(), candidate_ids.dtype)
-    is_there = np.isin(known, candidate_ids)
+    # Of either type, whatever this run's are; NumPy would compare each text with every other.
+    known = as_id_array(retriever.candidate_ids())
+    is_there = Ids(candidate_ids).rows(known) > 0
     if not is_there.any():
+        (theirs, *_), (ours, *_) = known.tolist(), candidate_ids.tolist()
         raise ValueError(
             f"{retriever.folder} is in service and has none of the {len(candidate_ids):,} items of "
-            f"this run: its ids are like {known[0]!r}, these like {candidate_ids[0]!r}. Set "
+            f"this run: its ids are like {theirs!r}, these like {ours!r}. Set "
             "another export.name, or export without export.gate."
         )
     embeddings = retriever.candidate_embeddings()[is_there]
