@@ -466,13 +466,13 @@ def test_lists_of_a_request_are_cut_and_padded() -> None:
 
 def test_names_that_no_signature_can_have_are_replaced(tmp_path: Path) -> None:
     names = ["x", "release date", "release_date", "Übersicht", "a", "A", "2nd", "_x", "a/b", "日"]
-    names += ["月", "class", "self", "k", "user_id"]
+    names += ["月", "class", "self", "k", "user_id", "history_timestamps"]
     features = [Feature(name, "hashed", num_buckets=64) for name in names]
     Served(features).save(tmp_path)
     inputs = [spec.name for spec in raw_signature(features).values()]
     # What takes the features by keyword can be called with these.
     assert all(name.isidentifier() and not keyword.iskeyword(name) for name in inputs)
-    assert not {"self", "k", "user_id"} & set(inputs)
+    assert not {"self", "k", "user_id", "history_timestamps"} & set(inputs)
     assert [inputs[0], *inputs[4:6]] == ["x", "a", "A_"]
     signature = tf.saved_model.load(str(tmp_path)).signatures["encode"]
     encoded = signature(**{name: tf.constant([name]) for name in inputs})

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.raw import (
+    HISTORY_TIMESTAMPS,
     Column,
     padded,
     to_numbers,
@@ -50,7 +51,10 @@ _RAW_DTYPES: dict[FeatureKind, tf.DType] = {
     "vector": tf.float32,
 }
 # What a signature may take beside features.
-_OTHER_INPUTS = ("user_id", "item_id", "history", "timestamp", "exclude", "allowed", "k")
+_OTHER_INPUTS = (
+    *("user_id", "item_id", "history", HISTORY_TIMESTAMPS),
+    *("timestamp", "exclude", "allowed", "k"),
+)
 
 
 @dataclass(frozen=True)
