@@ -274,6 +274,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
          "'--training.batch_size'"),
         ("run --training.batch 3", r"unknown flag --training.batch; did you mean '--training.b"),
         ("run --zzz", "unknown flag --zzz; no known one is near"),
+        ("--verbose query model", "--verbose stands before the command: write it after 'query'"),
         ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
         ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
         ("run --seed", "argument --seed: expected one argument"),

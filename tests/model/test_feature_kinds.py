@@ -25,7 +25,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving import export, page
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
@@ -162,6 +162,21 @@ def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> Non
         for query, row in zip(stored, users, strict=True)
     ]
     np.testing.assert_allclose(model.embed_queries(given), model.embed_queries(stored), atol=1e-6)
+
+
+def test_the_page_takes_a_time_as_typed(folder: Path) -> None:
+    model = load(folder.parent / "saved_models" / "films")
+
+    def asked(joined: str) -> Any:
+        query = page.PageQuery(items=[10, 20], features={"joined": joined, "age": 30})
+        return page.request_of(model, query)["inputs"]
+
+    moment = datetime(2023, 10, 1, 6, 30, tzinfo=UTC)
+    assert asked("2023-10-01T08:30+02:00")["joined"] == [moment.timestamp()]
+    with pytest.raises(ValueError, match=r"joined is timestamp\. Received: 'yesterday'"):
+        asked("yesterday")
+    with pytest.raises(ValueError, match="'joined' must hold datetimes with a time zone"):
+        asked("2023-10-01T08:30")
 
 
 def test_typed_items_are_encoded_as_their_csv(

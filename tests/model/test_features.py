@@ -518,6 +518,7 @@ def test_a_small_process_of_another_locale_encodes_the_same(tmp_path: Path) -> N
     ("kind", "column", "message"),
     [
         ("numeric", [1.5, None, "cheap"], "numbers. Received: 'cheap' in row 2 of 3.*None: it is"),
+        ("numeric", [10**400], "numbers. Received: 1000.* in row 0 of 1"),
         ("bucketized", pa.array(["1", "", "3"]), "numbers. Received: '' in row 1 of 3"),
         ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
         ("timestamp", [1_700_000_000], "datetimes with a time zone.*1700000000 in row 0 of 1"),

@@ -188,6 +188,8 @@ def test_wrong_flags_and_folders(
 ) -> None:
     assert run(capsys, folder, "--max-k", "0")[0] == 2
     assert run(capsys, folder, "--port", "70000")[0] == 2
+    code, err = run(capsys, folder, "--host", "")  # As of a variable that is not set.
+    assert (code, err) == (2, "error: host: got ''; string should have at least 1 character\n")
     code, err = run(capsys, tmp_path)
     assert code == 1
     assert f"No exported model at '{tmp_path}'" in err

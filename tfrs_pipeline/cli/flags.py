@@ -98,6 +98,8 @@ class CommandLine:
             raise UsageError(f"unexpected {unknown[0]!r}; see {self.program} {command} --help")
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if flag in self._flags[command]:
+                raise UsageError(f"{flag} stands before the command: write it after {command!r}")
             raise UsageError(f"unknown flag {flag}; {suggest(flag, self._flags[command])}")
         paths = [name.split(".") for name in vars(options) if name.startswith(f"{command}.")]
         given = source(parsed_args=options)()

@@ -98,7 +98,7 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
     for i, value in enumerate(column):
         try:
             numbers[i] = np.nan if value is None else value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"Feature '{name}' must hold numbers. Received: {value!r} in row {i} of "
                 f"{len(column)}. Correct it, or use None: it is missing."

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving.encoder import empty_id, request_inputs
 from tfrs_pipeline.serving.rest import PredictCall, parse_predict, refusal
-from tfrs_pipeline.serving.retriever import LoadedRetriever
+from tfrs_pipeline.serving.retriever import LoadedRetriever, parse_value
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion, call
 
@@ -145,7 +145,13 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
     if query.features:
         signature += "_with_features"
-        raw = retriever.raw_query_features([{"features": query.features}])
+        # JSON has no times: they come as typed.
+        times = {x.name for x in retriever.features["query"] if x.kind == "timestamp"}
+        features = {
+            name: parse_value(name, "timestamp", x) if name in times and isinstance(x, str) else x
+            for name, x in query.features.items()
+        }
+        raw = retriever.raw_query_features([{"features": features}])
         inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in raw.items()}
     if query.request:
         function = retriever.saved_model.signatures[signature]

@@ -239,7 +239,7 @@ class LoadedRetriever:
         """
         self._check_requests([texts])
         kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
-        return {name: _parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
+        return {name: parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
 
     @property
     def num_candidates(self) -> int:
@@ -380,7 +380,8 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
 
 
-def _parse_value(name: str, kind: str, text: str) -> Any:
+def parse_value(name: str, kind: str, text: str) -> Any:
+    """Turns a feature's value typed by a person into one of its kind, or raises a `ValueError`."""
     try:
         if kind in ("numeric", "bucketized"):
             return float(text)

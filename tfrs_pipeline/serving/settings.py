@@ -15,7 +15,7 @@ HostName: TypeAlias = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*]+)$")]
 class ServeSettings(Config):
     """How a model is served; the limits hold for each request by itself."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)  # An empty one would be every address.
     """Address to listen on. Any address but this machine's own opens the server to a network,
     without TLS or passwords: see docs/guides/serving.md."""
     port: Port = 8501
