@@ -2,8 +2,8 @@
 
     python benchmarks/figure.py
 
-`docs/figures/correction.svg`: what the correction does, on MovieLens-100K. `scale.svg`: what each
-stage of a run takes as its log grows.
+`docs/figures/correction.svg`: what the correction does, on MovieLens-100K, and what other log q do,
+on three logs. `scale.svg`: what each stage of a run takes as its log grows.
 """
 
 from __future__ import annotations
@@ -45,14 +45,62 @@ OTHERS = {
 }
 
 
-def draw_correction(results: Mapping[str, Any]) -> Drawing:
-    """Draws models with and without the correction, and others, with their 95% intervals.
+# A log -> what `losses.py` wrote of it, and its metric.
+LOGS = {
+    "KuaiRand": ("losses_kuairand", "ndcg@10"),
+    "MovieLens-100K": ("corrections_ml_100k", "ndcg@100"),
+    "MovieLens-1M": ("losses_ml_1m", "ndcg@10"),
+}
+# Plans of `losses.py` other than the exact log q.
+OTHER_LOG_Q = {"unigram": "share of clicks ", "none": "none "}
+
+
+def draw_correction(
+    results: Mapping[str, Any], corrections: Mapping[str, tuple[Mapping[str, Any], str]]
+) -> Drawing:
+    """Draws models with and without the correction, and others; and what other log q cost.
 
     Args:
         results: What `movielens_100k.py` wrote.
+        corrections: Log -> what `losses.py` wrote of it, and its metric.
     """
+    figure, (left, right) = new_figure(9.8, 3.1, 2)
+    _draw_models(left, results)
+    for place, (written, metric) in enumerate(corrections.values()):
+        exact = written["plans"]["package"][f"test/{metric}"]["mean"]
+        for colour, (plan, name) in zip(SERIES[1:], OTHER_LOG_Q.items(), strict=False):
+            x = written["plans"][plan][f"test/{metric}"]
+            mean, error = (100 * x[key] / exact for key in ("difference", "standard_error"))
+            right.plot([mean - error, mean + error], [place, place], color=colour, linewidth=2)
+            right.plot(mean, place, "o", color=colour, markersize=6)
+            is_nearer = plan == "unigram"
+            right.annotate(
+                f"{name if place == 0 else ''}{mean:.1f}%".replace("-", "\N{MINUS SIGN}"),
+                (0 if is_nearer else mean - error, place),
+                xytext=(6 if is_nearer else -6, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if is_nearer else "right",
+                color=colour,
+                fontsize=8.5,
+            )
+    right.axvline(0, color=SOFT, linewidth=1)
+    right.set_xlim(-46, 24)
+    right.set_yticks(range(len(corrections)), list(corrections))
+    right.set_ylim(len(corrections) - 0.5, -0.7)
+    right.tick_params(left=False, labelcolor=INK)
+    right.spines["left"].set_visible(False)
+    right.set_xticks([-30, -15, 0])
+    right.grid(axis="x", color=GRID)
+    right.xaxis.set_major_formatter(
+        lambda value, _: f"{value:.0f}%".replace("-", "\N{MINUS SIGN}")
+    )
+    title(right, "NDCG relative to the exact log q, paired seeds\n")
+    return finish(figure, "NDCG with and without the correction, and with other corrections")
+
+
+def _draw_models(axes: Any, results: Mapping[str, Any]) -> None:
     names = [*PAIRS, *OTHERS]
-    figure, (axes,) = new_figure(7.2, 3.1)
     for place, (without, corrected) in enumerate(PAIRS.values()):
         ends = [_values(results, name)["mean"] for name in (without, corrected)]
         axes.plot(ends, [place, place], ":", color=SOFT, linewidth=1.5)
@@ -69,7 +117,6 @@ def draw_correction(results: Mapping[str, Any]) -> Drawing:
     axes.xaxis.set_major_formatter(lambda value, _: _short(value, 2))
     axes.xaxis.set_major_locator(MultipleLocator(0.05))
     title(axes, "NDCG@100 on MovieLens-100K, 95% intervals over users\n")
-    return finish(figure, "NDCG@100 on MovieLens-100K with and without the correction")
 
 
 def _values(results: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -140,7 +187,10 @@ def drawings() -> dict[str, Drawing]:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     return {
-        "correction": draw_correction(read("movielens_100k")),
+        "correction": draw_correction(
+            read("movielens_100k"),
+            {log: (read(name), metric) for log, (name, metric) in LOGS.items()},
+        ),
         "scale": draw_scale([*read("scale")["sizes"], read("scale_1e8")["sizes"][-1]]),
     }
 
