@@ -90,6 +90,15 @@ def refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> N
         raise ConfigError(found)
 
 
+# What the library says of a text that is none of these tells of its parser.
+_NOT_READ = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+
+
 def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str, str]]:
     """Translates one of pydantic's errors in a table into (setting, message) pairs."""
     setting = ".".join(str(key) for key in details["loc"])
@@ -115,6 +124,8 @@ def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str,
         )
     ):
         yield setting, f"got {details['input']!r}; did you mean {near[0]!r}?"
+    elif details["type"] in _NOT_READ:
+        yield setting, f"got {details['input']!r}; must be {_NOT_READ[details['type']]}"
     else:
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
         message = message[0].lower() + message[1:]
