@@ -92,9 +92,7 @@ def draw_correction(
     right.spines["left"].set_visible(False)
     right.set_xticks([-30, -15, 0])
     right.grid(axis="x", color=GRID)
-    right.xaxis.set_major_formatter(
-        lambda value, _: f"{value:.0f}%".replace("-", "\N{MINUS SIGN}")
-    )
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}%".replace("-", "\N{MINUS SIGN}"))
     title(right, "NDCG relative to the exact log q, paired seeds\n")
     return finish(figure, "NDCG with and without the correction, and with other corrections")
 
