@@ -147,6 +147,11 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+def test_the_readme_holds_the_command_that_the_checks_run() -> None:
+    (command,) = re.findall(r'^test_command="(.*)"$', (ROOT / ".ci" / "run").read_text(), re.M)
+    assert command in (ROOT / "README.md").read_text()
+
+
 def test_a_number_of_the_readme_is_in_the_file_that_it_links_to() -> None:
     text = (ROOT / "README.md").read_text()
     files = dict(re.findall(r"^\[(\w+)\]: (\S+\.json)$", text, re.MULTILINE))
