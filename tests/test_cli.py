@@ -278,8 +278,6 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run mine", "unexpected 'mine'; see tfrs-pipeline run --help"),
         ("query model --user 3 --top 5", "unknown flag --top; known: --exact, --exclude, "),
         ("run --seed", "argument --seed: expected one argument"),
-        ("query model --user 3 --exclude 1 --exclude 2",
-         "--exclude: given twice; write all its values after one"),
         ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
         ("run --training.batch_size 1", r"training.batch_size: got '1'; must be greater than or"),
         ("run --export.index hnsw", r"export.index: got 'hnsw'; must be 'auto', 'scann' or"),

@@ -39,12 +39,7 @@ class _Parser(argparse.ArgumentParser):
 class _Values(argparse.Action):
     """Values after one flag, as the JSON that pydantic reads: a list, of NAME=VALUE an object."""
 
-    _was_given = False
-
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
-        if self._was_given:  # The values before would be lost without a word.
-            raise UsageError(f"{flag}: given twice; write all its values after one")
-        self._was_given = True
         values = [] if values == ["none"] else values
         if str(self.metavar).startswith("NAME="):
             if wrong := [value for value in values if "=" not in value]:
