@@ -1,7 +1,10 @@
 """A small untrained model behind the serving modules; what it answers can be computed by hand."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +21,15 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
-from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
+from tfrs_pipeline.serving.index import Exact, ExactIndex, Level, Scann, ScannIndex
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
+EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
+# What serves ids of a type, where every pair would show no more.
+KIND_OF = {"int": "scann", "str": "exact"}
+# By types of ids, "int" or "str", and kind of index, "exact" or "scann".
+Exported: TypeAlias = Callable[[str, str], Path]
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class Served:
     titles: list[str]
     request_features: tuple[Feature, ...] = ()
     history_times: np.ndarray | None = None
+
+    @property
+    def ids(self) -> str:
+        return "int" if self.candidate_ids.dtype == np.int64 else "str"
 
     @property
     def history_length(self) -> int:
@@ -70,7 +82,7 @@ class Served:
     def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
         return self.model.embed_candidates(rows, features)
 
-    @property
+    @functools.cached_property
     def in_memory(self) -> ExactRetriever:
         ids = Ids(self.query_ids), Ids(self.candidate_ids)
         encoder = QueryEncoder(self.model, *ids, self.request_features)
@@ -100,6 +112,7 @@ def served(request: pytest.FixtureRequest) -> Served:
     return make_served(request.param)
 
 
+@functools.cache
 def make_served(
     ids: str,
     *,
@@ -107,7 +120,7 @@ def make_served(
     request_features: tuple[Feature, ...] = (),
     reads_times: bool = False,
 ) -> Served:
-    """Makes the model with ids of a type, "int" or "str"; one that reads times attends."""
+    """Makes a model, once, with ids of a type, "int" or "str"; one that reads times attends."""
     rng = np.random.default_rng(0)
     gender = Feature.fit("gender", "categorical", ["M", "F"])
     genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
@@ -155,7 +168,7 @@ def make_served(
         (genres,),
         all_genders,
         all_genres,
-        [f"title of {id_}" for id_ in candidate_ids.tolist()],
+        [EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)],
         request_features,
         _times(histories) if reads_times else None,
     )
@@ -168,7 +181,23 @@ def _times(histories: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([1_714_000_000 - np.cumsum(of_user) for of_user in gaps])
 
 
-@pytest.fixture
-def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips the check in a fresh process, which takes seconds and has its own tests."""
-    monkeypatch.setattr(export, "prove", lambda *arguments: None)
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Exports a model with a filter once for all tests: its folder, to be read or copied."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @functools.cache
+    def once(ids: str, kind: str) -> Path:
+        served = make_served(ids)
+        queries = served.queries()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "prove", lambda *arguments: None)
+            return export.export(
+                served,
+                folder / ids / kind / "films",
+                index=Exact() if kind == "exact" else Scann(recall=0.9),
+                filter_by="genres",
+                queries=[*queries[3:], *queries[:3]],
+            ).parent
+
+    return once

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.conftest import Served
+from tests.serving.conftest import Exported, Served
 from tests.serving.running_server import address_of
-from tests.serving.test_server import write_version
 from tfrs_pipeline.serving.client import MAX_QUERIES, ServedRetriever
 
 
 @pytest.fixture(scope="module")
-def url(served: Served, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return address_of(write_version(served, tmp_path_factory.mktemp("client"), "exact").parent)
+def url(served: Served, exported: Exported) -> str:
+    return address_of(exported(served.ids, "exact"))
 
 
 def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str) -> None:

@@ -1,55 +1,59 @@
 """The exported graph against a loop, in memory and reloaded; the act of publishing."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served
+from tests.damage import damage
+from tests.serving.conftest import (
+    KIND_OF,
+    NUM_CANDIDATES,
+    NUM_QUERIES,
+    Exported,
+    Served,
+    make_served,
+)
 from tfrs_pipeline.durable import Damaged
-from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact, Scann
-from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE, versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
+from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.saved_model import RetrievalModule
-
-KINDS = ("exact", "scann")
 
 
 @pytest.fixture(scope="module")
-def modules(served: Served) -> dict[str, RetrievalModule]:
-    # One leaf of eight searched: results run short, as they must never show.
-    return {
-        "exact": served.module("exact"),
-        "scann": served.module("scann"),
-        "scann, one leaf": served.module("scann", num_leaves_to_search=1),
-    }
+def module(served: Served) -> RetrievalModule:
+    return served.module(KIND_OF[served.ids])
+
+
+@pytest.fixture(scope="module")
+def short() -> RetrievalModule:
+    """One leaf of eight searched: results run short, as they must never show."""
+    return make_served("int").module("scann", num_leaves_to_search=1)
 
 
 def empty_of(served: Served) -> Any:
-    return -1 if served.candidate_ids.dtype == np.int64 else ""
+    return -1 if served.ids == "int" else ""
 
 
 def as_ids(served: Served, lists: list[list[Any]]) -> tf.Tensor:
-    dtype = tf.int64 if served.candidate_ids.dtype == np.int64 else tf.string
+    dtype = tf.int64 if served.ids == "int" else tf.string
     width = max(map(len, lists))
     rows = [[*ids, *[empty_of(served)] * (width - len(ids))] for ids in lists]
     return tf.reshape(tf.constant(rows, dtype), [len(lists), width])
 
 
 def as_users(served: Served, ids: list[Any]) -> tf.Tensor:
-    return tf.constant(ids, tf.int64 if served.query_ids.dtype == np.int64 else tf.string)
+    return tf.constant(ids, tf.int64 if served.ids == "int" else tf.string)
 
 
 def decoded(ids: tf.Tensor) -> list[list[Any]]:
@@ -57,26 +61,24 @@ def decoded(ids: tf.Tensor) -> list[list[Any]]:
 
 
 def test_retrieve_user_is_the_model_without_what_the_user_knows(
-    served: Served, modules: dict[str, RetrievalModule]
+    served: Served, module: RetrievalModule
 ) -> None:
-    queries = served.queries()
     known = [served.known(row) for row in range(1, NUM_QUERIES + 1)]
-    expected_ids, expected_scores = served.in_memory.retrieve(queries, 12, exclude=known)
-    for name in ("exact", "scann"):
-        answer = modules[name].retrieve_user(
-            as_users(served, served.query_ids.tolist()), as_ids(served, [[]] * NUM_QUERIES), 12
-        )
-        assert decoded(answer["candidate_ids"]) == expected_ids.tolist()
-        np.testing.assert_allclose(answer["scores"], expected_scores, rtol=1e-4)
-        assert answer["is_known_user"].numpy().all()
+    expected_ids, expected_scores = served.in_memory.retrieve(served.queries(), 12, exclude=known)
+    answer = module.retrieve_user(
+        as_users(served, served.query_ids.tolist()), as_ids(served, [[]] * NUM_QUERIES), 12
+    )
+    assert decoded(answer["candidate_ids"]) == expected_ids.tolist()
+    np.testing.assert_allclose(answer["scores"], expected_scores, rtol=1e-4)
+    assert answer["is_known_user"].numpy().all()
 
 
 def test_an_unknown_user_gets_the_answer_for_an_empty_history(
-    served: Served, modules: dict[str, RetrievalModule]
+    served: Served, module: RetrievalModule
 ) -> None:
-    stranger = 999 if served.query_ids.dtype == np.int64 else "stranger"
+    stranger = 999 if served.ids == "int" else "stranger"
     expected, _ = served.in_memory.retrieve([{"history": []}], 5)
-    answer = modules["exact"].retrieve_user(as_users(served, [stranger]), as_ids(served, [[]]), 5)
+    answer = module.retrieve_user(as_users(served, [stranger]), as_ids(served, [[]]), 5)
     assert decoded(answer["candidate_ids"]) == expected.tolist()
     assert not answer["is_known_user"].numpy()[0]
 
@@ -84,30 +86,30 @@ def test_an_unknown_user_gets_the_answer_for_an_empty_history(
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_exclusions_padding_and_k_match_a_loop(
-    served: Served, modules: dict[str, RetrievalModule], data: st.DataObject
+    served: Served, module: RetrievalModule, short: RetrievalModule, data: st.DataObject
 ) -> None:
-    name = data.draw(st.sampled_from(sorted(modules)))
+    is_short = served.ids == "int" and data.draw(st.booleans())
     k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
-    unknown = 2 if served.candidate_ids.dtype == np.int64 else "unknown"
+    unknown = 2 if served.ids == "int" else "unknown"
     some_ids = st.lists(st.sampled_from([*served.candidate_ids.tolist(), unknown]), max_size=70)
     excluded = data.draw(st.lists(some_ids, min_size=1, max_size=3))
     histories = [data.draw(some_ids) for _ in excluded]
     users = served.query_ids[: len(excluded)].tolist()
-    answer = modules[name].retrieve(
+    answer = (short if is_short else module).retrieve(
         as_users(served, users), as_ids(served, histories), as_ids(served, excluded), k
     )
-    for i, (user, history, left_out) in enumerate(zip(users, histories, excluded, strict=True)):
-        ids, scores = served.in_memory.retrieve(
-            [{"user_id": user, "history": history}], NUM_CANDIDATES
-        )
+    pairs = zip(users, histories, strict=True)
+    queries = [{"user_id": user, "history": history} for user, history in pairs]
+    ids, scores = served.in_memory.retrieve(queries, NUM_CANDIDATES)
+    for i, left_out in enumerate(excluded):
         best = [
             (id_, score)
-            for id_, score in zip(ids[0].tolist(), scores[0], strict=True)
+            for id_, score in zip(ids[i].tolist(), scores[i], strict=True)
             if id_ not in left_out
         ][:k]
         got_ids, got_scores = decoded(answer["candidate_ids"])[i], answer["scores"][i].numpy()
         assert len(got_ids) == k
-        if name != "scann, one leaf":
+        if not is_short:
             assert got_ids[: len(best)] == [id_ for id_, _ in best]
             # Products of vectors of length 1 and 8 entries: 8 roundings of 2^-24, and as many in
             # each vector.
@@ -121,16 +123,15 @@ def test_exclusions_padding_and_k_match_a_loop(
         assert np.isneginf(got_scores[len(best) :]).all()
 
 
-def test_refuses_a_k_below_one(served: Served, modules: dict[str, RetrievalModule]) -> None:
+def test_refuses_a_k_below_one(served: Served, module: RetrievalModule) -> None:
     user = as_users(served, served.query_ids[:1].tolist())
     with pytest.raises(tf.errors.InvalidArgumentError, match="k must be 1 or more"):
-        modules["exact"].retrieve_user(user, as_ids(served, [[]]), 0)
+        module.retrieve_user(user, as_ids(served, [[]]), 0)
 
 
 def test_embeddings_are_those_that_the_scores_are_products_of(
-    served: Served, modules: dict[str, RetrievalModule]
+    served: Served, module: RetrievalModule
 ) -> None:
-    module = modules["exact"]
     users = as_users(served, served.query_ids.tolist())
     stored = module.embed_user(users)
     histories = as_ids(served, [served.known(row) for row in range(1, NUM_QUERIES + 1)])
@@ -147,11 +148,9 @@ def test_embeddings_are_those_that_the_scores_are_products_of(
     np.testing.assert_allclose(answer["scores"], -np.sort(-scores, axis=1), atol=1e-5)
 
 
-def test_a_new_item_is_embedded_by_its_features(
-    served: Served, modules: dict[str, RetrievalModule]
-) -> None:
-    new = 5 if served.candidate_ids.dtype == np.int64 else "premiere"
-    items = modules["exact"].embed_candidate(
+def test_a_new_item_is_embedded_by_its_features(served: Served, module: RetrievalModule) -> None:
+    new = 5 if served.ids == "int" else "premiere"
+    items = module.embed_candidate(
         as_ids(served, [[new, new]])[0], tf.constant([["a", "c"], ["c", "new"]])
     )
     assert not items["is_known_item"].numpy().any()
@@ -162,22 +161,17 @@ def test_a_new_item_is_embedded_by_its_features(
 
 
 def test_features_of_a_query_replace_the_stored_ones(
-    served: Served, modules: dict[str, RetrievalModule]
+    served: Served, module: RetrievalModule
 ) -> None:
     users = as_users(served, [served.query_ids[0]] * 3)
     history = as_ids(served, [served.known(3)] * 3)
     nothing = as_ids(served, [[]] * 3)
     genders = [served.genders[0], "F" if served.genders[0] == "M" else "M", ""]
-    answer = modules["scann"].retrieve_with_features(
-        users, history, tf.constant(genders), nothing, 8
-    )
-    by_id = modules["scann"].retrieve(users, history, nothing, 8)
+    answer = module.retrieve_with_features(users, history, tf.constant(genders), nothing, 8)
+    by_id = module.retrieve(users, history, nothing, 8)
     np.testing.assert_allclose(answer["scores"][0], by_id["scores"][0], rtol=1e-5)
-    embeddings = (
-        modules["scann"]
-        .embed_query_with_features(users, history, tf.constant(genders))["embeddings"]
-        .numpy()
-    )
+    embedded = module.embed_query_with_features(users, history, tf.constant(genders))
+    embeddings = embedded["embeddings"].numpy()
     expected = -np.sort(-embeddings @ served.model.embed_corpus().T, axis=1)[:, :8]
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
     for i, j in ((0, 1), (1, 2), (0, 2)):
@@ -187,9 +181,8 @@ def test_features_of_a_query_replace_the_stored_ones(
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_filter_matches_a_loop(
-    served: Served, modules: dict[str, RetrievalModule], data: st.DataObject
+    served: Served, module: RetrievalModule, data: st.DataObject
 ) -> None:
-    module = modules[data.draw(st.sampled_from(KINDS))]
     k = data.draw(st.integers(1, NUM_CANDIDATES + 5))
     ids = served.candidate_ids.tolist()
     some_ids = st.lists(st.sampled_from(ids), max_size=70)
@@ -216,16 +209,17 @@ def test_a_filter_matches_a_loop(
             padded,
         ),
     ]
-    for i, user in enumerate(users):
-        for answer, history in zip(answers, ([], served.known(i + 1), []), strict=True):
-            ranked, _ = served.in_memory.retrieve(
-                [{"user_id": user, "history": history}], NUM_CANDIDATES
-            )
+    for answer, by_user in zip(answers, (False, True, False), strict=True):
+        histories = [served.known(i + 1) if by_user else [] for i in range(len(users))]
+        pairs = zip(users, histories, strict=True)
+        queries = [{"user_id": user, "history": history} for user, history in pairs]
+        ranked, _ = served.in_memory.retrieve(queries, NUM_CANDIDATES)
+        for i, history in enumerate(histories):
             left_out = {*excluded[i], *history}
             chosen = set(allowed[i]) - {""}
             best = [
                 id_
-                for id_ in ranked[0].tolist()
+                for id_ in ranked[i].tolist()
                 if id_ not in left_out
                 and (not chosen or chosen & set(served.genres[ids.index(id_)]))
             ][:k]
@@ -247,21 +241,34 @@ def publish(served: Served, directory: Path, kind: str, keep_versions: int | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_published_model_answers_as_the_one_in_memory(
-    served: Served, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_a_version_that_answers_in_a_fresh_process_is_published(
+    served: Served, exported: Exported, tmp_path: Path
 ) -> None:
-    folder = publish(served, tmp_path, kind)
-    assert folder == tmp_path / "films" / "1"
-    assert {path.name for path in (tmp_path / "films").iterdir()} == {"1"}
-    if served.candidate_ids.dtype == object:
-        # Ids are in the variables: a graph must not grow with them, it ends at 2 GB.
-        graph = (folder / "saved_model.pb").read_bytes()
-        for id_ in (served.candidate_ids[-1], served.query_ids[-1]):
-            assert id_.encode() not in graph
+    shutil.copytree(exported(served.ids, "exact"), tmp_path / "films")
+    folder = publish(served, tmp_path, KIND_OF[served.ids], keep_versions=1)
+    assert folder == tmp_path / "films" / "2"
+    assert {path.name for path in (tmp_path / "films").iterdir()} == {"2"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"] == {"num_samples": 3}
     assert manifest["versions"]["tensorflow"] == tf.__version__
+    expected_ids, _ = served.in_memory.retrieve(served.queries(), 15)
+    assert load(tmp_path / "films").folder.name == "2"
+    assert load(folder).retrieve(served.queries(), 15)[0].tolist() == expected_ids.tolist()
+
+
+@pytest.mark.parametrize("is_fallback", [False, True])
+def test_a_loaded_model_answers_as_the_one_in_memory(
+    served: Served, exported: Exported, is_fallback: bool
+) -> None:
+    if is_fallback and KIND_OF[served.ids] == "exact":
+        pytest.skip("has no fallback")
+    folder = exported(served.ids, KIND_OF[served.ids])
+    loaded = load(folder, exact=is_fallback)
+    if served.ids == "str":
+        # Ids are in the variables: a graph must not grow with them, it ends at 2 GB.
+        graph = (folder / "1" / "saved_model.pb").read_bytes()
+        for id_ in (served.candidate_ids[-1], served.query_ids[-1]):
+            assert id_.encode() not in graph
     queries = [
         {"user_id": served.query_ids[2], "history": served.known(3)},
         {"history": served.known(5)},
@@ -270,21 +277,12 @@ def test_published_model_answers_as_the_one_in_memory(
     ]
     exclude = [served.candidate_ids[:20].tolist(), [], served.known(4), []]
     expected_ids, expected_scores = served.in_memory.retrieve(queries, 15, exclude)
-    for exact in (False, True):
-        loaded = load(tmp_path / "films", exact=exact)
-        ids, scores = loaded.retrieve(queries, 15, exclude)
-        assert ids.tolist() == expected_ids.tolist()
-        np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
-        check_of_loaded(served, loaded)
-    assert loaded.titles()[served.candidate_ids[1]] == f"title of {served.candidate_ids[1]}"
-    monkeypatch.setattr(export_module, "prove", lambda *arguments: None)
-    assert publish(served, tmp_path, "exact", keep_versions=1).name == "2"
-    assert load(tmp_path / "films").folder.name == "2"
-    assert versions_of(tmp_path / "films") == [2]
+    ids, scores = loaded.retrieve(queries, 15, exclude)
+    assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+    assert loaded.titles()[served.candidate_ids[1]] == "The 1th Film"
 
-
-def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
-    """Checks what only a loaded model does: raw features, filters, embeddings."""
+    # What only a loaded model does: raw features, filters, embeddings.
     user, history = served.query_ids[0], served.known(3)
     queries = [
         {"user_id": user, "history": history, "features": {"gender": gender}}
@@ -349,7 +347,7 @@ def check_of_loaded(served: Served, loaded: LoadedRetriever) -> None:
 
 @pytest.mark.slow
 def test_an_export_that_answers_otherwise_is_not_published(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_another_model(module: RetrievalModule, *args: Any, **kwargs: Any) -> None:
         bias = next(v for v in module.encoder._variables if "bias" in v.name)
@@ -361,25 +359,22 @@ def test_an_export_that_answers_otherwise_is_not_published(
     saved = tf.saved_model.save
     monkeypatch.setattr(export_module.tf.saved_model, "save", save_another_model)
     with pytest.raises(ExportError, match="differ"):
-        publish(served, tmp_path, "exact")
+        publish(make_served("int"), tmp_path, "exact")
     assert list((tmp_path / "films").iterdir()) == []
 
 
-@pytest.mark.usefixtures("unproven")
 def test_a_version_is_served_as_it_was_exported_or_not_at_all(
-    served: Served, tmp_path: Path
+    exported: Exported, tmp_path: Path
 ) -> None:
-    folder = publish(served, tmp_path, "scann")
+    folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
     variables = Path("variables") / "variables.data-00000-of-00001"
     for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
         # Another index over other towers: the same graph, other numbers.
-        path = folder / name
-        whole = path.read_bytes()
-        half = len(whole) // 2
-        path.write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+        whole = (folder / name).read_bytes()
+        damage(folder / name, "flipped")
         with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):
             load(folder, exact=exact)
-        path.write_bytes(whole)
+        (folder / name).write_bytes(whole)
     load(folder)
     manifest = folder / MANIFEST_FILE
     text = manifest.read_text()
@@ -399,83 +394,3 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
     manifest.touch()
     with pytest.raises(FileNotFoundError, match=rf"Did you mean {tmp_path}/movies\?"):
         load(tmp_path / "movie")
-
-
-class OwnModel:
-    """Keras layers of somebody's own, with no more than `export` asks for."""
-
-    history_length, query_features, request_features, candidate_features = 3, (), (), ()
-    histories = known_positives = RowLists.from_lists(
-        [np.arange(0), np.array([1, 2]), np.array([3])]
-    )
-    history_times = None
-
-    def __init__(self) -> None:
-        self.query_ids, self.candidate_ids = np.array([7, 8]), np.array(["a", "b", "c"], object)
-        self.items = pa.table({"item_id": ["a", "b", "c"]})
-        self._users = tf.keras.layers.Embedding(3, 4, embeddings_initializer="normal")
-        self._videos = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
-        self._top = tf.keras.layers.Dense(4)
-        self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
-        self.variables = [*self._users.weights, *self._videos.weights, *self._top.weights]
-
-    def embed_queries(
-        self,
-        query_rows: Any,
-        history_rows: Any,
-        features: Any = None,
-        history_times: Any = None,
-    ) -> tf.Tensor:
-        return self._top(
-            self._users(query_rows) + tf.reduce_sum(self._videos(history_rows), axis=1)
-        )
-
-    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
-        return self._videos(rows)
-
-
-LOAD_ONLY = """
-import sys
-from tfrs_pipeline.serving.retriever import load
-assert load(sys.argv[1]).retrieve_user([7], k=1)[0].tolist() == [["c"]]
-heavy = {"ibis", "duckdb", "tensorflow_recommenders", "tensorflow_datasets", "implicit"}
-print(sorted((heavy | {"matplotlib"}) & set(sys.modules)))
-"""
-
-
-def test_a_stored_query_is_without_what_the_model_does_not_know(tmp_path: Path) -> None:
-    model = OwnModel()
-    # Most recent first; 0 is an item that came after the training.
-    model.histories = RowLists.from_lists([np.arange(0), np.array([0, 2, 0, 1]), np.array([0])])
-    loaded = load(export(model, tmp_path / "own"))
-    assert loaded.held_out_queries() == [
-        {"user_id": 7, "history": ["a", "b"]},
-        {"user_id": 8, "history": []},
-    ]
-
-
-def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> None:
-    model = OwnModel()
-    folder = export(model, tmp_path / "own")
-    rows, history = np.array([1], np.int32), np.array([[1, 2, 0]], np.int32)
-    corpus = model.embed_candidates(np.array([1, 2, 3]))
-    expected = tf.matmul(model.embed_queries(rows, history), corpus, transpose_b=True).numpy()
-    retriever = load(folder)
-    ids, scores, _ = retriever.retrieve_user([7], k=3)
-    assert ids.tolist() == [["c", "", ""]]
-    np.testing.assert_allclose(scores[0, 0], expected[0, 2], rtol=1e-5)
-    ids, scores = retriever.retrieve([{"user_id": 7, "history": ["b", "a"]}], 3)
-    assert ids[0].tolist() == [model.candidate_ids[i] for i in np.argsort(-expected[0])]
-    command = [sys.executable, "-c", LOAD_ONLY, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:
-    model = OwnModel()
-    with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):
-        export(model, tmp_path / "own", filter_by="genre")
-    model.items = pa.table({"item_id": ["c", "b", "a"]})
-    with pytest.raises(ValueError, match="one row for each of its 3 candidate ids"):
-        export(model, tmp_path / "own")
-    assert not (tmp_path / "own").exists()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.serving.conftest import NUM_CANDIDATES, Served, make_served
+from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.serving import export as export_module
+from tfrs_pipeline.serving import refresh
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
@@ -26,21 +27,36 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 PROVE = export_module.prove
 NUM_GONE = 7
+# Two ids: one sorts before, one after those of the training.
+NEW_IDS: dict[str, list[Any]] = {"int": [1, 10_000], "str": ["a film", "zum Film"]}
 
 
-@functools.cache
-def exported(ids: str) -> Path:
-    """Exports the model with ids of a type, once for all tests."""
-    folder = Path(tempfile.mkdtemp()) / "films"
-    served = make_served(ids)
-    export(served, folder, index=Exact(), filter_by="genres", queries=served.queries())
-    return folder
+@dataclass(frozen=True)
+class Refreshed:
+    """A model, its folder, the items of its second version, and both versions."""
+
+    served: Served
+    new_ids: list[Any]
+    folder: Path
+    items: pa.Table
+    before: LoadedRetriever
+    after: LoadedRetriever
 
 
-def publish(served: Served, directory: Path) -> Path:
-    """Copies an export to where a test may change it."""
-    ids = "int" if served.candidate_ids.dtype == np.int64 else "str"
-    return Path(shutil.copytree(exported(ids), directory / "films"))
+@pytest.fixture(scope="module", params=["int", "str"])
+def refreshed(
+    request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory
+) -> Refreshed:
+    directory = tmp_path_factory.mktemp("refreshed")
+    served = make_served(request.param)
+    folder = Path(shutil.copytree(exported(request.param, "exact"), directory / "films"))
+    items = write_items(served, directory / "items.parquet", NEW_IDS[request.param])
+    done = refresh_index(folder, directory / "items.parquet")
+    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
+    assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
+    assert done.folder == folder / "2"
+    versions = load(folder / "1"), load(folder)
+    return Refreshed(served, NEW_IDS[request.param], folder, items, *versions)
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +65,34 @@ def of_int() -> Served:
     return make_served("int")
 
 
-@pytest.fixture(scope="module")
-def refreshed(served: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
-    """A model's folder after a refreshment, its second version, and the items of that."""
-    directory = tmp_path_factory.mktemp("refreshed")
-    folder = publish(served, directory)
-    items = write_items(served, directory / "items.parquet")
-    done = refresh_index(folder, directory / "items.parquet")
-    assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
-    assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
-    assert done.folder == folder / "2"
-    return folder, items
+@pytest.fixture
+def folder(exported: Exported, tmp_path: Path) -> Path:
+    """Of that model, to be changed."""
+    return Path(shutil.copytree(exported("int", "exact"), tmp_path / "films"))
 
 
-def new_ids(served: Served) -> list[Any]:
-    """Two ids: one sorts before, one after those of the training."""
-    is_integer = served.candidate_ids.dtype == np.int64
-    return [1, 10_000] if is_integer else ["a film", "zum Film"]
+@pytest.fixture
+def items_file(of_int: Served, tmp_path: Path) -> Path:
+    write_items(of_int, tmp_path / "items.parquet", NEW_IDS["int"])
+    return tmp_path / "items.parquet"
 
 
-def write_items(served: Served, path: Path) -> pa.Table:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Takes what would be exported, in place of exporting it."""
+    calls: list[dict[str, Any]] = []
+
+    def export_index(path: Path, **given: Any) -> tuple[Path, dict[str, Any]]:
+        calls.append({"path": path, **given})
+        return path, {"index": {"kind": "exact"}}
+
+    monkeypatch.setattr(refresh, "export_index", export_index)
+    return calls
+
+
+def write_items(served: Served, path: Path, new_ids: list[Any]) -> pa.Table:
     """Writes today's items: the first ones are gone, two are new, one has changed its genres."""
-    first, last = new_ids(served)
+    first, last = new_ids
     rows: list[tuple[Any, list[str], str | None]] = [(first, ["a", "c"], "A premiere")]
     rows += [
         (id_, genres, f"title of {id_}")
@@ -100,14 +122,10 @@ def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
     return served.model.embed_candidates(rows, {"genres": encoded}).numpy()
 
 
-def test_a_refreshed_model_ranks_todays_items(
-    served: Served, refreshed: tuple[Path, pa.Table]
-) -> None:
-    folder, items = refreshed
-    ids = items["item_id"].to_pylist()
-    loaded = load(folder)
-    queries = served.queries()
-    embeddings = expected_embeddings(served, items)
+def test_a_refreshed_model_ranks_todays_items(refreshed: Refreshed) -> None:
+    ids, loaded = refreshed.items["item_id"].to_pylist(), refreshed.after
+    queries = refreshed.served.queries()
+    embeddings = expected_embeddings(refreshed.served, refreshed.items)
     scores = loaded.embed_queries(queries) @ embeddings.T
     found, found_scores = loaded.retrieve(queries, len(ids))
     np.testing.assert_allclose(found_scores, -np.sort(-scores, axis=1), atol=1e-5)
@@ -120,9 +138,8 @@ def test_a_refreshed_model_ranks_todays_items(
     np.testing.assert_allclose([by_id[id_] for id_ in ids], embeddings, atol=1e-6)
 
 
-def test_users_are_as_they_were(served: Served, refreshed: tuple[Path, pa.Table]) -> None:
-    folder, _ = refreshed
-    before, after = load(folder / "1"), load(folder / "2")
+def test_users_are_as_they_were(refreshed: Refreshed) -> None:
+    served, before, after = refreshed.served, refreshed.before, refreshed.after
     np.testing.assert_allclose(
         before.embed_queries(served.queries()), after.embed_queries(served.queries()), atol=1e-6
     )
@@ -138,29 +155,25 @@ def test_users_are_as_they_were(served: Served, refreshed: tuple[Path, pa.Table]
         assert np.isneginf(scores[row - 1][len(left) :]).all()
 
 
-def test_filters_go_by_todays_values(served: Served, refreshed: tuple[Path, pa.Table]) -> None:
-    folder, items = refreshed
-    loaded = load(folder)
+def test_filters_go_by_todays_values(refreshed: Refreshed) -> None:
+    items, loaded = refreshed.items, refreshed.after
     found, scores = loaded.retrieve([{}], 60, allowed=[["a"]])
-    with_a = {
-        id_
-        for id_, genres in zip(
-            items["item_id"].to_pylist(), items["genres"].to_pylist(), strict=True
-        )
-        if "a" in genres
-    }
+    columns = items["item_id"].to_pylist(), items["genres"].to_pylist()
+    with_a = {id_ for id_, genres in zip(*columns, strict=True) if "a" in genres}
     assert set(found[0][np.isfinite(scores[0])].tolist()) == with_a
-    assert new_ids(served)[0] in with_a
+    assert refreshed.new_ids[0] in with_a
     # A history is read by what the training had: also by what is gone, by nothing that is new.
-    asked = [*served.candidate_ids[[0, -1]].tolist(), *new_ids(served)]
-    assert loaded.knows(asked).tolist() == [True, True, *[False] * len(new_ids(served))]
+    asked = [*refreshed.served.candidate_ids[[0, -1]].tolist(), *refreshed.new_ids]
+    assert loaded.knows(asked).tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("refreshed", ["int"], indirect=True)
 def test_refreshing_again_goes_back_to_what_was_dropped(
-    served: Served, refreshed: tuple[Path, pa.Table], tmp_path: Path
+    refreshed: Refreshed, tmp_path: Path
 ) -> None:
     """An item that comes back has its trained embedding: the encoder never forgets."""
-    folder = Path(shutil.copytree(refreshed[0], tmp_path / "films"))
+    folder = Path(shutil.copytree(refreshed.folder, tmp_path / "films"))
+    served = refreshed.served
     all_items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
     pq.write_table(all_items, tmp_path / "all.parquet")
     done = refresh_index(folder, tmp_path / "all.parquet", keep_versions=2)
@@ -174,26 +187,33 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
 
 
-def test_what_a_refreshment_asks_for_holds_for_the_next(of_int: Served, tmp_path: Path) -> None:
+def test_what_a_refreshment_asks_for_holds_for_the_next(
+    of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""
-    folder = publish(of_int, tmp_path)
     items = pa.table({"item_id": of_int.candidate_ids.tolist(), "genres": of_int.genres})
-    pq.write_table(items, tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet", index=Scann(recall=0.9))
-    done = refresh_index(folder / "2", tmp_path / "items.parquet", keep_versions=1)
-    assert versions_of(folder) == [3]
-    assert done.folder == folder / "3"
-    manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
+    path = tmp_path / "items.parquet"
+    pq.write_table(items, path)
+    command = ["refresh-index", str(folder), "--items", str(path)]
+    assert main([*command, "--target-recall", "0.9", "--keep-versions", "1"]) == 0
+    assert versions_of(folder) == [2]
+    manifest = json.loads((folder / "2" / MANIFEST_FILE).read_text())
     assert manifest["index"]["target_recall"] == 0.9
     assert min(request["recall"] for request in manifest["index"]["requests"]) >= 0.9
-    asked = {"kind": "scann", "recall": 0.9}
-    assert manifest["export"] == {"index": asked, "keep_versions": 1, "filter_by": "genres"}
+    scann = {"kind": "scann", "recall": 0.9}
+    assert manifest["export"] == {"index": scann, "keep_versions": 1, "filter_by": "genres"}
     assert manifest["filter"]["name"] == "genres"
     expected, _ = of_int.in_memory.retrieve(of_int.queries(), 10)
     found, _ = load(folder, exact=True).retrieve(of_int.queries(), 10)
     assert found.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="keep must be 1 or more"):
-        refresh_index(folder, tmp_path / "items.parquet", keep_versions=0)
+        refresh_index(folder, path, index=Exact(), keep_versions=0)
+    asked = request.getfixturevalue("asked")
+    refresh_index(folder / "2", path)
+    assert main([*command, "--index", "scann", "--keep-versions", "3"]) == 0
+    assert [x["index"] for x in asked] == [Scann(recall=0.9)] * 2
+    assert [x["keep_versions"] for x in asked] == [1, 3]
+    assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 2
 
 
 def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:
@@ -209,30 +229,33 @@ def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) 
 
 
 def test_paths_are_judged_before_the_work(
-    of_int: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    folder = publish(of_int, tmp_path)
-    write_items(of_int, tmp_path / "items.parquet")
     # By a link, and from within: the model's own name and number count.
     (folder / "latest").symlink_to("1")
-    assert refresh_index(folder / "latest", tmp_path / "items.parquet").folder == folder / "2"
     monkeypatch.chdir(folder)
-    assert refresh_index(".", tmp_path / "items.parquet").folder == folder / "3"
-    assert json.loads((folder / "3" / MANIFEST_FILE).read_text())["name"] == "films"
-    shutil.copytree(folder / "3", tmp_path / "copy")
+    for path in (folder / "latest", Path(".")):
+        refresh_index(path, items_file)
+        assert asked[-1]["path"] == folder
+        assert asked[-1]["manifest"]["refreshed"]["from_version"] == 1
+    (folder / "1").rename(folder / "copy")
     with pytest.raises(ValueError, match="named by its number"):
-        refresh_index(tmp_path / "copy", tmp_path / "items.parquet")
+        refresh_index(folder / "copy", items_file)
+    assert len(asked) == 2
 
 
-def test_a_filter_without_any_value_allows_nothing_but_all(of_int: Served, tmp_path: Path) -> None:
-    folder = publish(of_int, tmp_path)
-    ids = of_int.candidate_ids.tolist()
-    genres = pa.array([None] * len(ids), pa.list_(pa.string()))
-    pq.write_table(pa.table({"item_id": ids, "genres": genres}), tmp_path / "items.parquet")
-    refresh_index(folder, tmp_path / "items.parquet")
+def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_path: Path) -> None:
+    """Whose filter has no value then, and allows nothing but all."""
+    nothing = pa.array([None] * 3, pa.list_(pa.string()))
+    pq.write_table(pa.table({"item_id": [2, 4, 5], "genres": nothing}), tmp_path / "new.parquet")
+    with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
+        refresh_index(folder, tmp_path / "new.parquet")
+    assert versions_of(folder) == [1]
+    done = refresh_index(folder, tmp_path / "new.parquet", allow_all_new=True)
+    assert (done.num_items, done.num_untrained) == (3, 3)
     loaded = load(folder)
-    found, _ = loaded.retrieve([{}], 60, allowed=[[]])
-    assert sorted(found[0].tolist()) == sorted(ids)
+    found, _ = loaded.retrieve([{}], 3, allowed=[[]])
+    assert sorted(found[0].tolist()) == [2, 4, 5]
     with pytest.raises(ValueError, match="No item has 'a'"):
         loaded.retrieve([{}], 60, allowed=[["a"]])
 
@@ -242,6 +265,9 @@ def without_genres(table: pa.Table) -> pa.Table:
     return table.set_column(place, kind, pa.nulls(len(table), kind.type))
 
 
+cached_load = functools.cache(load)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,49 +275,37 @@ def without_genres(table: pa.Table) -> pa.Table:
         (lambda t: t.drop_columns(["item_id"]), r"no column 'item_id'"),
         (lambda t: pa.concat_tables([t, without_genres(t.slice(0, 3))]), r"One row an id"),
         (lambda t: t.slice(0, 0), r"holds no row"),
+        (
+            lambda t: pa.table({"item_id": ["x"], "genres": [["a"]]}),
+            "holds text, and the model's item ids are integers",
+        ),
     ],
-    ids=["no feature", "no id", "an id twice", "no row"],
+    ids=["no feature", "no id", "an id twice", "no row", "text ids"],
 )
 def test_a_bad_item_table_changes_nothing(
-    of_int: Served, tmp_path: Path, change: Any, message: str
+    exported: Exported,
+    items_file: Path,
+    change: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = publish(of_int, tmp_path)
-    table = change(write_items(of_int, tmp_path / "items.parquet"))
-    pq.write_table(table, tmp_path / "bad.parquet")
+    monkeypatch.setattr(refresh, "load", cached_load)
+    folder = exported("int", "exact")
+    pq.write_table(change(pq.read_table(items_file)), items_file)
     with pytest.raises(DataError, match=message):
-        refresh_index(folder, tmp_path / "bad.parquet")
+        refresh_index(folder, items_file)
     assert [path.name for path in folder.iterdir()] == ["1"]
-
-
-def test_ids_of_another_kind_are_refused_unless_all_are_new(of_int: Served, tmp_path: Path) -> None:
-    folder = publish(of_int, tmp_path)
-    ids = [2, 4, 5]
-    pq.write_table(pa.table({"item_id": ids, "genres": [["a"]] * 3}), tmp_path / "new.parquet")
-    with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
-        refresh_index(folder, tmp_path / "new.parquet")
-    assert versions_of(folder) == [1]
-    done = refresh_index(folder, tmp_path / "new.parquet", allow_all_new=True)
-    assert (done.num_items, done.num_untrained) == (3, 3)
-
-
-def test_text_ids_are_refused_by_a_model_of_integers(of_int: Served, tmp_path: Path) -> None:
-    folder = publish(of_int, tmp_path)
-    pq.write_table(pa.table({"item_id": ["x"], "genres": [["a"]]}), tmp_path / "text.parquet")
-    with pytest.raises(DataError, match="holds text, and the model's item ids are integers"):
-        refresh_index(folder, tmp_path / "text.parquet")
 
 
 @pytest.mark.slow
 def test_the_command_says_what_it_did(
-    of_int: Served,
-    tmp_path: Path,
+    folder: Path,
+    items_file: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export_module, "prove", PROVE)
-    folder = publish(of_int, tmp_path)
-    write_items(of_int, tmp_path / "items.parquet")
-    command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
+    command = ["refresh-index", str(folder), "--items", str(items_file)]
     assert main([*command, "--index", "scann", "--keep-versions", "1"]) == 0
     said = capsys.readouterr().out
     assert "55 items: 2 are new, 7 gone" in said
@@ -301,39 +315,24 @@ def test_the_command_says_what_it_did(
     assert "Train with model.id_dropout above 0" in said
     assert "ScaNN finds" in said
     assert versions_of(folder) == [2]
-    loaded: LoadedRetriever = load(folder)
-    assert loaded.manifest["index"]["kind"] == "scann"
+    assert load(folder).manifest["index"]["kind"] == "scann"
     assert "exact search alone would do" in said
     assert main(["tune-index", str(folder), "--target-recall", "0.9"]) == 0
     said = capsys.readouterr().out
     assert all(column in said for column in ("of 1 leaves", "excluded", "recall", "known"))
 
 
-def test_the_command_keeps_the_recall_target_that_it_is_not_given(
-    of_int: Served, tmp_path: Path
+def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
+    folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    folder = publish(of_int, tmp_path)
-    write_items(of_int, tmp_path / "items.parquet")
-    command = ["refresh-index", str(folder), "--items", str(tmp_path / "items.parquet")]
-    for flags in (["--target-recall", "0.9"], ["--index", "scann"]):
-        assert main([*command, *flags]) == 0
-        assert load(folder).manifest["index"]["target_recall"] == 0.9
-
-
-@pytest.mark.parametrize(
-    ("settings", "is_trained"),
-    [
-        (None, None),
+    loaded = load(folder)
+    monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
+    assert refresh_index(folder, items_file).has_trained_unknown is None
+    for model, is_trained in (
         ({"id_dropout": 0.1}, True),
         ({"id_dropout": 0.0}, False),
         ({"id_dropout": 0.0, "use_candidate_id": False}, True),
-    ],
-)
-def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
-    of_int: Served, tmp_path: Path, settings: dict[str, Any] | None, is_trained: bool | None
-) -> None:
-    manifest = {} if settings is None else {"config": {"model": settings}}
-    folder = tmp_path / "films"
-    export(of_int, folder, index=Exact(), manifest=manifest)
-    write_items(of_int, tmp_path / "items.parquet")
-    assert refresh_index(folder, tmp_path / "items.parquet").has_trained_unknown is is_trained
+    ):
+        loaded.manifest["config"] = {"model": model}
+        assert refresh_index(folder, items_file).has_trained_unknown is is_trained
+        assert asked[-1]["manifest"]["config"] == {"model": model}

@@ -20,14 +20,13 @@ from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tests.serving.running_server import address_of
 from tfrs_pipeline import cli
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving import page, rest
+from tfrs_pipeline.serving import page, rest, retriever
 from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.encoder import Encoder, embed_queries
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.refresh import refresh_index
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
@@ -58,16 +57,19 @@ def served() -> Served:
 
 
 @pytest.fixture(scope="module")
-def folder(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
     folder = tmp_path_factory.mktemp("requests") / "films"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "prove", lambda *arguments: None)
-        return export(served, folder, index=Exact(), queries=queries_of(served))
+    return export(served, folder, index=Exact(), queries=queries_of(served))
 
 
-@pytest.mark.slow
-def test_a_fresh_process_answers_requests(served: Served, tmp_path: Path) -> None:
-    assert export(served, tmp_path / "films", index=Exact(), queries=queries_of(served)).is_dir()
+@pytest.fixture(scope="module")
+def version(folder: Path) -> ServedVersion:
+    return ServedVersion(folder, ServeSettings())
+
+
+@pytest.fixture(scope="module")
+def model(version: ServedVersion) -> LoadedRetriever:
+    return version.retriever
 
 
 def queries_of(served: Served) -> list[dict[str, Any]]:
@@ -80,8 +82,8 @@ def scores_of(served: Served, queries: Sequence[dict[str, Any]]) -> np.ndarray:
     return served.in_memory.retrieve(queries, K)[1]
 
 
-def test_requests_are_answered_as_in_memory(served: Served, folder: Path) -> None:
-    model, queries = load(folder, exact=True), queries_of(served)
+def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriever) -> None:
+    queries = queries_of(served)
     ids, scores = served.in_memory.retrieve(queries, K)
     got_ids, got = model.retrieve(queries, K)
     np.testing.assert_allclose(got, scores, atol=1e-5)
@@ -90,7 +92,7 @@ def test_requests_are_answered_as_in_memory(served: Served, folder: Path) -> Non
     assert len(np.unique(np.round(scores[::2], 4), axis=0)) == len(REQUESTS)
     unknown = [{**queries[0], "request": x} for x in ({}, {"Gender": "fridge"}, {"hour": None})]
     assert np.ptp(model.retrieve(unknown, K)[1], axis=0).max() == 0
-    # Where the time is known, so is the hour; given, it goes before.
+    # Where the time is known, so is the hour; given, it goes model.
     timed = [{"timestamp": TIME}, {"hour": 7}, {"timestamp": TIME, "hour": 8}, {"hour": 8}]
     found = model.retrieve([{**queries[0], "request": x} for x in timed], K)[1]
     np.testing.assert_allclose(found[[0, 2]], found[[1, 3]], atol=1e-6)
@@ -99,8 +101,8 @@ def test_requests_are_answered_as_in_memory(served: Served, folder: Path) -> Non
     np.testing.assert_allclose(-np.sort(-products, axis=1)[:, :K], scores, atol=1e-5)
 
 
-def test_users_and_given_features_go_with_requests(served: Served, folder: Path) -> None:
-    model, users = load(folder, exact=True), served.query_ids.tolist()
+def test_users_and_given_features_go_with_requests(served: Served, model: LoadedRetriever) -> None:
+    users = served.query_ids.tolist()
     request = REQUESTS[0]
     known = [served.known(row) for row in range(1, NUM_QUERIES + 1)]
     queries = [
@@ -126,8 +128,7 @@ def test_users_and_given_features_go_with_requests(served: Served, folder: Path)
     )
 
 
-def test_what_the_model_does_not_read_is_refused(served: Served, folder: Path) -> None:
-    model = load(folder)
+def test_what_the_model_does_not_read_is_refused(model: LoadedRetriever) -> None:
     with pytest.raises(ValueError, match=r"no request feature 'houre'; did you mean 'hour'\?"):
         model.retrieve([{"history": [], "request": {"houre": 3}}], 3)
     with pytest.raises(ValueError, match=r"'free space' must hold numbers. Received: 'much'"):
@@ -136,17 +137,10 @@ def test_what_the_model_does_not_read_is_refused(served: Served, folder: Path) -
         model.retrieve_user([100, 101], 3, requests=[{}])
 
 
-@pytest.fixture(scope="module")
-def signatures(folder: Path) -> dict[str, rest.SignatureInputs]:
-    return ServedVersion(folder, ServeSettings()).signatures
-
-
-def test_rest_takes_what_is_given_and_names_what_is_wrong(
-    signatures: dict[str, rest.SignatureInputs],
-) -> None:
+def test_rest_takes_what_is_given_and_names_what_is_wrong(version: ServedVersion) -> None:
     def parsed(**document: Any) -> dict[str, np.ndarray]:
         body = json.dumps({"signature_name": "embed_user", **document}).encode()
-        return rest.parse_predict(body, signatures).inputs
+        return rest.parse_predict(body, version.signatures).inputs
 
     def problem(**document: Any) -> str:
         with pytest.raises(HTTPException) as caught:
@@ -177,7 +171,11 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
 
 
 def test_the_client_the_page_and_the_command_line_send_requests(
-    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served,
+    folder: Path,
+    version: ServedVersion,
+    model: LoadedRetriever,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     client = ServedRetriever(address_of(folder.parent))
     # By the names of the inputs.
@@ -186,7 +184,7 @@ def test_the_client_the_page_and_the_command_line_send_requests(
         {**query, "request": {inputs.get(n, n): x for n, x in query["request"].items()}}
         for query in queries_of(served)
     ]
-    expected = load(folder).retrieve(queries_of(served), K)
+    expected = model.retrieve(queries_of(served), K)
     for got, want in zip(client.retrieve(asked, K), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(ValueError, match="no request feature 'Gender'; did you mean 'Gender_'"):
@@ -198,21 +196,19 @@ def test_the_client_the_page_and_the_command_line_send_requests(
         {"Gender": np.str_("ios"), "words": np.array(["c", "a"]), "free space": np.float32(2)},
     ]
     by_input = [{"request": {inputs.get(n, n): x for n, x in form.items()}} for form in forms]
-    want = load(folder).retrieve([{"request": form} for form in forms], K)[1]
+    want = model.retrieve([{"request": form} for form in forms], K)[1]
     np.testing.assert_allclose(client.retrieve(by_input, K)[1], want, atol=1e-5)
     with pytest.raises(ValueError, match="'timestamp' must hold datetimes with a time zone"):
         client.retrieve([{"request": {"timestamp": datetime(2024, 5, 1)}}], K)
     typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
     request = {"Gender": "ios", "hour": 7, "free space": 2.0, "words": ["a", "c"]}
     known = served.known(2)
-    want = (
-        load(folder).retrieve([{"history": known, "request": request}], K, [known])[0][0].tolist()
-    )
-    version = ServedVersion(folder, ServeSettings())
+    want = model.retrieve([{"history": known, "request": request}], K, [known])[0][0].tolist()
     body = json.dumps({"items": known, "k": K, "request": typed}).encode()
     answer = page.answer(version, body, ServeSettings())
     assert [item["item_id"] for item in answer["index"]["items"]] == want
     assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
+    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
     for flags, found in (
         (["--request", *(f"{n}={x}" for n, x in typed.items())], want),
         (["--request", "place=north"], None),
@@ -229,16 +225,14 @@ def test_the_client_the_page_and_the_command_line_send_requests(
 
 
 def test_refreshed_items_and_exports_without_users_take_requests(
-    served: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, folder: Path, model: LoadedRetriever, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(export_module, "prove", lambda *arguments: None)
-    before = load(folder, exact=True)
-    held_out = before.held_out_queries()
+    held_out = model.held_out_queries()
     for query, request in zip(held_out, [q["request"] for q in queries_of(served)], strict=True):
         kept = {n: x for n, x in query["request"].items() if x is not None}
         assert kept == {n: str(x) if n in ("Gender", "hour") else x for n, x in request.items()}
-    embeddings = before.embed_queries(held_out)
-    np.testing.assert_allclose(embeddings, before.embed_queries(queries_of(served)), atol=1e-6)
+    embeddings = model.embed_queries(held_out)
+    np.testing.assert_allclose(embeddings, model.embed_queries(queries_of(served)), atol=1e-6)
     # As an index is tuned.
     sides = {"query": served.query_features, "request": FEATURES}
     by_encoder = embed_queries(Encoder(served), queries_of(served), sides)
@@ -248,8 +242,6 @@ def test_refreshed_items_and_exports_without_users_take_requests(
     after = load(refresh_index(folder, tmp_path / "items.parquet").folder, exact=True)
     np.testing.assert_allclose(after.embed_queries(held_out), embeddings, atol=1e-6)
     anonymous = make_served("int", use_user_id=False, request_features=FEATURES)
-    model = load(export(anonymous, tmp_path / "nobody", index=Exact(), user_data=False))
+    nobody = load(export(anonymous, tmp_path / "nobody", index=Exact(), user_data=False))
     want = scores_of(anonymous, [{**q, "features": None} for q in queries_of(served)])
-    full = load(export(anonymous, tmp_path / "nobody", index=Exact()))
-    np.testing.assert_allclose(full.retrieve(queries_of(served), K)[1], want, atol=1e-5)
-    np.testing.assert_allclose(model.retrieve(queries_of(served), K)[1], want, atol=1e-5)
+    np.testing.assert_allclose(nobody.retrieve(queries_of(served), K)[1], want, atol=1e-5)

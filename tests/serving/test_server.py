@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -21,9 +20,7 @@ import tensorflow as tf
 from google.protobuf import json_format
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
-from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.index import Exact, Scann
+from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, NUM_QUERIES, Exported, Served
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.server import ModelServer, create_app
@@ -31,22 +28,6 @@ from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PREDICT = "/v1/models/films:predict"
-EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
-
-
-def write_version(served: Served, directory: Path, kind: str) -> Path:
-    """Exports a version; the check in a fresh process has its own tests."""
-    titles = [f"The {i}th Film" for i in range(NUM_CANDIDATES)]
-    titles[5] = EVIL
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
-        return export.export(
-            dataclasses.replace(served, titles=titles),
-            directory / "films",
-            index=Exact() if kind == "exact" else Scann(recall=0.9),
-            filter_by="genres",
-            queries=[{"user_id": served.query_ids.tolist()[3]}],
-        )
 
 
 class Running:
@@ -98,25 +79,14 @@ class Running:
         return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
 
-@pytest.fixture(scope="module", params=["int scann", "str exact"])
-def served_kind(request: pytest.FixtureRequest) -> tuple[Served, str]:
-    ids, kind = request.param.split()
-    return make_served(ids), kind
+@pytest.fixture(scope="module")
+def kind(served: Served) -> str:
+    return KIND_OF[served.ids]
 
 
 @pytest.fixture(scope="module")
-def served(served_kind: tuple[Served, str]) -> Served:
-    return served_kind[0]
-
-
-@pytest.fixture(scope="module")
-def kind(served_kind: tuple[Served, str]) -> str:
-    return served_kind[1]
-
-
-@pytest.fixture(scope="module")
-def folder(served: Served, kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_version(served, tmp_path_factory.mktemp("models"), kind).parent
+def folder(served: Served, kind: str, exported: Exported) -> Path:
+    return exported(served.ids, kind)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +101,9 @@ def loaded(folder: Path) -> LoadedRetriever:
 
 
 @pytest.fixture(scope="module")
-def int_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int_folder(exported: Exported) -> Path:
     """Of a model with integer ids and an exact index, for what has nothing to do with either."""
-    return write_version(make_served("int"), tmp_path_factory.mktemp("int"), "exact").parent
+    return exported("int", "exact")
 
 
 @pytest.fixture(scope="module")
@@ -551,9 +521,8 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         async def swap() -> list[int]:
             end = asyncio.Event()
             clients = [asyncio.create_task(ask(end)) for _ in range(4)]
-            for number in (2, 3):
-                await asyncio.to_thread(put, int_folder / "1", folder, number)
-                await asyncio.wait_for(until(**{f"v{number}": "AVAILABLE"}), 50)
+            await asyncio.to_thread(put, int_folder / "1", folder, 2)
+            await asyncio.wait_for(until(v2="AVAILABLE"), 50)
             end.set()
             return [code for codes in await asyncio.gather(*clients) for code in codes]
 
@@ -565,23 +534,23 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         assert set(codes) == {200}
         gc.collect()
         assert first() is None
-        assert running.metric("tfrs_model_version") == 3
+        assert running.metric("tfrs_model_version") == 2
         path = "/v1/models/films/versions/{}:predict"
-        assert running.post(path.format(3), json=GOOD).status_code == 200
+        assert running.post(path.format(2), json=GOOD).status_code == 200
         assert running.post(path.format(1), json=GOOD).status_code == 404
 
         # A broken one: its status says so, and the one before it goes on.
         num_failed = running.metric("tfrs_model_loads_total", outcome="failed")
-        put(int_folder / "1", tmp_path / "films-broken", 4)
-        (tmp_path / "films-broken" / "4" / "saved_model.pb").write_bytes(b"not a model")
-        os.rename(tmp_path / "films-broken" / "4", folder / "4")
-        running.run(asyncio.wait_for(until(v4="END", v3="AVAILABLE"), 50))
-        statuses = running.get("/v1/models/films/versions/4").json()["model_version_status"]
+        put(int_folder / "1", tmp_path / "films-broken", 3)
+        (tmp_path / "films-broken" / "3" / "saved_model.pb").write_bytes(b"not a model")
+        os.rename(tmp_path / "films-broken" / "3", folder / "3")
+        running.run(asyncio.wait_for(until(v3="END", v2="AVAILABLE"), 50))
+        statuses = running.get("/v1/models/films/versions/3").json()["model_version_status"]
         assert statuses[0]["status"]["error_code"] == "UNKNOWN"
-        assert "Version 4 cannot be loaded" in statuses[0]["status"]["error_message"]
+        assert "Version 3 cannot be loaded" in statuses[0]["status"]["error_message"]
         assert running.metric("tfrs_model_loads_total", outcome="failed") == num_failed + 1
-        assert running.metric("tfrs_model_version") == 3
-        assert running.get("/readyz").text == "ok: films version 3\n"
+        assert running.metric("tfrs_model_version") == 2
+        assert running.get("/readyz").text == "ok: films version 2\n"
         running.predict(**GOOD)
 
 
@@ -739,6 +708,7 @@ def test_the_page_refuses_what_is_no_query(small: Running, query: dict[str, Any]
 
 def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> None:
     version = ServedVersion(folder / "1", ServeSettings())
+    assert (version.exact is version.retriever) == (kind == "exact")
     models = [each.saved_model for each in (version.retriever, version.exact) if each]
     handles = [
         table.resource_handle
@@ -771,9 +741,9 @@ def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: 
         assert running.post("/page/query", json={"user_id": "101"}).status_code == 200
 
 
-def test_without_the_page_no_fallback_is_loaded(folder: Path, kind: str) -> None:
-    with Running(folder, page=False) as running:
+def test_without_the_page_no_fallback_is_loaded(exported: Exported) -> None:
+    with Running(exported("int", "scann"), page=False) as running:
         with running.server.versions.use() as version:
-            assert version.exact is (version.retriever if kind == "exact" else None)
+            assert version.exact is None
         for path in ("/", "/page/model"):
             assert running.get(path).status_code == 404

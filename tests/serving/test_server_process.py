@@ -18,17 +18,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import make_served
-from tests.serving.test_server import GOOD, PREDICT, TEXT, write_version
+from tests.serving.conftest import Exported
+from tests.serving.test_server import GOOD, PREDICT, TEXT
 from tfrs_pipeline import cli
 from tfrs_pipeline.serving import server
 from tfrs_pipeline.serving.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(exported: Exported) -> Path:
     """Of a model with a ScaNN index: its op must be there in a fresh process."""
-    return write_version(make_served("int"), tmp_path_factory.mktemp("served"), "scann").parent
+    return exported("int", "scann")
 
 
 @pytest.fixture
@@ -141,18 +141,8 @@ def test_slow_and_long_bodies_a_new_version_and_sigterm(
 def test_everything_at_once_and_no_good_request_fails() -> None:
     """The short form of the benchmark, which fails where a good request does."""
     script = Path(__file__).parents[2] / "benchmarks" / "mixed_load.py"
-    flags = [
-        "--candidates",
-        "2000",
-        "--minutes",
-        "0.5",
-        "--stops",
-        "1",
-        "--rounds",
-        "0",
-        "--swap-seconds",
-        "2",
-    ]
+    flags = ["--candidates", "2000", "--minutes", "0.25", "--stops", "1"]
+    flags += ["--rounds", "0", "--swap-seconds", "2"]
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "'num_failed': 0" in done.stdout

@@ -13,9 +13,10 @@ import pytest
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tests.serving.running_server import address_of
+from tests.serving.test_requests import FEATURES, REQUESTS
 from tfrs_pipeline import cli
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving import rest
+from tfrs_pipeline.serving import rest, retriever
 from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
@@ -24,6 +25,8 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+PROVE = export_module.prove
 NOW = datetime(2024, 5, 1, 7, 30, tzinfo=UTC)
 K = 9
 
@@ -34,21 +37,32 @@ def served() -> Served:
 
 
 @pytest.fixture(scope="module")
-def folder(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("times") / "films"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "prove", lambda *arguments: None)
-        return export(served, folder, index=Exact())
+def folder(served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
+    return export(served, tmp_path_factory.mktemp("times") / "films", index=Exact())
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> LoadedRetriever:
-    return load(folder)
+def version(folder: Path) -> ServedVersion:
+    return ServedVersion(folder, ServeSettings())
+
+
+@pytest.fixture(scope="module")
+def model(version: ServedVersion) -> LoadedRetriever:
+    return version.retriever
 
 
 @pytest.mark.slow
-def test_a_fresh_process_answers_with_times(served: Served, tmp_path: Path) -> None:
-    assert export(served, tmp_path / "films", index=Exact()).is_dir()
+def test_a_fresh_process_answers_requests_with_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "prove", PROVE)
+    both = make_served("int", request_features=FEATURES, reads_times=True)
+    queries = [
+        query_of(both, row, request=request)
+        for request in (*REQUESTS, {"timestamp": NOW})
+        for row in (2, 5)
+    ]
+    assert export(both, tmp_path / "films", index=Exact(), queries=queries).is_dir()
 
 
 def times_of(served: Served, row: int) -> list[datetime]:
@@ -120,13 +134,17 @@ def test_the_times_of_users_are_stored(served: Served, model: LoadedRetriever) -
 
 
 def test_the_client_the_server_and_the_command_line_send_times(
-    served: Served, folder: Path, model: LoadedRetriever, capsys: pytest.CaptureFixture[str]
+    served: Served,
+    folder: Path,
+    version: ServedVersion,
+    model: LoadedRetriever,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     queries = queries_of(served)
     expected = model.retrieve(queries, K)
-    for got, want in zip(
-        ServedRetriever(address_of(folder.parent)).retrieve(queries, K), expected, strict=True
-    ):
+    client = ServedRetriever(address_of(folder.parent))
+    for got, want in zip(client.retrieve(queries, K), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     # An id that no model can have takes its own time with it, and nobody else's.
     strangers = [
@@ -139,32 +157,21 @@ def test_the_client_the_server_and_the_command_line_send_times(
         if query.get("history_timestamps")
     ]
     want = model.retrieve(strangers, K)[1]
-    got = ServedRetriever(address_of(folder.parent)).retrieve(strangers, K)[1]
+    got = client.retrieve(strangers, K)[1]
     np.testing.assert_allclose(got, want, atol=1e-5)
-    signatures = ServedVersion(folder, ServeSettings()).signatures
     inputs = {"user_id": [-1], "history": [served.known(5)], "exclude": [[]], "k": K}
     body = json.dumps({"signature_name": "retrieve", "inputs": inputs}).encode()
-    left_out = rest.parse_predict(body, signatures).inputs
+    left_out = rest.parse_predict(body, version.signatures).inputs
     assert left_out["history_timestamps"].shape == (1, 0)
     assert np.isnan(left_out["timestamp"]).all()
     answer = model.saved_model.signatures["retrieve"](**left_out)
     np.testing.assert_allclose(answer["scores"], expected[1][5:6], atol=1e-5)
     query = queries[0]
-    assert not cli.main(
-        [
-            "query",
-            str(folder),
-            "--json",
-            "-k",
-            "60",
-            "--history",
-            *map(str, query["history"]),
-            "--history_timestamps",
-            *(time.isoformat() for time in query["history_timestamps"]),
-            "--request",
-            f"timestamp={NOW.isoformat()}",
-        ]
-    )
+    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
+    history = ["--history", *map(str, query["history"])]
+    times = ["--history_timestamps", *(x.isoformat() for x in query["history_timestamps"])]
+    request = ["--request", f"timestamp={NOW.isoformat()}"]
+    assert not cli.main(["query", str(folder), "--json", "-k", "60", *history, *times, *request])
     items = json.loads(capsys.readouterr().out)["items"]
     every = model.retrieve([query], 60, [query["history"]])
     num = len(items)
@@ -173,7 +180,6 @@ def test_the_client_the_server_and_the_command_line_send_times(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unproven")
 def test_refreshed_items_and_exports_without_users_take_times(
     served: Served, tmp_path: Path
 ) -> None:

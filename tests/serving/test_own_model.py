@@ -1,0 +1,96 @@
+"""Somebody's own layers, exported and loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tensorflow as tf
+
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.retriever import load
+
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+
+
+class OwnModel:
+    """Keras layers of somebody's own, with no more than `export` asks for."""
+
+    history_length, query_features, request_features, candidate_features = 3, (), (), ()
+    # Most recent first; 0 is an item that came after the training.
+    histories = RowLists.from_lists(
+        [np.arange(0), np.array([1, 2]), np.array([0, 2, 0, 1]), np.array([0])]
+    )
+    known_positives = RowLists.from_lists(
+        [np.arange(0), np.array([1, 2]), np.array([3]), np.arange(0)]
+    )
+    history_times = None
+
+    def __init__(self) -> None:
+        self.query_ids, self.candidate_ids = np.array([7, 8, 9]), np.array(["a", "b", "c"], object)
+        self.items = pa.table({"item_id": ["a", "b", "c"]})
+        self._users = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
+        self._videos = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
+        self._top = tf.keras.layers.Dense(4)
+        self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
+        self.variables = [*self._users.weights, *self._videos.weights, *self._top.weights]
+
+    def embed_queries(
+        self,
+        query_rows: Any,
+        history_rows: Any,
+        features: Any = None,
+        history_times: Any = None,
+    ) -> tf.Tensor:
+        return self._top(
+            self._users(query_rows) + tf.reduce_sum(self._videos(history_rows), axis=1)
+        )
+
+    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
+        return self._videos(rows)
+
+
+LOAD_ONLY = """
+import sys
+from tfrs_pipeline.serving.retriever import load
+assert load(sys.argv[1]).retrieve_user([7], k=1)[0].tolist() == [["c"]]
+heavy = {"ibis", "duckdb", "tensorflow_recommenders", "tensorflow_datasets", "implicit"}
+print(sorted((heavy | {"matplotlib"}) & set(sys.modules)))
+"""
+
+
+def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> None:
+    model = OwnModel()
+    folder = export(model, tmp_path / "own")
+    rows, history = np.array([1], np.int32), np.array([[1, 2, 0]], np.int32)
+    corpus = model.embed_candidates(np.array([1, 2, 3]))
+    expected = tf.matmul(model.embed_queries(rows, history), corpus, transpose_b=True).numpy()
+    retriever = load(folder)
+    # What the model does not know is left out of a stored query.
+    assert retriever.held_out_queries() == [
+        {"user_id": 7, "history": ["b", "a"]},
+        {"user_id": 8, "history": ["a", "b"]},
+        {"user_id": 9, "history": []},
+    ]
+    ids, scores, _ = retriever.retrieve_user([7], k=3)
+    assert ids.tolist() == [["c", "", ""]]
+    np.testing.assert_allclose(scores[0, 0], expected[0, 2], rtol=1e-5)
+    ids, scores = retriever.retrieve([{"user_id": 7, "history": ["b", "a"]}], 3)
+    assert ids[0].tolist() == [model.candidate_ids[i] for i in np.argsort(-expected[0])]
+    command = [sys.executable, "-c", LOAD_ONLY, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:
+    model = OwnModel()
+    with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):
+        export(model, tmp_path / "own", filter_by="genre")
+    model.items = pa.table({"item_id": ["c", "b", "a"]})
+    with pytest.raises(ValueError, match="one row for each of its 3 candidate ids"):
+        export(model, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
