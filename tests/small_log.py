@@ -14,6 +14,12 @@ from tfrs_pipeline.model.notes import OnProgress
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
 EVENTS_PER_USER = 24
 Ids = Literal["int", "str"]
+SMALL_TRAINING: dict[str, Any] = {
+    "batch_size": 256,
+    "max_epochs": 2,
+    "learning_rate": 0.02,
+    "monitor": "ndcg@20",
+}
 
 
 def user_id(number: int, ids: Ids) -> Any:
@@ -87,12 +93,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
     """Makes settings of a tiny run; `settings` replaces some of them, by table."""
     small: dict[str, dict[str, Any]] = {
         "model": {"dim": 16, "history_length": 10, "negatives": ["in_batch", "uniform:num=32"]},
-        "training": {
-            "batch_size": 256,
-            "max_epochs": 2,
-            "learning_rate": 0.02,
-            "monitor": "ndcg@20",
-        },
+        "training": SMALL_TRAINING,
         "evaluation": {
             "cutoffs": [5, 20],
             "baselines": ["popularity"],

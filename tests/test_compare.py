@@ -1,6 +1,7 @@
 """Comparison of sampling plans: what each plan is, that they share everything else, resuming."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.small_log import Stopped, event_table, small_config, stop_at, write
+from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -23,47 +24,51 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run import evaluate_all
-from tfrs_pipeline.run_data import Steps, prepare
+from tfrs_pipeline.run_data import StepReport, Steps, prepare
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 from tfrs_pipeline.trainings import train_and_refit
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
+NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.
 
 
-def funnel_config(folder: Path, **compare_settings: Any) -> RunConfig:
-    """Makes settings for a small simulated funnel, written to `folder` once."""
-    path = folder / "funnel.parquet"
-    if not path.exists():
-        simulation = simulate_funnel(
-            num_users=150,
-            num_items=400,
-            num_requests=1500,
-            seed=1,
-            options=FunnelOptions(
-                num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
-            ),
-        )
-        folder.mkdir(exist_ok=True)
-        simulation.log.events.to_parquet(path)
+def funnel_config(folder: Path, *, min_rank: int = 10, **compare_settings: Any) -> RunConfig:
+    """Makes settings for a small simulated funnel, which `write_funnel` writes."""
     return small_config(
         folder,
-        {"source": "files", "path": path},
+        {"source": "files", "path": folder / "funnel.parquet"},
         model={
             "dim": 16,
             "history_length": 10,
             "negatives": ["in_batch", "uniform:num=32"],
-            "hard": {"kind": "mined", "min_rank": 10, "max_rank": 30, "every": 1},
+            "hard": {"kind": "mined", "min_rank": min_rank, "max_rank": 500, "every": 1},
         },
+        # Two epochs are more than a plan's budget.
+        training={**SMALL_TRAINING, "max_epochs": 9, "patience": 9, "refit": False},
         split={"kind": "last_share"},
         compare={"hard_shares": [0.1], "resampling_exponents": [0.5], **compare_settings},
     )
 
 
+def write_funnel(folder: Path) -> None:
+    simulation = simulate_funnel(
+        num_users=150,
+        num_items=400,
+        num_requests=1500,
+        seed=1,
+        options=FunnelOptions(
+            num_retrieved=30, num_pre_ranked=15, num_ranked=8, num_exposed=5, click_bias=-2.0
+        ),
+    )
+    simulation.log.events.to_parquet(folder / "funnel.parquet")
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return funnel_config(
-        tmp_path_factory.mktemp("funnel"), plans=["in_batch_uncorrected", "mixed", "hybrid"]
-    )
+    folder = tmp_path_factory.mktemp("funnel")
+    write_funnel(folder)
+    plans = ["in_batch_uncorrected", "mixed", "hybrid", "mined"]
+    return funnel_config(folder, min_rank=400, plans=plans, max_steps=MAX_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +201,9 @@ def test_files_hold_the_rows(compared: PlanComparison) -> None:
         assert f"{row.metrics['recall@20'].mean:.4f}" in compared.table
     assert "auc_rank_losers" in text
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
+    (note,) = compared.notes
+    assert note == "plan mined is missing: 400 items have no rank 400 (model.hard.min_rank)"
+    assert f"P{note[1:]}.\n" in text
 
 
 def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
@@ -203,7 +211,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
 ) -> None:
     data = prepare(config, tmp_path, Steps(lambda report: None, lambda *task: None))
     split, test = data.split, data.test
-    plain = with_settings(config, {"model.hard": None})
+    plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
     model = train_and_refit(plain, data)
     result = evaluate_all(plain, {"model": model}, test).first
     row = compared.rows[1]
@@ -283,40 +291,57 @@ def test_what_a_comparison_comes_to_is_said(compared: PlanComparison) -> None:
 def test_a_stopped_comparison_goes_on_where_it_was(
     config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
+    """In the second plan, after the first one."""
+    folder = Path(shutil.copytree(compared.folder, tmp_path / "run"))
+    for path in (*folder.glob("comparison.*"), *folder.glob("plans/mixed/checkpoints/*/*")):
+        path.unlink()
+    shutil.rmtree(folder / "plans" / "hybrid_0.1")
     told: list[tuple[str, int]] = []
-    for stop in (("mixed, selection", 1), ("hybrid_0.1", 0)):
-        with pytest.raises(Stopped):
-            compare(config, tmp_path / "run", on_progress=stop_at(*stop, told))
-    again = compare(config, tmp_path / "run", on_progress=stop_at("", 0, told))
+    with pytest.raises(Stopped):
+        compare(config, folder, on_progress=stop_at("mixed, selection", 1, told))
+    again = compare(config, folder, on_progress=stop_at("", 0, told))
     for row, expected in zip(again.rows, compared.rows, strict=True):
         assert row.metrics == expected.metrics
         assert row.differences == expected.differences
-    epochs = [step for step in told if ", " in step[0] and step[1]]
-    assert max(Counter(epochs).values()) == 1
+    epochs = Counter(step for step in told if ", " in step[0] and step[1])
+    names = ("mixed, selection", "hybrid_0.1, selection")
+    assert epochs == {(name, i): 1 for name in names for i in range(1, NUM_EPOCHS + 1)}
 
 
-def test_budget_in_steps_and_seconds(config: RunConfig, tmp_path: Path) -> None:
-    only_mixed = {"compare.plans": ["mixed"], "training.max_epochs": 30, "training.patience": 30}
-    steps = compare(with_settings(config, {**only_mixed, "compare.max_steps": 1}), tmp_path / "a")
-    seconds = with_settings(config, {**only_mixed, "compare.max_seconds": 1e-3})
-    for folder in (steps.folder, compare(seconds, tmp_path / "b").folder):
-        saved = folder / "plans" / "mixed" / "checkpoints" / "selection"
-        assert [path.name for path in saved.glob("epoch-*.json")] == ["epoch-1.json"]
+def epochs_of(folder: Path, plan: str) -> list[str]:
+    saved = folder / "plans" / plan / "checkpoints" / "selection"
+    return sorted(path.stem for path in saved.glob("epoch-*.json"))
+
+
+def test_budget_in_steps_and_seconds(
+    config: RunConfig, compared: PlanComparison, tmp_path: Path
+) -> None:
+    assert epochs_of(compared.folder, "mixed")[-1] == f"epoch-{NUM_EPOCHS}"
+    settings = {"compare.plans": ["mixed"], "compare.max_steps": None, "compare.max_seconds": 1e-3}
+    seconds = compare(with_settings(config, settings), tmp_path / "run")
+    assert epochs_of(seconds.folder, "mixed") == ["epoch-1"]
 
 
 def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> None:
     """Ratings: a rated item cannot come back, so that pushing it down frees a place."""
     path = write(event_table("int"), tmp_path / "ratings.parquet")
     data = {"source": "files", "path": path, "rating_threshold": 3, "stage_values": {}}
-    config = small_config(
-        tmp_path,
-        data,
-        split={"kind": "last_share"},
-        compare={"plans": ["mixed", "exposed"], "hard_shares": [0.1], "max_steps": 1},
-        training={"max_epochs": 1, "monitor": "ndcg@20"},
-    )
-    result = compare(config, tmp_path / "run")
-    assert any("seem better than they are" in note for note in result.notes)
+    plans = {"plans": ["mixed", "exposed"], "hard_shares": [0.1]}
+    config = small_config(tmp_path, data, split={"kind": "last_share"}, compare=plans)
+
+    def notes_of(config: RunConfig, folder: Path) -> list[str]:
+        reports: list[StepReport] = []
+
+        def on_step(report: StepReport) -> None:
+            reports.append(report)
+            if report.name == "plans":
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            compare(config, folder, on_step=on_step)
+        assert "2 plans" in reports[-1].notes
+        return list(reports[-1].notes)
+
+    assert any("seem better than they are" in note for note in notes_of(config, tmp_path / "run"))
     excluding = with_settings(config, {"evaluation.exclude": "seen"})
-    result = compare(excluding, tmp_path / "excluding")
-    assert not any("seem better" in note for note in result.notes)
+    assert not any("seem better" in note for note in notes_of(excluding, tmp_path / "excluding"))

@@ -212,7 +212,7 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     """It is refused with its own code; the run is kept, and can be exported all the same."""
     served = model_folder(place)
     before = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
-    untrained = {"training.learning_rate": 1e-9, "training.max_epochs": 1}
+    untrained = {"training.learning_rate": 1e-9, "training.max_epochs": 1, "training.refit": False}
     config = today(place, **untrained, **{"export.gate": True})
     (place / "worse.toml").write_text(dump_config(config))
     folder = place / "runs" / "worse"

@@ -116,6 +116,7 @@ def benchmark(name: str) -> Any:
     return module
 
 
+@pytest.mark.usefixtures("trusted_exports")
 def test_the_example_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

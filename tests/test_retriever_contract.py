@@ -43,11 +43,13 @@ TWIN_ROWS, TWINS_OF = [4, 23, 14, 20], [10, 5, 6, 6]
 class Problem:
     """Two communities of users: one clicks even candidates only, the other odd ones.
 
-    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; folder: for exports.
+    clicks: [NUM_USERS, NUM_CANDIDATES] bool; candidate_ids: [NUM_CANDIDATES]; trained_model: by the
+    rows of both; folder: for exports.
     """
 
     clicks: np.ndarray
     candidate_ids: np.ndarray
+    trained_model: TwoTowerNetwork
     folder: Path
 
     @functools.cached_property
@@ -56,40 +58,9 @@ class Problem:
         return Interactions.from_rows(Ids(self.candidate_ids), users, columns + 1)
 
     @functools.cached_property
-    def trained_model(self) -> TwoTowerNetwork:
-        clicks = [np.flatnonzero(row) + 1 for row in self.clicks]
-        lists = RowLists.from_lists([np.zeros(0, int), *clicks])
-        query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
-        samples = Samples(
-            query_rows=query_rows,
-            candidate_rows=lists.values,
-            weights=np.ones(len(query_rows), np.float32),
-            sequences=lists,
-            num_earlier=None,
-            known_positives=lists,
-            exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
-            counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
-        )
-        tower = TwoTower(
-            dim=8,
-            history_length=HISTORY_LENGTH,
-            negatives=[InBatch(), Uniform(32)],
-            training=TrainingSettings(
-                batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05
-            ),
-        )
-        corpus = Corpus(Ids(self.candidate_ids), Ids(np.arange(NUM_USERS)))
-        model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
-        # Copies among the candidates: what they score is equal to the last bit.
-        (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
-        table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
-        return model
-
-    def exported(self, kind: str) -> Path:
-        """Exports the model with an index of a kind, once."""
-        folder = self.folder / kind
-        if folder.exists():
-            return folder / "model"
+    def exported(self) -> Path:
+        """The exported model's folder: ScaNN serves integer ids, exact search texts."""
+        is_integer = self.candidate_ids.dtype == np.int64
         model = self.trained_model
         nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_USERS + 1))
         served = SimpleNamespace(
@@ -111,9 +82,37 @@ class Problem:
             # The check in a fresh process takes seconds, and has its own tests.
             patch.setattr(export, "prove", lambda *arguments: None)
             # All must be found: what is approximate is not the contract.
-            index = Exact() if kind == "exact" else Scann(recall=1.0)
-            export.export(served, folder / "model", index=index)
-        return folder / "model"
+            index = Scann(recall=1.0) if is_integer else Exact()
+            return export.export(served, self.folder / "model", index=index).parent
+
+
+def trained_on(clicks: np.ndarray) -> TwoTowerNetwork:
+    lists = RowLists.from_lists([np.arange(0), *(np.flatnonzero(row) + 1 for row in clicks)])
+    query_rows = np.repeat(np.arange(NUM_USERS + 1), np.diff(lists.offsets)).astype(np.int32)
+    samples = Samples(
+        query_rows=query_rows,
+        candidate_rows=lists.values,
+        weights=np.ones(len(query_rows), np.float32),
+        sequences=lists,
+        num_earlier=None,
+        known_positives=lists,
+        exposed=RowLists.from_lists([np.zeros(0, int)] * (NUM_USERS + 1)),
+        counts=np.bincount(lists.values, minlength=NUM_CANDIDATES + 1),
+    )
+    tower = TwoTower(
+        dim=8,
+        history_length=HISTORY_LENGTH,
+        negatives=[InBatch(), Uniform(32)],
+        training=TrainingSettings(
+            batch_size=256, max_epochs=12, optimizer="adam", learning_rate=0.05
+        ),
+    )
+    corpus = Corpus(Ids(np.arange(NUM_CANDIDATES)), Ids(np.arange(NUM_USERS)))
+    model = tower.fit_samples(TrainingSet(samples, corpus, {})).network
+    # Copies among the candidates: what they score is equal to the last bit.
+    (table,) = (v for v in model.candidate_tower.variables if "/id/" in v.name)
+    table.scatter_nd_update([[r] for r in TWIN_ROWS], tf.gather(table, TWINS_OF))
+    return model
 
 
 Factory: TypeAlias = Callable[[Problem], Retriever]
@@ -150,20 +149,18 @@ def two_tower(problem: Problem) -> Retriever:
     return ExactRetriever(problem.candidate_ids, network.embed_corpus(), encoder)
 
 
-def exported_exact(problem: Problem) -> Retriever:
-    return load(problem.exported("exact"))
+def exported(problem: Problem) -> Retriever:
+    return load(problem.exported)
 
 
-def exported_scann(problem: Problem) -> Retriever:
-    return load(problem.exported("scann"))
+def served(problem: Problem) -> Retriever:
+    return ServedRetriever(address_of(problem.exported))
 
 
-def served_scann(problem: Problem) -> Retriever:
-    return ServedRetriever(address_of(problem.exported("scann")))
-
-
-def fallback_of_scann(problem: Problem) -> Retriever:
-    return load(problem.exported("scann"), exact=True)
+def fallback(problem: Problem) -> Retriever:
+    if problem.candidate_ids.dtype != np.int64:
+        pytest.skip("exact search has no fallback")
+    return load(problem.exported, exact=True)
 
 
 FACTORIES: list[Factory] = [
@@ -172,34 +169,28 @@ FACTORIES: list[Factory] = [
     ease,
     ials,
     two_tower,
-    exported_exact,
-    exported_scann,
-    fallback_of_scann,
-    served_scann,
+    exported,
+    fallback,
+    served,
 ]
 IGNORES_HISTORY = {popularity}
 NEEDS_HISTORY = {ease, ials}
-HAS_TIES = {
-    exact,
-    popularity,
-    two_tower,
-    exported_exact,
-    exported_scann,
-    fallback_of_scann,
-    served_scann,
-}
+HAS_TIES = {exact, popularity, two_tower, exported, fallback, served}
 
 
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
-    """Of both types of ids, kept for all retrievers: each trains and exports once."""
+    """Of both types of ids, kept for all retrievers: trained once, and each exported once."""
     rng = np.random.default_rng(0)
     user_community = np.arange(NUM_USERS) % 2
     clicks = rng.random((NUM_USERS, NUM_CANDIDATES)) < 0.3
     clicks &= np.arange(NUM_CANDIDATES) % 2 == user_community[:, None]
     numbers = np.random.default_rng(1).permutation(1000)[:NUM_CANDIDATES] + 1
     ids = {"int": numbers, "str": np.array([f"i{n}" for n in numbers], object)}
-    return {kind: Problem(clicks, ids[kind], tmp_path_factory.mktemp("exports")) for kind in ids}
+    model = trained_on(clicks)
+    return {
+        kind: Problem(clicks, ids[kind], model, tmp_path_factory.mktemp("exports")) for kind in ids
+    }
 
 
 @pytest.fixture(scope="module", params=["int", "str"])
