@@ -31,7 +31,7 @@ from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.positives import Positives
 
-NUM_EPOCHS = 300
+NUM_EPOCHS = 120
 SCORES = np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1).astype(np.float32)
 EXP = np.exp(SCORES.astype(np.float64))
 
@@ -51,16 +51,11 @@ class Shelf:
         return self.num * (2 * rank - (rank > 0)) / 20**2
 
 
-ALL = (InBatch(), Uniform(12), Popularity(10), Shelf(9))
 MIXTURES: dict[str, tuple[Negatives, ...]] = {
     "in-batch": (InBatch(),),
-    "uniform": (Uniform(30),),
-    "popularity": (Popularity(30),),
-    "one's own": (Shelf(30),),
-    "in-batch and uniform": (InBatch(), Uniform(20)),
     "in-batch twice": (InBatch(), InBatch()),
-    "all": ALL,
-    "all but in-batch": ALL[1:],
+    "one's own": (Shelf(30),),
+    "all": (InBatch(), Uniform(12), Popularity(10), Shelf(9)),
 }
 
 
@@ -113,13 +108,7 @@ def exact(sample: int, hard_share: float, drawn_over_declared: np.ndarray) -> fl
 
 @pytest.mark.parametrize(
     ("name", "hard_share", "exponent"),
-    [
-        *((name, 0.5, 0.0) for name in MIXTURES),
-        ("all", 0.0, 0.0),
-        ("all", 0.05, 0.0),
-        ("all", 0.0, 0.6),
-        ("in-batch", 0.5, 0.6),
-    ],
+    [("in-batch", 0.5, 0.6), ("in-batch twice", 0.5, 0), ("one's own", 0.5, 0), ("all", 0.05, 0)],
 )
 def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponent: float) -> None:
     batches = make_batches(
@@ -155,11 +144,11 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
 
 def test_one_probability_for_all_columns_is_far_off() -> None:
     """The correction of libraries that know one sampler: the test above has the power to tell."""
-    batches = make_batches(negatives=MIXTURES["in-batch and uniform"])
+    batches = make_batches(negatives=[InBatch(), Uniform(20)])
     q = batches.frame.q_positive
     wrong = np.log(np.where(q > 0, (BATCH_SIZE + 19) * q, 1))
     batches._mixture._log_count = tf.constant(wrong, tf.float32)
-    samples, sums = denominators(batches, 200)
+    samples, sums = denominators(batches, 50)
     expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
     assert abs((sums / expected[samples]).mean() - 1) > 0.2
 

@@ -131,7 +131,7 @@ def test_corrections_and_hard_draws_are_those_of_the_sample(
     batches = make_batches(order, hard=HARD, **options)
     np.testing.assert_allclose(batches.expected_count[1:], n[1:], rtol=1e-12)
     cases = set()
-    for batch in batch_list(batches, 8):
+    for batch in batch_list(batches, 5):
         for i, sample in enumerate(samples_of(batch)):
             has = [bool(HAS_POOL[stage][sample]) for stage in STAGES]
             cases.add(tuple(has))
@@ -214,40 +214,35 @@ def test_a_pool_is_replaced_for_its_own_name_alone() -> None:
 @pytest.mark.parametrize(
     ("order", "options"),
     [
-        ("single", {"hard": HARD}),
-        ("single", {"examples": {"rate": RATE}}),
+        ("single", {}),
+        ("single", {"hard": HARD, "examples": {"rate": RATE}}),
         ("sequences", {}),
         ("sets", {}),
     ],
 )
 def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, Any]) -> None:
     batches = make_batches(order, **options)
-    unbroken = list(batches.dataset(0, 12).as_numpy_iterator())
+    unbroken = list(batches.dataset(0, 7).as_numpy_iterator())
     one_thread = tf.data.Options()
     one_thread.threading.private_threadpool_size = 1
     one_thread.threading.max_intra_op_parallelism = 1
-    rest = make_batches(order, **options).dataset(7, 5).with_options(one_thread)
-    assert_same_batches(list(rest.as_numpy_iterator()), unbroken[7:])
-    for step in (9, 2):
+    rest = make_batches(order, **options).dataset(4, 3).with_options(one_thread)
+    assert_same_batches(list(rest.as_numpy_iterator()), unbroken[4:])
+    for step in (6, 2):
         assert_same_batches(batch_list(batches, 1, start=step), [unbroken[step]])
-    other = batch_list(make_batches(order, seed=4, **options), 12)
-    drawn = [
-        "weight",
-        "shared_row",
-        "dropout_seed",
-        *(["hard_candidate_row"] * ("hard" in options)),
-    ]
-    for name in drawn:
+    other = batch_list(make_batches(order, seed=4, **options), 3)
+    hard = ["hard_candidate_row"] if "hard" in options else []
+    for name in ("weight", "shared_row", "dropout_seed", *hard):
         assert any(
-            a[name].tobytes() != b[name].tobytes() for a, b in zip(unbroken, other, strict=True)
+            a[name].tobytes() != b[name].tobytes() for a, b in zip(unbroken, other, strict=False)
         )
-        assert len({batch[name].tobytes() for batch in unbroken}) == 12
+        assert len({batch[name].tobytes() for batch in unbroken}) == 7
 
 
 def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "_SAMPLES_PER_BLOCK", 7)
-    batches = make_batches(examples={"rate": RATE})
-    drawn = list(itertools.chain(*map(samples_of, batch_list(batches, 800))))
+    single = make_batches(examples={"rate": RATE}).examples
+    drawn = np.concatenate([single.read(single.choose(step))["index"] for step in range(300)])
     assert RATE is not None
     share = RATE[SAMPLES.candidate_rows]
     observed = np.bincount(drawn, minlength=NUM_SAMPLES)

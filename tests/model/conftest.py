@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import FeatureKind
-from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -100,6 +102,60 @@ def weights_of(network: TwoTowerNetwork) -> list[np.ndarray]:
 def assert_same(weights: list[np.ndarray], others: list[np.ndarray]) -> None:
     for a, b in zip(weights, others, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Runs steps without a graph: a few of them take less than the tracing of one."""
+    tf.config.run_functions_eagerly(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Even though the `tf.config", UserWarning)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def in_eager_steps() -> Iterator[None]:
+    with eagerly():
+        yield
+
+
+@contextlib.contextmanager
+def tracing_once() -> Iterator[None]:
+    """Gives trainings of the same settings one network, and with it one traced step.
+
+    Each starts as a new network would: from the weights of its seed, its optimizer without state.
+    """
+    built: dict[Any, tuple[TwoTowerNetwork, Corpus]] = {}
+    starts: dict[Any, list[np.ndarray]] = {}
+    compiled: dict[int, tuple[Any, list[np.ndarray]]] = {}
+    build, compile_ = TwoTower.build, TwoTowerNetwork.compile
+
+    def build_once(self: TwoTower, corpus: Corpus) -> TwoTowerNetwork:
+        key = repr(self.settings), self.training.examples, id(corpus)
+        if (key, self.seed) not in starts:
+            network = build(self, corpus)
+            built.setdefault(key, (network, corpus))
+            starts[key, self.seed] = weights_of(network)
+        network, _ = built[key]
+        network.set_weights(starts[key, self.seed])
+        return network
+
+    def compile_once(self: TwoTowerNetwork, optimizer: Any) -> None:
+        settings = tf.keras.optimizers.serialize(optimizer)
+        if id(self) not in compiled or compiled[id(self)][0] != settings:
+            compile_(self, optimizer=optimizer)
+            optimizer.build(self.trainable_variables)
+            compiled[id(self)] = settings, [x.numpy() for x in optimizer.variables]
+        for variable, value in zip(self.optimizer.variables, compiled[id(self)][1], strict=True):
+            variable.assign(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TwoTower, "build", build_once)
+        patch.setattr(TwoTowerNetwork, "compile", compile_once)
+        yield
 
 
 class Stopped(Exception):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.damage import damage
-from tests.model.conftest import LENGTH, NUM_ITEMS, Stopped, assert_same, tiny, weights_of
+from tests.model.conftest import (
+    LENGTH,
+    NUM_ITEMS,
+    Stopped,
+    assert_same,
+    tiny,
+    tracing_once,
+    weights_of,
+)  # fmt: skip
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
@@ -21,81 +32,48 @@ from tfrs_pipeline.negatives.uniform import Uniform
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 
 
-def make_model(**options: Any) -> TwoTower:
-    """Whole sequences read by self-attention, with dropout of every kind."""
-    return tiny(
-        **{
-            "hard": MINED,
-            "negatives": [Uniform(16), Popularity(16, 0.5)],
-            "history_pooling": ["attention"],
-            "attention_blocks": 1,
-            "share_item_embedding": True,
-            "candidate_bias": True,
-            "id_dropout": 0.1,
-            "training": {"examples": "sequences", "max_epochs": 5},
-            **options,
-        }
+def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> TwoTower:
+    """Trains on whole sequences read by self-attention, with dropout of every kind."""
+
+    def on_epoch(so_far: TrainingResult) -> None:
+        if so_far.num_epochs == stop_after:
+            raise Stopped
+
+    model = tiny(
+        hard=MINED,
+        negatives=[Uniform(16), Popularity(16, 0.5)],
+        history_pooling=["attention"],
+        attention_blocks=1,
+        share_item_embedding=True,
+        candidate_bias=True,
+        id_dropout=0.1,
+        training={"examples": "sequences", "max_epochs": 5},
     )
+    return model.fit_samples(data, folder=folder, on_epoch=on_epoch)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace() -> Iterator[None]:
+    with tracing_once():
+        yield
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    model: TwoTower
+    folder: Path
+    weights: list[np.ndarray]  # The network itself is that of later trainings too.
 
 
 @pytest.fixture(scope="module")
-def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[TwoTower, Path]:
+def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     folder = tmp_path_factory.mktemp("unbroken")
-    return make_model().fit_samples(data, folder=folder), folder
+    model = train(data, folder)
+    return Unbroken(model, folder, weights_of(model.network))
 
 
-def reports_in(folder: Path) -> dict[str, Any]:
-    (path,) = folder.glob("mined-*.json")
-    return {path.stem: read_record(path)}
-
-
-def test_a_stopped_training_mines_what_an_unbroken_one_does(
-    data: TrainingSet, unbroken: tuple[TwoTower, Path], tmp_path: Path
-) -> None:
-    """Stopped where pools are due, then where they are kept from before."""
-    model, folder = unbroken
-
-    for last in (2, 3):
-
-        def stop(so_far: TrainingResult, last: int = last) -> None:
-            if so_far.num_epochs == last:
-                raise Stopped
-
-        with pytest.raises(Stopped):
-            make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
-        # Nothing is mined for the first two epochs.
-        assert (tmp_path / "mined-2.json").exists() == (last > 2)
-    resumed = make_model().fit_samples(data, folder=tmp_path)
-    assert_same(weights_of(resumed.network), weights_of(model.network))
-    assert reports_in(tmp_path) == reports_in(folder)
-    assert {path.name.partition(".")[0] for path in tmp_path.glob("mined-*")} == {"mined-4"}
-    assert resumed.notes == model.notes
-    assert resumed.notes[0].startswith("mined after epoch 4: ")
-    # Every sample has a pool, so that f is what was asked for.
-    assert "effective mean hard share 0.3000" in resumed.notes
-
-
-def test_a_damaged_pool_is_mined_again(
-    data: TrainingSet, unbroken: tuple[TwoTower, Path], tmp_path: Path
-) -> None:
-    """Of the model that it was mined from, which is not the one at which training stopped."""
-
-    def stop(so_far: TrainingResult) -> None:
-        if so_far.num_epochs == 3:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        make_model().fit_samples(data, folder=tmp_path, on_epoch=stop)
-    damage(tmp_path / "mined-2.values.npy", "flipped")
-    resumed = make_model().fit_samples(data, folder=tmp_path)
-    assert_same(weights_of(resumed.network), weights_of(unbroken[0].network))
-    assert resumed.notes == unbroken[0].notes
-
-
-def test_the_model_mines_by_its_own_ranking(
-    data: TrainingSet, unbroken: tuple[TwoTower, Path]
-) -> None:
-    model, samples = unbroken[0], data.samples
+def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
+    model, samples = unbroken.model, data.samples
     pools, _ = mine_pools(
         model._row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
@@ -107,15 +85,35 @@ def test_the_model_mines_by_its_own_ranking(
         assert sorted(pools[i]) == sorted(ids[4:12] // 10)
 
 
-def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: tuple[TwoTower, Path]) -> None:
-    batches = make_model().batches(data.samples)
-    before = MinedPools(
-        batches,
-        MINED,
-        make_retrieval=unbroken[0]._row_retrieval,
-        history_length=LENGTH,
-        seed=0,
-    )
+def test_a_stopped_training_mines_what_an_unbroken_one_does(
+    data: TrainingSet, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """Stopped where pools are due, then where they are kept from before; or damaged since."""
+    for last in (2, 3):
+        with pytest.raises(Stopped):
+            train(data, tmp_path / "kept", stop_after=last)
+        # Nothing is mined for the first two epochs.
+        assert (tmp_path / "kept" / "mined-2.json").exists() == (last > 2)
+    # It is mined again of the model that it was of, not of that at which training stopped.
+    shutil.copytree(tmp_path / "kept", tmp_path / "damaged")
+    damage(tmp_path / "damaged" / "mined-2.values.npy", "flipped")
+    for name in ("kept", "damaged"):
+        resumed = train(data, tmp_path / name)
+        assert resumed.result.resumed_after == (3 if name == "kept" else 0)
+        assert_same(weights_of(resumed.network), unbroken.weights)
+        kept = {path.name.partition(".")[0] for path in (tmp_path / name).glob("mined-*")}
+        assert kept == {"mined-4"}
+        reports = [read_record(x / "mined-4.json") for x in (tmp_path / name, unbroken.folder)]
+        assert reports[0] == reports[1]
+        assert resumed.notes == unbroken.model.notes
+    assert resumed.notes[0].startswith("mined after epoch 4: ")
+    # Every sample has a pool, so that f is what was asked for.
+    assert "effective mean hard share 0.3000" in resumed.notes
+
+
+def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:
+    batches, retrieval = unbroken.model.batches(data.samples), unbroken.model._row_retrieval
+    before = MinedPools(batches, MINED, make_retrieval=retrieval, history_length=LENGTH, seed=0)
     before.prepare(0)
     assert batches.mean_hard_share == 0
     assert before.describe() == [

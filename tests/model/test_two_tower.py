@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfrs_pipeline as tp
-from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny
+from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
 from tests.model.test_network import EveryCandidate
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
@@ -75,7 +75,7 @@ def share_of_own_taste(model: TwoTower) -> float:
 @pytest.mark.parametrize(
     ("examples", "options"),
     [
-        ("sequences", {"negatives": EASY, "history_pooling": ["recency", "attention"]}),
+        ("sequences", {"negatives": EASY, "history_pooling": ["recency"]}),
         ("sets", {"negatives": EASY}),
         (
             "single",
@@ -101,12 +101,16 @@ def test_every_way_to_train_learns_the_tastes(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_fit_finds_the_users_tastes(fitted: TwoTower, split: Split) -> None:
+def test_fit_finds_the_users_tastes(fitted: TwoTower, data: TrainingSet, split: Split) -> None:
     """Over three seeds: of one alone the 60 items found waver by a twentieth."""
+    shares = [share_of_own_taste(fitted)]
     training = {"max_epochs": 12, "learning_rate": 0.05}
-    others = [tiny(use_user_id=True, seed=seed, training=training) for seed in (1, 2)]
-    models = [fitted, *(model.fit(split.train, validation=split.validation) for model in others)]
-    assert np.mean([share_of_own_taste(model) for model in models]) > 0.9
+    with tracing_once():
+        for seed in (1, 2):
+            model = tiny(use_user_id=True, seed=seed, training=training)
+            model.fit_samples(data, split.validation, log=split.train)
+            shares.append(share_of_own_taste(model))
+    assert np.mean(shares) > 0.9
 
 
 def test_a_model_says_what_it_is(fitted: TwoTower, split: Split) -> None:
@@ -188,8 +192,9 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
         assert id(variable) in held
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
-    log: Log, data: TrainingSet, tmp_path: Path
+    log: Log, data: TrainingSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = {"max_epochs": 1}
     query = [{"user_id": 101, "history": [40, 70]}]
@@ -197,7 +202,10 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     first = again.query_embeddings(query)
     _ = again.histories
     other = log.split("last_n", validation=2, test=2)
-    again.fit(other.train, folder=tmp_path)
+    assert "epoch" not in capsys.readouterr().err  # It is no terminal.
+    again.fit(other.train, folder=tmp_path, verbose=True)
+    loss = again.result.history["loss"][0]
+    assert f"epoch 1/1: loss {loss:.3f}\n" in capsys.readouterr().err
     rows = again.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
     assert np.abs(again.query_embeddings(query) - first).max() > 1e-3
@@ -226,19 +234,10 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
         model.retrieve([{}], 1)
 
 
-def test_samples_without_their_log_train_but_cannot_be_exported(data: TrainingSet) -> None:
-    model = tiny(training={"max_epochs": 1}, resampling_exponent=0.5).fit_samples(data)
-    assert model.retrieve([{}], 1)[0].shape == (1, 1)
-    with pytest.raises(ValueError, match="give fit_samples their log"):
-        _ = model.histories
-    assert model.notes[-1].startswith("masked in the columns that rows share: ")
-    with pytest.raises(ValueError, match=r"needs 121 positives and the training part has 120"):
-        tiny(training={"batch_size": 121}).fit_samples(data)
-
-
+@pytest.mark.usefixtures("in_eager_steps")
 def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     few = tiny(training={"batch_size": 121})
-    with pytest.raises(ValueError, match="needs 121 positives"):
+    with pytest.raises(ValueError, match=r"needs 121 positives and the training part has 120"):
         few.fit_samples(data)
     for use in (
         lambda: few.retrieve([{}], 1),
@@ -247,24 +246,20 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     ):
         with pytest.raises(ValueError, match="not fitted: call fit first"):
             use()
-    model = tiny(training={"max_epochs": 1}).fit_samples(data)
+    model = tiny(training={"max_epochs": 1}, resampling_exponent=0.5).fit_samples(data)
     before = model.query_embeddings([{}]), model.retrieve([{}], 3)
     model.training = model.training.model_copy(update={"batch_size": 121})
     with pytest.raises(ValueError, match="needs 121 positives"):
         model.fit_samples(data)
     after = model.query_embeddings([{}]), model.retrieve([{}], 3)
     np.testing.assert_equal(after, before)
+    # Samples without their log train, but cannot be exported.
+    with pytest.raises(ValueError, match="give fit_samples their log"):
+        _ = model.histories
+    assert model.notes[-1].startswith("masked in the columns that rows share: ")
 
 
-def test_losers_are_missed_by_the_model_that_asks_for_them_alone(tmp_path: Path) -> None:
-    losers = FunnelLosers()
-    clicks = Log.from_table({"user_id": [1, 1], "item_id": [5, 6]})
-    # A comparison asks for the losers of every stage, and has plans that go without.
-    data = TrainingSet.build(clicks, tmp_path, seed=0, hard=losers)
-    with pytest.raises(DataError, match="asks for losers of the stages retrieved"):
-        tiny(hard=losers).batches(data.samples)
-
-
+@pytest.mark.usefixtures("in_eager_steps")
 def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
     model = tiny(training={"max_epochs": 1, "validation_users": 7})
     model.fit(split.train, validation=split.validation)
@@ -276,12 +271,9 @@ def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
     assert model.result.history[f"val_{model.training.monitor}"] == [pytest.approx(expected)]
 
 
-def test_a_kind_of_negatives_by_itself_is_refused_in_words() -> None:
+def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="negatives must be a list of kinds"):
         TwoTower(negatives=InBatch())  # type: ignore[arg-type]
-
-
-def test_a_setting_of_the_training_is_told_where_it_belongs() -> None:
     with pytest.raises(ConfigError) as error:
         TwoTower(dim=4, max_epochs=3, optimizer="adam")
     assert str(error.value).splitlines() == [
@@ -291,15 +283,15 @@ def test_a_setting_of_the_training_is_told_where_it_belongs() -> None:
     assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
     with pytest.raises(ConfigError, match="max_epoch: unknown setting"):
         TwoTower(max_epoch=3)
-
-
-def test_fewer_positives_than_a_batch_are_refused_before_the_work(tmp_path: Path) -> None:
+    # Before the work: there are fewer positives than a batch needs.
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     with pytest.raises(ValueError, match="A batch needs 4 positives and the training part has 3"):
         tiny(training={"batch_size": 4}).fit(clicks, folder=tmp_path)
     assert not (tmp_path / "samples").exists()
-
-
-def test_a_table_is_no_log() -> None:
+    # A comparison asks for the losers of every stage, and has plans that go without.
+    losers = FunnelLosers()
+    data = TrainingSet.build(clicks, tmp_path, seed=0, hard=losers)
+    with pytest.raises(DataError, match="asks for losers of the stages retrieved"):
+        tiny(hard=losers).batches(data.samples)
     with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import Stopped, assert_same, tiny, weights_of
+from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, weights_of
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.features import Feature
@@ -198,43 +198,25 @@ def test_what_was_carried_over_is_told(
 def test_a_stopped_warm_start_goes_on_bit_for_bit(
     source: TwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
 ) -> None:
-    training = {"max_epochs": 3, "warmup_steps": 3, "decay": "cosine"}
-    model = {**MODEL, "training": training}
-    whole = tiny(**model).fit_samples(sets[1], warm_start=source)
-
     def stop(so_far: TrainingResult) -> None:
         if so_far.num_epochs == 1:
             raise Stopped
 
-    options: dict[str, Any] = {"warm_start": source, "folder": tmp_path}
-    with pytest.raises(Stopped):
-        tiny(**model).fit_samples(sets[1], on_epoch=stop, **options)
-    resumed = tiny(**model).fit_samples(sets[1], **options)
-    for ours, theirs in zip(states(resumed), states(whole), strict=True):
+    training = {"max_epochs": 2, "warmup_steps": 3, "decay": "cosine"}
+
+    def fit(**options: Any) -> tuple[TwoTower, list[list[np.ndarray]]]:
+        model = tiny(**{**MODEL, "training": training})
+        model.fit_samples(sets[1], warm_start=source, **options)
+        return model, [*states(model), weights_of(model.network)]
+
+    with tracing_once():
+        whole, expected = fit()
+        with pytest.raises(Stopped):
+            fit(on_epoch=stop, folder=tmp_path)
+        resumed, found = fit(folder=tmp_path)
+    for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
-    assert_same(weights_of(resumed.network), weights_of(whole.network))
     assert resumed.notes == whole.notes
-
-
-def test_the_state_is_that_of_the_epoch_that_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    """A second epoch that is worse leaves its mark neither in the weights nor in their moments."""
-    log = log_of(YESTERDAY, 0)
-    train, validation, _ = log.split("last_n", validation=1, test=1)
-    with pytest.MonkeyPatch.context() as patch:
-        values = iter([0.5, 0.1])
-        patch.setattr(
-            TwoTower, "_validate", lambda *arguments: {"ndcg@5": next(values), "recall@5": 0.0}
-        )
-        model = tiny(**{**MODEL, "training": {"max_epochs": 2}}).fit(train, validation)
-    once = tiny(**{**MODEL, "training": {"max_epochs": 1}}).fit(train, verbose=True)
-    shown = capsys.readouterr().err  # Of the first one nothing: it is no terminal.
-    (loss,) = once.result.history["loss"]
-    assert [x for x in shown.splitlines() if x.startswith("epoch")] == [
-        f"epoch 1/1: loss {loss:.3f}"
-    ]
-    assert model.result.best_epoch == 1
-    for ours, theirs in zip(states(model), states(once), strict=True):
-        assert_same(ours, theirs)
 
 
 def test_warm_up_and_decay_begin_anew() -> None:

@@ -5,6 +5,7 @@ one forbidden item that got through.
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ HARD = FunnelLosers(
 )
 
 
-def random_log(
-    seed: int, num_users: int = 250
-) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
+def random_log(seed: int, num_users: int) -> tuple[Log, dict[int, set[int]], dict[int, set[int]]]:
     """Makes a log of users with a random funnel each, their forbidden items, and their losers.
 
     An item may be exposed in one request and lose in another, be clicked first and passed over
@@ -78,9 +77,24 @@ def random_log(
     return log, forbidden, lost
 
 
-def build(log: Log, folder: Path, seed: int) -> Samples:
+@dataclass(frozen=True)
+class Funnels:
+    """Samples of random funnels, and by user what is never a negative and what has lost."""
+
+    samples: Samples
+    forbidden: dict[int, set[int]]
+    lost: dict[int, set[int]]
+
+
+def build(folder: Path, seed: int, num_users: int) -> Funnels:
+    log, forbidden, lost = random_log(seed, num_users)
     build_samples(log, folder, seed=seed, hard=HARD)
-    return read_samples(folder)
+    return Funnels(read_samples(folder), forbidden, lost)
+
+
+@pytest.fixture(scope="module")
+def funnels(tmp_path_factory: pytest.TempPathFactory) -> Funnels:
+    return build(tmp_path_factory.mktemp("funnels"), 0, 300)
 
 
 def acting_negatives(batch: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,9 +127,8 @@ def acting_negatives(batch: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarra
     return tf.concat(gradients, axis=1).numpy() != 0, tf.concat(columns, axis=1).numpy()
 
 
-def check(folder: Path, seed: int, num_users: int = 250, batch_size: int = 64) -> None:
-    log, forbidden, _ = random_log(seed, num_users)
-    samples = build(log, folder, seed)
+def check(funnels: Funnels, seed: int, batch_size: int) -> None:
+    samples = funnels.samples
     for name, order in ORDERS.items():
         examples = order(samples, batch_size=batch_size, history_length=5, seed=seed)
         batches = HybridBatches(
@@ -131,32 +144,30 @@ def check(folder: Path, seed: int, num_users: int = 250, batch_size: int = 64) -
             acts, candidates = acting_negatives(batch)
             num_negatives += acts.sum()
             for i, user in enumerate(batch["query_row"].numpy().tolist()):
-                never = [0, *forbidden[user]]
+                never = [0, *funnels.forbidden[user]]
                 num_forbidden += np.isin(candidates[i][acts[i]], never).sum()
         assert num_forbidden == 0, f"{num_forbidden} of {num_negatives} negatives, {name}, {seed}"
         assert num_negatives > 1000
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_five_hundred_random_funnels(tmp_path: Path, seed: int) -> None:
-    check(tmp_path, seed)
+def test_three_hundred_random_funnels(funnels: Funnels) -> None:
+    check(funnels, seed=0, batch_size=64)
 
 
 @pytest.mark.slow
 def test_ten_thousand_random_funnels(tmp_path: Path) -> None:
     # Few logs and large batches: what takes time is the number of both.
     for seed in range(2, 7):
-        check(tmp_path / str(seed), seed, num_users=2000, batch_size=256)
+        check(build(tmp_path / str(seed), seed, 2000), seed, batch_size=256)
 
 
-def test_hard_negatives_do_reach_the_loss(tmp_path: Path) -> None:
+def test_hard_negatives_do_reach_the_loss(funnels: Funnels) -> None:
     """The guard is no proof if nothing passes: losers that may be negatives are."""
-    log, forbidden, lost = random_log(0)
-    samples = build(log, tmp_path, 0)
+    samples = funnels.samples
     num_pooled = 0
     for pool in samples.hard_pools.values():
         for i, user in enumerate(samples.query_rows.tolist()):
-            assert set(pool[i].tolist()) <= lost[user] - forbidden[user]
+            assert set(pool[i].tolist()) <= funnels.lost[user] - funnels.forbidden[user]
             num_pooled += len(pool[i])
     assert num_pooled > 500
     examples = ORDERS["single"](samples, batch_size=64, history_length=5, seed=0)
