@@ -92,7 +92,7 @@ def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path) -> None:
-    num_rows = 150_000  # several row groups, several chunks of a parallel scan
+    num_rows = 50_000  # Several row groups.
     for suffix in ("csv", "parquet"):
         folder = tmp_path / suffix
         folder.mkdir()
@@ -103,7 +103,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_rows(tmp_path: Path) -> None
                 lines = [f"1,{item}" for item in range(start, start + num_rows)]
                 (folder / f"{part}.csv").write_text("\n".join(["user_id,item_id", *lines]))
             else:
-                pq.write_table(rows, folder / f"{part}.parquet", row_group_size=20_000)
+                pq.write_table(rows, folder / f"{part}.parquet", row_group_size=8_000)
         tables = Log.from_files(folder)
         events = tables.events
         assert events.count().to_pyarrow().as_py() == 2 * num_rows

@@ -24,6 +24,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.report import facts
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, page
 from tfrs_pipeline.serving.encoder import Encoder
@@ -91,7 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs the command line with a column of each kind, as CSV; returns the run's folder."""
     folder = tmp_path_factory.mktemp("kinds")
     data = {"path": write(event_table("int"), folder / "events.parquet")}
-    (folder / "small.toml").write_text(dump_config(small_config(folder, data)))
+    config = small_config(folder, data, training={"max_epochs": 1, "refit": False})
+    (folder / "small.toml").write_text(dump_config(config))
     arguments: list[Any] = [
         *("run", "--config", folder / "small.toml", "--run-dir", folder / "run"),
         *("--data.items-path", write_csv(rich_items(), folder / "items.csv")),
@@ -101,8 +103,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--data.list-separator", ";", "--data.time-zone", "UTC"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        # The check in a fresh process takes seconds, and has its own tests.
+        # The check in a fresh process and the report take seconds, and have tests of their own.
         patch.setattr(export, "prove", lambda *arguments: None)
+        patch.setattr(facts, "write_report", lambda *arguments: None)
         for stream in ("stdout", "stderr"):
             patch.setattr(sys, stream, io.StringIO())
         code = cli.main([str(argument) for argument in arguments])
@@ -110,8 +113,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def corpus_of(run_folder: Path) -> Corpus:
-    return Corpus.read(Log.read(run_folder / "data"), run_folder / "samples" / "final")
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder.parent / "saved_models" / "films")
 
 
 def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
@@ -121,7 +125,7 @@ def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
 
 
 def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
-    corpus = corpus_of(folder)
+    corpus = Corpus.read(Log.read(folder / "data"), folder / "samples" / "selection")
     features = {feature.name: feature for feature in corpus.candidate_features}
     assert {name: feature.kind for name, feature in features.items()} == ITEM_KINDS
     assert {feature.name: feature.kind for feature in corpus.query_features} == USER_KINDS
@@ -142,8 +146,7 @@ def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     assert np.isfinite(losses["history"]["loss"]).all()
 
 
-def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> None:
-    model = load(folder.parent / "saved_models" / "films")
+def test_raw_features_in_service_are_encoded_as_in_training(model: Any) -> None:
     items = {row["item_id"]: row for row in rich_items().to_pylist()}
     ids = model.candidate_ids()
     columns = {name: [items[id_][name] for id_ in ids] for name in ITEM_KINDS}
@@ -164,9 +167,7 @@ def test_raw_features_in_service_are_encoded_as_in_training(folder: Path) -> Non
     np.testing.assert_allclose(model.embed_queries(given), model.embed_queries(stored), atol=1e-6)
 
 
-def test_the_page_takes_a_time_as_typed(folder: Path) -> None:
-    model = load(folder.parent / "saved_models" / "films")
-
+def test_the_page_takes_a_time_as_typed(model: Any) -> None:
     def asked(joined: str) -> Any:
         query = page.PageQuery(items=[10, 20], features={"joined": joined, "age": 30})
         return page.request_of(model, query)["inputs"]
@@ -180,16 +181,16 @@ def test_the_page_takes_a_time_as_typed(folder: Path) -> None:
 
 
 def test_typed_items_are_encoded_as_their_csv(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "prove", lambda *arguments: None)
     models = folder.parent / "saved_models" / "films"
     pq.write_table(rich_items(), tmp_path / "items.parquet")
     refreshed = refresh_index(models / "1", tmp_path / "items.parquet")
-    before, after = load(models / "1"), load(refreshed.folder)
+    after = load(refreshed.folder)
     place = {id_: i for i, id_ in enumerate(after.candidate_ids())}
-    embeddings = after.candidate_embeddings()[[place[id_] for id_ in before.candidate_ids()]]
-    np.testing.assert_allclose(embeddings, before.candidate_embeddings(), atol=1e-6)
+    embeddings = after.candidate_embeddings()[[place[id_] for id_ in model.candidate_ids()]]
+    np.testing.assert_allclose(embeddings, model.candidate_embeddings(), atol=1e-6)
 
 
 def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: Path) -> None:

@@ -38,17 +38,20 @@ def slow_loss(
     n = num_popular * counts / counts.sum() + 16 / NUM_ITEMS
     pairs = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
     sample_of = {pair: i for i, pair in enumerate(pairs)}
+    positives = batch["candidate_row"].tolist()
+    window = batch.get("positive_query", np.arange(len(positives)))
+    users = batch["query_row"][window]
+    index = [sample_of[pair] for pair in zip(users.tolist(), positives, strict=True)]
+    if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
+        histories = batch["history_rows"][window]
+    else:
+        histories = samples.latest(np.array(index), network.history_length)
+    queries = network.embed_queries(tf.constant(users), tf.constant(histories)).numpy()
     losses, weights = [], []
-    for p, positive in enumerate(batch["candidate_row"].tolist()):
-        w = int(batch["positive_query"][p]) if "positive_query" in batch else p
-        user = int(batch["query_row"][w])
-        i = sample_of[user, positive]
-        if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
-            history = batch["history_rows"][w]
-        else:
-            (history,) = samples.latest(np.array([i]), network.history_length)
-        query = network.embed_queries(tf.constant([user]), tf.constant(history[np.newaxis]))[0]
-        scores = np.concatenate([[0], corpus @ query.numpy() / TEMPERATURE])
+    for i, w, user, positive, query in zip(
+        index, window, users.tolist(), positives, queries, strict=True
+    ):
+        scores = np.concatenate([[0], corpus @ query / TEMPERATURE])
         never = {positive, *samples.known_positives[user], *samples.exposed[user]}
         drawn = [int(row) for row in batch.get("hard_candidate_row", np.zeros((B * 2, 0)))[w]]
         hard = [row for row in drawn if row not in {0, *never}]
@@ -148,6 +151,7 @@ def test_sampled_gradients_come_to_those_of_the_full_softmax(
     assert np.linalg.norm(few - full) > 2 * tolerance * np.linalg.norm(full)
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_fit_reports_the_weighted_mean_loss_of_the_epoch(weighted: TrainingSet) -> None:
     model = tiny()
     network, batches = model.build(weighted.corpus), model.batches(weighted.samples)

@@ -120,10 +120,13 @@ def events_of(tables: Log) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_events_equal_a_loop_over_the_rows(tmp_path: Path, seed: int) -> None:
-    days = make_days(seed)
-    write(tmp_path, "all_stage", days)
+def test_events_equal_a_loop_over_the_rows(tmp_path: Path) -> None:
+    """Of small integers, as the files have them, and with a day that has no rows."""
+    days = make_days(0)
+    small = dict.fromkeys([*FLAGS, *OUTCOMES, "rank_index", "rerank_index"], pa.int8())
+    write(tmp_path, "all_stage", days, small)
+    empty = pa.table({name: pa.array([], pa.int64()) for name in COLUMNS})
+    pa.feather.write_feather(empty, tmp_path / "all_stage" / "2024-01-01.feather")
     tables = load(tmp_path)
     expected = expected_events(days, ("effective_view",))
     assert events_of(tables) == expected
@@ -144,48 +147,45 @@ def test_a_label_of_several_outcomes_gives_stages_and_weights(tmp_path: Path) ->
         assert event["weight"] == (weight if wanted["stage"] == "clicked" else 1.0)
 
 
-@pytest.mark.parametrize(
-    ("flags", "stage", "rank"),
-    [
-        (["prerank_neg"], "retrieved", None),
-        (["coarse_neg"], "pre_ranked", None),
-        (["rank_neg"], "pre_ranked", 30),
-        (["rank_pos"], "ranked", 30),
-        (["rerank_neg"], "ranked", 4),
-        (["rerank_pos"], "ranked", 4),
-        (["realshow"], "exposed", 4),
-        (["realshow", "prerank_neg"], "exposed", 4),  # Exposed is exposed, whatever else is said.
-        (["realshow", "rerank_neg", "rank_neg"], "exposed", 4),
-        (["coarse_neg", "prerank_neg"], "pre_ranked", None),
-        (["rank_pos", "rank_neg"], "ranked", 30),
-    ],
-)
-def test_the_furthest_stage_counts(
-    tmp_path: Path, flags: list[str], stage: str, rank: int | None
-) -> None:
-    positive = make_row(video_id=2, realshow=1, effective_view=1)
-    row = make_row(rank_index=30, rerank_index=4, **dict.fromkeys(flags, 1))
+FURTHEST: list[tuple[list[str], str, int | None]] = [
+    (["prerank_neg"], "retrieved", None),
+    (["coarse_neg"], "pre_ranked", None),
+    (["rank_neg"], "pre_ranked", 30),
+    (["rank_pos"], "ranked", 30),
+    (["rerank_neg"], "ranked", 4),
+    (["rerank_pos"], "ranked", 4),
+    (["realshow"], "exposed", 4),
+    (["realshow", "prerank_neg"], "exposed", 4),  # Exposed is exposed, whatever else is said.
+    (["realshow", "rerank_neg", "rank_neg"], "exposed", 4),
+    (["coarse_neg", "prerank_neg"], "pre_ranked", None),
+    (["rank_pos", "rank_neg"], "ranked", 30),
+]
+
+
+def test_the_furthest_stage_counts(tmp_path: Path) -> None:
+    rows = [
+        # Whatever it says of an outcome: without exposure it is no positive.
+        make_row(
+            video_id=3 + i,
+            rank_index=30,
+            rerank_index=4,
+            **dict.fromkeys(flags, 1),
+            **({} if "realshow" in flags else {"effective_view": 1, "like": 1}),
+        )
+        for i, (flags, _, _) in enumerate(FURTHEST)
+    ]
+    positive = make_row(video_id=2, realshow=1, effective_view=1, like=1)
     # A row without a flag is no event, and what it says of an outcome or an id does not enter.
-    unflagged = make_row(video_id=9, user_id=9, effective_view=-1)
-    write(tmp_path, "all_stage", [[row, positive, row, unflagged]])
+    unflagged = make_row(video_id=99, user_id=9, effective_view=-1)
+    write(tmp_path, "all_stage", [[*rows, positive, rows[0], unflagged]])
     log = load(tmp_path, duplicates="drop")
-    event = events_of(log)[0]
-    assert (event["stage"], event["rank"]) == (stage, rank)
+    found = [(event["stage"], event["rank"]) for event in events_of(log)]
+    assert found == [*((stage, rank) for _, stage, rank in FURTHEST), ("clicked", 0)]
     assert [dropped.num_rows for dropped in log.dropped] == [1, 1]
-    assert sorted(log.items.to_pyarrow()["item_id"].to_pylist()) == [1, 2]
+    assert sorted(log.items.to_pyarrow()["item_id"].to_pylist()) == list(range(2, 14))
     assert log.users.to_pyarrow()["user_id"].to_pylist() == [1]
-
-
-def test_an_outcome_without_exposure_is_no_positive(tmp_path: Path) -> None:
-    odd = make_row(rank_pos=1, effective_view=1, like=1)
-    write(
-        tmp_path, "all_stage", [[odd, make_row(video_id=2, realshow=1, effective_view=1, like=1)]]
-    )
-    for label in (None, {"like": 1.0}):
-        assert [event["stage"] for event in events_of(load(tmp_path, label=label))] == [
-            "ranked",
-            "clicked",
-        ]
+    liked = [event["stage"] for event in events_of(load(tmp_path, label={"like": 1.0}))]
+    assert liked[:-1] == [*(stage for _, stage, _ in FURTHEST), "clicked"]
 
 
 def test_the_latest_row_describes_an_item_and_a_user(
@@ -218,15 +218,6 @@ def test_the_latest_row_describes_an_item_and_a_user(
         assert f"{num_changed} of {len(latest)} {name} have rows that differ" in caplog.text
     assert tables.items.schema()["duration"].is_float64()
     assert tables.items.schema()["author_id"].is_int64()
-
-
-def test_small_integers_and_a_day_without_rows_are_read(tmp_path: Path) -> None:
-    first, second = make_days(4, num_days=2)
-    small = dict.fromkeys([*FLAGS, *OUTCOMES, "rank_index", "rerank_index"], pa.int8())
-    write(tmp_path, "all_stage", [first, second], small)
-    empty = pa.table({name: pa.array([], pa.int64()) for name in COLUMNS})
-    pa.feather.write_feather(empty, tmp_path / "all_stage" / "2024-01-01.feather")
-    assert events_of(load(tmp_path)) == expected_events([first, second], ("effective_view",))
 
 
 # Which files

@@ -95,7 +95,7 @@ def test_a_longer_simulation_begins_with_the_shorter_one(num_requests: int) -> N
         np.testing.assert_array_equal(shorter[name], longer[name][: len(shorter[name])])
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(st.lists(st.integers(1, 40), min_size=4, max_size=4), st.integers(1, 30))
 def test_each_request_holds_the_configured_stages(sizes: list[int], num_requests: int) -> None:
     exposed, ranked, pre_ranked, retrieved = sorted(sizes)
@@ -185,9 +185,9 @@ def chi_squared(is_clicked: np.ndarray, expected: np.ndarray, groups: np.ndarray
     return float(((observed - mean) ** 2 / variance).sum())
 
 
-@pytest.mark.parametrize("position_bias", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("position_bias", [0.5, 1.0])
 def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
-    simulation = simulate(position_bias=position_bias)
+    simulation = usual() if position_bias == 0.5 else simulate(position_bias=position_bias)
     log = log_of(simulation)
     is_shown = np.isin(log["stage"], ["exposed", "clicked"])
     is_clicked = (log["stage"] == "clicked")[is_shown]
@@ -200,8 +200,7 @@ def test_clicks_follow_truth_times_examination(position_bias: float) -> None:
     looks = 1 / (1 + rank) ** position_bias
     assert chi_squared(is_clicked, liking * looks, groups) < bound
     # The bias is there to be seen: taking the clicks for the truth does not fit,
-    if position_bias:
-        assert chi_squared(is_clicked, liking, groups) > 2 * bound
+    assert chi_squared(is_clicked, liking, groups) > 2 * bound
     # nor does the truth of another user.
     strangers = np.roll(simulation.click_probability(simulation.user_ids), 1, axis=0)
     others = strangers[log["user_id"] - 1, log["item_id"] - 1][is_shown]
@@ -215,8 +214,8 @@ def head_share(log: Log, stages: list[str], num_items: int) -> float:
 
 
 def test_popularity_has_a_heavy_head() -> None:
-    zipf = log_of(simulate(1000, num_items=2000))
-    flat = log_of(simulate(1000, num_items=2000, popularity_weight=0))
+    zipf = log_of(simulate(400, num_items=2000))
+    flat = log_of(simulate(400, num_items=2000, popularity_weight=0))
     shown, clicked = ["exposed", "clicked"], ["clicked"]
     # Zipf's law itself gives the first tenth of 2,000 items 72%.
     assert min(head_share(zipf, stages, 2000) for stages in (shown, clicked)) > 0.6
