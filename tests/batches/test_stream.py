@@ -197,8 +197,11 @@ def test_refuses_what_has_no_counts() -> None:
 
 
 def test_refuses_rows_outside_the_corpus() -> None:
-    wrong = {"candidate_row": [0, NUM_CANDIDATES + 1], "history_rows": [[1, 31], [-1, 1]]}
-    good = {"query_row": 1, "candidate_row": 2, "history_rows": [5, 3]}
+    wrong: dict[str, list[Any]] = {
+        "candidate_row": [0, NUM_CANDIDATES + 1],
+        "history_rows": [[1, 31], [-1, 1]],
+    }
+    good: Example = {"query_row": 1, "candidate_row": 2, "history_rows": [5, 3]}
     rows = [
         good | {name: value} for name, values in wrong.items() for value in (good[name], *values)
     ]

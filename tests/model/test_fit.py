@@ -96,7 +96,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(run: Run) -> Whole:
     states: list[list[np.ndarray]] = []
-    each = tf.keras.callbacks.LambdaCallback(
+    each: Any = tf.keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: states.append(state_of(each.model))
     )
     _, result = run(RISING, callbacks=[each])
