@@ -61,6 +61,14 @@ def test_an_unresolved_keras_is_looked_at_without_resolving_it() -> None:
     assert result.stdout.strip() == "1", result.stderr
 
 
+def test_a_user_who_asked_for_keras_3_gets_keras_2() -> None:
+    result = run(
+        "import os, tfrs_pipeline; print(os.environ['TF_USE_LEGACY_KERAS'])",
+        TF_USE_LEGACY_KERAS="0",
+    )
+    assert result.stdout.strip() == "1", result.stderr
+
+
 @pytest.mark.parametrize("module", ["keras.src.models.model", "keras.engine.training"])
 def test_a_resolved_other_keras_is_refused(module: str) -> None:
     model = f"tensorflow.keras.Model = type('Model', (), {{'__module__': {module!r}}})"
@@ -83,7 +91,6 @@ def test_keras_3_in_use_before_the_package_is_refused() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        f"import tfrs_pipeline; {PRINT_KERAS}",
         f"import tensorflow; import tfrs_pipeline; {PRINT_KERAS}",
         f"from tensorflow import keras; import tfrs_pipeline; {PRINT_KERAS}",
         f"import keras; import tfrs_pipeline; {PRINT_KERAS}",
@@ -100,12 +107,6 @@ def test_keras_2_selected_by_the_user_before_is_accepted() -> None:
         f"import tensorflow as tf; tf.keras.Model; import tfrs_pipeline; {PRINT_KERAS}",
         TF_USE_LEGACY_KERAS="True",
     )
-    assert result.stdout.strip() == "tf_keras", result.stderr
-
-
-@pytest.mark.slow
-def test_a_user_who_asked_for_keras_3_gets_keras_2() -> None:
-    result = run(f"import tfrs_pipeline; {PRINT_KERAS}", TF_USE_LEGACY_KERAS="0")
     assert result.stdout.strip() == "tf_keras", result.stderr
 
 

@@ -1,12 +1,12 @@
-"""Request features in service: every way in gives what the model in memory gives."""
+"""Request features and times in service: every way in gives what the model in memory gives."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tests.serving.running_server import address_of
 from tfrs_pipeline import cli
 from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import page, rest, retriever
 from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.encoder import Encoder, embed_queries
@@ -30,15 +31,18 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
-HOURS = tuple(map(str, range(24)))
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+PROVE = export_module.prove
 FEATURES = (
     # As an input it would be called like the user's feature.
     Feature.fit("Gender", "categorical", ["ios", "web"]),
-    Feature("hour", "categorical", HOURS, is_from_timestamp=True),
+    Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True),
     Feature.fit("free space", "numeric", [1.0, 4.0]),
     Feature.fit("words", "multi_categorical", [["a", "b"], ["c"]]),
     Feature.fit("place", "vector", [[1.0, 0.0], [0.0, 2.0]]),
 )
+# By the names of the inputs.
+INPUTS = {"Gender": "Gender_", "free space": "free_space"}
 TIME = datetime(2024, 5, 1, 7, 30, tzinfo=UTC)
 # Whole, in part, unknown, by its time, missing.
 REQUESTS: list[dict[str, Any]] = [
@@ -53,13 +57,13 @@ K = 9
 
 @pytest.fixture(scope="module")
 def served() -> Served:
-    return make_served("int", request_features=FEATURES)
+    return make_served("int", use_user_id=False, request_features=FEATURES, reads_times=True)
 
 
 @pytest.fixture(scope="module")
 def folder(served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
     folder = tmp_path_factory.mktemp("requests") / "films"
-    return export(served, folder, index=Exact(), queries=queries_of(served))
+    return export(served, folder, index=Exact(), queries=stored_queries(served))
 
 
 @pytest.fixture(scope="module")
@@ -72,53 +76,108 @@ def model(version: ServedVersion) -> LoadedRetriever:
     return version.retriever
 
 
-def queries_of(served: Served) -> list[dict[str, Any]]:
+def times_of(served: Served, row: int) -> list[datetime]:
+    """When the user's items were, oldest first."""
+    assert served.history_times is not None
+    of_user = slice(*served.histories.offsets[row : row + 2])
+    seconds = served.history_times[of_user][::-1]
+    return [datetime.fromtimestamp(time, UTC) for time in seconds.tolist()]
+
+
+def query_of(served: Served, row: int, **more: Any) -> dict[str, Any]:
+    return {"history": served.known(row), "history_timestamps": times_of(served, row), **more}
+
+
+def user_queries(served: Served, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    pairs = zip(served.query_ids.tolist(), itertools.cycle(requests))
+    return [query_of(served, i, user_id=u, request=r) for i, (u, r) in enumerate(pairs, 1)]
+
+
+def stored_queries(served: Served) -> list[dict[str, Any]]:
+    """What is stored of each user, with a request."""
+    pairs = zip(export_module._stored_queries(served), itertools.cycle(REQUESTS))
+    return [{**query, "request": request} for query, request in pairs]
+
+
+def requests_of(served: Served) -> list[dict[str, Any]]:
     """Each request with each of two histories."""
-    histories = [served.known(2), served.known(4)]
-    return [{"history": history, "request": x} for x in REQUESTS for history in histories]
+    return [{"history": served.known(row), "request": x} for x in REQUESTS for row in (2, 4)]
 
 
-def scores_of(served: Served, queries: Sequence[dict[str, Any]]) -> np.ndarray:
-    return served.in_memory.retrieve(queries, K)[1]
+def timed_queries(served: Served) -> list[dict[str, Any]]:
+    """Times that are whole, in part, of the items alone, of the request alone, and missing."""
+    times, known = times_of(served, 5), served.known(5)
+    now, unknown = {"request": {"timestamp": TIME, "hour": 7}}, {"request": {"hour": 7}}
+    return [
+        query_of(served, 5, **now),
+        query_of(served, 5, request={"timestamp": TIME - timedelta(hours=20), "hour": 7}),
+        {**query_of(served, 5, **now), "history_timestamps": [*times[:-3], None, *times[-2:]]},
+        query_of(served, 5, **unknown),
+        {"history": known, **now},
+        {"history": known, **unknown},
+        query_of(served, 2, **now),
+        {"history": [], "history_timestamps": [], **now},
+    ]
+
+
+@pytest.mark.slow
+def test_a_fresh_process_answers_requests(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "prove", PROVE)
+    queries = stored_queries(served)
+    assert export(served, tmp_path / "films", index=Exact(), queries=queries).is_dir()
 
 
 def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriever) -> None:
-    queries = queries_of(served)
+    asked, timed = requests_of(served), timed_queries(served)
+    queries = [*asked, *timed]
     ids, scores = served.in_memory.retrieve(queries, K)
     got_ids, got = model.retrieve(queries, K)
     np.testing.assert_allclose(got, scores, atol=1e-5)
     assert got_ids.tolist() == ids.tolist()
-    # Each part of a request tells; what is unknown or missing does not.
-    assert len(np.unique(np.round(scores[::2], 4), axis=0)) == len(REQUESTS)
-    unknown = [{**queries[0], "request": x} for x in ({}, {"Gender": "fridge"}, {"hour": None})]
-    assert np.ptp(model.retrieve(unknown, K)[1], axis=0).max() == 0
-    # Where the time is known, so is the hour; given, it goes model.
-    timed = [{"timestamp": TIME}, {"hour": 7}, {"timestamp": TIME, "hour": 8}, {"hour": 8}]
-    found = model.retrieve([{**queries[0], "request": x} for x in timed], K)[1]
-    np.testing.assert_allclose(found[[0, 2]], found[[1, 3]], atol=1e-6)
-    assert np.abs(found[0] - found[3]).max() > 1e-3
     products = model.embed_queries(queries) @ served.model.embed_corpus().T
     np.testing.assert_allclose(-np.sort(-products, axis=1)[:, :K], scores, atol=1e-5)
+    # Each part of a request tells; what is unknown or missing does not.
+    rounded = np.round(scores, 4)
+    assert len(np.unique(rounded[: len(asked) : 2], axis=0)) == len(REQUESTS)
+    unknown: list[dict[str, Any]] = [{}, {"Gender": "fridge"}, {"hour": None}]
+    alone = [model.retrieve([{**asked[0], "request": x}], K)[1] for x in unknown]
+    assert np.ptp(alone, axis=0).max() == 0
+    # Where the time is known, so is the hour; given, it goes before.
+    hours = [{"timestamp": TIME}, {"hour": 7}, {"timestamp": TIME, "hour": 8}, {"hour": 8}]
+    found = model.retrieve([{"history": [], "request": x} for x in hours], K)[1]
+    np.testing.assert_allclose(found[[0, 2]], found[[1, 3]], atol=1e-6)
+    assert np.abs(found[0] - found[3]).max() > 1e-3
+    # Each time tells, but that of a request without a past, or with one at no time.
+    rounded = rounded[len(asked) :]
+    assert len(np.unique(rounded, axis=0)) == len(timed) - 1
+    assert rounded[4].tolist() == rounded[5].tolist()
+    # Seconds say the same as a datetime, and items that the model does not know take their times.
+    strange = dict(timed[0])
+    strange["history"] = [strange["history"][0], 10**6, *strange["history"][1:]]
+    seconds = [time.timestamp() for time in strange["history_timestamps"]]
+    strange["history_timestamps"] = np.array([seconds[0], 5.0, *seconds[1:]])
+    np.testing.assert_allclose(
+        model.retrieve([strange], K)[1], got[len(asked) : len(asked) + 1], atol=1e-5
+    )
 
 
 def test_users_and_given_features_go_with_requests(served: Served, model: LoadedRetriever) -> None:
-    users = served.query_ids.tolist()
-    request = REQUESTS[0]
+    users, num_users = served.query_ids.tolist(), len(served.query_ids)
     known = [served.known(row) for row in range(1, NUM_QUERIES + 1)]
-    queries = [
-        {"user_id": user, "history": history, "request": request}
-        for user, history in zip(users, known, strict=True)
-    ]
-    expected_ids, expected = served.in_memory.retrieve(queries, K, known)
-    ids, scores, is_known = model.retrieve_user(users, K, requests=[request] * len(users))
-    assert is_known.all()
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert ids.tolist() == expected_ids.tolist()
-    without = served.in_memory.retrieve([{**q, "request": {}} for q in queries], K, known)[1]
-    np.testing.assert_allclose(model.retrieve_user(users, K)[1], without, atol=1e-5)
+    for request in (REQUESTS[0], {"timestamp": TIME}, {}):
+        queries = user_queries(served, [request])
+        expected_ids, expected = served.in_memory.retrieve(queries, K, known)
+        ids, scores, is_known = model.retrieve_user(users, K, requests=[request] * num_users)
+        assert is_known.all()
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(model.retrieve_user(users, K)[1], expected, atol=1e-5)
     answer = model.saved_model.signatures["serving_default"](user_id=np.array(users))
-    np.testing.assert_allclose(answer["scores"][:, :K], without, atol=1e-5)
+    np.testing.assert_allclose(answer["scores"][:, :K], expected, atol=1e-5)
     # The user's own gender, given: what the model holds of it.
+    queries = user_queries(served, REQUESTS[:1])
     genders = [
         {**q, "features": {"gender": g}} for q, g in zip(queries, served.genders, strict=True)
     ]
@@ -129,22 +188,32 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
 
 
 def test_what_the_model_does_not_read_is_refused(model: LoadedRetriever) -> None:
-    with pytest.raises(ValueError, match=r"no request feature 'houre'; did you mean 'hour'\?"):
-        model.retrieve([{"history": [], "request": {"houre": 3}}], 3)
+    for query, message in (
+        ({"request": {"houre": 3}}, r"no request feature 'houre'; did you mean 'hour'\?"),
+        (
+            {"history": [3, 10], "history_timestamps": [TIME]},
+            r"one time an item .*Received: 1 times for 2 items",
+        ),
+        ({"history": [3], "history_timestamps": [datetime(2024, 1, 1)]}, "time zone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.retrieve([query], 3)
     with pytest.raises(ValueError, match=r"'free space' must hold numbers. Received: 'much'"):
         model.retrieve_user([100], 3, requests=[{"free space": "much"}])
     with pytest.raises(ValueError, match="requests"):
         model.retrieve_user([100, 101], 3, requests=[{}])
 
 
-def test_rest_takes_what_is_given_and_names_what_is_wrong(version: ServedVersion) -> None:
-    def parsed(**document: Any) -> dict[str, np.ndarray]:
-        body = json.dumps({"signature_name": "embed_user", **document}).encode()
+def test_rest_takes_what_is_given_and_names_what_is_wrong(
+    served: Served, version: ServedVersion, model: LoadedRetriever
+) -> None:
+    def parsed(name: str = "embed_user", **document: Any) -> dict[str, np.ndarray]:
+        body = json.dumps({"signature_name": name, **document}).encode()
         return rest.parse_predict(body, version.signatures).inputs
 
-    def problem(**document: Any) -> str:
+    def problem(**inputs: Any) -> str:
         with pytest.raises(HTTPException) as caught:
-            parsed(**document)
+            parsed(inputs=inputs)
         assert caught.value.status_code == 400
         return str(caught.value.detail)
 
@@ -161,62 +230,87 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(version: ServedVersion
         np.testing.assert_array_equal(columns[name], rows[name], name)
     assert np.isnan(columns["place"]).all()
     assert columns["place"].shape == (2, 2)
-    assert "Unknown input 'Gendr'; the signature has" in problem(
-        inputs={"user_id": [100], "Gendr": ["ios"]}
-    )
-    assert "inputs.hour.0: " in problem(inputs={"user_id": [100], "hour": [8]})
-    assert "inputs.free_space.0: " in problem(inputs={"user_id": [100], "free_space": ["much"]})
-    assert "as many queries" in problem(inputs={"user_id": [100, 101], "hour": ["8"]})
-    assert "Missing named input" in problem(inputs={"hour": ["8"]})
+    assert "Unknown input 'Gendr'; the signature has" in problem(user_id=[100], Gendr=["ios"])
+    assert "inputs.hour.0: " in problem(user_id=[100], hour=[8])
+    assert "inputs.free_space.0: " in problem(user_id=[100], free_space=["much"])
+    assert "as many queries" in problem(user_id=[100, 101], hour=["8"])
+    assert "Missing named input" in problem(hour=["8"])
+    known = served.known(5)
+    inputs = {"user_id": [-1], "history": [known], "exclude": [[]], "k": K}
+    left_out = parsed("retrieve", inputs=inputs)
+    assert left_out["history_timestamps"].shape == (1, 0)
+    assert np.isnan(left_out["timestamp"]).all()
+    answer = model.saved_model.signatures["retrieve"](**left_out)
+    expected = model.retrieve([{"history": known}], K)[1]
+    np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
 
-def test_the_client_the_page_and_the_command_line_send_requests(
-    served: Served,
-    folder: Path,
-    version: ServedVersion,
-    model: LoadedRetriever,
-    monkeypatch: pytest.MonkeyPatch,
+def by_input(request: dict[str, Any]) -> dict[str, Any]:
+    return {INPUTS.get(name, name): value for name, value in request.items()}
+
+
+def test_the_client_sends_requests_and_times(
+    served: Served, folder: Path, model: LoadedRetriever
 ) -> None:
     client = ServedRetriever(address_of(folder.parent))
-    # By the names of the inputs.
-    inputs = {"Gender": "Gender_", "free space": "free_space"}
-    asked = [
-        {**query, "request": {inputs.get(n, n): x for n, x in query["request"].items()}}
-        for query in queries_of(served)
+    queries = [*requests_of(served), *timed_queries(served)]
+    # An id that no model can have takes its own time with it, and nobody else's.
+    queries += [
+        {
+            **query,
+            "history": [10**30, *query["history"]],
+            "history_timestamps": [TIME, *query["history_timestamps"]],
+        }
+        for query in timed_queries(served)
+        if query.get("history_timestamps")
     ]
-    expected = model.retrieve(queries_of(served), K)
-    for got, want in zip(client.retrieve(asked, K), expected, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    with pytest.raises(ValueError, match="no request feature 'Gender'; did you mean 'Gender_'"):
-        client.retrieve(queries_of(served)[:1], K)
     # Each form that a value may have in Python is read as there.
     forms: list[dict[str, Any]] = [
         {"words": "a", "place": np.array([0.5, 1.0])},
         {"Gender": float("nan"), "words": ["a", None, float("nan")], "free space": None},
         {"Gender": np.str_("ios"), "words": np.array(["c", "a"]), "free space": np.float32(2)},
     ]
-    by_input = [{"request": {inputs.get(n, n): x for n, x in form.items()}} for form in forms]
-    want = model.retrieve([{"request": form} for form in forms], K)[1]
-    np.testing.assert_allclose(client.retrieve(by_input, K)[1], want, atol=1e-5)
+    queries += [{"request": form} for form in forms]
+    asked = [{**query, "request": by_input(query["request"])} for query in queries]
+    expected = model.retrieve(queries, K)
+    for got, want in zip(client.retrieve(asked, K), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ValueError, match="no request feature 'Gender'; did you mean 'Gender_'"):
+        client.retrieve(queries[:1], K)
     with pytest.raises(ValueError, match="'timestamp' must hold datetimes with a time zone"):
         client.retrieve([{"request": {"timestamp": datetime(2024, 5, 1)}}], K)
+
+
+def test_the_page_and_the_command_line_send_requests_and_times(
+    served: Served,
+    folder: Path,
+    version: ServedVersion,
+    model: LoadedRetriever,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
-    request = {"Gender": "ios", "hour": 7, "free space": 2.0, "words": ["a", "c"]}
-    known = served.known(2)
-    want = model.retrieve([{"history": known, "request": request}], K, [known])[0][0].tolist()
-    body = json.dumps({"items": known, "k": K, "request": typed}).encode()
+    request = {"Gender": "ios", "timestamp": TIME, "free space": 2.0, "words": ["a", "c"]}
+    query = query_of(served, 5, request=request)
+    history = query["history"]
+
+    def best(query: dict[str, Any]) -> list[int]:
+        return list(model.retrieve([query], K, [history])[0][0].tolist())
+
+    body = json.dumps({"items": history, "k": K, "request": typed}).encode()
     answer = page.answer(version, body, ServeSettings())
-    assert [item["item_id"] for item in answer["index"]["items"]] == want
+    shown = [item["item_id"] for item in answer["index"]["items"]]
+    assert shown == best({"history": history, "request": request}) != best(query)
     assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
     monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
+    times = ["--history_timestamps", *(x.isoformat() for x in query["history_timestamps"])]
+    command = ["query", str(folder), "--history", *map(str, history), "-k", str(K), "--json"]
     for flags, found in (
-        (["--request", *(f"{n}={x}" for n, x in typed.items())], want),
+        ([*times, "--request", *(f"{n}={x}" for n, x in typed.items())], best(query)),
         (["--request", "place=north"], None),
     ):
         monkeypatch.setattr(sys, "stdout", out := io.StringIO())
         monkeypatch.setattr(sys, "stderr", err := io.StringIO())
-        history = ["--history", *map(str, known)]
-        code = cli.main(["query", str(folder), *history, "-k", str(K), "--json", *flags])
+        code = cli.main([*command, *flags])
         if found is None:
             assert code
             assert "place is vector. Received: 'north'" in err.getvalue().replace("\n", " ")
@@ -227,21 +321,24 @@ def test_the_client_the_page_and_the_command_line_send_requests(
 def test_refreshed_items_and_exports_without_users_take_requests(
     served: Served, folder: Path, model: LoadedRetriever, tmp_path: Path
 ) -> None:
+    asked = user_queries(served, REQUESTS)
     held_out = model.held_out_queries()
-    for query, request in zip(held_out, [q["request"] for q in queries_of(served)], strict=True):
+    for query, want in zip(held_out, asked, strict=True):
+        assert (query["user_id"], query["history"]) == (want["user_id"], want["history"])
         kept = {n: x for n, x in query["request"].items() if x is not None}
-        assert kept == {n: str(x) if n in ("Gender", "hour") else x for n, x in request.items()}
+        given = want["request"].items()
+        assert kept == {n: str(x) if n in ("Gender", "hour") else x for n, x in given}
     embeddings = model.embed_queries(held_out)
-    np.testing.assert_allclose(embeddings, model.embed_queries(queries_of(served)), atol=1e-6)
+    np.testing.assert_allclose(embeddings, model.embed_queries(asked), atol=1e-6)
     # As an index is tuned.
     sides = {"query": served.query_features, "request": FEATURES}
-    by_encoder = embed_queries(Encoder(served), queries_of(served), sides)
+    by_encoder = embed_queries(Encoder(served), asked, sides)
     np.testing.assert_allclose(embeddings, by_encoder, atol=1e-6)
     items = {"item_id": served.candidate_ids[:40].tolist(), "genres": served.genres[:40]}
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
     after = load(refresh_index(folder, tmp_path / "items.parquet").folder, exact=True)
     np.testing.assert_allclose(after.embed_queries(held_out), embeddings, atol=1e-6)
-    anonymous = make_served("int", use_user_id=False, request_features=FEATURES)
-    nobody = load(export(anonymous, tmp_path / "nobody", index=Exact(), user_data=False))
-    want = scores_of(anonymous, [{**q, "features": None} for q in queries_of(served)])
-    np.testing.assert_allclose(nobody.retrieve(queries_of(served), K)[1], want, atol=1e-5)
+    nobody = load(export(served, tmp_path / "nobody", index=Exact(), user_data=False))
+    queries = [*requests_of(served), *timed_queries(served)]
+    expected = served.in_memory.retrieve(queries, K)[1]
+    np.testing.assert_allclose(nobody.retrieve(queries, K)[1], expected, atol=1e-5)
