@@ -42,7 +42,7 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import query_metrics
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.run_data import load_log, split_log
+from tfrs_pipeline.run_data import load_log
 from tfrs_pipeline.serving.refresh import refresh_index
 
 NEW_SHARE = 0.1
@@ -63,7 +63,7 @@ def run(seed: int, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """
     config = tp.with_settings(tp.movielens_config(), {"seed": seed})
     log = load_log(config.data)
-    split = split_log(log, config.split, seed)
+    split = log.split(**dict(config.split), seed=seed)
     all_ids = np.array(log.items["item_id"].to_pyarrow().to_pylist())
     all_ids.sort()
     rng = np.random.default_rng(seed)

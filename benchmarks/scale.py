@@ -151,7 +151,7 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     with stage("split", stages):
         log = tp.Log.read(folder / "log", connection)
         log.split("time").write(folder / "log" / "split.parquet")
-        split = Split.read(log, "time", folder / "log" / "split.parquet")
+        split = Split.read(log, folder / "log" / "split.parquet")
     with stage("samples", stages):
         data = TrainingSet.build(split.train, folder / "samples", seed=0)
     with stage("training", stages) as figures:
@@ -189,7 +189,7 @@ def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict
     with stage("split", stages):
         log = tp.Log.read(folder / "log", connection)
         log.split("time").write(place / "split.parquet")
-        split = Split.read(log, "time", place / "split.parquet")
+        split = Split.read(log, place / "split.parquet")
     with stage("samples", stages):
         report = build_samples(split.train, place, seed=0)
     return {"report": report, "stages": stages}
@@ -221,7 +221,7 @@ def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> lis
     trainings = []
     for folder in folders:
         log = tp.Log.read(folder / "log", connect(options.memory_limit, folder / "duckdb"))
-        split = Split.read(log, "time", folder / "log" / "split.parquet")
+        split = Split.read(log, folder / "log" / "split.parquet")
         trainings.append(make_network(TrainingSet.build(split.train, folder / "samples", seed=0)))
         fit(*trainings[-1], WARM_UP_STEPS)
     rounds = [[fit(*x, options.steps) for x in trainings] for _ in range(options.rounds)]

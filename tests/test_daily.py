@@ -249,7 +249,7 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
 
 
 def holdout_of(result: RunResult) -> Holdout:
-    split: Split = _split_of(result.folder, read_settings(result.folder))
+    split: Split = _split_of(result.folder)
     return split.test
 
 

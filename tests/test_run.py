@@ -88,10 +88,7 @@ def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StepRepo
 
 
 def split_of(folder: Path) -> Split:
-    config = load_config(folder / "config.toml")
-    return Split.read(
-        Log.read(folder / "data"), config.split.kind, folder / "data" / "split.parquet"
-    )
+    return Split.read(Log.read(folder / "data"), folder / "data" / "split.parquet")
 
 
 def holdout_of(folder: Path, part: str) -> Holdout:

@@ -58,13 +58,10 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def _select_keras_2() -> None:
-    """Selects Keras 2 for `tf.keras`.
+    """Selects Keras 2 for `tf.keras`; an `ImportError` if that is Keras 3 already.
 
     TensorFlow chooses the Keras behind `tf.keras` when that is first touched, so the variable may
     still be set after TensorFlow was imported, but not after `tf.keras` was used.
-
-    Raises:
-        ImportError: If `tf.keras` is already Keras 3.
     """
     # vars() looks at TensorFlow's lazy loader without making it choose.
     keras = vars(sys.modules["tensorflow"]).get("keras") if "tensorflow" in sys.modules else None

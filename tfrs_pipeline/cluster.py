@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the processes that train a model together.
+    """One of the `count` processes that train a model together.
 
-    Args:
-        number: From 0, which is the chief's: it alone writes, validates and exports.
-        count: How many there are.
+    Number 0 is the chief: it alone writes, validates and exports.
     """
 
     number: int = 0
@@ -28,8 +26,7 @@ class Worker:
 def this_worker() -> Worker:
     """Reads TF_CONFIG; without one, or with a cluster of one, the process works alone.
 
-    Raises:
-        ValueError: If TF_CONFIG is not JSON of a cluster of workers and of this task in it.
+    A `ValueError` if it is not JSON of a cluster of workers and of this task in it.
 
     Example:
         >>> this_worker()

@@ -95,9 +95,8 @@ def compare(
     measured again from their checkpoints, the one at hand goes on from its last epoch. `on_step` is
     called as each plan ends, `on_progress` within it, as by `run`.
 
-    Raises:
-        ConfigError: If there is a run to start from.
-        ValueError: If the folder holds something else, or the data is refused (`DataError`).
+    A `ConfigError` if there is a run to start from, a `ValueError` if the folder holds something
+    else, or the data is refused (`DataError`).
     """
     if config.warm_start is not None:
         message = "the plans of a comparison all start from nothing; leave it out"
@@ -105,12 +104,10 @@ def compare(
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     with claim_folder(config, folder, exports=False):
-        return _compare(config, folder, Steps(on_step, on_progress), on_progress)
+        return _compare(config, folder, Steps(on_step, on_progress))
 
 
-def _compare(
-    config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress
-) -> PlanComparison:
+def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
     data = prepare(config, folder, step, hard=_every_loser(config))
     with step("plans") as report:
         pools = data.final.samples.hard_pools
@@ -122,8 +119,8 @@ def _compare(
     measured: dict[str, _Measured] = {}
     for plan in plans:
         with step(plan.name) as report:
-            model = _train(plan, config, data, folder / "plans" / plan.name, on_progress)
-            result = evaluate_all(config, {plan.name: model}, data.test, on_progress).first
+            model = _train(plan, config, data, folder / "plans" / plan.name, step.on_progress)
+            result = evaluate_all(config, {plan.name: model}, data.test, step.on_progress).first
             queries = model.query_embeddings(data.test.as_queries())
             candidates = model.network.embed_corpus()
             per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
@@ -268,11 +265,7 @@ def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> l
 def _auc_rows(
     config: RunConfig, data: RunData
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Finds the rows of each test query's positives, and of what they are compared with.
-
-    Returns:
-        Positives; and by AUC column, of those that the log has items for, the others.
-    """
+    """Finds the rows of each test query's positives, and by AUC column of the others."""
     test = data.test
     ids = Ids(test.candidate_ids)
     relevant, seen = (

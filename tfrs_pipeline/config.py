@@ -216,6 +216,11 @@ class RunConfig(Config):
         name = self.data.source if self.data.path is None else self.data.path.stem
         return re.sub(r"^[._-]+|-+$", "", re.sub(r"[^A-Za-z0-9._-]+", "-", name))
 
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the model's versions."""
+        return self.export.directory / self.model_name
+
 
 def movielens_config() -> RunConfig:
     """Returns the settings of the main job: MovieLens-100K, served by ScaNN."""

@@ -46,12 +46,9 @@ _SHORT = re.compile(r"(\d\.\d\d)\d+")  # A hundredth of a point is seen by nobod
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure.
+    """A finished figure, with what it shows in words, for those who hear it.
 
-    Args:
-        label: What it shows, for those who hear it.
-        view_box: Of the SVG.
-        body: What stands within the SVG, colours as `var(--name, light colour)`.
+    The body is what stands within the SVG, its colours as `var(--name, light colour)`.
     """
 
     label: str

@@ -153,8 +153,7 @@ def _damaged(path: Path) -> Damaged:
 def naming(path: Path) -> Iterator[None]:
     """Has the block's failures of a disk, of whatever library, name a path in one line.
 
-    Raises:
-        StorageError: Instead of such a failure. An inner block names the path before an outer one.
+    They are a `StorageError` instead. An inner block names the path before an outer one.
     """
     try:
         yield
@@ -174,11 +173,7 @@ def _storage_error(path: Path | str, reason: str) -> StorageError:
 
 
 def try_writing(folder: Path) -> None:
-    """Checks that files can be made in a folder, or where it is to be made; leaves nothing.
-
-    Raises:
-        StorageError: If not.
-    """
+    """Checks (`StorageError`) that files can be made in a folder, or where it will be."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -14,6 +14,12 @@ since 1970; `"features"`, raw values of user features by column name; `"request"
 features, and `"timestamp"`, when the request comes: of it those features are made that the log made
 of its own, and with it models that read times know how long ago the history was."""
 
+Excluded: TypeAlias = Sequence[Collection[Any]] | None
+"""Per query, candidate ids never to be returned for it, unknown ones ignored; None is nothing."""
+
+Retrieved: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Candidate ids and scores, [num_queries, k] each; see `Retriever.retrieve`."""
+
 
 @runtime_checkable
 class Retriever(Protocol):
@@ -22,12 +28,7 @@ class Retriever(Protocol):
     One contract test runs on every retriever of the package.
     """
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query.
 
         Ties are broken by the order of the corpus. A query gives the same answer alone as in any
@@ -39,8 +40,7 @@ class Retriever(Protocol):
             queries: One mapping a query. Ids in a history that the corpus does not know are
                 ignored.
             k: How many candidates a query, 1 or more; may exceed the corpus.
-            exclude: One collection of candidate ids a query, never to be returned for it. Ids that
-                the corpus does not know are ignored. None excludes nothing.
+            exclude: See `Excluded`.
 
         Returns:
             candidate_ids: [num_queries, k], best first, in the type of the corpus: int64 with -1 in

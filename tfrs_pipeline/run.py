@@ -27,7 +27,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
-from tfrs_pipeline.serving.export import LIBRARIES, describe_index, export_version
+from tfrs_pipeline.serving.export import LIBRARIES, Asked, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import Exact, Scann, index_for
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
@@ -64,11 +64,8 @@ def run(
     system that all see. They train together; the chief alone writes, by its own config, evaluates
     and exports, and the others wait for it.
 
-    Args:
-        config: What to do.
-        folder: Where.
-        on_step: Called as each step ends.
-        on_progress: Called within long steps with a task's name, steps done and steps in all.
+    `on_step` is called as each step ends, `on_progress` within long ones with a task's name, steps
+    done and steps in all.
 
     Raises:
         NotPublished: If `export.gate` is set and the model is worse than the one in service; the
@@ -85,10 +82,10 @@ def run(
         if (finished := chief_first(lambda: _finished_run(folder))) is not None:
             on_step(StepReport("finished before", ["its results follow; nothing was done"]))
             return finished
-        return _run(config, folder, Steps(on_step, on_progress), on_progress)
+        return _run(config, folder, Steps(on_step, on_progress))
 
 
-def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) -> RunResult:
+def _run(config: RunConfig, folder: Path, step: Steps) -> RunResult:
     data = chief_first(lambda: prepare(config, folder, step))
     models: dict[str, TwoTower] = {}
     for name, settings in _variants(config).items():
@@ -100,35 +97,33 @@ def _run(config: RunConfig, folder: Path, step: Steps, on_progress: OnProgress) 
                 folder=folder / "checkpoints" / name,
                 name=name,
                 warm_start=config.warm_start,
-                on_progress=on_progress,
+                on_progress=step.on_progress,
             )
             report.notes = models[name].notes
 
     def conclude() -> RunResult:
         if this_worker().is_chief:
-            return _conclude(config, folder, data, models, step, on_progress)
+            return _conclude(config, folder, data, models, step)
         return cast(RunResult, _finished_run(folder))
 
     return chief_first(conclude)
 
 
 def _conclude(
-    config: RunConfig,
-    folder: Path,
-    data: RunData,
-    models: Mapping[str, TwoTower],
-    step: Steps,
-    on_progress: OnProgress,
+    config: RunConfig, folder: Path, data: RunData, models: Mapping[str, TwoTower], step: Steps
 ) -> RunResult:
     """Compares what was trained with the baselines, and exports it."""
     with step("baselines") as report:
-        baselines, report.notes = fit_baselines(config, data, on_progress=on_progress)
+        baselines, report.notes = fit_baselines(config, data, step.on_progress)
+    is_compared, model_folder = _is_compared(config, folder), config.model_folder
+    ids = data.test.candidate_ids
     # What it is compared with stays in service until the new version is there.
-    alone = publishing(_model_folder(config)) if _is_compared(config, folder) else nullcontext()
-    with alone:
+    with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
-            measured = {**models, **baselines, **_in_service(config, folder, data.test)}
-            evaluation = evaluate_all(config, measured, data.test, on_progress)
+            measured: dict[str, Retriever] = {**models, **baselines}
+            if is_compared and (served := version_in_service(model_folder, ids)) is not None:
+                measured[IN_SERVICE] = served
+            evaluation = evaluate_all(config, measured, data.test, step.on_progress)
             report.notes += _describe_evaluation(evaluation.first)
         metrics = _metrics(config, data, models, evaluation)
         with step("export") as report:
@@ -163,11 +158,8 @@ def _finished_run(folder: Path) -> RunResult | None:
     if metrics is None or metrics["export_folder"] is None:  # Refused: the gate may be open now.
         return None
     export_folder = Path(metrics["export_folder"])
-    return (
-        RunResult(folder, export_folder, metrics)
-        if is_whole(export_folder / MANIFEST_FILE)
-        else None
-    )
+    is_there = is_whole(export_folder / MANIFEST_FILE)
+    return RunResult(folder, export_folder, metrics) if is_there else None
 
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -181,25 +173,13 @@ def _is_compared(config: RunConfig, folder: Path) -> bool:
     return config.export.gate or (metrics is not None and metrics["export_folder"] is None)
 
 
-def _in_service(config: RunConfig, folder: Path, holdout: Holdout) -> dict[str, Retriever]:
-    """Loads the version that the new model is compared with, if there is to be such a one."""
-    if not _is_compared(config, folder):
-        return {}
-    found = version_in_service(_model_folder(config), holdout.candidate_ids)
-    return {} if found is None else {IN_SERVICE: found}
-
-
-def _model_folder(config: RunConfig) -> Path:
-    return config.export.directory / config.model_name
-
-
 def _pass_gate(
     config: RunConfig, folder: Path, evaluation: Evaluation, metrics: Mapping[str, Any]
 ) -> list[str]:
     """Lets the model through to its export, or keeps the run without one."""
     if IN_SERVICE not in evaluation.results:
         return ["no version is in service yet"] if config.export.gate else []
-    model = _model_folder(config)
+    model = config.model_folder
     try:
         return [refuse_worse(evaluation, config.training.monitor, model)]
     except NotPublished as error:
@@ -231,18 +211,11 @@ def evaluate_all(
 
 
 def export_model(
-    config: RunConfig,
-    model: TwoTower,
-    holdout: Holdout,
-    *,
-    manifest: Mapping[str, Any],
+    config: RunConfig, model: TwoTower, holdout: Holdout, *, manifest: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model with its index, checked in a fresh process (see `serving.export`).
+    """Exports a model; returns the folder of the new version, and what its index is.
 
     A ScaNN index is tuned and measured on the holdout, whose first user is the manifest's example.
-
-    Returns:
-        The folder of the new version, and what the index is.
     """
     recall = config.export.target_recall
     index: Scann | Exact = index_for(len(model.candidate_ids), recall)
@@ -250,10 +223,8 @@ def export_model(
         index = Scann(recall) if config.export.index == "scann" else Exact()
     folder, written = export_version(
         model,
-        _model_folder(config),
-        index=index,
-        filter_by=config.export.filter_by,
-        keep_versions=config.export.keep_versions,
+        config.model_folder,
+        Asked(index, config.export.filter_by, config.export.keep_versions),
         user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},
@@ -274,24 +245,23 @@ def _metrics(
 ) -> dict[str, Any]:
     """Gathers what metrics.json holds.
 
-    Of "differences": other model -> metric -> by how much it is above the two-tower model, query by
-    query, with an interval.
+    The differences say by how much others are above the two-tower model, query by query.
     """
     return {
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": data.split.report(),
-        "models": {name: result.summary() for name, result in evaluation.results.items()},
+        **evaluation.summary(),
         "training": {
             name: {"best_epoch": model.result.best_epoch, "history": model.result.history}
             for name, model in models.items()
         },
-        "differences": {
-            name: {metric: interval.as_dict() for metric, interval in by_metric.items()}
-            for name, by_metric in evaluation.differences.items()
-        },
         "examples": _examples(models["two_tower"], data.test, config),
-        "versions": library_versions(),
+        "versions": {
+            "tfrs-pipeline": __version__,
+            "python": platform.python_version(),
+            **{library: importlib.metadata.version(library) for library in LIBRARIES},
+        },
     }
 
 
@@ -314,10 +284,9 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
 def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Shows what a few test queries are answered, chosen by length of history, short to long.
 
-    Returns:
-        A dict a query: user_id; history, the latest ids first, `EXAMPLE_LENGTH` at most, of
-        num_history; recommended, ids, best first, without what the evaluation excludes; found,
-        those of them that are among the num_relevant items to find.
+    Of the history, the latest first, and of what is recommended, the best first, without what the
+    evaluation excludes, there are `EXAMPLE_LENGTH` ids at most; found are those of the latter that
+    are among the items to find.
     """
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
@@ -344,12 +313,3 @@ def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list
             }
         )
     return examples
-
-
-def library_versions() -> dict[str, str]:
-    """Returns the versions of Python, of this package and of the libraries that an export needs."""
-    return {
-        "tfrs-pipeline": __version__,
-        "python": platform.python_version(),
-        **{library: importlib.metadata.version(library) for library in LIBRARIES},
-    }

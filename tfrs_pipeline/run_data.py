@@ -15,7 +15,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig, SplitConfig
+from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
@@ -38,45 +38,37 @@ class StepReport:
     seconds: float = 0.0
 
 
+@dataclass
 class Steps:
-    """Times the steps of a command, shows them as they begin and end, and keeps their notes.
+    """Times the steps of a command, shows them as they begin and end, keeps their notes."""
 
-    Attributes:
-        notes: Step -> its lines.
-        seconds: Step -> wall time.
-    """
-
-    def __init__(self, on_step: OnStep, on_progress: OnProgress) -> None:
-        self._on_step = on_step
-        self._on_progress = on_progress
-        self.notes: dict[str, list[str]] = {}
-        self.seconds: dict[str, float] = {}
+    on_step: OnStep
+    on_progress: OnProgress
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[StepReport]:
         """Runs a step within; what is noted in its report is kept."""
         report = StepReport(name)
         start = time.monotonic()
-        self._on_progress(name, 0, 0)
+        self.on_progress(name, 0, 0)
         yield report
         self.notes[name] = report.notes
         report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
-        self._on_step(report)
+        self.on_step(report)
 
 
 @dataclass(frozen=True)
 class RunData:
     """What the trainings of a run have in common.
 
-    Args:
-        split: The log in parts.
-        selection: Samples of the training part.
-        final: Samples of all that precedes the test, as far as the run trains on it.
-        validation: Queries that choose, a sample where there are more than the config asks for.
-        test: Queries that are measured, likewise.
+    `selection` are samples of the training part, `final` those of all that precedes the test, as
+    far as the run trains on it. Of queries there is a sample where there are more than the config
+    asks for.
     """
 
-    split: Split
+    split: Split[Log]
     selection: TrainingSet
     final: TrainingSet
     validation: Holdout
@@ -88,11 +80,8 @@ def prepare(
 ) -> RunData:
     """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
 
-    Losers are found for `hard` in place of the config's own, if it is given.
-
-    Raises:
-        DataError: If the data is refused.
-        Damaged: If the folder's log is not as it was written.
+    Losers are found for `hard` in place of the config's own, if it is given. `Damaged` if the
+    folder's log is not as it was written; a `DataError` if the data is refused.
     """
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
@@ -112,8 +101,8 @@ def prepare(
     with step("split") as report:
         path = folder / "data" / "split.parquet"
         if not is_whole(path.with_suffix(".json")):
-            split_log(log, config.split, config.seed).write(path)
-        split = Split.read(log, config.split.kind, path)
+            log.split(**dict(config.split), seed=config.seed).write(path)
+        split = Split.read(log, path)
         report.notes = split.describe()
     with step("samples") as report:
         samples = folder / "samples"
@@ -180,18 +169,6 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
         stage_values=config.stage_values,
         is_ordered=config.is_ordered,
         **{**{name: getattr(config, name) for name in OF_RAW_TABLES}, **common},
-    )
-
-
-def split_log(log: Log, config: SplitConfig, seed: int) -> Split:
-    """Splits a log as a config says."""
-    return log.split(
-        config.kind,
-        validation=config.validation,
-        test=config.test,
-        target_share=config.target_share,
-        min_positives=config.min_positives,
-        seed=seed,
     )
 
 

@@ -73,9 +73,8 @@ def _empty(folder: Path, made: Sequence[Path]) -> None:
 def read_settings(folder: Path) -> RunConfig:
     """Reads the settings that a run's folder was begun with.
 
-    Raises:
-        ConfigError: If the file is missing, cut or changed: what is left of it might be the
-            settings of another run.
+    A `ConfigError` if the file is missing, cut or changed: what is left of it might be the settings
+    of another run.
     """
     path = folder / CONFIG_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -149,9 +148,8 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
 def check_model_name(config: RunConfig) -> None:
     """Checks a name that comes from the file of the events, before anything is done in it.
 
-    Raises:
-        ConfigError: If nothing of it can name a folder, or a model of other data has it: a version
-            of that model is added only if it is asked for by name.
+    A `ConfigError` if nothing of it can name a folder, or a model of other data has it: a version
+    of that model is added only if it is asked for by name.
     """
     if config.export.name is not None:
         return
@@ -159,7 +157,7 @@ def check_model_name(config: RunConfig) -> None:
         message = f"required: no letter or digit in the name of {config.data.path} to name it by"
         raise ConfigError([("export.name", message)])
     ours = config.model_dump(mode="json")["data"]
-    for path in (config.export.directory / config.model_name).glob(f"*/{MANIFEST_FILE}"):
+    for path in config.model_folder.glob(f"*/{MANIFEST_FILE}"):
         # A model that Python exported has no config: of what data it is, nobody knows.
         theirs = read_record(path, check_files=False).get("config", {}).get("data")
         if theirs is None or _origin(theirs) != _origin(ours):

@@ -19,7 +19,7 @@ from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.notes import OnProgress, describe_epoch
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import TrainedNetwork, shape_problems
+from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
 from tfrs_pipeline.run_folder import read_settings
@@ -28,9 +28,7 @@ from tfrs_pipeline.settings import ConfigError, counted, refuse
 Training: TypeAlias = Literal["selection", "refit"]
 
 
-def trained_in(
-    folder: Path, step: Training = "refit", name: str = "two_tower"
-) -> TrainedNetwork | None:
+def trained_in(folder: Path, step: Training = "refit", name: str = "two_tower") -> Trained | None:
     """Reads what a finished run has trained, to start another training from it.
 
     Args:
@@ -58,21 +56,20 @@ def trained_in(
     checkpoints = folder / "checkpoints" / name
     if not (checkpoints / step).is_dir():
         step = "selection"
-    split = _split_of(folder, config)
+    split = _split_of(folder)
     part, samples = (
         (split.train, "selection") if step == "selection" else (split.before_test, "final")
     )
     corpus = Corpus.read(part, folder / "samples" / samples)
     network = TwoTower(config.model, training=config.training, name=name).build(corpus)
     read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
-    return TrainedNetwork(config.model, config.training, corpus, network)
+    return Trained(config.model, config.training, corpus, network)
 
 
 def check_source(config: RunConfig) -> None:
-    """Refuses a run that cannot be started from, before anything is done.
+    """Refuses (`ConfigError`) a run that cannot be started from, before anything is done.
 
-    Raises:
-        ConfigError: If it is not finished, or its model is of another shape.
+    It is not finished, or its model is of another shape.
     """
     if config.warm_start is not None:
         refuse(shape_problems(_settings_of_finished(config.warm_start).model, config.model))
@@ -85,9 +82,8 @@ def _settings_of_finished(folder: Path) -> RunConfig:
     return read_settings(folder)
 
 
-def _split_of(folder: Path, config: RunConfig) -> Split:
-    log = Log.read(folder / "data")
-    return Split.read(log, config.split.kind, folder / "data" / "split.parquet")
+def _split_of(folder: Path) -> Split[Log]:
+    return Split.read(Log.read(folder / "data"), folder / "data" / "split.parquet")
 
 
 def _about_source(folder: Path, name: str, data: RunData) -> list[str]:
@@ -95,7 +91,7 @@ def _about_source(folder: Path, name: str, data: RunData) -> list[str]:
     if not (folder / "checkpoints" / name).is_dir():
         return [f"from nothing: {folder} has no {name}"]
     notes = [f"started from {folder}"]
-    source = _split_of(folder, read_settings(folder))
+    source = _split_of(folder)
     if data.split.kind == source.kind == "time":
         has_refit = (folder / "checkpoints" / name / "refit").is_dir()
         final = "before_test" if has_refit else "train"
@@ -126,20 +122,14 @@ def train_and_refit(
 ) -> TwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
-    Args:
-        config: Of the run; `training.refit` says whether there is a second training.
-        data: Split and samples.
-        settings: Of the model, instead of the config's own.
-        max_epochs: Instead of the config's own.
-        max_seconds: After this time the first training begins no epoch.
-        folder: Where both trainings are kept, to be resumed if stopped.
-        name: Of the model.
-        warm_start: Folder of a run to start from: the first training from the first one there,
-            which has seen nothing of what validates here, the second from what came of the second.
-        on_progress: As in `run`.
+    `training.refit` says whether there is that second training. After `max_seconds` the first one
+    begins no epoch. What is given of the settings stands for the config's own.
 
-    Returns:
-        The model; its `result` is that of the first training, and its `notes` tell of both.
+    Both are kept in `folder`, to be resumed if stopped. `warm_start` is the folder of a run to
+    start from: the first training from the first one there, which has seen nothing of what
+    validates here, the second from what came of the second.
+
+    Returns the model; its `result` is that of the first training, and its `notes` tell of both.
     """
     training = config.training
     if max_epochs is not None:
@@ -194,15 +184,11 @@ def train_and_refit(
 
 
 def fit_baselines(
-    config: RunConfig,
-    data: RunData,
-    *,
-    on_progress: OnProgress = lambda *task: None,
+    config: RunConfig, data: RunData, on_progress: OnProgress = lambda *task: None
 ) -> tuple[dict[str, Retriever], list[str]]:
     """Fits the baselines of a config, their settings chosen on validation where it lists several.
 
-    Returns:
-        The baselines by name, and notes on what was chosen and what was skipped.
+    Returns them by name, and notes on what was chosen and what was skipped.
     """
     settings = config.evaluation
     final = data.split.before_test if config.training.refit else data.split.train

@@ -75,7 +75,7 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unb
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
     pools, _ = mine_pools(
-        model._row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
+        model._query_encoder.row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
     )  # fmt: skip
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
@@ -112,7 +112,8 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
 
 
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:
-    batches, retrieval = unbroken.model.batches(data.samples), unbroken.model._row_retrieval
+    batches = unbroken.model.batches(data.samples)
+    retrieval = unbroken.model._query_encoder.row_retrieval
     before = MinedPools(batches, MINED, make_retrieval=retrieval, history_length=LENGTH, seed=0)
     before.prepare(0)
     assert batches.mean_hard_share == 0

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
 from tfrs_pipeline.model import network as network_module
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
+from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import SamplingFrame
@@ -205,7 +205,7 @@ def test_a_shared_item_is_read_with_its_features(data: TrainingSet, combination:
     network = tiny(**options).build(data.corpus)
     if combination == "concat":  # A query tower that only sums, beside another candidate tower.
         settings = tiny(**{**options, "combination": "concat", "hidden_layers": [5]}).settings
-        table = candidate_table(data.corpus)
+        table = feature_table(data.corpus, "candidate")
         candidate = candidate_tower(settings, data.corpus)
         summing = tiny(**options).settings
         query = query_tower(summing, data.corpus, candidate, table)

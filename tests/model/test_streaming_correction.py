@@ -24,8 +24,8 @@ def streaming(data: TrainingSet, **options: Any) -> tuple[TwoTowerNetwork, Any]:
 
 
 def frequency_of(network: TwoTowerNetwork) -> StreamingFrequency:
-    assert network._frequency is not None
-    return network._frequency
+    assert network.frequency is not None
+    return network.frequency
 
 
 @pytest.mark.parametrize("negatives", [[InBatch(), Uniform(12), Uniform(3)], [Uniform(15)]])
@@ -35,7 +35,7 @@ def test_with_the_true_frequency_log_q_is_the_counted_one(
 ) -> None:
     network, batches = streaming(data, negatives=negatives, hard=hard)
     q = tf.constant(data.samples.counts / data.samples.counts.sum(), tf.float32)
-    monkeypatch.setattr(network, "_frequency", lambda rows: tf.gather(q, rows))
+    monkeypatch.setattr(network, "frequency", lambda rows: tf.gather(q, rows))
     batch = batches.batch(2)
     assert "log_q" not in batch
     counted = tiny(negatives=negatives, hard=hard).batches(data.samples).batch(2)

@@ -141,4 +141,4 @@ def test_a_warm_start_has_times_on_both_sides(timed: TrainingSet) -> None:
         source = tiny(**ATTENTION)
         source._network, source.corpus = source.build(there), there
         with pytest.raises(ConfigError, match=f"warm_start: {message}: give both logs timestamps"):
-            WarmStart(source, source.settings, source.training, here)
+            WarmStart(source.trained, source.settings, source.training, here)

@@ -72,7 +72,7 @@ def started(source: TwoTower, sets: tuple[TrainingSet, TrainingSet]) -> TwoTower
 
 
 def started_from(source: TwoTower, model: TwoTower, data: TrainingSet) -> TwoTower:
-    start = WarmStart(source, model.settings, model.training, data.corpus)
+    start = WarmStart(source.trained, model.settings, model.training, data.corpus)
     model._network, model.corpus = model.build(data.corpus), data.corpus
     model.network.compile(optimizer=make_optimizer(model.training.optimizer, 0.02, num_steps=1))
     model.network.optimizer.build(model.network.trainable_variables)
@@ -252,7 +252,7 @@ def test_another_shape_is_refused_by_name(name: str, sets: tuple[TrainingSet, Tr
     other = TwoTowerSettings(**{**base.settings.model_dump(), name: OTHERS[name]})
     base._network, base.corpus = base.build(sets[0].corpus), sets[0].corpus
     with pytest.raises(ConfigError, match=rf"model\.{name}: got .*, where the model to start from"):
-        WarmStart(base, other, base.training, sets[1].corpus)
+        WarmStart(base.trained, other, base.training, sets[1].corpus)
 
 
 def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
@@ -312,7 +312,7 @@ def test_ids_of_another_kind_and_own_towers_are_refused(
     own = TwoTower(dim=8, candidate_tower=Own())
     own._network, own.corpus = own.build(sets[0].corpus), sets[0].corpus
     with pytest.raises(ConfigError, match="own towers cannot be carried over"):
-        WarmStart(own, own.settings, own.training, sets[1].corpus)
+        WarmStart(own.trained, own.settings, own.training, sets[1].corpus)
 
 
 @pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])

@@ -88,7 +88,7 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
         # Read back, as a run does it.
         (folder := tmp_path / name).mkdir()
         log.split("time").write(folder / "split.parquet")
-        split = Split.read(log, "time", folder / "split.parquet")
+        split = Split.read(log, folder / "split.parquet")
         report = build_samples(split.train, folder / "samples", seed=5, hard=HARD)
         found.append((report, read(folder / "samples")))
     (report, tables), (other_report, others) = found

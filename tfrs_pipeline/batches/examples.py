@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,32 +70,26 @@ class Examples(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class EpochChoices:
     """What an epoch's batches hold, drawn an epoch at a time in NumPy, by (seed, epoch).
 
     `draw` returns a structure of arrays for each batch of an epoch, and `signature` is theirs.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        steps_per_epoch: int,
-        draw: Callable[[np.random.Generator], Sequence[Any]],
-        signature: Any,
-    ) -> None:
-        self._seed = seed
-        self._steps_per_epoch = steps_per_epoch
-        self._draw = draw
-        self._signature = signature
-        self._drawn: tuple[int, Sequence[Any]] | None = None
+    seed: int
+    steps_per_epoch: int
+    draw: Callable[[np.random.Generator], Sequence[Any]]
+    signature: Any
+    _drawn: tuple[int, Sequence[Any]] | None = None
 
     def choose(self, step: int) -> Any:
         """Returns what a step's batch holds."""
-        epoch, place = divmod(step, self._steps_per_epoch)
+        epoch, place = divmod(step, self.steps_per_epoch)
         drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
         if drawn is None or drawn[0] != epoch:
-            rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
-            drawn = self._drawn = epoch, self._draw(rng)
+            rng = np.random.default_rng([self.seed, Use.ORDER, epoch])
+            drawn = self._drawn = epoch, self.draw(rng)
         return drawn[1][place]
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
@@ -106,7 +101,7 @@ class EpochChoices:
                 yield step, self.choose(step)
                 step += 1
 
-        signature = (tf.TensorSpec([], tf.int64), self._signature)
+        signature = (tf.TensorSpec([], tf.int64), self.signature)
         return tf.data.Dataset.from_generator(pairs, output_signature=signature)
 
 

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.guard import Guard, Never
+from tfrs_pipeline.batches.guard import Never, is_never_own
 from tfrs_pipeline.batches.row_lists import draw_from_lists
 from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.store import RowLists, Samples
 
-
-class HardNegatives(Protocol):
-    """A kind of hard negative: `FunnelLosers` or `Mined`.
-
-    Attributes:
-        share: f in (0, 1).
-        num: Columns drawn for each row and pool.
-        pools: Names of the samples' pools to draw from, weighed alike.
-    """
-
-    @property
-    def share(self) -> float: ...  # noqa: D102
-    @property
-    def num(self) -> int: ...  # noqa: D102
-    @property
-    def pools(self) -> tuple[str, ...]: ...  # noqa: D102
+HardNegatives: TypeAlias = FunnelLosers | Mined
+"""A kind of hard negative: its `share` f, `num` columns for each row and pool, and the `pools` of
+the samples to draw from, weighed alike."""
 
 
 class HardDraws:
     """Draws each row's hard negatives from the pools of its sample.
 
-    Args:
-        samples: The training samples. A pool that they lack is empty until `set_pool`.
-        hard: What to draw.
-        seed: Of the draws.
+    A pool that the samples lack is empty until `set_pool`.
     """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
@@ -50,14 +36,10 @@ class HardDraws:
         self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
 
     def set_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool, in datasets that are made from now on.
+        """Replaces a pool that is drawn from, in datasets that are made from now on.
 
-        Args:
-            name: One of those drawn from.
-            pool: Per sample, the candidate rows of its hard negatives, in random order.
-
-        Raises:
-            ValueError: If the pool is not drawn from, or has no list for each sample.
+        It holds, per sample, the candidate rows of its hard negatives, in random order. A
+        `ValueError` if it is not drawn from, or has no list for each sample.
         """
         if name not in self._hard.pools:
             raise ValueError(
@@ -85,13 +67,7 @@ class HardDraws:
         candidate_row: tf.Tensor,
         never: Never,
     ) -> Batch:
-        """Draws for the samples of a batch.
-
-        Args:
-            step: Of the batch.
-            pools: By name, [B, None] int32, the pools of the samples.
-            candidate_row: [B] int32, their positives.
-            never: What is never a negative of them.
+        """Draws for the [B] samples of a batch from their pools, [B, None] int32 each.
 
         Returns:
             hard_candidate_row: [B, H] int32, 0 where the row has none in the pool.
@@ -107,7 +83,7 @@ class HardDraws:
             # Graphs lose the static shape on the way; the loss wants its rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            is_good &= ~Guard.of_own(never, drawn, name)
+            is_good &= ~is_never_own(never, drawn, name)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))

@@ -27,15 +27,10 @@ def ragged(lists: RowLists) -> tf.RaggedTensor:
 def look_up(
     read: Callable[[Any], Found], chosen: Any, signature: Mapping[str, tf.TypeSpec]
 ) -> dict[str, Any]:
-    """Reads arrays at places that are tensors.
+    """Reads arrays at places that are tensors: `chosen` is a structure of these.
 
-    Args:
-        read: Given `chosen` as arrays, returns arrays, and lists, by name.
-        chosen: A structure of tensors.
-        signature: Types of what is read, by name: [n] lists as of `lists_of`.
-
-    Returns:
-        Tensors, and ragged ones, by name.
+    `read` gets it as arrays, and returns arrays, and lists, by name; `signature` has their types,
+    of lists as of `lists_of`. They are returned as tensors, and ragged ones.
     """
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -40,14 +40,9 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
-    """Tells which columns' candidates are in any of each row's lists.
+    """Tells which columns' candidates are in any of each row's lists: [num_rows, num_columns] bool.
 
-    Args:
-        kinds: One or more [num_rows, None] int32, candidate rows from 1.
-        columns: [num_columns] int32, repeats allowed.
-
-    Returns:
-        [num_rows, num_columns] bool.
+    `kinds` are one or more [num_rows, None] int32, candidate rows from 1; columns may repeat.
     """
     distinct, _ = tf.unique(tf.sort(columns))
     padded = tf.concat([distinct, [0]], axis=0)

@@ -134,11 +134,8 @@ class WholeSequences:
 class _Windows:
     """Windows of sequences and the samples that each of them trains.
 
-    Args:
-        query_rows: [num_windows] int32.
-        starts: [num_windows] int32, place of the window's first item in the query's sequence.
-        lengths: [num_windows] int32, items that the window reads.
-        samples: Per window, its samples.
+    Of each: its query, the place of its first item in the query's sequence, and the number of items
+    that it reads, [num_windows] int32.
     """
 
     query_rows: np.ndarray

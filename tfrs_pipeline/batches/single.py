@@ -16,11 +16,7 @@ INT32_MAX = np.iinfo(np.int32).max
 
 
 def check_one_batch(num_positives: int, batch_size: int) -> None:
-    """Refuses fewer positives than a batch holds.
-
-    Raises:
-        ValueError: With what to do.
-    """
+    """Refuses (`ValueError`) fewer positives than a batch holds."""
     if num_positives < batch_size:
         raise ValueError(
             f"A batch needs {batch_size} positives and the training part has {num_positives}: "

@@ -16,13 +16,7 @@ _OF_SEQUENCES = ("sequence_rows", "sequence_times")
 
 @dataclass(frozen=True)
 class Slices:
-    """Some consecutive slices of each batch.
-
-    Args:
-        first: Number of the first, from 0.
-        count: How many.
-        total: Slices that a batch is cut into.
-    """
+    """Some consecutive slices of each batch, `count` from the `first` on, of `total` in all."""
 
     first: int
     count: int
@@ -42,11 +36,7 @@ class Slices:
         A slice is some of the queries, with their positives and their own hard negatives, and all
         of the columns that queries share. Losses and gradients of the slices add up to the batch's.
         Whole sequences stay whole, and so do sets: slices differ in size by one sequence or set.
-
-        Args:
-            number: Scalar int64, of the slice.
-            batch: Of `Examples.read`, with shared_row and hard negatives.
-            of_queries: Names of what else is by query.
+        Beside what `Examples.read` returns, `of_queries` is cut by query.
 
         Returns:
             The same of one slice, and:

@@ -136,11 +136,7 @@ def stream_batches(
 
 
 def _positives_in_batch(query_row: tf.Tensor, candidate_row: tf.Tensor) -> tf.RaggedTensor:
-    """Lists each row's positive and, if its query is known, those of its query's other rows.
-
-    Returns:
-        [B, None] int32.
-    """
+    """Lists each row's positive and, if its query is known, those of its query's other rows."""
     # Each unknown query is one of its own.
     key = tf.where(query_row > 0, query_row, -1 - tf.range(len(query_row)))
     order = tf.argsort(key)

@@ -125,10 +125,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     columns = list(dict.fromkeys(columns))
-    table = format_table(result.metrics["models"], columns)
-    # A wrapped table cannot be read; metrics.json has every number.
-    while console.is_terminal and len(table.partition("\n")[0]) > console.width and columns[1:]:
-        table = format_table(result.metrics["models"], columns := columns[:-1])
+    # metrics.json has every number.
+    fits = console.width if console.is_terminal else None
+    table = format_table(result.metrics["models"], columns, width=fits)
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:")
     say(console, table)

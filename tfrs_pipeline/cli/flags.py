@@ -59,13 +59,8 @@ class Command(Config):
 class CommandLine:
     """A program's commands, read by `read`.
 
-    Attributes:
-        program: Its name, for the help.
-        version: What `--version` prints.
-        description: What it is for.
-        commands: Settings of each; docstrings are their help, the first paragraph also in the list.
-        brief: Of commands with many settings those within tables that `--help` shows, where
-            `--help-all` shows all.
+    Their docstrings are their help, the first paragraph also in the list. Of those with many
+    settings, `brief` has those within tables that `--help` shows, where `--help-all` shows all.
     """
 
     program: str
@@ -78,9 +73,8 @@ class CommandLine:
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """Reads a command, and the settings given as its flags by dotted name, not yet checked.
 
-        Raises:
-            UsageError: If a command or flag is unknown, or a value is missing.
-            SystemExit: After a help, which is printed.
+        A `UsageError` if a command or flag is unknown, or a value is missing; a `SystemExit` after
+        a help, which is printed.
         """
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:

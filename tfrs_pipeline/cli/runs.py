@@ -142,7 +142,10 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         _refuse_misspelled(folder)
     if flags.config:
         base = load_config(flags.config)
-    elif folder and ((folder / CONFIG_FILE).exists() or (_is_used(folder) and not names_data)):
+    elif folder and (
+        (folder / CONFIG_FILE).exists()
+        or (not names_data and folder.is_dir() and any(folder.iterdir()))
+    ):
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
@@ -162,10 +165,6 @@ def _refuse_misspelled(folder: Path) -> None:
             f"--run-dir: there is no run in {folder}; did you mean {folder.with_name(near[0])}? "
             "For a new run there, give a setting too, such as --data.source movielens-100k"
         )
-
-
-def _is_used(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
 
 
 def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:

@@ -14,7 +14,7 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable
+from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable, id_refusals
 from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
 from tfrs_pipeline.settings import printable
 
@@ -75,13 +75,9 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
 
 
 def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
-    """Makes int64 or string of an id that each row must have: not null, -1 or "" (empty slots)."""
+    """Makes int64 or string of an id that each row must have; see `id_refusals`."""
     value = to_id(raw, column, as_integer=as_integer)
-    remedy = "Give these rows an id."
-    raw.fault(column, value.isnull(), "is null", remedy)
-    reserved = -1 if as_integer else ""
-    problem = f"is {reserved!r}, which is reserved for empty slots,"
-    raw.fault(column, value == reserved, problem, remedy)
+    raw.faults.extend(id_refusals(column, value, "columns"))
     if raw.is_text and not as_integer:
         problem = "runs over several lines"
         raw.fault(column, value.contains("\n"), problem, "Close the quotes before it.")
@@ -200,8 +196,7 @@ def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
     """Takes what programs add off ids: white space around them, ".0", words for a missing one.
 
-    Returns:
-        The text, and whether all of it is written as int64 is.
+    Tells besides whether all of the text is written as int64 is.
     """
     if column not in raw.texts:
         value = raw.table[column]

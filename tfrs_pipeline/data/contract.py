@@ -15,6 +15,7 @@ from tfrs_pipeline.data.schema import (
     Source,
     Stage,
     count_rows,
+    id_refusals,
     name_problem,
     refuse_rows,
     require_column,
@@ -102,7 +103,7 @@ def check_entities(
     of = events.schema()[id_name]
     if entities.schema()[id_name] != of:
         raise DataError(f"{source.column(id_name)} must be {of}, as in the events. Cast it.")
-    refuse_rows(entities, source, *_id_refusals(entities, id_name))
+    refuse_rows(entities, source, *id_refusals(id_name, entities[id_name]))
     num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids != num_rows:
         raise DataError(
@@ -128,17 +129,9 @@ def _cast(table: ibis.Table, types: Mapping[str, Mapping[str, str]], source: Sou
     return table.mutate(**casts)
 
 
-def _id_refusals(table: ibis.Table, name: str) -> Iterable[Refusal]:
-    value, remedy = table[name], "Give these rows an id."
-    reserved = -1 if value.type().is_int64() else ""
-    yield Refusal(name, value.isnull(), "is null", remedy)
-    problem = f"is {reserved!r}, which is reserved for empty slots,"
-    yield Refusal(name, (value == reserved).fill_null(False), problem, remedy)
-
-
 def _event_refusals(events: ibis.Table) -> Iterable[Refusal]:
     for name in ("user_id", "item_id"):
-        yield from _id_refusals(events, name)
+        yield from id_refusals(name, events[name])
     for name in ("event_number", "timestamp"):
         if name in events.columns:
             yield Refusal(name, events[name].isnull(), "is null", "Give these rows one.")

@@ -27,14 +27,10 @@ ENGINES = ("duckdb", _SPARK)
 def connect(memory_limit: str | None = None, temporary_folder: Path | None = None) -> DuckDB:
     """Opens a DuckDB whose tables need not fit in memory: they lie in a file that goes with it.
 
-    Args:
-        memory_limit: Of what it holds at once, such as "4GB"; beyond it lies on disk. None is
-            DuckDB's own, four fifths of the machine's.
-        temporary_folder: Where the file lies, and what does not fit in memory; None is the
-            system's. It takes about as much room as the events have uncompressed.
-
-    Raises:
-        ValueError: If `memory_limit` is no size.
+    What it holds beyond `memory_limit`, such as "4GB", lies on disk, too; None is DuckDB's own
+    limit, four fifths of the machine's. Both are in `temporary_folder`, None is the system's, which
+    takes about as much room as the events have uncompressed. A `ValueError` if the limit is no
+    size.
     """
     if temporary_folder is not None:
         temporary_folder.mkdir(parents=True, exist_ok=True)
@@ -53,8 +49,7 @@ def connect(memory_limit: str | None = None, temporary_folder: Path | None = Non
 def connect_spark(master: str | None = None) -> Any:
     """Opens a Spark session, as Ibis's backend; a `DataError` if pyspark or Java is missing.
 
-    Args:
-        master: Such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
+    The master is such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
     """
     try:
         from pyspark.sql import SparkSession
@@ -113,8 +108,7 @@ def remove(path: Path) -> None:
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
     """Hashes integers or strings alike in every engine, whose own hash functions differ.
 
-    Returns:
-        12 hexadecimal digits: what DuckDB still compares as fast as a number.
+    It returns 12 hexadecimal digits: what DuckDB still compares as fast as a number.
     """
     text = ibis.literal(str(seed))
     for value in values:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import ibis
 import ibis.expr.types as ir
-from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.columns import (
     describe_odd_ids,
@@ -36,7 +35,7 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, type_features
-from tfrs_pipeline.data.times import Formats, Period, to_timestamp
+from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.settings import printable
 
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
@@ -46,15 +45,14 @@ _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 class EventRules:
     """What the rows of an event table mean: arguments of `Log.from_files`.
 
-    Raises:
-        ValueError: If a name or a number is out of range, or rules contradict each other.
+    A `ValueError` if a name or a number is out of range, or rules contradict each other.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     rating_threshold: float | None = None
     stage_values: Mapping[str, str] = field(default_factory=dict)
     label: Mapping[str, float] = field(default_factory=dict)
-    period: Period = field(default_factory=Period)
+    period: Period = field(default_factory=make_period)
     max_bad_share: float = MAX_BAD_SHARE
     request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
 
@@ -84,8 +82,7 @@ class EventRules:
     def stage_column(self, scanned: Scan) -> str | None:
         """Names the column that stages are made of, `stage` or `rating`; None if there is none.
 
-        Raises:
-            DataError: If there are ratings and no threshold.
+        A `DataError` if there are ratings and no threshold.
         """
         where = Source(scanned.name)
 
@@ -107,20 +104,16 @@ class EventRules:
 
 
 def load_events(
-    connection: DuckDB,
-    scanned: Scan,
-    rules: EventRules,
-    formats: Formats,
-    others: Mapping[str, RawTable | None],
+    scanned: Scan, rules: EventRules, formats: Formats, others: Mapping[str, RawTable | None]
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an event table; its ids and those of `others` become one type.
 
-    Returns:
-        The events without the rows at fault; how many of these were dropped, and why; and notes.
+    Returns the events without the rows at fault; how many of these were dropped, and why; and
+    notes.
     """
     stage_column = rules.stage_column(scanned)
     names = _event_columns(scanned, stage_column, rules)
-    raw = scanned.load(connection, names)
+    raw = scanned.load(names)
     columns: dict[str, ir.Value] = {}
     notes = list(_describe_reading(scanned, names, stage_column, rules))
     for name in ("user_id", "item_id"):
@@ -149,8 +142,8 @@ def load_events(
         weight = weight * _weight(raw, columns["stage"])
     if rules.label or "weight" in names:
         columns["weight"] = weight
-    events, dropped = store_sound(connection, raw, columns, rules.max_bad_share)
-    connection.drop_table(raw.table.get_name())
+    events, dropped = store_sound(raw, columns, rules.max_bad_share)
+    raw.drop()
     return events, dropped, notes
 
 
@@ -265,11 +258,7 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
     if name == "score":
         return to_number(raw, name)
     if name == "request_id":
-        return _request_id(raw)
+        value = to_id(raw, name, as_integer=is_integer(raw, name))
+        # An empty one is none, or all without would be of one request.
+        return value.strip().nullif("") if value.type().is_string() else value
     return to_context(raw, name)
-
-
-def _request_id(raw: RawTable) -> ir.Value:
-    """Makes ids of requests; an empty one is none, or all without would be of one request."""
-    value = to_id(raw, "request_id", as_integer=is_integer(raw, "request_id"))
-    return value.strip().nullif("") if value.type().is_string() else value

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source
+from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source, count_rows
 from tfrs_pipeline.settings import printable
 
 LINES_REMEDY = (
@@ -36,25 +36,22 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known and whose rows are not read yet.
 
-    Args:
-        name: In messages: the path, or what the table is.
-        columns: Names of its columns.
-        open: Makes the rows of some columns, in their order.
-        csv_files: Those that it is made of, if any: every column is a string then.
-        rejects: Where DuckDB puts lines that hold too few or too many fields, for CSV.
+    The name in messages is the path, or what the table is. `open` makes the rows of some columns,
+    in their order. Of CSV, whose columns are all strings then, `rejects` is where DuckDB puts lines
+    that hold too few or too many fields.
     """
 
+    connection: DuckDB
     name: str
     columns: Sequence[str]
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
     csv_files: Sequence[Path] = ()
     rejects: str = ""
 
-    def load(self, connection: DuckDB, names: Mapping[str, str]) -> RawTable:
+    def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once: `names` are those that they get -> their names here.
 
-        Raises:
-            DataError: If a row cannot be read, other than a line that can be left out by itself.
+        A `DataError` if a row cannot be read, other than a line that can be left out by itself.
         """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
@@ -71,18 +68,16 @@ class Scan:
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
         except duckdb.Error as error:
             raise _unreadable(self.name, error, self.csv_files) from error
-        raw = connection.table(table)
-        (num_read,) = connection.con.execute(f'SELECT count(*) FROM "{table}"').fetchone()
+        raw = self.connection.table(table)
         renamed = {name: column for name, column in names.items() if name != column}
-        dropped = self._dropped(connection)
-        is_text = bool(self.csv_files)
-        return RawTable(raw, Source(self.name, renamed), num_read, is_text, dropped)
+        source, is_text = Source(self.name, renamed), bool(self.csv_files)
+        return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
 
-    def _dropped(self, connection: DuckDB) -> tuple[Dropped, ...]:
+    def _dropped(self) -> tuple[Dropped, ...]:
         """Counts the lines that were left out; refuses those that may hide others."""
         if not self.rejects:
             return ()
-        found = connection.con.sql(
+        found = self.connection.con.sql(
             "SELECT line, file_path, error_type, error_message "
             f"FROM {self.rejects} JOIN {self.rejects}_files USING (scan_id, file_id) "
             "ORDER BY file_path, line"
@@ -104,12 +99,9 @@ class Scan:
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     """Opens a source of rows: for files and folders, read in the order of their names, or tables.
 
-    Args:
-        connection: Where the rows will be read.
-        source: A path to CSV (with a header) or Parquet, a file or a folder; a list of such files;
-            or a table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No name
-            is a pattern.
-        name: What the table is, in messages about one in memory.
+    It is a path to CSV (with a header) or Parquet, a file or a folder; a list of such files; or a
+    table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No name is a
+    pattern. `name` is what a table in memory is called in messages.
     """
     if isinstance(source, str | Path):
         return _scan_files(connection, Path(source), *_list_files(Path(source)))
@@ -124,7 +116,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                     return connection.con.sql(connection.compile(rows))
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
-            return Scan(name, source.columns, open_table)
+            return Scan(connection, name, source.columns, open_table)
         arrow = source if isinstance(source, pa.RecordBatchReader) else pa.table(source)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(
@@ -134,7 +126,7 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
         ) from error
     _check_names(name, arrow.schema.names)
     relation = connection.con.from_arrow(arrow)
-    return Scan(name, relation.columns, lambda columns: relation)
+    return Scan(connection, name, relation.columns, lambda columns: relation)
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
@@ -143,7 +135,8 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
             return _scan_parquet(connection, path, paths)
         rejects = ibis.util.gen_name("rejects")
         relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
-        return Scan(str(path), relation.columns, lambda columns: relation, paths, rejects)
+        columns = relation.columns
+        return Scan(connection, str(path), columns, lambda columns: relation, paths, rejects)
     except duckdb.Error as error:
         raise _unreadable(path, error) from error
 
@@ -176,7 +169,7 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 )
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {hive})")
-    return Scan(str(path), relation.columns, lambda columns: relation)
+    return Scan(connection, str(path), relation.columns, lambda columns: relation)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:
@@ -278,8 +271,10 @@ def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     for path in paths:
         is_zipped = _is_zipped(path)
         try:
-            if is_zipped:
-                _check_gzip(path)
+            if is_zipped:  # To its end: DuckDB takes a part for the whole, and no checksum.
+                with gzip.open(path) as opened:
+                    while opened.read(1 << 20):
+                        pass
             with _open(path) as opened:
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -309,13 +304,6 @@ def _is_zipped(path: Path) -> bool:
 def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     with (gzip.open if _is_zipped(path) else open)(path, "rb") as opened:
         yield opened
-
-
-def _check_gzip(path: Path) -> None:
-    """Reads a zipped file to its end: DuckDB takes a part of one for the whole, and no checksum."""
-    with gzip.open(path) as opened:
-        while opened.read(1 << 20):
-            pass
 
 
 def _double(name: str) -> str:

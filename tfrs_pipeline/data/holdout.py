@@ -24,8 +24,6 @@ _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
     "test": ("train", "validation", "fold_in"),
 }
 
-_LISTS = ("histories", "relevant", "clicked", "seen")
-
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
@@ -82,9 +80,9 @@ class Holdout:
         drawn = np.random.default_rng(seed).choice(len(self), num_queries, replace=False)
         drawn.sort()
         lists: dict[str, Any] = {
-            name: [getattr(self, name)[i] for i in drawn]
-            for name in (*_LISTS, "requests", "history_times")
-            if getattr(self, name) is not None
+            name: [of_queries[i] for i in drawn]
+            for name, of_queries in vars(self).items()
+            if isinstance(of_queries, list)
         }
         return replace(
             self,
@@ -144,6 +142,8 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part, one for each user with a positive in it.
 
+    A `DataError` if there is none.
+
     Args:
         split: Events with `part`.
         part: Whose positives are to be found.
@@ -153,15 +153,11 @@ def make_holdout(
         max_queries: Where there are more, so many are drawn at random by the engine, so that no
             other's events are read. None is all.
         seed: Of the draw.
-
-    Raises:
-        DataError: If the part has no positive.
     """
-    is_target = (split["part"] == part) & is_positive(split)
-    is_before = split["part"].isin(_PARTS_BEFORE[part]) & split["stage"].isin(
-        [Stage.CLICKED.value, Stage.EXPOSED.value]
-    )
-    asking = split.filter(is_target).select("user_id").distinct()
+    is_asked = (split["part"] == part) & is_positive(split)
+    was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
+    is_read = is_asked | (split["part"].isin(_PARTS_BEFORE[part]) & was_shown)
+    asking = split.filter(is_asked).select("user_id").distinct()
     num_users = None
     if max_queries is not None and (num := count_rows(asking)) > max_queries:
         num_users = num
@@ -172,7 +168,7 @@ def make_holdout(
         known["seconds"] = whole_seconds(split["timestamp"])
     rows = (
         split.mutate(**known)
-        .filter(is_target | is_before)
+        .filter(is_read)
         .semi_join(asking, "user_id")
         .order_by(["user_id", *order_keys(split)])
         .select("user_id", "item_id", *known)
@@ -191,22 +187,20 @@ def make_holdout(
         ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
         return np.split(columns[name][keep], ends[:-1])
 
-    is_history = columns["is_positive"] & ~columns["is_target"]
+    is_before = ~columns["is_target"]
+    is_history = columns["is_positive"] & is_before
     histories = per_user(is_history)
     times: dict[str, Any] = {}
     if "seconds" in columns:
-        of_targets = per_user(columns["is_target"], "seconds")
-        times = {
-            "history_times": per_user(is_history, "seconds"),
-            "times": np.array([of_user[0] for of_user in of_targets]),
-        }
+        first = [seconds[0] for seconds in per_user(~is_before, "seconds")]
+        times = {"history_times": per_user(is_history, "seconds"), "times": np.array(first)}
     candidate_ids, counts = _count_candidates(items, training)
     return Holdout(
         user_ids=user_ids[starts],
         histories=histories,
-        relevant=[np.unique(ids) for ids in per_user(columns["is_target"])],
+        relevant=[np.unique(ids) for ids in per_user(~is_before)],
         clicked=[np.unique(ids) for ids in histories],
-        seen=[np.unique(ids) for ids in per_user(~columns["is_target"])],
+        seen=[np.unique(ids) for ids in per_user(is_before)],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_users,

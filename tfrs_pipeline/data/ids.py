@@ -71,8 +71,7 @@ class Ids:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Looks up the ids of rows of any shape; row 0 gives `empty_id`.
 
-        Raises:
-            ValueError: If a row is out of range.
+        A `ValueError` if a row is out of range.
         """
         rows = np.asarray(rows)
         if rows.size and not 0 <= rows.min() <= rows.max() <= len(self):
@@ -107,8 +106,7 @@ class Ids:
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
     """Turns ids into the two forms used throughout: int64, or object holding str.
 
-    Raises:
-        ValueError: If the ids are neither all integers nor all strings, or not one-dimensional.
+    A `ValueError` if they are neither all integers nor all strings, or not one-dimensional.
     """
     array = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
     if array.ndim != 1:

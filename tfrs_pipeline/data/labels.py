@@ -17,13 +17,10 @@ def relabel(
 ) -> tuple[ir.StringValue, ir.FloatingValue]:
     """Makes positives of the exposed events for which any of the label's columns holds.
 
-    An event stays `exposed` if none does, whatever it was before; events that were never exposed
-    are left alone: a positive is exposed AND labelled. The weight of a positive is the sum of the
-    weights of the columns that hold, that of another event 1.
-
-    Args:
-        columns: `stage`, and the label's columns: true, or above 0, holds; null does not.
-        label: Column -> weight, above 0, such as {"is_click": 1.0, "long_view": 2.0}.
+    A column holds where it is true, or above 0; null does not. An event stays `exposed` if none
+    does, whatever it was before; events that were never exposed are left alone: a positive is
+    exposed AND labelled. It weighs the sum of the weights of the columns that hold, another event
+    1.
     """
     terms = []
     for name, weight in label.items():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import ibis
 from ibis.backends.duckdb import Backend as DuckDB
@@ -17,7 +16,7 @@ from tfrs_pipeline.data.contract import check_entities, check_events
 from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
 from tfrs_pipeline.data.events import EventRules, load_events
 from tfrs_pipeline.data.files import scan
-from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.parts import Split
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import (
     DataError,
@@ -28,13 +27,14 @@ from tfrs_pipeline.data.schema import (
     SplitKind,
     TimestampUnit,
     UnknownItems,
+    check_choice,
+    check_kinds,
     count_rows,
-    kind_problem,
 )
 from tfrs_pipeline.data.settle import settle
-from tfrs_pipeline.data.split import PARTS, is_positive, split_events
+from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
-from tfrs_pipeline.data.times import Formats, Period
+from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.settings import counted
 
@@ -173,27 +173,23 @@ class Log:
             connection: Ibis's DuckDB to store the tables in. None opens one in the system's
                 temporary folder, so that the tables need not fit in memory.
 
-        Returns:
-            A log that keeps the contract of `Log`; `dropped` counts the events that were dropped,
-            `notes` tells what else was found.
-
         Raises:
             DataError: Naming file, column, rows and remedy.
             ValueError: If an argument is none of its choices, or arguments contradict each other.
         """
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
         request_features = dict(request_features or {})
-        _check_choice("unknown_items", unknown_items, UnknownItems)
-        _check_choice("duplicates", duplicates, Duplicates)
+        check_choice("unknown_items", unknown_items, UnknownItems)
+        check_choice("duplicates", duplicates, Duplicates)
         if timestamp_unit is not None:
-            _check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
-        _check_kinds(item_features, user_features, request_features)
+            check_choice("timestamp_unit", timestamp_unit, TimestampUnit)
+        check_kinds(item_features, user_features, request_features)
         rules = EventRules(
             columns or {},
             rating_threshold,
             stage_values or {},
             label or {},
-            Period(earliest_time, latest_time),
+            make_period(earliest_time, latest_time),
             max_bad_share,
             request_features,
         )
@@ -204,7 +200,7 @@ class Log:
             "item_id": load_raw(connection, items, "item_id", item_columns or {}, item_features),
             "user_id": load_raw(connection, users, "user_id", user_columns or {}, user_features),
         }
-        events, dropped, notes = load_events(connection, scanned, rules, formats, raws)
+        events, dropped, notes = load_events(scanned, rules, formats, raws)
         sources = {"events": Source(scanned.name, dict(rules.columns))}
         tables = {}
         for name, features in (("item_id", item_features), ("user_id", user_features)):
@@ -213,7 +209,6 @@ class Log:
                 tables[name] = events.select(name).distinct()
                 continue
             tables[name], lost, noted = type_entities(
-                connection,
                 raw,
                 name,
                 as_integer=events.schema()[name].is_int64(),
@@ -226,9 +221,9 @@ class Log:
             ]
             notes += noted
             sources[name] = raw.source
-            connection.drop_table(raw.table.get_name())
+            raw.drop()
         settled, repeated, noted = settle(
-            connection, events, tables, sources, unknown_items=unknown_items, duplicates=duplicates
+            events, tables, sources, unknown_items=unknown_items, duplicates=duplicates
         )
         return cls(
             *settled,
@@ -250,9 +245,6 @@ class Log:
                 rows becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
                 since engines keep none.
             **options: Those of `from_files`; `items` and `users` may be such tables too.
-
-        Returns:
-            As `from_files`.
 
         Raises:
             DataError: As `from_files`.
@@ -292,7 +284,7 @@ class Log:
             )
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
         request_features = dict(request_features or {})
-        _check_kinds(item_features, user_features, request_features)
+        check_kinds(item_features, user_features, request_features)
         events = check_events(events, Source("event table"), request_features)
         return cls(
             events,
@@ -318,19 +310,11 @@ class Log:
                 f"{folder} has no log.json: writing the log did not finish there. Write it again."
             )
         about = read_record(folder / "log.json")
+        about["dropped"] = tuple(Dropped(**dropped) for dropped in about["dropped"])
+        about["notes"] = tuple(about["notes"])
         connection = connection or connect()
-        events, items, users = (open_parquet(connection, folder / f"{x}.parquet") for x in _KEYS)
-        return cls(
-            events,
-            items,
-            users,
-            item_features=about["item_features"],
-            user_features=about["user_features"],
-            request_features=about["request_features"],
-            dropped=tuple(Dropped(**dropped) for dropped in about["dropped"]),
-            notes=tuple(about["notes"]),
-            is_ordered=about["is_ordered"],
-        )
+        tables = {name: open_parquet(connection, folder / f"{name}.parquet") for name in _KEYS}
+        return cls(**tables, **about)
 
     def write(self, folder: Path | str) -> None:
         """Writes `events.parquet`, `items.parquet`, `users.parquet` and `log.json`.
@@ -376,7 +360,7 @@ class Log:
         target_share: float = 0.2,
         min_positives: int = 5,
         seed: int = 0,
-    ) -> Split:
+    ) -> Split[Log]:
         """Splits the log into what trains, what validates and what tests.
 
         | kind | what tests | users without enough positives |
@@ -409,8 +393,8 @@ class Log:
             DataError: If the log cannot be split so.
             ValueError: If a share or a number is out of range.
         """
-        kind = kind or _default_kind(self)
-        _check_choice("split.kind", kind, SplitKind)
+        kind = kind or ("time" if self.order == "timestamp" else "last_share")
+        check_choice("split.kind", kind, SplitKind)
         events = split_events(
             self.events,
             kind,
@@ -425,16 +409,17 @@ class Log:
     def __repr__(self) -> str:
         # Elsewhere to count may be a job of minutes.
         backend = self.events.get_backend().name
-        holds = _listed(self._counts()) if backend == "duckdb" else f"tables in {backend}"
+        holds = _listed(self.counts()) if backend == "duckdb" else f"tables in {backend}"
         features = ", ".join({**self.item_features, **self.user_features})
         return f"Log({holds}; order {self.order}; features {features or 'none'})"
 
-    def _counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """Counts the events, items and users."""
         return {name: count_rows(getattr(self, name)) for name in _KEYS}
 
     def describe(self) -> list[str]:
         """Says what the log holds and what was dropped, in lines for a person."""
-        counts = self._counts()
+        counts = self.counts()
         notes = [_listed(counts)]
         if self.order == "timestamp":
             times = self.events["timestamp"]
@@ -446,131 +431,10 @@ class Log:
             notes.append("no timestamps: the order of the rows is taken for that of the events")
         num_dropped = sum(each.num_rows for each in self.dropped)
         num_read = counts["events"] + num_dropped
-        notes.append(
-            f"dropped {num_dropped:,} of {counted(num_read, 'row')}"
-            if num_dropped
-            else "dropped nothing"
-        )
+        dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
+        notes.append(f"dropped {dropped}")
         notes += [f"dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in self.dropped]
         return [*notes, *self.notes]
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A log in parts. Unpacks as train, validation, test.
-
-    Args:
-        log: What was split.
-        events: Its events (those of dropped users are missing) with a column `part`: "train",
-            "validation", "test" or "fold_in", which is the history of held-out users.
-        kind: How it was split.
-    """
-
-    log: Log
-    events: ibis.Table
-    kind: SplitKind
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(3))
-
-    def __getitem__(self, place: int) -> Any:
-        return getattr(self, ("train", "validation", "test")[place])
-
-    @functools.cached_property
-    def train(self) -> Log:
-        """The training events; items and users are those of the whole log."""
-        return self._part("train")
-
-    @functools.cached_property
-    def before_test(self) -> Log:
-        """All that may train a model for the test: held-out users never do."""
-        return self.train if self.kind == "held_out_users" else self._part("train", "validation")
-
-    @functools.cached_property
-    def validation(self) -> Holdout:
-        """What the validation part asks. A `DataError` if it holds no positive."""
-        return self.holdout("validation")
-
-    @functools.cached_property
-    def test(self) -> Holdout:
-        """What the test part asks. A `DataError` if it holds no positive."""
-        return self.holdout("test")
-
-    def holdout(
-        self, part: EvaluationPart, max_queries: int | None = None, seed: int = 0
-    ) -> Holdout:
-        """What a part asks, of `max_queries` users at most, drawn at random; None is all.
-
-        Only the events of those drawn leave the engine. A `DataError` if there is no positive.
-        """
-        training = self.train if part == "validation" else self.before_test
-        return make_holdout(
-            self.events,
-            part,
-            self.log.items,
-            training.events,
-            request_features=self.log.request_features,
-            max_queries=max_queries,
-            seed=seed,
-        )
-
-    def report(self) -> dict[str, Any]:
-        """Counts what is in each part.
-
-        Returns:
-            For each part that has events: num_events, num_positives, num_users; and of what the
-            split dropped num_users_dropped and num_events_dropped.
-        """
-        events = self.events
-        counts = events.group_by("part").agg(
-            num_events=events.count(),
-            num_positives=is_positive(events).sum(),
-            num_users=events["user_id"].nunique(),
-        )
-        rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
-        report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
-        before, after = (
-            table.aggregate(users=table["user_id"].nunique(), events=table.count()).to_pyarrow()
-            for table in (self.log.events, events)
-        )
-        for name in ("users", "events"):
-            report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
-        return report
-
-    def describe(self) -> list[str]:
-        """Says what is in each part and what was dropped, in lines for a person."""
-        counts = self.report()
-        notes = [f"by {self.kind}"]
-        for part in PARTS:
-            if part in counts:
-                row = counts[part]
-                notes.append(
-                    f"{part}: {counted(row['num_positives'], 'positive')} of "
-                    f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
-                )
-        if counts["num_events_dropped"]:
-            why = "of no part" if self.kind == "column" else "of users with too few positives"
-            notes.append(
-                f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
-                f"({counted(counts['num_users_dropped'], 'user')})"
-            )
-        return notes
-
-    def write(self, path: Path) -> None:
-        """Writes the events with their parts as Parquet, and then its record `split.json`."""
-        path.with_suffix(".json").unlink(missing_ok=True)
-        write_parquet(self.events, path)
-        write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
-
-    @classmethod
-    def read(cls, log: Log, kind: SplitKind | None, path: Path) -> Split:
-        """Opens what `write` wrote of a split of this log of this kind, without loading it."""
-        events = open_parquet(log.events.get_backend(), path)
-        return cls(log, events, kind or _default_kind(log))
-
-    def _part(self, *parts: str) -> Log:
-        events = self.events.filter(self.events["part"].isin(parts)).drop("part")
-        return dataclasses.replace(self.log, events=events, part_of=self.log.whole)
 
 
 # Table -> what its rows are written by.
@@ -579,20 +443,3 @@ _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(counted(count, name[:-1]) for name, count in counts.items())
-
-
-def _default_kind(log: Log) -> SplitKind:
-    return "time" if log.order == "timestamp" else "last_share"
-
-
-def _check_kinds(*features: Mapping[str, str]) -> None:
-    for name, kind in (pair for table in features for pair in table.items()):
-        if problem := kind_problem(kind):
-            raise ValueError(f"Feature {name!r} has {problem} Received: {kind!r}.")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(
-            f"{name} must be one of {', '.join(get_args(choices))}. Received: {value}."
-        )

@@ -18,10 +18,8 @@ def items_by_stage(
     """Collects the items that each user met in a part alone, by the furthest stage they reached.
 
     An item that the user met in another part is excluded: what a model learned of the very pair
-    would be measured, and one that lost here and was clicked there is no loser.
-
-    Returns:
-        Per stage and user, in the order of `user_ids`, distinct item ids, ascending.
+    would be measured, and one that lost here and was clicked there is no loser. Per stage and user,
+    in the order of `user_ids`, the item ids are distinct and ascending.
     """
     rank = split["stage"].cases(*_ORDER.items())
     furthest = (

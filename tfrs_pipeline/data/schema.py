@@ -68,9 +68,8 @@ TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time",
 class DataError(ValueError):
     """Input that does not keep the contract. The message says where, how many rows, what to do.
 
-    Attributes:
-        setting: The argument of `Log.from_files` that mends it, if one does: the message calls it
-            by that name, and who knows it by another can add theirs.
+    `setting` is the argument of `Log.from_files` that mends it, if one does: the message calls it
+    by that name, and who knows it by another can add theirs.
     """
 
     def __init__(self, message: str, setting: str = "") -> None:
@@ -156,16 +155,11 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class RawTable:
-    """A table as it came.
+    """A table as it came: a DuckDB table under the log's names, and `_row`, the order there from 0.
 
-    Args:
-        table: A DuckDB table under the log's names, and `_row`: the order in the source, from 0.
-        source: Its names in messages.
-        num_rows: How many rows it has.
-        is_text: Whether every column is a string that may stand for another type (CSV).
-        dropped: What could not even be read as a row.
-        faults: What is wrong with values, in the order in which they were typed.
-        texts: Columns of ids as `columns.py` has read them.
+    Of CSV `is_text`: every column is a string that may stand for another type. What could not even
+    be read as a row was dropped; what is wrong with values are faults, in the order in which they
+    were typed. `texts` are columns of ids as `columns.py` has read them.
     """
 
     table: ibis.Table
@@ -178,6 +172,10 @@ class RawTable:
 
     def __contains__(self, column: str) -> bool:
         return column in self.table.columns
+
+    def drop(self) -> None:
+        """Deletes the table from its database."""
+        self.table.get_backend().drop_table(self.table.get_name())
 
     def wrong_type(self, column: str, wanted: str) -> DataError:
         """Makes the error of a column of a wrong type."""
@@ -204,6 +202,15 @@ class RawTable:
         self.faults.append(Refusal(column, is_bad, problem, remedy, setting))
 
 
+def id_refusals(name: str, value: ir.Value, setting: str = "") -> Iterator[Refusal]:
+    """Yields what an id that each row must have cannot be: null, or -1 or "" (empty slots)."""
+    reserved = -1 if value.type().is_int64() else ""
+    is_reserved = (value == reserved).fill_null(False)
+    problem = f"is {reserved!r}, which is reserved for empty slots,"
+    yield Refusal(name, value.isnull(), "is null", "Give these rows an id.", setting)
+    yield Refusal(name, is_reserved, problem, "Give these rows an id.", setting)
+
+
 def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
     """Refuses a table (`DataError`) for the first condition that any row meets, all in one pass."""
     found = {str(i): refusal.is_bad.any() for i, refusal in enumerate(refusals)}
@@ -221,6 +228,20 @@ def kind_problem(kind: object) -> str:
     meant = _KINDS_ELSEWHERE.get(str(kind).lower())
     hint = f"did you mean {meant!r}?" if meant else suggest(str(kind), known)
     return f"no kind of feature; {hint}"
+
+
+def check_kinds(*features: Mapping[str, str]) -> None:
+    """Refuses (`ValueError`) features of what is no kind."""
+    for name, kind in (pair for table in features for pair in table.items()):
+        if problem := kind_problem(kind):
+            raise ValueError(f"Feature {name!r} has {problem} Received: {kind!r}.")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Refuses (`ValueError`) a value that is none of a `Literal`'s."""
+    known = get_args(choices)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}. Received: {value}.")
 
 
 def name_problem(name: str, columns: Collection[str] = ()) -> str:

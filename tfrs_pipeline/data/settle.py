@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import ibis
-from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.schema import (
     DataError,
@@ -21,7 +20,6 @@ from tfrs_pipeline.settings import printable
 
 
 def settle(
-    connection: DuckDB,
     events: ibis.Table,
     entities: Mapping[str, ibis.Table],
     sources: Mapping[str, Source],
@@ -31,8 +29,7 @@ def settle(
 ) -> tuple[tuple[ibis.Table, ibis.Table, ibis.Table], list[Dropped], list[str]]:
     """Settles unknown ids and repeated events, and stores the tables.
 
-    Returns:
-        Events, items and users; what was dropped of the events; and notes, in lines for a person.
+    Returns events, items and users; what was dropped of the events; and notes for a person.
     """
     num_in = num_rows = count_rows(events)
     dropped: list[Dropped] = []
@@ -49,7 +46,7 @@ def settle(
     events, lost, noted = settle_duplicates(events, sources["events"], duplicates, num_rows)
     dropped, notes = dropped + lost, notes + noted
     if dropped:
-        events = store(connection, events, sources["events"])
+        events = store(events, sources["events"])
     counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
     num_left, num_positives = counts.to_pyarrow().to_pylist()[0].values()
     check_account(sources["events"], num_in, num_left, dropped)
@@ -61,11 +58,7 @@ def settle(
             "Check stage_values, rating_threshold or label."
         )
     items, users = (
-        store(
-            connection,
-            add_missing(entities[name], events, name).order_by(name),
-            sources["events"],
-        )
+        store(add_missing(entities[name], events, name).order_by(name), sources["events"])
         for name in ("item_id", "user_id")
     )
     return (events, items, users), dropped, notes
@@ -81,8 +74,7 @@ def settle_unknown(
 ) -> tuple[ibis.Table, list[Dropped], list[str]]:
     """Keeps, drops or refuses events whose item or user its table lacks, and counts them.
 
-    Returns:
-        The events that are kept, what was dropped, and what is to be known, in lines for a person.
+    Returns the events that are kept, what was dropped, and what is to be known, for a person.
     """
     where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
     lacking = events.anti_join(entities, id_name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from typing import Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -56,9 +57,7 @@ def split_events(
             min_positives=min_positives,
             seed=seed,
         )
-    if kind == "last_n":
-        return split_last_n(events, validation, test, min_positives=min_positives)
-    return split_last_share(events, validation, test, min_positives=min_positives)
+    return split_last(events, kind, validation, test, min_positives=min_positives)
 
 
 def split_by_time(
@@ -92,36 +91,41 @@ def split_by_time(
     )
 
 
-def split_last_n(
-    events: ibis.Table, validation: float, test: float, *, min_positives: int
+def split_last(
+    events: ibis.Table,
+    kind: Literal["last_n", "last_share"],
+    validation: float,
+    test: float,
+    *,
+    min_positives: int,
 ) -> ibis.Table:
-    """Splits off each user's last positives, a fixed number of them (see `Log.split`)."""
-    for name, number in (("validation", validation), ("test", test)):
-        if number < 0 or number != int(number):
-            raise ValueError(
-                f"split.{name} must be a number of positives, 0 or more. Received: {number}."
-            )
-    counted = _count_positives(events, min_positives)
-    num_before_test = counted["_num_positives"] - int(test)
-    return _part_by_place(events, counted, num_before_test - int(validation), num_before_test)
+    """Splits off each user's last positives, so many or a share of them (see `Log.split`).
 
-
-def split_last_share(
-    events: ibis.Table, validation: float, test: float, *, min_positives: int
-) -> ibis.Table:
-    """Splits off each user's last positives, a share of them (see `Log.split`).
-
-    Of a user's n positives the last ceil(test n) are the test, of the m before them the last
-    ceil(validation m) the validation part.
+    By share, of a user's n positives the last ceil(test n) are the test, of the m before them the
+    last ceil(validation m) the validation part.
     """
-    for name, share in (("validation", validation), ("test", test)):
-        if not 0 <= share < 1:
-            raise ValueError(f"split.{name} must be a share in [0, 1). Received: {share}.")
+    for name, amount in (("validation", validation), ("test", test)):
+        if kind == "last_n" and (amount < 0 or amount != int(amount)):
+            raise ValueError(
+                f"split.{name} must be a number of positives, 0 or more. Received: {amount}."
+            )
+        if kind == "last_share" and not 0 <= amount < 1:
+            raise ValueError(f"split.{name} must be a share in [0, 1). Received: {amount}.")
     counted = _count_positives(events, min_positives)
-    num_positives = counted["_num_positives"]
-    num_before_test = num_positives - round_up(num_positives * test)
-    num_train = num_before_test - round_up(num_before_test * validation)
-    return _part_by_place(events, counted, num_train, num_before_test)
+    num_positives, num_so_far = counted["_num_positives"], counted["_num_so_far"]
+    if kind == "last_n":
+        num_before_test = num_positives - int(test)
+        num_train = num_before_test - int(validation)
+    else:
+        num_before_test = num_positives - round_up(num_positives * test)
+        num_train = num_before_test - round_up(num_before_test * validation)
+    # Where a user has too few positives for all parts, what lies before the first is still train.
+    part = ibis.cases(
+        (num_so_far > ibis.greatest(num_before_test, 0), "test"),
+        (num_so_far > ibis.greatest(num_train, 0), "validation"),
+        else_="train",
+    )
+    return counted.mutate(part=part).select(*_columns(events), "part")
 
 
 def split_held_out_users(
@@ -254,19 +258,6 @@ def _count_positives(events: ibis.Table, min_positives: int) -> ibis.Table:
     )
     # A user without positives has nothing to train on and nothing to find.
     return counted.filter(counted["_num_positives"] >= max(min_positives, 1))
-
-
-def _part_by_place(
-    events: ibis.Table, counted: ibis.Table, num_train: ibis.Value, num_before_test: ibis.Value
-) -> ibis.Table:
-    """Names the part by how many of the user's positives lie at or before the event."""
-    # Where a user has too few positives for all parts, what lies before the first is still train.
-    part = ibis.cases(
-        (counted["_num_so_far"] > ibis.greatest(num_before_test, 0), "test"),
-        (counted["_num_so_far"] > ibis.greatest(num_train, 0), "validation"),
-        else_="train",
-    )
-    return counted.mutate(part=part).select(*_columns(events), "part")
 
 
 def round_up(value: ir.NumericValue) -> ir.IntegerValue:

@@ -33,7 +33,7 @@ MAX_WEIGHT = 1e9
 
 
 def store_sound(
-    connection: DuckDB, raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float
+    raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float
 ) -> tuple[ibis.Table, tuple[Dropped, ...]]:
     """Stores typed columns of the rows without a fault, and counts the others by their first.
 
@@ -43,7 +43,7 @@ def store_sound(
     number = ibis.null("int64")
     for i, fault in reversed(list(enumerate(faults))):
         number = fault.is_bad.fill_null(False).ifelse(i, number)
-    table = store(connection, raw.table.select(**columns, _fault=number), raw.source)
+    table = store(raw.table.select(**columns, _fault=number), raw.source)
     found = table.group_by("_fault").agg(num=table.count()).to_pyarrow().to_pylist()
     counts = {row["_fault"]: row["num"] for row in found if row["_fault"] is not None}
     dropped = list(raw.dropped)
@@ -61,7 +61,7 @@ def store_sound(
             f"lines). {LINES_REMEDY}",
             "max_bad_share",
         )
-    name = table.get_name()
+    name, connection = table.get_name(), table.get_backend()
     if counts:
         connection.con.execute(f'DELETE FROM "{name}" WHERE _fault IS NOT NULL')
     connection.con.execute(f'ALTER TABLE "{name}" DROP COLUMN _fault')
@@ -115,11 +115,10 @@ def load_raw(
         names[name] = columns.get(name, name)
         mend = remedy or f"Set {setting} to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
-    return scanned.load(connection, names)
+    return scanned.load(names)
 
 
 def type_entities(
-    connection: DuckDB,
     raw: RawTable,
     id_name: str,
     *,
@@ -130,15 +129,14 @@ def type_entities(
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an item or user table: id, features and, of items, a column `title`.
 
-    Returns:
-        The table, one row an id; what was dropped of it; and what is missing in it, in lines for a
-        person. A feature that cannot be used is missing.
+    Returns the table, one row an id; what was dropped of it; and what is missing in it, in lines
+    for a person. A feature that cannot be used is missing.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     notes = type_features(raw, columns, features, formats, max_bad_share)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities, dropped = store_sound(connection, raw, columns, max_bad_share)
+    entities, dropped = store_sound(raw, columns, max_bad_share)
     missing = {name: entities[name].isnull().sum() for name in columns if name != id_name}
     counted = entities.aggregate(
         **missing, _rows=entities.count(), _ids=entities[id_name].nunique()
@@ -150,7 +148,7 @@ def type_entities(
             of = raw.source.column(name)
             notes.append(f"{of} is missing in {num:,} of {num_rows:,} rows ({num / num_rows:.1%})")
     if num_ids < num_rows:
-        entities = store(connection, entities.distinct(), raw.source)
+        entities = store(entities.distinct(), raw.source)
         num_left = count_rows(entities)
         if num_left != num_ids:
             counts_of = entities.group_by(id_name).agg(num=entities.count())
@@ -203,15 +201,11 @@ def load_items(
 ) -> ibis.Table:
     """Loads an item table by itself, such as today's for a model of last week's.
 
-    `is_integer_id` says whether ids are integers, as in the events that the model was trained on;
-    else they are read as text.
-
-    Returns:
-        item_id, the features, and `title` where there is one, by ascending item_id.
+    Ids are integers where those of the events were that the model was trained on, else text. The
+    rows are item_id, the features, and `title` where there is one, by ascending item_id.
     """
-    connection = connect()
     remedy = "Name the columns as the item table of the training did."
-    raw = load_raw(connection, source, "item_id", item_columns, item_features, remedy)
+    raw = load_raw(connect(), source, "item_id", item_columns, item_features, remedy)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
@@ -219,7 +213,6 @@ def load_items(
             "Give the ids of the events that it was trained on."
         )
     items, dropped, _ = type_entities(
-        connection,
         raw,
         "item_id",
         as_integer=is_integer_id,
@@ -232,10 +225,10 @@ def load_items(
     return items.order_by("item_id")
 
 
-def store(connection: DuckDB, expression: ibis.Table, source: Source) -> ibis.Table:
+def store(expression: ibis.Table, source: Source) -> ibis.Table:
     """Stores an expression as a table of its own; what the engine refuses is a `DataError`."""
     try:
-        name = ibis.util.gen_name("log")
+        connection, name = expression.get_backend(), ibis.util.gen_name("log")
         connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
         return connection.table(name)
     except duckdb.Error as error:

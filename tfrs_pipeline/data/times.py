@@ -6,6 +6,7 @@ import functools
 import operator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeAlias
 
 import ibis
 import ibis.expr.datatypes as dt
@@ -54,21 +55,16 @@ class Formats:
             )
 
 
-@dataclass(frozen=True)
-class Period:
-    """When events may have happened: a time outside is a fault of the log, such as 0 for none.
+Period: TypeAlias = tuple[datetime, datetime]
+"""The first moment at which events may have happened, and the first that is too late: a time
+outside is a fault of the log, such as 0 for none."""
 
-    As `earliest_time` and `latest_time` of `Log.from_files`.
-    """
 
-    earliest: datetime | None = None
-    latest: datetime | None = None
-
-    def bounds(self) -> tuple[datetime, datetime]:
-        """Returns the first moment and the first that is too late, with their zones."""
-        latest = self.latest or datetime.now(UTC) + timedelta(days=1)
-        earliest = self.earliest or datetime(1990, 1, 1, tzinfo=UTC)
-        return _in_utc(earliest), _in_utc(latest)
+def make_period(earliest: datetime | None = None, latest: datetime | None = None) -> Period:
+    """Makes one of `earliest_time` and `latest_time` of `Log.from_files`."""
+    latest = latest or datetime.now(UTC) + timedelta(days=1)
+    earliest = earliest or datetime(1990, 1, 1, tzinfo=UTC)
+    return _in_utc(earliest), _in_utc(latest)
 
 
 def to_timestamp(
@@ -77,13 +73,11 @@ def to_timestamp(
     """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
 
     They are null where there is none or it is a fault (`RawTable.fault`), such as one outside the
-    period; without one they may be all that a calendar has.
-
-    Raises:
-        DataError: If the column is of another type, most numbers count in another unit, or times
-            have no zone and `formats` names none.
+    period; without one they may be all that a calendar has. A `DataError` if the column is of
+    another type, most numbers count in another unit, or times have no zone and `formats` names
+    none.
     """
-    first, end = period.bounds() if period else (_FIRST, _END)
+    first, end = period or (_FIRST, _END)
     value = raw.table[column]
     if value.type().is_string():
         value = _read_time(raw, column)
@@ -190,7 +184,7 @@ def _check_unit(
         )
     if period is None:
         return
-    first, end = (moment.timestamp() * 1e6 for moment in period.bounds())
+    first, end = (moment.timestamp() * 1e6 for moment in period)
     is_within = {
         name: (number * factor >= first) & (number * factor < end)
         for name, factor in _MICROSECONDS.items()

@@ -47,14 +47,8 @@ def auc_per_query(
 ) -> np.ndarray:
     """Computes the AUC of each query's positives against its own negatives, by dot products.
 
-    Args:
-        query_embeddings: [num_queries, dim] floats.
-        candidate_embeddings: [num_candidates, dim] floats; that of row r stands at r - 1.
-        positive_rows: Per query, candidate rows from 1.
-        negative_rows: Likewise.
-
-    Returns:
-        [num_queries] float64 in [0, 1]; NaN where a query lacks either.
+    Embeddings are [num_queries, dim] and [num_candidates, dim] floats; rows count from 1, that of
+    row r stands at r - 1. Returns [num_queries] float64 in [0, 1]; NaN where a query lacks either.
     """
     values = []
     for query, positives, negatives in zip(
@@ -72,14 +66,8 @@ def draw_corpus_rows(
 ) -> list[np.ndarray]:
     """Draws, uniformly, items of the corpus to compare each query's positives with.
 
-    Args:
-        num_candidates: Size of the corpus.
-        excluded: Per query, rows from 1 that are not to be drawn: positives, exposed items.
-        num_drawn: Distinct rows drawn for all queries; the whole corpus if it holds no more.
-        seed: Of the draw.
-
-    Returns:
-        Per query, the drawn rows without the excluded, ascending.
+    The same `num_drawn` distinct rows for all queries, from 1, the whole corpus if it holds no
+    more; per query, ascending, without those that are excluded: positives, exposed items.
     """
     rng = np.random.default_rng(seed)
     drawn = np.arange(1, num_candidates + 1)

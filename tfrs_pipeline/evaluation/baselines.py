@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse
@@ -12,21 +11,17 @@ from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
-from tfrs_pipeline.retrieval import Query
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 
 
 @dataclass(frozen=True)
 class Interactions:
     """Which users clicked which items in training: what baselines are fitted on.
 
-    Attributes:
-        items: The corpus, in the order of the columns.
-        matrix: [num_users, num_items] float32 of 0 and 1; the item of row r has column r - 1.
+    The matrix is [num_users, num_items] float32 of 0 and 1; the item of row r has column r - 1.
     """
 
     items: Ids
@@ -36,13 +31,8 @@ class Interactions:
     def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
         """Makes them from pairs; repeats count once, users without a pair are dropped.
 
-        Args:
-            items: The corpus.
-            user_rows: [num_pairs] whole numbers, 0 or more.
-            item_rows: [num_pairs] rows of `items`, from 1.
-
-        Raises:
-            ValueError: If the two differ in length, or an item is not of the corpus.
+        User rows are whole numbers, 0 or more, item rows are of `items`, from 1. A `ValueError` if
+        the two differ in length, or an item is not of the corpus.
 
         Example:
             >>> items = Ids([10, 20, 30])
@@ -103,12 +93,7 @@ class MostPopular:
         self._order = np.argsort(-self.counts, kind="stable").astype(np.int32) + 1
         return self
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         _require_fit(self)
         if k < 1:
@@ -169,12 +154,7 @@ class Ease:
         self.weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return self
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves by history; see `Retriever.retrieve`. Without one, all scores are 0."""
         _require_fit(self)
         return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
@@ -245,12 +225,7 @@ class Ials:
             self._model.fit(train.matrix, show_progress=False)
         return self
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves by history; see `Retriever.retrieve`. Without one, all scores are 0."""
         _require_fit(self)
         return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
@@ -264,8 +239,7 @@ class Ials:
 def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
     """Marks the items of each history: [num_queries, num_items] float32 of 0 and 1.
 
-    Raises:
-        ValueError: If a query has no history.
+    A `ValueError` if a query has no history.
     """
     for query in queries:
         if "history" not in query:

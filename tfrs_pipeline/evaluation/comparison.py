@@ -55,11 +55,7 @@ class PlanRow:
 
 
 def comparison_table(
-    rows: Sequence[PlanRow],
-    cutoffs: Sequence[int],
-    *,
-    markdown: bool,
-    width: int | None = None,
+    rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdown: bool, width: int | None = None
 ) -> str:
     """Lays a comparison out as Markdown or as plain text, of as many columns as fit in `width`.
 
@@ -86,11 +82,7 @@ def comparison_table(
         for row in rows
         if row.differences
     }
-    table = format_table(plans, columns, differences, markdown=markdown)
-    while width is not None and len(table.partition("\n")[0]) > width and columns[1:]:
-        columns.pop()
-        table = format_table(plans, columns, differences, markdown=markdown)
-    return table
+    return format_table(plans, columns, differences, markdown=markdown, width=width)
 
 
 def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> str:
@@ -103,11 +95,7 @@ def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> s
     worse = [row.name for row in others if row.differences[metric].high < 0]
     level = [row.name for row in others if row.name not in (*better, *worse)]
     best = max(rows, key=lambda row: row.metrics[metric].mean)
-    said = {
-        f"better than {reference}": better,
-        "level with it": level,
-        "worse": worse,
-    }
+    said = {f"better than {reference}": better, "level with it": level, "worse": worse}
     parts = [f"{what}: {', '.join(names)}" for what, names in said.items() if names]
     return f"in {metric} {'; '.join([f'best: {best.name}', *parts])}"
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metrics
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
 from tfrs_pipeline.retrieval import Query, Retriever
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.data.holdout import Holdout
-    from tfrs_pipeline.data.schema import Exclude
 
 _QUERIES_PER_CALL = 1024
 

@@ -106,13 +106,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Retrievers measured on the same queries; prints as a table of them.
+    """Retrievers measured on the same queries, by name; prints as a table of them.
 
-    Attributes:
-        results: Name -> what was measured, in the order of the table.
-        cutoffs: Values of k, ascending.
-        num_bootstrap: Resamples for the intervals of the differences.
-        seed: Of the resamples.
+    Cutoffs, values of k, ascend. Resamples, and their seed, are those of the intervals of the
+    differences.
     """
 
     results: Mapping[str, EvaluationResult]
@@ -129,10 +126,9 @@ class Evaluation:
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
         """Name of another -> metric -> by how much it is above the first, query by query.
 
-        Those of the slices are called "tail/recall@20".
-
-        A mean with a bootstrap interval, far narrower than the two intervals apart: what makes a
-        query hard is common to both. An interval without 0 in it is a difference.
+        Those of the slices are called "tail/recall@20". A mean with a bootstrap interval, far
+        narrower than the two intervals apart: what makes a query hard is common to both. An
+        interval without 0 in it is a difference.
         """
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}

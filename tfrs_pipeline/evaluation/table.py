@@ -12,6 +12,7 @@ def format_table(
     differences: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     markdown: bool = False,
+    width: int | None = None,
 ) -> str:
     """Lays what was measured of several models out as text, a model a line.
 
@@ -23,6 +24,7 @@ def format_table(
         differences: Name -> metric -> difference from the model that has none, as of
             `Evaluation.summary()`; they are shown beside their metric's column.
         markdown: As a Markdown table, or as lines of equal length.
+        width: Of columns there are as many as fit into it, one at least; None is all.
 
     Example:
         >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}
@@ -42,7 +44,10 @@ def format_table(
             lines[0].append(f"from {reference}")
             for line in lines[1:]:
                 line.append(_difference(differences.get(line[0], {}).get(column)))
-    return (format_markdown_cells if markdown else format_cells)(lines)
+    table = (format_markdown_cells if markdown else format_cells)(lines)
+    if width is None or len(table.partition("\n")[0]) <= width or len(columns) == 1:
+        return table
+    return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:

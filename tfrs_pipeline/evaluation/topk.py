@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 
 # Scores held at a time: 64 MB as float32.
 _SCORES_PER_BLOCK = 1 << 24
@@ -69,10 +69,9 @@ def top_k_in_blocks(
 
 
 def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
-    """Refuses what should hold one collection a query and does not.
+    """Refuses (`ValueError`) what should hold one collection a query and does not.
 
-    Raises:
-        ValueError: With both numbers, or a string, which would be read letter by letter.
+    Nor may one be a string, which would be read letter by letter.
     """
     if len(values) != num_queries:
         raise ValueError(
@@ -139,8 +138,8 @@ def retrieve_by_scores(
     corpus: Ids,
     queries: Sequence[Query],
     k: int,
-    exclude: Sequence[Collection[Any]] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    exclude: Excluded = None,
+) -> Retrieved:
     """Answers `Retriever.retrieve` for anything that can score every candidate of its queries.
 
     `score_queries` returns [num_queries, num_candidates], columns in the order of the corpus.
@@ -153,15 +152,9 @@ def retrieve_by_scores(
 
 
 def exclude_rows_of(
-    corpus: Ids,
-    queries: Sequence[Query],
-    exclude: Sequence[Collection[Any]] | None,
+    corpus: Ids, queries: Sequence[Query], exclude: Excluded
 ) -> list[np.ndarray] | None:
-    """Looks up the candidate rows that `exclude` of `Retriever.retrieve` names; unknown ids go.
-
-    Raises:
-        ValueError: If there is not one collection a query.
-    """
+    """Looks up the rows that are excluded; a `ValueError` if not one collection a query."""
     if exclude is None:
         return None
     check_one_each("exclude", exclude, len(queries))
@@ -171,13 +164,9 @@ def exclude_rows_of(
 class ExactRetriever:
     """Scores every candidate by a dot product: exact, and linear in the size of the corpus.
 
-    Args:
-        candidate_ids: [num_candidates] distinct ids, int or str. Their order breaks ties.
-        candidate_embeddings: [num_candidates, dim] floats.
-        embed_queries: The query tower: queries -> [num_queries, dim] embeddings.
-
-    Raises:
-        ValueError: If ids and embeddings do not match.
+    Candidates are distinct ids, int or str, whose order breaks ties, and [num_candidates, dim]
+    floats; `embed_queries` turns queries into [num_queries, dim]. A `ValueError` if they do not
+    match.
 
     Example:
         >>> tower = lambda queries: np.array([[1.0, 0.0]] * len(queries))
@@ -203,12 +192,7 @@ class ExactRetriever:
                 f"Received: `candidate_embeddings.shape` = {self.candidate_embeddings.shape}."
             )
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
         return retrieve_by_scores(self._scores, self.corpus, queries, k, exclude)
 

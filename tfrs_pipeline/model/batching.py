@@ -15,7 +15,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import Samples
 
 
@@ -28,21 +28,14 @@ def make_batches(
 ) -> HybridBatches:
     """Makes the batches of samples: a plain `tf.data.Dataset` by their `dataset()`.
 
-    Args:
-        samples: Of the training part.
-        settings: Of the model: hard negatives, resampling, what is corrected, histories' length.
-        training: How positives are put together.
-        negatives: Kinds that the rows of a batch share: the settings' and own ones.
-        seed: Of everything random.
-
-    Raises:
-        DataError: If `hard` asks for losers of the funnel and no positive has any.
+    Rows share the kinds of `negatives`: the settings' and own ones. A `DataError` if `hard` asks
+    for losers of the funnel and no positive has any.
     """
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
     if isinstance(settings.hard, FunnelLosers):
         _require_losers(samples, settings.hard)
-    rate = Positives(settings.resampling_exponent).rate(samples.counts)
+    rate = resampling_rate(samples.counts, settings.resampling_exponent)
     common: dict[str, Any] = {
         "batch_size": training.batch_size,
         "history_length": settings.history_length,

@@ -16,11 +16,11 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import FeatureKind, count_rows
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
@@ -113,21 +113,14 @@ class TrainingSet:
         hard: FunnelLosers | None = None,
         min_positives: int = 1,
     ) -> TrainingSet:
-        """Builds the samples of a log in a folder, or reads those that it holds.
+        """Builds the samples of a log, the training part, in a folder, or reads those there.
 
-        Args:
-            log: Its events become samples: give the training part.
-            folder: Where the samples lie; whole ones are read as they are, whatever made them.
-            seed: Of the shuffle.
-            hard: Which losers of the funnel become hard negatives.
-            min_positives: Fewer are refused, before the samples are built.
-
-        Raises:
-            DataError: If there is no positive.
-            ValueError: If there are too few.
+        Whole ones are read as they are, whatever made them. `hard` says which losers of the funnel
+        become hard negatives. A `DataError` if there is no positive, a `ValueError`, before
+        anything is built, if there are fewer than `min_positives`.
         """
         if not is_whole(folder / "report.json"):
-            if num_positives := count_rows(Positives.select(log.events)):
+            if num_positives := count_rows(log.events.filter(is_positive)):
                 check_one_batch(num_positives, min_positives)
             build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)

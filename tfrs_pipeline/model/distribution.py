@@ -28,10 +28,9 @@ class WorkerLost(RuntimeError):
 def training_strategy() -> tf.distribute.Strategy:
     """Returns how to train: the strategy in scope, else that of TF_CONFIG, else of all GPUs.
 
-    Raises:
-        ValueError: If TF_CONFIG is wrong, or the strategy in scope is none in which every replica
-            holds all weights and steps together with the others.
-        RuntimeError: If TF_CONFIG names several workers and TensorFlow has been used before.
+    A `ValueError` if TF_CONFIG is wrong, or the strategy in scope is none in which every replica
+    holds all weights and steps together with the others; a `RuntimeError` if TF_CONFIG names
+    several workers and TensorFlow has been used before.
     """
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
@@ -73,11 +72,7 @@ def _of_workers() -> tf.distribute.Strategy:
 
 
 def check_shared(folder: Path | None) -> None:
-    """Refuses a training by several workers without a folder that all of them see.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Refuses (`ValueError`) several workers without a folder that all of them see."""
     if folder is None and this_worker().count > 1:
         raise ValueError(
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
@@ -105,11 +100,9 @@ def dataset_of(
 def on_chief(work: Callable[[], Any]) -> Any:
     """Does work on the chief alone while the other workers wait; each gets its JSON-able result.
 
-    All workers must call this, in the same order. A process that works alone does just that.
-
-    Raises:
-        WorkerLost: On the others if the work fails, with the chief's error; on any if a worker does
-            not answer any more.
+    All workers must call this, in the same order. A process that works alone does just that. The
+    others raise `WorkerLost` if the work fails, with the chief's error; any does if a worker does
+    not answer any more.
     """
     worker = this_worker()
     if worker.count == 1:
@@ -138,11 +131,7 @@ def chief_first(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Has failures of the block that come of another worker's end say so.
-
-    Raises:
-        WorkerLost: Instead of TensorFlow's error.
-    """
+    """Has failures of the block that come of another worker's end say so, as `WorkerLost`."""
     try:
         yield
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:

@@ -6,15 +6,12 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.data.schema import FeatureKind
 
 _NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
 _LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")
@@ -73,13 +70,9 @@ class FeatureTable(tf.keras.layers.Layer):
         return frozenset(self._columns)
 
     def assign(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Sets the features.
+        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays "missing".
 
-        Args:
-            columns: Per feature, the encoded rows 1, 2, ...; row 0 stays "missing".
-
-        Raises:
-            ValueError: If a feature is missing or has the wrong shape.
+        A `ValueError` if a feature is missing or has the wrong shape.
         """
         for name, variable in self._columns.items():
             if name not in columns:
@@ -124,8 +117,8 @@ class FeatureEmbedding(tf.keras.layers.Layer):
     def call(self, values: tf.Tensor) -> tf.Tensor:
         """Embeds [n] or [n, num_values] values, as `Feature.encode` returns them.
 
-        Returns:
-            [n, dim] float32; [n, dim + 1] if vector, [n, 2] if numeric, [n, 6] if timestamp.
+        They become [n, dim] float32; [n, dim + 1] if vector, [n, 2] if numeric, [n, 6] if
+        timestamp.
         """
         if self._kind in _NUMBERS:
             return self._flagged(values[:, tf.newaxis] if self._kind == "numeric" else values)
@@ -150,20 +143,14 @@ def drop_features(
     seed: tf.Tensor,
     rows: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
-    """Sets features to missing at random, each by itself in each row.
+    """Sets encoded features to missing at random, each by itself in each row.
 
     A model that trains on the rest leans on no single feature, and knows what a missing one means.
 
-    Args:
-        features: Encoded features by name, [n] or [n, num_values].
-        specs: Those of the features that may be dropped; others are returned as they are.
-        rate: Probability that a feature of a row is dropped, 0 to 1.
-        seed: [2] int32. The result is a function of the arguments; the draws are apart from those
-            of `tf.random.stateless_uniform` with the same seed.
-        rows: [n] int32, whose features these are; see `uniform_of_rows`.
-
-    Returns:
-        The features, encoded as missing (`FeatureSpec.empty`) where they are dropped.
+    Those of `specs` are dropped, with the probability `rate`; others are returned as they are. The
+    rows, [n] int32, are those whose features these are (see `uniform_of_rows`). The draws are a
+    function of the seed, [2] int32, apart from those of `tf.random.stateless_uniform` with the same
+    one.
     """
     dropped = dict(features)
     if not specs or not rate:

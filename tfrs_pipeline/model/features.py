@@ -14,11 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.raw import (
     HISTORY_TIMESTAMPS,
@@ -31,9 +32,6 @@ from tfrs_pipeline.model.raw import (
     to_vectors,
 )
 from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.data.schema import FeatureKind
 
 logger = logging.getLogger(__name__)
 
@@ -185,15 +183,9 @@ class Feature:
     def to_raw(self, column: Column) -> np.ndarray:
         """Makes a column the array that `encode` takes; this needs no graph.
 
-        Args:
-            column: As in `fit`; values that it never saw are fine.
-
-        Returns:
-            As the table above says; strings as an object array of `str`. A list is kept in full,
-            but for what is missing or empty within it.
-
-        Raises:
-            ValueError: As `fit`; or if a vector has another length than the fitted ones.
+        Strings come as an object array of `str`, a list in full but for what is missing or empty
+        within it; values that `fit` never saw are fine. A `ValueError` as of `fit`, or if a vector
+        has another length than the fitted ones.
         """
         if self.kind in ("numeric", "bucketized"):
             return to_numbers(self.name, column)
@@ -206,10 +198,7 @@ class Feature:
         return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
     def encode(self, raw: tf.Tensor) -> tf.Tensor:
-        """Encodes raw values.
-
-        Args:
-            raw: [B] or [B, any], as the table above says.
+        """Encodes raw values, [B] or [B, any], as the table above says.
 
         Returns:
             [B] int32, 0 where missing or unknown (categorical, hashed, bucketized);
@@ -291,8 +280,7 @@ class Feature:
     def from_dict(cls, settings: Mapping[str, Any]) -> Feature:
         """Makes the feature that `to_dict` was called on, also after a way through JSON.
 
-        Raises:
-            ValueError: If the name or the kind is missing, or a key or the kind is unknown.
+        A `ValueError` if the name or the kind is missing, or a key or the kind is unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if not {"name", "kind"} <= set(settings) <= known:
@@ -350,8 +338,7 @@ def raw_columns(
 ) -> dict[str, np.ndarray]:
     """Makes columns, by the features' names, the arrays of `raw_signature` (see `Feature.to_raw`).
 
-    Raises:
-        ValueError: If a column is missing or has not `num_rows` rows, and as `Feature.to_raw`.
+    A `ValueError` if a column is missing or has not `num_rows` rows, and as of `Feature.to_raw`.
     """
     _check_given(features, columns)
     for feature in features:
@@ -363,11 +350,7 @@ def raw_columns(
 
 
 def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Encodes what `raw_signature` says, by the features' names, in their order.
-
-    Raises:
-        ValueError: If a feature is missing.
-    """
+    """Encodes what `raw_signature` says, in that order; a `ValueError` if a feature is missing."""
     _check_given(features, raw)
     return {feature.name: feature.encode(raw[feature.name]) for feature in features}
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +20,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.durable import Damaged, naming, read_record, write_record
 from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
+from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -29,29 +29,6 @@ from tfrs_pipeline.model.warm_start import WarmStart
 logger = logging.getLogger(__name__)
 
 Validate = Callable[[], dict[str, float]]
-
-
-class BeforeEpochs(Protocol):
-    """Prepares the batches for the next `every` epochs, such as by mining hard negatives.
-
-    Attributes:
-        every: Epochs that one preparation lasts, 1 or more.
-    """
-
-    every: int
-
-    def prepare(self, epoch: int) -> None:
-        """Prepares the batches.
-
-        Args:
-            epoch: Epochs done when the preparation is due: 0, `every`, twice `every`, ... A stopped
-                run goes on between two preparations: what was prepared must be kept for that.
-        """
-        ...
-
-    def can_go_on(self, epoch: int) -> bool:
-        """Whether a training may go on after this epoch, with what was prepared for it kept."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +64,7 @@ def train(
     max_epochs: int | None = None,
     validate: Validate | None = None,
     max_seconds: float | None = None,
-    before_epochs: BeforeEpochs | None = None,
+    mining: MinedPools | None = None,
     warm_start: WarmStart | None = None,
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
@@ -101,24 +78,21 @@ def train(
     Args:
         network: Compiled here.
         batches: Training batches.
-        settings: Optimizer, learning rate, patience, monitor. The decay goes over the steps of
-            `settings.max_epochs`, whatever `max_epochs`: a second training for the number of epochs
-            that a first one chose then has its learning rates. A decay squeezed into fewer epochs
-            would be another training, that nothing has validated.
+        settings: The decay goes over the steps of `settings.max_epochs`, whatever `max_epochs`: a
+            second training for the number of epochs that a first one chose then has its learning
+            rates. A decay squeezed into fewer epochs would be another training, that nothing has
+            validated.
         max_epochs: Epochs at most, exactly without validation; None is the settings' number.
         validate: Measures the network as it is: metrics by name, such as "ndcg@100". None trains
             all epochs and keeps the last weights.
         max_seconds: No epoch is begun once training has taken this long, validation and earlier
             parts of a resumed run included.
-        before_epochs: Called before the first epoch and every few epochs from then on.
+        mining: Prepares the batches before the first epoch and every few epochs from then on.
         warm_start: What the first epoch begins with, instead of the network as it is.
         folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
             one in a temporary folder.
         callbacks: Further ones of Keras.
         on_epoch: Called after each epoch with what was done so far.
-
-    Returns:
-        The history, the best epoch and the time.
 
     Raises:
         ValueError: If `validate` does not measure the monitored metric, the warm-up leaves no step
@@ -130,15 +104,14 @@ def train(
     _compile(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         keeper = _BestEpoch(
-            settings.monitor,
+            settings,
             validate,
-            patience=settings.patience,
             max_seconds=max_seconds,
             folder=folder or Path(stack.enter_context(tempfile.TemporaryDirectory())),
             saves_all=folder is not None,
             on_epoch=on_epoch,
         )
-        epoch = keeper.restore(network, before_epochs)
+        epoch = keeper.restore(network, mining)
         if not epoch and warm_start is not None:
             warm_start.apply(network)
         all_callbacks = [*callbacks, keeper]
@@ -146,13 +119,12 @@ def train(
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
             # The keeper comes last: an epoch that counts as done has its events.
             all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
-        keeper.start_clock()
         while epoch < max_epochs and not keeper.is_over:
             until = max_epochs
-            if before_epochs is not None:
-                due = epoch - epoch % before_epochs.every
-                chief_first(functools.partial(before_epochs.prepare, due))
-                until = min(due + before_epochs.every, max_epochs)
+            if mining is not None:
+                due = epoch - epoch % mining.every
+                chief_first(functools.partial(mining.prepare, due))
+                until = min(due + mining.every, max_epochs)
             network.fit(
                 dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
                 initial_epoch=epoch,
@@ -169,22 +141,14 @@ def train(
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
 ) -> None:
-    """Gives a network the weights and the optimizer state that a training has saved.
+    """Gives a network the weights and the optimizer state that a training with settings has saved.
 
-    Args:
-        network: Of the shape that was trained; compiled here.
-        settings: That it was trained with.
-        folder: Of the training.
-        epoch: One that is kept there: the best, or the last.
-
-    Raises:
-        FileNotFoundError: If the folder does not have it.
-        Damaged: If a file of it is not as it was written.
+    The network, of the shape that was trained, is compiled here. A training's folder keeps the best
+    epoch and the last: of another one there is a `FileNotFoundError`, of a damaged one `Damaged`.
     """
     read_record(folder / f"epoch-{epoch}.json")
     _compile(network, settings, settings.warmup_steps + 1)
-    saved = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-    saved.read(str(folder / f"epoch-{epoch}")).assert_existing_objects_matched()
+    _read_checkpoint(network, folder / f"epoch-{epoch}")
 
 
 def _compile(
@@ -224,19 +188,17 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def __init__(
         self,
-        monitor: str,
+        settings: TrainingSettings,
         validate: Validate | None,
         *,
-        patience: int,
         max_seconds: float | None,
         folder: Path,
         saves_all: bool,
         on_epoch: OnEpoch | None,
     ) -> None:
         super().__init__()
-        self._monitor = monitor
+        self._settings = settings
         self._validate = validate
-        self._patience = patience
         self._max_seconds = max_seconds
         self._folder = folder
         self._saves_all = saves_all
@@ -249,28 +211,25 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     @property
     def result(self) -> TrainingResult:
-        return TrainingResult(self.history, self.best_epoch, self.seconds, self._resumed_after)
+        seconds = self._seconds_before
+        if self._started:
+            seconds += time.monotonic() - self._started
+        return TrainingResult(self.history, self.best_epoch, seconds, self._resumed_after)
 
     @property
     def best_epoch(self) -> int:
         if self._validate is None:
             return len(self.history.get("loss", []))
-        values = self.history.get(f"val_{self._monitor}", [])
+        values = self.history.get(f"val_{self._settings.monitor}", [])
         return int(np.argmax(values)) + 1 if values else 0
 
     def _has_ended(self) -> bool:
         """Whether patience or the time has run out; by the chief's clock, where it is not alone."""
-        num_epochs = len(self.history.get("loss", []))
-        if self._max_seconds is not None and num_epochs and self.seconds >= self._max_seconds:
+        so_far, limit = self.result, self._max_seconds
+        if limit is not None and so_far.num_epochs and so_far.seconds >= limit:
             return True
-        return self._validate is not None and num_epochs - self.best_epoch >= self._patience
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + (time.monotonic() - self._started if self._started else 0.0)
-
-    def start_clock(self) -> None:
-        self._started = time.monotonic()
+        waited = so_far.num_epochs - so_far.best_epoch
+        return self._validate is not None and waited >= self._settings.patience
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = dict(logs or {})
@@ -294,51 +253,50 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     def _validated(self, logs: dict[str, float]) -> dict[str, float]:
         """Adds what validation measures to the logs of an epoch."""
         metrics = {} if self._validate is None else self._validate()
-        if self._validate is not None and self._monitor not in metrics:
+        monitor = self._settings.monitor
+        if self._validate is not None and monitor not in metrics:
             raise ValueError(
-                f"Cannot monitor {self._monitor!r}: validation measures {list(metrics)}. Add "
+                f"Cannot monitor {monitor!r}: validation measures {list(metrics)}. Add "
                 "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
             )
         logs = logs | {f"val_{name}": value for name, value in metrics.items()}
         return {name: float(value) for name, value in logs.items()}
 
     def keep_best(self, network: TwoTowerNetwork) -> None:
-        self._seconds_before, self._started = self.seconds, 0.0
-        if self.best_epoch < len(self.history.get("loss", [])):
-            self._read_best(network)
+        result = self.result
+        self._seconds_before, self._started = result.seconds, 0.0
+        if result.best_epoch < result.num_epochs:
+            # Its optimizer state too: another training may start from it.
+            _read_checkpoint(network, self._path(result.best_epoch))
 
-    def restore(self, network: TwoTowerNetwork, before_epochs: BeforeEpochs | None) -> int:
-        """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch = on_chief(lambda: self._last_whole(before_epochs))
+    def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
+        """Loads the last saved epoch that is whole, and starts the clock.
+
+        Returns its number, 0 if there is none.
+        """
+        epoch = int(on_chief(lambda: self._last_whole(mining)))
         self.history, self._seconds_before = {}, 0.0
         if epoch:
             state = read_record(self._path(epoch, ".json"), check_files=False)
             self.history, self._seconds_before = state["history"], state["seconds"]
-            last = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-            last.read(str(self._path(epoch))).assert_existing_objects_matched()
+            _read_checkpoint(network, self._path(epoch))
         self.is_over = on_chief(self._has_ended)
-        self._resumed_after = int(epoch)
-        return int(epoch)
+        self._resumed_after, self._started = epoch, time.monotonic()
+        return epoch
 
-    def _last_whole(self, before_epochs: BeforeEpochs | None) -> int:
+    def _last_whole(self, mining: MinedPools | None) -> int:
         saved = self._folder.glob("epoch-*.json")
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
-            if before_epochs is not None and not before_epochs.can_go_on(epoch):
+            if mining is not None and not mining.can_go_on(epoch):
                 continue
             try:
-                state = read_record(self._path(epoch, ".json"))
-                self.history = state["history"]
+                self.history = read_record(self._path(epoch, ".json"))["history"]
                 read_record(self._path(self.best_epoch, ".json"))
             except (Damaged, FileNotFoundError) as error:
                 logger.warning("%s Training goes on from an earlier epoch.", error)
                 continue
             return epoch
         return 0
-
-    def _read_best(self, network: TwoTowerNetwork) -> None:
-        # Its optimizer state too: another training may start from it.
-        best = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-        best.read(str(self._path(self.best_epoch))).assert_existing_objects_matched()
 
     def _path(self, epoch: int, suffix: str = "") -> Path:
         return self._folder / f"epoch-{epoch}{suffix}"
@@ -347,14 +305,22 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         record = self._path(epoch, ".json")
         with naming(record.parent):
             record.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint = tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-            checkpoint.write(str(self._path(epoch)))
+            _checkpoint(network).write(str(self._path(epoch)))
         files = [
             path for path in record.parent.glob(f"{record.stem}.*") if ".json" not in path.name
         ]
-        write_record(record, {"history": self.history, "seconds": self.seconds}, files)
-        keep = {record.stem, f"epoch-{self.best_epoch}"}
+        so_far = self.result
+        write_record(record, {"history": so_far.history, "seconds": so_far.seconds}, files)
+        keep = {record.stem, f"epoch-{so_far.best_epoch}"}
         for path in record.parent.glob("epoch-*"):
             if path.name.partition(".")[0] not in keep:
                 # Also epoch-3_temp, which TensorFlow leaves if it is killed as it writes.
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(model=network, optimizer=network.optimizer)
+
+
+def _read_checkpoint(network: TwoTowerNetwork, path: Path) -> None:
+    _checkpoint(network).read(str(path)).assert_existing_objects_matched()

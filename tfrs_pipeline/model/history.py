@@ -28,19 +28,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
     - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`), which may
       know how long after the item before it each item came, and how long after the last one the
-      query.
+      query: if it `reads_times`. Those that are not given are unknown.
 
-    A history with nothing left has a learned vector per pooling.
-
-    Attributes:
-        num_vectors: One a pooling.
-
-    Args:
-        num_candidates: Candidates, row 0 not counted.
-        settings: Which poolings, and their sizes and dropout.
-        item_embedding: Layer that embeds candidate rows of any shape, [..., dim], to read the items
-            with; None is an embedding of the history's own.
-        reads_times: Whether the self-attention reads times. Those that are not given are unknown.
+    A history with nothing left has a learned vector per pooling. `item_embedding` is the layer that
+    embeds candidate rows of any shape, [..., dim], to read the items with; None is an embedding of
+    the history's own, of `num_candidates` rows beside row 0. `num_vectors` is one a pooling.
     """
 
     def __init__(
@@ -56,17 +48,17 @@ class HistoryEncoder(tf.keras.layers.Layer):
             num_candidates + 1, dim, name="history_item"
         )
         self._is_shared = item_embedding is not None
-        self._poolings = settings.history_pooling
-        self.num_vectors = len(self._poolings)
+        self.num_vectors = len(settings.history_pooling)
+        self._means = tuple(name for name in settings.history_pooling if name != "attention")
         self._recency_decay = settings.recency_decay
         self._dropout = settings.history_dropout
         self._reads_times = reads_times
-        pooled = [pooling for pooling in self._poolings if pooling != "attention"]
-        if pooled:
+        if self._means:
             self._empty = self.add_weight(
-                name="empty_history", shape=[len(pooled) * dim], initializer="uniform"
+                name="empty_history", shape=[len(self._means) * dim], initializer="uniform"
             )
-        if "attention" in self._poolings:
+        self._has_attention = "attention" in settings.history_pooling
+        if self._has_attention:
             self._attention = SelfAttention(
                 dim,
                 max_length=settings.history_length,
@@ -89,8 +81,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
             training: Whether items are dropped.
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
-            dropout_slice: [2] int32, where these are a slice of a batch: number of the first
-                history, and of those of the whole; their dropout is then that of the whole.
+            dropout_slice: [2] int32 of a slice of a batch, whose dropout is that of the whole:
+                number of its first history, and of those of the whole.
             times: [B, N + 1] float64, in seconds the time of the query and of each item, NaN where
                 it is not known; None is not known at all.
         """
@@ -98,9 +90,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         kept = self._kept(history_rows, seed, dropout_slice)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
         parts = []
-        if self._num_pooled:
+        if self._means:
             parts.append(self._pooled(history_rows, kept))
-        if "attention" in self._poolings:
+        if self._has_attention:
             width = tf.shape(history_rows)[1]
             if seed is None:
                 # Only as wide as the longest history; in training that of a slice may be shorter
@@ -126,13 +118,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes every beginning of sequences in one pass.
 
-        Args:
-            sequence_rows: [W, L] int32, oldest first, 0 is padding and comes last.
-            training: As of `call`, and so are `dropout_seed` and `dropout_slice`.
-            dropout_seed: [2] int32 or None.
-            dropout_slice: [2] int32 or None.
-            times: [W, L + 1] float64 or None, of each item and of the last entry's query: the query
-                of entry j comes at the time of item j + 1.
+        `sequence_rows`, [W, L] int32, come oldest first, 0 is padding and comes last. `times`,
+        [W, L + 1] float64, are of each item and of the last entry's query: the query of entry j
+        comes at the time of item j + 1. What else is given is as of `call`.
 
         Returns:
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
@@ -141,9 +129,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         seed = pass_seed(training, dropout_seed)
         kept = self._kept(sequence_rows, seed, dropout_slice)
         parts = []
-        if self._num_pooled:
+        if self._means:
             parts.append(self._pooled_states(sequence_rows, kept))
-        if "attention" in self._poolings:
+        if self._has_attention:
             parts.append(self._attended(sequence_rows, kept, times, seed, dropout_slice))
         return tf.concat(parts, axis=2)
 
@@ -151,10 +139,6 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def item_table(self) -> tf.Variable | None:
         """The table that items are read with, a row a candidate; None if it is not its own."""
         return None if self._is_shared else self._embedding.embeddings
-
-    @property
-    def _num_pooled(self) -> int:
-        return sum(pooling != "attention" for pooling in self._poolings)
 
     def _kept(
         self, rows: tf.Tensor, seed: tf.Tensor | None, dropout_slice: tf.Tensor | None
@@ -180,8 +164,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 tf.einsum("ji,wid->wjd", weights[pooling], vectors),
                 tf.einsum("ji,wi->wj", weights[pooling], kept)[:, :, tf.newaxis],
             )
-            for pooling in self._poolings
-            if pooling != "attention"
+            for pooling in self._means
         ]
         num_kept = tf.einsum("ji,wi->wj", is_before, kept)
         is_empty = (num_kept == 0)[:, :, tf.newaxis]
@@ -196,9 +179,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         vectors = self._embedding(tf.gather_nd(history_rows, place))
         num_rows = tf.shape(history_rows)[0]
         pooled = []
-        for pooling in self._poolings:
-            if pooling == "attention":
-                continue
+        for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
             total = tf.math.unsorted_segment_sum(weighted, place[:, 0], num_rows)
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
@@ -234,17 +215,10 @@ class SelfAttention(tf.keras.layers.Layer):
     may also know the gap between its item and what comes next: a vector a gap is added to it, which
     begins as zeros.
 
+    Inputs and outputs are of size `dim`, a multiple of `ATTENTION_HEADS` (else a `ValueError`);
+    training drops the share `dropout` of the activations.
+
     Reference: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM.
-
-    Args:
-        dim: Size of inputs and outputs, a multiple of `ATTENTION_HEADS`.
-        max_length: Longest sequence.
-        num_blocks: Blocks.
-        dropout: Share of activations dropped in training.
-        reads_gaps: Whether gaps are read.
-
-    Raises:
-        ValueError: If `dim` is no such multiple.
     """
 
     def __init__(
@@ -290,11 +264,8 @@ class SelfAttention(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
 
-        Args:
-            vectors: [W, L, dim] float32, oldest first, L at most `max_length`.
-            dropout_seed: [2] int32 that the dropout is a function of; None is no dropout.
-            dropout_slice: As of `HistoryEncoder.call`.
-            gaps: [W, L + 1] int32, as of `gap_buckets`; None is unknown.
+        These are [W, L, dim] float32, oldest first, L at most `max_length`. Without a seed there is
+        no dropout. `gaps`, [W, L + 1] int32, are as of `gap_buckets`; None is unknown.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -335,10 +306,7 @@ class SelfAttention(tf.keras.layers.Layer):
         return tf.reshape(attended, shape)
 
     def _dropped(
-        self,
-        values: tf.Tensor,
-        seeds: Iterator[tf.Tensor | None],
-        dropout_slice: tf.Tensor | None,
+        self, values: tf.Tensor, seeds: Iterator[tf.Tensor | None], dropout_slice: tf.Tensor | None
     ) -> tf.Tensor:
         seed = next(seeds)
         if seed is None or not self._dropout:
@@ -352,14 +320,11 @@ def _normal() -> tf.keras.initializers.Initializer:
 
 
 def gap_buckets(times: tf.Tensor) -> tf.Tensor:
-    """Tells how long after the time before it each time is.
-
-    Args:
-        times: [W, L + 1] float64, in seconds, NaN where it is not known.
+    """Tells how long after the time before it each time is, by [W, L + 1] float64 seconds.
 
     Returns:
-        [W, L + 1] int32: 0 where a time is not known, and at the first place, which has none before
-        it; else 1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
+        [W, L + 1] int32: 0 where a time is not known (NaN), and at the first place, which has none
+        before it; else 1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
         >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()

@@ -104,7 +104,9 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if negative_embeddings is None:
             num_rows = tf.shape(queries)[0]
             positives, negative_embeddings = candidate_embeddings[:num_rows], candidate_embeddings
-            score_mask = _off_diagonal(score_mask, num_rows, tf.shape(candidate_embeddings)[0])
+            if score_mask is None:
+                score_mask = tf.ones([num_rows, tf.shape(candidate_embeddings)[0]], tf.bool)
+            score_mask = tf.linalg.set_diag(score_mask, tf.zeros([num_rows], tf.bool))
         own = tf.einsum("pd,pd->p", _of_positives(queries, positive_query), positives)
         if parents_log_q is not None:
             own = own - parents_log_q[: tf.shape(own)[0]]
@@ -128,12 +130,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
 
 def _masked(logits: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     return logits if mask is None else tf.where(mask, logits, MASKED_LOGIT)
-
-
-def _off_diagonal(mask: tf.Tensor | None, num_rows: tf.Tensor, num_columns: tf.Tensor) -> tf.Tensor:
-    """Takes each row's own positive, which stands on the diagonal, from its negatives."""
-    mask = tf.ones([num_rows, num_columns], tf.bool) if mask is None else mask
-    return tf.linalg.set_diag(mask, tf.zeros([num_rows], tf.bool))
 
 
 def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
@@ -175,15 +171,9 @@ def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tenso
 
 
 def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Computes the log of the summed exponentials of each row, over blocks of columns.
+    """Computes the log of the summed exponentials of each row over [W, any] blocks: [W].
 
-    The blocks are not joined: a copy of the scores would cost half as much again as the rest.
-
-    Args:
-        blocks: Logits, [W, any] each, of one column in all at least.
-
-    Returns:
-        [W].
+    They are not joined: a copy of the scores would cost half as much again as the rest.
     """
     highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
     highest = tf.stop_gradient(highest)

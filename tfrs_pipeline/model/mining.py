@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
+from tfrs_pipeline.model.queries import RetrieveRows
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.columns import map_column
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -21,21 +21,12 @@ logger = logging.getLogger(__name__)
 # A look-up table of a batch: 64 MB.
 _CELLS_PER_BATCH = 1 << 26
 
-RetrieveRows: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Given [n] query rows, [n, N] history rows, most recent first, padded with 0, and k: the candidate
-rows, [n, k], best first, 0 in empty slots."""
-
 
 @dataclass(frozen=True)
 class MiningReport:
-    """What became of the retrieved items, all samples together.
+    """What became of the retrieved items, all samples together: dropped by reason, in order.
 
-    Args:
-        num_samples: Samples that were mined for.
-        num_without: Samples that were left with no hard negative.
-        num_retrieved: Items retrieved.
-        num_kept: Hard negatives kept.
-        dropped: Items dropped by reason, in the order of the filters.
+    `num_samples` were mined for, `num_without` of them left with no hard negative.
     """
 
     num_samples: int
@@ -55,7 +46,7 @@ def mine_pools(
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[RowLists, MiningReport]:
-    """Mines a pool of hard negatives for every sample.
+    """Mines a pool of hard negatives for every sample: a list each, in random order.
 
     Samples of one query state, those of a user with the same history, are retrieved for once.
     Nothing is excluded by the retrieval itself: what the filters drop can then be counted.
@@ -63,18 +54,11 @@ def mine_pools(
     Args:
         retrieve: By the current model.
         samples: Training samples.
-        mined: Which ranks to keep.
+        mined: Which ranks to keep; a `ValueError` if the corpus has no rank `min_rank`.
         seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
         history_length: N, most recent items of a history in a query.
         batch_size: States a call; fewer for a corpus of more than 65,000 items.
         on_progress: Called after each batch with the samples done and their total.
-
-    Returns:
-        One list per sample, in the order of `samples`, candidate rows in random order; and the
-        counts of what was dropped.
-
-    Raises:
-        ValueError: If the corpus has no rank `min_rank`, so that nothing can be kept.
     """
     num_candidates = len(samples.counts) - 1
     if num_candidates <= mined.min_rank:
@@ -116,12 +100,10 @@ def mine_pools(
 
 
 def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts samples so that those of one query state come together.
+    """Sorts samples so that those of one query state, and states of one depth, come together.
 
-    States that need the same depth come together too: the deepest of a batch decides for all.
-
-    Returns:
-        [num_samples] samples in that order; [num_states + 1] where each state begins.
+    The deepest of a batch decides for all. Returns the samples in that order, and [num_states + 1]
+    where each state begins.
     """
     # Without an order, a history is what is left without the positive.
     history = samples.candidate_rows if samples.num_earlier is None else samples.num_earlier
@@ -142,48 +124,31 @@ def _is_member(lists: RowLists, rows: np.ndarray, num_candidates: int) -> np.nda
     return np.take_along_axis(table, np.maximum(rows, 0), axis=1)
 
 
+@dataclass(eq=False)
 class MinedPools:
-    """Mines hard negatives every few epochs of a training (see `fit.BeforeEpochs`).
+    """Mines hard negatives every few epochs of a training.
 
-    Args:
-        batches: Of the training; they draw from the pool "mined".
-        mined: Which ranks to keep, and how often to mine.
-        make_retrieval: Makes the retrieval by the model as it is now.
-        history_length: Most recent items of a history in a query.
-        seed: Of the draws.
-        folder: Where pools are kept, so that a stopped training goes on with the same ones.
-        on_progress: Called while mining with the samples done and their total.
-
-    Attributes:
-        every: Epochs between two minings.
-        reports: Epochs done -> what the mining then kept and dropped.
+    It prepares the batches, which draw from the pool "mined", when `every` epochs are done, twice
+    as many, and so on. A stopped training goes on between two preparations, with the pools that
+    `folder` keeps. By the epochs done, `reports` have what the mining then kept and dropped.
     """
 
-    def __init__(
-        self,
-        batches: HybridBatches,
-        mined: Mined,
-        *,
-        make_retrieval: Callable[[], RetrieveRows],
-        history_length: int,
-        seed: int,
-        folder: Path | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        self.every = mined.every
-        self._batches = batches
-        self._mined = mined
-        self._make_retrieval = make_retrieval
-        self._history_length = history_length
-        self._seed = seed
-        self._folder = folder
-        self._on_progress = on_progress
-        self.reports: dict[int, MiningReport] = {}
-        kept = [] if folder is None else sorted(folder.glob("mined-*.json"))
+    batches: HybridBatches
+    mined: Mined
+    make_retrieval: Callable[[], RetrieveRows]
+    history_length: int
+    seed: int
+    folder: Path | None = None
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    reports: dict[int, MiningReport] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.every = self.mined.every
+        kept = [] if self.folder is None else sorted(self.folder.glob("mined-*.json"))
         for path in kept:
             # A training that is over asks for no more pools: what it had is what it reports.
             if (pool := self._load(int(path.stem.partition("-")[2]))) is not None:
-                batches.set_hard_pool("mined", pool)
+                self.batches.set_hard_pool("mined", pool)
 
     def can_go_on(self, epoch: int) -> bool:
         """Whether the pools of the epochs that follow are kept, or to be mined now."""
@@ -192,24 +157,24 @@ class MinedPools:
 
     def prepare(self, epoch: int) -> None:
         """Gives the batches the pools of the next epochs: mined now, or kept from before."""
-        samples = self._batches.samples
+        samples = self.batches.samples
         if epoch == 0:
-            self._batches.set_hard_pool("mined", RowLists.empty(len(samples)))
+            self.batches.set_hard_pool("mined", RowLists.empty(len(samples)))
             return
         pool = self._load(epoch)
         if pool is None:
             pool, report = mine_pools(
-                self._make_retrieval(),
+                self.make_retrieval(),
                 samples,
-                self._mined,
-                seed=[self._seed, epoch],
-                history_length=self._history_length,
-                on_progress=self._on_progress,
+                self.mined,
+                seed=[self.seed, epoch],
+                history_length=self.history_length,
+                on_progress=self.on_progress,
             )
             self.reports[epoch] = report
             logger.info("mined after epoch %d: %s", epoch, report)
             pool = self._save(epoch, pool)
-        self._batches.set_hard_pool("mined", pool)
+        self.batches.set_hard_pool("mined", pool)
 
     def describe(self) -> list[str]:
         """Says what the last mining kept and dropped."""
@@ -227,27 +192,27 @@ class MinedPools:
         ]
 
     def _load(self, epoch: int) -> RowLists | None:
-        if self._folder is None or not is_whole(self._folder / f"mined-{epoch}.json"):
+        if self.folder is None or not is_whole(self.folder / f"mined-{epoch}.json"):
             return None
-        report = read_record(self._folder / f"mined-{epoch}.json", check_files=False)
+        report = read_record(self.folder / f"mined-{epoch}.json", check_files=False)
         self.reports[epoch] = MiningReport(**report)
         return RowLists(*(map_column(path) for path in self._files(epoch)))
 
     def _save(self, epoch: int, pool: RowLists) -> RowLists:
         """Writes a pool, if there is a folder, and maps what it wrote."""
-        if self._folder is None:
+        if self.folder is None:
             return pool
-        with naming(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
                 np.save(path, array)
-        record = self._folder / f"mined-{epoch}.json"
+        record = self.folder / f"mined-{epoch}.json"
         write_record(record, asdict(self.reports[epoch]), self._files(epoch))
-        for old in self._folder.glob("mined-*"):
+        for old in self.folder.glob("mined-*"):
             if old.name.partition(".")[0] != record.stem:
                 old.unlink()
         return RowLists(*(map_column(path) for path in self._files(epoch)))
 
     def _files(self, epoch: int) -> list[Path]:
-        assert self._folder is not None
-        return [self._folder / f"mined-{epoch}.{name}.npy" for name in ("offsets", "values")]
+        assert self.folder is not None
+        return [self.folder / f"mined-{epoch}.{name}.npy" for name in ("offsets", "values")]

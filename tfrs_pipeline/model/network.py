@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +12,6 @@ import tensorflow_recommenders as tfrs
 from tfrs_pipeline.batches.examples import REQUEST
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import FeatureTable, drop_features
-from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
@@ -33,23 +33,15 @@ class TwoTowerNetwork(tfrs.Model):
 
     A tower is any Keras layer. It is called with a dict: `row`, [n] int32, of users or items, 0 is
     unknown; `features`, encoded, by name, those of the request among the query tower's, of which
-    training drops some; `dropout_seed`, [2] int32, in training, also
-    `dropout_slice` where several replicas train (see `Slices.take`); the query tower's
-    also with `history_rows`, [n, N] int32, most recent first, padded with 0, or with
-    `sequence_rows` and `state` (see `WholeSequences`); where the corpus has times, also with
-    `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32.
+    training drops some; `dropout_seed`, [2] int32, in training, also `dropout_slice` where several
+    replicas train (see `Slices.take`); the query tower's also with `history_rows`, [n, N] int32,
+    most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
+    where the corpus has times, also with `history_times` or `sequence_times` (see `Examples`). It
+    returns [n, D] float32. A `ValueError` if the two do not go together.
 
-    Args:
-        query_tower: Embeds queries.
-        candidate_tower: Embeds candidates.
-        settings: N, the temperature and the correction. With "streaming" the model estimates the
-            share of each candidate among the positives, and batches hold the parts of n(c).
-        corpus: Its encoded features become constants of the model.
-        candidate_table: Those of the candidates, which the query tower may read too.
-        name: Of the model.
-
-    Raises:
-        ValueError: If the towers' embeddings do not go together.
+    Encoded features of the corpus become constants of the model; those in `candidate_table` the
+    query tower may read too. With the correction "streaming" the model estimates the share of each
+    candidate among the positives, and batches hold the parts of n(c).
     """
 
     def __init__(
@@ -63,9 +55,7 @@ class TwoTowerNetwork(tfrs.Model):
     ) -> None:
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
-        self.query_table = _feature_table(
-            "query_features", corpus.query_features, corpus.query_columns, len(corpus.query_ids)
-        )
+        self.query_table = feature_table(corpus, "query")
         self._request_specs = [feature.spec for feature in corpus.request_features]
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
@@ -73,19 +63,14 @@ class TwoTowerNetwork(tfrs.Model):
         self.reads_times = corpus.has_times
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
-        self._frequency = None
+        self.frequency: StreamingFrequency | None = None
         if settings.correction == "streaming":
-            self._frequency = StreamingFrequency.of_corpus(self.num_candidates)
+            self.frequency = StreamingFrequency.of_corpus(self.num_candidates)
         self._make_loss_metric()
         # Replicas report the same, the metric's value over all of them; not to be added up.
         self.distribute_reduction_method = "first"
         self._build_variables()
         self._check_variables()
-
-    @property
-    def frequency(self) -> StreamingFrequency | None:
-        """The estimated share of each candidate among the positives; None if it is counted."""
-        return self._frequency
 
     def embed_queries(
         self,
@@ -94,15 +79,9 @@ class TwoTowerNetwork(tfrs.Model):
         features: Mapping[str, tf.Tensor] | None = None,
         history_times: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Embeds queries: [B, D] float32.
+        """Embeds queries: [B, D] float32; see `serving.encoder.Exportable.embed_queries`.
 
-        Args:
-            query_rows: [B] int32, 0 is an unknown user.
-            history_rows: [B, N] int32, most recent first, padded with 0.
-            features: Encoded, by name: of the request, and all of the user's or none, which takes
-                those of the rows. A request feature that is not there is missing.
-            history_times: [B, N + 1] float64, in seconds since 1970 the time of the query and of
-                each item of the history, NaN where it is not known; None is not known at all.
+        A request feature that is not there is missing, and so are times that are not given.
         """
         batch = {"query_row": query_rows, "history_rows": history_rows}
         if history_times is not None:
@@ -173,7 +152,7 @@ class TwoTowerNetwork(tfrs.Model):
         return self.candidate_tower(inputs, training=training)
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Computes the mean loss of a batch.
+        """Computes the mean loss of a batch: scalar float32.
 
         In training the batch's positives also enter the streaming estimate, before the loss. So the
         estimate has seen every positive that it is asked for, and is high for those that have come
@@ -181,20 +160,14 @@ class TwoTowerNetwork(tfrs.Model):
         1 - exp(-q * t) of its part in the target on average. That is too little until it is due to
         have come a few times, and never too much, as it would be with an estimate from before.
 
-        Args:
-            inputs: As `HybridBatches.batch` describes, or a slice of it (`Slices.take`).
-            training: Whether dropout is on and the streaming estimate moves on.
-
-        Returns:
-            Scalar float32; of a slice its part, which add up to the mean loss of the whole batch.
-
-        Raises:
-            ValueError: If the batch was made for another correction.
+        The inputs are as `HybridBatches.batch` describes, or a slice of it (`Slices.take`), whose
+        parts add up to the mean loss of the whole batch. A `ValueError` if the batch was made for
+        another correction.
         """
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
-        if self._frequency is not None and training:
-            self._frequency.update(inputs.get("all_candidate_rows", inputs["candidate_row"]))
+        if self.frequency is not None and training:
+            self.frequency.update(inputs.get("all_candidate_rows", inputs["candidate_row"]))
         own: dict[str, tf.Tensor] = {}
         if hard is not None:
             log_q = inputs["hard_log_q"]
@@ -263,21 +236,19 @@ class TwoTowerNetwork(tfrs.Model):
     def log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         """Returns log_q of a batch's shared columns, [1 or W, C]; None without a correction.
 
-        Raises:
-            ValueError: If the batch holds log_q where its parts are needed, or the parts where it
-                is.
+        A `ValueError` if a batch holds log_q where its parts are needed, or the parts where it is.
         """
         if not self._is_corrected:
             return None
-        if (self._frequency is None) == ("log_q" not in inputs):
-            needed = "log_q" if self._frequency is None else "in_batch_draws"
+        if (self.frequency is None) == ("log_q" not in inputs):
+            needed = "log_q" if self.frequency is None else "in_batch_draws"
             raise ValueError(
                 f"The batch holds no '{needed}'. Make the batches with estimates_frequency="
-                f"{self._frequency is not None}, as the model's correction needs them."
+                f"{self.frequency is not None}, as the model's correction needs them."
             )
-        if self._frequency is None:
+        if self.frequency is None:
             return inputs["log_q"]
-        count = inputs["in_batch_draws"] * self._frequency(inputs["shared_row"])
+        count = inputs["in_batch_draws"] * self.frequency(inputs["shared_row"])
         log_q = tf.math.log(count + inputs["other_expected_count"])
         if "hard_share" in inputs:
             log_q -= tf.math.log1p(-inputs["hard_share"])[:, tf.newaxis]
@@ -296,10 +267,9 @@ class TwoTowerNetwork(tfrs.Model):
     def diagnose(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, float]:
         """Computes what tells a training gone wrong, from one batch; nothing is changed.
 
-        Returns:
-            "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
-            corrected; "masked_share", of the shared columns those that do not count; "norm/query"
-            and "norm/candidate", the mean length of the batch's embeddings.
+        These are "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
+        corrected; "masked_share", of the shared columns those that do not count; "norm/query" and
+        "norm/candidate", the mean length of the batch's embeddings.
         """
         is_counted = inputs["is_counted"]
         candidates = self._candidates(inputs["candidate_row"])
@@ -341,19 +311,9 @@ class TwoTowerNetwork(tfrs.Model):
             )
 
 
-def candidate_table(corpus: Corpus) -> FeatureTable:
-    """Makes the table of the candidates' encoded features."""
-    return _feature_table(
-        "candidate_features",
-        corpus.candidate_features,
-        corpus.candidate_columns,
-        len(corpus.candidate_ids),
-    )
-
-
-def _feature_table(
-    name: str, features: Sequence[Feature], columns: Mapping[str, np.ndarray], num_rows: int
-) -> FeatureTable:
-    table = FeatureTable([feature.spec for feature in features], num_rows + 1, name=name)
-    table.assign(columns)
+def feature_table(corpus: Corpus, side: Literal["query", "candidate"]) -> FeatureTable:
+    """Makes the table of a side's encoded features."""
+    specs = [feature.spec for feature in getattr(corpus, f"{side}_features")]
+    table = FeatureTable(specs, len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_features")
+    table.assign(getattr(corpus, f"{side}_columns"))
     return table

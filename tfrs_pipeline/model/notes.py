@@ -40,13 +40,7 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
-    """Says what the last epoch came to: loss, validation, best so far, time left for all epochs.
-
-    Args:
-        so_far: What was done.
-        monitor: The validation metric that chooses.
-        max_epochs: Epochs at most.
-    """
+    """Says what the last epoch came to: loss, validation, best so far, time left for all epochs."""
     parts = [f"loss {so_far.history['loss'][-1]:.3f}"]
     if values := so_far.history.get(f"val_{monitor}"):
         parts.append(f"validation {monitor} {values[-1]:.4f}")

@@ -58,12 +58,9 @@ class LazyAdam(tf.keras.optimizers.Adam):
         super().__init__(learning_rate, **{"jit_compile": False, "name": "LazyAdam", **kwargs})
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        """Updates one variable.
+        """Updates one variable by a dense gradient, or by the rows of a table, each once.
 
-        Args:
-            gradient: Dense, or the rows of a table, each once: `apply_gradients` sums copies of a
-                row before it calls this.
-            variable: What to update.
+        `apply_gradients` sums copies of a row before it calls this.
         """
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable)
@@ -148,7 +145,7 @@ def make_optimizer(
     stopped run goes on at the rate it had come to.
 
     Args:
-        name: "adagrad", "adam" or "lazy_adam".
+        name: Of `OptimizerName`.
         learning_rate: Or the peak of it; a plain number in the optimizer where it stays the same.
         num_steps: Steps after which a decay has come to its end.
         warmup_steps: Steps over which it rises from 0; 0 is no warm-up.

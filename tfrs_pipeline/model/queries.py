@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.raw import history_of, item_times
@@ -24,6 +25,10 @@ from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.store import RowLists
 
 QUERY_BATCH = 1024
+
+RetrieveRows: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""Given [n] query rows, [n, N] history rows, most recent first, padded with 0, and k: the candidate
+rows, [n, k], best first, 0 in empty slots."""
 
 
 class QueryEncoder:
@@ -86,6 +91,17 @@ class QueryEncoder:
             query_rows, history_rows, [query.get("request") for query in queries], times
         )
 
+    def row_retrieval(self) -> RetrieveRows:
+        """Makes the exact retrieval by rows of the network as it is now."""
+        corpus = self._model.embed_corpus()
+
+        def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
+            queries = self.embed_rows(query_rows, history_rows)
+            size = len(queries), len(corpus)
+            return top_k_in_blocks(lambda block: queries[block] @ corpus.T, *size, k)[0]
+
+        return retrieve
+
     def embed_rows(
         self,
         query_rows: np.ndarray,
@@ -93,14 +109,11 @@ class QueryEncoder:
         requests: Sequence[Mapping[str, Any] | None] | None = None,
         of_items: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Embeds rows: [n, D] float32.
+        """Embeds [n] int32 query rows with their [n, N] int32 history rows: [n, D] float32.
 
-        Args:
-            query_rows: [n] int32.
-            history_rows: [n, N] int32, most recent first, padded with 0.
-            requests: Raw features and timestamp of each query's request; None is of none.
-            of_items: [n, N] float64 times of the items, NaN where unknown; None is of none. Read
-                where the model reads times.
+        Histories are most recent first, padded with 0. `requests` hold raw features and timestamp,
+        `of_items`, [n, N] float64, the times of the items, NaN where unknown; these are read where
+        the model reads times. None is of none.
         """
         given = [None] * len(query_rows) if requests is None else requests
         reads_times = self._model.reads_times

@@ -37,17 +37,10 @@ def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 
 
 def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws a number in [0, 1) for each row, a function of the seed and the row alone.
+    """Draws a number in [0, 1) for each of [n] int32 rows, a function of the row and the seed.
 
     Where in a batch a row stands, and what else is there, plays no part: every slice of a batch has
     the draws of the whole. A row that comes twice in a batch has one draw.
-
-    Args:
-        rows: [n] int32, of users or candidates.
-        seed: [2] int32.
-
-    Returns:
-        [n] float32.
     """
     return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
 
@@ -57,14 +50,8 @@ def uniform_of_slice(
 ) -> tf.Tensor:
     """Draws numbers in [0, 1) for the lines of a batch, or for a slice of them what the whole has.
 
-    Args:
-        shape: Of the result; its first dimension is the lines.
-        seed: [2] int32.
-        dropout_slice: [2] int32, number of the first line in the whole batch, and of its lines;
-            None is the whole.
-
-    Returns:
-        float32.
+    The lines are the first dimension of `shape`. `dropout_slice`, [2] int32, is the number of the
+    first one in the whole batch, and of its lines; None is the whole.
     """
     if dropout_slice is None:
         return tf.random.stateless_uniform(shape, seed)

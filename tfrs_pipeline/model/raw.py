@@ -62,10 +62,13 @@ def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
     """
     column = _typed(column)
     if not isinstance(column, pa.Array):
-        rows = [list(row) if _is_list(row) else [row] for row in column]
+        rows = [
+            list(row) if isinstance(row, Iterable) and not isinstance(row, str | bytes) else [row]
+            for row in column
+        ]
         values = to_texts([value for row in rows for value in row])
         lengths = np.array([len(row) for row in rows], np.int64)
-    elif _is_list_type(column.type):
+    elif isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         values, lengths = to_texts(column.flatten()), _lengths(column)
     else:
         values, lengths = to_texts(column), np.ones(len(column), np.int64)
@@ -83,11 +86,7 @@ def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
 
 
 def to_numbers(name: str, column: Column) -> np.ndarray:
-    """Returns [n] float64, NaN where missing.
-
-    Raises:
-        ValueError: If an entry is no number.
-    """
+    """Returns [n] float64, NaN where missing; a `ValueError` if an entry is no number."""
     column = _typed(column)
     if isinstance(column, pa.Array):
         try:
@@ -109,8 +108,7 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
 def to_seconds(name: str, column: Column) -> np.ndarray:
     """Returns [n] float64 seconds since 1970 (UTC), NaN where missing.
 
-    Raises:
-        ValueError: If an entry is no datetime, or one without a time zone.
+    A `ValueError` if an entry is no datetime, or one without a time zone.
     """
     column = _typed(column)
     if isinstance(column, pa.Array):
@@ -132,18 +130,11 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
 
 def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
-    """Returns the time of each item of each query's history: float64 seconds since 1970.
+    """Returns the time of each item of each query's history: float64 seconds since 1970 or NaN.
 
-    Args:
-        queries: Their `history_timestamps`, if there are any, are one an item of the `history`: a
-            `datetime` with a time zone, or None where it is not known; or all are numbers, of
-            seconds since 1970, NaN where it is not known.
-
-    Returns:
-        Per query, [length of its history], NaN where a time is not known.
-
-    Raises:
-        ValueError: If there are more or fewer of them, or something else.
+    The `history_timestamps` of a query, if there are any, are one an item: a `datetime` with a time
+    zone, or None where it is not known; or all are numbers, of seconds since 1970, NaN where it is
+    not known. A `ValueError` if there are more or fewer of them, or something else.
     """
     times = []
     for query in queries:
@@ -173,9 +164,8 @@ def history_of(query: Query) -> Sequence[Any]:
 def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
     """Returns [n, length] float32, NaN in missing rows; the length is by default the commonest.
 
-    Raises:
-        ValueError: If an entry is no vector, lengths differ, a number is not finite, or all are
-            missing and no length is given.
+    A `ValueError` if an entry is no vector, lengths differ, a number is not finite, or all are
+    missing and no length is given.
     """
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)
     column = _typed(column)
@@ -224,17 +214,8 @@ def _typed(column: Column) -> Any:
     return pa.FixedSizeListArray.from_arrays(values, column.shape[1])
 
 
-def _is_list_type(dtype: Any) -> bool:
-    types = pa.types
-    return types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
-
-
 def _lengths(lists: Any) -> np.ndarray:
     return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
 
 
 def _is_missing(value: Any) -> bool:

@@ -26,10 +26,8 @@ def request_signature(
 ) -> dict[str, tf.TensorSpec]:
     """Returns what `encode_requests` takes, by name: the features, and the timestamp if it is read.
 
-    Args:
-        features: Request features.
-        others: Features of the same signature, whose inputs have other names.
-        reads_times: Whether the model reads times, so that of the request too.
+    Whatever the features, it is read where the model `reads_times`. `others` are features of the
+    same signature, whose inputs have other names.
     """
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
@@ -44,16 +42,10 @@ def raw_requests(
     *,
     reads_times: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Makes requests the arrays that `encode_requests` takes; other keys are ignored.
+    """Makes requests the arrays of `request_signature`; what is not there is missing.
 
-    Args:
-        features: Request features.
-        requests: Raw values by name; what is not there is missing. The timestamp is a `datetime`
-            with a time zone.
-        reads_times: As of `request_signature`.
-
-    Raises:
-        ValueError: As `Feature.to_raw`.
+    The timestamp is a `datetime` with a time zone; other keys are ignored. A `ValueError` as of
+    `Feature.to_raw`.
     """
 
     def column(name: str) -> list[Any]:
@@ -69,14 +61,9 @@ def raw_requests(
 def encode_requests(
     features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
-    """Encodes request features, within a graph too.
+    """Encodes request features as `Feature.encode` does, within a graph too.
 
-    Args:
-        features: Request features.
-        raw: As of `request_signature`. An hour or weekday that is missing is the timestamp's.
-
-    Returns:
-        By name, as `Feature.encode`.
+    An hour or weekday that is missing is the timestamp's.
     """
     filled = dict(raw)
     for feature in features:

@@ -23,9 +23,7 @@ Decay: TypeAlias = Literal["none", "cosine"]
 ATTENTION_HEADS = 2  # Of each block of the self-attention.
 
 SharedKind: TypeAlias = Annotated[
-    InBatch | Uniform | Popularity,
-    Field(discriminator="kind"),
-    BeforeValidator(from_text),
+    InBatch | Uniform | Popularity, Field(discriminator="kind"), BeforeValidator(from_text)
 ]
 HardKind: TypeAlias = Annotated[
     FunnelLosers | Mined, Field(discriminator="kind"), BeforeValidator(from_text)
@@ -169,14 +167,9 @@ def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
 def check_examples(
     model: TwoTowerSettings, training: TrainingSettings
 ) -> Iterator[tuple[str, str]]:
-    """Yields what does not go with training many positives of a user at once.
+    """Yields what does not go with training many positives of a user at once: (setting, message).
 
-    Args:
-        model: Settings.
-        training: Settings.
-
-    Yields:
-        (setting, message) pairs; the setting is dotted, such as "model.negatives".
+    The setting is dotted, such as "model.negatives".
     """
     if training.examples == "single":
         return

@@ -101,9 +101,8 @@ class StreamingFrequency(tf.keras.layers.Layer):
     def update(self, candidate_rows: tf.Tensor) -> None:
         """Takes in the next batch of positives, and moves the clock on by as many examples.
 
-        Args:
-            candidate_rows: [n] int32 or int64, in the order of the stream, repeats and n = 0
-                allowed. Row 0 is a candidate like any other.
+        They are [n] integers in the order of the stream, repeats and n = 0 allowed. Row 0 is a
+        candidate like any other.
         """
         num_rows = tf.shape(candidate_rows, tf.int64)[0]
         place = self._clock + 1 + tf.range(num_rows)
@@ -122,27 +121,17 @@ class StreamingFrequency(tf.keras.layers.Layer):
         self._clock.assign_add(num_rows)
 
     def call(self, candidate_rows: tf.Tensor) -> tf.Tensor:
-        """Estimates the frequency of candidates, as of the last update.
-
-        Args:
-            candidate_rows: int32 or int64 of any shape.
-
-        Returns:
-            float32 of the same shape, in (0, 1].
-        """
+        """Estimates the frequency of candidates of any shape, by now: float32 in (0, 1]."""
         estimate = self._estimates(self._cells(tf.reshape(candidate_rows, [-1])))
         return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(candidate_rows))
 
     def take_over(self, other: StreamingFrequency, rows: np.ndarray) -> None:
         """Takes over what another stream has shown, whose rows were others.
 
-        A candidate brings the bucket in which it looked least frequent, the one that the fewest
-        others shared. Where two of them meet in a bucket, that of the more frequent one stands.
-
-        Args:
-            other: What was shown there.
-            rows: [num_candidates + 1] ints: for every row here that of the candidate there, 0 if it
-                is new.
+        `rows`, [num_candidates + 1], has for every row here that of the candidate there, 0 if it is
+        new. A candidate brings the bucket in which it looked least frequent, the one that the
+        fewest others shared. Where two of them meet in a bucket, that of the more frequent one
+        stands.
         """
         kept = np.flatnonzero(rows)
         cells = other._cells(tf.constant(rows[kept], tf.int32))

@@ -32,17 +32,9 @@ class Tower(tf.keras.layers.Layer):
     size of the output and they are added up ("sum"), with an MLP on top only if it has hidden
     layers.
 
-    Args:
-        name: "query_tower" or "candidate_tower".
-        settings: Sizes, dropout and how the inputs are joined.
-        features: Features besides the id.
-        num_ids: Rows of the id embedding besides row 0; None is no id embedding.
-        bias: "id" gives each id a number of its own besides, the last entry of its output; "ones"
-            is the other tower's part of it, a 1.
-        history: History encoder, for the query tower.
-
-    Raises:
-        ValueError: If the tower would have no input, or a bias without an id.
+    Of `num_ids` ids, beside row 0, it has an embedding; None is none. With the `bias` "id" each id
+    has a number of its own besides, the last entry of its output; "ones" is the other tower's part
+    of it, a 1. A `ValueError` if the tower would have no input, or a bias without an id.
     """
 
     def __init__(
@@ -107,7 +99,10 @@ class Tower(tf.keras.layers.Layer):
         parts = self._embedded(features)
         if self.history is not None:
             parts[_HISTORY] = self._read_history(inputs, training, seed)
-        rows = self._dropped_ids(inputs["row"], seed)
+        rows = inputs["row"]
+        if seed is not None and self._id_dropout:
+            drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
+            rows = tf.where(drawn < self._id_dropout, 0, rows)
         output = self._joined(rows, parts)
         if self._normalize:
             output = tf.math.l2_normalize(output, axis=1)
@@ -158,12 +153,6 @@ class Tower(tf.keras.layers.Layer):
         states = self.history.states(inputs["sequence_rows"], training=training, **given)
         return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
-    def _dropped_ids(self, rows: tf.Tensor, seed: tf.Tensor | None) -> tf.Tensor:
-        if seed is None or not self._id_dropout:
-            return rows
-        drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
-        return tf.where(drawn < self._id_dropout, 0, rows)
-
 
 class ItemVectors(tf.keras.layers.Layer):
     """Embeds the items of a history by what the candidate tower knows of them: id and features."""
@@ -198,8 +187,7 @@ def query_tower(
 ) -> Tower:
     """Makes the built-in query tower, which may read items as the candidate tower does.
 
-    Raises:
-        ConfigError: If it shall, and that tower is another than the built-in one.
+    A `ConfigError` if it shall, and that tower is another than the built-in one.
     """
     history = shared = None
     if settings.share_item_embedding:

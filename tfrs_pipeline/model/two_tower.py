@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
@@ -18,7 +19,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
+from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import (
@@ -28,8 +29,8 @@ from tfrs_pipeline.model.distribution import (
     training_strategy,
 )
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
-from tfrs_pipeline.model.mining import MinedPools, RetrieveRows
-from tfrs_pipeline.model.network import TwoTowerNetwork, candidate_table
+from tfrs_pipeline.model.mining import MinedPools
+from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import OnProgress, describe_batches, describe_sample, epoch_writer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
@@ -46,13 +47,10 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.settings import refuse
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 BUILT_IN = (InBatch, Uniform, Popularity)
 
@@ -112,10 +110,11 @@ class TwoTower:
         given = settings.model_dump() if settings else {}
         if negatives is not None and not isinstance(negatives, list | tuple):
             raise TypeError(f"negatives must be a list of kinds. Received: {negatives!r}.")
-        own: list[Any] = [kind for kind in negatives or () if _is_own(kind)]
+        own: list[Any] = []
         if negatives is not None:
             # Own kinds are no settings: they cannot be written into a file.
-            changes["negatives"] = tuple(kind for kind in negatives if not _is_own(kind))
+            own = [x for x in negatives if hasattr(x, "draw") and not isinstance(x, BUILT_IN)]
+            changes["negatives"] = tuple(kind for kind in negatives if kind not in own)
         refuse(
             (name, f"is a setting of the training: training=tp.TrainingSettings({name}={value!r})")
             for name, value in changes.items()
@@ -148,7 +147,7 @@ class TwoTower:
         train: Log,
         validation: Holdout | None = None,
         *,
-        warm_start: Trained | None = None,
+        warm_start: TwoTower | Trained | None = None,
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         on_epoch: OnEpoch | None = None,
@@ -216,7 +215,7 @@ class TwoTower:
         *,
         max_epochs: int | None = None,
         max_seconds: float | None = None,
-        warm_start: Trained | None = None,
+        warm_start: TwoTower | Trained | None = None,
         folder: Path | None = None,
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
@@ -224,23 +223,12 @@ class TwoTower:
         on_progress: OnProgress = lambda *task: None,
         log: Log | None = None,
     ) -> Self:
-        """Fits the model to samples that are built already; see `fit`.
+        """Fits the model to samples that are built already; `fit` says what is not said here.
 
-        Args:
-            data: Samples and corpus.
-            validation: As in `fit`.
-            max_epochs: Instead of the settings' number (see `fit.train`).
-            max_seconds: No epoch is begun after this time.
-            warm_start: As in `fit`.
-            folder: Of the checkpoints.
-            exclude: As in `fit`.
-            cutoffs: Of validation's metrics, besides that of the monitored one.
-            on_epoch: As in `fit`.
-            on_progress: Called while mining with a task's name, steps done and in all.
-            log: That the samples are of, which an export needs.
-
-        Returns:
-            The model itself.
+        `max_epochs` stands for the settings' number (see `fit.train`), and no epoch is begun after
+        `max_seconds`. Checkpoints lie in `folder`. `cutoffs` are those of validation's metrics,
+        besides that of the monitored one. `on_progress` is called while mining with a task's name,
+        steps done and in all. An export needs the `log` that the samples are of.
         """
         check_shared(folder)
         with self._unchanged_on_failure(), naming_lost_workers():
@@ -249,13 +237,12 @@ class TwoTower:
             tf.keras.utils.set_random_seed(self.seed)
             with training_strategy().scope():
                 self._network = self.build(data.corpus)
-            self._query_encoder = QueryEncoder(
-                self._network,
-                self.corpus.query_ids,
-                self.corpus.candidate_ids,
-                self.corpus.request_features,
-            )
+            ids = self.corpus.query_ids, self.corpus.candidate_ids
+            features = self.corpus.request_features
+            self._query_encoder = QueryEncoder(self._network, *ids, features)
             start = None
+            if isinstance(warm_start, TwoTower):
+                warm_start = warm_start.trained
             if warm_start is not None:
                 start = WarmStart(warm_start, self.settings, self.training, self.corpus)
             batches = self.batches(data.samples)
@@ -272,7 +259,7 @@ class TwoTower:
                 max_epochs=max_epochs,
                 validate=validate,
                 max_seconds=max_seconds,
-                before_epochs=mining,
+                mining=mining,
                 warm_start=start,
                 folder=folder,
                 on_epoch=on_epoch,
@@ -314,7 +301,7 @@ class TwoTower:
             for tower in self._towers
         )
         candidate = candidate or candidate_tower(self.settings, corpus)
-        table = candidate_table(corpus)
+        table = feature_table(corpus, "candidate")
         query = query or query_tower(self.settings, corpus, candidate, table)
         return TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
 
@@ -329,12 +316,12 @@ class TwoTower:
             raise ValueError("The model is not fitted: call fit first.")
         return self._network
 
-    def retrieve(
-        self,
-        queries: Sequence[Query],
-        k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def trained(self) -> Trained:
+        """What another training may start from."""
+        return Trained(self.settings, self.training, network=self.network, corpus=self.corpus)
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`."""
         _ = self.network
         return self._retriever.retrieve(queries, k, exclude)
@@ -346,8 +333,8 @@ class TwoTower:
 
     def _exact_retriever(self) -> ExactRetriever:
         """Makes a retriever of the network as it is now."""
-        values = self.corpus.candidate_ids.values
-        return ExactRetriever(values, self.network.embed_corpus(), self._query_encoder)
+        embeddings = self.network.embed_corpus()
+        return ExactRetriever(self.candidate_ids, embeddings, self._query_encoder)
 
     def _validate(
         self, holdout: Holdout, exclude: Exclude, cutoffs: Sequence[int]
@@ -371,23 +358,12 @@ class TwoTower:
         return MinedPools(
             batches,
             mined,
-            make_retrieval=self._row_retrieval,
+            make_retrieval=self._query_encoder.row_retrieval,
             history_length=self.settings.history_length,
             seed=self.seed,
             folder=folder,
             on_progress=lambda done, total: on_progress(f"{self.name}, mining", done, total),
         )
-
-    def _row_retrieval(self) -> RetrieveRows:
-        """Makes the exact retrieval by rows of the network as it is now."""
-        corpus, embed = self.network.embed_corpus(), self._query_encoder.embed_rows
-
-        def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
-            queries = embed(query_rows, history_rows)
-            size = len(queries), len(corpus)
-            return top_k_in_blocks(lambda block: queries[block] @ corpus.T, *size, k)[0]
-
-        return retrieve
 
     # What `serving.encoder.Exportable` asks for, in whose words it is described.
 
@@ -472,8 +448,3 @@ class TwoTower:
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
         return self._log.whole
-
-
-def _is_own(kind: object) -> bool:
-    """Whether this is a kind of negative that no setting can say."""
-    return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)

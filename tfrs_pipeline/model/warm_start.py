@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -28,22 +28,9 @@ SHAPE = (
 ATTENTION_SHAPE = ("history_length", "attention_blocks")
 
 
-class Trained(Protocol):
-    """What a training leaves behind: a fitted `TwoTower`, or `TrainedNetwork`."""
-
-    @property
-    def settings(self) -> TwoTowerSettings: ...  # noqa: D102
-    @property
-    def training(self) -> TrainingSettings: ...  # noqa: D102
-    @property
-    def corpus(self) -> Corpus: ...  # noqa: D102
-    @property
-    def network(self) -> TwoTowerNetwork: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
-class TrainedNetwork:
-    """A `Trained` that was read from where a training has saved it."""
+class Trained:
+    """What a training leaves behind, in a fitted `TwoTower` or read from where it was saved."""
 
     settings: TwoTowerSettings
     training: TrainingSettings
@@ -58,21 +45,12 @@ class WarmStart:
     state, whatever their rows were. New ones start from the embedding of row 0, which stands for
     unknown ids, if that was trained (by `id_dropout`, or because a feature's value was missing),
     else as in any training; their optimizer state is that of a row which has had no gradient. All
-    other weights and their state are carried over, the count of steps too, and so is the estimated
-    frequency of the candidates; a learning rate's warm-up and decay begin anew. Training counts are
-    those of the new samples. What of the optimizer's state cannot be carried over, because the
-    optimizer is another one, starts anew.
+    other weights and their state are carried over, the count of steps too (`first_step`), and so is
+    the estimated frequency of the candidates; a learning rate's warm-up and decay begin anew.
+    Training counts are those of the new samples. What of the optimizer's state cannot be carried
+    over, because the optimizer is another one, starts anew.
 
     Buckets of a number are carried over by their lowest value, those of hashes by the hash.
-
-    Args:
-        source: To start from.
-        settings: Of the new model.
-        training: Likewise.
-        corpus: Of the new samples.
-
-    Attributes:
-        first_step: What the optimizer's count of steps begins at.
 
     Raises:
         ConfigError: If a setting that shapes the weights, or a feature, is another; if an own tower

@@ -18,14 +18,8 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
         p(c) = ( accept[c] + sum over slots i with alias[i] = c of (1 - accept[i]) ) / num_rows.
 
-    Args:
-        probability: [num_rows] float64, 0 or more, sum 1.
-
-    Returns:
-        `accept`, [num_rows] float32 in [0, 1], and `alias`, [num_rows] int32.
-
-    Raises:
-        ValueError: If a value is negative or not finite, or the sum is not 1.
+    The probability is [num_rows] float64, 0 or more, sum 1, else a `ValueError`. Returns `accept`,
+    [num_rows] float32 in [0, 1], and `alias`, [num_rows] int32.
 
     Example:
         >>> accept, alias = build_alias_table(np.array([0.25, 0.75]))

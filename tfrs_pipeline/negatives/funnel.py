@@ -79,11 +79,7 @@ class FunnelLosers:
 
 
 def check_share(share: float) -> None:
-    """Refuses a hard share outside (0, 1).
-
-    Raises:
-        ValueError: With what to do instead of 0.
-    """
+    """Refuses (`ValueError`) a hard share outside (0, 1), and says what to do instead of 0."""
     if not 0 < share < 1:
         raise ValueError(
             f"share must be in (0, 1); without hard negatives, set hard to none. Received: {share}"

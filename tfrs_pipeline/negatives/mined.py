@@ -98,8 +98,7 @@ class Mined:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws up to `max_pool` places of each line of [b, k] bool, in random order.
 
-        Returns:
-            [b, at most max_pool] places, and [b] how many of the first of them were drawn.
+        Returns [b, at most max_pool] places, and [b] how many of the first of them were drawn.
         """
         # What is not left sorts last.
         keys = np.where(is_left, rng.random(is_left.shape, np.float32), np.float32(2))

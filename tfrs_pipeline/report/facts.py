@@ -45,15 +45,11 @@ DROPPED = "dropped"
 
 @dataclass(frozen=True)
 class PopularityFacts:
-    """Who is drawn how often, [num_candidates] each.
+    """Who is drawn how often, [num_candidates] each, and how many candidates no kind can draw.
 
-    Args:
-        counts: Training positives.
-        before: Share of the positives as logged, sum 1.
-        after: Share of the positives' weight as trained on, sum 1; that of before where neither
-            resampling nor weights change it.
-        negatives: Kind of negative -> the distribution that it draws from.
-        num_unreachable: Candidates that no kind can draw.
+    Before and after are shares, sum 1, of the positives as logged, and of their weight as trained
+    on; the same where neither resampling nor weights change it. Negatives are, by kind, the
+    distributions that they draw from.
     """
 
     counts: np.ndarray
@@ -245,7 +241,7 @@ def gather_facts(folder: Path) -> RunFacts:
     config = read_settings(folder)
     metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
-    split = Split.read(log, config.split.kind, folder / "data" / "split.parquet").events
+    split = Split.read(log, folder / "data" / "split.parquet").events
     # Without a second training there are no other samples.
     final, selection = (folder / "samples" / name for name in ("final", "selection"))
     samples_folder = final if final.is_dir() else selection
@@ -255,14 +251,7 @@ def gather_facts(folder: Path) -> RunFacts:
         folder=str(folder),
         config=config,
         metrics=metrics,
-        table_sizes={
-            name: table.count().to_pyarrow().as_py()
-            for name, table in (
-                ("events", log.events),
-                ("items", log.items),
-                ("users", log.users),
-            )
-        },
+        table_sizes=log.counts(),
         dropped=log.dropped,
         log_notes=log.notes,
         events_by_stage=_events_by_stage(log.events, split),

@@ -34,7 +34,8 @@ def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metr
     for axes, (of_panel, intervals) in zip(all_axes, panels.items(), strict=True):
         for place, interval in enumerate(intervals.values()):
             colour = SERIES[0] if place == 0 else SERIES[1]
-            mean, low, high = (_nan(interval[key]) for key in ("mean", "low", "high"))
+            # None becomes NaN.
+            mean, low, high = np.array([interval[key] for key in ("mean", "low", "high")], float)
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot(mean, place, MARKERS[min(place, 1)], color=colour, markersize=5)
             if not np.isnan(mean):
@@ -144,12 +145,8 @@ def _plain_numbers(axes: Any) -> None:
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Takes means over ranks that lie together on a logarithmic axis, for a curve of few points.
 
-    Args:
-        values: [num_ranks] by rank.
-
-    Returns:
-        Ranks from 1, the geometric middle of those that were taken together, and the means of their
-        values. While ranks are few they stay apart.
+    Returns ranks from 1, the geometric middle of those that were taken together, and the means of
+    their values. While ranks are few they stay apart.
 
     Example:
         >>> thinned(np.array([4.0, 2.0, 0.0]))
@@ -159,7 +156,3 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts, stops = edges[:-1], edges[1:] - 1
     sums = np.add.reduceat(np.asarray(values, np.float64), starts - 1)
     return np.sqrt(starts * stops.astype(np.float64)), sums / (stops - starts + 1)
-
-
-def _nan(value: float | None) -> float:
-    return np.nan if value is None else value

@@ -133,7 +133,9 @@ def advice(metrics: Metrics, metric: str, monitor: str) -> Iterator[str]:
             f"trained too shortly: validation {monitor} was best after the last of "
             f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
         )
-    num_positives, num_items = metrics["split"]["train"]["num_positives"], _num_items(metrics)
+    slices = models[first]["slices"].values()
+    num_items = max(sum(part["num_candidates"] for part in slices), 1)
+    num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
@@ -170,11 +172,6 @@ def _gap(above: Mapping[str, float]) -> str:
 
 def _first(metrics: Metrics) -> str:
     return str(next(iter(metrics["models"])))
-
-
-def _num_items(metrics: Metrics) -> int:
-    slices = metrics["models"][_first(metrics)]["slices"].values()
-    return max(sum(part["num_candidates"] for part in slices), 1)
 
 
 def _baselines(names: Sequence[str]) -> list[str]:

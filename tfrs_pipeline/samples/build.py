@@ -21,10 +21,11 @@ from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
-from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
+from tfrs_pipeline.samples.positives import NO_POSITIVE
 from tfrs_pipeline.samples.requests import request_column
 from tfrs_pipeline.samples.store import pool_size_column
 
@@ -76,9 +77,12 @@ def build_samples(
     (folder / "report.json").unlink(missing_ok=True)
     with _work_folder(log, folder) as work:
         events = _write_rows(log, work)
-        positives = Positives.select(events)
+        positives = events.filter(is_positive)
         _write_counts(positives, work)
-        _write_masks(events, positives, work)
+        # What is never a negative of whom.
+        known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
+        exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
+        work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
         samples = positives
         if log.is_ordered or "timestamp" in log.events.columns:
             samples = _with_num_earlier(positives)
@@ -175,13 +179,6 @@ def _write_counts(positives: ibis.Table, work: _Work) -> None:
     corpus = work.write("corpus", corpus.order_by("candidate_row"))
     if not corpus["count"].max().to_pyarrow().as_py():
         raise DataError(NO_POSITIVE)
-
-
-def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None:
-    """Writes what is never a negative of whom."""
-    known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-    exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
-    work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
 
 
 def _with_num_earlier(positives: ibis.Table) -> ibis.Table:

@@ -89,10 +89,8 @@ def map_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the columns in a folder, written first if they are not there, whole, and of this.
 
-    Args:
-        folder: Of `NAME.npy`; what else is there goes.
-        made_of: JSON-able: with another one the columns are made again.
-        write: Given the folder, writes the columns.
+    `write` gets the folder, of `NAME.npy`, from which all else goes. With another `made_of`,
+    JSON-able, they are made again.
     """
     record = folder / "columns.json"
     with folder.with_suffix(".lock").open("w") as lock:

@@ -57,13 +57,9 @@ def draw_pools(
     """Draws the pools of each positive: losers of its own request and, if few, of recent ones.
 
     Of recent requests the `max_pool` latest losers are taken, so that a user's part grows with
-    their events and not with the square of them.
-
-    Args:
-        positives: Rows with query_row, event_number, time and, if logged, request_id.
-        losers: From `find_losers`.
-        hard: As there.
-        seed: Of the draw where a pool exceeds `max_pool`.
+    their events and not with the square of them. Positives are rows with query_row, event_number,
+    time and, if logged, request_id; losers are from `find_losers`. The seed is that of the draw
+    where a pool exceeds `max_pool`.
 
     Returns:
         Stage -> table of query_row, time and event_number of the positive, candidate_row of the
@@ -75,7 +71,9 @@ def draw_pools(
     pools: dict[str, ibis.Table] = {}
     for stage in hard.stages:
         of_stage = losers.filter(losers["stage"] == stage)
-        pool = own = _own_request(keys, of_stage)
+        asked = of_stage.select("query_row", "request_id", "candidate_row").distinct()
+        pool = keys.inner_join(asked, ["query_row", "request_id"])
+        pool = own = pool.select(*_POSITIVE, "candidate_row")
         if hard.min_pool:
             pool = own.union(_recent_requests(keys, own, of_stage, hard)).distinct()
         key = random_key(pool["candidate_row"], pool["event_number"], seed=seed)
@@ -127,13 +125,6 @@ def _low_part(
         "ranked, not in the low part": count_rows(ranked) - count_rows(low),
     }
     return others.union(low.select(*others.columns)), removed
-
-
-def _own_request(keys: ibis.Table, losers: ibis.Table) -> ibis.Table:
-    """Joins positives with the losers of their requests; each pair once."""
-    asked = losers.select("query_row", "request_id", "candidate_row").distinct()
-    joined = keys.inner_join(asked, ["query_row", "request_id"])
-    return joined.select(*_POSITIVE, "candidate_row")
 
 
 def _recent_requests(

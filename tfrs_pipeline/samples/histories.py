@@ -10,20 +10,14 @@ import pyarrow as pa
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import whole_seconds
-from tfrs_pipeline.data.split import order_keys
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.samples.store import RowLists
 
 
 def latest_histories(
     log: Log, query_ids: Ids, candidate_ids: Ids
 ) -> tuple[RowLists, RowLists, np.ndarray | None]:
-    """Collects the positives of each user of a log, joined and sorted by its engine.
-
-    Args:
-        log: All that has happened, its test part included.
-        query_ids: Users and their rows.
-        candidate_ids: Items and their rows.
+    """Collects the positives of each user of a log, its test part included, by its engine.
 
     Returns:
         histories: Per query row from 0, the candidate rows of the user's positives, most recent
@@ -34,7 +28,7 @@ def latest_histories(
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
-    events = Positives.select(log.events).select("user_id", "item_id", *order_keys(log.events))
+    events = log.events.filter(is_positive).select("user_id", "item_id", *order_keys(log.events))
     joined = events.inner_join(users, "user_id").left_join(items, "item_id")
     rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
     latest_first = [ibis.desc(key) for key in order_keys(log.events)]

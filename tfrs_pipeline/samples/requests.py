@@ -38,13 +38,8 @@ def encoded_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the encoded request features of the samples in a folder: made once, a part at a time.
 
-    Args:
-        folder: Of the samples.
-        encoders: By feature, what turns some of its raw values, an Arrow array, into an array.
-        made_by: Tells encoders apart, JSON-able.
-
-    Returns:
-        By feature, [num_samples, ...].
+    `encoders` turn some of a feature's raw values, an Arrow array, into an array; `made_by`,
+    JSON-able, tells them apart. By feature the columns are [num_samples, ...].
     """
     made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}
     write = functools.partial(_write, folder, encoders)

@@ -30,9 +30,7 @@ def pool_size_column(stage: str) -> str:
 class RowLists:
     """One list of candidate rows per key row, as offsets into flat values.
 
-    Args:
-        offsets: [num_keys + 1] int64; the list of key i is values[offsets[i]:offsets[i + 1]].
-        values: [total] int32 candidate rows.
+    The list of key i is values[offsets[i]:offsets[i + 1]], int32; offsets are [num_keys + 1] int64.
     """
 
     offsets: np.ndarray
@@ -184,15 +182,7 @@ class Samples:
         )
 
     def history(self, i: int, length: int | None = None) -> np.ndarray:
-        """Returns the history of sample i.
-
-        Args:
-            i: Place of the sample.
-            length: Of the most recent rows to return; None is all.
-
-        Returns:
-            [at most length] int32 candidate rows, oldest first.
-        """
+        """Returns the history of sample i: int32 candidate rows, oldest first."""
         sequence = self.sequences[self.query_rows[i]]
         if self.num_earlier is None:
             rows = sequence[sequence != self.candidate_rows[i]]
@@ -201,59 +191,44 @@ class Samples:
         return rows if length is None else rows[max(len(rows) - length, 0) :]
 
     def latest(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the latest of the histories of samples.
+        """Gathers the latest of the histories of [n] samples.
 
-        Args:
-            index: [n] places of samples.
-            length: N, most recent rows of each.
-
-        Returns:
-            [n, N] int32 candidate rows, most recent first, padded with 0.
+        Returns [n, N] int32 candidate rows, most recent first, padded with 0.
         """
         if self.num_earlier is None:
             # The rest of the sequences, copies of the positive excluded.
             lists = self.sequences.take(self.query_rows[index])
             own = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
             return lists.where(lists.values != own).latest(length)
-        steps_ago = np.arange(1, length + 1)
-        num_known = self.num_earlier[index][:, np.newaxis]
-        place = (
-            self.sequences.offsets[self.query_rows[index]][:, np.newaxis] + num_known - steps_ago
-        )
-        is_known = steps_ago <= num_known
-        return np.where(is_known, self.sequences.values[np.where(is_known, place, 0)], np.int32(0))
+        place, is_known = self._places(index, np.arange(1, length + 1))
+        return np.where(is_known, self.sequences.values[place], np.int32(0))
 
     def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
         """Gathers the times of the queries of samples and of what `latest` gives, in seconds.
 
         A query's time is that of the first of its sequence's events that are not in its history.
-
-        Args:
-            index: [n] places of samples, of a log with timestamps.
-            length: N.
-
-        Returns:
-            [n, N + 1] float64, the query's first, then those of the items; NaN where there is none.
+        Returns [n, N + 1] float64, the query's first, then those of the items; NaN where there is
+        none.
         """
-        assert self.num_earlier is not None
         assert self.sequence_times is not None
-        steps_ago = np.arange(length + 1)
+        place, is_known = self._places(index, np.arange(length + 1))
+        return np.where(is_known, self.sequence_times[place], np.nan)
+
+    def _places(self, index: np.ndarray, steps_ago: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the events so many steps before samples in the sequences, 0 where there is none."""
+        assert self.num_earlier is not None
         num_known = self.num_earlier[index][:, np.newaxis]
-        place = (
-            self.sequences.offsets[self.query_rows[index]][:, np.newaxis] + num_known - steps_ago
-        )
+        first = self.sequences.offsets[self.query_rows[index]][:, np.newaxis]
         is_known = steps_ago <= num_known
-        return np.where(is_known, self.sequence_times[np.where(is_known, place, 0)], np.nan)
+        return np.where(is_known, first + num_known - steps_ago, 0), is_known
 
 
 def read_samples(folder: Path) -> Samples:
     """Maps what `build_samples` wrote; nothing is read until a batch asks for it.
 
     Once, the Parquet files are turned into columns, a few rows at a time, in a folder `columns`
-    beside them; again when they were built anew or a column is damaged.
-
-    Raises:
-        FileNotFoundError: If the folder holds no samples.
+    beside them; again when they were built anew or a column is damaged. A `FileNotFoundError` if
+    the folder holds no samples.
     """
     report = folder / "report.json"
     if not report.exists():
@@ -279,12 +254,7 @@ def read_samples(folder: Path) -> Samples:
 
 
 def read_ids(folder: Path) -> tuple[Ids, Ids]:
-    """Reads the ids behind the rows.
-
-    Returns:
-        candidate_ids: Item ids and their rows.
-        query_ids: User ids and their rows.
-    """
+    """Reads the ids behind the rows: item ids, and user ids."""
     corpus = pq.read_table(folder / "corpus.parquet", columns=["item_id"])["item_id"]
     queries = pq.read_table(folder / "queries.parquet", columns=["user_id"])["user_id"]
     return Ids(corpus.to_numpy()), Ids(queries.to_numpy())

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.features import raw_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import features_of, query_inputs, signature_inputs
+from tfrs_pipeline.serving.encoder import ask, features_of, query_inputs, signature_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import EXACT_FOLDER
 from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
@@ -70,16 +70,11 @@ def prove(
     item_ids: Sequence[Any],
     values: Mapping[str, Any],
 ) -> None:
-    """Has a fresh process load what was saved and answer as the modules in memory do.
+    """Has a fresh process load what was saved, by folder, and answer as the modules in memory do.
 
-    Args:
-        modules: Folder of a SavedModel -> what was saved there.
-        queries: That the signatures of users are asked with.
-        item_ids: That those of items are asked with.
-        values: Of other inputs, by name (see `example_values`); they are missing otherwise.
-
-    Raises:
-        ExportError: If the process fails, or an answer differs.
+    The signatures of users are asked with `queries`, those of items with `item_ids`. Other inputs
+    have the `values` of their names (see `example_values`); they are missing otherwise. An
+    `ExportError` if the process fails, or an answer differs.
     """
     for folder, module in modules.items():
         arrays: dict[str, np.ndarray] = {}
@@ -113,8 +108,6 @@ def differences(folder: Path) -> str:
     loaded = tf.saved_model.load(str(folder))
     problems = []
     for signature in dict.fromkeys(name for name, _, _ in arrays):
-        function = loaded.signatures[signature]
-        specs = function.structured_input_signature[1]
         given, expected = (
             {
                 key: array
@@ -123,8 +116,7 @@ def differences(folder: Path) -> str:
             }
             for role in ("input", "output")
         )
-        answer = function(**{k: tf.constant(x, specs[k].dtype, x.shape) for k, x in given.items()})
-        if problem := _difference(expected, {k: x.numpy() for k, x in answer.items()}):
+        if problem := _difference(expected, ask(loaded.signatures[signature], given)):
             problems.append(f"{signature}: {problem}")
     return "; ".join(problems)
 

@@ -25,7 +25,7 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.settings import suggest
 
 # Of a request, below the limits of the server as it is set.
@@ -35,13 +35,8 @@ MAX_QUERIES, MAX_RESULTS = 64, 20_000
 class ServedRetriever:
     """A `Retriever` on a server: this package's or TensorFlow Serving.
 
-    Args:
-        url: Of the model, such as "http://127.0.0.1:8501/v1/models/movielens-100k".
-        timeout_seconds: Longest time for a request.
-
-    Raises:
-        OSError: If the server cannot be reached.
-        ValueError: If it has no such model.
+    The url is the model's, such as "http://127.0.0.1:8501/v1/models/movielens-100k". An `OSError`
+    if the server cannot be reached, a `ValueError` if it has no such model.
     """
 
     def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:
@@ -61,10 +56,10 @@ class ServedRetriever:
         self,
         queries: Sequence[Query],
         k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
+        exclude: Excluded = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         `user_id`, `history`, `history_timestamps` and `request` are read: this by the inputs of the
@@ -103,11 +98,13 @@ class ServedRetriever:
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),
-                **(self._item_times(queries[block]) if self._reads_item_times else {}),
                 **self._request_inputs([query.get("request") or {} for query in queries[block]]),
                 "exclude": _padded(exclude[block], self._items_are_text),
                 "k": k,
             }
+            if self._reads_item_times:
+                times = [of_query.tolist() for of_query in item_times(queries[block])]
+                inputs[HISTORY_TIMESTAMPS] = _filled(times, math.nan)
             signature = "retrieve"
             if allowed is not None:
                 signature = "retrieve_filtered"
@@ -116,13 +113,6 @@ class ServedRetriever:
             ids[block] = answer["outputs"]["candidate_ids"]
             scores[block] = answer["outputs"]["scores"]
         return ids, scores
-
-    def _item_times(self, queries: Sequence[Query]) -> dict[str, list[Any]]:
-        """Writes the times of the histories' items, NaN where they are not known, as JSON."""
-        times = [of_query.tolist() for of_query in item_times(queries)]
-        width = max(map(len, times), default=0)
-        lines = [[*line, *[math.nan] * (width - len(line))] for line in times]
-        return {HISTORY_TIMESTAMPS: lines}
 
     def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
@@ -169,22 +159,21 @@ def _values(name: str, values: Sequence[Any], about: Mapping[str, Any]) -> list[
 
 
 def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
-    """Makes lists of one length."""
-    width = max(map(len, lists), default=0)
-    return [_known(ids, is_text, width) for ids in lists]
-
-
-def _known(ids: Collection[Any], is_text: bool, width: int) -> list[Any]:
     """Writes ids as JSON has them: the empty id in place of one that no model can know.
 
     So each stays in its place, beside its time; empty ones fill the rest.
     """
     if is_text:
-        known: list[Any] = [id_ if isinstance(id_, str) else "" for id_ in ids]
-    else:
-        known = [int(id_) if _is_int64(id_) else -1 for id_ in ids]
-    return [*known, *["" if is_text else -1] * (width - len(known))]
+        return _filled([[x if isinstance(x, str) else "" for x in ids] for ids in lists], "")
+    int64 = range(-(2**63), 2**63)
+    known = [
+        [int(x) if isinstance(x, int | np.integer) and int(x) in int64 else -1 for x in ids]
+        for ids in lists
+    ]
+    return _filled(known, -1)
 
 
-def _is_int64(id_: Any) -> bool:
-    return isinstance(id_, int | np.integer) and -(2**63) <= int(id_) < 2**63
+def _filled(lists: Sequence[Sequence[Any]], filler: Any) -> list[list[Any]]:
+    """Makes lists of one length."""
+    width = max(map(len, lists), default=0)
+    return [[*values, *[filler] * (width - len(values))] for values in lists]

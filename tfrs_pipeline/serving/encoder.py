@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
@@ -19,11 +20,16 @@ from tfrs_pipeline.model.requests import (
     request_signature,
 )
 from tfrs_pipeline.retrieval import Query
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.serving.id_tensors import (
+    id_dtype,
+    id_list,
+    id_lists,
+    lookup,
+    row_table,
+    stored,
+    with_empty,
+)
 
 ITEMS_PER_CALL = 8192
 _QUERIES_PER_CALL = 256
@@ -108,12 +114,8 @@ class Encoder(tf.Module):
     that was saved within a module and loaded is called in the same way, by position: its functions
     keep their input signatures.
 
-    Args:
-        model: What embeds.
-        user_data: Whether to hold what is known of users: their ids, histories and features.
-
-    Raises:
-        ValueError: If there shall be no user data and the model has an embedding of each user.
+    Without `user_data` it holds nothing of what is known of users: their ids, histories and
+    features; a `ValueError` if the model has an embedding of each user.
 
     Those of queries take the raw values of each request feature last (`request_signature`). Of a
     model that reads times, those take the request's timestamp too, and those with a history the
@@ -135,7 +137,7 @@ class Encoder(tf.Module):
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
-        self._model = _Untracked(model)
+        self._model = lambda: model  # A function: the model stays out of the exported objects.
         self._holds_users = user_data
         self._query_rows = row_table(model.query_ids if user_data else model.query_ids[:0])
         self._candidate_rows = row_table(model.candidate_ids)
@@ -165,7 +167,10 @@ class Encoder(tf.Module):
         timed = [history]
         if self._reads_times:
             timed.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
-        request = self._request_signature().values()
+        self._request_signature = request_signature(
+            self._request_features, self._query_features, reads_times=self._reads_times
+        )
+        request = self._request_signature.values()
         candidate_features = raw_signature(self._candidate_features).values()
         self.embed_user: Any = None
         if user_data:
@@ -189,11 +194,6 @@ class Encoder(tf.Module):
     @property
     def _reads_times(self) -> bool:
         return self._history_times is not None
-
-    def _request_signature(self) -> dict[str, tf.TensorSpec]:
-        return request_signature(
-            self._request_features, self._query_features, reads_times=self._reads_times
-        )
 
     def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         query_rows = lookup(self._query_rows, user_id)
@@ -220,7 +220,7 @@ class Encoder(tf.Module):
         times: tf.RaggedTensor | None,
         raw: Mapping[str, tf.Tensor],
     ) -> dict[str, tf.Tensor]:
-        model = self._model.value
+        model = self._model()
         features = self._encoded_features(raw)
         if not self._holds_users:
             features = self._missing_features(tf.shape(query_rows)[0]) | features
@@ -238,8 +238,7 @@ class Encoder(tf.Module):
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes a signature's features of the user, where it has them, and of the request."""
         of_user = raw_signature(self._query_features)
-        of_request = self._request_signature()
-        given = {name: raw[spec.name] for name, spec in of_request.items()}
+        given = {name: raw[spec.name] for name, spec in self._request_signature.items()}
         features = encode_requests(self._request_features, given)
         if all(spec.name in raw for spec in of_user.values()):
             given = {name: raw[spec.name] for name, spec in of_user.items()}
@@ -254,7 +253,7 @@ class Encoder(tf.Module):
 
     def _refuse_user_embeddings(self) -> None:
         """Refuses a model that tells its first users apart, all else being equal."""
-        model = self._model.value
+        model = self._model()
         rows = tf.range(min(2, len(model.query_ids) + 1))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
         embedded = model.embed_queries(rows, history, self._missing_features(len(rows)))
@@ -276,7 +275,7 @@ class Encoder(tf.Module):
         given = {name: raw[spec.name] for name, spec in signature.items()}
         features = encode_raw(self._candidate_features, given)
         return {
-            "embeddings": self._model.value.embed_candidates(rows, features or None),
+            "embeddings": self._model().embed_candidates(rows, features or None),
             "is_known_item": rows > 0,
         }
 
@@ -326,18 +325,29 @@ def request_inputs(
 ) -> dict[str, tf.Tensor]:
     """Makes the inputs of a signature that requests bring, by name, in their order.
 
-    Args:
-        function: The signature.
-        features: Those of query and request.
-        requests: Raw values by feature, and the timestamp; what is not there is missing.
+    `features` are those of query and request, by side; `requests` are raw values by feature, and
+    the timestamp: what is not there is missing.
     """
     reads_times = TIMESTAMP in signature_inputs(function)
     raw = raw_requests(features["request"], requests, reads_times=reads_times)
     specs = request_signature(features["request"], features["query"], reads_times=reads_times)
+    return as_inputs(specs, raw)
+
+
+def as_inputs(
+    specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
+) -> dict[str, tf.Tensor]:
+    """Makes arrays, by the keys of the specs, inputs of a signature, by the names in the specs."""
     return {
-        spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
-        for name, spec in specs.items()
+        spec.name: tf.constant(raw[key], spec.dtype, raw[key].shape) for key, spec in specs.items()
     }
+
+
+def ask(function: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Asks a signature of a loaded model."""
+    specs = function.structured_input_signature[1]
+    given = {n: tf.constant(array, specs[n].dtype, array.shape) for n, array in inputs.items()}
+    return {name: tensor.numpy() for name, tensor in function(**given).items()}
 
 
 def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
@@ -407,80 +417,3 @@ def _as_wide(times: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
 def _handle(variable: Any) -> int:
     """Identifies the resource behind a variable or a lookup table."""
     return id(variable.handle if hasattr(variable, "handle") else variable.resource_handle)
-
-
-class _Untracked:
-    """Keeps a model out of the exported object graph."""
-
-    def __init__(self, value: Exportable) -> None:
-        self.value = value
-
-
-def id_dtype(ids: np.ndarray) -> tf.DType:
-    """Returns the type in which ids enter the graph: int64 or string."""
-    return tf.int64 if ids.dtype == np.int64 else tf.string
-
-
-def empty_id(dtype: tf.DType) -> Any:
-    """Returns the id of an empty slot: -1 or ""."""
-    return -1 if dtype == tf.int64 else ""
-
-
-def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Makes ids a tensor [n]; None is the empty id.
-
-    Raises:
-        ValueError: If an id is of another type than the model's.
-    """
-    return tf.constant([_of_type(id_, dtype) for id_ in ids], dtype, [len(ids)])
-
-
-def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes lists of ids a tensor [n, any], padded with the empty id; otherwise as `id_list`."""
-    known = [[_of_type(id_, dtype) for id_ in ids] for ids in lists]
-    return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
-
-
-def _of_type(id_: Any, dtype: tf.DType) -> Any:
-    """Returns an id that the graph takes: of those beyond int64, no model has one."""
-    if id_ is None:
-        return empty_id(dtype)
-    if dtype == tf.string:
-        if isinstance(id_, str):
-            return id_
-        raise ValueError(f"This model's ids are strings. Received: {id_!r}; did you mean '{id_}'?")
-    if isinstance(id_, int | np.integer):
-        return id_ if tf.int64.min <= id_ <= tf.int64.max else empty_id(dtype)
-    raise ValueError(f"This model's ids are integers. Received: {id_!r}")
-
-
-def with_empty(ids: np.ndarray) -> tf.Tensor:
-    """Returns [n + 1] ids by row, the empty id in row 0."""
-    dtype = id_dtype(ids)
-    return tf.constant([empty_id(dtype), *ids.tolist()], dtype)
-
-
-def stored(values: Any) -> tf.Variable:
-    """Makes a variable of what never changes.
-
-    A constant would be written into the graph, which must not exceed 2 GB: histories of many users
-    do, and ids of many items.
-    """
-    return tf.Variable(values, trainable=False)
-
-
-def row_table(ids: np.ndarray) -> tf.lookup.experimental.MutableHashTable:
-    """Makes the table of rows 1, 2, ... by id; whatever else has row 0.
-
-    It never changes, but is of the kind whose entries are saved with the variables (see `stored`).
-    """
-    dtype = id_dtype(ids)
-    table = tf.lookup.experimental.MutableHashTable(dtype, tf.int64, default_value=0)
-    table.insert(tf.constant(ids.tolist(), dtype), tf.range(1, len(ids) + 1, dtype=tf.int64))
-    return table
-
-
-def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf.Tensor:
-    """Looks up rows: int32, of the shape of `ids`."""
-    # Such a table tells nothing of the shape.
-    return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)

@@ -15,11 +15,10 @@ A version is written beside its place and renamed once it is whole and checked.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,23 @@ NUM_QUERIES = 1000
 NUM_PROBES = 20
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an export was asked for, which holds for the next refreshment too; see `export`."""
+
+    index: Scann | Exact | None = None
+    filter_by: str | None = None
+    keep_versions: int | None = None
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Asked:
+        """Reads it back from the manifest of an export."""
+        asked = dict(manifest["export"])
+        if (index := asked.pop("index")) is not None:
+            index = Exact(**index) if index["kind"] == "exact" else Scann(**index)
+        return cls(index, **asked)
+
+
 def export(
     model: Exportable,
     path: str | Path,
@@ -111,27 +127,16 @@ def export(
         ValueError: If the model's items are not those of its ids, or lack the column to filter by;
             if there shall be no user data and the model has an embedding of each user.
     """
-    write = functools.partial(
-        export_version,
-        model,
-        path,
-        index=index,
-        filter_by=filter_by,
-        keep_versions=keep_versions,
-        user_data=user_data,
-        queries=queries,
-        manifest=manifest or {},
-    )
-    return Path(on_chief(lambda: str(write()[0])))
+    asked = Asked(index, filter_by, keep_versions)
+    given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
+    return Path(on_chief(lambda: str(export_version(model, path, asked, **given)[0])))
 
 
 def export_version(
     model: Exportable,
     path: str | Path,
+    asked: Asked,
     *,
-    index: Scann | Exact | None,
-    filter_by: str | None,
-    keep_versions: int | None,
     user_data: bool,
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
@@ -147,65 +152,51 @@ def export_version(
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
         queries = _stored_queries(model)
-    sides = {
-        "query": (model.query_features, raw_signature(model.query_features)),
-        "request": (
-            model.request_features,
-            request_signature(
-                model.request_features,
-                model.query_features,
-                reads_times=model.history_times is not None,
-            ),
-        ),
-        "candidate": (model.candidate_features, raw_signature(model.candidate_features)),
-    }
+    features = {side: getattr(model, f"{side}_features") for side in ("query", "candidate")}
+    inputs = {side: raw_signature(of_side) for side, of_side in features.items()}
+    features["request"], reads_times = model.request_features, model.history_times is not None
+    inputs["request"] = request_signature(
+        features["request"], features["query"], reads_times=reads_times
+    )
     about = {
-        "features": {
-            side: [f.to_dict() for f in features] for side, (features, _) in sides.items()
-        },
+        "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
         "feature_inputs": {
-            side: {name: spec.name for name, spec in signature.items()}
-            for side, (_, signature) in sides.items()
+            side: {name: spec.name for name, spec in of_side.items()}
+            for side, of_side in inputs.items()
         },
         "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
     return export_index(
         path,
+        asked,
         encoder=Encoder(model, user_data=user_data),
         embeddings=embed_corpus(model),
         items=items,
         queries=queries,
-        index=index,
-        filter_by=filter_by,
-        keep_versions=keep_versions,
         manifest={**about, **manifest},
     )
 
 
 def export_index(
     path: str | Path,
+    asked: Asked,
     *,
     encoder: Encoder,
     embeddings: np.ndarray,
     items: pa.Table,
     queries: Sequence[Query],
-    index: Scann | Exact | None,
-    filter_by: str | None,
-    keep_versions: int | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports an index over candidates behind an encoder; arguments as those of `export`.
+    """Exports an index over candidates behind an encoder.
 
     Args:
         path: The model's folder.
+        asked: See `export`.
         encoder: `Encoder`, or what one was loaded as.
         embeddings: [num_candidates, D] float32, of the rows of `items`.
         items: The candidates: `item_id`, the column of the filter and, if there is one, `title`.
-        queries: See `export`.
-        index: See `export`.
-        filter_by: See `export`.
-        keep_versions: See `export`.
+        queries: To measure on.
         manifest: What is known of the model; index, filter, name, date, signatures and versions
             of the libraries are added.
 
@@ -214,9 +205,9 @@ def export_index(
         version, may have deleted both.
     """
     queries = queries[:NUM_QUERIES]
-    item_filter = _filter_by(items, filter_by)
+    item_filter = _filter_by(items, asked.filter_by)
     ids = items["item_id"].to_numpy()
-    kind, features = index or index_for(len(embeddings)), features_of(manifest)
+    kind, features = asked.index or index_for(len(embeddings)), features_of(manifest)
     search, description = _built(kind, embeddings, ids, encoder, queries, features)
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
@@ -225,18 +216,13 @@ def export_index(
         **manifest,
         "index": description,
         "filter": item_filter and item_filter.describe(),
-        # What was asked for holds for the next refreshment too.
-        "export": {
-            "index": index and asdict(index),
-            "filter_by": filter_by,
-            "keep_versions": keep_versions,
-        },
+        "export": asdict(asked),
         "name": Path(path).name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "signatures": sorted(modules[Path()].exported),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-    with new_version(Path(path), keep=keep_versions) as version:
+    with new_version(Path(path), keep=asked.keep_versions) as version:
         _save(modules, version.partial)
         read = signature_inputs(encoder.embed_query)
         _write_tables(

@@ -19,10 +19,8 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
-    the items it finds those that the new model has, too; it cannot find what is new.
-
-    Raises:
-        ValueError: If it has none of the candidates.
+    the items it finds those that the new model has, too; it cannot find what is new. A `ValueError`
+    if it has none of the candidates.
     """
     if not versions_of(folder):
         return None
@@ -44,17 +42,9 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
 def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
     """Refuses a model that finds less than the version in service, by a metric such as "ndcg@100".
 
-    Args:
-        evaluation: Of the new model, first, and of `IN_SERVICE`, on the same queries.
-        metric: That decides.
-        folder: The model's.
-
-    Returns:
-        What was found, in a line for a person.
-
-    Raises:
-        NotPublished: If the version in service is better by more than the 95% interval of the
-            difference, query by query.
+    The evaluation is of the new model, first, and of `IN_SERVICE`, on the same queries; the folder
+    is the model's. Returns what was found, in a line for a person; `NotPublished` if the version in
+    service is better by more than the 95% interval of the difference, query by query.
     """
     version = versions_of(folder)[-1]
     new, old = (

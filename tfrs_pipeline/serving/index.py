@@ -58,8 +58,7 @@ def index_for(num_candidates: int, recall: float = Scann.recall) -> Scann | Exac
 def load_scann_ops() -> Any:
     """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded.
 
-    Raises:
-        ImportError: If the package is missing or does not fit the TensorFlow in use.
+    An `ImportError` if the package is missing or does not fit the TensorFlow in use.
     """
     try:
         from scann import scann_ops
@@ -75,10 +74,9 @@ def load_scann_ops() -> Any:
 class Allowed(NamedTuple):
     """Which candidates each query of a call may find: those that have one of its values.
 
-    Args:
-        is_chosen: [B, num_codes] bool, which values a query chose. Code 0 is no value.
-        codes: [num_candidates + 1, P] int32, codes of the values of each row, padded with 0.
-        share: [B] float32, about which share of the candidates that is.
+    `is_chosen`, [B, num_codes] bool, are the values that a query chose; code 0 is no value.
+    `codes`, [num_candidates + 1, P] int32, are those of the values of each row, padded with 0.
+    `share`, [B] float32, is about which share of the candidates that is.
     """
 
     is_chosen: tf.Tensor
@@ -105,11 +103,7 @@ class Allowed(NamedTuple):
 
 
 class ExactIndex(tf.Module):
-    """Scores every candidate.
-
-    Args:
-        embeddings: [num_candidates, D] float32.
-    """
+    """Scores every candidate, by embeddings [num_candidates, D] float32."""
 
     def __init__(self, embeddings: np.ndarray) -> None:
         super().__init__(name="exact_index")
@@ -122,11 +116,7 @@ class ExactIndex(tf.Module):
         return self
 
     def search(
-        self,
-        queries: tf.Tensor,
-        k: tf.Tensor,
-        excluded: tf.Tensor,
-        allowed: Allowed | None = None,
+        self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds the k best candidates that are not excluded.
 
@@ -156,10 +146,8 @@ class ExactIndex(tf.Module):
 class Level:
     """How widely to search for what lies among the best `depth` candidates.
 
-    Args:
-        depth: k and the number of excluded candidates of a request are at most this, together.
-        num_leaves_to_search: Of the index's leaves.
-        num_reordered: Candidates rescored exactly, `depth` at least.
+    k and the number of excluded candidates of a request are at most that, together; it is the least
+    number of those that are rescored exactly.
     """
 
     depth: int
@@ -168,13 +156,10 @@ class Level:
 
 
 def num_leaves_of(num_candidates: int) -> int:
-    """Returns the partitions of an index: 1 is none.
-
-    Four times ScaNN's own advice of a square root: of smaller leaves, fewer candidates need be
-    searched.
-    """
+    """Returns the partitions of an index: 1 is none."""
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
+    # Four times ScaNN's own advice: of smaller leaves, fewer candidates need be searched.
     return 4 * round(math.sqrt(num_candidates))
 
 
@@ -206,14 +191,9 @@ class ScannIndex(tf.Module):
     Built on `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
     threshold nor settings that can be given with a search.
 
-    Args:
-        exact: Exact search over the candidates, 16 or more: for what no level reaches.
-        num_leaves: Partitions of the corpus; None takes what suits its size.
-        levels: By depth, ascending; the deeper requests are answered exactly.
-
-    Raises:
-        ImportError: If ScaNN is missing.
-        ValueError: If there are more leaves than candidates, or too few candidates.
+    `exact` searches the same candidates, for what no level reaches: of 16 or more, and no fewer
+    than leaves, else a `ValueError`. Leaves are by default what suits their number. Levels are by
+    depth, ascending; deeper requests are answered exactly. An `ImportError` if ScaNN is missing.
     """
 
     def __init__(
@@ -247,16 +227,13 @@ class ScannIndex(tf.Module):
         num_leaves_to_search: tf.Tensor,
         num_reordered: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds about the best candidates, and fewer where the searched leaves hold fewer.
+        """Finds about the best candidates of [B, D] float32 queries, one at least.
 
-        Args:
-            queries: [B, D] float32, one at least.
-            depth: Scalar int32, at most num_candidates: how many.
-            num_leaves_to_search: Scalar int32.
-            num_reordered: Scalar int32, `depth` at least.
+        `depth` says how many, `num_reordered` is `depth` at least; all three are scalar int32.
 
         Returns:
-            rows: [B, depth] int32 from 1, best first; 0 in empty slots.
+            rows: [B, depth] int32 from 1, best first; 0 in empty slots, as of searched leaves that
+                hold fewer.
             scores: [B, depth] float32, -inf in empty slots.
         """
         searcher = self._ops.searcher_from_module(self._state)
@@ -271,11 +248,7 @@ class ScannIndex(tf.Module):
         return _filled_up(tf.cast(places, tf.int32) + 1, scores, depth)
 
     def search(
-        self,
-        queries: tf.Tensor,
-        k: tf.Tensor,
-        excluded: tf.Tensor,
-        allowed: Allowed | None = None,
+        self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds about the k best candidates that are not excluded; see `ExactIndex.search`.
 
@@ -284,7 +257,10 @@ class ScannIndex(tf.Module):
         exactly.
         """
         keys = _keys_of(excluded, self.num_candidates)
-        num_excluded = _count_by_line(keys, tf.shape(queries)[0], self.num_candidates)
+        lines = tf.cast(keys // (self.num_candidates + 1), tf.int32)
+        num_excluded = tf.math.unsorted_segment_sum(
+            tf.ones_like(lines), lines, tf.shape(queries)[0]
+        )
         num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
         level = self._levels_of(num_wanted + num_excluded, allowed)
         # Levels without a query cost nothing.
@@ -370,11 +346,6 @@ def _keys_of(rows: tf.Tensor, num_candidates: int) -> tf.Tensor:
     lines = tf.where(rows > 0)
     keys = lines[:, 0] * (num_candidates + 1) + tf.cast(tf.gather_nd(rows, lines), tf.int64)
     return tf.sort(tf.unique(keys).y)
-
-
-def _count_by_line(keys: tf.Tensor, num_lines: tf.Tensor, num_candidates: int) -> tf.Tensor:
-    lines = tf.cast(keys // (num_candidates + 1), tf.int32)
-    return tf.math.unsorted_segment_sum(tf.ones_like(lines), lines, num_lines)
 
 
 def _is_among(keys: tf.Tensor, rows: tf.Tensor, lines: tf.Tensor, num_candidates: int) -> tf.Tensor:

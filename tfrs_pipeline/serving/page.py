@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
 from pydantic_core import to_jsonable_python
-from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.serving.encoder import empty_id, request_inputs
-from tfrs_pipeline.serving.rest import PredictCall, parse_predict, refusal
+from tfrs_pipeline.serving.encoder import ask, request_inputs
+from tfrs_pipeline.serving.id_tensors import empty_id
+from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever, parse_value
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.versions import ServedVersion, call
+from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_FOUND = 20
@@ -105,12 +105,12 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     except ValidationError as error:
         raise refusal(error) from None
     if (query.user_id is None) == (not query.items and not query.features):
-        raise HTTPException(400, "A query has either 'user_id', or 'items' or 'features'.")
+        raise bad_request("A query has either 'user_id', or 'items' or 'features'.")
     try:
         request = json.dumps(request_of(version.retriever, query), ensure_ascii=False)
         asked = parse_predict(request.encode(), version.signatures)
     except ValueError as error:
-        raise HTTPException(400, str(error)) from None
+        raise bad_request(str(error)) from None
     found = _asked(version.retriever, asked, version.titles)
     result: dict[str, Any] = {"version": version.number, "index": found, "exact": None}
     name = version.retriever.folder.parent.name
@@ -170,7 +170,7 @@ def _asked(
     # The first call of its kind pays for what later ones find ready: the second is timed.
     for _ in range(2):
         start = time.perf_counter()
-        outputs = call(retriever.saved_model.signatures[asked.signature], asked.inputs)
+        outputs = ask(retriever.saved_model.signatures[asked.signature], asked.inputs)
         milliseconds = 1000 * (time.perf_counter() - start)
     ids = to_jsonable_python(outputs["candidate_ids"][0].tolist())
     return {

@@ -15,6 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tfrs_pipeline.durable import flush, locked, naming
@@ -71,13 +72,9 @@ def publishing(parent: Path) -> Iterator[None]:
 def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion]:
     """Gives a folder to write a version into, and puts it in place if the block ends well.
 
-    Args:
-        parent: The model's folder; made if missing.
-        keep: Complete versions to keep, the newest; the others are deleted. None keeps all.
-
-    Yields:
-        What to write into: the `partial` folder, which must hold a manifest at the end; `folder`
-        is its place afterwards.
+    The `partial` folder must hold a manifest at the end; `folder` is its place afterwards, below
+    `parent`, the model's folder, which is made if missing. Of the complete versions, `keep` are
+    kept, the newest; None keeps all.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -96,40 +93,31 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
     with naming(parent), publishing(parent):
         for left in [*parent.glob(f"{_PARTIAL}*"), *parent.glob(f"{_DISCARDED}*")]:
             shutil.rmtree(left, ignore_errors=True)
-        version = NewVersion(parent / f"{_PARTIAL}{uuid.uuid4().hex}")
-        version.partial.mkdir()
+        partial = parent / f"{_PARTIAL}{uuid.uuid4().hex}"
+        partial.mkdir()
+        version = NewVersion(partial, partial)
         try:
             yield version
-            if not (version.partial / MANIFEST_FILE).is_file():
+            if not (partial / MANIFEST_FILE).is_file():
                 raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
-            flush([*version.partial.rglob("*"), version.partial])
-            version.folder = _put_in_place(version.partial, parent)
+            flush([*partial.rglob("*"), partial])
+            # Also of what is no version, or none yet: its number is taken.
+            taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
+            version.folder = parent / str(max(taken, default=0) + 1)
+            os.rename(partial, version.folder)
             flush([parent])
         finally:
-            shutil.rmtree(version.partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         for number in versions_of(parent)[:-keep] if keep else ():
             _discard(parent / str(number))
 
 
+@dataclass
 class NewVersion:
-    """A version in the making.
+    """A version in the making: where to write it, and its place once it is there."""
 
-    Attributes:
-        partial: Where to write it.
-        folder: Its place, once it is there.
-    """
-
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
-        self.folder = partial
-
-
-def _put_in_place(partial: Path, parent: Path) -> Path:
-    # Also of what is no version, or none yet: its number is taken.
-    taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
-    folder = parent / str(max(taken, default=0) + 1)
-    os.rename(partial, folder)
-    return folder
+    partial: Path
+    folder: Path
 
 
 def _discard(folder: Path) -> None:

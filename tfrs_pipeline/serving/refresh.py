@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
-from tfrs_pipeline.serving.export import export_index
+from tfrs_pipeline.serving.export import Asked, export_index
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import publishing
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
@@ -34,8 +34,7 @@ class Refreshed:
         num_dropped: Items of the version before that are gone.
         num_skipped: Items of the file that cannot be embedded.
         has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
-            was trained, or there is none; None where the manifest holds no settings to tell it by,
-            as of a model that Python exported.
+            was trained, or there is none; None where the manifest does not tell.
         index: What was built, as the manifest has it.
     """
 
@@ -96,22 +95,28 @@ def refresh_index(
         path = Path(items)
         before = set(retriever.candidate_ids())
         found = _read_items(path, retriever)
-        table, embeddings, is_trained = _embeddable(path, found, retriever, on_progress)
+        table, embeddings, is_trained = _embed(path, found, retriever, on_progress)
         ids = table["item_id"].to_pylist()
-        if not (allow_all_new or is_trained.any()):
-            _require_known(path, ids, before)
+        if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
+            raise DataError(
+                f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
+                f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+                "on; if all are meant to be new, set allow_all_new."
+            )
         num_untrained = int((~is_trained).sum())
         on_progress("index", 0, 0)
-        asked = retriever.manifest["export"]
+        asked = Asked.of(retriever.manifest)
+        if index is not None:
+            asked = replace(asked, index=index)
+        if keep_versions is not None:
+            asked = replace(asked, keep_versions=keep_versions)
         folder, manifest = export_index(
             retriever.folder.parent,
+            asked,
             encoder=retriever.saved_model.encoder,
             embeddings=embeddings,
             items=table,
             queries=retriever.held_out_queries(),
-            index=index or _index_of(asked["index"]),
-            filter_by=asked["filter_by"],
-            keep_versions=asked["keep_versions"] if keep_versions is None else keep_versions,
             manifest={
                 **retriever.manifest,
                 "refreshed": {
@@ -134,28 +139,11 @@ def refresh_index(
     )
 
 
-def _require_known(path: Path, ids: list[Any], before: set[Any]) -> None:
-    """Refuses items that the version before did not have either: ids of another kind."""
-    if before.isdisjoint(ids):
-        raise DataError(
-            f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
-            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-            "on; if all are meant to be new, set allow_all_new."
-        )
-
-
 def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
     model = manifest.get("config", {}).get("model")
     if model is None:
         return None
     return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
-
-
-def _index_of(asked: Mapping[str, Any] | None) -> Scann | Exact | None:
-    """Reads back the index that an export was asked for."""
-    if asked is None:
-        return None
-    return Exact(**asked) if asked["kind"] == "exact" else Scann(**asked)
 
 
 def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
@@ -173,15 +161,24 @@ def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
     return table
 
 
-def _embeddable(
+def _embed(
     path: Path,
     items: pa.Table,
     retriever: LoadedRetriever,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Embeds the items that the model can embed, and tells which of them the training had."""
-    embeddings, is_trained = _embed(retriever, items, on_progress)
-    if retriever.manifest["features"]["candidate"]:
+    """Embeds the items that the model can embed.
+
+    Returns of these their table, embeddings [n, D] float32, and [n] whether the training had each.
+    """
+    features, blocks = list(_kinds(retriever)), []
+    for start in range(0, items.num_rows, ITEMS_PER_CALL):
+        on_progress("embed items", start, items.num_rows)
+        block = items.slice(start, ITEMS_PER_CALL)
+        columns = {name: block[name] for name in features}
+        blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
+    embeddings, is_trained = map(np.concatenate, zip(*blocks, strict=True))
+    if features:
         return items, embeddings, is_trained
     # By id alone: without features an unknown item says nothing.
     if not is_trained.any():
@@ -195,18 +192,4 @@ def _embeddable(
 
 def _kinds(retriever: LoadedRetriever) -> dict[str, Any]:
     """Returns the kinds of the model's item features, by name."""
-    return {f["name"]: f["kind"] for f in retriever.manifest["features"]["candidate"]}
-
-
-def _embed(
-    retriever: LoadedRetriever, items: pa.Table, on_progress: Callable[[str, int, int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeds an item table: [n, D] float32, and [n] whether the training had the item."""
-    blocks = []
-    for start in range(0, items.num_rows, ITEMS_PER_CALL):
-        on_progress("embed items", start, items.num_rows)
-        block = items.slice(start, ITEMS_PER_CALL)
-        columns = {name: block[name] for name in _kinds(retriever)}
-        blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
-    embeddings, is_trained = zip(*blocks, strict=True)
-    return np.concatenate(embeddings), np.concatenate(is_trained)
+    return {feature.name: feature.kind for feature in retriever.features["candidate"]}

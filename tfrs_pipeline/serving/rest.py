@@ -57,25 +57,24 @@ class SignatureInputs:
         arrays = {name: _array(columns[name], self._specs[name], name) for name in columns}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
-            raise HTTPException(
-                400, f"The inputs must be of as many queries each. Received: {sizes}"
-            )
+            raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
         num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
         if num_queries * k > self._max_results:
-            raise HTTPException(
-                400,
+            raise bad_request(
                 f"A request may ask for {self._max_results} results, its queries times k "
-                f"(--max-results). Received: {num_queries} x {k}",
+                f"(--max-results). Received: {num_queries} x {k}"
             )
-        return self._completed(arrays, num_queries)
+        return {  # Those too that were not given, in the signature's order.
+            name: arrays[name] if name in arrays else missing_input(spec, num_queries).numpy()
+            for name, spec in self._specs.items()
+        }
 
     def of_rows(self, instances: Any) -> dict[str, np.ndarray]:
         """Reads `instances`: a list with an object, or the value of the only input, per query."""
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
-            raise HTTPException(
-                400,
+            raise bad_request(
                 f"Input {scalars[0]!r} is one value for the whole request, which rows cannot give: "
-                "use 'inputs' instead of 'instances'.",
+                "use 'inputs' instead of 'instances'."
             )
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
@@ -86,32 +85,20 @@ class SignatureInputs:
             columns[name] = [absent if value is None else value for value in values]
         return {name: _array(columns[name], spec, name) for name, spec in self._specs.items()}
 
-    def _completed(self, arrays: Mapping[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
-        """Adds the inputs that were not given, in the signature's order."""
-        return {
-            name: arrays[name] if name in arrays else missing_input(spec, num_rows).numpy()
-            for name, spec in self._specs.items()
-        }
-
     def _named(self, value: Any) -> Any:
         """Lets a plain value stand for the only input; refuses unknown inputs."""
         if not isinstance(value, dict) or "b64" in value:
             return value if len(self._specs) > 1 else dict.fromkeys(self._specs, value)
         if unknown := value.keys() - self._specs:
             names = ", ".join(self._specs)
-            raise HTTPException(
-                400, f"Unknown input {_shown(min(unknown))}; the signature has {names}."
-            )
+            raise bad_request(f"Unknown input {_shown(min(unknown))}; the signature has {names}.")
         return value
 
 
 class PredictCall(NamedTuple):
-    """What a predict call asks.
+    """What a predict call asks: a signature, and the array of each input, also of `bytes`.
 
-    Attributes:
-        signature: Its name.
-        inputs: The array of each input, of numbers or of object with `bytes`.
-        is_row_format: Whether it came as `instances` and is to be answered with `predictions`.
+    One that came as `instances` is in row format, and is answered with `predictions`.
     """
 
     signature: str
@@ -167,29 +154,25 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     try:
         document = from_json(body)
     except ValueError as error:
-        raise HTTPException(400, f"The body is not JSON in UTF-8: {error}") from None
+        raise bad_request(f"The body is not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
-        raise HTTPException(
-            400,
-            f"The body must be an object, such as {{'inputs': [42]}}. Received: {_shown(document)}",
+        raise bad_request(
+            f"The body must be an object, such as {{'inputs': [42]}}. Received: {_shown(document)}"
         )
     if unknown := [key for key in document if key not in KEYS]:
-        raise HTTPException(
-            400, f"Unknown key {_shown(unknown[0])}; a request has {', '.join(KEYS)}."
-        )
+        raise bad_request(f"Unknown key {_shown(unknown[0])}; a request has {', '.join(KEYS)}.")
     name = document.get("signature_name") or DEFAULT_SIGNATURE
     if not isinstance(name, str) or name not in signatures:
         why = ""
         if "retrieve_user" not in signatures:
             why = " It was exported without user data: ask 'retrieve', with the user's history."
-        raise HTTPException(
-            400,
+        raise bad_request(
             f"Serving signature name: {_shown(name)} not found in signature def. "
-            f"The model has {', '.join(sorted(signatures))}.{why}",
+            f"The model has {', '.join(sorted(signatures))}.{why}"
         )
     is_row_format = "instances" in document
     if is_row_format == ("inputs" in document):
-        raise HTTPException(400, "A request has either 'inputs' or 'instances'.")
+        raise bad_request("A request has either 'inputs' or 'instances'.")
     inputs = signatures[name]
     if is_row_format:
         return PredictCall(name, inputs.of_rows(document["instances"]), True)
@@ -223,12 +206,17 @@ def format_outputs(outputs: Mapping[str, np.ndarray], *, is_row_format: bool) ->
     return to_json(document, inf_nan_mode="constants")
 
 
+def bad_request(message: str) -> HTTPException:
+    """Makes the answer to a request that cannot be understood."""
+    return HTTPException(400, message)
+
+
 def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     """Words the first problem of a request: where it is, what is wrong, what was got."""
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
     problem = "Missing named input" if details["type"] == "missing" else details["msg"]
-    return HTTPException(400, f"{place}: {problem}. Received: {_shown(details['input'])}")
+    return bad_request(f"{place}: {problem}. Received: {_shown(details['input'])}")
 
 
 def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
@@ -287,15 +275,14 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
         widths = {len(row) for row in column}
         if len(widths) > 1:
             empty = '""' if spec.dtype == tf.string else "-1" if spec.dtype.is_integer else "NaN"
-            raise HTTPException(
-                400,
+            raise bad_request(
                 f"Input {name!r} must have lists of one length: fill the shorter ones with "
-                f"{empty}. Received lengths: {sorted(widths)[:5]}",
+                f"{empty}. Received lengths: {sorted(widths)[:5]}"
             )
         width = widths.pop() if widths else spec.shape[1] or 0
         array = np.array(column, spec.dtype.as_numpy_dtype).reshape(len(column), width)
     if spec.dtype.is_floating and np.isinf(array).any():
-        raise HTTPException(400, f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
+        raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
     return array
 
 

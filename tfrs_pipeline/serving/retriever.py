@@ -13,18 +13,18 @@ import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.evaluation.topk import check_one_each
-from tfrs_pipeline.model.features import Feature, raw_columns, raw_signature
+from tfrs_pipeline.model.features import raw_columns, raw_signature
 from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.model.requests import request_signature
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.serving.encoder import (
+    as_inputs,
     features_of,
-    id_list,
-    id_lists,
     known_rows,
     query_inputs,
     request_inputs,
 )
+from tfrs_pipeline.serving.id_tensors import id_list, id_lists
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -42,10 +42,10 @@ _QUERY_KEYS = ("user_id", "history", HISTORY_TIMESTAMPS, "features", "request")
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
-    """Loads an exported model.
+    """Loads an exported model: a version's folder, or the newest complete version of a model's.
 
     Args:
-        path: A version's folder, or the model's, whose newest complete version is taken.
+        path: The folder.
         exact: Whether to load the brute-force fallback instead of a ScaNN index.
 
     Raises:
@@ -106,10 +106,10 @@ class LoadedRetriever:
         self,
         queries: Sequence[Query],
         k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
+        exclude: Excluded = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         `user_id`, `history`, `history_timestamps`, `features` and `request` are read. Features, raw
@@ -131,18 +131,14 @@ class LoadedRetriever:
                 not read; if `allowed` is given and the model has no item filter, or holds a value
                 that no item has.
         """
-        _check_queries(queries)
-        self._check_requests([query.get("request") for query in queries])
-        asked = self._asked(k, exclude, allowed, len(queries))
-        suffix = "" if allowed is None else "_filtered"
-        answer = self._answer(queries, "retrieve{}" + suffix, asked)
+        answer = self._retrieved(queries, "retrieve{}", k, exclude, allowed)
         return _decoded(answer["candidate_ids"]), answer["scores"]
 
     def retrieve_user(
         self,
         user_ids: Sequence[Any],
         k: int,
-        exclude: Sequence[Collection[Any]] | None = None,
+        exclude: Excluded = None,
         *,
         allowed: Sequence[Collection[str]] | None = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
@@ -161,8 +157,8 @@ class LoadedRetriever:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
 
         Raises:
-            ValueError: If the model was exported without user data or an id is of another type; if
-                `allowed` is given and the model has no item filter, or another value.
+            ValueError: As `retrieve`; if the model was exported without user data, or an id is of
+                another type.
         """
         if not self.manifest.get("user_data", True):
             raise ValueError(
@@ -171,21 +167,12 @@ class LoadedRetriever:
             )
         if isinstance(user_ids, str):
             raise ValueError(f"User ids come in a list, also a single one: [{user_ids!r}]")
-        asked = self._asked(k, exclude, allowed, len(user_ids))
-        requests = [{}] * len(user_ids) if requests is None else requests
-        check_one_each("requests", requests, len(user_ids))
-        self._check_requests(requests)
-        name = "retrieve_user" if allowed is None else "retrieve_user_filtered"
-        function = self.saved_model.signatures[name]
-        answer = function(
-            user_id=id_list(user_ids, self.user_dtype),
-            **request_inputs(function, self.features, requests),
-            **asked,
-        )
-        ids, scores, is_known = (
-            answer[name].numpy() for name in ("candidate_ids", "scores", "is_known_user")
-        )
-        return _decoded(ids), scores, is_known
+        queries = [{"user_id": id_} for id_ in user_ids]
+        if requests is not None:
+            check_one_each("requests", requests, len(queries))
+            queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
+        answer = self._retrieved(queries, "retrieve_user{}", k, exclude, allowed)
+        return _decoded(answer["candidate_ids"]), answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
@@ -196,17 +183,15 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Embeds items, those too that are not in the index.
 
-        Args:
-            item_ids: [n] ids; one that the training did not have is embedded by its features.
-            features: By name, [n] raw values as in the item table; None is missing.
+        One that the training did not have is embedded by its `features`: by name, [n] raw values as
+        in the item table; None is missing, a `ValueError` if one that the model reads is not there
+        at all.
 
         Returns:
             embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
-
-        Raises:
-            ValueError: If a feature that the model reads is missing.
         """
-        raw = _raw_inputs(self.features["candidate"], features, len(item_ids))
+        read = self.features["candidate"]
+        raw = as_inputs(raw_signature(read), raw_columns(read, features, len(item_ids)))
         answer = self.saved_model.signatures["embed_candidate"](
             item_id=id_list(item_ids, self.item_dtype), **raw
         )
@@ -269,6 +254,30 @@ class LoadedRetriever:
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
         return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 
+    def _retrieved(
+        self,
+        queries: Sequence[Query],
+        signature: str,
+        k: int,
+        exclude: Excluded,
+        allowed: Sequence[Collection[str]] | None,
+    ) -> dict[str, np.ndarray]:
+        """Checks what is asked, and asks it, of the filtered form where values are allowed."""
+        _check_queries(queries)
+        self._check_requests([query.get("request") for query in queries])
+        is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+        if not is_whole or not 1 <= k <= tf.int32.max:
+            raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
+        exclude = [()] * len(queries) if exclude is None else exclude
+        check_one_each("exclude", exclude, len(queries))
+        asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
+        if allowed is not None:
+            self._check_allowed(allowed, len(queries))
+            lists = tf.ragged.constant([list(x) for x in allowed], tf.string, ragged_rank=1)
+            asked["allowed"] = lists.to_tensor("")
+            signature += "_filtered"
+        return self._answer(queries, signature, asked)
+
     def _answer(
         self, queries: Sequence[Query], signature: str, asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
@@ -309,7 +318,8 @@ class LoadedRetriever:
                 f"{', '.join(names)}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return _raw_inputs(self.features["query"], columns, len(queries))
+        read = self.features["query"]
+        return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
 
     def _check_requests(self, requests: Sequence[Mapping[str, Any] | None]) -> None:
         # Of a model that reads no time, a request may have one all the same.
@@ -318,25 +328,6 @@ class LoadedRetriever:
         if unknown := sorted(given - set(known)):
             hint = suggest(unknown[0], known)
             raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
-
-    def _asked(
-        self,
-        k: int,
-        exclude: Sequence[Collection[Any]] | None,
-        allowed: Sequence[Collection[str]] | None,
-        num_queries: int,
-    ) -> dict[str, tf.Tensor]:
-        is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-        if not is_whole or not 1 <= k <= tf.int32.max:
-            raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
-        exclude = [()] * num_queries if exclude is None else exclude
-        check_one_each("exclude", exclude, num_queries)
-        asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
-        if allowed is not None:
-            self._check_allowed(allowed, num_queries)
-            lists = tf.ragged.constant([list(x) for x in allowed], tf.string, ragged_rank=1)
-            asked["allowed"] = lists.to_tensor("")
-        return asked
 
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
@@ -392,18 +383,6 @@ def parse_value(name: str, kind: str, text: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{name} is {kind}. Received: {text!r} ({error})") from None
     return text.split(",") if kind == "multi_categorical" else text
-
-
-def _raw_inputs(
-    features: Sequence[Feature], columns: Mapping[str, Sequence[Any] | np.ndarray], num_rows: int
-) -> dict[str, tf.Tensor]:
-    """Makes the inputs of a signature, by their names, of columns by the features' names."""
-    raw = raw_columns(features, columns, num_rows)
-    specs = raw_signature(features)
-    return {
-        spec.name: tf.constant(raw[name], spec.dtype, raw[name].shape)
-        for name, spec in specs.items()
-    }
 
 
 def _decoded(ids: np.ndarray) -> np.ndarray:

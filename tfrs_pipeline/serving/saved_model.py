@@ -10,16 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.serving.encoder import (
-    Encoder,
-    empty_id,
-    lookup,
-    row_table,
-    signature_inputs,
-    stored,
-    traced,
-    with_empty,
-)
+from tfrs_pipeline.serving.encoder import Encoder, signature_inputs, traced
+from tfrs_pipeline.serving.id_tensors import empty_id, lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
 
 DEFAULT_K = 100
@@ -28,9 +20,7 @@ DEFAULT_K = 100
 class ItemFilter(tf.Module):
     """Values by which a request may choose items, such as their genres.
 
-    Args:
-        name: Of the item column.
-        column: Per candidate a value or a list of values; None and "" are none.
+    `column`, of this name, has a value or a list of values per candidate; None and "" are none.
     """
 
     def __init__(self, name: str, column: Sequence[Any]) -> None:
@@ -53,11 +43,9 @@ class ItemFilter(tf.Module):
         return {"name": self._column, "values": list(self._values)}
 
     def choose(self, allowed: tf.Tensor) -> Allowed:
-        """Tells which candidates a query may have.
+        """Tells which candidates a query may have: those with one of its values, of none every one.
 
-        Args:
-            allowed: [B, F] values, padded with "". A candidate needs one of them; where a query has
-                none, every candidate will do.
+        `allowed` are [B, F] values, padded with "".
         """
         codes = lookup(self._table, allowed)
         num_codes = len(self._values) + 1
@@ -208,9 +196,7 @@ def _by_position(function: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
 def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
     """Makes an input that says nothing: empty ids, empty lists, missing features; a k of 1.
 
-    Args:
-        spec: Of the input.
-        num_rows: Queries or items; without meaning to a k.
+    It is of so many queries or items, which mean nothing to a k.
     """
     if spec.shape.rank == 0:
         return tf.constant(1, spec.dtype)

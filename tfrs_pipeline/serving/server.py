@@ -65,8 +65,7 @@ T = TypeVar("T")
 class ModelServer:
     """A model's versions, and the threads in which they are asked.
 
-    Raises:
-        FileNotFoundError: If there is no version in the folder.
+    A `FileNotFoundError` if there is no version in the folder.
     """
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
@@ -233,10 +232,9 @@ def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
 async def read_body(request: Request, settings: ServeSettings) -> bytes:
     """Reads the body of a request.
 
-    Raises:
-        HTTPException: 413 if it is too long, 408 if it has not come in time, 415 if it is not said
-            to be JSON: a web page elsewhere can send a form, or no type, to a server on its
-            reader's machine.
+    An `HTTPException` 413 if it is too long, 408 if it has not come in time, 415 if it is not said
+    to be JSON: a web page elsewhere can send a form, or no type, to a server on its reader's
+    machine.
     """
     body, size = bytearray(), 0
     try:
@@ -297,7 +295,8 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
         gc.freeze()
         server.versions.load_first()
         ip, port = listener.getsockname()[:2]
-        address = f"http://{_in_url(settings.host)}:{port}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"http://{host}:{port}"
         if not ipaddress.ip_address(ip).is_loopback:
             logger.warning(
                 "%s is open to the network, without TLS or passwords: put a proxy before it",
@@ -337,7 +336,3 @@ def _listener(host: str, port: int) -> socket.socket:
     # of an answer waits 40 ms for the client to acknowledge its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -35,11 +35,10 @@ _Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 
 
 class Requests(NamedTuple):
-    """What an index is tuned and measured on.
+    """What an index is tuned and measured on: embedded queries, and what each one's user knows.
 
-    Args:
-        queries: [num_queries, D] float32, not empty; best 200 and more.
-        known: Per query, rows from 1 of what its user knows, which a real request excludes.
+    Queries are [num_queries, D] float32, best 200 and more. A real request excludes the rows, from
+    1, of what is known.
     """
 
     queries: np.ndarray
@@ -67,14 +66,11 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     that other queries find it too. Depths whose least work is no less than exact search's are left
     to that, but the first. Work is computed and not timed: equal data give an equal index.
 
-    Args:
-        embeddings: [num_candidates, D] float32, of any lengths: scores are dot products.
-        requests: To measure on.
-        target_recall: In (0, 1].
+    Embeddings, [num_candidates, D] float32, may be of any lengths: scores are dot products.
 
     Raises:
         RuntimeError: If no search of the first depth reaches the target.
-        ValueError: If the target is out of range, or the arrays do not fit each other.
+        ValueError: If the target is out of (0, 1], or the arrays do not fit each other.
     """
     _check(embeddings, requests.queries, target_recall)
     index = ScannIndex(ExactIndex(embeddings))
@@ -203,9 +199,8 @@ def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) ->
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
     """Measures requests of several k and exclusions by recall and time, beside exact search.
 
-    Returns:
-        One dict each: k; excluded, so many of the nearest, or "known"; recall; ms and exact_ms,
-        milliseconds a query in calls of 16.
+    Excluded are so many of the nearest, or what is "known"; ms and exact_ms are milliseconds a
+    query in calls of 16.
     """
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)

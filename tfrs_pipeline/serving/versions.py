@@ -21,7 +21,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
-from tfrs_pipeline.serving.encoder import signature_inputs
+from tfrs_pipeline.serving.encoder import ask, signature_inputs
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
@@ -50,7 +50,7 @@ class ServedVersion:
             for the page alone, and at once: the version's folder may go.
         search_lines: What an item is found by: title and id, without case.
         signatures: What each signature takes.
-        signature_def: The signatures as TensorFlow Serving's metadata shows them.
+        signature_def: The same as TensorFlow Serving's metadata shows it.
         num_uses: Requests that it answers now; see `ModelVersions.use`.
     """
 
@@ -90,7 +90,7 @@ class ServedVersion:
         """Answers a signature's inputs, of as many queries each."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
-            return call(self._functions[signature], inputs)
+            return ask(self._functions[signature], inputs)
 
     def _retrievers(self) -> set[LoadedRetriever]:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
@@ -108,15 +108,6 @@ class ServedVersion:
                 handles.append(state.recreate_handle())
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
-
-
-def call(function: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Asks a signature of a loaded model."""
-    specs = function.structured_input_signature[1]
-    tensors = {
-        name: tf.constant(array, specs[name].dtype, array.shape) for name, array in inputs.items()
-    }
-    return {name: tensor.numpy() for name, tensor in function(**tensors).items()}
 
 
 def _tables(root: Any) -> Iterator[tf.saved_model.experimental.TrackableResource]:
@@ -137,9 +128,7 @@ def _signature_def(folder: Path) -> dict[str, Any]:
     saved_model.ParseFromString((folder / "saved_model.pb").read_bytes())
     return {
         name: json_format.MessageToDict(
-            signature,
-            preserving_proto_field_name=True,
-            always_print_fields_with_no_presence=True,
+            signature, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         for name, signature in saved_model.meta_graphs[0].signature_def.items()
     }
@@ -149,16 +138,12 @@ class ModelVersions:
     """The version in use of a model's folder, and what became of the others.
 
     As TensorFlow Serving does unless told otherwise, the newest version alone is served. A new one
-    is loaded and asked once while the old one answers; then requests go to the new one, and the
-    old one goes once those that it still answers are done. A version that cannot be loaded changes
+    is loaded and asked once while the old one answers; then requests go to the new one, and the old
+    one goes once those that it still answers are done. A version that cannot be loaded changes
     nothing but the status, and is tried again later.
 
-    Args:
-        path: A model's folder, watched, or a version's, which stays.
-        load_version: Loads the version in a folder, such as a `ServedVersion`.
-
-    Raises:
-        FileNotFoundError: If there is no version at `path`.
+    At `path` is a model's folder, watched, or a version's, which stays; a `FileNotFoundError` if
+    there is no version.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
@@ -178,11 +163,7 @@ class ModelVersions:
             raise no_model_at(path)
 
     def load_first(self) -> None:
-        """Loads the newest version that can be loaded.
-
-        Raises:
-            RuntimeError: If none can.
-        """
+        """Loads the newest version that can be loaded, or raises a `RuntimeError`."""
         self.refresh()
         if self._current is None:
             problems = " ".join(message for message, _ in self._failures.values())

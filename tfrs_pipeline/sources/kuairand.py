@@ -12,19 +12,11 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-
-from ibis.backends.duckdb import Backend as DuckDB
+from typing import Any
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import check_names
-from tfrs_pipeline.data.schema import (
-    DataError,
-    Duplicates,
-    FeatureKind,
-    Source,
-    UnknownItems,
-    require_column,
-)
+from tfrs_pipeline.data.schema import DataError, FeatureKind, Source, require_column
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +51,7 @@ def load_kuairand(
     item_features: Mapping[str, FeatureKind] | None = None,
     user_features: Mapping[str, FeatureKind] | None = None,
     request_features: Mapping[str, FeatureKind] | None = None,
-    unknown_items: UnknownItems = "keep",
-    duplicates: Duplicates = "keep",
-    connection: DuckDB | None = None,
+    **options: Any,
 ) -> Log:
     """Loads KuaiRand: one event an exposure, with the context columns `is_rand` and `tab`.
 
@@ -76,9 +66,7 @@ def load_kuairand(
             (numeric, ms), upload_dt (timestamp; days of UTC+8).
         user_features: Column of user_features -> kind, such as user_active_degree or onehot_feat0.
         request_features: Column of the logs -> kind: tab, or hour and weekday (UTC); no outcome.
-        unknown_items: As in `Log.from_files`.
-        duplicates: As there.
-        connection: As there.
+        **options: `unknown_items`, `duplicates` and `connection` of `Log.from_files`.
 
     Raises:
         DataError: If files, columns or values are missing or are not what they should be.
@@ -110,10 +98,8 @@ def load_kuairand(
         # upload_dt is a day without a zone; the logs' own `date` is UTC+8, so it is taken as that.
         time_zone="Asia/Shanghai",
         list_separator=",",
-        unknown_items=unknown_items,
-        duplicates=duplicates,
-        connection=connection,
         max_bad_share=0,
+        **options,
     )
     for name, column in (("user_id", "user_id"), ("item_id", "video_id")):
         if not log.events.schema()[name].is_int64():

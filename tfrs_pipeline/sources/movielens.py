@@ -127,10 +127,8 @@ def fetch_with_tfds(folder: Path, timeout_seconds: float = 120) -> None:
 
     The dataset that TFDS builds from it is shuffled; the archive's file order, which breaks ties in
     time, is kept here. TFDS runs in a process of its own: this one stays without TensorFlow, and
-    its retries of minutes can be cut short.
-
-    Raises:
-        FetchError: If TFDS is not installed, the host cannot be reached, or the download fails.
+    its retries of minutes can be cut short. A `FetchError` if it is not installed, the host cannot
+    be reached, or the download fails.
     """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise FetchError("tensorflow_datasets is not installed")
@@ -184,7 +182,9 @@ FETCHERS: Mapping[str, Fetcher] = {
 
 def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
     """Returns the folder of the first route that is cached, or else open."""
-    targets = {route: cache_dir / f"movielens-100k-{_slug(route)}" for route in fetchers}
+    targets = {
+        route: cache_dir / f"movielens-100k-{route.lower().replace(' ', '-')}" for route in fetchers
+    }
     for target in targets.values():
         if target.exists():
             return target
@@ -212,10 +212,6 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
         f"MovieLens-100K could not be fetched ({'; '.join(reasons)}). Download ml-100k.zip where "
         "the network allows it, unpack it, and name the folder that holds u.data, u.item, u.user."
     )
-
-
-def _slug(route: str) -> str:
-    return route.lower().replace(" ", "-")
 
 
 def _run(command: list[str], timeout_seconds: float) -> str:

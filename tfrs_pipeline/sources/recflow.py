@@ -203,17 +203,14 @@ def _is_named_by_date(name: str) -> bool:
 def _stage_rows(
     connection: DuckDB, paths: Sequence[Path], carried: Sequence[str], label: Mapping[str, float]
 ) -> tuple[ibis.Table, int]:
-    """Reads the files one by one.
+    """Reads the files one by one, and counts their rows.
 
-    Returns:
-        The rows that have a flag, in their order, with stage, rank and the carried columns; and the
-        number of all rows.
+    Those that have a flag are kept, in their order, with stage, rank and the carried columns.
     """
     name, num_rows = "recflow", 0
     for path in paths:
-        raw = scan(connection, _open_feather(path), str(path)).load(
-            connection, {column: column for column in COLUMNS}
-        )
+        scanned = scan(connection, _open_feather(path), str(path))
+        raw = scanned.load({column: column for column in COLUMNS})
         table = raw.table
         _check_values(table, raw.source, label)
         stage = _stage(table)
@@ -235,7 +232,7 @@ def _stage_rows(
         else:
             connection.create_table(name, rows)
         num_rows += count_rows(table)
-        connection.drop_table(table.get_name())
+        raw.drop()
     return connection.table(name), num_rows
 
 

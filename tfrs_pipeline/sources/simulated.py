@@ -118,12 +118,9 @@ class FunnelOptions:
 class Preferences:
     """What users like: the truth that a funnel's scores only approach.
 
-    Args:
-        user_tastes: [num_users, 8] float64 of length 1.
-        item_tastes: [num_items, 8] float64 of length 1.
-        popularity: [num_items] float64, log of the Zipf weight less its mean.
-        click_bias: See `FunnelOptions`.
-        device_tastes: [3, 8] float64 of length `device_weight`, in the order of `DEVICES`.
+    Tastes of users and items are [n, 8] float64 of length 1, those of the devices, in the order of
+    `DEVICES`, of length `device_weight`. The popularity of an item is the log of its Zipf weight
+    less the mean.
     """
 
     user_tastes: np.ndarray
@@ -156,11 +153,7 @@ class Preferences:
 class Simulation:
     """A simulated log and the truth behind it.
 
-    Args:
-        log: What was logged.
-        user_ids: [num_users] int64, 1, 2, ...
-        item_ids: [num_items] int64, likewise.
-        preferences: The truth; its rows are in the order of `user_ids` and `item_ids`.
+    User ids and item ids, int64, are 1, 2, ... The rows of the preferences are in their order.
     """
 
     log: Log
@@ -186,18 +179,10 @@ class Simulation:
     def best_items(
         self, user_ids: npt.ArrayLike, k: int = 50, device: str | None = None
     ) -> np.ndarray:
-        """Finds each user's k items of highest true click probability.
+        """Finds each user's k items of highest true click probability: [num_queries, k] int64 ids.
 
-        Args:
-            user_ids: As of `click_probability`.
-            k: How many.
-            device: As of `click_probability`.
-
-        Returns:
-            [num_queries, k] int64 item ids, best first; all items where there are fewer.
-
-        Raises:
-            ValueError: If a user or the device is unknown.
+        The best come first; all items where there are fewer. Arguments and errors are as of
+        `click_probability`.
         """
         return self.item_ids[np.argsort(-self._logits(user_ids, device), axis=1)[:, :k]]
 
@@ -339,16 +324,13 @@ def _event_blocks(
 
 
 def _run_funnel(
-    rng: np.random.Generator,
-    preferences: Preferences,
-    options: FunnelOptions,
-    tastes: np.ndarray,
+    rng: np.random.Generator, preferences: Preferences, options: FunnelOptions, tastes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sends requests, each of a taste, through the funnel.
 
-    Returns:
-        Item rows and codes of stages, [num_requests, num_retrieved]: the ranked items, best first;
-        the losers of rank; the losers of pre-rank. Scores of rank, [num_requests, num_ranked].
+    Returns item rows and codes of stages, [num_requests, num_retrieved]: the ranked items, best
+    first; the losers of rank; the losers of pre-rank. And scores of rank, [num_requests,
+    num_ranked].
     """
     retrieved = _retrieve(rng, preferences, options, tastes)
     logits = preferences.logits(tastes, retrieved)
@@ -385,10 +367,7 @@ def _run_funnel(
 
 
 def _retrieve(
-    rng: np.random.Generator,
-    preferences: Preferences,
-    options: FunnelOptions,
-    tastes: np.ndarray,
+    rng: np.random.Generator, preferences: Preferences, options: FunnelOptions, tastes: np.ndarray
 ) -> np.ndarray:
     """Returns [num_requests, num_retrieved] item rows, in no order.
 

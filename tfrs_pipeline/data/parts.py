@@ -1,0 +1,134 @@
+"""A log in parts: what trains, and the queries of validation and test."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ibis
+
+from tfrs_pipeline.data.engines import open_parquet, write_parquet
+from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
+from tfrs_pipeline.data.schema import SplitKind
+from tfrs_pipeline.data.split import PARTS, is_positive
+from tfrs_pipeline.durable import part_files, read_record, write_record
+from tfrs_pipeline.settings import counted
+
+LogT = TypeVar("LogT", bound=Any)  # `Log`, which makes its splits of this and is imported later.
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Generic[LogT]):
+    """A log in parts. Unpacks as train, validation, test.
+
+    Its events (those of dropped users are missing) have a column `part`: "train", "validation",
+    "test" or "fold_in", which is the history of held-out users.
+    """
+
+    log: LogT
+    events: ibis.Table
+    kind: SplitKind
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(3))
+
+    def __getitem__(self, place: int) -> Any:
+        return getattr(self, ("train", "validation", "test")[place])
+
+    @functools.cached_property
+    def train(self) -> LogT:
+        """The training events; items and users are those of the whole log."""
+        return self._part("train")
+
+    @functools.cached_property
+    def before_test(self) -> LogT:
+        """All that may train a model for the test: held-out users never do."""
+        return self.train if self.kind == "held_out_users" else self._part("train", "validation")
+
+    @functools.cached_property
+    def validation(self) -> Holdout:
+        """What the validation part asks. A `DataError` if it holds no positive."""
+        return self.holdout("validation")
+
+    @functools.cached_property
+    def test(self) -> Holdout:
+        """What the test part asks. A `DataError` if it holds no positive."""
+        return self.holdout("test")
+
+    def holdout(
+        self, part: EvaluationPart, max_queries: int | None = None, seed: int = 0
+    ) -> Holdout:
+        """What a part asks, of `max_queries` users at most, drawn at random; None is all.
+
+        Only the events of those drawn leave the engine. A `DataError` if there is no positive.
+        """
+        training = self.train if part == "validation" else self.before_test
+        return make_holdout(
+            self.events,
+            part,
+            self.log.items,
+            training.events,
+            request_features=self.log.request_features,
+            max_queries=max_queries,
+            seed=seed,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Counts what is in each part that has events: num_events, num_positives, num_users.
+
+        And what the split dropped: num_users_dropped and num_events_dropped.
+        """
+        events = self.events
+        counts = events.group_by("part").agg(
+            num_events=events.count(),
+            num_positives=is_positive(events).sum(),
+            num_users=events["user_id"].nunique(),
+        )
+        rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
+        report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
+        before, after = (
+            table.aggregate(users=table["user_id"].nunique(), events=table.count()).to_pyarrow()
+            for table in (self.log.events, events)
+        )
+        for name in ("users", "events"):
+            report[f"num_{name}_dropped"] = before[name][0].as_py() - after[name][0].as_py()
+        return report
+
+    def describe(self) -> list[str]:
+        """Says what is in each part and what was dropped, in lines for a person."""
+        counts = self.report()
+        notes = [f"by {self.kind}"]
+        for part in PARTS:
+            if part in counts:
+                row = counts[part]
+                notes.append(
+                    f"{part}: {counted(row['num_positives'], 'positive')} of "
+                    f"{counted(row['num_users'], 'user')}, {counted(row['num_events'], 'event')}"
+                )
+        if counts["num_events_dropped"]:
+            why = "of no part" if self.kind == "column" else "of users with too few positives"
+            notes.append(
+                f"dropped {counted(counts['num_events_dropped'], 'event')} {why} "
+                f"({counted(counts['num_users_dropped'], 'user')})"
+            )
+        return notes
+
+    def write(self, path: Path) -> None:
+        """Writes the events with their parts as Parquet, and then its record `split.json`."""
+        path.with_suffix(".json").unlink(missing_ok=True)
+        write_parquet(self.events, path)
+        write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
+
+    @classmethod
+    def read(cls, log: LogT, path: Path) -> Split[LogT]:
+        """Opens what `write` wrote of a split of this log, without loading it."""
+        kind = read_record(path.with_suffix(".json"), check_files=False)["kind"]
+        return cls(log, open_parquet(log.events.get_backend(), path), kind)
+
+    def _part(self, *parts: str) -> LogT:
+        events = self.events.filter(self.events["part"].isin(parts)).drop("part")
+        return dataclasses.replace(self.log, events=events, part_of=self.log.whole)
