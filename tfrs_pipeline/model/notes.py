@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import TypeAlias
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 
-
-class OnProgress(Protocol):
-    """Told of long work: a task's name, steps done and in all, and what there is to say of it."""
-
-    def __call__(self, task: str, done: int, total: int, note: str = "", /) -> None:
-        """Shows it."""
-        ...
+OnProgress: TypeAlias = Callable[..., None]
+"""Told of long work: a task's name, steps done and in all, and at times what there is to say."""
 
 
 def describe_sample(validation: Holdout | None) -> list[str]:

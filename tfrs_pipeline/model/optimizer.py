@@ -110,11 +110,6 @@ def slots_of(optimizer: tf.keras.optimizers.Optimizer, variable: tf.Variable) ->
     return [getattr(optimizer, name)[number] for name in kept if hasattr(optimizer, name)]
 
 
-def initial_slot(optimizer: tf.keras.optimizers.Optimizer) -> float:
-    """Returns what an optimizer keeps of a weight that has had no gradient."""
-    return float(getattr(optimizer, "initial_accumulator_value", 0.0))
-
-
 class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that begins at a later step of an optimizer."""
 

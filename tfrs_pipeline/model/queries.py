@@ -14,13 +14,7 @@ from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.raw import history_of, item_times
-from tfrs_pipeline.model.requests import (
-    TIMESTAMP,
-    encode_requests,
-    query_and_item_times,
-    raw_requests,
-    request_signature,
-)
+from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.store import RowLists
 
@@ -65,7 +59,7 @@ class QueryEncoder:
             encoded = encode_requests(request_features, requests)
             times = None
             if of_items is not None:
-                times = query_and_item_times(requests[TIMESTAMP], of_items)
+                times = tf.concat([requests[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
             return model.embed_queries(query_rows, histories, encoded, times)
 
         self._embed = embed

@@ -87,8 +87,3 @@ def _filled(feature: Feature, given: tf.Tensor, timestamp: tf.Tensor) -> tf.Tens
         text = tf.strings.as_string(tf.cast(number, tf.int32))
         return tf.where((given == "") & is_known, text, given)
     return tf.where(~tf.math.is_finite(given) & is_known, number, given)
-
-
-def query_and_item_times(of_query: tf.Tensor, of_items: tf.Tensor) -> tf.Tensor:
-    """Joins [B] times of queries and [B, N] of their items, as the query tower reads them."""
-    return tf.concat([of_query[:, tf.newaxis], of_items], axis=1)

@@ -14,7 +14,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.optimizer import initial_slot, slots_of
+from tfrs_pipeline.model.optimizer import slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.settings import refuse
@@ -136,7 +136,8 @@ class WarmStart:
                 new.assign(old)
             return
         is_new = (rows == 0) & (np.arange(len(rows)) > 0)
-        at_first = initial_slot(self._source.optimizer)
+        # What an optimizer keeps of a weight that has had no gradient.
+        at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
         has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
         variable.assign(_gathered(source, rows, variable, is_new & (not has_stand_in)))
         for new, old in zip(new_slots, old_slots, strict=bool(new_slots)):

@@ -59,6 +59,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     the uncorrected one, is no baseline; where it finds more, that is said besides.
     """
     first, *others = metrics["models"]
+    baselines = _baselines(others)
     found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
     other_forms: list[str] = []
     for part in metrics["models"][first]["slices"]:
@@ -68,26 +69,20 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
             for name, x in metrics["differences"].items()
             if x[f"{part}/{metric}"]["low"] is not None
         }
-        rivals = {name: above[name] for name in _baselines(others) if name in above}
+        rivals = {name: above[name] for name in baselines if name in above}
         if not rivals:
             continue
-
-        def numbers(name: str, means: Mapping[str, float] = means) -> str:
-            return f"({means[first]:.2f}, {name} {means[name]:.2f})"
-
+        shown = {name: f"{part} ({means[first]:.2f}, {name} {means[name]:.2f})" for name in above}
         best = max(rivals, key=lambda name: rivals[name]["mean"])
         if all(x["high"] < 0 for x in rivals.values()):
             found["ahead in"].append(part)
         elif rivals[best]["low"] > 0:
-            found["behind in"].append(f"{part} {numbers(best)}")
+            found["behind in"].append(shown[best])
         else:
             found["level in"].append(part)
-        other_forms += [
-            f"{part} {numbers(name)}"
-            for name, x in above.items()
-            if name not in rivals and x["low"] > 0
-        ]
-    passed = _listed(_baselines(others)) if found["ahead in"] else ""
+        better = (name for name, x in above.items() if name not in rivals and x["low"] > 0)
+        other_forms += [shown[name] for name in better]
+    passed = _listed(baselines) if found["ahead in"] else ""
     words: list[tuple[list[str], str]] = [
         (found["ahead in"], f"ahead of {passed} in the"),
         (found["level in"], "level with the best one in the"),

@@ -12,13 +12,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
 from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
-from tfrs_pipeline.model.requests import (
-    TIMESTAMP,
-    encode_requests,
-    query_and_item_times,
-    raw_requests,
-    request_signature,
-)
+from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.id_tensors import (
@@ -229,7 +223,7 @@ class Encoder(tf.Module):
         given: dict[str, tf.Tensor] = {}
         if times is not None:
             of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
-            given["history_times"] = query_and_item_times(raw[TIMESTAMP], of_items)
+            given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
         return {
             "embeddings": model.embed_queries(query_rows, recent, features or None, **given),
             "is_known_user": query_rows > 0,
