@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,14 @@ import pytest
 from tests.serving.running_server import address_of
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import load_config
-from tfrs_pipeline.serving import export
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trusted_exports")]
 
 ROOT = Path(__file__).parents[1]
 START = "docs/start/ten_minutes.md"
 # Those that read the files and the model of the first page.
-GUIDES = [
-    START,
-    *(
-        f"docs/guides/{name}.md"
-        for name in (
-            "clicks",
-            "logq",
-            "negatives",
-            "exposed",
-            "funnel",
-            "seen",
-            "new_items",
-            "request",
-        )
-    ),
-    "docs/guides/debugging.md",
-    "docs/guides/pieces.md",
-]
+NAMES = "clicks logq negatives exposed funnel seen new_items request debugging pieces"
+GUIDES = [START, *(f"docs/guides/{name}.md" for name in NAMES.split())]
 # The requests of the first are made below, of the README's model; the others are scripts for cron
 # and for a cluster.
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", "scale"))
@@ -51,19 +34,11 @@ SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
 SHORT = {
     "run": ["--training.max_epochs", "2"],
-    "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2"],
+    "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2", "--no-training.refit"],
 }
-ONE_BASELINE = ["--evaluation.baselines", "popularity"]
+SHORTER = ["--evaluation.baselines", "popularity", "--no-training.refit"]
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _trusted_exports() -> Iterator[None]:
-    """Skips the check in a fresh process: it takes seconds and has its own tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +131,7 @@ def test_a_guide_runs_as_it_stands(
             assert is_shown(text, printed), f"{page} shows\n{text}\nand got\n{printed}"
         else:
             # The first page shows a row of each.
-            more = [] if page == START else ONE_BASELINE
+            more = [] if page == START else SHORTER
             printed = run_block(kind, text, namespace, more)
 
 
