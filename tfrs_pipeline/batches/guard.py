@@ -1,10 +1,4 @@
-"""The guard of a batch: what must never be a negative of a query, in whichever column it comes.
-
-By training events alone, these are its known positives, and what was exposed to it and not clicked:
-that the user passed an item over among a few says nothing about retrieval among millions, and is
-left to ranking. Samples were cleared of them when they were built; the masks of a batch do not
-trust that.
-"""
+"""The guard of a batch: what must never be a negative of a query, in whichever column it comes."""
 
 from __future__ import annotations
 
@@ -22,23 +16,33 @@ Never = Mapping[str, tf.RaggedTensor]
 """By reason, for each row, the sorted candidates that are never a negative of its query."""
 
 
-def read_never(samples: Samples, query_rows: np.ndarray) -> dict[str, RowLists]:
-    """Gathers what is `Never` a negative of queries, [n] int32."""
-    lists = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
-    return {reason: of_queries.take(query_rows) for reason, of_queries in lists.items()}
+class Guard:
+    """Finds the columns that are no negatives of their row's query, of training events alone.
 
-
-def is_never_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
-    """Tells which shared columns, [C], are never a negative of a row's query: [n, C] bool."""
-    return contains([never[reason] for reason in REASONS], columns)
-
-
-def is_never_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
-    """Tells which of each row's own candidates [n, H] are never a negative of its query.
-
-    A pool of exposed items is there only for who insists (`allow_exposed`): it is kept to the known
-    positives.
+    These are its known positives, and what was exposed to it and not clicked: that the user passed
+    an item over among a few says nothing about retrieval among millions, and is left to ranking.
+    Samples were cleared of them when they were built; the masks of a batch do not trust that.
     """
-    reasons = (KNOWN,) if pool == "exposed" else REASONS
-    found = [is_member(never[reason], rows) for reason in reasons]
-    return tf.reduce_any(tf.stack(found), axis=0)
+
+    def __init__(self, samples: Samples) -> None:
+        self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
+
+    def read(self, query_rows: np.ndarray) -> dict[str, RowLists]:
+        """Gathers what is `Never` a negative of queries, [n] int32."""
+        return {reason: lists.take(query_rows) for reason, lists in self._never.items()}
+
+    @staticmethod
+    def of_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
+        """Tells which shared columns, [C], are never a negative of a row's query: [n, C] bool."""
+        return contains([never[reason] for reason in REASONS], columns)
+
+    @staticmethod
+    def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
+        """Tells which of each row's own candidates [n, H] are never a negative of its query.
+
+        A pool of exposed items is there only for who insists (`allow_exposed`): it is kept to the
+        known positives.
+        """
+        reasons = (KNOWN,) if pool == "exposed" else REASONS
+        found = [is_member(never[reason], rows) for reason in reasons]
+        return tf.reduce_any(tf.stack(found), axis=0)

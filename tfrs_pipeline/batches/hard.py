@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.guard import Never, is_never_own
+from tfrs_pipeline.batches.guard import Guard, Never
 from tfrs_pipeline.batches.row_lists import draw_from_lists
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -83,7 +83,7 @@ class HardDraws:
             # Graphs lose the static shape on the way; the loss wants its rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            is_good &= ~is_never_own(never, drawn, name)
+            is_good &= ~Guard.of_own(never, drawn, name)
             rows.append(drawn)
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import REQUEST, Batch, Examples, blocks
-from tfrs_pipeline.batches.guard import REASONS, Never, is_never_shared, read_never
+from tfrs_pipeline.batches.guard import REASONS, Guard, Never
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
 from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
 from tfrs_pipeline.batches.row_lists import contains
@@ -113,6 +113,7 @@ class HybridBatches:
             mean = np.average(positive_weight, weights=samples.counts)
             self._factor = positive_weight / mean
         self.positive_share = self._positive_share()
+        self._guard = Guard(samples)
         self._hard = None
         if hard is not None:
             self._hard = HardDraws(samples, hard, seed=seed)
@@ -225,7 +226,7 @@ class HybridBatches:
         found |= {f"pool {name}": pool.take(index) for name, pool in pools.items()}
         columns = self.samples.request_columns.items()
         found |= {f"{REQUEST}{name}": column[index] for name, column in columns}
-        return found | read_never(self.samples, keys)
+        return found | self._guard.read(keys)
 
     @functools.cached_property
     def _signature(self) -> dict[str, tf.TypeSpec]:
@@ -258,7 +259,7 @@ class HybridBatches:
 
     def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor | None) -> tf.Tensor:
         columns = batch["shared_row"]
-        is_never = is_never_shared(never, columns)
+        is_never = Guard.of_shared(never, columns)
         is_counted = ~(is_never if slot is None else tf.gather(is_never, slot))
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
@@ -296,7 +297,7 @@ class HybridBatches:
                 query_row = tf.gather(query_row, batch["positive_query"])
             is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
             is_left = tf.ones_like(is_hit)
-            never = read_never(self.samples, query_row.numpy())
+            never = self._guard.read(query_row.numpy())
             found = {"accidental hits": is_hit}
             found |= {reason: contains([ragged(never[reason])], columns) for reason in REASONS}
             for name, is_masked in found.items():

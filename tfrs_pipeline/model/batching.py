@@ -15,7 +15,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.samples.positives import resampling_rate
+from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import Samples
 
 
@@ -35,7 +35,7 @@ def make_batches(
         samples = dataclasses.replace(samples, sequence_times=None)
     if isinstance(settings.hard, FunnelLosers):
         _require_losers(samples, settings.hard)
-    rate = resampling_rate(samples.counts, settings.resampling_exponent)
+    rate = Positives(settings.resampling_exponent).rate(samples.counts)
     common: dict[str, Any] = {
         "batch_size": training.batch_size,
         "history_length": settings.history_length,

@@ -16,11 +16,11 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import FeatureKind, count_rows
-from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
@@ -120,7 +120,7 @@ class TrainingSet:
         anything is built, if there are fewer than `min_positives`.
         """
         if not is_whole(folder / "report.json"):
-            if num_positives := count_rows(log.events.filter(is_positive)):
+            if num_positives := count_rows(Positives.select(log.events)):
                 check_one_batch(num_positives, min_positives)
             build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)

@@ -21,11 +21,10 @@ from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
-from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
-from tfrs_pipeline.samples.positives import NO_POSITIVE
+from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
 from tfrs_pipeline.samples.requests import request_column
 from tfrs_pipeline.samples.store import pool_size_column
 
@@ -77,7 +76,7 @@ def build_samples(
     (folder / "report.json").unlink(missing_ok=True)
     with _work_folder(log, folder) as work:
         events = _write_rows(log, work)
-        positives = events.filter(is_positive)
+        positives = Positives.select(events)
         _write_counts(positives, work)
         # What is never a negative of whom.
         known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))

@@ -10,7 +10,8 @@ import pyarrow as pa
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import whole_seconds
-from tfrs_pipeline.data.split import is_positive, order_keys
+from tfrs_pipeline.data.split import order_keys
+from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists
 
 
@@ -28,7 +29,7 @@ def latest_histories(
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
-    events = log.events.filter(is_positive).select("user_id", "item_id", *order_keys(log.events))
+    events = Positives.select(log.events).select("user_id", "item_id", *order_keys(log.events))
     joined = events.inner_join(users, "user_id").left_join(items, "item_id")
     rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
     latest_first = [ibis.desc(key) for key in order_keys(log.events)]
