@@ -117,14 +117,11 @@ def test_mask_matches_a_loop(order: str) -> None:
     [
         ("single", {}, (BATCH_SIZE - 1) * CLICKS + OTHERS),
         ("single", {"negatives": MIXTURE[1:]}, OTHERS),
-        (
-            "single",
-            {"examples": {"rate": RATE}},
-            (BATCH_SIZE - 1) * SAMPLES.counts**0.4 / (SAMPLES.counts[1:] ** 0.4).sum() + OTHERS,
-        ),
+        ("single", {"examples": {"rate": RATE}},
+         (BATCH_SIZE - 1) * SAMPLES.counts**0.4 / (SAMPLES.counts[1:] ** 0.4).sum() + OTHERS),
         ("sequences", {}, OTHERS),
     ],
-)
+)  # fmt: skip
 def test_corrections_and_hard_draws_are_those_of_the_sample(
     order: str, options: dict[str, Any], n: np.ndarray
 ) -> None:

@@ -48,14 +48,11 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
         ({"is_lik": 1.0}, {}, r"'is_lik'.*is_like"),
         ({"note": 1.0}, {}, "'note' must be boolean, or a number .* it is string"),
         ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
-        (
-            {"seconds": 1.0},
-            {"seconds": [1.0, float("nan")] * 3},
-            "'seconds' is in the label and no number in 3 of 6 rows, such as nan",
-        ),
+        ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3},
+         "'seconds' is in the label and no number in 3 of 6 rows, such as nan"),
         ({"is_like": 0.0}, {}, "weights above 0"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(label: Any, more: Any, message: str) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         labelled(label, **more)

@@ -128,11 +128,7 @@ def test_columns_that_contradict_the_settings_are_refused(options: Any, message:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"unknown_items": "refuse"},
-        {"duplicates": "refuse"},
-        {"timestamp_unit": "minutes"},
-    ],
+    [{"unknown_items": "refuse"}, {"duplicates": "refuse"}, {"timestamp_unit": "minutes"}],
 )
 def test_what_is_none_of_the_choices_is_refused(options: Any) -> None:
     with pytest.raises(ValueError, match=r"must be one of .*Received: (refuse|minutes)"):

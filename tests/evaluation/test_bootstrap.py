@@ -68,11 +68,7 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "values, options",
-    [
-        (np.zeros(3), {}),
-        (np.zeros((3, 1)), {"num_bootstrap": -1}),
-    ],
+    "values, options", [(np.zeros(3), {}), (np.zeros((3, 1)), {"num_bootstrap": -1})]
 )
 def test_refuses_what_does_not_fit(values: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Received"):

@@ -66,11 +66,7 @@ def measure(retriever: Retriever, holdout: Holdout, **options: Any) -> Evaluatio
 
 
 def slow_values(
-    scores: np.ndarray,
-    holdout: Holdout,
-    excluded: list[np.ndarray],
-    in_slice: np.ndarray,
-    k: int,
+    scores: np.ndarray, holdout: Holdout, excluded: list[np.ndarray], in_slice: np.ndarray, k: int
 ) -> np.ndarray:
     """Ranks by a plain sort and counts, one query at a time; none where nothing is relevant."""
     values = []

@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-from tfrs_pipeline.evaluation.metrics import (
-    QUERY_METRICS,
-    find_hits,
-    query_metrics,
-    set_metrics,
-)
+from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, find_hits, query_metrics, set_metrics
 
 Ranking: TypeAlias = tuple[np.ndarray, list[np.ndarray], int]
 

@@ -26,11 +26,7 @@ UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
 
 
 def slow_loss(
-    network: TwoTowerNetwork,
-    samples: Samples,
-    batch: dict[str, tf.Tensor],
-    *,
-    num_popular: int,
+    network: TwoTowerNetwork, samples: Samples, batch: dict[str, tf.Tensor], *, num_popular: int
 ) -> float:
     """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
     batch = {name: value.numpy() for name, value in batch.items()}
@@ -97,10 +93,7 @@ def test_the_loss_is_that_of_a_loop_over_the_samples(
     if "hard" in options:
         assert np.count_nonzero(batch["hard_is_counted"]) > 0
     expected = slow_loss(
-        network,
-        samples,
-        batch,
-        num_popular=B - 1 if examples == "single" else POPULAR.num,
+        network, samples, batch, num_popular=B - 1 if examples == "single" else POPULAR.num
     )
     got = network.compute_loss(batch).numpy()
     assert got == pytest.approx(expected, rel=1e-4)

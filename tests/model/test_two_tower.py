@@ -77,18 +77,11 @@ def share_of_own_taste(model: TwoTower) -> float:
     [
         ("sequences", {"negatives": EASY, "history_pooling": ["recency"]}),
         ("sets", {"negatives": EASY}),
-        (
-            "single",
-            {
-                "negatives": [EveryCandidate()],
-                "query_tower": OwnQueries(),
-                "candidate_tower": OwnCandidates,
-                "temperature": 1.0,
-            },
-        ),
+        ("single", {"negatives": [EveryCandidate()], "query_tower": OwnQueries(),
+         "candidate_tower": OwnCandidates, "temperature": 1.0}),
     ],
     ids=["sequences", "sets", "own towers and negatives"],
-)
+)  # fmt: skip
 def test_every_way_to_train_learns_the_tastes(
     log: Log, data: TrainingSet, examples: str, options: dict[str, Any]
 ) -> None:

@@ -97,19 +97,19 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
             "train": {"num_events": 9000, "num_positives": 5000, "num_users": 300},
             "test": {"num_events": 2000, "num_positives": 1000, "num_users": 299},
             "num_users_dropped": 3,
-            "num_events_dropped": 11,
+            "num_events_dropped": 11
         },
         "models": {name: summary(rng) for name in names},
         "training": {
             "two_tower": {"best_epoch": 2, "history": history},
             "two_tower_uncorrected": {"best_epoch": 1, "history": {"loss": [5.0, 4.0],
-                                                                   "val_ndcg@100": [0.3, 0.2]}},
+                                                                   "val_ndcg@100": [0.3, 0.2]}}
         },
         "differences": {
             "two_tower_uncorrected": {
-                "ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}, **BY_SLICE,
+                "ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}, **BY_SLICE
             },
-            "popularity": {"ndcg@100": {"mean": 0.02, "low": -0.01, "high": 0.05}, **BY_SLICE},
+            "popularity": {"ndcg@100": {"mean": 0.02, "low": -0.01, "high": 0.05}, **BY_SLICE}
         },
         "examples": [
             {
@@ -118,13 +118,13 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
                 "history": [3, 4],
                 "recommended": [5, 6],
                 "num_relevant": 9,
-                "found": [6],
+                "found": [6]
             }
         ],
         "versions": {"tensorflow": "2.20.0"},
         "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
         "notes": {"data": ["dropped nothing"], "evaluate": []},
-        "seconds": {"data": 1.25, "train two_tower": 8.5},
+        "seconds": {"data": 1.25, "train two_tower": 8.5}
     }  # fmt: skip
 
 
@@ -146,14 +146,14 @@ def make_facts() -> RunFacts:
             "num_samples": 5000,
             "num_candidates": 400,
             "num_known_positives": 4900,
-            "num_exposed": 3900,
+            "num_exposed": 3900
         },
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
         popularity=PopularityFacts(
             counts, share, share, {"uniform": np.full(400, 1 / 400)}, num_unreachable=0
         ),
-        titles={3: "Fargo", 6: "Men in Black"},
+        titles={3: "Fargo", 6: "Men in Black"}
     )  # fmt: skip
 
 

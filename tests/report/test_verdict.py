@@ -113,17 +113,12 @@ LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ea
         (made({"two_tower": 0.4, "ease": 0.3}, split={"train": {"num_positives": 5}}), None),
         (made(LOSING), None),
         (made(LOSING, split={"train": {"num_positives": 1_500}}), "5.0 each"),
-        (
-            made(
-                LOSING,
-                training={"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}},
-            ),
-            "was best after the last of 1 epoch.",
-        ),
+        (made(LOSING, training={"two_tower": {"best_epoch": 1,
+         "history": {f"val_{METRIC}": [0.1]}}}), "was best after the last of 1 epoch."),
         (made(LOSING | {"popularity": 0.31}), "ease, which read"),
         (made(LOSING | {"two_tower_uncorrected": 0.25}), "model.correction"),
     ],
-)
+)  # fmt: skip
 def test_advice_follows_from_what_was_measured(
     metrics: dict[str, Any], expected: str | None
 ) -> None:
