@@ -216,19 +216,6 @@ def test_an_evaluation_excludes_by_one_rule() -> None:
         test.excluded("shown")  # type: ignore[arg-type]
 
 
-def test_a_query_knows_what_lies_before_its_part_and_nothing_else() -> None:
-    _, validation, test = one_user("cecrcec").split("last_n", min_positives=1)
-    assert (validation.histories[0].tolist(), test.histories[0].tolist()) == ([0, 2], [0, 2, 4])
-    assert (validation.seen[0].tolist(), test.seen[0].tolist()) == ([0, 1, 2], [0, 1, 2, 4, 5])
-    assert (validation.relevant[0].tolist(), test.relevant[0].tolist()) == ([4], [6])
-
-
-def test_shares_are_rounded_up_and_other_events_take_the_part_of_their_place() -> None:
-    # ceil(.2 * 6) = 2 are the test, ceil(.1 * 4) = 1 of the four left is the validation part.
-    log = one_user("ececcrcecece")
-    assert letters(log.split("last_share", validation=0.1, test=0.2)) == "ttttttvvxxxx"
-
-
 def test_float_noise_does_not_round_up() -> None:
     assert (0.1 + 0.2) * 10 > 3
     split = one_user("c" * 10).split("last_share", validation=0, test=0.1 + 0.2)
@@ -236,13 +223,6 @@ def test_float_noise_does_not_round_up() -> None:
     assert 0.07 * 100 > 7
     split = one_user("c" * 100).split("time", validation=0, test=0.07)
     assert split.report()["test"]["num_positives"] == 7
-
-
-def test_ties_in_time_are_broken_by_the_order_in_the_source() -> None:
-    log = make_log([(1, item, 0, "clicked") for item in (5, 3, 4)])
-    test = log.split("last_n", min_positives=1).test
-    assert test.histories[0].tolist() == [5, 3]
-    assert test.relevant[0].tolist() == [4]
 
 
 def test_without_time_the_order_in_the_source_counts() -> None:

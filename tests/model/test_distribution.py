@@ -38,11 +38,11 @@ def devices() -> tf.distribute.Strategy:
 def test_two_devices_train_the_weights_of_one(
     requested: TrainingSet, devices: tf.distribute.Strategy, case: str, in_graph: bool
 ) -> None:
-    """Once traced, as in use; and once step by step, which a few steps are done sooner by."""
-    with contextlib.nullcontext() if in_graph else eagerly():
+    """Traced, as in use, and step by step, by which few steps are done sooner."""
+    with eagerly():
         alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
-        with devices.scope():
-            together = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
+    with devices.scope(), contextlib.nullcontext() if in_graph else eagerly():
+        together = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
     assert together.network.distribute_strategy is devices
     assert_close(weights_of(alone.network), weights_of(together.network))
     assert together.result.history["loss"] == pytest.approx(alone.result.history["loss"], rel=1e-4)

@@ -90,7 +90,7 @@ def test_an_empty_history_has_a_vector_that_learns() -> None:
 def test_each_state_is_the_encoding_of_its_beginning(pooling: str) -> None:
     encoder = make_encoder(pooling)
     rows = sequences(LENGTHS)
-    states = encoder.states(tf.constant(rows)).numpy()
+    states = encoder.states(tf.constant(rows)).numpy()  # So none knows what comes after.
     beginnings = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
     latest_first = np.zeros((len(beginnings), 8), np.int32)
     for line, (w, j) in zip(latest_first, beginnings, strict=True):
@@ -158,16 +158,6 @@ def test_training_drops_gaps_and_sometimes_all() -> None:
     # Five standard deviations of 5%.
     assert abs(is_whole.mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 4000)
     assert abs((dropped[~is_whole] == 0).mean() - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 22_000)
-
-
-@pytest.mark.parametrize("pooling", ALL)
-def test_a_state_does_not_know_what_comes_after(pooling: str) -> None:
-    encoder, rows = make_encoder(pooling), sequences([8])
-    changed = rows.copy()
-    changed[0, 5] = rows[0, 5] % 9 + 1
-    before, after = (encoder.states(tf.constant(x)).numpy()[0] for x in (rows, changed))
-    np.testing.assert_array_equal(before[:6], after[:6])
-    assert (before[6:] != after[6:]).any(axis=1).all()
 
 
 @pytest.mark.parametrize("pooling", ALL)

@@ -33,7 +33,7 @@ MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
 
 
 def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> TwoTower:
-    """Trains on whole sequences read by self-attention, with dropout of every kind."""
+    """Trains on whole sequences, with dropout of ids and histories."""
 
     def on_epoch(so_far: TrainingResult) -> None:
         if so_far.num_epochs == stop_after:
@@ -42,8 +42,7 @@ def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> Two
     model = tiny(
         hard=MINED,
         negatives=[Uniform(16), Popularity(16, 0.5)],
-        history_pooling=["attention"],
-        attention_blocks=1,
+        history_pooling=["recency"],
         share_item_embedding=True,
         candidate_bias=True,
         id_dropout=0.1,

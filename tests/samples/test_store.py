@@ -12,18 +12,11 @@ import pytest
 
 from tests.damage import damage
 from tests.small_batches import (
-    ORDERS,
     SAMPLES,
     UNORDERED,
-    assert_same_batches,
-    batch_list,
-    make_batches,
 )
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.store import Samples, pool_size_column, read_samples
-
-HARD = FunnelLosers(share=0.4, num=5)
 
 
 def in_order(samples: Samples) -> Samples:
@@ -117,15 +110,6 @@ def test_what_is_mapped_is_what_was_written(
             assert not base.flags.writeable
             base = base.base
         assert isinstance(base, mmap.mmap)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_batches_from_files_are_those_from_memory(order: str, tmp_path: Path) -> None:
-    write_samples(ORDERED, tmp_path)
-    mapped = read_samples(tmp_path)
-    options: dict[str, Any] = {} if order == "sets" else {"hard": HARD}
-    expected = batch_list(make_batches(order, ORDERED, **options), 8)
-    assert_same_batches(batch_list(make_batches(order, mapped, **options), 8), expected)
 
 
 def test_columns_are_made_again_once_samples_or_a_column_change(tmp_path: Path) -> None:

@@ -239,50 +239,53 @@ def test_all_stage_is_read_before_realshow(
     assert "2024-01-14.feather" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["2024-1-13.feather", "2024-02-30.feather", "days.parquet"])
-def test_a_file_must_be_named_by_its_date(tmp_path: Path, name: str) -> None:
-    write(tmp_path, "all_stage", [[make_row(realshow=1, effective_view=1)]])
-    (tmp_path / "all_stage" / name).touch()
-    with pytest.raises(DataError, match=rf"{name}: .*2024-01-13\.feather"):
-        load(tmp_path)
-
-
-def test_a_folder_without_days_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_days_are_refused(tmp_path: Path) -> None:
     (tmp_path / "all_stage").mkdir()
     with pytest.raises(DataError, match=r"no all_stage/YYYY-MM-DD\.feather"):
         load(tmp_path)
-
-
-def test_a_file_that_is_not_feather_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "all_stage").mkdir()
     (tmp_path / "all_stage" / "2024-01-13.feather").write_text("user_id\n1\n")
     with pytest.raises(DataError, match=r"2024-01-13\.feather cannot be read as Feather"):
         load(tmp_path)
+    (tmp_path / "all_stage" / "2024-01-13.feather").unlink()
+    write(tmp_path, "all_stage", [[make_row(realshow=1, effective_view=1)]])
+    for name in ("2024-1-13.feather", "2024-02-30.feather", "days.parquet"):
+        wrong = tmp_path / "all_stage" / name
+        wrong.touch()
+        with pytest.raises(DataError, match=rf"{name}: .*2024-01-13\.feather"):
+            load(tmp_path)
+        wrong.unlink()
 
 
 # Values
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "options", "message"),
     [
-        ({"rank_neg": 2}, "column 'rank_neg' is not 0 or 1 in 1 of 3 rows"),
-        ({"realshow": None}, "column 'realshow' is not 0 or 1 in 1 of 3 rows"),
-        ({"realshow": 1, "effective_view": 7}, "'effective_view' is not 0 or 1 in 1 of 3"),
-        ({"request_timestamp": START_MS // 1000}, "'request_timestamp' does not hold milliseconds"),
-        ({"video_id": None}, "'video_id' is null in 1 of 3"),
-        ({"request_id": None}, "'request_id' is null in 1 of 3"),
-        (
-            {"video_id": -1, "realshow": 1},
-            "'video_id' is -1, which is reserved for empty slots, in 1 of 3 rows",
-        ),
+        ({"rank_neg": 2}, {}, "column 'rank_neg' is not 0 or 1 in 1 of 3 rows"),
+        ({"realshow": None}, {}, "column 'realshow' is not 0 or 1 in 1 of 3 rows"),
+        ({"realshow": 1, "effective_view": 7}, {}, "'effective_view' is not 0 or 1 in 1 of 3"),
+        ({"request_timestamp": START_MS // 1000}, {},
+         "'request_timestamp' does not hold milliseconds"),
+        ({"video_id": None}, {}, "'video_id' is null in 1 of 3"),
+        ({"request_id": None}, {}, "'request_id' is null in 1 of 3"),
+        ({"video_id": -1, "realshow": 1}, {},
+         "'video_id' is -1, which is reserved for empty slots, in 1 of 3 rows"),
+        ({}, {"label": {"longview": 1.0}}, "no column 'longview'. Nearest: long_view"),
+        ({}, {"label": {"realshow": 1.0}}, "no column 'realshow'"),
+        ({}, {"item_features": {"author": "categorical"}},
+         "no column 'author'. Nearest: author_id"),
+        ({}, {"user_features": {"author_id": "categorical"}}, "no column 'author_id'"),
+        ({}, {"item_features": {"author_id": "text"}}, "'author_id' must be a string, it is int64"),
     ],
-)
-def test_a_bad_value_is_refused(tmp_path: Path, values: Any, message: str) -> None:
+)  # fmt: skip
+def test_values_and_settings_that_are_refused(
+    tmp_path: Path, values: Any, options: Any, message: str
+) -> None:
     good = make_row(realshow=1, effective_view=1)
     write(tmp_path, "all_stage", [[good, {**good, **values}, good]])
     with pytest.raises(DataError, match=message):
-        load(tmp_path)
+        load(tmp_path, **options)
 
 
 def test_a_missing_column_and_a_wrong_type_are_refused(tmp_path: Path) -> None:
@@ -293,22 +296,6 @@ def test_a_missing_column_and_a_wrong_type_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "all_stage", [[{k: v for k, v in row.items() if k != "rerank_neg"}]])
     with pytest.raises(DataError, match=r"no column 'rerank_neg'. Nearest: prerank_neg, rank_neg"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label": {"longview": 1.0}}, "no column 'longview'. Nearest: long_view"),
-        ({"label": {"realshow": 1.0}}, "no column 'realshow'"),
-        ({"item_features": {"author": "categorical"}}, "no column 'author'. Nearest: author_id"),
-        ({"user_features": {"author_id": "categorical"}}, "no column 'author_id'"),
-        ({"item_features": {"author_id": "text"}}, "'author_id' must be a string, it is int64"),
-    ],
-)
-def test_an_unknown_setting_is_refused(tmp_path: Path, options: Any, message: str) -> None:
-    write(tmp_path, "all_stage", [[make_row(realshow=1, effective_view=1)]])
-    with pytest.raises(DataError, match=message):
-        load(tmp_path, **options)
 
 
 def test_a_log_without_flags_or_without_positives_is_refused(tmp_path: Path) -> None:
