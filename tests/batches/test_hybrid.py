@@ -112,6 +112,16 @@ def test_mask_matches_a_loop(order: str) -> None:
     assert num_masked["known"] > 0 < num_masked["exposed"]
 
 
+def test_a_rows_own_positive_is_masked_known_or_not() -> None:
+    nobody_knows = RowLists.empty(len(SAMPLES.known_positives))
+    batches = make_batches(samples=dataclasses.replace(SAMPLES, known_positives=nobody_knows))
+    (batch,) = batch_list(batches, 1)
+    is_own = batch["shared_row"] == batch["candidate_row"][:, np.newaxis]
+    assert is_own.sum() > BATCH_SIZE
+    assert not batch["is_counted"][is_own].any()
+    assert batch["is_counted"].any()
+
+
 @pytest.mark.parametrize(
     ("order", "options", "n"),
     [

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import eagerly, tiny, weights_of
+from tests.model.conftest import tiny, weights_of
 from tests.model.train_together import CASES, train
 from tfrs_pipeline.cluster import Worker, this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -34,14 +34,13 @@ def devices() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.mark.parametrize(("case", "in_graph"), [("streaming", True), ("sequences", False)])
+@pytest.mark.usefixtures("in_eager_steps")
+@pytest.mark.parametrize("case", ["streaming", "sequences"])
 def test_two_devices_train_the_weights_of_one(
-    requested: TrainingSet, devices: tf.distribute.Strategy, case: str, in_graph: bool
+    requested: TrainingSet, devices: tf.distribute.Strategy, case: str
 ) -> None:
-    """Traced, as in use, and step by step, by which few steps are done sooner."""
-    with eagerly():
-        alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
-    with devices.scope(), contextlib.nullcontext() if in_graph else eagerly():
+    alone = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
+    with devices.scope():
         together = tiny(**CASES[case]).fit_samples(requested, max_epochs=1)
     assert together.network.distribute_strategy is devices
     assert_close(weights_of(alone.network), weights_of(together.network))

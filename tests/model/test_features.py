@@ -370,7 +370,7 @@ def slowly_encoded(feature: Feature, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_features_fitted_on_any_column_encode_any_other(
     kind: FeatureKind, data: st.DataObject

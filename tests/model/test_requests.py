@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
@@ -33,6 +33,7 @@ def encoded(*requests: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
+@settings(max_examples=40)
 @given(st.datetimes(datetime(1901, 1, 1), datetime(2100, 1, 1)), st.integers(-12, 14))
 def test_a_timestamp_tells_hour_and_weekday_as_the_calendar_does(
     moment: datetime, offset: int

@@ -108,7 +108,7 @@ def test_equals_a_slow_loop(
 def test_the_graph_equals_a_slow_loop_whatever_the_integers_and_the_cuts() -> None:
     rng = np.random.default_rng(1)
     # All but row 0 rise steeply after the first batch, for the recent memory.
-    batches = [np.zeros(20_000, np.int64), *rng.choice(60, (200, 20), p=zipf(60))]
+    batches = [np.zeros(20_000, np.int64), *rng.choice(60, (120, 20), p=zipf(60))]
     frequency, wide = (StreamingFrequency(500) for _ in range(2))
     slow = SlowFrequency(frequency)
     update = as_graph(frequency)

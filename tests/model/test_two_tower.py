@@ -53,13 +53,6 @@ class OwnQueries(tf.keras.layers.Layer):
         return tf.reduce_sum(self.table(inputs["history_rows"] % 64) * is_item, axis=1)
 
 
-@pytest.fixture(scope="module")
-def fitted(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TwoTower:
-    model = tiny(use_user_id=True, training={"max_epochs": 12, "learning_rate": 0.05})
-    folder = tmp_path_factory.mktemp("fitted")
-    return model.fit(split.train, validation=split.validation, folder=folder)
-
-
 def share_of_own_taste(model: TwoTower) -> float:
     """Of the first two items that are new to each user, those of the taste: a ninth at random."""
     users = 101 + np.arange(NUM_USERS)
@@ -70,6 +63,23 @@ def share_of_own_taste(model: TwoTower) -> float:
     # Two of 18 are left of the own taste; training took them for negatives of this user.
     ids, _ = model.retrieve(queries, 2, [list(x) for x in known])
     return float(np.mean((ids // 10 - 1) % NUM_TASTES == (users[:, None] - 101) % NUM_TASTES))
+
+
+@pytest.fixture(scope="module")
+def three(data: TrainingSet, split: Split) -> tuple[TwoTower, list[float]]:
+    """A fitted model, and the shares of the own taste of it and two others, in one network."""
+    training, shares = {"max_epochs": 12, "learning_rate": 0.05}, list[float]()
+    with tracing_once():
+        for seed in (2, 1, 0):
+            model = tiny(use_user_id=True, seed=seed, training=training)
+            model.fit_samples(data, split.validation, log=split.train)
+            shares.append(share_of_own_taste(model))
+    return model, shares
+
+
+@pytest.fixture(scope="module")
+def fitted(three: tuple[TwoTower, list[float]]) -> TwoTower:
+    return three[0]
 
 
 @pytest.mark.parametrize(
@@ -94,16 +104,9 @@ def test_every_way_to_train_learns_the_tastes(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_fit_finds_the_users_tastes(fitted: TwoTower, data: TrainingSet, split: Split) -> None:
+def test_fit_finds_the_users_tastes(three: tuple[TwoTower, list[float]]) -> None:
     """Over three seeds: of one alone the 60 items found waver by a twentieth."""
-    shares = [share_of_own_taste(fitted)]
-    training = {"max_epochs": 12, "learning_rate": 0.05}
-    with tracing_once():
-        for seed in (1, 2):
-            model = tiny(use_user_id=True, seed=seed, training=training)
-            model.fit_samples(data, split.validation, log=split.train)
-            shares.append(share_of_own_taste(model))
-    assert np.mean(shares) > 0.9
+    assert np.mean(three[1]) > 0.9
 
 
 def test_a_model_says_what_it_is(fitted: TwoTower, split: Split) -> None:
@@ -189,21 +192,28 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
 def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     log: Log, data: TrainingSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = {"max_epochs": 1}
+    training = {"max_epochs": 1, "validation_users": 7}
     query = [{"user_id": 101, "history": [40, 70]}]
     again = tiny(training=training).fit_samples(data, log=log)
     first = again.query_embeddings(query)
     _ = again.histories
-    other = log.split("last_n", validation=2, test=2)
     assert "epoch" not in capsys.readouterr().err  # It is no terminal.
-    again.fit(other.train, folder=tmp_path, verbose=True)
+    other = log.split("last_n", validation=2, test=2)
+    again.fit(other.train, other.validation, folder=tmp_path, verbose=True)
     loss = again.result.history["loss"][0]
-    assert f"epoch 1/1: loss {loss:.3f}\n" in capsys.readouterr().err
+    assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in capsys.readouterr().err
     rows = again.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
     assert np.abs(again.query_embeddings(query) - first).max() > 1e-3
+    # Validation ranks a sample of the users.
+    sample = other.validation.sample(7, again.seed)
+    assert len(sample) == 7
+    assert f"validation ranks 7 of {len(other.validation)} users, sampled" in again.notes
+    measured = evaluate(again, sample, cutoffs=(5, 100), num_bootstrap=0).first
+    expected = measured.overall.intervals["ndcg@5"].mean
+    assert again.result.history["val_ndcg@5"] == [pytest.approx(expected)]
     # As a new one does: nothing of before is left. It finds the samples and the checkpoints.
-    new = tiny(training=training).fit(other.train, folder=tmp_path)
+    new = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
     np.testing.assert_array_equal(new.query_embeddings(query), again.query_embeddings(query))
     assert new.result.history == again.result.history
 
@@ -250,18 +260,6 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     with pytest.raises(ValueError, match="give fit_samples their log"):
         _ = model.histories
     assert model.notes[-1].startswith("masked in the columns that rows share: ")
-
-
-@pytest.mark.usefixtures("in_eager_steps")
-def test_validation_ranks_a_sample_of_the_users(split: Split) -> None:
-    model = tiny(training={"max_epochs": 1, "validation_users": 7})
-    model.fit(split.train, validation=split.validation)
-    sample = split.validation.sample(7, model.seed)
-    measured = evaluate(model, sample, cutoffs=(5, 100), num_bootstrap=0).first
-    assert len(sample) == 7
-    assert f"validation ranks 7 of {len(split.validation)} users, sampled" in model.notes
-    expected = measured.overall.intervals[model.training.monitor].mean
-    assert model.result.history[f"val_{model.training.monitor}"] == [pytest.approx(expected)]
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def test_embeddings_are_those_of_the_source(source: TwoTower, started: TwoTower)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.usefixtures("in_eager_steps")
 def test_what_was_carried_over_is_told(
     source: TwoTower, sets: tuple[TrainingSet, TrainingSet]
 ) -> None:

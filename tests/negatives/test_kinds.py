@@ -102,6 +102,7 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
     twice = Mixture([InBatch(), *kinds], frame)
     assert twice.in_batch_draws == 6
     np.testing.assert_allclose(twice.other_expected_count, n - [0, 2, 1, 0])
+    np.testing.assert_allclose(twice.expected_count, n + np.array([0, 2, 1, 0]))
     mixture = Mixture(kinds, frame)
     np.testing.assert_allclose(mixture.expected_count, n)
     rows = tf.constant([2, 1, 1, 2])
