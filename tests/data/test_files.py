@@ -156,7 +156,7 @@ MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
-    "written, options",
+    "value, options",
     [
         ("1706702400.5", {}),
         ("1706702400500", {"timestamp_unit": "ms"}),
@@ -166,25 +166,17 @@ MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
         ("2024-01-31 13:00:00.5+01:00", {}),
         ("2024-01-31 13:00:00.5", {"time_zone": "Europe/Berlin"}),
         ("2024-01-31T12:00:00.5", {"time_zone": "UTC"}),
-    ],
-)
-def test_timestamps_in_csv(load: Any, written: str, options: dict[str, str]) -> None:
-    tables = load(f"user_id,item_id,timestamp\n1,2,{written}\n", **options)
-    assert column(tables.events, "timestamp") == [MOMENT]
-
-
-@pytest.mark.parametrize(
-    "values, options",
-    [
         (pa.array([1706702400500], pa.int64()), {"timestamp_unit": "ms"}),
         (pa.array([1706702400.5], pa.float64()), {}),
         (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), {}),
         (pa.array([MOMENT.replace(tzinfo=None)], pa.timestamp("ns")), {"time_zone": "UTC"}),
     ],
 )
-def test_timestamps_in_parquet(load: Any, values: pa.Array, options: dict[str, str]) -> None:
-    tables = load(pa.table({"user_id": [1], "item_id": [2], "timestamp": values}), **options)
-    assert column(tables.events, "timestamp") == [MOMENT]
+def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -> None:
+    events: str | pa.Table = f"user_id,item_id,timestamp\n1,2,{value}\n"
+    if not isinstance(value, str):
+        events = pa.table({"user_id": [1], "item_id": [2], "timestamp": value})
+    assert column(load(events, **options).events, "timestamp") == [MOMENT]
 
 
 ITEMS = "movie,title,genres,price,year\n5,Five,a|b | c,1.5,1999\n6,,,,\n"

@@ -86,44 +86,44 @@ def test_an_empty_history_has_a_vector_that_learns() -> None:
     assert (tape.gradient(loss, empty).numpy() == 1).all()
 
 
-@pytest.mark.parametrize("pooling", ALL)
-def test_each_state_is_the_encoding_of_its_beginning(pooling: str) -> None:
-    encoder = make_encoder(pooling)
-    rows = sequences(LENGTHS)
-    states = encoder.states(tf.constant(rows)).numpy()  # So none knows what comes after.
-    beginnings = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
-    latest_first = np.zeros((len(beginnings), 8), np.int32)
-    for line, (w, j) in zip(latest_first, beginnings, strict=True):
-        line[:j] = rows[w, :j][::-1]
-    alone = encoder(tf.constant(latest_first)).numpy()
-    for (w, j), expected in zip(beginnings, alone, strict=True):
-        np.testing.assert_allclose(states[w, j], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_each_state_has_the_gaps_of_its_beginning(timed: HistoryEncoder) -> None:
+def beginnings() -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """Places of all beginnings of the sequences; their rows and times, latest first."""
     rows, times = sequences(LENGTHS), times_of(LENGTHS)
-    states = timed.states(tf.constant(rows), times=tf.constant(times)).numpy()
-    beginnings = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
-    latest_first = np.zeros((len(beginnings), 8), np.int32)
-    latest_times = np.full((len(beginnings), 9), np.nan)
-    for line, line_times, (w, j) in zip(latest_first, latest_times, beginnings, strict=True):
+    places = [(w, j) for w, length in enumerate(LENGTHS) for j in range(length + 1)]
+    latest_rows = np.zeros((len(places), 8), np.int32)
+    latest_times = np.full((len(places), 9), np.nan)
+    for line, line_times, (w, j) in zip(latest_rows, latest_times, places, strict=True):
         line[:j] = rows[w, :j][::-1]
         line_times[: j + 1] = times[w, : j + 1][::-1]
-    alone = timed(tf.constant(latest_first), times=tf.constant(latest_times)).numpy()
-    for (w, j), expected in zip(beginnings, alone, strict=True):
+    return places, latest_rows, latest_times
+
+
+@pytest.mark.parametrize("pooling", [*ALL, "attention to times"])
+def test_each_state_is_the_encoding_of_its_beginning(pooling: str, timed: HistoryEncoder) -> None:
+    """So none knows what comes after."""
+    encoder = make_encoder(pooling) if pooling in ALL else timed
+    places, latest_rows, latest_times = beginnings()
+    times = tf.constant(times_of(LENGTHS))
+    states = encoder.states(tf.constant(sequences(LENGTHS)), times=times).numpy()
+    alone = encoder(tf.constant(latest_rows), times=tf.constant(latest_times)).numpy()
+    for (w, j), expected in zip(places, alone, strict=True):
         np.testing.assert_allclose(states[w, j], expected, rtol=1e-4, atol=1e-5)
-    # The query's own time tells; where it is missing, or all are, nothing is told.
-    later, missing, none = latest_times.copy(), latest_times.copy(), np.full_like(times, np.nan)
+
+
+def test_the_querys_own_time_tells(timed: HistoryEncoder) -> None:
+    """Where it is missing, or all times are, nothing is told."""
+    _, latest_rows, latest_times = beginnings()
+    later, missing = latest_times.copy(), latest_times.copy()
     later[:, 0], missing[:, 0] = 2e9, np.nan
-    moved, unknown = (
-        timed(tf.constant(latest_first), times=tf.constant(x)) for x in (later, missing)
+    alone, moved, unknown = (
+        timed(tf.constant(latest_rows), times=tf.constant(x))
+        for x in (latest_times, later, missing)
     )
     is_told = np.isfinite(latest_times[:, :2]).all(axis=1)
     assert (np.abs(moved - alone).max(axis=1) > 1e-3)[is_told].all()
     assert (np.abs(unknown - alone).max(axis=1) > 1e-3)[is_told].all()
-    np.testing.assert_array_equal(
-        timed.states(tf.constant(rows)), timed.states(tf.constant(rows), times=tf.constant(none))
-    )
+    rows, none = tf.constant(sequences(LENGTHS)), np.full((4, 9), np.nan)
+    np.testing.assert_array_equal(timed.states(rows), timed.states(rows, times=tf.constant(none)))
 
 
 def test_gaps_begin_as_if_there_were_none() -> None:
