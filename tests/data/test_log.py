@@ -113,26 +113,30 @@ def test_the_order_of_a_log_without_times() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("error", "options", "message"),
     [
-        ({"rating_threshold": None}, r"'rating': a log of ratings needs rating_threshold"),
-        ({"columns": {}}, "no column 'user_id'. Nearest: user.*Set columns"),
-        ({"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
-        ({"rating_threshold": None, "stage_values": {"x": "clicked"}}, "no column 'stage'"),
+        (DataError, {"rating_threshold": None},
+         "'rating': a log of ratings needs rating_threshold"),
+        (DataError, {"columns": {}}, "no column 'user_id'. Nearest: user.*Set columns"),
+        (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
+        (DataError, {"rating_threshold": None, "stage_values": {"x": "clicked"}},
+         "no column 'stage'"),
+        (ValueError, {"unknown_items": "refuse"}, "must be one of .*Received: refuse"),
+        (ValueError, {"duplicates": "refuse"}, "must be one of .*Received: refuse"),
+        (ValueError, {"timestamp_unit": "minutes"}, "must be one of .*Received: minutes"),
+        # A mistyped name of a column makes no second one.
+        (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
+         "columns.hourr: did you mean 'hour'"),
+        (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
+        (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
+        (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}},
+         "item_columns.titel: .*'title'"),
+        (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
     ],
-)
-def test_columns_that_contradict_the_settings_are_refused(options: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        Log.from_table(EVENTS, **OPTIONS | options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"unknown_items": "refuse"}, {"duplicates": "refuse"}, {"timestamp_unit": "minutes"}],
-)
-def test_what_is_none_of_the_choices_is_refused(options: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be one of .*Received: (refuse|minutes)"):
-        Log.from_table(EVENTS, **OPTIONS | options)
+)  # fmt: skip
+def test_what_is_refused(error: type[Exception], options: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Log.from_table(EVENTS.assign(hour=1), **OPTIONS | options)
 
 
 @pytest.mark.parametrize(
@@ -158,21 +162,6 @@ def test_a_kind_of_feature_by_another_name_is_told_its_own(kind: Any, meant: str
         Log.from_ibis(ibis.memtable(EVENTS), item_features={"price": kind})
     with pytest.raises(ConfigError, match=rf"data.user_features.price: got '{kind}'.*{expected}"):
         RunConfig(data={"user_features": {"price": kind}})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"columns": {"user_id": "user", "hourr": "hour"}}, "columns.hourr: did you mean 'hour'"),
-        ({"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
-        ({"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
-        ({"item_columns": {"item_id": "sku", "titel": "name"}}, "item_columns.titel: .*'title'"),
-        ({"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
-    ],
-)
-def test_a_mistyped_name_of_a_column_makes_no_second_one(options: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Log.from_table(EVENTS.assign(hour=1), **OPTIONS | options)
 
 
 def test_a_column_may_be_called_otherwise() -> None:
