@@ -14,7 +14,7 @@ from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.run import run
 
-NUM_EPOCHS = 4
+NUM_EPOCHS = 8  # Else the run may end before the kill.
 WAIT_S = 600
 
 
@@ -26,9 +26,11 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("trusted_exports")
 def test_a_killed_worker_stops_the_others_and_all_go_on(tmp_path: Path) -> None:
     data = {"path": write(event_table("int"), tmp_path / "events.parquet")}
     training = {"max_epochs": NUM_EPOCHS, "patience": NUM_EPOCHS, "optimizer": "adagrad"}
+    training["refit"] = False
     config = small_config(tmp_path, data, training=training)
     settings = tmp_path / "settings.toml"
     settings.write_text(dump_config(config))
