@@ -98,7 +98,7 @@ def small_config(folder: Path, data: dict[str, Any], **settings: dict[str, Any])
             "cutoffs": [5, 20],
             "baselines": ["popularity"],
         },
-        "export": {"name": "films", "directory": folder / "saved_models", "index": "exact"},
+        "export": {"name": "films", "directory": folder / "saved_models"},
     }
     tables = {name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings}
     return RunConfig(data=data, **tables)

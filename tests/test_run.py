@@ -388,6 +388,8 @@ def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> No
     assert manifest["example_user"] == finished.holdout("test").user_ids.tolist()[0]
     assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))
     assert manifest["index"] == finished.metrics["index"]
+    asked = finished.config.export
+    assert manifest["export"]["index"] == {"kind": asked.index, "recall": asked.target_recall}
     assert manifest["counts"]["num_candidates"] == NUM_ITEMS
     assert {"events.parquet", "items.parquet", "users.parquet"} <= set(manifest["data"])
 

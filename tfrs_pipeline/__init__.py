@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "Auto": "serving.index",
     "ConfigError": "settings",
     "DataError": "data.schema",
     "Ease": "evaluation.baselines",

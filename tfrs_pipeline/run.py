@@ -29,7 +29,7 @@ from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, Asked, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
-from tfrs_pipeline.serving.index import Exact, Scann, index_for
+from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
 from tfrs_pipeline.settings import counted
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
@@ -217,10 +217,7 @@ def export_model(
 
     A ScaNN index is tuned and measured on the holdout, whose first user is the manifest's example.
     """
-    recall = config.export.target_recall
-    index: Scann | Exact = index_for(len(model.candidate_ids), recall)
-    if config.export.index != "auto":
-        index = Scann(recall) if config.export.index == "scann" else Exact()
+    index = search_of(config.export.index, config.export.target_recall)
     folder, written = export_version(
         model,
         config.model_folder,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.serving.index import Exact, ExactIndex, Scann, ScannIndex, index_for
+from tfrs_pipeline.serving.index import Auto, Exact, ExactIndex, Scann, ScannIndex
 
 
 def clustered(num: int, dim: int = 16, seed: int = 0) -> np.ndarray:
@@ -71,8 +71,8 @@ def test_refuses_more_leaves_than_candidates() -> None:
 
 
 def test_exact_search_suits_a_small_corpus() -> None:
-    assert index_for(19_999) == Exact()
-    assert index_for(20_000, 0.9) == Scann(recall=0.9)
+    assert Auto(0.9).choose(19_999) == Exact()
+    assert Auto(0.9).choose(20_000) == Scann(recall=0.9)
 
 
 def test_an_index_is_checked_when_it_is_named() -> None:

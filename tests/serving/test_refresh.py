@@ -17,9 +17,10 @@ from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.serving import export as export_module
+from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import refresh
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact, Scann
+from tfrs_pipeline.serving.export import Asked, export
+from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
@@ -82,8 +83,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Takes what would be exported, in place of exporting it."""
     calls: list[dict[str, Any]] = []
 
-    def export_index(path: Path, **given: Any) -> tuple[Path, dict[str, Any]]:
-        calls.append({"path": path, **given})
+    def export_index(path: Path, asked: Asked, **given: Any) -> tuple[Path, dict[str, Any]]:
+        calls.append({"path": path, **vars(asked), **given})
         return path, {"index": {"kind": "exact"}}
 
     monkeypatch.setattr(refresh, "export_index", export_index)
@@ -185,6 +186,20 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
     assert manifest["refreshed"]["from_version"] == 2
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
+
+
+def test_an_index_by_the_number_of_items_is_chosen_anew(
+    of_int: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "items.parquet"
+    items = {"item_id": of_int.candidate_ids.tolist(), "genres": of_int.genres}
+    pq.write_table(pa.table(items), path)
+    kinds = []
+    for smallest, index in ((NUM_CANDIDATES + 1, Auto(0.9)), (NUM_CANDIDATES, None)):
+        monkeypatch.setattr(index_module, "SMALLEST_SCANN_CORPUS", smallest)
+        done = refresh_index(folder, path, index=index)
+        kinds.append((done.index["kind"], done.index.get("target_recall")))
+    assert kinds == [("exact", None), ("scann", 0.9)]
 
 
 def test_what_a_refreshment_asks_for_holds_for_the_next(

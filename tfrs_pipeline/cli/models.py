@@ -198,7 +198,7 @@ class TuneIndex(OfModel):
         from tfrs_pipeline.serving.tune import index_tables, measure_requests, tune_index
 
         retriever = load(self.model, exact=True)
-        asked = retriever.manifest["export"]["index"] or {}
+        asked = retriever.manifest["export"]["index"]
         recall = self.target_recall or asked.get("recall", Scann.recall)
         tuning, measured = retriever.held_out_requests().parted()
         with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
@@ -217,8 +217,8 @@ class RefreshIndex(OfModel):
 
     items: Path
     """CSV or Parquet of all items to retrieve, with the item features of the model."""
-    index: Literal["scann", "exact"] | None = None
-    """Search structure."""
+    index: Literal["auto", "scann", "exact"] | None = None
+    """Search structure; auto chooses by the number of items."""
     target_recall: TargetRecall | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
@@ -230,16 +230,16 @@ class RefreshIndex(OfModel):
         """Writes the new version and says what changed."""
         from tfrs_pipeline.durable import read_record
         from tfrs_pipeline.serving.export import describe_index
-        from tfrs_pipeline.serving.index import Exact, Scann
+        from tfrs_pipeline.serving.index import Scann, search_of
         from tfrs_pipeline.serving.publish import MANIFEST_FILE
         from tfrs_pipeline.serving.refresh import refresh_index
         from tfrs_pipeline.serving.retriever import version_at
 
-        index: Scann | Exact | None = Exact() if self.index == "exact" else None
-        if self.index == "scann" or (index is None and self.target_recall):
+        index = None
+        if self.index or self.target_recall:
             before = read_record(version_at(self.model) / MANIFEST_FILE, check_files=False)
-            asked = before["export"]["index"] or {}
-            index = Scann(self.target_recall or asked.get("recall", Scann.recall))
+            recall = before["export"]["index"].get("recall", Scann.recall)
+            index = search_of(self.index or "scann", self.target_recall or recall)
         console = Console()
         with native_errors_to(Path(os.devnull)), progress(console) as (_, on_progress):
             done = refresh_index(

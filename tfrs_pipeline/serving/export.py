@@ -46,11 +46,12 @@ from tfrs_pipeline.serving.encoder import (
 )
 from tfrs_pipeline.serving.index import (
     SMALLEST_SCANN_CORPUS,
+    Auto,
     Exact,
     ExactIndex,
-    Scann,
     ScannIndex,
-    index_for,
+    Search,
+    search_of,
 )
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
@@ -73,7 +74,7 @@ NUM_PROBES = 20
 class Asked:
     """What an export was asked for, which holds for the next refreshment too; see `export`."""
 
-    index: Scann | Exact | None = None
+    index: Search
     filter_by: str | None = None
     keep_versions: int | None = None
 
@@ -81,16 +82,14 @@ class Asked:
     def of(cls, manifest: Mapping[str, Any]) -> Asked:
         """Reads it back from the manifest of an export."""
         asked = dict(manifest["export"])
-        if (index := asked.pop("index")) is not None:
-            index = Exact(**index) if index["kind"] == "exact" else Scann(**index)
-        return cls(index, **asked)
+        return cls(search_of(**asked.pop("index")), **asked)
 
 
 def export(
     model: Exportable,
     path: str | Path,
     *,
-    index: Scann | Exact | None = None,
+    index: Search | None = None,
     filter_by: str | None = None,
     keep_versions: int | None = None,
     user_data: bool = True,
@@ -104,8 +103,8 @@ def export(
     Args:
         model: Whatever embeds queries and candidates.
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
-        index: How to search; None takes `Exact()` below 20,000 candidates and `Scann()` from there
-            on.
+        index: How to search: `Exact()`, `Scann()`, or as `Auto()` chooses by the number of items,
+            which None is.
         filter_by: Column of the model's items by whose values requests may filter.
         keep_versions: How many versions to keep, the newest; None keeps all.
         user_data: Whether to export what is known of users: their ids, histories, features and
@@ -127,7 +126,7 @@ def export(
         ValueError: If the model's items are not those of its ids, or lack the column to filter by;
             if there shall be no user data and the model has an embedding of each user.
     """
-    asked = Asked(index, filter_by, keep_versions)
+    asked = Asked(index or Auto(), filter_by, keep_versions)
     given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
     return Path(on_chief(lambda: str(export_version(model, path, asked, **given)[0])))
 
@@ -207,8 +206,8 @@ def export_index(
     queries = queries[:NUM_QUERIES]
     item_filter = _filter_by(items, asked.filter_by)
     ids = items["item_id"].to_numpy()
-    kind, features = asked.index or index_for(len(embeddings)), features_of(manifest)
-    search, description = _built(kind, embeddings, ids, encoder, queries, features)
+    features = features_of(manifest)
+    search, description = _built(asked.index, embeddings, ids, encoder, queries, features)
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
         modules[EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
@@ -263,7 +262,7 @@ def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
 
 
 def _built(
-    index: Scann | Exact,
+    index: Search,
     embeddings: np.ndarray,
     ids: np.ndarray,
     encoder: Encoder,
@@ -271,6 +270,8 @@ def _built(
     features: Mapping[str, Sequence[Feature]],
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
     """Builds an index; says what it is, for the manifest."""
+    if isinstance(index, Auto):
+        index = index.choose(len(embeddings))
     if isinstance(index, Exact):
         return ExactIndex(embeddings), {"kind": index.kind}
     embedded = embed_queries(encoder, queries, features)

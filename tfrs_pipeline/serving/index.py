@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -50,9 +50,28 @@ class Scann:
             raise ValueError(f"recall must be in (0, 1]. Received: {self.recall}")
 
 
-def index_for(num_candidates: int, recall: float = Scann.recall) -> Scann | Exact:
-    """Chooses what suits a corpus: exact search below 20,000 candidates, ScaNN from there on."""
-    return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(recall)
+@dataclass(frozen=True)
+class Auto:
+    """Exact search below 20,000 candidates, `Scann` from there on: a refreshed index chooses anew.
+
+    Args:
+        recall: Recall target of a ScaNN index.
+    """
+
+    recall: float = Scann.recall
+    kind: Literal["auto"] = "auto"
+
+    def choose(self, num_candidates: int) -> Scann | Exact:
+        """Chooses what suits a corpus."""
+        return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(self.recall)
+
+
+Search: TypeAlias = Exact | Scann | Auto
+
+
+def search_of(kind: str, recall: float = Scann.recall) -> Search:
+    """Makes a way to search of its name; exact search needs no recall target."""
+    return Exact() if kind == "exact" else {"scann": Scann, "auto": Auto}[kind](recall)
 
 
 def load_scann_ops() -> Any:

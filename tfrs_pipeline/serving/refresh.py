@@ -17,7 +17,7 @@ from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import Asked, export_index
-from tfrs_pipeline.serving.index import Exact, Scann
+from tfrs_pipeline.serving.index import Search
 from tfrs_pipeline.serving.publish import publishing
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
 
@@ -52,7 +52,7 @@ def refresh_index(
     model: str | Path,
     items: str | Path,
     *,
-    index: Scann | Exact | None = None,
+    index: Search | None = None,
     keep_versions: int | None = None,
     allow_all_new: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
