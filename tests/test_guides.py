@@ -33,10 +33,10 @@ RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "daily", 
 SHELL = ("python3", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # What makes a command short; of a flag given twice the last counts.
 SHORT = {
-    "run": ["--training.max_epochs", "2"],
+    "run": ["--training.max_epochs", "2", "--no-training.refit"],
     "compare": ["--training.max_epochs", "2", "--compare.max_steps", "2", "--no-training.refit"],
 }
-SHORTER = ["--evaluation.baselines", "popularity", "--no-training.refit"]
+ONE_BASELINE = ["--evaluation.baselines", "popularity"]
 SCI_FI = 15  # Its place among GroupLens's genres.
 BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -131,7 +131,7 @@ def test_a_guide_runs_as_it_stands(
             assert is_shown(text, printed), f"{page} shows\n{text}\nand got\n{printed}"
         else:
             # The first page shows a row of each.
-            more = [] if page == START else SHORTER
+            more = [] if page == START else ONE_BASELINE
             printed = run_block(kind, text, namespace, more)
 
 
