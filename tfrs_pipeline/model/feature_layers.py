@@ -6,12 +6,15 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.data.schema import FeatureKind
 
 _NUMBERS: tuple[FeatureKind, ...] = ("numeric", "timestamp", "vector")  # Float32, NaN if missing.
 _LISTS: tuple[FeatureKind, ...] = ("multi_categorical", "text")

@@ -14,12 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.raw import (
     HISTORY_TIMESTAMPS,
@@ -32,6 +31,9 @@ from tfrs_pipeline.model.raw import (
     to_vectors,
 )
 from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.data.schema import FeatureKind
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import FeatureKind
 from tfrs_pipeline.model.raw import Column, to_text_lists, to_texts
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.data.schema import FeatureKind
 
 _ROWS_PER_CALL = 65_536
 # Letters with their marks, digits and underscores make words, and apostrophes within them.
