@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.settings import ConfigError
 
 EASY = [Uniform(16), Popularity(16, 1.0)]
+
+
+@dataclass(frozen=True)
+class Weighed(EveryCandidate):
+    """An own kind that cannot be compared with another of its class."""
+
+    weights: np.ndarray
 
 
 class OwnCandidates(tf.keras.layers.Layer):
@@ -229,6 +237,8 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     own = TwoTower(negatives=[EveryCandidate(), InBatch()])
     assert own.negatives == (InBatch(), EveryCandidate())
     assert own.settings.negatives == (InBatch(),)
+    two = [Weighed(np.ones(3)), Weighed(np.arange(3))]
+    assert [id(kind) for kind in TwoTower(negatives=two).negatives] == [id(kind) for kind in two]
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         TwoTower(temprature=0.1)
     with pytest.raises(ConfigError, match=r"model\.negatives: got in_batch"):

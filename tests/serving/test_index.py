@@ -76,5 +76,6 @@ def test_exact_search_suits_a_small_corpus() -> None:
 
 
 def test_an_index_is_checked_when_it_is_named() -> None:
-    with pytest.raises(ValueError, match="recall"):
-        Scann(recall=0)
+    for kind in (Scann, Auto):
+        with pytest.raises(ValueError, match="recall"):
+            kind(recall=0)

@@ -24,7 +24,8 @@ def format_table(
         differences: Name -> metric -> difference from the model that has none, as of
             `Evaluation.summary()`; they are shown beside their metric's column.
         markdown: As a Markdown table, or as lines of equal length.
-        width: Of columns there are as many as fit into it, one at least; None is all.
+        width: Characters of a line: the last columns that do not fit are left out, all but the
+            first. None leaves none out.
 
     Example:
         >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}
@@ -45,7 +46,7 @@ def format_table(
             for line in lines[1:]:
                 line.append(_difference(differences.get(line[0], {}).get(column)))
     table = (format_markdown_cells if markdown else format_cells)(lines)
-    if width is None or len(table.partition("\n")[0]) <= width or len(columns) == 1:
+    if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
         return table
     return format_table(models, columns[:-1], differences, markdown=markdown, width=width)
 

@@ -113,8 +113,8 @@ class TwoTower:
         own: list[Any] = []
         if negatives is not None:
             # Own kinds are no settings: they cannot be written into a file.
-            own = [x for x in negatives if hasattr(x, "draw") and not isinstance(x, BUILT_IN)]
-            changes["negatives"] = tuple(kind for kind in negatives if kind not in own)
+            own = [kind for kind in negatives if _is_own(kind)]
+            changes["negatives"] = tuple(kind for kind in negatives if not _is_own(kind))
         refuse(
             (name, f"is a setting of the training: training=tp.TrainingSettings({name}={value!r})")
             for name, value in changes.items()
@@ -448,3 +448,8 @@ class TwoTower:
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
         return self._log.whole
+
+
+def _is_own(kind: object) -> bool:
+    """Whether this is a kind of negative that no setting can say."""
+    return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)

@@ -52,25 +52,32 @@ class Scann:
 
 @dataclass(frozen=True)
 class Auto:
-    """Exact search below 20,000 candidates, `Scann` from there on: a refreshed index chooses anew.
+    """Exact search below 20,000 candidates, `Scann` from there on; a refreshed index chooses anew.
 
     Args:
-        recall: Recall target of a ScaNN index.
+        recall: Recall target of a ScaNN index, in (0, 1].
+
+    Raises:
+        ValueError: If the target is out of range.
     """
 
     recall: float = Scann.recall
     kind: Literal["auto"] = "auto"
 
+    def __post_init__(self) -> None:
+        Scann(self.recall)  # Checked now: a small corpus would never ask.
+
     def choose(self, num_candidates: int) -> Scann | Exact:
-        """Chooses what suits a corpus."""
+        """Chooses what suits the size of a corpus."""
         return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(self.recall)
 
 
 Search: TypeAlias = Exact | Scann | Auto
+"""How to search."""
 
 
 def search_of(kind: str, recall: float = Scann.recall) -> Search:
-    """Makes a way to search of its name; exact search needs no recall target."""
+    """Makes the `Search` of a `kind`; exact search has no recall target."""
     return Exact() if kind == "exact" else {"scann": Scann, "auto": Auto}[kind](recall)
 
 
