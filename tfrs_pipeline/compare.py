@@ -265,7 +265,7 @@ def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> l
 def _auc_rows(
     config: RunConfig, data: RunData
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Finds the rows of each test query's positives, and by AUC column of the others."""
+    """Finds rows of each test query: its positives, and by AUC column their rivals."""
     test = data.test
     ids = Ids(test.candidate_ids)
     relevant, seen = (

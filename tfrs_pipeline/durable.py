@@ -173,7 +173,10 @@ def _storage_error(path: Path | str, reason: str) -> StorageError:
 
 
 def try_writing(folder: Path) -> None:
-    """Checks (`StorageError`) that files can be made in a folder, or where it will be."""
+    """Checks that files can be made in a folder, or where it will be; leaves nothing.
+
+    A `StorageError` if not.
+    """
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

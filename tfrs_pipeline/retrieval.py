@@ -40,7 +40,8 @@ class Retriever(Protocol):
             queries: One mapping a query. Ids in a history that the corpus does not know are
                 ignored.
             k: How many candidates a query, 1 or more; may exceed the corpus.
-            exclude: See `Excluded`.
+            exclude: One collection of candidate ids a query, never to be returned for it. Ids that
+                the corpus does not know are ignored. None excludes nothing.
 
         Returns:
             candidate_ids: [num_queries, k], best first, in the type of the corpus: int64 with -1 in

@@ -69,7 +69,7 @@ def trained_in(folder: Path, step: Training = "refit", name: str = "two_tower") 
 def check_source(config: RunConfig) -> None:
     """Refuses (`ConfigError`) a run that cannot be started from, before anything is done.
 
-    It is not finished, or its model is of another shape.
+    Such a run is not finished, or its model is of another shape.
     """
     if config.warm_start is not None:
         refuse(shape_problems(_settings_of_finished(config.warm_start).model, config.model))
@@ -123,10 +123,11 @@ def train_and_refit(
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
     `training.refit` says whether there is that second training. After `max_seconds` the first one
-    begins no epoch. What is given of the settings stands for the config's own.
+    begins no epoch. `settings`, of the model, and `max_epochs`, where given, stand for the config's
+    own.
 
-    Both are kept in `folder`, to be resumed if stopped. `warm_start` is the folder of a run to
-    start from: the first training from the first one there, which has seen nothing of what
+    Both trainings are kept in `folder`, to be resumed if stopped. `warm_start` is the folder of a
+    run to start from: the first training from the first one there, which has seen nothing of what
     validates here, the second from what came of the second.
 
     Returns the model; its `result` is that of the first training, and its `notes` tell of both.

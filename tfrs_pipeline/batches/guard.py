@@ -33,7 +33,7 @@ class Guard:
 
     @staticmethod
     def of_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
-        """Tells which shared columns, [C], are never a negative of a row's query: [n, C] bool."""
+        """Tells which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
         return contains([never[reason] for reason in REASONS], columns)
 
     @staticmethod

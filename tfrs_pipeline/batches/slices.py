@@ -36,7 +36,7 @@ class Slices:
         A slice is some of the queries, with their positives and their own hard negatives, and all
         of the columns that queries share. Losses and gradients of the slices add up to the batch's.
         Whole sequences stay whole, and so do sets: slices differ in size by one sequence or set.
-        Beside what `Examples.read` returns, `of_queries` is cut by query.
+        `of_queries` names what is by query beside what `Examples.read` returns.
 
         Returns:
             The same of one slice, and:

@@ -125,9 +125,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
     columns = list(dict.fromkeys(columns))
-    # metrics.json has every number.
-    fits = console.width if console.is_terminal else None
-    table = format_table(result.metrics["models"], columns, width=fits)
+    # A wrapped table cannot be read; metrics.json has every number.
+    width = console.width if console.is_terminal else None
+    table = format_table(result.metrics["models"], columns, width=width)
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:")
     say(console, table)

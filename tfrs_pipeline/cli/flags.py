@@ -59,8 +59,9 @@ class Command(Config):
 class CommandLine:
     """A program's commands, read by `read`.
 
-    Their docstrings are their help, the first paragraph also in the list. Of those with many
-    settings, `brief` has those within tables that `--help` shows, where `--help-all` shows all.
+    The docstring of a command is its help, the first paragraph also in the list of commands. Of one
+    with many settings, `brief` names those within tables that `--help` shows; `--help-all` shows
+    all.
     """
 
     program: str

@@ -218,7 +218,8 @@ class RefreshIndex(OfModel):
     items: Path
     """CSV or Parquet of all items to retrieve, with the item features of the model."""
     index: Literal["auto", "scann", "exact"] | None = None
-    """Search structure; auto chooses by the number of items."""
+    """Search structure; auto chooses by the number of items. If not given, ScaNN where there is a
+    recall target, else as before."""
     target_recall: TargetRecall | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None

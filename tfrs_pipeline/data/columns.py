@@ -196,7 +196,7 @@ def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
     """Takes what programs add off ids: white space around them, ".0", words for a missing one.
 
-    Tells besides whether all of the text is written as int64 is.
+    Returns the text, and whether all of it is written as int64 is.
     """
     if column not in raw.texts:
         value = raw.table[column]

@@ -27,10 +27,9 @@ ENGINES = ("duckdb", _SPARK)
 def connect(memory_limit: str | None = None, temporary_folder: Path | None = None) -> DuckDB:
     """Opens a DuckDB whose tables need not fit in memory: they lie in a file that goes with it.
 
-    What it holds beyond `memory_limit`, such as "4GB", lies on disk, too; None is DuckDB's own
-    limit, four fifths of the machine's. Both are in `temporary_folder`, None is the system's, which
-    takes about as much room as the events have uncompressed. A `ValueError` if the limit is no
-    size.
+    What exceeds `memory_limit`, such as "4GB", lies on disk too; None is DuckDB's own limit, four
+    fifths of the machine's memory. Both lie in `temporary_folder`, None is the system's, and take
+    about as much room as the events have uncompressed. A `ValueError` if the limit is no size.
     """
     if temporary_folder is not None:
         temporary_folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def connect(memory_limit: str | None = None, temporary_folder: Path | None = Non
 def connect_spark(master: str | None = None) -> Any:
     """Opens a Spark session, as Ibis's backend; a `DataError` if pyspark or Java is missing.
 
-    The master is such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
+    `master` is such as "local[4]" or "spark://host:7077"; None is that of Spark's own settings.
     """
     try:
         from pyspark.sql import SparkSession

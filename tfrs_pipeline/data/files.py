@@ -36,9 +36,9 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known and whose rows are not read yet.
 
-    The name in messages is the path, or what the table is. `open` makes the rows of some columns,
-    in their order. Of CSV, whose columns are all strings then, `rejects` is where DuckDB puts lines
-    that hold too few or too many fields.
+    `name`, for messages, is the path, or what the table is. `open` makes the rows of some columns,
+    in their order. If it is made of `csv_files`, all columns are strings, and `rejects` is where
+    DuckDB puts lines that hold too few or too many fields.
     """
 
     connection: DuckDB
@@ -99,8 +99,8 @@ class Scan:
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     """Opens a source of rows: for files and folders, read in the order of their names, or tables.
 
-    It is a path to CSV (with a header) or Parquet, a file or a folder; a list of such files; or a
-    table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No name is a
+    `source` is a path to CSV (with a header) or Parquet, a file or a folder; a list of such files;
+    or a table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No path is a
     pattern. `name` is what a table in memory is called in messages.
     """
     if isinstance(source, str | Path):

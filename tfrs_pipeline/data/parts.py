@@ -25,8 +25,11 @@ LogT = TypeVar("LogT", bound=Any)  # `Log`, which makes its splits of this and i
 class Split(Generic[LogT]):
     """A log in parts. Unpacks as train, validation, test.
 
-    Its events (those of dropped users are missing) have a column `part`: "train", "validation",
-    "test" or "fold_in", which is the history of held-out users.
+    Args:
+        log: What was split.
+        events: Its events (those of dropped users are missing) with a column `part`: "train",
+            "validation", "test" or "fold_in", which is the history of held-out users.
+        kind: How it was split.
     """
 
     log: LogT

@@ -155,11 +155,11 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class RawTable:
-    """A table as it came: a DuckDB table under the log's names, and `_row`, the order there from 0.
+    """A table as it came: a DuckDB table under the log's names, and `_row`, its order from 0.
 
-    Of CSV `is_text`: every column is a string that may stand for another type. What could not even
-    be read as a row was dropped; what is wrong with values are faults, in the order in which they
-    were typed. `texts` are columns of ids as `columns.py` has read them.
+    `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
+    is what could not even be read as a row, `faults` what is wrong with values, in the order in
+    which these were typed; `texts` are columns of ids as `columns.py` has read them.
     """
 
     table: ibis.Table

@@ -99,7 +99,7 @@ def split_last(
     *,
     min_positives: int,
 ) -> ibis.Table:
-    """Splits off each user's last positives, so many or a share of them (see `Log.split`).
+    """Splits off each user's last positives, a number or a share of them (see `Log.split`).
 
     By share, of a user's n positives the last ceil(test n) are the test, of the m before them the
     last ceil(validation m) the validation part.

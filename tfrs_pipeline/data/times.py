@@ -61,7 +61,7 @@ outside is a fault of the log, such as 0 for none."""
 
 
 def make_period(earliest: datetime | None = None, latest: datetime | None = None) -> Period:
-    """Makes one of `earliest_time` and `latest_time` of `Log.from_files`."""
+    """Makes a period of `earliest_time` and `latest_time`, as of `Log.from_files`."""
     latest = latest or datetime.now(UTC) + timedelta(days=1)
     earliest = earliest or datetime(1990, 1, 1, tzinfo=UTC)
     return _in_utc(earliest), _in_utc(latest)

@@ -47,8 +47,9 @@ def auc_per_query(
 ) -> np.ndarray:
     """Computes the AUC of each query's positives against its own negatives, by dot products.
 
-    Embeddings are [num_queries, dim] and [num_candidates, dim] floats; rows count from 1, that of
-    row r stands at r - 1. Returns [num_queries] float64 in [0, 1]; NaN where a query lacks either.
+    Embeddings are [num_queries, dim] and [num_candidates, dim] floats. Rows are lists a query of
+    candidates from 1: the embedding of row r stands at r - 1. Returns [num_queries] float64 in
+    [0, 1]; NaN where a query lacks positives or negatives.
     """
     values = []
     for query, positives, negatives in zip(
@@ -66,8 +67,9 @@ def draw_corpus_rows(
 ) -> list[np.ndarray]:
     """Draws, uniformly, items of the corpus to compare each query's positives with.
 
-    The same `num_drawn` distinct rows for all queries, from 1, the whole corpus if it holds no
-    more; per query, ascending, without those that are excluded: positives, exposed items.
+    The same `num_drawn` distinct rows, from 1, are drawn for all queries, the whole corpus if it
+    holds no more. Returns, per query, those that it does not exclude (positives, exposed items),
+    ascending.
     """
     rng = np.random.default_rng(seed)
     drawn = np.arange(1, num_candidates + 1)

@@ -108,8 +108,11 @@ class EvaluationResult:
 class Evaluation:
     """Retrievers measured on the same queries, by name; prints as a table of them.
 
-    Cutoffs, values of k, ascend. Resamples, and their seed, are those of the intervals of the
-    differences.
+    Attributes:
+        results: Name -> what was measured, in the order of the table.
+        cutoffs: Values of k, ascending.
+        num_bootstrap: Resamples for the intervals of the differences.
+        seed: Of the resamples.
     """
 
     results: Mapping[str, EvaluationResult]

@@ -154,7 +154,7 @@ def retrieve_by_scores(
 def exclude_rows_of(
     corpus: Ids, queries: Sequence[Query], exclude: Excluded
 ) -> list[np.ndarray] | None:
-    """Looks up the rows that are excluded; a `ValueError` if not one collection a query."""
+    """Looks up the rows that are excluded, without unknown ids; errors as `check_one_each`."""
     if exclude is None:
         return None
     check_one_each("exclude", exclude, len(queries))
@@ -165,8 +165,8 @@ class ExactRetriever:
     """Scores every candidate by a dot product: exact, and linear in the size of the corpus.
 
     Candidates are distinct ids, int or str, whose order breaks ties, and [num_candidates, dim]
-    floats; `embed_queries` turns queries into [num_queries, dim]. A `ValueError` if they do not
-    match.
+    floats; a `ValueError` if the two do not match. `embed_queries`, the query tower, turns queries
+    into [num_queries, dim].
 
     Example:
         >>> tower = lambda queries: np.array([[1.0, 0.0]] * len(queries))

@@ -141,10 +141,11 @@ def train(
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
 ) -> None:
-    """Gives a network the weights and the optimizer state that a training with settings has saved.
+    """Gives a network the weights and the optimizer state that a training has saved.
 
-    The network, of the shape that was trained, is compiled here. A training's folder keeps the best
-    epoch and the last: of another one there is a `FileNotFoundError`, of a damaged one `Damaged`.
+    The network, of the shape that was trained, is compiled here, by the settings of the training.
+    Its folder keeps the best epoch and the last: of another one there is a `FileNotFoundError`, of
+    a damaged one `Damaged`.
     """
     read_record(folder / f"epoch-{epoch}.json")
     _compile(network, settings, settings.warmup_steps + 1)

@@ -26,13 +26,14 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     - "mean": the mean of the items' embeddings.
     - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
-    - "attention": the last output of a causal Transformer over them (`SelfAttention`), which may
-      know how long after the item before it each item came, and how long after the last one the
-      query: if it `reads_times`. Those that are not given are unknown.
+    - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
+      `reads_times`, it knows how long after the item before it each item came, and how long after
+      the last one the query; times that are not given are unknown.
 
-    A history with nothing left has a learned vector per pooling. `item_embedding` is the layer that
-    embeds candidate rows of any shape, [..., dim], to read the items with; None is an embedding of
-    the history's own, of `num_candidates` rows beside row 0. `num_vectors` is one a pooling.
+    A history with nothing left has a learned vector per pooling; there are `num_vectors`, one a
+    pooling. `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim], to
+    read the items with; None is an embedding of the history's own, of `num_candidates` rows beside
+    row 0.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
             training: Whether items are dropped.
             dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
-            dropout_slice: [2] int32 of a slice of a batch, whose dropout is that of the whole:
-                number of its first history, and of those of the whole.
+            dropout_slice: [2] int32 of a slice of a batch, whose dropout is that of the whole: the
+                number of its first history, and how many the whole has.
             times: [B, N + 1] float64, in seconds the time of the query and of each item, NaN where
                 it is not known; None is not known at all.
         """

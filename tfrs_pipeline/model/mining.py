@@ -24,9 +24,10 @@ _CELLS_PER_BATCH = 1 << 26
 
 @dataclass(frozen=True)
 class MiningReport:
-    """What became of the retrieved items, all samples together: dropped by reason, in order.
+    """What became of the retrieved items, all samples together.
 
-    `num_samples` were mined for, `num_without` of them left with no hard negative.
+    `num_samples` were mined for, `num_without` of them left with no hard negative. `dropped` are
+    numbers of items by reason, in the order of the filters.
     """
 
     num_samples: int
@@ -46,7 +47,7 @@ def mine_pools(
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[RowLists, MiningReport]:
-    """Mines a pool of hard negatives for every sample: a list each, in random order.
+    """Mines a pool of hard negatives for every sample, in random order, and counts the dropped.
 
     Samples of one query state, those of a user with the same history, are retrieved for once.
     Nothing is excluded by the retrieval itself: what the filters drop can then be counted.
@@ -102,8 +103,8 @@ def mine_pools(
 def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
     """Sorts samples so that those of one query state, and states of one depth, come together.
 
-    The deepest of a batch decides for all. Returns the samples in that order, and [num_states + 1]
-    where each state begins.
+    The deepest state of a batch decides for all. Returns the samples in that order, and
+    [num_states + 1] where each state begins.
     """
     # Without an order, a history is what is left without the positive.
     history = samples.candidate_rows if samples.num_earlier is None else samples.num_earlier
@@ -129,8 +130,9 @@ class MinedPools:
     """Mines hard negatives every few epochs of a training.
 
     It prepares the batches, which draw from the pool "mined", when `every` epochs are done, twice
-    as many, and so on. A stopped training goes on between two preparations, with the pools that
-    `folder` keeps. By the epochs done, `reports` have what the mining then kept and dropped.
+    `every`, and so on. A stopped training goes on between two preparations, with the pools that
+    `folder` keeps. `reports` tell, by the epochs done, what the mining then kept and dropped;
+    `on_progress` is called while mining with the samples done and their total.
     """
 
     batches: HybridBatches

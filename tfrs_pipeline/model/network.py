@@ -37,7 +37,7 @@ class TwoTowerNetwork(tfrs.Model):
     replicas train (see `Slices.take`); the query tower's also with `history_rows`, [n, N] int32,
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times, also with `history_times` or `sequence_times` (see `Examples`). It
-    returns [n, D] float32. A `ValueError` if the two do not go together.
+    returns [n, D] float32. A `ValueError` if the two towers do not go together.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
     query tower may read too. With the correction "streaming" the model estimates the share of each

@@ -105,9 +105,9 @@ class QueryEncoder:
     ) -> np.ndarray:
         """Embeds [n] int32 query rows with their [n, N] int32 history rows: [n, D] float32.
 
-        Histories are most recent first, padded with 0. `requests` hold raw features and timestamp,
-        `of_items`, [n, N] float64, the times of the items, NaN where unknown; these are read where
-        the model reads times. None is of none.
+        Histories are most recent first, padded with 0. `requests` hold raw features and timestamp.
+        `of_items`, [n, N] float64, are the times of the items, NaN where unknown, read where the
+        model reads times. None says nothing of any query.
         """
         given = [None] * len(query_rows) if requests is None else requests
         reads_times = self._model.reads_times

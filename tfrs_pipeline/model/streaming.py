@@ -121,7 +121,10 @@ class StreamingFrequency(tf.keras.layers.Layer):
         self._clock.assign_add(num_rows)
 
     def call(self, candidate_rows: tf.Tensor) -> tf.Tensor:
-        """Estimates the frequency of candidates of any shape, by now: float32 in (0, 1]."""
+        """Estimates the frequency of candidates as of the last update: float32 in (0, 1].
+
+        Rows are int32 or int64 of any shape, which is that of the estimates.
+        """
         estimate = self._estimates(self._cells(tf.reshape(candidate_rows, [-1])))
         return tf.reshape(tf.reduce_min(estimate, axis=0), tf.shape(candidate_rows))
 

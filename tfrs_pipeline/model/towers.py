@@ -32,9 +32,10 @@ class Tower(tf.keras.layers.Layer):
     size of the output and they are added up ("sum"), with an MLP on top only if it has hidden
     layers.
 
-    Of `num_ids` ids, beside row 0, it has an embedding; None is none. With the `bias` "id" each id
-    has a number of its own besides, the last entry of its output; "ones" is the other tower's part
-    of it, a 1. A `ValueError` if the tower would have no input, or a bias without an id.
+    It has an embedding of `num_ids` ids beside row 0, or, if that is None, no embedding of ids.
+    With the `bias` "id" each id has a number of its own besides, the last entry of its output;
+    "ones" is the other tower's part of it, a 1. A `ValueError` if the tower would have no input, or
+    a bias without an id.
     """
 
     def __init__(

@@ -182,7 +182,7 @@ class Samples:
         )
 
     def history(self, i: int, length: int | None = None) -> np.ndarray:
-        """Returns the history of sample i: int32 candidate rows, oldest first."""
+        """Returns sample i's history, its latest `length` rows, or all: [n] int32, oldest first."""
         sequence = self.sequences[self.query_rows[i]]
         if self.num_earlier is None:
             rows = sequence[sequence != self.candidate_rows[i]]
@@ -191,7 +191,7 @@ class Samples:
         return rows if length is None else rows[max(len(rows) - length, 0) :]
 
     def latest(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the latest of the histories of [n] samples.
+        """Gathers the latest N = `length` rows of the histories of samples, [n] places.
 
         Returns [n, N] int32 candidate rows, most recent first, padded with 0.
         """

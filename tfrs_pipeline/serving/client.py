@@ -35,8 +35,9 @@ MAX_QUERIES, MAX_RESULTS = 64, 20_000
 class ServedRetriever:
     """A `Retriever` on a server: this package's or TensorFlow Serving.
 
-    The url is the model's, such as "http://127.0.0.1:8501/v1/models/movielens-100k". An `OSError`
-    if the server cannot be reached, a `ValueError` if it has no such model.
+    The url is the model's, such as "http://127.0.0.1:8501/v1/models/movielens-100k"; a request may
+    take `timeout_seconds`. An `OSError` if the server cannot be reached, a `ValueError` if it has
+    no such model.
     """
 
     def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:

@@ -172,8 +172,8 @@ class ExactIndex(tf.Module):
 class Level:
     """How widely to search for what lies among the best `depth` candidates.
 
-    k and the number of excluded candidates of a request are at most that, together; it is the least
-    number of those that are rescored exactly.
+    A request's k and its number of excluded candidates come to `depth` at most, together.
+    `num_reordered` candidates, `depth` at least, are rescored exactly.
     """
 
     depth: int
@@ -185,7 +185,8 @@ def num_leaves_of(num_candidates: int) -> int:
     """Returns the partitions of an index: 1 is none."""
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
-    # Four times ScaNN's own advice: of smaller leaves, fewer candidates need be searched.
+    # Four times the square root that ScaNN advises: of smaller leaves, fewer candidates need be
+    # searched.
     return 4 * round(math.sqrt(num_candidates))
 
 
@@ -217,9 +218,10 @@ class ScannIndex(tf.Module):
     Built on `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
     threshold nor settings that can be given with a search.
 
-    `exact` searches the same candidates, for what no level reaches: of 16 or more, and no fewer
-    than leaves, else a `ValueError`. Leaves are by default what suits their number. Levels are by
-    depth, ascending; deeper requests are answered exactly. An `ImportError` if ScaNN is missing.
+    `exact` searches the same candidates, for what no level reaches. `num_leaves` are the partitions
+    of the corpus; None takes what suits its size. `levels` are by depth, ascending; deeper requests
+    are answered exactly. A `ValueError` if there are fewer than 16 candidates, or more leaves than
+    candidates; an `ImportError` if ScaNN is missing.
     """
 
     def __init__(

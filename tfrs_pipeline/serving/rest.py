@@ -96,9 +96,10 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """What a predict call asks: a signature, and the array of each input, also of `bytes`.
+    """What a predict call asks: a signature's name, and the array of each input.
 
-    One that came as `instances` is in row format, and is answered with `predictions`.
+    Arrays are of numbers, or of object with `bytes`. A call that came as `instances` is in row
+    format, and is answered with `predictions`.
     """
 
     signature: str

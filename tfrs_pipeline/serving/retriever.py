@@ -42,10 +42,10 @@ _QUERY_KEYS = ("user_id", "history", HISTORY_TIMESTAMPS, "features", "request")
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
-    """Loads an exported model: a version's folder, or the newest complete version of a model's.
+    """Loads an exported model.
 
     Args:
-        path: The folder.
+        path: A version's folder, or the model's, whose newest complete version is taken.
         exact: Whether to load the brute-force fallback instead of a ScaNN index.
 
     Raises:

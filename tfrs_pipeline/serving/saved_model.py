@@ -196,7 +196,7 @@ def _by_position(function: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
 def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
     """Makes an input that says nothing: empty ids, empty lists, missing features; a k of 1.
 
-    It is of so many queries or items, which mean nothing to a k.
+    `num_rows` are the queries or items, without meaning to a k.
     """
     if spec.shape.rank == 0:
         return tf.constant(1, spec.dtype)

@@ -37,8 +37,8 @@ _Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 class Requests(NamedTuple):
     """What an index is tuned and measured on: embedded queries, and what each one's user knows.
 
-    Queries are [num_queries, D] float32, best 200 and more. A real request excludes the rows, from
-    1, of what is known.
+    Queries are [num_queries, D] float32, one at least, and better 200 or more. `known` are rows
+    from 1, which a real request excludes.
     """
 
     queries: np.ndarray
