@@ -27,7 +27,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
-from tfrs_pipeline.serving.export import LIBRARIES, Asked, describe_index, export_version
+from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
@@ -221,7 +221,7 @@ def export_model(
     folder, written = export_version(
         model,
         config.model_folder,
-        Asked(index, config.export.filter_by, config.export.keep_versions),
+        ExportOptions(index, config.export.filter_by, config.export.keep_versions),
         user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},

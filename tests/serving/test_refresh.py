@@ -19,7 +19,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import refresh
-from tfrs_pipeline.serving.export import Asked, export
+from tfrs_pipeline.serving.export import ExportOptions, export
 from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.serving.refresh import refresh_index
@@ -83,8 +83,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Takes what would be exported, in place of exporting it."""
     calls: list[dict[str, Any]] = []
 
-    def export_index(path: Path, asked: Asked, **given: Any) -> tuple[Path, dict[str, Any]]:
-        calls.append({"path": path, **vars(asked), **given})
+    def export_index(
+        path: Path, options: ExportOptions, **given: Any
+    ) -> tuple[Path, dict[str, Any]]:
+        calls.append({"path": path, **vars(options), **given})
         return path, {"index": {"kind": "exact"}}
 
     monkeypatch.setattr(refresh, "export_index", export_index)
@@ -225,10 +227,11 @@ def test_what_a_refreshment_asks_for_holds_for_the_next(
         refresh_index(folder, path, index=Exact(), keep_versions=0)
     asked = request.getfixturevalue("asked")
     refresh_index(folder / "2", path)
-    assert main([*command, "--index", "scann", "--keep-versions", "3"]) == 0
-    assert [x["index"] for x in asked] == [Scann(recall=0.9)] * 2
-    assert [x["keep_versions"] for x in asked] == [1, 3]
-    assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 2
+    for kind in ("scann", "auto"):
+        assert main([*command, "--index", kind, "--keep-versions", "3"]) == 0
+    assert [x["index"] for x in asked] == [Scann(recall=0.9), Scann(recall=0.9), Auto(recall=0.9)]
+    assert [x["keep_versions"] for x in asked] == [1, 3, 3]
+    assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 3
 
 
 def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:

@@ -71,15 +71,15 @@ NUM_PROBES = 20
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an export was asked for, which holds for the next refreshment too; see `export`."""
+class ExportOptions:
+    """What an export is asked for, which holds for the next refreshment too; see `export`."""
 
     index: Search
     filter_by: str | None = None
     keep_versions: int | None = None
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Asked:
+    def of(cls, manifest: Mapping[str, Any]) -> ExportOptions:
         """Reads it back from the manifest of an export."""
         asked = dict(manifest["export"])
         return cls(search_of(**asked.pop("index")), **asked)
@@ -126,15 +126,15 @@ def export(
         ValueError: If the model's items are not those of its ids, or lack the column to filter by;
             if there shall be no user data and the model has an embedding of each user.
     """
-    asked = Asked(index or Auto(), filter_by, keep_versions)
+    options = ExportOptions(index or Auto(), filter_by, keep_versions)
     given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
-    return Path(on_chief(lambda: str(export_version(model, path, asked, **given)[0])))
+    return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
 
 
 def export_version(
     model: Exportable,
     path: str | Path,
-    asked: Asked,
+    options: ExportOptions,
     *,
     user_data: bool,
     queries: Sequence[Query] | None,
@@ -168,7 +168,7 @@ def export_version(
     }
     return export_index(
         path,
-        asked,
+        options,
         encoder=Encoder(model, user_data=user_data),
         embeddings=embed_corpus(model),
         items=items,
@@ -179,7 +179,7 @@ def export_version(
 
 def export_index(
     path: str | Path,
-    asked: Asked,
+    options: ExportOptions,
     *,
     encoder: Encoder,
     embeddings: np.ndarray,
@@ -191,7 +191,7 @@ def export_index(
 
     Args:
         path: The model's folder.
-        asked: See `export`.
+        options: See `export`.
         encoder: `Encoder`, or what one was loaded as.
         embeddings: [num_candidates, D] float32, of the rows of `items`.
         items: The candidates: `item_id`, the column of the filter and, if there is one, `title`.
@@ -204,10 +204,10 @@ def export_index(
         version, may have deleted both.
     """
     queries = queries[:NUM_QUERIES]
-    item_filter = _filter_by(items, asked.filter_by)
+    item_filter = _filter_by(items, options.filter_by)
     ids = items["item_id"].to_numpy()
     features = features_of(manifest)
-    search, description = _built(asked.index, embeddings, ids, encoder, queries, features)
+    search, description = _built(options.index, embeddings, ids, encoder, queries, features)
     modules = {Path(): RetrievalModule(encoder, search, ids, item_filter)}
     if search is not search.exact:
         modules[EXACT_FOLDER] = RetrievalModule(encoder, search.exact, ids, item_filter)
@@ -215,13 +215,13 @@ def export_index(
         **manifest,
         "index": description,
         "filter": item_filter and item_filter.describe(),
-        "export": asdict(asked),
+        "export": asdict(options),
         "name": Path(path).name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "signatures": sorted(modules[Path()].exported),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
-    with new_version(Path(path), keep=asked.keep_versions) as version:
+    with new_version(Path(path), keep=options.keep_versions) as version:
         _save(modules, version.partial)
         read = signature_inputs(encoder.embed_query)
         _write_tables(

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
-from tfrs_pipeline.serving.export import Asked, export_index
+from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search
 from tfrs_pipeline.serving.publish import publishing
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
@@ -105,14 +105,14 @@ def refresh_index(
             )
         num_untrained = int((~is_trained).sum())
         on_progress("index", 0, 0)
-        asked = Asked.of(retriever.manifest)
+        options = ExportOptions.of(retriever.manifest)
         if index is not None:
-            asked = replace(asked, index=index)
+            options = replace(options, index=index)
         if keep_versions is not None:
-            asked = replace(asked, keep_versions=keep_versions)
+            options = replace(options, keep_versions=keep_versions)
         folder, manifest = export_index(
             retriever.folder.parent,
-            asked,
+            options,
             encoder=retriever.saved_model.encoder,
             embeddings=embeddings,
             items=table,
