@@ -281,8 +281,8 @@ def _describe_evaluation(result: EvaluationResult) -> list[str]:
 def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
     """Shows what a few test queries are answered, chosen by length of history, short to long.
 
-    Of the history, the latest first, and of what is recommended, the best first, without what the
-    evaluation excludes, there are `EXAMPLE_LENGTH` ids at most; found are those of the latter that
+    Each has `EXAMPLE_LENGTH` ids at most of the history, the latest first, and of the recommended
+    items, the best first, without what the evaluation excludes; found are the recommended ones that
     are among the items to find.
     """
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")

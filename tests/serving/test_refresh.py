@@ -204,7 +204,7 @@ def test_an_index_by_the_number_of_items_is_chosen_anew(
     assert kinds == [("exact", None), ("scann", 0.9)]
 
 
-def test_what_a_refreshment_asks_for_holds_for_the_next(
+def test_what_a_refresh_asks_for_holds_for_the_next(
     of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""

@@ -27,10 +27,11 @@ def ragged(lists: RowLists) -> tf.RaggedTensor:
 def look_up(
     read: Callable[[Any], Found], chosen: Any, signature: Mapping[str, tf.TypeSpec]
 ) -> dict[str, Any]:
-    """Reads arrays at places that are tensors: `chosen` is a structure of these.
+    """Reads arrays at places that are tensors.
 
-    `read` gets it as arrays, and returns arrays, and lists, by name; `signature` has their types,
-    of lists as of `lists_of`. They are returned as tensors, and ragged ones.
+    `read` is given `chosen`, a structure of tensors, as arrays, and returns arrays and lists by
+    name; `signature` has their types, those of lists as of `lists_of`. Returns them as tensors, the
+    lists as ragged ones.
     """
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:

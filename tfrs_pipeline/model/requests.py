@@ -26,7 +26,7 @@ def request_signature(
 ) -> dict[str, tf.TensorSpec]:
     """Returns what `encode_requests` takes, by name: the features, and the timestamp if it is read.
 
-    Whatever the features, it is read where the model `reads_times`. `others` are features of the
+    Where the model `reads_times`, it is read whatever the features. `others` are features of the
     same signature, whose inputs have other names.
     """
     signature = raw_signature([*others, *features])

@@ -47,9 +47,9 @@ DROPPED = "dropped"
 class PopularityFacts:
     """Who is drawn how often, [num_candidates] each, and how many candidates no kind can draw.
 
-    Before and after are shares, sum 1, of the positives as logged, and of their weight as trained
-    on; the same where neither resampling nor weights change it. Negatives are, by kind, the
-    distributions that they draw from.
+    `counts` are training positives. `before` and `after` are shares, sum 1, of the positives as
+    logged, and of their weight as trained on; the same where neither resampling nor weights change
+    it. `negatives` are, by kind, the distributions that are drawn from.
     """
 
     counts: np.ndarray

@@ -87,10 +87,10 @@ class OffsetsWriter(ColumnWriter):
 def map_columns(
     folder: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]
 ) -> dict[str, np.ndarray]:
-    """Maps the columns in a folder, written first if they are not there, whole, and of this.
+    """Maps the columns in a folder, written first if they are not there, whole, and made of this.
 
-    `write` gets the folder, of `NAME.npy`, from which all else goes. With another `made_of`,
-    JSON-able, they are made again.
+    `write` is given the folder, emptied, to write a `NAME.npy` a column. `made_of` is JSON-able:
+    with another one the columns are made again.
     """
     record = folder / "columns.json"
     with folder.with_suffix(".lock").open("w") as lock:

@@ -38,8 +38,8 @@ def encoded_columns(
 ) -> dict[str, np.ndarray]:
     """Maps the encoded request features of the samples in a folder: made once, a part at a time.
 
-    `encoders` turn some of a feature's raw values, an Arrow array, into an array; `made_by`,
-    JSON-able, tells them apart. By feature the columns are [num_samples, ...].
+    `encoders` turn, by feature, some of its raw values, an Arrow array, into an array; `made_by`,
+    JSON-able, tells encoders apart. Returns, by feature, [num_samples, ...].
     """
     made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}
     write = functools.partial(_write, folder, encoders)

@@ -215,7 +215,10 @@ class Samples:
         return np.where(is_known, self.sequence_times[place], np.nan)
 
     def _places(self, index: np.ndarray, steps_ago: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the events so many steps before samples in the sequences, 0 where there is none."""
+        """Finds the values of the sequences `steps_ago` before samples, and where there are any.
+
+        Both are [n, number of steps]: places, 0 where there is no value, and bool.
+        """
         assert self.num_earlier is not None
         num_known = self.num_earlier[index][:, np.newaxis]
         first = self.sequences.offsets[self.query_rows[index]][:, np.newaxis]

@@ -72,7 +72,7 @@ NUM_PROBES = 20
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is asked for, which holds for the next refreshment too; see `export`."""
+    """What an export is asked for, which holds for the next refresh too; see `export`."""
 
     index: Search
     filter_by: str | None = None

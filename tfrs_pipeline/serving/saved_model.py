@@ -43,9 +43,9 @@ class ItemFilter(tf.Module):
         return {"name": self._column, "values": list(self._values)}
 
     def choose(self, allowed: tf.Tensor) -> Allowed:
-        """Tells which candidates a query may have: those with one of its values, of none every one.
+        """Tells which candidates each query may have: those with one of its values.
 
-        `allowed` are [B, F] values, padded with "".
+        `allowed` are [B, F] values, padded with ""; a query without any may have every candidate.
         """
         codes = lookup(self._table, allowed)
         num_codes = len(self._values) + 1

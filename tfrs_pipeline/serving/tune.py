@@ -199,8 +199,8 @@ def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) ->
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
     """Measures requests of several k and exclusions by recall and time, beside exact search.
 
-    Excluded are so many of the nearest, or what is "known"; ms and exact_ms are milliseconds a
-    query in calls of 16.
+    Returns one dict each: k; excluded, how many of the nearest, or "known"; recall; ms and
+    exact_ms, milliseconds a query in calls of 16.
     """
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)
