@@ -11,10 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.damage import damage
-from tests.small_batches import (
-    SAMPLES,
-    UNORDERED,
-)
+from tests.small_batches import SAMPLES, UNORDERED
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.samples.store import Samples, pool_size_column, read_samples
 

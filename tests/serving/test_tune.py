@@ -68,9 +68,7 @@ def test_the_target_holds_for_every_k_and_exclusion_near_and_far_in_one_call(
             assert per_query[kind::4].mean() >= TARGET, (most, kind)
 
 
-def test_a_query_alone_is_answered_as_in_a_call_of_many(
-    tuned: Tuned,
-) -> None:
+def test_a_query_alone_is_answered_as_in_a_call_of_many(tuned: Tuned) -> None:
     _, queries, index, order = tuned
     excluded = np.zeros((8, 5000), np.int32)
     for line, num in zip(excluded, (0, 1, 30, 100, 900, 2000, 5000, 0), strict=True):

@@ -159,8 +159,9 @@ class TwoTower:
             train: The training part. Rows are those of all its items and users.
             validation: Chooses the epoch to keep and stops training early; None trains all of
                 `training.max_epochs`.
-            warm_start: Another model, fitted, that this one starts from (`WarmStart` says how): of
-                the same shape, trained on nothing that validates or tests here.
+            warm_start: Another model, fitted, or what `trained_in` reads of a run, that this one
+                starts from (`WarmStart` says how): of the same shape, trained on nothing that
+                validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on; None is a
                 temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
