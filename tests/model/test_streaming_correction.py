@@ -46,7 +46,6 @@ def test_with_the_true_frequency_log_q_is_the_counted_one(
         np.testing.assert_array_equal(batch[name], counted[name])
 
 
-@pytest.mark.usefixtures("in_eager_steps")
 def test_training_alone_moves_the_estimate_once_a_step_before_the_loss(data: TrainingSet) -> None:
     network, batches = streaming(data, history_dropout=0, id_dropout=0)
     network.compile(optimizer=tf.keras.optimizers.SGD(0.0))
