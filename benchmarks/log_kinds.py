@@ -1,0 +1,75 @@
+"""Logs of several kinds, as benchmarks of settings that should suit them all need.
+
+    ratings          MovieLens-100K, the last share of each user's likes held out
+    ratings, time    the same, split by time
+    200 users        the same as the first, of 200 of its users, without features
+    funnel           a simulated funnel of 3,000 users and 2,000 items
+    kuairand         KuaiRand's clicks (`request.py` says which), --data-dir
+    kuairand, tab    the same with the tab of the app and the hour as request features
+    sparse ...       the logs of `sparse_sequences.py`, --data-dir
+
+--data-dir holds the folders ml-1m and kuairand-pure; without it the logs that need none are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
+import numpy as np
+from request import PLANS, read_events
+from sparse_sequences import CUTS, cut
+
+from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.run_data import load_log
+from tfrs_pipeline.sources.simulated import simulate_funnel
+
+
+def ratings(kind: str, num_users: int | None = None) -> Split:
+    """Splits MovieLens-100K, of all users or of some."""
+    log = load_log(tp.movielens_config().data)
+    if num_users is not None:
+        users = log.users["user_id"].to_pyarrow().to_numpy()
+        kept = np.random.default_rng(0).choice(np.sort(users), num_users, replace=False).tolist()
+        events = log.events.filter(log.events["user_id"].isin(kept))
+        log = tp.Log.from_ibis(events)
+    return log.split(kind)
+
+
+def kuairand(data_dir: Path, features: dict[str, Any]) -> Split:
+    """Splits KuaiRand's clicks by their day."""
+    return tp.Log.from_table(
+        read_events(data_dir / "kuairand-pure"), request_features=features
+    ).split("column")
+
+
+def sparse(data: str, data_dir: Path, folder: Path) -> Split:
+    """Splits a sparse log, its users' last two events held out."""
+    cut(data, data_dir / data, folder)
+    log = tp.Log.from_files(folder / "sparse.parquet")
+    return log.split("last_n", validation=1, test=1, min_positives=3)
+
+
+def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
+    """Says how each log is made."""
+    made: dict[str, Callable[[], Split]] = {
+        "ratings": lambda: ratings("last_share"),
+        "ratings, time": lambda: ratings("time"),
+        "200 users": lambda: ratings("last_share", 200),
+        "funnel": lambda: simulate_funnel(
+            num_users=3000, num_items=2000, num_requests=20_000, seed=1
+        ).log.split("time"),
+    }
+    if data_dir is None:
+        return made
+    return {
+        **made,
+        "kuairand": lambda: kuairand(data_dir, {}),
+        "kuairand, tab": lambda: kuairand(data_dir, PLANS["tab, hour"]),
+        **{f"sparse {name}": (lambda of=name: sparse(of, data_dir, folder)) for name in CUTS},
+    }

@@ -1,0 +1,98 @@
+"""Measures the presets as they are, and the baselines, on logs of several kinds.
+
+Every model is fitted to the training part of each log of `log_kinds.py`, epochs are chosen on
+validation, and what is shown is the test, on which nothing was chosen: NDCG@100, and how far it is
+from the default's, with a 95% bootstrap interval over users. No second training on the training and
+validation parts together.
+
+    python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
+
+--data-dir is that of `log_kinds.py`. A log with request features is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow, since it selects Keras 2.
+import tfrs_pipeline as tp
+
+# isort: split
+import tensorflow as tf
+from log_kinds import logs
+from record import write_json
+
+from tfrs_pipeline.data.log import Split
+from tfrs_pipeline.presets import PRESETS
+
+METRICS = ("ndcg@100", "ndcg@10", "recall@100")
+MODELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{name: PRESETS[name][1] for name in ("quick", "sequence")},
+}
+
+
+def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
+    """Fits all models to one log and evaluates them on its test."""
+    train, validation, test = split
+    fitted: dict[str, tp.Retriever] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, settings in MODELS.items():
+        tf.keras.backend.clear_session()
+        config = tp.with_settings(tp.RunConfig(), settings)
+        model = tp.TwoTower(config.model, training=config.training, seed=seed)
+        start = time.process_time()
+        fitted[name] = model.fit(train, validation)
+        found[name] = {
+            "cpu_seconds": time.process_time() - start,
+            "num_epochs": model.result.num_epochs,
+            "best_epoch": model.result.best_epoch,
+        }
+    baselines = {"popularity": tp.MostPopular(), "ease": tp.Ease(), "ials": tp.Ials(seed=seed)}
+    for name, baseline in baselines.items():
+        start = time.process_time()
+        fitted[name] = baseline.fit(train)
+        found[name] = {"cpu_seconds": time.process_time() - start}
+    evaluation = tp.evaluate(fitted, test, cutoffs=(10, 100))
+    for name, result in evaluation.results.items():
+        found[name] |= {metric: result.overall.intervals[metric].mean for metric in METRICS}
+        if name in evaluation.differences:
+            found[name]["difference"] = evaluation.differences[name]["ndcg@100"].as_dict()
+    return found
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, help="Folder of the data sets.")
+    parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all without it.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
+    options = parser.parse_args()
+    tf.get_logger().setLevel("ERROR")  # A model a log retraces its functions: no fault here.
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        makers = logs(options.data_dir, Path(folder))
+        for log in options.logs or makers:
+            split = makers[log]()
+            if split.train.request_features:  # Sequence-level training refuses them.
+                continue
+            found[log] = measure(split, options.seed)
+            for name, x in found[log].items():
+                print(
+                    f"{log:20} {name:12} ndcg@100 {x['ndcg@100']:.4f}   "
+                    f"{x['cpu_seconds']:6.1f} CPU s",
+                    flush=True,
+                )
+            if options.json:
+                write_json(options.json, {"logs": found}, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
