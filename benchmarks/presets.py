@@ -7,7 +7,7 @@ validation parts together.
 
     python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
 
---data-dir is that of `log_kinds.py`. A log with request features is left out.
+--data-dir is that of `log_kinds.py`.
 """
 
 from __future__ import annotations
@@ -80,10 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         makers = logs(options.data_dir, Path(folder))
         for log in options.logs or makers:
-            split = makers[log]()
-            if split.train.request_features:  # Sequence-level training refuses them.
-                continue
-            found[log] = measure(split, options.seed)
+            found[log] = measure(makers[log](), options.seed)
             for name, x in found[log].items():
                 print(
                     f"{log:20} {name:12} ndcg@100 {x['ndcg@100']:.4f}   "
