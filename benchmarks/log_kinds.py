@@ -8,7 +8,14 @@
     kuairand, tab    the same with the tab of the app and the hour as request features
     sparse ...       the logs of `sparse_sequences.py`, --data-dir
 
---data-dir holds the folders ml-1m and kuairand-pure; without it the logs that need none are made.
+and without an order, a random share of each user's clicks held out, ids alone:
+
+    ratings, funnel, sparse ...   the clicks of the same logs
+    ml-1m            2,000 users of MovieLens-1M, --data-dir
+    gowalla          6,000 users of Gowalla's training items in LightGCN's split, --data-dir
+
+--data-dir holds the folders ml-1m, kuairand-pure and gowalla; without it the logs that need none
+are made.
 """
 
 from __future__ import annotations
@@ -22,6 +29,10 @@ import tfrs_pipeline as tp
 
 # isort: split
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from leaderboard_data import convert_gowalla, convert_ml_1m
 from request import PLANS, read_events
 from sparse_sequences import CUTS, cut
 
@@ -72,4 +83,45 @@ def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
         "kuairand": lambda: kuairand(data_dir, {}),
         "kuairand, tab": lambda: kuairand(data_dir, PLANS["tab, hour"]),
         **{f"sparse {name}": (lambda of=name: sparse(of, data_dir, folder)) for name in CUTS},
+    }
+
+
+def without_order(clicks: pa.Table, num_users: int | None = None) -> Split:
+    """Splits user and item ids, of all users or of some, whose rows say nothing."""
+    rng = np.random.default_rng(0)
+    clicks = clicks.select(["user_id", "item_id"]).sort_by("item_id").sort_by("user_id")
+    if num_users is not None:
+        users = clicks["user_id"].to_numpy()
+        kept = rng.choice(np.unique(users), num_users, replace=False)
+        clicks = clicks.filter(pa.array(np.isin(users, kept)))
+    clicks = clicks.take(pa.array(rng.permutation(len(clicks))))
+    log = tp.Log.from_table(clicks, is_ordered=False)
+    return log.split("last_share", validation=0.1, test=0.2)
+
+
+def unordered_logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
+    """Says how each log without an order is made."""
+
+    def clicks_of(name: str) -> pa.Table:
+        events = logs(data_dir, folder)[name]().log.events
+        return events.filter(events["stage"] == "clicked").to_pyarrow()
+
+    def converted(convert: Callable[[Path, Path], None], name: str) -> pa.Table:
+        assert data_dir is not None
+        convert(data_dir / name, folder)
+        events = pq.read_table(folder / "events.parquet")
+        if "part" in events.column_names:
+            events = events.filter(pc.equal(events["part"], "train"))
+        return events
+
+    made = {
+        name: (lambda of=name: without_order(clicks_of(of)))
+        for name in ("ratings", "funnel", *(f"sparse {of}" for of in CUTS if data_dir))
+    }
+    if data_dir is None:
+        return made
+    return {
+        **made,
+        "ml-1m": lambda: without_order(converted(convert_ml_1m, "ml-1m"), 2000),
+        "gowalla": lambda: without_order(converted(convert_gowalla, "gowalla"), 6000),
     }

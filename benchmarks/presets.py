@@ -2,10 +2,11 @@
 
 Every model is fitted to the training part of each log of `log_kinds.py`, epochs are chosen on
 validation, and what is shown is the test, on which nothing was chosen: NDCG@100, and how far it is
-from the default's, with a 95% bootstrap interval over users. No second training on the training and
-validation parts together.
+from the first model's, with a 95% bootstrap interval over users. No second training on the training
+and validation parts together.
 
     python benchmarks/presets.py --data-dir data --json benchmarks/results/presets.json
+    python benchmarks/presets.py --no-order --data-dir data --json FILE
 
 --data-dir is that of `log_kinds.py`.
 """
@@ -23,17 +24,15 @@ import tfrs_pipeline as tp
 
 # isort: split
 import tensorflow as tf
-from log_kinds import logs
+from log_kinds import logs, unordered_logs
 from record import write_json
 
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.presets import PRESETS
 
 METRICS = ("ndcg@100", "ndcg@10", "recall@100")
-MODELS: dict[str, dict[str, Any]] = {
-    "default": {},
-    **{name: PRESETS[name][1] for name in ("quick", "sequence")},
-}
+# What the others are compared with, first.
+PRESETS_OF = {True: ("default", "quick", "sequence"), False: ("sets", "default", "ids")}
 
 
 def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
@@ -41,8 +40,9 @@ def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
     train, validation, test = split
     fitted: dict[str, tp.Retriever] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, settings in MODELS.items():
+    for name in PRESETS_OF[train.is_ordered]:
         tf.keras.backend.clear_session()
+        settings = PRESETS[name][1] if name in PRESETS else {}
         config = tp.with_settings(tp.RunConfig(), settings)
         model = tp.TwoTower(config.model, training=config.training, seed=seed)
         start = time.process_time()
@@ -72,13 +72,15 @@ def main() -> None:
     )
     parser.add_argument("--data-dir", type=Path, help="Folder of the data sets.")
     parser.add_argument("--logs", nargs="+", metavar="LOG", help="Which; all without it.")
+    parser.add_argument("--no-order", action="store_true", help="The logs without an order.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
     tf.get_logger().setLevel("ERROR")  # A model a log retraces its functions: no fault here.
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        makers = logs(options.data_dir, Path(folder))
+        make = unordered_logs if options.no_order else logs
+        makers = make(options.data_dir, Path(folder))
         for log in options.logs or makers:
             found[log] = measure(makers[log](), options.seed)
             for name, x in found[log].items():
