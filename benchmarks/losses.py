@@ -66,6 +66,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
             **PRESETS["sets"][1],
             "model.dim": 64,
             "model.id_dropout": 0.0,
+            "model.temperature": 0.07,
             "training.max_epochs": 8,
             "training.validation_users": 3000,
         },
