@@ -120,7 +120,15 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "training.patience": 20,
         },
     },
-    "user_sets_128": {"gowalla": {**_USER_SETS, "model.dim": 128, "model.temperature": 0.1}},
+    # Soon done.
+    "user_sets_128": {
+        "gowalla": {
+            **_USER_SETS,
+            "model.dim": 128,
+            "model.temperature": 0.1,
+            "training.max_epochs": 25,
+        }
+    },
     "user_sets_256": {"gowalla": {**_USER_SETS, "model.dim": 256}},
     "user_sets": {"gowalla": _USER_SETS},
 }
