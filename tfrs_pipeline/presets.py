@@ -49,8 +49,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_dropout": 0.0,
             "model.candidate_bias": True,
             "model.combination": "sum",
-            # Few items want a higher one, many a lower one: .12 is within 4% of the best on each of
-            # seven logs of 1,400 to 41,000 items.
+            # Between what small catalogs and large ones want: docs/explanation/tried.md.
             "model.temperature": 0.12,
             "training.examples": "sets",
             "training.batch_size": 3072,
