@@ -120,16 +120,17 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "training.patience": 20,
         },
     },
-    # Soon done.
-    "user_sets_128": {
-        "gowalla": {
-            **_USER_SETS,
-            "model.dim": 128,
-            "model.temperature": 0.1,
-            "training.max_epochs": 25,
+    **{
+        f"user_sets_{dim}": {
+            "gowalla": {
+                **_USER_SETS,
+                "model.dim": dim,
+                "model.temperature": 0.1,
+                "training.max_epochs": 25,
+            }
         }
+        for dim in (128, 256)
     },
-    "user_sets_256": {"gowalla": {**_USER_SETS, "model.dim": 256}},
     "user_sets": {"gowalla": _USER_SETS},
 }
 
