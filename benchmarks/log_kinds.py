@@ -87,9 +87,11 @@ def logs(data_dir: Path | None, folder: Path) -> dict[str, Callable[[], Split]]:
 
 
 def without_order(clicks: pa.Table, num_users: int | None = None) -> Split:
-    """Splits user and item ids, of all users or of some, whose rows say nothing."""
+    """Splits pairs of a user and an item at random, of all users or of `num_users` of them."""
     rng = np.random.default_rng(0)
-    clicks = clicks.select(["user_id", "item_id"]).sort_by("item_id").sort_by("user_id")
+    clicks = clicks.select(["user_id", "item_id"]).sort_by(
+        [("user_id", "ascending"), ("item_id", "ascending")]
+    )
     if num_users is not None:
         users = clicks["user_id"].to_numpy()
         kept = rng.choice(np.unique(users), num_users, replace=False)

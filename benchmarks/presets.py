@@ -31,12 +31,12 @@ from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.presets import PRESETS
 
 METRICS = ("ndcg@100", "ndcg@10", "recall@100")
-# What the others are compared with, first.
+# Whether a log has an order -> what is measured on it; the others are compared with the first.
 PRESETS_OF = {True: ("default", "quick", "sequence"), False: ("sets", "default", "ids")}
 
 
 def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
-    """Fits all models to one log and evaluates them on its test."""
+    """Fits all models to one log; returns by name what its test, epochs and CPU time were."""
     train, validation, test = split
     fitted: dict[str, tp.Retriever] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -81,6 +81,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make = unordered_logs if options.no_order else logs
         makers = make(options.data_dir, Path(folder))
+        if unknown := set(options.logs or ()) - makers.keys():
+            parser.error(f"--logs: got {sorted(unknown)}; there are {list(makers)}")
         for log in options.logs or makers:
             found[log] = measure(makers[log](), options.seed)
             for name, x in found[log].items():
