@@ -265,6 +265,17 @@ def test_attention_is_that_of_a_loop() -> None:
         np.testing.assert_allclose(norm(hidden, weights), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_added_to_features_a_history_is_as_long_as_an_embedding() -> None:
+    """Features of the request, which start as embeddings do, are not drowned."""
+    settings = TwoTowerSettings(history_pooling=("attention",), combination="sum")
+    encoder = HistoryEncoder(500, settings)
+    rows = tf.reshape(tf.range(1, 501), [20, 25])
+    vectors = encoder(rows)
+    items = tf.gather(encoder.item_table, rows)
+    length = tf.reduce_mean(tf.norm(vectors, axis=-1)) / tf.reduce_mean(tf.norm(items, axis=-1))
+    assert 0.8 < length < 1.25
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         SelfAttention(3, max_length=5, num_blocks=1, dropout=0.3)

@@ -17,6 +17,8 @@ _GAPS_PER_DOUBLING = 2
 # Share of the gaps, and of the sequences with all of theirs, that training takes for unknown, so
 # that a request may come without times: as of request features.
 GAP_DROPOUT = 0.05
+# About the standard deviation of a new embedding's entries.
+_EMBEDDING_SCALE = 0.03
 
 
 class HistoryEncoder(tf.keras.layers.Layer):
@@ -67,6 +69,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 dropout=settings.attention_dropout,
                 reads_gaps=reads_times,
             )
+        # Normalised vectors have entries of about 1, and would drown the features that a tower adds
+        # to them. Joined end to end, a layer weighs both.
+        self._attention_scale = _EMBEDDING_SCALE if settings.combination == "sum" else 1.0
 
     def call(
         self,
@@ -204,7 +209,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
             gaps = gap_buckets(times)
             if seed is not None:
                 gaps = _drop_gaps(gaps, fold(seed, Stream.GAPS), dropout_slice)
-        return self._attention(vectors, seed, dropout_slice, gaps)
+        return self._attention(vectors, seed, dropout_slice, gaps) * self._attention_scale
 
 
 class SelfAttention(tf.keras.layers.Layer):
