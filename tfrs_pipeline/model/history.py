@@ -30,7 +30,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
     - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
       `reads_times`, it knows how long after the item before it each item came, and how long after
-      the last one the query; times that are not given are unknown.
+      the last one the query; times that are not given are unknown. If the tower adds up its inputs
+      (`combination` "sum"), it starts as long as a new embedding.
 
     A history with nothing left has a learned vector per pooling; there are `num_vectors`, one a
     pooling. `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim], to
@@ -69,9 +70,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 dropout=settings.attention_dropout,
                 reads_gaps=reads_times,
             )
-        # Normalised vectors have entries of about 1, and would drown the features that a tower adds
-        # to them. Joined end to end, a layer weighs both.
-        self._attention_scale = _EMBEDDING_SCALE if settings.combination == "sum" else 1.0
+            # Normalised vectors have entries of about 1, and would drown the features that a tower
+            # adds to them. Joined end to end, a layer weighs both.
+            self._attention_scale = _EMBEDDING_SCALE if settings.combination == "sum" else 1.0
 
     def call(
         self,
