@@ -129,7 +129,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
                 "training.max_epochs": 25,
             }
         }
-        for dim in (128, 256)
+        for dim in (64, 128, 256, 512)
     },
     "user_sets": {"gowalla": _USER_SETS},
 }
