@@ -28,6 +28,7 @@ from tests.small_batches import (
     samples_of,
 )
 from tfrs_pipeline.batches import examples
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -201,6 +202,9 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -
 
 
 def test_a_pool_is_replaced_for_its_own_name_alone() -> None:
+    without = dataclasses.replace(SAMPLES, hard_pools={})
+    with pytest.raises(DataError, match="asks for losers of the stages retrieved, pre_ranked"):
+        make_batches(samples=without, hard=HARD)
     batches = make_batches(hard=Mined(share=0.2, num=3))
     assert batches.mean_hard_share == 0  # Nothing has been mined yet.
     (batch,) = batch_list(batches, 1)

@@ -115,6 +115,27 @@ def test_log_q_is_not_clipped() -> None:
     assert loss(-80.0) - loss(-40.0) == pytest.approx(40 * W, rel=1e-5)
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_column_that_no_kind_draws_does_not_count(by_row: bool) -> None:
+    """As if it were masked, whether log_q is the columns' or differs by row."""
+    log_q = LOG_Q if by_row else LOG_Q[0]
+    is_drawn = np.arange(C) != 3
+    never_drawn = np.where(is_drawn, log_q, -np.inf).astype(np.float32)
+
+    def loss(log_q: np.ndarray, mask: np.ndarray) -> Any:
+        options = {"negative_embeddings": COLUMNS, "log_q": log_q, "score_mask": mask}
+        return lambda queries, positives: HybridRetrieval(0.5)(
+            queries, positives, compute_metrics=False, **options
+        )
+
+    arrays = QUERIES, POSITIVES[:W]
+    got = value_and_gradients(loss(never_drawn, MASK), *arrays)
+    expected = value_and_gradients(loss(log_q, MASK & is_drawn), *arrays)
+    assert MASK[:, 3].any()
+    for ours, masked in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, masked, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(1e4, 0.0), (-1e4, 2e4)])
 def test_far_logits_and_rows_without_a_column_stay_finite(scale: float, expected: float) -> None:
     """Two positives, of a row with one column whose logit is the opposite, and of one without."""

@@ -112,6 +112,9 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
     np.testing.assert_array_equal(drawn, mixture.draw(rows, seed=[1, 0]))
     assert (drawn != mixture.draw(rows, seed=[1, 1])).numpy().any()
     np.testing.assert_allclose(mixture.log_q(drawn), np.log(n[drawn]), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"batches of 4 positives.*Received: 3.*drop_remainder"):
+        mixture.draw(rows[:3], seed=[1, 0])
+    assert Mixture([Uniform(2)], frame).draw(rows[:3], seed=[1, 0]).shape == [2]
     # Nothing is clipped, and what no kind draws has no weight to speak of.
     tail = Mixture([Uniform(1)], frame_of([0, *[1] * 10**6])).log_q(tf.constant([10**6]))
     assert tail.numpy() == pytest.approx(np.log(1e-6), rel=1e-6)
@@ -119,9 +122,13 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
 
 
 def test_refusals_of_counts() -> None:
-    for counts in ([1, 2], [0, -1], [[0, 1]]):
-        with pytest.raises(ValueError, match="0 at row 0, which is no candidate"):
+    for counts in ([], [0], [0, 0], [0, -1], [0, np.nan], [[0, 1]]):
+        with pytest.raises(ValueError, match="a number for each candidate row"):
             SamplingFrame.of_counts(np.array(counts), 5)
+    with pytest.raises(ValueError, match=r"Row 0 is no candidate .* Received: 7.* set it to 0"):
+        SamplingFrame.of_counts([7, 2], 5)
+    with pytest.raises(ValueError, match=r"batch_size must be 1 or more\. Received: 0"):
+        SamplingFrame.of_counts([0, 2], 0)
     with pytest.raises(ValueError, match=r"sum to 1.*0\.5"):
         build_alias_table(np.array([0.25, 0.25]))
     with pytest.raises(ValueError, match="0 or more"):

@@ -12,6 +12,7 @@ from tfrs_pipeline.batches.examples import Batch
 from tfrs_pipeline.batches.guard import Guard, Never
 from tfrs_pipeline.batches.row_lists import draw_from_lists
 from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.store import RowLists, Samples
@@ -24,7 +25,8 @@ the samples to draw from, weighed alike."""
 class HardDraws:
     """Draws each row's hard negatives from the pools of its sample.
 
-    A pool that the samples lack is empty until `set_pool`.
+    A pool that the samples lack is empty until `set_pool`. A `DataError` if losers of the funnel
+    are asked for and no sample has one.
     """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
@@ -34,6 +36,17 @@ class HardDraws:
         self._num_candidates = len(samples.counts) - 1
         nothing = RowLists.empty(len(samples))
         self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
+        if isinstance(hard, FunnelLosers):
+            self._require_losers(hard)
+
+    def _require_losers(self, hard: FunnelLosers) -> None:
+        if not any(len(pool.values) for pool in self.pools.values()):
+            raise DataError(
+                f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
+                f"{self._num_samples:,} positives has one. The log must hold items of these "
+                "stages, of the same users within window_hours; or set model.hard to mined, or to "
+                "none."
+            )
 
     def set_pool(self, name: str, pool: RowLists) -> None:
         """Replaces a pool that is drawn from, in datasets that are made from now on.

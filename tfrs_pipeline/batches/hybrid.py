@@ -55,6 +55,7 @@ class HybridBatches:
     Raises:
         ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
             examples do not go with in-batch or hard negatives.
+        DataError: If `hard` asks for losers of the funnel and no positive has any.
 
     Example:
         The batches as they are, for a training loop of one's own:

@@ -11,9 +11,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
-from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
-from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.protocol import Negatives
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import Samples
@@ -33,8 +31,6 @@ def make_batches(
     """
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
-    if isinstance(settings.hard, FunnelLosers):
-        _require_losers(samples, settings.hard)
     rate = Positives(settings.resampling_exponent).rate(samples.counts)
     common: dict[str, Any] = {
         "batch_size": training.batch_size,
@@ -57,13 +53,3 @@ def make_batches(
         positive_weight=None if training.examples == "single" else rate,
         estimates_frequency=settings.correction == "streaming",
     )
-
-
-def _require_losers(samples: Samples, hard: FunnelLosers) -> None:
-    pools = [pool for stage, pool in samples.hard_pools.items() if stage in hard.pools]
-    if not any(len(pool.values) for pool in pools):
-        raise DataError(
-            f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-            f"{len(samples):,} positives has one. The log must hold items of these stages, of the "
-            "same users within window_hours; or set model.hard to mined, or to none."
-        )

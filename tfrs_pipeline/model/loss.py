@@ -61,6 +61,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         hard_embeddings: tf.Tensor | None = None,
         hard_log_q: tf.Tensor | None = None,
         hard_mask: tf.Tensor | None = None,
+        compute_metrics: bool = True,
+        compute_batch_metrics: bool = True,
     ) -> tf.Tensor:
         """Computes the summed loss of a batch.
 
@@ -75,11 +77,16 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`,
                 a column that holds the row's own positive must not.
             negative_embeddings: [C, D], the shared columns.
-            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns.
+            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. One
+                that is -inf does not count: no kind of negative draws its candidate, such as an
+                item that is new in validation.
             positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
             hard_embeddings: [W, H, D], each row's own negatives.
             hard_log_q: [W, H], required with `hard_embeddings`.
             hard_mask: [W, H] bool, True where a hard negative counts.
+            compute_metrics: Taken from callers of the parent, as is `compute_batch_metrics`; there
+                are no metrics.
+            compute_batch_metrics: See `compute_metrics`.
 
         Returns:
             Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
@@ -133,7 +140,10 @@ def _masked(logits: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 
 
 def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
-    """Refuses a log_q that would be broadcast over the columns: [W, 1] corrects nothing."""
+    """Refuses a log_q that would be broadcast over the columns: [W, 1] corrects nothing.
+
+    Where it is infinite, what comes back masks the column.
+    """
     log_q = tf.convert_to_tensor(log_q)
     given, columns = log_q.shape, shared.shape[1]
     message = "log_q must be [num_rows, num_columns], [1, num_columns] or [num_columns]"
@@ -141,7 +151,8 @@ def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
         raise ValueError(f"{message}, here of {columns} columns. Received: shape {tuple(given)}")
     check = tf.debugging.assert_equal(tf.shape(log_q)[-1], tf.shape(shared)[1], message)
     with tf.control_dependencies([check]):
-        return tf.identity(log_q)
+        # Of -inf there would come an infinite logit, and a loss of NaN.
+        return tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
 
 
 def _checked_log(probability: tf.Tensor) -> tf.Tensor:

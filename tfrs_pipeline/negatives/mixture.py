@@ -98,12 +98,20 @@ class Mixture:
             [C] int32 candidate rows, kind by kind. A row must mask those that are its own positive.
 
         Raises:
-            ValueError: If the seed is no pair.
+            ValueError: If the seed is no pair, or in-batch negatives meet a batch of another size
+                than the frame's, where the graph knows it: log_q would not be theirs.
         """
         if np.shape(seed) != (2,):
             raise ValueError(
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
+            )
+        num_rows = positive_rows.shape[0]
+        if self.in_batch_draws and num_rows not in (None, self._frame.batch_size):
+            raise ValueError(
+                f"The frame is of batches of {self._frame.batch_size} positives, and log_q with "
+                f"it. Received: {num_rows}. Make a frame of this batch_size; a data set's last "
+                "batch is whole with drop_remainder."
             )
         drawn = [
             kind.draw(

@@ -32,14 +32,21 @@ class SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
         Raises:
-            ValueError: If counts are negative, or not 0 at row 0.
+            ValueError: If counts are negative, all 0, or not 0 at row 0, or the batch is empty.
         """
         counts = np.asarray(counts)
-        if counts.ndim != 1 or counts[0] != 0 or counts.min() < 0:
+        if counts.ndim != 1 or not (counts >= 0).all() or not counts[1:].any():
             raise ValueError(
-                "counts must be a number for each candidate row, 0 or more, with 0 at row 0, which "
-                f"is no candidate. Received: {counts}."
+                "counts must be a number for each candidate row, 0 or more, and not all 0. "
+                f"Received: {counts}."
             )
+        if counts[0] != 0:
+            raise ValueError(
+                f"Row 0 is no candidate and must have a count of 0. Received: {counts[0]}. If it "
+                "counts what a vocabulary lacks, set it to 0: no loss then has row 0 as a negative."
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more. Received: {batch_size}")
         return cls(counts, counts / counts.sum(), batch_size)
 
     @property
