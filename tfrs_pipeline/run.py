@@ -19,7 +19,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.durable import file_hash, is_whole, part_files, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult
+from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.settings import TwoTowerSettings
@@ -124,7 +124,10 @@ def _conclude(
             if is_compared and (served := version_in_service(model_folder, ids)) is not None:
                 measured[IN_SERVICE] = served
             evaluation = evaluate_all(config, measured, data.test, step.on_progress)
-            report.notes += _describe_evaluation(evaluation.first)
+            first = evaluation.first
+            num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
+            report.notes += [f"{counted(num_queries, 'query')}, {num_relevant:,} items to find"]
+            report.notes += first.describe_omitted()
         metrics = _metrics(config, data, models, evaluation)
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics)
@@ -260,22 +263,6 @@ def _metrics(
             **{library: importlib.metadata.version(library) for library in LIBRARIES},
         },
     }
-
-
-def _describe_evaluation(result: EvaluationResult) -> list[str]:
-    return [
-        *filter(None, [result.describe_sample()]),
-        f"{counted(len(result.user_ids), 'query')}, {result.overall.num_relevant:,} items to find; "
-        f"{counted(result.num_skipped, 'query')} skipped, with nothing to find",
-        *(
-            [
-                f"{counted(num, 'other item')} of the test, excluded from the ranking, cannot be "
-                "found: the user clicked or saw them before (evaluation.exclude)"
-            ]
-            if (num := result.num_relevant_excluded)
-            else []
-        ),
-    ]
 
 
 def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:

@@ -149,6 +149,19 @@ def test_means_and_intervals_come_from_the_per_query_values() -> None:
         assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.2)
 
 
+def test_what_was_left_out_stands_under_the_table_and_no_array_is_shown() -> None:
+    retriever = Scores(np.zeros((3, 12)))
+    found = measure_all(retriever, make_holdout([[100, 102], [102], [101]], clicked=[[102]] * 3))
+    skipped, excluded = found.first.describe_omitted()
+    assert str(found).split("\n")[2:] == [skipped, excluded]
+    assert skipped == "1 of 3 queries skipped, with nothing to find"
+    assert excluded.startswith("2 relevant items not counted: the ranking excludes what the user")
+    assert not measure(retriever, make_holdout([[100]] * 3)).describe_omitted()
+    many = measure(Scores(np.zeros((2000, 12))), make_holdout([[100]] * 2000))
+    assert len(repr(many)) < 500
+    assert "2,000 queries; recall@3 1.0000" in repr(many)
+
+
 def test_summary_holds_set_metrics_by_hand_and_no_nan() -> None:
     # Both users get rows 1 and 2, then one gets row 3 and the other row 12, which has no count.
     scores = np.zeros((2, 12))

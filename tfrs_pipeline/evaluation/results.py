@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.table import format_table
+from tfrs_pipeline.settings import counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SliceResult:
     """What was measured of one part of the candidates; the whole corpus is one such part.
 
@@ -44,6 +45,10 @@ class SliceResult:
             "num_relevant": self.num_relevant,
         }
 
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {x.mean:.4f}" for name, x in self.intervals.items())
+        return f"SliceResult({counted(self.num_queries, 'query')}; {means})"
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -62,9 +67,9 @@ class EvaluationResult:
         num_sampled_from: Queries that the measured ones were sampled from; None if from none.
     """
 
-    user_ids: np.ndarray
+    user_ids: np.ndarray = field(repr=False)
     overall: SliceResult
-    slices: Mapping[str, SliceResult]
+    slices: Mapping[str, SliceResult] = field(repr=False)
     num_skipped: int
     num_relevant_excluded: int
     num_relevant_unknown: int
@@ -86,11 +91,23 @@ class EvaluationResult:
         }
         return {**self.per_query, **of_slices}
 
-    def describe_sample(self) -> str:
-        """Says how many users were sampled; empty where all were measured."""
-        if self.num_sampled_from is None:
-            return ""
-        return f"measured on {len(self.user_ids):,} of {self.num_sampled_from:,} users, sampled"
+    def describe_omitted(self) -> list[str]:
+        """Says which queries and items were left out, in lines for a person; none if none were."""
+        num_measured = len(self.user_ids)
+        lines = []
+        if self.num_sampled_from is not None:
+            lines.append(
+                f"measured on {num_measured:,} of {self.num_sampled_from:,} users, sampled"
+            )
+        if self.num_skipped:
+            of = counted(num_measured + self.num_skipped, "query")
+            lines.append(f"{self.num_skipped:,} of {of} skipped, with nothing to find")
+        if self.num_relevant_excluded:
+            lines.append(
+                f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
+                "excludes what the user clicked or saw before (exclude)"
+            )
+        return lines
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
@@ -168,4 +185,4 @@ class Evaluation:
             name: {columns[0]: x[columns[0]]} for name, x in summary["differences"].items()
         }
         table = format_table(summary["models"], list(dict.fromkeys(columns)), differences)
-        return "\n".join(filter(None, [table, self.first.describe_sample()]))
+        return "\n".join([table, *self.first.describe_omitted()])
