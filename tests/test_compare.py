@@ -278,9 +278,14 @@ def test_what_a_comparison_comes_to_is_said(compared: PlanComparison) -> None:
         row("one query", 0.3, np.nan, np.nan),
     ]
     assert compared_in_words(rows, "ndcg@5", "mixed") == (
-        "in ndcg@5 best: hybrid; better than mixed: hybrid; level with it: mined, one query; "
-        "worse: uniform"
+        "in ndcg@5 best: hybrid; better than mixed: hybrid; level with mixed: mined, one query; "
+        "worse than mixed: uniform"
     )
+    # The best one may be level, or the reference itself.
+    said = compared_in_words([rows[0], rows[2]], "ndcg@5", "mixed")
+    assert said == "in ndcg@5 best: mined; level with mixed: mined"
+    said = compared_in_words(rows[:2], "ndcg@5", "mixed")
+    assert said == "in ndcg@5 best: mixed; worse than mixed: uniform"
     # A terminal gets the columns that fit, the first ones; none is wrapped.
     whole = comparison_table(compared.rows, (5, 20), markdown=False)
     narrow = comparison_table(compared.rows, (5, 20), markdown=False, width=80)

@@ -95,8 +95,8 @@ def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> s
     worse = [row.name for row in others if row.differences[metric].high < 0]
     level = [row.name for row in others if row.name not in (*better, *worse)]
     best = max(rows, key=lambda row: row.metrics[metric].mean)
-    said = {f"better than {reference}": better, "level with it": level, "worse": worse}
-    parts = [f"{what}: {', '.join(names)}" for what, names in said.items() if names]
+    said = {"better than": better, "level with": level, "worse than": worse}
+    parts = [f"{how} {reference}: {', '.join(names)}" for how, names in said.items() if names]
     return f"in {metric} {'; '.join([f'best: {best.name}', *parts])}"
 
 
