@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
 import re
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -167,6 +168,13 @@ def from_text(value: Any) -> Any:
     if sum(not equals for _, equals, _ in parts) > 1:
         raise ValueError("must be a kind and its settings by name, such as uniform:num=256")
     return {name if equals else "kind": text if equals else name for name, equals, text in parts}
+
+
+def check_whole(least: int, **values: object) -> None:
+    """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more. Received: {value!r}")
 
 
 def printable(text: str, max_chars: int = 80) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
+
+from tfrs_pipeline.settings import check_whole
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 # As typed after a flag: with commas between.
@@ -55,8 +57,12 @@ class FunnelLosers:
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        if not self.stages or len(set(self.stages)) < len(self.stages):
-            raise ValueError(f"stages must be one or more, each once. Received: {self.stages}")
+        known, given = get_args(HardStage), set(self.stages)
+        if not given or not given <= set(known) or len(given) < len(self.stages):
+            raise ValueError(
+                f"stages must be one or more of {', '.join(known)}, each once. Received: "
+                f"{self.stages!r}"
+            )
         if "exposed" in self.stages and not self.allow_exposed:
             raise ValueError(
                 "stages holds 'exposed'. An item that was exposed to a user and not clicked is "
@@ -64,11 +70,10 @@ class FunnelLosers:
                 "it, and the lack of a click says as much of its position as of it. It is for "
                 "ranking. To see what such negatives do to retrieval, set allow_exposed."
             )
-        if self.num < 1 or self.max_pool < 1 or self.min_pool < 0 or not self.window_hours > 0:
-            raise ValueError(
-                "num and max_pool must be 1 or more, min_pool 0 or more, window_hours above 0. "
-                f"Received: {self.num}, {self.max_pool}, {self.min_pool}, {self.window_hours}"
-            )
+        check_whole(1, num=self.num, max_pool=self.max_pool)
+        check_whole(0, min_pool=self.min_pool)
+        if not self.window_hours > 0:
+            raise ValueError(f"window_hours must be above 0. Received: {self.window_hours}")
         if not 0 < self.bottom_share <= 1:
             raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from tfrs_pipeline.negatives.funnel import check_share
+from tfrs_pipeline.settings import check_whole
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,7 @@ class Mined:
                 "Mined ranks must be 0 <= min_rank < max_rank. "
                 f"Received: {self.min_rank} and {self.max_rank}"
             )
-        if min(self.num, self.max_pool, self.every) < 1:
-            raise ValueError(
-                "num, max_pool and every must be 1 or more. "
-                f"Received: {self.num}, {self.max_pool}, {self.every}"
-            )
+        check_whole(1, num=self.num, max_pool=self.max_pool, every=self.every)
 
     @property
     def pools(self) -> tuple[str, ...]:

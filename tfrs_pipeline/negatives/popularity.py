@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tfrs_pipeline.negatives.protocol import SamplingFrame
+from tfrs_pipeline.settings import check_whole
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -34,8 +35,7 @@ class Popularity:
     kind: Literal["popularity"] = "popularity"
 
     def __post_init__(self) -> None:
-        if self.num < 1:
-            raise ValueError(f"num must be 1 or more. Received: {self.num}")
+        check_whole(1, num=self.num)
         if not self.alpha > 0:
             raise ValueError(
                 f"alpha must be above 0 (0 would be the kind uniform). Received: {self.alpha}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tfrs_pipeline.negatives.protocol import SamplingFrame
+from tfrs_pipeline.settings import check_whole
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -21,15 +22,14 @@ class Uniform:
         num: Draws a batch, 1 or more, shared by its rows.
 
     Raises:
-        ValueError: If `num` is below 1.
+        ValueError: If `num` is none of these.
     """
 
     num: int = 256
     kind: Literal["uniform"] = "uniform"
 
     def __post_init__(self) -> None:
-        if self.num < 1:
-            raise ValueError(f"num must be 1 or more. Received: {self.num}")
+        check_whole(1, num=self.num)
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws [num] candidate rows."""
