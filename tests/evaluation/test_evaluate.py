@@ -251,6 +251,9 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
     "spoil, message",
     [
         (lambda ids, scores: (ids[:, :2], scores[:, :2]), r"ids and scores of \(1, 3\)"),
+        (lambda ids, scores: ids, r"ids and scores of \(1, 3\).*Received: ndarray"),
+        (lambda ids, scores: None, "ids and scores of .*Received: NoneType"),
+        (lambda ids, scores: (ids, scores, scores), "ids and scores of .*Received: tuple"),
         (lambda ids, scores: (ids + 500, scores), "not candidates.*601"),
         (lambda ids, scores: (ids[:, [0, 1, 0]], scores), "twice"),
         (lambda ids, scores: (ids - 1, scores), "excluded"),
@@ -283,6 +286,8 @@ def test_refuses_what_cannot_be_measured(
         measure_all({}, holdout)
     with pytest.raises(TypeError, match=r"two_tower has no `retrieve`.*Received: <class"):
         measure_all({"two_tower": Scores}, holdout)
+    with pytest.raises(TypeError, match=r"cutoffs must be a list.*Received: 20"):
+        measure(Scores(np.zeros((2, 12))), holdout, cutoffs=20)
     no_holdout: Any = [[100]]
     with pytest.raises(TypeError, match=r"on a Holdout.*Received: list"):
         measure(Scores(np.zeros((1, 12))), no_holdout)

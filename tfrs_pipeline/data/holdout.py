@@ -130,6 +130,15 @@ class Holdout:
         return {"clicked": self.clicked, "seen": self.seen, "none": None}[rule]
 
 
+def check_holdout(holdout: object) -> None:
+    """Refuses (`TypeError`) what is no holdout, such as the log that one is made of."""
+    if not isinstance(holdout, Holdout):
+        raise TypeError(
+            "Evaluates on a Holdout, the validation or test that `Log.split` makes. Received: "
+            f"{type(holdout).__name__}."
+        )
+
+
 def make_holdout(
     split: ibis.Table,
     part: EvaluationPart,

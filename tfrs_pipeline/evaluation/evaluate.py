@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
@@ -51,6 +51,7 @@ def evaluate(
         Results by name, and the differences from the first; prints as a table.
 
     Raises:
+        TypeError: If an argument is of another kind: no retriever, no holdout, no list of cutoffs.
         ValueError: If an argument is not as described, no query has anything relevant, or a
             retriever breaks its contract: wrong shape, a candidate twice, an excluded or unknown
             candidate.
@@ -71,14 +72,12 @@ def evaluate(
         retrievers = {type(retrievers).__name__: retrievers}
     if not retrievers:
         raise ValueError("Needs at least one retriever. Received: none.")
-    if not hasattr(holdout, "relevant"):
-        raise TypeError(
-            "Evaluates on a Holdout, the validation or test that `Log.split` makes. Received: "
-            f"{type(holdout).__name__}."
-        )
+    check_holdout(holdout)
     for name, retriever in retrievers.items():
         if isinstance(retriever, type) or not hasattr(retriever, "retrieve"):
             raise TypeError(f"{name} has no `retrieve`; see `Retriever`. Received: {retriever!r}.")
+    if not isinstance(cutoffs, Iterable):
+        raise TypeError(f"cutoffs must be a list, such as [20, 100]. Received: {cutoffs!r}.")
     cutoffs = tuple(sorted(set(cutoffs)))
     if not cutoffs or cutoffs[0] < 1:
         raise ValueError(f"cutoffs must be 1 or more, at least one. Received: {list(cutoffs)}.")
@@ -226,18 +225,21 @@ def _retrieve_rows(
     excluded_queries, excluded_rows = truth.excluded_pairs
     for start in range(0, num_queries, _QUERIES_PER_CALL):
         batch = slice(start, min(start + _QUERIES_PER_CALL, num_queries))
-        ids, scores = retriever.retrieve(
+        answer = retriever.retrieve(
             truth.queries[batch], k, None if truth.excluded is None else truth.excluded[batch]
         )
-        ids, scores = np.asarray(ids), np.asarray(scores)
         shape = (batch.stop - batch.start, k)
+        returns = f"must return ids and scores of {shape}"
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
+            raise _broken(retriever, returns, type(answer).__name__)
+        ids, scores = map(np.asarray, answer)
         if ids.shape != shape or scores.shape != shape:
-            raise _broken(retriever, f"must return ids and scores of {shape}", ids, scores)
+            raise _broken(retriever, returns, _described(ids, scores))
         rows[batch] = items.rows(ids).reshape(shape)
         mine = slice(*np.searchsorted(excluded_queries, [batch.start, batch.stop]))
         is_excluded = find_hits(rows[batch], excluded_queries[mine] - start, excluded_rows[mine])
         for fault in _faults(rows[batch], ids, scores, items, is_excluded):
-            raise _broken(retriever, fault, ids, scores)
+            raise _broken(retriever, fault, _described(ids, scores))
         report(batch.stop)
     return rows
 
@@ -257,12 +259,15 @@ def _faults(
         yield "returned excluded candidates"
 
 
-def _broken(retriever: Retriever, what: str, ids: np.ndarray, scores: np.ndarray) -> ValueError:
-    first = (ids[0, :5], scores[0, :5]) if ids.ndim == scores.ndim == 2 and len(ids) else ()
+def _broken(retriever: Retriever, what: str, received: str) -> ValueError:
     return ValueError(
-        f"{type(retriever).__name__}.retrieve {what}; see `Retriever`. Received: ids {ids.shape} "
-        f"{ids.dtype}, scores {scores.shape} {scores.dtype}, first {first}."
+        f"{type(retriever).__name__}.retrieve {what}; see `Retriever`. Received: {received}."
     )
+
+
+def _described(ids: np.ndarray, scores: np.ndarray) -> str:
+    first = (ids[0, :5], scores[0, :5]) if ids.ndim == scores.ndim == 2 and len(ids) else ()
+    return f"ids {ids.shape} {ids.dtype}, scores {scores.shape} {scores.dtype}, first {first}"
 
 
 def _measure(
