@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -243,8 +244,26 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
         TwoTower(temprature=0.1)
     with pytest.raises(ConfigError, match=r"model\.negatives: got in_batch"):
         TwoTower(training=TrainingSettings(examples="sets"))
-    with pytest.raises(ValueError, match="not fitted: call fit first"):
-        model.retrieve([{}], 1)
+    for use in (
+        lambda: model.retrieve([{}], 1),
+        lambda: model.result,
+        lambda: model.candidate_ids,
+    ):
+        with pytest.raises(ValueError, match="not fitted: call fit first"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("tower", "received"),
+    [(lambda corpus: None, "None, from <function"), (keras.layers.Dense(4), "<Dense ")],
+    ids=["a function without return", "a layer of Keras 3"],
+)
+@pytest.mark.parametrize("name", ["query_tower", "candidate_tower"])
+def test_an_own_tower_is_a_layer_or_makes_one(
+    data: TrainingSet, name: str, tower: Any, received: str
+) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a layer of tf.keras.*: {received}"):
+        tiny(**{name: tower}).build(data.corpus)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -296,3 +315,5 @@ def test_refusals(tmp_path: Path) -> None:
         tiny(hard=losers).batches(data.samples)
     with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))
+    with pytest.raises(TypeError, match=r"Evaluates on a Holdout.* Received: Log"):
+        tiny().fit(clicks, clicks)  # type: ignore[arg-type]

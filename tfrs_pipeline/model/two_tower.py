@@ -15,7 +15,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -53,6 +53,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.settings import refuse
 
 BUILT_IN = (InBatch, Uniform, Popularity)
+_NOT_FITTED = "The model is not fitted: call fit first."
 
 TowerLike: TypeAlias = tf.keras.layers.Layer | Callable[[Corpus], tf.keras.layers.Layer]
 
@@ -126,12 +127,11 @@ class TwoTower:
         self.negatives: tuple[Negatives, ...] = (*self.settings.negatives, *own)
         self.seed = seed
         self.name = name
-        self._towers = query_tower, candidate_tower
+        self._towers = {"query_tower": query_tower, "candidate_tower": candidate_tower}
         self._log: Log | None = None
         self._network: TwoTowerNetwork | None = None
         training_strategy()  # Joins the other workers, if there are any: nothing may come before.
         self.notes: list[str] = []
-        self.result: TrainingResult
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(kind).__name__ for kind in self.negatives)
@@ -172,7 +172,8 @@ class TwoTower:
             The model itself.
 
         Raises:
-            TypeError: If `train` is no log, such as a DataFrame.
+            TypeError: If `train` is no log, such as a DataFrame, `validation` no holdout, or an own
+                tower no layer.
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
             ConfigError: If the model to start from is of another shape.
@@ -185,6 +186,8 @@ class TwoTower:
                 "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
                 f"Received: {type(train).__name__}"
             )
+        if validation is not None:
+            check_holdout(validation)
         hard = self.settings.hard
         funnel = hard if isinstance(hard, FunnelLosers) else None
         with tempfile.TemporaryDirectory() as temporary:
@@ -298,8 +301,7 @@ class TwoTower:
         if not reads_times(self.settings, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
-            tower(corpus) if tower and not isinstance(tower, tf.keras.layers.Layer) else tower
-            for tower in self._towers
+            None if own is None else _layer(name, own, corpus) for name, own in self._towers.items()
         )
         candidate = candidate or candidate_tower(self.settings, corpus)
         table = feature_table(corpus, "candidate")
@@ -314,8 +316,20 @@ class TwoTower:
             ValueError: If the model is not fitted.
         """
         if self._network is None:
-            raise ValueError("The model is not fitted: call fit first.")
+            raise ValueError(_NOT_FITTED)
         return self._network
+
+    # Training sets these two, and what is set is found before a cached property.
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """Ids and features behind the rows; errors as `network`."""
+        raise ValueError(_NOT_FITTED)
+
+    @functools.cached_property
+    def result(self) -> TrainingResult:
+        """How training went; errors as `network`."""
+        raise ValueError(_NOT_FITTED)
 
     @property
     def trained(self) -> Trained:
@@ -449,6 +463,19 @@ class TwoTower:
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
         return self._log.whole
+
+
+def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
+    """Returns an own tower, made of the corpus if it is a function; a `TypeError` if it is none."""
+    # What has a `call` is a layer, of this Keras or of another, which could be called as well.
+    is_made = not isinstance(own, type) and hasattr(own, "call")
+    layer = own if is_made else own(corpus)
+    if not isinstance(layer, tf.keras.layers.Layer):
+        raise TypeError(
+            f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
+            f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
+        )
+    return layer
 
 
 def _is_own(kind: object) -> bool:
