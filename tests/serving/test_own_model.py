@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.index import Exact
 from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -54,6 +56,22 @@ class OwnModel:
         return self._videos(rows)
 
 
+@pytest.mark.parametrize("index", ["exact", Exact])
+def test_an_index_is_one_of_the_three(tmp_path: Path, index: Any) -> None:
+    with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
+        export(OwnModel(), tmp_path / "own", index=index)
+
+
+def test_what_embeds_nothing_cannot_be_exported(tmp_path: Path) -> None:
+    no_embeddings: Any = Ease()
+    with pytest.raises(TypeError, match=r"Received: Ease, .* no candidate_features, .*embed_quer"):
+        export(no_embeddings, tmp_path / "own")
+    model = OwnModel()
+    del model.variables
+    with pytest.raises(TypeError, match="Received: OwnModel, which has no variables"):
+        export(model, tmp_path / "own")
+
+
 LOAD_ONLY = """
 import sys
 from tfrs_pipeline.serving.retriever import load
@@ -93,4 +111,10 @@ def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> N
     model.items = pa.table({"item_id": ["c", "b", "a"]})
     with pytest.raises(ValueError, match="one row for each of its 3 candidate ids"):
         export(model, tmp_path / "own")
+    # Lists of the users alone would be read as those of their neighbours.
+    for name in ("histories", "known_positives"):
+        model = OwnModel()
+        setattr(model, name, RowLists.from_lists([np.array([1])] * 3))
+        with pytest.raises(ValueError, match=rf"{name} must be 4 lists: of row 0.*Received: 3"):
+            export(model, tmp_path / "own")
     assert not (tmp_path / "own").exists()

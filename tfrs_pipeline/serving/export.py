@@ -78,6 +78,12 @@ class ExportOptions:
     filter_by: str | None = None
     keep_versions: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.index, Search):
+            raise TypeError(
+                f"index must be tp.Exact(), tp.Scann() or tp.Auto(). Received: {self.index!r}."
+            )
+
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> ExportOptions:
         """Reads it back from the manifest of an export."""
@@ -123,8 +129,10 @@ def export(
         ExportError: If a fresh process cannot load the export or answers otherwise; nothing is
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        ValueError: If the model's items are not those of its ids, or lack the column to filter by;
-            if there shall be no user data and the model has an embedding of each user.
+        TypeError: If the model is not `Exportable`, or `index` none of the three.
+        ValueError: If the model's items or lists are not those of its ids, or the items lack the
+            column to filter by; if there shall be no user data and the model has an embedding of
+            each user.
     """
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
     given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
@@ -141,12 +149,9 @@ def export_version(
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
+    _check_exportable(model)
     items = model.items
-    if items["item_id"].to_pylist() != model.candidate_ids.tolist():
-        raise ValueError(
-            f"The model's items must be one row for each of its {len(model.candidate_ids)} "
-            f"candidate ids, in their order. Received: {items.num_rows} rows"
-        )
+    _check_rows(model, items)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -175,6 +180,33 @@ def export_version(
         queries=queries,
         manifest={**about, **manifest},
     )
+
+
+def _check_exportable(model: Exportable) -> None:
+    """Refuses (`TypeError`) what has no embeddings to export."""
+    needed = [name for name in vars(Exportable) if not name.startswith("_")]
+    # Not `hasattr`, which would make the items and histories of a large log.
+    if missing := sorted(set(needed) - set(dir(model))):
+        raise TypeError(
+            "Exports a model that embeds queries and candidates (`serving.encoder.Exportable`). "
+            f"Received: {type(model).__name__}, which has no {', '.join(missing)}."
+        )
+
+
+def _check_rows(model: Exportable, items: pa.Table) -> None:
+    """Refuses (`ValueError`) items and lists that are not those of the ids."""
+    if items["item_id"].to_pylist() != model.candidate_ids.tolist():
+        raise ValueError(
+            f"The model's items must be one row for each of its {len(model.candidate_ids)} "
+            f"candidate ids, in their order. Received: {items.num_rows} rows"
+        )
+    num_rows = len(model.query_ids) + 1
+    for name in ("histories", "known_positives"):
+        if (num := len(getattr(model, name))) != num_rows:
+            raise ValueError(
+                f"The model's {name} must be {num_rows} lists: of row 0, which is the unknown user "
+                f"and has none, and of each of its {num_rows - 1} query ids. Received: {num}"
+            )
 
 
 def export_index(
