@@ -188,6 +188,11 @@ def printable(text: str, max_chars: int = 80) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
 
+def sentence(text: str) -> str:
+    """Ends a text with a full stop, unless it ends in one or in a question mark."""
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
 def counted(number: int, what: str) -> str:
     """Writes a count with its noun.
 

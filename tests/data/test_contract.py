@@ -69,7 +69,7 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
         ({"stage": ["clicked", "bought", "buy", None]}, "'stage' holds no stage in 3 of 4 rows"),
         ({"stage": ["exposed"] * 4}, "none of 4 rows is a positive"),
         ({"user_id": [1, None, 2, 2]}, "'user_id' is null in 1 of 4 rows"),
-        ({"item_id": ["a", "", "b", "c"]}, "'item_id' is '', which is reserved"),
+        ({"item_id": ["a", "", "b", "c"]}, r"'item_id' is '' \(reserved for empty slots\) in 1"),
         ({"item_id": [0.5, 1, 2, 3]}, "'item_id' must be integer or string, it is float64"),
         ({"weight": [1, -1, 0, 2]}, "'weight' is not a number above 0.*in 2 of 4 rows"),
         ({"request_id": ["r", "", None, "s"]}, "'request_id' is '' in 1 of 4 rows.*null"),
@@ -77,7 +77,7 @@ def test_a_table_gives_the_samples_that_its_copy_gives(tmp_path: Path) -> None:
             {"timestamp": pa.array([START.replace(tzinfo=None)] * 4, pa.timestamp("us"))},
             "'timestamp' has no time zone",
         ),
-        ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, "did you mean 'timestamp'"),
+        ({"timestamp": None, "time_stamp": [1, 2, 3, 4]}, r"did you mean 'timestamp'\?$"),
     ],
 )
 def test_events_that_are_no_log_are_refused(columns: dict[str, Any], message: str) -> None:

@@ -335,7 +335,7 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
         ("user_id,item_id\n-1,2\n", {},
-         "'user_id' is -1, which is reserved for empty slots, in 1 of 1 rows"),
+         r"'user_id' is -1 \(reserved for empty slots\) in 1 of 1 rows"),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
         (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
         (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),

@@ -127,6 +127,10 @@ def test_the_order_of_a_log_without_times() -> None:
         # A mistyped name of a column makes no second one.
         (ValueError, {"columns": {"user_id": "user", "hourr": "hour"}},
          "columns.hourr: did you mean 'hour'"),
+        (ValueError, {"columns": {"usr_id": "user"}},
+         r"columns.usr_id: .*; did you mean 'user_id'\?$"),
+        (TypeError, {"columns": {"user_id": 0}}, r"columns must map .*Received: {'user_id': 0}"),
+        (TypeError, {"item_columns": {"item_id": 0}}, "item_columns must map "),
         (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
         (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),
         (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}},
@@ -164,6 +168,11 @@ def test_a_kind_of_feature_by_another_name_is_told_its_own(kind: Any, meant: str
         RunConfig(data={"user_features": {"price": kind}})
 
 
+def test_a_kind_of_feature_near_none_is_told_all() -> None:
+    with pytest.raises(ValueError, match=r"known: .*, vector\. Received: 'colour'"):
+        Log.from_table(EVENTS, **OPTIONS | {"item_features": {"price": "colour"}})
+
+
 def test_a_column_may_be_called_otherwise() -> None:
     columns = {"user_id": "user", "device_type": "deviceType", "hour": "hod"}
     events = EVENTS.assign(deviceType="phone", hod=1)
@@ -183,5 +192,7 @@ def test_what_is_no_table_is_refused() -> None:
         Log.from_table("events.csv")
     with pytest.raises(DataError, match="a DataFrame cannot be read as a table"):
         Log.from_table(pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 2]}))
+    with pytest.raises(DataError, match=r"a list cannot be read as a table: .*\w\. Give a path"):
+        Log.from_table([1, 2])
     with pytest.raises(TypeError, match="kind"):
         Log.from_table(EVENTS, kind="ratings")

@@ -120,6 +120,9 @@ def test_what_cannot_be_read_is_missing_and_counted() -> None:
     assert not log.dropped
     assert any("'speed'" in note and "1 rows: taken as missing" in note for note in log.notes)
     assert "place" in log.events.columns
+    table = [{**row, "speed": "fast"} for row in table]
+    with pytest.raises(DataError, match=r"\(0.1\) of the values are taken as missing instead"):
+        made(table, {"speed": "numeric"})
 
 
 def test_a_feature_that_no_request_can_bring_is_refused() -> None:

@@ -202,7 +202,7 @@ def test_versions_are_not_mixed(published: Path) -> None:
     [
         ({"user_id": "x7"}, "'user_id' must hold whole numbers in all"),
         ({"video_id": "1.5"}, "'video_id' must hold whole numbers in all"),
-        ({"video_id": -1}, "'video_id' is -1, which is reserved for empty slots, in 1 of 56 rows"),
+        ({"video_id": -1}, r"'video_id' is -1 \(reserved for empty slots\) in 1 of 56 rows"),
         ({"time_ms": 10**18}, "holds times in another unit among milliseconds in 1 of 56"),
         ({"is_click": 2}, "'is_click' holds an unknown stage in 1 of 56 rows, such as '2'"),
     ],

@@ -270,7 +270,7 @@ def test_files_that_are_no_days_are_refused(tmp_path: Path) -> None:
         ({"video_id": None}, {}, "'video_id' is null in 1 of 3"),
         ({"request_id": None}, {}, "'request_id' is null in 1 of 3"),
         ({"video_id": -1, "realshow": 1}, {},
-         "'video_id' is -1, which is reserved for empty slots, in 1 of 3 rows"),
+         r"'video_id' is -1 \(reserved for empty slots\) in 1 of 3 rows"),
         ({}, {"label": {"longview": 1.0}}, "no column 'longview'. Nearest: long_view"),
         ({}, {"label": {"realshow": 1.0}}, "no column 'realshow'"),
         ({}, {"item_features": {"author": "categorical"}},

@@ -22,6 +22,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.tables import MAX_WEIGHT
+from tfrs_pipeline.settings import sentence
 
 # Type of a column -> what a log stores it as.
 _ID = {"integer": "int64", "string": "string"}
@@ -67,7 +68,7 @@ def check_events(
     }
     for name in events.columns:
         if name not in known and (problem := name_problem(name, events.columns)):
-            raise DataError(f"{source.column(name)}: {problem}.")
+            raise DataError(f"{source.column(name)}: {sentence(problem)}")
     types = {name: allowed for name, allowed in known.items() if name in events.columns}
     events = _cast(events, types, source)
     refuse_rows(events, source, *_event_refusals(events))

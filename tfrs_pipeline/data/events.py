@@ -36,7 +36,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, type_features
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.settings import printable, sentence
 
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
@@ -63,7 +63,7 @@ class EventRules:
         check_names(self.request_features, self.label)
         for name in (*self.columns, *self.label):
             if name not in self.request_features and (problem := name_problem(name)):
-                raise ValueError(f"columns.{printable(name)}: {problem}.")
+                raise ValueError(f"columns.{printable(name)}: {sentence(problem)}")
         if taken := sorted(set(self.label) & {"user_id", "item_id", "timestamp", "stage"}):
             raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
         if self.label and min(self.label.values()) <= 0:

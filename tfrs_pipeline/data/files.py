@@ -20,7 +20,7 @@ import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source, count_rows
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.settings import printable, sentence
 
 LINES_REMEDY = (
     "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "
@@ -121,8 +121,8 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(
             f"{name}: a {type(source).__name__} cannot be read as a table: "
-            f"{printable(str(error), 300)}. Give a path, a pandas DataFrame whose columns hold one "
-            "type each, a pyarrow Table or an Ibis table."
+            f"{sentence(printable(str(error), 300))} Give a path, a pandas DataFrame whose columns "
+            "hold one type each, a pyarrow Table or an Ibis table."
         ) from error
     _check_names(name, arrow.schema.names)
     relation = connection.con.from_arrow(arrow)
@@ -150,7 +150,8 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
             schema = pyarrow.parquet.read_schema(each)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{each} cannot be read: {printable(str(error), 200)}. Write it anew as Parquet."
+                f"{each} cannot be read: {sentence(printable(str(error), 200))} Write it anew as "
+                "Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
         columns = columns or schema.names

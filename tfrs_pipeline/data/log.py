@@ -28,6 +28,7 @@ from tfrs_pipeline.data.schema import (
     TimestampUnit,
     UnknownItems,
     check_choice,
+    check_columns,
     check_kinds,
     count_rows,
 )
@@ -175,10 +176,12 @@ class Log:
 
         Raises:
             DataError: Naming file, column, rows and remedy.
+            TypeError: If a column is not named by a string.
             ValueError: If an argument is none of its choices, or arguments contradict each other.
         """
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
         request_features = dict(request_features or {})
+        check_columns(columns=columns, item_columns=item_columns, user_columns=user_columns)
         check_choice("unknown_items", unknown_items, UnknownItems)
         check_choice("duplicates", duplicates, Duplicates)
         if timestamp_unit is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from tfrs_pipeline.settings import printable, suggest
+from tfrs_pipeline.settings import printable, sentence, suggest
 
 if TYPE_CHECKING:
     import ibis
@@ -131,8 +131,17 @@ class Refusal(NamedTuple):
     setting: str = ""
     is_droppable: bool = True
 
-    def error(self, table: ibis.Table, source: Source, may_drop: float | None = None) -> DataError:
-        """Makes the error: column, problem, number of rows, a few values, remedy."""
+    def error(
+        self,
+        table: ibis.Table,
+        source: Source,
+        max_bad_share: float = 0,
+        becomes: str = "rows are dropped",
+    ) -> DataError:
+        """Makes the error: column, problem, number of rows, a few values, remedy.
+
+        If up to `max_bad_share` may be bad, `becomes` says what becomes of them.
+        """
         bad = table.filter(self.is_bad)
         value = table[self.column]
         first = {"first": table["_row"].min()} if "_row" in table.columns else {}
@@ -143,12 +152,12 @@ class Refusal(NamedTuple):
             values = [repr(value) for value in values]
         examples = f", such as {', '.join(map(printable, values))}" if values else ""
         place = f" (first: row {row['first'] + 1})" if first else ""
-        drop = ""
-        if may_drop and self.is_droppable:
-            drop = f" Up to max_bad_share ({may_drop:g}) of the rows are dropped instead."
+        instead = ""
+        if max_bad_share and self.is_droppable:
+            instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
         return DataError(
             f"{source.column(self.column)} {self.problem} in {row['num']} of {count_rows(table)} "
-            f"rows{examples}{place}. {self.remedy}{drop}",
+            f"rows{examples}{place}. {self.remedy}{instead}",
             self.setting,
         )
 
@@ -206,7 +215,7 @@ def id_refusals(name: str, value: ir.Value, setting: str = "") -> Iterator[Refus
     """Yields what an id that each row must have cannot be: null, or -1 or "" (empty slots)."""
     reserved = -1 if value.type().is_int64() else ""
     is_reserved = (value == reserved).fill_null(False)
-    problem = f"is {reserved!r}, which is reserved for empty slots,"
+    problem = f"is {reserved!r} (reserved for empty slots)"
     yield Refusal(name, value.isnull(), "is null", "Give these rows an id.", setting)
     yield Refusal(name, is_reserved, problem, "Give these rows an id.", setting)
 
@@ -234,7 +243,17 @@ def check_kinds(*features: Mapping[str, str]) -> None:
     """Refuses (`ValueError`) features of what is no kind."""
     for name, kind in (pair for table in features for pair in table.items()):
         if problem := kind_problem(kind):
-            raise ValueError(f"Feature {name!r} has {problem} Received: {kind!r}.")
+            raise ValueError(f"Feature {name!r} has {sentence(problem)} Received: {kind!r}.")
+
+
+def check_columns(**settings: Mapping[str, str] | None) -> None:
+    """Refuses (`TypeError`) settings, by name, that map anything but strings to strings."""
+    for setting, columns in settings.items():
+        if not all(isinstance(name, str) for pair in (columns or {}).items() for name in pair):
+            raise TypeError(
+                f"{setting} must map the log's names to columns of the source, both strings (a "
+                f"column 0 is called '0'). Received: {columns}."
+            )
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -54,7 +54,7 @@ def store_sound(
     share = sum(each.num_rows for each in dropped) / max(num_rows, 1)
     worst = max(counts, key=lambda i: (not faults[i].is_droppable, counts[i]), default=None)
     if worst is not None and (share > max_bad_share or not faults[worst].is_droppable):
-        raise faults[worst].error(raw.table, raw.source, may_drop=max_bad_share)
+        raise faults[worst].error(raw.table, raw.source, max_bad_share)
     if share > max_bad_share:
         raise DataError(
             f"{raw.source.name}: {raw.dropped[0].reason} ({raw.dropped[0].num_rows} of {num_rows} "
@@ -184,7 +184,7 @@ def type_features(
     for i, fault in enumerate(faults):
         num = counts[str(i)] or 0
         if num > max_bad_share * raw.num_rows:
-            raise fault.error(raw.table, raw.source, may_drop=max_bad_share)
+            raise fault.error(raw.table, raw.source, max_bad_share, "values are taken as missing")
         if num:
             of = raw.source.column(fault.column)
             notes.append(f"{of} {fault.problem} in {num:,} rows: taken as missing")
