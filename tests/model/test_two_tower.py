@@ -312,10 +312,10 @@ def test_refusals(tmp_path: Path) -> None:
     losers = FunnelLosers()
     data = TrainingSet.build(clicks, tmp_path, seed=0, hard=losers)
     with pytest.raises(DataError, match=r"losers of the stages retrieved.*window_hours; or set"):
-        tiny(hard=losers).batches(data.samples)
+        tiny(hard=losers, training={"batch_size": 3}).batches(data.samples)
     ranked = FunnelLosers(stages=("ranked",))
     with pytest.raises(DataError, match="ranked ones need a rank and, without min_rank, a requ"):
-        tiny(hard=ranked).batches(data.samples)
+        tiny(hard=ranked, training={"batch_size": 3}).batches(data.samples)
     with pytest.raises(TypeError, match=r"make one with Log.from_table.* Received: DataFrame"):
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))
     with pytest.raises(TypeError, match=r"Evaluates on a Holdout.* Received: Log"):

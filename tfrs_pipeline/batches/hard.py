@@ -41,12 +41,13 @@ class HardDraws:
 
     def _require_losers(self, hard: FunnelLosers) -> None:
         if not any(len(pool.values) for pool in self.pools.values()):
-            needs = "; ranked ones need a rank and, without min_rank, a request_id"
+            ranked = "; ranked ones need a rank and, without min_rank, a request_id"
+            needs = ranked if "ranked" in hard.stages else ""
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
                 f"{self._num_samples:,} positives has one. The log must hold items of these "
-                f"stages, of the same users within window_hours{needs * ('ranked' in hard.stages)};"
-                " or set model.hard to mined, or to none."
+                f"stages, of the same users within window_hours{needs}; or set model.hard to "
+                "mined, or to none."
             )
 
     def set_pool(self, name: str, pool: RowLists) -> None:
