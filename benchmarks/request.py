@@ -142,10 +142,8 @@ def recall_of_truth(model: tp.TwoTower, simulation: Simulation, test: tp.Holdout
     """Recalls the 50 best items of every user and device."""
     recalls = []
     for device in DEVICES:
-        asked = [
-            {**query, "request": {"device": device, "other_device": device}}
-            for query in test.as_queries()
-        ]
+        request = {feature.name: device for feature in model.request_features}
+        asked = [{**query, "request": request} for query in test.as_queries()]
         found, _ = model.retrieve(asked, K)
         best = simulation.best_items(test.user_ids, K, device)
         recalls += [len(np.intersect1d(a, b)) / K for a, b in zip(found, best, strict=True)]

@@ -13,8 +13,8 @@ import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
-    "retrieval",
     "settings",
+    "retrieval",
     "durable",
     "cluster",
     "drawing",
@@ -38,8 +38,8 @@ ROOMS = [
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 WITHOUT_TENSORFLOW = (
-    "retrieval",
     "settings",
+    "retrieval",
     "durable",
     "cluster",
     "drawing",

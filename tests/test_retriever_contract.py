@@ -175,6 +175,7 @@ FACTORIES: list[Factory] = [
 ]
 IGNORES_HISTORY = {popularity}
 NEEDS_HISTORY = {ease, ials}
+KNOWS_USERS = {two_tower, exported, fallback, served}  # And which request features there are.
 HAS_TIES = {exact, popularity, two_tower, exported, fallback, served}
 
 
@@ -325,3 +326,68 @@ def test_no_queries_give_no_rows_and_what_does_not_fit_is_refused(
         retriever.retrieve(queries, 0)
     with pytest.raises(ValueError, match=r"1 .*for 10 queries"):
         retriever.retrieve(queries, 3, [[ids[0]]])
+
+
+def test_what_would_be_answered_as_something_else_is_refused(
+    factory: Factory, retriever: Retriever, ids: np.ndarray
+) -> None:
+    item, another = ids[:2].tolist()
+    kind, other = ("integers", "7") if ids.dtype == np.int64 else ("strings", 7)
+    of_other_type = rf"This model's ids are {kind}. Received: {other!r}"
+    refused: list[tuple[Any, str]] = [
+        ({"history": [item]}, r"Queries come in a list, also a single one: \[\{"),
+        ([[item]], r"A query is a mapping, such as .* Received: \["),
+        ([{"histroy": [item]}], r"Unknown key 'histroy' in a query; did you mean 'history'\?"),
+        ([{"history": [item], 3: 4}], "Unknown key '3' in a query"),
+        ([{"history": item}], rf"A history is a list of item ids. .*; did you mean \[{item!r}\]"),
+        ([{"history": ids[0]}], "A history is a list of item ids"),
+        ([{"history": [item, None, another, other]}], of_other_type),
+        ([{"history": (other,)}], of_other_type),
+        ([{"history": np.array([other, item], object)}], of_other_type),
+        ([{"history": [[item]]}], f"This model's ids are {kind}"),
+        ([{"history": [item], "request": "tv"}], "'request' of a query is a mapping.*'tv'"),
+        ([{"history": [item], "features": ["tv"]}], "'features' of a query is a mapping"),
+    ]
+    if factory in KNOWS_USERS:
+        refused += [
+            ([{"history": [item], "user_id": "7"}], "This model's ids are integers. Received: '7'"),
+            (
+                [{"history": [item], "request": {"timestmp": None}}],
+                r"The model reads no request feature 'timestmp'; did you mean 'timestamp'\?",
+            ),
+        ]
+    for asked, message in refused:
+        with pytest.raises(ValueError, match=message):
+            retriever.retrieve(asked, 2)
+        if isinstance(asked, list):  # Among others, too.
+            with pytest.raises(ValueError, match=message):
+                retriever.retrieve([{"history": [item]}] * 3 + asked, 2)
+    wrong: list[tuple[Any, str]] = [
+        ([[item], [item, other]], of_other_type),
+        ([[], {other}], of_other_type),
+        ([[], item], rf"exclude must hold one collection a query. .*did you mean \[{item!r}\]"),
+    ]
+    for exclude, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            retriever.retrieve([{"history": [item]}] * 2, 2, exclude)
+    number: Any
+    for number in (0, 2.5, "5", True):
+        with pytest.raises(ValueError, match=rf"k must be a whole number.*Received: {number!r}"):
+            retriever.retrieve([{"history": [item]}], number)
+
+
+def test_what_is_known_and_says_nothing_changes_nothing(
+    retriever: Retriever, ids: np.ndarray
+) -> None:
+    histories = [ids[:3].tolist(), ids[:3], ids[:0], np.array([]), [], tuple(ids[:2])]
+    nothing: dict[str, Any] = {"user_id": None, "features": None, "request": {"timestamp": None}}
+    queries: list[Query] = [{"history": history} for history in histories]
+    expected = retriever.retrieve(queries, 5)
+    beside = [
+        {**query, **nothing, "history_timestamps": [None] * len(query["history"])}
+        for query in queries
+    ]
+    beside[1]["request"] = None
+    five: Any = np.int64(5)
+    for found, of_each in zip(retriever.retrieve(beside, five), expected, strict=True):
+        np.testing.assert_array_equal(found, of_each)

@@ -1,11 +1,16 @@
-"""What evaluation, mining and serving ask of anything that retrieves."""
+"""What evaluation, mining and serving ask of anything that retrieves, and what it refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+
+from tfrs_pipeline.settings import suggest
+
+HISTORY_TIMESTAMPS = "history_timestamps"
+"""What a query may bring beside its history: the time of each item."""
 
 Query: TypeAlias = Mapping[str, Any]
 """Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
@@ -47,5 +52,115 @@ class Retriever(Protocol):
             candidate_ids: [num_queries, k], best first, in the type of the corpus: int64 with -1 in
                 empty slots, or object (str) with "" in them.
             scores: [num_queries, k] float32, -inf in empty slots.
+
+        Raises:
+            ValueError: As `check_asked`.
         """
         ...
+
+
+_KEYS = frozenset({"user_id", "history", HISTORY_TIMESTAMPS, "features", "request"})
+
+
+def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_text: bool) -> None:
+    """Refuses (`ValueError`) arguments that no `Retriever` over items with such ids can answer."""
+    check_queries(queries, ids_are_text=ids_are_text)
+    check_k(k)
+    if exclude is not None:
+        check_one_each("exclude", exclude, len(queries))
+        check_ids(exclude, are_text=ids_are_text)
+
+
+def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
+    """Refuses (`ValueError`) queries that would be answered as if they said something else.
+
+    One with a misspelt key, or with a history of ids of another type, would have the answer for an
+    empty history. Which features and users there are each model knows, not this.
+    """
+    if isinstance(queries, Mapping):
+        raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
+    histories = []
+    for query in queries:
+        if not isinstance(query, Mapping):
+            raise ValueError(
+                "A query is a mapping, such as {'history': [...]} or {'user_id': ...}. "
+                f"Received: {query!r}"
+            )
+        if unknown := sorted(map(str, query.keys() - _KEYS)):
+            raise ValueError(f"Unknown key {unknown[0]!r} in a query; {suggest(unknown[0], _KEYS)}")
+        for name in ("features", "request"):
+            values = query.get(name)
+            if values is not None and not isinstance(values, Mapping):
+                raise ValueError(
+                    f"{name!r} of a query is a mapping, values by name. Received: {values!r}"
+                )
+        history = query.get("history")
+        if history is None:
+            continue
+        if _is_one(history):
+            raise ValueError(
+                f"A history is a list of item ids. Received: {history!r}; did you mean "
+                f"[{history!r}]?"
+            )
+        histories.append(history)
+    check_ids(histories, are_text=ids_are_text)
+
+
+def check_requests(requests: Iterable[Mapping[str, Any] | None], known: Collection[str]) -> None:
+    """Refuses (`ValueError`) requests with another feature than those that the model reads."""
+    given = {name for request in requests for name in request or ()}
+    if unknown := sorted(map(str, given.difference(known))):
+        hint = suggest(unknown[0], known)
+        raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
+
+
+def check_k(k: int) -> None:
+    """Refuses (`ValueError`) a k that is no whole number, below 1, or beyond an exported graph."""
+    is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+    if not is_whole or not 1 <= k < 2**31:
+        raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
+
+
+def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
+    """Refuses (`ValueError`) what should hold one collection a query and does not.
+
+    Nor may one be a string, which would be read letter by letter.
+    """
+    if len(values) != num_queries:
+        raise ValueError(
+            f"{name} must hold one collection a query, which may be empty. "
+            f"Received: {len(values)} for {num_queries} queries."
+        )
+    for value in values:
+        if _is_one(value):
+            raise ValueError(
+                f"{name} must hold one collection a query. Received: {value!r}; did you mean "
+                f"[{value!r}]?"
+            )
+
+
+def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
+    """Refuses (`ValueError`) ids of another type than the model's, in any of the lists.
+
+    They would be unknown ones, one and all. None is no id, and not refused.
+    """
+    allowed = str if are_text else (int, np.integer)
+    fine: set[type] = {type(None)}
+    for ids in lists:
+        # By their types alone: queries are checked by the ten thousands.
+        if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and not are_text:
+            continue
+        for kind in set(map(type, ids)) - fine:
+            if not issubclass(kind, allowed):
+                wrong = next(id_ for id_ in ids if type(id_) is kind)
+                if are_text:
+                    what, hint = "strings", f"; did you mean '{wrong}'?"
+                else:
+                    what, hint = "integers", ""
+                raise ValueError(f"This model's ids are {what}. Received: {wrong!r}{hint}")
+            fine.add(kind)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether this is an id where a list of ids belongs: iterated, a string is its letters."""
+    return isinstance(value, str | int | np.integer)

@@ -83,7 +83,7 @@ def test_equals_a_stable_sort_on_many_candidates() -> None:
         ([[0, 0]], {"exclude_rows": [np.array([-1])]}, r"must lie in \[0, 2\]"),
         ([[0, 0]], {"exclude_rows": [np.array([3])]}, r"must lie in \[0, 2\]"),
         ([[0, 0]], {"exclude_rows": []}, "0 for 1 queries"),
-        ([[0, 0]], {"k": 0}, "k=0"),
+        ([[0, 0]], {"k": 0}, "k must be .*Received: 0"),
         ([[0, 0]], {"num_candidates": 3}, r"\(1, 3\)"),
     ],
 )

@@ -106,6 +106,18 @@ def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout)
     assert 0.25 < shares[None] < 0.75
 
 
+def test_what_the_model_does_not_read_is_refused(model: TwoTower) -> None:
+    for query, message in (
+        ({"request": {"devise": "app"}}, r"reads no request feature 'devise'; did you mean 'dev"),
+        ({"histroy": [10]}, "Unknown key 'histroy'"),
+        ({"history": [10, "20"]}, "ids are integers. Received: '20'"),
+        ({"user_id": "7"}, "ids are integers. Received: '7'"),
+    ):
+        for ask in (model.query_embeddings, lambda queries: model.retrieve(queries, k=2)):
+            with pytest.raises(ValueError, match=message):
+                ask([{"history": [10]}, query])
+
+
 def test_validation_asks_with_the_requests_as_evaluation_does(
     model: TwoTower, holdout: Holdout
 ) -> None:

@@ -19,7 +19,7 @@ def url(served: Served, exported: Exported) -> str:
 
 def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str) -> None:
     rng = np.random.default_rng(0)
-    users = [*served.query_ids.tolist(), None, 3.5, 10**30, "stranger"]
+    users = [*served.query_ids.tolist(), None, 10**30 if served.ids == "int" else "stranger"]
     queries = [
         {
             "user_id": users[i % len(users)],
@@ -76,7 +76,7 @@ def test_a_refusal_is_the_servers_own_words(served: Served, url: str) -> None:
     retriever = ServedRetriever(url + "/")
     with pytest.raises(ValueError, match=r"400 .*inputs.k: .* equal to 2000. Received: 5000"):
         retriever.retrieve([{}], 5000)
-    with pytest.raises(ValueError, match=r"k must be 1 or more. Received: 0"):
+    with pytest.raises(ValueError, match=r"k must be a whole number.*Received: 0"):
         retriever.retrieve([{}], 0)
     with pytest.raises(ValueError, match=r"404 .*This server serves 'films'"):
         ServedRetriever(url.replace("films", "songs"))

@@ -20,7 +20,8 @@ class Ids:
 
     Attributes:
         values: [n] int64, or object holding str; the id of row r stands at r - 1.
-        empty_id: -1 or "", by the type of `values`: the id of row 0.
+        are_text: Whether they are strings.
+        empty_id: -1 or "", by their type: the id of row 0.
 
     Raises:
         ValueError: If an id is reserved, occurs twice, or is neither an integer nor a string, or if
@@ -38,7 +39,8 @@ class Ids:
         values = as_id_array(ids)
         if not len(values):
             raise ValueError("Needs at least one id. Received: none.")
-        self.empty_id: int | str = -1 if values.dtype == np.int64 else ""
+        self.are_text = values.dtype != np.int64
+        self.empty_id: int | str = "" if self.are_text else -1
         # The id of every row, that of row 0 included.
         self._by_row = np.concatenate([np.array([self.empty_id], values.dtype), values])
         self.values = self._by_row[1:]

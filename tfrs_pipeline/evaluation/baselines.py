@@ -14,7 +14,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ class MostPopular:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k most popular; see `Retriever.retrieve`. Queries may lack a history."""
         _require_fit(self)
-        if k < 1:
-            raise ValueError(f"k must be 1 or more. Received: k={k}.")
-        excluded_rows = exclude_rows_of(self.items, queries, exclude)
+        check_asked(queries, k, exclude, ids_are_text=self.items.are_text)
+        excluded_rows = exclude_rows_of(self.items, exclude)
         rows = np.zeros((len(queries), k), np.int32)
         for i in range(len(queries)):
             excluded = () if excluded_rows is None else excluded_rows[i]
@@ -242,7 +241,7 @@ def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_mat
     A `ValueError` if a query has no history.
     """
     for query in queries:
-        if "history" not in query:
+        if query.get("history") is None:
             raise ValueError(
                 "This retriever works from query['history']: pass [] for a user without one. "
                 f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."

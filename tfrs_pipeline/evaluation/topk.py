@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
+from tfrs_pipeline.retrieval import (
+    Excluded,
+    Query,
+    Retrieved,
+    check_asked,
+    check_k,
+    check_one_each,
+)
 
 # Scores held at a time: 64 MB as float32.
 _SCORES_PER_BLOCK = 1 << 24
@@ -50,8 +57,7 @@ def top_k_in_blocks(
         >>> rows
         array([[2, 3]], dtype=int32)
     """
-    if k < 1:
-        raise ValueError(f"k must be 1 or more. Received: k={k}.")
+    check_k(k)
     if exclude_rows is not None:
         check_one_each("exclude_rows", exclude_rows, num_queries)
     rows = np.zeros((num_queries, k), np.int32)
@@ -66,23 +72,6 @@ def top_k_in_blocks(
             _exclude(block_scores, exclude_rows[block])
         rows[block, :num_found], scores[block, :num_found] = _top_k(block_scores, num_found)
     return rows, scores
-
-
-def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
-    """Refuses (`ValueError`) what should hold one collection a query and does not.
-
-    Nor may one be a string, which would be read letter by letter.
-    """
-    if len(values) != num_queries:
-        raise ValueError(
-            f"{name} must hold one collection a query, which may be empty. "
-            f"Received: {len(values)} for {num_queries} queries."
-        )
-    text = next((value for value in values if isinstance(value, str)), None)
-    if text is not None:
-        raise ValueError(
-            f"{name} must hold one collection a query. Received: {text!r}; did you mean [{text!r}]?"
-        )
 
 
 def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -144,21 +133,17 @@ def retrieve_by_scores(
 
     `score_queries` returns [num_queries, num_candidates], columns in the order of the corpus.
     """
-    exclude_rows = exclude_rows_of(corpus, queries, exclude)
+    check_asked(queries, k, exclude, ids_are_text=corpus.are_text)
+    exclude_rows = exclude_rows_of(corpus, exclude)
     rows, scores = top_k_in_blocks(
         lambda block: score_queries(queries[block]), len(queries), len(corpus), k, exclude_rows
     )
     return corpus.take(rows), scores
 
 
-def exclude_rows_of(
-    corpus: Ids, queries: Sequence[Query], exclude: Excluded
-) -> list[np.ndarray] | None:
-    """Looks up the rows that are excluded, without unknown ids; errors as `check_one_each`."""
-    if exclude is None:
-        return None
-    check_one_each("exclude", exclude, len(queries))
-    return [corpus.known_rows(ids) for ids in exclude]
+def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
+    """Looks up the rows that are excluded, without unknown ids."""
+    return None if exclude is None else [corpus.known_rows(ids) for ids in exclude]
 
 
 class ExactRetriever:

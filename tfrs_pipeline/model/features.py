@@ -21,7 +21,6 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.raw import (
-    HISTORY_TIMESTAMPS,
     Column,
     padded,
     to_numbers,
@@ -31,6 +30,7 @@ from tfrs_pipeline.model.raw import (
     to_vectors,
 )
 from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 if TYPE_CHECKING:
     from tfrs_pipeline.data.schema import FeatureKind

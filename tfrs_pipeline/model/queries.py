@@ -15,7 +15,7 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.raw import history_of, item_times
 from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import Query, check_ids, check_queries, check_requests
 from tfrs_pipeline.samples.store import RowLists
 
 QUERY_BATCH = 1024
@@ -69,10 +69,18 @@ class QueryEncoder:
 
         `user_id`, `history`, `request` and, where the model reads times, `history_timestamps` are
         read; any may be missing. Unknown users have row 0, unknown items are dropped from the
-        history.
+        history. A `ValueError` as `check_queries` and `check_requests`, or if a user id is of
+        another type than the model's.
         """
+        check_queries(queries, ids_are_text=self._candidate_ids.are_text)
+        users = [query.get("user_id") for query in queries]
+        check_ids([users], are_text=self._query_ids.are_text)
+        requests = [query.get("request") for query in queries]
+        # Of a model that reads no time, a request may have one all the same.
+        known = request_signature(self._request_features, reads_times=True)
+        check_requests(requests, known)
         length = self._model.history_length
-        query_rows = self._query_ids.rows([query.get("user_id") for query in queries])
+        query_rows = self._query_ids.rows(users)
         histories = list(map(history_of, queries))
         offsets = np.append(0, np.cumsum(np.fromiter(map(len, histories), np.int64)))
         items = self._candidate_ids.rows(itertools.chain.from_iterable(histories))
@@ -81,9 +89,7 @@ class QueryEncoder:
         if self._model.reads_times:
             of_items = RowLists(offsets, np.concatenate([np.zeros(0), *item_times(queries)]))
             times = of_items.where(items > 0).latest(length)
-        return self.embed_rows(
-            query_rows, history_rows, [query.get("request") for query in queries], times
-        )
+        return self.embed_rows(query_rows, history_rows, requests, times)
 
     def row_retrieval(self) -> RetrieveRows:
         """Makes the exact retrieval by rows of the network as it is now."""

@@ -14,10 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tfrs_pipeline.retrieval import Query
-
-HISTORY_TIMESTAMPS = "history_timestamps"
-"""What a query may bring beside its history: the time of each item."""
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any

@@ -337,12 +337,23 @@ class TwoTower:
         return Trained(self.settings, self.training, network=self.network, corpus=self.corpus)
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`."""
+        """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`.
+
+        Read and refused is what `query_embeddings` says; `exclude` holds ids of the items' type.
+        """
         _ = self.network
         return self._retriever.retrieve(queries, k, exclude)
 
     def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
+        """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32.
+
+        Of users, the features that the log had are read; an exported model reads a query's
+        `features` too.
+
+        Raises:
+            ValueError: If a query has an unknown key, an id of another type than the log's or a
+                request feature that the model does not read.
+        """
         _ = self.network
         return self._query_encoder(queries)
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.raw import (
-    HISTORY_TIMESTAMPS,
     history_of,
     item_times,
     padded,
@@ -25,8 +23,16 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
-from tfrs_pipeline.settings import suggest
+from tfrs_pipeline.retrieval import (
+    HISTORY_TIMESTAMPS,
+    Excluded,
+    Query,
+    Retrieved,
+    check_asked,
+    check_ids,
+    check_one_each,
+    check_requests,
+)
 
 # Of a request, below the limits of the server as it is set.
 MAX_QUERIES, MAX_RESULTS = 64, 20_000
@@ -73,11 +79,13 @@ class ServedRetriever:
                 has no such request feature, or `allowed` is given and it has no item filter.
             OSError: If it does not answer, or with an error of its own.
         """
-        if k < 1:
-            raise ValueError(f"k must be 1 or more. Received: {k}")
+        check_asked(queries, k, exclude, ids_are_text=self._items_are_text)
+        check_ids([[query.get("user_id") for query in queries]], are_text=self._users_are_text)
+        # Of a model that reads no time, a request may have one all the same.
+        requests = [query.get("request") or {} for query in queries]
+        check_requests(requests, {*self._of_request, "timestamp"})
         if exclude is None:
             exclude = [()] * len(queries)
-        check_one_each("exclude", exclude, len(queries))
         if allowed is not None:
             check_one_each("allowed", allowed, len(queries))
             if not self._has_filter:
@@ -99,9 +107,9 @@ class ServedRetriever:
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),
-                **self._request_inputs([query.get("request") or {} for query in queries[block]]),
+                **self._request_inputs(requests[block]),
                 "exclude": _padded(exclude[block], self._items_are_text),
-                "k": k,
+                "k": int(k),
             }
             if self._reads_item_times:
                 times = [of_query.tolist() for of_query in item_times(queries[block])]
@@ -117,11 +125,6 @@ class ServedRetriever:
 
     def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
-        given = {name for request in requests for name in request}
-        # Of a model that reads no time, a request may have one all the same.
-        if unknown := sorted(given - {*self._of_request, "timestamp"}):
-            hint = suggest(unknown[0], self._of_request) if self._of_request else "it reads none"
-            raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
         return {
             name: _values(name, [request.get(name) for request in requests], about)
             for name, about in self._of_request.items()
@@ -165,12 +168,9 @@ def _padded(lists: Sequence[Collection[Any]], is_text: bool) -> list[list[Any]]:
     So each stays in its place, beside its time; empty ones fill the rest.
     """
     if is_text:
-        return _filled([[x if isinstance(x, str) else "" for x in ids] for ids in lists], "")
+        return _filled([["" if x is None else x for x in ids] for ids in lists], "")
     int64 = range(-(2**63), 2**63)
-    known = [
-        [int(x) if isinstance(x, int | np.integer) and int(x) in int64 else -1 for x in ids]
-        for ids in lists
-    ]
+    known = [[-1 if x is None or int(x) not in int64 else int(x) for x in ids] for ids in lists]
     return _filled(known, -1)
 
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
+from tfrs_pipeline.model.raw import history_of, item_times
 from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.id_tensors import (
     id_dtype,

@@ -31,9 +31,9 @@ import tensorflow as tf
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import Feature, raw_signature
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS, history_of, item_times
+from tfrs_pipeline.model.raw import history_of, item_times
 from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
-from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (
     Encoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.requests import request_signature
+from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
@@ -36,7 +39,17 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
             "another export.name, or export without export.gate."
         )
     embeddings = retriever.candidate_embeddings()[is_there]
-    return ExactRetriever(known[is_there], embeddings, retriever.embed_queries)
+    read = request_signature(retriever.features["request"], reads_times=True)
+
+    def embed(queries: Sequence[Query]) -> np.ndarray:
+        # A request feature that is new in this run says nothing to the version in service.
+        requests = [query.get("request") or {} for query in queries]
+        known = [{name: x for name, x in of.items() if name in read} for of in requests]
+        return retriever.embed_queries(
+            [{**query, "request": of} for query, of in zip(queries, known, strict=True)]
+        )
+
+    return ExactRetriever(known[is_there], embeddings, embed)
 
 
 def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:

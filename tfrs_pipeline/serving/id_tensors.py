@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.retrieval import check_ids
+
 
 def id_dtype(ids: np.ndarray) -> tf.DType:
     """Returns the type in which ids enter the graph: int64 or string."""
@@ -21,26 +23,21 @@ def empty_id(dtype: tf.DType) -> Any:
 
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     """Makes ids a tensor [n]; None is the empty id. A `ValueError` if one is not of the type."""
-    return tf.constant([_of_type(id_, dtype) for id_ in ids], dtype, [len(ids)])
+    check_ids([ids], are_text=dtype == tf.string)
+    return tf.constant([_in_graph(id_, dtype) for id_ in ids], dtype, [len(ids)])
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
     """Makes lists of ids a tensor [n, any], padded with the empty id; otherwise as `id_list`."""
-    known = [[_of_type(id_, dtype) for id_ in ids] for ids in lists]
+    check_ids(lists, are_text=dtype == tf.string)
+    known = [[_in_graph(id_, dtype) for id_ in ids] for ids in lists]
     return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
 
 
-def _of_type(id_: Any, dtype: tf.DType) -> Any:
+def _in_graph(id_: Any, dtype: tf.DType) -> Any:
     """Returns an id that the graph takes: of those beyond int64, no model has one."""
-    if id_ is None:
-        return empty_id(dtype)
-    if dtype == tf.string:
-        if isinstance(id_, str):
-            return id_
-        raise ValueError(f"This model's ids are strings. Received: {id_!r}; did you mean '{id_}'?")
-    if isinstance(id_, int | np.integer):
-        return id_ if tf.int64.min <= id_ <= tf.int64.max else empty_id(dtype)
-    raise ValueError(f"This model's ids are integers. Received: {id_!r}")
+    is_beyond = dtype == tf.int64 and id_ is not None and not -(2**63) <= id_ < 2**63
+    return empty_id(dtype) if id_ is None or is_beyond else id_
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:

@@ -20,7 +20,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.saved_model import missing_input
 from tfrs_pipeline.serving.settings import ServeSettings
 

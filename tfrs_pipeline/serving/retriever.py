@@ -12,11 +12,17 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.evaluation.topk import check_one_each
 from tfrs_pipeline.model.features import raw_columns, raw_signature
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
 from tfrs_pipeline.model.requests import request_signature
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
+from tfrs_pipeline.retrieval import (
+    Excluded,
+    Query,
+    Retrieved,
+    check_asked,
+    check_one_each,
+    check_queries,
+    check_requests,
+)
 from tfrs_pipeline.serving.encoder import (
     as_inputs,
     features_of,
@@ -36,9 +42,6 @@ from tfrs_pipeline.serving.publish import (
 )
 from tfrs_pipeline.serving.tune import Requests
 from tfrs_pipeline.settings import suggest
-
-# What a `Retriever` may be asked with.
-_QUERY_KEYS = ("user_id", "history", HISTORY_TIMESTAMPS, "features", "request")
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
@@ -175,7 +178,8 @@ class LoadedRetriever:
         return _decoded(answer["candidate_ids"]), answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries, [n, D] float32; what is read of them is as in `retrieve`."""
+        """Embeds queries, [n, D] float32; what is read of them, or refused, is as in `retrieve`."""
+        check_queries(queries, ids_are_text=self.item_dtype == tf.string)
         return self._answer(queries, "embed_query{}", {})["embeddings"]
 
     def embed_candidates(
@@ -222,7 +226,7 @@ class LoadedRetriever:
         Lists are written with commas, times in ISO 8601 with their zone. A `ValueError` if the
         model reads no such feature, or it holds something else.
         """
-        self._check_requests([texts])
+        check_requests([texts], self._known_of_requests)
         kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
         return {name: parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
 
@@ -263,13 +267,8 @@ class LoadedRetriever:
         allowed: Sequence[Collection[str]] | None,
     ) -> dict[str, np.ndarray]:
         """Checks what is asked, and asks it, of the filtered form where values are allowed."""
-        _check_queries(queries)
-        self._check_requests([query.get("request") for query in queries])
-        is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-        if not is_whole or not 1 <= k <= tf.int32.max:
-            raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
+        check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
         exclude = [()] * len(queries) if exclude is None else exclude
-        check_one_each("exclude", exclude, len(queries))
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
         if allowed is not None:
             self._check_allowed(allowed, len(queries))
@@ -282,20 +281,20 @@ class LoadedRetriever:
         self, queries: Sequence[Query], signature: str, asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
         """Asks one signature for the queries without features, another for those with."""
-        _check_queries(queries)
         function = self.saved_model.signatures[signature.format("")]
         requests = [query.get("request") for query in queries]
+        check_requests(requests, self._known_of_requests)
         inputs = {
             **query_inputs(function, queries),
             **request_inputs(function, self.features, requests),
             **asked,
         }
-        has_features = np.array(["features" in query for query in queries], bool)
+        has_features = np.array([query.get("features") is not None for query in queries], bool)
         if not has_features.any():
             answer = function(**inputs)
             return {name: tensor.numpy() for name, tensor in answer.items()}
         order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
-        raw = self.raw_query_features([query for query in queries if "features" in query])
+        raw = self.raw_query_features([queries[i] for i in order[1].tolist()])
         parts = [
             self.saved_model.signatures[signature.format(suffix)](
                 **{n: x if n == "k" else tf.gather(x, places) for n, x in inputs.items()}, **more
@@ -321,13 +320,10 @@ class LoadedRetriever:
         read = self.features["query"]
         return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
 
-    def _check_requests(self, requests: Sequence[Mapping[str, Any] | None]) -> None:
+    @property
+    def _known_of_requests(self) -> Collection[str]:
         # Of a model that reads no time, a request may have one all the same.
-        known = list(request_signature(self.features["request"], reads_times=True))
-        given = {name for request in requests for name in request or ()}
-        if unknown := sorted(given - set(known)):
-            hint = suggest(unknown[0], known)
-            raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
+        return request_signature(self.features["request"], reads_times=True)
 
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
@@ -340,26 +336,6 @@ class LoadedRetriever:
         if unknown is not None:
             hint = suggest(str(unknown), known)
             raise ValueError(f"No item has {unknown!r} as its {self.item_filter['name']}; {hint}")
-
-
-def _check_queries(queries: Sequence[Query]) -> None:
-    """Refuses a misspelt key: its query would have the answer for an empty history."""
-    if isinstance(queries, Mapping):
-        raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
-    for query in queries:
-        if not isinstance(query, Mapping):
-            raise ValueError(
-                "A query is a mapping, such as {'history': [...]} or {'user_id': ...}. "
-                f"Received: {query!r}"
-            )
-        if isinstance(query.get("history", ()), str | int):
-            raise ValueError(
-                f"A history is a list of item ids. Received: {query['history']!r}; did you mean "
-                f"[{query['history']!r}]?"
-            )
-        if unknown := sorted(set(query) - set(_QUERY_KEYS)):
-            hint = suggest(unknown[0], _QUERY_KEYS)
-            raise ValueError(f"Unknown key {unknown[0]!r} in a query; {hint}")
 
 
 def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:

@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.model.raw import HISTORY_TIMESTAMPS
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import ask, signature_inputs
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
