@@ -14,10 +14,11 @@ HISTORY_TIMESTAMPS = "history_timestamps"
 
 Query: TypeAlias = Mapping[str, Any]
 """Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
-ids, oldest first; `"history_timestamps"`, the time of each of these, aware `datetime`s or seconds
-since 1970; `"features"`, raw values of user features by column name; `"request"`, those of request
-features, and `"timestamp"`, when the request comes: of it those features are made that the log made
-of its own, and with it models that read times know how long ago the history was."""
+ids, oldest first, all ids as the log has them; `"history_timestamps"`, the time of each of these,
+aware `datetime`s or seconds since 1970; `"features"`, raw values of user features by column name;
+`"request"`, those of request features, and `"timestamp"`, when the request comes: of it those
+features are made that the log made of its own, and with it models that read times know how long ago
+the history was."""
 
 Excluded: TypeAlias = Sequence[Collection[Any]] | None
 """Per query, candidate ids never to be returned for it, unknown ones ignored; None is nothing."""

@@ -146,6 +146,24 @@ def test_a_few_odd_ids_that_make_text_of_all_are_told(load: Any) -> None:
     assert "items.csv: column 'item_id' is no integer in 1 of 20 rows, such as 'x9'" in note
 
 
+def test_stripped_ids_are_counted_in_each_table(load: Any) -> None:
+    items = "item_id,title\na 3, Three \nb,B\n"
+    log = load("user_id,item_id\n1, a  3\n 2 ,a 3\n3,b \n 4,b\n5,a  3\n", items=items)
+    assert column(log.events, "item_id") == ["a  3", "a 3", "b", "b", "a  3"]
+    assert [note.rpartition("/")[2] for note in log.notes if "white space" in note] == [
+        "events.csv: column 'user_id' has white space around ids in 2 of 5 rows: stripped",
+        "events.csv: column 'item_id' has white space around ids in 2 of 5 rows: stripped",
+    ]
+    spaced = load("user_id,item_id\n1,b\n", items=items.replace("b,", " b,")).notes
+    assert "items.csv: column 'item_id' has white space around ids in 1 of 2 rows: stripped" in [
+        note.rpartition("/")[2] for note in spaced
+    ]
+    table = Log.from_table(pa.table({"user_id": ["u", "v"], "item_id": [" a", "a"]}))
+    assert column(table.items, "item_id", "item_id") == ["a"]
+    note = "event table: column 'item_id' has white space around ids in 1 of 2 rows: stripped"
+    assert note in table.notes
+
+
 def test_ids_of_two_files_get_one_type(load: Any) -> None:
     tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
     assert column(tables.events, "item_id") == ["5", "6"]

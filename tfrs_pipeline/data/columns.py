@@ -38,11 +38,18 @@ def is_integer(raw: RawTable, column: str) -> bool:
     return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
 
 
-def describe_odd_ids(raw: RawTable, column: str) -> Iterator[str]:
-    """Says that a few ids have made text of all, where nearly all are written as integers."""
+def describe_ids(raw: RawTable, column: str) -> Iterator[str]:
+    """Says that white space was stripped, and that a few odd ids have made text of integers."""
+    if not raw.table[column].type().is_string():
+        return
+    value, _, num_spaced = _read_text(raw, column)
+    if num_spaced:
+        yield (
+            f"{raw.source.column(column)} has white space around ids in {num_spaced:,} of "
+            f"{raw.num_rows:,} rows: stripped"
+        )
     if not raw.is_text or is_integer(raw, column):
         return
-    value, _ = _read_text(raw, column)
     is_odd = ~is_integer_text(value)
     found = raw.table.aggregate(num=is_odd.sum(), example=value.min(where=is_odd))
     num, example = found.to_pyarrow().to_pylist()[0].values()
@@ -60,7 +67,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     if not (dtype.is_string() or dtype.is_numeric()) or dtype.is_boolean():
         raise raw.wrong_type(column, "an integer or a string")
     if dtype.is_string():
-        value, _ = _read_text(raw, column)
+        value, *_ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
         is_whole = (whole.cast("float64") == value) & (value.abs() < 2**53)
@@ -193,21 +200,24 @@ def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
     return (length == found).ifelse(numbers.cast("array<float32>"), ibis.null("array<float32>"))
 
 
-def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
+def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:
     """Takes what programs add off ids: white space around them, ".0", words for a missing one.
 
-    Returns the text, and whether all of it is written as int64 is.
+    Returns the text, whether all of it is written as int64 is, and in how many rows there was such
+    white space.
     """
     if column not in raw.texts:
         value = raw.table[column]
         text = value.re_replace(_WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(_NO_ID).ifelse(ibis.null("string"), text)
-        is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(_NO_ID)
+        is_spaced = value != value.strip()
         found = raw.table.aggregate(
-            is_other=(~is_integer_text(value)).any(), is_unclean=is_unclean.any()
+            is_other=(~is_integer_text(value)).any(),
+            is_unclean=(is_spaced | value.endswith(".0") | value.isin(_NO_ID)).any(),
+            num_spaced=is_spaced.sum(),
         )
-        is_other, is_unclean = found.to_pyarrow().to_pylist()[0].values()
+        is_other, is_unclean, num_spaced = found.to_pyarrow().to_pylist()[0].values()
         if is_other and is_unclean:
             value, is_other = cleaned, raw.has(~is_integer_text(cleaned))
-        raw.texts[column] = value, not is_other
+        raw.texts[column] = value, not is_other, num_spaced or 0
     return raw.texts[column]

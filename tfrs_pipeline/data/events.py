@@ -10,7 +10,7 @@ import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data.columns import (
-    describe_odd_ids,
+    describe_ids,
     is_integer,
     to_context,
     to_id,
@@ -120,7 +120,7 @@ def load_events(
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator: a wrong type in either table is refused.
         as_integer = all([is_integer(table, name) for table in tables])
-        notes += [note for table in tables for note in describe_odd_ids(table, name)]
+        notes += [note for table in tables for note in describe_ids(table, name)]
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
         columns["timestamp"] = to_timestamp(raw, "timestamp", formats, rules.period)

@@ -137,8 +137,8 @@ class Log:
         Args:
             path: Events: CSV (with a header) or Parquet, a file or a folder of them, read in the
                 order of their names. The order of the rows becomes `event_number`. Integer ids stay
-                integers; ids in CSV are integers if all are written as such. "7.0" is 7, and "nan",
-                "None" and the like are no ids.
+                integers; ids in CSV are integers if all are written as such. "7.0" is 7, white
+                space around ids is stripped, and "nan", "None" and the like are no ids.
             items: Item table, one row an id; likewise files, or a table as in `from_table`. None
                 makes one of the ids alone. A column `title` is kept, feature or not.
             users: The same of users.

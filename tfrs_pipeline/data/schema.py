@@ -177,7 +177,7 @@ class RawTable:
     is_text: bool
     dropped: tuple[Dropped, ...] = ()
     faults: list[Refusal] = field(default_factory=list)
-    texts: dict[str, tuple[ir.StringValue, bool]] = field(default_factory=dict)
+    texts: dict[str, tuple[ir.StringValue, bool, int]] = field(default_factory=dict)
 
     def __contains__(self, column: str) -> bool:
         return column in self.table.columns
