@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -107,10 +108,23 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
     check_ids(histories, are_text=ids_are_text)
 
 
-def check_requests(requests: Iterable[Mapping[str, Any] | None], known: Collection[str]) -> None:
-    """Refuses (`ValueError`) requests with another feature than those that the model reads."""
+def check_requests(
+    requests: Iterable[Mapping[str, Any] | None],
+    known: Collection[str],
+    *,
+    may_have_others: bool = False,
+) -> None:
+    """Refuses (`ValueError`) requests with another feature than those that the model reads.
+
+    With `may_have_others` only one that must be a misspelt one: a holdout brings all features of
+    its log, of which a model may read some.
+    """
     given = {name for request in requests for name in request or ()}
-    if unknown := sorted(map(str, given.difference(known))):
+    unknown = sorted(map(str, given.difference(known)))
+    if may_have_others:
+        missing = [name for name in known if name not in given]
+        unknown = [x for x in unknown if difflib.get_close_matches(x, missing, cutoff=0.8)]
+    if unknown:
         hint = suggest(unknown[0], known)
         raise ValueError(f"The model reads no request feature {unknown[0]!r}; {hint}")
 

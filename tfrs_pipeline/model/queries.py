@@ -78,7 +78,7 @@ class QueryEncoder:
         requests = [query.get("request") for query in queries]
         # Of a model that reads no time, a request may have one all the same.
         known = request_signature(self._request_features, reads_times=True)
-        check_requests(requests, known)
+        check_requests(requests, known, may_have_others=True)
         length = self._model.history_length
         query_rows = self._query_ids.rows(users)
         histories = list(map(history_of, queries))
