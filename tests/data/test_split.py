@@ -252,6 +252,16 @@ def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> Non
     assert split.describe()[-1] == "dropped 5 events of users with too few positives (2 users)"
 
 
+def test_the_users_of_a_part_are_those_of_its_positives() -> None:
+    clicks = [(user, 10 + user, second, "clicked") for user in (1, 2) for second in (1, 2, 8)]
+    log = make_log([*clicks, (1, 20, 9, "exposed"), (3, 21, 9, "exposed"), (4, 22, 9, "ranked")])
+    moments = [START + timedelta(seconds=second) for second in (2, 8)]
+    split = log.split("time", validation=moments[0], test=moments[1])
+    assert split.report()["test"] == {"num_events": 5, "num_positives": 2, "num_users": 2}
+    assert len(split.test.relevant) == 2
+    assert "test: 2 positives of 2 users, 5 events" in split.describe()
+
+
 def test_by_time_all_users_share_the_cuts() -> None:
     log = make_log([(user, user, second, "clicked") for user in (1, 2) for second in (1, 2, 3)])
     moments = [START + timedelta(seconds=second) for second in (2, 3)]

@@ -83,13 +83,14 @@ class Split(Generic[LogT]):
     def report(self) -> dict[str, Any]:
         """Counts what is in each part that has events: num_events, num_positives, num_users.
 
-        And what the split dropped: num_users_dropped and num_events_dropped.
+        The users are those with positives. And what the split dropped: num_users_dropped and
+        num_events_dropped.
         """
         events = self.events
         counts = events.group_by("part").agg(
             num_events=events.count(),
             num_positives=is_positive(events).sum(),
-            num_users=events["user_id"].nunique(),
+            num_users=events["user_id"].nunique(where=is_positive(events)),
         )
         rows = {row.pop("part"): row for row in counts.to_pyarrow().to_pylist()}
         report: dict[str, Any] = {part: rows[part] for part in PARTS if part in rows}
