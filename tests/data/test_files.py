@@ -438,6 +438,50 @@ def test_item_files_that_are_refused(
         load("user_id,item_id\n1,5\n", items=items, **options)
 
 
+UNMAPPED = {
+    "reached": (["Clicked", "exposed", " ranked"], "holds stages, .*Add stage=reached to columns"),
+    "at": (["2024-01-31", "2024-02-01T10:00Z", ""], "holds times, .*Add timestamp=at to columns"),
+    "day": ([date(2024, 1, 31), date(2024, 2, 1), None], "holds times, .*Add timestamp=day"),
+}
+
+
+@pytest.mark.parametrize("is_csv", [True, False])
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool) -> None:
+    values, message = UNMAPPED[name]
+    events: Any = pa.table({"user_id": [1, 2, 3], "item_id": [4, 5, 6], name: values})
+    if is_csv:
+        events = events.to_pandas().to_csv(index=False)
+    with pytest.raises(DataError, match=f"column '{name}' is not read and {message}") as raised:
+        load(events)
+    assert raised.value.setting == "columns"
+    assert name in load(events, columns={name: name}).events.columns
+    mended = {"stage" if name == "reached" else "timestamp": name}
+    with pytest.raises(DataError, match=f"'{name}' (holds an unknown stage|holds times without)"):
+        load(events, columns=mended)
+
+
+def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
+    # Beside a stage and a time they are columns like others, and so are those that hold more.
+    text = "user_id,item_id,stage,timestamp,a,b\n1,2,clicked,1700000000,clicked,2024-01-31\n"
+    assert "columns not read: a, b" in load(text).notes[0]
+    text = "user_id,item_id,a,b,c\n1,2,clicked,2024-01-31,\n1,3,bought,soon,\n"
+    assert "columns not read: a, b, c" in load(text).notes[0]
+    labelled = load("user_id,item_id,like,a\n1,2,1,clicked\n", label={"like": 1})
+    assert "columns not read: a" in labelled.notes[0]
+
+
+def test_rows_that_were_looked_at_are_read_all_the_same(load: Any) -> None:
+    lines = [f"{user},{user % 7},x" for user in range(3000)]
+    lines[10] = "1"
+    log = load("\n".join(["user_id,item_id,place", *lines]))
+    assert [each.num_rows for each in log.dropped] == [1]
+    assert log.counts()["events"] == 2999
+    events = pa.table({"user_id": range(3000), "item_id": range(3000), "a": ["clicked"] * 3000})
+    stream = pa.RecordBatchReader.from_batches(events.schema, events.to_batches(100))
+    assert Log.from_table(stream).counts()["events"] == 3000
+
+
 def test_paths_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         Log.from_files(tmp_path / "none.csv")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ibis
 import ibis.expr.types as ir
+import pyarrow as pa
 
 from tfrs_pipeline.data.columns import (
     describe_ids,
@@ -38,6 +40,8 @@ from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, ty
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.settings import printable, sentence
 
+_NUM_LOOKED_AT = 1000
+_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ t]\d|$)")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -178,7 +182,8 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
                 "column that is no time, call it otherwise.",
                 "columns",
             )
-    for column in _not_read(scanned, names):
+    unread = _not_read(scanned, names)
+    for column in unread:
         near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
         if not near and "timestamp" in absent and column.lower() in TIMES_ELSEWHERE:
             near = ["timestamp"]
@@ -188,7 +193,33 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
                 f"columns to say which column is {near[0]}, or rename it.",
                 "columns",
             )
+    if absent & {"stage", "timestamp"}:
+        _refuse_values(scanned, unread, absent)
     return names
+
+
+def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
+    """Refuses columns whose first values are what the log has no column of."""
+    rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
+    stages = {str(stage) for stage in Stage}
+    for name, values in zip(rows.column_names, rows.columns, strict=True):
+        is_text = pa.types.is_string(values.type)
+        texts = values.drop_null().unique().to_pylist() if is_text else []
+        found = {text.strip().lower() for text in texts} - {""}
+        is_time = pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)
+        means = ""
+        if found and found <= stages:
+            means = "stage"
+        elif is_time or (found and all(map(_ISO_TIME.match, found))):
+            means = "timestamp"
+        if means in absent:
+            holds, column = ("stages" if means == "stage" else "times"), printable(name)
+            raise DataError(
+                f"{Source(scanned.name).column(name)} is not read and holds {holds}, and the log "
+                f"has no {means}. Add {means}={column} to columns; or {column}={column}, if it is "
+                "a column like others.",
+                "columns",
+            )
 
 
 def _is_mistyped(name: str, column: str) -> bool:

@@ -38,7 +38,7 @@ class Scan:
 
     `name`, for messages, is the path, or what the table is. `open` makes the rows of some columns,
     in their order. If it is made of `csv_files`, all columns are strings, and `rejects` is where
-    DuckDB puts lines that hold too few or too many fields.
+    DuckDB puts lines that hold too few or too many fields. A stream's rows come once.
     """
 
     connection: DuckDB
@@ -47,6 +47,19 @@ class Scan:
     open: Callable[[list[str]], duckdb.DuckDBPyRelation]
     csv_files: Sequence[Path] = ()
     rejects: str = ""
+    is_stream: bool = False
+
+    def first_rows(self, columns: Sequence[str], num: int) -> pa.Table:
+        """Looks at a few rows, of which `load` reads all again; of a stream there are none."""
+        if self.is_stream or not columns:
+            return pa.table({})
+        projection = ", ".join(f'"{_double(column)}"' for column in columns)
+        try:
+            rows = self.open(list(columns)).project(projection).limit(num).to_arrow_table()
+        except duckdb.Error as error:
+            raise _unreadable(self.name, error, self.csv_files) from error
+        plain = [pa.field(column.name, _plain(column.type)) for column in rows.schema]
+        return rows.cast(pa.schema(plain))
 
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once: `names` are those that they get -> their names here.
@@ -126,7 +139,8 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
         ) from error
     _check_names(name, arrow.schema.names)
     relation = connection.con.from_arrow(arrow)
-    return Scan(connection, name, relation.columns, lambda columns: relation)
+    is_stream = isinstance(arrow, pa.RecordBatchReader)
+    return Scan(connection, name, relation.columns, lambda columns: relation, is_stream=is_stream)
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
