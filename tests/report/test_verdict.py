@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.report.verdict import (
     advice,
     by_popularity,
@@ -115,13 +116,39 @@ LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ea
         (made(LOSING, split={"train": {"num_positives": 1_500}}), "5.0 each"),
         (made(LOSING, training={"two_tower": {"best_epoch": 1,
          "history": {f"val_{METRIC}": [0.1]}}}), "was best after the last of 1 epoch."),
-        (made(LOSING | {"popularity": 0.31}), "ease, which read"),
         (made(LOSING | {"two_tower_uncorrected": 0.25}), "model.correction"),
     ],
 )  # fmt: skip
 def test_advice_follows_from_what_was_measured(
     metrics: dict[str, Any], expected: str | None
 ) -> None:
-    found = list(advice(metrics, METRIC, METRIC))
+    found = list(advice(metrics, METRIC, RunConfig()))
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]
+
+
+def test_baselines_level_with_popularity_tell_what_they_do_not_read() -> None:
+    level = made({"two_tower": 0.2, "popularity": 0.2, "ease": 0.2, "ials": 0.2})
+    (found,) = advice(level, METRIC, RunConfig())
+    assert found.startswith(
+        "ease and ials, which read neither order nor features, do not clearly beat popularity"
+    )
+    (found,) = advice(made({"two_tower": 0.2, "popularity": 0.2, "ease": 0.2}), METRIC, RunConfig())
+    assert found.startswith("ease, which reads neither order nor features, does not clearly beat")
+
+
+def test_what_is_set_already_is_not_suggested() -> None:
+    few = made(LOSING, split={"train": {"num_positives": 1_500}})
+    features = RunConfig(data={"item_features": {"year": "numeric"}})
+    assert ["data.item_features" in line for line in advice(few, METRIC, RunConfig())] == [True]
+    assert ["data.item_features" in line for line in advice(few, METRIC, features)] == [False]
+
+    behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
+    (found,) = advice(behind, METRIC, RunConfig())
+    assert found == (
+        "behind popularity: set model.candidate_bias or raise model.temperature, which is 0.15"
+    )
+    (found,) = advice(behind, METRIC, RunConfig(model={"candidate_bias": True}))
+    assert found == "behind popularity: raise model.temperature, which is 0.15"
+    both = RunConfig(model={"candidate_bias": True, "temperature": 0.2})
+    assert not list(advice(behind, METRIC, both))

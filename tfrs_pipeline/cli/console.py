@@ -153,7 +153,7 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
     for_whom = by_popularity(metrics, f"recall@{longest}")
     yield "better?", f"{better.answer}: {better.why}"
     yield "for whom", for_whom.why
-    for line in advice(metrics, f"ndcg@{longest}", config.training.monitor):
+    for line in advice(metrics, f"ndcg@{longest}", config):
         yield "try", line
     if better.is_good is False:
         yield "more", "docs/guides/debugging.md"

@@ -168,7 +168,7 @@ def report_page(facts: RunFacts) -> str:
         figures=_figures(facts, metric, recall),
         counted=counted,
         better=compared_with_baselines(facts.metrics, metric),
-        advice=list(advice(facts.metrics, metric, facts.config.training.monitor)),
+        advice=list(advice(facts.metrics, metric, facts.config)),
         for_whom=by_popularity(facts.metrics, recall),
         index=found_by_index(facts.metrics["index"]),
         metric_names=[f"{name}@{k}" for name in (*QUERY_METRICS, *SET_METRICS) for k in cutoffs],

@@ -1,6 +1,6 @@
 """What a run's numbers come to, in words, and what to try where a baseline wins.
 
-All from `metrics.json`, for the terminal and the page alike.
+All from `metrics.json` and the run's settings, for the terminal and the page alike.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.settings import counted
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
+# Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
+_HIGH_TEMPERATURE = 0.2
 _READS_HISTORIES = ("ease", "ials")
 
 Metrics = Mapping[str, Any]
@@ -113,14 +116,14 @@ def found_by_index(index: Metrics) -> Verdict:
     return Verdict("yes" if lowest >= target else "below its target", why, lowest >= target)
 
 
-def advice(metrics: Metrics, metric: str, monitor: str) -> Iterator[str]:
+def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try, each from what was measured; nothing where the model is clearly better.
 
-    The models are compared by `metric`; `monitor` chose the epoch on validation.
+    The models are compared by `metric`. What the run's settings have already is not suggested.
     """
     if compared_with_baselines(metrics, metric).is_good is not False:
         return
-    first, models = _first(metrics), metrics["models"]
+    first, models, monitor = _first(metrics), metrics["models"], config.training.monitor
     training = metrics["training"][first]
     values = training["history"].get(f"val_{monitor}", [])
     if training["best_epoch"] == len(values):
@@ -132,29 +135,44 @@ def advice(metrics: Metrics, metric: str, monitor: str) -> Iterator[str]:
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
+        features = "" if config.data.item_features else "item features (data.item_features), "
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each. A longer log, item features "
-            "(data.item_features), or a smaller model.dim"
+            f"{num_positives / num_items:.1f} each. A longer log, {features}or a smaller model.dim"
         )
     if "popularity" in models:
-        popular = models["popularity"][metric]
-        reading = {n: models[n][metric] for n in _READS_HISTORIES if n in models}
-        if (
-            reading
-            and popular["high"]
-            and all(x["mean"] <= popular["high"] for x in reading.values())
-        ):
-            yield (
-                f"little signal in the histories: {_listed(reading)}, which read them too, "
-                f"{'does' if len(reading) == 1 else 'do'} not clearly beat popularity either. "
-                "Look at what counts as a click, and whether training and test are of one time"
-            )
-    uncorrected = metrics["differences"].get("two_tower_uncorrected", {}).get(metric)
-    if uncorrected and (uncorrected["low"] or 0) > 0:
+        yield from _beside_popularity(metrics, metric, config)
+    if _is_better("two_tower_uncorrected", metrics, metric):
         yield (
             "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
         )
+
+
+def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
+    """Says what to try where popularity is better, or as good as what reads histories."""
+    models, model = metrics["models"], config.model
+    remedies = []
+    if model.use_candidate_id and not model.candidate_bias:
+        remedies.append("set model.candidate_bias")
+    if model.temperature < _HIGH_TEMPERATURE:
+        remedies.append(f"raise model.temperature, which is {model.temperature:g}")
+    if remedies and _is_better("popularity", metrics, metric):
+        yield f"behind popularity: {' or '.join(remedies)}"
+    popular = models["popularity"][metric]
+    reading = {n: models[n][metric] for n in _READS_HISTORIES if n in models}
+    if reading and popular["high"] and all(x["mean"] <= popular["high"] for x in reading.values()):
+        is_one = len(reading) == 1
+        yield (
+            f"{_listed(reading)}, which {'reads' if is_one else 'read'} neither order nor "
+            f"features, {'does' if is_one else 'do'} not clearly beat popularity either. "
+            "Look at what counts as a click, and whether training and test are of one time"
+        )
+
+
+def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
+    """Whether another model is clearly better than the first."""
+    above = metrics["differences"].get(name, {}).get(metric)
+    return bool(above) and (above["low"] or 0) > 0
 
 
 def _gap(above: Mapping[str, float]) -> str:
