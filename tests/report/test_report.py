@@ -195,6 +195,14 @@ def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
                 assert f"{x['low']:.4f} to {x['high']:.4f}" in PAGE.text
 
 
+def test_request_features_are_said_to_be_of_the_first_click_to_find() -> None:
+    data = {"path": "log.parquet", "request_features": {"device": "categorical", "hour": "hashed"}}
+    text = " ".join(page_of(config=RunConfig(data=data)).text.split())
+    assert "A query has the request features (device, hour) of the first of them." in text
+    assert "The request features (device, hour) are those of the first such click" in text
+    assert "equest features" not in PAGE.text
+
+
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
     assert PAGE.headers["Differences"][1:] == ["two_tower_uncorrected", "popularity"]
     assert PAGE.tables["Differences"]["ndcg@100"] == [

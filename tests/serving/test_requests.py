@@ -318,6 +318,24 @@ def test_the_page_and_the_command_line_send_requests_and_times(
             assert [item["item_id"] for item in json.loads(out.getvalue())["items"]] == found
 
 
+def test_the_command_line_says_what_a_request_lacks(
+    served: Served, folder: Path, model: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
+    command = ["query", str(folder), "--history", str(served.known(2)[0])]
+    typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
+    for request, lacking in (
+        ({}, "Gender, hour, free space, words, place (--request Gender=VALUE)"),
+        (typed, "place (--request place=VALUE)"),
+        (typed | {"place": "1,0"}, None),
+    ):
+        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+        given = [f"{name}={value}" for name, value in request.items()]
+        assert cli.main([*command, *(["--request", *given] if given else [])]) == 0
+        notes = [line for line in out.getvalue().splitlines() if "missing" in line]
+        assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
+
+
 def test_refreshed_items_and_exports_without_users_take_requests(
     served: Served, folder: Path, model: LoadedRetriever, tmp_path: Path
 ) -> None:

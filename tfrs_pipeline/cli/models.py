@@ -121,6 +121,16 @@ class Query(OfModel):
             if feature.kind == "categorical"
             and self.request.get(feature.name) not in (None, "", *feature.vocabulary)
         ]
+        lacking = [
+            feature.name
+            for feature in retriever.features["request"]
+            if feature.name not in request
+            and not (feature.is_from_timestamp and "timestamp" in request)
+        ]
+        if lacking:
+            notes.append(
+                f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
+            )
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
