@@ -216,7 +216,8 @@ def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     """Words the first problem of a request: where it is, what is wrong, what was got."""
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
-    problem = "Missing named input" if details["type"] == "missing" else details["msg"]
+    message = details["msg"].removeprefix("Value error, ")  # The library's own words.
+    problem = "Missing named input" if details["type"] == "missing" else message
     return bad_request(f"{place}: {problem}. Received: {_shown(details['input'])}")
 
 
