@@ -284,6 +284,8 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         ({"model.hard": "mined:every=3"}, {"training.max_epochs": 3}, "model.hard", "nothing wo"),
         (SEQUENCES, {"model.negatives": ["in_batch"]}, "model.negatives", "alpha=1"),
         (SEQUENCES, {"training.batch_size": 64}, "training.batch_size", "must be 402 or more"),
+        (SEQUENCES, {"data.is_ordered": False}, "training.examples",
+         "with data.is_ordered false: set that to true.* or take --preset sets"),
         (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
         (FEATURES | BLIND, {"data.user_features": {}}, "model", "query tower reads nothing"),
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),

@@ -175,6 +175,12 @@ class RunConfig(Config):
                 f"{self.training.max_epochs}: nothing would be mined",
             )
         yield from check_examples(model, self.training)
+        if not self.data.is_ordered and self.training.examples == "sequences":
+            yield (
+                "training.examples",
+                "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
+                "timestamps too, or take --preset sets for a log without an order",
+            )
         if self.data.request_features and self.training.examples == "sets":
             yield (
                 "data.request_features",
