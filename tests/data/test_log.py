@@ -136,6 +136,9 @@ def test_the_order_of_a_log_without_times() -> None:
         (ValueError, {"item_columns": {"item_id": "sku", "titel": "name"}},
          "item_columns.titel: .*'title'"),
         (ValueError, {"item_columns": {"item_id": "skuu"}}, "no column 'skuu'. Nearest: sku"),
+        # The events call it as the item table does.
+        (DataError, {"item_columns": {}, "columns": {"user_id": "user", "item_id": "sku"}},
+         "item table: no column 'item_id'.*Add item_id=sku to item_columns"),
     ],
 )  # fmt: skip
 def test_what_is_refused(error: type[Exception], options: Any, message: str) -> None:

@@ -200,8 +200,13 @@ class Log:
         connection = connection or connect()
         scanned = scan(connection, path, "event table")
         raws = {
-            "item_id": load_raw(connection, items, "item_id", item_columns or {}, item_features),
-            "user_id": load_raw(connection, users, "user_id", user_columns or {}, user_features),
+            name: load_raw(
+                connection, table, name, renamed, features, id_of_events=rules.columns.get(name, "")
+            )
+            for name, table, renamed, features in (
+                ("item_id", items, item_columns or {}, item_features),
+                ("user_id", users, user_columns or {}, user_features),
+            )
         }
         events, dropped, notes = load_events(scanned, rules, formats, raws)
         sources = {"events": Source(scanned.name, dict(rules.columns))}

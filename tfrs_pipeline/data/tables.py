@@ -87,10 +87,12 @@ def load_raw(
     columns: Mapping[str, str],
     features: Mapping[str, FeatureKind],
     remedy: str = "",
+    id_of_events: str = "",
 ) -> RawTable | None:
     """Opens an item or user table; None where there is none, a `ValueError` if it has features.
 
-    `remedy` says what to do if it lacks a column, in place of setting its name.
+    `remedy` says what to do if it lacks a column, in place of setting its name; `id_of_events` is
+    the column of its ids in the events, which may be called so here too.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -114,6 +116,8 @@ def load_raw(
     for name in dict.fromkeys([id_name, *features, *shown, *columns]):
         names[name] = columns.get(name, name)
         mend = remedy or f"Set {setting} to say which column is {name}."
+        if name == id_name and id_of_events in scanned.columns:
+            mend = f"Add {name}={printable(id_of_events)} to {setting}, as in columns."
         require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
     return scanned.load(names)
 
