@@ -204,6 +204,17 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what if number == 1 else many}"
 
 
+def in_percent(part: int, whole: int) -> str:
+    """Writes a part of a whole in percent: only what is nothing is 0.0%.
+
+    Example:
+        >>> in_percent(1, 8), in_percent(0, 8), in_percent(67, 143_609)
+        ('12.5%', '0.0%', '<0.1%')
+    """
+    percent = f"{part / whole:.1%}"
+    return "<0.1%" if part and percent == "0.0%" else percent
+
+
 def suggest(name: str, known: Collection[str]) -> str:
     """Says which known name is nearest, by the whole name or its last part, or lists them."""
     near = difflib.get_close_matches(name, known, n=1) or [

@@ -78,7 +78,7 @@ def test_what_is_kept_is_counted_too() -> None:
         "dropped nothing",
         "event table: without stage, rating or label, every row is a click",
         "item table: column 'price' is missing in 1 of 9 rows (11.1%)",
-        "4 of 40 events (10.0%) are of 1 items that item table lacks, such as 8: kept, with null "
+        "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept, with null "
         "features",
     ]
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}

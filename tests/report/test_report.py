@@ -262,6 +262,13 @@ def test_the_first_screen_answers_four_questions() -> None:
     assert "column 'year' is missing in 1 of 400 rows" in first
 
 
+def test_the_first_screen_lists_all_that_was_dropped() -> None:
+    dropped = tuple(Dropped(f"reason {num}", num) for num in range(1, 7))
+    first, _, _ = page_of(dropped=dropped).joined.partition("Recommendations")
+    assert "What was dropped?32 of 11,032 events" in first  # 21 of them at reading.
+    assert all(f"{each.num_rows}: {each.reason}" in first for each in dropped)
+
+
 def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:
     text = " ".join(PAGE.text.split())
     for line in (

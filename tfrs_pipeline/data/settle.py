@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.tables import check_account, store
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.settings import counted, in_percent, printable
 
 
 def settle(
@@ -102,8 +102,9 @@ def settle_unknown(
         kept = events.semi_join(entities, id_name)
         return kept, [Dropped(f"{kind} is not in the {kind} table", num)], []
     note = (
-        f"{num:,} of {num_rows:,} events ({num / num_rows:.1%}) are of {found['ids']:,} {kind}s "
-        f"that {table} lacks, such as {example}: kept, with null features"
+        f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
+        f"{counted(found['ids'], kind)} that {table} lacks, such as {example}: kept, with null "
+        "features"
     )
     return events, [], [note]
 

@@ -24,7 +24,7 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.data.times import Formats
-from tfrs_pipeline.settings import printable, suggest
+from tfrs_pipeline.settings import in_percent, printable, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,9 @@ def type_entities(
     for name, num in counts.items():
         if num:
             of = raw.source.column(name)
-            notes.append(f"{of} is missing in {num:,} of {num_rows:,} rows ({num / num_rows:.1%})")
+            notes.append(
+                f"{of} is missing in {num:,} of {num_rows:,} rows ({in_percent(num, num_rows)})"
+            )
     if num_ids < num_rows:
         entities = store(entities.distinct(), raw.source)
         num_left = count_rows(entities)

@@ -11,6 +11,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.settings import counted
 
 OnProgress: TypeAlias = Callable[..., None]
 """Told of long work: a task's name, steps done and in all, and at times what there is to say."""
@@ -27,7 +28,9 @@ def describe_sample(validation: Holdout | None) -> list[str]:
 def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
     """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
     unreachable = int((batches.expected_count[1:] <= 0).sum())
-    notes = [f"{unreachable:,} items are never drawn as negatives"] if unreachable else []
+    verb = "is" if unreachable == 1 else "are"
+    never = f"{counted(unreachable, 'item')} {verb} never drawn as negatives"
+    notes = [never] if unreachable else []
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None:
