@@ -155,7 +155,13 @@ def test_what_was_left_out_stands_under_the_table_and_no_array_is_shown() -> Non
     skipped, excluded = found.first.describe_omitted()
     assert str(found).split("\n")[2:] == [skipped, excluded]
     assert skipped == "1 of 3 queries skipped, with nothing to find"
-    assert excluded.startswith("2 relevant items not counted: the ranking excludes what the user")
+    assert excluded == (
+        "2 relevant items not counted: the ranking excludes what its user had clicked before "
+        "(exclude)"
+    )
+    shown = make_holdout([[100, 102]], seen=[[102]])
+    (line,) = measure(Scores(np.zeros((1, 12))), shown, exclude="seen").describe_omitted()
+    assert line.startswith("1 relevant item not counted: the ranking excludes what its user had s")
     assert not measure(retriever, make_holdout([[100]] * 3)).describe_omitted()
     many = measure(Scores(np.zeros((2000, 12))), make_holdout([[100]] * 2000))
     assert len(repr(many)) < 500

@@ -96,6 +96,7 @@ def evaluate(
             user_ids=truth.user_ids,
             overall=overall,
             slices=dict(zip(list(parts)[1:], slices, strict=True)),
+            exclude=exclude,
             num_skipped=len(holdout) - len(truth.queries),
             num_relevant_excluded=truth.num_excluded,
             num_relevant_unknown=int(truth.num_relevant.sum()) - len(truth.relevant[0]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.table import format_table
 from tfrs_pipeline.settings import counted
@@ -59,6 +60,7 @@ class EvaluationResult:
             order.
         overall: Of the whole corpus.
         slices: Of each part of the candidates.
+        exclude: What was excluded from a user's ranking; see `Holdout.excluded`.
         num_skipped: Queries with nothing relevant (left): not measured.
         num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking: taken out of
             the relevant.
@@ -70,6 +72,7 @@ class EvaluationResult:
     user_ids: np.ndarray = field(repr=False)
     overall: SliceResult
     slices: Mapping[str, SliceResult] = field(repr=False)
+    exclude: Exclude
     num_skipped: int
     num_relevant_excluded: int
     num_relevant_unknown: int
@@ -105,7 +108,7 @@ class EvaluationResult:
         if self.num_relevant_excluded:
             lines.append(
                 f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
-                "excludes what the user clicked or saw before (exclude)"
+                f"excludes what its user had {self.exclude} before (exclude)"
             )
         return lines
 
