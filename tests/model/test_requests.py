@@ -119,9 +119,10 @@ def test_what_the_model_does_not_read_is_refused(model: TwoTower) -> None:
 
 
 def test_a_holdout_may_bring_what_a_model_does_not_read(model: TwoTower) -> None:
-    plain, other = ({"history": [10], "request": {"device": "app"}} for _ in range(2))
-    other["request"] = {**other["request"], "tab": 3}
-    got, expected = (model.query_embeddings([query]) for query in (other, plain))
+    got, expected = (
+        model.query_embeddings([{"history": [10], "request": {"device": "app", **other}}])
+        for other in ({"tab": 3}, {})
+    )
     np.testing.assert_array_equal(got, expected)
 
 
