@@ -141,6 +141,38 @@ def test_a_feature_that_no_request_can_bring_is_refused() -> None:
         made(table, {"device": "categorical"}, users=users, user_features={"device": "categorical"})
 
 
+def test_a_column_that_the_log_calls_otherwise_is_refused_too() -> None:
+    """Renamed, the answer is still the answer: place is the rank, reached the stage."""
+    label = {"is_click": 1.0}
+    table = [{**row, "place": 1, "reached": "clicked", "liked": 1.0} for row in rows()]
+    columns = {"rank": "place", "stage": "reached", "is_click": "liked"}
+    for name, own in (("place", "rank"), ("reached", "stage"), ("level", "stage")):
+        with pytest.raises(
+            ValueError, match=rf"request_features.{name}: is read as {own}, which is"
+        ):
+            made(table, {name: "categorical"}, columns={**columns, "level": "reached"}, label=label)
+    with pytest.raises(
+        ValueError, match=r"request_features.liked: is read as is_click, .* outcome"
+    ):
+        made(table, {"liked": "numeric"}, columns=columns, label=label)
+    ranked = [{**row, "rank": 1} for row in rows()]
+    with pytest.raises(ValueError, match=r"request_features.place: is read as rank"):
+        made(ranked, {"place": "numeric"}, columns={"place": "rank"})
+
+
+def test_a_feature_may_have_another_name_in_the_log() -> None:
+    """Its column may even be called as one of the log's own that is read from elsewhere."""
+    table = [
+        {("rank" if name == "device" else "at" if name == "timestamp" else name): value
+         for name, value in row.items()} | {"place": 1}
+        for row in rows()
+    ]  # fmt: skip
+    columns = {"device": "rank", "rank": "place", "timestamp": "at"}
+    assert made(table, FEATURES, columns=columns).split().test.requests == (
+        made(rows(), FEATURES).split().test.requests
+    )
+
+
 def test_a_log_without_times_has_no_hour(log: Log) -> None:
     table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
     with pytest.raises(DataError, match=r"'hour' is among request_features .* of the timestamp"):

@@ -64,7 +64,7 @@ class EventRules:
         stages = [str(stage) for stage in Stage]
         if wrong := sorted(set(self.stage_values.values()) - set(stages)):
             raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
-        check_names(self.request_features, self.label)
+        check_names(self.request_features, self.label, self.columns)
         for name in (*self.columns, *self.label):
             if name not in self.request_features and (problem := name_problem(name)):
                 raise ValueError(f"columns.{printable(name)}: {sentence(problem)}")

@@ -20,24 +20,30 @@ def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
     return name in FROM_TIMESTAMP and name not in columns
 
 
-def check_names(features: Collection[str], others: Collection[str]) -> None:
+def check_names(
+    features: Collection[str], others: Collection[str], columns: Mapping[str, str] | None = None
+) -> None:
     """Refuses (`ValueError`) request features that no request can bring, or that others are called.
 
-    The others are user features, which the query tower reads beside them, or outcomes.
+    The others are user features, which the query tower reads beside them, or outcomes. `columns`
+    are those of `Log.from_files`: what the log calls otherwise is refused by either name.
     """
+    columns = columns or {}
+    meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
     for name in features:
-        if name in (*LOG_COLUMNS, "event_number") or name.startswith("_"):
+        own = meaning.get(columns.get(name, name), name)
+        found = f"request_features.{name}: is {'' if own == name else f'read as {own}, which is '}"
+        if own in (*LOG_COLUMNS, "event_number") or own.startswith("_"):
             remedy = "give a column of what is known when the request comes"
-            if name == "timestamp":
+            if own == "timestamp":
                 remedy = f"of the timestamp there are {' and '.join(FROM_TIMESTAMP)}"
             raise ValueError(
-                f"request_features.{name}: is the log's own column or is known after the request "
-                f"alone; {remedy}."
+                f"{found}the log's own column or is known after the request alone; {remedy}."
             )
-        if name in others:
+        if own in others:
             raise ValueError(
-                f"request_features.{name}: is a user feature or an outcome too. Rename it; an "
-                "outcome is known after the request alone, and can be no feature of it."
+                f"{found}a user feature or an outcome too. Rename it; an outcome is known after "
+                "the request alone, and can be no feature of it."
             )
 
 
