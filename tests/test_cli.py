@@ -72,9 +72,11 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         raise RuntimeError("enough")
 
     monkeypatch.setattr(pipeline, "run", record)
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> RunConfig:
-        given = [] if "--run-dir" in arguments else ["--run-dir", tmp_path / f"run {len(configs)}"]
+        own = arguments and "--run-dir" not in arguments
+        given = ["--run-dir", tmp_path / f"run {len(configs)}"] if own else []
         answer = command("run", *arguments, *given)
         assert (
             answer.err
@@ -233,19 +235,30 @@ def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert own == RunConfig(data={"source": "files", "path": "x.csv"})
 
 
-def test_a_folder_nearly_called_as_a_run_is_no_new_run(
+def test_a_folder_without_a_run_is_not_resumed_with_other_data(
     config_of: Any, command: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "videos-20261126-141654").mkdir()
-    (tmp_path / "videos-20261126-141654" / "config.toml").write_text("seed = 3\n")
+    for name in ("videos-20261126-141654", "videos-20261127-091500", "others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("seed = 3\n")
+    remedy = "For a new run there, name its data too: --data.path FILE"
     missing = tmp_path / "videos-2026112-141654"
-    answer = command("run", "--run-dir", missing)
-    assert answer.code == 2
-    assert f"no run in {missing}; did you mean {tmp_path}/videos-20261126-141654? " in answer.err
+    near = f"{tmp_path}/videos-20261126-141654 or {tmp_path}/videos-20261127-091500"
+    # What may change in a finished run does not begin another.
+    for asked in (["run"], ["run", "--no-export.gate"], ["compare"]):
+        answer = command(*asked, "--run-dir", missing)
+        assert answer.code == 2
+        assert f"there is no run in {missing}; did you mean {near}? {remedy}" in answer.err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder in (tmp_path / "nope", empty):
+        answer = command("run", "--run-dir", folder)
+        assert (answer.code, answer.out) == (2, "")
+        assert f"there is no run in {folder}. {remedy}" in answer.err
     assert not missing.exists()
-    # With a setting it is a new one, and so it is where no other is near.
     assert config_of("--run-dir", missing, "--seed", 4).seed == 4
-    assert config_of("--run-dir", tmp_path / "other") == movielens_config()
+    named = ["--data.source", "movielens-100k"]
+    assert config_of("--run-dir", empty, *named) == movielens_config()
 
 
 def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ CONFIG_FILE = "config.toml"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
 # Says nothing of what a folder holds: a refused model may be exported all the same.
-_MAY_CHANGE = ("export.gate",)
+MAY_CHANGE = ("export.gate",)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
     every_change = [name for name in old | new if old.get(name) != new.get(name)]
-    changed = [name for name in every_change if name not in _MAY_CHANGE]
+    changed = [name for name in every_change if name not in MAY_CHANGE]
     if every_change and not changed:
         _write_settings(config, folder)
     if changed:

@@ -30,6 +30,7 @@ from tfrs_pipeline.config import RunConfig, load_config, movielens_config, with_
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import (
     CONFIG_FILE,
+    MAY_CHANGE,
     check_model_name,
     claim_folder,
     read_settings,
@@ -59,7 +60,8 @@ class Work(Command):
     config: Path | None = None
     """TOML file of settings."""
     run_dir: Path | None = None
-    """Folder of the run; a stopped run in it is resumed. If not given, a new folder in runs/."""
+    """Folder of the run; given alone, resumes the run in it. If not given, a new folder in
+    runs/."""
     preset: str | None = Field(
         None,
         description="Settings for a kind of log: "
@@ -138,14 +140,14 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # The other workers take the chief's settings, whatever it may be writing there now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
-    if folder and not (flags.config or flags.preset or settings or folder.exists()):
-        _refuse_misspelled(folder)
+    is_empty = folder is None or not folder.is_dir() or not any(folder.iterdir())
+    # A flag that a finished run may be given again is none of a new one.
+    is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
+    if folder and is_empty and not is_named:
+        raise _no_run_in(folder)
     if flags.config:
         base = load_config(flags.config)
-    elif folder and (
-        (folder / CONFIG_FILE).exists()
-        or (not names_data and folder.is_dir() and any(folder.iterdir()))
-    ):
+    elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or is_empty)):
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
@@ -157,14 +159,15 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     return with_settings(base, settings, preset=flags.preset)
 
 
-def _refuse_misspelled(folder: Path) -> None:
-    """Refuses a folder that is not there and nearly called as a run: meant to be resumed."""
+def _no_run_in(folder: Path) -> UsageError:
+    """Makes the error of a folder that is given to be resumed and holds nothing."""
     runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
-    if near := difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.85):
-        raise UsageError(
-            f"--run-dir: there is no run in {folder}; did you mean {folder.with_name(near[0])}? "
-            "For a new run there, give a setting too, such as --data.source movielens-100k"
-        )
+    near = [str(folder.with_name(name)) for name in difflib.get_close_matches(folder.name, runs)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return UsageError(
+        f"--run-dir: there is no run in {folder}{hint} For a new run there, name its data too: "
+        "--data.path FILE, --config FILE, or --data.source movielens-100k"
+    )
 
 
 def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
