@@ -455,7 +455,8 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
 
 def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: Run) -> None:
     folder, gone = run.folder / RUN, run.folder / "saved_models" / "films" / "77"
-    result = pipeline.RunResult(folder, gone, read_record(folder / "metrics.json"))
+    metrics = {**read_record(folder / "metrics.json"), "export_folder": str(gone)}
+    result = pipeline.RunResult(folder, metrics)
     shown = rendered(200, lambda console: print_result(console, read_settings(folder), result))
     assert f"model    {gone}\n" in without_colours(shown)
 

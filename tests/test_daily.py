@@ -197,7 +197,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     assert ended.metrics["training"] == whole.metrics["training"]
     assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
     answers = [
-        load(x.export_folder).retrieve([{"history": [item_id(7, "str")]}], 20)
+        load(str(x.export_folder)).retrieve([{"history": [item_id(7, "str")]}], 20)
         for x in (ended, whole)
     ]
     for a, b in zip(*answers, strict=True):
@@ -218,7 +218,7 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     folder = place / "runs" / "worse"
     asked = ["run", "--config", str(place / "worse.toml"), "--run-dir", str(folder)]
     assert cli.main(asked) == cli.NOT_PUBLISHED == 3
-    told = capsys.readouterr().err
+    shown, told = capsys.readouterr()
     assert re.match(
         r"not published: The new model is worse than the one in service. ndcg@20 0\.\d+, and "
         r"0\.\d+ of version 2 in service: -0\.\d+ \[-0\.\d+, -0\.\d+\] on the same \d+ queries\. "
@@ -226,11 +226,17 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
         told,
     )
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == before
+    # What it was refused for can be looked at as after any run.
+    assert re.search(rf"^{IN_SERVICE} +0\.\d+", shown, re.MULTILINE)
+    assert f"report   {folder}/report.html\nmodel    not exported\n" in shown
+    assert "next:" not in shown
+    assert (folder / "report.html").is_file()
     metrics = read_record(folder / "metrics.json")
     assert metrics["export_folder"] is None
+    assert list(metrics["seconds"]) == ["data", "split", "samples", "train two_tower", "baselines",
+                                        "evaluate"]  # fmt: skip
     gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
     assert gap["low"] > 0
-    assert cli.main(["report", str(folder)]) == 0
     # Another look is another refusal; opened, the gate lets it through without another training.
     assert cli.main(["run", "--run-dir", str(folder)]) == 3
     trained = {x: x.stat().st_mtime_ns for x in (folder / "checkpoints").rglob("*") if x.is_file()}

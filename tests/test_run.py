@@ -64,6 +64,11 @@ class Finished:
     def metrics(self) -> dict[str, Any]:
         return self.result.metrics
 
+    @property
+    def export_folder(self) -> Path:
+        assert self.result.export_folder is not None
+        return self.result.export_folder
+
     def holdout(self, part: str) -> Holdout:
         return holdout_of(self.folder, part)
 
@@ -235,7 +240,7 @@ def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
 
 def test_examples_are_answers_to_test_queries(finished: Finished) -> None:
     queries = finished.holdout("test")
-    retriever = load(finished.result.export_folder, exact=True)
+    retriever = load(finished.export_folder, exact=True)
     place = {user: i for i, user in enumerate(queries.user_ids.tolist())}
     lengths = []
     for example in finished.metrics["examples"]:
@@ -342,7 +347,7 @@ def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
     kind = finished.metrics["index"]["kind"]
     for exact in {False, kind == "scann"}:
         result = evaluate(
-            load(finished.result.export_folder, exact=exact),
+            load(finished.export_folder, exact=exact),
             finished.holdout("test"),
             exclude=finished.config.evaluation.exclude,
             cutoffs=finished.config.evaluation.cutoffs,
@@ -363,7 +368,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: Finished) -> None:
-    retriever = load(finished.result.export_folder)
+    retriever = load(finished.export_folder)
     user = user_id(4, finished.ids)
     clicked = [
         row["item_id"]
@@ -383,7 +388,7 @@ def test_a_user_is_served_by_all_that_is_known_and_not_what_is_known(finished: F
 
 
 def test_the_manifest_tells_where_the_model_comes_from(finished: Finished) -> None:
-    manifest = json.loads((finished.result.export_folder / "manifest.json").read_text())
+    manifest = json.loads((finished.export_folder / "manifest.json").read_text())
     assert RunConfig(**manifest["config"]) == finished.config
     assert manifest["example_user"] == finished.holdout("test").user_ids.tolist()[0]
     assert manifest["metrics"] == json.loads(json.dumps(finished.metrics["models"]["two_tower"]))
@@ -405,7 +410,7 @@ def test_the_weights_of_the_last_checkpoint_are_those_in_service(of_stages: Fini
         folder=folder / "checkpoints" / "two_tower" / "refit",
     )
     queries = split.test.as_queries()[:20]
-    expected = load(of_stages.result.export_folder).retrieve(queries, 10)
+    expected = load(of_stages.export_folder).retrieve(queries, 10)
     got = model.retrieve(queries, 10)
     np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
@@ -424,7 +429,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     assert not (tmp_path / "run" / "metrics.json").exists()
     again = run(config, tmp_path / "run", on_progress=stop_at("", 0, told))
     assert numbers(again.metrics) == numbers(of_stages.metrics)
-    assert again.export_folder != of_stages.result.export_folder
+    assert again.export_folder != of_stages.export_folder
     # No epoch was run twice.
     epochs = [step for step in told if step[1] and ", " in step[0] and "ease" not in step[0]]
     assert max(Counter(epochs).values()) == 1
@@ -433,7 +438,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
 def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finished) -> None:
     reports: list[StepReport] = []
     again = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
-    assert again.export_folder == of_ratings.result.export_folder
+    assert again.export_folder == of_ratings.export_folder
     assert [report.name for report in reports] == ["finished before"]
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
 
@@ -555,7 +560,7 @@ def test_clicks_alone_with_every_split(tmp_path: Path, split: str, ids: Ids) -> 
     models = finished.metrics["models"]
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.5 * models["popularity"]["ndcg@20"]["mean"]
     user = user_id(0, ids)
-    assert load(finished.result.export_folder).retrieve_user([user], 3)[2].all()
+    assert load(finished.export_folder).retrieve_user([user], 3)[2].all()
 
 
 def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> None:

@@ -34,17 +34,23 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishin
 from tfrs_pipeline.settings import counted
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
 
+NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind: its folder, the new version, and what metrics.json holds."""
+    """What a run left behind: its folder, and what metrics.json holds."""
 
     folder: Path
-    export_folder: Path
     metrics: dict[str, Any]
+
+    @property
+    def export_folder(self) -> Path | None:
+        """The new version; None if the model was not exported."""
+        written = self.metrics["export_folder"]
+        return None if written is None else Path(written)
 
 
 def run(
@@ -130,7 +136,7 @@ def _conclude(
             report.notes += first.describe_omitted()
         metrics = _metrics(config, data, models, evaluation)
         with step("export") as report:
-            report.notes += _pass_gate(config, folder, evaluation, metrics)
+            report.notes += _pass_gate(config, folder, evaluation, metrics, step)
             tables = sorted((folder / "data").glob("*.parquet"))
             data_files = [file for table in tables for file in part_files(table)]
             export_folder, metrics["index"] = export_model(
@@ -150,9 +156,14 @@ def _conclude(
             num_candidates = len(models["two_tower"].candidate_ids)
             report.notes.append(describe_index(metrics["index"], num_candidates))
             report.notes.append("a fresh process loaded the export and gave the same answers")
-    metrics |= {"export_folder": str(export_folder), "notes": step.notes, "seconds": step.seconds}
+    return _keep(folder, {**metrics, "export_folder": str(export_folder)}, step)
+
+
+def _keep(folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
+    """Writes metrics.json, by which a run is a finished one."""
+    metrics = {**metrics, "notes": step.notes, "seconds": step.seconds}
     write_record(folder / "metrics.json", metrics)
-    return RunResult(folder, export_folder, metrics)
+    return RunResult(folder, metrics)
 
 
 def _finished_run(folder: Path) -> RunResult | None:
@@ -160,9 +171,8 @@ def _finished_run(folder: Path) -> RunResult | None:
     metrics = _read_metrics(folder)
     if metrics is None or metrics["export_folder"] is None:  # Refused: the gate may be open now.
         return None
-    export_folder = Path(metrics["export_folder"])
-    is_there = is_whole(export_folder / MANIFEST_FILE)
-    return RunResult(folder, export_folder, metrics) if is_there else None
+    is_there = is_whole(Path(metrics["export_folder"]) / MANIFEST_FILE)
+    return RunResult(folder, metrics) if is_there else None
 
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -177,7 +187,11 @@ def _is_compared(config: RunConfig, folder: Path) -> bool:
 
 
 def _pass_gate(
-    config: RunConfig, folder: Path, evaluation: Evaluation, metrics: Mapping[str, Any]
+    config: RunConfig,
+    folder: Path,
+    evaluation: Evaluation,
+    metrics: Mapping[str, Any],
+    step: Steps,
 ) -> list[str]:
     """Lets the model through to its export, or keeps the run without one."""
     if IN_SERVICE not in evaluation.results:
@@ -188,8 +202,7 @@ def _pass_gate(
     except NotPublished as error:
         if not config.export.gate:
             return [f"exported all the same, without the gate: {error}"]
-        kept = {"index": {"kind": "none, not published"}, "export_folder": None}
-        write_record(folder / "metrics.json", {**metrics, **kept, "notes": {}, "seconds": {}})
+        _keep(folder, {**metrics, **NOT_EXPORTED}, step)
         raise NotPublished(
             f"{error} {model} stays as it is. The trained run is kept: --run-dir {folder} with "
             "--no-export.gate exports it all the same."

@@ -139,6 +139,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
     say(console, f"config   {result.folder / CONFIG_FILE}")
     say(console, f"report   {result.folder / 'report.html'}")
+    if result.export_folder is None:
+        say(console, "model    not exported")
+        return
     say(console, f"model    {result.export_folder}")
     command = [program(), "query", str(result.export_folder.parent)]
     user = str(result.metrics["examples"][0]["user_id"])

@@ -27,6 +27,7 @@ from tfrs_pipeline.cli.console import (
 from tfrs_pipeline.cli.flags import Command, UsageError
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, load_config, movielens_config, with_settings
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import (
     CONFIG_FILE,
@@ -36,6 +37,7 @@ from tfrs_pipeline.run_folder import (
     read_settings,
     with_source,
 )
+from tfrs_pipeline.serving.publish import NotPublished
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison
@@ -125,13 +127,15 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             progress(console) as (on_step, on_progress),
         ):
             say(console, f"run folder: {folder}")
-            result = work(config, folder, on_step=on_step, on_progress=on_progress)
+            result, refusal = work(config, folder, on_step=on_step, on_progress=on_progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         say(console, f"\n{kept_in(folder)}\nstopped; go on with:  {again}")
         return INTERRUPTED
     if is_chief:
         show(console, config, result)
+    if refusal:
+        raise refusal
     return 0
 
 
@@ -170,21 +174,28 @@ def _no_run_in(folder: Path) -> UsageError:
     )
 
 
-def _run(config: RunConfig, folder: Path, **callbacks: Any) -> RunResult:
+def _run(
+    config: RunConfig, folder: Path, **callbacks: Any
+) -> tuple[RunResult, NotPublished | None]:
+    """Runs and writes the report; of a model that is refused too, and then says why it is."""
     from tfrs_pipeline.report.facts import write_report
-    from tfrs_pipeline.run import run
+    from tfrs_pipeline.run import RunResult, run
 
-    result = run(config, folder, **callbacks)
+    refusal = None
+    try:
+        result = run(config, folder, **callbacks)
+    except NotPublished as error:
+        result, refusal = RunResult(folder, read_record(folder / "metrics.json")), error
     callbacks["on_progress"]("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
-    return result
+    return result, refusal
 
 
-def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> PlanComparison:
+def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> tuple[PlanComparison, None]:
     from tfrs_pipeline.compare import compare
 
-    return compare(config, folder, **callbacks)
+    return compare(config, folder, **callbacks), None
 
 
 _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {
