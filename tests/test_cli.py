@@ -294,7 +294,7 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
         ("run --seed", "argument --seed: expected one argument"),
         ("run --training.batch_size many", r"training.batch_size: got 'many'; must be a whole num"),
         ("run --training.batch_size 1", r"training.batch_size: got '1'; must be greater than or"),
-        ("run --export.index hnsw", r"export.index: got 'hnsw'; must be 'auto', 'scann' or"),
+        ("run --export.index hnsw", r"export.index: got 'hnsw'; must be 'auto', 'scann'"),
         ("run --split.kind tme", r"split.kind: got 'tme'; did you mean 'time'\?"),
         ("run --data.columns user_id", r"--data.columns: got 'user_id'; write NAME=TEXT"),
         ("run --data.columns usr_id=x --data.path x.csv",
@@ -467,6 +467,27 @@ def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
     assert (answer.code, answer.err) == (0, "")
     assert "unknown" not in answer.out
     assert answer.out.count("Film ") == 10
+
+
+@pytest.mark.usefixtures("trusted_exports")
+def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path) -> None:
+    short = ["--training.max_epochs", "1", "--no-training.refit", "--evaluation.baselines", "none"]
+    arguments = run_arguments(tmp_path, *short, "--export.index", "none")
+    answer = command(*arguments)
+    assert (answer.code, answer.err) == (0, "")
+    *_, not_exported, _, after = answer.out.splitlines()
+    assert not_exported == "model    not exported"
+    assert not (tmp_path / "saved_models").exists()
+    assert (tmp_path / RUN / "report.html").is_file()
+    # It is finished, and stays so if it is asked for again.
+    again = command("run", "--run-dir", tmp_path / RUN)
+    assert (again.code, again.out.splitlines()[-1]) == (0, after)
+    assert "finished before" in again.out
+    trained = {x: x.stat().st_mtime_ns for x in (tmp_path / RUN / "checkpoints").rglob("*")}
+    assert command(*shlex.split(after.removeprefix("next:"))[1:]).code == 0
+    assert {x: x.stat().st_mtime_ns for x in trained} == trained
+    assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").is_file()
+    assert "holds a run with other settings (export.index: 'auto', now" in command(*arguments).err
 
 
 def test_report_writes_a_page_where_it_is_told_to(

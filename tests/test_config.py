@@ -289,6 +289,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FEATURES | BLIND, {"data.item_features": {}}, "model", "candidate tower reads nothing"),
         (FEATURES | BLIND, {"data.user_features": {}}, "model", "query tower reads nothing"),
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
+        ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(

@@ -114,6 +114,9 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
     with claim_folder(config, tmp_path / "run", exports=False):
         pass
+    unexported = with_settings(config, {"export.index": "none"})
+    with claim_folder(unexported, tmp_path / "run", exports=True):
+        pass
 
 
 def of_clicks(path: str, **export: Any) -> RunConfig:
@@ -131,6 +134,7 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
     check_model_name(of_clicks("b/log.csv", name="log"))
+    check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
         check_model_name(of_clicks("b/log.csv"))
     write_record(written, {})  # As Python exports a model.

@@ -74,8 +74,9 @@ class ExportConfig(Config):
     """Name of the model's folder; if not given, that of the events' file or of the data source."""
     directory: Path = Path("saved_models")
     """Folder that holds the models, as DIRECTORY/NAME/VERSION."""
-    index: Literal["auto", "scann", "exact"] = "auto"
-    """Search structure: ScaNN, exact search, or auto, which chooses by the size of the corpus."""
+    index: Literal["auto", "scann", "exact", "none"] = "auto"
+    """Search structure: ScaNN, exact search, or auto, which chooses by the size of the corpus; with
+    none, nothing is exported."""
     target_recall: float = Field(0.98, gt=0, le=1)
     """Recall target: share of the exact top items that the ScaNN index must find."""
     filter_by: str | None = None
@@ -167,6 +168,8 @@ class RunConfig(Config):
                 yield "warm_start", f"got {str(self.warm_start)!r} {message}"
             if self.export.gate:
                 yield "export.gate", f"got true {message}"
+        if self.export.gate and self.export.index == "none":
+            yield "export.gate", "got true with export.index 'none', which exports nothing"
         hard = model.hard
         if isinstance(hard, Mined) and hard.every >= self.training.max_epochs:
             yield (

@@ -63,8 +63,9 @@ def run(
     """Runs the whole pipeline in a folder, which is made if missing.
 
     A folder that holds a stopped run of the same config is resumed: finished data and samples are
-    kept, training goes on from its last epoch. A finished run whose export is still there is given
-    back as it is: another export would be another version for a server to take up.
+    kept, training goes on from its last epoch. A finished run whose export is still there, or that
+    exports nothing, is given back as it is: another export would be another version for a server to
+    take up.
 
     Where TF_CONFIG names several workers, each of them calls this with the same folder, on a file
     system that all see. They train together; the chief alone writes, by its own config, evaluates
@@ -85,7 +86,7 @@ def run(
     config = RunConfig(**on_chief(lambda: with_source(config, folder).model_dump(mode="json")))
     check_source(config)
     with claim_folder(config, folder, exports=True):
-        if (finished := chief_first(lambda: _finished_run(folder))) is not None:
+        if (finished := chief_first(lambda: _finished_run(config, folder))) is not None:
             on_step(StepReport("finished before", ["its results follow; nothing was done"]))
             return finished
         return _run(config, folder, Steps(on_step, on_progress))
@@ -110,7 +111,7 @@ def _run(config: RunConfig, folder: Path, step: Steps) -> RunResult:
     def conclude() -> RunResult:
         if this_worker().is_chief:
             return _conclude(config, folder, data, models, step)
-        return cast(RunResult, _finished_run(folder))
+        return cast(RunResult, _finished_run(config, folder))
 
     return chief_first(conclude)
 
@@ -135,6 +136,8 @@ def _conclude(
             report.notes += [f"{counted(num_queries, 'query')}, {num_relevant:,} items to find"]
             report.notes += first.describe_omitted()
         metrics = _metrics(config, data, models, evaluation)
+        if config.export.index == "none":
+            return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, step)
             tables = sorted((folder / "data").glob("*.parquet"))
@@ -166,13 +169,17 @@ def _keep(folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
     return RunResult(folder, metrics)
 
 
-def _finished_run(folder: Path) -> RunResult | None:
+def _finished_run(config: RunConfig, folder: Path) -> RunResult | None:
     """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
     metrics = _read_metrics(folder)
-    if metrics is None or metrics["export_folder"] is None:  # Refused: the gate may be open now.
+    if metrics is None:
         return None
-    is_there = is_whole(Path(metrics["export_folder"]) / MANIFEST_FILE)
-    return RunResult(folder, metrics) if is_there else None
+    result = RunResult(folder, metrics)
+    if result.export_folder is None:  # Refused: the gate may be open now.
+        is_there = config.export.index == "none"
+    else:
+        is_there = is_whole(result.export_folder / MANIFEST_FILE)
+    return result if is_there else None
 
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -183,7 +190,7 @@ def _read_metrics(folder: Path) -> dict[str, Any] | None:
 def _is_compared(config: RunConfig, folder: Path) -> bool:
     """Whether to measure the version in service too: for the gate, or as it has refused the run."""
     metrics = _read_metrics(folder)
-    return config.export.gate or (metrics is not None and metrics["export_folder"] is None)
+    return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
 
 
 def _pass_gate(

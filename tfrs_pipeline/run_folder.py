@@ -18,8 +18,11 @@ from tfrs_pipeline.settings import ConfigError
 CONFIG_FILE = "config.toml"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
-# Says nothing of what a folder holds: a refused model may be exported all the same.
-MAY_CHANGE = ("export.gate",)
+# Setting -> values that another may replace: a model that was not exported may be after all.
+MAY_CHANGE: Mapping[str, tuple[Any, ...]] = {
+    "export.gate": (True, False),
+    "export.index": ("none",),
+}
 
 
 @contextlib.contextmanager
@@ -38,6 +41,7 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
     if not this_worker().is_chief:
         yield
         return
+    exports = exports and config.export.index != "none"
     for written in (folder, *([config.export.directory] if exports else [])):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):
@@ -97,7 +101,7 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
     every_change = [name for name in old | new if old.get(name) != new.get(name)]
-    changed = [name for name in every_change if name not in MAY_CHANGE]
+    changed = [name for name in every_change if old.get(name) not in MAY_CHANGE.get(name, ())]
     if every_change and not changed:
         _write_settings(config, folder)
     if changed:
@@ -156,6 +160,8 @@ def check_model_name(config: RunConfig) -> None:
     if not config.model_name:
         message = f"required: no letter or digit in the name of {config.data.path} to name it by"
         raise ConfigError([("export.name", message)])
+    if config.export.index == "none":
+        return
     ours = config.model_dump(mode="json")["data"]
     for path in config.model_folder.glob(f"*/{MANIFEST_FILE}"):
         # A model that Python exported has no config: of what data it is, nobody knows.

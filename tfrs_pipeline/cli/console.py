@@ -141,6 +141,9 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"report   {result.folder / 'report.html'}")
     if result.export_folder is None:
         say(console, "model    not exported")
+        if config.export.index == "none":
+            again = [program(), "run", "--run-dir", str(result.folder), "--export.index", "auto"]
+            say(console, f"\nnext:  {shlex.join(again)}")
         return
     say(console, f"model    {result.export_folder}")
     command = [program(), "query", str(result.export_folder.parent)]
