@@ -24,7 +24,13 @@ from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.cli.console import print_result, progress
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
-from tfrs_pipeline.config import RunConfig, dump_config, load_config, movielens_config
+from tfrs_pipeline.config import (
+    RunConfig,
+    dump_config,
+    load_config,
+    movielens_config,
+    with_settings,
+)
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -467,6 +473,39 @@ def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
     assert (answer.code, answer.err) == (0, "")
     assert "unknown" not in answer.out
     assert answer.out.count("Film ") == 10
+
+
+def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
+    command: Any, run: Run, tmp_path: Path
+) -> None:
+    spilled = tmp_path / "spilled"
+    more = ["--preset", "quick", "--training.max_epochs", "7", "--data.temporary_folder", spilled]
+    arguments = run_arguments(tmp_path, *more, "--check")
+    before = set(tmp_path.iterdir())
+    answer = command(*arguments)
+    assert (answer.code, answer.err) == (0, "")
+    stages, _, changes = answer.out.partition(
+        "\nnothing was trained or kept; settings that are not"
+    )
+
+    def said(text: str) -> list[str]:
+        return re.sub(r" +\d+\.\d s$", "", text, flags=re.MULTILINE).splitlines()
+
+    everything = said(run.out.replace(str(run.folder), str(tmp_path)))
+    first_epoch = next(i for i, line in enumerate(everything) if "two_tower, selection 1/" in line)
+    assert said(stages) == everything[everything.index("data") : first_epoch]
+    path = tmp_path / "shown.toml"
+    path.write_text(changes.partition("\n\n")[2])
+    given = {
+        "export.filter_by": "genre",
+        "training.max_epochs": 7,
+        "data.temporary_folder": spilled,
+    }
+    # Those of the file, the preset and the flags, and nothing else.
+    written = load_config(tmp_path / "small.toml")
+    assert load_config(path) == with_settings(written, given, preset="quick")
+    assert "seed" not in path.read_text()
+    assert {*tmp_path.iterdir()} - before == {spilled, path}
 
 
 @pytest.mark.usefixtures("trusted_exports")

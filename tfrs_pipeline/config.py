@@ -80,7 +80,7 @@ class ExportConfig(Config):
     target_recall: float = Field(0.98, gt=0, le=1)
     """Recall target: share of the exact top items that the ScaNN index must find."""
     filter_by: str | None = None
-    """Item feature, categorical or multi_categorical, by whose values requests may filter items."""
+    """Item feature, categorical or multi_categorical, that requests may filter items by."""
     keep_versions: PositiveInt | None = None
     """How many of the newest versions to keep; older ones are deleted. If not given, all."""
     gate: bool = False
@@ -143,8 +143,8 @@ class RunConfig(Config):
     compare: CompareConfig = CompareConfig()
     """What `tfrs-pipeline compare` tries."""
     warm_start: Annotated[Path | None, BeforeValidator(lambda x: None if x == "none" else x)] = None
-    """Folder of a finished run or of an exported model, whose weights training starts from. If not
-    given, from scratch."""
+    """Finished run or exported model whose weights training starts from. If not given, from
+    scratch."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
 
@@ -273,6 +273,34 @@ def dump_config(config: RunConfig) -> str:
     TOML has no null: settings that are None are omitted, and every other one is there.
     """
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def dump_changes(config: RunConfig) -> str:
+    """Writes the settings that are not the defaults, as `dump_config` writes all of them.
+
+    Example:
+        >>> print(dump_changes(with_settings(RunConfig(), {"seed": 7, "split.test": 0.2})))
+        seed = 7
+        <BLANKLINE>
+        [split]
+        test = 0.2
+        <BLANKLINE>
+    """
+    tables = (each.model_dump(mode="json", exclude_none=True) for each in (config, RunConfig()))
+    return tomli_w.dumps(_changed(*tables))
+
+
+def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps what is not as usual, of tables within too."""
+    changed = {}
+    for name, value in settings.items():
+        before = usual.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value = _changed(value, before)
+            before = {}
+        if value != before:
+            changed[name] = value
+    return changed
 
 
 def with_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pydantic
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
+from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
@@ -26,7 +27,13 @@ from tfrs_pipeline.cli.console import (
 )
 from tfrs_pipeline.cli.flags import Command, UsageError
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.config import RunConfig, load_config, movielens_config, with_settings
+from tfrs_pipeline.config import (
+    RunConfig,
+    dump_changes,
+    load_config,
+    movielens_config,
+    with_settings,
+)
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import (
@@ -64,6 +71,8 @@ class Work(Command):
     run_dir: Path | None = None
     """Folder of the run; given alone, resumes the run in it. If not given, a new folder in
     runs/."""
+    check: CliToggleFlag[bool] = False
+    """Only read and split the data, and show the settings."""
     preset: str | None = Field(
         None,
         description="Settings for a kind of log: "
@@ -115,6 +124,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     if command == "run":
         check_model_name(config)  # Before there is a folder.
         config = with_source(config, folder)
+    if flags.check:
+        return _check(config)
     is_chief = this_worker().is_chief
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
@@ -136,6 +147,24 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         show(console, config, result)
     if refusal:
         raise refusal
+    return 0
+
+
+def _check(config: RunConfig) -> int:
+    """Shows what a run would read, and the settings that are not the defaults; keeps nothing."""
+    console, parent = Console(), config.data.temporary_folder
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=parent) as folder,
+        native_errors_to(Path(folder) / "native.log"),
+        progress(console) as callbacks,
+    ):
+        from tfrs_pipeline.run_data import Steps, prepare
+
+        prepare(config, Path(folder), Steps(*callbacks))
+    say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
+    say(console, dump_changes(config).rstrip())
     return 0
 
 
