@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tfrs_pipeline.settings import suggest
+from tfrs_pipeline.settings import check_whole, suggest
 
 HISTORY_TIMESTAMPS = "history_timestamps"
 """What a query may bring beside its history: the time of each item."""
@@ -77,7 +77,7 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
     """Refuses (`ValueError`) queries that would be answered as if they said something else.
 
     One with a misspelt key, or with a history of ids of another type, would have the answer for an
-    empty history. Which features and users there are each model knows, not this.
+    empty history. User ids and the names of features are left to each model.
     """
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
@@ -114,11 +114,13 @@ def check_requests(
     *,
     may_have_others: bool = False,
 ) -> None:
-    """Refuses (`ValueError`) requests with another feature than those that the model reads.
+    """Refuses (`ValueError`) requests with a feature that the model does not read.
 
-    With `may_have_others` only one that must be a misspelt one: a holdout brings all features of
-    its log, of which a model may read some.
+    A `timestamp` is always allowed, also where the model reads no time. With `may_have_others` a
+    name is refused only if it looks misspelt: a holdout brings all request features of its log, of
+    which a model may read some.
     """
+    known = {*known, "timestamp"}
     given = {name for request in requests for name in request or ()}
     unknown = sorted(map(str, given.difference(known)))
     if may_have_others:
@@ -130,17 +132,14 @@ def check_requests(
 
 
 def check_k(k: int) -> None:
-    """Refuses (`ValueError`) a k that is no whole number, below 1, or beyond an exported graph."""
-    is_whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-    if not is_whole or not 1 <= k < 2**31:
-        raise ValueError(f"k must be a whole number, 1 or more, and an int32. Received: {k!r}")
+    """Refuses (`ValueError`) a k that is no whole number, below 1, or no int32, as exports take."""
+    check_whole(1, k=k)
+    if k >= 2**31:
+        raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
 
 
 def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
-    """Refuses (`ValueError`) what should hold one collection a query and does not.
-
-    Nor may one be a string, which would be read letter by letter.
-    """
+    """Refuses (`ValueError`) what should hold one collection a query and does not."""
     if len(values) != num_queries:
         raise ValueError(
             f"{name} must hold one collection a query, which may be empty. "
@@ -157,12 +156,12 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
     """Refuses (`ValueError`) ids of another type than the model's, in any of the lists.
 
-    They would be unknown ones, one and all. None is no id, and not refused.
+    Each would be taken for an unknown id. None stands for no id, and is not refused.
     """
     allowed = str if are_text else (int, np.integer)
     fine: set[type] = {type(None)}
     for ids in lists:
-        # By their types alone: queries are checked by the ten thousands.
+        # Type by type, not id by id: an evaluation checks tens of thousands of queries.
         if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and not are_text:
             continue
         for kind in set(map(type, ids)) - fine:

@@ -127,7 +127,9 @@ def test_refusals_of_counts() -> None:
             SamplingFrame.of_counts(np.array(counts), 5)
     with pytest.raises(ValueError, match=r"Row 0 is no candidate .* Received: 7.* set it to 0"):
         SamplingFrame.of_counts([7, 2], 5)
-    with pytest.raises(ValueError, match=r"batch_size must be 1 or more\. Received: 0"):
+    with pytest.raises(
+        ValueError, match=r"batch_size must be a whole number, 1 or more\. Received: 0"
+    ):
         SamplingFrame.of_counts([0, 2], 0)
     with pytest.raises(ValueError, match=r"sum to 1.*0\.5"):
         build_alias_table(np.array([0.25, 0.25]))
@@ -169,6 +171,7 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (Uniform, {"num": 0}, "num must be a whole number, 1 or more. Received: 0"),
         (Uniform, {"num": 2.5}, r"num must be a whole number.*2\.5"),
         (Uniform, {"num": "5"}, "num must be a whole number.*'5'"),
+        (Uniform, {"num": True}, "num must be a whole number.*True"),
         (Popularity, {"num": 0}, "num must be a whole number, 1 or more"),
         (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
         (Positives, {"exponent": 1.5}, "exponent must be in"),

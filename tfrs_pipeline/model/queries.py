@@ -76,8 +76,7 @@ class QueryEncoder:
         users = [query.get("user_id") for query in queries]
         check_ids([users], are_text=self._query_ids.are_text)
         requests = [query.get("request") for query in queries]
-        # Of a model that reads no time, a request may have one all the same.
-        known = request_signature(self._request_features, reads_times=True)
+        known = [feature.name for feature in self._request_features]
         check_requests(requests, known, may_have_others=True)
         length = self._model.history_length
         query_rows = self._query_ids.rows(users)

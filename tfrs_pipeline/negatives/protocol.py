@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from tfrs_pipeline.settings import check_whole
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -32,7 +34,8 @@ class SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
         Raises:
-            ValueError: If counts are negative, all 0, or not 0 at row 0, or the batch is empty.
+            ValueError: If counts are negative, all 0, or not 0 at row 0, or `batch_size` is no
+                whole number or below 1.
         """
         counts = np.asarray(counts)
         if counts.ndim != 1 or not (counts >= 0).all() or not counts[1:].any():
@@ -43,10 +46,9 @@ class SamplingFrame:
         if counts[0] != 0:
             raise ValueError(
                 f"Row 0 is no candidate and must have a count of 0. Received: {counts[0]}. If it "
-                "counts what a vocabulary lacks, set it to 0: no loss then has row 0 as a negative."
+                "counts what a vocabulary lacks, set it to 0: row 0 is then never a negative."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more. Received: {batch_size}")
+        check_whole(1, batch_size=batch_size)
         return cls(counts, counts / counts.sum(), batch_size)
 
     @property

@@ -75,15 +75,15 @@ class ServedRetriever:
         `allowed` is as for `LoadedRetriever`, but a value that no item has finds nothing.
 
         Raises:
-            ValueError: If the server refuses the request, as for a k beyond its limit, the model
-                has no such request feature, or `allowed` is given and it has no item filter.
+            ValueError: As `check_asked`; if a user id is of another type than the model's, the
+                model has no such request feature, `allowed` is given and it has no item filter, or
+                the server refuses the request, as for a k beyond its limit.
             OSError: If it does not answer, or with an error of its own.
         """
         check_asked(queries, k, exclude, ids_are_text=self._items_are_text)
         check_ids([[query.get("user_id") for query in queries]], are_text=self._users_are_text)
-        # Of a model that reads no time, a request may have one all the same.
         requests = [query.get("request") or {} for query in queries]
-        check_requests(requests, {*self._of_request, "timestamp"})
+        check_requests(requests, self._of_request)
         if exclude is None:
             exclude = [()] * len(queries)
         if allowed is not None:

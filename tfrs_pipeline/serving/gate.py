@@ -43,10 +43,10 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
         # A request feature that is new in this run says nothing to the version in service.
-        requests = [query.get("request") or {} for query in queries]
-        known = [{name: x for name, x in of.items() if name in read} for of in requests]
+        given = [query.get("request") or {} for query in queries]
+        requests = [{name: x for name, x in of.items() if name in read} for of in given]
         return retriever.embed_queries(
-            [{**query, "request": of} for query, of in zip(queries, known, strict=True)]
+            [{**query, "request": of} for query, of in zip(queries, requests, strict=True)]
         )
 
     return ExactRetriever(known[is_there], embeddings, embed)

@@ -216,7 +216,7 @@ def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
     """Words the first problem of a request: where it is, what is wrong, what was got."""
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
-    message = details["msg"].removeprefix("Value error, ")  # The library's own words.
+    message = details["msg"].removeprefix("Value error, ")  # Pydantic's, before ours.
     problem = "Missing named input" if details["type"] == "missing" else message
     return bad_request(f"{place}: {problem}. Received: {_shown(details['input'])}")
 

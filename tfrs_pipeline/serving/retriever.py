@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.model.features import raw_columns, raw_signature
-from tfrs_pipeline.model.requests import request_signature
 from tfrs_pipeline.retrieval import (
     Excluded,
     Query,
@@ -226,7 +225,7 @@ class LoadedRetriever:
         Lists are written with commas, times in ISO 8601 with their zone. A `ValueError` if the
         model reads no such feature, or it holds something else.
         """
-        check_requests([texts], self._known_of_requests)
+        check_requests([texts], self._request_names)
         kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
         return {name: parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
 
@@ -283,7 +282,7 @@ class LoadedRetriever:
         """Asks one signature for the queries without features, another for those with."""
         function = self.saved_model.signatures[signature.format("")]
         requests = [query.get("request") for query in queries]
-        check_requests(requests, self._known_of_requests)
+        check_requests(requests, self._request_names)
         inputs = {
             **query_inputs(function, queries),
             **request_inputs(function, self.features, requests),
@@ -321,9 +320,8 @@ class LoadedRetriever:
         return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
 
     @property
-    def _known_of_requests(self) -> Collection[str]:
-        # Of a model that reads no time, a request may have one all the same.
-        return request_signature(self.features["request"], reads_times=True)
+    def _request_names(self) -> list[str]:
+        return [feature.name for feature in self.features["request"]]
 
     def _check_allowed(self, allowed: Sequence[Collection[str]], num_queries: int) -> None:
         if self.item_filter is None:
