@@ -18,7 +18,7 @@ from tfrs_pipeline.settings import ConfigError
 CONFIG_FILE = "config.toml"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
-# Setting -> values that another may replace: a model that was not exported may be after all.
+# Setting -> its values that a resumed run may replace: what was not exported may be after all.
 MAY_CHANGE: Mapping[str, tuple[Any, ...]] = {
     "export.gate": (True, False),
     "export.index": ("none",),

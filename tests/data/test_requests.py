@@ -130,7 +130,7 @@ def test_a_feature_that_no_request_can_bring_is_refused() -> None:
     for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait"):
         with pytest.raises(ValueError, match=rf"request_features.{name}: .*known"):
             made(table, {name: "numeric"})
-    with pytest.raises(ValueError, match="an outcome is known after the request alone"):
+    with pytest.raises(ValueError, match="an outcome is known only after the request"):
         made(table, {"is_click": "numeric"}, label={"is_click": 1.0})
     with pytest.raises(DataError, match=r"no column 'wat'. Nearest: wait"):
         made(table, {"wat": "numeric"})

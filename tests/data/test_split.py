@@ -167,7 +167,7 @@ def check_holdout_by_a_loop(
             sorted({rows[n][1] for n in before if rows[n][3] in ("clicked", "exposed")}),
         )
     if not expected:
-        without = "In Python, split.train and split.test go" if part == "validation" else "$"
+        without = "In Python, split.train and split.test do" if part == "validation" else "$"
         with pytest.raises(DataError, match=rf"has no positive.* split.min_positives\. ?{without}"):
             getattr(split, part)
         return

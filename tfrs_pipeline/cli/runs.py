@@ -151,7 +151,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 
 def _check(config: RunConfig) -> int:
-    """Shows what a run would read, and the settings that are not the defaults; keeps nothing."""
+    """Shows what would be read, and the settings that are not the defaults; keeps nothing."""
     console, parent = Console(), config.data.temporary_folder
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
     is_empty = folder is None or not folder.is_dir() or not any(folder.iterdir())
-    # A flag that a finished run may be given again is none of a new one.
+    # What may change in a finished run does not begin another.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and is_empty and not is_named:
         raise _no_run_in(folder)
@@ -193,7 +193,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _no_run_in(folder: Path) -> UsageError:
-    """Makes the error of a folder that is given to be resumed and holds nothing."""
+    """Makes the error of a folder that is to be resumed and holds no run."""
     runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
     near = [str(folder.with_name(name)) for name in difflib.get_close_matches(folder.name, runs)]
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
@@ -206,7 +206,7 @@ def _no_run_in(folder: Path) -> UsageError:
 def _run(
     config: RunConfig, folder: Path, **callbacks: Any
 ) -> tuple[RunResult, NotPublished | None]:
-    """Runs and writes the report; of a model that is refused too, and then says why it is."""
+    """Runs and writes the report, of a refused model too; returns the refusal beside the result."""
     from tfrs_pipeline.report.facts import write_report
     from tfrs_pipeline.run import RunResult, run
 

@@ -199,7 +199,7 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
-    """Refuses columns whose first values are what the log has no column of."""
+    """Refuses columns whose first values are all stages or times, if the log has none of these."""
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
     for name, values in zip(rows.column_names, rows.columns, strict=True):
@@ -213,7 +213,8 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
         elif is_time or (found and all(map(_ISO_TIME.match, found))):
             means = "timestamp"
         if means in absent:
-            holds, column = ("stages" if means == "stage" else "times"), printable(name)
+            holds = "stages" if means == "stage" else "times"
+            column = printable(name)
             raise DataError(
                 f"{Source(scanned.name).column(name)} is not read and holds {holds}, and the log "
                 f"has no {means}. Add {means}={column} to columns; or {column}={column}, if it is "

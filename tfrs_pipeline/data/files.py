@@ -38,7 +38,8 @@ class Scan:
 
     `name`, for messages, is the path, or what the table is. `open` makes the rows of some columns,
     in their order. If it is made of `csv_files`, all columns are strings, and `rejects` is where
-    DuckDB puts lines that hold too few or too many fields. A stream's rows come once.
+    DuckDB puts lines that hold too few or too many fields. `is_stream` if its rows can be read only
+    once.
     """
 
     connection: DuckDB
@@ -50,7 +51,7 @@ class Scan:
     is_stream: bool = False
 
     def first_rows(self, columns: Sequence[str], num: int) -> pa.Table:
-        """Looks at a few rows, of which `load` reads all again; of a stream there are none."""
+        """Reads a few rows, which `load` reads again; none of a stream."""
         if self.is_stream or not columns:
             return pa.table({})
         projection = ", ".join(f'"{_double(column)}"' for column in columns)

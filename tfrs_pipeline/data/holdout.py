@@ -184,11 +184,10 @@ def make_holdout(
         .to_pyarrow()
     )
     if rows.num_rows == 0:
-        without = " In Python, split.train and split.test go without it."
+        without = " In Python, split.train and split.test do not need it."
         raise DataError(
             f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
-            "moment, or lower split.min_positives."
-            f"{without if part == 'validation' else ''}"
+            f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
     columns = {name: rows[name].to_numpy() for name in rows.column_names}
     user_ids = columns["user_id"]

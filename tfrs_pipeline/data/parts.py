@@ -81,10 +81,10 @@ class Split(Generic[LogT]):
         )
 
     def report(self) -> dict[str, Any]:
-        """Counts what is in each part that has events: num_events, num_positives, num_users.
+        """Counts what is in each part that has events, and what the split dropped.
 
-        The users are those with positives. And what the split dropped: num_users_dropped and
-        num_events_dropped.
+        Of a part: num_events, num_positives and num_users, those with positives. Of the split:
+        num_users_dropped and num_events_dropped.
         """
         events = self.events
         counts = events.group_by("part").agg(

@@ -32,18 +32,18 @@ def check_names(
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
     for name in features:
         own = meaning.get(columns.get(name, name), name)
-        found = f"request_features.{name}: is {'' if own == name else f'read as {own}, which is '}"
+        named = f"request_features.{name}: is {'' if own == name else f'read as {own}, which is '}"
         if own in (*LOG_COLUMNS, "event_number") or own.startswith("_"):
             remedy = "give a column of what is known when the request comes"
             if own == "timestamp":
                 remedy = f"of the timestamp there are {' and '.join(FROM_TIMESTAMP)}"
             raise ValueError(
-                f"{found}the log's own column or is known after the request alone; {remedy}."
+                f"{named}the log's own column or is known only after the request; {remedy}."
             )
         if own in others:
             raise ValueError(
-                f"{found}a user feature or an outcome too. Rename it; an outcome is known after "
-                "the request alone, and can be no feature of it."
+                f"{named}a user feature or an outcome too. Rename it; an outcome is known only "
+                "after the request, and can be no feature of it."
             )
 
 

@@ -92,7 +92,7 @@ def load_raw(
     """Opens an item or user table; None where there is none, a `ValueError` if it has features.
 
     `remedy` says what to do if it lacks a column, in place of setting its name; `id_of_events` is
-    the column of its ids in the events, which may be called so here too.
+    the column of the events that holds these ids, suggested if this table has it as well.
     """
     kind = id_name.removesuffix("_id")
     if source is None:

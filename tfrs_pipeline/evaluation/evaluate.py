@@ -51,7 +51,7 @@ def evaluate(
         Results by name, and the differences from the first; prints as a table.
 
     Raises:
-        TypeError: If an argument is of another kind: no retriever, no holdout, no list of cutoffs.
+        TypeError: If something is no retriever, no holdout or no list of cutoffs.
         ValueError: If an argument is not as described, no query has anything relevant, or a
             retriever breaks its contract: wrong shape, a candidate twice, an excluded or unknown
             candidate.

@@ -77,16 +77,15 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`,
                 a column that holds the row's own positive must not.
             negative_embeddings: [C, D], the shared columns.
-            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. One
-                that is -inf does not count: no kind of negative draws its candidate, such as an
-                item that is new in validation.
+            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. A column
+                of -inf does not count: no kind of negative draws its candidate, such as an item
+                that is new in validation.
             positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
             hard_embeddings: [W, H, D], each row's own negatives.
             hard_log_q: [W, H], required with `hard_embeddings`.
             hard_mask: [W, H] bool, True where a hard negative counts.
-            compute_metrics: Taken from callers of the parent, as is `compute_batch_metrics`; there
-                are no metrics.
-            compute_batch_metrics: See `compute_metrics`.
+            compute_metrics: Ignored, as there are no metrics: callers of the parent pass it.
+            compute_batch_metrics: Likewise.
 
         Returns:
             Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
@@ -142,7 +141,7 @@ def _masked(logits: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
     """Refuses a log_q that would be broadcast over the columns: [W, 1] corrects nothing.
 
-    Where it is infinite, what comes back masks the column.
+    Where it is infinite, what is returned masks the column.
     """
     log_q = tf.convert_to_tensor(log_q)
     given, columns = log_q.shape, shared.shape[1]
@@ -151,7 +150,7 @@ def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
         raise ValueError(f"{message}, here of {columns} columns. Received: shape {tuple(given)}")
     check = tf.debugging.assert_equal(tf.shape(log_q)[-1], tf.shape(shared)[1], message)
     with tf.control_dependencies([check]):
-        # Of -inf there would come an infinite logit, and a loss of NaN.
+        # -inf would make the logit infinite and the loss NaN.
         return tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
 
 

@@ -319,7 +319,7 @@ class TwoTower:
             raise ValueError(_NOT_FITTED)
         return self._network
 
-    # Training sets these two, and what is set is found before a cached property.
+    # Training assigns these two: a value that is assigned hides a cached property.
 
     @functools.cached_property
     def corpus(self) -> Corpus:
@@ -339,7 +339,8 @@ class TwoTower:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`.
 
-        Read and refused is what `query_embeddings` says; `exclude` holds ids of the items' type.
+        Queries are read and refused as by `query_embeddings`; `exclude` holds ids of the items'
+        type.
         """
         _ = self.network
         return self._retriever.retrieve(queries, k, exclude)
@@ -347,8 +348,7 @@ class TwoTower:
     def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32.
 
-        Of users, the features that the log had are read; an exported model reads a query's
-        `features` too.
+        User features are those of the log; an exported model reads a query's `features` too.
 
         Raises:
             ValueError: If a query has an unknown key, an id of another type than the log's or a
@@ -477,8 +477,8 @@ class TwoTower:
 
 
 def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
-    """Returns an own tower, made of the corpus if it is a function; a `TypeError` if it is none."""
-    # What has a `call` is a layer, of this Keras or of another, which could be called as well.
+    """Returns an own tower, or what a function makes of the corpus; a `TypeError` if no layer."""
+    # A layer of another Keras is callable, but no function of the corpus: it has a `call`.
     is_made = not isinstance(own, type) and hasattr(own, "call")
     layer = own if is_made else own(corpus)
     if not isinstance(layer, tf.keras.layers.Layer):

@@ -98,8 +98,8 @@ class Mixture:
             [C] int32 candidate rows, kind by kind. A row must mask those that are its own positive.
 
         Raises:
-            ValueError: If the seed is no pair, or in-batch negatives meet a batch of another size
-                than the frame's, where the graph knows it: log_q would not be theirs.
+            ValueError: If the seed is no pair, or there are in-batch negatives and the batch is
+                known to be of another size than the frame's, so that log_q would be wrong.
         """
         if np.shape(seed) != (2,):
             raise ValueError(
@@ -109,9 +109,9 @@ class Mixture:
         num_rows = positive_rows.shape[0]
         if self.in_batch_draws and num_rows not in (None, self._frame.batch_size):
             raise ValueError(
-                f"The frame is of batches of {self._frame.batch_size} positives, and log_q with "
-                f"it. Received: {num_rows}. Make a frame of this batch_size; a data set's last "
-                "batch is whole with drop_remainder."
+                f"The frame, and log_q with it, is for batches of {self._frame.batch_size} "
+                f"positives. Received: {num_rows}. Make a frame of this batch_size; if only the "
+                "last batch of a dataset is smaller, batch it with drop_remainder=True."
             )
         drawn = [
             kind.draw(

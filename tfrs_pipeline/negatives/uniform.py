@@ -22,7 +22,7 @@ class Uniform:
         num: Draws a batch, 1 or more, shared by its rows.
 
     Raises:
-        ValueError: If `num` is none of these.
+        ValueError: If `num` is no whole number or below 1.
     """
 
     num: int = 256
