@@ -173,8 +173,8 @@ def from_text(value: Any) -> Any:
 def check_whole(least: int, **values: object) -> None:
     """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""
     for name, value in values.items():
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_whole or value < least:
+        is_bool = isinstance(value, bool)  # An int to Python.
+        if is_bool or not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name} must be a whole number, {least} or more. Received: {value!r}")
 
 
