@@ -439,7 +439,10 @@ def test_item_files_that_are_refused(
 
 
 UNMAPPED = {
-    "reached": (["Clicked", "exposed", " ranked"], "holds stages, .*Add stage=reached to columns"),
+    "reached": (
+        ["Clicked", "exposed", " recalled"],
+        "holds stages, .*Add stage=reached to columns",
+    ),
     "at": (["2024-01-31", "2024-02-01T10:00Z", ""], "holds times, .*Add timestamp=at to columns"),
     "day": ([date(2024, 1, 31), date(2024, 2, 1), None], "holds times, .*Add timestamp=day"),
 }
@@ -459,6 +462,20 @@ def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool
     mended = {"stage" if name == "reached" else "timestamp": name}
     with pytest.raises(DataError, match=f"'{name}' (holds an unknown stage|holds times without)"):
         load(events, columns=mended)
+
+
+def test_few_values_that_look_like_stages_or_times_are_read_over(load: Any) -> None:
+    rows = range(20)
+    columns = {
+        "mood": ["clicked", *(f"mood {i}" for i in rows[1:])],
+        "note": ["2024-01-31", *(f"note {i}" for i in rows[1:])],
+        "empty": [None] * len(rows),
+    }
+    ids = {"user_id": list(rows), "item_id": list(rows)}
+    assert "mood" not in load(pa.table({**ids, **columns})).events.columns
+    mostly = ["unknown", *(f"2024-01-{i:02}" for i in rows[1:])]
+    with pytest.raises(DataError, match="'moment' is not read and holds times"):
+        load(pa.table({**ids, "moment": mostly}))
 
 
 def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:

@@ -135,7 +135,7 @@ def test_features_are_those_asked_for(published: Path) -> None:
         {"user_id": 6, "user_active_degree": "UNKNOWN", "onehot_feat4": None},
         {"user_id": 7, "user_active_degree": None, "onehot_feat4": None},
     ]
-    assert any("are of 1 users that" in note for note in tables.notes)
+    assert any("are of 1 user that" in note for note in tables.notes)
 
 
 def test_upload_days_are_those_of_the_logs_time_zone(published: Path) -> None:

@@ -199,7 +199,11 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
-    """Refuses columns whose first values are all stages or times, if the log has none of these."""
+    """Refuses columns whose first values are stages or times, if the log has none of these.
+
+    Stages are so if all are known or two of them: a team may have names of its own for the others.
+    Times are so if nine tenths are: some may be unreadable.
+    """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
     for name, values in zip(rows.column_names, rows.columns, strict=True):
@@ -207,10 +211,11 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
         texts = values.drop_null().unique().to_pylist() if is_text else []
         found = {text.strip().lower() for text in texts} - {""}
         is_time = pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)
+        num_times = sum(map(bool, map(_ISO_TIME.match, found)))
         means = ""
-        if found and found <= stages:
+        if len(found & stages) >= min(len(found), 2) > 0:
             means = "stage"
-        elif is_time or (found and all(map(_ISO_TIME.match, found))):
+        elif is_time or num_times > 0.9 * len(found):
             means = "timestamp"
         if means in absent:
             holds = "stages" if means == "stage" else "times"
