@@ -13,6 +13,7 @@ import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 ROOMS = [
+    "messages",
     "settings",
     "retrieval",
     "durable",
@@ -38,6 +39,7 @@ ROOMS = [
 ]
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 WITHOUT_TENSORFLOW = (
+    "messages",
     "settings",
     "retrieval",
     "durable",

@@ -17,18 +17,11 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
+from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.settings import (
-    Config,
-    ConfigError,
-    Distinct,
-    Several,
-    refuse,
-    setting_names,
-    suggest,
-)
+from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
 # Those from mined on only if asked for.
 PlanKind: TypeAlias = Literal[

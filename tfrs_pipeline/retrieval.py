@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tfrs_pipeline.settings import check_whole, suggest
+from tfrs_pipeline.messages import check_whole, suggest
 
 HISTORY_TIMESTAMPS = "history_timestamps"
 """What a query may bring beside its history: the time of each item."""

@@ -20,6 +20,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.durable import file_hash, is_whole, part_files, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.settings import TwoTowerSettings
@@ -31,7 +32,6 @@ from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_inde
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
-from tfrs_pipeline.settings import counted
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}

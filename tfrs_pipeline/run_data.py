@@ -17,11 +17,11 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig
 from tfrs_pipeline.durable import Damaged, is_whole
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run_folder import CONFIG_FILE
-from tfrs_pipeline.settings import counted
 from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 from tfrs_pipeline.sources.recflow import load_recflow

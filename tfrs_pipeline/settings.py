@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import numbers
 import re
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
 from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
+
+from tfrs_pipeline.messages import suggest
 
 
 class ConfigError(ValueError):
@@ -168,61 +169,3 @@ def from_text(value: Any) -> Any:
     if sum(not equals for _, equals, _ in parts) > 1:
         raise ValueError("must be a kind and its settings by name, such as uniform:num=256")
     return {name if equals else "kind": text if equals else name for name, equals, text in parts}
-
-
-def check_whole(least: int, **values: object) -> None:
-    """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""
-    for name, value in values.items():
-        is_bool = isinstance(value, bool)  # An int to Python.
-        if is_bool or not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more. Received: {value!r}")
-
-
-def printable(text: str, max_chars: int = 80) -> str:
-    r"""Makes a line of text that came from outside: cut, and control characters escaped.
-
-    Example:
-        >>> print(printable("a film\x1b[2J and more", max_chars=11))
-        a film\x1b[2J ...
-    """
-    cut = text if len(text) <= max_chars else text[:max_chars] + "..."
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
-
-
-def sentence(text: str) -> str:
-    """Ends a text with a full stop, unless it ends in one or in a question mark."""
-    return text if text.endswith((".", "?")) else f"{text}."
-
-
-def counted(number: int, what: str) -> str:
-    """Writes a count with its noun.
-
-    Example:
-        >>> counted(1, "epoch"), counted(1000, "query")
-        ('1 epoch', '1,000 queries')
-    """
-    many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{number:,} {what if number == 1 else many}"
-
-
-def in_percent(part: int, whole: int) -> str:
-    """Writes a part of a whole in percent: only what is nothing is 0.0%.
-
-    Example:
-        >>> in_percent(1, 8), in_percent(0, 8), in_percent(67, 143_609)
-        ('12.5%', '0.0%', '<0.1%')
-    """
-    percent = f"{part / whole:.1%}"
-    return "<0.1%" if part and percent == "0.0%" else percent
-
-
-def suggest(name: str, known: Collection[str]) -> str:
-    """Says which known name is nearest, by the whole name or its last part, or lists them."""
-    near = difflib.get_close_matches(name, known, n=1) or [
-        other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-    if near:
-        return f"did you mean {near[0]!r}?"
-    if len(known) > 30:
-        return "no known one is near"
-    return "known: " + ", ".join(sorted(known))

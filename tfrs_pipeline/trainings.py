@@ -14,6 +14,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.notes import OnProgress, describe_epoch
@@ -23,7 +24,7 @@ from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
 from tfrs_pipeline.run_folder import read_settings
-from tfrs_pipeline.settings import ConfigError, counted, refuse
+from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
 

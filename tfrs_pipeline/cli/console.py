@@ -18,9 +18,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
 from tfrs_pipeline.run_folder import CONFIG_FILE
-from tfrs_pipeline.settings import counted
 
 if TYPE_CHECKING:
     from tfrs_pipeline.compare import PlanComparison

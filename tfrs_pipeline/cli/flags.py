@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand, CliToggleFlag
 
-from tfrs_pipeline.settings import Config, suggest
+from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.settings import Config
 
 _NONE = "\0"  # What the library reads as None; "none" may be a word of a setting's own.
 _WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}

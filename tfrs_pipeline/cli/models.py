@@ -18,8 +18,9 @@ from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
 from tfrs_pipeline.cli.flags import Command
+from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.settings import ConfigError, counted, printable
+from tfrs_pipeline.settings import ConfigError
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.refresh import Refreshed

@@ -16,7 +16,7 @@ import ibis.expr.types as ir
 
 from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable, id_refusals
 from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
-from tfrs_pipeline.settings import printable
+from tfrs_pipeline.messages import printable
 
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST_FLOAT32 = 3.4028234663852886e38

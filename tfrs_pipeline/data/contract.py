@@ -22,7 +22,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.tables import MAX_WEIGHT
-from tfrs_pipeline.settings import sentence
+from tfrs_pipeline.messages import sentence
 
 # Type of a column -> what a log stores it as.
 _ID = {"integer": "int64", "string": "string"}

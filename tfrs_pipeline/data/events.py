@@ -38,7 +38,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, type_features
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
-from tfrs_pipeline.settings import printable, sentence
+from tfrs_pipeline.messages import printable, sentence
 
 _NUM_LOOKED_AT = 1000
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ t]\d|$)")

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source, count_rows
-from tfrs_pipeline.settings import printable, sentence
+from tfrs_pipeline.messages import printable, sentence
 
 LINES_REMEDY = (
     "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "

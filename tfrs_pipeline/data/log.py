@@ -37,7 +37,7 @@ from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
-from tfrs_pipeline.settings import counted
+from tfrs_pipeline.messages import counted
 
 
 @dataclass(frozen=True, eq=False)

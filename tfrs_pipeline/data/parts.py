@@ -16,7 +16,7 @@ from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.schema import SplitKind
 from tfrs_pipeline.data.split import PARTS, is_positive
 from tfrs_pipeline.durable import part_files, read_record, write_record
-from tfrs_pipeline.settings import counted
+from tfrs_pipeline.messages import counted
 
 LogT = TypeVar("LogT", bound=Any)  # `Log`, which makes its splits of this and is imported later.
 

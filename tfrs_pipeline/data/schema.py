@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from tfrs_pipeline.settings import printable, sentence, suggest
+from tfrs_pipeline.messages import printable, sentence, suggest
 
 if TYPE_CHECKING:
     import ibis

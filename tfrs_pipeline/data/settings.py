@@ -25,7 +25,8 @@ from tfrs_pipeline.data.schema import (
     name_problem,
     part_problems,
 )
-from tfrs_pipeline.settings import Config, refuse, suggest
+from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.settings import Config, refuse
 
 StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]

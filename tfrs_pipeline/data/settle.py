@@ -16,7 +16,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.data.tables import check_account, store
-from tfrs_pipeline.settings import counted, in_percent, printable
+from tfrs_pipeline.messages import counted, in_percent, printable
 
 
 def settle(

@@ -24,7 +24,7 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.data.times import Formats
-from tfrs_pipeline.settings import in_percent, printable, suggest
+from tfrs_pipeline.messages import in_percent, printable, suggest
 
 logger = logging.getLogger(__name__)
 

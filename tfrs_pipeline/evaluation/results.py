@@ -12,7 +12,7 @@ import numpy as np
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Interval, bootstrap_intervals
 from tfrs_pipeline.evaluation.table import format_table
-from tfrs_pipeline.settings import counted
+from tfrs_pipeline.messages import counted
 
 
 @dataclass(frozen=True, repr=False)

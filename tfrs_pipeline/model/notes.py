@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.settings import counted
 
 OnProgress: TypeAlias = Callable[..., None]
 """Told of long work: a task's name, steps done and in all, and at times what there is to say."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from tfrs_pipeline.settings import check_whole
+from tfrs_pipeline.messages import check_whole
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 # As typed after a flag: with commas between.

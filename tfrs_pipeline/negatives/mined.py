@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from tfrs_pipeline.messages import check_whole
 from tfrs_pipeline.negatives.funnel import check_share
-from tfrs_pipeline.settings import check_whole
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tfrs_pipeline.settings import check_whole
+from tfrs_pipeline.messages import check_whole
 
 if TYPE_CHECKING:
     import tensorflow as tf

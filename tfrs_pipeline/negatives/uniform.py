@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tfrs_pipeline.messages import check_whole
 from tfrs_pipeline.negatives.protocol import SamplingFrame
-from tfrs_pipeline.settings import check_whole
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -23,6 +23,7 @@ from tfrs_pipeline.drawing import Drawing, variables
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -37,7 +38,6 @@ from tfrs_pipeline.report.verdict import (
 from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_samples
-from tfrs_pipeline.settings import counted
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.settings import counted
+from tfrs_pipeline.messages import counted
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
+from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.features import raw_columns, raw_signature
 from tfrs_pipeline.retrieval import (
     Excluded,
@@ -40,7 +41,6 @@ from tfrs_pipeline.serving.publish import (
     versions_of,
 )
 from tfrs_pipeline.serving.tune import Requests
-from tfrs_pipeline.settings import suggest
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
