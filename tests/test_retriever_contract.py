@@ -374,6 +374,8 @@ def test_what_would_be_answered_as_something_else_is_refused(
     for number in (0, 2.5, "5", True):
         with pytest.raises(ValueError, match=rf"k must be a whole number.*Received: {number!r}"):
             retriever.retrieve([{"history": [item]}], number)
+    with pytest.raises(ValueError, match="k must be an int32"):
+        retriever.retrieve([{"history": [item]}], 2**31)
 
 
 def test_what_is_known_and_says_nothing_changes_nothing(

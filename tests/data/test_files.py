@@ -464,18 +464,18 @@ def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool
         load(events, columns=mended)
 
 
-def test_few_values_that_look_like_stages_or_times_are_read_over(load: Any) -> None:
-    rows = range(20)
-    columns = {
-        "mood": ["clicked", *(f"mood {i}" for i in rows[1:])],
-        "note": ["2024-01-31", *(f"note {i}" for i in rows[1:])],
-        "empty": [None] * len(rows),
-    }
-    ids = {"user_id": list(rows), "item_id": list(rows)}
-    assert "mood" not in load(pa.table({**ids, **columns})).events.columns
-    mostly = ["unknown", *(f"2024-01-{i:02}" for i in rows[1:])]
-    with pytest.raises(DataError, match="'moment' is not read and holds times"):
-        load(pa.table({**ids, "moment": mostly}))
+@pytest.mark.parametrize(("num_unreadable", "holds_times"), [(1, True), (2, False)])
+def test_times_are_told_among_a_few_that_are_none(
+    load: Any, num_unreadable: int, holds_times: bool
+) -> None:
+    days = [f"2024-01-{i + 1:02}" for i in range(20)]
+    days[:num_unreadable] = [f"unknown {i}" for i in range(num_unreadable)]
+    events = pa.table({"user_id": range(20), "item_id": range(20), "moment": days})
+    if holds_times:
+        with pytest.raises(DataError, match="'moment' is not read and holds times"):
+            load(events)
+    else:
+        assert "columns not read: moment" in load(events).notes[0]
 
 
 def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:

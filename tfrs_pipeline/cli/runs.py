@@ -173,14 +173,14 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # The other workers take the chief's settings, whatever it may be writing there now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
-    is_empty = folder is None or not folder.is_dir() or not any(folder.iterdir())
+    holds_nothing = folder is not None and not (folder.is_dir() and any(folder.iterdir()))
     # What may change in a finished run does not begin another.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
-    if folder and is_empty and not is_named:
+    if folder and holds_nothing and not is_named:
         raise _no_run_in(folder)
     if flags.config:
         base = load_config(flags.config)
-    elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or is_empty)):
+    elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
         base = read_settings(folder)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()

@@ -201,8 +201,8 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
     """Refuses columns whose first values are stages or times, if the log has none of these.
 
-    Stages are so if all are known or two of them: a team may have names of its own for the others.
-    Times are so if nine tenths are: some may be unreadable.
+    A column holds stages if all its values are known ones, or two are: a team may have names of its
+    own for the others. It holds times if more than nine tenths are: some may be unreadable.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}

@@ -352,7 +352,7 @@ class TwoTower:
 
         Raises:
             ValueError: If a query has an unknown key, an id of another type than the log's or a
-                request feature that the model does not read.
+                misspelt request feature; others that the model does not read are ignored.
         """
         _ = self.network
         return self._query_encoder(queries)

@@ -188,7 +188,7 @@ def _check_exportable(model: Exportable) -> None:
     # Not `hasattr`, which would make the items and histories of a large log.
     if missing := sorted(set(needed) - set(dir(model))):
         raise TypeError(
-            "Exports a model that embeds queries and candidates (`serving.encoder.Exportable`). "
+            "Exports a model that embeds queries and candidates (`tp.Exportable`). "
             f"Received: {type(model).__name__}, which has no {', '.join(missing)}."
         )
 
