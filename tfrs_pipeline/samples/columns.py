@@ -4,84 +4,63 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
+from tfrs_pipeline.durable import is_whole, naming, part_files, read_record, write_record
 
 
-class ColumnWriter:
-    """Writes a .npy file, whose length is known only at its end: of numbers, or of rows of them.
+def read_blocks(table: Path, column: str) -> Iterator[Any]:
+    """Reads a column of Parquet, a file or a folder of parts: Arrow arrays of some rows each."""
+    for part in part_files(table):
+        for batch in pq.ParquetFile(part).iter_batches(columns=[column]):
+            if batch.num_rows:
+                yield batch[0]
+
+
+def write_column(
+    path: Path, dtype: Any, blocks: Iterable[Any], row_shape: tuple[int, ...] = ()
+) -> None:
+    """Writes blocks of numbers, or of rows of them, as one .npy file; other types are cast.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "rows.npy"
-        >>> with ColumnWriter(path, np.int32) as column:
-        ...     column.append([5, 3])
-        ...     column.append([8])
+        >>> write_column(path, np.int32, [[5, 3], [8]])
         >>> map_column(path)
         array([5, 3, 8], dtype=int32)
     """
-
-    def __init__(self, path: Path, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
-        self._dtype = np.dtype(dtype)
-        self._row_shape = row_shape
-        self._length = 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, values: Any) -> None:
-        """Appends values, cast if they are of another type."""
-        array = np.ascontiguousarray(values, self._dtype)
-        self._file.write(array.data)
-        self._length += len(array)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
+    num_rows = 0
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            rows = np.ascontiguousarray(block, dtype)
+            file.write(rows.data)
+            num_rows += len(rows)
         # The format leaves room for any length in the header: it is as long as before.
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def _write_header(self) -> None:
-        shape = self._length, *self._row_shape
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (num_rows, *row_shape)})
 
 
-class OffsetsWriter(ColumnWriter):
-    """Writes where the rows of each key begin, of a table in the order of the keys.
+def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
+    """Finds where the rows of each key begin, of a table in the order of the keys.
+
+    Blocks hold the keys of some rows, 0 to num_keys - 1, and are not empty. Returns
+    [num_keys + 1] int64, whose last entry is the number of rows.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "offsets.npy"
-        >>> with OffsetsWriter(path, num_keys=5) as offsets:
-        ...     offsets.append_keys(np.array([1, 1]))
-        ...     offsets.append_keys(np.array([1, 3]))
-        >>> map_column(path)
+        >>> starts_of_keys([np.array([1, 1]), np.array([1, 3])], num_keys=5)
         array([0, 0, 3, 3, 4, 4])
     """
-
-    def __init__(self, path: Path, num_keys: int) -> None:
-        super().__init__(path, np.int64)
-        self._num_keys = num_keys
-        self._num_rows = 0
-
-    def append_keys(self, keys: np.ndarray) -> None:
-        """Appends rows by their keys, 0 to num_keys - 1, ascending."""
-        # A key's rows may go on in the next call: where they begin is known all the same.
-        new = np.arange(self._length, keys[-1] + 1)
-        self.append(self._num_rows + np.searchsorted(keys, new))
-        self._num_rows += len(keys)
-
-    def __exit__(self, *error: object) -> None:
-        self.append(np.full(self._num_keys + 1 - self._length, self._num_rows))
-        super().__exit__(*error)
+    num_before = np.zeros(num_keys + 1, np.int64)
+    for keys in blocks:
+        num_before[keys[0] + 1 : keys[-1] + 2] += np.bincount(keys - keys[0])
+    return np.cumsum(num_before)
 
 
 def map_columns(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.durable import file_hash, part_files
-from tfrs_pipeline.samples.columns import ColumnWriter, map_columns
-
-REQUEST = "request_"
+from tfrs_pipeline.samples.columns import map_columns, read_blocks, write_column
 
 
 def request_column(name: str) -> str:
     """Names the column of `samples.parquet` that holds a request feature."""
-    return f"{REQUEST}{name}"
+    return f"request_{name}"
 
 
 def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
@@ -52,15 +50,7 @@ def _write(
 ) -> None:
     """Writes a column each, by number: a name may be none of a file."""
     for i, (name, encode) in enumerate(encoders.items()):
-        blocks = map(encode, _blocks(folder, name))
+        blocks = map(encode, read_blocks(folder / "samples.parquet", request_column(name)))
         first = next(blocks)
-        with ColumnWriter(columns / f"{i}.npy", first.dtype, first.shape[1:]) as column:
-            for block in itertools.chain([first], blocks):
-                column.append(block)
-
-
-def _blocks(folder: Path, name: str) -> Iterator[Any]:
-    for part in part_files(folder / "samples.parquet"):
-        for batch in pq.ParquetFile(part).iter_batches(columns=[request_column(name)]):
-            if batch.num_rows:
-                yield batch[0]
+        every = itertools.chain([first], blocks)
+        write_column(columns / f"{i}.npy", first.dtype, every, first.shape[1:])

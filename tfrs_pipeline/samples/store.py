@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import file_hash, part_files
-from tfrs_pipeline.samples.columns import ColumnWriter, OffsetsWriter, map_columns
-from tfrs_pipeline.samples.requests import REQUEST
+from tfrs_pipeline.samples.columns import map_columns, read_blocks, starts_of_keys, write_column
 
-_FLAT = {"candidate_row": np.int32, "weight": np.float32, "num_earlier": np.int32, "time": np.int64}
+_FLAT: dict[str, type] = {
+    **dict.fromkeys(("query_row", "candidate_row", "num_earlier"), np.int32),
+    "weight": np.float32,
+    "time": np.int64,
+}
 _MASKS = ("known_positives", "exposed")
 _POOL_SIZE = "num_hard_"
 
@@ -265,65 +269,41 @@ def read_ids(folder: Path) -> tuple[Ids, Ids]:
 
 def _convert(folder: Path, columns: Path) -> None:
     """Writes `NAME.npy`, and of lists `of_NAME.npy`, their offsets."""
-    num_queries = sum(len(batch["query_row"]) for batch in _batches(folder / "queries.parquet"))
-    _convert_samples(folder, columns, num_queries)
+    queries = part_files(folder / "queries.parquet")
+    num_queries = sum(pq.read_metadata(part).num_rows for part in queries)
+
+    def read(table: str, column: str) -> Iterator[np.ndarray]:
+        for block in read_blocks(folder / f"{table}.parquet", column):
+            yield block.to_numpy()
+
+    def write(name: str, dtype: type, blocks: Iterable[Any]) -> None:
+        write_column(columns / f"{name}.npy", dtype, blocks)
+
+    def write_starts(name: str, table: str) -> None:
+        starts = starts_of_keys(read(table, "query_row"), num_queries + 1)
+        np.save(columns / f"of_{name}.npy", starts)
+
+    names = pq.read_schema(part_files(folder / "samples.parquet")[0]).names
+    for name, dtype in _FLAT.items():
+        if name in names:
+            write(name, dtype, read("samples", name))
+    write_starts("sequences", "samples")
     for name in _MASKS:
-        with (
-            OffsetsWriter(columns / f"of_{name}.npy", num_queries + 1) as offsets,
-            ColumnWriter(columns / f"{name}.npy", np.int32) as values,
-        ):
-            for batch in _batches(folder / f"{name}.parquet"):
-                offsets.append_keys(batch["query_row"])
-                values.append(batch["candidate_row"])
-    with ColumnWriter(columns / "counts.npy", np.int64) as counts:
-        counts.append([0])
-        for batch in _batches(folder / "corpus.parquet"):
-            counts.append(batch["count"])
+        write(name, np.int32, read(name, "candidate_row"))
+        write_starts(name, name)
+    for name in names:
+        if name.startswith(_POOL_SIZE):
+            pool = f"hard_{name.removeprefix(_POOL_SIZE)}"
+            write(pool, np.int32, read(pool, "candidate_row"))
+            write(f"of_{pool}", np.int64, _offsets(read("samples", name)))
+    write("counts", np.int64, itertools.chain([[0]], read("corpus", "count")))
 
 
-def _convert_samples(folder: Path, columns: Path, num_queries: int) -> None:
-    path = folder / "samples.parquet"
-    names = pq.read_schema(part_files(path)[0]).names
-    with contextlib.ExitStack() as stack:
-
-        def writer(name: str, dtype: type) -> ColumnWriter:
-            return stack.enter_context(ColumnWriter(columns / f"{name}.npy", dtype))
-
-        query_row = writer("query_row", np.int32)
-        sequences = stack.enter_context(
-            OffsetsWriter(columns / "of_sequences.npy", num_queries + 1)
-        )
-        flat = {name: writer(name, dtype) for name, dtype in _FLAT.items() if name in names}
-        pools = {
-            name: writer(f"of_hard_{name.removeprefix(_POOL_SIZE)}", np.int64)
-            for name in names
-            if name.startswith(_POOL_SIZE)
-        }
-        ends = dict.fromkeys(pools, 0)
-        for offsets in pools.values():
-            offsets.append([0])
-        for batch in _batches(path):
-            query_row.append(batch["query_row"])
-            sequences.append_keys(batch["query_row"])
-            for name, column in flat.items():
-                column.append(batch[name])
-            for name, offsets in pools.items():
-                of_batch = ends[name] + np.cumsum(batch[name], dtype=np.int64)
-                offsets.append(of_batch)
-                ends[name] = of_batch[-1]
-        for name in pools:
-            stage = name.removeprefix(_POOL_SIZE)
-            values = writer(f"hard_{stage}", np.int32)
-            for batch in _batches(folder / f"hard_{stage}.parquet"):
-                values.append(batch["candidate_row"])
-
-
-def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Reads a table a few rows at a time, without ids and request features."""
-    for part in part_files(path):
-        file = pq.ParquetFile(part)
-        others = ("user_id", "item_id", REQUEST)
-        names = [name for name in file.schema_arrow.names if not name.startswith(others)]
-        for batch in file.iter_batches(columns=names):
-            if batch.num_rows:
-                yield {name: batch[name].to_numpy() for name in names}
+def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the offsets of lists, a block of their lengths at a time."""
+    last = np.zeros(1, np.int64)
+    yield last
+    for block in lengths:
+        offsets = last + np.cumsum(block, dtype=np.int64)
+        yield offsets
+        last = offsets[-1:]
