@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import ibis
 import ibis.expr.datatypes as dt
-import ibis.expr.types as ir
 
 from tfrs_pipeline.data.schema import (
+    WEIGHT_FAULT,
     DataError,
     FeatureKind,
     Refusal,
@@ -16,12 +16,13 @@ from tfrs_pipeline.data.schema import (
     Stage,
     count_rows,
     id_refusals,
+    is_usable_weight,
     name_problem,
     refuse_rows,
     require_column,
 )
 from tfrs_pipeline.data.settle import add_missing
-from tfrs_pipeline.data.tables import MAX_WEIGHT
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import sentence
 
 # Type of a column -> what a log stores it as.
@@ -79,7 +80,7 @@ def check_events(
             f"{source.column('event_number')} holds {num_distinct} different numbers in {num_rows} "
             f"rows. {_remedy('event_number')}"
         )
-    if not count_rows(events.filter(events["stage"] == Stage.CLICKED.value)):
+    if not count_rows(events.filter(is_positive)):
         raise DataError(f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked').")
     return events
 
@@ -143,11 +144,7 @@ def _event_refusals(events: ibis.Table) -> Iterable[Refusal]:
         is_empty = (events["request_id"] == "").fill_null(False)
         yield Refusal("request_id", is_empty, "is ''", "Make it null where there is no request.")
     if "weight" in events.columns:
-        weight: ir.NumericValue = events["weight"]
-        is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
-        problem = f"is not a number above 0 and at most {MAX_WEIGHT:.0e}"
-        remedy = "Give these rows a weight (1 is neutral)."
-        yield Refusal("weight", ~is_usable, problem, remedy)
+        yield Refusal("weight", ~is_usable_weight(events["weight"]), *WEIGHT_FAULT)
 
 
 def _remedy(name: str) -> str:

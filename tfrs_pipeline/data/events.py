@@ -26,6 +26,7 @@ from tfrs_pipeline.data.requests import check_names, is_from_timestamp
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     TIMES_ELSEWHERE,
+    WEIGHT_FAULT,
     DataError,
     Dropped,
     FeatureKind,
@@ -33,10 +34,11 @@ from tfrs_pipeline.data.schema import (
     Refusal,
     Source,
     Stage,
+    is_usable_weight,
     name_problem,
     require_column,
 )
-from tfrs_pipeline.data.tables import MAX_BAD_SHARE, MAX_WEIGHT, store_sound, type_features
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, store_sound, type_features
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.messages import printable, sentence
 
@@ -274,18 +276,13 @@ def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.Str
 
 
 def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
-    """Makes weights of positives: above 0, so that they train, and not past what float32 adds up.
-
-    Those of other events have no use, so that whatever stands there is 1.
-    """
+    """Makes weights of positives; those of other events have no use, and are 1 if unusable."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):
         raise raw.wrong_type("weight", "a number")
     weight = value.try_cast("float64")
-    is_usable = ((weight > 0) & (weight <= MAX_WEIGHT)).fill_null(False)
-    problem = f"is not a number above 0 and at most {MAX_WEIGHT:.0e}"
-    remedy = "Give these rows a weight (1 is neutral)."
-    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, problem, remedy)
+    is_usable = is_usable_weight(weight)
+    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, *WEIGHT_FAULT)
     return is_usable.ifelse(weight, 1.0)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import glob
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -316,10 +315,8 @@ def _is_zipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    with (gzip.open if _is_zipped(path) else open)(path, "rb") as opened:
-        yield opened
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return (gzip.open if _is_zipped(path) else open)(path, "rb")
 
 
 def _double(name: str) -> str:

@@ -65,6 +65,14 @@ TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time",
 """What others call the column `timestamp`."""
 
 
+_MAX_WEIGHT = 1e9
+WEIGHT_FAULT = (
+    f"is not a number above 0 and at most {_MAX_WEIGHT:.0e}",
+    "Give these rows a weight (1 is neutral).",
+)
+"""What is wrong with a weight that `is_usable_weight` refuses, and what to do."""
+
+
 class DataError(ValueError):
     """Input that does not keep the contract. The message says where, how many rows, what to do.
 
@@ -209,6 +217,11 @@ class RawTable:
     ) -> None:
         """Notes what is wrong with a column, and in which rows."""
         self.faults.append(Refusal(column, is_bad, problem, remedy, setting))
+
+
+def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
+    """Says which weights may train: above 0, and not past what float32 adds up."""
+    return ((weight > 0) & (weight <= _MAX_WEIGHT)).fill_null(False)
 
 
 def id_refusals(name: str, value: ir.Value, setting: str = "") -> Iterator[Refusal]:

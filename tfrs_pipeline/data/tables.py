@@ -29,7 +29,6 @@ from tfrs_pipeline.messages import in_percent, printable, suggest
 logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.1
-MAX_WEIGHT = 1e9
 
 
 def store_sound(

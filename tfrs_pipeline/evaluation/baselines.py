@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
+from tfrs_pipeline.samples.positives import Positives
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,8 @@ class Interactions:
         items = Ids(
             log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy()
         )
-        events = log.events
-        pairs = (
-            events.filter(events["stage"] == Stage.CLICKED.value)
-            .select("user_id", "item_id")
-            .distinct()
-            .order_by("user_id")
-            .to_pyarrow()
-        )
+        pairs = Positives.select(log.events).select("user_id", "item_id").distinct()
+        pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
 
