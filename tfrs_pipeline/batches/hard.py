@@ -30,17 +30,15 @@ class HardDraws:
     """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
+        self.share = hard.share
         self._hard = hard
         self._seed = seed
         self._num_samples = len(samples)
         self._num_candidates = len(samples.counts) - 1
         nothing = RowLists.empty(len(samples))
         self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
-        if isinstance(hard, FunnelLosers):
-            self._require_losers(hard)
-
-    def _require_losers(self, hard: FunnelLosers) -> None:
-        if not any(len(pool.values) for pool in self.pools.values()):
+        has_losers = any(len(pool.values) for pool in self.pools.values())
+        if isinstance(hard, FunnelLosers) and not has_losers:
             ranked = "; ranked ones need a rank and, without min_rank, a request_id"
             needs = ranked if "ranked" in hard.stages else ""
             raise DataError(
@@ -107,7 +105,7 @@ class HardDraws:
             "hard_candidate_row": tf.concat(rows, axis=1),
             "hard_log_q": tf.repeat(self._log_q(left), self._hard.num, axis=1),
             "hard_is_counted": tf.concat(is_counted, axis=1),
-            "hard_share": tf.where(tf.reduce_any(left > 0, axis=1), self._hard.share, 0.0),
+            "hard_share": tf.where(tf.reduce_any(left > 0, axis=1), self.share, 0.0),
         }
 
     def _log_q(self, num_left: tf.Tensor) -> tf.Tensor:
@@ -115,7 +113,5 @@ class HardDraws:
         is_left = tf.cast(num_left > 0, tf.float32)
         pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
         # -inf * 0 and log 0 stand only in columns that are masked.
-        log_q = tf.math.log(num_left) - tf.math.log(
-            self._num_candidates * self._hard.share * pool_share
-        )
+        log_q = tf.math.log(num_left) - tf.math.log(self._num_candidates * self.share * pool_share)
         return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))

@@ -115,10 +115,7 @@ class HybridBatches:
             self._factor = positive_weight / mean
         self.positive_share = self._positive_share()
         self._guard = Guard(samples)
-        self._hard = None
-        if hard is not None:
-            self._hard = HardDraws(samples, hard, seed=seed)
-            self._hard_share = hard.share
+        self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
         """Replaces a pool of hard negatives; see `HardDraws.set_pool`."""
@@ -141,7 +138,7 @@ class HybridBatches:
             rates = np.ones(len(rows)) if rate is None else rate[rows]
             total += rates.sum()
             drawn += rates[has_any].sum()
-        return self._hard_share * drawn / total
+        return self._hard.share * drawn / total
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,15 +1,10 @@
-"""Lists of candidate rows in the graph: membership, padding, draws."""
+"""Lists of candidate rows in the graph: membership, draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import tensorflow as tf
-
-
-def leading(lists: tf.RaggedTensor, length: int) -> tf.Tensor:
-    """Returns the first `length` entries of each list, padded with 0: [num_lists, length]."""
-    return lists[:, :length].to_tensor(shape=[None, length])
 
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:

@@ -108,24 +108,23 @@ class WholeSequences:
         index = of_windows.values
         starts, lengths = windows.starts[chosen], windows.lengths[chosen]
         width = lengths.max()
-        place = np.arange(width)
-        is_item = place < lengths[:, np.newaxis]
+        # A window ends with the last history, after which there is the event that it is of.
+        place = np.arange(width + 1)
+        is_item, is_event = place[:-1] < lengths[:, np.newaxis], place <= lengths[:, np.newaxis]
         first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
-        source = first[:, np.newaxis] + np.where(is_item, place, 0)
+        source = first[:, np.newaxis] + np.where(is_event, place, 0)
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
         num_read = samples.num_earlier[index] - starts[window]
         found: Found = {
             "index": index,
             "query_row": samples.query_rows[index],
             "candidate_row": samples.candidate_rows[index],
-            "sequence_rows": np.where(is_item, samples.sequences.values[source], np.int32(0)),
+            "sequence_rows": np.where(
+                is_item, samples.sequences.values[source[:, :-1]], np.int32(0)
+            ),
             "state": window * (width + 1) + num_read,
         }
         if samples.sequence_times is not None:
-            # A window ends with the last history, after which there is the event that it is of.
-            place = np.arange(width + 1)
-            is_event = place <= lengths[:, np.newaxis]
-            source = first[:, np.newaxis] + np.where(is_event, place, 0)
             found["sequence_times"] = np.where(is_event, samples.sequence_times[source], np.nan)
         return found
 

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import Batch
-from tfrs_pipeline.batches.row_lists import contains, leading
+from tfrs_pipeline.batches.row_lists import contains
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -104,6 +104,7 @@ def stream_batches(
 
     def batch(step: tf.Tensor, rows: Mapping[str, tf.Tensor | tf.RaggedTensor]) -> Batch:
         history = _as_lists(rows["history_rows"])
+        latest = history[:, :history_length]
         in_corpus = [
             _assert_in_corpus("candidate_row", rows["candidate_row"], 1, num_candidates),
             _assert_in_corpus("history_rows", history.values, 0, num_candidates),
@@ -116,7 +117,7 @@ def stream_batches(
             masked.append(_as_lists(rows["excluded_rows"]))
         return {
             "query_row": rows["query_row"],
-            "history_rows": leading(history, history_length),
+            "history_rows": latest.to_tensor(shape=[None, history_length]),
             "candidate_row": positives,
             "weight": rows.get("weight", tf.ones([batch_size], tf.float32)),
             "shared_row": columns,
