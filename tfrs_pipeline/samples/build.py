@@ -147,19 +147,16 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
     """
     items = work.write("_items", _number_rows(log.items, "item_id", "candidate_row"))
     users = work.write("queries", _number_rows(log.users, "user_id", "query_row"))
-    own = ["event_number", "stage", "timestamp", "request_id", "rank", "weight"]
-    own = [name for name in own if name in log.events.columns]
+    names = ["user_id", "item_id", "event_number", "stage", "request_id", "rank", "weight"]
+    kept = [name for name in names if name in log.events.columns]
+    time = log.events["timestamp" if "timestamp" in log.events.columns else "event_number"]
     requests = at_request(log.events, log.request_features)
     # Of the other columns, which may be called as those that are made here, nothing but this.
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
-    events = log.events.select("user_id", "item_id", *own, **requests)
+    events = log.events.select(*kept, time=time, **requests)
     events = events.inner_join(items, "item_id").inner_join(users, "user_id")
-    time = events["timestamp" if "timestamp" in events.columns else "event_number"]
-    events = events.mutate(time=time)
     events = events.mutate(query_time=query_time(events, events["time"]))
-    names = ["event_number", "stage", "time", "query_time", "request_id", "rank", "weight"]
-    kept = [name for name in names if name in events.columns]
-    return work.write("_events", events.select(*_PAIR, *kept, *requests))
+    return work.write("_events", events.drop("user_id", "item_id"))
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
