@@ -8,7 +8,7 @@ step by starting there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,10 +159,9 @@ class HybridBatches:
             Dataset of the dicts that `batch` describes.
         """
         chosen = self.examples.dataset(start_step, num_steps)
-        build: Callable[..., Batch] = self._build
         if slices is not None:
             chosen = slices.each(chosen)
-            build = functools.partial(self._build_slice, slices)
+        build = functools.partial(self._build, slices=slices)
         batches = chosen.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return batches.prefetch(tf.data.AUTOTUNE)
 
@@ -189,7 +188,9 @@ class HybridBatches:
         self,
         step: tf.Tensor,
         chosen: object,
-        part: Callable[[Batch, Collection[str]], Batch] | None = None,
+        number: tf.Tensor | None = None,
+        *,
+        slices: Slices | None = None,
     ) -> Batch:
         hard = self._hard
         pools = {} if hard is None else hard.pools
@@ -203,16 +204,11 @@ class HybridBatches:
         batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
         if hard is not None:
             batch |= hard.draw(step, of_samples, positives, _of_rows(never, slot))
-        if part is not None:
+        if slices is not None:
             # Cut before the masks are made, which are much of the work.
-            batch, never, slot = _cut(batch, never, slot, part)
+            batch, never, slot = _cut(batch, never, slot, slices, number)
         batch["is_counted"] = self._is_counted(batch, never, slot)
         return batch | self._corrections(batch)
-
-    def _build_slice(
-        self, slices: Slices, number: tf.Tensor, element: tuple[tf.Tensor, object]
-    ) -> Batch:
-        return self._build(*element, part=functools.partial(slices.take, number))
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
         """Gathers all that a batch needs of the samples' arrays, in NumPy."""
@@ -315,14 +311,11 @@ def _of_rows(never: Never, slot: tf.Tensor | None) -> Never:
 
 
 def _cut(
-    batch: Batch,
-    never: Never,
-    slot: tf.Tensor | None,
-    part: Callable[[Batch, Collection[str]], Batch],
+    batch: Batch, never: Never, slot: tf.Tensor | None, slices: Slices, number: tf.Tensor
 ) -> tuple[Batch, Never, tf.Tensor | None]:
-    """Cuts a batch, and what is never a negative of its queries with it."""
+    """Cuts a slice off a batch, and what is never a negative of its queries with it."""
     of_rows = never if slot is None else {"slot": slot}
-    batch = part({**batch, **of_rows}, of_rows.keys())
+    batch = slices.take(number, {**batch, **of_rows}, of_rows.keys())
     of_rows = {name: batch.pop(name) for name in of_rows}
     if slot is None:
         return batch, of_rows, None

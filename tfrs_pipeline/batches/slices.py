@@ -23,14 +23,11 @@ class Slices:
     total: int
 
     def each(self, chosen: tf.data.Dataset) -> tf.data.Dataset:
-        """Repeats each element once a slice, with the slice's number before it."""
-        numbers = tf.data.Dataset.range(self.first, self.first + self.count).repeat()
-        repeated = chosen.flat_map(
-            lambda *element: tf.data.Dataset.from_tensors(element).repeat(self.count)
-        )
-        return tf.data.Dataset.zip((numbers, repeated))
+        """Repeats each element once a slice, with the slice's number after it."""
+        numbers = tf.data.Dataset.range(self.first, self.first + self.count)
+        return chosen.flat_map(lambda *element: numbers.map(lambda number: (*element, number)))
 
-    def take(self, number: tf.Tensor, batch: Batch, of_queries: Collection[str] = ()) -> Batch:
+    def take(self, number: tf.Tensor, batch: Batch, of_queries: Collection[str]) -> Batch:
         """Takes a slice of a batch whose columns are not masked yet.
 
         A slice is some of the queries, with their positives and their own hard negatives, and all
