@@ -62,7 +62,14 @@ class Corpus:
             query_features,
             candidate_columns,
             query_columns,
-            fit_requests(log, folder, end),
+            tuple(
+                # By the samples: of training alone.
+                replace(
+                    _fit(name, kind, read_raw(folder, name), end),
+                    is_from_timestamp=is_from_timestamp(name, log.events.columns),
+                )
+                for name, kind in log.request_features.items()
+            ),
             "timestamp" in log.events.columns,
         )
 
@@ -82,17 +89,6 @@ def _encode(
 def _fit(name: str, kind: FeatureKind, column: Any, end: datetime | None) -> Feature:
     min_count = MIN_TEXT_COUNT if kind == "text" else 1
     return Feature.fit(name, kind, column, min_count=min_count, reference=end)
-
-
-def fit_requests(log: Log, folder: Path, end: datetime | None) -> tuple[Feature, ...]:
-    """Fits the request features of a log to its samples in a folder: of training alone."""
-    return tuple(
-        replace(
-            _fit(name, kind, read_raw(folder, name), end),
-            is_from_timestamp=is_from_timestamp(name, log.events.columns),
-        )
-        for name, kind in log.request_features.items()
-    )
 
 
 @dataclass(frozen=True)

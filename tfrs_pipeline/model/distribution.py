@@ -49,9 +49,7 @@ def training_strategy() -> tf.distribute.Strategy:
     return tf.distribute.get_strategy()  # The default, of one replica.
 
 
-@functools.cache
-def _of_gpus() -> tf.distribute.Strategy:
-    return tf.distribute.MirroredStrategy()
+_of_gpus = functools.cache(tf.distribute.MirroredStrategy)
 
 
 @functools.cache

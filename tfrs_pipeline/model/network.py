@@ -89,10 +89,21 @@ class TwoTowerNetwork(tfrs.Model):
         return self._queries(batch, features)
 
     def embed_candidates(
-        self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
+        self,
+        candidate_rows: tf.Tensor,
+        features: Mapping[str, tf.Tensor] | None = None,
+        *,
+        training: bool = False,
+        dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Embeds candidates, [n] int32 rows, 0 is an unknown item: [n, D] float32."""
-        return self._candidates(candidate_rows, features)
+        inputs = {
+            "row": candidate_rows,
+            "features": self.candidate_table(candidate_rows) if features is None else features,
+        }
+        if dropout_seed is not None:  # Not the draws of the query tower.
+            inputs["dropout_seed"] = fold(dropout_seed, Stream.CANDIDATES)
+        return self.candidate_tower(inputs, training=training)
 
     def embed_corpus(self) -> np.ndarray:
         """Embeds every candidate, rows 1, 2, ... : [num_candidates, D] float32."""
@@ -105,7 +116,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
     def _embed_block(self, candidate_rows: tf.Tensor) -> tf.Tensor:
-        return self._candidates(candidate_rows)
+        return self.embed_candidates(candidate_rows)
 
     def _queries(
         self,
@@ -135,21 +146,6 @@ class TwoTowerNetwork(tfrs.Model):
         seed = pass_seed(training, batch.get("dropout_seed"))
         seed = fold(seed, Stream.REQUESTS)
         return drop_features(features, self._request_specs, REQUEST_DROPOUT, seed, rows)
-
-    def _candidates(
-        self,
-        rows: tf.Tensor,
-        features: Mapping[str, tf.Tensor] | None = None,
-        training: bool = False,
-        dropout_seed: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        inputs = {
-            "row": rows,
-            "features": self.candidate_table(rows) if features is None else features,
-        }
-        if dropout_seed is not None:  # Not the draws of the query tower.
-            inputs["dropout_seed"] = fold(dropout_seed, Stream.CANDIDATES)
-        return self.candidate_tower(inputs, training=training)
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Computes the mean loss of a batch: scalar float32.
@@ -202,7 +198,7 @@ class TwoTowerNetwork(tfrs.Model):
             columns.append(tf.reshape(hard_rows, [-1]))
         # Copies of a candidate are separate columns; the tower's work is shared.
         distinct, slot = tf.unique(tf.concat(columns, axis=0))
-        embedded = self._candidates(
+        embedded = self.embed_candidates(
             distinct, training=training, dropout_seed=inputs.get("dropout_seed")
         )
         slots = tf.split(slot, [tf.shape(rows)[0] for rows in columns])
@@ -272,7 +268,7 @@ class TwoTowerNetwork(tfrs.Model):
         "norm/candidate", the mean length of the batch's embeddings.
         """
         is_counted = inputs["is_counted"]
-        candidates = self._candidates(inputs["candidate_row"])
+        candidates = self.embed_candidates(inputs["candidate_row"])
         figures = {
             "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),
             "norm/query": tf.reduce_mean(tf.norm(self._queries(inputs), axis=1)),
@@ -289,7 +285,7 @@ class TwoTowerNetwork(tfrs.Model):
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
         query = self._queries({"query_row": row, "history_rows": history})
-        candidate = self._candidates(row)
+        candidate = self.embed_candidates(row)
         if query.shape.rank != 2 or query.shape != candidate.shape:
             raise ValueError(
                 "Each tower must return [n, D], the same D: make the last layers of query_tower "

@@ -57,10 +57,9 @@ class Tower(tf.keras.layers.Layer):
         self.id_embedding = (
             None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
         )
-        self._bias: tf.keras.layers.Embedding | Literal["ones"] | None = None
-        if bias == "ones":
-            self._bias = "ones"
-        elif bias == "id" and num_ids is not None:
+        self._appends_one = bias == "ones"
+        self._bias = None
+        if bias == "id" and num_ids is not None:
             self._bias = tf.keras.layers.Embedding(
                 num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
             )
@@ -107,7 +106,7 @@ class Tower(tf.keras.layers.Layer):
         output = self._joined(rows, parts)
         if self._normalize:
             output = tf.math.l2_normalize(output, axis=1)
-        if self._bias == "ones":
+        if self._appends_one:
             return tf.concat([output, tf.ones_like(output[:, :1])], axis=1)
         # That of the unknown id where the id is dropped: it is trained with row 0.
         return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
@@ -115,8 +114,7 @@ class Tower(tf.keras.layers.Layer):
     @property
     def id_tables(self) -> list[tf.Variable]:
         """The tables with a row an id of the tower's own."""
-        tables = (self.id_embedding, None if self._bias == "ones" else self._bias)
-        return [table.embeddings for table in tables if table is not None]
+        return [x.embeddings for x in (self.id_embedding, self._bias) if x is not None]
 
     def feature_table(self, name: str) -> tf.Variable | None:
         """The table with a row a code of a feature; None if the feature is numbers."""
