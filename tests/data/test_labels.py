@@ -56,9 +56,3 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
 def test_what_is_refused(label: Any, more: Any, message: str) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         labelled(label, **more)
-
-
-@pytest.mark.parametrize("weight", [None, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_cannot_be_used_is_refused(weight: float | None) -> None:
-    with pytest.raises(DataError, match=r"column 'weight'.* in 1 of 6 rows"):
-        labelled({"is_like": 1.0}, weight=[1.0, weight, 1.0, 1.0, 1.0, 1.0])

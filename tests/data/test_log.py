@@ -183,13 +183,6 @@ def test_a_column_may_be_called_otherwise() -> None:
     assert {"device_type", "hour"} <= set(log.events.columns)
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
-def test_a_missing_rating_is_no_click(missing: float | None) -> None:
-    ratings = pa.table({"user_id": [1, 2], "item_id": [1, 2], "rating": pa.array([5.0, missing])})
-    with pytest.raises(DataError, match="'rating' is null or NaN in 1 of 2 rows"):
-        Log.from_table(ratings, rating_threshold=4)
-
-
 def test_what_is_no_table_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Log\.from_files"):
         Log.from_table("events.csv")

@@ -68,14 +68,6 @@ def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
     np.testing.assert_array_equal(scores, before)
 
 
-def test_equals_a_stable_sort_on_many_candidates() -> None:
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=(20, 3000)).round(2)
-    excluded = [1 + rng.choice(3000, size=500) for _ in range(20)]
-    rows, _ = top_k_in_blocks(lambda block: scores[block], 20, 3000, 100, excluded)
-    assert rows.tolist() == slow_top_k(scores.astype(np.float32), 100, excluded)
-
-
 @pytest.mark.parametrize(
     "scores, options, message",
     [

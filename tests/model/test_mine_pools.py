@@ -89,9 +89,13 @@ def test_pools_are_what_a_slow_loop_keeps(
     assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
 
 
-def in_order_of_rows(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
-    """Ranks rows 1, 2, ... for everybody."""
-    return np.tile(np.arange(1, k + 1), (len(query_rows), 1))
+def mined_by_row(samples: Samples, mined: Mined) -> tuple[RowLists, MiningReport]:
+    """Mines by a retrieval that ranks rows 1, 2, ... for everybody."""
+
+    def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
+        return np.tile(np.arange(1, k + 1), (len(query_rows), 1))
+
+    return mine_pools(retrieve, samples, mined, seed=0, history_length=3)
 
 
 def test_counts_by_reason() -> None:
@@ -100,13 +104,7 @@ def test_counts_by_reason() -> None:
         Samples.from_pairs([1, 1], [1, 4], num_queries=1, num_candidates=9),
         exposed=RowLists.from_lists([np.zeros(0), np.array([2])]),
     )
-    pools, report = mine_pools(
-        in_order_of_rows,
-        samples,
-        Mined(min_rank=1, max_rank=4, max_pool=2),
-        seed=0,
-        history_length=3,
-    )
+    pools, report = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=2))
     assert set(pools[0].tolist()) <= {5, 6, 7}
     assert report == MiningReport(
         num_samples=2,
@@ -127,13 +125,7 @@ def test_draw_is_uniform_and_in_random_order() -> None:
     num = 4000
     samples = Samples.from_pairs([1] * num, [60] * num, num_queries=1, num_candidates=60)
     # Ranks 10 to 29 are rows 11 to 30.
-    pools, _ = mine_pools(
-        in_order_of_rows,
-        samples,
-        Mined(min_rank=10, max_rank=30, max_pool=5),
-        seed=1,
-        history_length=3,
-    )
+    pools, _ = mined_by_row(samples, Mined(min_rank=10, max_rank=30, max_pool=5))
     rows = np.stack([pools[i] for i in range(num)])
     assert set(np.unique(rows).tolist()) == set(range(11, 31))
     for place in range(5):  # Each place of a pool is a uniform draw of the 20.
@@ -144,10 +136,4 @@ def test_draw_is_uniform_and_in_random_order() -> None:
 
 def test_a_corpus_without_such_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ranks from 60 on.*60 items.*min_rank"):
-        mine_pools(
-            in_order_of_rows,
-            small_samples(0),
-            Mined(min_rank=60, max_rank=80),
-            seed=0,
-            history_length=3,
-        )
+        mined_by_row(small_samples(0), Mined(min_rank=60, max_rank=80))

@@ -107,15 +107,9 @@ def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout)
 
 
 def test_what_the_model_does_not_read_is_refused(model: TwoTower) -> None:
-    for query, message in (
-        ({"request": {"devise": "app"}}, r"reads no request feature 'devise'; did you mean 'dev"),
-        ({"histroy": [10]}, "Unknown key 'histroy'"),
-        ({"history": [10, "20"]}, "ids are integers. Received: '20'"),
-        ({"user_id": "7"}, "ids are integers. Received: '7'"),
-    ):
-        for ask in (model.query_embeddings, lambda queries: model.retrieve(queries, k=2)):
-            with pytest.raises(ValueError, match=message):
-                ask([{"history": [10]}, query])
+    for ask in (model.query_embeddings, lambda queries: model.retrieve(queries, k=2)):
+        with pytest.raises(ValueError, match=r"no request feature 'devise'; did you mean 'device'"):
+            ask([{"history": [10]}, {"request": {"devise": "app"}}])
 
 
 def test_a_holdout_may_bring_what_a_model_does_not_read(model: TwoTower) -> None:

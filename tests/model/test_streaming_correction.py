@@ -66,26 +66,6 @@ def test_training_alone_moves_the_estimate_once_a_step_before_the_loss(data: Tra
     assert abs(before - in_training) > 1e-4
 
 
-def test_the_estimate_comes_to_what_was_counted(data: TrainingSet) -> None:
-    """After 60 epochs, item by item, within five of the estimator's own deviations.
-
-    That is sqrt(a / (2 - a)) for independent draws of a rare item, and an epoch draws without
-    replacement, which is steadier.
-    """
-    network, batches = streaming(data)
-    frequency = frequency_of(network)
-    update = tf.function(frequency.update, reduce_retracing=True)
-    for batch in batches.dataset(0, 60 * batches.steps_per_epoch):
-        update(batch["candidate_row"])
-    counted = tiny().batches(data.samples).batch(7)
-    got = network.log_q(batches.batch(7))
-    assert got is not None
-    error = (got - counted["log_q"]).numpy()
-    deviation = np.sqrt(frequency.learning_rate / (2 - frequency.learning_rate))
-    assert np.abs(error).max() < 5 * deviation
-    assert np.abs(error.mean()) < deviation
-
-
 def test_batches_of_the_other_correction_are_refused(data: TrainingSet) -> None:
     network, batches = streaming(data)
     batch, counted = batches.batch(0), tiny().batches(data.samples).batch(0)

@@ -121,11 +121,3 @@ def test_columns_are_made_again_once_samples_or_a_column_change(tmp_path: Path) 
     other = dataclasses.replace(ORDERED, weights=ORDERED.weights[::-1])
     write_samples(other, tmp_path)
     np.testing.assert_array_equal(read_samples(tmp_path).weights, other.weights)
-
-
-def test_the_latest_of_many_histories_are_those_of_each() -> None:
-    index = np.random.default_rng(0).integers(0, len(SAMPLES), 60)
-    for samples in (SAMPLES, UNORDERED):
-        for line, i in zip(samples.latest(index, 4), index, strict=True):
-            latest = samples.history(i, 4)[::-1].tolist()
-            assert line.tolist() == latest + [0] * (4 - len(latest))
