@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.samples.store import RowLists, Samples
+from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 
 # Windows of like length are batched together, out of this many batches' worth in random order.
 BATCHES_PER_POOL = 16
@@ -108,24 +108,21 @@ class WholeSequences:
         index = of_windows.values
         starts, lengths = windows.starts[chosen], windows.lengths[chosen]
         width = lengths.max()
-        # A window ends with the last history, after which there is the event that it is of.
-        place = np.arange(width + 1)
-        is_item, is_event = place[:-1] < lengths[:, np.newaxis], place <= lengths[:, np.newaxis]
         first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
-        source = first[:, np.newaxis] + np.where(is_event, place, 0)
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
         num_read = samples.num_earlier[index] - starts[window]
         found: Found = {
             "index": index,
             "query_row": samples.query_rows[index],
             "candidate_row": samples.candidate_rows[index],
-            "sequence_rows": np.where(
-                is_item, samples.sequences.values[source[:, :-1]], np.int32(0)
-            ),
+            "sequence_rows": padded_lines(samples.sequences.values, first, lengths, width),
             "state": window * (width + 1) + num_read,
         }
         if samples.sequence_times is not None:
-            found["sequence_times"] = np.where(is_event, samples.sequence_times[source], np.nan)
+            # A window ends with the last history, after which there is the event that it is of.
+            found["sequence_times"] = padded_lines(
+                samples.sequence_times, first, lengths + 1, width + 1, missing=np.nan
+            )
         return found
 
 

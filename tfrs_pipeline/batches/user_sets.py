@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.samples.store import Samples
+from tfrs_pipeline.samples.store import Samples, padded_lines
 
 
 class UserSets:
@@ -120,18 +120,13 @@ class UserSets:
         """Reads what was drawn for a step; see the class."""
         num_inputs = chosen["num_inputs"]
         width = min(num_inputs.max(), self._history_length)
-        place = np.arange(width)
-        is_item = place < num_inputs[:, np.newaxis]
         first = np.cumsum(num_inputs) - num_inputs
-        source = np.where(is_item, first[:, np.newaxis] + place, 0)
-        padded = np.append(chosen["input"], np.int32(0))  # For when there is none at all.
-        num_queries = len(num_inputs)
         return {
             "index": chosen["target"],
             "query_row": chosen["query_row"],
             "candidate_row": self._rows[chosen["target"]],
             "positive_query": np.repeat(
-                np.arange(num_queries, dtype=np.int32), chosen["num_targets"]
+                np.arange(len(num_inputs), dtype=np.int32), chosen["num_targets"]
             ),
-            "history_rows": np.where(is_item, padded[source], np.int32(0)),
+            "history_rows": padded_lines(chosen["input"], first, num_inputs, width),
         }

@@ -30,6 +30,28 @@ def pool_size_column(stage: str) -> str:
     return f"{_POOL_SIZE}{stage}"
 
 
+def padded_lines(
+    values: np.ndarray,
+    first: np.ndarray,
+    num: np.ndarray,
+    width: int,
+    *,
+    step: int = 1,
+    missing: float = 0,
+) -> np.ndarray:
+    """Gathers lines out of [total] values, padded to one width.
+
+    A line has `num`, [n], values, of which `width` are read at most: from the place `first`, [n],
+    onwards, or backwards with a `step` of -1. Returns [n, width], `missing` where there is none.
+    """
+    place = np.arange(width)
+    is_there = place < num[:, np.newaxis]
+    source = first[:, np.newaxis] + step * place
+    lines = np.full(is_there.shape, missing, np.result_type(values, missing))
+    lines[is_there] = values[source[is_there]]
+    return lines
+
+
 @dataclass(frozen=True)
 class RowLists:
     """One list of candidate rows per key row, as offsets into flat values.
@@ -84,11 +106,8 @@ class RowLists:
                    [0, 0],
                    [5, 4]], dtype=int32)
         """
-        steps_ago = np.arange(1, length + 1)
-        is_there = steps_ago <= np.diff(self.offsets)[:, np.newaxis]
-        padded = np.append(np.int32(0), self.values)
-        place = self.offsets[1:, np.newaxis] - steps_ago + 1
-        return padded[np.where(is_there, place, 0)]
+        ends, lengths = self.offsets[1:], np.diff(self.offsets)
+        return padded_lines(self.values, ends - 1, lengths, length, step=-1)
 
 
 @dataclass(frozen=True)
@@ -204,8 +223,9 @@ class Samples:
             lists = self.sequences.take(self.query_rows[index])
             own = np.repeat(self.candidate_rows[index], np.diff(lists.offsets))
             return lists.where(lists.values != own).latest(length)
-        place, is_known = self._places(index, np.arange(1, length + 1))
-        return np.where(is_known, self.sequences.values[place], np.int32(0))
+        num = self.num_earlier[index]
+        last = self.sequences.offsets[self.query_rows[index]] + num - 1
+        return padded_lines(self.sequences.values, last, num, length, step=-1)
 
     def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
         """Gathers the times of the queries of samples and of what `latest` gives, in seconds.
@@ -215,19 +235,10 @@ class Samples:
         none.
         """
         assert self.sequence_times is not None
-        place, is_known = self._places(index, np.arange(length + 1))
-        return np.where(is_known, self.sequence_times[place], np.nan)
-
-    def _places(self, index: np.ndarray, steps_ago: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the values of the sequences `steps_ago` before samples, and where there are any.
-
-        Both are [n, number of steps]: places, 0 where there is no value, and bool.
-        """
         assert self.num_earlier is not None
-        num_known = self.num_earlier[index][:, np.newaxis]
-        first = self.sequences.offsets[self.query_rows[index]][:, np.newaxis]
-        is_known = steps_ago <= num_known
-        return np.where(is_known, first + num_known - steps_ago, 0), is_known
+        num = self.num_earlier[index]
+        own = self.sequences.offsets[self.query_rows[index]] + num
+        return padded_lines(self.sequence_times, own, num + 1, length + 1, step=-1, missing=np.nan)
 
 
 def read_samples(folder: Path) -> Samples:
