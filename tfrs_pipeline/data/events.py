@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import ibis
@@ -118,10 +118,14 @@ def load_events(
     notes.
     """
     stage_column = rules.stage_column(scanned)
-    names = _event_columns(scanned, stage_column, rules)
+    names, unread = _event_columns(scanned, stage_column, rules)
     raw = scanned.load(names)
     columns: dict[str, ir.Value] = {}
-    notes = list(_describe_reading(scanned, names, stage_column, rules))
+    notes = []
+    if unread:
+        notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
+    if stage_column is None and not rules.label:
+        notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator: a wrong type in either table is refused.
@@ -153,8 +157,10 @@ def load_events(
     return events, dropped, notes
 
 
-def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -> dict[str, str]:
-    """Returns log's name -> column of the source, of all columns to be taken."""
+def _event_columns(
+    scanned: Scan, stage_column: str | None, rules: EventRules
+) -> tuple[dict[str, str], list[str]]:
+    """Returns log's name -> column of the source, of all columns to be taken, and the others."""
     required = ["user_id", "item_id", *([stage_column] if stage_column else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
     requested = [
@@ -184,7 +190,7 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
                 "column that is no time, call it otherwise.",
                 "columns",
             )
-    unread = _not_read(scanned, names)
+    unread = [column for column in scanned.columns if column not in names.values()]
     for column in unread:
         near = difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.85)
         if not near and "timestamp" in absent and column.lower() in TIMES_ELSEWHERE:
@@ -197,7 +203,7 @@ def _event_columns(scanned: Scan, stage_column: str | None, rules: EventRules) -
             )
     if absent & {"stage", "timestamp"}:
         _refuse_values(scanned, unread, absent)
-    return names
+    return names, unread
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
@@ -236,20 +242,6 @@ def _is_mistyped(name: str, column: str) -> bool:
     return plain[0] != plain[1] and bool(
         difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
     )
-
-
-def _not_read(scanned: Scan, names: Mapping[str, str]) -> list[str]:
-    return [column for column in scanned.columns if column not in names.values()]
-
-
-def _describe_reading(
-    scanned: Scan, names: Mapping[str, str], stage_column: str | None, rules: EventRules
-) -> Iterator[str]:
-    """Says what was not read of an event table, and what its rows were taken for."""
-    if unread := _not_read(scanned, names):
-        yield f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}"
-    if stage_column is None and not rules.label:
-        yield f"{scanned.name}: without stage, rating or label, every row is a click"
 
 
 def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.StringValue:
