@@ -37,29 +37,12 @@ def look_up(
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         found = read(tf.nest.pack_sequence_as(chosen, arrays))
         parts = []
-        for name in signature:
+        for name in sorted(signature):  # The order in which `tf.nest` goes through a dict.
             part = found[name]
-            parts += [part.offsets, part.values] if isinstance(part, RowLists) else [part]
+            parts += [part.values, part.offsets] if isinstance(part, RowLists) else [part]
         return parts
 
-    specs = [spec for whole in signature.values() for spec in _parts(whole)]
+    specs = tf.nest.flatten(signature, expand_composites=True)
     tensors = tf.numpy_function(call, tf.nest.flatten(chosen), [spec.dtype for spec in specs])
-    parts = iter(
-        tf.ensure_shape(tensor, spec.shape) for tensor, spec in zip(tensors, specs, strict=True)
-    )
-    return {
-        name: tf.RaggedTensor.from_row_splits(
-            row_splits=next(parts), values=next(parts), validate=False
-        )
-        if isinstance(spec, tf.RaggedTensorSpec)
-        else next(parts)
-        for name, spec in signature.items()
-    }
-
-
-def _parts(spec: tf.TypeSpec) -> list[tf.TensorSpec]:
-    if not isinstance(spec, tf.RaggedTensorSpec):
-        return [spec]
-    num_lists = spec.shape[0]
-    num_offsets = None if num_lists is None else num_lists + 1
-    return [tf.TensorSpec([num_offsets], tf.int64), tf.TensorSpec([None], tf.int32)]
+    shaped = [tf.ensure_shape(x, spec.shape) for x, spec in zip(tensors, specs, strict=True)]
+    return tf.nest.pack_sequence_as(signature, shaped, expand_composites=True)

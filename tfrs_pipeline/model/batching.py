@@ -24,11 +24,7 @@ def make_batches(
     negatives: Sequence[Negatives],
     seed: int,
 ) -> HybridBatches:
-    """Makes the batches of samples: a plain `tf.data.Dataset` by their `dataset()`.
-
-    Rows share the kinds of `negatives`: the settings' and own ones. A `DataError` if `hard` asks
-    for losers of the funnel and no positive has any.
-    """
+    """Makes what `TwoTower.batches` returns; `negatives` are the settings' kinds and own ones."""
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
     rate = Positives(settings.resampling_exponent).rate(samples.counts)
