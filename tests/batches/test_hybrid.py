@@ -84,11 +84,6 @@ def test_request_features_are_those_of_the_positive(order: str, rate: Any) -> No
         assert batch["request vector"].tolist() == [[2 * i, 2 * i + 1] for i in sample]
 
 
-def test_a_set_is_of_many_requests() -> None:
-    with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
-        make_batches("sets", REQUESTED)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_mask_matches_a_loop(order: str) -> None:
     batches = make_batches(order)
@@ -313,6 +308,8 @@ def test_refusals() -> None:
             make_batches(order, negatives=[InBatch()])
     with pytest.raises(ValueError, match="UserSets gives a query many positives"):
         make_batches("sets", hard=HARD)
+    with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
+        make_batches("sets", REQUESTED)
     with pytest.raises(ValueError, match="No shared column"):
         make_batches(negatives=[])
     with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):

@@ -389,6 +389,7 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         ("time", {"validation": START + timedelta(seconds=1), "test": START}),
         ("time", {"test": START}),
         ("time", {"test": 0.0}),
+        ("column", {"validation": 0.5}),
         ("random", {}),
     ],
 )
@@ -422,8 +423,3 @@ def test_histories_are_arrays_even_when_empty() -> None:
     assert test.user_ids.tolist() == [2]
     assert test.histories[0].dtype == np.int64
     assert len(test.histories[0]) == len(test.seen[0]) == 0
-
-
-def test_a_share_beside_the_logs_own_parts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"split\.validation: got 0\.5 with kind 'column'"):
-        one_user("ccc").split("column", validation=0.5)
