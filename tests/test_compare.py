@@ -11,8 +11,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
+from tfrs_pipeline.cli import main
 from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
-from tfrs_pipeline.config import ConfigError, RunConfig, with_settings
+from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.comparison import (
     PlanRow,
@@ -77,6 +79,25 @@ def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pla
 
 
 # What the plans are
+
+
+def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
+    config: RunConfig,
+    compared: PlanComparison,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "compare.toml"
+    path.write_text(dump_config(config))
+    assert main(["compare", "--config", str(path), "--check"]) == 0
+    shown = capsys.readouterr().out
+    # Mined negatives are the config's own: losers are counted because the plan "hybrid" wants them.
+    samples = read_record(compared.folder / "samples" / "selection" / "report.json")
+    for stage, pool in samples["hard_negatives"].items():
+        assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some" in shown
+    plans = [row.name for row in compared.rows]
+    assert f"{len(plans)} plans: {', '.join(plans)}\n" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["compare.toml"]
 
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
@@ -344,7 +365,7 @@ def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> Non
 
         with pytest.raises(Stopped):
             compare(config, folder, on_step=on_step)
-        assert "2 plans" in reports[-1].notes
+        assert "2 plans: mixed, exposed_0.1" in reports[-1].notes
         return list(reports[-1].notes)
 
     assert any("seem better than they are" in note for note in notes_of(config, tmp_path / "run"))

@@ -27,6 +27,7 @@ from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
 from tfrs_pipeline.evaluation.results import EvaluationResult
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -107,15 +108,28 @@ def compare(
         return _compare(config, folder, Steps(on_step, on_progress))
 
 
-def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
+def prepare_plans(
+    config: RunConfig, folder: Path, step: Steps
+) -> tuple[RunData, list[Plan], list[str]]:
+    """Makes the data of a comparison and its plans, as `compare` does; trains nothing.
+
+    Returns notes too: of plans that are missing and what else is to be known. Errors are as of
+    `prepare` and `sampling_plans`.
+    """
     data = prepare(config, folder, step, hard=_every_loser(config))
     with step("plans") as report:
         pools = data.final.samples.hard_pools
         logged = [name for name, pool in pools.items() if len(pool.values)]
         plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
         notes += _about_exposed(config, data, plans)
-        positives, others = _auc_rows(config, data)
-        report.notes = [f"{len(plans)} plans", *notes]
+        names = ", ".join(plan.name for plan in plans)
+        report.notes = [f"{counted(len(plans), 'plan')}: {names}", *notes]
+    return data, plans, notes
+
+
+def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
+    data, plans, notes = prepare_plans(config, folder, step)
+    positives, others = _auc_rows(config, data)
     measured: dict[str, _Measured] = {}
     for plan in plans:
         with step(plan.name) as report:

@@ -125,7 +125,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         check_model_name(config)  # Before there is a folder.
         config = with_source(config, folder)
     if flags.check:
-        return _check(config)
+        return _check(command, config)
     is_chief = this_worker().is_chief
     if this_worker().count > 1 and flags.run_dir is None:
         raise UsageError("--run-dir DIR is needed with TF_CONFIG: one folder, that all workers see")
@@ -150,7 +150,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _check(config: RunConfig) -> int:
+def _check(command: str, config: RunConfig) -> int:
     """Shows what would be read, and the settings that are not the defaults; keeps nothing."""
     console, parent = Console(), config.data.temporary_folder
     if parent is not None:
@@ -160,9 +160,11 @@ def _check(config: RunConfig) -> int:
         native_errors_to(Path(folder) / "native.log"),
         progress(console) as callbacks,
     ):
+        from tfrs_pipeline.compare import prepare_plans
         from tfrs_pipeline.run_data import Steps, prepare
 
-        prepare(config, Path(folder), Steps(*callbacks))
+        make = prepare_plans if command == "compare" else prepare
+        make(config, Path(folder), Steps(*callbacks))
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     return 0
