@@ -21,7 +21,7 @@ from tfrs_pipeline.data.columns import (
     to_required_id,
 )
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.labels import check_label, relabel
 from tfrs_pipeline.data.requests import check_names, is_from_timestamp
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
@@ -66,16 +66,11 @@ class EventRules:
         stages = [str(stage) for stage in Stage]
         if wrong := sorted(set(self.stage_values.values()) - set(stages)):
             raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
+        check_label(self.label)
         check_names(self.request_features, self.label, self.columns)
         for name in (*self.columns, *self.label):
             if name not in self.request_features and (problem := name_problem(name)):
                 raise ValueError(f"columns.{printable(name)}: {sentence(problem)}")
-        if taken := sorted(set(self.label) & {"user_id", "item_id", "timestamp", "stage"}):
-            raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
-        if self.label and min(self.label.values()) <= 0:
-            raise ValueError(
-                f"A label needs columns with weights above 0. Received: {dict(self.label)}"
-            )
         if not 0 <= self.max_bad_share < 1:
             raise ValueError(f"max_bad_share must be in [0, 1). Received: {self.max_bad_share}.")
         if self.rating_threshold is not None and (self.label or self.stage_values):

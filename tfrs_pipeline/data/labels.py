@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data.schema import Stage
+
+
+def check_label(label: Any) -> None:
+    """Refuses (`ValueError`) a label that does not map outcomes to weights above 0."""
+    is_fine = isinstance(label, Mapping) and all(
+        isinstance(name, str) and isinstance(weight, numbers.Real) and 0 < float(weight) < math.inf
+        for name, weight in label.items()
+    )
+    if not is_fine:
+        raise ValueError(
+            "A label maps columns to finite weights above 0, such as {'is_like': 1.0}. "
+            f"Received: {label!r}"
+        )
+    if taken := sorted({"user_id", "item_id", "timestamp", "stage"}.intersection(label)):
+        raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
 
 
 def relabel(
