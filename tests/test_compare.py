@@ -104,7 +104,7 @@ def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
     plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60)
     assert notes == []
-    of = {plan.name: with_settings(config, plan.settings) for plan in plans}
+    of = {name: with_settings(config, plan) for name, plan in plans.items()}
     assert list(of) == [
         "in_batch_uncorrected",
         "in_batch",
@@ -156,17 +156,17 @@ def test_exposed_items_are_negatives_only_where_the_user_insists(tmp_path: Path)
     assert "exposed" not in RunConfig().compare.plans
     config = funnel_config(tmp_path, plans=["mixed", "exposed"])
     plans, (note,) = sampling_plans(config, ["retrieved"], 60)
-    assert [plan.name for plan in plans] == ["mixed"]
+    assert list(plans) == ["mixed"]
     assert "no exposed items" in note
 
 
 def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "hybrid_50_50"])
     plans, notes = sampling_plans(config, [], 60)
-    assert [plan.name for plan in plans] == ["mixed", "mined_0.1", "mined_50_50"]
+    assert list(plans) == ["mixed", "mined_0.1", "mined_50_50"]
     assert all("no losers" in note for note in notes)
     plans, notes = sampling_plans(config, [], 10)
-    assert [plan.name for plan in plans] == ["mixed"]
+    assert list(plans) == ["mixed"]
     assert ["missing" in note for note in notes] == [True, True]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from pydantic_core import to_jsonable_python
@@ -30,7 +31,6 @@ from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -53,14 +53,8 @@ AUC_STAGES: dict[str, Stage] = {
     "auc_rank_losers": Stage.PRE_RANKED,
     "auc_exposed": Stage.EXPOSED,
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A way of choosing negatives: a name and what it changes in the config, by dotted name."""
-
-    name: str
-    settings: Mapping[str, Any]
+# A way of choosing negatives: what it changes in the config, by dotted name.
+Plan: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def compare(
 
 def prepare_plans(
     config: RunConfig, folder: Path, step: Steps
-) -> tuple[RunData, list[Plan], list[str]]:
+) -> tuple[RunData, dict[str, Plan], list[str]]:
     """Makes the data of a comparison and its plans, as `compare` does; trains nothing.
 
     Returns notes too: of plans that are missing and what else is to be known. Errors are as of
@@ -121,9 +115,8 @@ def prepare_plans(
         pools = data.final.samples.hard_pools
         logged = [name for name, pool in pools.items() if len(pool.values)]
         plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
-        notes += _about_exposed(config, data, plans)
-        names = ", ".join(plan.name for plan in plans)
-        report.notes = [f"{counted(len(plans), 'plan')}: {names}", *notes]
+        notes += _about_exposed(config, data.test, plans)
+        report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
     return data, plans, notes
 
 
@@ -131,20 +124,28 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
     data, plans, notes = prepare_plans(config, folder, step)
     positives, others = _auc_rows(config, data)
     measured: dict[str, _Measured] = {}
-    for plan in plans:
-        with step(plan.name) as report:
-            model = _train(plan, config, data, folder / "plans" / plan.name, step.on_progress)
-            result = evaluate_all(config, {plan.name: model}, data.test, step.on_progress).first
+    for name, plan in plans.items():
+        with step(name) as report:
+            model = train_and_refit(
+                with_settings(config, plan),
+                data,
+                max_epochs=_max_epochs(config, len(data.selection.samples)),
+                max_seconds=config.compare.max_seconds,
+                folder=folder / "plans" / name / "checkpoints",
+                name=name,
+                on_progress=step.on_progress,
+            )
+            result = evaluate_all(config, {name: model}, data.test, step.on_progress).first
             queries = model.query_embeddings(data.test.as_queries())
             candidates = model.network.embed_corpus()
             per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
             per_query |= {
-                name: auc_per_query(queries, candidates, positives, rows)
-                for name, rows in others.items()
+                column: auc_per_query(queries, candidates, positives, rows)
+                for column, rows in others.items()
             }
-            measured[plan.name] = _Measured(result.summary(), per_query, model.result)
+            measured[name] = _Measured(result.summary(), per_query, model.result)
             report.notes = model.notes
-            notes += [f"{plan.name}: {x}" for x in model.notes if x.startswith("no hard negatives")]
+            notes += [f"{name}: {x}" for x in model.notes if x.startswith("no hard negatives")]
     return _write(_rows(measured, config), config, notes, plans, folder)
 
 
@@ -160,8 +161,8 @@ def _every_loser(config: RunConfig) -> FunnelLosers:
 
 def sampling_plans(
     config: RunConfig, logged: Sequence[str], num_candidates: int
-) -> tuple[list[Plan], list[str]]:
-    """Turns the plans of a config into settings; says what is missing.
+) -> tuple[dict[str, Plan], list[str]]:
+    """Turns the plans of a config into settings, by name; says what is missing.
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
     all of them but in-batch alone see the same number. `logged` are the stages whose losers the
@@ -179,7 +180,7 @@ def sampling_plans(
         # For every plan alike: in-batch negatives are positives of single examples.
         common["training.examples"] = "single"
         notes.append("every plan is trained with training.examples 'single'")
-    plans: list[Plan] = []
+    plans: dict[str, Plan] = {}
     for kind in config.compare.plans:
         if corrected == "streaming" and kind in ("popularity", "resampled"):
             notes.append(
@@ -188,29 +189,28 @@ def sampling_plans(
             )
             continue
         found, note = _plans_of_kind(kind, config, logged, num_candidates)
-        plans += [Plan(plan.name, {**common, **plan.settings}) for plan in found]
+        plans |= {name: {**common, **plan} for name, plan in found.items()}
         notes += [note] if note else []
-    distinct = {plan.name: plan for plan in plans}
-    if config.compare.reference not in distinct:
+    if config.compare.reference not in plans:
         raise ValueError(
             f"compare.reference is {config.compare.reference!r}, a plan that is missing here "
             f"({'; '.join(notes)}). Choose another reference."
         )
-    for plan in plans:  # Refused before the first one is trained.
-        with_settings(config, plan.settings)
-    return list(distinct.values()), notes
+    for plan in plans.values():  # Refused before the first one is trained.
+        with_settings(config, plan)
+    return plans, notes
 
 
 def _plans_of_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
-) -> tuple[list[Plan], str]:
+) -> tuple[dict[str, Plan], str]:
     """Turns a kind of plan into settings, several for those with a list of values; with a note."""
     num = sum(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
         for shared in config.model.negatives
     )
     in_batch = {"model.negatives": (InBatch(),)}
-    simple: dict[str, dict[str, Any]] = {
+    simple: dict[str, Plan] = {
         "in_batch_uncorrected": {**in_batch, "model.correction": "none"},
         "in_batch": in_batch,
         "uniform": {"model.negatives": (Uniform(num),)},
@@ -218,23 +218,23 @@ def _plans_of_kind(
         "mixed": {},
     }
     if kind in simple:
-        return [Plan(kind, simple[kind])], ""
+        return {kind: simple[kind]}, ""
     if kind == "resampled":
-        return [
-            Plan(f"resampled_{exponent:g}", {"model.resampling_exponent": exponent})
+        return {
+            f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
             for exponent in config.compare.resampling_exponents
-        ], ""
+        }, ""
     hard, note = _hard_kind(kind, config, logged, num_candidates)
     if hard is None:
-        return [], f"plan {kind} is missing: {note}"
+        return {}, f"plan {kind} is missing: {note}"
     name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
-    return [
-        Plan(
-            f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}",
-            {"model.hard": dataclasses.replace(hard, share=share)},
-        )
-        for share in ((0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares)
-    ], note
+    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
+    return {
+        f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}": {
+            "model.hard": dataclasses.replace(hard, share=share)
+        }
+        for share in shares
+    }, note
 
 
 def _hard_kind(
@@ -254,16 +254,15 @@ def _hard_kind(
     return mined, "" if kind == "mined" else f"plan {kind}: the log holds no losers; mined instead"
 
 
-def _about_exposed(config: RunConfig, data: RunData, plans: Sequence[Plan]) -> list[str]:
+def _about_exposed(config: RunConfig, test: Holdout, plans: Iterable[str]) -> list[str]:
     """Warns of a gain that is none: exposed items that cannot come back as test positives.
 
     A plan that pushes them down frees places for what can be found, unless they are excluded.
     """
     if config.evaluation.exclude != "clicked":
         return []
-    if not any(plan.name.startswith("exposed") for plan in plans):
+    if not any(name.startswith("exposed") for name in plans):
         return []
-    test = data.test
     comes_back = any(
         len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
         for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
@@ -300,24 +299,12 @@ def _auc_rows(
     return positives, others
 
 
-def _train(
-    plan: Plan, config: RunConfig, data: RunData, folder: Path, on_progress: OnProgress
-) -> TwoTower:
-    config = with_settings(config, plan.settings)
-    max_epochs = config.training.max_epochs
-    if config.compare.max_steps is not None:
-        num_samples = len(data.selection.samples)
-        steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
-        max_epochs = -(-config.compare.max_steps // steps_per_epoch)
-    return train_and_refit(
-        config,
-        data,
-        max_epochs=max_epochs,
-        max_seconds=config.compare.max_seconds,
-        folder=folder / "checkpoints",
-        name=plan.name,
-        on_progress=on_progress,
-    )
+def _max_epochs(config: RunConfig, num_samples: int) -> int:
+    """Returns the budget of a plan in epochs."""
+    if config.compare.max_steps is None:
+        return config.training.max_epochs
+    steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
+    return math.ceil(config.compare.max_steps / steps_per_epoch)
 
 
 def _per_query(result: EvaluationResult, test: Holdout, longest: int) -> dict[str, np.ndarray]:
@@ -357,7 +344,7 @@ def _write(
     rows: Sequence[PlanRow],
     config: RunConfig,
     notes: Sequence[str],
-    plans: Sequence[Plan],
+    plans: Mapping[str, Plan],
     folder: Path,
 ) -> PlanComparison:
     cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
@@ -367,8 +354,7 @@ def _write(
         "seed": config.seed,
         "notes": list(notes),
         "plans": [
-            {**row.as_dict(), "settings": to_jsonable_python(plan.settings)}
-            for row, plan in zip(rows, plans, strict=True)
+            {**row.as_dict(), "settings": to_jsonable_python(plans[row.name])} for row in rows
         ],
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))
