@@ -102,25 +102,18 @@ class ServedVersion:
         """
         for retriever in self._retrievers():
             module = retriever.saved_model
-            handles = [table.resource_handle for table in _tables(module)]
+            # Of ids, of vocabularies, of a filter.
+            tables = (
+                part
+                for part in tf.train.TrackableView(module).descendants()
+                if isinstance(part, tf.saved_model.experimental.TrackableResource)
+            )
+            handles = [table.resource_handle for table in tables]
             state = getattr(getattr(module, "_index", None), "_state", None)
             if state is not None:
                 handles.append(state.recreate_handle())
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
-
-
-def _tables(root: Any) -> Iterator[tf.saved_model.experimental.TrackableResource]:
-    """Yields the hash tables in a loaded SavedModel: those of ids, of vocabularies, of a filter."""
-    seen, left = {id(root)}, [root]
-    while left:
-        for child in left.pop()._trackable_children().values():
-            if id(child) in seen:
-                continue
-            seen.add(id(child))
-            left.append(child)
-            if isinstance(child, tf.saved_model.experimental.TrackableResource):
-                yield child
 
 
 def _signature_def(folder: Path) -> dict[str, Any]:
