@@ -127,10 +127,6 @@ class PredictCall(NamedTuple):
             for i in range(0, self.num_queries, size)
         ]
 
-    def answer(self, outputs: Mapping[str, np.ndarray]) -> bytes:
-        """Writes the model's answer; see `format_outputs`."""
-        return format_outputs(outputs, is_row_format=self.is_row_format)
-
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
     """Reads the body of a predict call. The cost grows as its length.
@@ -180,7 +176,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     return PredictCall(name, inputs.of_columns(document["inputs"]), False)
 
 
-def format_outputs(outputs: Mapping[str, np.ndarray], *, is_row_format: bool) -> bytes:
+def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
     """Writes a model's answer.
 
     Numbers that are not finite are written as TensorFlow Serving does, as the bare words NaN,

@@ -101,7 +101,8 @@ class ModelServer:
             call = rest.parse_predict(body, version.signatures)
             if call.num_queries > SMALL_QUERIES or call.num_results > SMALL_RESULTS:
                 return call
-            return call.answer(version.call(call.signature, call.inputs))
+            outputs = version.call(call.signature, call.inputs)
+            return rest.format_outputs(outputs, call.is_row_format)
 
         with self.versions.use(number) as version:
             is_small = len(body) <= SMALL_BODY_BYTES
@@ -113,7 +114,7 @@ class ModelServer:
                 for part in call.slices(SMALL_QUERIES, SMALL_RESULTS)
             ]
             outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            return await _run(self.large, call.answer, outputs)
+            return await _run(self.large, rest.format_outputs, outputs, call.is_row_format)
 
 
 async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
