@@ -65,11 +65,6 @@ def test_two_indexes_in_one_process_do_not_mix() -> None:
         np.testing.assert_array_equal(rows[:, 0], 1 + (QUERIES @ points.T).argmax(axis=1))
 
 
-def test_refuses_more_leaves_than_candidates() -> None:
-    with pytest.raises(ValueError, match=r"the 40 candidates.*41"):
-        ScannIndex(ExactIndex(EMBEDDINGS[:40]), 41)
-
-
 def test_exact_search_suits_a_small_corpus() -> None:
     assert Auto(0.9).choose(19_999) == Exact()
     assert Auto(0.9).choose(20_000) == Scann(recall=0.9)

@@ -220,8 +220,8 @@ class ScannIndex(tf.Module):
 
     `exact` searches the same candidates, for what no level reaches. `num_leaves` are the partitions
     of the corpus; None takes what suits its size. `levels` are by depth, ascending; deeper requests
-    are answered exactly. A `ValueError` if there are fewer than 16 candidates, or more leaves than
-    candidates; an `ImportError` if ScaNN is missing.
+    are answered exactly. A `ValueError` if there are fewer than 16 candidates; an `ImportError` if
+    ScaNN is missing.
     """
 
     def __init__(
@@ -229,11 +229,6 @@ class ScannIndex(tf.Module):
     ) -> None:
         super().__init__(name="scann_index")
         self.num_leaves = num_leaves_of(exact.num_candidates) if num_leaves is None else num_leaves
-        if self.num_leaves > exact.num_candidates:
-            raise ValueError(
-                f"num_leaves must not exceed the {exact.num_candidates} candidates. "
-                f"Received: {num_leaves}"
-            )
         if exact.num_candidates < _SMALLEST_HASHED_CORPUS:
             raise ValueError(
                 f"ScaNN learns its hashing from {_SMALLEST_HASHED_CORPUS} candidates or more: take "
