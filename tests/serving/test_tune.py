@@ -154,10 +154,11 @@ def test_levels_search_no_more_than_they_need_and_end_where_exact_search_is_less
     assert depths == [128 * 2**i for i in range(len(depths))]
     works = [tune._work(level, index) for level in index.levels]
     assert works == sorted(works)
-    assert works[-1] < tune._work_of_exact(index)
+    exact_work = tune._WORK_OF_EXACT_SCORE * NUM
+    assert works[-1] < exact_work
     assert index.levels[0].num_leaves_to_search < index.num_leaves
     deeper = Level(2 * depths[-1], index.num_leaves, 3 * depths[-1])
-    assert tune._work(deeper, index) >= tune._work_of_exact(index) or depths[-1] == 8192
+    assert tune._work(deeper, index) >= exact_work or depths[-1] == 8192
 
 
 def test_the_end_of_a_depth_decides_and_so_do_users_who_know_what_is_easy() -> None:

@@ -49,7 +49,7 @@ class ServedRetriever:
     def __init__(self, url: str, *, timeout_seconds: float = 10.0) -> None:
         self._url = url.rstrip("/")
         self._timeout_seconds = timeout_seconds
-        metadata = self._ask("/metadata", None)["metadata"]
+        metadata = self._ask("/metadata")["metadata"]
         signatures = metadata["signature_def"]["signature_def"]
         inputs = signatures["retrieve"]["inputs"]
         self._has_filter = "retrieve_filtered" in signatures
@@ -107,7 +107,11 @@ class ServedRetriever:
             inputs = {
                 "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
                 "history": _padded(histories[block], self._items_are_text),
-                **self._request_inputs(requests[block]),
+                # Every one is given, as TensorFlow Serving asks.
+                **{
+                    name: _values(name, [request.get(name) for request in requests[block]], about)
+                    for name, about in self._of_request.items()
+                },
                 "exclude": _padded(exclude[block], self._items_are_text),
                 "k": int(k),
             }
@@ -123,14 +127,7 @@ class ServedRetriever:
             scores[block] = answer["outputs"]["scores"]
         return ids, scores
 
-    def _request_inputs(self, requests: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-        """Writes what requests bring as JSON; every input is given, as TensorFlow Serving asks."""
-        return {
-            name: _values(name, [request.get(name) for request in requests], about)
-            for name, about in self._of_request.items()
-        }
-
-    def _ask(self, path: str, document: Any) -> Any:
+    def _ask(self, path: str, document: Any = None) -> Any:
         body = None if document is None else json.dumps(document).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._url + path, body, headers)

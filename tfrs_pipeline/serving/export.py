@@ -254,32 +254,21 @@ def export_index(
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
     }
     with new_version(Path(path), keep=options.keep_versions) as version:
-        _save(modules, version.partial)
+        saved = {version.partial / place: module for place, module in modules.items()}
+        with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+        for folder, module in saved.items():
+            tf.saved_model.save(module, str(folder), module.exported, with_scann)
+        (version.partial / ITEMS_FILE).parent.mkdir()
+        shown = items.select(["item_id", *({"title"} & set(items.column_names))])
+        pq.write_table(shown, version.partial / ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
-        _write_tables(
-            items, _query_table(queries, items, features["request"], read), version.partial
-        )
+        asked = _query_table(queries, items, features["request"], read)
+        pq.write_table(asked, version.partial / QUERIES_FILE)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
-        saved = {version.partial / place: module for place, module in modules.items()}
         prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
     return version.folder, full
-
-
-def _save(modules: Mapping[Path, RetrievalModule], folder: Path) -> None:
-    options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-    for place, module in modules.items():
-        tf.saved_model.save(
-            module, str(folder / place), signatures=module.exported, options=options
-        )
-
-
-def _write_tables(items: pa.Table, queries: pa.Table, folder: Path) -> None:
-    (folder / ITEMS_FILE).parent.mkdir()
-    shown = items.select(["item_id", *({"title"} & set(items.column_names))])
-    pq.write_table(shown, folder / ITEMS_FILE)
-    pq.write_table(queries, folder / QUERIES_FILE)
 
 
 def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:

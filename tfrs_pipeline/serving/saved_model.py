@@ -114,7 +114,7 @@ class RetrievalModule(tf.Module):
         self._candidate_rows = row_table(candidate_ids)
         self._candidate_ids = stored(with_empty(candidate_ids))
         self._names: tuple[str, ...] = ()
-        self._trace(item_filter is not None)
+        self._trace()
 
     @property
     def exported(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class RetrievalModule(tf.Module):
         setattr(self, name, traced(function, inputs))
         self._names += (name,)
 
-    def _trace(self, has_filter: bool) -> None:
+    def _trace(self) -> None:
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         allowed = tf.TensorSpec([None, None], tf.string, "allowed")
         k = tf.TensorSpec([], tf.int32, "k")
@@ -145,7 +145,7 @@ class RetrievalModule(tf.Module):
             self._export(embed_name, functools.partial(_by_position, embed), query)
             answer = functools.partial(self._answer, embed)
             self._export(name, answer, [*query, exclude, k])
-            if has_filter:
+            if self._item_filter is not None:
                 self._export(f"{name}_filtered", answer, [*query, exclude, k, allowed])
         embed = self.encoder.embed_candidate
         item = list(signature_inputs(embed).values())

@@ -84,11 +84,12 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         is_found = _is_among(ranking[:, :depth], found, index.num_candidates)
         return _lowest_recall(is_found, is_known[:, :depth])
 
+    exact_work = _WORK_OF_EXACT_SCORE * index.num_candidates
     # What is chosen by a measure is a little worse than measured.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
     for depth in depths:
-        if levels and _work(Level(depth, 1, depth), index) >= _work_of_exact(index):
+        if levels and _work(Level(depth, 1, depth), index) >= exact_work:
             break
         level = _least(index, functools.partial(recall, depth), depth, wanted)
         if level is None and not levels:
@@ -97,7 +98,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
                 f"{recall(depth, index.num_leaves, index.num_candidates):.4f}, as where candidates "
                 "have equal scores. Lower the recall target, or take the exact index."
             )
-        if level is None or (levels and _work(level, index) >= _work_of_exact(index)):
+        if level is None or (levels and _work(level, index) >= exact_work):
             break
         levels.append(level)
     index.levels = tuple(levels)
@@ -164,10 +165,6 @@ def _work(level: Level, index: ScannIndex) -> float:
         + _WORK_OF_RESCORING * level.num_reordered
         + _WORK_OF_A_RESULT * level.depth
     )
-
-
-def _work_of_exact(index: ScannIndex) -> float:
-    return _WORK_OF_EXACT_SCORE * index.num_candidates
 
 
 def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
