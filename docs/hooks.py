@@ -25,7 +25,7 @@ from tfrs_pipeline.cli import COMMAND_LINE
 from tfrs_pipeline.cli.flags import as_typed
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.settings import Config
+from tfrs_pipeline.settings import Config, tables_in
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -88,21 +88,17 @@ def preset_lines() -> Iterator[str]:
 
 
 def _table_lines(table: type[Config], prefix: str) -> Iterator[str]:
-    inner = {
-        name: field
-        for name, field in table.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
-    }
+    tables = tables_in(table)
     yield from ("| setting | default | |", "|---|---|---|")
     for name, field in table.model_fields.items():
-        if name not in inner:
+        if name not in tables:
             default = "" if field.default is None else f"`{as_typed(field.default)}`"
             about = str(field.description).replace("|", "\\|")
             yield f"| `{prefix}{name}` | {default.replace('|', chr(92) + '|')} | {about} |"
     yield ""
-    for name, field in inner.items():
-        yield from (f"## `{prefix}{name}`", "", str(field.description), "")
-        yield from _table_lines(field.annotation, f"{prefix}{name}.")
+    for name, inner in tables.items():
+        yield from (f"## `{prefix}{name}`", "", str(table.model_fields[name].description), "")
+        yield from _table_lines(inner, f"{prefix}{name}.")
 
 
 def command_line_lines() -> Iterator[str]:

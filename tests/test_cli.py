@@ -39,7 +39,7 @@ from tfrs_pipeline.report import facts
 from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import read_settings
 from tfrs_pipeline.serving import retriever
-from tfrs_pipeline.settings import Config
+from tfrs_pipeline.settings import Config, tables_in
 
 RUN = "it's a run"  # A folder's name that a shell needs in quotes.
 
@@ -95,10 +95,10 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def settings(table: type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the dotted name and the field of every setting."""
+    tables = tables_in(table)
     for name, field in table.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Config):
-            yield from settings(inner, f"{prefix}{name}.")
+        if name in tables:
+            yield from settings(tables[name], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
 

@@ -32,13 +32,13 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.settings import tables_in
 
 
 def tables(table: type[Config]) -> Iterator[type[Config]]:
     yield table
-    for field in table.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            yield from tables(field.annotation)
+    for inner in tables_in(table).values():
+        yield from tables(inner)
 
 
 FIELDS = [(table, name) for table in tables(RunConfig) for name in table.model_fields]

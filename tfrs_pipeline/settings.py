@@ -142,13 +142,20 @@ def _dataclasses_in(annotation: Any) -> Iterator[type]:
         yield from _dataclasses_in(inner)
 
 
+def tables_in(table: type[Config]) -> dict[str, type[Config]]:
+    """Returns the tables within a table, by name."""
+    return {
+        name: field.annotation
+        for name, field in table.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+    }
+
+
 def setting_names(table: type[Config]) -> list[str]:
     """Returns the dotted names of a table's settings, those of tables within it included."""
-    names = []
-    for name, field in table.model_fields.items():
-        names.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            names += [f"{name}.{inner}" for inner in setting_names(field.annotation)]
+    names = list(table.model_fields)
+    for name, inner in tables_in(table).items():
+        names += [f"{name}.{setting}" for setting in setting_names(inner)]
     return names
 
 
