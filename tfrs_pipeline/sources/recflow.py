@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -84,7 +83,6 @@ _POSITIONS = ("rank_index", "rerank_index")
 COLUMNS = (*_REQUEST_COLUMNS, *USER_COLUMNS, *ITEM_COLUMNS, *_FLAGS, *_POSITIONS, *OUTCOMES)
 """All columns of a published file."""
 
-_FILE_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})\.feather")
 _REMEDY = "Take the files as they were published."
 
 
@@ -193,11 +191,11 @@ def _list_days(folder: Path) -> list[Path]:
 
 
 def _is_named_by_date(name: str) -> bool:
-    match = _FILE_NAME.fullmatch(name)
     try:
-        return match is not None and bool(date.fromisoformat(match[1]))
+        day = date.fromisoformat(name.removesuffix(".feather"))
     except ValueError:
         return False
+    return name == f"{day}.feather"
 
 
 def _stage_rows(

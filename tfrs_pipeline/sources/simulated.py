@@ -59,6 +59,7 @@ _EVENT_SCHEMA = pa.schema(
         "request_id": pa.int64(),
         "rank": pa.int64(),
         "score": pa.float64(),
+        "device": pa.string(),
     }
 )
 
@@ -190,19 +191,14 @@ class Simulation:
         known = DEVICES if self.preferences.has_devices else (None,)
         if device not in known:
             raise ValueError(f"device must be one of {known}. Received: {device!r}.")
-        rows = self._user_rows(user_ids)
-        return self.preferences.logits(
-            self.preferences.tastes(rows, np.full(len(rows), known.index(device)))
-        )
-
-    def _user_rows(self, user_ids: npt.ArrayLike) -> np.ndarray:
         ids = np.asarray(user_ids, np.int64).reshape(-1)
         if len(unknown := np.setdiff1d(ids, self.user_ids)):
             raise ValueError(
                 f"{len(unknown)} unknown user ids, the first is {unknown[0]}. The simulation has "
                 f"1 to {self.user_ids[-1]}."
             )
-        return ids - 1
+        devices = np.full(len(ids), known.index(device))
+        return self.preferences.logits(self.preferences.tastes(ids - 1, devices))
 
 
 def simulate_funnel(
@@ -269,8 +265,8 @@ def simulate_funnel(
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, options, activity, num_requests, seed)
     schema = _EVENT_SCHEMA
-    if preferences.has_devices:
-        schema = schema.append(pa.field("device", pa.string()))
+    if not preferences.has_devices:
+        schema = schema.remove(schema.get_field_index("device"))
     log = Log.from_table(
         pa.RecordBatchReader.from_batches(schema, (block.select(schema.names) for block in blocks)),
         items=pa.table({"item_id": item_ids, "genre": genres}),
@@ -404,10 +400,7 @@ def _as_events(
         pa.array(scores.ravel(), mask=ranks >= num_ranked),
         pa.array(DEVICES).take(pa.array(np.repeat(device_rows, num_logged))),
     ]
-    return pa.RecordBatch.from_arrays(
-        [pa.array(column) for column in columns],
-        schema=_EVENT_SCHEMA.append(pa.field("device", pa.string())),
-    )
+    return pa.RecordBatch.from_arrays(list(map(pa.array, columns)), schema=_EVENT_SCHEMA)
 
 
 def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
