@@ -208,12 +208,13 @@ def fit_baselines(
     found: dict[str, Retriever] = {}
     notes = []
     for name in settings.baselines:
+        if name == "uncorrected":  # Trained as the model is.
+            continue
         if name == "ease" and num_items > Ease.max_candidates:
             notes.append(
                 f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
                 f"are more than {Ease.max_candidates:,}"
             )
-        if name == "uncorrected" or (name == "ease" and num_items > Ease.max_candidates):
             continue
         grid, scores = grids[name], []
         for i, baseline in enumerate(grid if len(grid) > 1 else []):

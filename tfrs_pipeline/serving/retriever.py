@@ -119,14 +119,9 @@ class LoadedRetriever:
         request features, of which any may be missing, and `timestamp`, an aware datetime: of it
         come an hour or weekday that the log made of its own, and how long ago the items of the
         history were, where the model reads times. Nothing is excluded but `exclude`: not what the
-        user is known to have clicked.
-
-        Args:
-            queries: One mapping a query.
-            k: How many candidates a query.
-            exclude: Per query, ids to exclude.
-            allowed: Per query, values of the model's item filter (`filter_by` of the export):
-                items that have one of them are retrieved alone; an empty list allows all.
+        user is known to have clicked. `allowed` are, per query, values of the model's item filter
+        (`filter_by` of the export): items that have one of them are retrieved alone; an empty list
+        allows all.
 
         Raises:
             ValueError: If a query holds another key than these, or a feature that the model does
