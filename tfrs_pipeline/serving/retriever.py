@@ -142,13 +142,9 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves by the stored history of users, their known positives excluded.
 
-        Args:
-            user_ids: [n] ids, of the type of the model's; an unknown one gets the answer for an
-                empty history.
-            k: How many candidates.
-            exclude: Per user, further ids to exclude.
-            allowed: Per user, values of the item filter, as in `retrieve`.
-            requests: Per user, the request, as in `retrieve`; None is without.
+        User ids, [n], are of the type of the model's; an unknown one gets the answer for an empty
+        history. Per user, `exclude` are further ids to exclude; `allowed` and `requests` are as in
+        `retrieve`.
 
         Returns:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
