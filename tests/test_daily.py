@@ -304,8 +304,6 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
     assert found[:, 35:].tolist() == [["", ""]] * 2
     np.testing.assert_array_equal(found[:, :35], expected)
     np.testing.assert_allclose(scores[:, :35], expected_scores, atol=1e-6)
-    with pytest.raises(ValueError, match=r"in service and has none of the 1 items of this run"):
-        version_in_service(folder, np.array(["another"], object))
 
 
 def test_what_cannot_be_started_from_is_said(

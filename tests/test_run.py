@@ -443,17 +443,6 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
 
 
-def test_a_folder_of_another_run_is_refused(of_stages: Finished) -> None:
-    before = (of_stages.folder / "config.toml").read_text()
-    other = of_stages.config.model_copy(update={"seed": 1})
-    with pytest.raises(
-        ValueError,
-        match=r"holds a run with other settings \(seed: 0, now 1\). Choose another folder",
-    ):
-        run(other, of_stages.folder)
-    assert (of_stages.folder / "config.toml").read_text() == before
-
-
 @pytest.mark.parametrize("name", ["runs [1]", "a\\b"])
 def test_a_folder_that_tensorflow_cannot_read_is_refused(
     of_ratings: Finished, tmp_path: Path, name: str

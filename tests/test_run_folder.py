@@ -50,7 +50,8 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
 def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
     begin(config, tmp_path / "run")
     other = with_settings(config, {"training.batch_size": 512, "model.hidden_layers": [8]})
-    expected = r"model.hidden_layers: \[\], now \[8\]; training.batch_size: 1024, now 512\)"
+    changed = r"model.hidden_layers: \[\], now \[8\]; training.batch_size: 1024, now 512"
+    expected = rf"holds a run with other settings \({changed}\). Choose another folder"
     with (
         pytest.raises(ValueError, match=expected),
         claim_folder(other, tmp_path / "run", exports=True),

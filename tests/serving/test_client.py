@@ -67,17 +67,10 @@ def test_times_that_the_model_does_not_read_change_nothing(served: Served, url: 
     np.testing.assert_array_equal(scores[0], scores[1])
 
 
-def test_no_queries(url: str) -> None:
-    ids, scores = ServedRetriever(url).retrieve([], 4)
-    assert ids.shape == scores.shape == (0, 4)
-
-
 def test_a_refusal_is_the_servers_own_words(served: Served, url: str) -> None:
     retriever = ServedRetriever(url + "/")
     with pytest.raises(ValueError, match=r"400 .*inputs.k: .* equal to 2000. Received: 5000"):
         retriever.retrieve([{}], 5000)
-    with pytest.raises(ValueError, match=r"k must be a whole number.*Received: 0"):
-        retriever.retrieve([{}], 0)
     with pytest.raises(ValueError, match=r"404 .*This server serves 'films'"):
         ServedRetriever(url.replace("films", "songs"))
 

@@ -156,20 +156,6 @@ def test_many_at_once_get_each_its_own(
         assert not set(ids) & set(found["candidate_ids"][0])
 
 
-def test_empty_slots_are_minus_infinity_as_tensorflow_serving_writes_it(
-    served: Served, running: Running
-) -> None:
-    user = served.query_ids.tolist()[5]
-    response = running.post(PREDICT, json=retrieve_user([user], [[]], NUM_CANDIDATES))
-    assert "-Infinity]" in response.text
-    answer = response.json()["outputs"]
-    num_left = NUM_CANDIDATES - len(served.known(6))
-    empty = -1 if served.candidate_ids.dtype == np.int64 else ""
-    assert answer["candidate_ids"][0][num_left:] == [empty] * len(served.known(6))
-    assert empty not in answer["candidate_ids"][0][:num_left]
-    assert np.isneginf(answer["scores"][0][num_left:]).all()
-
-
 def test_every_signature_answers_as_tensorflow_does(
     served: Served, running: Running, loaded: LoadedRetriever
 ) -> None:
@@ -306,12 +292,6 @@ BAD: dict[str, Any] = {
     "many unknown inputs": {"inputs": {str(i): 0 for i in range(60_000)}},
     "many wrong values": {"inputs": [[]] * 200_000, "items": [[]] * 20_000},
     "many wrong rows": {"instances": ["x"] * 150_000},
-    "nan": '{"inputs": [NaN]}',
-    "wrong type": retrieve_user(["101"], [[]], 5),
-    "k just too large": retrieve_user([101], [[]], 101),
-    "k of 0": retrieve_user([101], [[]], 0),
-    "too many queries": {"inputs": list(range(11))},
-    "too many excluded": retrieve_user([101], [list(range(51))], 5),
     "unknown signature": {**GOOD, "signature_name": "__saved_model_init_op"},
     "binary": bytes(range(256)),
 }
