@@ -1,16 +1,7 @@
 """A trained model written as a SavedModel that answers with raw ids.
 
-Layout, TensorFlow Serving's own:
-
-    <directory>/<name>/<version>/
-        saved_model.pb, variables/     encoder and index, under the signatures of `RetrievalModule`
-        manifest.json                  config, features, data, counts, metrics, index, versions
-        assets.extra/items.parquet     item_id and title, for reading answers
-        assets.extra/queries.parquet   queries to measure an index on: user_id, history, and, where
-                                       the model reads them, the request and the history's times
-        exact/1/                       the brute-force fallback, for servers without the ScaNN op
-
-A version is written beside its place and renamed once it is whole and checked.
+saved_models/README.md says what a version's folder holds. It is written beside its place and
+renamed once it is whole and checked.
 """
 
 from __future__ import annotations

@@ -64,33 +64,12 @@ class ItemFilter(tf.Module):
 class RetrievalModule(tf.Module):
     """An encoder and an index behind raw ids.
 
-    Signatures, ids in the types of the logs (int64 or string; -1 or "" is an empty slot):
-
-    - `serving_default(user_id [B])`: the best 100 by the user's stored history, the user's known
-      positives excluded.
-    - `retrieve_user(user_id [B], exclude [B, E], k [])`: the same with a k and more to exclude.
-    - `retrieve(user_id [B], history [B, L], exclude [B, E], k [])`: by a history given with the
-      query, oldest first; nothing is excluded but `exclude`.
-    - `retrieve_with_features(...)`, for a model with user features: as `retrieve`, with the raw
-      value of each feature beside, instead of the stored ones (see `raw_signature`).
-    - `retrieve_user_filtered(..., allowed [B, F])`, `retrieve_filtered` and
-      `retrieve_with_features_filtered`, where there is an item filter: of the items that have one
-      of the values alone; a list without values allows every item.
-    - of a model with request features, all of these but `serving_default`, to which a request says
-      nothing, take each one's raw value, and `timestamp [B]` where it tells hour or weekday, before
-      `exclude` (see `request_signature`); "" and NaN are missing.
-    - of a model that reads times, they take `timestamp [B]` too, and those with a history
-      `history_timestamps [B, L]` after it: float64 seconds since 1970, NaN where not known.
-    - `embed_user(user_id [B])`, `embed_query(user_id [B], history [B, L])` and, for a model with
-      user features, `embed_query_with_features`: embeddings [B, D] float32 and is_known_user [B].
-      What a request brings they take last.
-    - `embed_candidate(item_id [B], ...)`, with the raw value of each item feature beside:
-      embeddings [B, D] float32 and is_known_item [B].
-
-    Those that retrieve return `candidate_ids` [B, k], `scores` [B, k] float32 (-inf in empty
-    slots), best first, and `is_known_user` [B] bool. Unknown items in `history` and `exclude` are
-    ignored. They are attributes too, called by position in the order above. A model without users
-    has none of `serving_default`, `retrieve_user...` and `embed_user`.
+    saved_models/README.md lists its signatures. They are attributes too, called by position: in the
+    order of that list, before `exclude` or last the features that are given and what a request
+    brings (`request_signature`), of which `serving_default` takes nothing. Where the model reads
+    times, those with a history take `history_timestamps` [B, L] after it: float64 seconds since
+    1970, NaN where not known. A model without users has none of `serving_default`,
+    `retrieve_user...` and `embed_user`.
 
     Args:
         encoder: `Encoder`, or what one was loaded as.

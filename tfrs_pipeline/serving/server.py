@@ -1,12 +1,6 @@
 """An exported model over HTTP, in TensorFlow Serving's own REST form.
 
-    POST /v1/models/NAME:predict, /v1/models/NAME/versions/V:predict
-    GET  /v1/models/NAME, /v1/models/NAME/versions/V        state of the versions
-    GET  /v1/models/NAME/metadata, .../versions/V/metadata  signatures
-    GET  /healthz, /readyz, /metrics                        for whoever runs it
-    GET  /                                                  a page to try the model on
-
-docs/guides/serving.md describes requests, limits and what a network takes.
+docs/guides/serving.md describes its addresses, requests, limits and what a network takes.
 """
 
 from __future__ import annotations
