@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
@@ -86,7 +86,7 @@ Distinct: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct)]
 Several: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct), AfterValidator(_some)]
 
 
-def refuse(problems: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> None:
+def refuse(problems: Iterable[tuple[str, str]]) -> None:
     """Raises a ConfigError if there is any problem."""
     if found := list(problems):
         raise ConfigError(found)

@@ -35,8 +35,9 @@ class Verdict:
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     """Tells whether the model is better than each other, by 95% intervals of the difference."""
-    first, others = _first(metrics), metrics["differences"]
-    measured = {name: x[metric] for name, x in others.items() if x[metric]["low"] is not None}
+    first, *_ = metrics["models"]
+    others = metrics["differences"].items()
+    measured = {name: x[metric] for name, x in others if x[metric]["low"] is not None}
     ahead = [name for name, x in measured.items() if x["low"] > 0]
     behind = [name for name, x in measured.items() if x["high"] < 0]
     level = [name for name in measured if name not in (*ahead, *behind)]
@@ -62,7 +63,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     the uncorrected one, is no baseline; where it finds more, that is said besides.
     """
     first, *others = metrics["models"]
-    baselines = _baselines(others)
+    baselines = [name for name in others if not name.startswith("two_tower")]
     found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
     other_forms: list[str] = []
     for part in metrics["models"][first]["slices"]:
@@ -123,7 +124,8 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """
     if compared_with_baselines(metrics, metric).is_good is not False:
         return
-    first, models, monitor = _first(metrics), metrics["models"], config.training.monitor
+    models, monitor = metrics["models"], config.training.monitor
+    first, *_ = models
     training = metrics["training"][first]
     values = training["history"].get(f"val_{monitor}", [])
     if training["best_epoch"] == len(values):
@@ -181,14 +183,6 @@ def _gap(above: Mapping[str, float]) -> str:
     if mean <= 0:
         mean, low, high = -mean, -high, -low
     return f"{mean:.4f} [{low:.4f}, {high:.4f}] {'ahead' if above['mean'] > 0 else 'behind'}"
-
-
-def _first(metrics: Metrics) -> str:
-    return str(next(iter(metrics["models"])))
-
-
-def _baselines(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not name.startswith("two_tower")]
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
