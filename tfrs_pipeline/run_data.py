@@ -135,11 +135,11 @@ def connect_engine(config: DataConfig) -> Any:
 def load_log(config: DataConfig, connection: Any = None) -> Log:
     """Loads the log that a config names, into a connection of `connect_engine`; None opens one."""
     connection = connection or connect_engine(config)
-    features: dict[str, Any] = {
-        "item_features": config.item_features,
-        "user_features": config.user_features,
-        "request_features": config.request_features,
-    }
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in names}
+
+    features = given("item_features", "user_features", "request_features")
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
@@ -151,24 +151,15 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
             for name, path in paths.items()
         }
         return Log.from_ibis(**tables, is_ordered=config.is_ordered, **features)
-    common: dict[str, Any] = {
-        "label": config.label,
-        "duplicates": config.duplicates,
-        "connection": connection,
-        **features,
-    }
+    common = {"connection": connection, **features}
     if config.source == "kuairand":
-        return load_kuairand(config.path, unknown_items=config.unknown_items, **common)
+        options = given("label", "duplicates", "unknown_items")
+        return load_kuairand(config.path, **options, **common)
     if config.source == "recflow":
-        return load_recflow(config.path, **common)
+        return load_recflow(config.path, **given("label", "duplicates"), **common)
+    options = given("rating_threshold", "stage_values", "is_ordered", *OF_RAW_TABLES)
     return Log.from_files(
-        config.path,
-        items=config.items_path,
-        users=config.users_path,
-        rating_threshold=config.rating_threshold,
-        stage_values=config.stage_values,
-        is_ordered=config.is_ordered,
-        **{**{name: getattr(config, name) for name in OF_RAW_TABLES}, **common},
+        config.path, items=config.items_path, users=config.users_path, **options, **common
     )
 
 
