@@ -183,7 +183,8 @@ class Encoder(tf.Module):
         if not user_data:
             self._refuse_user_embeddings()
             # Features of all users are among the model's, which nothing reads now.
-            self._variables = [x for x in model.variables if _handle(x) in self._captured()]
+            captured = self._captured()
+            self._variables = [x for x in model.variables if _handle(x) in captured]
 
     @property
     def _reads_times(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import tensorflow as tf
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
 from pydantic_core import to_jsonable_python
 
@@ -143,6 +144,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         nobody = empty_id(retriever.user_dtype)
         signature = "retrieve"
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
+    given: dict[str, tf.Tensor] = {}
     if query.features:
         signature += "_with_features"
         # JSON has no times: they come as typed.
@@ -151,13 +153,12 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
             name: parse_value(name, "timestamp", x) if name in times and isinstance(x, str) else x
             for name, x in query.features.items()
         }
-        raw = retriever.raw_query_features([{"features": features}])
-        inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in raw.items()}
+        given |= retriever.raw_query_features([{"features": features}])
     if query.request:
         function = retriever.saved_model.signatures[signature]
         request = retriever.parse_request(query.request)
-        given = request_inputs(function, retriever.features, [request])
-        inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
+        given |= request_inputs(function, retriever.features, [request])
+    inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
     if query.filter:
         signature += "_filtered"
         inputs["allowed"] = [query.filter]

@@ -161,13 +161,9 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
     @app.get(f"{version}/metadata")
     async def model_metadata(request: Request) -> dict[str, Any]:
         with server.versions.use(server.number(request)) as version:
-            number = str(version.number)
+            name, number = server.versions.name, str(version.number)
             return {
-                "model_spec": {
-                    "name": server.versions.name,
-                    "signature_name": "",
-                    "version": number,
-                },
+                "model_spec": {"name": name, "signature_name": "", "version": number},
                 "metadata": {"signature_def": {"signature_def": version.signature_def}},
             }
 
