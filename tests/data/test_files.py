@@ -525,6 +525,48 @@ def test_parquet_whose_files_have_different_columns_is_refused(
         Log.from_files(tmp_path)
 
 
+@pytest.mark.parametrize("days", ["abc", "bca", "cab"])
+def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: str) -> None:
+    rows = pd.DataFrame({"user_id": [1, 2], "item_id": [2**53 - 1, 4], "rank": [0, 1]})
+    tables = (
+        rows.assign(device="phone", v=[[0.5], [1.0]], stage="clicked"),
+        rows.assign(device=None, v=None, stage="clicked", rank=[7, None]),
+        rows.assign(device=["tv", None], v=[[0.5], None], stage="exposed", item_id=[3.0, None]),
+    )
+    expected: tuple[list[Any], ...] = (
+        [(2**53 - 1, 0, "phone", [0.5], "clicked"), (4, 1, "phone", [1.0], "clicked")],
+        [(2**53 - 1, 7, None, None, "clicked"), (4, None, None, None, "clicked")],
+        [(3, 0, "tv", [0.5], "exposed")],
+    )
+    for day, table in zip(days, tables, strict=True):
+        table.to_parquet(tmp_path / f"{day}.parquet", index=False)
+    log = Log.from_files(tmp_path, columns={"device": "device", "v": "v"}, max_bad_share=0.2)
+    names = ("item_id", "rank", "device", "v", "stage")
+    found = zip(*(column(log.events, name) for name in names), strict=True)
+    of_day = dict(zip(days, expected, strict=True))
+    assert [*found] == [row for day in "abc" for row in of_day[day]]
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "message"),
+    [
+        (["1"], [1], "b.parquet: column 'item_id' is int64, in a.parquet string. Give the files"),
+        ([1.5], ["1"], "b.parquet: column 'item_id' is string, in a.parquet double"),
+        ([True], [1], "b.parquet: column 'item_id' is int64, in a.parquet bool"),
+        ([None], ["1"], "c.parquet: column 'item_id' is int64, in b.parquet string"),
+        # Another id, if it was read as a double.
+        ([1.0], [2**53 + 1], "'item_id' must be an integer or a string and is not in 1 of 3 rows"),
+    ],
+)
+def test_parquet_whose_files_have_different_types_is_refused(
+    tmp_path: Path, values: list[Any], others: list[Any], message: str
+) -> None:
+    for name, items in (("a", values), ("b", others), ("c", [1])):
+        pq.write_table(pa.table({"user_id": [1], "item_id": items}), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=message):
+        Log.from_files(tmp_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -157,7 +157,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet whose files hold the same columns; their footers are read."""
-    types: dict[str, pa.DataType] = {}
+    types: dict[str, tuple[pa.DataType, str]] = {}  # With the name of a file that has it.
     columns: list[str] = []
     for each in paths:
         try:
@@ -177,14 +177,29 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
             )
         for column in schema:
             of = _plain(column.type)
-            if types.setdefault(column.name, of) != of:
+            known, where = types.setdefault(column.name, (of, each.name))
+            if _holds(known, of):
+                continue
+            if not _holds(of, known):
                 raise DataError(
-                    f"{Source(str(each)).column(column.name)} is {of}, in {paths[0].name} "
-                    f"{types[column.name]}. Give the files of a folder the same types."
+                    f"{Source(str(each)).column(column.name)} is {of}, in {where} {known}. Give "
+                    "the files of a folder the same types."
                 )
+            types[column.name] = of, each.name
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
-    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {hive})")
+    # By name, types are what holds all of the files; else those of the first one.
+    options = f"union_by_name=true, {hive}"
+    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {options})")
     return Scan(connection, str(path), relation.columns, lambda columns: relation)
+
+
+def _holds(one: pa.DataType, other: pa.DataType) -> bool:
+    """Tells whether a type holds the values of another as pandas varies it from file to file.
+
+    A column without a value has no type of its own; integers are doubles where some are missing.
+    """
+    is_wider = pa.types.is_float64(one) and pa.types.is_integer(other)
+    return one == other or is_wider or pa.types.is_null(other)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:
