@@ -506,7 +506,9 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.csv has another header than a\.csv"):
         Log.from_files(tmp_path)
     (tmp_path / "b.csv").rename(tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="files of one kind"):
+    (tmp_path / "c.csv").write_text("user_id,item_id\n1,2\n")
+    message = r"files of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\."
+    with pytest.raises(DataError, match=message):
         Log.from_files(tmp_path)
     with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
         Log.from_files(tmp_path / "b.parquet")

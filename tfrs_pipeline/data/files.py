@@ -281,14 +281,21 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
         paths = [path / each for each in sorted(visible)]
     else:
         paths = [path]
-    is_csv = [_is_csv(each) for each in paths]
-    is_parquet = [each.name.lower().endswith((".parquet", ".pq")) for each in paths]
-    if not paths or not (all(is_csv) or all(is_parquet)):
+    csv = [each for each in paths if _is_csv(each)]
+    parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
+    usual = max(csv, parquet, key=len)
+    odd = sorted({*paths} - {*usual})
+    if odd or not paths:
+        names = (
+            f", {len(odd)} of another kind: {', '.join(each.name for each in odd[:5])}"
+            if odd
+            else ""
+        )
         raise DataError(
             f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
-            f"It holds {len(paths)} files: {', '.join(each.name for each in paths[:5])}."
+            f"It holds {len(paths)} files{names}."
         )
-    return paths, is_csv[0]
+    return paths, usual is csv
 
 
 def _is_csv(path: Path) -> bool:
