@@ -1,6 +1,7 @@
 """A user's own files: what is read, in what order and type, and what is refused."""
 
 import gzip
+import os
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -512,6 +513,20 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
         Log.from_files(tmp_path)
     with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
         Log.from_files(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("locked", ["log", "b.parquet", "b.csv"])
+def test_what_may_not_be_read_is_not_told_to_be_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).with_suffix(Path(locked).suffix or ".csv").touch()
+    # Whoever is root may read all.
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK or path.name != locked)
+    with pytest.raises(DataError, match=rf"{locked} may not be read: permission denied\. Allow it"):
+        Log.from_files(folder)
 
 
 @pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])

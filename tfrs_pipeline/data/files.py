@@ -6,6 +6,7 @@ import collections
 import csv
 import glob
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,6 +282,12 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
         paths = [path / each for each in sorted(visible)]
     else:
         paths = [path]
+    for each in (path, *paths):
+        if not os.access(each, os.R_OK):
+            raise DataError(
+                f"{each} may not be read: permission denied. Allow it to the user that runs this, "
+                "or name files that may be read."
+            )
     csv = [each for each in paths if _is_csv(each)]
     parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
     usual = max(csv, parquet, key=len)
