@@ -81,6 +81,13 @@ def test_what_is_kept_is_counted_too() -> None:
         "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept, with null "
         "features",
     ]
+    # A feature of requests as one of items: in the rows that are kept.
+    pages: dict[str, list[Any]] = {
+        "where": [None, None, "a", *["b"] * 37],
+        "timestamp": [None, *[1_700_000_000] * 39],
+    }
+    log = load(pages, columns={"page": "where"}, request_features={"page": "categorical"})
+    assert "event table: column 'where' is missing in 1 of 39 rows (2.6%)" in log.notes
     repeated = {"user_id": [1, 1, 2], "item_id": [1, 1, 1]}
     assert load({**repeated, "page": [1, 2, 3]}).notes == (
         "event table: columns not read: page",

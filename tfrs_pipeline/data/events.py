@@ -38,7 +38,7 @@ from tfrs_pipeline.data.schema import (
     name_problem,
     require_column,
 )
-from tfrs_pipeline.data.tables import MAX_BAD_SHARE, store_sound, type_features
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_missing, store_sound, type_features
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.messages import printable, sentence
 
@@ -148,6 +148,7 @@ def load_events(
     if rules.label or "weight" in names:
         columns["weight"] = weight
     events, dropped = store_sound(raw, columns, rules.max_bad_share)
+    notes += describe_missing(events, requests, raw.source)
     raw.drop()
     return events, dropped, notes
 

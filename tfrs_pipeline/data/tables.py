@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import duckdb
@@ -140,18 +140,8 @@ def type_entities(
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
     entities, dropped = store_sound(raw, columns, max_bad_share)
-    missing = {name: entities[name].isnull().sum() for name in columns if name != id_name}
-    counted = entities.aggregate(
-        **missing, _rows=entities.count(), _ids=entities[id_name].nunique()
-    )
-    counts = counted.to_pyarrow().to_pylist()[0]
-    num_rows, num_ids = counts.pop("_rows"), counts.pop("_ids")
-    for name, num in counts.items():
-        if num:
-            of = raw.source.column(name)
-            notes.append(
-                f"{of} is missing in {num:,} of {num_rows:,} rows ({in_percent(num, num_rows)})"
-            )
+    notes += describe_missing(entities, (name for name in columns if name != id_name), raw.source)
+    num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids < num_rows:
         entities = store(entities.distinct(), raw.source)
         num_left = count_rows(entities)
@@ -194,6 +184,17 @@ def type_features(
             of = raw.source.column(fault.column)
             notes.append(f"{of} {fault.problem} in {num:,} rows: taken as missing")
     return notes
+
+
+def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) -> Iterator[str]:
+    """Says which columns have missing values, and in how many rows."""
+    nulls = {name: table[name].isnull().sum() for name in columns}
+    counts = table.aggregate(_rows=table.count(), **nulls).to_pyarrow().to_pylist()[0]
+    num_rows = counts.pop("_rows")
+    for name, num in counts.items():
+        if num:
+            share = in_percent(num, num_rows)
+            yield f"{source.column(name)} is missing in {num:,} of {num_rows:,} rows ({share})"
 
 
 def load_items(
