@@ -439,7 +439,12 @@ def test_item_files_that_are_refused(
 UNMAPPED = {
     "reached": (
         ["Clicked", "exposed", " recalled"],
-        "holds stages, .*Add stage=reached to columns",
+        "holds stages, .*Add stage=reached to columns and the stages of Clicked, recalled to ",
+    ),
+    # One that is known tells those that are a team's own.
+    "found": (
+        ["shown", None, "clicked"],
+        "holds stages, .*Add stage=found to columns and the stages of shown to stage_values; or",
     ),
     "at": (["2024-01-31", "2024-02-01T10:00Z", ""], "holds times, .*Add timestamp=at to columns"),
     "day": ([date(2024, 1, 31), date(2024, 2, 1), None], "holds times, .*Add timestamp=day"),
@@ -457,7 +462,7 @@ def test_stages_and_times_are_not_left_unread(load: Any, name: str, is_csv: bool
         load(events)
     assert raised.value.setting == "columns"
     assert name in load(events, columns={name: name}).events.columns
-    mended = {"stage" if name == "reached" else "timestamp": name}
+    mended = {"timestamp" if "times" in message else "stage": name}
     with pytest.raises(DataError, match=f"'{name}' (holds an unknown stage|holds times without)"):
         load(events, columns=mended)
 
@@ -480,10 +485,22 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
     # Beside a stage and a time they are columns like others, and so are those that hold more.
     text = "user_id,item_id,stage,timestamp,a,b\n1,2,clicked,1700000000,clicked,2024-01-31\n"
     assert "columns not read: a, b" in load(text).notes[0]
-    text = "user_id,item_id,a,b,c\n1,2,clicked,2024-01-31,\n1,3,bought,soon,\n"
+    text = "user_id,item_id,a,b,c\n1,2,just clicked,2024-01-31,\n1,3,bought,soon,\n"
     assert "columns not read: a, b, c" in load(text).notes[0]
+    searches = [f"1,{n},search {n}\n" for n in range(101)]
+    assert (
+        "columns not read: a"
+        in load("user_id,item_id,a\n1,2,clicked\n" + "".join(searches)).notes[0]
+    )
     labelled = load("user_id,item_id,like,a\n1,2,1,clicked\n", label={"like": 1})
     assert "columns not read: a" in labelled.notes[0]
+
+
+def test_a_stage_is_found_in_any_row(load: Any) -> None:
+    reached = ["recalled"] * 3000 + ["clicked"]
+    events = pa.table({"user_id": range(3001), "item_id": range(3001), "reached": reached})
+    with pytest.raises(DataError, match=r"'reached' is not read and holds stages, .* of recalled"):
+        load(events)
 
 
 def test_rows_that_were_looked_at_are_read_all_the_same(load: Any) -> None:

@@ -43,7 +43,8 @@ from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.messages import printable, sentence
 
 _NUM_LOOKED_AT = 1000
-_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ t]\d|$)")
+_MOST_STAGES = 100  # More values are text.
+_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -203,31 +204,39 @@ def _event_columns(
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
-    """Refuses columns whose first values are stages or times, if the log has none of these.
+    """Refuses columns that hold stages or times, if the log has none of these.
 
-    A column holds stages if all its values are known ones, or two are: a team may have names of its
-    own for the others. It holds times if more than nine tenths are: some may be unreadable.
+    A column holds stages if one of its rows does and its first ones have few values: a team has
+    names of its own for the others. It holds times if more than nine tenths of the first values
+    are: some may be unreadable.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
+    texts: dict[str, set[str]] = {}
     for name, values in zip(rows.column_names, rows.columns, strict=True):
-        is_text = pa.types.is_string(values.type)
-        texts = values.drop_null().unique().to_pylist() if is_text else []
-        found = {text.strip().lower() for text in texts} - {""}
+        if pa.types.is_string(values.type):
+            texts[name] = {text.strip() for text in values.drop_null().unique().to_pylist()} - {""}
+    few = [name for name, found in texts.items() if len(found) <= _MOST_STAGES]
+    of_stages = scanned.holding(few, stages) if "stage" in absent else []
+    for name, values in zip(rows.column_names, rows.columns, strict=True):
+        found = texts.get(name, set())
         is_time = pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)
         num_times = sum(map(bool, map(_ISO_TIME.match, found)))
         means = ""
-        if len(found & stages) >= min(len(found), 2) > 0:
+        if name in of_stages:
             means = "stage"
         elif is_time or num_times > 0.9 * len(found):
             means = "timestamp"
         if means in absent:
             holds = "stages" if means == "stage" else "times"
             column = printable(name)
+            others = sorted(found - stages) if means == "stage" else []
+            listed = printable(", ".join(others), 100)
+            others_too = f" and the stages of {listed} to stage_values" if others else ""
             raise DataError(
                 f"{Source(scanned.name).column(name)} is not read and holds {holds}, and the log "
-                f"has no {means}. Add {means}={column} to columns; or {column}={column}, if it is "
-                "a column like others.",
+                f"has no {means}. Add {means}={column} to columns{others_too}; or "
+                f"{column}={column}, if it is a column like others.",
                 "columns",
             )
 

@@ -8,7 +8,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,6 +61,19 @@ class Scan:
             raise _unreadable(self.name, error, self.csv_files) from error
         plain = [pa.field(column.name, _plain(column.type)) for column in rows.schema]
         return rows.cast(pa.schema(plain))
+
+    def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
+        """Names the columns of text that hold one of some words in any row, in either case."""
+        if not columns:
+            return []
+        listed = ", ".join(map(_quote, words))
+        texts = [f'lower(trim(CAST("{_double(column)}" AS VARCHAR)))' for column in columns]
+        tests = ", ".join(f"bool_or({text} IN ({listed}))" for text in texts)
+        try:
+            found = self.open(list(columns)).aggregate(tests).fetchone() or ()
+        except duckdb.Error as error:
+            raise _unreadable(self.name, error, self.csv_files) from error
+        return [column for column, is_found in zip(columns, found, strict=True) if is_found]
 
     def load(self, names: Mapping[str, str]) -> RawTable:
         """Reads columns, once: `names` are those that they get -> their names here.
