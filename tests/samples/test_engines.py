@@ -93,6 +93,9 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
         found.append((report, read(folder / "samples")))
     (report, tables), (other_report, others) = found
     assert report == other_report
+    description, other_description = (log.describe()[:3] for log in logs)
+    assert description == other_description
+    assert description[2].startswith("positives a day: ")
     # Some pools are thinned, and some are not.
     assert 12 < report["hard_negatives"]["retrieved"]["mean_pool"] < HARD.max_pool
     assert tables.keys() == others.keys()

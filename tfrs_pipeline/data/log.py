@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
 )
 from tfrs_pipeline.data.settle import settle
-from tfrs_pipeline.data.split import split_events
+from tfrs_pipeline.data.split import is_positive, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
@@ -431,10 +432,14 @@ class Log:
         notes = [_listed(counts)]
         if self.order == "timestamp":
             times = self.events["timestamp"]
-            found = self.events.aggregate(first=times.min(), last=times.max()).to_pyarrow()
-            first, last = found.to_pylist()[0].values()
+            days = self.events.group_by(day=(times.epoch_seconds() / 86_400).floor().cast("int64"))
+            num = is_positive(self.events).sum()
+            of_days = days.agg(num=num, first=times.min(), last=times.max())
+            found = of_days.order_by("day").to_pyarrow()
+            first, last = found["first"][0].as_py(), found["last"][-1].as_py()
             # A wrong unit shows here.
             notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
+            notes += _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
         elif self.order == "event_number":
             notes.append("no timestamps: the order of the rows is taken for that of the events")
         num_dropped = sum(each.num_rows for each in self.dropped)
@@ -447,6 +452,20 @@ class Log:
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+
+
+def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[str]:
+    """Says how many positives the days since 1970 have, so that a broken one shows."""
+    of_day = dict(zip(days, positives, strict=True))
+    counts = [of_day.get(day, 0) for day in range(days[0], days[-1] + 1)]
+    if len(counts) < 3:
+        return
+    lowest = min(counts)
+    when = date(1970, 1, 1) + timedelta(days[0] + counts.index(lowest))
+    yield (
+        f"positives a day: {statistics.median_low(counts):,} by median, {lowest:,} on {when} at "
+        f"the lowest, {counts[-1]:,} on the last day"
+    )
 
 
 def _listed(counts: Mapping[str, int]) -> str:
