@@ -269,6 +269,8 @@ def test_by_time_all_users_share_the_cuts() -> None:
     # The same moments, said in another zone.
     moved = [moment.astimezone(tz=None) for moment in moments]
     assert letters(log.split("time", validation=moved[0], test=moved[1])) == "tvxtvx"
+    written = [moment.isoformat() for moment in moved]
+    assert letters(log.split("time", validation=written[0], test=moments[1])) == "tvxtvx"
 
 
 @pytest.mark.parametrize("num", [10, 23, 40])
@@ -388,6 +390,10 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         ("time", {"validation": datetime(2024, 1, 1), "test": START}),
         ("time", {"validation": START + timedelta(seconds=1), "test": START}),
         ("time", {"test": START}),
+        ("time", {"validation": "2024-01-01", "test": START}),
+        ("time", {"validation": START, "test": "yesterday"}),
+        ("time", {"validation": START.date(), "test": START.date()}),
+        ("last_n", {"test": "2"}),
         ("time", {"test": 0.0}),
         ("column", {"validation": 0.5}),
         ("random", {}),

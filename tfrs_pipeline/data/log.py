@@ -34,7 +34,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
 )
 from tfrs_pipeline.data.settle import settle
-from tfrs_pipeline.data.split import is_positive, split_events
+from tfrs_pipeline.data.split import is_positive, read_amount, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
@@ -364,8 +364,8 @@ class Log:
         self,
         kind: SplitKind | None = None,
         *,
-        validation: float | datetime | None = None,
-        test: float | datetime | None = None,
+        validation: float | datetime | str | None = None,
+        test: float | datetime | str | None = None,
         target_share: float = 0.2,
         min_positives: int = 5,
         seed: int = 0,
@@ -386,8 +386,8 @@ class Log:
             kind: None: time in a log with timestamps, else last_share.
             validation: A share of the positives (of what the test leaves of each user's, for
                 last_share; of the users, for held_out_users), a number of positives a user (for
-                last_n), or the moment at which validation starts, with a time zone (for time).
-                None: .05, or 1.
+                last_n), or the moment at which validation starts, with a time zone, also as text
+                such as "2024-01-31T00:00:00Z" (for time). None: .05, or 1.
             test: The same of the test. None: .1, or 1.
             target_share: Share of a held-out user's last positives that is to be found.
             min_positives: Users with fewer are dropped, all their events.
@@ -407,8 +407,8 @@ class Log:
         events = split_events(
             self.events,
             kind,
-            validation=validation,
-            test=test,
+            validation=read_amount("validation", validation),
+            test=read_amount("test", test),
             target_share=target_share,
             min_positives=min_positives,
             seed=seed,

@@ -8,9 +8,11 @@ event number alone where the log has no time. All are lazy expressions.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import numbers
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -23,6 +25,19 @@ PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
 # .07 * 100 is 7.000000000000001 in binary: its ceiling must be 7.
 _CEIL_SLACK = 1e-9
+
+
+def read_amount(name: str, value: Any) -> Any:
+    """Reads a share, a number or a moment, which may be written in ISO 8601."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(value)
+    if value is None or isinstance(value, numbers.Real | datetime):
+        return value
+    raise ValueError(
+        f"split.{name} must be a share, a number of positives, or a moment such as "
+        f"2024-01-31T00:00:00Z. Received: {value!r}."
+    )
 
 
 def split_events(
