@@ -207,5 +207,7 @@ def test_what_is_no_table_is_refused() -> None:
         Log.from_table(pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 2]}))
     with pytest.raises(DataError, match=r"a list cannot be read as a table: .*\w\. Give a path"):
         Log.from_table([1, 2])
-    with pytest.raises(TypeError, match="kind"):
+    with pytest.raises(TypeError, match=r"^Log\.from_table has no option 'kind'; known: columns, "):
         Log.from_table(EVENTS, kind="ratings")
+    with pytest.raises(TypeError, match=r"no option 'itms'; did you mean 'items'\?$"):
+        Log.from_table(EVENTS, itms=ITEMS)

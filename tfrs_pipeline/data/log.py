@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from tfrs_pipeline.data.split import is_positive, read_amount, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, suggest
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +262,10 @@ class Log:
         """
         if isinstance(events, str | Path):
             raise TypeError(f"A path is for Log.from_files. Received: {events!r}.")
+        known = list(inspect.signature(cls.from_files).parameters)[1:]
+        if unknown := [name for name in options if name not in known]:
+            hint = suggest(unknown[0], known)
+            raise TypeError(f"Log.from_table has no option {unknown[0]!r}; {hint}")
         return cls.from_files(events, **options)
 
     @classmethod
