@@ -107,6 +107,7 @@ def test_a_file_names_itself_and_every_problem_in_a_line_each(tmp_path: Path) ->
         (b"name = '\xff'", "is not a TOML file: .*utf-8"),
         (b"training = 3", "training: got 3; must be a table of settings"),
         (b"", "holds no setting"),
+        (b"preset = 'quick'", "preset: is no setting; .* as --preset does"),
         (None, "cannot be read: No such file"),
     ],
 )

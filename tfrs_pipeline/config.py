@@ -254,6 +254,9 @@ def load_config(path: Path | str) -> RunConfig:
             [("", "holds no setting: it is cut, or not a config of a run; write it again")],
             str(path),
         )
+    if "preset" in settings:
+        message = "is no setting; choose a preset where the file is read, as --preset does"
+        raise ConfigError([("preset", message)], str(path))
     try:
         return RunConfig(**settings)
     except ConfigError as error:
