@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
@@ -32,6 +34,7 @@ from tfrs_pipeline.trainings import _split_of, trained_in
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
+WITHDRAWN = [5, 6]  # Of today's events, what today's item table lacks.
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,18 @@ class Warm:
 
 def config_of(folder: Path, day: str, items: range, **settings: Any) -> RunConfig:
     """Settings of a run on the log of a day: other items, and other events of the same users."""
-    there = pa.array([item_id(number, "str") for number in items])
 
-    def filtered(table: pa.Table) -> pa.Table:
+    def filtered(table: pa.Table, numbers: Iterable[int]) -> pa.Table:
+        there = pa.array([item_id(number, "str") for number in numbers])
         return table.filter(pc.is_in(table["item_id"], there))
 
-    events = filtered(event_table("str"))
+    events = filtered(event_table("str"), items)
+    listed = items if items is YESTERDAY else [x for x in items if x not in WITHDRAWN]
     start, stop = (0, 0.85) if items is YESTERDAY else (0.15, 1)
     events = events.slice(int(start * len(events)), int((stop - start) * len(events)))
     data = {
         "path": write(events, folder / day / "events.parquet"),
-        "items_path": write(filtered(item_table("str")), folder / day / "items.parquet"),
+        "items_path": write(filtered(item_table("str"), listed), folder / day / "items.parquet"),
         "item_features": {"genre": "categorical"},
     }
     evaluation = {"cutoffs": [5, 20], "baselines": []}
@@ -153,6 +157,32 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
         rf"service: \{new - old:+.4f} \[.*\] on the same \d+ queries",
         note,
     )
+
+
+def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm: Warm) -> None:
+    result, reports = warm.result, warm.reports
+    items_path = read_settings(result.folder).data.items_path
+    told = f"2 items of the log that {items_path} lacks: read in histories, not retrieved"
+    assert told in reports["export"].notes
+    assert f"exact search over {len(TODAY) - 2} candidates" in reports["export"].notes
+    assert "75 candidates" in reports["samples"].notes[1]  # They have trained as the others have.
+    retriever = load(str(result.export_folder))
+    withdrawn = [item_id(number, "str") for number in WITHDRAWN]
+    assert set(retriever.candidate_ids()) == {
+        item_id(number, "str") for number in TODAY if number not in WITHDRAWN
+    }
+    assert retriever.knows(withdrawn).all()
+    ids, _ = retriever.retrieve([{"history": withdrawn}, {}], len(TODAY))
+    assert not set(withdrawn) & set(ids.ravel())
+    assert ids[0].tolist() != ids[1].tolist()
+    # Of the users' own histories, too.
+    users = pq.read_table(result.folder / "data" / "events.parquet").to_pylist()
+    user = next(
+        x["user_id"] for x in users if x["item_id"] in withdrawn and x["stage"] == "clicked"
+    )
+    assert set(withdrawn) & set(retriever.stored_history(user))
+    # Elsewhere in the run they are candidates still.
+    assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
 
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:

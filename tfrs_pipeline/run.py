@@ -26,7 +26,14 @@ from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
+from tfrs_pipeline.run_data import (
+    OnStep,
+    RunData,
+    StepReport,
+    Steps,
+    prepare,
+    read_listed_items,
+)
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
@@ -123,7 +130,7 @@ def _conclude(
     with step("baselines") as report:
         baselines, report.notes = fit_baselines(config, data, step.on_progress)
     is_compared, model_folder = _is_compared(config, folder), config.model_folder
-    ids = data.test.candidate_ids
+    ids, listed = data.test.candidate_ids, read_listed_items(folder)
     # What it is compared with stays in service until the new version is there.
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
@@ -146,6 +153,7 @@ def _conclude(
                 config,
                 models["two_tower"],
                 data.test,
+                item_ids=listed,
                 manifest={
                     "run": str(folder.resolve()),
                     "data": {
@@ -156,8 +164,13 @@ def _conclude(
                     "metrics": metrics["models"]["two_tower"],
                 },
             )
-            num_candidates = len(models["two_tower"].candidate_ids)
-            report.notes.append(describe_index(metrics["index"], num_candidates))
+            num_exported = len(ids) if listed is None else len(listed)
+            if num_left := len(ids) - num_exported:
+                report.notes.append(
+                    f"{counted(num_left, 'item')} of the log that {config.data.items_path} lacks: "
+                    "read in histories, not retrieved"
+                )
+            report.notes.append(describe_index(metrics["index"], num_exported))
             report.notes.append("a fresh process loaded the export and gave the same answers")
     return _keep(folder, {**metrics, "export_folder": str(export_folder)}, step)
 
@@ -234,7 +247,12 @@ def evaluate_all(
 
 
 def export_model(
-    config: RunConfig, model: TwoTower, holdout: Holdout, *, manifest: Mapping[str, Any]
+    config: RunConfig,
+    model: TwoTower,
+    holdout: Holdout,
+    *,
+    item_ids: np.ndarray | None,
+    manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model; returns the folder of the new version, and what its index is.
 
@@ -245,6 +263,7 @@ def export_model(
         model,
         config.model_folder,
         ExportOptions(index, config.export.filter_by, config.export.keep_versions),
+        item_ids=item_ids,
         user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},

@@ -104,6 +104,23 @@ def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> 
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> None:
+    model = OwnModel()
+    retriever = load(export(model, tmp_path / "own", item_ids=["c", "b"]))
+    whole = load(export(model, tmp_path / "whole"))
+    query = [{"user_id": 7, "history": ["a", "b"]}]
+    assert retriever.candidate_ids() == ["b", "c"]
+    for found, expected in zip(
+        retriever.retrieve(query, 3), whole.retrieve(query, 3, [["a"]]), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert retriever.retrieve_user([7], 3)[0].tolist() == [["c", "", ""]]
+    wrong: list[Any] = [[], ["c", "new"], [3]]
+    for ids in wrong:
+        with pytest.raises(ValueError, match=r"item_ids must be some of the model's 3 items"):
+            export(model, tmp_path / "own", item_ids=ids)
+
+
 def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:
     model = OwnModel()
     with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):

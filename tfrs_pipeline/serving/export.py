@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import Feature, raw_signature
@@ -89,6 +90,7 @@ def export(
     index: Search | None = None,
     filter_by: str | None = None,
     keep_versions: int | None = None,
+    item_ids: Collection[Any] | None = None,
     user_data: bool = True,
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
@@ -104,6 +106,8 @@ def export(
             which None is.
         filter_by: Column of the model's items by whose values requests may filter.
         keep_versions: How many versions to keep, the newest; None keeps all.
+        item_ids: Of the model's items, those to be retrieved; the others are read in histories
+            alone, as those that a refresh removes. None takes all.
         user_data: Whether to export what is known of users: their ids, histories, features and
             embeddings, and the queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
@@ -121,12 +125,17 @@ def export(
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
         TypeError: If the model is not `Exportable`, or `index` none of the three.
-        ValueError: If the model's items or lists are not those of its ids, or the items lack the
-            column to filter by; if there shall be no user data and the model has an embedding of
-            each user.
+        ValueError: If the model's items or lists are not those of its ids, `item_ids` holds none or
+            others, or the items lack the column to filter by; if there shall be no user data and
+            the model has an embedding of each user.
     """
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    given: dict[str, Any] = {"user_data": user_data, "queries": queries, "manifest": manifest or {}}
+    given: dict[str, Any] = {
+        "item_ids": item_ids,
+        "user_data": user_data,
+        "queries": queries,
+        "manifest": manifest or {},
+    }
     return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
 
 
@@ -135,6 +144,7 @@ def export_version(
     path: str | Path,
     options: ExportOptions,
     *,
+    item_ids: Collection[Any] | None,
     user_data: bool,
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
@@ -143,6 +153,7 @@ def export_version(
     _check_exportable(model)
     items = model.items
     _check_rows(model, items)
+    places = _places(model.candidate_ids, item_ids)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -166,8 +177,8 @@ def export_version(
         path,
         options,
         encoder=Encoder(model, user_data=user_data),
-        embeddings=embed_corpus(model),
-        items=items,
+        embeddings=embed_corpus(model)[places],
+        items=items.take(places),
         queries=queries,
         manifest={**about, **manifest},
     )
@@ -198,6 +209,20 @@ def _check_rows(model: Exportable, items: pa.Table) -> None:
                 f"The model's {name} must be {num_rows} lists: of row 0, which is the unknown user "
                 f"and has none, and of each of its {num_rows - 1} query ids. Received: {num}"
             )
+
+
+def _places(candidate_ids: np.ndarray, item_ids: Collection[Any] | None) -> np.ndarray:
+    """Finds the items to be retrieved, in the order of the candidates."""
+    if item_ids is None:
+        return np.arange(len(candidate_ids))
+    rows = Ids(candidate_ids).rows(item_ids)
+    if not len(rows) or not rows.all():
+        raise ValueError(
+            f"item_ids must be some of the model's {len(candidate_ids)} items, 1 or more. "
+            f"Received: {len(rows)} ids, {np.count_nonzero(rows == 0)} of them not the model's. "
+            "New items come in by `tfrs-pipeline refresh-index`."
+        )
+    return np.unique(rows) - 1
 
 
 def export_index(
