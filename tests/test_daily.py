@@ -185,6 +185,28 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 
 
+def test_the_gate_tells_what_neither_version_could_return(warm: Warm) -> None:
+    result, reports = warm.result, warm.reports
+    holdout = holdout_of(result)
+    to_find = [
+        id_
+        for relevant, clicked in zip(holdout.relevant, holdout.clicked, strict=True)
+        for id_ in relevant.tolist()
+        if id_ not in clicked.tolist()
+    ]
+    is_new, is_withdrawn = (
+        sum(id_ in {item_id(number, "str") for number in numbers} for id_ in to_find)
+        for numbers in (range(75, 80), WITHDRAWN)
+    )
+    assert min(is_new, is_withdrawn) > 0
+    assert reports["evaluate"].notes[0].endswith(f"{len(to_find):,} items to find")
+    assert (
+        f"of {len(to_find):,} items to find, {is_new} are not in the version in service and count "
+        f"as its misses; {is_withdrawn} are not in the export, and the new model may have found "
+        "them"
+    ) in reports["export"].notes
+
+
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:
     assert warm.alone == ["evaluate", "export"]
 

@@ -36,7 +36,12 @@ from tfrs_pipeline.run_data import (
 )
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
-from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
+from tfrs_pipeline.serving.gate import (
+    IN_SERVICE,
+    describe_lacking,
+    refuse_worse,
+    version_in_service,
+)
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
@@ -135,7 +140,8 @@ def _conclude(
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
             measured: dict[str, Retriever] = {**models, **baselines}
-            if is_compared and (served := version_in_service(model_folder, ids)) is not None:
+            served = version_in_service(model_folder, ids) if is_compared else None
+            if served is not None:
                 measured[IN_SERVICE] = served
             evaluation = evaluate_all(config, measured, data.test, step.on_progress)
             first = evaluation.first
@@ -147,6 +153,12 @@ def _conclude(
             return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, step)
+            if served is not None:
+                known = {
+                    "in_service": served.corpus.values,
+                    "exported": ids if listed is None else listed,
+                }
+                report.notes.append(describe_lacking(data.test, config.evaluation.exclude, **known))
             tables = sorted((folder / "data").glob("*.parquet"))
             data_files = [file for table in tables for file in part_files(table)]
             export_folder, metrics["index"] = export_model(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.requests import request_signature
@@ -74,3 +76,21 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
     if better.low > 0:
         raise NotPublished(f"The new model is worse than the one in service. {found}.")
     return f"not worse than the version in service: {found}"
+
+
+def describe_lacking(
+    holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
+) -> str:
+    """Says how many of the items to find each version cannot return, by the ids that it has.
+
+    The new model is measured with all items of its log, those too that its export leaves out.
+    """
+    relevant, excluded = holdout.relevant, holdout.excluded(exclude)
+    if excluded is not None:
+        relevant = list(map(np.setdiff1d, relevant, excluded))
+    to_find = np.concatenate(relevant)
+    old, new = (np.count_nonzero(Ids(ids).rows(to_find) == 0) for ids in (in_service, exported))
+    return (
+        f"of {len(to_find):,} items to find, {old:,} are not in the version in service and count "
+        f"as its misses; {new:,} are not in the export, and the new model may have found them"
+    )
