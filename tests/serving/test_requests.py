@@ -230,6 +230,10 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
         np.testing.assert_array_equal(columns[name], rows[name], name)
     assert np.isnan(columns["place"]).all()
     assert columns["place"].shape == (2, 2)
+    nothing = parsed(inputs={"user_id": [100]})
+    nulls = parsed(inputs={"user_id": [100], "Gender_": [None], "free_space": [None]})
+    for name in names:
+        np.testing.assert_array_equal(nulls[name], nothing[name], name)
     assert "Unknown input 'Gendr'; the signature has" in problem(user_id=[100], Gendr=["ios"])
     assert "inputs.hour.0: " in problem(user_id=[100], hour=[8])
     assert "inputs.free_space.0: " in problem(user_id=[100], free_space=["much"])

@@ -16,7 +16,9 @@ from tfrs_pipeline.serving.settings import ServeSettings
 
 LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
 SIGNATURES = {
-    name: SignatureInputs(specs, LIMITS)
+    name: SignatureInputs(
+        specs, LIMITS, nullable={*specs} - {"user_id"} if name == "features" else ()
+    )
     for name, specs in {
         "serving_default": {"user_id": tf.TensorSpec([None], tf.int64)},
         "histories": {
@@ -32,6 +34,14 @@ SIGNATURES = {
             "price": tf.TensorSpec([None], tf.float64),
             "vector": tf.TensorSpec([None, 3], tf.float32),
             "number": tf.TensorSpec([], tf.int32),
+        },
+        "features": {
+            "user_id": tf.TensorSpec([None], tf.string),
+            "price": tf.TensorSpec([None], tf.float64),
+            "vector": tf.TensorSpec([None, 3], tf.float32),
+            "city": tf.TensorSpec([None], tf.string),
+            "tags": tf.TensorSpec([None, None], tf.string),
+            "times": tf.TensorSpec([None, None], tf.float64),
         },
     }.items()
 }
@@ -80,6 +90,34 @@ def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
     np.testing.assert_array_equal(arrays["vector"], expected)
     assert arrays["price"].dtype == np.float64
     assert arrays["vector"].dtype == np.float32
+
+
+def test_null_is_a_missing_value_of_a_feature_and_no_id() -> None:
+    given: dict[str, list[Any]] = {
+        "user_id": ["a", "b"],
+        "price": [None, 2.5],
+        "vector": [None, [1, 2, None]],
+        "city": ["Rome", None],
+        "tags": [["x", None], None],
+        "times": [None, [7, None]],
+    }
+    nan = np.nan
+    expected = {
+        "user_id": [b"a", b"b"],
+        "price": [nan, 2.5],
+        "vector": [[nan] * 3, [1, 2, nan]],
+        "city": [b"Rome", b""],
+        "tags": [[b"x", b""], [b"", b""]],
+        "times": [[nan, nan], [7, nan]],
+    }
+    rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+    for body in (inputs("features", **given), {"signature_name": "features", "instances": rows}):
+        _, arrays, _ = parsed(body)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, np.array(expected[name], array.dtype))
+        body = json.loads(json.dumps(body).replace('"a"', "null"))
+        with pytest.raises(HTTPException, match=r"user_id.*: takes a string, .*Received: None"):
+            parsed(body)
 
 
 def test_nothing_to_exclude_is_a_list_of_empty_lists_and_limits_hold_at_their_edge() -> None:

@@ -15,23 +15,26 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 import numpy as np
 import pydantic
 import tensorflow as tf
-from pydantic import BeforeValidator, FailFast, Field, TypeAdapter
+from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.serving.saved_model import missing_input
+from tfrs_pipeline.serving.saved_model import missing_input, missing_value
 from tfrs_pipeline.serving.settings import ServeSettings
 
 DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")
+# A union with None would do, but Python cannot hash the types of lists.
+_OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
 
 class SignatureInputs:
     """What a signature takes: checks values of JSON against limits, and makes arrays of them.
 
     `optional` are inputs that a request need not give, those of its context: missing then.
+    `nullable` are those of which null is a missing value: features, and times.
     """
 
     def __init__(
@@ -39,10 +42,14 @@ class SignatureInputs:
         specs: Mapping[str, tf.TensorSpec],
         limits: ServeSettings,
         optional: Collection[str] = (),
+        nullable: Collection[str] = (),
     ) -> None:
         self._specs = dict(specs)
         self._max_results = limits.max_results
-        types = {name: _value_type(name, spec, limits) for name, spec in specs.items()}
+        types = {
+            name: _value_type(name, spec, limits, is_nullable=name in nullable)
+            for name, spec in specs.items()
+        }
         columns = {
             name: _list_of(types[name], limits.max_queries) if spec.shape.rank else types[name]
             for name, spec in specs.items()
@@ -79,11 +86,10 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
-        columns = {name: [row.get(name) for row in rows] for name in self._specs}
-        for name, values in columns.items():
-            absent = missing_input(self._specs[name], 1).numpy().tolist()[0]
-            columns[name] = [absent if value is None else value for value in values]
-        return {name: _array(columns[name], spec, name) for name, spec in self._specs.items()}
+        return {
+            name: _array([row.get(name) for row in rows], spec, name)
+            for name, spec in self._specs.items()
+        }
 
     def _named(self, value: Any) -> Any:
         """Lets a plain value stand for the only input; refuses unknown inputs."""
@@ -133,7 +139,8 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
     Args:
         body: `{"signature_name": name, "inputs": {...}}`, or `instances` instead of `inputs`. NaN
-            is a number of it; of a key that comes twice, the last value counts.
+            is a number of it, and null a missing value of a feature; of a key that comes twice, the
+            last value counts.
         signatures: The inputs of each signature of the model.
 
     Raises:
@@ -224,7 +231,7 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
         raise refusal(error, where) from None
 
 
-def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings) -> Any:
+def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nullable: bool) -> Any:
     """Returns the type of an input's value: that of a query, or of the whole request."""
     value: Any
     if spec.dtype == tf.string:
@@ -234,17 +241,19 @@ def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings) -> Any:
         value = Annotated[int, Field(strict=True, ge=low, le=high)]
     else:
         value = Annotated[float, Field(strict=True)]
+    if is_nullable:
+        value = Annotated[value, _OR_NULL]
     if spec.shape.rank < 2:
         return value
-    if (width := spec.shape[1]) is not None:
-        return _list_of(value, width, min_length=width)
     lengths = {
         "exclude": limits.max_exclude,
         "allowed": limits.max_exclude,
         "history": limits.max_history,
         HISTORY_TIMESTAMPS: limits.max_history,
     }
-    return _list_of(value, lengths.get(name))
+    width = spec.shape[1]
+    values = _list_of(value, width or lengths.get(name), min_length=width or 0)
+    return Annotated[values, _OR_NULL] if is_nullable else values
 
 
 def _list_of(type_: Any, max_length: int | None, min_length: int = 0) -> Any:
@@ -267,10 +276,17 @@ def _text(value: Any) -> bytes:
 
 
 def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
-    if spec.shape.rank < 2:
+    missing = missing_value(spec.dtype)
+
+    def known(values: list[Any]) -> list[Any]:
+        return [missing if value is None else value for value in values]
+
+    if spec.shape.rank == 0:
         array = np.array(column, spec.dtype.as_numpy_dtype)
+    elif spec.shape.rank == 1:
+        array = np.array(known(column), spec.dtype.as_numpy_dtype)
     else:
-        widths = {len(row) for row in column}
+        widths = {len(row) for row in column if row is not None}
         if len(widths) > 1:
             empty = '""' if spec.dtype == tf.string else "-1" if spec.dtype.is_integer else "NaN"
             raise bad_request(
@@ -278,7 +294,8 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
                 f"{empty}. Received lengths: {sorted(widths)[:5]}"
             )
         width = widths.pop() if widths else spec.shape[1] or 0
-        array = np.array(column, spec.dtype.as_numpy_dtype).reshape(len(column), width)
+        rows = [[missing] * width if row is None else known(row) for row in column]
+        array = np.array(rows, spec.dtype.as_numpy_dtype).reshape(len(column), width)
     if spec.dtype.is_floating and np.isinf(array).any():
         raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
     return array

@@ -179,6 +179,12 @@ def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
     """
     if spec.shape.rank == 0:
         return tf.constant(1, spec.dtype)
-    fill = np.nan if spec.dtype.is_floating else empty_id(spec.dtype)
     shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
-    return tf.fill(shape, tf.constant(fill, spec.dtype))
+    return tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+
+
+def missing_value(dtype: tf.DType) -> Any:
+    """Returns the value of an input that says nothing: NaN, an empty string, or the empty id."""
+    if dtype.is_floating:
+        return np.nan
+    return b"" if dtype == tf.string else empty_id(dtype)

@@ -75,9 +75,11 @@ class ServedVersion:
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
-        of_request = self.retriever.manifest.get("feature_inputs", {}).get("request", {}).values()
+        of_side = self.retriever.manifest.get("feature_inputs", {})
+        optional = {*of_side.get("request", {}).values(), HISTORY_TIMESTAMPS}
+        nullable = optional.union(*(of.values() for of in of_side.values()))
         self.signatures = {
-            name: SignatureInputs(inputs, settings, {*of_request, HISTORY_TIMESTAMPS})
+            name: SignatureInputs(inputs, settings, optional, nullable)
             for name, inputs in specs.items()
         }
         # The first call is slow, and shows a broken model.
