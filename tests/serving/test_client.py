@@ -9,7 +9,7 @@ import pytest
 
 from tests.serving.conftest import Exported, Served
 from tests.serving.running_server import address_of
-from tfrs_pipeline.serving.client import MAX_QUERIES, ServedRetriever
+from tfrs_pipeline.serving.client import LIMITS, ServedRetriever
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str)
             "user_id": users[i % len(users)],
             "history": rng.choice(served.candidate_ids, i % 6).tolist(),
         }
-        for i in range(MAX_QUERIES + 7)
+        for i in range(LIMITS.max_queries + 7)
     ]
     exclude = [rng.choice(served.candidate_ids, i % 9) for i in range(len(queries))]
     ids, scores = ServedRetriever(url).retrieve(queries, 11, exclude)
@@ -38,7 +38,7 @@ def test_answers_as_the_model_in_memory_beyond_a_block(served: Served, url: str)
 
 def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
     retriever = ServedRetriever(url)
-    num_queries = MAX_QUERIES + 3
+    num_queries = LIMITS.max_queries + 3
     allowed = [[["b"], ["a", "c"], [], ["unheard"]][i % 4] for i in range(num_queries)]
     queries = [{"history": served.known(1 + i % 5)} for i in range(num_queries)]
     k = len(served.candidate_ids)
@@ -57,6 +57,45 @@ def test_a_filter_goes_with_each_query(served: Served, url: str) -> None:
     for value in wrong:  # Sent as no value, it would allow every item.
         with pytest.raises(ValueError, match="are texts, and not empty"):
             retriever.retrieve([{}, {}], 3, allowed=[["b"], [value]])
+
+
+def test_long_queries_are_sent_within_the_limits_of_a_request(
+    served: Served, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    ask = ServedRetriever._ask
+
+    def counting(retriever: ServedRetriever, path: str, body: bytes | None = None) -> Any:
+        lengths.append(len(body or b""))
+        return ask(retriever, path, body)
+
+    monkeypatch.setattr(ServedRetriever, "_ask", counting)
+    rng = np.random.default_rng(0)
+    nobody = list(range(10**9, 10**9 + 900)) if served.ids == "int" else ["an unknown item"] * 900
+    queries, exclude = [], []
+    for i in range(50):
+        history = rng.choice(served.candidate_ids, 3 * LIMITS.max_history if i == 7 else 5)
+        queries.append({"history": history.tolist()})
+        exclude.append([*nobody, *rng.choice(served.candidate_ids, i % 9)])
+    allowed = [[["b"], []][i % 2] for i in range(50)]
+    retriever = ServedRetriever(url)
+    ids, scores = retriever.retrieve(queries, 11, exclude, allowed=allowed)
+    assert len(lengths) > 3
+    assert max(lengths) <= LIMITS.max_body_bytes
+    expected_ids, expected_scores = served.in_memory.retrieve(queries, 11, exclude)
+    is_any = np.array([not values for values in allowed])
+    assert ids[is_any].tolist() == expected_ids[is_any].tolist()
+    np.testing.assert_allclose(scores[is_any], expected_scores[is_any], rtol=1e-4)
+    for i in np.flatnonzero(~is_any)[:3].tolist():
+        (alone,), _ = retriever.retrieve(
+            queries[i : i + 1], 11, exclude[i : i + 1], allowed=[["b"]]
+        )
+        assert ids[i].tolist() == alone.tolist()
+    with pytest.raises(ValueError, match=r"400 .*exclude.0: .* at most 2000 items"):
+        retriever.retrieve([{}], 3, [[*nobody, *nobody, *nobody]])
+    long = [10**18 + i for i in range(20_000)] if served.ids == "int" else ["an item" * 30_000]
+    with pytest.raises(ValueError, match=r"413 .*--max-body-bytes"):
+        retriever.retrieve([{}], 3, [long])
 
 
 def test_times_that_the_model_does_not_read_change_nothing(served: Served, url: str) -> None:

@@ -33,9 +33,10 @@ from tfrs_pipeline.retrieval import (
     check_one_each,
     check_requests,
 )
+from tfrs_pipeline.serving.settings import ServeSettings
 
-# Of a request, below the limits of the server as it is set.
-MAX_QUERIES, MAX_RESULTS = 64, 20_000
+# What a server takes that is not told otherwise; of a history models read the latest items.
+LIMITS = ServeSettings()
 
 
 class ServedRetriever:
@@ -72,18 +73,19 @@ class ServedRetriever:
         `user_id`, `history`, `history_timestamps` and `request` are read: this by the inputs of the
         signature, which are the request features' names as far as TensorFlow takes them, its
         `timestamp` in seconds since 1970 or an aware `datetime`. Nothing is excluded but `exclude`.
+        Queries are sent in requests that are within the server's default limits, of a history the
+        latest 1,000 items.
         `allowed` is as for `LoadedRetriever`, but a value that no item has finds nothing.
 
         Raises:
             ValueError: As `check_asked`; if a user id is of another type than the model's, the
                 model has no such request feature, `allowed` is given and it has no item filter, or
-                the server refuses the request, as for a k beyond its limit.
+                the server refuses a request, as for a k or an `exclude` beyond its limits.
             OSError: If it does not answer, or with an error of its own.
         """
         check_asked(queries, k, exclude, ids_are_text=self._items_are_text)
         check_ids([[query.get("user_id") for query in queries]], are_text=self._users_are_text)
-        requests = [query.get("request") or {} for query in queries]
-        check_requests(requests, self._of_request)
+        check_requests([query.get("request") for query in queries], self._of_request)
         if exclude is None:
             exclude = [()] * len(queries)
         if allowed is not None:
@@ -99,36 +101,61 @@ class ServedRetriever:
         ids = np.full((len(queries), k), "" if self._items_are_text else -1)
         ids = ids.astype(object if self._items_are_text else np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        users = [[query.get("user_id")] for query in queries]
-        histories = list(map(history_of, queries))
-        size = max(1, min(MAX_QUERIES, MAX_RESULTS // k))
+        size = max(1, min(LIMITS.max_queries, LIMITS.max_results // k))
         for start in range(0, len(queries), size):
             block = slice(start, start + size)
-            inputs = {
-                "user_id": [user for (user,) in _padded(users[block], self._users_are_text)],
-                "history": _padded(histories[block], self._items_are_text),
-                # Every one is given, as TensorFlow Serving asks.
-                **{
-                    name: _values(name, [request.get(name) for request in requests[block]], about)
-                    for name, about in self._of_request.items()
-                },
-                "exclude": _padded(exclude[block], self._items_are_text),
-                "k": int(k),
-            }
-            if self._reads_item_times:
-                times = [of_query.tolist() for of_query in item_times(queries[block])]
-                inputs[HISTORY_TIMESTAMPS] = _filled(times, math.nan)
-            signature = "retrieve"
-            if allowed is not None:
-                signature = "retrieve_filtered"
-                inputs["allowed"] = _padded(allowed[block], is_text=True)
-            answer = self._ask(":predict", {"signature_name": signature, "inputs": inputs})
-            ids[block] = answer["outputs"]["candidate_ids"]
-            scores[block] = answer["outputs"]["scores"]
+            of_block = None if allowed is None else allowed[block]
+            ids[block], scores[block] = self._answer(queries[block], k, exclude[block], of_block)
         return ids, scores
 
-    def _ask(self, path: str, document: Any = None) -> Any:
-        body = None if document is None else json.dumps(document).encode()
+    def _answer(
+        self,
+        queries: Sequence[Query],
+        k: int,
+        exclude: Sequence[Collection[Any]],
+        allowed: Sequence[Collection[str]] | None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Asks in one request, or in two where its body would be too long."""
+        inputs = self._inputs(queries, k, exclude)
+        signature = "retrieve"
+        if allowed is not None:
+            signature = "retrieve_filtered"
+            inputs["allowed"] = _padded(allowed, is_text=True)
+        body = json.dumps({"signature_name": signature, "inputs": inputs}).encode()
+        if len(body) <= LIMITS.max_body_bytes or len(queries) == 1:
+            outputs = self._ask(":predict", body)["outputs"]
+            return outputs["candidate_ids"], outputs["scores"]
+        ids: list[Any] = []
+        scores: list[Any] = []
+        for half in (slice(len(queries) // 2), slice(len(queries) // 2, None)):
+            of_half = None if allowed is None else allowed[half]
+            some_ids, some_scores = self._answer(queries[half], k, exclude[half], of_half)
+            ids, scores = ids + some_ids, scores + some_scores
+        return ids, scores
+
+    def _inputs(
+        self, queries: Sequence[Query], k: int, exclude: Sequence[Collection[Any]]
+    ) -> dict[str, Any]:
+        """Writes the inputs of the signature, every one of them, as TensorFlow Serving asks."""
+        users = [[query.get("user_id")] for query in queries]
+        histories = [history_of(query)[-LIMITS.max_history :] for query in queries]
+        requests = [query.get("request") or {} for query in queries]
+        inputs = {
+            "user_id": [user for (user,) in _padded(users, self._users_are_text)],
+            "history": _padded(histories, self._items_are_text),
+            **{
+                name: _values(name, [request.get(name) for request in requests], about)
+                for name, about in self._of_request.items()
+            },
+            "exclude": _padded(exclude, self._items_are_text),
+            "k": int(k),
+        }
+        if self._reads_item_times:
+            times = [of[-LIMITS.max_history :].tolist() for of in item_times(queries)]
+            inputs[HISTORY_TIMESTAMPS] = _filled(times, math.nan)
+        return inputs
+
+    def _ask(self, path: str, body: bytes | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._url + path, body, headers)
         try:
