@@ -43,12 +43,14 @@ def versions_of(folder: Path) -> list[int]:
 
 
 def no_model_at(path: Path) -> FileNotFoundError:
-    """Makes the error of a path without a complete version; names a model beside it."""
-    models = (
-        [x.name for x in path.parent.iterdir() if versions_of(x)] if path.parent.is_dir() else []
+    """Makes the error of a path without a complete version; names a model in it or beside it."""
+    within, beside = (
+        sorted(x.name for x in folder.iterdir() if versions_of(x)) if folder.is_dir() else []
+        for folder in (path, path.parent)
     )
-    near = difflib.get_close_matches(path.name, models, n=1)
-    hint = f"Did you mean {path.with_name(near[0])}?" if near else "`tfrs-pipeline run` writes one."
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    meant = [str(path / x) for x in within] or [str(path.with_name(x)) for x in near]
+    hint = f"Did you mean {' or '.join(meant)}?" if meant else "`tfrs-pipeline run` writes one."
     return FileNotFoundError(
         f"No exported model at '{path}': expected {MANIFEST_FILE} in it, or in the folder of a "
         f"version in it. {hint}"
