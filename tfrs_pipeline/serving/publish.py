@@ -42,6 +42,12 @@ def versions_of(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
 
+def incomplete_versions_of(folder: Path) -> set[str]:
+    """Names what has a version's number below a model's folder and is none: it has no manifest."""
+    numbered = (child for child in folder.glob("[0-9]*") if child.name.isdecimal())
+    return {child.name for child in numbered if not (child / MANIFEST_FILE).is_file()}
+
+
 def no_model_at(path: Path) -> FileNotFoundError:
     """Makes the error of a path without a complete version; names a model in it or beside it."""
     within, beside = (

@@ -22,7 +22,12 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import ask, signature_inputs
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
+from tfrs_pipeline.serving.publish import (
+    MANIFEST_FILE,
+    incomplete_versions_of,
+    no_model_at,
+    versions_of,
+)
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import missing_input
@@ -154,6 +159,7 @@ class ModelVersions:
         self._retired: list[ServedVersion] = []
         # By version: what was wrong, and when to try again.
         self._failures: dict[Identity, tuple[str, float]] = {}
+        self._passed_over: set[str] = set()
         if not self._on_disk():
             raise no_model_at(path)
 
@@ -170,6 +176,7 @@ class ModelVersions:
         Frees the versions before it whose last request is done.
         """
         on_disk = self._on_disk()
+        self._tell_passed_over()
         self._failures = {i: failure for i, failure in self._failures.items() if i in on_disk}
         for identity in sorted(on_disk, reverse=True):
             if identity == self._identity:
@@ -233,6 +240,13 @@ class ModelVersions:
             folders = [self._path / str(number) for number in versions_of(self._path)]
         identities = ((_identity(folder), folder) for folder in folders)
         return {identity: folder for identity, folder in identities if identity is not None}
+
+    def _tell_passed_over(self) -> None:
+        """Logs, once each, what looks like a version and is none: also one that is being copied."""
+        incomplete = set() if self._is_version else incomplete_versions_of(self._path)
+        for name in sorted(incomplete - self._passed_over):
+            logger.warning("%s has no %s and is passed over", self._path / name, MANIFEST_FILE)
+        self._passed_over = incomplete
 
     def _load(self, identity: Identity, folder: Path) -> bool:
         self._loading = identity[0]
