@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prometheus_client import REGISTRY
 from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
@@ -247,6 +248,20 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
     answer = model.saved_model.signatures["retrieve"](**left_out)
     expected = model.retrieve([{"history": known}], K)[1]
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
+
+
+def test_unknown_values_of_a_request_are_counted(version: ServedVersion) -> None:
+    def counted() -> float | None:
+        return REGISTRY.get_sample_value("tfrs_unknown_values_total", {"feature": "Gender"})
+
+    before = counted()
+    assert before is not None
+    body = {"inputs": {"user_id": [100, 101, 102, 103], "Gender_": ["ios", "IOS", "", "?"]}}
+    call = rest.parse_predict(
+        json.dumps({"signature_name": "embed_user", **body}).encode(), version.signatures
+    )
+    version.call(call.signature, call.inputs)
+    assert counted() == before + 2
 
 
 def by_input(request: dict[str, Any]) -> dict[str, Any]:

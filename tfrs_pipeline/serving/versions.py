@@ -87,6 +87,14 @@ class ServedVersion:
             name: SignatureInputs(inputs, settings, optional, nullable)
             for name, inputs in specs.items()
         }
+        self._vocabularies = {
+            of_side["request"][feature.name]: (
+                metrics.UNKNOWN_VALUES.labels(feature.name),
+                frozenset(map(str.encode, ("", *feature.vocabulary))),
+            )
+            for feature in self.retriever.features["request"]
+            if feature.kind == "categorical"
+        }
         # The first call is slow, and shows a broken model.
         for retriever in self._retrievers():
             for name, inputs in specs.items():
@@ -96,6 +104,8 @@ class ServedVersion:
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers a signature's inputs, of as many queries each."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
+        for name, (counter, known) in self._vocabularies.items():
+            counter.inc(sum(value not in known for value in inputs.get(name, ())))
         with metrics.CALL_SECONDS.time():
             return ask(self._functions[signature], inputs)
 
