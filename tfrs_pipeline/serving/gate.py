@@ -20,12 +20,15 @@ from tfrs_pipeline.serving.retriever import load
 IN_SERVICE = "in_service"  # The version's name among what is evaluated.
 
 
-def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetriever | None:
+def version_in_service(
+    folder: Path, candidate_ids: np.ndarray, exported: np.ndarray | None = None
+) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
-    the items it finds those that the new model has, too; it cannot find what is new. A `ValueError`
-    if it has none of the candidates.
+    the items it finds those that the new model has, too; it cannot find what is new. Where the new
+    model's export leaves out all but the `exported` candidates, it finds those too that its own
+    has left out, as the new model does: by id. A `ValueError` if it has none of the candidates.
     """
     if not versions_of(folder):
         return None
@@ -40,7 +43,14 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
             f"this run: its ids are like {theirs!r}, these like {ours!r}. Set "
             "another export.name, or export without export.gate."
         )
-    embeddings = retriever.candidate_embeddings()[is_there]
+    known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
+    left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
+    left_out = np.setdiff1d(left_out, known)
+    if len(left_out):
+        nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
+        embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
+        known = np.concatenate([known, left_out[is_trained]])
+        embeddings = np.concatenate([embeddings, embedded[is_trained]])
     read = request_signature(retriever.features["request"], reads_times=True)
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
@@ -51,7 +61,7 @@ def version_in_service(folder: Path, candidate_ids: np.ndarray) -> ExactRetrieve
             [{**query, "request": of} for query, of in zip(queries, requests, strict=True)]
         )
 
-    return ExactRetriever(known[is_there], embeddings, embed)
+    return ExactRetriever(known, embeddings, embed)
 
 
 def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
@@ -81,9 +91,9 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find each version cannot return, by the ids that it has.
+    """Says how many of the items to find are missing of each version, by the ids that it has.
 
-    The new model is measured with all items of its log, those too that its export leaves out.
+    Both are measured with what the export leaves out, too.
     """
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)
     if excluded is not None:
@@ -92,5 +102,5 @@ def describe_lacking(
     old, new = (np.count_nonzero(Ids(ids).rows(to_find) == 0) for ids in (in_service, exported))
     return (
         f"of {len(to_find):,} items to find, {old:,} are not in the version in service and count "
-        f"as its misses; {new:,} are not in the export, and the new model may have found them"
+        f"as its misses; {new:,} are not in the export, and may have been found all the same"
     )
