@@ -118,8 +118,8 @@ class DataConfig(Config):
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
     file."""
     unknown_items: UnknownItems = "keep"
-    """What to do with events whose item is not in the item table: keep them with missing features,
-    drop and count them, or stop."""
+    """What to do with events whose item is not in the item table: keep them with missing features
+    (a run's export does not retrieve the item), drop and count them, or stop."""
     duplicates: Duplicates = "keep"
     """What to do with events equal in user, item, time, stage, request and part: keep all of them,
     drop and count all but the first, or stop."""
