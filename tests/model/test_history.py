@@ -237,6 +237,7 @@ def test_attention_is_that_of_a_loop() -> None:
         variable.assign(variable + tf.random.stateless_normal(variable.shape, [1, 2], stddev=0.3))
     got = layer(tf.constant(vectors), gaps=tf.constant(gaps)).numpy()
     block = {name: [w.numpy() for w in part.weights] for name, part in layer._blocks[0].items()}
+    of_heads = layer._by_distance[0].numpy()
 
     def norm(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         gamma, beta = weights
@@ -254,9 +255,10 @@ def test_attention_is_that_of_a_loop() -> None:
         projected = dense(norm(hidden, block["attention_norm"]), block["query_key_value"])
         query, key, value = projected[:, :4], projected[:, 4:8], projected[:, 8:]
         attended = np.zeros((4, 4))
-        for head in (slice(0, 2), slice(2, 4)):
+        for head, by_distance in zip((slice(0, 2), slice(2, 4)), of_heads, strict=True):
             for j in range(4):
-                weights = np.exp(key[: j + 1, head] @ query[j, head] / np.sqrt(2))
+                scores = key[: j + 1, head] @ query[j, head] / np.sqrt(2)
+                weights = np.exp(scores + by_distance[j::-1])  # The earliest place is furthest.
                 attended[j, head] = weights / weights.sum() @ value[: j + 1, head]
         hidden = hidden + dense(attended, block["attended"])
         inner = np.maximum(dense(norm(hidden, block["mlp_norm"]), block["hidden"]), 0)

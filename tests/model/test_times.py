@@ -51,7 +51,7 @@ def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet
 
 @pytest.fixture(scope="module")
 def model(timed: TrainingSet, split: Split) -> TwoTower:
-    training = {"examples": "sequences", "max_epochs": 30, "patience": 30}
+    training = {"examples": "sequences", "max_epochs": 45, "patience": 45}
     fitted = tiny(**ATTENTION, history_length=5, training=training)
     return fitted.fit_samples(timed, split.validation, log=split.train)
 
