@@ -309,7 +309,7 @@ def test_the_page_and_the_command_line_send_requests_and_times(
 ) -> None:
     typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
     request = {"Gender": "ios", "timestamp": TIME, "free space": 2.0, "words": ["a", "c"]}
-    query = query_of(served, 5, request=request)
+    query = query_of(served, 3, request=request)
     history = query["history"]
 
     def best(query: dict[str, Any]) -> list[int]:

@@ -511,7 +511,7 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         assert set(codes) == {200}
         gc.collect()
         assert first() is None
-        assert running.metric("tfrs_model_version") == 2
+        assert running.metric("tfrs_model_version", model="films") == 2
         path = "/v1/models/films/versions/{}:predict"
         assert running.post(path.format(2), json=GOOD).status_code == 200
         assert running.post(path.format(1), json=GOOD).status_code == 404
@@ -526,7 +526,7 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         assert statuses[0]["status"]["error_code"] == "UNKNOWN"
         assert "Version 3 cannot be loaded" in statuses[0]["status"]["error_message"]
         assert running.metric("tfrs_model_loads_total", outcome="failed") == num_failed + 1
-        assert running.metric("tfrs_model_version") == 2
+        assert running.metric("tfrs_model_version", model="films") == 2
         assert running.get("/readyz").text == "ok: films version 2\n"
         running.predict(**GOOD)
 
