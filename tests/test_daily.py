@@ -165,7 +165,8 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     told = f"2 items of the log that {items_path} lacks: read in histories, not retrieved"
     assert told in reports["export"].notes
     assert f"exact search over {len(TODAY) - 2} candidates" in reports["export"].notes
-    assert "75 candidates" in reports["samples"].notes[1]  # They have trained as the others have.
+    # Withdrawn items are trained on like others.
+    assert "75 candidates" in reports["samples"].notes[1]
     retriever = load(str(result.export_folder))
     withdrawn = [item_id(number, "str") for number in WITHDRAWN]
     assert set(retriever.candidate_ids()) == {
@@ -208,7 +209,7 @@ def test_the_gate_tells_what_neither_version_could_return(warm: Warm) -> None:
 
 
 def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: Warm) -> None:
-    """Against today's run itself, its export finds what the model in memory has found."""
+    """The export of today's run, loaded as the version in service, finds what the model found."""
     holdout = holdout_of(warm.result)
     folder = place / "todays" / "films"
     shutil.copytree(model_folder(place) / "2", folder / "1")

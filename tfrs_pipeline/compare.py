@@ -107,8 +107,8 @@ def prepare_plans(
 ) -> tuple[RunData, dict[str, Plan], list[str]]:
     """Makes the data of a comparison and its plans, as `compare` does; trains nothing.
 
-    Returns notes too: of plans that are missing and what else is to be known. Errors are as of
-    `prepare` and `sampling_plans`.
+    Returns the data, the plans by name, and notes: on plans that are missing and on what the
+    comparison cannot show. Raises what `prepare` and `sampling_plans` raise.
     """
     data = prepare(config, folder, step, hard=_every_loser(config))
     with step("plans") as report:

@@ -81,7 +81,7 @@ def test_what_is_kept_is_counted_too() -> None:
         "4 of 40 events (10.0%) are of 1 item that item table lacks, such as 8: kept, with null "
         "features",
     ]
-    # A feature of requests as one of items: in the rows that are kept.
+    # A request feature's missing values, as an item feature's: of the rows that are kept.
     pages: dict[str, list[Any]] = {
         "where": [None, None, "a", *["b"] * 37],
         "timestamp": [None, *[1_700_000_000] * 39],

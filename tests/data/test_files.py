@@ -441,7 +441,7 @@ UNMAPPED = {
         ["Clicked", "exposed", " recalled"],
         "holds stages, .*Add stage=reached to columns and the stages of Clicked, recalled to ",
     ),
-    # One that is known tells those that are a team's own.
+    # One known stage tells that the others are stages by a team's own names.
     "found": (
         ["shown", None, "clicked"],
         "holds stages, .*Add stage=found to columns and the stages of shown to stage_values; or",
@@ -533,14 +533,14 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locked", ["log", "b.parquet", "b.csv"])
-def test_what_may_not_be_read_is_not_told_to_be_written_anew(
+def test_a_denied_permission_is_told_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
 ) -> None:
     folder = tmp_path / "log"
     folder.mkdir()
     for name in ("a", "b"):
         (folder / name).with_suffix(Path(locked).suffix or ".csv").touch()
-    # Whoever is root may read all.
+    # Not by the mode of a file: root may read every one.
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK or path.name != locked)
     with pytest.raises(DataError, match=rf"{locked} may not be read: permission denied\. Allow it"):
         Log.from_files(folder)
@@ -588,7 +588,7 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
         ([1.5], ["1"], "b.parquet: column 'item_id' is string, in a.parquet double"),
         ([True], [1], "b.parquet: column 'item_id' is int64, in a.parquet bool"),
         ([None], ["1"], "c.parquet: column 'item_id' is int64, in b.parquet string"),
-        # Another id, if it was read as a double.
+        # As a double it would be another id.
         ([1.0], [2**53 + 1], "'item_id' must be an integer or a string and is not in 1 of 3 rows"),
     ],
 )

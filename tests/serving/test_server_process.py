@@ -113,7 +113,7 @@ def test_slow_and_long_bodies_and_sigterm(process: subprocess.Popen[str]) -> Non
 def test_everything_at_once_and_no_good_request_fails() -> None:
     """The short form of the benchmark, which fails where a good request does.
 
-    New versions, broken ones, stops, hostile and slow requests, over connections.
+    New versions, broken ones, stops, hostile and slow requests, on many connections.
     """
     script = Path(__file__).parents[2] / "benchmarks" / "mixed_load.py"
     flags = ["--candidates", "2000", "--minutes", "0.25", "--stops", "1"]

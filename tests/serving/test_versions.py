@@ -191,7 +191,7 @@ def test_the_watch_follows_and_survives_a_broken_disk(
     assert num_looks > 1
 
 
-def test_what_is_no_version_is_passed_over_and_said_once(
+def test_a_numbered_folder_without_a_manifest_is_logged_once(
     model: ModelVersions, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "9").mkdir()

@@ -23,7 +23,7 @@ class Slices:
     total: int
 
     def each(self, chosen: tf.data.Dataset) -> tf.data.Dataset:
-        """Repeats each element once a slice, with the slice's number after it."""
+        """Repeats each element for every slice, with the slice's number after it."""
         numbers = tf.data.Dataset.range(self.first, self.first + self.count)
         return chosen.flat_map(lambda *element: numbers.map(lambda number: (*element, number)))
 

@@ -43,7 +43,7 @@ from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
 from tfrs_pipeline.messages import printable, sentence
 
 _NUM_LOOKED_AT = 1000
-_MOST_STAGES = 100  # More values are text.
+_MOST_STAGES = 100  # A column of more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
@@ -206,9 +206,9 @@ def _event_columns(
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
     """Refuses columns that hold stages or times, if the log has none of these.
 
-    A column holds stages if one of its rows does and its first ones have few values: a team has
-    names of its own for the others. It holds times if more than nine tenths of the first values
-    are: some may be unreadable.
+    A column holds stages if any of its rows has a known one and its first rows have few values: a
+    team has names of its own for other stages. It holds times if more than nine tenths of its first
+    values are times: some may be unreadable.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}

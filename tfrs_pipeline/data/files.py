@@ -63,7 +63,7 @@ class Scan:
         return rows.cast(pa.schema(plain))
 
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names the columns of text that hold one of some words in any row, in either case."""
+        """Names the columns of text that hold one of some words in any row, in capitals or not."""
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))
@@ -201,14 +201,14 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 )
             types[column.name] = of, each.name
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
-    # By name, types are what holds all of the files; else those of the first one.
+    # By name, the type of a column holds the values of all files; else it is the first file's.
     options = f"union_by_name=true, {hive}"
     relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {options})")
     return Scan(connection, str(path), relation.columns, lambda columns: relation)
 
 
 def _holds(one: pa.DataType, other: pa.DataType) -> bool:
-    """Tells whether a type holds the values of another as pandas varies it from file to file.
+    """Tells whether a type holds the values of another that pandas writes for the same column.
 
     A column without a value has no type of its own; integers are doubles where some are missing.
     """

@@ -63,7 +63,7 @@ class Corpus:
             candidate_columns,
             query_columns,
             tuple(
-                # By the samples: of training alone.
+                # Fitted to the samples, which are of training alone.
                 replace(
                     _fit(name, kind, read_raw(folder, name), end),
                     is_from_timestamp=is_from_timestamp(name, log.events.columns),

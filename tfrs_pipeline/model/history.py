@@ -218,18 +218,18 @@ class SelfAttention(tf.keras.layers.Layer):
 
     Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
     normalised once more. A learned vector stands before the first item, so that there is an output
-    for nothing too. Besides the positions, each head of each block adds a number to its scores for
-    how many steps ago a place was, which begins as zero: late positions, which few sequences have,
-    are helped by it. Padding must come last: causality then keeps it out of all that counts. A
-    place may also know the gap between its item and what comes next: a vector a gap is added to it,
-    which begins as zeros.
+    for nothing too. Besides the positions, each head of each block has a learned relative position
+    bias, zero at first: it helps where few sequences are long enough to train the late positions.
+    Padding must come last: causality then keeps it out of all that counts. A place may also know
+    the gap between its item and what comes next: a vector a gap is added to it, which begins as
+    zeros.
 
     Inputs and outputs are of size `dim`, a multiple of `ATTENTION_HEADS` (else a `ValueError`);
     training drops the share `dropout` of the activations.
 
-    References: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM. The numbers
-    by distance: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified
-    Text-to-Text Transformer", JMLR.
+    References: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM. The bias:
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer", JMLR.
     """
 
     def __init__(

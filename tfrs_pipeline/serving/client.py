@@ -35,7 +35,7 @@ from tfrs_pipeline.retrieval import (
 )
 from tfrs_pipeline.serving.settings import ServeSettings
 
-# What a server takes that is not told otherwise; of a history models read the latest items.
+# Those of a server with default settings. Of a longer history, models read the latest items.
 LIMITS = ServeSettings()
 
 
@@ -70,12 +70,12 @@ class ServedRetriever:
     ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id`, `history`, `history_timestamps` and `request` are read: this by the inputs of the
-        signature, which are the request features' names as far as TensorFlow takes them, its
-        `timestamp` in seconds since 1970 or an aware `datetime`. Nothing is excluded but `exclude`.
-        Queries are sent in requests that are within the server's default limits, of a history the
-        latest 1,000 items.
-        `allowed` is as for `LoadedRetriever`, but a value that no item has finds nothing.
+        `user_id`, `history`, `history_timestamps` and `request` are read. The keys of `request` are
+        the signature's inputs: the request features' names as far as TensorFlow takes them, and
+        `timestamp`, in seconds since 1970 or an aware `datetime`. Nothing is excluded but
+        `exclude`. `allowed` is as for `LoadedRetriever`, but a value that no item has finds
+        nothing. Many queries are sent in several requests, within the server's default limits, and
+        the latest 1,000 items of a history.
 
         Raises:
             ValueError: As `check_asked`; if a user id is of another type than the model's, the

@@ -1,6 +1,6 @@
 """A trained model written as a SavedModel that answers with raw ids.
 
-saved_models/README.md says what a version's folder holds. It is written beside its place and
+saved_models/README.md says what a version's folder holds. A version is written beside its place and
 renamed once it is whole and checked.
 """
 
@@ -125,9 +125,9 @@ def export(
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
         TypeError: If the model is not `Exportable`, or `index` none of the three.
-        ValueError: If the model's items or lists are not those of its ids, `item_ids` holds none or
-            others, or the items lack the column to filter by; if there shall be no user data and
-            the model has an embedding of each user.
+        ValueError: If the model's items or lists are not those of its ids, `item_ids` is empty or
+            holds an id that is not the model's, or the items lack the column to filter by; if there
+            shall be no user data and the model has an embedding of each user.
     """
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
     given: dict[str, Any] = {

@@ -26,9 +26,10 @@ def version_in_service(
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
-    the items it finds those that the new model has, too; it cannot find what is new. Where the new
-    model's export leaves out all but the `exported` candidates, it finds those too that its own
-    has left out, as the new model does: by id. A `ValueError` if it has none of the candidates.
+    the items it finds those that the new model has, too; it cannot find what is new. `exported` are
+    the candidates that the new model's export retrieves, None if all. The new model is measured
+    with the others as well, so this version finds them too, by id, if it was trained on them. A
+    `ValueError` if it has none of the candidates.
     """
     if not versions_of(folder):
         return None
@@ -91,9 +92,9 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find are missing of each version, by the ids that it has.
+    """Says how many of the items to find each version lacks, by the ids in its index.
 
-    Both are measured with what the export leaves out, too.
+    Both are measured with what the new export leaves out, too; see `version_in_service`.
     """
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)
     if excluded is not None:

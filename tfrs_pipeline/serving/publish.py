@@ -43,7 +43,7 @@ def versions_of(folder: Path) -> list[int]:
 
 
 def incomplete_versions_of(folder: Path) -> set[str]:
-    """Names what has a version's number below a model's folder and is none: it has no manifest."""
+    """Names what is numbered like a version below a model's folder, but has no manifest."""
     numbered = (child for child in folder.glob("[0-9]*") if child.name.isdecimal())
     return {child.name for child in numbered if not (child / MANIFEST_FILE).is_file()}
 

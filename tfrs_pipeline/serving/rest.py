@@ -34,7 +34,7 @@ class SignatureInputs:
     """What a signature takes: checks values of JSON against limits, and makes arrays of them.
 
     `optional` are inputs that a request need not give, those of its context: missing then.
-    `nullable` are those of which null is a missing value: features, and times.
+    `nullable` are those for which null means a missing value: features, and times.
     """
 
     def __init__(

@@ -64,12 +64,12 @@ class ItemFilter(tf.Module):
 class RetrievalModule(tf.Module):
     """An encoder and an index behind raw ids.
 
-    saved_models/README.md lists its signatures. They are attributes too, called by position: in the
-    order of that list, before `exclude` or last the features that are given and what a request
-    brings (`request_signature`), of which `serving_default` takes nothing. Where the model reads
-    times, those with a history take `history_timestamps` [B, L] after it: float64 seconds since
-    1970, NaN where not known. A model without users has none of `serving_default`,
-    `retrieve_user...` and `embed_user`.
+    saved_models/README.md lists its signatures. They are attributes too, called by position in the
+    order of that list. Given features and what a request brings (`request_signature`) come before
+    `exclude`, or last where there is none; `serving_default` takes nothing of a request. Where the
+    model reads times, signatures with a history take `history_timestamps` [B, L] after these:
+    float64 seconds since 1970, NaN where not known. A model without users has none of
+    `serving_default`, `retrieve_user...` and `embed_user`.
 
     Args:
         encoder: `Encoder`, or what one was loaded as.

@@ -119,7 +119,7 @@ class ServedVersion:
         """
         for retriever in self._retrievers():
             module = retriever.saved_model
-            # Of ids, of vocabularies, of a filter.
+            # Hash tables of ids, of vocabularies, of a filter.
             tables = (
                 part
                 for part in tf.train.TrackableView(module).descendants()
@@ -252,7 +252,7 @@ class ModelVersions:
         return {identity: folder for identity, folder in identities if identity is not None}
 
     def _tell_passed_over(self) -> None:
-        """Logs, once each, what looks like a version and is none: also one that is being copied."""
+        """Logs, once each, numbered folders without a manifest, also one that is being copied."""
         incomplete = set() if self._is_version else incomplete_versions_of(self._path)
         for name in sorted(incomplete - self._passed_over):
             logger.warning("%s has no %s and is passed over", self._path / name, MANIFEST_FILE)
