@@ -114,16 +114,16 @@ def test_the_order_of_a_log_without_times() -> None:
 
 def test_a_day_without_positives_shows() -> None:
     """By UTC; a day with exposures alone, and one without an event, are days without positives."""
-    days = [1, 1, 1, 2, 2, 3, 5, 5]
+    days = [1, 1, 1, 2, 2, 6, 7, 7]
     times = [f"2024-01-{day:02}T23:30:00-00:15" for day in days]
-    ratings = [5, 5, 5, 5, 5, 1, 5, 5]
+    ratings = [5, 5, 5, 5, 5, 1, 5, 1]
     events = pd.DataFrame(
         {"user_id": 1, "item_id": range(8), "timestamp": times, "rating": ratings}
     )
     log = Log.from_table(events, rating_threshold=4)
     assert log.describe()[1:3] == [
-        "from 2024-01-01 23:45 to 2024-01-05 23:45 UTC",
-        "positives a day: 2 by median, 0 on 2024-01-03 at the lowest, 2 on the last day",
+        "from 2024-01-01 23:45 to 2024-01-07 23:45 UTC",
+        "positives a day: 0 by median, 0 on 2024-01-03 at the lowest, 1 on the last day",
     ]
     two_days = Log.from_table(events[:5], rating_threshold=4)
     assert not [note for note in two_days.describe() if "a day" in note]
