@@ -92,9 +92,10 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find each version lacks, by the ids in its index.
+    """Says how many of the items to find each version lacks, by the ids of its items.
 
-    Both are measured with what the new export leaves out, too; see `version_in_service`.
+    `in_service` are those that `version_in_service` finds, `exported` those of the new index: the
+    new model is measured with what its export leaves out, too.
     """
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)
     if excluded is not None:
