@@ -696,10 +696,13 @@ def difference(case: Case, log: Log) -> str:
             return f"{got}, not {want}"
     if sum(each.num_rows for each in log.dropped) != sum(case.is_lost):
         return f"{log.dropped} dropped, not {sum(case.is_lost)} rows"
-    of_events: dict[str, dict[str, Any]] = {str(row["item_id"]): {} for row in kept}
+    of_events = {str(row["item_id"]): {"_listed": True} for row in kept}
     nothing = dict.fromkeys(("price", "kind", "v"))
     items = {str(row.pop("item_id")): row for row in log.items.to_pyarrow().to_pylist()}
     if case.items is None:
         return "" if items == of_events else f"items {items}"
-    expected = {id_: case.features.get(id_, nothing) for id_ in of_events | case.features}
+    expected = {
+        id_: {**case.features.get(id_, nothing), "_listed": id_ in case.features}
+        for id_ in of_events | case.features
+    }
     return "" if items == expected else f"items {items}, not {expected}"

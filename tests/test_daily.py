@@ -161,8 +161,7 @@ def test_the_gate_measures_on_the_same_queries(place: Path, warm: Warm) -> None:
 
 def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm: Warm) -> None:
     result, reports = warm.result, warm.reports
-    items_path = read_settings(result.folder).data.items_path
-    told = f"2 items of the log that {items_path} lacks: read in histories, not retrieved"
+    told = "2 items of the log that the item table lacks: read in histories, not retrieved"
     assert told in reports["export"].notes
     assert f"exact search over {len(TODAY) - 2} candidates" in reports["export"].notes
     # Withdrawn items are trained on like others.

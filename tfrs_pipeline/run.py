@@ -32,7 +32,6 @@ from tfrs_pipeline.run_data import (
     StepReport,
     Steps,
     prepare,
-    read_listed_items,
 )
 from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
@@ -135,7 +134,7 @@ def _conclude(
     with step("baselines") as report:
         baselines, report.notes = fit_baselines(config, data, step.on_progress)
     is_compared, model_folder = _is_compared(config, folder), config.model_folder
-    ids, listed = data.test.candidate_ids, read_listed_items(folder)
+    ids, listed = data.test.candidate_ids, data.split.log.listed_ids
     # What it is compared with stays in service until the new version is there.
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
@@ -154,10 +153,7 @@ def _conclude(
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, step)
             if served is not None:
-                known = {
-                    "in_service": served.corpus.values,
-                    "exported": ids if listed is None else listed,
-                }
+                known = {"in_service": served.corpus.values, "exported": listed}
                 report.notes.append(describe_lacking(data.test, config.evaluation.exclude, **known))
             tables = sorted((folder / "data").glob("*.parquet"))
             data_files = [file for table in tables for file in part_files(table)]
@@ -165,7 +161,6 @@ def _conclude(
                 config,
                 models["two_tower"],
                 data.test,
-                item_ids=listed,
                 manifest={
                     "run": str(folder.resolve()),
                     "data": {
@@ -176,13 +171,12 @@ def _conclude(
                     "metrics": metrics["models"]["two_tower"],
                 },
             )
-            num_exported = len(ids) if listed is None else len(listed)
-            if num_left := len(ids) - num_exported:
+            if num_left := len(ids) - len(listed):
                 report.notes.append(
-                    f"{counted(num_left, 'item')} of the log that {config.data.items_path} lacks: "
-                    "read in histories, not retrieved"
+                    f"{counted(num_left, 'item')} of the log that the item table lacks: read in "
+                    "histories, not retrieved"
                 )
-            report.notes.append(describe_index(metrics["index"], num_exported))
+            report.notes.append(describe_index(metrics["index"], len(listed)))
             report.notes.append("a fresh process loaded the export and gave the same answers")
     return _keep(folder, {**metrics, "export_folder": str(export_folder)}, step)
 
@@ -263,7 +257,6 @@ def export_model(
     model: TwoTower,
     holdout: Holdout,
     *,
-    item_ids: np.ndarray | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model; returns the folder of the new version, and what its index is.
@@ -275,7 +268,7 @@ def export_model(
         model,
         config.model_folder,
         ExportOptions(index, config.export.filter_by, config.export.keep_versions),
-        item_ids=item_ids,
+        item_ids=None,
         user_data=config.export.user_data,
         queries=holdout.as_queries(),
         manifest={"config": config.model_dump(mode="json"), **manifest},

@@ -11,18 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ibis
-import numpy as np
-import pyarrow.parquet as pq
-
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.engines import connect, connect_spark, write_parquet
+from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig
-from tfrs_pipeline.data.tables import load_raw, type_entities
-from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
@@ -32,8 +25,6 @@ from tfrs_pipeline.run_folder import CONFIG_FILE
 from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 from tfrs_pipeline.sources.recflow import load_recflow
-
-LISTED_ITEMS_FILE = Path("data") / "listed_items.parquet"
 
 OnStep = Callable[["StepReport"], None]
 
@@ -99,8 +90,6 @@ def prepare(
         if not (folder / "data" / "log.json").exists():
             log = load_log(config.data, connection)
             (folder / "data").mkdir(parents=True, exist_ok=True)
-            if (listed := list_items(config.data, log, connection)) is not None:
-                write_parquet(listed, folder / LISTED_ITEMS_FILE)
             log.write(folder / "data")
         try:
             log = Log.read(folder / "data", connection)
@@ -174,38 +163,6 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
     return Log.from_files(
         config.path, items=config.items_path, users=config.users_path, **options, **common
     )
-
-
-def list_items(config: DataConfig, log: Log, connection: Any) -> ibis.Table | None:
-    """Lists the ids of the item table that a config names; None where it names none.
-
-    The log's own item table has those of the events too.
-    """
-    if config.items_path is None:
-        return None
-    if config.source == "spark":
-        return connection.sql(f"SELECT item_id FROM {config.items_path}")
-    columns = {name: x for name, x in config.item_columns.items() if name == "item_id"}
-    raw = load_raw(connection, config.items_path, "item_id", columns, {})
-    assert raw is not None
-    items, _, _ = type_entities(
-        raw,
-        "item_id",
-        as_integer=log.items.schema()["item_id"].is_int64(),
-        features={},
-        formats=Formats(),
-        max_bad_share=config.max_bad_share,
-    )
-    raw.drop()
-    return items.select("item_id")
-
-
-def read_listed_items(folder: Path) -> np.ndarray | None:
-    """Reads the ids of the item table of a run's config; None where it has none."""
-    path = folder / LISTED_ITEMS_FILE
-    if not path.exists():
-        return None
-    return as_id_array(pq.read_table(path)["item_id"].to_pylist())
 
 
 def describe_samples(report: Mapping[str, Any]) -> list[str]:

@@ -210,7 +210,7 @@ def test_features_get_the_type_of_their_kind(load: Any) -> None:
         item_columns={"item_id": "movie"},
         item_features=KINDS,
     )
-    assert tables.items.order_by("item_id").to_pyarrow().to_pylist() == [
+    assert tables.items.order_by("item_id").drop("_listed").to_pyarrow().to_pylist() == [
         {"item_id": 5, "genres": ["a", "b", "c"], "price": 1.5, "year": 1999, "title": "Five"},
         {"item_id": 6, "genres": None, "price": None, "year": None, "title": None},
     ]
@@ -221,7 +221,7 @@ def test_features_in_parquet(load: Any) -> None:
     items = pa.table({"item_id": [5], "g": [[1, 2]], "p": [3], "c": [True], "t": ["x"]})
     kinds = {"g": "multi_categorical", "p": "numeric", "c": "categorical", "t": "text"}
     tables = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
-    assert tables.items.to_pyarrow().to_pylist() == [
+    assert tables.items.drop("_listed").to_pyarrow().to_pylist() == [
         {"item_id": 5, "g": ["1", "2"], "p": 3.0, "c": "true", "t": "x"}
     ]
 
@@ -231,12 +231,13 @@ MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author
 IN_ORDER = ("item_id", "when", "v", "price", "author")
 
 
-def load_more(load: Any, items: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
-    tables = load("user_id,item_id\n1,5\n1,9\n", items=items, item_features=MORE_KINDS, **options)
-    assert tables.items.columns == IN_ORDER
-    assert str(tables.items.schema()["when"]).startswith("timestamp('UTC'")
-    assert str(tables.items.schema()["v"]) == "array<float32>"
-    rows: list[dict[str, Any]] = tables.items.order_by("item_id").to_pyarrow().to_pylist()
+def load_more(load: Any, table: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
+    tables = load("user_id,item_id\n1,5\n1,9\n", items=table, item_features=MORE_KINDS, **options)
+    items = tables.items.drop("_listed")
+    assert items.columns == IN_ORDER
+    assert str(items.schema()["when"]).startswith("timestamp('UTC'")
+    assert str(items.schema()["v"]) == "array<float32>"
+    rows: list[dict[str, Any]] = items.order_by("item_id").to_pyarrow().to_pylist()
     assert rows[-1] == dict.fromkeys(IN_ORDER) | {"item_id": 9}  # Of the events alone.
     return rows[:-1]
 

@@ -65,9 +65,9 @@ def test_all_ways_in_give_one_log(form: str, tmp_path: Path) -> None:
         )
     ]
     assert rows(log.items, "item_id") == [
-        {"item_id": 7, "kind": None, "title": "seven"},
-        {"item_id": 8, "kind": 2, "title": None},
-        {"item_id": 9, "kind": 1, "title": "nine"},
+        {"item_id": 7, "kind": None, "title": "seven", "_listed": True},
+        {"item_id": 8, "kind": 2, "title": None, "_listed": True},
+        {"item_id": 9, "kind": 1, "title": "nine", "_listed": True},
     ]
     assert (log.order, log.dropped, log.whole) == ("timestamp", (), log)
     assert repr(log) == ("Log(3 events, 3 items, 2 users; order timestamp; features kind, title)")
@@ -76,7 +76,8 @@ def test_all_ways_in_give_one_log(form: str, tmp_path: Path) -> None:
 def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
     log = Log.from_table(EVENTS, **OPTIONS | {"item_features": {}})
     titles = [row["title"] for row in rows(log.items, "item_id")]
-    assert (log.items.columns, titles) == (("item_id", "title"), ["seven", None, "nine"])
+    columns = ("item_id", "title", "_listed")
+    assert (log.items.columns, titles) == (columns, ["seven", None, "nine"])
     with pytest.raises(DataError, match=r"no column 'nme'\. Nearest: name"):
         Log.from_table(EVENTS, **OPTIONS | {"item_columns": {"item_id": "sku", "title": "nme"}})
 
@@ -86,6 +87,20 @@ def test_events_and_items_of_one_database() -> None:
     events, items = (connection.create_table(n, t) for n, t in (("e", EVENTS), ("i", ITEMS)))
     log = Log.from_table(events, **OPTIONS | {"items": items})
     assert log.describe()[0] == "3 events, 3 items, 2 users"
+
+
+def test_items_that_only_the_events_have_are_told_from_those_of_the_table(tmp_path: Path) -> None:
+    log = Log.from_table(EVENTS, **OPTIONS | {"items": ITEMS[ITEMS["sku"] != 9]})
+    log.write(tmp_path)
+    # The engine's tables too, whether a table is given or not.
+    table = log.items.filter(log.items["item_id"] < 9)
+    logs = [log, Log.read(tmp_path), Log.from_ibis(log.events, items=table)]
+    for each in logs:
+        assert [row["item_id"] for row in rows(each.items, "item_id")] == [7, 8, 9]
+        assert each.listed_ids.tolist() == [7, 8]
+    clicks = EVENTS[["user", "item_id"]].rename(columns={"user": "user_id"})
+    for each in (Log.from_table(clicks), Log.from_ibis(log.events)):
+        assert each.listed_ids.tolist() == [7, 8, 9]
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:

@@ -115,6 +115,9 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
     ):
         np.testing.assert_array_equal(found, expected)
     assert retriever.retrieve_user([7], 3)[0].tolist() == [["c", "", ""]]
+    model.items = model.items.append_column("_listed", pa.array([True, False, True]))
+    assert load(export(model, tmp_path / "own")).candidate_ids() == ["a", "c"]
+    assert load(export(model, tmp_path / "own", item_ids=["b"])).candidate_ids() == ["b"]
     wrong: list[Any] = [[], ["c", "new"], [3]]
     for ids in wrong:
         with pytest.raises(ValueError, match=r"item_ids must be some of the model's 3 items"):

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ibis
+import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.contract import check_entities, check_events
 from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
 from tfrs_pipeline.data.events import EventRules, load_events
 from tfrs_pipeline.data.files import scan
+from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.parts import Split
 from tfrs_pipeline.data.requests import check_names, check_request_features
 from tfrs_pipeline.data.schema import (
+    LISTED,
     DataError,
     Dropped,
     Duplicates,
@@ -58,7 +61,8 @@ class Log:
             `score`, `weight`, `part` (the log's own split) and context columns. Rows have no order
             of their own.
         items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
-            `title`, if there is one, is what people are shown.
+            `title`, if there is one, is what people are shown; `_listed`, if there is one, tells
+            the items of the item table from those that were added to it from the events.
         users: One row an id: `user_id` and feature columns. Holds every user of `events`.
         item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
             int64), multi_categorical (array<string>), numeric or bucketized (float64), text
@@ -357,6 +361,13 @@ class Log:
     def whole(self) -> Log:
         """The log that this one is a part of: all that has happened."""
         return self if self.part_of is None else self.part_of
+
+    @property
+    def listed_ids(self) -> np.ndarray:
+        """[n] int64, or object of str: the items of the item table; all where there is none."""
+        is_marked = LISTED in self.items.columns
+        items = self.items.filter(self.items[LISTED]) if is_marked else self.items
+        return as_id_array(items.order_by("item_id")["item_id"].to_pyarrow().to_pylist())
 
     @property
     def order(self) -> Literal["timestamp", "event_number", "none"]:

@@ -46,6 +46,8 @@ Duplicates: TypeAlias = Literal["keep", "drop", "error"]
 TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
 
 
+# Column of a log's items: whether the item table has the item, or only the events.
+LISTED = "_listed"
 LOG_COLUMNS = (
     "user_id",
     "item_id",

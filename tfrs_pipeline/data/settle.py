@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import ibis
 
 from tfrs_pipeline.data.schema import (
+    LISTED,
     DataError,
     Dropped,
     Duplicates,
@@ -136,7 +137,12 @@ def settle_duplicates(
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
-    """Adds the ids of the events that an item or user table lacks, with null features."""
+    """Adds the ids of the events that an item or user table lacks, with null features.
+
+    Of an item the column `LISTED` says whether its table had it.
+    """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
-    nulls = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
-    return entities.union(missing.mutate(**nulls).select(*entities.columns))
+    added = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
+    if id_name == "item_id":
+        entities, added = entities.mutate(**{LISTED: True}), {**added, LISTED: ibis.literal(False)}
+    return entities.union(missing.mutate(**added).select(*entities.columns))

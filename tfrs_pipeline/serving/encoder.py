@@ -49,7 +49,7 @@ class Exportable(Protocol):
             None if `embed_queries` reads no times.
         known_positives: Per query row from 0, the candidate rows that are not retrieved again.
         items: One row a candidate, in the order of `candidate_ids`: `item_id`, columns to filter
-            by and, if there is one, `title`.
+            by and, if there are such, `title` and `_listed`, which is whether to retrieve it.
     """
 
     @property

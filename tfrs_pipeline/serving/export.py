@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import Feature, raw_signature
@@ -107,7 +108,8 @@ def export(
         filter_by: Column of the model's items by whose values requests may filter.
         keep_versions: How many versions to keep, the newest; None keeps all.
         item_ids: Of the model's items, those to be retrieved; the others are read in histories
-            alone, as those that a refresh removes. None takes all.
+            alone, as those that a refresh removes. None takes the items of the log's item table,
+            all where it has none.
         user_data: Whether to export what is known of users: their ids, histories, features and
             embeddings, and the queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
@@ -153,7 +155,7 @@ def export_version(
     _check_exportable(model)
     items = model.items
     _check_rows(model, items)
-    places = _places(model.candidate_ids, item_ids)
+    places = _places(items, item_ids)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
@@ -178,7 +180,7 @@ def export_version(
         options,
         encoder=Encoder(model, user_data=user_data),
         embeddings=embed_corpus(model)[places],
-        items=items.take(places),
+        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(places),
         queries=queries,
         manifest={**about, **manifest},
     )
@@ -211,14 +213,15 @@ def _check_rows(model: Exportable, items: pa.Table) -> None:
             )
 
 
-def _places(candidate_ids: np.ndarray, item_ids: Collection[Any] | None) -> np.ndarray:
+def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
     """Finds the items to be retrieved, in the order of the candidates."""
     if item_ids is None:
-        return np.arange(len(candidate_ids))
-    rows = Ids(candidate_ids).rows(item_ids)
+        is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
+        return np.flatnonzero(is_retrieved)
+    rows = Ids(items["item_id"].to_pylist()).rows(item_ids)
     if not len(rows) or not rows.all():
         raise ValueError(
-            f"item_ids must be some of the model's {len(candidate_ids)} items, 1 or more. "
+            f"item_ids must be some of the model's {len(items)} items, 1 or more. "
             f"Received: {len(rows)} ids, {np.count_nonzero(rows == 0)} of them not the model's. "
             "New items come in by `tfrs-pipeline refresh-index`."
         )
