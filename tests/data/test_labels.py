@@ -50,7 +50,7 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
         ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
         ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3},
          "'seconds' is in the label and no number in 3 of 6 rows, such as nan"),
-        *((label, {}, "finite weights above 0, such as") for label in (
+        *((label, {}, "weights from 1e-09 to 1e.09, such as") for label in (
             {"is_like": 0.0}, {"is_like": float("nan")}, {"is_like": "1"}, {0: 1.0}, "is_like",
             ["is_like"])),
         ({"stage": 1.0}, {}, "made of outcomes. Received: stage"),

@@ -114,7 +114,14 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         before, after = getattr(log, name), getattr(back, name)
         assert after.schema() == before.schema()
         assert after.to_pyarrow().to_pylist() == rows(before, key)
-    for name in ("item_features", "user_features", "dropped", "is_ordered"):
+    assert log.item_reading == {
+        "item_columns": OPTIONS["item_columns"],
+        "max_bad_share": 0.1,
+        "list_separator": "|",
+        "time_zone": None,
+        "timestamp_unit": None,
+    }
+    for name in ("item_features", "user_features", "dropped", "is_ordered", "item_reading"):
         assert getattr(back, name) == getattr(log, name)
     (tmp_path / "log.json").unlink()
     with pytest.raises(DataError, match=r"no log\.json"):

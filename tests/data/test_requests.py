@@ -160,6 +160,24 @@ def test_a_column_that_the_log_calls_otherwise_is_refused_too() -> None:
         made(ranked, {"place": "numeric"}, columns={"place": "rank"})
 
 
+def test_names_that_differ_in_case_alone_are_refused() -> None:
+    """An engine takes them for one: the samples would lose the log's own weights or stages."""
+    table = [{**row, "Seconds": 1.0, "Is_Target": 2.0} for row in rows()]
+    for name in ("Weight", "WEIGHT", "Part", "Stage"):
+        own = name.casefold()
+        renamed = [{k: v for k, v in row.items() if k != own} | {name: 2.0} for row in table]
+        with pytest.raises(ValueError, match=rf"request_features.{name}: differs .* in case"):
+            made(renamed, {name: "numeric"})
+    with pytest.raises(ValueError, match=r"request_features.hour: differs from Hour in case"):
+        made(table, {"Hour": "numeric", "hour": "numeric"})
+    with pytest.raises(ValueError, match=r"columns.WEIGHT: differs from the log's own .*'weight'"):
+        made(table, {}, columns={"WEIGHT": "Seconds"})
+    # Those of a query's own columns are free.
+    split = made(table, {"Seconds": "numeric", "Is_Target": "numeric"}).split("last_n")
+    requests = split.test.requests or []
+    assert {tuple(request.values()) for request in requests} == {(1.0, 2.0)}
+
+
 def test_a_feature_may_have_another_name_in_the_log() -> None:
     """Its column may even be called as one of the log's own that is read from elsewhere."""
     table = [

@@ -204,6 +204,9 @@ def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
         assert part.events.columns == log.events.columns
         assert part.whole is log
         assert part.items is log.items
+        # Of what was dropped in the making a part knows nothing.
+        assert part.dropped == part.notes == ()
+        assert part.describe()[-1].startswith("a part of a log")
     assert train.split().train.whole is log.whole is log
     assert (len(validation), len(test)) == (2, 2)
 
@@ -381,6 +384,9 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
     ("kind", "options"),
     [
         ("last_share", {"test": 1.0}),
+        ("last_share", {"test": math.nan}),
+        ("time", {"test": math.nan}),
+        ("last_n", {"test": math.inf}),
         ("last_n", {"test": -1}),
         ("last_n", {"test": 0.2}),
         ("last_n", {"test": START}),

@@ -121,7 +121,7 @@ def test_features_are_those_asked_for(published: Path) -> None:
         },
         user_features={"user_active_degree": "categorical", "onehot_feat4": "categorical"},
     )
-    assert tables.items.order_by("item_id").to_pyarrow().to_pylist() == [
+    assert tables.items.order_by("item_id").drop("_listed").to_pyarrow().to_pylist() == [
         {"item_id": i, "author_id": a, "tag": t, "video_duration": d, "music_type": m}
         for i, a, t, d, m in [
             (0, 70, ["39", "43"], 1000.5, 9),
@@ -173,7 +173,7 @@ def test_names_and_settings_reach_the_log(published: Path) -> None:
 def test_logs_without_feature_files_have_ids_alone(published: Path) -> None:
     for path in (published / "data").glob("*_features_*.csv"):
         path.unlink()
-    assert load(published).items.columns == ("item_id",)
+    assert load(published).items.drop("_listed").columns == ("item_id",)
     with pytest.raises(DataError, match=r"no file video_features_basic_\*\.csv.*tag"):
         load(published, item_features={"tag": "multi_categorical"})
 

@@ -62,7 +62,7 @@ def write_recbole(folder: Path) -> None:
 def rows(tables: Log) -> list[list[dict[str, object]]]:
     ordered = (
         tables.events.order_by("event_number"),
-        tables.items.order_by("item_id"),
+        tables.items.order_by("item_id").drop("_listed"),
         tables.users.order_by("user_id"),
     )
     return [table.to_pyarrow().to_pylist() for table in ordered]

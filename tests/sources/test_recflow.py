@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import ibis
 import pyarrow as pa
 import pyarrow.feather
 import pytest
@@ -133,6 +134,10 @@ def test_events_equal_a_loop_over_the_rows(tmp_path: Path) -> None:
     (dropped,) = tables.dropped
     assert dropped.num_rows == sum(map(len, days)) - len(expected)
     assert "no flag" in dropped.reason
+    # A connection that has loaded it before, such as a file, holds no row twice.
+    connection = ibis.duckdb.connect()
+    for _ in range(2):
+        assert events_of(load(tmp_path, connection=connection)) == expected
 
 
 def test_a_label_of_several_outcomes_gives_stages_and_weights(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ def make_holdout(
         num_users = num
         drawn = [random_key(asking["user_id"], seed=seed), "user_id"]
         asking = asking.order_by(drawn).limit(max_queries)
-    known = {"is_positive": is_positive(split), "is_target": split["part"] == part}
+    known = {"_is_positive": is_positive(split), "_is_target": split["part"] == part}
     if "timestamp" in split.columns:
-        known["seconds"] = whole_seconds(split["timestamp"])
+        known["_seconds"] = whole_seconds(split["timestamp"])
     rows = (
         split.mutate(**known)
         .filter(is_read)
@@ -197,13 +197,13 @@ def make_holdout(
         ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
         return np.split(columns[name][keep], ends[:-1])
 
-    is_before = ~columns["is_target"]
-    is_history = columns["is_positive"] & is_before
+    is_before = ~columns["_is_target"]
+    is_history = columns["_is_positive"] & is_before
     histories = per_user(is_history)
     times: dict[str, Any] = {}
-    if "seconds" in columns:
-        first = [seconds[0] for seconds in per_user(~is_before, "seconds")]
-        times = {"history_times": per_user(is_history, "seconds"), "times": np.array(first)}
+    if "_seconds" in columns:
+        first = [seconds[0] for seconds in per_user(~is_before, "_seconds")]
+        times = {"history_times": per_user(is_history, "_seconds"), "times": np.array(first)}
     candidate_ids, counts = _count_candidates(items, training)
     return Holdout(
         user_ids=user_ids[starts],

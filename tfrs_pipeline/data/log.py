@@ -77,6 +77,8 @@ class Log:
         notes: What else was found in the making, in lines for a person: events of unknown items,
             repeated ones, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
+        item_reading: How the item table was read, by the options of `from_files`: so is one that
+            comes to replace it in an export.
         part_of: The log that this one is a part of, if a split made it.
 
     Example:
@@ -100,6 +102,7 @@ class Log:
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     is_ordered: bool = True
+    item_reading: Mapping[str, Any] = field(default_factory=dict)
     part_of: Log | None = None
 
     def __post_init__(self) -> None:
@@ -247,6 +250,11 @@ class Log:
             dropped=(*dropped, *repeated),
             notes=(*notes, *noted),
             is_ordered=is_ordered,
+            item_reading={
+                "item_columns": dict(item_columns or {}),
+                "max_bad_share": max_bad_share,
+                **dataclasses.asdict(formats),
+            },
         )
 
     @classmethod
@@ -353,6 +361,7 @@ class Log:
             "dropped": [dataclasses.asdict(dropped) for dropped in self.dropped],
             "notes": self.notes,
             "is_ordered": self.is_ordered,
+            "item_reading": dict(self.item_reading),
         }
         files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
         write_record(folder / "log.json", about, files)
@@ -361,6 +370,16 @@ class Log:
     def whole(self) -> Log:
         """The log that this one is a part of: all that has happened."""
         return self if self.part_of is None else self.part_of
+
+    def fingerprint(self) -> str:
+        """Tells one log from another by all that its tables hold, in one pass of its engine."""
+        hashes = []
+        for name in _KEYS:
+            table = getattr(self, name)
+            row = ibis.struct({column: table[column] for column in sorted(table.columns)})
+            # Spark has no exclusive or of many; a sum of so few bits is not too large for it.
+            hashes.append((row.hash() % 2**31).sum().to_pyarrow().as_py())
+        return " ".join(f"{int(number or 0):x}" for number in hashes)
 
     @property
     def listed_ids(self) -> np.ndarray:
@@ -458,6 +477,8 @@ class Log:
             notes += _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
         elif self.order == "event_number":
             notes.append("no timestamps: the order of the rows is taken for that of the events")
+        if self.part_of is not None:
+            return [*notes, "a part of a log: what was dropped in the making is told by the whole"]
         num_dropped = sum(each.num_rows for each in self.dropped)
         num_read = counts["events"] + num_dropped
         dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"

@@ -135,4 +135,6 @@ class Split(Generic[LogT]):
 
     def _part(self, *parts: str) -> LogT:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
-        return dataclasses.replace(self.log, events=events, part_of=self.log.whole)
+        # What was dropped and noted in the making is the whole log's.
+        told: dict[str, Any] = {"dropped": (), "notes": ()}
+        return dataclasses.replace(self.log, events=events, part_of=self.log.whole, **told)

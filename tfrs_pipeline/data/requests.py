@@ -7,7 +7,14 @@ from collections.abc import Collection, Mapping
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import LOG_COLUMNS, DataError, FeatureKind, Source, require_column
+from tfrs_pipeline.data.schema import (
+    LOG_COLUMNS,
+    DataError,
+    FeatureKind,
+    Source,
+    case_problem,
+    require_column,
+)
 
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made of the timestamp, in UTC, where the log has no such column."""
@@ -26,11 +33,19 @@ def check_names(
     """Refuses (`ValueError`) request features that no request can bring, or that others are called.
 
     The others are user features, which the query tower reads beside them, or outcomes. `columns`
-    are those of `Log.from_files`: what the log calls otherwise is refused by either name.
+    are those of `Log.from_files`: what the log calls otherwise is refused by either name. So are
+    names that differ in case alone from another's or from one of the log's own.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
+    by_case: dict[str, str] = {}
     for name in features:
+        if (other := by_case.setdefault(name.casefold(), name)) != name:
+            raise ValueError(
+                f"request_features.{name}: differs from {other} in case alone. Rename the column."
+            )
+        if problem := case_problem(name):
+            raise ValueError(f"request_features.{name}: {problem}.")
         own = meaning.get(columns.get(name, name), name)
         named = f"request_features.{name}: is {'' if own == name else f'read as {own}, which is '}"
         if own in (*LOG_COLUMNS, "event_number") or own.startswith("_"):

@@ -67,9 +67,9 @@ TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time",
 """What others call the column `timestamp`."""
 
 
-_MAX_WEIGHT = 1e9
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 WEIGHT_FAULT = (
-    f"is not a number above 0 and at most {_MAX_WEIGHT:.0e}",
+    f"is not a number above 0, from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
     "Give these rows a weight (1 is neutral).",
 )
 """What is wrong with a weight that `is_usable_weight` refuses, and what to do."""
@@ -222,8 +222,8 @@ class RawTable:
 
 
 def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
-    """Says which weights may train: above 0, and not past what float32 adds up."""
-    return ((weight > 0) & (weight <= _MAX_WEIGHT)).fill_null(False)
+    """Says which weights may train: above 0, and neither lost in float32 nor past what it adds."""
+    return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)
 
 
 def id_refusals(name: str, value: ir.Value, setting: str = "") -> Iterator[Refusal]:
@@ -278,6 +278,14 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}. Received: {value}.")
 
 
+def case_problem(name: str) -> str:
+    """Says which of a log's own columns an engine takes a name for, as cases are one to it."""
+    lower = name.casefold()
+    if lower == name or lower not in (*LOG_COLUMNS, "event_number"):
+        return ""
+    return f"differs from the log's own column {lower!r} in case alone; name the column otherwise"
+
+
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
     """Says why a log cannot call a column so; "" if it can, as one of its own or as context.
 
@@ -287,6 +295,8 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
         return "is made here, of the order of the rows; name the column otherwise"
     if name.startswith("_"):
         return "must not begin with '_'; name the column otherwise"
+    if problem := case_problem(name):
+        return problem
     near = difflib.get_close_matches(name, LOG_COLUMNS, n=1, cutoff=0.7)
     if name not in LOG_COLUMNS and near and near[0] not in columns:
         return f"unknown column; did you mean {near[0]!r}?"

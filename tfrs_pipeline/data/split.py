@@ -120,7 +120,7 @@ def split_last(
     last ceil(validation m) the validation part.
     """
     for name, amount in (("validation", validation), ("test", test)):
-        if kind == "last_n" and (amount < 0 or amount != int(amount)):
+        if kind == "last_n" and (amount < 0 or not float(amount).is_integer()):
             raise ValueError(
                 f"split.{name} must be a number of positives, 0 or more. Received: {amount}."
             )
@@ -285,7 +285,7 @@ def _moment(moment: datetime) -> ibis.Value:
 
 
 def _check_shares(validation: float, test: float) -> None:
-    if validation < 0 or test <= 0 or validation + test >= 1:
+    if not (validation >= 0 and test > 0 and validation + test < 1):
         raise ValueError(
             "split.test must be a share above 0, split.validation 0 or more, and both together "
             f"below 1. Received: {test} and {validation}."

@@ -204,6 +204,7 @@ def load_items(
     item_features: Mapping[str, FeatureKind],
     item_columns: Mapping[str, str],
     formats: Formats,
+    max_bad_share: float,
 ) -> ibis.Table:
     """Loads an item table by itself, such as today's for a model of last week's.
 
@@ -224,7 +225,7 @@ def load_items(
         as_integer=is_integer_id,
         features=item_features,
         formats=formats,
-        max_bad_share=MAX_BAD_SHARE,
+        max_bad_share=max_bad_share,
     )
     for each in dropped:
         logger.warning("%s: dropped %d rows: %s", raw.source.name, each.num_rows, each.reason)

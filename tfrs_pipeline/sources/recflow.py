@@ -205,7 +205,8 @@ def _stage_rows(
 
     Those that have a flag are kept, in their order, with stage, rank and the carried columns.
     """
-    name, num_rows = "recflow", 0
+    # A name of its own: the connection may hold another folder's rows.
+    name, num_rows = ibis.util.gen_name("recflow"), 0
     for path in paths:
         scanned = scan(connection, _open_feather(path), str(path))
         raw = scanned.load({column: column for column in COLUMNS})
