@@ -188,6 +188,22 @@ def test_summary_holds_set_metrics_by_hand_and_no_nan() -> None:
     assert {"num_queries", "num_skipped", "num_relevant", "num_relevant_excluded"} <= set(summary)
 
 
+def test_an_empty_list_of_floats_leaves_large_ids_as_they_are() -> None:
+    ids = 2**60 + np.arange(12)
+    holdout = Holdout(
+        user_ids=np.arange(2),
+        histories=[ids[:1], np.array([])],
+        relevant=[ids[1:2], ids[2:3]],
+        clicked=[ids[:1], np.array([])],
+        seen=[ids[:1], np.array([])],
+        candidate_ids=ids,
+        candidate_counts=COUNTS,
+    )
+    result = measure(Scores(-np.tile(np.arange(12), (2, 1)), ids), holdout)
+    assert result.per_query["recall@3"].tolist() == [1, 1]
+    assert result.overall.num_relevant == 2
+
+
 def test_strings_are_ids_too_but_not_beside_numbers() -> None:
     holdout = make_holdout([["c", "b"]], [["a"]], dtype=object)
     retriever = Scores([[3.0, 1.0, 2.0]], holdout.candidate_ids)

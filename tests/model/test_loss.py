@@ -198,6 +198,8 @@ def test_refusals() -> None:
         task(QUERIES, COLUMNS, candidate_sampling_probability=tf.ones([C, 1]))
     with pytest.raises(ValueError, match="hard_embeddings needs hard_log_q"):
         task(QUERIES, positives, hard_embeddings=HARD, **options)
+    with pytest.raises(ValueError, match="positive_query needs negative_embeddings"):
+        task(QUERIES, positives, positive_query=tf.range(W)[::-1])
     # A column of them would be broadcast to a square.
     options["hard_log_q"] = LOG_Q[:, :1]
     with pytest.raises(tf.errors.InvalidArgumentError, match="shape"):

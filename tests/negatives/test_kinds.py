@@ -112,13 +112,33 @@ def test_a_mixture_adds_up_what_its_kinds_draw() -> None:
     np.testing.assert_array_equal(drawn, mixture.draw(rows, seed=[1, 0]))
     assert (drawn != mixture.draw(rows, seed=[1, 1])).numpy().any()
     np.testing.assert_allclose(mixture.log_q(drawn), np.log(n[drawn]), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"batches of 4 positives.*Received: 3.*drop_remainder"):
-        mixture.draw(rows[:3], seed=[1, 0])
     assert Mixture([Uniform(2)], frame).draw(rows[:3], seed=[1, 0]).shape == [2]
     # Nothing is clipped, and what no kind draws has no weight to speak of.
     tail = Mixture([Uniform(1)], frame_of([0, *[1] * 10**6])).log_q(tf.constant([10**6]))
     assert tail.numpy() == pytest.approx(np.log(1e-6), rel=1e-6)
     assert Mixture([InBatch()], frame).log_q(tf.constant([3])).numpy() == -np.inf
+
+
+def test_a_smaller_batch_is_filled_up_so_that_its_log_q_is_that_of_any_other() -> None:
+    frame = SamplingFrame.of_counts([0, 6, 3, 0], batch_size=4)
+    mixture = Mixture([InBatch(), Uniform(2)], frame)
+    specs = [tf.TensorSpec(shape, tf.int32) for shape in ([None], [2])]
+    unsized = tf.function(mixture.draw, specs)
+    last, num_draws = tf.constant([3]), 2000
+    drawn = np.array([unsized(last, [7, i]) for i in range(num_draws)])
+    assert (drawn[:, 0] == 3).all()  # The row's own.
+    np.testing.assert_array_equal(drawn[0], mixture.draw(last, [7, 0]))
+    share = np.bincount(drawn[:, 1:4].ravel(), minlength=4) / (3 * num_draws)
+    # Four standard deviations of a share of so many draws.
+    np.testing.assert_allclose(share, frame.q_positive, atol=4 * (2 / 9 / (3 * num_draws)) ** 0.5)
+    assert share[3] == 0
+    whole = tf.constant([2, 1, 1, 2])
+    np.testing.assert_array_equal(unsized(whole, [7, 0]), mixture.draw(whole, [7, 0]))
+    many = tf.ones([5], tf.int32)
+    with pytest.raises(ValueError, match=r"batches of 4 positives or fewer.* Received: 5"):
+        mixture.draw(many, [7, 0])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="batches of 4 positives or fewer"):
+        unsized(many, [7, 0])
 
 
 def test_refusals_of_counts() -> None:
@@ -183,10 +203,13 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (FunnelLosers, {"stages": ("ranked", "ranked")}, "each once"),
         (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
         (FunnelLosers, {"min_pool": -1}, "min_pool must be a whole number, 0 or more"),
-        (FunnelLosers, {"window_hours": 0.0}, "window_hours must be above 0"),
+        (FunnelLosers, {"window_hours": 0.0}, "window_hours must be a number above 0"),
+        (FunnelLosers, {"window_hours": np.inf}, "window_hours must be .* the whole log"),
         (FunnelLosers, {"bottom_share": 0.0}, "bottom_share must be in"),
         (Mined, {"share": 2.0}, "share must be in"),
         (Mined, {"min_rank": 5, "max_rank": 5}, "min_rank < max_rank"),
+        (Mined, {"min_rank": 2.5}, "min_rank must be a whole number"),
+        (Mined, {"max_rank": 10.5}, "max_rank must be a whole number"),
         (Mined, {"max_pool": 0}, "max_pool must be a whole number, 1 or more"),
     ],
 )

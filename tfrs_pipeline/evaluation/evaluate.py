@@ -167,7 +167,8 @@ def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
     excluded = holdout.excluded(exclude)
     num_queries = len(holdout)
     lists = [*holdout.relevant, *(excluded or ())]
-    ids = np.concatenate(lists)
+    # An empty array is of floats, unless its maker said otherwise, and would make floats of all.
+    ids = np.concatenate([ids for ids in lists if len(ids)] or lists)
     _check_type(ids, items)
     rows = items.rows(ids).astype(np.int64)
     # Ids outside the corpus are told apart by numbers above its rows.

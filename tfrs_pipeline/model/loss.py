@@ -70,7 +70,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             query_embeddings: [W, D] float.
             candidate_embeddings: [P, D], the positives, one a query unless there is a
                 `positive_query`. Without `negative_embeddings` they are the shared columns too, as
-                in the parent: then more candidates may follow them, and the diagonal is masked.
+                in the parent: more candidates may follow them, the diagonal is masked, and there is
+                no `positive_query`.
             sample_weight: [P] or [P, 1], optional.
             candidate_sampling_probability: [C] in [1e-6, 1], without `negative_embeddings`: as in
                 the parent, the positive is corrected with it too. Not together with `log_q`.
@@ -92,8 +93,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             the logits being its own and those of its query's negatives.
 
         Raises:
-            ValueError: If both corrections are given, shapes do not fit, or hard negatives come
-                without their log_q.
+            ValueError: If both corrections are given, shapes do not fit, hard negatives come
+                without their log_q, or a `positive_query` without the columns.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
         queries = tf.convert_to_tensor(query_embeddings)
@@ -108,6 +109,12 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
                 )
             log_q = parents_log_q = _checked_log(candidate_sampling_probability)
         if negative_embeddings is None:
+            if positive_query is not None:
+                raise ValueError(
+                    "positive_query needs negative_embeddings: of shared columns that are the "
+                    "positives themselves, it is not known which are a query's own. Pass the "
+                    "columns, and a score_mask that is False at each query's own positives."
+                )
             num_rows = tf.shape(queries)[0]
             positives, negative_embeddings = candidate_embeddings[:num_rows], candidate_embeddings
             if score_mask is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -72,8 +73,11 @@ class FunnelLosers:
             )
         check_whole(1, num=self.num, max_pool=self.max_pool)
         check_whole(0, min_pool=self.min_pool)
-        if not self.window_hours > 0:
-            raise ValueError(f"window_hours must be above 0. Received: {self.window_hours}")
+        if not 0 < self.window_hours < math.inf:
+            raise ValueError(
+                f"window_hours must be a number above 0. Received: {self.window_hours}; for no "
+                "limit give the hours of the whole log, or more"
+            )
         if not 0 < self.bottom_share <= 1:
             raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,8 @@ from tfrs_pipeline.negatives.protocol import SamplingFrame
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
+    from tfrs_pipeline.negatives.alias import AliasSampler
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,37 @@ class InBatch:
     kind: Literal["in_batch"] = "in_batch"
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Returns the batch's positives; a row's own is masked as an accidental hit."""
-        return positive_rows
+        """Returns the batch's positives, [B]; a row's own is masked as an accidental hit.
+
+        A batch of fewer, as the last one of a dataset, is filled up by draws from q_positive: its
+        rows then expect as many copies as those of any other. One of more is refused: a
+        `ValueError`, or in a graph that does not know its size a
+        `tf.errors.InvalidArgumentError`.
+        """
+        num_rows = positive_rows.shape[0]
+        if num_rows == frame.batch_size:
+            return positive_rows
+        message = (
+            f"The frame, and log_q with it, is for batches of {frame.batch_size} positives or "
+            "fewer. Make a frame of the batch's size"
+        )
+        if num_rows is not None and num_rows > frame.batch_size:
+            raise ValueError(f"{message}. Received: {num_rows}")
+        import tensorflow as tf
+
+        num_rows = tf.shape(positive_rows)[0]
+        check = tf.debugging.assert_less_equal(num_rows, frame.batch_size, message)
+        with tf.control_dependencies([check]):
+            num_missing = frame.batch_size - num_rows
+        return tf.concat([positive_rows, _sampler(frame).sample(num_missing, seed)], axis=0)
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes (B - 1) * q_positive(c): a row meets the positives of the others."""
         return (frame.batch_size - 1) * frame.q_positive
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(frame: SamplingFrame) -> AliasSampler:
+    from tfrs_pipeline.negatives.alias import AliasSampler
+
+    return AliasSampler(frame.q_positive)

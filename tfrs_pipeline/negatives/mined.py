@@ -44,7 +44,8 @@ class Mined:
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        if not 0 <= self.min_rank < self.max_rank:
+        check_whole(0, min_rank=self.min_rank, max_rank=self.max_rank)
+        if not self.min_rank < self.max_rank:
             raise ValueError(
                 "Mined ranks must be 0 <= min_rank < max_rank. "
                 f"Received: {self.min_rank} and {self.max_rank}"

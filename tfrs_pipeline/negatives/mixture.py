@@ -98,20 +98,13 @@ class Mixture:
             [C] int32 candidate rows, kind by kind. A row must mask those that are its own positive.
 
         Raises:
-            ValueError: If the seed is no pair, or there are in-batch negatives and the batch is
-                known to be of another size than the frame's, so that log_q would be wrong.
+            ValueError: If the seed is no pair, or a batch is too large for in-batch negatives
+                (see `InBatch.draw`).
         """
         if np.shape(seed) != (2,):
             raise ValueError(
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
-            )
-        num_rows = positive_rows.shape[0]
-        if self.in_batch_draws and num_rows not in (None, self._frame.batch_size):
-            raise ValueError(
-                f"The frame, and log_q with it, is for batches of {self._frame.batch_size} "
-                f"positives. Received: {num_rows}. Make a frame of this batch_size; if only the "
-                "last batch of a dataset is smaller, batch it with drop_remainder=True."
             )
         drawn = [
             kind.draw(
