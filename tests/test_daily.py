@@ -1,6 +1,7 @@
 """Day after day: a run that starts from yesterday's, and a gate before the model in service."""
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -23,6 +24,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import read_settings, with_source
@@ -183,6 +185,35 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert set(withdrawn) & set(retriever.stored_history(user))
     # Elsewhere in the run they are candidates still.
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
+
+
+def test_all_models_of_a_run_can_be_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one without the correction too, which has no estimate of frequencies."""
+    validate = TwoTower._validate
+
+    def without_tail(*arguments: Any) -> dict[str, float]:
+        return {**validate(*arguments), "tail/recall@5": math.nan}
+
+    monkeypatch.setattr(TwoTower, "_validate", without_tail)
+    settings = {
+        "model.correction": "streaming",
+        "evaluation.baselines": ["uncorrected"],
+        "training.max_epochs": 1,
+        "training.refit": False,
+        "export.index": "none",
+    }
+    folder = run(config_of(tmp_path, "day", YESTERDAY, **settings), tmp_path / "run").folder
+    for name, correction in (("two_tower", "streaming"), ("two_tower_uncorrected", "none")):
+        source = trained_in(str(folder), name=name)
+        assert source is not None
+        assert source.settings.correction == correction
+        assert (source.network.frequency is None) == (correction == "none")
+    # What validation could not measure is no number, as JSON has none.
+    text = (folder / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert metrics["training"]["two_tower"]["history"]["val_tail/recall@5"] == [None]
 
 
 def test_the_gate_tells_what_neither_version_could_return(warm: Warm) -> None:

@@ -36,7 +36,7 @@ from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run import RunResult, run
+from tfrs_pipeline.run import RunResult, _is_export_of, run
 from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
@@ -442,6 +442,10 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.export_folder == of_ratings.export_folder
     assert [report.name for report in reports] == ["finished before"]
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
+    # Where another run's version has its number, it is not the run's own.
+    others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
+    assert _is_export_of(again)
+    assert not _is_export_of(RunResult(again.folder, {**again.metrics, "models": others}))
 
 
 @pytest.mark.parametrize("name", ["runs [1]", "a\\b"])

@@ -94,6 +94,22 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
     replace_text(path, json.dumps({**record, _HASHES: hashes}, indent=2))
 
 
+def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
+    """Records what a folder's content is made of; refuses (`ValueError`) what it is not made of."""
+    made_of = json.loads(json.dumps(made_of))
+    if not is_whole(path):
+        write_record(path, made_of)
+        return
+    before = read_record(path)
+    changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
+    if changed:
+        differ = (f"{x}: {before.get(x)!r}, now {made_of.get(x)!r}" for x in changed)
+        raise ValueError(
+            f"{path.parent} holds what was made of something else ({'; '.join(differ)}). Give "
+            "another folder, or delete this one."
+        )
+
+
 def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     """Reads the content of a record, and checks that it and its files are as they were written.
 

@@ -23,7 +23,6 @@ from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import (
@@ -43,7 +42,7 @@ from tfrs_pipeline.serving.gate import (
 )
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
-from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit
+from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit, variants
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
 NUM_EXAMPLES = 4
@@ -106,7 +105,7 @@ def run(
 def _run(config: RunConfig, folder: Path, step: Steps) -> RunResult:
     data = chief_first(lambda: prepare(config, folder, step))
     models: dict[str, TwoTower] = {}
-    for name, settings in _variants(config).items():
+    for name, settings in variants(config).items():
         with step(f"train {name}") as report:
             models[name] = train_and_refit(
                 config,
@@ -197,8 +196,15 @@ def _finished_run(config: RunConfig, folder: Path) -> RunResult | None:
     if result.export_folder is None:  # Refused: the gate may be open now.
         is_there = config.export.index == "none"
     else:
-        is_there = is_whole(result.export_folder / MANIFEST_FILE)
+        is_there = _is_export_of(result)
     return result if is_there else None
+
+
+def _is_export_of(result: RunResult) -> bool:
+    """Whether the run's version is there; another run's may have taken its number."""
+    assert result.export_folder is not None
+    path = result.export_folder / MANIFEST_FILE
+    return is_whole(path) and read_record(path)["metrics"] == result.metrics["models"]["two_tower"]
 
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -276,14 +282,6 @@ def export_model(
     return folder, written["index"]
 
 
-def _variants(config: RunConfig) -> dict[str, TwoTowerSettings]:
-    variants = {"two_tower": config.model}
-    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
-        without = config.model.model_copy(update={"correction": "none"})
-        variants["two_tower_uncorrected"] = without
-    return variants
-
-
 def _metrics(
     config: RunConfig, data: RunData, models: Mapping[str, TwoTower], evaluation: Evaluation
 ) -> dict[str, Any]:
@@ -297,7 +295,14 @@ def _metrics(
         "split": data.split.report(),
         **evaluation.summary(),
         "training": {
-            name: {"best_epoch": model.result.best_epoch, "history": model.result.history}
+            name: {
+                "best_epoch": model.result.best_epoch,
+                # A part of validation without an item to find measures NaN, which is no JSON.
+                "history": {
+                    metric: [None if np.isnan(value) else value for value in values]
+                    for metric, values in model.result.history.items()
+                },
+            }
             for name, model in models.items()
         },
         "examples": _examples(models["two_tower"], data.test, config),

@@ -29,7 +29,9 @@ from tfrs_pipeline.settings import ConfigError, refuse
 Training: TypeAlias = Literal["selection", "refit"]
 
 
-def trained_in(folder: Path, step: Training = "refit", name: str = "two_tower") -> Trained | None:
+def trained_in(
+    folder: Path | str, step: Training = "refit", name: str = "two_tower"
+) -> Trained | None:
     """Reads what a finished run has trained, to start another training from it.
 
     Args:
@@ -48,10 +50,11 @@ def trained_in(folder: Path, step: Training = "refit", name: str = "two_tower") 
     Example:
         A model of today's events that starts from yesterday's run::
 
-            model.fit(train, validation, warm_start=trained_in(Path("runs/yesterday")))
+            model.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
+    folder = Path(folder)
     config = _settings_of_finished(folder)
-    trained = read_record(folder / "metrics.json")["training"]
+    trained, settings = read_record(folder / "metrics.json")["training"], variants(config)
     if name not in trained:
         return None
     checkpoints = folder / "checkpoints" / name
@@ -62,9 +65,18 @@ def trained_in(folder: Path, step: Training = "refit", name: str = "two_tower") 
         (split.train, "selection") if step == "selection" else (split.before_test, "final")
     )
     corpus = Corpus.read(part, folder / "samples" / samples)
-    network = TwoTower(config.model, training=config.training, name=name).build(corpus)
+    network = TwoTower(settings[name], training=config.training, name=name).build(corpus)
     read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
-    return Trained(config.model, config.training, corpus, network)
+    return Trained(settings[name], config.training, corpus, network)
+
+
+def variants(config: RunConfig) -> dict[str, TwoTowerSettings]:
+    """Returns by name the settings of the models that a run trains."""
+    found = {"two_tower": config.model}
+    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
+        without = config.model.model_copy(update={"correction": "none"})
+        found["two_tower_uncorrected"] = without
+    return found
 
 
 def check_source(config: RunConfig) -> None:

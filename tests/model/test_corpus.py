@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pytest
 
 from tests.damage import DAMAGES, damage
 from tests.small_log import event_table, write
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 
@@ -41,7 +44,7 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     expected = TrainingSet.build(log, tmp_path, seed=0)
     expected = dataclasses.replace(expected, samples=copied(expected.samples))
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert len(files) == 19
+    assert len(files) == 20
     # As a process leaves it that is killed as it builds.
     write(event_table("int"), tmp_path / "_work-killed" / "_events.parquet")
     filled = [path for path in files if path.stat().st_size]  # A lock is empty.
@@ -58,4 +61,15 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     assert not (tmp_path / "_work-killed").exists()
     times = [path.stat().st_mtime_ns for path in filled]
     TrainingSet.build(log, tmp_path, seed=0)
+    assert [path.stat().st_mtime_ns for path in filled] == times
+    # As many events of as many items, one of them another.
+    changed = event_table("int").drop_columns(["rating"]).to_pylist()
+    changed[5]["item_id"] = changed[4]["item_id"]
+    for other, options in (
+        (Log.from_table(pa.Table.from_pylist(changed)), {"seed": 0}),
+        (log, {"seed": 1}),
+        (log, {"seed": 0, "hard": FunnelLosers()}),
+    ):
+        with pytest.raises(ValueError, match=r"made of something else .* Give another folder"):
+            TrainingSet.build(other, str(tmp_path), **options)
     assert [path.stat().st_mtime_ns for path in filled] == times

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,8 +131,3 @@ def test_draw_is_uniform_and_in_random_order() -> None:
         counts = np.bincount(rows[:, place] - 11, minlength=20)
         chi_squared = ((counts - num / 20) ** 2 / (num / 20)).sum()
         assert chi_squared < 19 + 5 * np.sqrt(2 * 19)  # 19 degrees of freedom, 5 deviations.
-
-
-def test_a_corpus_without_such_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ranks from 60 on.*60 items.*min_rank"):
-        mined_by_row(small_samples(0), Mined(min_rank=60, max_rank=80))

@@ -120,3 +120,6 @@ def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> No
         "no hard negatives were mined: training ended within the first 2 epochs (model.hard.every)"
     ]
     assert tiny()._mining(batches, None, lambda *task: None) is None
+    # Before the first epoch, and not when the first mining is due.
+    with pytest.raises(ValueError, match=r"ranks from 24 on.*24 items.*min_rank"):
+        tiny(hard=Mined(min_rank=24, max_rank=80)).fit_samples(data)

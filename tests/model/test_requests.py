@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import tensorflow as tf
@@ -20,6 +21,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.raw import item_times
 from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.serving.client import _values
@@ -61,6 +63,31 @@ def test_a_boolean_of_a_request_is_that_of_the_log(tmp_path: Path) -> None:
     about = {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": -1}]}}
     (of_client,) = _values("is_app", [True], about)
     assert of_client in feature.vocabulary
+
+
+@pytest.mark.parametrize("kind", ["categorical", "hashed"])
+def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_path: Path) -> None:
+    """As pandas makes floats of integers where one is missing, in the log and in service."""
+    values = [3.0, 4.0, np.nan, 3.0]
+    events = {"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8], "shelf": values}
+    log = Log.from_table(pd.DataFrame(events), request_features={"shelf": kind})
+    data = TrainingSet.build(log, tmp_path, seed=0)
+    (feature,) = data.corpus.request_features
+    of_samples = data.samples.request_columns["shelf"]
+    for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
+        np.testing.assert_array_equal(feature.encode_column(column), of_samples)
+    assert len(set(of_samples.tolist())) == 3
+    # Not where the values are no integers: 3.0 is one of them then.
+    prices = Feature.fit("price", "categorical", [3.0, 3.5])
+    assert prices.encode_column([3.0, 3.5]).all()
+
+
+def test_times_of_a_history_in_milliseconds_are_refused() -> None:
+    times = [1_700_000_000.0, np.nan]
+    (seconds,) = item_times([{"history": [1, 2], "history_timestamps": times}])
+    np.testing.assert_array_equal(seconds, times)
+    with pytest.raises(ValueError, match=r"must be seconds since 1970; divide .*1700000000000"):
+        item_times([{"history": [1], "history_timestamps": [1_700_000_000_000]}])
 
 
 def test_what_is_given_goes_before_the_timestamp() -> None:

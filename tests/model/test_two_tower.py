@@ -172,6 +172,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
     np.testing.assert_array_equal(fitted.query_ids, 101 + np.arange(NUM_USERS))
     np.testing.assert_array_equal(fitted.candidate_ids, 10 * np.arange(1, NUM_ITEMS + 1))
     assert fitted.items["item_id"].to_pylist() == fitted.candidate_ids.tolist()
+    assert fitted.item_reading == log.item_reading
     assert [feature.name for feature in fitted.candidate_features] == ["genre"]
     assert fitted.query_features == ()
     assert fitted.history_length == LENGTH
@@ -218,6 +219,17 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     new = tiny(training=training).fit(other.train, other.validation, folder=tmp_path)
     np.testing.assert_array_equal(new.query_embeddings(query), again.query_embeddings(query))
     assert new.result.history == again.result.history
+    # And is refused what is of another training.
+    for changes, differ in (
+        ({"training": {**training, "learning_rate": 0.5}}, "learning_rate: 0.02, now 0.5"),
+        ({"training": training, "temperature": 0.9}, "temperature: .*, now 0.9"),
+        ({"training": training, "seed": 9}, "seed: 0, now 9"),
+        ({"training": training, "query_tower": OwnQueries()}, "query_tower: 'NoneType', now 'Own"),
+    ):
+        with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
+            tiny(**changes).fit(other.train, other.validation, folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"made of something else \(log: "):
+        tiny(training=training).fit(log, folder=str(tmp_path))
 
 
 def test_settings_are_given_by_name_or_as_a_table() -> None:
@@ -278,10 +290,32 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
         model.fit_samples(data)
     after = model.query_embeddings([{}]), model.retrieve([{}], 3)
     np.testing.assert_equal(after, before)
+    # It may start from itself, and does not know what else to start from.
+    model.training = model.training.model_copy(update={"batch_size": 32})
+    model.fit_samples(data, warm_start=model)
+    assert model.notes[0].startswith("warm start: 24 items kept")
+    with pytest.raises(TypeError, match=r"fitted TwoTower, or what tp\.trained_in .*'runs/x'"):
+        model.fit_samples(data, warm_start="runs/x")  # type: ignore[arg-type]
     # Samples without their log train, but cannot be exported.
     with pytest.raises(ValueError, match="give fit_samples their log"):
         _ = model.histories
     assert model.notes[-1].startswith("masked in the columns that rows share: ")
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
+    layer = OwnQueries()
+    options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
+    model = tiny(query_tower=layer, **options)
+    model.build(data.corpus)  # To look at it is no training.
+    before = model.fit_samples(data).query_embeddings([{"history": [40]}])
+    for again in (model, tiny(query_tower=layer, **options)):
+        with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
+            again.fit_samples(data)
+    np.testing.assert_array_equal(model.query_embeddings([{"history": [40]}]), before)
+    # A function makes one each time.
+    made = tiny(query_tower=lambda corpus: OwnQueries(), **options)
+    assert made.fit_samples(data).fit_samples(data).result.num_epochs == 1
 
 
 def test_refusals(tmp_path: Path) -> None:

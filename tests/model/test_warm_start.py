@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,23 @@ def test_other_features_and_ids_are_refused(source: TwoTower, tmp_path: Path) ->
     ]
     with pytest.raises(ValueError, match="not fitted"):
         _ = model.network
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
+    """Its mean and deviation are fitted anew, and the weights are those of the old ones."""
+    clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 10})
+    model, notes = tiny(training={"max_epochs": 1}), []
+    for name, last in (("first", 19.0), ("same", 19.0), ("far", 1e6)):
+        items = pd.DataFrame({"item_id": range(10), "price": [*range(10, 19), last]})
+        log = Log.from_table(clicks, items=items, item_features={"price": "numeric"})
+        data = TrainingSet.build(log, tmp_path / name, seed=0)
+        model.fit_samples(data, warm_start=None if name == "first" else model)
+        notes.append([note for note in model.notes if "price" in note])
+    assert notes[:2] == [[], []]
+    assert re.fullmatch(
+        r"    price: read on another scale.* mean 14\.5 there, 1\.?\d*e\+05 here; .*", notes[2][0]
+    )
 
 
 def test_ids_of_another_kind_and_own_towers_are_refused(

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import FeatureKind, count_rows
-from tfrs_pipeline.durable import is_whole, read_record
+from tfrs_pipeline.durable import hold_to, is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
@@ -26,6 +26,8 @@ from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 # Words that a single item has are noise.
 MIN_TEXT_COUNT = 2
+# Beside samples and checkpoints: what made them.
+MADE_OF_FILE = "made_of.json"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class TrainingSet:
     def build(
         cls,
         log: Log,
-        folder: Path,
+        folder: Path | str,
         *,
         seed: int,
         hard: FunnelLosers | None = None,
@@ -111,14 +113,20 @@ class TrainingSet:
     ) -> TrainingSet:
         """Builds the samples of a log, the training part, in a folder, or reads those there.
 
-        Whole ones are read as they are, whatever made them. `hard` says which losers of the funnel
-        become hard negatives. A `DataError` if there is no positive, a `ValueError`, before
-        anything is built, if there are fewer than `min_positives`.
+        `hard` says which losers of the funnel become hard negatives. A `DataError` if there is no
+        positive, a `ValueError`, before anything is built, if there are fewer than `min_positives`,
+        or if the folder holds samples of another log, seed or `hard`.
         """
-        if not is_whole(folder / "report.json"):
+        folder = Path(folder)
+        made_of = {"log": log.fingerprint(), "seed": seed, "hard": repr(hard)}
+        if is_whole(folder / "report.json"):
+            hold_to(folder / MADE_OF_FILE, made_of)
+        else:
             if num_positives := count_rows(Positives.select(log.events)):
                 check_one_batch(num_positives, min_positives)
+            (folder / MADE_OF_FILE).unlink(missing_ok=True)
             build_samples(log, folder, seed=seed, hard=hard)
+            hold_to(folder / MADE_OF_FILE, made_of)
         report = read_record(folder / "report.json", check_files=False)
         samples, corpus = read_samples(folder), Corpus.read(log, folder)
         features = corpus.request_features

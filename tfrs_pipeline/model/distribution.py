@@ -69,7 +69,7 @@ def _of_workers() -> tf.distribute.Strategy:
     return strategy
 
 
-def check_shared(folder: Path | None) -> None:
+def check_shared(folder: Path | str | None) -> None:
     """Refuses (`ValueError`) several workers without a folder that all of them see."""
     if folder is None and this_worker().count > 1:
         raise ValueError(

@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
@@ -197,7 +198,10 @@ class Feature:
             return to_vectors(self.name, column, self.num_values)
         if self.kind == "multi_categorical":
             return padded(*to_text_lists(column))
-        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
+        texts = to_texts(column)
+        if self._takes_whole_floats:
+            texts = pc.replace_substring_regex(texts, r"^(-?[0-9]+)\.0$", r"\1")
+        return np.asarray(texts.to_numpy(zero_copy_only=False), object)
 
     def encode(self, raw: tf.Tensor) -> tf.Tensor:
         """Encodes raw values, [B] or [B, any], as the table above says.
@@ -248,6 +252,12 @@ class Feature:
         for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
         return _where_finite(seconds[:, tf.newaxis], tf.stack(values, axis=1))
+
+    @functools.cached_property
+    def _takes_whole_floats(self) -> bool:
+        """Whether 7.0, as a table with missing values writes 7, means the value 7."""
+        is_code = self.kind in ("categorical", "hashed")
+        return is_code and not any(value.endswith(".0") for value in self.vocabulary)
 
     @functools.cached_property
     def _lookup(self) -> tf.keras.layers.StringLookup:

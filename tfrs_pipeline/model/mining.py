@@ -55,18 +55,13 @@ def mine_pools(
     Args:
         retrieve: By the current model.
         samples: Training samples.
-        mined: Which ranks to keep; a `ValueError` if the corpus has no rank `min_rank`.
+        mined: Which ranks to keep.
         seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
         history_length: N, most recent items of a history in a query.
         batch_size: States a call; fewer for a corpus of more than 65,000 items.
         on_progress: Called after each batch with the samples done and their total.
     """
     num_candidates = len(samples.counts) - 1
-    if num_candidates <= mined.min_rank:
-        raise ValueError(
-            f"Mining keeps ranks from {mined.min_rank} on, and the corpus has {num_candidates} "
-            "items. Lower model.hard.min_rank."
-        )
     batch_size = min(batch_size, max(1, _CELLS_PER_BATCH // (num_candidates + 1)))
     order, first = _by_state(samples)
     rng = np.random.default_rng(seed)
@@ -132,7 +127,8 @@ class MinedPools:
     It prepares the batches, which draw from the pool "mined", when `every` epochs are done, twice
     `every`, and so on. A stopped training goes on between two preparations, with the pools that
     `folder` keeps. `reports` tell, by the epochs done, what the mining then kept and dropped;
-    `on_progress` is called while mining with the samples done and their total.
+    `on_progress` is called while mining with the samples done and their total. A `ValueError` if
+    the corpus has no rank `min_rank`.
     """
 
     batches: HybridBatches
@@ -145,6 +141,12 @@ class MinedPools:
     reports: dict[int, MiningReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        num_candidates = len(self.batches.samples.counts) - 1
+        if num_candidates <= self.mined.min_rank:
+            raise ValueError(
+                f"Mining keeps ranks from {self.mined.min_rank} on, and the corpus has "
+                f"{num_candidates} items. Lower model.hard.min_rank."
+            )
         self.every = self.mined.every
         kept = [] if self.folder is None else sorted(self.folder.glob("mined-*.json"))
         for path in kept:

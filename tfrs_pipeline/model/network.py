@@ -36,8 +36,9 @@ class TwoTowerNetwork(tfrs.Model):
     training drops some; `dropout_seed`, [2] int32, in training, also `dropout_slice` where several
     replicas train (see `Slices.take`); the query tower's also with `history_rows`, [n, N] int32,
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
-    where the corpus has times, also with `history_times` or `sequence_times` (see `Examples`). It
-    returns [n, D] float32. A `ValueError` if the two towers do not go together.
+    where the corpus has times and the settings read them (`history_pooling` is attention), also
+    with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
+    `ValueError` if the two towers do not go together.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
     query tower may read too. With the correction "streaming" the model estimates the share of each

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -18,10 +19,11 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.durable import hold_to
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.batching import make_batches
-from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import (
     check_shared,
     chief_first,
@@ -148,7 +150,7 @@ class TwoTower:
         validation: Holdout | None = None,
         *,
         warm_start: TwoTower | Trained | None = None,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         exclude: Exclude = "clicked",
         on_epoch: OnEpoch | None = None,
         verbose: bool | None = None,
@@ -162,8 +164,9 @@ class TwoTower:
             warm_start: Another model, fitted, or what `trained_in` reads of a run, that this one
                 starts from (`WarmStart` says how): of the same shape, trained on nothing that
                 validates or tests here.
-            folder: Where samples and checkpoints lie, so that a stopped training goes on; None is a
-                temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
+            folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
+                training, of the same log and settings. None is a temporary folder. Several workers
+                need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
             verbose: Whether standard error shows each epoch; None shows it on a terminal alone.
@@ -177,8 +180,8 @@ class TwoTower:
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
             ConfigError: If the model to start from is of another shape.
-            ValueError: If there are too few positives for a batch, training diverges, or several
-                workers have no folder.
+            ValueError: If there are too few positives for a batch, training diverges, several
+                workers have no folder, or the folder is that of another log or other settings.
             WorkerLost: If another worker fails or does not answer.
         """
         if not isinstance(train, Log):
@@ -191,22 +194,26 @@ class TwoTower:
         hard = self.settings.hard
         funnel = hard if isinstance(hard, FunnelLosers) else None
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary) if folder is None else folder
+            place = Path(temporary if folder is None else folder)
             check_shared(folder)
-            data = chief_first(
-                lambda: TrainingSet.build(
+
+            def build() -> TrainingSet:
+                data = TrainingSet.build(
                     train,
                     place / "samples",
                     seed=self.seed,
                     hard=funnel,
                     min_positives=self.training.min_positives,
                 )
-            )
+                hold_to(place / MADE_OF_FILE, self._made_of())
+                return data
+
+            data = chief_first(build)
             return self.fit_samples(
                 data,
                 validation,
                 warm_start=warm_start,
-                folder=None if folder is None else folder / "checkpoints",
+                folder=None if folder is None else place / "checkpoints",
                 exclude=exclude,
                 on_epoch=on_epoch or epoch_writer(self.training, verbose),
                 log=train,
@@ -235,6 +242,8 @@ class TwoTower:
         steps done and in all. An export needs the `log` that the samples are of.
         """
         check_shared(folder)
+        # Before anything is replaced: it may be this model.
+        warm_start = _trained(warm_start)
         with self._unchanged_on_failure(), naming_lost_workers():
             self._log, self.corpus = log, data.corpus
             vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
@@ -245,10 +254,9 @@ class TwoTower:
             features = self.corpus.request_features
             self._query_encoder = QueryEncoder(self._network, *ids, features)
             start = None
-            if isinstance(warm_start, TwoTower):
-                warm_start = warm_start.trained
             if warm_start is not None:
                 start = WarmStart(warm_start, self.settings, self.training, self.corpus)
+            _TRAINED.update((self._network.query_tower, self._network.candidate_tower))
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
@@ -362,6 +370,15 @@ class TwoTower:
         embeddings = self.network.embed_corpus()
         return ExactRetriever(self.candidate_ids, embeddings, self._query_encoder)
 
+    def _made_of(self) -> dict[str, Any]:
+        return {
+            **self.settings.model_dump(mode="json"),
+            **self.training.model_dump(mode="json"),
+            "seed": self.seed,
+            "own": [type(kind).__name__ for kind in self.negatives if _is_own(kind)],
+            **{name: type(tower).__name__ for name, tower in self._towers.items()},
+        }
+
     def _validate(
         self, holdout: Holdout, exclude: Exclude, cutoffs: Sequence[int]
     ) -> dict[str, float]:
@@ -463,6 +480,11 @@ class TwoTower:
         """The item table, in the order of the rows."""
         return self._whole_log.items.order_by("item_id").to_pyarrow()
 
+    @property
+    def item_reading(self) -> Mapping[str, Any]:
+        """How the item table was read (see `Log`)."""
+        return self._whole_log.item_reading
+
     @functools.cached_property
     def _latest(self) -> tuple[RowLists, RowLists, np.ndarray | None]:
         # All that has happened, the test part included.
@@ -476,6 +498,21 @@ class TwoTower:
         return self._log.whole
 
 
+def _trained(source: TwoTower | Trained | None) -> Trained | None:
+    if source is None or isinstance(source, Trained):
+        return source
+    if not isinstance(source, TwoTower):
+        raise TypeError(
+            "warm_start must be a fitted TwoTower, or what tp.trained_in reads of a run's folder. "
+            f"Received: {source!r}"
+        )
+    return source.trained
+
+
+# Own layers that a training has had: there is no way back to what they were before.
+_TRAINED: weakref.WeakSet[tf.keras.layers.Layer] = weakref.WeakSet()
+
+
 def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
     """Returns an own tower, or what a function makes of the corpus; a `TypeError` if no layer."""
     # A layer of another Keras is callable, but no function of the corpus: it has a `call`.
@@ -485,6 +522,12 @@ def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
         raise TypeError(
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
             f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
+        )
+    if layer in _TRAINED:
+        raise ValueError(
+            f"{name} {layer!r} was given to a training before, which would go on here instead of "
+            "beginning. Give a new layer to a new model, or a function of the corpus that returns "
+            "one."
         )
     return layer
 

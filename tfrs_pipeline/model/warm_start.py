@@ -99,6 +99,12 @@ class WarmStart:
             if new.vocabulary or old.vocabulary:
                 values = _counted("values", _source_codes(old, new), len(old.vocabulary))
                 notes.append(f"    {new.name}: {values}")
+            elif _has_moved(old, new):
+                notes.append(
+                    f"    {new.name}: read on another scale, which changes what was learned of it: "
+                    f"mean {old.mean:.4g} there, {new.mean:.4g} here; deviation {old.scale:.4g} "
+                    f"there, {new.scale:.4g} here"
+                )
         if len(set(self._optimizers)) > 1:
             before, now = self._optimizers
             notes.append(f"    the optimizer's state starts anew: it was {before}, now {now}")
@@ -219,6 +225,12 @@ def _source_codes(there: Feature, here: Feature) -> np.ndarray:
     if not (there.vocabulary and here.vocabulary):
         return np.zeros(len(here.vocabulary) + 1, np.int64)
     return _source_rows(Ids(there.vocabulary), Ids(here.vocabulary))
+
+
+def _has_moved(there: Feature, here: Feature) -> bool:
+    """Whether the numbers of a feature are standardised otherwise, by half a deviation or twice."""
+    shift, ratio = abs(here.mean - there.mean), here.scale / there.scale
+    return shift > there.scale / 2 or not 0.5 <= ratio <= 2
 
 
 def _counted(what: str, rows: np.ndarray, num_there: int) -> str:
