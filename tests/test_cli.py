@@ -234,6 +234,18 @@ def test_a_flag_is_read_in_either_spelling_and_a_sampler_as_json(config_of: Any)
     assert config_of("--model.hard", "funnel:stages=ranked").model.hard.stages == ("ranked",)
 
 
+def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
+    flags = ["--history=-a", "--history=-b", "--filter", "none", "music", "--exclude", "7", "-k3"]
+    command, given = cli.COMMAND_LINE.read(["query", "model", *flags])
+    assert command == "query"
+    assert given["history"] == ["-a", "-b"]
+    assert (given["filter"], given["exclude"]) == (["none", "music"], ["7"])
+    assert cli.COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
+    # Of a setting the last flag counts, and none is nothing.
+    cutoffs = ["--evaluation.cutoffs", "5", "--evaluation.cutoffs", "7", "9"]
+    assert cli.COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]
+
+
 def test_without_an_argument_it_is_the_main_job(config_of: Any) -> None:
     assert config_of() == movielens_config()
     # Data of the user's own has no features of MovieLens, and no index of its own.

@@ -60,6 +60,29 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -
     assert read_settings(tmp_path / "run") == config
 
 
+def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: Path) -> None:
+    """What no index could reach would else cost the whole training."""
+    folder, version = tmp_path / "run", tmp_path / "saved_models" / "clicks" / "1"
+    begin(config, folder)
+    for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
+        changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
+        with claim_folder(changed, folder, exports=False):
+            assert read_settings(folder) == changed
+        write_record(folder / "metrics.json", {"export_folder": None})
+    version.mkdir(parents=True)
+    write_record(version / "manifest.json", {})
+    write_record(folder / "metrics.json", {"export_folder": str(version)})
+    for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
+        other = with_settings(changed, {name: value})
+        with (
+            pytest.raises(ValueError, match=rf"other settings \({name}: "),
+            claim_folder(other, folder, exports=False),
+        ):
+            pass
+    with claim_folder(with_settings(changed, {"export.gate": True}), folder, exports=False):
+        pass
+
+
 def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     config: RunConfig, tmp_path: Path
 ) -> None:

@@ -11,18 +11,22 @@ from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.durable import locked, naming, read_record, replace_text, try_writing
+from tfrs_pipeline.durable import (
+    is_whole,
+    locked,
+    naming,
+    read_record,
+    replace_text,
+    try_writing,
+)
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE = "config.toml"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
-# Setting -> its values that a resumed run may replace: what was not exported may be after all.
-MAY_CHANGE: Mapping[str, tuple[Any, ...]] = {
-    "export.gate": (True, False),
-    "export.index": ("none",),
-}
+# What a resumed run may be told otherwise, as long as nothing is exported.
+MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
 
 
 @contextlib.contextmanager
@@ -101,7 +105,8 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
     every_change = [name for name in old | new if old.get(name) != new.get(name)]
-    changed = [name for name in every_change if old.get(name) not in MAY_CHANGE.get(name, ())]
+    may_change = MAY_CHANGE[:1] if _is_exported(folder) else MAY_CHANGE
+    changed = [name for name in every_change if name not in may_change]
     if every_change and not changed:
         _write_settings(config, folder)
     if changed:
@@ -112,6 +117,12 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
             f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, or "
             "delete this one."
         )
+
+
+def _is_exported(folder: Path) -> bool:
+    path = folder / "metrics.json"
+    made = read_record(path).get("export_folder") if is_whole(path) else None
+    return made is not None and is_whole(Path(made) / MANIFEST_FILE)
 
 
 def _write_settings(config: RunConfig, folder: Path) -> None:

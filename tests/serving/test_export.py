@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
@@ -21,9 +22,10 @@ from tests.serving.conftest import (
     make_served,
 )
 from tfrs_pipeline.durable import Damaged
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
-from tfrs_pipeline.serving.export import export
+from tfrs_pipeline.serving.export import _query_table, export
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import load
@@ -238,6 +240,17 @@ def publish(served: Served, directory: Path, kind: str, keep_versions: int | Non
         manifest={"counts": {"num_samples": 3}},
         keep_versions=keep_versions,
     )
+
+
+def test_requests_are_kept_as_the_model_reads_them() -> None:
+    features = [Feature("fresh", "categorical", ("true",)), Feature("shelf", "hashed", ())]
+    given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
+    items = pa.table({"item_id": [1]})
+    table = _query_table([{"request": request} for request in given], items, features, [])
+    assert table["request"].to_pylist() == [
+        {"fresh": fresh, "shelf": shelf, "timestamp": None}
+        for fresh, shelf in (("true", None), (None, "7"), (None, None))
+    ]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
+from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -122,6 +123,23 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
     for ids in wrong:
         with pytest.raises(ValueError, match=r"item_ids must be some of the model's 3 items"):
             export(model, tmp_path / "own", item_ids=ids)
+
+
+def test_what_a_manifest_says_of_its_own_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("config", "run", "features"):
+        with pytest.raises(ValueError, match=f"manifest must not have {name}: .*another name"):
+            export(OwnModel(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
+    model: Any = OwnModel()
+    model.items = model.items.append_column("title", pa.array([7, None, 9]))
+    model.item_reading = {"item_columns": {"item_id": "sku"}, "max_bad_share": 0.5}
+    retriever = load(export(model, tmp_path / "own"))
+    assert retriever.titles() == {"a": "7", "b": None, "c": "9"}
+    (tmp_path / "today.csv").write_text("sku,name\nb,x\n,y\n")
+    assert refresh_index(tmp_path / "own", tmp_path / "today.csv").num_items == 1
 
 
 def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_versions_count_up_and_ignore_what_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "6" / "half_copied").write_text("")
     (tmp_path / "7").write_text("a file")
     (tmp_path / "notes").mkdir()
+    # Its number would not lead back to it.
+    (tmp_path / "005").mkdir()
+    (tmp_path / "005" / MANIFEST_FILE).touch()
     assert versions_of(tmp_path) == []
     assert versions_of(tmp_path / "nowhere") == []
     assert [publish(tmp_path, name).name for name in "abc"] == ["8", "9", "10"]

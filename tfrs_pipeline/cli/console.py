@@ -148,7 +148,8 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"model    {result.export_folder}")
     command = [program(), "query", str(result.export_folder.parent)]
     user = str(result.metrics["examples"][0]["user_id"])
-    command += ["--user", user] if config.export.user_data else ["--history", "ITEM"]
+    # Joined by "=", since an id may begin with a hyphen.
+    command.append(f"--user={user}" if config.export.user_data else "--history=ITEM")
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 

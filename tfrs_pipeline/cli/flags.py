@@ -38,10 +38,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Values(argparse.Action):
-    """Values after one flag, as the JSON that pydantic reads: a list, of NAME=VALUE an object."""
+    """Values after one flag, as the JSON that pydantic reads: a list, of NAME=VALUE an object.
+
+    What is no setting of a config file may be repeated, as `--history=-a --history=-b`, and "none"
+    may be one of its values.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
-        values = [] if values == ["none"] else values
+        if "." not in self.dest.partition(".")[2]:
+            values = [*json.loads(getattr(namespace, self.dest, None) or "[]"), *values]
+        elif values == ["none"]:
+            values = []
         if str(self.metavar).startswith("NAME="):
             if wrong := [value for value in values if "=" not in value]:
                 raise UsageError(f"{flag}: got {wrong[0]!r}; write {self.metavar}")

@@ -50,6 +50,7 @@ class Exportable(Protocol):
         known_positives: Per query row from 0, the candidate rows that are not retrieved again.
         items: One row a candidate, in the order of `candidate_ids`: `item_id`, columns to filter
             by and, if there are such, `title` and `_listed`, which is whether to retrieve it.
+            How its table was read is, if there is one, `item_reading` (see `Log`).
     """
 
     @property

@@ -24,7 +24,7 @@ from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.features import Feature, raw_signature
-from tfrs_pipeline.model.raw import history_of, item_times
+from tfrs_pipeline.model.raw import history_of, item_times, to_texts
 from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
@@ -59,6 +59,13 @@ from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # An index is measured on so many queries at most.
 NUM_QUERIES = 1000
+# What others read of a manifest, or what an export writes into it.
+TAKEN = frozenset(
+    (
+        *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
+        *("item_reading", "name", "refreshed", "run", "signatures", "user_data", "versions"),
+    )
+)
 # Of them, queries whose answers the reloaded model must repeat.
 NUM_PROBES = 20
 
@@ -117,7 +124,8 @@ def export(
             are read: a ScaNN index is tuned and measured on the first 1,000 (see
             `Requests.parted`), and what every signature answers to the first 20 must come back the
             same from the reloaded model. None takes the model's users.
-        manifest: More for `manifest.json`: JSON-able, such as config and metrics.
+        manifest: More for `manifest.json`: JSON-able, such as metrics, by names that are not its
+            own.
 
     Returns:
         The folder of the new version.
@@ -129,8 +137,14 @@ def export(
         TypeError: If the model is not `Exportable`, or `index` none of the three.
         ValueError: If the model's items or lists are not those of its ids, `item_ids` is empty or
             holds an id that is not the model's, or the items lack the column to filter by; if there
-            shall be no user data and the model has an embedding of each user.
+            shall be no user data and the model has an embedding of each user; if `manifest` has a
+            name that is taken.
     """
+    if taken := sorted(TAKEN.intersection(manifest or {})):
+        raise ValueError(
+            f"manifest must not have {', '.join(taken)}: the export writes it, or a run does. Give "
+            "it another name."
+        )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
     given: dict[str, Any] = {
         "item_ids": item_ids,
@@ -172,6 +186,7 @@ def export_version(
             side: {name: spec.name for name, spec in of_side.items()}
             for side, of_side in inputs.items()
         },
+        "item_reading": dict(getattr(model, "item_reading", {})),
         "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
@@ -278,8 +293,10 @@ def export_index(
         for folder, module in saved.items():
             tf.saved_model.save(module, str(folder), module.exported, with_scann)
         (version.partial / ITEMS_FILE).parent.mkdir()
-        shown = items.select(["item_id", *({"title"} & set(items.column_names))])
-        pq.write_table(shown, version.partial / ITEMS_FILE)
+        shown = {"item_id": items["item_id"]}
+        if "title" in items.column_names:
+            shown["title"] = items["title"].cast(pa.string())
+        pq.write_table(pa.table(shown), version.partial / ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
         asked = _query_table(queries, items, features["request"], read)
         pq.write_table(asked, version.partial / QUERIES_FILE)
@@ -374,7 +391,9 @@ def _query_table(
         rows = [
             {name: (query.get("request") or {}).get(name) for name in read} for query in queries
         ]
-        for row in rows:  # Of whichever type they are.
-            row |= {name: None if row[name] is None else str(row[name]) for name in codes}
+        # Codes of whichever type they are, as the model reads them.
+        texts = {name: to_texts([row[name] for row in rows]).to_pylist() for name in codes}
+        for i, row in enumerate(rows):
+            row |= {name: texts[name][i] or None for name in codes}
         columns["request"] = pa.array(rows)
     return pa.table(columns)

@@ -39,7 +39,8 @@ def versions_of(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+    # By the number alone it is found again: 001 is no version.
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def incomplete_versions_of(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.data.tables import load_items
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_items
 from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
@@ -147,14 +147,16 @@ def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
 
 
 def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
-    # How the run read its own files, where a run has written the model.
-    data = retriever.manifest.get("config", {}).get("data", {})
+    # How the log's own table was read: as its run says, or `Log.from_files` was told.
+    of_run = retriever.manifest.get("config", {}).get("data", {})
+    data = {**retriever.manifest.get("item_reading", {}), **of_run}
     table = load_items(
         path,
         is_integer_id=retriever.item_dtype == tf.int64,
         item_features=_kinds(retriever),
         item_columns=data.get("item_columns", {}),
         formats=Formats(**{f.name: data[f.name] for f in fields(Formats) if f.name in data}),
+        max_bad_share=data.get("max_bad_share", MAX_BAD_SHARE),
     ).to_pyarrow()
     if not table.num_rows:
         raise DataError(f"{path} holds no row. List all items to retrieve in it.")
