@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import ibis
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +81,55 @@ def test_a_title_is_shown_under_the_name_that_its_column_is_given() -> None:
     assert (log.items.columns, titles) == (columns, ["seven", None, "nine"])
     with pytest.raises(DataError, match=r"no column 'nme'\. Nearest: name"):
         Log.from_table(EVENTS, **OPTIONS | {"item_columns": {"item_id": "sku", "title": "nme"}})
+
+
+def test_tables_of_two_databases_are_refused() -> None:
+    """Of the same name, they would be taken for each other."""
+    log = Log.from_table(EVENTS, **OPTIONS)
+    here, there = ibis.duckdb.connect(), ibis.duckdb.connect()
+    events = here.create_table("events", log.events.to_pyarrow())
+    there.create_table("events", log.events.to_pyarrow())
+    items = there.create_table("items", log.items.to_pyarrow())
+    with pytest.raises(DataError, match="must be of one connection"):
+        Log.from_ibis(events, items=items)
+    in_memory = ibis.memtable(log.items.to_pyarrow())
+    assert Log.from_ibis(events, items=in_memory).counts()["items"] == 3
+    for tables in ((EVENTS, None), (events, ITEMS)):
+        with pytest.raises(TypeError, match="takes tables of Ibis"):
+            Log.from_ibis(tables[0], items=tables[1])
+
+
+def test_columns_that_duckdb_does_not_take() -> None:
+    """Intervals, which it would not survive; half floats; a column without a value."""
+    events = EVENTS.assign(
+        age=pd.cut(pd.Series([1.0, 2.0, 3.0]), 2), score=np.array([0.5, 1, 2], np.float16)
+    )
+    items = ITEMS.assign(price=np.array([1, 2, 3], np.float16), text=[None] * 3)
+    connection = ibis.duckdb.connect()
+    kinds = {"price": "numeric", "text": "text"}
+    options = OPTIONS | {"items": items, "item_features": kinds, "connection": connection}
+    log = Log.from_table(events, **options)
+    assert [row["price"] for row in rows(log.items, "item_id")] == [2, 3, 1]
+    assert [row["text"] for row in rows(log.items, "item_id")] == [None] * 3
+    with pytest.raises(DataError, match="'age' must be"):
+        Log.from_table(events, **options, request_features={"age": "categorical"})
+    assert log.counts()["events"] == 3  # The connection is alive.
+
+
+def test_ids_of_a_warehouse_may_be_whole_decimals() -> None:
+    ids = pa.array([2**60, 2**60 + 1], pa.int64()).cast(pa.decimal128(38, 0))
+    log = Log.from_table(pa.table({"user_id": ids, "item_id": ids}))
+    assert [row["item_id"] for row in rows(log.items, "item_id")] == [2**60, 2**60 + 1]
+
+
+def test_arguments_of_another_type_are_refused() -> None:
+    for options, message in (
+        ({"stage_values": {1: "clicked"}}, "stage_values must map text to stages"),
+        ({"item_features": {"item_id": "numeric"}}, "'item_id' is no feature"),
+        ({"earliest_time": "2020-01-01"}, "must be datetimes.*fromisoformat"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            Log.from_table(EVENTS, **OPTIONS | options)
 
 
 def test_events_and_items_of_one_database() -> None:

@@ -70,7 +70,10 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         value, *_ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
-        is_whole = (whole.cast("float64") == value) & (value.abs() < 2**53)
+        # A decimal is exact; of larger floats it is not known which number was meant.
+        is_whole = whole.cast(dtype) == value
+        if not dtype.is_decimal():
+            is_whole &= value.abs() < 2**53
         is_number = value.notnull() & ~value.cast("float64").isnan()
         raw.fault(
             column,

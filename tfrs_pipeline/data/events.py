@@ -67,6 +67,11 @@ class EventRules:
         stages = [str(stage) for stage in Stage]
         if wrong := sorted(set(self.stage_values.values()) - set(stages)):
             raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
+        if wrong := [x for x in self.stage_values if not isinstance(x, str)]:
+            raise ValueError(
+                "stage_values must map text to stages, numbers and booleans as a log writes them, "
+                f"'1' or 'true'. Received: {wrong[0]!r}."
+            )
         check_label(self.label)
         check_names(self.request_features, self.label, self.columns)
         for name in (*self.columns, *self.label):

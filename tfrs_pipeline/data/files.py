@@ -144,17 +144,39 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
                 return connection.con.from_arrow(rows.to_pyarrow_batches())
 
             return Scan(connection, name, source.columns, open_table)
-        arrow = source if isinstance(source, pa.RecordBatchReader) else pa.table(source)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, duckdb.Error) as error:
+        is_stream = isinstance(source, pa.RecordBatchReader)
+        arrow = source if is_stream else _plain_table(pa.table(source))
+        _check_names(name, arrow.schema.names)
+        relation = connection.con.from_arrow(arrow)
+    except DataError:
+        raise
+    except (pa.ArrowException, TypeError, ValueError, duckdb.Error) as error:
         raise DataError(
             f"{name}: a {type(source).__name__} cannot be read as a table: "
             f"{sentence(printable(str(error), 300))} Give a path, a pandas DataFrame whose columns "
             "hold one type each, a pyarrow Table or an Ibis table."
         ) from error
-    _check_names(name, arrow.schema.names)
-    relation = connection.con.from_arrow(arrow)
-    is_stream = isinstance(arrow, pa.RecordBatchReader)
     return Scan(connection, name, relation.columns, lambda columns: relation, is_stream=is_stream)
+
+
+def _plain_table(table: pa.Table) -> pa.Table:
+    """Gives columns that DuckDB does not take a type that it does; their values stay."""
+    for i, column in enumerate(table.schema):
+        of = column.type
+        if pa.types.is_dictionary(of) and isinstance(of.value_type, pa.BaseExtensionType):
+            # Such as the intervals of `pandas.cut`; DuckDB would not survive them.
+            chunks = [chunk.dictionary_decode().storage for chunk in table[i].chunks]
+            values = pa.chunked_array(chunks, of.value_type.storage_type)
+        elif pa.types.is_float16(of):
+            values = table[i].cast(pa.float32())
+        elif pa.types.is_list(of) and pa.types.is_float16(of.value_type):
+            values = table[i].cast(pa.list_(pa.float32()))
+        elif pa.types.is_null(of):
+            values = table[i].cast(pa.string())
+        else:
+            continue
+        table = table.set_column(i, column.name, values)
+    return table
 
 
 def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:

@@ -45,6 +45,10 @@ class Holdout:
             None in a log without timestamps.
         times: [num_queries] int64, when each query comes: the time of the first of the positives to
             find, in seconds likewise; None likewise.
+
+    Raises:
+        ValueError: If the lists are not of as many queries as there are users, or the counts of as
+            many candidates as there are.
     """
 
     user_ids: np.ndarray
@@ -58,6 +62,23 @@ class Holdout:
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("user_ids", "candidate_ids", "candidate_counts", "times"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(values))
+        of_queries = ("histories", "relevant", "clicked", "seen")
+        where_known = ("requests", "history_times", "times")
+        for name in (*of_queries, *(x for x in where_known if getattr(self, x) is not None)):
+            if (num := len(getattr(self, name))) != len(self):
+                raise ValueError(
+                    f"{name} must be one a query, of the {len(self)} user_ids. Received: {num}"
+                )
+        if (num := len(self.candidate_counts)) != len(self.candidate_ids):
+            raise ValueError(
+                f"candidate_counts must be one a candidate, of the {len(self.candidate_ids)} "
+                f"candidate_ids. Received: {num}"
+            )
 
     def __len__(self) -> int:
         return len(self.user_ids)

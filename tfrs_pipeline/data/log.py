@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ibis
+import ibis.expr.operations as ops
 import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
@@ -303,11 +304,18 @@ class Log:
             DataError: If a table does not hold it, naming column, rows and remedy; or is of another
                 engine.
         """
+        if not isinstance(events, ibis.Table):
+            raise TypeError(
+                "Log.from_ibis takes tables of Ibis; Log.from_table any others. Received: "
+                f"{type(events).__name__}"
+            )
         if (engine := events.get_backend().name) not in ENGINES:
             raise DataError(
                 f"Samples are made in {' or '.join(ENGINES)}. Received: a table of {engine}. "
                 "Log.from_table copies it into DuckDB."
             )
+        for table in (events, items, users):
+            _check_of_one_engine(table, events)
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
         request_features = dict(request_features or {})
         check_kinds(item_features, user_features, request_features)
@@ -485,6 +493,29 @@ class Log:
         notes.append(f"dropped {dropped}")
         notes += [f"dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in self.dropped]
         return [*notes, *self.notes]
+
+
+def _check_of_one_engine(table: Any, events: ibis.Table) -> None:
+    """Refuses (`DataError`) a table of another connection, whose names may be the same."""
+    if table is None or table is events:
+        return
+    if not isinstance(table, ibis.Table):
+        raise TypeError(f"Log.from_ibis takes tables of Ibis. Received: {type(table).__name__}")
+    # A table in memory is of no connection.
+    if table.op().find(ops.DatabaseTable) and table.get_backend() is not events.get_backend():
+        raise DataError(
+            "The tables of a log must be of one connection, that of the events. Received: one of "
+            "another. Open both there, or copy them with Log.from_table."
+        )
+
+
+def check_log(train: Any) -> None:
+    """Refuses (`TypeError`) to fit to what is no log, such as a DataFrame or a whole split."""
+    if not isinstance(train, Log):
+        raise TypeError(
+            "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
+            f"Received: {type(train).__name__}"
+        )
 
 
 # Table -> what its rows are written by.

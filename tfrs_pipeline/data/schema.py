@@ -255,8 +255,13 @@ def kind_problem(kind: object) -> str:
 
 
 def check_kinds(*features: Mapping[str, str]) -> None:
-    """Refuses (`ValueError`) features of what is no kind."""
+    """Refuses (`ValueError`) features of what is no kind, and an id as a feature."""
     for name, kind in (pair for table in features for pair in table.items()):
+        if name in ("item_id", "user_id"):
+            raise ValueError(
+                f"{name!r} is no feature: what a model learns of an id is a setting "
+                "(use_candidate_id, use_user_id). To read it otherwise, copy the column."
+            )
         if problem := kind_problem(kind):
             raise ValueError(f"Feature {name!r} has {sentence(problem)} Received: {kind!r}.")
 

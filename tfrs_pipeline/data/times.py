@@ -231,4 +231,9 @@ def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
 
 
 def _in_utc(moment: datetime) -> datetime:
+    if not isinstance(moment, datetime):
+        raise TypeError(
+            f"earliest_time and latest_time must be datetimes. Received: {moment!r}; "
+            "datetime.fromisoformat reads text."
+        )
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
