@@ -425,6 +425,12 @@ def test_what_cannot_be_started_from_is_said(
     assert "which is gone" in refused(version)
     write_record(version / MANIFEST_FILE, {})
     assert "was exported from Python: no run holds its optimizer state" in refused(version)
+    # The folder may have been used again, by a run that a gate has refused.
+    write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
+    assert "where another run is now" in refused(version)
+    # A run that is finished is given back without what it has started from.
+    done = Path(shutil.copytree(yesterday.folder, tmp_path / "done"))
+    assert with_source(today(place, warm_start=wrong), done).warm_start is None
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()
     with pytest.raises(ConfigError, match=r"a run that is not finished: go on with it first"):

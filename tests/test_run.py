@@ -36,10 +36,12 @@ from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run import RunResult, _is_export_of, run
+from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
+from tfrs_pipeline.run_folder import has_own_version
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
+from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import load
 
 PROVE = export.prove
@@ -444,8 +446,16 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
     # Where another run's version has its number, it is not the run's own.
     others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
-    assert _is_export_of(again)
-    assert not _is_export_of(RunResult(again.folder, {**again.metrics, "models": others}))
+    assert has_own_version(again.metrics)
+    assert not has_own_version({**again.metrics, "models": others})
+    # Nor does it go before others that are in service, such as after a rollback.
+    assert again.export_folder is not None
+    other = again.export_folder.rename(again.export_folder.parent / "7")
+    once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
+    assert once_more.metrics == again.metrics
+    assert versions_of(other.parent) == [7]
+    assert "is gone, and others are in service. To export it again" in reports[-1].notes[-1]
+    other.rename(again.export_folder)
 
 
 @pytest.mark.parametrize("name", ["runs [1]", "a\\b"])

@@ -11,7 +11,13 @@ from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import InUse, StorageError, write_record
 from tfrs_pipeline.run import run
-from tfrs_pipeline.run_folder import CONFIG_FILE, check_model_name, claim_folder, read_settings
+from tfrs_pipeline.run_folder import (
+    CONFIG_FILE,
+    check_model_name,
+    claim_folder,
+    origin,
+    read_settings,
+)
 from tfrs_pipeline.settings import ConfigError
 
 
@@ -64,22 +70,41 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     """What no index could reach would else cost the whole training."""
     folder, version = tmp_path / "run", tmp_path / "saved_models" / "clicks" / "1"
     begin(config, folder)
+    metrics = {"models": {"two_tower": {"num_queries": 7}}}
     for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
         changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
-        with claim_folder(changed, folder, exports=False):
+        with claim_folder(changed, folder, exports=True):
             assert read_settings(folder) == changed
-        write_record(folder / "metrics.json", {"export_folder": None})
+        write_record(folder / "metrics.json", {**metrics, "export_folder": None})
     version.mkdir(parents=True)
-    write_record(version / "manifest.json", {})
-    write_record(folder / "metrics.json", {"export_folder": str(version)})
+    write_record(version / "manifest.json", {"metrics": metrics["models"]["two_tower"]})
+    write_record(folder / "metrics.json", {**metrics, "export_folder": str(version)})
     for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
         other = with_settings(changed, {name: value})
         with (
             pytest.raises(ValueError, match=rf"other settings \({name}: "),
-            claim_folder(other, folder, exports=False),
+            claim_folder(other, folder, exports=True),
         ):
             pass
-    with claim_folder(with_settings(changed, {"export.gate": True}), folder, exports=False):
+    with claim_folder(with_settings(changed, {"export.gate": True}), folder, exports=True):
+        pass
+    # Another run's version of that number is not its own.
+    write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
+    with claim_folder(other, folder, exports=True):
+        pass
+
+
+@pytest.mark.parametrize(("left", "exports"), [("plans", True), ("checkpoints", False)])
+def test_a_run_and_a_comparison_keep_to_their_folders(
+    config: RunConfig, tmp_path: Path, left: str, exports: bool
+) -> None:
+    begin(config, tmp_path / "run")
+    (tmp_path / "run" / left).mkdir()
+    what = "comparison" if exports else "run"
+    with (
+        pytest.raises(ValueError, match=rf"holds a {what}\. Choose another folder"),
+        claim_folder(config, tmp_path / "run", exports=exports),
+    ):
         pass
 
 
@@ -153,10 +178,19 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     monkeypatch.chdir(tmp_path)
     written = Path("saved_models/log/1/manifest.json")
     written.parent.mkdir(parents=True)
-    config = of_clicks("a/log.csv").model_dump(mode="json")
-    write_record(written, {"config": config})
+    config = of_clicks("a/log.csv")
+    about = {"config": config.model_dump(mode="json"), "log": origin(config.data)}
+    write_record(written, about)
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
+    # Not another's of the same path below another folder.
+    (tmp_path / "c").mkdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path / "c")
+        other = of_clicks("a/log.csv")
+        export = {"directory": tmp_path / "saved_models"}
+        with pytest.raises(ConfigError, match=r"is a model of a/log\.csv"):
+            check_model_name(with_settings(other, {f"export.{k}": v for k, v in export.items()}))
     check_model_name(of_clicks("b/log.csv", name="log"))
     check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):

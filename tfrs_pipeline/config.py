@@ -163,6 +163,11 @@ class RunConfig(Config):
                 yield "export.gate", f"got true {message}"
         if self.export.gate and self.export.index == "none":
             yield "export.gate", "got true with export.index 'none', which exports nothing"
+        if model.use_user_id and not self.export.user_data and self.export.index != "none":
+            yield (
+                "export.user_data",
+                "got false with model.use_user_id, whose embedding of each user is user data",
+            )
         hard = model.hard
         if isinstance(hard, Mined) and hard.every >= self.training.max_epochs:
             yield (

@@ -32,7 +32,14 @@ from tfrs_pipeline.run_data import (
     Steps,
     prepare,
 )
-from tfrs_pipeline.run_folder import check_model_name, claim_folder, with_source
+from tfrs_pipeline.run_folder import (
+    METRICS_FILE,
+    check_model_name,
+    claim_folder,
+    has_own_version,
+    origin,
+    with_source,
+)
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import (
     IN_SERVICE,
@@ -41,7 +48,7 @@ from tfrs_pipeline.serving.gate import (
     version_in_service,
 )
 from tfrs_pipeline.serving.index import search_of
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing
+from tfrs_pipeline.serving.publish import NotPublished, publishing, versions_of
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit, variants
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
@@ -73,9 +80,9 @@ def run(
     """Runs the whole pipeline in a folder, which is made if missing.
 
     A folder that holds a stopped run of the same config is resumed: finished data and samples are
-    kept, training goes on from its last epoch. A finished run whose export is still there, or that
-    exports nothing, is given back as it is: another export would be another version for a server to
-    take up.
+    kept, training goes on from its last epoch. A finished run is given back as it is: another
+    export would be another version for a server to take up. Its export is made again only if it is
+    gone and no other version is there.
 
     Where TF_CONFIG names several workers, each of them calls this with the same folder, on a file
     system that all see. They train together; the chief alone writes, by its own config, evaluates
@@ -94,10 +101,11 @@ def run(
     check_model_name(config)
     training_strategy()  # Joins the other workers, if there are any.
     config = RunConfig(**on_chief(lambda: with_source(config, folder).model_dump(mode="json")))
-    check_source(config)
+    if not is_whole(folder / METRICS_FILE):  # What is trained needs no more to start from.
+        check_source(config)
     with claim_folder(config, folder, exports=True):
         if (finished := chief_first(lambda: _finished_run(config, folder))) is not None:
-            on_step(StepReport("finished before", ["its results follow; nothing was done"]))
+            on_step(StepReport("finished before", _describe_finished(finished)))
             return finished
         return _run(config, folder, Steps(on_step, on_progress))
 
@@ -162,6 +170,7 @@ def _conclude(
                 data.test,
                 manifest={
                     "run": str(folder.resolve()),
+                    "log": origin(config.data),
                     "data": {
                         path.relative_to(folder / "data").as_posix(): file_hash(path)
                         for path in data_files
@@ -183,7 +192,7 @@ def _conclude(
 def _keep(folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
     """Writes metrics.json, by which a run is a finished one."""
     metrics = {**metrics, "notes": step.notes, "seconds": step.seconds}
-    write_record(folder / "metrics.json", metrics)
+    write_record(folder / METRICS_FILE, metrics)
     return RunResult(folder, metrics)
 
 
@@ -193,22 +202,26 @@ def _finished_run(config: RunConfig, folder: Path) -> RunResult | None:
     if metrics is None:
         return None
     result = RunResult(folder, metrics)
+    if config.export.index == "none" or has_own_version(metrics):
+        return result
     if result.export_folder is None:  # Refused: the gate may be open now.
-        is_there = config.export.index == "none"
-    else:
-        is_there = _is_export_of(result)
-    return result if is_there else None
+        return None
+    # Where others are in service, this one would go before them.
+    return result if versions_of(result.export_folder.parent) else None
 
 
-def _is_export_of(result: RunResult) -> bool:
-    """Whether the run's version is there; another run's may have taken its number."""
-    assert result.export_folder is not None
-    path = result.export_folder / MANIFEST_FILE
-    return is_whole(path) and read_record(path)["metrics"] == result.metrics["models"]["two_tower"]
+def _describe_finished(result: RunResult) -> list[str]:
+    notes = ["its results follow; nothing was done"]
+    if result.export_folder is not None and not has_own_version(result.metrics):
+        notes.append(
+            f"its version {result.export_folder} is gone, and others are in service. To export "
+            f"it again, as the newest, delete {result.folder / METRICS_FILE} and run it again"
+        )
+    return notes
 
 
 def _read_metrics(folder: Path) -> dict[str, Any] | None:
-    path = folder / "metrics.json"
+    path = folder / METRICS_FILE
     return read_record(path) if is_whole(path) else None
 
 

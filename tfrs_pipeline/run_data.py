@@ -17,6 +17,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig
 from tfrs_pipeline.durable import Damaged, is_whole
+from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
@@ -118,13 +119,11 @@ def prepare(
         if config.training.refit and split.before_test is not split.train:
             final = build(split.before_test, samples / "final")
         report.notes = describe_samples(final.report)
-    return RunData(
-        split,
-        selection,
-        final,
-        split.holdout("validation", config.training.validation_users, config.seed),
-        split.holdout("test", config.evaluation.max_users, config.seed),
-    )
+    validation = split.holdout("validation", config.training.validation_users, config.seed)
+    test = split.holdout("test", config.evaluation.max_users, config.seed)
+    for holdout in (validation, test):
+        check_measurable(holdout, config.evaluation.exclude)
+    return RunData(split, selection, final, validation, test)
 
 
 def connect_engine(config: DataConfig) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
+from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import (
     is_whole,
     locked,
@@ -22,7 +23,7 @@ from tfrs_pipeline.durable import (
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
-CONFIG_FILE = "config.toml"
+CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
 # What a resumed run may be told otherwise, as long as nothing is exported.
@@ -45,7 +46,7 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
     if not this_worker().is_chief:
         yield
         return
-    exports = exports and config.export.index != "none"
+    exports_at_all, exports = exports, exports and config.export.index != "none"
     for written in (folder, *([config.export.directory] if exports else [])):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):
@@ -59,6 +60,7 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
+            _refuse_other_command(folder, exports=exports_at_all)
             _settle_settings(config, folder)
             try:
                 yield
@@ -66,6 +68,13 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
                 if is_new and not any((folder / x).exists() for x in ("checkpoints", "plans")):
                     _empty(folder, made)
                 raise
+
+
+def _refuse_other_command(folder: Path, *, exports: bool) -> None:
+    """Refuses (`ValueError`) to run where a comparison lies, and the other way round."""
+    left, what = (("plans",), "comparison") if exports else (("checkpoints", METRICS_FILE), "run")
+    if any((folder / name).exists() for name in left):
+        raise ValueError(f"{folder} holds a {what}. Choose another folder with --run-dir.")
 
 
 def _empty(folder: Path, made: Sequence[Path]) -> None:
@@ -120,9 +129,20 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
 
 
 def _is_exported(folder: Path) -> bool:
-    path = folder / "metrics.json"
-    made = read_record(path).get("export_folder") if is_whole(path) else None
-    return made is not None and is_whole(Path(made) / MANIFEST_FILE)
+    path = folder / METRICS_FILE
+    return is_whole(path) and has_own_version(read_record(path))
+
+
+def has_own_version(metrics: Mapping[str, Any]) -> bool:
+    """Whether the version that a run has exported is there; another's may have taken its number."""
+    made = metrics["export_folder"]
+    return made is not None and _is_of_run(Path(made), metrics)
+
+
+def _is_of_run(version: Path, metrics: Mapping[str, Any]) -> bool:
+    path = version / MANIFEST_FILE
+    of_model = metrics["models"]["two_tower"]
+    return is_whole(path) and read_record(path, check_files=False)["metrics"] == of_model
 
 
 def _write_settings(config: RunConfig, folder: Path) -> None:
@@ -139,6 +159,8 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
     path = config.warm_start
     if path is None or (path / CONFIG_FILE).is_file():
         return config
+    if is_whole(folder / METRICS_FILE):  # Trained: where it has started may be gone.
+        return config.model_copy(update={"warm_start": read_settings(folder).warm_start})
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
@@ -152,6 +174,13 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
         message = (
             f"{version} was made by the run {made_by}, which is gone, and its optimizer state with "
             "it. Give another run's folder, or none to train from nothing"
+        )
+        raise ConfigError([("warm_start", message)])
+    of_run = Path(made_by) / METRICS_FILE
+    if is_whole(of_run) and not _is_of_run(version, read_record(of_run)):
+        message = (
+            f"{version} was made by a run in {made_by}, where another run is now. Give the folder "
+            "of the run to start from"
         )
         raise ConfigError([("warm_start", message)])
     source: Path | None = Path(made_by)
@@ -173,11 +202,11 @@ def check_model_name(config: RunConfig) -> None:
         raise ConfigError([("export.name", message)])
     if config.export.index == "none":
         return
-    ours = config.model_dump(mode="json")["data"]
     for path in config.model_folder.glob(f"*/{MANIFEST_FILE}"):
         # A model that Python exported has no config: of what data it is, nobody knows.
-        theirs = read_record(path, check_files=False).get("config", {}).get("data")
-        if theirs is None or _origin(theirs) != _origin(ours):
+        manifest = read_record(path, check_files=False)
+        theirs = manifest.get("config", {}).get("data")
+        if theirs is None or manifest.get("log") != origin(config.data):
             made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
             message = (
                 f"{path.parent} is a model of {made_of}: set another "
@@ -186,8 +215,9 @@ def check_model_name(config: RunConfig) -> None:
             raise ConfigError([("export.name", message)])
 
 
-def _origin(data: Mapping[str, Any]) -> Path | str:
-    return Path(data["path"]).resolve() if data["path"] else data["source"]
+def origin(data: DataConfig) -> str:
+    """Says which log it is: by its path from the root, else by its source."""
+    return str(data.path.resolve()) if data.path else data.source
 
 
 def _hash(settings: str) -> str:

@@ -175,4 +175,7 @@ def from_text(value: Any) -> Any:
     parts = [part.partition("=") for part in value.split(":")]
     if sum(not equals for _, equals, _ in parts) > 1:
         raise ValueError("must be a kind and its settings by name, such as uniform:num=256")
+    names = [name for name, equals, _ in parts if equals]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"sets {', '.join(repeated)} twice")
     return {name if equals else "kind": text if equals else name for name, equals, text in parts}

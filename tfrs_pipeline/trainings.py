@@ -171,6 +171,9 @@ def train_and_refit(
             log=data.split.train,
         )
 
+    if data.final is not data.selection:
+        # What its batches refuse is told before hours of the first training.
+        TwoTower(settings or config.model, training=training).batches(data.final.samples)
     model = fit(data.selection, "selection", training.max_epochs, data.validation)
     chosen = model.result
     monitored = chosen.history[f"val_{training.monitor}"]

@@ -118,6 +118,12 @@ def test_refuses_to_retrieve_before_it_is_fitted(kind: Any) -> None:
         kind().retrieve([{"history": []}], 1)
 
 
+@pytest.mark.parametrize("kind", [MostPopular, Ease, Ials])
+def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"fit takes a Log.* Received: dict"):
+        kind().fit({})
+
+
 def test_refuses_settings_out_of_range() -> None:
     with pytest.raises(ValueError, match="l2 must be above 0"):
         Ease(l2=0)

@@ -188,6 +188,22 @@ def test_summary_holds_set_metrics_by_hand_and_no_nan() -> None:
     assert {"num_queries", "num_skipped", "num_relevant", "num_relevant_excluded"} <= set(summary)
 
 
+def test_a_holdout_has_as_many_lists_as_users() -> None:
+    lists = [IDS[:1], IDS[1:2]]
+    good: dict[str, Any] = {
+        "user_ids": [0, 1],
+        **dict.fromkeys(("histories", "relevant", "clicked", "seen"), lists),
+        "candidate_ids": IDS.tolist(),
+        "candidate_counts": COUNTS.tolist(),
+    }
+    assert Holdout(**good).candidate_ids.dtype == np.int64
+    for name in ("histories", "relevant", "clicked", "seen", "history_times", "requests"):
+        with pytest.raises(ValueError, match=rf"{name} must be one a query, of the 2 .*: 1"):
+            Holdout(**good | {name: lists[:1]})
+    with pytest.raises(ValueError, match=r"candidate_counts must be one a candidate, .* 12 .*: 3"):
+        Holdout(**good | {"candidate_counts": [1, 2, 3]})
+
+
 def test_an_empty_list_of_floats_leaves_large_ids_as_they_are() -> None:
     ids = 2**60 + np.arange(12)
     holdout = Holdout(

@@ -11,7 +11,7 @@ from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 from tfrs_pipeline.samples.positives import Positives
@@ -257,7 +257,10 @@ def _zero_one_matrix(
 
 
 def _interactions(train: Log | Interactions) -> Interactions:
-    return train if isinstance(train, Interactions) else Interactions.from_log(train)
+    if isinstance(train, Interactions):
+        return train
+    check_log(train)
+    return Interactions.from_log(train)
 
 
 def _require_fit(retriever: MostPopular | Ease | Ials) -> None:

@@ -163,6 +163,11 @@ class _Truth:
     num_excluded: int
 
 
+def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
+    """Refuses (`ValueError`) a holdout of which `exclude` leaves nothing to find."""
+    _truth(holdout, Ids(holdout.candidate_ids), exclude)
+
+
 def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
     excluded = holdout.excluded(exclude)
     num_queries = len(holdout)
@@ -188,7 +193,7 @@ def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
         raise ValueError(
             f"Nothing to measure: none of {num_queries} queries has a relevant item that "
             f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). Exclude "
-            "less, or test on a larger part."
+            "less (evaluation.exclude), or test on a larger part."
         )
     place = np.full(num_queries, -1)
     place[measured] = np.arange(len(measured))

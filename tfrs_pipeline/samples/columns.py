@@ -72,6 +72,8 @@ def map_columns(
     with another one the columns are made again.
     """
     record = folder / "columns.json"
+    if is_whole(record) and read_record(record) == made_of:
+        return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
         if not (is_whole(record) and read_record(record) == made_of):
@@ -80,6 +82,10 @@ def map_columns(
                 folder.mkdir()
                 write(folder)
             write_record(record, made_of, folder.glob("*.npy"))
+    return _mapped(folder)
+
+
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
     return {path.stem: map_column(path) for path in folder.glob("*.npy")}
 
 

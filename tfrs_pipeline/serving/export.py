@@ -63,7 +63,7 @@ NUM_QUERIES = 1000
 TAKEN = frozenset(
     (
         *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
-        *("item_reading", "name", "refreshed", "run", "signatures", "user_data", "versions"),
+        *("item_reading", "log", "name", "refreshed", "run", "signatures", "user_data", "versions"),
     )
 )
 # Of them, queries whose answers the reloaded model must repeat.
