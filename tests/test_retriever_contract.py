@@ -365,6 +365,7 @@ def test_what_would_be_answered_as_something_else_is_refused(
     wrong: list[tuple[Any, str]] = [
         ([[item], [item, other]], of_other_type),
         ([[], {other}], of_other_type),
+        ([iter([item]), []], "exclude must hold lists or other collections"),
         ([[], item], rf"exclude must hold one collection a query. .*did you mean \[{item!r}\]"),
     ]
     for exclude, message in wrong:

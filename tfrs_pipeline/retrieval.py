@@ -104,6 +104,7 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
                 f"A history is a list of item ids. Received: {history!r}; did you mean "
                 f"[{history!r}]?"
             )
+        _check_sized("history", history)
         histories.append(history)
     check_ids(histories, are_text=ids_are_text)
 
@@ -151,6 +152,13 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
                 f"{name} must hold one collection a query. Received: {value!r}; did you mean "
                 f"[{value!r}]?"
             )
+        _check_sized(name, value)
+
+
+def _check_sized(name: str, values: Any) -> None:
+    """Refuses (`ValueError`) what can be read only once: a check would leave nothing of it."""
+    if not hasattr(values, "__len__"):
+        raise ValueError(f"{name} must hold lists or other collections. Received: {values!r}")
 
 
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:

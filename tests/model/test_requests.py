@@ -21,7 +21,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw import item_times
+from tfrs_pipeline.model.raw import item_times, to_seconds
 from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.serving.client import _values
@@ -80,6 +80,13 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
     # Not where the values are no integers: 3.0 is one of them then.
     prices = Feature.fit("price", "categorical", [3.0, 3.5])
     assert prices.encode_column([3.0, 3.5]).all()
+
+
+def test_what_pandas_has_for_missing_is_missing() -> None:
+    device = Feature("device", "hashed", num_buckets=16)
+    nothing = [None, np.nan, "", pd.NA, pd.NaT]
+    assert device.encode_column(nothing).tolist() == [0] * 5
+    assert np.isnan(to_seconds("at", [None, pd.NA, pd.NaT])).all()
 
 
 def test_times_of_a_history_in_milliseconds_are_refused() -> None:

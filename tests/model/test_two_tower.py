@@ -15,6 +15,7 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
 from tests.model.test_network import EveryCandidate
+from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -232,6 +233,37 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
         tiny(training=training).fit(log, folder=str(tmp_path))
 
 
+@pytest.mark.usefixtures("in_eager_steps")
+def test_users_without_a_positive_are_answered_as_unknown_ones(tmp_path: Path) -> None:
+    """They have a row, as users of the test or of exposures alone, that nothing has trained."""
+    rows = [(user, item, "clicked") for user in range(1, 9) for item in range(user, user + 4)]
+    rows += [(user, 3, "exposed") for user in (20, 21)]
+    log = Log.from_table(pd.DataFrame(rows, columns=["user_id", "item_id", "stage"]))
+    model = tiny(use_user_id=True, training={"max_epochs": 1, "batch_size": 8}).fit(log)
+    found = model.query_embeddings([{"user_id": user} for user in (99, 20, 21, 1, 2)])
+    np.testing.assert_array_equal(found[1:3], found[[0, 0]])
+    assert np.abs(found[3:] - found[0]).max(axis=1).min() > 1e-3
+    # With a history of their own they are answered by it.
+    by_history = model.query_embeddings([{"user_id": u, "history": [4]} for u in (20, 99)])
+    np.testing.assert_array_equal(by_history[0], by_history[1])
+    assert np.abs(by_history[0] - found[0]).max() > 1e-3
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_an_order_that_the_log_has_not_is_told() -> None:
+    clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 9})
+    training = {"max_epochs": 1}
+    for is_ordered, pooling, is_told in (
+        (False, ["recency", "mean"], True),
+        (False, ["mean"], False),
+        (True, ["recency"], False),
+    ):
+        model = tiny(history_pooling=pooling, training=training)
+        model.fit(Log.from_table(clicks, is_ordered=is_ordered))
+        told = "model.history_pooling recency reads the order of a history, and the log has none"
+        assert any(note.startswith(told) for note in model.notes) == is_told
+
+
 def test_settings_are_given_by_name_or_as_a_table() -> None:
     settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
     model = TwoTower(settings, dim=16, negatives=["uniform:num=5"])
@@ -330,6 +362,10 @@ def test_refusals(tmp_path: Path) -> None:
     assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
     with pytest.raises(ConfigError, match="max_epoch: unknown setting"):
         TwoTower(max_epoch=3)
+    with pytest.raises(ConfigError, match=r"model.negatives: needs one kind or more"):
+        TwoTower(negatives=[])
+    with pytest.raises(ValueError, match="seed must be a whole number, 0 or more"):
+        TwoTower(seed=-1)
     # Before the work: there are fewer positives than a batch needs.
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     with pytest.raises(ValueError, match="A batch needs 4 positives and the training part has 3"):
@@ -347,3 +383,10 @@ def test_refusals(tmp_path: Path) -> None:
         tiny().fit(pd.DataFrame({"user_id": [1], "item_id": [2]}))
     with pytest.raises(TypeError, match=r"Evaluates on a Holdout.* Received: Log"):
         tiny().fit(clicks, clicks)  # type: ignore[arg-type]
+    names = ("histories", "relevant", "clicked", "seen")
+    given: dict[str, Any] = {name: [np.array([7])] for name in names}
+    ids = {"user_ids": np.array([1]), "candidate_ids": np.array([7, 8])}
+    again = Holdout(**given | ids, candidate_counts=np.array([2, 1]))
+    with pytest.raises(ValueError, match=r"Nothing to measure.*less \(evaluation.exclude\)"):
+        tiny(training={"batch_size": 3}).fit(clicks, again, folder=tmp_path / "new")
+    assert not (tmp_path / "new" / "checkpoints").exists()

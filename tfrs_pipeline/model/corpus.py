@@ -35,7 +35,8 @@ class Corpus:
     """Ids and features behind the rows of samples: `features` say how a column is encoded.
 
     `columns` hold the encoded features by name, of rows 1, 2, ...; those of requests are no row's,
-    and the samples have them. `has_times` says whether the samples have times.
+    and the samples have them. `has_times` says whether the samples have times, `has_positive`, [1 +
+    users] bool, which query rows have a positive among them; None is all.
     """
 
     candidate_ids: Ids
@@ -46,6 +47,7 @@ class Corpus:
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     request_features: tuple[Feature, ...] = ()
     has_times: bool = False
+    has_positive: np.ndarray | None = None
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
@@ -73,6 +75,7 @@ class Corpus:
                 for name, kind in log.request_features.items()
             ),
             "timestamp" in log.events.columns,
+            np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
         )
 
 

@@ -12,6 +12,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.samples.store import Samples
 
 OnProgress: TypeAlias = Callable[..., None]
 """Told of long work: a task's name, steps done and in all, and at times what there is to say."""
@@ -36,6 +37,17 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     if settings.hard is not None:
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
     return notes
+
+
+def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
+    """Warns if the order of rows would be learned that the log says have none."""
+    reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
+    if samples.num_earlier is not None or not reading:
+        return []
+    return [
+        f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log has "
+        "none: take mean, or --preset sets"
+    ]
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:

@@ -116,7 +116,7 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
         column = column.to_pylist()
     seconds = np.full(len(column), np.nan)
     for i, value in enumerate(column):
-        if value is None or value != value:  # NaN, or the NaT of pandas.
+        if _is_missing(value):
             continue
         if not isinstance(value, datetime) or value.tzinfo is None:
             raise ValueError(
@@ -222,4 +222,8 @@ def _lengths(lists: Any) -> np.ndarray:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+    if value is None or hasattr(value, "__len__"):
+        return value is None
+    # NaN and the NaT of pandas differ from themselves; its NA says neither.
+    differs = value != value
+    return differs is not False and (not isinstance(differs, bool | np.bool_) or bool(differs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.corpus import Corpus
@@ -33,6 +34,8 @@ class Tower(tf.keras.layers.Layer):
     layers.
 
     It has an embedding of `num_ids` ids beside row 0, or, if that is None, no embedding of ids.
+    Those of `are_trained`, [num_ids + 1] bool, have their own; the others have that of row 0, which
+    is trained in place of ids that are dropped.
     With the `bias` "id" each id has a number of its own besides, the last entry of its output;
     "ones" is the other tower's part of it, a 1. A `ValueError` if the tower would have no input, or
     a bias without an id.
@@ -45,6 +48,7 @@ class Tower(tf.keras.layers.Layer):
         *,
         features: Sequence[FeatureSpec] = (),
         num_ids: int | None = None,
+        are_trained: np.ndarray | None = None,
         bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
@@ -63,6 +67,9 @@ class Tower(tf.keras.layers.Layer):
             self._bias = tf.keras.layers.Embedding(
                 num_ids + 1, 1, embeddings_initializer="zeros", name="bias"
             )
+        self._row_of_id = None
+        if are_trained is not None:
+            self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
         self._id_dropout = settings.id_dropout
         self.history = history
         self._specs = tuple(features)
@@ -100,6 +107,8 @@ class Tower(tf.keras.layers.Layer):
         if self.history is not None:
             parts[_HISTORY] = self._read_history(inputs, training, seed)
         rows = inputs["row"]
+        if self._row_of_id is not None:
+            rows = tf.gather(self._row_of_id, rows)
         if seed is not None and self._id_dropout:
             drawn = uniform_of_rows(rows, fold(seed, Stream.UNKNOWN_IDS))
             rows = tf.where(drawn < self._id_dropout, 0, rows)
@@ -200,6 +209,7 @@ def query_tower(
         settings,
         features=[x.spec for x in (*corpus.query_features, *corpus.request_features)],
         num_ids=len(corpus.query_ids) if settings.use_user_id else None,
+        are_trained=corpus.has_positive if settings.use_user_id else None,
         bias="ones" if settings.candidate_bias else None,
         history=history,
     )

@@ -17,11 +17,12 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to
-from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.messages import check_whole
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import (
@@ -33,7 +34,13 @@ from tfrs_pipeline.model.distribution import (
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
-from tfrs_pipeline.model.notes import OnProgress, describe_batches, describe_sample, epoch_writer
+from tfrs_pipeline.model.notes import (
+    OnProgress,
+    describe_batches,
+    describe_order,
+    describe_sample,
+    epoch_writer,
+)
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -127,6 +134,9 @@ class TwoTower:
         self.training = training or TrainingSettings()
         refuse(check_examples(self.settings, self.training))
         self.negatives: tuple[Negatives, ...] = (*self.settings.negatives, *own)
+        if not self.negatives:
+            refuse([("model.negatives", "needs one kind or more, such as uniform:num=256")])
+        check_whole(0, seed=seed)
         self.seed = seed
         self.name = name
         self._towers = {"query_tower": query_tower, "candidate_tower": candidate_tower}
@@ -184,11 +194,7 @@ class TwoTower:
                 workers have no folder, or the folder is that of another log or other settings.
             WorkerLost: If another worker fails or does not answer.
         """
-        if not isinstance(train, Log):
-            raise TypeError(
-                "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
-                f"Received: {type(train).__name__}"
-            )
+        check_log(train)
         if validation is not None:
             check_holdout(validation)
         hard = self.settings.hard
@@ -262,6 +268,7 @@ class TwoTower:
             validate = None
             if validation is not None:
                 validation = validation.sample(self.training.validation_users, self.seed)
+                check_measurable(validation, exclude)
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
             self.result = train(
@@ -281,6 +288,7 @@ class TwoTower:
                 *(start.describe() if start else []),
                 *describe_sample(validation),
                 *(mining.describe() if mining else []),
+                *describe_order(data.samples, self.settings),
                 *describe_batches(batches, self.settings),
             ]
         return self

@@ -73,6 +73,8 @@ class FunnelLosers:
             )
         check_whole(1, num=self.num, max_pool=self.max_pool)
         check_whole(0, min_pool=self.min_pool)
+        if self.min_rank is not None:
+            check_whole(0, min_rank=self.min_rank)
         if not 0 < self.window_hours < math.inf:
             raise ValueError(
                 f"window_hours must be a number above 0. Received: {self.window_hours}; for no "
