@@ -241,6 +241,8 @@ def test_values_of_a_query_may_begin_with_a_hyphen_or_be_none() -> None:
     assert given["history"] == ["-a", "-b"]
     assert (given["filter"], given["exclude"]) == (["none", "music"], ["7"])
     assert cli.COMMAND_LINE.read(["query", "model", "--history"])[1]["history"] == []
+    asked = cli.COMMAND_LINE.read(["query", "model", "--request", "a=1", "--request", "b=2"])
+    assert asked[1]["request"] == {"a": "1", "b": "2"}
     # Of a setting the last flag counts, and none is nothing.
     cutoffs = ["--evaluation.cutoffs", "5", "--evaluation.cutoffs", "7", "9"]
     assert cli.COMMAND_LINE.read(["run", *cutoffs])[1]["evaluation.cutoffs"] == ["7", "9"]

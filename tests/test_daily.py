@@ -408,7 +408,7 @@ def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) ->
 
 
 def test_what_cannot_be_started_from_is_said(
-    yesterday: RunResult, place: Path, tmp_path: Path
+    yesterday: RunResult, warm: Warm, place: Path, tmp_path: Path
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(ConfigError) as error:
@@ -429,8 +429,11 @@ def test_what_cannot_be_started_from_is_said(
     write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
     assert "where another run is now" in refused(version)
     # A run that is finished is given back without what it has started from.
-    done = Path(shutil.copytree(yesterday.folder, tmp_path / "done"))
-    assert with_source(today(place, warm_start=wrong), done).warm_start is None
+    done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
+    again = today(place, warm_start=model_folder(place))
+    (model_folder(place)).rename(tmp_path / "moved")
+    assert with_source(again, done).warm_start == yesterday.folder
+    (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()
     with pytest.raises(ConfigError, match=r"a run that is not finished: go on with it first"):

@@ -454,7 +454,7 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
     assert once_more.metrics == again.metrics
     assert versions_of(other.parent) == [7]
-    assert "is gone, and others are in service. To export it again" in reports[-1].notes[-1]
+    assert "is gone, and a finished run is not exported again" in reports[-1].notes[-1]
     other.rename(again.export_folder)
 
 

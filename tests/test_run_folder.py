@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 def begin(config: RunConfig, folder: Path) -> None:
     """Does what a run does until its data is there."""
-    with claim_folder(config, folder, exports=True):
+    with claim_folder(config, folder, is_run=True):
         (folder / "data").mkdir()
         (folder / "data" / "log.json").write_text("{}")
 
@@ -45,7 +45,7 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
         path.write_bytes(broken)
         with pytest.raises(ConfigError, match=r"config\.toml:\n.*is not as the run wrote it"):
             read_settings(tmp_path / "run")
-        with pytest.raises(ConfigError), claim_folder(config, tmp_path / "run", exports=True):
+        with pytest.raises(ConfigError), claim_folder(config, tmp_path / "run", is_run=True):
             pass
         assert path.read_bytes() == broken
     path.unlink()
@@ -60,7 +60,7 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -
     expected = rf"holds a run with other settings \({changed}\). Choose another folder"
     with (
         pytest.raises(ValueError, match=expected),
-        claim_folder(other, tmp_path / "run", exports=True),
+        claim_folder(other, tmp_path / "run", is_run=True),
     ):
         pass
     assert read_settings(tmp_path / "run") == config
@@ -73,7 +73,7 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     metrics = {"models": {"two_tower": {"num_queries": 7}}}
     for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
         changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
-        with claim_folder(changed, folder, exports=True):
+        with claim_folder(changed, folder, is_run=True):
             assert read_settings(folder) == changed
         write_record(folder / "metrics.json", {**metrics, "export_folder": None})
     version.mkdir(parents=True)
@@ -83,14 +83,14 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
         other = with_settings(changed, {name: value})
         with (
             pytest.raises(ValueError, match=rf"other settings \({name}: "),
-            claim_folder(other, folder, exports=True),
+            claim_folder(other, folder, is_run=True),
         ):
             pass
-    with claim_folder(with_settings(changed, {"export.gate": True}), folder, exports=True):
+    with claim_folder(with_settings(changed, {"export.gate": True}), folder, is_run=True):
         pass
     # Another run's version of that number is not its own.
     write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
-    with claim_folder(other, folder, exports=True):
+    with claim_folder(other, folder, is_run=True):
         pass
 
 
@@ -103,7 +103,7 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
     what = "comparison" if exports else "run"
     with (
         pytest.raises(ValueError, match=rf"holds a {what}\. Choose another folder"),
-        claim_folder(config, tmp_path / "run", exports=exports),
+        claim_folder(config, tmp_path / "run", is_run=exports),
     ):
         pass
 
@@ -112,7 +112,7 @@ def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     config: RunConfig, tmp_path: Path
 ) -> None:
     def work(error: BaseException, done: str = "") -> None:
-        with claim_folder(config, tmp_path / "run", exports=True):
+        with claim_folder(config, tmp_path / "run", is_run=True):
             (tmp_path / "run" / "data").mkdir()
             if done:
                 (tmp_path / "run" / done).mkdir()
@@ -139,12 +139,12 @@ def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
 def test_folders_made_for_what_is_refused_go_too(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     folder = tmp_path / "mine" / "runs" / "today"
-    with pytest.raises(DataError), claim_folder(config, folder, exports=False):
+    with pytest.raises(DataError), claim_folder(config, folder, is_run=False):
         raise DataError("no column")
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
     def work() -> None:
-        with claim_folder(config, folder, exports=False):
+        with claim_folder(config, folder, is_run=False):
             (folder.parent / "another").mkdir()
             raise DataError("no column")
 
@@ -157,14 +157,14 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     (tmp_path / "saved_models").write_text("a file")
     with (
         pytest.raises(StorageError, match="saved_models: Not a directory"),
-        claim_folder(config, tmp_path / "run", exports=True),
+        claim_folder(config, tmp_path / "run", is_run=True),
     ):
         pytest.fail("the work began")
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
-    with claim_folder(config, tmp_path / "run", exports=False):
+    with claim_folder(config, tmp_path / "run", is_run=False):
         pass
     unexported = with_settings(config, {"export.index": "none"})
-    with claim_folder(unexported, tmp_path / "run", exports=True):
+    with claim_folder(unexported, tmp_path / "run", is_run=True):
         pass
 
 
@@ -188,9 +188,9 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path / "c")
         other = of_clicks("a/log.csv")
-        export = {"directory": tmp_path / "saved_models"}
+        other = with_settings(other, {"export.directory": tmp_path / "saved_models"})
         with pytest.raises(ConfigError, match=r"is a model of a/log\.csv"):
-            check_model_name(with_settings(other, {f"export.{k}": v for k, v in export.items()}))
+            check_model_name(other)
     check_model_name(of_clicks("b/log.csv", name="log"))
     check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
@@ -213,14 +213,14 @@ from tfrs_pipeline.config import load_config
 from tfrs_pipeline.run_folder import claim_folder
 
 folder = Path(sys.argv[1])
-with claim_folder(load_config(folder / "config.toml"), folder, exports=True):
+with claim_folder(load_config(folder / "config.toml"), folder, is_run=True):
     print("in")
 """
 
 
 def test_a_second_process_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[1])]
-    with claim_folder(config, tmp_path / "run", exports=True):
+    with claim_folder(config, tmp_path / "run", is_run=True):
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.stdout == ""
         assert InUse.__name__ in second.stderr

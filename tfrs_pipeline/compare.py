@@ -98,7 +98,7 @@ def compare(
         raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
-    with claim_folder(config, folder, exports=False):
+    with claim_folder(config, folder, is_run=False):
         return _compare(config, folder, Steps(on_step, on_progress))
 
 

@@ -95,7 +95,7 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 
 def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
-    """Records what a folder's content is made of; refuses (`ValueError`) what it is not made of."""
+    """Records what a folder's content is made of; a `ValueError` if the record says otherwise."""
     made_of = json.loads(json.dumps(made_of))
     if not is_whole(path):
         write_record(path, made_of)

@@ -101,9 +101,9 @@ def run(
     check_model_name(config)
     training_strategy()  # Joins the other workers, if there are any.
     config = RunConfig(**on_chief(lambda: with_source(config, folder).model_dump(mode="json")))
-    if not is_whole(folder / METRICS_FILE):  # What is trained needs no more to start from.
+    if not is_whole(folder / METRICS_FILE):  # A finished run needs no source any more.
         check_source(config)
-    with claim_folder(config, folder, exports=True):
+    with claim_folder(config, folder, is_run=True):
         if (finished := chief_first(lambda: _finished_run(config, folder))) is not None:
             on_step(StepReport("finished before", _describe_finished(finished)))
             return finished
@@ -197,7 +197,7 @@ def _keep(folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
 
 
 def _finished_run(config: RunConfig, folder: Path) -> RunResult | None:
-    """Reads what a finished run left behind; None if it is not finished, or its export is gone."""
+    """Reads what a finished run left behind; None if it is to go on."""
     metrics = _read_metrics(folder)
     if metrics is None:
         return None
@@ -214,8 +214,8 @@ def _describe_finished(result: RunResult) -> list[str]:
     notes = ["its results follow; nothing was done"]
     if result.export_folder is not None and not has_own_version(result.metrics):
         notes.append(
-            f"its version {result.export_folder} is gone, and others are in service. To export "
-            f"it again, as the newest, delete {result.folder / METRICS_FILE} and run it again"
+            f"its version {result.export_folder} is gone, and a finished run is not exported again "
+            f"by itself: to do so, delete {result.folder / METRICS_FILE} and run it again"
         )
     return notes
 

@@ -82,7 +82,8 @@ def prepare(
     """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
 
     Losers are found for `hard` in place of the config's own, if it is given. `Damaged` if the
-    folder's log is not as it was written; a `DataError` if the data is refused.
+    folder's log is not as it was written; a `DataError` if the data is refused, a `ValueError` if
+    validation or test has nothing to find.
     """
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard

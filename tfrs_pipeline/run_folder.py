@@ -31,22 +31,23 @@ MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
 
 
 @contextlib.contextmanager
-def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[None]:
+def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[None]:
     """Works in a folder: no other process does meanwhile, and its settings are these.
 
     What was made for a run whose data is refused goes again. Where several workers train together,
-    the chief's claim is that of all. Where the work `exports`, that place is tried too.
+    the chief's claim is that of all. Where a run exports, that place is tried too.
 
     Raises:
         ConfigError: If the folder's settings are damaged.
         InUse: If another process works in it.
         StorageError: If it, or where the model is to be exported, cannot be written.
-        ValueError: If it holds a run with other settings, or TensorFlow could not use its path.
+        ValueError: If it holds a run with other settings, a comparison where a run is asked for or
+            the reverse, or TensorFlow could not use its path.
     """
     if not this_worker().is_chief:
         yield
         return
-    exports_at_all, exports = exports, exports and config.export.index != "none"
+    exports = is_run and config.export.index != "none"
     for written in (folder, *([config.export.directory] if exports else [])):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):
@@ -60,7 +61,7 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
-            _refuse_other_command(folder, exports=exports_at_all)
+            _refuse_other_command(folder, is_run=is_run)
             _settle_settings(config, folder)
             try:
                 yield
@@ -70,9 +71,9 @@ def claim_folder(config: RunConfig, folder: Path, *, exports: bool) -> Iterator[
                 raise
 
 
-def _refuse_other_command(folder: Path, *, exports: bool) -> None:
+def _refuse_other_command(folder: Path, *, is_run: bool) -> None:
     """Refuses (`ValueError`) to run where a comparison lies, and the other way round."""
-    left, what = (("plans",), "comparison") if exports else (("checkpoints", METRICS_FILE), "run")
+    left, what = (("plans",), "comparison") if is_run else (("checkpoints", METRICS_FILE), "run")
     if any((folder / name).exists() for name in left):
         raise ValueError(f"{folder} holds a {what}. Choose another folder with --run-dir.")
 
@@ -142,7 +143,7 @@ def has_own_version(metrics: Mapping[str, Any]) -> bool:
 def _is_of_run(version: Path, metrics: Mapping[str, Any]) -> bool:
     path = version / MANIFEST_FILE
     of_model = metrics["models"]["two_tower"]
-    return is_whole(path) and read_record(path, check_files=False)["metrics"] == of_model
+    return is_whole(path) and read_record(path, check_files=False).get("metrics") == of_model
 
 
 def _write_settings(config: RunConfig, folder: Path) -> None:
@@ -159,8 +160,9 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
     path = config.warm_start
     if path is None or (path / CONFIG_FILE).is_file():
         return config
-    if is_whole(folder / METRICS_FILE):  # Trained: where it has started may be gone.
-        return config.model_copy(update={"warm_start": read_settings(folder).warm_start})
+    # A finished run: its source may be gone.
+    if is_whole(folder / METRICS_FILE) and (source := read_settings(folder).warm_start) is not None:
+        return config.model_copy(update={"warm_start": source})
     versions = versions_of(path)
     version = path / str(versions[-1]) if versions else path
     if not (version / MANIFEST_FILE).is_file():
@@ -183,7 +185,7 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
             "of the run to start from"
         )
         raise ConfigError([("warm_start", message)])
-    source: Path | None = Path(made_by)
+    source = Path(made_by)
     if Path(made_by).resolve() == folder.resolve():
         source = read_settings(folder).warm_start
     return config.model_copy(update={"warm_start": source})

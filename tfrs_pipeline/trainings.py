@@ -23,7 +23,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import RunData
-from tfrs_pipeline.run_folder import read_settings
+from tfrs_pipeline.run_folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
@@ -54,7 +54,7 @@ def trained_in(
     """
     folder = Path(folder)
     config = _settings_of_finished(folder)
-    trained, settings = read_record(folder / "metrics.json")["training"], variants(config)
+    trained, settings = read_record(folder / METRICS_FILE)["training"], variants(config)
     if name not in trained:
         return None
     checkpoints = folder / "checkpoints" / name
@@ -89,7 +89,7 @@ def check_source(config: RunConfig) -> None:
 
 
 def _settings_of_finished(folder: Path) -> RunConfig:
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS_FILE).is_file():
         message = f"got {str(folder)!r}, a run that is not finished: go on with it first"
         raise ConfigError([("warm_start", message)])
     return read_settings(folder)

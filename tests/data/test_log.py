@@ -92,6 +92,8 @@ def test_tables_of_two_databases_are_refused() -> None:
     items = there.create_table("items", log.items.to_pyarrow())
     with pytest.raises(DataError, match="must be of one connection"):
         Log.from_ibis(events, items=items)
+    with pytest.raises(DataError, match="must be of one connection"):
+        Log.from_ibis(events, items=there.sql("SELECT * FROM items"))
     in_memory = ibis.memtable(log.items.to_pyarrow())
     assert Log.from_ibis(events, items=in_memory).counts()["items"] == 3
     for tables in ((EVENTS, None), (events, ITEMS)):
@@ -145,6 +147,7 @@ def test_items_that_only_the_events_have_are_told_from_those_of_the_table(tmp_pa
     # The engine's tables too, whether a table is given or not.
     table = log.items.filter(log.items["item_id"] < 9)
     logs = [log, Log.read(tmp_path), Log.from_ibis(log.events, items=table)]
+    logs.append(Log.from_ibis(log.events, items=log.items))
     for each in logs:
         assert [row["item_id"] for row in rows(each.items, "item_id")] == [7, 8, 9]
         assert each.listed_ids.tolist() == [7, 8]

@@ -198,9 +198,9 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
     }
     assert Holdout(**good).candidate_ids.dtype == np.int64
     for name in ("histories", "relevant", "clicked", "seen", "history_times", "requests"):
-        with pytest.raises(ValueError, match=rf"{name} must be one a query, of the 2 .*: 1"):
+        with pytest.raises(ValueError, match=rf"{name} must hold one entry .* 2 user_ids.*: 1"):
             Holdout(**good | {name: lists[:1]})
-    with pytest.raises(ValueError, match=r"candidate_counts must be one a candidate, .* 12 .*: 3"):
+    with pytest.raises(ValueError, match=r"candidate_counts must hold one .* 12 .*: 3"):
         Holdout(**good | {"candidate_counts": [1, 2, 3]})
 
 

@@ -72,6 +72,7 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
     changed[5]["item_id"] = changed[4]["item_id"]
     for other, options in (
         (Log.from_table(pa.Table.from_pylist(changed)), {"seed": 0}),
+        (dataclasses.replace(log, request_features={"hour": "numeric"}), {"seed": 0}),
         (log, {"seed": 1}),
         (log, {"seed": 0, "hard": FunnelLosers()}),
     ):

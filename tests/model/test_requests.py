@@ -77,6 +77,8 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
     for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
+    # As text, too, as a client sends it.
+    np.testing.assert_array_equal(feature.encode(tf.constant(["3.0", "4.0", "", "3"])), of_samples)
     # Not where the values are no integers: 3.0 is one of them then.
     prices = Feature.fit("price", "categorical", [3.0, 3.5])
     assert prices.encode_column([3.0, 3.5]).all()
@@ -94,7 +96,7 @@ def test_times_of_a_history_in_milliseconds_are_refused() -> None:
     (seconds,) = item_times([{"history": [1, 2], "history_timestamps": times}])
     np.testing.assert_array_equal(seconds, times)
     with pytest.raises(ValueError, match=r"must be seconds since 1970; divide .*1700000000000"):
-        item_times([{"history": [1], "history_timestamps": [1_700_000_000_000]}])
+        item_times([{"history": [1, 2], "history_timestamps": [1_700_000_000_000, np.nan]}])
 
 
 def test_what_is_given_goes_before_the_timestamp() -> None:

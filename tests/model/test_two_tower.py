@@ -339,7 +339,11 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     layer = OwnQueries()
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
     model = tiny(query_tower=layer, **options)
-    model.build(data.corpus)  # To look at it is no training.
+    model.build(data.corpus)  # To look at it is no training, nor is one that is refused.
+    model.training = model.training.model_copy(update={"batch_size": 121})
+    with pytest.raises(ValueError, match="needs 121 positives"):
+        model.fit_samples(data)
+    model.training = model.training.model_copy(update={"batch_size": 32})
     before = model.fit_samples(data).query_embeddings([{"history": [40]}])
     for again in (model, tiny(query_tower=layer, **options)):
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):

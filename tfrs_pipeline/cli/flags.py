@@ -46,7 +46,10 @@ class _Values(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
         if "." not in self.dest.partition(".")[2]:
-            values = [*json.loads(getattr(namespace, self.dest, None) or "[]"), *values]
+            given = json.loads(getattr(namespace, self.dest, None) or "[]")
+            if isinstance(given, dict):
+                given = [f"{name}={value}" for name, value in given.items()]
+            values = [*given, *values]
         elif values == ["none"]:
             values = []
         if str(self.metavar).startswith("NAME="):

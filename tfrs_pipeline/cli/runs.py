@@ -133,7 +133,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     try:
         with (
             # At once, for a run that is stopped while libraries are still being imported.
-            claim_folder(config, folder, exports=command == "run"),
+            claim_folder(config, folder, is_run=command == "run"),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             progress(console) as (on_step, on_progress),
         ):

@@ -8,6 +8,7 @@ import ibis
 import ibis.expr.datatypes as dt
 
 from tfrs_pipeline.data.schema import (
+    LISTED,
     WEIGHT_FAULT,
     DataError,
     FeatureKind,
@@ -97,7 +98,7 @@ def check_entities(
         for name in features:
             require_column([id_name], name, source, "Give the table that holds it.")
         return events.select(id_name).distinct()
-    kept = [id_name, *features, *(["title"] if "title" in entities.columns else [])]
+    kept = [id_name, *features, *(x for x in ("title", LISTED) if x in entities.columns)]
     for name in kept:
         require_column(entities.columns, name, source, "Rename the column that holds it.")
     types = {id_name: _ID} | {name: _FEATURE_TYPES[kind] for name, kind in features.items()}

@@ -11,6 +11,7 @@ import ibis
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
+from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import at_request, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Exclude, FeatureKind, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive, order_keys
@@ -47,8 +48,7 @@ class Holdout:
             find, in seconds likewise; None likewise.
 
     Raises:
-        ValueError: If the lists are not of as many queries as there are users, or the counts of as
-            many candidates as there are.
+        ValueError: If a list has not one entry a user, or the counts not one a candidate.
     """
 
     user_ids: np.ndarray
@@ -64,7 +64,9 @@ class Holdout:
     times: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("user_ids", "candidate_ids", "candidate_counts", "times"):
+        for name in ("user_ids", "candidate_ids"):
+            object.__setattr__(self, name, as_id_array(getattr(self, name)))
+        for name in ("candidate_counts", "times"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, np.asarray(values))
         of_queries = ("histories", "relevant", "clicked", "seen")
@@ -72,12 +74,13 @@ class Holdout:
         for name in (*of_queries, *(x for x in where_known if getattr(self, x) is not None)):
             if (num := len(getattr(self, name))) != len(self):
                 raise ValueError(
-                    f"{name} must be one a query, of the {len(self)} user_ids. Received: {num}"
+                    f"{name} must hold one entry a query, for each of the {len(self)} user_ids. "
+                    f"Received: {num}"
                 )
         if (num := len(self.candidate_counts)) != len(self.candidate_ids):
             raise ValueError(
-                f"candidate_counts must be one a candidate, of the {len(self.candidate_ids)} "
-                f"candidate_ids. Received: {num}"
+                "candidate_counts must hold one count a candidate, for each of the "
+                f"{len(self.candidate_ids)} candidate_ids. Received: {num}"
             )
 
     def __len__(self) -> int:

@@ -78,8 +78,8 @@ class Log:
         notes: What else was found in the making, in lines for a person: events of unknown items,
             repeated ones, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
-        item_reading: How the item table was read, by the options of `from_files`: so is one that
-            comes to replace it in an export.
+        item_reading: How the item table was read, as options of `from_files`; a table that replaces
+            it in an export is read likewise.
         part_of: The log that this one is a part of, if a split made it.
 
     Example:
@@ -315,7 +315,7 @@ class Log:
                 "Log.from_table copies it into DuckDB."
             )
         for table in (events, items, users):
-            _check_of_one_engine(table, events)
+            _check_connection(table, events)
         item_features, user_features = dict(item_features or {}), dict(user_features or {})
         request_features = dict(request_features or {})
         check_kinds(item_features, user_features, request_features)
@@ -495,14 +495,17 @@ class Log:
         return [*notes, *self.notes]
 
 
-def _check_of_one_engine(table: Any, events: ibis.Table) -> None:
+_OF_A_CONNECTION = (ops.DatabaseTable, ops.SQLQueryResult, ops.SQLStringView)
+
+
+def _check_connection(table: Any, events: ibis.Table) -> None:
     """Refuses (`DataError`) a table of another connection, whose names may be the same."""
     if table is None or table is events:
         return
     if not isinstance(table, ibis.Table):
         raise TypeError(f"Log.from_ibis takes tables of Ibis. Received: {type(table).__name__}")
     # A table in memory is of no connection.
-    if table.op().find(ops.DatabaseTable) and table.get_backend() is not events.get_backend():
+    if table.op().find(_OF_A_CONNECTION) and table.get_backend() is not events.get_backend():
         raise DataError(
             "The tables of a log must be of one connection, that of the events. Received: one of "
             "another. Open both there, or copy them with Log.from_table."

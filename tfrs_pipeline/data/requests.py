@@ -34,7 +34,7 @@ def check_names(
 
     The others are user features, which the query tower reads beside them, or outcomes. `columns`
     are those of `Log.from_files`: what the log calls otherwise is refused by either name. So are
-    names that differ in case alone from another's or from one of the log's own.
+    names that differ in case alone from another request feature's or one of the log's own.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}

@@ -69,7 +69,7 @@ TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time",
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 WEIGHT_FAULT = (
-    f"is not a number above 0, from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
+    f"is not a number from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
     "Give these rows a weight (1 is neutral).",
 )
 """What is wrong with a weight that `is_usable_weight` refuses, and what to do."""
@@ -222,7 +222,7 @@ class RawTable:
 
 
 def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
-    """Says which weights may train: above 0, and neither lost in float32 nor past what it adds."""
+    """Says which weights may train: those that float32 neither loses nor fails to add up."""
     return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)
 
 

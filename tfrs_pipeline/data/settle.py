@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import ibis
 
@@ -142,7 +143,11 @@ def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.
     Of an item the column `LISTED` says whether its table had it.
     """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
-    added = {name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name}
+    added: dict[str, Any] = {
+        name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name
+    }
     if id_name == "item_id":
-        entities, added = entities.mutate(**{LISTED: True}), {**added, LISTED: ibis.literal(False)}
+        if LISTED not in entities.columns:
+            entities = entities.mutate(**{LISTED: True})
+        added[LISTED] = ibis.literal(False)
     return entities.union(missing.mutate(**added).select(*entities.columns))

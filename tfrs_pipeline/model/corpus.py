@@ -121,15 +121,23 @@ class TrainingSet:
         or if the folder holds samples of another log, seed or `hard`.
         """
         folder = Path(folder)
-        made_of = {"log": log.fingerprint(), "seed": seed, "hard": repr(hard)}
+        made_of = {
+            "log": log.fingerprint(),
+            "order": log.order,
+            "request_features": dict(log.request_features),
+            "seed": seed,
+            "hard": repr(hard),
+        }
         if is_whole(folder / "report.json"):
             hold_to(folder / MADE_OF_FILE, made_of)
         else:
             if num_positives := count_rows(Positives.select(log.events)):
                 check_one_batch(num_positives, min_positives)
+            # Before them: samples without it would be taken for those of any log.
             (folder / MADE_OF_FILE).unlink(missing_ok=True)
-            build_samples(log, folder, seed=seed, hard=hard)
+            folder.mkdir(parents=True, exist_ok=True)
             hold_to(folder / MADE_OF_FILE, made_of)
+            build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)
         samples, corpus = read_samples(folder), Corpus.read(log, folder)
         features = corpus.request_features

@@ -17,7 +17,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
@@ -198,10 +197,7 @@ class Feature:
             return to_vectors(self.name, column, self.num_values)
         if self.kind == "multi_categorical":
             return padded(*to_text_lists(column))
-        texts = to_texts(column)
-        if self._takes_whole_floats:
-            texts = pc.replace_substring_regex(texts, r"^(-?[0-9]+)\.0$", r"\1")
-        return np.asarray(texts.to_numpy(zero_copy_only=False), object)
+        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
     def encode(self, raw: tf.Tensor) -> tf.Tensor:
         """Encodes raw values, [B] or [B, any], as the table above says.
@@ -214,6 +210,8 @@ class Feature:
         """
         spec = self.raw_spec
         raw = tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape)
+        if self._takes_whole_floats:
+            raw = tf.strings.regex_replace(raw, r"^(-?[0-9]+)\.0$", r"\1")
         if self.kind == "numeric":
             return _where_finite(raw, _standardised(raw - self.mean, self.scale))
         if self.kind == "bucketized":

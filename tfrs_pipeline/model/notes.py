@@ -40,7 +40,7 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
 
 
 def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
-    """Warns if the order of rows would be learned that the log says have none."""
+    """Warns if the model reads the order of histories and the log has none."""
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if samples.num_earlier is not None or not reading:
         return []

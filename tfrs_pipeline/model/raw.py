@@ -19,7 +19,7 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
 
-LAST_SECOND = 1e11
+_MAX_SECONDS = 1e11  # Later ones are milliseconds.
 _VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -149,10 +149,10 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
         seconds = np.asarray(given)
         if seconds.dtype.kind not in "iuf":
             seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
-        elif (seconds > LAST_SECOND).any():
+        elif (seconds > _MAX_SECONDS).any():
             raise ValueError(
                 f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
-                f"Received: {seconds.max()}, which is after the year 5000"
+                f"Received: {np.nanmax(seconds)}, which is after the year 5000"
             )
         times.append(seconds.astype(np.float64))
     return times

@@ -185,13 +185,14 @@ class TwoTower:
             The model itself.
 
         Raises:
-            TypeError: If `train` is no log, such as a DataFrame, `validation` no holdout, or an own
-                tower no layer.
+            TypeError: If `train` is no log, such as a DataFrame, `validation` no holdout, an own
+                tower no layer, or `warm_start` neither of the two.
             DataError: If there is no positive to train on, or `hard` asks for losers and there is
                 none.
             ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, training diverges, several
-                workers have no folder, or the folder is that of another log or other settings.
+                workers have no folder, the folder is that of another log or other settings, an own
+                layer has been trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
@@ -211,7 +212,7 @@ class TwoTower:
                     hard=funnel,
                     min_positives=self.training.min_positives,
                 )
-                hold_to(place / MADE_OF_FILE, self._made_of())
+                hold_to(place / MADE_OF_FILE, self._made_of(train))
                 return data
 
             data = chief_first(build)
@@ -262,7 +263,6 @@ class TwoTower:
             start = None
             if warm_start is not None:
                 start = WarmStart(warm_start, self.settings, self.training, self.corpus)
-            _TRAINED.update((self._network.query_tower, self._network.candidate_tower))
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
@@ -271,6 +271,7 @@ class TwoTower:
                 check_measurable(validation, exclude)
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
+            _TRAINED.update((self._network.query_tower, self._network.candidate_tower))
             self.result = train(
                 self._network,
                 batches,
@@ -378,12 +379,14 @@ class TwoTower:
         embeddings = self.network.embed_corpus()
         return ExactRetriever(self.candidate_ids, embeddings, self._query_encoder)
 
-    def _made_of(self) -> dict[str, Any]:
+    def _made_of(self, log: Log) -> dict[str, Any]:
         return {
             **self.settings.model_dump(mode="json"),
             **self.training.model_dump(mode="json"),
             "seed": self.seed,
-            "own": [type(kind).__name__ for kind in self.negatives if _is_own(kind)],
+            "item_features": dict(log.item_features),
+            "user_features": dict(log.user_features),
+            "own_negatives": [type(kind).__name__ for kind in self.negatives if _is_own(kind)],
             **{name: type(tower).__name__ for name, tower in self._towers.items()},
         }
 

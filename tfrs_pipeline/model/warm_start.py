@@ -102,7 +102,7 @@ class WarmStart:
             elif _has_moved(old, new):
                 notes.append(
                     f"    {new.name}: read on another scale, which changes what was learned of it: "
-                    f"mean {old.mean:.4g} there, {new.mean:.4g} here; deviation {old.scale:.4g} "
+                    f"mean {old.mean:.4g} there, {new.mean:.4g} here; scale {old.scale:.4g} "
                     f"there, {new.scale:.4g} here"
                 )
         if len(set(self._optimizers)) > 1:
@@ -228,7 +228,7 @@ def _source_codes(there: Feature, here: Feature) -> np.ndarray:
 
 
 def _has_moved(there: Feature, here: Feature) -> bool:
-    """Whether the numbers of a feature are standardised otherwise, by half a deviation or twice."""
+    """Whether a feature's mean has moved by half a scale and more, or its scale by twice."""
     shift, ratio = abs(here.mean - there.mean), here.scale / there.scale
     return shift > there.scale / 2 or not 0.5 <= ratio <= 2
 

@@ -181,6 +181,7 @@ def _gap(above: Mapping[str, float]) -> str:
     """Says by how much another is behind or ahead, as positive numbers with their interval."""
     mean, low, high = above["mean"], above["low"], above["high"]
     if mean <= 0:
+        # Not -0.0, which would be shown with its sign.
         mean, low, high = 0.0 - mean, 0.0 - high, 0.0 - low
     return f"{mean:.4f} [{low:.4f}, {high:.4f}] {'ahead' if above['mean'] > 0 else 'behind'}"
 

@@ -72,11 +72,15 @@ def map_columns(
     with another one the columns are made again.
     """
     record = folder / "columns.json"
-    if is_whole(record) and read_record(record) == made_of:
+
+    def are_there() -> bool:
+        return is_whole(record) and read_record(record) == made_of
+
+    if are_there():  # Without the lock, which a disk for reading alone could not hold.
         return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
-        if not (is_whole(record) and read_record(record) == made_of):
+        if not are_there():
             with naming(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()

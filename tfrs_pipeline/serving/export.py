@@ -57,8 +57,6 @@ from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
-# An index is measured on so many queries at most.
-NUM_QUERIES = 1000
 # What others read of a manifest, or what an export writes into it.
 TAKEN = frozenset(
     (
@@ -66,6 +64,8 @@ TAKEN = frozenset(
         *("item_reading", "log", "name", "refreshed", "run", "signatures", "user_data", "versions"),
     )
 )
+# An index is measured on so many queries at most.
+NUM_QUERIES = 1000
 # Of them, queries whose answers the reloaded model must repeat.
 NUM_PROBES = 20
 
