@@ -191,6 +191,9 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
         other = with_settings(other, {"export.directory": tmp_path / "saved_models"})
         with pytest.raises(ConfigError, match=r"is a model of a/log\.csv"):
             check_model_name(other)
+    # A table of Spark has a name and no folder.
+    table = {"source": "spark", "path": "shop.events"}
+    assert origin(RunConfig(data=table).data) == "shop.events"
     check_model_name(of_clicks("b/log.csv", name="log"))
     check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):

@@ -25,13 +25,7 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_data import (
-    OnStep,
-    RunData,
-    StepReport,
-    Steps,
-    prepare,
-)
+from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import (
     METRICS_FILE,
     check_model_name,

@@ -218,8 +218,10 @@ def check_model_name(config: RunConfig) -> None:
 
 
 def origin(data: DataConfig) -> str:
-    """Says which log it is: by its path from the root, else by its source."""
-    return str(data.path.resolve()) if data.path else data.source
+    """Says which log it is: by its path from the root, a table of Spark by its name."""
+    if data.path is None:
+        return data.source
+    return str(data.path if data.source == "spark" else data.path.resolve())
 
 
 def _hash(settings: str) -> str:

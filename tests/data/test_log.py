@@ -134,6 +134,30 @@ def test_arguments_of_another_type_are_refused() -> None:
             Log.from_table(EVENTS, **OPTIONS | options)
 
 
+def test_the_id_of_another_table_may_be_a_feature() -> None:
+    items = ITEMS.assign(user_id=["maker", "maker", "other"])
+    kinds = {"user_id": "categorical"}
+    log = Log.from_table(EVENTS, **OPTIONS | {"items": items, "item_features": kinds})
+    assert [row["user_id"] for row in rows(log.items, "item_id")] == ["maker", "other", "maker"]
+
+
+def test_a_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
+    log = Log.from_table(EVENTS, **OPTIONS)
+    log.write(tmp_path)
+    # A rating is read as a stage, and this one as the same.
+    same = [Log.read(tmp_path), Log.from_table(EVENTS.replace(5.0, 4.5), **OPTIONS)]
+    assert {each.fingerprint() for each in same} == {log.fingerprint()}
+    changes: list[dict[str, Any]] = [
+        {"rating": [5.0, 4.0, 4.0]},
+        {"item_id": [7, 8, 7]},
+        {"user": ["a", "b", "b"]},
+    ]
+    others = [Log.from_table(EVENTS.assign(**change), **OPTIONS) for change in changes]
+    items = ITEMS.assign(kind=[1.0, None, 3.0])
+    others.append(Log.from_table(EVENTS, **OPTIONS | {"items": items}))
+    assert len({each.fingerprint() for each in [log, *others]}) == 5
+
+
 def test_events_and_items_of_one_database() -> None:
     connection = ibis.duckdb.connect()
     events, items = (connection.create_table(n, t) for n, t in (("e", EVENTS), ("i", ITEMS)))

@@ -77,6 +77,7 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
     for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
+    assert kind == "hashed" or {"3", "3.0", ""} <= feature.known_texts
     # As text, too, as a client sends it.
     np.testing.assert_array_equal(feature.encode(tf.constant(["3.0", "4.0", "", "3"])), of_samples)
     # Not where the values are no integers: 3.0 is one of them then.

@@ -120,7 +120,7 @@ class Query(OfModel):
             f"{feature.name} {self.request[feature.name]!r} was in no training: taken as missing."
             for feature in retriever.features["request"]
             if feature.kind == "categorical"
-            and self.request.get(feature.name) not in (None, "", *feature.vocabulary)
+            and self.request.get(feature.name, "") not in feature.known_texts
         ]
         lacking = [
             feature.name

@@ -380,7 +380,10 @@ class Log:
         return self if self.part_of is None else self.part_of
 
     def fingerprint(self) -> str:
-        """Tells one log from another by all that its tables hold, in one pass of its engine."""
+        """Tells one log from another by what its tables hold, which its engine reads once.
+
+        The same rows give the same text in every process, by one engine; another's differs.
+        """
         hashes = []
         for name in _KEYS:
             table = getattr(self, name)

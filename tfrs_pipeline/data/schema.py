@@ -254,14 +254,17 @@ def kind_problem(kind: object) -> str:
     return f"no kind of feature; {hint}"
 
 
-def check_kinds(*features: Mapping[str, str]) -> None:
-    """Refuses (`ValueError`) features of what is no kind, and an id as a feature."""
-    for name, kind in (pair for table in features for pair in table.items()):
-        if name in ("item_id", "user_id"):
+def check_kinds(
+    items: Mapping[str, str], users: Mapping[str, str], requests: Mapping[str, str]
+) -> None:
+    """Refuses (`ValueError`) features of what is no kind, and a table's own id as a feature."""
+    for own_id, features in (("item_id", items), ("user_id", users)):
+        if own_id in features:
             raise ValueError(
-                f"{name!r} is no feature: what a model learns of an id is a setting "
-                "(use_candidate_id, use_user_id). To read it otherwise, copy the column."
+                f"{own_id!r} is no feature of its own table: what a model learns of an id is a "
+                "setting (use_candidate_id, use_user_id). To read it otherwise, copy the column."
             )
+    for name, kind in (pair for table in (items, users, requests) for pair in table.items()):
         if problem := kind_problem(kind):
             raise ValueError(f"Feature {name!r} has {sentence(problem)} Received: {kind!r}.")
 

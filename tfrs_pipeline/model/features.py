@@ -258,6 +258,18 @@ class Feature:
         return is_code and not any(value.endswith(".0") for value in self.vocabulary)
 
     @functools.cached_property
+    def known_texts(self) -> frozenset[str]:
+        """What a request may say, as text, of a categorical feature to be understood, or missing.
+
+        Example:
+            >>> sorted(Feature("shelf", "categorical", ("7", "top")).known_texts)
+            ['', '7', '7.0', 'top']
+        """
+        whole = [x for x in self.vocabulary if x.removeprefix("-").isdecimal()]
+        also = [f"{x}.0" for x in whole] if self._takes_whole_floats else []
+        return frozenset(("", *self.vocabulary, *also))
+
+    @functools.cached_property
     def _lookup(self) -> tf.keras.layers.StringLookup:
         # What is unknown has the code of the empty string, which no vocabulary holds.
         vocabulary = np.array(self.vocabulary, object)

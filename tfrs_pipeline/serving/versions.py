@@ -90,7 +90,7 @@ class ServedVersion:
         self._vocabularies = {
             of_side["request"][feature.name]: (
                 metrics.UNKNOWN_VALUES.labels(feature.name),
-                frozenset(map(str.encode, ("", *feature.vocabulary))),
+                frozenset(map(str.encode, feature.known_texts)),
             )
             for feature in self.retriever.features["request"]
             if feature.kind == "categorical"
