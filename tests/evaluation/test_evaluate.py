@@ -311,6 +311,7 @@ def test_a_retriever_that_breaks_its_contract_is_refused(spoil: Any, message: st
         ([[100]], {"exclude": "liked"}, "'liked'"),
         ([[100]], {"cutoffs": ()}, r"cutoffs .*\[\]"),
         ([[100]], {"cutoffs": (0, 5)}, r"cutoffs .*\[0, 5\]"),
+        ([[100]], {"cutoffs": ["5"]}, r"cutoffs .*\['5'\]"),
         ([[102], []], {}, "none of 2 queries .*1 were excluded"),
     ],
 )

@@ -231,6 +231,14 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
             tiny(**changes).fit(other.train, other.validation, folder=str(tmp_path))
     with pytest.raises(ValueError, match=r"made of something else \(log: "):
         tiny(training=training).fit(log, folder=str(tmp_path))
+    otherwise: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, r"validation: \['clicked', .*, now None"),
+        ({"validation": other.validation, "exclude": "none"}, r"validation: .* now \['none', "),
+        ({"validation": other.validation, "warm_start": again}, "warm_start: False, now True"),
+    )
+    for options, differ in otherwise:
+        with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
+            tiny(training=training).fit(other.train, folder=str(tmp_path), **options)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -394,3 +402,11 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Nothing to measure.*less \(evaluation.exclude\)"):
         tiny(training={"batch_size": 3}).fit(clicks, again, folder=tmp_path / "new")
     assert not (tmp_path / "new" / "checkpoints").exists()
+    # Users who clicked or saw every item have no negative, until somebody insists on exposures.
+    everything = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8]})
+    funnel = Log.from_table(everything.assign(stage=["clicked"] * 3 + ["exposed"]))
+    for log in (Log.from_table(everything), funnel):
+        with pytest.raises(DataError, match="Every user clicked or saw every item"):
+            tiny(training={"batch_size": 2}).fit(log)
+    exposed = FunnelLosers(stages=("exposed",), allow_exposed=True)
+    TrainingSet.build(funnel, tmp_path / "funnel", seed=0).check_negatives_left(exposed)

@@ -285,7 +285,7 @@ def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
 
 
 def test_other_features_and_ids_are_refused(source: TwoTower, tmp_path: Path) -> None:
-    events = pd.DataFrame({"user_id": [1] * 40, "item_id": np.arange(40)})
+    events = pd.DataFrame({"user_id": [1] * 39 + [2], "item_id": np.arange(40)})
     data = TrainingSet.build(Log.from_table(events), tmp_path, seed=0)
     model = tiny(**MODEL)
     with pytest.raises(ConfigError) as error:

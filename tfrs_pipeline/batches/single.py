@@ -16,7 +16,9 @@ INT32_MAX = np.iinfo(np.int32).max
 
 
 def check_one_batch(num_positives: int, batch_size: int) -> None:
-    """Refuses (`ValueError`) fewer positives than a batch holds."""
+    """Refuses (`ValueError`) an empty batch, and fewer positives than a batch holds."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more. Received: {batch_size}")
     if num_positives < batch_size:
         raise ValueError(
             f"A batch needs {batch_size} positives and the training part has {num_positives}: "
@@ -39,7 +41,8 @@ class SinglePositives:
             sample once an epoch.
 
     Raises:
-        ValueError: If there are fewer samples than `batch_size`, or more than one order holds.
+        ValueError: If `batch_size` is below 1, there are fewer samples, or more than one order
+            holds.
     """
 
     is_fair_draw = True

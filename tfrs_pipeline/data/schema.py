@@ -257,7 +257,7 @@ def kind_problem(kind: object) -> str:
 def check_kinds(
     items: Mapping[str, str], users: Mapping[str, str], requests: Mapping[str, str]
 ) -> None:
-    """Refuses (`ValueError`) features of what is no kind, and a table's own id as a feature."""
+    """Refuses what is no mapping, no kind, or a table's own id (`TypeError`, `ValueError`)."""
     for own_id, features in (("item_id", items), ("user_id", users)):
         if own_id in features:
             raise ValueError(

@@ -78,9 +78,12 @@ def evaluate(
             raise TypeError(f"{name} has no `retrieve`; see `Retriever`. Received: {retriever!r}.")
     if not isinstance(cutoffs, Iterable):
         raise TypeError(f"cutoffs must be a list, such as [20, 100]. Received: {cutoffs!r}.")
+    cutoffs = tuple(cutoffs)
+    if not cutoffs or not all(isinstance(k, int | np.integer) and k >= 1 for k in cutoffs):
+        raise ValueError(
+            f"cutoffs must be whole numbers of 1 or more, at least one. Received: {list(cutoffs)}."
+        )
     cutoffs = tuple(sorted(set(cutoffs)))
-    if not cutoffs or cutoffs[0] < 1:
-        raise ValueError(f"cutoffs must be 1 or more, at least one. Received: {list(cutoffs)}.")
     items, counts = Ids(holdout.candidate_ids), holdout.candidate_counts
     truth = _truth(holdout, items, exclude)
     parts = {"": np.ones(len(items), bool), **popularity_slices(counts)}

@@ -15,7 +15,7 @@ from tfrs_pipeline.batches.single import check_one_batch
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
-from tfrs_pipeline.data.schema import FeatureKind, count_rows
+from tfrs_pipeline.data.schema import DataError, FeatureKind, count_rows
 from tfrs_pipeline.durable import hold_to, is_whole, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -145,3 +145,17 @@ class TrainingSet:
         made_by = [feature.to_dict() for feature in features]
         columns = encoded_columns(folder, encoders, made_by) if features else {}
         return cls(replace(samples, request_columns=columns), corpus, report)
+
+    def check_negatives_left(self, hard: object) -> None:
+        """Refuses (`DataError`) a log in which every user clicked or saw every item.
+
+        Masks leave nothing to train on there, unless exposures are hard negatives.
+        """
+        insists = isinstance(hard, FunnelLosers) and "exposed" in hard.stages
+        never = self.report["num_known_positives"] + self.report["num_exposed"] * (not insists)
+        if never >= self.report["num_candidates"] * self.report["num_queries"]:
+            raise DataError(
+                "Every user clicked or saw every item of the training part, so that no item is "
+                "anyone's negative: there is nothing to train on. Give the log items that were not "
+                "shown to everyone, as the item table may hold."
+            )

@@ -187,8 +187,8 @@ class TwoTower:
         Raises:
             TypeError: If `train` is no log, such as a DataFrame, `validation` no holdout, an own
                 tower no layer, or `warm_start` neither of the two.
-            DataError: If there is no positive to train on, or `hard` asks for losers and there is
-                none.
+            DataError: If there is no positive to train on, no item is left as anyone's negative, or
+                `hard` asks for losers and there is none.
             ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, training diverges, several
                 workers have no folder, the folder is that of another log or other settings, an own
@@ -212,7 +212,12 @@ class TwoTower:
                     hard=funnel,
                     min_positives=self.training.min_positives,
                 )
-                hold_to(place / MADE_OF_FILE, self._made_of(train))
+                chosen_by = {
+                    "validation": validation
+                    and [exclude, len(validation), sum(map(len, validation.relevant))],
+                    "warm_start": warm_start is not None,
+                }
+                hold_to(place / MADE_OF_FILE, self._made_of(train) | chosen_by)
                 return data
 
             data = chief_first(build)
@@ -249,6 +254,7 @@ class TwoTower:
         steps done and in all. An export needs the `log` that the samples are of.
         """
         check_shared(folder)
+        data.check_negatives_left(self.settings.hard)
         # Before anything is replaced: it may be this model.
         warm_start = _trained(warm_start)
         with self._unchanged_on_failure(), naming_lost_workers():

@@ -165,14 +165,14 @@ class Samples:
             num_candidates: Corpus size, row 0 not counted.
 
         Raises:
-            ValueError: If a row is out of range, or the two differ in length.
+            ValueError: If a row is no whole number or out of range, or the two differ in length.
 
         Example:
             >>> samples = Samples.from_pairs([1, 2, 1], [5, 5, 3], num_queries=2, num_candidates=9)
             >>> samples.history(2)
             array([5], dtype=int32)
         """
-        queries, candidates = (np.asarray(x, np.int32) for x in (query_rows, candidate_rows))
+        queries, candidates = np.asarray(query_rows), np.asarray(candidate_rows)
         if len(queries) != len(candidates):
             raise ValueError(
                 "query_rows and candidate_rows must be of one length. "
@@ -182,11 +182,14 @@ class Samples:
             ("query_rows", queries, num_queries),
             ("candidate_rows", candidates, num_candidates),
         ):
+            if len(rows) and not np.issubdtype(rows.dtype, np.integer):
+                raise ValueError(f"{name} must be whole numbers. Received: {rows.dtype}")
             if len(rows) and not 1 <= rows.min() <= rows.max() <= last:
                 raise ValueError(
                     f"{name} must lie in 1 .. {last}: row 0 is 'unknown'. "
                     f"Received: {rows.min()} to {rows.max()}"
                 )
+        queries, candidates = queries.astype(np.int32), candidates.astype(np.int32)
         order = np.argsort(queries, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(queries, minlength=num_queries + 1))])
         num_earlier = np.empty(len(queries), np.int32)
