@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import ErrorDetails
 
 from tfrs_pipeline.messages import suggest
@@ -81,9 +81,15 @@ def _some(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
-# Types of settings that list values, none of them twice; of `Several` there is one at least.
-Distinct: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct)]
-Several: TypeAlias = Annotated[tuple[T, ...], AfterValidator(_distinct), AfterValidator(_some)]
+def _alone(values: Any) -> Any:
+    return (values,) if isinstance(values, str | int | float) else values
+
+
+# Types of settings that list values, of which one may be given alone; of `Distinct` none is there
+# twice, and of `Several` there is one at least.
+Listed: TypeAlias = Annotated[tuple[T, ...], BeforeValidator(_alone)]
+Distinct: TypeAlias = Annotated[Listed[T], AfterValidator(_distinct)]
+Several: TypeAlias = Annotated[Distinct[T], AfterValidator(_some)]
 
 
 def refuse(problems: Iterable[tuple[str, str]]) -> None:

@@ -225,7 +225,7 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
         ({"training": {**training, "learning_rate": 0.5}}, "learning_rate: 0.02, now 0.5"),
         ({"training": training, "temperature": 0.9}, "temperature: .*, now 0.9"),
         ({"training": training, "seed": 9}, "seed: 0, now 9"),
-        ({"training": training, "query_tower": OwnQueries()}, "query_tower: 'NoneType', now 'Own"),
+        ({"training": training, "query_tower": OwnQueries()}, "query_tower: None, now 'Own"),
     ):
         with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
             tiny(**changes).fit(other.train, other.validation, folder=str(tmp_path))

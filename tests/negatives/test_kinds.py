@@ -168,6 +168,43 @@ def test_refusals_of_counts() -> None:
             Mixture(kinds, frame_of([0, 1], batch_size))
 
 
+class Own:
+    """An own kind that draws what it is told."""
+
+    def __init__(self, drawn: Any, *counts: float) -> None:
+        self.drawn, self.counts = drawn, np.array([0.0, *counts])
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.convert_to_tensor(self.drawn)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        return self.counts
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        ([0, 1, 2], r"rows in 1 \.\. 3: row 0 is 'unknown'. Received: 0 to 2"),
+        ([2, 3, 4], "Received: 2 to 4"),
+        ([1, 3], "candidate 3, whose expected_count is 0"),
+        ([1.0, 2.0], "a vector of whole numbers. Received: float32 of shape"),
+        ([[1], [2]], r"Received: int32 of shape \(2, 1\)"),
+    ],
+)
+def test_an_own_kind_that_draws_what_it_does_not_expect_is_refused(
+    drawn: Any, message: str
+) -> None:
+    frame = frame_of([0, 3, 1, 0], 4)
+    with pytest.raises(ValueError, match=rf"Own .*draw .*{message}"):
+        Mixture([InBatch(), Own(drawn, 1, 1, 0)], frame)
+
+
+def test_an_own_kind_may_draw_longer_integers() -> None:
+    frame = frame_of([0, 3, 1], 2)
+    mixture = Mixture([InBatch(), Own(np.array([2, 1]), 1, 1)], frame)
+    assert mixture.draw(tf.constant([1, 1]), [0, 0]).numpy().tolist() == [1, 1, 2, 1]
+
+
 def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
     class Drawn:
         draw = Uniform.draw
@@ -199,7 +236,6 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (FunnelLosers, {"share": 1.0}, "share must be in"),
         (FunnelLosers, {"stages": ()}, "stages must be one or more"),
         (FunnelLosers, {"stages": ("foo",)}, r"one or more of retrieved, .*\('foo',\)"),
-        (FunnelLosers, {"stages": "retrieved"}, "one or more of retrieved, .*'retrieved'"),
         (FunnelLosers, {"stages": ("ranked", "ranked")}, "each once"),
         (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
         (FunnelLosers, {"min_pool": -1}, "min_pool must be a whole number, 0 or more"),
@@ -216,3 +252,10 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
 def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+def test_equal_settings_are_one_however_they_are_written() -> None:
+    """A folder of samples is known by how they print."""
+    written: Any = {"stages": "retrieved", "window_hours": 24, "bottom_share": 1}
+    losers = FunnelLosers(stages=("retrieved",), window_hours=24.0, bottom_share=1.0)
+    assert repr(FunnelLosers(**written)) == repr(losers)

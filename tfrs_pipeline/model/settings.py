@@ -13,7 +13,7 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.settings import Config, Distinct, from_text, refuse
+from tfrs_pipeline.settings import Config, Distinct, Listed, from_text, refuse
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Combination: TypeAlias = Literal["concat", "sum"]
@@ -52,7 +52,7 @@ class TwoTowerSettings(Config):
     normalize: bool = True
     """Whether embeddings have length 1, so that scores are cosines, plus an item's bias if there is
     one."""
-    hidden_layers: tuple[PositiveInt, ...] = ()
+    hidden_layers: Listed[PositiveInt] = ()
     """Sizes of the hidden layers of each tower."""
     combination: Combination = "concat"
     """How a tower combines its inputs: concat, end to end, mapped by its layers; or sum, each

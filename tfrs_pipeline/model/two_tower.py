@@ -41,6 +41,7 @@ from tfrs_pipeline.model.notes import (
     describe_sample,
     epoch_writer,
 )
+from tfrs_pipeline.model.own import describe_own, is_own
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -51,17 +52,13 @@ from tfrs_pipeline.model.settings import (
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
 from tfrs_pipeline.model.warm_start import Trained, WarmStart
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.negatives.uniform import Uniform
+from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.samples.histories import latest_histories
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.settings import refuse
 
-BUILT_IN = (InBatch, Uniform, Popularity)
 _NOT_FITTED = "The model is not fitted: call fit first."
 
 TowerLike: TypeAlias = tf.keras.layers.Layer | Callable[[Corpus], tf.keras.layers.Layer]
@@ -117,14 +114,17 @@ class TwoTower:
         name: str = "two_tower",
         **changes: Any,
     ) -> None:
+        for value, kind in ((settings, TwoTowerSettings), (training, TrainingSettings)):
+            if not isinstance(value, kind | None):
+                raise TypeError(f"Needs a tp.{kind.__name__}(...). Received: {value!r}.")
         given = settings.model_dump() if settings else {}
         if negatives is not None and not isinstance(negatives, list | tuple):
             raise TypeError(f"negatives must be a list of kinds. Received: {negatives!r}.")
         own: list[Any] = []
         if negatives is not None:
             # Own kinds are no settings: they cannot be written into a file.
-            own = [kind for kind in negatives if _is_own(kind)]
-            changes["negatives"] = tuple(kind for kind in negatives if not _is_own(kind))
+            own = [kind for kind in negatives if is_own(kind)]
+            changes["negatives"] = tuple(kind for kind in negatives if not is_own(kind))
         refuse(
             (name, f"is a setting of the training: training=tp.TrainingSettings({name}={value!r})")
             for name, value in changes.items()
@@ -175,7 +175,8 @@ class TwoTower:
                 starts from (`WarmStart` says how): of the same shape, trained on nothing that
                 validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
-                training, of the same log and settings. None is a temporary folder. Several workers
+                training, of the same log and settings, and the same own code as far as its text
+                tells. None is a temporary folder. Several workers
                 need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
@@ -217,7 +218,7 @@ class TwoTower:
                     and [exclude, len(validation), sum(map(len, validation.relevant))],
                     "warm_start": warm_start is not None,
                 }
-                hold_to(place / MADE_OF_FILE, self._made_of(train) | chosen_by)
+                hold_to(place / MADE_OF_FILE, self._made_of(train, data.samples) | chosen_by)
                 return data
 
             data = chief_first(build)
@@ -385,15 +386,15 @@ class TwoTower:
         embeddings = self.network.embed_corpus()
         return ExactRetriever(self.candidate_ids, embeddings, self._query_encoder)
 
-    def _made_of(self, log: Log) -> dict[str, Any]:
+    def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
+        frame = SamplingFrame.of_counts(samples.counts, self.training.batch_size)
         return {
             **self.settings.model_dump(mode="json"),
             **self.training.model_dump(mode="json"),
             "seed": self.seed,
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
-            "own_negatives": [type(kind).__name__ for kind in self.negatives if _is_own(kind)],
-            **{name: type(tower).__name__ for name, tower in self._towers.items()},
+            **describe_own(self.negatives, self._towers, frame),
         }
 
     def _validate(
@@ -547,8 +548,3 @@ def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             "one."
         )
     return layer
-
-
-def _is_own(kind: object) -> bool:
-    """Whether this is a kind of negative that no setting can say."""
-    return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BeforeValidator
 
 from tfrs_pipeline.messages import check_whole
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
-# As typed after a flag: with commas between.
-Stages = Annotated[
-    tuple[HardStage, ...], BeforeValidator(lambda x: x.split(",") if isinstance(x, str) else x)
-]
+
+
+def _split(stages: object) -> object:
+    """Reads stages as typed after a flag, with commas between."""
+    return stages.split(",") if isinstance(stages, str) else stages
+
+
+Stages = Annotated[tuple[HardStage, ...], BeforeValidator(_split)]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class FunnelLosers:
 
     def __post_init__(self) -> None:
         check_share(self.share)
+        # However they were written, equal ones are one setting.
+        object.__setattr__(self, "stages", tuple(cast(Any, _split(self.stages))))
+        for name in ("window_hours", "bottom_share"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         known, given = get_args(HardStage), set(self.stages)
         if not given or not given <= set(known) or len(given) < len(self.stages):
             raise ValueError(

@@ -30,6 +30,8 @@ import tensorflow as tf
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
+_NUM_TRIES = 16  # Of draws, before training: enough for a slip that most batches have.
+
 
 class Mixture:
     """Kinds of shared negatives drawn together, and the log_q of what they draw.
@@ -49,7 +51,8 @@ class Mixture:
     Raises:
         TypeError: If something is no kind of negative.
         ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if there is no negative at all.
+            row 0 a count; if it draws what is no candidate, or has a count of 0; if there is no
+            negative at all.
 
     Example:
         The negatives of a batch for a loss of one's own, of items counted 3 and 1 times:
@@ -72,6 +75,7 @@ class Mixture:
         num_in_batch = 0
         for kind in self._negatives:
             count = _checked_count(kind, frame)
+            _check_draws(kind, frame, count)
             self.expected_count += count
             if isinstance(kind, InBatch):
                 num_in_batch += 1
@@ -114,7 +118,7 @@ class Mixture:
             )
             for i, kind in enumerate(self._negatives)
         ]
-        return tf.concat(drawn, axis=0)
+        return tf.concat([tf.cast(rows, tf.int32) for rows in drawn], axis=0)
 
     def log_q(self, candidate_rows: tf.Tensor) -> tf.Tensor:
         """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`."""
@@ -142,3 +146,29 @@ def _checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
             f"Received: {count.min()} to {count.max()}, {count[0]} at row 0"
         )
     return count
+
+
+def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
+    """Tries a few draws of a kind: they must be candidates that it expects to draw."""
+    can_be_positive = np.flatnonzero(frame.q_positive)
+    if not len(can_be_positive):  # Yet to be estimated.
+        can_be_positive = np.arange(1, frame.num_candidates + 1)
+    positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
+    drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
+    rows = np.concatenate([np.asarray(each) for each in drawn])
+    if not np.issubdtype(rows.dtype, np.integer) or rows.ndim != 1:
+        raise ValueError(
+            f"{kind}: draw must return a vector of whole numbers. Received: {rows.dtype} of shape "
+            f"{np.shape(drawn[0])}"
+        )
+    if rows.size and not 1 <= rows.min() <= rows.max() <= frame.num_candidates:
+        raise ValueError(
+            f"{kind}: draw must return candidate rows in 1 .. {frame.num_candidates}: row 0 is "
+            f"'unknown'. Received: {rows.min()} to {rows.max()}"
+        )
+    if rows.size and not isinstance(kind, InBatch) and not count[rows].all():
+        never = rows[count[rows] == 0][0]
+        raise ValueError(
+            f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would be "
+            "that of another draw"
+        )

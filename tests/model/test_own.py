@@ -1,0 +1,60 @@
+"""What is told of a user's own kinds and towers: another text wherever they are others."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.own import describe_own
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.protocol import SamplingFrame
+
+
+class Top:
+    """Draws the first candidates."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.range(1, self.num + 1)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        rows = np.arange(frame.num_candidates + 1)
+        return ((rows > 0) & (rows <= self.num)).astype(float)
+
+
+class Wide(tf.keras.layers.Layer):
+    """A layer that does not say what it was made with."""
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.table = tf.keras.layers.Embedding(3, width)
+
+
+def one(corpus: Corpus) -> tf.keras.layers.Layer:
+    return tf.keras.layers.Dense(2)
+
+
+def other(corpus: Corpus) -> tf.keras.layers.Layer:
+    return tf.keras.layers.Dense(2, use_bias=False)
+
+
+def test_another_kind_or_tower_is_another_text() -> None:
+    frame = SamplingFrame.of_counts([0, 3, 1, 2], 4)
+
+    def told(num: int, tower: object) -> str:
+        return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
+
+    towers = [None, one, other, lambda corpus: one(corpus), Wide(2)]
+    towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(3)]
+    texts = [told(num, tower) for num in (1, 2) for tower in towers]
+    assert len(set(texts)) == len(texts)
+    # Another object of the same kind, as another process makes it.
+    assert told(1, Wide(2)) == texts[4]
+    assert told(2, tf.keras.layers.Dense(3)) == texts[-1]
+    assert describe_own([InBatch()], {"query_tower": None}, frame) == {
+        "own_negatives": [],
+        "query_tower": None,
+    }
