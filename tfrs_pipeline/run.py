@@ -140,7 +140,8 @@ def _conclude(
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
             measured: dict[str, Retriever] = {**models, **baselines}
-            served = version_in_service(model_folder, ids, listed) if is_compared else None
+            users = data.split.log.users
+            served = version_in_service(model_folder, ids, listed, users) if is_compared else None
             if served is not None:
                 measured[IN_SERVICE] = served
             evaluation = evaluate_all(config, measured, data.test, step.on_progress)

@@ -1,11 +1,15 @@
-"""The version in service beside a run whose ids are of another type."""
+"""The version in service is asked as in service, whatever a run has that it has not."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import tfrs_pipeline as tp
 from tests.serving.conftest import Exported, Served
+from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.gate import version_in_service
 
 
@@ -32,3 +36,28 @@ def test_request_features_that_are_new_in_a_run_say_nothing(
     expected_ids, expected = in_service.retrieve(queries, 5)
     assert ids.tolist() == expected_ids.tolist()
     np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.parametrize("user_data", [True, False])
+def test_users_have_their_features_in_a_version_without_user_data(
+    user_data: bool, tmp_path: Path
+) -> None:
+    """As requests bring them, whatever their type; without the log they are missing."""
+    users = pd.DataFrame({"user_id": range(8), "seg": [*"aabb"] * 2, "age": [*range(7), None]})
+    users["tags"] = [[tag] * (tag != "b") for tag in users["seg"]]
+    kinds = {"seg": "categorical", "age": "numeric", "tags": "multi_categorical"}
+    clicks = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
+    log = tp.Log.from_table(clicks, users=users, user_features=kinds)
+    training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
+    model = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
+    tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
+    queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
+    expected_ids, expected = model.retrieve(queries, 10)
+    served = version_in_service(tmp_path / "m", log.listed_ids, users=log.users)
+    assert served is not None
+    ids, scores = served.retrieve(queries, 10)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert ids.tolist() == expected_ids.tolist()
+    alone = version_in_service(tmp_path / "m", log.listed_ids)
+    assert alone is not None
+    assert np.allclose(alone.retrieve(queries, 10)[1], expected, atol=1e-5) == user_data

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import ibis
 import numpy as np
 
 from tfrs_pipeline.data.holdout import Holdout
@@ -21,15 +23,19 @@ IN_SERVICE = "in_service"  # The version's name among what is evaluated.
 
 
 def version_in_service(
-    folder: Path, candidate_ids: np.ndarray, exported: np.ndarray | None = None
+    folder: Path,
+    candidate_ids: np.ndarray,
+    exported: np.ndarray | None = None,
+    users: ibis.Table | None = None,
 ) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
     the items it finds those that the new model has, too; it cannot find what is new. `exported` are
     the candidates that the new model's export retrieves, None if all. The new model is measured
-    with the others as well, so this version finds them too, by id, if it was trained on them. A
-    `ValueError` if it has none of the candidates.
+    with the others as well, so this version finds them too, by id, if it was trained on them. Of an
+    export without user data, requests bring the user's features: here `users`, the log's user
+    table, does. A `ValueError` if it has none of the candidates.
     """
     if not versions_of(folder):
         return None
@@ -54,15 +60,40 @@ def version_in_service(
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
     read = request_signature(retriever.features["request"], reads_times=True)
 
+    of_user = None
+    names = [x.name for x in retriever.features["query"] if users is not None and x.name in users]
+    if names and not retriever.manifest.get("user_data", True):
+        of_user = _feature_reader(users, names)
+
     def embed(queries: Sequence[Query]) -> np.ndarray:
         # A request feature that is new in this run says nothing to the version in service.
         given = [query.get("request") or {} for query in queries]
         requests = [{name: x for name, x in of.items() if name in read} for of in given]
-        return retriever.embed_queries(
-            [{**query, "request": of} for query, of in zip(queries, requests, strict=True)]
-        )
+        asked: list[Query] = [
+            {**query, "request": of} for query, of in zip(queries, requests, strict=True)
+        ]
+        if of_user is not None:
+            features = of_user([query["user_id"] for query in queries])
+            asked = [{**query, "features": x} for query, x in zip(asked, features, strict=True)]
+        return retriever.embed_queries(asked)
 
     return ExactRetriever(known, embeddings, embed)
+
+
+def _feature_reader(
+    users: ibis.Table, names: Sequence[str]
+) -> Callable[[Sequence[Any]], list[dict[str, Any]]]:
+    """Makes a function that looks up the raw features of users by their ids; none of unknown."""
+    table = users.select("user_id", *names).order_by("user_id").to_pyarrow()
+    ids = Ids(as_id_array(table["user_id"].to_pylist()))
+    columns = table.select(names)
+
+    def read(user_ids: Sequence[Any]) -> list[dict[str, Any]]:
+        rows = ids.rows(as_id_array(user_ids))
+        found = iter(columns.take(rows[rows > 0] - 1).to_pylist())
+        return [next(found) if row else {} for row in rows]
+
+    return read
 
 
 def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
