@@ -256,6 +256,26 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
     assert found[True] != pytest.approx(expected, abs=1e-5)
 
 
+def test_a_run_that_was_killed_after_its_export_keeps_its_version(place: Path, warm: Warm) -> None:
+    """It is neither exported again nor measured beside itself."""
+    metrics_file = warm.result.folder / "metrics.json"
+    kept = metrics_file.read_bytes()
+    metrics_file.unlink()
+    settings = {"warm_start": model_folder(place), "export.gate": True}
+    notes: dict[str, list[str]] = {}
+    again = run(
+        today(place, **settings),
+        warm.result.folder,
+        on_step=lambda report: notes.update({report.name: report.notes}),
+    )
+    assert versions_of(model_folder(place)) == [1, 2]
+    assert again.export_folder == warm.result.export_folder
+    for name in ("models", "differences", "index"):
+        assert again.metrics[name] == warm.result.metrics[name]
+    assert notes["export"][0].endswith("2, exported before the run was stopped, is kept")
+    metrics_file.write_bytes(kept)
+
+
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:
     assert warm.alone == ["evaluate", "export"]
 
@@ -428,6 +448,9 @@ def test_what_cannot_be_started_from_is_said(
     # The folder may have been used again, by a run that a gate has refused.
     write_record(version / MANIFEST_FILE, {"run": str(yesterday.folder), "metrics": {}})
     assert "where another run is now" in refused(version)
+    version = model_folder(place) / "1"
+    with pytest.raises(ConfigError, match=r"made by this very run, which began from nothing"):
+        with_source(today(place, warm_start=version), yesterday.folder.parent / "yesterday")
     # A run that is finished is given back without what it has started from.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))

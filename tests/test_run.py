@@ -444,12 +444,14 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.export_folder == of_ratings.export_folder
     assert [report.name for report in reports] == ["finished before"]
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
+    # From another folder, too.
+    assert again.export_folder is not None
+    assert again.export_folder.is_absolute()
     # Where another run's version has its number, it is not the run's own.
     others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
     assert has_own_version(again.metrics)
     assert not has_own_version({**again.metrics, "models": others})
     # Nor does it go before others that are in service, such as after a rollback.
-    assert again.export_folder is not None
     other = again.export_folder.rename(again.export_folder.parent / "7")
     once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
     assert once_more.metrics == again.metrics

@@ -1,5 +1,6 @@
 """A run's folder: its own settings or none, one process at a time, nothing of refused input."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,23 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -
     ):
         pass
     assert read_settings(tmp_path / "run") == config
+
+
+@pytest.mark.parametrize("left", ["metrics.json", "checkpoints/last"])
+def test_settings_stay_where_the_data_was_deleted(
+    config: RunConfig, tmp_path: Path, left: str
+) -> None:
+    folder = tmp_path / "run"
+    begin(config, folder)
+    shutil.rmtree(folder / "data")
+    (folder / left).parent.mkdir(exist_ok=True)
+    (folder / left).write_text("{}")
+    with (
+        pytest.raises(ValueError, match="other settings"),
+        claim_folder(with_settings(config, {"seed": 7}), folder, is_run=True),
+    ):
+        pass
+    assert read_settings(folder) == config
 
 
 def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: Path) -> None:
@@ -161,6 +179,15 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     ):
         pytest.fail("the work began")
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
+    (tmp_path / "saved_models").unlink()
+    (tmp_path / "saved_models").symlink_to(tmp_path / "not mounted")
+    with (
+        pytest.raises(
+            StorageError, match=r"saved_models: is a link to .*not mounted, which is not"
+        ),
+        claim_folder(config, tmp_path / "run", is_run=True),
+    ):
+        pytest.fail("the work began")
     with claim_folder(config, tmp_path / "run", is_run=False):
         pass
     unexported = with_settings(config, {"export.index": "none"})
@@ -183,6 +210,17 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     write_record(written, about)
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
+    # What a killed export left behind is no model.
+    left = written.parents[1] / ".partial-1" / "manifest.json"
+    left.parent.mkdir()
+    write_record(left, {"config": {"data": {"path": "b/log.csv", "source": ""}}, "log": "other"})
+    check_model_name(config)
+    # A link to the file of the day is one log, wherever it leads to.
+    (tmp_path / "log.csv").symlink_to(tmp_path / "monday.csv")
+    of_day = origin(of_clicks("log.csv").data)
+    (tmp_path / "log.csv").unlink()
+    (tmp_path / "log.csv").symlink_to(tmp_path / "tuesday.csv")
+    assert origin(of_clicks("log.csv").data) == of_day
     # Not another's of the same path below another folder.
     (tmp_path / "c").mkdir()
     with monkeypatch.context() as elsewhere:

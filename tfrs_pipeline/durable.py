@@ -195,6 +195,8 @@ def try_writing(folder: Path) -> None:
     """
     place = folder
     while not place.exists() and place != place.parent:
+        if place.is_symlink():  # Such as to a disk that is not mounted.
+            raise _storage_error(place, f"is a link to {os.readlink(place)}, which is not there")
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place) as file:

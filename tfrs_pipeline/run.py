@@ -17,7 +17,14 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.durable import file_hash, is_whole, part_files, read_record, write_record
+from tfrs_pipeline.durable import (
+    Damaged,
+    file_hash,
+    is_whole,
+    part_files,
+    read_record,
+    write_record,
+)
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import counted
@@ -42,7 +49,7 @@ from tfrs_pipeline.serving.gate import (
     version_in_service,
 )
 from tfrs_pipeline.serving.index import search_of
-from tfrs_pipeline.serving.publish import NotPublished, publishing, versions_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit, variants
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
@@ -140,8 +147,11 @@ def _conclude(
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
             measured: dict[str, Retriever] = {**models, **baselines}
+            own = _own_version(config, folder)
             users = data.split.log.users
-            served = version_in_service(model_folder, ids, listed, users) if is_compared else None
+            served = None
+            if is_compared:
+                served = version_in_service(model_folder, ids, listed, users, without=own)
             if served is not None:
                 measured[IN_SERVICE] = served
             evaluation = evaluate_all(config, measured, data.test, step.on_progress)
@@ -152,24 +162,19 @@ def _conclude(
         metrics = _metrics(config, data, models, evaluation)
         if config.export.index == "none":
             return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
+        if own is not None:
+            return _adopt(own, folder, metrics, step)
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, step)
             if served is not None:
                 known = {"in_service": served.corpus.values, "exported": listed}
                 report.notes.append(describe_lacking(data.test, config.evaluation.exclude, **known))
-            tables = sorted((folder / "data").glob("*.parquet"))
-            data_files = [file for table in tables for file in part_files(table)]
             export_folder, metrics["index"] = export_model(
                 config,
                 models["two_tower"],
                 data.test,
                 manifest={
-                    "run": str(folder.resolve()),
-                    "log": origin(config.data),
-                    "data": {
-                        path.relative_to(folder / "data").as_posix(): file_hash(path)
-                        for path in data_files
-                    },
+                    **_trained_on(config, folder),
                     "counts": data.final.report,
                     "metrics": metrics["models"]["two_tower"],
                 },
@@ -181,7 +186,41 @@ def _conclude(
                 )
             report.notes.append(describe_index(metrics["index"], len(listed)))
             report.notes.append("a fresh process loaded the export and gave the same answers")
-    return _keep(folder, {**metrics, "export_folder": str(export_folder)}, step)
+    return _keep(folder, {**metrics, "export_folder": str(export_folder.resolve())}, step)
+
+
+def _trained_on(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Says in a manifest which run made a version, and of which data."""
+    data = folder / "data"
+    files = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
+    return {
+        "run": str(folder.resolve()),
+        "log": origin(config.data),
+        "data": {file.relative_to(data).as_posix(): file_hash(file) for file in files},
+    }
+
+
+def _own_version(config: RunConfig, folder: Path) -> Path | None:
+    """Finds the version that this run has exported, if it was killed right after that."""
+    expected = {"config": config.model_dump(mode="json"), **_trained_on(config, folder)}
+    for number in reversed(versions_of(config.model_folder)):
+        version = config.model_folder / str(number)
+        try:
+            manifest = read_record(version / MANIFEST_FILE, check_files=False)
+        except Damaged:
+            continue
+        if "refreshed" not in manifest and expected.items() <= manifest.items():
+            return version
+    return None
+
+
+def _adopt(version: Path, folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
+    """Finishes a run whose version is there already."""
+    with step("export") as report:
+        index = read_record(version / MANIFEST_FILE, check_files=False)["index"]
+        report.notes.append(f"{version}, exported before the run was stopped, is kept")
+    made = {"index": index, "export_folder": str(version.resolve())}
+    return _keep(folder, {**metrics, **made}, step)
 
 
 def _keep(folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:

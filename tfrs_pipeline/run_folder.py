@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_settings(folder: Path) -> RunConfig:
 def _settle_settings(config: RunConfig, folder: Path) -> None:
     """Writes the settings into a folder, or checks that they are those of what it holds."""
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
-    if not (folder / "data" / "log.json").exists():
+    if not any((folder / x).exists() for x in ("data/log.json", "checkpoints", METRICS_FILE)):
         _write_settings(config, folder)
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
@@ -188,6 +189,12 @@ def with_source(config: RunConfig, folder: Path) -> RunConfig:
     source = Path(made_by)
     if Path(made_by).resolve() == folder.resolve():
         source = read_settings(folder).warm_start
+        if source is None:
+            message = (
+                f"{version} was made by this very run, which began from nothing. To train on from "
+                "it, give another --run-dir"
+            )
+            raise ConfigError([("warm_start", message)])
     return config.model_copy(update={"warm_start": source})
 
 
@@ -204,7 +211,8 @@ def check_model_name(config: RunConfig) -> None:
         raise ConfigError([("export.name", message)])
     if config.export.index == "none":
         return
-    for path in config.model_folder.glob(f"*/{MANIFEST_FILE}"):
+    for number in versions_of(config.model_folder):
+        path = config.model_folder / str(number) / MANIFEST_FILE
         # A model that Python exported has no config: of what data it is, nobody knows.
         manifest = read_record(path, check_files=False)
         theirs = manifest.get("config", {}).get("data")
@@ -221,7 +229,8 @@ def origin(data: DataConfig) -> str:
     """Says which log it is: by its path from the root, a table of Spark by its name."""
     if data.path is None:
         return data.source
-    return str(data.path if data.source == "spark" else data.path.resolve())
+    # A link stays: today's file may be another than yesterday's.
+    return str(data.path) if data.source == "spark" else os.path.abspath(data.path)
 
 
 def _hash(settings: str) -> str:

@@ -1,9 +1,11 @@
 """What tells a reloaded model's answers from those that it should give."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tfrs_pipeline.serving.check import _difference
+from tfrs_pipeline.serving.check import _difference, prove
 
 EXPECTED = {
     "candidate_ids": np.array([[5, 3, 8, -1]]),
@@ -47,3 +49,13 @@ def test_text_ids_are_compared_as_text() -> None:
     assert _difference(expected, {**expected, "candidate_ids": encoded}) == ""
     encoded[0, 0] = b"e"
     assert "1 of 4" in _difference(expected, {**expected, "candidate_ids": encoded})
+
+
+@pytest.mark.slow
+def test_files_of_the_working_directory_are_no_modules_of_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("jobs = []")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    prove({}, [], [], {})

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from tfrs_pipeline.serving import connections
 from tfrs_pipeline.serving.connections import Connection, Server
+from tfrs_pipeline.serving.metrics import REQUEST_SECONDS
 
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -103,6 +104,7 @@ def test_headers_that_never_end_are_cut_off(running: Running) -> None:
 
 
 def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -> None:
+    refused_before = REQUEST_SECONDS.labels("none", 503)._sum.get()
     with contextlib.ExitStack() as stack:
         kept = [stack.enter_context(running.open()) for _ in range(3)]
         for connection in kept:
@@ -113,6 +115,13 @@ def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -
             assert "retry-after: 1" in head
             assert "connection: close" in head
             assert set(json.loads(body)) == {"error"}
+        # One that is silent takes nobody's place.
+        with running.open() as silent:
+            for connection in kept:
+                assert answer(connection).startswith("HTTP/1.1 200")
+            assert answer(silent).startswith("HTTP/1.1 503")
+        # By now the first one is counted.
+        assert REQUEST_SECONDS.labels("none", 503)._sum.get() > refused_before
         kept.pop().close()
         while not answer(stack.enter_context(running.open())).startswith("HTTP/1.1 200"):
             pass
@@ -141,3 +150,17 @@ def test_a_server_that_stops_answers_what_comes_and_says_that_it_closes(running:
     running.thread.join()
     with pytest.raises(ConnectionRefusedError):
         running.open()
+
+
+@pytest.mark.parametrize("is_loading", [True, False])
+def test_a_load_is_not_waited_for(
+    running: Running, is_loading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(connections.os, "_exit", codes.append)
+    running.server._is_loading = lambda: is_loading
+    with running.open() as connection:
+        assert answer(connection).startswith("HTTP/1.1 200")
+    running.server.should_exit = True
+    running.thread.join()
+    assert codes == [0] * is_loading

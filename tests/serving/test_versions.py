@@ -157,6 +157,19 @@ def test_a_folder_gone_for_a_while_changes_nothing(model: ModelVersions, folder:
     assert served(model).number == 1
 
 
+def test_a_link_is_served_by_its_own_name_and_followed_anew(folder: Path) -> None:
+    live, other = folder.with_name("live"), folder.with_name("other")
+    put(other, 1, "other")
+    live.symlink_to(folder)
+    model = versions_of(live)
+    model.load_first()
+    assert (model.name, served(model).payload) == ("live", "")
+    live.unlink()
+    live.symlink_to(other)
+    model.refresh()
+    assert served(model).payload == "other"
+
+
 def test_a_version_by_itself_stays(folder: Path) -> None:
     model = versions_of(folder / "1")
     model.load_first()

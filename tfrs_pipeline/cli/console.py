@@ -145,8 +145,11 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
             again = [program(), "run", "--run-dir", str(result.folder), "--export.index", "auto"]
             say(console, f"\nnext:  {shlex.join(again)}")
         return
-    say(console, f"model    {result.export_folder}")
-    command = [program(), "query", str(result.export_folder.parent)]
+    made = result.export_folder
+    if made.is_relative_to(Path.cwd()):
+        made = made.relative_to(Path.cwd())
+    say(console, f"model    {made}")
+    command = [program(), "query", str(made.parent)]
     user = str(result.metrics["examples"][0]["user_id"])
     # Joined by "=", since an id may begin with a hyphen.
     command.append(f"--user={user}" if config.export.user_data else "--history=ITEM")

@@ -8,6 +8,7 @@ Exits with 0 if they are the same, else with 1 and the difference on standard er
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,8 +85,11 @@ def prove(
             for role, tensors in (("input", inputs), ("output", outputs)):
                 arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
         np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)
-    command = [sys.executable, "-m", "tfrs_pipeline.serving.check", *map(str, modules)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Files of the working directory, such as a queue.py, are no modules there.
+    command = [sys.executable, "-P", "-m", "tfrs_pipeline.serving.check", *map(str, modules)]
+    places = str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     for folder in modules:
         (folder / PROBE_FILE).unlink()
     if done.returncode:

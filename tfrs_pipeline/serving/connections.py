@@ -9,7 +9,11 @@ byte of an answer, was not read, and can be sent again. New connections are refu
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import socket
+import sys
+from collections.abc import Callable, Sized
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -18,15 +22,19 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tfrs_pipeline.serving.metrics import CountRequests
+
 # For the headers of a request, from the opening of its connection or its first byte.
 HEADER_SECONDS = 10.0
 # For requests on connections that are taken after a signal to stop, and then for those on the last.
 DRAIN_SECONDS, LAST_SECONDS = 1.0, 0.5
 
-_BUSY = JSONResponse(
-    {"error": "Too many connections are open; --max-connections is the limit."},
-    503,
-    {"Retry-After": "1", "Connection": "close"},
+_BUSY = CountRequests(
+    JSONResponse(
+        {"error": "Too many connections are open; --max-connections is the limit."},
+        503,
+        {"Retry-After": "1", "Connection": "close"},
+    )
 )
 
 
@@ -34,17 +42,20 @@ class Connection(H11Protocol):
     """A connection whose request headers have to come in time."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _is_one_too_many = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for a request."""
         super().connection_made(transport)
         self.limit_concurrency = None  # uvicorn's own 503 names no time.
+        # Those before it go on.
+        self._is_one_too_many = self._is_over(self.connections)
         self._expect_headers(True)
 
     def data_received(self, data: bytes) -> None:
         """Reads on, or says that there are too many connections, or tasks whose client has gone."""
-        limit = self.config.limit_concurrency
-        is_busy = limit is not None and max(len(self.connections), len(self.tasks)) > limit
+        is_busy = self._is_one_too_many and self._is_over(self.connections)
+        is_busy = is_busy or self._is_over(self.tasks)
         self.app = _BUSY if is_busy else self.config.loaded_app
         super().data_received(data)
         self._expect_headers(self.cycle is None or self.cycle.response_complete)
@@ -53,6 +64,10 @@ class Connection(H11Protocol):
         """Waits for nothing more."""
         self._expect_headers(False)
         super().connection_lost(exc)
+
+    def _is_over(self, members: Sized) -> bool:
+        limit = self.config.limit_concurrency
+        return limit is not None and len(members) > limit
 
     def _expect_headers(self, is_expected: bool) -> None:
         # Further bytes of the same headers do not move the deadline.
@@ -64,7 +79,17 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that answers what comes while its clients learn that it stops."""
+    """A server that answers what comes while its clients learn that it stops.
+
+    Where `is_loading` says so at the end, the process ends at once: a load that goes on in its
+    thread cannot be stopped, and would be waited for.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, is_loading: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__(config)
+        self._is_loading = is_loading
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops as the module says."""
@@ -75,6 +100,10 @@ class Server(uvicorn.Server):
             listener.close()
         await self._sleep(LAST_SECONDS)
         await super().shutdown(sockets)
+        if self._is_loading():
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)
 
     async def _sleep(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.05)):

@@ -27,6 +27,7 @@ def version_in_service(
     candidate_ids: np.ndarray,
     exported: np.ndarray | None = None,
     users: ibis.Table | None = None,
+    without: Path | None = None,
 ) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
@@ -35,11 +36,15 @@ def version_in_service(
     the candidates that the new model's export retrieves, None if all. The new model is measured
     with the others as well, so this version finds them too, by id, if it was trained on them. Of an
     export without user data, requests bring the user's features: here `users`, the log's user
-    table, does. A `ValueError` if it has none of the candidates.
+    table, does. `without` is a version that is passed over. A `ValueError` if it has none of the
+    candidates.
     """
-    if not versions_of(folder):
+    versions = [folder / str(number) for number in versions_of(folder)]
+    if without in versions:
+        versions.remove(without)
+    if not versions:
         return None
-    retriever = load(folder, exact=True)
+    retriever = load(versions[-1], exact=True)
     # Of either type, whatever this run's are; NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0

@@ -309,7 +309,8 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             # uvicorn raises them again after its stop, which would end in an error code.
             signal.signal(number, lambda *arguments: sys.exit(0))
         sys.setswitchinterval(SWITCH_SECONDS)
-        Server(config).run(sockets=[listener])
+        versions = server.versions
+        Server(config, lambda: versions.is_loading).run(sockets=[listener])
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -157,7 +158,8 @@ class ModelVersions:
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
-        path = path.resolve()
+        # Of a link the name is its own, and where it leads to is looked up each time.
+        path = Path(os.path.abspath(path))
         self._is_version = (path / MANIFEST_FILE).is_file()
         self._path = path
         self._load_version = load_version
@@ -230,6 +232,11 @@ class ModelVersions:
         finally:
             with self._lock:
                 version.num_uses -= 1
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded at this moment."""
+        return self._loading is not None
 
     def statuses(self) -> dict[int, tuple[State, str]]:
         """Returns state and error of each version that is loaded or could not be, newest first."""
