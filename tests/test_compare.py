@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.cli import main
-from tfrs_pipeline.compare import PlanComparison, compare, sampling_plans
+from tfrs_pipeline.compare import PlanComparison, _every_loser, compare, sampling_plans
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -22,6 +23,7 @@ from tfrs_pipeline.evaluation.comparison import (
     comparison_figure,
     comparison_table,
 )
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -168,6 +170,26 @@ def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
     plans, notes = sampling_plans(config, [], 10)
     assert list(plans) == ["mixed"]
     assert ["missing" in note for note in notes] == [True, True]
+    # Mined for the first time when all is over.
+    short = with_settings(config, {"model.hard": None, "training.max_epochs": 3})
+    plans, notes = sampling_plans(short, [], 600)
+    assert list(plans) == ["mixed"]
+    assert all(
+        "every 3 epochs (model.hard.every), and training.max_epochs is 3" in x for x in notes
+    )
+
+
+def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path) -> None:
+    own = FunnelLosers(stages=("ranked", "pre_ranked"), min_rank=10, num=2, share=0.2)
+    config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
+    config = with_settings(config, {"model.hard": own})
+    asked = _every_loser(config)
+    assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
+    plans, notes = sampling_plans(config, ["ranked", "retrieved"], 60)
+    assert notes == ["plan exposed is missing: the log holds no exposed items"]
+    assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
+    (note,) = [x for x in sampling_plans(config, ["retrieved"], 600)[1] if "hybrid" in x]
+    assert "no losers of ranked or pre_ranked" in note
 
 
 @pytest.mark.parametrize(

@@ -151,12 +151,20 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
 
 def _every_loser(config: RunConfig) -> FunnelLosers:
     """Asks for the pools of every stage that a plan may want; a plan draws from its own."""
-    hard = config.model.hard
-    losers = hard if isinstance(hard, FunnelLosers) else FunnelLosers()
-    stages: tuple[Any, ...] = ("retrieved", "pre_ranked")
-    if "exposed" in config.compare.plans:
+    losers = _losers_of(config)
+    stages = losers.stages
+    if "exposed" in config.compare.plans and "exposed" not in stages:
         stages = (*stages, "exposed")
     return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
+
+
+def _losers_of(config: RunConfig) -> FunnelLosers:
+    """Returns the config's own losers, or those that the plans have without."""
+    hard = config.model.hard
+    if isinstance(hard, FunnelLosers):
+        return hard
+    losers = FunnelLosers()
+    return dataclasses.replace(losers, num=NUM_HARD // len(losers.stages))
 
 
 def sampling_plans(
@@ -241,17 +249,28 @@ def _hard_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
 ) -> tuple[FunnelLosers | Mined | None, str]:
     """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
-    losers = tuple(stage for stage in ("retrieved", "pre_ranked") if stage in logged)
+    losers = _losers_of(config)
+    stages = tuple(stage for stage in losers.stages if stage in logged)
     if kind == "exposed":
         hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
         return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
-    if kind != "mined" and losers:
-        return FunnelLosers(stages=losers, num=NUM_HARD // len(losers)), ""  # type: ignore[arg-type]
+    if kind != "mined" and stages:
+        if losers != config.model.hard:
+            losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
+        return dataclasses.replace(losers, stages=stages), ""
     mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
+    if mined.every >= config.training.max_epochs:
+        return None, (
+            f"it is mined for every {mined.every} epochs (model.hard.every), and "
+            f"training.max_epochs is {config.training.max_epochs}"
+        )
     if num_candidates <= mined.min_rank:
         rank = mined.min_rank
         return None, f"{num_candidates:,} items have no rank {rank} (model.hard.min_rank)"
-    return mined, "" if kind == "mined" else f"plan {kind}: the log holds no losers; mined instead"
+    if kind == "mined":
+        return mined, ""
+    of_stages = " or ".join(losers.stages)
+    return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
 
 
 def _about_exposed(config: RunConfig, test: Holdout, plans: Iterable[str]) -> list[str]:

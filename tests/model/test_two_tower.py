@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model import notes
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -194,7 +196,11 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
-    log: Log, data: TrainingSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    log: Log,
+    data: TrainingSet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     training = {"max_epochs": 1, "validation_users": 7}
     query = [{"user_id": 101, "history": [40, 70]}]
@@ -206,6 +212,12 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     again.fit(other.train, other.validation, folder=tmp_path, verbose=True)
     loss = again.result.history["loss"][0]
     assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # Where an epoch takes long.
+        patch.setattr(notes, "SECONDS_BETWEEN_LINES", 0.0)
+        tiny(training=training).fit(other.train, verbose=True)
+    told = re.findall(r"two_tower, epoch 1: (\d+)/(\d+)", capsys.readouterr().err)
+    (num_steps,) = {int(total) for _, total in told}
+    assert [int(step) for step, _ in told] == [*range(1, num_steps + 1)]
     rows = again.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
     assert np.abs(again.query_embeddings(query) - first).max() > 1e-3

@@ -35,11 +35,12 @@ from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import (
+    EpochProgress,
     OnProgress,
     describe_batches,
     describe_order,
     describe_sample,
-    epoch_writer,
+    writers,
 )
 from tfrs_pipeline.model.own import describe_own, is_own
 from tfrs_pipeline.model.queries import QueryEncoder
@@ -180,7 +181,8 @@ class TwoTower:
                 need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
-            verbose: Whether standard error shows each epoch; None shows it on a terminal alone.
+            verbose: Whether standard error shows each epoch, and the steps of a long one; None
+                shows them on a terminal alone.
 
         Returns:
             The model itself.
@@ -222,13 +224,15 @@ class TwoTower:
                 return data
 
             data = chief_first(build)
+            write_epoch, write_progress = writers(self.training, verbose)
             return self.fit_samples(
                 data,
                 validation,
                 warm_start=warm_start,
                 folder=None if folder is None else place / "checkpoints",
                 exclude=exclude,
-                on_epoch=on_epoch or epoch_writer(self.training, verbose),
+                on_epoch=on_epoch or write_epoch,
+                on_progress=write_progress,
                 log=train,
             )
 
@@ -251,8 +255,9 @@ class TwoTower:
 
         `max_epochs` stands for the settings' number (see `fit.train`), and no epoch is begun after
         `max_seconds`. Checkpoints lie in `folder`. `cutoffs` are those of validation's metrics,
-        besides that of the monitored one. `on_progress` is called while mining with a task's name,
-        steps done and in all. An export needs the `log` that the samples are of.
+        besides that of the monitored one. `on_progress` is called now and then, in a long epoch and
+        while mining, with a task's name, steps done and in all. An export needs the `log` that
+        the samples are of.
         """
         check_shared(folder)
         data.check_negatives_left(self.settings.hard)
@@ -289,6 +294,7 @@ class TwoTower:
                 mining=mining,
                 warm_start=start,
                 folder=folder,
+                callbacks=[EpochProgress(self.name, on_progress)],
                 on_epoch=on_epoch,
             )
             self._retriever = self._exact_retriever()
