@@ -33,7 +33,6 @@ class Examples(Protocol):
             comes once an epoch.
         is_fair_draw: Whether a batch is a fair draw of the positives, as in-batch negatives need.
         has_one_positive: Whether each row of a batch has exactly one positive.
-        repeats_queries: Whether rows of a batch have the same query.
         signature: Types of what `read` returns, by name.
     """
 
@@ -42,7 +41,6 @@ class Examples(Protocol):
     rate: np.ndarray | None
     is_fair_draw: bool
     has_one_positive: bool
-    repeats_queries: bool
     signature: dict[str, tf.TensorSpec]
 
     def choose(self, step: int) -> Any:

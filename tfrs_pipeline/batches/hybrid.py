@@ -199,7 +199,7 @@ class HybridBatches:
         positives = batch["candidate_row"]
         of_samples = {name: batch.pop(f"pool {name}") for name in pools}
         never: Never = {reason: batch.pop(reason) for reason in REASONS}
-        slot = batch.pop("slot", None)
+        slot = batch.pop("slot")
         batch["shared_row"] = self._mixture.draw(positives, seed_of(self._seed, Use.SHARED, step))
         batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
         if hard is not None:
@@ -213,10 +213,10 @@ class HybridBatches:
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
         """Gathers all that a batch needs of the samples' arrays, in NumPy."""
         found = self.examples.read(chosen)
-        index, keys = found["index"], found["query_row"]
+        index = found["index"]
         found["weight"] = self._weights(index)
-        if self.examples.repeats_queries:  # Each is looked up once.
-            keys, found["slot"] = np.unique(keys, return_inverse=True)
+        # Each query is looked up once: one of very many events may hold much of a batch.
+        keys, found["slot"] = np.unique(found["query_row"], return_inverse=True)
         found |= {f"pool {name}": pool.take(index) for name, pool in pools.items()}
         columns = self.samples.request_columns.items()
         found |= {f"{REQUEST}{name}": column[index] for name, column in columns}
@@ -231,14 +231,11 @@ class HybridBatches:
         for name, column in self.samples.request_columns.items():
             shape = [num_positives, *column.shape[1:]]
             signature[f"{REQUEST}{name}"] = tf.TensorSpec(shape, column.dtype)
-        num_keys = signature["query_row"].shape[0]
-        if self.examples.repeats_queries:
-            signature["slot"] = tf.TensorSpec([num_keys], tf.int64)
-            num_keys = None
+        signature["slot"] = tf.TensorSpec(signature["query_row"].shape, tf.int64)
         if self._hard is not None:
             pools = (f"pool {name}" for name in self._hard.pools)
             signature |= dict.fromkeys(pools, lists_of(num_positives))
-        return signature | dict.fromkeys(REASONS, lists_of(num_keys))
+        return signature | dict.fromkeys(REASONS, lists_of(None))
 
     def _corrections(self, batch: Batch) -> Batch:
         """Computes log_q of the shared columns, or its parts."""
@@ -251,10 +248,9 @@ class HybridBatches:
             log_q -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
         return {"log_q": log_q}
 
-    def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor | None) -> tf.Tensor:
+    def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor) -> tf.Tensor:
         columns = batch["shared_row"]
-        is_never = Guard.of_shared(never, columns)
-        is_counted = ~(is_never if slot is None else tf.gather(is_never, slot))
+        is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
         return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
@@ -303,21 +299,15 @@ class HybridBatches:
         return {name: count / num_cells for name, count in masked.items()}
 
 
-def _of_rows(never: Never, slot: tf.Tensor | None) -> Never:
+def _of_rows(never: Never, slot: tf.Tensor) -> Never:
     """Gathers lists of distinct queries for the rows of a batch."""
-    if slot is None:
-        return never
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
 def _cut(
-    batch: Batch, never: Never, slot: tf.Tensor | None, slices: Slices, number: tf.Tensor
-) -> tuple[Batch, Never, tf.Tensor | None]:
+    batch: Batch, never: Never, slot: tf.Tensor, slices: Slices, number: tf.Tensor
+) -> tuple[Batch, Never, tf.Tensor]:
     """Cuts a slice off a batch, and what is never a negative of its queries with it."""
-    of_rows = never if slot is None else {"slot": slot}
-    batch = slices.take(number, {**batch, **of_rows}, of_rows.keys())
-    of_rows = {name: batch.pop(name) for name in of_rows}
-    if slot is None:
-        return batch, of_rows, None
-    kept, slot = tf.unique(of_rows["slot"])
+    batch = slices.take(number, {**batch, "slot": slot}, {"slot"})
+    kept, slot = tf.unique(batch.pop("slot"))
     return batch, _of_rows(never, kept), slot

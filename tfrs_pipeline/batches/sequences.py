@@ -49,7 +49,6 @@ class WholeSequences:
 
     is_fair_draw = False
     has_one_positive = True
-    repeats_queries = True
     rate: np.ndarray | None = None
 
     def __init__(

@@ -47,7 +47,6 @@ class SinglePositives:
 
     is_fair_draw = True
     has_one_positive = True
-    repeats_queries = False
 
     def __init__(
         self,

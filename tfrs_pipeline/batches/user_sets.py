@@ -42,7 +42,6 @@ class UserSets:
 
     is_fair_draw = False
     has_one_positive = False
-    repeats_queries = False
     rate: np.ndarray | None = None
 
     def __init__(
