@@ -73,7 +73,7 @@ def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: 
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
     settings: dict[str, Any] = {"dim": 4, "use_user_id": True, "negatives": ["uniform:num=8"]}
     model = tp.TwoTower(**settings, training=training).fit(log)
-    loaded = load(export(model, tmp_path / "m", index="exact"))
+    loaded = load(export(model, tmp_path / "m", index=tp.Exact()))
     # Two who clicked, one who only saw, one who is new.
     queries: list[dict[str, Any]] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 77)]
     ids, scores = loaded.retrieve(queries, 10)
