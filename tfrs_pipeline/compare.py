@@ -114,7 +114,9 @@ def prepare_plans(
     with step("plans") as report:
         pools = data.final.samples.hard_pools
         logged = [name for name, pool in pools.items() if len(pool.values)]
-        plans, notes = sampling_plans(config, logged, len(data.final.corpus.candidate_ids))
+        num_candidates = len(data.final.corpus.candidate_ids)
+        max_epochs = _max_epochs(config, len(data.selection.samples))
+        plans, notes = sampling_plans(config, logged, num_candidates, max_epochs)
         notes += _about_exposed(config, data.test, plans)
         report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
     return data, plans, notes
@@ -159,22 +161,18 @@ def _every_loser(config: RunConfig) -> FunnelLosers:
 
 
 def _losers_of(config: RunConfig) -> FunnelLosers:
-    """Returns the config's own losers, or those that the plans have without."""
     hard = config.model.hard
-    if isinstance(hard, FunnelLosers):
-        return hard
-    losers = FunnelLosers()
-    return dataclasses.replace(losers, num=NUM_HARD // len(losers.stages))
+    return hard if isinstance(hard, FunnelLosers) else FunnelLosers()
 
 
 def sampling_plans(
-    config: RunConfig, logged: Sequence[str], num_candidates: int
+    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[dict[str, Plan], list[str]]:
     """Turns the plans of a config into settings, by name; says what is missing.
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
     all of them but in-batch alone see the same number. `logged` are the stages whose losers the
-    samples hold. A `ValueError` if the reference is missing, or a plan does not go with the other
+    samples hold, `max_epochs` is a plan's budget. A `ValueError` if the reference is missing, or a plan does not go with the other
     settings.
     """
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
@@ -196,7 +194,7 @@ def sampling_plans(
                 "'streaming' does without"
             )
             continue
-        found, note = _plans_of_kind(kind, config, logged, num_candidates)
+        found, note = _plans_of_kind(kind, config, logged, num_candidates, max_epochs)
         plans |= {name: {**common, **plan} for name, plan in found.items()}
         notes += [note] if note else []
     if config.compare.reference not in plans:
@@ -210,7 +208,7 @@ def sampling_plans(
 
 
 def _plans_of_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[dict[str, Plan], str]:
     """Turns a kind of plan into settings, several for those with a list of values; with a note."""
     num = sum(
@@ -232,7 +230,7 @@ def _plans_of_kind(
             f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
             for exponent in config.compare.resampling_exponents
         }, ""
-    hard, note = _hard_kind(kind, config, logged, num_candidates)
+    hard, note = _hard_kind(kind, config, logged, num_candidates, max_epochs)
     if hard is None:
         return {}, f"plan {kind} is missing: {note}"
     name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
@@ -246,7 +244,7 @@ def _plans_of_kind(
 
 
 def _hard_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[FunnelLosers | Mined | None, str]:
     """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
     losers = _losers_of(config)
@@ -255,14 +253,14 @@ def _hard_kind(
         hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
         return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
     if kind != "mined" and stages:
-        if losers != config.model.hard:
+        if not isinstance(config.model.hard, FunnelLosers):
             losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
         return dataclasses.replace(losers, stages=stages), ""
     mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
-    if mined.every >= config.training.max_epochs:
+    if mined.every >= max_epochs:
         return None, (
-            f"it is mined for every {mined.every} epochs (model.hard.every), and "
-            f"training.max_epochs is {config.training.max_epochs}"
+            f"it is mined for every {mined.every} epochs (model.hard.every), and a plan has "
+            f"{max_epochs} (training.max_epochs, compare.max_steps)"
         )
     if num_candidates <= mined.min_rank:
         rank = mined.min_rank

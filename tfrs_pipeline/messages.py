@@ -6,6 +6,8 @@ import difflib
 import numbers
 from collections.abc import Collection
 
+SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each is a new line.
+
 
 def check_whole(least: int, **values: object) -> None:
     """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""

@@ -147,11 +147,12 @@ def _conclude(
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
             measured: dict[str, Retriever] = {**models, **baselines}
-            own = _own_version(config, folder)
-            users = data.split.log.users
+            trained_on = _trained_on(config, folder)
+            own = _own_version(config, trained_on)
             served = None
             if is_compared:
-                served = version_in_service(model_folder, ids, listed, users, without=own)
+                log = data.split.log
+                served = version_in_service(model_folder, ids, listed, log=log, without=own)
             if served is not None:
                 measured[IN_SERVICE] = served
             evaluation = evaluate_all(config, measured, data.test, step.on_progress)
@@ -162,8 +163,8 @@ def _conclude(
         metrics = _metrics(config, data, models, evaluation)
         if config.export.index == "none":
             return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
-        if own is not None:
-            return _adopt(own, folder, metrics, step)
+        if own is not None and (adopted := _adopt(own, config, folder, metrics, step)) is not None:
+            return adopted
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, step)
             if served is not None:
@@ -174,7 +175,7 @@ def _conclude(
                 models["two_tower"],
                 data.test,
                 manifest={
-                    **_trained_on(config, folder),
+                    **trained_on,
                     "counts": data.final.report,
                     "metrics": metrics["models"]["two_tower"],
                 },
@@ -200,26 +201,36 @@ def _trained_on(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _own_version(config: RunConfig, folder: Path) -> Path | None:
-    """Finds the version that this run has exported, if it was killed right after that."""
-    expected = {"config": config.model_dump(mode="json"), **_trained_on(config, folder)}
+def _own_version(config: RunConfig, trained_on: Mapping[str, Any]) -> Path | None:
+    """Finds the version that this run has exported, if it was killed right after that.
+
+    How it was to be exported may be otherwise by now.
+    """
+    settings = config.model_dump(mode="json")
     for number in reversed(versions_of(config.model_folder)):
         version = config.model_folder / str(number)
         try:
             manifest = read_record(version / MANIFEST_FILE, check_files=False)
         except Damaged:
             continue
-        if "refreshed" not in manifest and expected.items() <= manifest.items():
+        theirs = manifest.get("config", {})
+        is_same = all(theirs.get(name) == settings[name] for name in settings if name != "export")
+        if "refreshed" not in manifest and trained_on.items() <= manifest.items() and is_same:
             return version
     return None
 
 
-def _adopt(version: Path, folder: Path, metrics: Mapping[str, Any], step: Steps) -> RunResult:
-    """Finishes a run whose version is there already."""
+def _adopt(
+    version: Path, config: RunConfig, folder: Path, metrics: Mapping[str, Any], step: Steps
+) -> RunResult | None:
+    """Finishes a run whose version is there already; None if it is to have another index."""
+    manifest = read_record(version / MANIFEST_FILE, check_files=False)
+    export = config.export.model_dump(mode="json")
+    if any(manifest["config"]["export"][x] != export[x] for x in ("index", "target_recall")):
+        return None
     with step("export") as report:
-        index = read_record(version / MANIFEST_FILE, check_files=False)["index"]
         report.notes.append(f"{version}, exported before the run was stopped, is kept")
-    made = {"index": index, "export_folder": str(version.resolve())}
+    made = {"index": manifest["index"], "export_folder": str(version.resolve())}
     return _keep(folder, {**metrics, **made}, step)
 
 

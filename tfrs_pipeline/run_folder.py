@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -229,8 +228,9 @@ def origin(data: DataConfig) -> str:
     """Says which log it is: by its path from the root, a table of Spark by its name."""
     if data.path is None:
         return data.source
-    # A link stays: today's file may be another than yesterday's.
-    return str(data.path) if data.source == "spark" else os.path.abspath(data.path)
+    # A link to a file stays: today's may be another than yesterday's.
+    path = data.path
+    return str(path if data.source == "spark" else path.parent.resolve() / path.name)
 
 
 def _hash(settings: str) -> str:

@@ -82,7 +82,8 @@ def _some(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def _alone(values: Any) -> Any:
-    return (values,) if isinstance(values, str | int | float) else values
+    is_one = isinstance(values, str | int | float) and not isinstance(values, bool)
+    return (values,) if is_one else values
 
 
 # Types of settings that list values, of which one may be given alone; of `Distinct` none is there

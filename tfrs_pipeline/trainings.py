@@ -17,7 +17,7 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, read_epoch
-from tfrs_pipeline.model.notes import OnProgress, describe_epoch
+from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
@@ -156,6 +156,10 @@ def train_and_refit(
             note = describe_epoch(so_far, training.monitor, max_epochs)
             on_progress(f"{name}, {step}", so_far.num_epochs, max_epochs, note)
 
+        def on_steps(epoch: int, done: int, total: int) -> None:
+            note = describe_steps(epoch, done, total)
+            on_progress(f"{name}, {step}", epoch - 1, max_epochs, note)
+
         model = TwoTower(settings or config.model, training=training, seed=config.seed, name=name)
         return model.fit_samples(
             samples,
@@ -167,6 +171,7 @@ def train_and_refit(
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
             on_epoch=on_epoch,
+            on_steps=on_steps,
             on_progress=on_progress,
             log=data.split.train,
         )

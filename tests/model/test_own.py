@@ -1,5 +1,6 @@
 """What is told of a user's own kinds and towers: another text wherever they are others."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,25 @@ def other(corpus: Corpus) -> tf.keras.layers.Layer:
     return tf.keras.layers.Dense(2, use_bias=False)
 
 
+def made(width: int, corpus: Corpus) -> tf.keras.layers.Layer:
+    return tf.keras.layers.Dense(width)
+
+
+class Maker:
+    """Makes towers by its methods."""
+
+    def one(self, corpus: Corpus) -> tf.keras.layers.Layer:
+        return tf.keras.layers.Dense(2)
+
+    def other(self, corpus: Corpus) -> tf.keras.layers.Layer:
+        return tf.keras.layers.Dense(3)
+
+
+def stacked(width: int) -> tf.keras.layers.Layer:
+    """Layers whose own names Keras counts up."""
+    return tf.keras.Sequential([tf.keras.layers.Dense(width)])
+
+
 def test_another_kind_or_tower_is_another_text() -> None:
     frame = SamplingFrame.of_counts([0, 3, 1, 2], 4)
 
@@ -48,12 +68,14 @@ def test_another_kind_or_tower_is_another_text() -> None:
         return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
 
     towers = [None, one, other, lambda corpus: one(corpus), Wide(2)]
-    towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(3)]
+    towers += [functools.partial(made, 2), functools.partial(made, 3), Maker().one, Maker().other]
+    towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(2, "relu"), stacked(2), stacked(3)]
     texts = [told(num, tower) for num in (1, 2) for tower in towers]
     assert len(set(texts)) == len(texts)
     # Another object of the same kind, as another process makes it.
     assert told(1, Wide(2)) == texts[4]
-    assert told(2, tf.keras.layers.Dense(3)) == texts[-1]
+    assert told(2, stacked(3)) == texts[-1]
+    assert told(2, functools.partial(made, 2)) == texts[len(towers) + 5]
     assert describe_own([InBatch()], {"query_tower": None}, frame) == {
         "own_negatives": [],
         "query_tower": None,

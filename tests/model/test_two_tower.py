@@ -16,11 +16,11 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.model.conftest import LENGTH, NUM_ITEMS, NUM_TASTES, NUM_USERS, tiny, tracing_once
 from tests.model.test_network import EveryCandidate
+from tfrs_pipeline import messages
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model import notes
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -213,9 +213,9 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     loss = again.result.history["loss"][0]
     assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in capsys.readouterr().err
     with monkeypatch.context() as patch:  # Where an epoch takes long.
-        patch.setattr(notes, "SECONDS_BETWEEN_LINES", 0.0)
+        patch.setattr(messages, "SECONDS_BETWEEN_LINES", 0.0)
         tiny(training=training).fit(other.train, verbose=True)
-    told = re.findall(r"two_tower, epoch 1: (\d+)/(\d+)", capsys.readouterr().err)
+    told = re.findall(r"epoch 1: (\d+)/(\d+) steps", capsys.readouterr().err)
     (num_steps,) = {int(total) for _, total in told}
     assert [int(step) for step, _ in told] == [*range(1, num_steps + 1)]
     rows = again.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
@@ -244,9 +244,10 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     with pytest.raises(ValueError, match=r"made of something else \(log: "):
         tiny(training=training).fit(log, folder=str(tmp_path))
     otherwise: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, r"validation: \['clicked', .*, now None"),
-        ({"validation": other.validation, "exclude": "none"}, r"validation: .* now \['none', "),
-        ({"validation": other.validation, "warm_start": again}, "warm_start: False, now True"),
+        ({}, r"validation: '[0-9a-f]+', now None"),
+        ({"validation": other.test}, r"validation: '[0-9a-f]+', now '"),
+        ({"validation": other.validation, "exclude": "none"}, "exclude: 'clicked', now 'none'"),
+        ({"validation": other.validation, "warm_start": again}, "is_warm_start: False, now True"),
     )
     for options, differ in otherwise:
         with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
@@ -390,6 +391,17 @@ def test_refusals(tmp_path: Path) -> None:
         TwoTower(negatives=[])
     with pytest.raises(ValueError, match="seed must be a whole number, 0 or more"):
         TwoTower(seed=-1)
+    wrong: Any = {"max_epochs": 3}
+    with pytest.raises(TypeError, match=r"training must be a tp.TrainingSettings. Received: {'max"):
+        TwoTower(training=wrong)
+    # One value may stand for a list of it.
+    alone: Any = {"hidden_layers": 8, "history_pooling": "mean"}
+    assert (
+        TwoTower(**alone).settings
+        == TwoTower(hidden_layers=(8,), history_pooling=("mean",)).settings
+    )
+    with pytest.raises(ConfigError, match="hidden_layers: got True"):
+        TwoTower(hidden_layers=True)
     # Before the work: there are fewer positives than a batch needs.
     clicks = Log.from_table(pd.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 8, 7]}))
     with pytest.raises(ValueError, match="A batch needs 4 positives and the training part has 3"):
@@ -417,8 +429,10 @@ def test_refusals(tmp_path: Path) -> None:
     # Users who clicked or saw every item have no negative, until somebody insists on exposures.
     everything = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 8]})
     funnel = Log.from_table(everything.assign(stage=["clicked"] * 3 + ["exposed"]))
-    for log in (Log.from_table(everything), funnel):
-        with pytest.raises(DataError, match="Every user clicked or saw every item"):
+    # Whoever clicked nothing is none of them.
+    with_another = Log.from_table(everything, users=pd.DataFrame({"user_id": [1, 2, 3]}))
+    for log in (Log.from_table(everything), funnel, with_another):
+        with pytest.raises(DataError, match="who clicked anything clicked or saw every item"):
             tiny(training={"batch_size": 2}).fit(log)
     exposed = FunnelLosers(stages=("exposed",), allow_exposed=True)
     TrainingSet.build(funnel, tmp_path / "funnel", seed=0).check_negatives_left(exposed)

@@ -189,6 +189,7 @@ class Own:
         ([1, 3], "candidate 3, whose expected_count is 0"),
         ([1.0, 2.0], "a vector of whole numbers. Received: float32 of shape"),
         ([[1], [2]], r"Received: int32 of shape \(2, 1\)"),
+        (1, r"Received: int32 of shape \(\)"),
     ],
 )
 def test_an_own_kind_that_draws_what_it_does_not_expect_is_refused(

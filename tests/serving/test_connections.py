@@ -120,6 +120,14 @@ def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -
             for connection in kept:
                 assert answer(connection).startswith("HTTP/1.1 200")
             assert answer(silent).startswith("HTTP/1.1 503")
+        # Nor does one more that of one at work, which was one too many itself and is no more.
+        with running.open() as late:
+            kept.pop().close()
+            while not answer(late).startswith("HTTP/1.1 200"):
+                late.close()
+                late = stack.enter_context(running.open())
+            with running.open():
+                assert answer(late).startswith("HTTP/1.1 200")
         # By now the first one is counted.
         assert REQUEST_SECONDS.labels("none", 503)._sum.get() > refused_before
         kept.pop().close()

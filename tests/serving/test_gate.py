@@ -53,7 +53,7 @@ def test_users_have_their_features_in_a_version_without_user_data(
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
     expected_ids, expected = model.retrieve(queries, 10)
-    served = version_in_service(tmp_path / "m", log.listed_ids, users=log.users)
+    served = version_in_service(tmp_path / "m", log.listed_ids, log=log)
     assert served is not None
     ids, scores = served.retrieve(queries, 10)
     np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -176,6 +176,10 @@ def test_a_version_by_itself_stays(folder: Path) -> None:
     put(folder, 2)
     model.refresh()
     assert (model.name, served(model).number) == ("films", 1)
+    folder.with_name("current").symlink_to(folder / "1")
+    linked = versions_of(folder.with_name("current"))
+    linked.load_first()
+    assert (linked.name, served(linked).number) == ("films", 1)
     asyncio.run(asyncio.wait_for(model.watch(0.01), 5))  # Has nothing to watch.
 
 

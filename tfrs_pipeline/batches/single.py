@@ -8,6 +8,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.examples import blocks
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.messages import check_whole
 from tfrs_pipeline.negatives.alias import AliasSampler
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import Samples
@@ -16,9 +17,7 @@ INT32_MAX = np.iinfo(np.int32).max
 
 
 def check_one_batch(num_positives: int, batch_size: int) -> None:
-    """Refuses (`ValueError`) an empty batch, and fewer positives than a batch holds."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more. Received: {batch_size}")
+    """Refuses (`ValueError`) fewer positives than a batch holds."""
     if num_positives < batch_size:
         raise ValueError(
             f"A batch needs {batch_size} positives and the training part has {num_positives}: "
@@ -57,6 +56,7 @@ class SinglePositives:
         seed: int,
         rate: np.ndarray | None = None,
     ) -> None:
+        check_whole(1, batch_size=batch_size)
         check_one_batch(len(samples), batch_size)
         if len(samples) > INT32_MAX:
             raise ValueError(

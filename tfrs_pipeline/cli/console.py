@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, counted
 from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
 from tfrs_pipeline.run_folder import CONFIG_FILE
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tfrs_pipeline.run_data import OnStep, StepReport
 
 PROGRAM = "tfrs-pipeline"
-SECONDS_BETWEEN_LINES = 15.0  # Of progress, where the output is no terminal.
 
 
 def program() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -88,6 +89,13 @@ class Holdout:
 
     def __repr__(self) -> str:
         return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
+
+    def fingerprint(self) -> str:
+        """Tells one holdout from another by its users and what they are to find."""
+        digest = hashlib.sha256()
+        for values in (self.user_ids, *self.relevant):
+            digest.update(f"{values.tolist()}".encode())
+        return digest.hexdigest()[:12]
 
     def sample(self, num_queries: int, seed: int = 0) -> Holdout:
         """Draws queries at random, without replacement; all that draw tell how many there were.

@@ -147,15 +147,18 @@ class TrainingSet:
         return cls(replace(samples, request_columns=columns), corpus, report)
 
     def check_negatives_left(self, hard: object) -> None:
-        """Refuses (`DataError`) a log in which every user clicked or saw every item.
+        """Refuses (`DataError`) a log whose every user with a positive clicked or saw every item.
 
         Masks leave nothing to train on there, unless exposures are hard negatives.
         """
-        insists = isinstance(hard, FunnelLosers) and "exposed" in hard.stages
-        never = self.report["num_known_positives"] + self.report["num_exposed"] * (not insists)
-        if never >= self.report["num_candidates"] * self.report["num_queries"]:
+        samples = self.samples
+        users = np.unique(samples.query_rows)
+        never = np.diff(samples.known_positives.offsets)[users]
+        if not (isinstance(hard, FunnelLosers) and "exposed" in hard.stages):
+            never = never + np.diff(samples.exposed.offsets)[users]
+        if (never >= len(samples.counts) - 1).all():
             raise DataError(
-                "Every user clicked or saw every item of the training part, so that no item is "
-                "anyone's negative: there is nothing to train on. Give the log items that were not "
-                "shown to everyone, as the item table may hold."
+                "No item is anyone's negative, so that there is nothing to train on: every user of "
+                "the training part who clicked anything clicked or saw every item. Give the log "
+                "items that were not shown to everyone, as the item table may hold."
             )

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted
@@ -20,28 +21,28 @@ from tfrs_pipeline.samples.store import Samples
 OnProgress: TypeAlias = Callable[..., None]
 """Told of long work: a task's name, steps done and in all, and at times what there is to say."""
 
-SECONDS_BETWEEN_LINES = 15.0
+OnSteps: TypeAlias = Callable[[int, int, int], None]
+"""Told of an epoch that takes long: its number from 1, steps done and in all."""
 
 
 class EpochProgress(tf.keras.callbacks.Callback):
-    """Tells of the steps of an epoch that takes long, now and then."""
+    """Tells of the steps of an epoch, now and then."""
 
     _supports_tf_logs = True  # Keras need not fetch the loss of each step, which is not read.
 
-    def __init__(self, name: str, on_progress: OnProgress) -> None:
+    def __init__(self, on_steps: OnSteps) -> None:
         super().__init__()
-        self._name, self._on_progress = name, on_progress
+        self._on_steps = on_steps
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the clock."""
-        self._task = f"{self._name}, epoch {epoch + 1}"
-        self._told = time.monotonic()
+        self._epoch, self._told = epoch + 1, time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Tells how far it has come, if it is time."""
-        if time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._told >= messages.SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
-            self._on_progress(self._task, batch + 1, self.params["steps"])
+            self._on_steps(self._epoch, batch + 1, self.params["steps"])
 
 
 def describe_sample(validation: Holdout | None) -> list[str]:
@@ -90,26 +91,27 @@ def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str
     return ", ".join(parts)
 
 
-def writers(training: TrainingSettings, verbose: bool | None) -> tuple[OnEpoch | None, OnProgress]:
-    """Makes what writes a line an epoch to standard error, and of long work now and then.
+def describe_steps(epoch: int, done: int, total: int) -> str:
+    """Says how far an epoch has come."""
+    return f"epoch {epoch}: {done:,}/{total:,} steps"
 
-    They write nothing if `verbose` is False, or None and it is no terminal.
+
+def writers(
+    training: TrainingSettings, verbose: bool | None
+) -> tuple[OnEpoch | None, OnSteps | None]:
+    """Makes what writes a line an epoch to standard error, and of its steps if it takes long.
+
+    They are None if `verbose` is False, or None and it is no terminal.
     """
     if not (sys.stderr.isatty() if verbose is None else verbose):
-        return None, lambda *task: None
+        return None, None
 
     def write_epoch(so_far: TrainingResult) -> None:
         epoch, all_epochs = so_far.num_epochs, training.max_epochs
         line = describe_epoch(so_far, training.monitor, all_epochs)
         print(f"epoch {epoch}/{all_epochs}: {line}", file=sys.stderr, flush=True)
 
-    said = time.monotonic()
+    def write_steps(epoch: int, done: int, total: int) -> None:
+        print(describe_steps(epoch, done, total), file=sys.stderr, flush=True)
 
-    def write_progress(task: str, done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said < SECONDS_BETWEEN_LINES:
-            return
-        said = time.monotonic()
-        print(f"{task}: {done:,}/{total:,}", file=sys.stderr, flush=True)
-
-    return write_epoch, write_progress
+    return write_epoch, write_steps

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mixture import checked_count
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -28,16 +30,22 @@ def describe_own(
     Of code its own lines alone, not what they call.
     """
     own = [kind for kind in negatives if is_own(kind)]
-    counts = [_hash(kind.expected_count(frame).tobytes()) for kind in own]
     return {
         "own_negatives": [
-            f"{_code(kind)} {count}" for kind, count in zip(own, counts, strict=True)
+            f"{_code(kind)} {_hash(checked_count(kind, frame).tobytes())}" for kind in own
         ],
-        **{name: tower and f"{_code(tower)}{_numbers(tower)}" for name, tower in towers.items()},
+        **{
+            name: None if tower is None else f"{_code(tower)} {_config(tower)}"
+            for name, tower in towers.items()
+        },
     }
 
 
 def _code(thing: Any) -> str:
+    if isinstance(thing, functools.partial):
+        return f"{_code(thing.func)} {_plain([thing.args, thing.keywords])}"
+    if inspect.ismethod(thing):
+        thing = thing.__func__
     of = thing if inspect.isfunction(thing) else type(thing)
     try:
         source = inspect.getsource(of)
@@ -46,14 +54,21 @@ def _code(thing: Any) -> str:
     return f"{of.__qualname__} {_hash(source.encode())}"
 
 
-def _numbers(tower: Any) -> str:
-    """Lists the numbers that a layer was made with, as far as it says them."""
+def _config(tower: Any) -> Any:
+    """Returns what a layer was made with, as far as it says."""
     try:
-        config = tower.get_config()
+        return _plain(tower.get_config())
     except (AttributeError, NotImplementedError):  # A function, or a layer that does not say.
         return ""
-    told = {name: x for name, x in config.items() if isinstance(x, int | float | tuple | list)}
-    return f" {told}"
+
+
+def _plain(value: Any) -> Any:
+    """Leaves out what another object of the same settings has otherwise: names and addresses."""
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items() if key != "name"}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _hash(content: bytes) -> str:

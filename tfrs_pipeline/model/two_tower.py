@@ -37,6 +37,7 @@ from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import (
     EpochProgress,
     OnProgress,
+    OnSteps,
     describe_batches,
     describe_order,
     describe_sample,
@@ -115,9 +116,12 @@ class TwoTower:
         name: str = "two_tower",
         **changes: Any,
     ) -> None:
-        for value, kind in ((settings, TwoTowerSettings), (training, TrainingSettings)):
+        for argument, value, kind in (
+            ("settings", settings, TwoTowerSettings),
+            ("training", training, TrainingSettings),
+        ):
             if not isinstance(value, kind | None):
-                raise TypeError(f"Needs a tp.{kind.__name__}(...). Received: {value!r}.")
+                raise TypeError(f"{argument} must be a tp.{kind.__name__}. Received: {value!r}.")
         given = settings.model_dump() if settings else {}
         if negatives is not None and not isinstance(negatives, list | tuple):
             raise TypeError(f"negatives must be a list of kinds. Received: {negatives!r}.")
@@ -176,8 +180,8 @@ class TwoTower:
                 starts from (`WarmStart` says how): of the same shape, trained on nothing that
                 validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
-                training, of the same log and settings, and the same own code as far as its text
-                tells. None is a temporary folder. Several workers
+                training, of the same log, settings and own code, as far as its lines tell. None is
+                a temporary folder. Several workers
                 need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
@@ -216,15 +220,15 @@ class TwoTower:
                     min_positives=self.training.min_positives,
                 )
                 chosen_by = {
-                    "validation": validation
-                    and [exclude, len(validation), sum(map(len, validation.relevant))],
-                    "warm_start": warm_start is not None,
+                    "validation": None if validation is None else validation.fingerprint(),
+                    "exclude": exclude,
+                    "is_warm_start": warm_start is not None,
                 }
                 hold_to(place / MADE_OF_FILE, self._made_of(train, data.samples) | chosen_by)
                 return data
 
             data = chief_first(build)
-            write_epoch, write_progress = writers(self.training, verbose)
+            write_epoch, write_steps = writers(self.training, verbose)
             return self.fit_samples(
                 data,
                 validation,
@@ -232,7 +236,7 @@ class TwoTower:
                 folder=None if folder is None else place / "checkpoints",
                 exclude=exclude,
                 on_epoch=on_epoch or write_epoch,
-                on_progress=write_progress,
+                on_steps=write_steps,
                 log=train,
             )
 
@@ -248,6 +252,7 @@ class TwoTower:
         exclude: Exclude = "clicked",
         cutoffs: Sequence[int] = (20, 100),
         on_epoch: OnEpoch | None = None,
+        on_steps: OnSteps | None = None,
         on_progress: OnProgress = lambda *task: None,
         log: Log | None = None,
     ) -> Self:
@@ -255,9 +260,9 @@ class TwoTower:
 
         `max_epochs` stands for the settings' number (see `fit.train`), and no epoch is begun after
         `max_seconds`. Checkpoints lie in `folder`. `cutoffs` are those of validation's metrics,
-        besides that of the monitored one. `on_progress` is called now and then, in a long epoch and
-        while mining, with a task's name, steps done and in all. An export needs the `log` that
-        the samples are of.
+        besides that of the monitored one. `on_steps` is called now and then in a long epoch,
+        `on_progress` while mining with a task's name, steps done and in all. An export needs the
+        `log` that the samples are of.
         """
         check_shared(folder)
         data.check_negatives_left(self.settings.hard)
@@ -294,7 +299,7 @@ class TwoTower:
                 mining=mining,
                 warm_start=start,
                 folder=folder,
-                callbacks=[EpochProgress(self.name, on_progress)],
+                callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
             self._retriever = self._exact_retriever()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -13,7 +13,7 @@ from tfrs_pipeline.messages import check_whole
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 
 
-def _split(stages: object) -> object:
+def _split(stages: Any) -> Any:
     """Reads stages as typed after a flag, with commas between."""
     return stages.split(",") if isinstance(stages, str) else stages
 
@@ -63,7 +63,7 @@ class FunnelLosers:
     def __post_init__(self) -> None:
         check_share(self.share)
         # However they were written, equal ones are one setting.
-        object.__setattr__(self, "stages", tuple(cast(Any, _split(self.stages))))
+        object.__setattr__(self, "stages", tuple(_split(self.stages)))
         for name in ("window_hours", "bottom_share"):
             object.__setattr__(self, name, float(getattr(self, name)))
         known, given = get_args(HardStage), set(self.stages)

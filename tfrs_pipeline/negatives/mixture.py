@@ -74,7 +74,7 @@ class Mixture:
         self.other_expected_count = np.zeros(frame.num_candidates + 1)
         num_in_batch = 0
         for kind in self._negatives:
-            count = _checked_count(kind, frame)
+            count = checked_count(kind, frame)
             _check_draws(kind, frame, count)
             self.expected_count += count
             if isinstance(kind, InBatch):
@@ -125,7 +125,7 @@ class Mixture:
         return tf.gather(self._log_count, candidate_rows)
 
 
-def _checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
+def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
     """Returns how many copies of each candidate a kind expects to draw."""
     for method in ("draw", "expected_count"):
         if isinstance(kind, type) or not hasattr(kind, method):
@@ -155,12 +155,13 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
         can_be_positive = np.arange(1, frame.num_candidates + 1)
     positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
     drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
-    rows = np.concatenate([np.asarray(each) for each in drawn])
-    if not np.issubdtype(rows.dtype, np.integer) or rows.ndim != 1:
-        raise ValueError(
-            f"{kind}: draw must return a vector of whole numbers. Received: {rows.dtype} of shape "
-            f"{np.shape(drawn[0])}"
-        )
+    for each in map(np.asarray, drawn):
+        if not np.issubdtype(each.dtype, np.integer) or each.ndim != 1:
+            raise ValueError(
+                f"{kind}: draw must return a vector of whole numbers. Received: {each.dtype} of "
+                f"shape {each.shape}"
+            )
+    rows = np.concatenate(drawn)
     if rows.size and not 1 <= rows.min() <= rows.max() <= frame.num_candidates:
         raise ValueError(
             f"{kind}: draw must return candidate rows in 1 .. {frame.num_candidates}: row 0 is "

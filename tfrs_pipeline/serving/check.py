@@ -8,7 +8,6 @@ Exits with 0 if they are the same, else with 1 and the difference on standard er
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,12 @@ from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
 # The reloaded model may run other kernels on another batch shape: same answer, not same bits.
 SCORE_TOLERANCE = 1e-4
 PROBE_FILE = "probe.npz"
+# Behind the standard library, which a place of modules must not hide.
+_PROGRAM = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_module("tfrs_pipeline.serving.check", run_name="__main__", alter_sys=True)
+"""
 
 
 class ExportError(RuntimeError):
@@ -86,10 +91,9 @@ def prove(
                 arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
         np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)
     # Files of the working directory, such as a queue.py, are no modules there.
-    command = [sys.executable, "-P", "-m", "tfrs_pipeline.serving.check", *map(str, modules)]
-    places = str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
+    command += map(str, modules)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     for folder in modules:
         (folder / PROBE_FILE).unlink()
     if done.returncode:

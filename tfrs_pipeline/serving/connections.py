@@ -54,8 +54,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Reads on, or says that there are too many connections, or tasks whose client has gone."""
-        is_busy = self._is_one_too_many and self._is_over(self.connections)
-        is_busy = is_busy or self._is_over(self.tasks)
+        self._is_one_too_many &= self._is_over(self.connections)
+        is_busy = self._is_one_too_many or self._is_over(self.tasks)
         self.app = _BUSY if is_busy else self.config.loaded_app
         super().data_received(data)
         self._expect_headers(self.cycle is None or self.cycle.response_complete)

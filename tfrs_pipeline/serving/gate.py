@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ibis
 import numpy as np
 
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids, as_id_array
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
@@ -26,7 +26,8 @@ def version_in_service(
     folder: Path,
     candidate_ids: np.ndarray,
     exported: np.ndarray | None = None,
-    users: ibis.Table | None = None,
+    *,
+    log: Log | None = None,
     without: Path | None = None,
 ) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
@@ -34,10 +35,9 @@ def version_in_service(
     It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
     the items it finds those that the new model has, too; it cannot find what is new. `exported` are
     the candidates that the new model's export retrieves, None if all. The new model is measured
-    with the others as well, so this version finds them too, by id, if it was trained on them. Of an
-    export without user data, requests bring the user's features: here `users`, the log's user
-    table, does. `without` is a version that is passed over. A `ValueError` if it has none of the
-    candidates.
+    with the others as well, so this version finds them too, by id, if it was trained on them.
+    Requests bring a user's features to an export without user data: here they come from the `log`.
+    `without` is a version that is passed over. A `ValueError` if it has none of the candidates.
     """
     versions = [folder / str(number) for number in versions_of(folder)]
     if without in versions:
@@ -66,9 +66,11 @@ def version_in_service(
     read = request_signature(retriever.features["request"], reads_times=True)
 
     of_user = None
-    names = [x.name for x in retriever.features["query"] if users is not None and x.name in users]
-    if names and not retriever.manifest.get("user_data", True):
-        of_user = _feature_reader(users, names)
+    if log is not None and not retriever.manifest.get("user_data", True):
+        # One that is of another kind by now says nothing either.
+        kinds = log.user_features
+        names = [x.name for x in retriever.features["query"] if kinds.get(x.name) == x.kind]
+        of_user = _feature_reader(log, names) if names else None
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
         # A request feature that is new in this run says nothing to the version in service.
@@ -86,17 +88,15 @@ def version_in_service(
 
 
 def _feature_reader(
-    users: ibis.Table, names: Sequence[str]
+    log: Log, names: Sequence[str]
 ) -> Callable[[Sequence[Any]], list[dict[str, Any]]]:
     """Makes a function that looks up the raw features of users by their ids; none of unknown."""
-    table = users.select("user_id", *names).order_by("user_id").to_pyarrow()
-    ids = Ids(as_id_array(table["user_id"].to_pylist()))
-    columns = table.select(names)
 
     def read(user_ids: Sequence[Any]) -> list[dict[str, Any]]:
-        rows = ids.rows(as_id_array(user_ids))
-        found = iter(columns.take(rows[rows > 0] - 1).to_pylist())
-        return [next(found) if row else {} for row in rows]
+        asked = log.users.filter(log.users["user_id"].isin(list(user_ids)))
+        rows = asked.select("user_id", *names).to_pyarrow().to_pylist()
+        of_user = {row.pop("user_id"): row for row in rows}
+        return [of_user.get(user_id, {}) for user_id in user_ids]
 
     return read
 

@@ -158,9 +158,9 @@ class ModelVersions:
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
-        # Of a link the name is its own, and where it leads to is looked up each time.
-        path = Path(os.path.abspath(path))
         self._is_version = (path / MANIFEST_FILE).is_file()
+        # Of a link to a model the name is its own, and where it leads to is looked up each time.
+        path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._path = path
         self._load_version = load_version
         self.name = path.parent.name if self._is_version else path.name
