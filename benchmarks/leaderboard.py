@@ -131,6 +131,16 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         }
         for dim in (64, 128, 256, 512)
     },
+    # The history read with the candidates' vectors: fewer numbers to learn, and more epochs.
+    "user_sets_shared_64": {
+        "gowalla": {
+            **_USER_SETS,
+            "model.dim": 64,
+            "model.share_item_embedding": True,
+            "model.temperature": 0.1,
+            "training.max_epochs": 90,
+        }
+    },
     "user_sets": {"gowalla": _USER_SETS},
 }
 

@@ -27,7 +27,7 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
-from tfrs_pipeline.run_folder import read_settings, with_source
+from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings, with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
@@ -256,24 +256,36 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
     assert found[True] != pytest.approx(expected, abs=1e-5)
 
 
-def test_a_run_that_was_killed_after_its_export_keeps_its_version(place: Path, warm: Warm) -> None:
-    """It is neither exported again nor measured beside itself."""
-    metrics_file = warm.result.folder / "metrics.json"
-    kept = metrics_file.read_bytes()
-    metrics_file.unlink()
-    settings = {"warm_start": model_folder(place), "export.gate": True}
+@pytest.mark.parametrize(("gate", "index", "newest"), [(True, "auto", 2), (False, "scann", 3)])
+def test_a_run_that_was_killed_after_its_export_keeps_its_version(
+    place: Path, warm: Warm, gate: bool, index: str, newest: int
+) -> None:
+    """It is not measured beside itself, nor exported again unless another index is asked for."""
+    settings = {"warm_start": model_folder(place), "export.gate": gate, "export.index": index}
+    kept = {
+        name: (warm.result.folder / name).read_bytes() for name in ("metrics.json", CONFIG_FILE)
+    }
+    (warm.result.folder / "metrics.json").unlink()
     notes: dict[str, list[str]] = {}
     again = run(
         today(place, **settings),
         warm.result.folder,
         on_step=lambda report: notes.update({report.name: report.notes}),
     )
-    assert versions_of(model_folder(place)) == [1, 2]
-    assert again.export_folder == warm.result.export_folder
-    for name in ("models", "differences", "index"):
-        assert again.metrics[name] == warm.result.metrics[name]
-    assert notes["export"][0].endswith("2, exported before the run was stopped, is kept")
-    metrics_file.write_bytes(kept)
+    assert versions_of(model_folder(place)) == [1, 2, 3][:newest]
+    for name in ("models", "differences"):
+        expected = dict(warm.result.metrics[name])
+        if not gate:
+            del expected[IN_SERVICE]
+        assert again.metrics[name] == expected
+    if newest == 2:
+        assert again.export_folder == warm.result.export_folder
+        assert again.metrics["index"] == warm.result.metrics["index"]
+        assert notes["export"][0].endswith("2, exported before the run was stopped, is kept")
+    else:
+        shutil.rmtree(model_folder(place) / "3")
+    for name, content in kept.items():
+        (warm.result.folder / name).write_bytes(content)
 
 
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:

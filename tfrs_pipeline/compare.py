@@ -172,8 +172,8 @@ def sampling_plans(
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
     all of them but in-batch alone see the same number. `logged` are the stages whose losers the
-    samples hold, `max_epochs` is a plan's budget. A `ValueError` if the reference is missing, or a plan does not go with the other
-    settings.
+    samples hold, `max_epochs` is a plan's budget. A `ValueError` if the reference is missing, or a
+    plan does not go with the other settings.
     """
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
     common: dict[str, Any] = {
