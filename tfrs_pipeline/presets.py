@@ -47,6 +47,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_length": 300,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
+            "model.share_item_embedding": True,
             "model.candidate_bias": True,
             "model.combination": "sum",
             # Between what small catalogs and large ones want: docs/explanation/tried.md.
