@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,38 @@ def test_without_time_the_order_in_the_source_counts() -> None:
     split = log.split(validation=0, test=0.5, min_positives=1)
     assert split.kind == "last_share"
     assert (split.test.histories[0].tolist(), split.test.relevant[0].tolist()) == ([5], [3])
+
+
+@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
+    """As the rows lie, here by item, they would be no sample: it is the same however they lie."""
+    rng = np.random.default_rng(0)
+    num_users, num_items = 60, 50
+    pairs = [(user, item) for user in range(num_users) for item in range(num_items)]
+    options: dict[str, Any] = {"validation": 0.1, "test": 0.2}
+    if kind == "last_n":
+        options = {"validation": 5, "test": 10}
+
+    def parts(rows: list[tuple[int, int]], seed: int = 0) -> dict[tuple[int, int], str]:
+        log = make_log([(*pair, 0, "clicked") for pair in rows], with_time=False)
+        split = replace(log, is_ordered=False).split(kind, **options, seed=seed)
+        table = split.events.select("user_id", "item_id", "part").to_pyarrow().to_pylist()
+        return {(row["user_id"], row["item_id"]): row["part"] for row in table}
+
+    found = parts(pairs)
+    assert parts([pairs[i] for i in rng.permutation(len(pairs))]) == found
+    assert parts(pairs, seed=1) != found
+    testing = [pair for pair, part in found.items() if part == "test"]
+    users = {user for user, _ in testing}
+    assert len(users) == (12 if kind == "held_out_users" else num_users)
+    assert len(testing) == 10 * len(users)
+    # The mean of n ranks, uniform in 0 .. 49 where they are drawn at random: within 4 deviations.
+    deviation = num_items / math.sqrt(12 * len(testing))
+    assert abs(np.mean([item for _, item in testing]) - 24.5) < 4 * deviation
+    for user in users:
+        keys = {item: f"0:{user}:{item}".encode() for item in range(num_items)}
+        order = sorted(keys, key=lambda item: md5(keys[item]).hexdigest()[:12])
+        assert {item for other, item in testing if other == user} == set(order[-10:])
 
 
 def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
+from tfrs_pipeline.retrieval import Query
 
 
 def random_interactions(
@@ -132,7 +133,12 @@ def test_refuses_settings_out_of_range() -> None:
 
 
 @pytest.mark.parametrize("kind", [Ease, Ials])
-def test_an_empty_history_scores_all_alike(kind: Any) -> None:
-    ids, scores = kind().fit(random_interactions(30, 5)).retrieve([{"history": []}], 3)
-    assert ids.tolist() == [[0, 1, 2]]
-    assert scores.tolist() == [[0, 0, 0]]
+def test_without_a_known_item_the_most_popular_come(kind: Any) -> None:
+    """By their own scores all items are tied, and would come in the order of their ids."""
+    train = random_interactions(30, 5)
+    queries: list[Query] = [{"history": []}, {"history": [1]}, {"history": [77]}]
+    ids, scores = kind().fit(train).retrieve(queries, 3)
+    expected_ids, expected = MostPopular().fit(train).retrieve(queries, 3)
+    assert ids[::2].tolist() == expected_ids[::2].tolist()
+    assert scores[::2].tolist() == expected[::2].tolist()
+    assert scores[1].tolist() != expected[1].tolist()

@@ -426,7 +426,8 @@ class Log:
         | held_out_users | the last positives of users that training never saw | dropped |
         | column | what the log's own column `part` says: train, validation, test or null | kept |
 
-        Only `time` keeps a user's training from other users' later clicks.
+        Only `time` keeps a user's training from other users' later clicks. In a log without any
+        order the last positives of a user are some drawn at random, copies of an item together.
 
         Args:
             kind: None: time in a log with timestamps, else last_share.
@@ -437,7 +438,7 @@ class Log:
             test: The same of the test. None: .1, or 1.
             target_share: Share of a held-out user's last positives that is to be found.
             min_positives: Users with fewer are dropped, all their events.
-            seed: Of the draw of held-out users.
+            seed: Of the draw of held-out users, and of positives where there is no order.
 
         Returns:
             The split, which unpacks: `train, validation, test = log.split()`. A part without a
@@ -458,6 +459,7 @@ class Log:
             target_share=target_share,
             min_positives=min_positives,
             seed=seed,
+            is_ordered=self.order != "none",
         )
         return Split(self, events, kind)
 

@@ -3,7 +3,8 @@
 A split adds a column `part` to the event table, or replaces the one that is there: "train",
 "validation", "test", or "fold_in" (history of a held-out user: never trained on). Positives are the
 events of stage `clicked`. The order of a user's events is by timestamp, ties by event number; by
-event number alone where the log has no time. All are lazy expressions.
+event number alone where the log has no time; at random where it has no order. All are lazy
+expressions.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def split_events(
     target_share: float,
     min_positives: int,
     seed: int,
+    is_ordered: bool = True,
 ) -> ibis.Table:
     """Adds the column `part` (see `Log.split`)."""
     for name, problem in part_problems(kind, validation, test):
@@ -63,16 +65,22 @@ def split_events(
         return split_by_time(events, validation, test)
     assert not isinstance(validation, datetime)  # Refused above.
     assert not isinstance(test, datetime)
+    order: list[Any] = order_keys(events)
+    if not is_ordered:  # As the rows lie, which may be by item, the last ones would be no sample.
+        order = [random_key(events["user_id"], events["item_id"], seed=seed), "event_number"]
+    counted = _count_positives(events, min_positives, order)
     if kind == "held_out_users":
-        return split_held_out_users(
-            events,
+        counted = split_held_out_users(
+            counted,
             validation,
             test,
             target_share=target_share,
             min_positives=min_positives,
             seed=seed,
         )
-    return split_last(events, kind, validation, test, min_positives=min_positives)
+    else:
+        counted = split_last(counted, kind, validation, test)
+    return counted.select(*_columns(events), "part")
 
 
 def split_by_time(
@@ -107,12 +115,10 @@ def split_by_time(
 
 
 def split_last(
-    events: ibis.Table,
+    counted: ibis.Table,
     kind: Literal["last_n", "last_share"],
     validation: float,
     test: float,
-    *,
-    min_positives: int,
 ) -> ibis.Table:
     """Splits off each user's last positives, a number or a share of them (see `Log.split`).
 
@@ -126,7 +132,6 @@ def split_last(
             )
         if kind == "last_share" and not 0 <= amount < 1:
             raise ValueError(f"split.{name} must be a share in [0, 1). Received: {amount}.")
-    counted = _count_positives(events, min_positives)
     num_positives, num_so_far = counted["_num_positives"], counted["_num_so_far"]
     if kind == "last_n":
         num_before_test = num_positives - int(test)
@@ -140,11 +145,11 @@ def split_last(
         (num_so_far > ibis.greatest(num_train, 0), "validation"),
         else_="train",
     )
-    return counted.mutate(part=part).select(*_columns(events), "part")
+    return counted.mutate(part=part)
 
 
 def split_held_out_users(
-    events: ibis.Table,
+    counted: ibis.Table,
     validation: float,
     test: float,
     *,
@@ -163,7 +168,6 @@ def split_held_out_users(
             "split.target_share must be in (0, 1) and split.min_positives 2 or more. Received: "
             f"{target_share} and {min_positives}."
         )
-    counted = _count_positives(events, min_positives)
     users = counted.select("user_id").distinct()
     num_users = count_rows(users)
     num_test = math.ceil(test * num_users - _CEIL_SLACK)
@@ -178,7 +182,7 @@ def split_held_out_users(
     is_target = counted["_num_so_far"] > num_positives - round_up(num_positives * target_share)
     is_history = (counted["_role"] != "train") & ~is_target
     part = is_history.ifelse("fold_in", counted["_role"])
-    return counted.mutate(part=part).select(*_columns(events), "part")
+    return counted.mutate(part=part)
 
 
 def split_by_column(events: ibis.Table) -> ibis.Table:
@@ -263,10 +267,10 @@ def order_keys(events: ibis.Table) -> list[str]:
     return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]
 
 
-def _count_positives(events: ibis.Table, min_positives: int) -> ibis.Table:
+def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
     """Adds _num_positives of the user and _num_so_far, those up to and including the event."""
     positives = is_positive(events).cast("int64")
-    so_far = ibis.cumulative_window(group_by="user_id", order_by=order_keys(events))
+    so_far = ibis.cumulative_window(group_by="user_id", order_by=order)
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
         _num_so_far=positives.sum().over(so_far),

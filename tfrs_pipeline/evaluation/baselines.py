@@ -82,8 +82,7 @@ class MostPopular:
     def fit(self, train: Log | Interactions) -> MostPopular:
         """Counts the users of each candidate of a log, or of interactions."""
         train = _interactions(train)
-        self.items = train.items
-        self.counts = np.bincount(train.matrix.indices, minlength=len(train.items))
+        self.items, self.counts = train.items, _num_users(train)
         self._order = np.argsort(-self.counts, kind="stable").astype(np.int32) + 1
         return self
 
@@ -143,17 +142,18 @@ class Ease:
                 f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
                 f"{self.max_candidates}. Use Ials instead, or raise max_candidates."
             )
-        self.items = train.items
+        self.items, self.counts = train.items, _num_users(train)
         self.weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return self
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves by history; see `Retriever.retrieve`. Without one, all scores are 0."""
+        """Retrieves by history; see `Retriever.retrieve`. Without one, what `MostPopular` does."""
         _require_fit(self)
         return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
-        return history_matrix(queries, self.items) @ self.weights
+        histories = history_matrix(queries, self.items)
+        return _or_popular(histories @ self.weights, histories, self.counts)
 
 
 @dataclass(eq=False)
@@ -204,7 +204,7 @@ class Ials:
         from implicit.cpu.als import AlternatingLeastSquares
 
         train = _interactions(train)
-        self.items = train.items
+        self.items, self.counts = train.items, _num_users(train)
         # Its threads and those of BLAS would fight over the cores; the library warns of it.
         with threadpool_limits(1, "blas"):
             self._model = AlternatingLeastSquares(
@@ -219,14 +219,27 @@ class Ials:
         return self
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves by history; see `Retriever.retrieve`. Without one, all scores are 0."""
+        """Retrieves by history; see `Retriever.retrieve`. Without one, what `MostPopular` does."""
         _require_fit(self)
         return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
         histories = history_matrix(queries, self.items)
         factors = self._model.recalculate_user(np.arange(len(queries)), histories)
-        return factors @ self._model.item_factors.T
+        return _or_popular(factors @ self._model.item_factors.T, histories, self.counts)
+
+
+def _num_users(train: Interactions) -> np.ndarray:
+    """Counts the users of each item."""
+    return np.bincount(train.matrix.indices, minlength=len(train.items))
+
+
+def _or_popular(
+    scores: np.ndarray, histories: scipy.sparse.csr_matrix, counts: np.ndarray
+) -> np.ndarray:
+    """Gives queries without a known item the counts as scores: by their own, all items are tied."""
+    scores[np.diff(histories.indptr) == 0] = counts
+    return scores
 
 
 def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
