@@ -159,7 +159,7 @@ def _conclude(
             first = evaluation.first
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             report.notes += [f"{counted(num_queries, 'query')}, {num_relevant:,} items to find"]
-            report.notes += first.describe_omitted()
+            report.notes += first.describe()
         metrics = _metrics(config, data, models, evaluation)
         if config.export.index == "none":
             return _keep(folder, {**metrics, **NOT_EXPORTED}, step)

@@ -152,7 +152,7 @@ def test_means_and_intervals_come_from_the_per_query_values() -> None:
 def test_what_was_left_out_stands_under_the_table_and_no_array_is_shown() -> None:
     retriever = Scores(np.zeros((3, 12)))
     found = measure_all(retriever, make_holdout([[100, 102], [102], [101]], clicked=[[102]] * 3))
-    skipped, excluded = found.first.describe_omitted()
+    skipped, excluded = found.first.describe()
     assert str(found).split("\n")[2:] == [skipped, excluded]
     assert skipped == "1 of 3 queries skipped, with nothing to find"
     assert excluded == (
@@ -160,9 +160,20 @@ def test_what_was_left_out_stands_under_the_table_and_no_array_is_shown() -> Non
         "(exclude)"
     )
     shown = make_holdout([[100, 102]], seen=[[102]])
-    (line,) = measure(Scores(np.zeros((1, 12))), shown, exclude="seen").describe_omitted()
+    line, _ = measure(Scores(np.zeros((1, 12))), shown, exclude="seen").describe()
     assert line.startswith("1 relevant item not counted: the ranking excludes what its user had s")
-    assert not measure(retriever, make_holdout([[100]] * 3)).describe_omitted()
+    assert not measure(retriever, make_holdout([[100]] * 3, clicked=[[101]] * 3)).describe()
+    # The last item has no count, and 7 is none of the candidates; a tenth goes without a word.
+    clicked: list[list[int]] = [[101], [], []]
+    new = measure(retriever, make_holdout([[100, 111, 7], [100], [102]], clicked=clicked))
+    assert new.describe() == [
+        "2 of 3 queries have an empty history",
+        "2 of 5 items to find have no positive in training",
+    ]
+    assert (new.num_relevant_unknown, new.num_relevant_unclicked) == (1, 2)
+    assert new.summary()["num_empty_histories"] == 2
+    few = make_holdout([[100]] * 9 + [[111]], clicked=[[101]] * 9 + [[]])
+    assert not measure(Scores(np.zeros((10, 12))), few).describe()
     many = measure(Scores(np.zeros((2000, 12))), make_holdout([[100]] * 2000))
     assert len(repr(many)) < 500
     assert "2,000 queries; recall@3 1.0000" in repr(many)
@@ -280,7 +291,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
         )
     # What is printed: a line each, the difference beside the number.
     header, *lines = str(found).split("\n")
-    assert [line.split()[0] for line in lines] == ["first", "better", "same"]
+    assert [line.split()[0] for line in lines[:3]] == ["first", "better", "same"]
     assert "ndcg@3" in header
     assert f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]" in lines[1]
 

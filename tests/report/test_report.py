@@ -252,7 +252,6 @@ def test_the_first_screen_answers_four_questions() -> None:
     ]
     first, _, _ = PAGE.joined.partition("Recommendations")
     assert "run of 2026-11-26 06:33 UTC" in first
-    assert "two_tower_uncorrected is better than two_tower" in first
     assert "two_tower does not clearly differ from popularity" in first
     # Dropped at reading and by the split: 17 and 11, of the table's rows and those 17.
     assert "What was dropped?28 of 11,028 events" in first

@@ -1,10 +1,11 @@
 """Words about a run: each follows from its numbers, and from no others."""
 
+import re
 from typing import Any
 
 import pytest
 
-from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.report.verdict import (
     advice,
     by_popularity,
@@ -27,6 +28,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
         "models": {
             name: {
                 METRIC: interval(mean),
+                **{"num_queries": 100, "num_relevant": 500, "num_relevant_excluded": 0},
                 "slices": {
                     part: {METRIC: interval(mean + more), "num_candidates": 100}
                     for part, more in slices.items()
@@ -59,6 +61,10 @@ def test_a_model_is_better_where_every_interval_says_so() -> None:
     assert (worse.answer, worse.is_good) == ("no", False)
     assert "ease and ials are better than two_tower" in worse.why
     assert "(the nearest, ials, is 0.1000 [0.0900, 0.1100] ahead)" in worse.why
+    # Another form of the model is no baseline.
+    metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.301, "ease": 0.2})
+    form = compared_with_baselines(metrics, METRIC)
+    assert (form.answer, "uncorrected" in form.why) == ("yes", False)
     assert compared_with_baselines(made({"two_tower": 0.3}), METRIC).is_good is None
 
 
@@ -125,6 +131,50 @@ def test_advice_follows_from_what_was_measured(
     found = list(advice(metrics, METRIC, RunConfig()))
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]
+
+
+BETTER = {"two_tower": 0.4, "popularity": 0.2, "ease": 0.3}
+SHORT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}}
+
+
+def test_what_would_be_more_is_said_of_a_better_model_too() -> None:
+    (found,) = advice(made(BETTER, training=SHORT), METRIC, RunConfig())
+    assert found.startswith("trained too shortly")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"num_empty_histories": 51},
+            "51 of 100 test queries have an empty history: the test is of",
+        ),
+        ({"num_empty_histories": 50}, None),
+        (
+            {"num_relevant_excluded": 501},
+            "501 of 1,001 items to find are excluded.*exclude to none",
+        ),
+        ({"num_relevant_excluded": 500}, None),
+        ({"num_relevant_unclicked": 151}, "151 of 500 items .*; leave uniform out of model.negat"),
+        ({"num_relevant_unclicked": 150}, None),
+    ],
+)
+@pytest.mark.parametrize("means", [BETTER, LOSING | {"two_tower": 0.09}])
+def test_a_test_of_something_else_is_told_and_nothing_besides(
+    means: dict[str, float], changed: dict[str, int], told: str | None
+) -> None:
+    metrics = made(means)
+    metrics["models"]["two_tower"] |= changed
+    found = list(advice(metrics, METRIC, RunConfig()))
+    if told is None:
+        assert not any(re.search(r"test queries|items to find", line) for line in found)
+        return
+    (line,) = found
+    assert re.match(told, line)
+    # What is set already is not suggested.
+    settings = {"evaluation.exclude": "none", "model.negatives": ["in_batch"]}
+    again = list(advice(metrics, METRIC, with_settings(RunConfig(), settings)))
+    assert not any("exclude to none" in line or "uniform" in line for line in again)
 
 
 def test_baselines_level_with_popularity_tell_what_they_do_not_read() -> None:

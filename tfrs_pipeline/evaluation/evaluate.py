@@ -86,6 +86,7 @@ def evaluate(
     cutoffs = tuple(sorted(set(cutoffs)))
     items, counts = Ids(holdout.candidate_ids), holdout.candidate_counts
     truth = _truth(holdout, items, exclude)
+    num_unknown = int(truth.num_relevant.sum()) - len(truth.relevant[0])
     parts = {"": np.ones(len(items), bool), **popularity_slices(counts)}
 
     def measure(name: str, retriever: Retriever) -> EvaluationResult:
@@ -102,7 +103,9 @@ def evaluate(
             exclude=exclude,
             num_skipped=len(holdout) - len(truth.queries),
             num_relevant_excluded=truth.num_excluded,
-            num_relevant_unknown=int(truth.num_relevant.sum()) - len(truth.relevant[0]),
+            num_relevant_unknown=num_unknown,
+            num_relevant_unclicked=num_unknown + int((counts[truth.relevant[1] - 1] == 0).sum()),
+            num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
             num_sampled_from=holdout.num_sampled_from,
         )
 

@@ -66,6 +66,9 @@ class EvaluationResult:
             the relevant.
         num_relevant_unknown: Relevant items that are not in the corpus: they stay in the
             denominator and are never found. They belong to no slice.
+        num_relevant_unclicked: Relevant items without a training count, those that are not in the
+            corpus among them: they stay in the denominator.
+        num_empty_histories: Measured queries whose history is empty.
         num_sampled_from: Queries that the measured ones were sampled from; None if from none.
     """
 
@@ -76,6 +79,8 @@ class EvaluationResult:
     num_skipped: int
     num_relevant_excluded: int
     num_relevant_unknown: int
+    num_relevant_unclicked: int
+    num_empty_histories: int
     num_sampled_from: int | None = None
 
     @property
@@ -94,8 +99,11 @@ class EvaluationResult:
         }
         return {**self.per_query, **of_slices}
 
-    def describe_omitted(self) -> list[str]:
-        """Says which queries and items were left out, in lines for a person; none if none were."""
+    def describe(self) -> list[str]:
+        """Says what was left out or is hard to find, in lines for a person; none if nothing is.
+
+        Empty histories and items that training did not know are told if they are more than a tenth.
+        """
         num_measured = len(self.user_ids)
         lines = []
         if self.num_sampled_from is not None:
@@ -110,6 +118,13 @@ class EvaluationResult:
                 f"{counted(self.num_relevant_excluded, 'relevant item')} not counted: the ranking "
                 f"excludes what its user had {self.exclude} before (exclude)"
             )
+        num_relevant = self.overall.num_relevant
+        for number, total, of, what in (
+            (self.num_empty_histories, num_measured, "queries", "an empty history"),
+            (self.num_relevant_unclicked, num_relevant, "items to find", "no positive in training"),
+        ):
+            if number > 0.1 * total:
+                lines.append(f"{number:,} of {total:,} {of} have {what}")
         return lines
 
     def summary(self) -> dict[str, Any]:
@@ -119,6 +134,8 @@ class EvaluationResult:
             "num_skipped": self.num_skipped,
             "num_relevant_excluded": self.num_relevant_excluded,
             "num_relevant_unknown": self.num_relevant_unknown,
+            "num_relevant_unclicked": self.num_relevant_unclicked,
+            "num_empty_histories": self.num_empty_histories,
             "num_sampled_from": self.num_sampled_from,
             "slices": {name: part.summary() for name, part in self.slices.items()},
         }
@@ -188,4 +205,4 @@ class Evaluation:
             name: {columns[0]: x[columns[0]]} for name, x in summary["differences"].items()
         }
         table = format_table(summary["models"], list(dict.fromkeys(columns)), differences)
-        return "\n".join([table, *self.first.describe_omitted()])
+        return "\n".join([table, *self.first.describe()])

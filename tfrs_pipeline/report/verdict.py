@@ -11,9 +11,12 @@ from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.negatives.uniform import Uniform
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
+# Of what is new to a model, a share that its numbers are mostly about.
+_MANY_NEW = 0.3
 # Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
 _HIGH_TEMPERATURE = 0.2
 _READS_HISTORIES = ("ease", "ials")
@@ -34,10 +37,13 @@ class Verdict:
 
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Tells whether the model is better than each other, by 95% intervals of the difference."""
+    """Tells whether the model is better than each other, by 95% intervals of the difference.
+
+    Another form of the model itself, such as the uncorrected one, is none of them.
+    """
     first, *_ = metrics["models"]
-    others = metrics["differences"].items()
-    measured = {name: x[metric] for name, x in others if x[metric]["low"] is not None}
+    others = {n: x[metric] for n, x in metrics["differences"].items() if not _is_form(n)}
+    measured = {name: x for name, x in others.items() if x["low"] is not None}
     ahead = [name for name, x in measured.items() if x["low"] > 0]
     behind = [name for name, x in measured.items() if x["high"] < 0]
     level = [name for name in measured if name not in (*ahead, *behind)]
@@ -63,7 +69,7 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
     the uncorrected one, is no baseline; where it finds more, that is said besides.
     """
     first, *others = metrics["models"]
-    baselines = [name for name in others if not name.startswith("two_tower")]
+    baselines = [name for name in others if not _is_form(name)]
     found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
     other_forms: list[str] = []
     for part in metrics["models"][first]["slices"]:
@@ -118,14 +124,15 @@ def found_by_index(index: Metrics) -> Verdict:
 
 
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try, each from what was measured; nothing where the model is clearly better.
+    """Says what to try, each from what was measured.
 
-    The models are compared by `metric`. What the run's settings have already is not suggested.
+    The models are compared by `metric`; where this one is clearly better, only what would be more
+    or otherwise measured is said. What the run's settings have already is not suggested.
     """
-    if compared_with_baselines(metrics, metric).is_good is not False:
-        return
     models, monitor = metrics["models"], config.training.monitor
     first, *_ = models
+    measures = list(_beside_the_question(models[first], config))
+    yield from measures
     training = metrics["training"][first]
     values = training["history"].get(f"val_{monitor}", [])
     if training["best_epoch"] == len(values):
@@ -133,6 +140,9 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
             f"trained too shortly: validation {monitor} was best after the last of "
             f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
         )
+    # What else the numbers say would be of another question.
+    if measures or compared_with_baselines(metrics, metric).is_good is not False:
+        return
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
@@ -148,6 +158,37 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
         yield (
             "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
         )
+
+
+def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
+    """Says what the test measures instead of how well a user's next items are found."""
+    num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
+    if num_empty > num_queries / 2:
+        yield (
+            f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of "
+            "new users. To measure users by their history set split.kind to last_share, or to "
+            "held_out_users"
+        )
+    num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
+    if num_excluded > num_left and config.evaluation.exclude != "none":
+        yield (
+            f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, since "
+            f"their users had {config.evaluation.exclude} them before. If they may come again, set "
+            "evaluation.exclude to none"
+        )
+    num_new = model.get("num_relevant_unclicked", 0)
+    if num_new > _MANY_NEW * num_left:
+        uniform = any(isinstance(kind, Uniform) for kind in config.model.negatives)
+        remedy = "; leave uniform out of model.negatives, which draws them" if uniform else ""
+        yield (
+            f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "
+            f"features can find them (docs/guides/new_items.md){remedy}"
+        )
+
+
+def _is_form(name: str) -> bool:
+    """Whether a model is another form of the two-tower model."""
+    return name.startswith("two_tower_")
 
 
 def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
