@@ -115,6 +115,7 @@ class HybridBatches:
             self._factor = positive_weight / mean
         self.positive_share = self._positive_share()
         self._guard = Guard(samples)
+        self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
@@ -178,7 +179,7 @@ class HybridBatches:
             in_batch_draws, other_expected_count: Scalar and [1, C] float32, instead of log_q if the
                 frequency is estimated: n(c) = in_batch_draws * q(c) + other_expected_count.
             is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one),
-                known positive, exposed item.
+                known positive, exposed item, item that came after the training.
             hard_candidate_row, hard_log_q, hard_is_counted, hard_share: See `HardDraws.draw`.
             dropout_seed: [2] int32, for the model's dropout.
         """
@@ -251,6 +252,8 @@ class HybridBatches:
     def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor) -> tf.Tensor:
         columns = batch["shared_row"]
         is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
+        if self._is_later is not None:
+            is_counted &= ~tf.gather(self._is_later, columns)
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
         return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])

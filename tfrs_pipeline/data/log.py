@@ -81,6 +81,8 @@ class Log:
         item_reading: How the item table was read, as options of `from_files`; a table that replaces
             it in an export is read likewise.
         part_of: The log that this one is a part of, if a split made it.
+        later_items: item_id, of the items whose events are all in other parts of the split: new to
+            whoever trains on this one. None in a whole log.
 
     Example:
         >>> import pyarrow as pa
@@ -105,6 +107,7 @@ class Log:
     is_ordered: bool = True
     item_reading: Mapping[str, Any] = field(default_factory=dict)
     part_of: Log | None = None
+    later_items: ibis.Table | None = None
 
     def __post_init__(self) -> None:
         check_names(self.request_features, self.user_features)

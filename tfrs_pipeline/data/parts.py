@@ -137,4 +137,11 @@ class Split(Generic[LogT]):
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
         # What was dropped and noted in the making is the whole log's.
         told: dict[str, Any] = {"dropped": (), "notes": ()}
-        return dataclasses.replace(self.log, events=events, part_of=self.log.whole, **told)
+        of_all, of_part = (x.select("item_id").distinct() for x in (self.events, events))
+        return dataclasses.replace(
+            self.log,
+            events=events,
+            part_of=self.log.whole,
+            later_items=of_all.anti_join(of_part, "item_id"),
+            **told,
+        )

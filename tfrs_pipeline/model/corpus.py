@@ -12,7 +12,7 @@ import ibis
 import numpy as np
 
 from tfrs_pipeline.batches.single import check_one_batch
-from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, FeatureKind, count_rows
@@ -36,7 +36,9 @@ class Corpus:
 
     `columns` hold the encoded features by name, of rows 1, 2, ...; those of requests are no row's,
     and the samples have them. `has_times` says whether the samples have times, `has_positive`, [1 +
-    users] bool, which query rows have a positive among them; None is all.
+    users] bool, which query rows have a positive among them; None is all. `is_later`, [1 + items]
+    bool, says which items came after the training, as its log tells (`Log.later_items`): they are
+    new ones, of the unknown id, and no negatives. None is none.
     """
 
     candidate_ids: Ids
@@ -48,6 +50,7 @@ class Corpus:
     request_features: tuple[Feature, ...] = ()
     has_times: bool = False
     has_positive: np.ndarray | None = None
+    is_later: np.ndarray | None = None
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
@@ -76,7 +79,18 @@ class Corpus:
             ),
             "timestamp" in log.events.columns,
             np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
+            _is_later(log, candidate_ids),
         )
+
+
+def _is_later(log: Log, candidate_ids: Ids) -> np.ndarray | None:
+    """Marks the rows of the items that came later; None if there are none."""
+    if log.later_items is None:
+        return None
+    later = as_id_array(log.later_items["item_id"].to_pyarrow().to_pylist())
+    if not len(later):
+        return None
+    return np.isin(np.arange(len(candidate_ids) + 1), candidate_ids.rows(later))
 
 
 def _encode(
@@ -144,7 +158,8 @@ class TrainingSet:
         encoders = {feature.name: feature.encode_column for feature in features}
         made_by = [feature.to_dict() for feature in features]
         columns = encoded_columns(folder, encoders, made_by) if features else {}
-        return cls(replace(samples, request_columns=columns), corpus, report)
+        samples = replace(samples, request_columns=columns, is_later=corpus.is_later)
+        return cls(samples, corpus, report)
 
     def check_negatives_left(self, hard: object) -> None:
         """Refuses (`DataError`) a log whose every user with a positive clicked or saw every item.

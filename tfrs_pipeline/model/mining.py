@@ -81,7 +81,10 @@ def mine_pools(
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
         rows = found[state_of]
         is_own = rows == samples.candidate_rows[batch][:, np.newaxis]
-        left, by_reason = mined.keep(rows > 0, is_known[state_of] | is_own, is_exposed[state_of])
+        is_found = rows > 0
+        if samples.is_later is not None:
+            is_found &= ~samples.is_later[rows]
+        left, by_reason = mined.keep(is_found, is_known[state_of] | is_own, is_exposed[state_of])
         places, sizes[batch] = mined.draw_pools(left, rng)
         is_drawn = np.arange(places.shape[1]) < sizes[batch][:, np.newaxis]
         kept.append(np.take_along_axis(rows, places, axis=1)[is_drawn].astype(np.int32))

@@ -59,6 +59,11 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     verb = "is" if unreachable == 1 else "are"
     never = f"{counted(unreachable, 'item')} {verb} never drawn as negatives"
     notes = [never] if unreachable else []
+    if batches.samples.is_later is not None:
+        num = counted(int(batches.samples.is_later.sum()), "item")
+        notes.append(
+            f"{num} came after the training: new ones, of the unknown id, and no negatives"
+        )
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None:

@@ -131,6 +131,8 @@ class Tower(tf.keras.layers.Layer):
 
     def vectors(self, rows: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Embeds candidates as `call` does, not normalised and without dropout: [n, dim]."""
+        if self._row_of_id is not None:
+            rows = tf.gather(self._row_of_id, rows)
         return self._joined(rows, self._embedded(features))
 
     def _embedded(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -183,6 +185,7 @@ def candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
         settings,
         features=[feature.spec for feature in corpus.candidate_features],
         num_ids=len(corpus.candidate_ids) if settings.use_candidate_id else None,
+        are_trained=None if corpus.is_later is None else ~corpus.is_later,
         bias="id" if settings.candidate_bias else None,
     )
 

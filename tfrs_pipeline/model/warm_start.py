@@ -70,6 +70,8 @@ class WarmStart:
         self._optimizers = source.training.optimizer, training.optimizer
         # By row here, the row there: 0 is new.
         self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
+        if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
+            self._candidate_rows[is_later[self._candidate_rows]] = 0
         self._query_rows = _source_rows(source.corpus.query_ids, corpus.query_ids)
         if not self._candidate_rows.any():
             here, there = (c.candidate_ids.values[0] for c in (corpus, source.corpus))

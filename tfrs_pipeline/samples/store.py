@@ -130,6 +130,8 @@ class Samples:
             float32 with NaN where missing.
         sequence_times: [total] int64, of each of the sequences' values its event's time in seconds
             since 1970. None in a log without timestamps.
+        is_later: [num_candidates + 1] bool, the items that came after the training, which are
+            nobody's negatives; None if there are none.
     """
 
     query_rows: np.ndarray
@@ -143,6 +145,7 @@ class Samples:
     hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
     request_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     sequence_times: np.ndarray | None = None
+    is_later: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.query_rows)
