@@ -120,6 +120,17 @@ def test_counts_by_reason() -> None:
     )
 
 
+def test_items_that_came_later_are_nobodys_hard_negatives() -> None:
+    samples = Samples.from_pairs([1], [1], num_queries=1, num_candidates=9)
+    later = np.isin(np.arange(10), [3, 4, 9])
+    samples = dataclasses.replace(samples, is_later=later)
+    # Left: 2 5 6 7 8, ranks 0 to 4.
+    pools, report = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=9))
+    assert sorted(pools[0].tolist()) == [5, 6, 7]
+    assert report.dropped["came after the training"] == 2  # The ninth is of a rank below all asked.
+    assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
+
+
 def test_draw_is_uniform_and_in_random_order() -> None:
     num = 4000
     samples = Samples.from_pairs([1] * num, [60] * num, num_queries=1, num_candidates=60)

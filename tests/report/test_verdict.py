@@ -155,7 +155,10 @@ def test_what_would_be_more_is_said_of_a_better_model_too() -> None:
             "501 of 1,001 items to find are excluded.*exclude to none",
         ),
         ({"num_relevant_excluded": 500}, None),
-        ({"num_relevant_unclicked": 151}, "151 of 500 items .*; leave uniform out of model.negat"),
+        (
+            {"num_relevant_unclicked": 151},
+            "151 of 500 items to find have no .* find them, of which data.item_features has none",
+        ),
         ({"num_relevant_unclicked": 150}, None),
     ],
 )
@@ -172,9 +175,10 @@ def test_a_test_of_something_else_is_told_and_nothing_besides(
     (line,) = found
     assert re.match(told, line)
     # What is set already is not suggested.
-    settings = {"evaluation.exclude": "none", "model.negatives": ["in_batch"]}
+    features = {"year": "numeric"}
+    settings = {"evaluation.exclude": "none", "data.item_features": features}
     again = list(advice(metrics, METRIC, with_settings(RunConfig(), settings)))
-    assert not any("exclude to none" in line or "uniform" in line for line in again)
+    assert not any("exclude to none" in line or "item_features" in line for line in again)
 
 
 def test_baselines_level_with_popularity_tell_what_they_do_not_read() -> None:

@@ -62,6 +62,9 @@ def mine_pools(
         on_progress: Called after each batch with the samples done and their total.
     """
     num_candidates = len(samples.counts) - 1
+    is_later = samples.is_later
+    if is_later is None:
+        is_later = np.zeros(num_candidates + 1, bool)
     batch_size = min(batch_size, max(1, _CELLS_PER_BATCH // (num_candidates + 1)))
     order, first = _by_state(samples)
     rng = np.random.default_rng(seed)
@@ -75,16 +78,17 @@ def mine_pools(
         keys = samples.query_rows[states]
         masks = [lists.take(keys) for lists in (samples.known_positives, samples.exposed)]
         num_dropped_at_most = np.sum([np.diff(lists.offsets) for lists in masks], axis=0)
-        k = min(num_candidates, mined.max_rank + int(num_dropped_at_most.max()))
+        num_more = int(num_dropped_at_most.max() + is_later.sum())
+        k = min(num_candidates, mined.max_rank + num_more)
         found = retrieve(keys, samples.latest(states, history_length), k)
         is_known, is_exposed = (_is_member(lists, found, num_candidates) for lists in masks)
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
         rows = found[state_of]
         is_own = rows == samples.candidate_rows[batch][:, np.newaxis]
-        is_found = rows > 0
-        if samples.is_later is not None:
-            is_found &= ~samples.is_later[rows]
+        is_found = (rows > 0) & ~is_later[rows]
         left, by_reason = mined.keep(is_found, is_known[state_of] | is_own, is_exposed[state_of])
+        if samples.is_later is not None:
+            by_reason["came after the training"] = int(is_later[rows].sum())
         places, sizes[batch] = mined.draw_pools(left, rng)
         is_drawn = np.arange(places.shape[1]) < sizes[batch][:, np.newaxis]
         kept.append(np.take_along_axis(rows, places, axis=1)[is_drawn].astype(np.int32))

@@ -11,7 +11,6 @@ from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.negatives.uniform import Uniform
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
@@ -178,11 +177,10 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
         )
     num_new = model.get("num_relevant_unclicked", 0)
     if num_new > _MANY_NEW * num_left:
-        uniform = any(isinstance(kind, Uniform) for kind in config.model.negatives)
-        remedy = "; leave uniform out of model.negatives, which draws them" if uniform else ""
+        features = "" if config.data.item_features else ", of which data.item_features has none"
         yield (
             f"{num_new:,} of {num_left:,} items to find have no positive in training: only their "
-            f"features can find them (docs/guides/new_items.md){remedy}"
+            f"features can find them{features} (docs/guides/new_items.md)"
         )
 
 

@@ -1,0 +1,111 @@
+"""Items that came after the training: new ones to it, whatever its corpus lists."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+import tfrs_pipeline as tp
+from tests.model.conftest import tiny
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+
+LATER, DEAD = 777, 888
+EASY = [Uniform(16), Popularity(16, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def train() -> Log:
+    """The training part of a log whose item 777 has an event in the test alone, and 888 none."""
+    events = pd.DataFrame({"user_id": np.arange(120) % 10, "item_id": np.arange(120) % 17})
+    events["part"] = np.where(np.arange(120) < 100, "train", "test")
+    events.loc[110, "part"] = "validation"
+    events.loc[115, "item_id"] = LATER
+    items = pd.DataFrame({"item_id": [*range(17), LATER, DEAD]})
+    items["kind"] = ["a", "b", "c"] * 6 + ["a"]
+    log = Log.from_table(events, items=items, item_features={"kind": "categorical"})
+    return log.split("column").train
+
+
+@pytest.fixture(scope="module")
+def data(train: Log, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return TrainingSet.build(train, tmp_path_factory.mktemp("samples"), seed=0)
+
+
+def row_of(data: TrainingSet, item: int) -> int:
+    return int(data.corpus.candidate_ids.rows([item])[0])
+
+
+@pytest.mark.parametrize("examples", ["single", "sequences", "sets"])
+def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, examples: str) -> None:
+    model = tiny(negatives=EASY, training={"examples": examples})
+    batches = model.batches(data.samples)
+    whole = model.batches(replace(data.samples, is_later=None))
+    later, num_drawn, num_dead = row_of(data, LATER), 0, 0
+    for step in range(20):
+        batch, before = batches.batch(step), whole.batch(step)
+        is_later = batch["shared_row"].numpy() == later
+        counted = batch["is_counted"].numpy()
+        assert not counted[:, is_later].any()
+        assert before["is_counted"].numpy()[:, is_later].all()
+        num_drawn += is_later.sum()
+        num_dead += counted[:, batch["shared_row"].numpy() == row_of(data, DEAD)].sum()
+        np.testing.assert_array_equal(
+            counted[:, ~is_later], before["is_counted"].numpy()[:, ~is_later]
+        )
+        for name in batch.keys() - {"is_counted"}:
+            np.testing.assert_array_equal(batch[name].numpy(), before[name].numpy(), name)
+    assert num_drawn > 0
+    assert num_dead > 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_they_are_embedded_as_an_item_that_nobody_knows(
+    train: Log, data: TrainingSet, shared: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
+    model = tiny(negatives=EASY, **settings, training={"max_epochs": 3})
+    model.fit_samples(data, log=train)
+    assert "1 item came after the training: new ones, of the unknown id, and no negatives" in (
+        model.notes
+    )
+    later, dead = (tf.constant([row_of(data, item)]) for item in (LATER, DEAD))
+    kinds = model.network.candidate_table(later)
+    unknown = model.network.embed_candidates(tf.constant([0]), kinds)
+    np.testing.assert_array_equal(model.network.embed_candidates(later), unknown)
+    kinds = model.network.candidate_table(dead)
+    unknown = model.network.embed_candidates(tf.constant([0]), kinds)
+    assert np.abs(model.network.embed_candidates(dead) - unknown).max() > 1e-3
+    # So does the export, and what comes in later by its features is the same.
+    loaded = tp.load(tp.export(model, tmp_path / "m", index=tp.Exact()))
+    embedded, _ = loaded.embed_candidates([LATER, 999], {"kind": ["c", "c"]})
+    np.testing.assert_allclose(embedded[0], embedded[1], atol=1e-6)
+    place = list(loaded.candidate_ids()).index(LATER)
+    np.testing.assert_allclose(loaded.candidate_embeddings()[place], embedded[1], atol=1e-6)
+    query: Any = [{"user_id": 1, "history": [3, LATER]}]
+    ids, scores = loaded.retrieve(query, 19)
+    expected_ids, expected = model.retrieve(query, 19)
+    assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_a_warm_start_takes_them_for_new_ones(
+    train: Log, data: TrainingSet, tmp_path: Path
+) -> None:
+    source = tiny(negatives=EASY, training={"max_epochs": 3}).fit_samples(data, log=train)
+    whole = TrainingSet.build(train.whole, tmp_path / "whole", seed=0)
+    assert whole.corpus.is_later is None
+    still = {"max_epochs": 1, "learning_rate": 1e-30}
+    model = tiny(negatives=EASY, training=still).fit_samples(whole, warm_start=source)
+    table = model.network.candidate_tower.id_embedding.embeddings.numpy()
+    before = source.network.candidate_tower.id_embedding.embeddings.numpy()
+    later, dead = row_of(data, LATER), row_of(data, DEAD)
+    np.testing.assert_allclose(table[later], before[0], atol=1e-6)
+    np.testing.assert_allclose(table[dead], before[dead], atol=1e-6)
+    assert "items kept, 1 new" in "".join(model.notes)
