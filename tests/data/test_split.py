@@ -214,26 +214,27 @@ def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", ["time", "last_share", "last_n", "held_out_users"])
-def test_later_items_are_those_of_the_other_parts_alone(kind: Any) -> None:
+def test_later_items_begin_after_the_last_event_of_a_part(kind: Any) -> None:
     options = {"validation": 2, "test": 2} if kind == "last_n" else {"validation": 0.2, "test": 0.3}
     rng = np.random.default_rng(0)
-    # Many items, of few events each; some users are dropped.
-    rows = [(user, int(rng.integers(60)), second, stage)
-            for user, _, second, stage in random_rows(0)]  # fmt: skip
+    # An item lives for a while; some users are dropped.
+    rows = [(user, second // 20 + int(rng.integers(5)), second, stage)
+            for second, (user, _, _, stage) in enumerate(random_rows(0))]  # fmt: skip
     split = make_log(rows).split(kind, **options, min_positives=3)
-    items_of: dict[str, set[int]] = {}
-    for number, part in parts_of(split).items():
-        items_of.setdefault(part, set()).add(rows[number][1])
-    every = set().union(*items_of.values())
-    for log, parts in ((split.train, ["train"]), (split.before_test, ["train", "validation"])):
+    first: dict[int, int] = {}
+    for number in sorted(parts_of(split)):
+        first.setdefault(rows[number][1], rows[number][2])
+    for log in (split.train, split.before_test):
+        last = max(
+            rows[number][2] for number in log.events.to_pyarrow()["event_number"].to_pylist()
+        )
         assert log.later_items is not None
         found = set(log.later_items["item_id"].to_pyarrow().to_pylist())
-        known = set().union(*(items_of[part] for part in parts))
-        if kind == "held_out_users":
-            known = items_of["train"]
-        assert found == every - known
-        assert found
+        assert found == {item for item, second in first.items() if second > last}
+        assert found or kind != "time"
     assert split.log.later_items is None
+    without_time = make_log(rows, with_time=False)
+    assert without_time.split("last_share", min_positives=3).train.later_items is None
 
 
 def test_an_evaluation_excludes_by_one_rule() -> None:

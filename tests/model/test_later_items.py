@@ -22,8 +22,9 @@ EASY = [Uniform(16), Popularity(16, 1.0)]
 
 @pytest.fixture(scope="module")
 def train() -> Log:
-    """The training part of a log whose item 777 has an event in the test alone, and 888 none."""
+    """The training part of a log whose item 777 has its first event in the test, and 888 none."""
     events = pd.DataFrame({"user_id": np.arange(120) % 10, "item_id": np.arange(120) % 17})
+    events["timestamp"] = pd.to_datetime(1_700_000_000 + np.arange(120), unit="s", utc=True)
     events["part"] = np.where(np.arange(120) < 100, "train", "test")
     events.loc[110, "part"] = "validation"
     events.loc[115, "item_id"] = LATER

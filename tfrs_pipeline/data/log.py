@@ -81,8 +81,9 @@ class Log:
         item_reading: How the item table was read, as options of `from_files`; a table that replaces
             it in an export is read likewise.
         part_of: The log that this one is a part of, if a split made it.
-        later_items: item_id, of the items whose events are all in other parts of the split: new to
-            whoever trains on this one. None in a whole log.
+        later_items: item_id, of the items whose first event in any part of the split is later than
+            the last event of this one: new to whoever trains on it. None in a whole log, and in one
+            without timestamps, where a new item and a rare one cannot be told apart.
 
     Example:
         >>> import pyarrow as pa

@@ -137,11 +137,10 @@ class Split(Generic[LogT]):
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
         # What was dropped and noted in the making is the whole log's.
         told: dict[str, Any] = {"dropped": (), "notes": ()}
-        of_all, of_part = (x.select("item_id").distinct() for x in (self.events, events))
-        return dataclasses.replace(
-            self.log,
-            events=events,
-            part_of=self.log.whole,
-            later_items=of_all.anti_join(of_part, "item_id"),
-            **told,
-        )
+        later = None
+        if "timestamp" in events.columns:
+            last = events["timestamp"].max().as_scalar()
+            items = self.events.group_by("item_id").agg(first=self.events["timestamp"].min())
+            later = items.filter(items["first"] > last).select("item_id")
+        told |= {"part_of": self.log.whole, "later_items": later}
+        return dataclasses.replace(self.log, events=events, **told)
