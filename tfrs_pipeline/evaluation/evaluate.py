@@ -67,6 +67,7 @@ def evaluate(
         model    ndcg@1  from popular  recall@1  tail/recall@1  coverage@1
         popular  1.0000                  1.0000         1.0000      0.2500
         ease     1.0000       +0.0000    1.0000         1.0000      0.2500
+        2 of 2 items to find have no positive in training
     """
     if not isinstance(retrievers, Mapping):
         retrievers = {type(retrievers).__name__: retrievers}
