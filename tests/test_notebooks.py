@@ -43,8 +43,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_tables(folder: Path) -> None:
-    """Writes a log in which users click what is popular and of their own group."""
+def write_tables(folder: Path, *, prefix: str = "") -> None:
+    """Writes a log in which users click what is popular and of their own group.
+
+    Ids are numbers, of which a prefix makes text.
+    """
     rng = np.random.default_rng(0)
     group = np.arange(NUM_ITEMS) % NUM_GROUPS
     popularity = 1 / (1 + np.arange(NUM_ITEMS)) ** 0.6
@@ -55,18 +58,28 @@ def write_tables(folder: Path) -> None:
         times = 1_700_000_000 + np.sort(rng.integers(0, 100_000, size=30))
         for item, time in zip(shown.tolist(), times.tolist(), strict=True):
             stage = "clicked" if rng.random() < 0.7 else "exposed"
-            row = {"user_id": user, "item_id": item, "timestamp": time, "stage": stage}
-            events.append(row)
+            ids = {"user_id": f"{prefix}{user}", "item_id": f"{prefix}{item}"}
+            events.append({**ids, "timestamp": time, "stage": stage})
     write_csv(folder / "events.csv", events)
     # One of the films that the notebook looks for; the others are missing.
     titles = ["Star Wars", *(f"Film {item}" for item in range(1, NUM_ITEMS))]
     items = [
-        {"item_id": i, "title": title, "year": 1980 + i % 20, "genres": f"Genre {group[i]}|Film"}
+        {
+            "item_id": f"{prefix}{i}",
+            "title": title,
+            "year": 1980 + i % 20,
+            "genres": f"Genre {group[i]}|Film",
+        }
         for i, title in enumerate(titles)
     ]
     write_csv(folder / "items.csv", items)
     users = [
-        {"user_id": user, "age_group": "25-34", "gender": "FM"[user % 2], "occupation": "writer"}
+        {
+            "user_id": f"{prefix}{user}",
+            "age_group": "25-34",
+            "gender": "FM"[user % 2],
+            "occupation": "writer",
+        }
         for user in range(NUM_USERS)
     ]
     write_csv(folder / "users.csv", users)
@@ -141,7 +154,7 @@ def test_sampling_runs_on_a_small_funnel(tmp_path: Path, monkeypatch: pytest.Mon
 def test_serving_runs_on_a_small_log_without_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tables(tmp_path)
+    write_tables(tmp_path, prefix="id ")
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("TFRS_PIPELINE_NOTEBOOK_EPOCHS", "2")
     monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "empty_cache"))
@@ -153,7 +166,7 @@ def test_serving_runs_on_a_small_log_without_network(
     assert f"{NUM_ITEMS} items, {num_new} of them new" in outputs(cells["refresh"])
     assert "known" in outputs(cells["curve"])
     # More was asked for than there is: three slots are empty.
-    assert re.search(r"(-1 *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
+    assert re.search(r"('' *){3}\] .*(-inf *){3}\]", outputs(cells["filter"]))
     assert f"the last {num_new}" in outputs(cells["ranks"])
     assert "as exact search from Python: True" in outputs(cells["serve"])
     assert not (tmp_path / "empty_cache").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -65,6 +66,8 @@ def trained_in(
         (split.train, "selection") if step == "selection" else (split.before_test, "final")
     )
     corpus = Corpus.read(part, folder / "samples" / samples)
+    if config.warm_start is not None:  # As it was trained.
+        corpus = dataclasses.replace(corpus, is_later=None)
     network = TwoTower(settings[name], training=config.training, name=name).build(corpus)
     read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
     return Trained(settings[name], config.training, corpus, network)

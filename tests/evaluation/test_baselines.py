@@ -139,6 +139,10 @@ def test_without_a_known_item_the_most_popular_come(kind: Any) -> None:
     queries: list[Query] = [{"history": []}, {"history": [1]}, {"history": [77]}]
     ids, scores = kind().fit(train).retrieve(queries, 3)
     expected_ids, expected = MostPopular().fit(train).retrieve(queries, 3)
+    items = Ids(["a", "b", "c", "d"])
+    no_count = Interactions.from_rows(items, np.array([0, 1, 1]), np.array([2, 2, 1]))
+    only, _ = kind().fit(no_count).retrieve([{"history": ["d"]}], 2)
+    assert only.tolist() == [["b", "a"]]
     assert ids[::2].tolist() == expected_ids[::2].tolist()
     assert scores[::2].tolist() == expected[::2].tolist()
     assert scores[1].tolist() != expected[1].tolist()

@@ -29,7 +29,7 @@ def train() -> Log:
     events.loc[110, "part"] = "validation"
     events.loc[115, "item_id"] = LATER
     items = pd.DataFrame({"item_id": [*range(17), LATER, DEAD]})
-    items["kind"] = ["a", "b", "c"] * 6 + ["a"]
+    items["kind"] = ["a", "b", "c"] * 5 + ["a", "b", "z", "a"]
     log = Log.from_table(events, items=items, item_features={"kind": "categorical"})
     return log.split("column").train
 
@@ -66,6 +66,21 @@ def test_they_are_nobodys_negatives_and_all_else_stays(data: TrainingSet, exampl
     assert num_dead > 0
 
 
+def test_their_features_are_read_as_of_new_items(data: TrainingSet) -> None:
+    """A category that they alone have is one that the training did not have."""
+    (kind,) = data.corpus.candidate_features
+    assert kind.vocabulary == ("a", "b", "c")
+    assert data.corpus.candidate_columns["kind"][row_of(data, LATER) - 1] == 0
+
+
+def test_they_are_counted_among_what_is_masked(data: TrainingSet) -> None:
+    batches = tiny(negatives=EASY).batches(data.samples)
+    # Of 32 columns half are uniform among 19 items: within 4 deviations of 5 batches.
+    share = batches.masked_shares()["items that came later"]
+    expected, num = 1 / 19, 5 * 16
+    assert abs(share - expected / 2) < 4 * np.sqrt(expected / num) / 2
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_they_are_embedded_as_an_item_that_nobody_knows(
     train: Log, data: TrainingSet, shared: bool, tmp_path: Path
@@ -73,9 +88,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
     model = tiny(negatives=EASY, **settings, training={"max_epochs": 3})
     model.fit_samples(data, log=train)
-    assert "1 item came after the training: new ones, of the unknown id, and no negatives" in (
-        model.notes
-    )
+    assert "1 item came after the training: new to it, and nobody's negatives" in (model.notes)
     later, dead = (tf.constant([row_of(data, item)]) for item in (LATER, DEAD))
     kinds = model.network.candidate_table(later)
     unknown = model.network.embed_candidates(tf.constant([0]), kinds)
@@ -85,7 +98,7 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     assert np.abs(model.network.embed_candidates(dead) - unknown).max() > 1e-3
     # So does the export, and what comes in later by its features is the same.
     loaded = tp.load(tp.export(model, tmp_path / "m", index=tp.Exact()))
-    embedded, _ = loaded.embed_candidates([LATER, 999], {"kind": ["c", "c"]})
+    embedded, _ = loaded.embed_candidates([LATER, 999], {"kind": ["z", "z"]})
     np.testing.assert_allclose(embedded[0], embedded[1], atol=1e-6)
     place = list(loaded.candidate_ids()).index(LATER)
     np.testing.assert_allclose(loaded.candidate_embeddings()[place], embedded[1], atol=1e-6)
@@ -110,3 +123,15 @@ def test_a_warm_start_takes_them_for_new_ones(
     np.testing.assert_allclose(table[later], before[0], atol=1e-6)
     np.testing.assert_allclose(table[dead], before[dead], atol=1e-6)
     assert "items kept, 1 new" in "".join(model.notes)
+    # Known from an earlier log, it is no new one, though this log has it later alone.
+    knows = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(whole)
+    again = tiny(negatives=EASY, training=still).fit_samples(data, warm_start=knows, log=train)
+    rows = tf.constant([later])
+    features = again.network.candidate_table(rows)
+    np.testing.assert_allclose(
+        again.network.candidate_tower.id_embedding(rows),
+        knows.network.candidate_tower.id_embedding(rows),
+        atol=1e-6,
+    )
+    unknown = again.network.embed_candidates(tf.constant([0]), features)
+    assert np.abs(again.network.embed_candidates(rows) - unknown).max() > 1e-3

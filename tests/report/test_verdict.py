@@ -138,6 +138,9 @@ SHORT = {"two_tower": {"best_epoch": 1, "history": {f"val_{METRIC}": [0.1]}}}
 
 
 def test_what_would_be_more_is_said_of_a_better_model_too() -> None:
+    uncorrected = {"two_tower": 0.2, "two_tower_uncorrected": 0.25, "popularity": 0.1}
+    (found,) = advice(made(uncorrected), METRIC, RunConfig())
+    assert found.startswith("the correction costs here")
     (found,) = advice(made(BETTER, training=SHORT), METRIC, RunConfig())
     assert found.startswith("trained too shortly")
 

@@ -27,6 +27,8 @@ from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import RowLists, Samples
 
+_LATER = "items that came later"
+
 
 class HybridBatches:
     """Builds the training batches of one mixture of negatives.
@@ -279,9 +281,11 @@ class HybridBatches:
 
         Returns:
             By reason, the share of the columns: accidental hits (the same candidate again, a row's
-            own in-batch column not counted), known positives, exposed items.
+            own in-batch column not counted), known positives, exposed items, items that came later.
         """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
+        if self._is_later is not None:
+            masked[_LATER] = 0
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
@@ -293,6 +297,8 @@ class HybridBatches:
             never = self._guard.read(query_row.numpy())
             found = {"accidental hits": is_hit}
             found |= {reason: contains([ragged(never[reason])], columns) for reason in REASONS}
+            if self._is_later is not None:
+                found[_LATER] = tf.gather(self._is_later, columns)[tf.newaxis, :]
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked

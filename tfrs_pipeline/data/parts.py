@@ -142,5 +142,7 @@ class Split(Generic[LogT]):
             last = events["timestamp"].max().as_scalar()
             items = self.events.group_by("item_id").agg(first=self.events["timestamp"].min())
             later = items.filter(items["first"] > last).select("item_id")
+            if self.log.later_items is not None:
+                later = later.union(self.log.later_items, distinct=True)
         told |= {"part_of": self.log.whole, "later_items": later}
         return dataclasses.replace(self.log, events=events, **told)

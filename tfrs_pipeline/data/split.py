@@ -93,7 +93,7 @@ def split_by_time(
     if "timestamp" not in events.columns:
         raise DataError(
             "The log has no timestamp, so it cannot be split by time. Set split.kind to "
-            "last_share, last_n or held_out_users, which need only an order."
+            "last_share, last_n or held_out_users, which need no time."
         )
     if isinstance(validation, datetime) and isinstance(test, datetime):
         if validation > test:

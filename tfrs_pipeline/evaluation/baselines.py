@@ -237,8 +237,8 @@ def _num_users(train: Interactions) -> np.ndarray:
 def _or_popular(
     scores: np.ndarray, histories: scipy.sparse.csr_matrix, counts: np.ndarray
 ) -> np.ndarray:
-    """Gives queries without a known item the counts as scores: by their own, all items are tied."""
-    scores[np.diff(histories.indptr) == 0] = counts
+    """Gives queries without a trained item the counts as scores: by their own, all are tied."""
+    scores[histories @ (counts > 0) == 0] = counts
     return scores
 
 

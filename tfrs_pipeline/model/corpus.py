@@ -60,7 +60,9 @@ class Corpus:
         if "timestamp" in log.events.columns:
             end = log.events["timestamp"].max().to_pyarrow().as_py()
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
-        candidate_features, candidate_columns = _encode(items, log.item_features, end)
+        is_later = _is_later(log, candidate_ids)
+        is_there = None if is_later is None else ~is_later[1:]
+        candidate_features, candidate_columns = _encode(items, log.item_features, end, is_there)
         query_features, query_columns = _encode(users, log.user_features, end)
         return cls(
             candidate_ids,
@@ -79,7 +81,7 @@ class Corpus:
             ),
             "timestamp" in log.events.columns,
             np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
-            _is_later(log, candidate_ids),
+            is_later,
         )
 
 
@@ -94,13 +96,20 @@ def _is_later(log: Log, candidate_ids: Ids) -> np.ndarray | None:
 
 
 def _encode(
-    table: ibis.Table, kinds: Mapping[str, FeatureKind], end: datetime | None
+    table: ibis.Table,
+    kinds: Mapping[str, FeatureKind],
+    end: datetime | None,
+    is_there: np.ndarray | None = None,
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
-    """Fits and encodes features; ages count from the end of the log, if it has times."""
+    """Fits features to the rows that are there, all if None, and encodes all rows.
+
+    Ages count from the end of the log, if it has times.
+    """
     features, columns = [], {}
     data = table.select(*kinds).to_pyarrow() if kinds else {}
     for name, kind in kinds.items():
-        features.append(_fit(name, kind, data[name], end))
+        fitted_to = data[name] if is_there is None else data[name].filter(is_there)
+        features.append(_fit(name, kind, fitted_to, end))
         columns[name] = features[-1].encode_column(data[name])
     return tuple(features), columns
 
@@ -171,7 +180,8 @@ class TrainingSet:
         never = np.diff(samples.known_positives.offsets)[users]
         if not (isinstance(hard, FunnelLosers) and "exposed" in hard.stages):
             never = never + np.diff(samples.exposed.offsets)[users]
-        if (never >= len(samples.counts) - 1).all():
+        num_later = 0 if samples.is_later is None else samples.is_later.sum()
+        if (never >= len(samples.counts) - 1 - num_later).all():
             raise DataError(
                 "No item is anyone's negative, so that there is nothing to train on: every user of "
                 "the training part who clicked anything clicked or saw every item. Give the log "

@@ -55,15 +55,17 @@ def describe_sample(validation: Holdout | None) -> list[str]:
 
 def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
     """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
-    unreachable = int((batches.expected_count[1:] <= 0).sum())
+    is_later = batches.samples.is_later
+    is_never = batches.expected_count[1:] <= 0
+    if is_later is not None:
+        is_never = is_never & ~is_later[1:]
+    unreachable = int(is_never.sum())
     verb = "is" if unreachable == 1 else "are"
     never = f"{counted(unreachable, 'item')} {verb} never drawn as negatives"
     notes = [never] if unreachable else []
-    if batches.samples.is_later is not None:
-        num = counted(int(batches.samples.is_later.sum()), "item")
-        notes.append(
-            f"{num} came after the training: new ones, of the unknown id, and no negatives"
-        )
+    if is_later is not None:
+        num = counted(int(is_later.sum()), "item")
+        notes.append(f"{num} came after the training: new to it, and nobody's negatives")
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None:

@@ -270,10 +270,14 @@ class TwoTower:
         warm_start = _trained(warm_start)
         with self._unchanged_on_failure(), naming_lost_workers():
             self._log, self.corpus = log, data.corpus
+            if (
+                warm_start is not None
+            ):  # What is later in this log may be known from an earlier one.
+                self.corpus = dataclasses.replace(data.corpus, is_later=None)
             vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
             tf.keras.utils.set_random_seed(self.seed)
             with training_strategy().scope():
-                self._network = self.build(data.corpus)
+                self._network = self.build(self.corpus)
             ids = self.corpus.query_ids, self.corpus.candidate_ids
             features = self.corpus.request_features
             self._query_encoder = QueryEncoder(self._network, *ids, features)

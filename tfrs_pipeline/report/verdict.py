@@ -139,8 +139,13 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
             f"trained too shortly: validation {monitor} was best after the last of "
             f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
         )
-    # What else the numbers say would be of another question.
-    if measures or compared_with_baselines(metrics, metric).is_good is not False:
+    if measures:  # What else the numbers say would be of another question.
+        return
+    if _is_better("two_tower_uncorrected", metrics, metric):
+        yield (
+            "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
+        )
+    if compared_with_baselines(metrics, metric).is_good is not False:
         return
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
@@ -153,20 +158,16 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
         )
     if "popularity" in models:
         yield from _beside_popularity(metrics, metric, config)
-    if _is_better("two_tower_uncorrected", metrics, metric):
-        yield (
-            "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
-        )
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
     """Says what the test measures instead of how well a user's next items are found."""
     num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
     if num_empty > num_queries / 2:
+        remedy = ". To measure users by their history set split.kind to last_share"
         yield (
             f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of "
-            "new users. To measure users by their history set split.kind to last_share, or to "
-            "held_out_users"
+            f"new users{remedy if config.split.kind != 'last_share' else ''}"
         )
     num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
     if num_excluded > num_left and config.evaluation.exclude != "none":
