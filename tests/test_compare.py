@@ -167,7 +167,7 @@ def test_without_losers_hybrids_are_mined_or_missing(tmp_path: Path) -> None:
     plans, notes = sampling_plans(config, [], 60, 9)
     assert list(plans) == ["mixed", "mined_0.1", "mined_50_50"]
     assert all("no losers" in note for note in notes)
-    plans, notes = sampling_plans(config, [], 10, 9)
+    plans, notes = sampling_plans(config, [], 10)
     assert list(plans) == ["mixed"]
     assert ["missing" in note for note in notes] == [True, True]
     # Mined for the first time when all is over.

@@ -166,14 +166,14 @@ def _losers_of(config: RunConfig) -> FunnelLosers:
 
 
 def sampling_plans(
-    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
+    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
 ) -> tuple[dict[str, Plan], list[str]]:
     """Turns the plans of a config into settings, by name; says what is missing.
 
     Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
     all of them but in-batch alone see the same number. `logged` are the stages whose losers the
-    samples hold, `max_epochs` is a plan's budget. A `ValueError` if the reference is missing, or a
-    plan does not go with the other settings.
+    samples hold, `max_epochs` is a plan's budget, None that of the training. A `ValueError` if the
+    reference is missing, or a plan does not go with the other settings.
     """
     corrected = "mixture" if config.model.correction == "none" else config.model.correction
     common: dict[str, Any] = {
@@ -194,7 +194,9 @@ def sampling_plans(
                 "'streaming' does without"
             )
             continue
-        found, note = _plans_of_kind(kind, config, logged, num_candidates, max_epochs)
+        found, note = _plans_of_kind(
+            kind, config, logged, num_candidates, max_epochs or config.training.max_epochs
+        )
         plans |= {name: {**common, **plan} for name, plan in found.items()}
         notes += [note] if note else []
     if config.compare.reference not in plans:

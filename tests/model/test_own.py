@@ -67,8 +67,15 @@ def test_another_kind_or_tower_is_another_text() -> None:
     def told(num: int, tower: object) -> str:
         return str(describe_own([InBatch(), Top(num)], {"query_tower": tower}, frame))
 
-    towers = [None, one, other, lambda corpus: one(corpus), Wide(2)]
-    towers += [functools.partial(made, 2), functools.partial(made, 3), Maker().one, Maker().other]
+    towers: list[Any] = [None, one, other, lambda corpus: one(corpus), Wide(2)]
+    towers += [
+        functools.partial(made, 2),
+        functools.partial(made, 3),
+        Maker().one,
+        Maker().other,
+        Wide,
+        Maker,
+    ]
     towers += [tf.keras.layers.Dense(2), tf.keras.layers.Dense(2, "relu"), stacked(2), stacked(3)]
     texts = [told(num, tower) for num in (1, 2) for tower in towers]
     assert len(set(texts)) == len(texts)

@@ -46,7 +46,7 @@ def _code(thing: Any) -> str:
         return f"{_code(thing.func)} {_plain([thing.args, thing.keywords])}"
     if inspect.ismethod(thing):
         thing = thing.__func__
-    of = thing if inspect.isfunction(thing) else type(thing)
+    of = thing if inspect.isfunction(thing) or inspect.isclass(thing) else type(thing)
     try:
         source = inspect.getsource(of)
     except (OSError, TypeError):  # Typed at a prompt, or compiled.
@@ -56,6 +56,8 @@ def _code(thing: Any) -> str:
 
 def _config(tower: Any) -> Any:
     """Returns what a layer was made with, as far as it says."""
+    if inspect.isclass(tower):  # Called with the corpus, as a function is.
+        return ""
     try:
         return _plain(tower.get_config())
     except (AttributeError, NotImplementedError):  # A function, or a layer that does not say.
