@@ -288,6 +288,23 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
         (warm.result.folder / name).write_bytes(content)
 
 
+def test_another_training_in_the_same_folder_is_no_killed_one(
+    place: Path, warm: Warm, tmp_path: Path
+) -> None:
+    """Its model is its own, and what the folder's earlier run has published is in service."""
+    folder = warm.result.folder
+    for name in ("metrics.json", "checkpoints"):
+        shutil.move(folder / name, tmp_path / name)
+    again = run(today(place, warm_start=model_folder(place), **{"export.gate": True}), folder)
+    assert again.export_folder == (model_folder(place) / "3").resolve()
+    own, served = (again.metrics["models"][name] for name in ("two_tower", IN_SERVICE))
+    assert own["ndcg@20"]["mean"] == pytest.approx(served["ndcg@20"]["mean"], abs=1e-5)
+    shutil.rmtree(again.export_folder)
+    shutil.rmtree(folder / "checkpoints")
+    for name in ("metrics.json", "checkpoints"):
+        shutil.move(tmp_path / name, folder / name)
+
+
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:
     assert warm.alone == ["evaluate", "export"]
 

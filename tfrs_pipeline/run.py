@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -147,8 +147,8 @@ def _conclude(
     with publishing(model_folder) if is_compared else nullcontext():
         with step("evaluate") as report:
             measured: dict[str, Retriever] = {**models, **baselines}
-            trained_on = _trained_on(config, folder)
-            own = _own_version(config, trained_on)
+            made_by = _made_by(config, folder)
+            own = _own_version(config, made_by["training"])
             served = None
             if is_compared:
                 log = data.split.log
@@ -166,7 +166,7 @@ def _conclude(
         if own is not None and (adopted := _adopt(own, config, folder, metrics, step)) is not None:
             return adopted
         with step("export") as report:
-            report.notes += _pass_gate(config, folder, evaluation, metrics, step)
+            report.notes += _pass_gate(config, folder, evaluation, metrics, own, step)
             if served is not None:
                 known = {"in_service": served.corpus.values, "exported": listed}
                 report.notes.append(describe_lacking(data.test, config.evaluation.exclude, **known))
@@ -175,7 +175,7 @@ def _conclude(
                 models["two_tower"],
                 data.test,
                 manifest={
-                    **trained_on,
+                    **made_by,
                     "counts": data.final.report,
                     "metrics": metrics["models"]["two_tower"],
                 },
@@ -190,32 +190,29 @@ def _conclude(
     return _keep(folder, {**metrics, "export_folder": str(export_folder.resolve())}, step)
 
 
-def _trained_on(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Says in a manifest which run made a version, and of which data."""
+def _made_by(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Says in a manifest which training made a version, and of which data."""
     data = folder / "data"
-    files = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
+    tables = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
+    epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
     return {
         "run": str(folder.resolve()),
         "log": origin(config.data),
-        "data": {file.relative_to(data).as_posix(): file_hash(file) for file in files},
+        "data": {file.relative_to(data).as_posix(): file_hash(file) for file in tables},
+        # These hold how long it took: another training has others, of the same settings too.
+        "training": sorted(map(file_hash, epochs)),
     }
 
 
-def _own_version(config: RunConfig, trained_on: Mapping[str, Any]) -> Path | None:
-    """Finds the version that this run has exported, if it was killed right after that.
-
-    How it was to be exported may be otherwise by now.
-    """
-    settings = config.model_dump(mode="json")
+def _own_version(config: RunConfig, training: Sequence[str]) -> Path | None:
+    """Finds the version that this training has made, if the run was killed right after that."""
     for number in reversed(versions_of(config.model_folder)):
         version = config.model_folder / str(number)
         try:
             manifest = read_record(version / MANIFEST_FILE, check_files=False)
         except Damaged:
             continue
-        theirs = manifest.get("config", {})
-        is_same = all(theirs.get(name) == settings[name] for name in settings if name != "export")
-        if "refreshed" not in manifest and trained_on.items() <= manifest.items() and is_same:
+        if "refreshed" not in manifest and manifest.get("training") == training:
             return version
     return None
 
@@ -281,14 +278,18 @@ def _pass_gate(
     folder: Path,
     evaluation: Evaluation,
     metrics: Mapping[str, Any],
+    own: Path | None,
     step: Steps,
 ) -> list[str]:
-    """Lets the model through to its export, or keeps the run without one."""
+    """Lets the model through to its export, or keeps the run without one.
+
+    It is not compared with `own`, a version of itself.
+    """
     if IN_SERVICE not in evaluation.results:
         return ["no version is in service yet"] if config.export.gate else []
     model = config.model_folder
     try:
-        return [refuse_worse(evaluation, config.training.monitor, model)]
+        return [refuse_worse(evaluation, config.training.monitor, model, without=own)]
     except NotPublished as error:
         if not config.export.gate:
             return [f"exported all the same, without the gate: {error}"]

@@ -211,6 +211,19 @@ def test_the_order_of_a_log_without_times() -> None:
     assert Log.from_table(clicks, is_ordered=False).order == "none"
 
 
+def test_weights_that_differ_are_told_with_what_they_do() -> None:
+    clicks = pd.DataFrame({"user_id": [1, 1, 2, 2], "item_id": [7, 8, 7, 9]})
+    clicks["stage"] = ["clicked"] * 3 + ["exposed"]
+    (note,) = [
+        note
+        for note in Log.from_table(clicks.assign(weight=[0.5, 1, 3, 9])).describe()
+        if "weigh" in note
+    ]
+    assert note.startswith("weights of positives from 0.5 to 3: they weigh the loss; metrics and")
+    for same in (clicks, clicks.assign(weight=[2, 2, 2, 9])):
+        assert "weigh" not in "".join(Log.from_table(same).describe())
+
+
 def test_a_day_without_positives_shows() -> None:
     """By UTC; a day with exposures alone, and one without an event, are days without positives."""
     days = [1, 1, 1, 2, 2, 6, 7, 7]

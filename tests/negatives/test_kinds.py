@@ -200,6 +200,14 @@ def test_an_own_kind_that_draws_what_it_does_not_expect_is_refused(
         Mixture([InBatch(), Own(drawn, 1, 1, 0)], frame)
 
 
+def test_a_mixture_may_be_made_in_a_graph() -> None:
+    @tf.function
+    def draw() -> tf.Tensor:
+        return Mixture([Uniform(3)], frame_of([0, 1, 1])).draw(tf.constant([1]), [0, 0])
+
+    assert draw().shape == [3]
+
+
 def test_an_own_kind_may_draw_longer_integers() -> None:
     frame = frame_of([0, 3, 1], 2)
     mixture = Mixture([InBatch(), Own(np.array([2, 1]), 1, 1)], frame)

@@ -91,7 +91,7 @@ class Holdout:
         return f"Holdout({len(self):,} queries, {len(self.candidate_ids):,} candidates)"
 
     def fingerprint(self) -> str:
-        """Tells one holdout from another by its users and what they are to find."""
+        """Tells one holdout from another by its users and what they are to find: 12 digits."""
         digest = hashlib.sha256()
         for values in (self.user_ids, *self.relevant):
             digest.update(f"{values.tolist()}".encode())

@@ -495,12 +495,13 @@ class Log:
         elif self.order == "event_number":
             notes.append("no timestamps: the order of the rows is taken for that of the events")
         if "weight" in self.events.columns:
-            weight = self.events["weight"]
-            least, most = self.events.agg(least=weight.min(), most=weight.max()).to_pyarrow()
-            notes.append(
-                f"weights from {least[0].as_py():g} to {most[0].as_py():g}: they weigh the loss; "
-                "metrics and baselines count every positive once"
-            )
+            weight = self.events.filter(is_positive)["weight"]
+            least, most = (x.to_pyarrow().as_py() for x in (weight.min(), weight.max()))
+            if least != most:
+                notes.append(
+                    f"weights of positives from {least:g} to {most:g}: they weigh the loss; "
+                    "metrics and baselines count every positive once"
+                )
         if self.part_of is not None:
             return [*notes, "a part of a log: what was dropped in the making is told by the whole"]
         num_dropped = sum(each.num_rows for each in self.dropped)

@@ -181,8 +181,7 @@ class TwoTower:
                 validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
                 training, of the same log, settings and own code, as far as its lines tell. None is
-                a temporary folder. Several workers
-                need one that all see (`docs/guides/scale.md`).
+                a temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
             verbose: Whether standard error shows each epoch, and the steps of a long one; None

@@ -153,8 +153,9 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
     can_be_positive = np.flatnonzero(frame.q_positive)
     if not len(can_be_positive):  # Yet to be estimated.
         can_be_positive = np.arange(1, frame.num_candidates + 1)
-    positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
-    drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
+    with tf.init_scope():  # Also where the mixture is made in a graph.
+        positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
+        drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]
     for each in map(np.asarray, drawn):
         if not np.issubdtype(each.dtype, np.integer) or each.ndim != 1:
             raise ValueError(

@@ -39,12 +39,10 @@ def version_in_service(
     Requests bring a user's features to an export without user data: here they come from the `log`.
     `without` is a version that is passed over. A `ValueError` if it has none of the candidates.
     """
-    versions = [folder / str(number) for number in versions_of(folder)]
-    if without in versions:
-        versions.remove(without)
-    if not versions:
+    newest = _newest(folder, without)
+    if newest is None:
         return None
-    retriever = load(versions[-1], exact=True)
+    retriever = load(newest, exact=True)
     # Of either type, whatever this run's are; NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
@@ -87,6 +85,11 @@ def version_in_service(
     return ExactRetriever(known, embeddings, embed)
 
 
+def _newest(folder: Path, without: Path | None) -> Path | None:
+    versions = (folder / str(number) for number in reversed(versions_of(folder)))
+    return next((version for version in versions if version != without), None)
+
+
 def _feature_reader(
     log: Log, names: Sequence[str]
 ) -> Callable[[Sequence[Any]], list[dict[str, Any]]]:
@@ -101,14 +104,18 @@ def _feature_reader(
     return read
 
 
-def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
+def refuse_worse(
+    evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
+) -> str:
     """Refuses a model that finds less than the version in service, by a metric such as "ndcg@100".
 
     The evaluation is of the new model, first, and of `IN_SERVICE`, on the same queries; the folder
-    is the model's. Returns what was found, in a line for a person; `NotPublished` if the version in
-    service is better by more than the 95% interval of the difference, query by query.
+    is the model's, `without` as of `version_in_service`. Returns what was found, in a line for a
+    person; `NotPublished` if the version in service is better by more than the 95% interval of the
+    difference, query by query.
     """
-    version = versions_of(folder)[-1]
+    version = _newest(folder, without)
+    assert version is not None  # It was measured.
     new, old = (
         result.overall.intervals[metric].mean
         for result in (evaluation.first, evaluation.results[IN_SERVICE])
@@ -116,7 +123,7 @@ def refuse_worse(evaluation: Evaluation, metric: str, folder: Path) -> str:
     better = evaluation.differences[IN_SERVICE][metric]  # By how much that in service is.
     # Taken from 0: the negative of 0.0 would be shown as -0.0000.
     found = (
-        f"{metric} {new:.4f}, and {old:.4f} of version {version} in service: "
+        f"{metric} {new:.4f}, and {old:.4f} of version {version.name} in service: "
         f"{0 - better.mean:+.4f} [{0 - better.high:+.4f}, {0 - better.low:+.4f}] on the same "
         f"{len(evaluation.first.user_ids):,} queries"
     )
