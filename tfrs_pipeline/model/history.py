@@ -188,7 +188,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         pooled = []
         for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
-            total = tf.math.unsorted_segment_sum(weighted, place[:, 0], num_rows)
+            # Of sorted places, several times faster than of unsorted ones, and so is its gradient.
+            total = tf.math.segment_sum(weighted, place[:, 0])
+            total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
             pooled.append(tf.math.divide_no_nan(total, share))
         is_empty = ~tf.reduce_any(kept > 0, axis=1, keepdims=True)
