@@ -171,4 +171,5 @@ def drop_features(
 def weighted_mean(vectors: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Computes the mean of [n, m, d] vectors by [n, m] weights: [n, d], 0 where all weights are."""
     total = tf.reduce_sum(weights, axis=1, keepdims=True)
-    return tf.math.divide_no_nan(tf.einsum("nmd,nm->nd", vectors, weights), total)
+    summed = tf.reduce_sum(vectors * weights[:, :, tf.newaxis], axis=1)
+    return tf.math.divide_no_nan(summed, total)

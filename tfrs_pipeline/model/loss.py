@@ -120,7 +120,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             if score_mask is None:
                 score_mask = tf.ones([num_rows, tf.shape(candidate_embeddings)[0]], tf.bool)
             score_mask = tf.linalg.set_diag(score_mask, tf.zeros([num_rows], tf.bool))
-        own = tf.einsum("pd,pd->p", _of_positives(queries, positive_query), positives)
+        own = tf.reduce_sum(_of_positives(queries, positive_query) * positives, axis=1)
         if parents_log_q is not None:
             own = own - parents_log_q[: tf.shape(own)[0]]
         shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
