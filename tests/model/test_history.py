@@ -79,10 +79,12 @@ def test_padding_changes_nothing() -> None:
 def test_an_empty_history_has_a_vector_that_learns() -> None:
     encoder = make_encoder("mean", "recency")
     with tf.GradientTape() as tape:
-        pooled = encoder(tf.constant([[0, 0], [3, 0]]))
+        pooled = encoder(tf.constant([[0, 0], [3, 0], [0, 0]]))
         loss = tf.reduce_sum(pooled[0])
     empty = next(v for v in encoder.trainable_variables if "empty_history" in v.name)
-    np.testing.assert_array_equal(pooled[0], empty)
+    for place in (0, 2):
+        np.testing.assert_array_equal(pooled[place], empty)
+    np.testing.assert_array_equal(pooled[1], np.tile(table_of(encoder).numpy()[3], 2))
     assert (tape.gradient(loss, empty).numpy() == 1).all()
 
 
