@@ -375,8 +375,10 @@ def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> Non
     data = {"source": "files", "path": path, "rating_threshold": 3, "stage_values": {}}
     plans = {"plans": ["mixed", "exposed"], "hard_shares": [0.1]}
     config = small_config(tmp_path, data, split={"kind": "last_share"}, compare=plans)
+    exposed = FunnelLosers(stages=("exposed",), allow_exposed=True)
+    hybrid = with_settings(config, {"compare.plans": ["mixed", "hybrid"], "model.hard": exposed})
 
-    def notes_of(config: RunConfig, folder: Path) -> list[str]:
+    def notes_of(config: RunConfig, folder: Path, plan: str = "exposed_0.1") -> list[str]:
         reports: list[StepReport] = []
 
         def on_step(report: StepReport) -> None:
@@ -386,9 +388,10 @@ def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> Non
 
         with pytest.raises(Stopped):
             compare(config, folder, on_step=on_step)
-        assert "2 plans: mixed, exposed_0.1" in reports[-1].notes
+        assert f"2 plans: mixed, {plan}" in reports[-1].notes
         return list(reports[-1].notes)
 
     assert any("seem better than they are" in note for note in notes_of(config, tmp_path / "run"))
+    assert any("seem better" in x for x in notes_of(hybrid, tmp_path / "own", "hybrid_0.1"))
     excluding = with_settings(config, {"evaluation.exclude": "seen"})
     assert not any("seem better" in note for note in notes_of(excluding, tmp_path / "excluding"))

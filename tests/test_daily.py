@@ -256,7 +256,9 @@ def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: War
     assert found[True] != pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("gate", "index", "newest"), [(True, "auto", 2), (False, "scann", 3)])
+@pytest.mark.parametrize(
+    ("gate", "index", "newest"), [(True, "auto", 2), (False, "none", 2), (False, "scann", 3)]
+)
 def test_a_run_that_was_killed_after_its_export_keeps_its_version(
     place: Path, warm: Warm, gate: bool, index: str, newest: int
 ) -> None:

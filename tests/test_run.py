@@ -32,13 +32,14 @@ from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
 from tfrs_pipeline.run_data import StepReport
-from tfrs_pipeline.run_folder import has_own_version
+from tfrs_pipeline.run_folder import find_version
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.publish import versions_of
@@ -309,7 +310,7 @@ def test_the_model_learns_the_tastes(of_stages: Finished) -> None:
 
 
 def test_the_settings_of_a_baseline_are_chosen_on_validation(of_stages: Finished) -> None:
-    (note,) = of_stages.reports["baselines"].notes
+    (note,) = of_stages.reports["baselines"].notes  # Popularity has a choice in time alone.
     assert note in [f"ease: {Ease(l2)!r}, best of 2 on validation" for l2 in (1.0, 50.0)]
     assert "50.0" in note or "1.0" in note
 
@@ -449,14 +450,25 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.export_folder.is_absolute()
     # Where another run's version has its number, it is not the run's own.
     others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
-    assert has_own_version(again.metrics)
-    assert not has_own_version({**again.metrics, "models": others})
+    place, folder = of_ratings.config.model_folder, of_ratings.export_folder
+    assert find_version(again.metrics, place) == folder
+    assert find_version({**again.metrics, "models": others}, place) is None
+    # All may have been moved since: it is found among the model's versions.
+    moved = {**again.metrics, "export_folder": "/before/films/1"}
+    assert find_version(moved, place) == place / "1"
+    path = of_ratings.folder / "metrics.json"
+    kept = path.read_bytes()
+    write_record(path, moved)
+    assert run(of_ratings.config, of_ratings.folder).export_folder == folder
     # Nor does it go before others that are in service, such as after a rollback.
     other = again.export_folder.rename(again.export_folder.parent / "7")
-    once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
-    assert once_more.metrics == again.metrics
-    assert versions_of(other.parent) == [7]
-    assert "is gone, and a finished run is not exported again" in reports[-1].notes[-1]
+    for metrics in (moved, again.metrics):
+        write_record(path, metrics)
+        once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
+        assert once_more.metrics == metrics
+        assert versions_of(other.parent) == [7]
+        assert "is gone, and a finished run is not exported again" in reports[-1].notes[-1]
+    path.write_bytes(kept)
     other.rename(again.export_folder)
 
 

@@ -35,6 +35,7 @@ _PUBLIC = {
     "Negatives": "negatives.protocol",
     "Popularity": "negatives.popularity",
     "Query": "retrieval",
+    "Repeats": "evaluation.baselines",
     "Retriever": "retrieval",
     "RunConfig": "config",
     "Samples": "samples.store",

@@ -117,7 +117,7 @@ def prepare_plans(
         num_candidates = len(data.final.corpus.candidate_ids)
         max_epochs = _max_epochs(config, len(data.selection.samples))
         plans, notes = sampling_plans(config, logged, num_candidates, max_epochs)
-        notes += _about_exposed(config, data.test, plans)
+        notes += _about_exposed(config, data.test, plans.values())
         report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
     return data, plans, notes
 
@@ -273,14 +273,14 @@ def _hard_kind(
     return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
 
 
-def _about_exposed(config: RunConfig, test: Holdout, plans: Iterable[str]) -> list[str]:
+def _about_exposed(config: RunConfig, test: Holdout, plans: Iterable[Plan]) -> list[str]:
     """Warns of a gain that is none: exposed items that cannot come back as test positives.
 
     A plan that pushes them down frees places for what can be found, unless they are excluded.
     """
     if config.evaluation.exclude != "clicked":
         return []
-    if not any(name.startswith("exposed") for name in plans):
+    if not any("exposed" in getattr(plan["model.hard"], "stages", ()) for plan in plans):
         return []
     comes_back = any(
         len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))

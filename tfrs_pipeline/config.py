@@ -37,7 +37,7 @@ PlanKind: TypeAlias = Literal[
     "exposed",
 ]
 
-Baseline: TypeAlias = Literal["uncorrected", "popularity", "ease", "ials"]
+Baseline: TypeAlias = Literal["uncorrected", "popularity", "repeats", "ease", "ials"]
 
 
 class EvaluationConfig(Config):
@@ -49,9 +49,10 @@ class EvaluationConfig(Config):
     """What is excluded from a user's ranking: clicked items, all items shown, or nothing."""
     max_users: PositiveInt = 100_000
     """Most users to measure; sampled if the test has more."""
-    baselines: Distinct[Baseline] = ("uncorrected", "popularity", "ease", "ials")
+    baselines: Distinct[Baseline] = ("uncorrected", "popularity", "repeats", "ease", "ials")
     """What the model is compared with in the same table: itself, trained without the correction;
-    the most popular items; EASE; iALS."""
+    the most popular items, in a split by time of as late a share of the clicks as validation
+    chooses; the user's own items again, if nothing is excluded; EASE; iALS."""
     ease_l2: Several[PositiveFloat] = (200.0,)
     """Regularisation of EASE; validation chooses among several values."""
     ials_regularization: Several[PositiveFloat] = (30.0,)

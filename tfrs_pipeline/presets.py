@@ -21,7 +21,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.max_epochs": 10,
             "training.patience": 2,
             "training.learning_rate": 0.004,
-            "evaluation.baselines": ("popularity", "ease"),
+            "evaluation.baselines": ("popularity", "repeats", "ease"),
         },
     ),
     "ids": (

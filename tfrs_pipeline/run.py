@@ -37,7 +37,7 @@ from tfrs_pipeline.run_folder import (
     METRICS_FILE,
     check_model_name,
     claim_folder,
-    has_own_version,
+    find_version,
     origin,
     with_source,
 )
@@ -106,7 +106,7 @@ def run(
         check_source(config)
     with claim_folder(config, folder, is_run=True):
         if (finished := chief_first(lambda: _finished_run(config, folder))) is not None:
-            on_step(StepReport("finished before", _describe_finished(finished)))
+            on_step(StepReport("finished before", _describe_finished(finished, config)))
             return finished
         return _run(config, folder, Steps(on_step, on_progress))
 
@@ -161,10 +161,10 @@ def _conclude(
             report.notes += [f"{counted(num_queries, 'query')}, {num_relevant:,} items to find"]
             report.notes += first.describe()
         metrics = _metrics(config, data, models, evaluation)
-        if config.export.index == "none":
-            return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
         if own is not None and (adopted := _adopt(own, config, folder, metrics, step)) is not None:
             return adopted
+        if config.export.index == "none":
+            return _keep(folder, {**metrics, **NOT_EXPORTED}, step)
         with step("export") as report:
             report.notes += _pass_gate(config, folder, evaluation, metrics, own, step)
             if served is not None:
@@ -223,7 +223,8 @@ def _adopt(
     """Finishes a run whose version is there already; None if it is to have another index."""
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export = config.export.model_dump(mode="json")
-    if any(manifest["config"]["export"][x] != export[x] for x in ("index", "target_recall")):
+    is_other = any(manifest["config"]["export"][x] != export[x] for x in ("index", "target_recall"))
+    if is_other and config.export.index != "none":
         return None
     with step("export") as report:
         report.notes.append(f"{version}, exported before the run was stopped, is kept")
@@ -243,18 +244,22 @@ def _finished_run(config: RunConfig, folder: Path) -> RunResult | None:
     metrics = _read_metrics(folder)
     if metrics is None:
         return None
+    if (own := find_version(metrics, config.model_folder)) is not None:
+        return RunResult(folder, {**metrics, "export_folder": str(own.resolve())})
     result = RunResult(folder, metrics)
-    if config.export.index == "none" or has_own_version(metrics):
+    if config.export.index == "none":
         return result
     if result.export_folder is None:  # Refused: the gate may be open now.
         return None
-    # Where others are in service, this one would go before them.
-    return result if versions_of(result.export_folder.parent) else None
+    # Where others are in service, this one would go before them. The project may have moved.
+    folders = result.export_folder.parent, config.model_folder
+    return result if any(map(versions_of, folders)) else None
 
 
-def _describe_finished(result: RunResult) -> list[str]:
+def _describe_finished(result: RunResult, config: RunConfig) -> list[str]:
     notes = ["its results follow; nothing was done"]
-    if result.export_folder is not None and not has_own_version(result.metrics):
+    is_there = find_version(result.metrics, config.model_folder) is not None
+    if result.export_folder is not None and not is_there:
         notes.append(
             f"its version {result.export_folder} is gone, and a finished run is not exported again "
             f"by itself: to do so, delete {result.folder / METRICS_FILE} and run it again"

@@ -115,7 +115,7 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
     every_change = [name for name in old | new if old.get(name) != new.get(name)]
-    may_change = MAY_CHANGE[:1] if _is_exported(folder) else MAY_CHANGE
+    may_change = MAY_CHANGE[:1] if _is_exported(folder, config.model_folder) else MAY_CHANGE
     changed = [name for name in every_change if name not in may_change]
     if every_change and not changed:
         _write_settings(config, folder)
@@ -129,15 +129,20 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _is_exported(folder: Path) -> bool:
+def _is_exported(folder: Path, model_folder: Path) -> bool:
     path = folder / METRICS_FILE
-    return is_whole(path) and has_own_version(read_record(path))
+    return is_whole(path) and find_version(read_record(path), model_folder) is not None
 
 
-def has_own_version(metrics: Mapping[str, Any]) -> bool:
-    """Whether the version that a run has exported is there; another's may have taken its number."""
-    made = metrics["export_folder"]
-    return made is not None and _is_of_run(Path(made), metrics)
+def find_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
+    """Finds the version that a run has exported; another's may have taken its number.
+
+    It is looked for where it was written, and among the model's versions: all may have moved.
+    """
+    if (made := metrics["export_folder"]) is None:
+        return None
+    places = (Path(made), model_folder / Path(made).name)
+    return next((place for place in places if _is_of_run(place, metrics)), None)
 
 
 def _is_of_run(version: Path, metrics: Mapping[str, Any]) -> bool:

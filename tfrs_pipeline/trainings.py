@@ -13,7 +13,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
@@ -28,6 +28,9 @@ from tfrs_pipeline.run_folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
+
+# Shares of the positives, the last ones, by which popularity is counted in a split by time.
+_LATEST = (1.0, 0.2, 0.05, 0.01)
 
 
 def trained_in(
@@ -216,9 +219,12 @@ def fit_baselines(
     Returns them by name, and notes on what was chosen and what was skipped.
     """
     settings = config.evaluation
+    is_by_time = data.split.kind == "time"
     final = data.split.before_test if config.training.refit else data.split.train
     grids: dict[str, list[Any]] = {
-        "popularity": [MostPopular()],
+        # Where the test is of later days, what was popular lately may be a better guess.
+        "popularity": [MostPopular(latest=x) for x in (_LATEST if is_by_time else (1.0,))],
+        "repeats": [Repeats()],
         "ease": [Ease(l2=l2) for l2 in settings.ease_l2],
         "ials": [
             Ials(regularization=regularization, alpha=alpha, seed=config.seed)
@@ -231,7 +237,8 @@ def fit_baselines(
     found: dict[str, Retriever] = {}
     notes = []
     for name in settings.baselines:
-        if name == "uncorrected":  # Trained as the model is.
+        # The one is trained as the model is, the other has nothing left to find.
+        if name == "uncorrected" or (name == "repeats" and settings.exclude != "none"):
             continue
         if name == "ease" and num_items > Ease.max_candidates:
             notes.append(

@@ -2,12 +2,13 @@ from typing import Any
 
 import ibis
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular, Repeats
 from tfrs_pipeline.retrieval import Query
 
 
@@ -55,6 +56,45 @@ def test_popularity_ranks_by_users_and_breaks_ties_by_order() -> None:
     ids, scores = MostPopular().fit(train).retrieve([{}, {}], 3, [[], ["a", "unheard of"]])
     assert ids.tolist() == [["a", "c", "d"], ["c", "d", "b"]]
     assert scores.tolist() == [[3, 2, 1], [2, 1, 0]]
+
+
+def test_popularity_of_late_counts_the_last_positives_first() -> None:
+    rng = np.random.default_rng(0)
+    events = pd.DataFrame(
+        {"user_id": rng.integers(0, 20, 400), "item_id": rng.integers(0, 30, 400)}
+    )
+    events["timestamp"] = pd.to_datetime(10**9 + rng.permutation(400), unit="s", utc=True)
+    log = Log.from_table(events)
+    last = events[events["timestamp"] >= pd.Timestamp(10**9 + 300, unit="s", tz="UTC")]
+    numbers = [x.groupby("item_id")["user_id"].nunique() for x in (last, events)]
+    ranked = sorted(range(30), key=lambda item: (*(-x.get(item, 0) for x in numbers), item))
+    ids, _ = MostPopular(latest=0.25).fit(log).retrieve([{}], 30)
+    assert ids.tolist() == [ranked]
+    assert ids.tolist() != MostPopular().fit(log).retrieve([{}], 30)[0].tolist()
+
+
+def test_popularity_of_late_needs_times() -> None:
+    clicks = {"user_id": [1, 1], "item_id": [1, 2]}
+    with pytest.raises(ValueError, match="timestamps, and the log has none"):
+        MostPopular(latest=0.5).fit(Log.from_table(pd.DataFrame(clicks)))
+    with pytest.raises(ValueError, match="interactions lack"):
+        MostPopular(latest=0.5).fit(random_interactions(3, 3))
+    with pytest.raises(ValueError, match=r"\(0, 1\]. Received: 0"):
+        MostPopular(latest=0)
+
+
+def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -> None:
+    train = random_interactions(40, 12, first_id=100)
+    popular = MostPopular().fit(train).retrieve([{}], 12)[0][0].tolist()
+    rng = np.random.default_rng(1)
+    histories = [rng.integers(98, 112, n).tolist() for n in (0, 1, 9, 30)]
+    queries: list[Query] = [{"history": history} for history in histories]
+    found, _ = Repeats().fit(train).retrieve(queries, 12)
+    for ids, history in zip(found.tolist(), histories, strict=True):
+        own = [item for item in set(history) if 100 <= item < 112]
+        last = {item: place for place, item in enumerate(history)}
+        own.sort(key=lambda item: (-history.count(item), -last[item]))
+        assert ids == own + [item for item in popular if item not in own]
 
 
 def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:

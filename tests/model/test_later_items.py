@@ -88,7 +88,8 @@ def test_they_are_embedded_as_an_item_that_nobody_knows(
     settings: dict[str, Any] = {"candidate_bias": True, "share_item_embedding": shared}
     model = tiny(negatives=EASY, **settings, training={"max_epochs": 3})
     model.fit_samples(data, log=train)
-    assert "1 item came after the training: new to it, and nobody's negatives" in (model.notes)
+    came_later = "1 item came after the training: nobody's negatives, and new unless known before"
+    assert came_later in model.notes
     later, dead = (tf.constant([row_of(data, item)]) for item in (LATER, DEAD))
     kinds = model.network.candidate_table(later)
     unknown = model.network.embed_candidates(tf.constant([0]), kinds)
@@ -122,7 +123,7 @@ def test_a_warm_start_takes_them_for_new_ones(
     later, dead = row_of(data, LATER), row_of(data, DEAD)
     np.testing.assert_allclose(table[later], before[0], atol=1e-6)
     np.testing.assert_allclose(table[dead], before[dead], atol=1e-6)
-    assert "items kept, 1 new" in "".join(model.notes)
+    assert "items kept, 1 new, 0 gone" in "".join(model.notes)
     # Known from an earlier log, it is no new one, though this log has it later alone.
     knows = tiny(negatives=EASY, training={"max_epochs": 2}).fit_samples(whole)
     again = tiny(negatives=EASY, training=still).fit_samples(data, warm_start=knows, log=train)

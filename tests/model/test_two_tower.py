@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,11 +248,16 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
         ({}, r"validation: '[0-9a-f]+', now None"),
         ({"validation": other.test}, r"validation: '[0-9a-f]+', now '"),
         ({"validation": other.validation, "exclude": "none"}, "exclude: 'clicked', now 'none'"),
-        ({"validation": other.validation, "warm_start": again}, "is_warm_start: False, now True"),
+        ({"validation": other.validation, "warm_start": again}, "warm_start: None, now '"),
     )
     for options, differ in otherwise:
         with pytest.raises(ValueError, match=rf"made of something else \(.*{differ}"):
             tiny(training=training).fit(other.train, folder=str(tmp_path), **options)
+    warm = tiny(training=training).fit(other.train, folder=tmp_path / "warm", warm_start=again)
+    for source, whose in ((again, None), (warm, r"warm_start: '[0-9a-f]+', now '")):
+        model = tiny(training=training)
+        with nullcontext() if whose is None else pytest.raises(ValueError, match=whose):
+            model.fit(other.train, folder=tmp_path / "warm", warm_start=source)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

@@ -62,9 +62,10 @@ def test_a_model_is_better_where_every_interval_says_so() -> None:
     assert "ease and ials are better than two_tower" in worse.why
     assert "(the nearest, ials, is 0.1000 [0.0900, 0.1100] ahead)" in worse.why
     # Another form of the model is no baseline.
-    metrics = made({"two_tower": 0.3, "two_tower_uncorrected": 0.301, "ease": 0.2})
-    form = compared_with_baselines(metrics, METRIC)
-    assert (form.answer, "uncorrected" in form.why) == ("yes", False)
+    for form in ("two_tower_uncorrected", "in_service"):
+        metrics = made({"two_tower": 0.3, form: 0.301, "ease": 0.2})
+        verdict = compared_with_baselines(metrics, METRIC)
+        assert (verdict.answer, form in verdict.why) == ("yes", False)
     assert compared_with_baselines(made({"two_tower": 0.3}), METRIC).is_good is None
 
 

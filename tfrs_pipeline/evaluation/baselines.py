@@ -1,10 +1,11 @@
-"""Baselines that a model has to pass: popularity, EASE, implicit ALS."""
+"""Baselines that a model has to pass: popularity, the user's own items, EASE, implicit ALS."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import ibis
 import numpy as np
 import scipy.sparse
 from scipy.linalg import lapack
@@ -12,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
+from tfrs_pipeline.data.schema import count_rows
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 from tfrs_pipeline.samples.positives import Positives
@@ -56,20 +58,47 @@ class Interactions:
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def from_log(cls, log: Log) -> Interactions:
-        """Collects the positives of a log; its items, in the order of their ids, are the corpus."""
+    def from_log(cls, log: Log, latest: float = 1.0) -> Interactions:
+        """Collects the positives of a log; its items, in the order of their ids, are the corpus.
+
+        With `latest`, in (0, 1], they are that share of the positives, the last ones by their
+        timestamps. A `ValueError` if the log has none.
+        """
         items = Ids(
             log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy()
         )
-        pairs = Positives.select(log.events).select("user_id", "item_id").distinct()
+        positives = Positives.select(log.events)
+        if latest < 1:
+            positives = _latest(positives, latest)
+        pairs = positives.select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
 
 
+def _latest(positives: ibis.Table, share: float) -> ibis.Table:
+    """Keeps a share of the positives, the last ones, and all of the time of the first of them."""
+    if "timestamp" not in positives.columns:
+        raise ValueError(
+            f"The latest {share:g} of the positives are told by their timestamps, and the log has "
+            "none. Count all: latest=1."
+        )
+    num_earlier = int(count_rows(positives) * (1 - share))
+    first = positives.order_by("timestamp").limit(1, offset=num_earlier)
+    times = first.select("timestamp").to_pyarrow()["timestamp"].to_pylist()
+    return positives.filter(positives["timestamp"] >= times[0]) if times else positives
+
+
 @dataclass(eq=False)
 class MostPopular:
     """The same candidates to everyone: those with the most users in training.
+
+    Args:
+        latest: Share of the positives, the last ones by their timestamps, whose users count first:
+            where items come and go, what is popular now; those of all break ties.
+
+    Raises:
+        ValueError: If `latest` is not in (0, 1].
 
     Example:
         >>> train = Interactions.from_rows(
@@ -79,10 +108,24 @@ class MostPopular:
         array([['b']], dtype=object)
     """
 
+    latest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.latest <= 1:
+            raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
+
     def fit(self, train: Log | Interactions) -> MostPopular:
-        """Counts the users of each candidate of a log, or of interactions."""
-        train = _interactions(train)
-        self.items, self.counts = train.items, _num_users(train)
+        """Counts the users of each candidate of a log, or of interactions, which have no times.
+
+        A `ValueError` if only the latest count and nothing has a time.
+        """
+        whole = _interactions(train)
+        self.items, self.counts = whole.items, _num_users(whole).astype(np.float32)
+        if self.latest < 1:
+            if isinstance(train, Interactions):
+                raise ValueError("latest needs times, which interactions lack: fit it to a log.")
+            last = Interactions.from_log(train, self.latest)
+            self.counts = _num_users(last) + _below_one(self.counts)
         self._order = np.argsort(-self.counts, kind="stable").astype(np.int32) + 1
         return self
 
@@ -100,6 +143,42 @@ class MostPopular:
             rows[i, : len(top)] = top
         scores = np.where(rows > 0, self.counts[rows - 1], -np.inf)
         return self.items.take(rows), scores.astype(np.float32)
+
+
+@dataclass(eq=False)
+class Repeats:
+    """The user's own items again, the most frequent first, of equals the latest; then popular ones.
+
+    For services whose users come back to the same items: nothing of it is left where what the user
+    had is excluded.
+
+    Example:
+        >>> train = Interactions.from_rows(Ids(["a", "b", "c"]), np.array([0, 1]), np.array([3, 3]))
+        >>> query = {"history": ["b", "a", "b", "a", "x"]}
+        >>> Repeats().fit(train).retrieve([query], k=3)[0]
+        array([['a', 'b', 'c']], dtype=object)
+    """
+
+    def fit(self, train: Log | Interactions) -> Repeats:
+        """Counts the users of each candidate of a log, or of interactions."""
+        train = _interactions(train)
+        self.items, self.counts = train.items, _num_users(train)
+        return self
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
+        """Retrieves by history; see `Retriever.retrieve`. Without one, what `MostPopular` does."""
+        _require_fit(self)
+        return retrieve_by_scores(self._scores, self.items, queries, k, exclude)
+
+    def _scores(self, queries: Sequence[Query]) -> np.ndarray:
+        scores = np.tile(_below_one(self.counts), (len(queries), 1))
+        for own, columns in zip(scores, _histories(queries, self.items), strict=True):
+            np.add.at(own, columns, 1.0)
+            # Of two places at one column the later one stays.
+            place = np.zeros_like(own)
+            place[columns] = 1 + np.arange(len(columns))
+            own[columns] = np.floor(own[columns]) + _below_one(place)[columns]
+        return scores
 
 
 @dataclass(eq=False)
@@ -242,21 +321,32 @@ def _or_popular(
     return scores
 
 
+def _below_one(counts: np.ndarray) -> np.ndarray:
+    """Scales counts so that they break the ties of whole numbers: float64 in [0, 1)."""
+    return counts / (1.0 + counts.max(initial=0))
+
+
 def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
     """Marks the items of each history: [num_queries, num_items] float32 of 0 and 1.
 
     A `ValueError` if a query has no history.
     """
+    histories = _histories(queries, items)
+    rows = np.repeat(np.arange(len(queries)), [len(h) for h in histories])
+    columns = np.concatenate([*histories, np.empty(0, np.int32)])
+    return _zero_one_matrix(rows, columns + 1, (len(queries), len(items)))
+
+
+def _histories(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
+    """Looks up the known items of each history, a column each, oldest first."""
     for query in queries:
         if query.get("history") is None:
             raise ValueError(
                 "This retriever works from query['history']: pass [] for a user without one. "
                 f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."
             )
-    histories = [items.known_rows(query["history"]) for query in queries]
-    rows = np.repeat(np.arange(len(queries)), [len(h) for h in histories])
-    columns = np.concatenate([*histories, np.empty(0, np.int32)])
-    return _zero_one_matrix(rows, columns, (len(queries), len(items)))
+    histories = [items.rows(query["history"]) for query in queries]
+    return [rows[rows > 0] - 1 for rows in histories]
 
 
 def _zero_one_matrix(
@@ -276,7 +366,7 @@ def _interactions(train: Log | Interactions) -> Interactions:
     return Interactions.from_log(train)
 
 
-def _require_fit(retriever: MostPopular | Ease | Ials) -> None:
+def _require_fit(retriever: MostPopular | Repeats | Ease | Ials) -> None:
     if not hasattr(retriever, "items"):
         raise ValueError(f"{type(retriever).__name__} is not fitted yet: call fit(train) first.")
 

@@ -65,10 +65,16 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     notes = [never] if unreachable else []
     if is_later is not None:
         num = counted(int(is_later.sum()), "item")
-        notes.append(f"{num} came after the training: new to it, and nobody's negatives")
+        notes.append(
+            f"{num} came after the training: nobody's negatives, and new unless known before"
+        )
     masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
     notes.append(f"masked in the columns that rows share: {masked}")
-    if settings.hard is not None:
+    if settings.hard is not None and settings.correction == "none":
+        notes.append(
+            "without the correction hard negatives count as any others: their share has no effect"
+        )
+    elif settings.hard is not None:
         notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
     return notes
 

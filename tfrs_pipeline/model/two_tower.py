@@ -209,6 +209,7 @@ class TwoTower:
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             check_shared(folder)
+            source = None if folder is None else _trained(warm_start)
 
             def build() -> TrainingSet:
                 data = TrainingSet.build(
@@ -221,7 +222,7 @@ class TwoTower:
                 chosen_by = {
                     "validation": None if validation is None else validation.fingerprint(),
                     "exclude": exclude,
-                    "is_warm_start": warm_start is not None,
+                    "warm_start": None if source is None else source.fingerprint(),
                 }
                 hold_to(place / MADE_OF_FILE, self._made_of(train, data.samples) | chosen_by)
                 return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,15 @@ class Trained:
     corpus: Corpus
     network: TwoTowerNetwork
 
+    def fingerprint(self) -> str:
+        """Returns what tells this training from others: a hash of its ids, weights and steps."""
+        digest = hashlib.sha256()
+        for ids in (self.corpus.candidate_ids, self.corpus.query_ids):
+            digest.update(repr(ids.values.tolist()).encode())
+        for variable in (*self.network.trainable_variables, self.network.optimizer.iterations):
+            digest.update(variable.numpy().tobytes())
+        return digest.hexdigest()
+
 
 class WarmStart:
     """Gives a new network what another one has learned.
@@ -70,7 +80,9 @@ class WarmStart:
         self._optimizers = source.training.optimizer, training.optimizer
         # By row here, the row there: 0 is new.
         self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
+        self._num_untrained = 0
         if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
+            self._num_untrained = int(is_later[self._candidate_rows].sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
         self._query_rows = _source_rows(source.corpus.query_ids, corpus.query_ids)
         if not self._candidate_rows.any():
@@ -93,7 +105,8 @@ class WarmStart:
     def describe(self) -> list[str]:
         """Says what is carried over, and what is new and gone."""
         there, here = self._corpora
-        items = _counted("items", self._candidate_rows, len(there.candidate_ids))
+        num_trained = len(there.candidate_ids) - self._num_untrained
+        items = _counted("items", self._candidate_rows, num_trained)
         users = _counted("users", self._query_rows, len(there.query_ids))
         notes = [f"warm start: {items}; {users}"]
         sides = (_features(there, here, side) for side in ("candidate", "query", "request"))

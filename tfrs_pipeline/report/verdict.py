@@ -36,9 +36,10 @@ class Verdict:
 
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Tells whether the model is better than each other, by 95% intervals of the difference.
+    """Tells whether the model is better than each baseline, by 95% intervals of the difference.
 
-    Another form of the model itself, such as the uncorrected one, is none of them.
+    Another form of the model itself, such as the uncorrected one or the version in service, is no
+    baseline.
     """
     first, *_ = metrics["models"]
     others = {n: x[metric] for n, x in metrics["differences"].items() if not _is_form(n)}
@@ -186,8 +187,8 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
 
 
 def _is_form(name: str) -> bool:
-    """Whether a model is another form of the two-tower model."""
-    return name.startswith("two_tower_")
+    """Whether a model is another form of the two-tower model, or an earlier version of it."""
+    return name.startswith("two_tower_") or name == "in_service"
 
 
 def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
