@@ -226,6 +226,29 @@ def test_features_in_parquet(load: Any) -> None:
     ]
 
 
+def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: Any) -> None:
+    def notes(*tags: str, **options: Any) -> list[str]:
+        items = "item_id,tags\n5,\n" + "".join(f'{6 + i},"{tag}"\n' for i, tag in enumerate(tags))
+        kinds = {"tags": "multi_categorical"}
+        log = load("user_id,item_id\n1,5\n", items=items, item_features=kinds, **options)
+        return [note for note in log.notes if "one value" in note]
+
+    (note,) = notes("war,drama", "war")
+    assert note.endswith(
+        "items.csv: column 'tags' has one value in each of 2 rows, such as 'war,drama', none of "
+        "them separated by '|': if there are several, set list_separator (--data.list_separator)"
+    )
+    assert notes("war,drama", "war", list_separator=",") == []
+    assert notes("war|drama", "war|") == notes("[war]|[drama]", "war|noir") == []
+    assert notes("war|", "[drama]")
+    with pytest.raises(
+        DataError,
+        match=r"items\.csv: column 'tags' holds lists written as text in 2 of 3 rows, such as "
+        r"\"\['war', 'drama'\]\"\. Store them as lists",
+    ):
+        notes("['war', 'drama']", " ['war']")
+
+
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
 MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
 IN_ORDER = ("item_id", "when", "v", "price", "author")
