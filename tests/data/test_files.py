@@ -520,6 +520,41 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
     assert "columns not read: a" in labelled.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("clicked", [0, 1]),
+        ("Click", [1.0, 0.0, None]),
+        ("is_click", [True, False]),
+        ("is_clicked", ["0"] * 2000 + ["1"]),
+        ("label", ["false", "true", ""]),
+    ],
+)
+def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: list[Any]) -> None:
+    def events(name: str, values: list[Any]) -> str | pa.Table:
+        if isinstance(values[0], str):  # A CSV.
+            lines = [f"{i},{i},{value}\n" for i, value in enumerate(values)]
+            return f"user_id,item_id,{name}\n{''.join(lines)}"
+        ids = range(len(values))
+        return pa.table({"user_id": ids, "item_id": ids, name: values})
+
+    message = rf"'{name}' is not read and holds yes and no.*Set label to {{{name}: 1}}; or add "
+    with pytest.raises(DataError, match=message) as raised:
+        load(events(name, values))
+    assert raised.value.setting == "label"
+    labelled = load(events(name, values), label={name: 1})
+    is_click = [value in (1, "1", "true") for value in values]
+    assert column(labelled.events, "stage").count("clicked") == sum(is_click)
+    # A way out; and what is no outcome: of one value, of others, called otherwise.
+    assert name in load(events(name, values), columns={name: name}).events.columns
+    for other in ([1] * 3, ["0", "1", "2"], [0.0, 0.5, 1.0]):
+        assert f"columns not read: {name}" in load(events(name, other)).notes[0]
+    assert "columns not read: seen" in load(events("seen", values)).notes[0]
+    # Beside a rating it is a column like others.
+    text = f"user_id,item_id,rating,{name}\n1,2,4,1\n1,3,4,0\n"
+    assert f"columns not read: {name}" in load(text, rating_threshold=3).notes[0]
+
+
 def test_a_stage_is_found_in_any_row(load: Any) -> None:
     reached = ["recalled"] * 3000 + ["clicked"]
     events = pa.table({"user_id": range(3001), "item_id": range(3001), "reached": reached})
