@@ -123,6 +123,21 @@ def test_duckdb_and_spark_tell_of_the_same_long_requests(logs: tuple[Log, Log]) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: SplitKind) -> None:
+    found = []
+    for log in logs:
+        events = log.events.drop("timestamp")
+        unordered = dataclasses.replace(log, events=events, is_ordered=False, request_features={})
+        parts = unordered.split(kind).events.select("event_number", "user_id", "item_id", "part")
+        found.append(parts.order_by("event_number").to_pyarrow().to_pylist())
+    assert found[0] == found[1]
+    pairs = {(row["user_id"], row["item_id"]) for row in found[0]}
+    parts_of_pairs = {(row["user_id"], row["item_id"], row["part"]) for row in found[0]}
+    assert len(pairs) == len(parts_of_pairs) < len(found[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["last_share", "held_out_users"])
 def test_duckdb_and_spark_ask_the_same(logs: tuple[Log, Log], kind: SplitKind) -> None:
     holdout, other = (log.split(kind).holdout("test", 5, seed=1) for log in logs)

@@ -436,7 +436,9 @@ class Log:
         | column | what the log's own column `part` says: train, validation, test or null | kept |
 
         Only `time` keeps a user's training from other users' later clicks. In a log without any
-        order the last positives of a user are some drawn at random, copies of an item together.
+        order the last positives of a user are some drawn at random. A user's events of an item stay
+        in one part, so that a part may hold a few more or fewer than asked for, and of a user of
+        few items none.
 
         Args:
             kind: None: time in a log with timestamps, else last_share.
