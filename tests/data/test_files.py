@@ -226,6 +226,29 @@ def test_features_in_parquet(load: Any) -> None:
     ]
 
 
+def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: Any) -> None:
+    def notes(*tags: str, **options: Any) -> list[str]:
+        items = "item_id,tags\n5,\n" + "".join(f'{6 + i},"{tag}"\n' for i, tag in enumerate(tags))
+        kinds = {"tags": "multi_categorical"}
+        log = load("user_id,item_id\n1,5\n", items=items, item_features=kinds, **options)
+        return [note for note in log.notes if "one value" in note]
+
+    (note,) = notes("war,drama", "war")
+    assert note.endswith(
+        "items.csv: column 'tags' has one value in each of 2 rows, such as 'war,drama', none of "
+        "them separated by '|': if there are several, set list_separator (--data.list_separator)"
+    )
+    assert notes("war,drama", "war", list_separator=",") == []
+    assert notes("war|drama", "war|") == notes("[war]|[drama]", "war|noir") == []
+    assert notes("war|", "[drama]")
+    with pytest.raises(
+        DataError,
+        match=r"items\.csv: column 'tags' holds lists written as text in 2 of 3 rows, such as "
+        r"\"\['war', 'drama'\]\"\. Store them as lists",
+    ):
+        notes("['war', 'drama']", " ['war']")
+
+
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
 MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
 IN_ORDER = ("item_id", "when", "v", "price", "author")
@@ -495,6 +518,41 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
     )
     labelled = load("user_id,item_id,like,a\n1,2,1,clicked\n", label={"like": 1})
     assert "columns not read: a" in labelled.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("clicked", [0, 1]),
+        ("Click", [1.0, 0.0, None]),
+        ("is_click", [True, False]),
+        ("is_clicked", ["0"] * 2000 + ["1"]),
+        ("label", ["false", "true", ""]),
+    ],
+)
+def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: list[Any]) -> None:
+    def events(name: str, values: list[Any]) -> str | pa.Table:
+        if isinstance(values[0], str):  # A CSV.
+            lines = [f"{i},{i},{value}\n" for i, value in enumerate(values)]
+            return f"user_id,item_id,{name}\n{''.join(lines)}"
+        ids = range(len(values))
+        return pa.table({"user_id": ids, "item_id": ids, name: values})
+
+    message = rf"'{name}' is not read and holds yes and no.*Set label to {{{name}: 1}}; or add "
+    with pytest.raises(DataError, match=message) as raised:
+        load(events(name, values))
+    assert raised.value.setting == "label"
+    labelled = load(events(name, values), label={name: 1})
+    is_click = [value in (1, "1", "true") for value in values]
+    assert column(labelled.events, "stage").count("clicked") == sum(is_click)
+    # A way out; and what is no outcome: of one value, of others, called otherwise.
+    assert name in load(events(name, values), columns={name: name}).events.columns
+    for other in ([1] * 3, ["0", "1", "2"], [0.0, 0.5, 1.0]):
+        assert f"columns not read: {name}" in load(events(name, other)).notes[0]
+    assert "columns not read: seen" in load(events("seen", values)).notes[0]
+    # Beside a rating it is a column like others.
+    text = f"user_id,item_id,rating,{name}\n1,2,4,1\n1,3,4,0\n"
+    assert f"columns not read: {name}" in load(text, rating_threshold=3).notes[0]
 
 
 def test_a_stage_is_found_in_any_row(load: Any) -> None:

@@ -294,6 +294,28 @@ def test_without_any_order_the_last_are_drawn_at_random(kind: Any) -> None:
         assert {item for other, item in testing if other == user} == set(order[-10:])
 
 
+@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+def test_without_any_order_a_users_events_of_an_item_stay_in_one_part(kind: Any) -> None:
+    rows = random_rows(0)  # Most pairs of user and item have several events, clicked or not.
+    log = replace(make_log(rows, with_time=False), is_ordered=False)
+    options: dict[str, Any] = {} if kind == "last_n" else {"validation": 0.2, "test": 0.3}
+    found = parts_of(log.split(kind, **options, min_positives=2))
+    of_pair = {rows[number][:2]: part for number, part in found.items()}
+    assert found == {number: of_pair[rows[number][:2]] for number in found}
+    assert len(of_pair) < len(found) / 1.5
+    assert set(of_pair.values()) >= {"train", "test"}
+    if kind != "last_n":
+        return
+    for user in {user for user, _ in of_pair}:
+        items = {item for other, item in of_pair if other == user}
+        clicks = [item for other, item, _, stage in rows if (other, stage) == (user, "clicked")]
+        passed = 0
+        for item in sorted(items, key=lambda i: md5(f"0:{user}:{i}".encode()).hexdigest()[:12]):
+            passed += clicks.count(item)
+            places = {len(clicks): "test", len(clicks) - 1: "validation"}
+            assert of_pair[user, item] == places.get(passed, "train")
+
+
 def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> None:
     log = make_log(
         [(1, i, i, "clicked") for i in range(5)]

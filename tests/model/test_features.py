@@ -129,8 +129,14 @@ def test_codes_written_down(
         ("İI ıi", ["ii", "ıi"]),  # noqa: RUF001
         ("c'd 'f' '' rock'n'roll'", ["c'd", "f", "rock'n'roll"]),
         ("a\0B\1c\2D\na", ["a", "b", "c", "d", "a"]),
-        ("x² Ⅷ ٣ 三_3-cafe\u0301s हिन्दी", ["x²", "ⅷ", "٣", "三_3", "cafe\u0301s", "हिन्दी"]),
+        ("x² Ⅷ ٣ ж_3-cafe\u0301s हिन्दी", ["x²", "ⅷ", "٣", "ж_3", "cafe\u0301s", "हिन्दी"]),
         (" !?. ", []),
+        # Scripts without spaces: a character, with its marks, is a word.
+        ("iPhone手机'三_3", ["iphone", "手", "机", "三", "_3"]),
+        ("ラーメン。か\u3099き ｶﾞｰ", ["ラー", "メ", "ン", "か\u3099", "き", "ｶﾞｰ"]),
+        ("สวัสดี ດີ", ["ส", "วั", "ส", "ดี", "ດີ"]),
+        ("សួរ។ ဂလာပါ။", ["សួ", "រ", "ဂ", "လာ", "ပါ"]),
+        ("한국어 текст", ["한국어", "текст"]),
     ],
 )
 def test_words_written_down(text: str, words: list[str]) -> None:
@@ -509,6 +515,22 @@ def test_a_small_process_of_another_locale_encodes_the_same(tmp_path: Path) -> N
     assert (
         json.loads(done.stdout) == feature.encode_column(["İIi", None]).tolist() == [[1, 0], [0, 0]]
     )
+
+
+def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
+    words = [f"w{i}" for i in range(70)]
+    widths: dict[FeatureKind, int] = {"text": 64, "multi_categorical": 16}
+    for kind, width in widths.items():
+        rows = [words[:40], words, ["new"], []]
+        column: list[Any] = [" ".join(row) for row in rows] if kind == "text" else rows
+        feature = Feature.fit("x", kind, column[:2])
+        codes = feature.encode_column(column)
+        assert codes.shape == (4, width)
+        for row, code in zip(rows, codes, strict=True):
+            known = [feature.vocabulary[i - 1] for i in code if i]
+            assert known == [word for word in row[:width] if word != "new"]
+        num_cut = sum(len(row) > width for row in rows)
+        assert feature.count_lost(column) == ("x", kind, width, 3, 1, num_cut)
 
 
 # What is refused

@@ -291,6 +291,28 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
         assert any(note.startswith(told) for note in model.notes) == is_told
 
 
+@pytest.mark.usefixtures("in_eager_steps")
+def test_what_texts_and_lists_lose_is_told() -> None:
+    events = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 9})
+    events["search"] = ["red"] * 39 + ["blue"]
+    titles = ["a film", "a show", "film", "nobody's", "else", "", "a " * 65, "a", "show"]
+    tags = [["x"]] * 8 + [list("abcdefghijklmnopqrst")]
+    log = Log.from_table(
+        events,
+        items=pd.DataFrame({"item_id": np.arange(9), "title": titles, "tags": tags, "all": "one"}),
+        item_features={"title": "text", "tags": "multi_categorical", "all": "text"},
+        request_features={"search": "text"},
+    )
+    notes = tiny(training={"max_epochs": 1}).fit(log).notes
+    assert [note for note in notes if " feature " in note] == [
+        "text feature title: 2 of 8 rows with words have no known one (words of 2 rows or more "
+        "are); 1 row cut to the first 64 words",
+        "multi_categorical feature tags: 1 row cut to the first 16 values",
+        "text feature search: 1 of 40 rows with words have no known one (words of 2 rows or more "
+        "are)",
+    ]
+
+
 def test_settings_are_given_by_name_or_as_a_table() -> None:
     settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
     model = TwoTower(settings, dim=16, negatives=["uniform:num=5"])

@@ -199,7 +199,17 @@ def test_what_is_set_already_is_not_suggested() -> None:
     few = made(LOSING, split={"train": {"num_positives": 1_500}})
     features = RunConfig(data={"item_features": {"year": "numeric"}})
     assert ["data.item_features" in line for line in advice(few, METRIC, RunConfig())] == [True]
-    assert ["data.item_features" in line for line in advice(few, METRIC, features)] == [False]
+    for model, remedies in (
+        ({}, "A longer log, model.share_item_embedding, or a model.feature_dim above 4"),
+        ({"share_item_embedding": True}, "A longer log, or a model.feature_dim above 4"),
+        ({"feature_dim": 32}, "A longer log, or model.share_item_embedding"),
+        ({"feature_dim": 32, "use_candidate_id": False}, "A longer log, or a smaller model.dim"),
+        ({"feature_dim": 8, "history_pooling": [], "use_user_id": True},
+         "A longer log, or a model.feature_dim above 8"),
+    ):  # fmt: skip
+        config = with_settings(features, {f"model.{name}": x for name, x in model.items()})
+        (found,) = advice(few, METRIC, config)
+        assert found.endswith(f"5.0 each. {remedies}")
 
     behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
     (found,) = advice(behind, METRIC, RunConfig())

@@ -13,6 +13,7 @@ import pytest
 
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.requests import describe_long_requests
 from tfrs_pipeline.data.schema import DataError, FeatureKind, SplitKind
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
@@ -108,6 +109,32 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
         assert table.num_rows
         assert table.to_pylist() == others[name].to_pylist()
     assert len(part_files(tmp_path / "spark" / "samples" / "samples.parquet")) > 1
+
+
+@pytest.mark.slow
+def test_duckdb_and_spark_tell_of_the_same_long_requests(logs: tuple[Log, Log]) -> None:
+    notes = []
+    for log in logs:
+        restarting = log.events.mutate(request_id=log.events["event_number"] % 7)
+        notes.append([*describe_long_requests(restarting)])
+        assert not [*describe_long_requests(log.events)]
+    assert notes[0] == notes[1]
+    assert " last longer than a day, such as request_id 0 of user " in notes[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
+def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: SplitKind) -> None:
+    found = []
+    for log in logs:
+        events = log.events.drop("timestamp")
+        unordered = dataclasses.replace(log, events=events, is_ordered=False, request_features={})
+        parts = unordered.split(kind).events.select("event_number", "user_id", "item_id", "part")
+        found.append(parts.order_by("event_number").to_pyarrow().to_pylist())
+    assert found[0] == found[1]
+    pairs = {(row["user_id"], row["item_id"]) for row in found[0]}
+    parts_of_pairs = {(row["user_id"], row["item_id"], row["part"]) for row in found[0]}
+    assert len(pairs) == len(parts_of_pairs) < len(found[0])
 
 
 @pytest.mark.slow

@@ -355,6 +355,21 @@ def test_the_command_line_says_what_a_request_lacks(
         assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
 
 
+def test_the_command_line_says_that_no_word_of_a_text_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Feature.fit("search", "text", ["red shoes", "blue shoes"])
+    served = make_served("int", use_user_id=False, request_features=(search,))
+    folder = export(served, tmp_path / "model", index=Exact())
+    for text, num_notes in (("green hats", 1), ("green shoes", 0)):
+        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+        item = str(served.known(2)[0])
+        command = ["query", str(folder), "--history", item, "--request", f"search={text}"]
+        assert cli.main(command) == 0
+        told = "search 'green hats' has no word that the training knew: taken as missing."
+        assert out.getvalue().count(told) == num_notes == out.getvalue().count("missing")
+
+
 def test_refreshed_items_and_exports_without_users_take_requests(
     served: Served, folder: Path, model: LoadedRetriever, tmp_path: Path
 ) -> None:

@@ -122,6 +122,12 @@ class Query(OfModel):
             if feature.kind == "categorical"
             and self.request.get(feature.name, "") not in feature.known_texts
         ]
+        notes += [
+            f"{feature.name} {text!r} has no word that the training knew: taken as missing."
+            for feature in retriever.features["request"]
+            if feature.kind == "text" and (text := self.request.get(feature.name, ""))
+            if not feature.encode_column([text]).any()
+        ]
         lacking = [
             feature.name
             for feature in retriever.features["request"]

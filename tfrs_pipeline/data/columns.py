@@ -173,6 +173,34 @@ def _to_categories(raw: RawTable, column: str, list_separator: str) -> ir.Value:
     raise raw.wrong_type(column, "a list or a string")
 
 
+def describe_categories(raw: RawTable, column: str, list_separator: str) -> Iterator[str]:
+    """Says if no row of a text column has two values; refuses (`DataError`) lists in brackets."""
+    value = raw.table[column]
+    if not value.type().is_string():
+        return
+    text = value.strip()
+    found = raw.table.aggregate(
+        num=(text != "").sum(),
+        num_lists=(text.startswith("[") & text.endswith("]")).sum(),
+        is_parted=(_to_categories(raw, column, list_separator).length() > 1).any(),
+        example=value.max(),
+    )
+    num, num_lists, is_parted, example = found.to_pyarrow().to_pylist()[0].values()
+    where, shown = raw.source.column(column), printable(repr(example))
+    if num and num_lists == num:
+        raise DataError(
+            f"{where} holds lists written as text in {num} of {raw.num_rows} rows, such as "
+            f"{shown}. Store them as lists (Parquet, Arrow), or write values without brackets and "
+            f"quotes, separated by {list_separator!r} (list_separator)."
+        )
+    if num and not is_parted:
+        yield (
+            f"{where} has one value in each of {num:,} rows, such as {shown}, none of them "
+            f"separated by {list_separator!r}: if there are several, set list_separator "
+            "(--data.list_separator)"
+        )
+
+
 def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
     """Makes lists of float32, all of the length that most have."""
     value = raw.table[column]

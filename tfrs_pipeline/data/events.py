@@ -45,6 +45,8 @@ from tfrs_pipeline.messages import printable, sentence
 _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column of more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
+_OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
+_NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -205,6 +207,8 @@ def _event_columns(
             )
     if absent & {"stage", "timestamp"}:
         _refuse_values(scanned, unread, absent)
+    if "stage" in absent:
+        _refuse_outcomes(scanned, [name for name in unread if name.lower() in _OUTCOMES])
     return names, unread
 
 
@@ -244,6 +248,22 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
                 f"{column}={column}, if it is a column like others.",
                 "columns",
             )
+
+
+def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
+    """Refuses columns, called as an outcome is, that hold a yes in some rows and a no in others."""
+    rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
+    for name, values in zip(rows.column_names, rows.columns, strict=True):
+        found = {str(value).strip().lower() for value in values.drop_null().unique().to_pylist()}
+        if found - {*_NO, *_YES, ""} or not all(scanned.holding([name], x) for x in (_NO, _YES)):
+            continue
+        column = printable(name)
+        raise DataError(
+            f"{Source(scanned.name).column(name)} is not read and holds yes and no, and the log "
+            "has no stage, rating or label: every row would be a click. Set label to "
+            f"{{{column}: 1}}; or add {column}={column} to columns, if it is a column like others.",
+            "label",
+        )
 
 
 def _is_mistyped(name: str, column: str) -> bool:

@@ -22,7 +22,11 @@ from tfrs_pipeline.data.events import EventRules, load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.parts import Split
-from tfrs_pipeline.data.requests import check_names, check_request_features
+from tfrs_pipeline.data.requests import (
+    check_names,
+    check_request_features,
+    describe_long_requests,
+)
 from tfrs_pipeline.data.schema import (
     LISTED,
     DataError,
@@ -60,7 +64,8 @@ class Log:
         events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
             `score`, `weight`, `part` (the log's own split) and context columns. Rows have no order
-            of their own.
+            of their own. Events of one user and `request_id` were asked for at one moment, that of
+            the first: no history shows one of them to another.
         items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
             `title`, if there is one, is what people are shown; `_listed`, if there is one, tells
             the items of the item table from those that were added to it from the events.
@@ -431,7 +436,9 @@ class Log:
         | column | what the log's own column `part` says: train, validation, test or null | kept |
 
         Only `time` keeps a user's training from other users' later clicks. In a log without any
-        order the last positives of a user are some drawn at random, copies of an item together.
+        order the last positives of a user are some drawn at random. A user's events of an item stay
+        in one part, so that a part may hold a few more or fewer than asked for, and of a user of
+        few items none.
 
         Args:
             kind: None: time in a log with timestamps, else last_share.
@@ -492,6 +499,7 @@ class Log:
             # A wrong unit shows here.
             notes.append(f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC")
             notes += _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
+            notes += describe_long_requests(self.events)
         elif self.order == "event_number":
             notes.append("no timestamps: the order of the rows is taken for that of the events")
         if "weight" in self.events.columns:

@@ -3,8 +3,8 @@
 A split adds a column `part` to the event table, or replaces the one that is there: "train",
 "validation", "test", or "fold_in" (history of a held-out user: never trained on). Positives are the
 events of stage `clicked`. The order of a user's events is by timestamp, ties by event number; by
-event number alone where the log has no time; at random where it has no order. All are lazy
-expressions.
+event number alone where the log has no time; at random where it has no order, a user's events of an
+item at one place. All are lazy expressions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def split_events(
     assert not isinstance(test, datetime)
     order: list[Any] = order_keys(events)
     if not is_ordered:  # As the rows lie, which may be by item, the last ones would be no sample.
-        order = [random_key(events["user_id"], events["item_id"], seed=seed), "event_number"]
+        order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
     counted = _count_positives(events, min_positives, order)
     if kind == "held_out_users":
         counted = split_held_out_users(
@@ -268,9 +268,13 @@ def order_keys(events: ibis.Table) -> list[str]:
 
 
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
-    """Adds _num_positives of the user and _num_so_far, those up to and including the event."""
+    """Adds _num_positives of the user and _num_so_far, those up to and including the event.
+
+    Events that the order does not tell apart, an item's copies, count each other: no cut parts
+    them.
+    """
     positives = is_positive(events).cast("int64")
-    so_far = ibis.cumulative_window(group_by="user_id", order_by=order)
+    so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
     counted = events.mutate(
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
         _num_so_far=positives.sum().over(so_far),

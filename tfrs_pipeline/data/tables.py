@@ -11,7 +11,12 @@ import ibis
 import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
-from tfrs_pipeline.data.columns import is_integer, to_feature, to_required_id
+from tfrs_pipeline.data.columns import (
+    describe_categories,
+    is_integer,
+    to_feature,
+    to_required_id,
+)
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import LINES_REMEDY, scan
 from tfrs_pipeline.data.schema import (
@@ -165,17 +170,22 @@ def type_features(
     formats: Formats,
     max_bad_share: float,
 ) -> list[str]:
-    """Types features; counts values that cannot be used, and refuses too many of them."""
+    """Types features; counts values that cannot be used, and refuses too many of them.
+
+    Returns what is to be known of their values, in lines for a person.
+    """
     num_other_faults = len(raw.faults)
+    notes: list[str] = []
     for name, kind in features.items():
         columns[name] = to_feature(raw, name, kind, formats)
+        if kind == "multi_categorical":
+            notes += describe_categories(raw, name, formats.list_separator)
     faults = raw.faults[num_other_faults:]
     del raw.faults[num_other_faults:]
     if not faults:
-        return []
+        return notes
     sums = {str(i): fault.is_bad.sum() for i, fault in enumerate(faults)}
     counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
-    notes = []
     for i, fault in enumerate(faults):
         num = counts[str(i)] or 0
         if num > max_bad_share * raw.num_rows:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -29,7 +29,13 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
+from tfrs_pipeline.model.vocabulary import (
+    bucket_count,
+    count_values,
+    in_blocks,
+    values_of,
+    words_of,
+)
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 if TYPE_CHECKING:
@@ -37,7 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_VALUES = 16
+# Longest list, and longest text in words, that is kept.
+MAX_VALUES: dict[FeatureKind, int] = {"multi_categorical": 16, "text": 64}
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
 MAX_HASH_BUCKETS = 2**20
@@ -55,6 +62,17 @@ _OTHER_INPUTS = (
     *("user_id", "item_id", "history", HISTORY_TIMESTAMPS),
     *("timestamp", "exclude", "allowed", "k"),
 )
+
+
+class LostValues(NamedTuple):
+    """What a feature of lists or texts loses: rows with any value, with no known one, and cut."""
+
+    name: str
+    kind: FeatureKind
+    num_values: int
+    num_given: int
+    num_unknown: int
+    num_cut: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,9 @@ class Feature:
     The age of a timestamp is log(1 + days before `reference`), standardised, so that it tells apart
     the recent ones; what is later than the reference has the age 0. The vectors of a column are all
     divided by one number, the root mean square of their lengths, which keeps their directions.
-    Words are runs of letters, their marks, digits, underscores, and apostrophes within.
+    Words are runs of letters, their marks, digits, underscores, and apostrophes within. Of scripts
+    without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character, with
+    its marks, is a word.
 
     Vocabularies and hashes are Keras' `StringLookup` and `Hashing`. Numbers are not left to its
     `Normalization` and `Discretization`, which compute in float32: that has no room for seconds
@@ -126,7 +146,7 @@ class Feature:
         column: Column,
         *,
         min_count: int = 1,
-        max_values: int = MAX_VALUES,
+        max_values: int | None = None,
         reference: datetime | None = None,
     ) -> Feature:
         """Learns the encoding of a column.
@@ -137,7 +157,8 @@ class Feature:
             column: One entry a row, as the table above says; None or NaN is missing. An Arrow or
                 NumPy array is read at once, a list value by value.
             min_count: Values of fewer rows are unknown (categorical, multi_categorical, text).
-            max_values: Longest list to keep (multi_categorical, text).
+            max_values: Longest list to keep; None means 16 values (multi_categorical) or 64 words
+                (text).
             reference: Time from which the age of a timestamp counts, such as the end of the log;
                 None means the latest value of the column.
 
@@ -164,7 +185,8 @@ class Feature:
             buckets = bucket_count(len(counts), per_value=2, low=16, high=MAX_HASH_BUCKETS)
             return cls(name, kind, num_buckets=buckets)
         vocabulary = tuple(sorted(value for value, count in counts.items() if count >= min_count))
-        return cls(name, kind, vocabulary, num_values=max(1, min(longest, max_values)))
+        most = MAX_VALUES.get(kind, 1) if max_values is None else max_values
+        return cls(name, kind, vocabulary, num_values=max(1, min(longest, most)))
 
     @classmethod
     def _fit_times(cls, name: str, column: Column, reference: datetime | None) -> Feature:
@@ -240,6 +262,17 @@ class Feature:
         """Encodes a column by `to_raw` and `encode`, in blocks of rows."""
         blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
+
+    def count_lost(self, column: Column) -> LostValues:
+        """Counts what `encode` loses of a column's lists or texts (multi_categorical, text)."""
+        counts = np.zeros(3, np.int64)
+        for block in in_blocks(column):
+            _, lengths = values_of(self.kind, block)
+            is_known = self.encode(self.to_raw(block)).numpy().any(axis=1)
+            has_any = lengths > 0
+            of_rows = (has_any, has_any & ~is_known, lengths > self.num_values)
+            counts += [rows.sum() for rows in of_rows]
+        return LostValues(self.name, self.kind, self.num_values, *counts.tolist())
 
     def _encode_times(self, seconds: tf.Tensor) -> tf.Tensor:
         age = tf.math.log1p(tf.maximum(self.reference - seconds, 0.0) * (1 / DAY_SECONDS))

@@ -13,7 +13,8 @@ import tensorflow as tf
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.model.corpus import MIN_TEXT_COUNT, Corpus
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.samples.store import Samples
@@ -88,6 +89,24 @@ def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
         f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log has "
         "none: take mean, or --preset sets"
     ]
+
+
+def describe_lost(corpus: Corpus) -> list[str]:
+    """Says which features of lists and texts have rows without a known value, or cut ones."""
+    notes = []
+    for lost in corpus.lost:
+        what = "word" if lost.kind == "text" else "value"
+        parts = []
+        if lost.num_unknown:
+            of = counted(lost.num_given, "row")
+            rare = f" (words of {MIN_TEXT_COUNT} rows or more are)" if what == "word" else ""
+            parts.append(f"{lost.num_unknown:,} of {of} with {what}s have no known one{rare}")
+        if lost.num_cut:
+            rows = counted(lost.num_cut, "row")
+            parts.append(f"{rows} cut to the first {counted(lost.num_values, what)}")
+        if parts:
+            notes.append(f"{lost.kind} feature {printable(lost.name)}: {'; '.join(parts)}")
+    return notes
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:

@@ -39,6 +39,7 @@ from tfrs_pipeline.model.notes import (
     OnProgress,
     OnSteps,
     describe_batches,
+    describe_lost,
     describe_order,
     describe_sample,
     writers,
@@ -311,6 +312,7 @@ class TwoTower:
                 *(start.describe() if start else []),
                 *describe_sample(validation),
                 *(mining.describe() if mining else []),
+                *describe_lost(data.corpus),
                 *describe_order(data.samples, self.settings),
                 *describe_batches(batches, self.settings),
             ]

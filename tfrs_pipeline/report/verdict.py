@@ -14,6 +14,8 @@ from tfrs_pipeline.messages import counted
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
+# Numbers a feature beyond which no more are suggested: docs/guides/new_items.md.
+_LARGE_FEATURE_DIM = 32
 # Of what is new to a model, a share that its numbers are mostly about.
 _MANY_NEW = 0.3
 # Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
@@ -152,13 +154,26 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
-        features = "" if config.data.item_features else "item features (data.item_features), "
+        *most, last = _for_few_positives(config)
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each. A longer log, {features}or a smaller model.dim"
+            f"{num_positives / num_items:.1f} each. A longer log, {', '.join([*most, ''])}or {last}"
         )
     if "popularity" in models:
         yield from _beside_popularity(metrics, metric, config)
+
+
+def _for_few_positives(config: RunConfig) -> list[str]:
+    """Lists what may help where an item has few positives; where it has features, these."""
+    model = config.model
+    if not config.data.item_features:
+        return ["item features (data.item_features)", "a smaller model.dim"]
+    remedies = []
+    if model.use_candidate_id and model.history_pooling and not model.share_item_embedding:
+        remedies.append("model.share_item_embedding")
+    if model.feature_dim < _LARGE_FEATURE_DIM:
+        remedies.append(f"a model.feature_dim above {model.feature_dim}")
+    return remedies or ["a smaller model.dim"]
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
