@@ -13,6 +13,7 @@ from tfrs_pipeline.batches.examples import REQUEST
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import FeatureTable, drop_features
 from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.streaming import StreamingFrequency
@@ -161,6 +162,8 @@ class TwoTowerNetwork(tfrs.Model):
         parts add up to the mean loss of the whole batch. A `ValueError` if the batch was made for
         another correction.
         """
+        if training:
+            mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
         if self.frequency is not None and training:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -43,7 +42,7 @@ from tfrs_pipeline.model.notes import (
     describe_sample,
     writers,
 )
-from tfrs_pipeline.model.own import describe_own, is_own
+from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, trained_part
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -198,7 +197,7 @@ class TwoTower:
             ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, training diverges, several
                 workers have no folder, the folder is that of another log or other settings, an own
-                layer has been trained before, or validation has nothing to find.
+                layer, or one within it, has been trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
@@ -291,7 +290,8 @@ class TwoTower:
                 check_measurable(validation, exclude)
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
-            _TRAINED.update((self._network.query_tower, self._network.candidate_tower))
+            # Also where no step is left to train: a checkpoint is read.
+            mark_trained(self._network.query_tower, self._network.candidate_tower)
             self.result = train(
                 self._network,
                 batches,
@@ -541,10 +541,6 @@ def _trained(source: TwoTower | Trained | None) -> Trained | None:
     return source.trained
 
 
-# Own layers that a training has had: there is no way back to what they were before.
-_TRAINED: weakref.WeakSet[tf.keras.layers.Layer] = weakref.WeakSet()
-
-
 def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
     """Returns an own tower, or what a function makes of the corpus; a `TypeError` if no layer."""
     # A layer of another Keras is callable, but no function of the corpus: it has a `call`.
@@ -555,10 +551,13 @@ def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
             f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
         )
-    if layer in _TRAINED:
+    part = trained_part(layer)
+    if part is not None:
+        inner = "" if part is layer else f", or rather its {part!r},"
         raise ValueError(
-            f"{name} {layer!r} was given to a training before, which would go on here instead of "
-            "beginning. Give a new layer to a new model, or a function of the corpus that returns "
-            "one."
+            f"{name} {layer!r}{inner} was given to a training before, which would go on here "
+            "instead of beginning, and change that model. Give new layers to a new model, or a "
+            "function of the corpus that makes them; a frozen layer (trainable=False) may be "
+            "shared."
         )
     return layer
