@@ -24,8 +24,8 @@ _TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()
 
 
 def is_own(kind: object) -> bool:
-    """Whether this is a kind of negative that no setting can say."""
-    return hasattr(kind, "draw") and not isinstance(kind, BUILT_IN)
+    """Whether this is a kind of negative that no setting can say, such as a subclass of one."""
+    return hasattr(kind, "draw") and type(kind) not in BUILT_IN
 
 
 def mark_trained(*towers: tf.keras.layers.Layer) -> None:
