@@ -227,6 +227,16 @@ def test_a_mixture_may_be_made_in_a_graph() -> None:
     assert draw().shape == [3]
 
 
+@pytest.mark.parametrize("dtype", [tf.int32, tf.int64], ids=["int32", "int64"])
+def test_a_seed_may_hold_the_step_of_a_graph(dtype: tf.DType) -> None:
+    mixture, rows = Mixture([Uniform(9)], frame_of([0, 1, 1])), tf.constant([1])
+    drawn = tf.function(lambda step: mixture.draw(rows, [7, step]))(tf.constant(3, dtype))
+    np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
+    counter = tf.Variable(3, dtype=dtype)  # As an optimizer's `iterations`.
+    drawn = tf.function(lambda: mixture.draw(rows, [7, counter]))()
+    np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
+
+
 def test_an_own_kind_may_draw_longer_integers() -> None:
     frame = frame_of([0, 3, 1], 2)
     mixture = Mixture([InBatch(), Own(np.array([2, 1]), 1, 1)], frame)

@@ -96,7 +96,8 @@ class Mixture:
 
         Args:
             positive_rows: [B] int32, the positives of the batch.
-            seed: [2] int32; the draw is a function of it, a kind's draws apart from another's.
+            seed: [2] integers, such as `[7, step]`, in a graph too; the draw is a function of it, a
+                kind's draws apart from another's.
 
         Returns:
             [C] int32 candidate rows, kind by kind; 0, whose log_q is -inf, where a positive of the
@@ -106,7 +107,8 @@ class Mixture:
             ValueError: If the seed is no pair, or a batch is too large for in-batch negatives
                 (see `InBatch.draw`).
         """
-        if np.shape(seed) != (2,):
+        seed = tf.convert_to_tensor(seed)
+        if seed.shape != (2,):
             raise ValueError(
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
