@@ -107,6 +107,33 @@ def test_every_candidate_once_is_the_full_softmax() -> None:
     np.testing.assert_allclose(task(QUERIES, COLUMNS[:W], **options), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, tf.bfloat16.as_numpy_dtype])
+def test_the_loss_is_computed_in_float32(policy: str, dtype: Any) -> None:
+    """Whatever Keras computes in, of embeddings whatever their precision."""
+    arrays = [array.astype(dtype) for array in (QUERIES, POSITIVES[:W], COLUMNS, HARD)]
+
+    def loss(queries: Any, positives: Any, columns: Any, hard: Any) -> np.ndarray:
+        options = {"score_mask": MASK, "log_q": LOG_Q, "hard_log_q": HARD_LOG_Q}
+        return HybridRetrieval(0.5)(
+            queries,
+            positives,
+            negative_embeddings=columns,
+            hard_embeddings=hard,
+            sample_weight=WEIGHTS[:W].astype(dtype).astype(np.float64),
+            **options,
+        ).numpy()
+
+    expected = loss(*(array.astype(np.float32) for array in arrays))
+    tf.keras.mixed_precision.set_global_policy(policy)
+    try:
+        got = loss(*map(tf.constant, arrays))
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_log_q_is_not_clipped() -> None:
     def loss(log_q: float) -> float:
         return float(HybridRetrieval()(QUERIES, COLUMNS, log_q=tf.fill([C], log_q)))

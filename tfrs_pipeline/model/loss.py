@@ -23,6 +23,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     B * H products, not B * B * H. A row may have several positives, each with a loss of its own
     over the same negatives, which are scored once.
 
+    It computes in float32, whatever the precision of the embeddings and the policy of Keras.
+
     It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
 
     Args:
@@ -51,6 +53,7 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature must be above 0. Received: {temperature!r}")
         super().__init__(temperature=temperature)
+        self._autocast = False  # Of the parent's first input, under a policy of mixed precision.
 
     def call(
         self,
@@ -102,7 +105,12 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
                 without their log_q, or a `positive_query` without the columns.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
-        queries = tf.convert_to_tensor(query_embeddings)
+        queries, candidate_embeddings, negative_embeddings, hard_embeddings = _as_float32(
+            query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
+        )
+        candidate_sampling_probability, log_q, hard_log_q, sample_weight = _as_float32(
+            candidate_sampling_probability, log_q, hard_log_q, sample_weight
+        )
         if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
             queries = queries / self._temperature
         positives, parents_log_q = candidate_embeddings, None
@@ -145,6 +153,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         if sample_weight is not None:  # The parent takes [P, 1] too.
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
+
+
+def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
+    return [None if x is None else tf.cast(x, tf.float32) for x in given]
 
 
 def _masked(logits: tf.Tensor, name: str, mask: tf.Tensor | None) -> tf.Tensor:

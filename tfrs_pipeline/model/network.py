@@ -39,7 +39,7 @@ class TwoTowerNetwork(tfrs.Model):
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times and the settings read them (`history_pooling` is attention), also
     with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
-    `ValueError` if the two towers do not go together.
+    `ValueError` if the two towers do not go together, or Keras has another policy than float32.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
     query tower may read too. With the correction "streaming" the model estimates the share of each
@@ -55,6 +55,13 @@ class TwoTowerNetwork(tfrs.Model):
         candidate_table: FeatureTable,
         name: str,
     ) -> None:
+        policy = tf.keras.mixed_precision.global_policy().name
+        if policy != "float32":
+            raise ValueError(
+                f"The towers need the policy float32. Received: {policy!r}. Set it by "
+                "tf.keras.mixed_precision.set_global_policy('float32'); layers of an own tower may "
+                "have another dtype as long as the tower returns float32."
+            )
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
         self.query_table = feature_table(corpus, "query")
