@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,8 +30,7 @@ def is_own(kind: object) -> bool:
 
 def mark_trained(*towers: tf.keras.layers.Layer) -> None:
     """Remembers that a training has towers, with all layers in them that hold variables."""
-    parts = (part for tower in towers for part in (tower, *tower.submodules))
-    _TRAINED.update(part for part in parts if getattr(part, "variables", ()))
+    _TRAINED.update(part for part in _parts(*towers) if getattr(part, "variables", ()))
 
 
 def trained_part(tower: tf.keras.layers.Layer) -> tf.Module | None:
@@ -39,8 +38,21 @@ def trained_part(tower: tf.keras.layers.Layer) -> tf.Module | None:
 
     A frozen one neither changes nor goes on.
     """
-    parts = (part for part in (tower, *tower.submodules) if part in _TRAINED)
+    parts = (part for part in _parts(tower) if part in _TRAINED)
     return next((part for part in parts if getattr(part, "trainable", True)), None)
+
+
+def lookup_tables(*towers: tf.keras.layers.Layer) -> list[Any]:
+    """Lists the lookup tables that are attributes of a layer in towers, as StringLookup has."""
+    kind = tf.saved_model.experimental.TrackableResource
+    values = (value for part in _parts(*towers) for value in vars(part).values())
+    return [value for value in values if isinstance(value, kind)]
+
+
+def _parts(*towers: tf.keras.layers.Layer) -> Iterator[tf.Module]:
+    """Yields towers and all layers within them."""
+    for tower in towers:
+        yield from (tower, *tower.submodules)
 
 
 def describe_own(

@@ -42,7 +42,7 @@ from tfrs_pipeline.model.notes import (
     describe_sample,
     writers,
 )
-from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, trained_part
+from tfrs_pipeline.model.own import describe_own, is_own, lookup_tables, mark_trained, trained_part
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -458,13 +458,14 @@ class TwoTower:
         return self.settings.history_length
 
     @property
-    def variables(self) -> list[tf.Variable]:
-        """What an export of the towers saves."""
+    def variables(self) -> list[Any]:
+        """What an export of the towers saves: variables, and lookup tables of own ones."""
         network = self.network
+        towers = network.query_tower, network.candidate_tower
         return [
             *network.query_table.variables,
-            *network.query_tower.variables,
-            *network.candidate_tower.variables,
+            *(variable for tower in towers for variable in tower.variables),
+            *lookup_tables(*towers),
         ]
 
     @property
