@@ -167,8 +167,14 @@ class TwoTowerNetwork(tfrs.Model):
 
         The inputs are as `HybridBatches.batch` describes, or a slice of it (`Slices.take`), whose
         parts add up to the mean loss of the whole batch. A `ValueError` if the batch was made for
-        another correction.
+        another correction, or several replicas train on what is no slice.
         """
+        if "total_weight" not in inputs and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "Several replicas train on batches that tf.distribute has cut, each tensor along "
+                "its first axis, which is not always that of the rows. Train with TwoTower.fit "
+                "under the strategy: it gives each replica its slice."
+            )
         if training:
             mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
