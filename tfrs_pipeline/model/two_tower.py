@@ -179,8 +179,10 @@ class TwoTower:
                 starts from (`WarmStart` says how): of the same shape, trained on nothing that
                 validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
-                training, of the same log, settings and own code, as far as its lines tell. None is
-                a temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
+                training, of the same log, settings and own code, as far as its lines tell. It ends
+                as an unbroken one, bit for bit, unless an own tower draws from a state of its own,
+                as `tf.keras.layers.Dropout` does. None is a temporary folder. Several workers need
+                one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
             verbose: Whether standard error shows each epoch, and the steps of a long one; None
