@@ -323,6 +323,11 @@ def test_refusals() -> None:
         make_batches("sets", hard=HARD)
     with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
         make_batches("sets", REQUESTED)
+    sizes: list[Any] = [0, 2.5]
+    for order in ORDERS:
+        for size in sizes:
+            with pytest.raises(ValueError, match=f"batch_size must be a whole .* Received: {size}"):
+                make_batches(order, batch_size=size)
     with pytest.raises(ValueError, match="No shared column"):
         make_batches(negatives=[])
     with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):
