@@ -324,6 +324,26 @@ def test_an_own_tower_is_a_layer_or_makes_one(
         tiny(**{name: tower}).build(data.corpus)
 
 
+class OfSequences(OwnQueries):
+    """Sums up the beginning of a sequence that is a position's history."""
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+        if "sequence_rows" not in inputs:
+            return super().call(inputs)
+        vectors = self.table(inputs["sequence_rows"])
+        is_item = tf.cast(inputs["sequence_rows"] > 0, tf.float32)[:, :, tf.newaxis]
+        sums = tf.cumsum(tf.pad(vectors * is_item, [[0, 0], [1, 0], [0, 0]]), axis=1)
+        return tf.gather(tf.reshape(sums, [-1, 6]), inputs["state"])
+
+
+def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: TrainingSet) -> None:
+    training = {"examples": "sequences", "batch_size": 64}
+    options: dict[str, Any] = {"candidate_tower": OwnCandidates, "negatives": EASY}
+    with pytest.raises(ValueError, match=r"query_tower does not read whole sequences.*'single'"):
+        tiny(query_tower=OwnQueries(), training=training, **options).build(data.corpus)
+    tiny(query_tower=OfSequences(), training=training, **options).build(data.corpus)
+
+
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     few = tiny(training={"batch_size": 121})

@@ -310,6 +310,23 @@ class TwoTowerNetwork(tfrs.Model):
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
 
+    def check_sequences(self) -> None:
+        """Refuses (`ValueError`) a query tower that does not read whole sequences."""
+        row = tf.zeros([1], tf.int32)
+        sequence = tf.zeros([1, self.history_length], tf.int32)
+        batch = {"query_row": row, "sequence_rows": sequence, "state": row}
+        if self.reads_times:
+            batch["sequence_times"] = tf.zeros([1, self.history_length + 1], tf.float64)
+        try:
+            self._queries(batch)
+        except KeyError as error:
+            raise ValueError(
+                "The query_tower does not read whole sequences: with training.examples 'sequences' "
+                "training gives it sequence_rows and state in place of history_rows (see "
+                "tp.WholeSequences). Read both forms, as queries come with a history, or set "
+                "training.examples to 'single'."
+            ) from error
+
     def _check_variables(self) -> None:
         """Refuses towers with statistics of their own replica where several train."""
         own = [

@@ -337,7 +337,12 @@ class TwoTower:
         return make_batches(samples, self.settings, self.training, self.negatives, self.seed)
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
-        """Builds the Keras model, untrained, with the features of a corpus in it."""
+        """Builds the Keras model, untrained, with the features of a corpus in it.
+
+        Raises:
+            ValueError: If the towers do not go together, an own one does not read what
+                `training.examples` gives it, or holds a layer that a training has had.
+        """
         if not reads_times(self.settings, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
@@ -346,7 +351,10 @@ class TwoTower:
         candidate = candidate or candidate_tower(self.settings, corpus)
         table = feature_table(corpus, "candidate")
         query = query or query_tower(self.settings, corpus, candidate, table)
-        return TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
+        network = TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
+        if self.training.examples == "sequences":
+            network.check_sequences()
+        return network
 
     @property
     def network(self) -> TwoTowerNetwork:
