@@ -32,6 +32,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists
 
@@ -301,15 +302,32 @@ def test_masked_shares_are_those_of_a_loop(order: str) -> None:
     assert batches.masked_shares(num_steps=3) == pytest.approx(shares)
 
 
+class OwnInBatch(InBatch):
+    """Draws as in-batch negatives do."""
+
+
+def test_a_subclass_of_in_batch_is_counted_as_in_batch() -> None:
+    batches = make_batches(negatives=[InBatch(), Uniform(20)])
+    own = make_batches(negatives=[OwnInBatch(), Uniform(20)])
+    assert own.masked_shares() == batches.masked_shares()
+
+
 def test_refusals() -> None:
     for order in ("sequences", "sets"):
         name = ORDERS[order].__name__
         with pytest.raises(ValueError, match=f"fair draw.*{name}"):
             make_batches(order, negatives=[InBatch()])
+        with pytest.raises(ValueError, match=f"fair draw.*{name}"):
+            make_batches(order, negatives=[Uniform(3), OwnInBatch()])
     with pytest.raises(ValueError, match="UserSets gives a query many positives"):
         make_batches("sets", hard=HARD)
     with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
         make_batches("sets", REQUESTED)
+    sizes: list[Any] = [0, 2.5]
+    for order in ORDERS:
+        for size in sizes:
+            with pytest.raises(ValueError, match=f"batch_size must be a whole .* Received: {size}"):
+                make_batches(order, batch_size=size)
     with pytest.raises(ValueError, match="No shared column"):
         make_batches(negatives=[])
     with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):

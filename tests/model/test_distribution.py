@@ -49,6 +49,18 @@ def test_two_devices_train_the_weights_of_one(
     )
 
 
+def test_batches_that_a_strategy_has_cut_are_refused(
+    requested: TrainingSet, devices: tf.distribute.Strategy
+) -> None:
+    with devices.scope():
+        model = tiny()
+        network = model.build(requested.corpus)
+        network.compile(optimizer="sgd")
+    dataset = model.batches(requested.samples).dataset(num_steps=1)
+    with pytest.raises(ValueError, match=r"tf\.distribute has cut.*Train with TwoTower\.fit under"):
+        network.fit(dataset, verbose=0)
+
+
 @contextlib.contextmanager
 def started(count: int, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Starts the workers of one cluster on this machine; none outlives the block."""

@@ -107,6 +107,33 @@ def test_every_candidate_once_is_the_full_softmax() -> None:
     np.testing.assert_allclose(task(QUERIES, COLUMNS[:W], **options), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, tf.bfloat16.as_numpy_dtype])
+def test_the_loss_is_computed_in_float32(policy: str, dtype: Any) -> None:
+    """Whatever Keras computes in, of embeddings whatever their precision."""
+    arrays = [array.astype(dtype) for array in (QUERIES, POSITIVES[:W], COLUMNS, HARD)]
+
+    def loss(queries: Any, positives: Any, columns: Any, hard: Any) -> np.ndarray:
+        options = {"score_mask": MASK, "log_q": LOG_Q, "hard_log_q": HARD_LOG_Q}
+        return HybridRetrieval(0.5)(
+            queries,
+            positives,
+            negative_embeddings=columns,
+            hard_embeddings=hard,
+            sample_weight=WEIGHTS[:W].astype(dtype).astype(np.float64),
+            **options,
+        ).numpy()
+
+    expected = loss(*(array.astype(np.float32) for array in arrays))
+    tf.keras.mixed_precision.set_global_policy(policy)
+    try:
+        got = loss(*map(tf.constant, arrays))
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_log_q_is_not_clipped() -> None:
     def loss(log_q: float) -> float:
         return float(HybridRetrieval()(QUERIES, COLUMNS, log_q=tf.fill([C], log_q)))
@@ -165,7 +192,7 @@ def test_a_log_q_that_would_be_broadcast_over_the_columns_is_refused(
     shape: tuple[int, ...],
 ) -> None:
     """[W, 1] would shift all logits of a row alike, which corrects nothing."""
-    with pytest.raises(ValueError, match=r"log_q must be .* here of 10 columns. Received: shape"):
+    with pytest.raises(ValueError, match=r"log_q must be .* here of \(6, 10\)\. Received: shape"):
         HybridRetrieval()(QUERIES, COLUMNS, log_q=np.zeros(shape, np.float32))
 
     # Nor where a graph does not know the shapes yet.
@@ -200,7 +227,49 @@ def test_refusals() -> None:
         task(QUERIES, positives, hard_embeddings=HARD, **options)
     with pytest.raises(ValueError, match="positive_query needs negative_embeddings"):
         task(QUERIES, positives, positive_query=tf.range(W)[::-1])
-    # A column of them would be broadcast to a square.
-    options["hard_log_q"] = LOG_Q[:, :1]
-    with pytest.raises(tf.errors.InvalidArgumentError, match="shape"):
-        task(QUERIES, positives, hard_embeddings=HARD, **options)
+    for temperature in (0.0, -0.1, np.nan):
+        with pytest.raises(
+            ValueError, match=f"temperature must be above 0. Received: {temperature}"
+        ):
+            HybridRetrieval(temperature)
+
+
+@pytest.mark.parametrize("form", [lambda x: x[:, 0], lambda x: x[:, :1], np.transpose])
+@pytest.mark.parametrize("name", ["score_mask", "hard_log_q", "hard_mask"])
+def test_what_would_be_broadcast_or_reshaped_is_refused(name: str, form: Any) -> None:
+    options = {"score_mask": MASK, "hard_log_q": HARD_LOG_Q, "hard_mask": HARD_MASK}
+    options[name] = form(options[name])
+
+    @tf.function
+    def loss(given: tf.Tensor) -> tf.Tensor:
+        return HybridRetrieval()(
+            QUERIES,
+            POSITIVES[:W],
+            negative_embeddings=COLUMNS,
+            hard_embeddings=HARD,
+            **(options | {name: given}),
+        )
+
+    given = tf.constant(options[name])
+    with pytest.raises(ValueError, match=rf"{name} must be \[num_rows, .*Received: shape \("):
+        loss(given)
+    # Nor where a graph does not know the shape yet.
+    unknown = tf.TensorSpec([None] * len(given.shape), given.dtype)
+    error = ValueError if len(given.shape) == 1 else tf.errors.InvalidArgumentError
+    with pytest.raises(error, match=rf"{name} must be"):
+        loss.get_concrete_function(unknown)(given)
+
+
+def test_a_hard_negative_of_infinite_log_q_does_not_count() -> None:
+    never_drawn = np.where(HARD_MASK, HARD_LOG_Q, -np.inf).astype(np.float32)
+
+    def loss(**hard: Any) -> Any:
+        options = {"negative_embeddings": COLUMNS, "score_mask": MASK, **hard}
+        return lambda queries, own: HybridRetrieval(0.5)(
+            queries, POSITIVES[:W], hard_embeddings=own, **options
+        )
+
+    got = value_and_gradients(loss(hard_log_q=never_drawn), QUERIES, HARD)
+    masked = loss(hard_log_q=HARD_LOG_Q, hard_mask=HARD_MASK)
+    for ours, expected in zip(got, value_and_gradients(masked, QUERIES, HARD), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)

@@ -253,3 +253,12 @@ def test_towers_that_do_not_go_together_are_refused(
     query, candidate = map(Zeros, sizes)
     with pytest.raises(ValueError, match=rf"must return \[n, D\], the same D.*{received}"):
         tiny(query_tower=query, candidate_tower=candidate).build(data.corpus)
+
+
+def test_mixed_precision_is_refused_by_name(data: TrainingSet) -> None:
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        with pytest.raises(ValueError, match=r"policy float32\. Received: 'mixed_bfloat16'"):
+            tiny().build(data.corpus)
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")

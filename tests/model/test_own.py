@@ -4,12 +4,17 @@ import functools
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.own import describe_own
+from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import SamplingFrame
+from tfrs_pipeline.settings import ConfigError
 
 
 class Top:
@@ -24,6 +29,16 @@ class Top:
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         rows = np.arange(frame.num_candidates + 1)
         return ((rows > 0) & (rows <= self.num)).astype(float)
+
+
+class Flat(Popularity):
+    """A built-in kind with a draw of its own."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return tf.ones([self.num], tf.int32)
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        return np.eye(frame.num_candidates + 1)[1] * self.num
 
 
 class Wide(tf.keras.layers.Layer):
@@ -83,6 +98,13 @@ def test_another_kind_or_tower_is_another_text() -> None:
     assert told(1, Wide(2)) == texts[4]
     assert told(2, stacked(3)) == texts[-1]
     assert told(2, functools.partial(made, 2)) == texts[len(towers) + 5]
+    # A subclass is code of one's own, which no setting says.
+    assert "Flat " in str(describe_own([Flat(2)], {"query_tower": None}, frame))
+    model = TwoTower(negatives=["popularity", Flat(2)])
+    assert model.settings.negatives == (Popularity(),)
+    assert model.negatives == (Popularity(), Flat(2))
+    with pytest.raises(ConfigError, match=r"got Flat\(.*is no setting; .*TwoTower\(negatives="):
+        TwoTowerSettings(negatives=(Flat(2),))
     assert describe_own([InBatch()], {"query_tower": None}, frame) == {
         "own_negatives": [],
         "query_tower": None,

@@ -352,6 +352,26 @@ def test_an_own_tower_is_a_layer_or_makes_one(
         tiny(**{name: tower}).build(data.corpus)
 
 
+class OfSequences(OwnQueries):
+    """Sums up the beginning of a sequence that is a position's history."""
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+        if "sequence_rows" not in inputs:
+            return super().call(inputs)
+        vectors = self.table(inputs["sequence_rows"])
+        is_item = tf.cast(inputs["sequence_rows"] > 0, tf.float32)[:, :, tf.newaxis]
+        sums = tf.cumsum(tf.pad(vectors * is_item, [[0, 0], [1, 0], [0, 0]]), axis=1)
+        return tf.gather(tf.reshape(sums, [-1, 6]), inputs["state"])
+
+
+def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: TrainingSet) -> None:
+    training = {"examples": "sequences", "batch_size": 64}
+    options: dict[str, Any] = {"candidate_tower": OwnCandidates, "negatives": EASY}
+    with pytest.raises(ValueError, match=r"query_tower does not read whole sequences.*'single'"):
+        tiny(query_tower=OwnQueries(), training=training, **options).build(data.corpus)
+    tiny(query_tower=OfSequences(), training=training, **options).build(data.corpus)
+
+
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     few = tiny(training={"batch_size": 121})
@@ -401,6 +421,45 @@ def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     # A function makes one each time.
     made = tiny(query_tower=lambda corpus: OwnQueries(), **options)
     assert made.fit_samples(data).fit_samples(data).result.num_epochs == 1
+
+
+class Sharing(tf.keras.layers.Layer):
+    """A vector for each row of an inner layer, summed where there is a history."""
+
+    def __init__(self, inner: tf.keras.layers.Layer) -> None:
+        super().__init__()
+        self.inner = [inner]
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+        rows = inputs.get("history_rows", inputs["row"][:, tf.newaxis])
+        return tf.reduce_sum(self.inner[0](rows), axis=1)
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None:
+    """The towers of one model may share them; another model would change the first."""
+
+    def sharing(inner: tf.keras.layers.Layer, candidates: Any = None) -> TwoTower:
+        return tiny(
+            query_tower=lambda corpus: Sharing(inner),
+            candidate_tower=candidates or (lambda corpus: Sharing(inner)),
+            training={"max_epochs": 1},
+        )
+
+    inner, in_loop = tf.keras.layers.Embedding(64, 6), tf.keras.layers.Embedding(64, 6)
+    model = sharing(inner).fit_samples(data)
+    before = model.network.embed_corpus()
+    loop = sharing(in_loop)
+    network, batch = loop.build(data.corpus), loop.batches(data.samples).batch(0)
+    network.compute_loss(batch)  # Measured, not trained yet.
+    assert loop.build(data.corpus) is not network
+    network.compute_loss(batch, training=True)
+    for trained in (inner, in_loop):
+        with pytest.raises(ValueError, match=r"query_tower <.*its <.*Embedding.* before, which"):
+            sharing(trained, OwnCandidates).fit_samples(data)
+    inner.trainable = False
+    sharing(inner, OwnCandidates).fit_samples(data)
+    np.testing.assert_array_equal(model.network.embed_corpus(), before)
 
 
 def test_refusals(tmp_path: Path) -> None:

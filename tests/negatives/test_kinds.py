@@ -141,12 +141,31 @@ def test_a_smaller_batch_is_filled_up_so_that_its_log_q_is_that_of_any_other() -
         unsized(many, [7, 0])
 
 
+@pytest.mark.parametrize("size", [16, 5], ids=["a batch", "the smaller last one"])
+def test_expected_counts_hold_where_some_positives_are_of_unknown_items(size: int) -> None:
+    """Three in ten of them. Copies are counted that a row meets in the others' columns."""
+    frame = SamplingFrame.of_counts([30, 40, 20, 10, 0], batch_size=16)
+    mixture = Mixture([InBatch(), Uniform(4), Popularity(3, 1.0)], frame)
+    num_batches, rng = 2000, np.random.default_rng(0)
+    draw = tf.function(mixture.draw)
+    copies = np.zeros(5)
+    for i in range(num_batches):
+        rows = tf.constant(rng.choice(5, size, p=[0.3, 0.4, 0.2, 0.1, 0.0]), tf.int32)
+        others = draw(rows, tf.constant([7, i])).numpy()[1:]
+        copies += np.bincount(others, minlength=5)
+    n = np.array([0, 7 + 12 / 7, 4 + 6 / 7, 2.5 + 3 / 7, 1])
+    np.testing.assert_allclose(mixture.expected_count, n)
+    # Four standard deviations of means of so many draws, each of at most Poisson's variance.
+    tolerance = 4 * np.sqrt(n[1:] / num_batches)
+    assert (np.abs(copies[1:] / num_batches - n[1:]) < tolerance).all()
+    assert copies[0] / num_batches == pytest.approx(4.5, abs=4 * np.sqrt(4.5 / num_batches))
+    assert mixture.log_q(tf.constant([0])).numpy() == -np.inf
+
+
 def test_refusals_of_counts() -> None:
-    for counts in ([], [0], [0, 0], [0, -1], [0, np.nan], [[0, 1]]):
+    for counts in ([], [0], [0, 0], [7, 0], [-1, 2], [0, -1], [0, np.nan], [[0, 1]]):
         with pytest.raises(ValueError, match="a number for each candidate row"):
             SamplingFrame.of_counts(np.array(counts), 5)
-    with pytest.raises(ValueError, match=r"Row 0 is no candidate .* Received: 7.* set it to 0"):
-        SamplingFrame.of_counts([7, 2], 5)
     with pytest.raises(
         ValueError, match=r"batch_size must be a whole number, 1 or more\. Received: 0"
     ):
@@ -206,6 +225,16 @@ def test_a_mixture_may_be_made_in_a_graph() -> None:
         return Mixture([Uniform(3)], frame_of([0, 1, 1])).draw(tf.constant([1]), [0, 0])
 
     assert draw().shape == [3]
+
+
+@pytest.mark.parametrize("dtype", [tf.int32, tf.int64], ids=["int32", "int64"])
+def test_a_seed_may_hold_the_step_of_a_graph(dtype: tf.DType) -> None:
+    mixture, rows = Mixture([Uniform(9)], frame_of([0, 1, 1])), tf.constant([1])
+    drawn = tf.function(lambda step: mixture.draw(rows, [7, step]))(tf.constant(3, dtype))
+    np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
+    counter = tf.Variable(3, dtype=dtype)  # As an optimizer's `iterations`.
+    drawn = tf.function(lambda: mixture.draw(rows, [7, counter]))()
+    np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
 
 
 def test_an_own_kind_may_draw_longer_integers() -> None:

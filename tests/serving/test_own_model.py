@@ -10,7 +10,11 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Ease
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
@@ -55,6 +59,43 @@ class OwnModel:
 
     def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
         return self._videos(rows)
+
+
+class LookedUp(tf.keras.layers.Layer):
+    """Vectors behind lookup tables: of Keras, within layers, and one of its own."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
+        keys = tf.constant([1, 2, 3])
+        rows = tf.lookup.KeyValueTensorInitializer(keys, tf.constant([3, 1, 2]))
+        self.table = tf.lookup.StaticHashTable(rows, default_value=0)
+        self.numbers = [tf.keras.layers.IntegerLookup(vocabulary=[3, 2])]
+        self.texts = tf.keras.layers.StringLookup(vocabulary=["1", "3"])
+        self.embedding = tf.keras.layers.Embedding(4, 64, "normal")
+
+    def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+        rows = inputs["row"]
+        text = tf.strings.as_string(rows)
+        looked_up = self.table[rows], self.numbers[0](tf.cast(rows, tf.int64)), self.texts(text)
+        return tf.add_n([self.embedding(rows) for rows in looked_up])
+
+
+def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
+    clicks = pa.table({"user_id": [1, 1, 2, 2, 3], "item_id": [7, 8, 7, 9, 8]})
+    model = TwoTower(
+        candidate_tower=LookedUp,
+        negatives=["uniform:num=3"],
+        training=TrainingSettings(batch_size=4, max_epochs=1),
+    ).fit(Log.from_table(clicks))
+    queries: list[Any] = [{"history": [7]}, {"history": [9, 8]}]
+    ids, scores = model.retrieve(queries, 3)
+    for user_data in (True, False):
+        loaded = load(export(model, tmp_path / "own", user_data=user_data))
+        found, found_scores = loaded.retrieve(queries, 3)
+        np.testing.assert_array_equal(found, ids)
+        np.testing.assert_allclose(found_scores, scores, rtol=1e-5)
+        embedded, _ = loaded.embed_candidates([7, 8, 9], {})
+        np.testing.assert_allclose(embedded, model.network.embed_corpus(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("index", ["exact", Exact])

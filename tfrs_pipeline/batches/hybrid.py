@@ -83,7 +83,8 @@ class HybridBatches:
         positive_weight: np.ndarray | None = None,
         estimates_frequency: bool = False,
     ) -> None:
-        if InBatch() in negatives and not examples.is_fair_draw:
+        self._num_in_batch = sum(isinstance(kind, InBatch) for kind in negatives)
+        if self._num_in_batch and not examples.is_fair_draw:
             raise ValueError(
                 "In-batch negatives need batches that are a fair draw of the positives, and "
                 f"{type(examples).__name__} puts all positives of a user together. Use popularity "
@@ -302,7 +303,7 @@ class HybridBatches:
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
-            num_own = len(batch["candidate_row"]) * self.negatives.count(InBatch())
+            num_own = len(batch["candidate_row"]) * self._num_in_batch
             masked["accidental hits"] -= num_own
             num_cells += int(tf.size(is_hit)) - num_own
         return {name: count / num_cells for name, count in masked.items()}

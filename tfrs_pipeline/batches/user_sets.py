@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.batches.look_up import Found
+from tfrs_pipeline.messages import check_whole
 from tfrs_pipeline.samples.store import Samples, padded_lines
 
 
@@ -38,6 +39,9 @@ class UserSets:
         batch_size: Positives in a batch, about.
         history_length: Longest history; more input than that is drawn from at random.
         seed: Of the order and the coins.
+
+    Raises:
+        ValueError: If `batch_size` is no whole number or below 1.
     """
 
     is_fair_draw = False
@@ -47,6 +51,7 @@ class UserSets:
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
+        check_whole(1, batch_size=batch_size)
         self.signature = {
             **dict.fromkeys(
                 ("index", "query_row", "candidate_row", "positive_query"),

@@ -60,6 +60,9 @@ class Log:
     than its service will be. Give features that were known before the first event, or that do not
     change.
 
+    A log, with the parts that a split makes of it, is for one thread: all read by one connection.
+    Give each thread a log of its own.
+
     Args:
         events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,

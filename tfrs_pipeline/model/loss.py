@@ -23,10 +23,15 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     B * H products, not B * B * H. A row may have several positives, each with a loss of its own
     over the same negatives, which are scored once.
 
+    It computes in float32, whatever the precision of the embeddings and the policy of Keras.
+
     It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
 
     Args:
-        temperature: Scores are divided by it.
+        temperature: Scores are divided by it; above 0.
+
+    Raises:
+        ValueError: If the temperature is not above 0.
 
     Example:
         In-batch negatives and two easy ones, all of them corrected:
@@ -45,7 +50,10 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     """
 
     def __init__(self, temperature: float | None = None) -> None:
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be above 0. Received: {temperature!r}")
         super().__init__(temperature=temperature)
+        self._autocast = False  # Of the parent's first input, under a policy of mixed precision.
 
     def call(
         self,
@@ -78,12 +86,12 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`,
                 a column that holds the row's own positive must not.
             negative_embeddings: [C, D], the shared columns.
-            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. A column
-                of -inf does not count: no kind of negative draws its candidate, such as an item
-                that is new in validation.
+            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. Where it
+                is -inf, a column does not count: no kind of negative draws its candidate, such as
+                an item that is new in validation.
             positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
             hard_embeddings: [W, H, D], each row's own negatives.
-            hard_log_q: [W, H], required with `hard_embeddings`.
+            hard_log_q: [W, H], required with `hard_embeddings`; -inf as in `log_q`.
             hard_mask: [W, H] bool, True where a hard negative counts.
             compute_metrics: Ignored, as there are no metrics: callers of the parent pass it.
             compute_batch_metrics: Likewise.
@@ -97,7 +105,12 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
                 without their log_q, or a `positive_query` without the columns.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
         """
-        queries = tf.convert_to_tensor(query_embeddings)
+        queries, candidate_embeddings, negative_embeddings, hard_embeddings = _as_float32(
+            query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
+        )
+        candidate_sampling_probability, log_q, hard_log_q, sample_weight = _as_float32(
+            candidate_sampling_probability, log_q, hard_log_q, sample_weight
+        )
         if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
             queries = queries / self._temperature
         positives, parents_log_q = candidate_embeddings, None
@@ -125,15 +138,16 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             own = own - parents_log_q[: tf.shape(own)[0]]
         shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
         if log_q is not None:
-            shared = shared - _checked_log_q(log_q, shared)
-        blocks = [_masked(shared, score_mask)]
+            shared = _corrected(shared, "log_q", log_q, may_be_shared=True)
+        blocks = [_masked(shared, "score_mask", score_mask)]
         if hard_embeddings is not None:
             if hard_log_q is None:
                 raise ValueError(
                     "hard_embeddings needs hard_log_q, their correction; zeros correct nothing."
                 )
             logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
-            blocks.append(_masked(logits - tf.reshape(hard_log_q, tf.shape(logits)), hard_mask))
+            logits = _corrected(logits, "hard_log_q", hard_log_q)
+            blocks.append(_masked(logits, "hard_mask", hard_mask))
         # log(exp(own) + exp(others)) - own.
         losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
         if sample_weight is not None:  # The parent takes [P, 1] too.
@@ -141,24 +155,39 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         return tf.reduce_sum(losses)
 
 
-def _masked(logits: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    return logits if mask is None else tf.where(mask, logits, MASKED_LOGIT)
+def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
+    return [None if x is None else tf.cast(x, tf.float32) for x in given]
 
 
-def _checked_log_q(log_q: tf.Tensor, shared: tf.Tensor) -> tf.Tensor:
-    """Refuses a log_q that would be broadcast over the columns: [W, 1] corrects nothing.
+def _masked(logits: tf.Tensor, name: str, mask: tf.Tensor | None) -> tf.Tensor:
+    return logits if mask is None else tf.where(_checked(name, mask, logits), logits, MASKED_LOGIT)
 
-    Where it is infinite, what is returned masks the column.
+
+def _corrected(
+    logits: tf.Tensor, name: str, log_q: tf.Tensor, *, may_be_shared: bool = False
+) -> tf.Tensor:
+    """Subtracts log_q from logits, and masks where it is infinite: the loss would be NaN."""
+    log_q = _checked(name, log_q, logits, may_be_shared=may_be_shared)
+    return logits - tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
+
+
+def _checked(
+    name: str, given: tf.Tensor, logits: tf.Tensor, *, may_be_shared: bool = False
+) -> tf.Tensor:
+    """Refuses what is not [W, C] as the logits are: a log_q of [W, 1] would correct nothing.
+
+    `may_be_shared` allows [C] and [1, C], the same for all rows.
     """
-    log_q = tf.convert_to_tensor(log_q)
-    given, columns = log_q.shape, shared.shape[1]
-    message = "log_q must be [num_rows, num_columns], [1, num_columns] or [num_columns]"
-    if given.rank not in (1, 2) or (None not in (columns, given[-1]) and given[-1] != columns):
-        raise ValueError(f"{message}, here of {columns} columns. Received: shape {tuple(given)}")
-    check = tf.debugging.assert_equal(tf.shape(log_q)[-1], tf.shape(shared)[1], message)
+    given = tf.convert_to_tensor(given)
+    last, message = 2, f"{name} must be [num_rows, num_columns]"
+    if may_be_shared:
+        last, message = 1, f"{message}, [1, num_columns] or [num_columns]"
+    shape, wanted = given.shape, logits.shape
+    if shape.rank not in range(last, 3) or not shape[-last:].is_compatible_with(wanted[-last:]):
+        raise ValueError(f"{message}, here of {tuple(wanted)}. Received: shape {shape}")
+    check = tf.debugging.assert_equal(tf.shape(given)[-last:], tf.shape(logits)[-last:], message)
     with tf.control_dependencies([check]):
-        # -inf would make the logit infinite and the loss NaN.
-        return tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
+        return tf.identity(given)
 
 
 def _checked_log(probability: tf.Tensor) -> tf.Tensor:

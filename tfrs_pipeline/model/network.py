@@ -13,6 +13,7 @@ from tfrs_pipeline.batches.examples import REQUEST
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_layers import FeatureTable, drop_features
 from tfrs_pipeline.model.loss import HybridRetrieval
+from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.streaming import StreamingFrequency
@@ -38,7 +39,7 @@ class TwoTowerNetwork(tfrs.Model):
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times and the settings read them (`history_pooling` is attention), also
     with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
-    `ValueError` if the two towers do not go together.
+    `ValueError` if the two towers do not go together, or Keras has another policy than float32.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
     query tower may read too. With the correction "streaming" the model estimates the share of each
@@ -54,6 +55,13 @@ class TwoTowerNetwork(tfrs.Model):
         candidate_table: FeatureTable,
         name: str,
     ) -> None:
+        policy = tf.keras.mixed_precision.global_policy().name
+        if policy != "float32":
+            raise ValueError(
+                f"The towers need the policy float32. Received: {policy!r}. Set it by "
+                "tf.keras.mixed_precision.set_global_policy('float32'); layers of an own tower may "
+                "have another dtype as long as the tower returns float32."
+            )
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
         self.query_table = feature_table(corpus, "query")
@@ -159,8 +167,16 @@ class TwoTowerNetwork(tfrs.Model):
 
         The inputs are as `HybridBatches.batch` describes, or a slice of it (`Slices.take`), whose
         parts add up to the mean loss of the whole batch. A `ValueError` if the batch was made for
-        another correction.
+        another correction, or several replicas train on what is no slice.
         """
+        if "total_weight" not in inputs and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "Several replicas train on batches that tf.distribute has cut, each tensor along "
+                "its first axis, which is not always that of the rows. Train with TwoTower.fit "
+                "under the strategy: it gives each replica its slice."
+            )
+        if training:
+            mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
         if self.frequency is not None and training:
@@ -293,6 +309,23 @@ class TwoTowerNetwork(tfrs.Model):
                 f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
+
+    def check_sequences(self) -> None:
+        """Refuses (`ValueError`) a query tower that does not read whole sequences."""
+        row = tf.zeros([1], tf.int32)
+        sequence = tf.zeros([1, self.history_length], tf.int32)
+        batch = {"query_row": row, "sequence_rows": sequence, "state": row}
+        if self.reads_times:
+            batch["sequence_times"] = tf.zeros([1, self.history_length + 1], tf.float64)
+        try:
+            self._queries(batch)
+        except KeyError as error:
+            raise ValueError(
+                "The query_tower does not read whole sequences: with training.examples 'sequences' "
+                "training gives it sequence_rows and state in place of history_rows (see "
+                "tp.WholeSequences). Read both forms, as queries come with a history, or set "
+                "training.examples to 'single'."
+            ) from error
 
     def _check_variables(self) -> None:
         """Refuses towers with statistics of their own replica where several train."""

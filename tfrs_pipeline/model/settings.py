@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -22,8 +29,19 @@ Decay: TypeAlias = Literal["none", "cosine"]
 
 ATTENTION_HEADS = 2  # Of each block of the self-attention.
 
+
+def _of_the_package(kind: InBatch | Uniform | Popularity) -> InBatch | Uniform | Popularity:
+    """Refuses a subclass: written down and read again, it would be what it derives from."""
+    if type(kind) not in (InBatch, Uniform, Popularity):
+        raise ValueError("is no setting; give own kinds to TwoTower(negatives=[...])")
+    return kind
+
+
 SharedKind: TypeAlias = Annotated[
-    InBatch | Uniform | Popularity, Field(discriminator="kind"), BeforeValidator(from_text)
+    InBatch | Uniform | Popularity,
+    Field(discriminator="kind"),
+    BeforeValidator(from_text),
+    AfterValidator(_of_the_package),
 ]
 HardKind: TypeAlias = Annotated[
     FunnelLosers | Mined, Field(discriminator="kind"), BeforeValidator(from_text)

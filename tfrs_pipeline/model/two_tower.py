@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -44,7 +43,7 @@ from tfrs_pipeline.model.notes import (
     describe_sample,
     writers,
 )
-from tfrs_pipeline.model.own import describe_own, is_own
+from tfrs_pipeline.model.own import describe_own, is_own, lookup_tables, mark_trained, trained_part
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -181,8 +180,10 @@ class TwoTower:
                 starts from (`WarmStart` says how): of the same shape, trained on nothing that
                 validates or tests here.
             folder: Where samples and checkpoints lie, so that a stopped training goes on: one a
-                training, of the same log, settings and own code, as far as its lines tell. None is
-                a temporary folder. Several workers need one that all see (`docs/guides/scale.md`).
+                training, of the same log, settings and own code, as far as its lines tell. It ends
+                as an unbroken one, bit for bit, unless an own tower draws from a state of its own,
+                as `tf.keras.layers.Dropout` does. None is a temporary folder. Several workers need
+                one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
             verbose: Whether standard error shows each epoch, and the steps of a long one; None
@@ -199,7 +200,7 @@ class TwoTower:
             ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, training diverges, several
                 workers have no folder, the folder is that of another log or other settings, an own
-                layer has been trained before, or validation has nothing to find.
+                layer, or one within it, has been trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
@@ -293,7 +294,8 @@ class TwoTower:
                 check_measurable(validation, exclude)
                 cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
                 validate = functools.partial(self._validate, validation, exclude, cutoffs)
-            _TRAINED.update((self._network.query_tower, self._network.candidate_tower))
+            # Also where no step is left to train: a checkpoint is read.
+            mark_trained(self._network.query_tower, self._network.candidate_tower)
             self.result = train(
                 self._network,
                 batches,
@@ -338,7 +340,12 @@ class TwoTower:
         return make_batches(samples, self.settings, self.training, self.negatives, self.seed)
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
-        """Builds the Keras model, untrained, with the features of a corpus in it."""
+        """Builds the Keras model, untrained, with the features of a corpus in it.
+
+        Raises:
+            ValueError: If the towers do not go together, an own one does not read what
+                `training.examples` gives it, or holds a layer that a training has had.
+        """
         if not reads_times(self.settings, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
         query, candidate = (
@@ -347,7 +354,10 @@ class TwoTower:
         candidate = candidate or candidate_tower(self.settings, corpus)
         table = feature_table(corpus, "candidate")
         query = query or query_tower(self.settings, corpus, candidate, table)
-        return TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
+        network = TwoTowerNetwork(query, candidate, self.settings, corpus, table, self.name)
+        if self.training.examples == "sequences":
+            network.check_sequences()
+        return network
 
     @property
     def network(self) -> TwoTowerNetwork:
@@ -461,13 +471,14 @@ class TwoTower:
         return self.settings.history_length
 
     @property
-    def variables(self) -> list[tf.Variable]:
-        """What an export of the towers saves."""
+    def variables(self) -> list[Any]:
+        """What an export of the towers saves: variables, and lookup tables of own ones."""
         network = self.network
+        towers = network.query_tower, network.candidate_tower
         return [
             *network.query_table.variables,
-            *network.query_tower.variables,
-            *network.candidate_tower.variables,
+            *(variable for tower in towers for variable in tower.variables),
+            *lookup_tables(*towers),
         ]
 
     @property
@@ -544,10 +555,6 @@ def _trained(source: TwoTower | Trained | None) -> Trained | None:
     return source.trained
 
 
-# Own layers that a training has had: there is no way back to what they were before.
-_TRAINED: weakref.WeakSet[tf.keras.layers.Layer] = weakref.WeakSet()
-
-
 def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
     """Returns an own tower, or what a function makes of the corpus; a `TypeError` if no layer."""
     # A layer of another Keras is callable, but no function of the corpus: it has a `call`.
@@ -558,10 +565,13 @@ def _layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
             f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
         )
-    if layer in _TRAINED:
+    part = trained_part(layer)
+    if part is not None:
+        inner = "" if part is layer else f", or rather its {part!r},"
         raise ValueError(
-            f"{name} {layer!r} was given to a training before, which would go on here instead of "
-            "beginning. Give a new layer to a new model, or a function of the corpus that returns "
-            "one."
+            f"{name} {layer!r}{inner} was given to a training before, which would go on here "
+            "instead of beginning, and change that model. Give new layers to a new model, or a "
+            "function of the corpus that makes them; a frozen layer (trainable=False) may be "
+            "shared."
         )
     return layer

@@ -28,6 +28,8 @@ class InBatch:
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Returns the batch's positives, [B]; a row's own is masked as an accidental hit.
 
+        A positive that is an unknown item, row 0, fills a column that does not count.
+
         A batch of fewer, as the last one of a dataset, is filled up by draws from q_positive: its
         rows then expect as many copies as those of any other. One of more is refused: a
         `ValueError`, or in a graph that does not know its size a
@@ -51,8 +53,10 @@ class InBatch:
         return tf.concat([positive_rows, _sampler(frame).sample(num_missing, seed)], axis=0)
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        """Computes (B - 1) * q_positive(c): a row meets the positives of the others."""
-        return (frame.batch_size - 1) * frame.q_positive
+        """Computes (B - 1) * q_positive(c), 0 at row 0: a row meets the positives of the others."""
+        count = (frame.batch_size - 1) * frame.q_positive
+        count[0] = 0.0
+        return count
 
 
 @functools.lru_cache(maxsize=8)

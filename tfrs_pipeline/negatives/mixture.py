@@ -96,16 +96,19 @@ class Mixture:
 
         Args:
             positive_rows: [B] int32, the positives of the batch.
-            seed: [2] int32; the draw is a function of it, a kind's draws apart from another's.
+            seed: [2] integers, such as `[7, step]`, in a graph too; the draw is a function of it, a
+                kind's draws apart from another's.
 
         Returns:
-            [C] int32 candidate rows, kind by kind. A row must mask those that are its own positive.
+            [C] int32 candidate rows, kind by kind; 0, whose log_q is -inf, where a positive of the
+            batch is unknown. A row must mask those that are its own positive.
 
         Raises:
             ValueError: If the seed is no pair, or a batch is too large for in-batch negatives
                 (see `InBatch.draw`).
         """
-        if np.shape(seed) != (2,):
+        seed = tf.convert_to_tensor(seed)
+        if seed.shape != (2,):
             raise ValueError(
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
@@ -150,7 +153,7 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
 
 def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
     """Tries a few draws of a kind: they must be candidates that it expects to draw."""
-    can_be_positive = np.flatnonzero(frame.q_positive)
+    can_be_positive = 1 + np.flatnonzero(frame.q_positive[1:])
     if not len(can_be_positive):  # Yet to be estimated.
         can_be_positive = np.arange(1, frame.num_candidates + 1)
     with tf.init_scope():  # Also where the mixture is made in a graph.

@@ -19,9 +19,10 @@ class SamplingFrame:
     """What negatives are drawn from.
 
     Args:
-        counts: [num_candidates + 1] training positives by candidate row; row 0 is "unknown".
+        counts: [num_candidates + 1] training positives by candidate row; at row 0 those of unknown
+            items, if batches hold such.
         q_positive: [num_candidates + 1] float64, the distribution that the positives of a batch are
-            drawn from, 0 at row 0.
+            drawn from, the share of unknown ones at row 0.
         batch_size: B, positives of a batch.
     """
 
@@ -33,20 +34,18 @@ class SamplingFrame:
     def of_counts(cls, counts: Sequence[int] | np.ndarray, batch_size: int) -> SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
+        Those of unknown items take part in the batch, but are never a negative: their columns have
+        a log_q of -inf.
+
         Raises:
-            ValueError: If counts are negative, all 0, or not 0 at row 0, or `batch_size` is no
-                whole number or below 1.
+            ValueError: If counts are negative, or all 0 but for row 0, or `batch_size` is no whole
+                number or below 1.
         """
         counts = np.asarray(counts)
         if counts.ndim != 1 or not (counts >= 0).all() or not counts[1:].any():
             raise ValueError(
-                "counts must be a number for each candidate row, 0 or more, and not all 0. "
-                f"Received: {counts}."
-            )
-        if counts[0] != 0:
-            raise ValueError(
-                f"Row 0 is no candidate and must have a count of 0. Received: {counts[0]}. If it "
-                "counts what a vocabulary lacks, set it to 0: row 0 is then never a negative."
+                "counts must be a number for each candidate row, 0 or more, and not all 0 beyond "
+                f"row 0, which counts positives of unknown items. Received: {counts}."
             )
         check_whole(1, batch_size=batch_size)
         return cls(counts, counts / counts.sum(), batch_size)
