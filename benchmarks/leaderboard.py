@@ -138,7 +138,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "model.dim": 64,
             "model.share_item_embedding": True,
             "model.temperature": 0.1,
-            "training.max_epochs": 90,
+            "training.max_epochs": 150,
         }
     },
     "user_sets": {"gowalla": _USER_SETS},

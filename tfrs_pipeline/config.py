@@ -51,8 +51,8 @@ class EvaluationConfig(Config):
     """Most users to measure; sampled if the test has more."""
     baselines: Distinct[Baseline] = ("uncorrected", "popularity", "repeats", "ease", "ials")
     """What the model is compared with in the same table: itself, trained without the correction;
-    the most popular items, in a split by time of as late a share of the clicks as validation
-    chooses; the user's own items again, if nothing is excluded; EASE; iALS."""
+    the most popular items (in a split by time of the latest clicks, a share that validation
+    chooses); the user's own items again, if evaluation.exclude is none; EASE; iALS."""
     ease_l2: Several[PositiveFloat] = (200.0,)
     """Regularisation of EASE; validation chooses among several values."""
     ials_regularization: Several[PositiveFloat] = (30.0,)

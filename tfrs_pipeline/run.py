@@ -223,8 +223,8 @@ def _adopt(
     """Finishes a run whose version is there already; None if it is to have another index."""
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export = config.export.model_dump(mode="json")
-    is_other = any(manifest["config"]["export"][x] != export[x] for x in ("index", "target_recall"))
-    if is_other and config.export.index != "none":
+    then = manifest["config"]["export"]
+    if export["index"] != "none" and any(then[x] != export[x] for x in ("index", "target_recall")):
         return None
     with step("export") as report:
         report.notes.append(f"{version}, exported before the run was stopped, is kept")

@@ -137,11 +137,11 @@ def _is_exported(folder: Path, model_folder: Path) -> bool:
 def find_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
     """Finds the version that a run has exported; another's may have taken its number.
 
-    It is looked for where it was written, and among the model's versions: all may have moved.
+    It is looked for among the model's versions, and where it was written: all may have moved.
     """
     if (made := metrics["export_folder"]) is None:
         return None
-    places = (Path(made), model_folder / Path(made).name)
+    places = (model_folder / Path(made).name, Path(made))
     return next((place for place in places if _is_of_run(place, metrics)), None)
 
 

@@ -235,11 +235,12 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
 
     (note,) = notes("war,drama", "war")
     assert note.endswith(
-        "items.csv: column 'tags' has one value in each of 2 rows, such as 'war,drama', none of "
-        "them separated by '|': if there are several, set list_separator (--data.list_separator)"
+        "items.csv: column 'tags' has one value in each of 2 rows, such as 'war,drama', as no row "
+        "has a '|': if they hold several, set list_separator (--data.list_separator)"
     )
     assert notes("war,drama", "war", list_separator=",") == []
     assert notes("war|drama", "war|") == notes("[war]|[drama]", "war|noir") == []
+    assert notes("[war]|[drama]") == []
     assert notes("war|", "[drama]")
     with pytest.raises(
         DataError,
@@ -247,6 +248,8 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
         r"\"\['war', 'drama'\]\"\. Store them as lists",
     ):
         notes("['war', 'drama']", " ['war']")
+    with pytest.raises(DataError, match="in 2 of 4 rows"):
+        notes("['war', 'drama']", "['war']", "noir")
 
 
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
@@ -538,7 +541,7 @@ def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: lis
         ids = range(len(values))
         return pa.table({"user_id": ids, "item_id": ids, name: values})
 
-    message = rf"'{name}' is not read and holds yes and no.*Set label to {{{name}: 1}}; or add "
+    message = rf"'{name}' is not read and holds 0 and 1 .*Add {name}=1 to label; or {name}={name} "
     with pytest.raises(DataError, match=message) as raised:
         load(events(name, values))
     assert raised.value.setting == "label"

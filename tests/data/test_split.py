@@ -11,6 +11,7 @@ from typing import Any
 
 import ibis
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -345,6 +346,52 @@ def test_the_users_of_a_part_are_those_of_its_positives() -> None:
     assert "test: 2 positives of 2 users, 5 events" in split.describe()
 
 
+@pytest.mark.parametrize("ids", ["int", "str"])
+def test_a_history_shows_nothing_of_the_request_that_asks(ids: str) -> None:
+    """Pages of three items, two of them clicked: the second is found, the first in no history."""
+    rows: list[dict[str, Any]] = [
+        {
+            "user_id": user,
+            "item_id": 3 * page + place,
+            "request_id": f"page {page}" if ids == "str" else page,
+            "stage": "exposed" if place == 0 else "clicked",
+        }
+        for user in range(6)
+        for page in range(4)
+        for place in range(3)
+    ]
+    rows += [{**rows[0], "user_id": 9, "item_id": i, "request_id": None} for i in range(3)]
+    rows[-2]["stage"] = rows[-1]["stage"] = "clicked"  # Of no request: apart from each other.
+    log = Log.from_table(pd.DataFrame(rows))
+    test = log.split("last_n", validation=0, test=1, min_positives=2).test
+    assert test.user_ids.tolist() == [*range(6), 9]
+    earlier = [3 * page + place for page in range(3) for place in range(3)]
+    clicked = [item for item in earlier if item % 3]
+    for user in range(6):
+        assert test.relevant[user].tolist() == [11]
+        assert test.histories[user].tolist() == test.clicked[user].tolist() == clicked
+        assert test.seen[user].tolist() == earlier
+    assert test.histories[6].tolist() == [1]
+    assert test.seen[6].tolist() == [0, 1]
+
+
+def test_a_log_of_dates_is_split_between_them() -> None:
+    """Where all that a part should have is of one date, the parts are of whole dates."""
+    days = np.repeat(np.arange(8), 10 * (1 + np.arange(8)))
+    times = pd.to_datetime("2024-01-01", utc=True) + pd.to_timedelta(days, unit="D")
+    events = pd.DataFrame({"user_id": np.arange(len(days)) % 20, "item_id": np.arange(len(days))})
+    log = Log.from_table(events.assign(timestamp=times))
+    split = log.split("time", validation=0.05, test=0.1)
+    parts = split.events.to_pandas()
+    found = parts.groupby("part")["timestamp"].agg(lambda x: sorted({t.day for t in x}))
+    assert found.to_dict() == {"train": [1, 2, 3, 4, 5, 6], "validation": [7], "test": [8]}
+    for num_days in (1, 2):
+        few = Log.from_table(events.assign(timestamp=times)[days >= 8 - num_days])
+        with pytest.raises(DataError, match=r"too few times to split by: (0|70) of them come bef"):
+            few.split("time", validation=0.05, test=0.1)
+    assert len(few.split("time", validation=0, test=0.1).test.user_ids) == 20
+
+
 def test_by_time_all_users_share_the_cuts() -> None:
     log = make_log([(user, user, second, "clicked") for user in (1, 2) for second in (1, 2, 3)])
     moments = [START + timedelta(seconds=second) for second in (2, 3)]
@@ -364,6 +411,8 @@ def test_time_leaves_the_shares_after_its_cuts(num: int) -> None:
     num_test = math.ceil(Fraction(2, 10) * len(times))
     test = times[-num_test]
     validation = times[-num_test - math.ceil(Fraction(1, 10) * len(times))]
+    if validation == test:  # Of the last time before it.
+        validation = max(second for second in seconds if second < test)
     expected = ["x" if s >= test else "v" if s >= validation else "t" for s in seconds]
     assert letters(log.split("time", validation=0.1, test=0.2)) == "".join(expected)
 

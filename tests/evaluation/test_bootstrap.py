@@ -32,6 +32,13 @@ def test_nan_counts_as_if_the_query_were_not_there() -> None:
     assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.1)
 
 
+def test_one_value_has_a_mean_and_no_interval() -> None:
+    values = np.array([[0.5, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
+    one, none = bootstrap_intervals(values)
+    assert (one.mean, one.as_dict()["low"], one.as_dict()["high"]) == (0.5, None, None)
+    assert none.as_dict() == dict.fromkeys(("mean", "low", "high"))
+
+
 def test_columns_are_resampled_together() -> None:
     values = np.random.default_rng(3).random((300, 1))
     a, b, difference = bootstrap_intervals(np.hstack([values, values + 1, values - values - 1]))
@@ -60,11 +67,11 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
     (mean_alone,) = bootstrap_intervals(column, num_bootstrap=0)
     assert mean_alone.as_dict() == {**interval.as_dict(), "low": None, "high": None}
     finite = [x for x in values if not math.isnan(x)]
-    if finite:
+    if len(finite) > 1:
         slack = 1e-9
         assert min(finite) - slack <= interval.low <= interval.high <= max(finite) + slack
     else:
-        assert interval.as_dict() == {"mean": None, "low": None, "high": None}
+        assert interval.as_dict() == {"mean": next(iter(finite), None), "low": None, "high": None}
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_refuses_probabilities_that_the_parent_would_clip(value: float) -> None:
         HybridRetrieval()(QUERIES, COLUMNS, candidate_sampling_probability=tf.constant(probability))
 
 
-@pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (1, W, C)])
+@pytest.mark.parametrize("shape", [(), (W,), (W, 1), (C, W), (2, C), (1, W, C)])
 def test_a_log_q_that_would_be_broadcast_over_the_columns_is_refused(
     shape: tuple[int, ...],
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_log_q_that_would_be_broadcast_over_the_columns_is_refused(
         log_q = tf.ensure_shape(log_q, [None] * len(shape))
         return HybridRetrieval()(QUERIES, columns, log_q=log_q)
 
-    if shape in ((W,), (W, 1), (C, W)):
+    if shape in ((W,), (W, 1), (C, W), (2, C)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="log_q must be"):
             loss(tf.zeros(shape), COLUMNS)
 

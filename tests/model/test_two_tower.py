@@ -294,22 +294,18 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
 @pytest.mark.usefixtures("in_eager_steps")
 def test_what_texts_and_lists_lose_is_told() -> None:
     events = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 9})
-    events["search"] = ["red"] * 39 + ["blue"]
     titles = ["a film", "a show", "film", "nobody's", "else", "", "a " * 65, "a", "show"]
     tags = [["x"]] * 8 + [list("abcdefghijklmnopqrst")]
     log = Log.from_table(
         events,
         items=pd.DataFrame({"item_id": np.arange(9), "title": titles, "tags": tags, "all": "one"}),
         item_features={"title": "text", "tags": "multi_categorical", "all": "text"},
-        request_features={"search": "text"},
     )
     notes = tiny(training={"max_epochs": 1}).fit(log).notes
     assert [note for note in notes if " feature " in note] == [
-        "text feature title: 2 of 8 rows with words have no known one (words of 2 rows or more "
-        "are); 1 row cut to the first 64 words",
-        "multi_categorical feature tags: 1 row cut to the first 16 values",
-        "text feature search: 1 of 40 rows with words have no known one (words of 2 rows or more "
-        "are)",
+        "text feature title: 3 of 9 rows have no word of two rows or more; of up to 65 the first "
+        "64 count",
+        "multi_categorical feature tags: of up to 20 the first 16 count",
     ]
 
 
@@ -370,6 +366,13 @@ def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: T
     with pytest.raises(ValueError, match=r"query_tower does not read whole sequences.*'single'"):
         tiny(query_tower=OwnQueries(), training=training, **options).build(data.corpus)
     tiny(query_tower=OfSequences(), training=training, **options).build(data.corpus)
+
+    class Misspelt(OfSequences):
+        def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+            return super().call(inputs["features"]["colour"] and inputs)
+
+    with pytest.raises(KeyError, match="colour"):
+        tiny(query_tower=Misspelt(), training=training, **options).build(data.corpus)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
@@ -458,7 +461,9 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
         with pytest.raises(ValueError, match=r"query_tower <.*its <.*Embedding.* before, which"):
             sharing(trained, OwnCandidates).fit_samples(data)
     inner.trainable = False
-    sharing(inner, OwnCandidates).fit_samples(data)
+    fixed = tf.keras.layers.Lambda(lambda rows: tf.one_hot(rows, 6))  # Nothing to train.
+    for shared in (inner, fixed, fixed):
+        sharing(shared, OwnCandidates).fit_samples(data)
     np.testing.assert_array_equal(model.network.embed_corpus(), before)
 
 

@@ -97,9 +97,14 @@ def test_slices_are_compared_query_by_query() -> None:
     assert found.answer == "ahead in the tail"
     assert "behind one in the head" in found.why
     assert "level with the best one in the torso" in found.why
+    # One that is ahead counts, whatever another one's wide interval holds.
+    metrics = made({"two_tower": 0.3, "ease": 0.295, "ials": 0.295})
+    metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.08, 0.05)
+    metrics["differences"]["ials"][f"head/{METRIC}"] = interval(0.09, 0.14)
+    assert "behind one in the head (0.50, ease 0.49)" in by_popularity(metrics, METRIC).why
     # What has no interval, of one query, is not compared.
-    for name in metrics["differences"]["ease"]:
-        metrics["differences"]["ease"][name] = {"mean": 0.1, "low": None, "high": None}
+    for others in metrics["differences"].values():
+        others |= {key: {"mean": 0.1, "low": None, "high": None} for key in others}
     assert by_popularity(metrics, METRIC).answer == "not compared"
 
 
@@ -197,7 +202,7 @@ def test_baselines_level_with_popularity_tell_what_they_do_not_read() -> None:
 
 def test_what_is_set_already_is_not_suggested() -> None:
     few = made(LOSING, split={"train": {"num_positives": 1_500}})
-    features = RunConfig(data={"item_features": {"year": "numeric"}})
+    features = RunConfig(data={"item_features": {"genre": "categorical"}})
     assert ["data.item_features" in line for line in advice(few, METRIC, RunConfig())] == [True]
     for model, remedies in (
         ({}, "A longer log, model.share_item_embedding, or a model.feature_dim above 4"),
@@ -210,13 +215,19 @@ def test_what_is_set_already_is_not_suggested() -> None:
         config = with_settings(features, {f"model.{name}": x for name, x in model.items()})
         (found,) = advice(few, METRIC, config)
         assert found.endswith(f"5.0 each. {remedies}")
+    numeric = RunConfig(data={"item_features": {"year": "numeric"}})
+    (found,) = advice(few, METRIC, numeric)
+    assert found.endswith("5.0 each. A longer log, or model.share_item_embedding")
 
     behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
-    (found,) = advice(behind, METRIC, RunConfig())
+    by_user = {"kind": "last_share"}
+    (found,) = advice(behind, METRIC, RunConfig(split=by_user))
     assert found == (
-        "behind popularity: set model.candidate_bias or raise model.temperature, which is 0.15"
+        "behind popularity: set model.candidate_bias, or raise model.temperature, which is 0.15"
     )
-    (found,) = advice(behind, METRIC, RunConfig(model={"candidate_bias": True}))
+    (found,) = advice(behind, METRIC, RunConfig(model={"candidate_bias": True}, split=by_user))
     assert found == "behind popularity: raise model.temperature, which is 0.15"
     both = RunConfig(model={"candidate_bias": True, "temperature": 0.2})
-    assert not list(advice(behind, METRIC, both))
+    assert not list(advice(behind, METRIC, with_settings(both, {"split.kind": "last_share"})))
+    (found,) = advice(behind, METRIC, both)
+    assert found.startswith("behind popularity: see with split.kind last_share whether")

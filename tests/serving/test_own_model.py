@@ -68,7 +68,7 @@ class LookedUp(tf.keras.layers.Layer):
         super().__init__()
         keys = tf.constant([1, 2, 3])
         rows = tf.lookup.KeyValueTensorInitializer(keys, tf.constant([3, 1, 2]))
-        self.table = tf.lookup.StaticHashTable(rows, default_value=0)
+        self.own = {"rows": tf.lookup.StaticHashTable(rows, default_value=0)}
         self.numbers = [tf.keras.layers.IntegerLookup(vocabulary=[3, 2])]
         self.texts = tf.keras.layers.StringLookup(vocabulary=["1", "3"])
         self.embedding = tf.keras.layers.Embedding(4, 64, "normal")
@@ -76,7 +76,11 @@ class LookedUp(tf.keras.layers.Layer):
     def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
         rows = inputs["row"]
         text = tf.strings.as_string(rows)
-        looked_up = self.table[rows], self.numbers[0](tf.cast(rows, tf.int64)), self.texts(text)
+        looked_up = (
+            self.own["rows"][rows],
+            self.numbers[0](tf.cast(rows, tf.int64)),
+            self.texts(text),
+        )
         return tf.add_n([self.embedding(rows) for rows in looked_up])
 
 

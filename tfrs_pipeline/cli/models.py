@@ -19,6 +19,7 @@ from rich.text import Text
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.model.features import MAX_VALUES
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.settings import ConfigError
 
@@ -120,13 +121,14 @@ class Query(OfModel):
             f"{feature.name} {self.request[feature.name]!r} was in no training: taken as missing."
             for feature in retriever.features["request"]
             if feature.kind == "categorical"
-            and self.request.get(feature.name, "") not in feature.known_texts
+            and self.request.get(feature.name, "").strip() not in feature.known_texts
         ]
         notes += [
-            f"{feature.name} {text!r} has no word that the training knew: taken as missing."
+            f"{feature.name} {text!r} has no {'word' if feature.kind == 'text' else 'value'} that "
+            "the training knew: taken as missing."
             for feature in retriever.features["request"]
-            if feature.kind == "text" and (text := self.request.get(feature.name, ""))
-            if not feature.encode_column([text]).any()
+            if feature.kind in MAX_VALUES and (text := self.request.get(feature.name, ""))
+            if not feature.encode_column([request[feature.name]]).any()
         ]
         lacking = [
             feature.name

@@ -16,7 +16,7 @@ import ibis.expr.types as ir
 
 from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable, id_refusals
 from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
-from tfrs_pipeline.messages import printable
+from tfrs_pipeline.messages import counted, printable
 
 _LARGEST_INT64 = 2**63 - 1
 _LARGEST_FLOAT32 = 3.4028234663852886e38
@@ -73,7 +73,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         # A decimal is exact; of larger floats it is not known which number was meant.
         is_whole = whole.cast(dtype) == value
         if not dtype.is_decimal():
-            is_whole &= value.abs() < 2**53
+            is_whole &= value.abs() < (2**24 if dtype.is_float32() else 2**53)
         is_number = value.notnull() & ~value.cast("float64").isnan()
         raw.fault(
             column,
@@ -179,24 +179,27 @@ def describe_categories(raw: RawTable, column: str, list_separator: str) -> Iter
     if not value.type().is_string():
         return
     text = value.strip()
+    is_list = text.re_search(r"^\[[^\]]*\]$")
     found = raw.table.aggregate(
         num=(text != "").sum(),
-        num_lists=(text.startswith("[") & text.endswith("]")).sum(),
+        num_lists=is_list.sum(),
         is_parted=(_to_categories(raw, column, list_separator).length() > 1).any(),
         example=value.max(),
+        list_example=value.max(where=is_list),
     )
-    num, num_lists, is_parted, example = found.to_pyarrow().to_pylist()[0].values()
-    where, shown = raw.source.column(column), printable(repr(example))
-    if num and num_lists == num:
+    num, num_lists, is_parted, *examples = found.to_pyarrow().to_pylist()[0].values()
+    where, (shown, list_shown) = raw.source.column(column), (printable(repr(x)) for x in examples)
+    if num and 2 * num_lists > num:
         raise DataError(
-            f"{where} holds lists written as text in {num} of {raw.num_rows} rows, such as "
-            f"{shown}. Store them as lists (Parquet, Arrow), or write values without brackets and "
-            f"quotes, separated by {list_separator!r} (list_separator)."
+            f"{where} holds lists written as text in {num_lists} of {raw.num_rows} rows, such as "
+            f"{list_shown}. Store them as lists (Parquet, Arrow), or write values without brackets "
+            f"and quotes, separated by {list_separator!r} (list_separator).",
+            "list_separator",
         )
     if num and not is_parted:
         yield (
-            f"{where} has one value in each of {num:,} rows, such as {shown}, none of them "
-            f"separated by {list_separator!r}: if there are several, set list_separator "
+            f"{where} has one value in each of {counted(num, 'row')}, such as {shown}, as no row "
+            f"has a {list_separator!r}: if they hold several, set list_separator "
             "(--data.list_separator)"
         )
 

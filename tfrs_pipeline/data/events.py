@@ -251,17 +251,20 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
-    """Refuses columns, called as an outcome is, that hold a yes in some rows and a no in others."""
+    """Refuses columns, called as an outcome is, that hold 0 in some rows and 1 in others."""
+    if scanned.is_stream:  # It can be read once.
+        return
     rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
+    have_both = set(scanned.holding(columns, _NO)) & set(scanned.holding(columns, _YES))
     for name, values in zip(rows.column_names, rows.columns, strict=True):
         found = {str(value).strip().lower() for value in values.drop_null().unique().to_pylist()}
-        if found - {*_NO, *_YES, ""} or not all(scanned.holding([name], x) for x in (_NO, _YES)):
+        if name not in have_both or found - {*_NO, *_YES, ""}:
             continue
         column = printable(name)
         raise DataError(
-            f"{Source(scanned.name).column(name)} is not read and holds yes and no, and the log "
-            "has no stage, rating or label: every row would be a click. Set label to "
-            f"{{{column}: 1}}; or add {column}={column} to columns, if it is a column like others.",
+            f"{Source(scanned.name).column(name)} is not read and holds 0 and 1 (or false and "
+            "true), and the log has no stage, rating or label: every row would be a click. Add "
+            f"{column}=1 to label; or {column}={column} to columns, if it is a column like others.",
             "label",
         )
 

@@ -63,7 +63,7 @@ class Scan:
         return rows.cast(pa.schema(plain))
 
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names the columns of text that hold one of some words in any row, in capitals or not."""
+        """Names the columns with one of some words in any row, as text, in capitals or not."""
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))

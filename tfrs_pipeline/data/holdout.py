@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import ibis
 import numpy as np
+import pyarrow as pa
 
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
@@ -183,7 +184,8 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part, one for each user with a positive in it.
 
-    A `DataError` if there is none.
+    What else was clicked or shown in the request of the first of them was not known when that was
+    made, and is left out. A `DataError` if there is no positive.
 
     Args:
         split: Events with `part`.
@@ -207,6 +209,8 @@ def make_holdout(
     known = {"_is_positive": is_positive(split), "_is_target": split["part"] == part}
     if "timestamp" in split.columns:
         known["_seconds"] = whole_seconds(split["timestamp"])
+    if "request_id" in split.columns:
+        known["_request"] = split["request_id"]
     rows = (
         split.mutate(**known)
         .filter(is_read)
@@ -221,7 +225,7 @@ def make_holdout(
             f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
-    columns = {name: rows[name].to_numpy() for name in rows.column_names}
+    columns = {name: rows[name].to_numpy() for name in rows.column_names if name != "_request"}
     user_ids = columns["user_id"]
     starts = np.flatnonzero(np.concatenate([[True], user_ids[1:] != user_ids[:-1]]))
 
@@ -229,18 +233,21 @@ def make_holdout(
         ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
         return np.split(columns[name][keep], ends[:-1])
 
-    is_before = ~columns["_is_target"]
+    is_target = columns["_is_target"]
+    is_before = ~is_target
+    if "_request" in rows.column_names:
+        is_before &= ~_of_first_request(rows["_request"], is_target, starts)
     is_history = columns["_is_positive"] & is_before
     histories = per_user(is_history)
     times: dict[str, Any] = {}
     if "_seconds" in columns:
-        first = [seconds[0] for seconds in per_user(~is_before, "_seconds")]
+        first = [seconds[0] for seconds in per_user(is_target, "_seconds")]
         times = {"history_times": per_user(is_history, "_seconds"), "times": np.array(first)}
     candidate_ids, counts = _count_candidates(items, training)
     return Holdout(
         user_ids=user_ids[starts],
         histories=histories,
-        relevant=[np.unique(ids) for ids in per_user(~is_before)],
+        relevant=[np.unique(ids) for ids in per_user(is_target)],
         clicked=[np.unique(ids) for ids in histories],
         seen=[np.unique(ids) for ids in per_user(is_before)],
         candidate_ids=candidate_ids,
@@ -249,6 +256,16 @@ def make_holdout(
         requests=_first_requests(split.semi_join(asking, "user_id"), part, request_features),
         **times,
     )
+
+
+def _of_first_request(
+    requests: pa.ChunkedArray, is_target: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
+    """Marks the rows, each user's from `starts` on, of the request of the user's first target."""
+    codes = requests.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
+    targets = np.flatnonzero(is_target)
+    own = codes[targets[np.searchsorted(targets, starts)]]
+    return (codes == np.repeat(own, np.diff(starts, append=len(codes)))) & (codes >= 0)
 
 
 def _first_requests(

@@ -132,8 +132,9 @@ def describe_long_requests(events: ibis.Table) -> Iterator[str]:
         spans.filter(is_long).order_by(keys).limit(1).to_pyarrow().to_pylist()[0].values()
     )
     yield (
-        f"{found['num_long']:,} of {counted(found['num'], 'request')} of a user last longer than a "
-        f"day, such as request_id {printable(repr(request))} of user {printable(repr(user))} from "
-        f"{first:%Y-%m-%d} to {last:%Y-%m-%d}: no history shows one event of a request to another. "
-        "If its numbers restart, join them with the day, or leave request_id out"
+        f"{found['num_long']:,} of {counted(found['num'], 'request')} (events of one user and "
+        f"request_id) last longer than a day, such as {printable(repr(request))} of user "
+        f"{printable(repr(user))} from {first:%Y-%m-%d} to {last:%Y-%m-%d}: no history shows one "
+        "event of a request to another. If request_id restarts, join it with the day, or leave it "
+        "out"
     )

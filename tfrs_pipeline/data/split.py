@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -224,13 +225,14 @@ def is_positive(events: ibis.Table) -> ir.BooleanValue:
 def _time_cuts(
     events: ibis.Table, validation_share: float, test_share: float
 ) -> tuple[datetime, datetime]:
-    """Finds the moments of the first validation and of the first test positive."""
+    """Finds the moments of the first validation and of the first test positive.
+
+    Where many positives have one time, as in a log of dates, validation is of the last before the
+    test's.
+    """
     _check_shares(validation_share, test_share)
     times = events.filter(is_positive).select("timestamp")
-    # Each hour's: few numbers, however many the positives are.
-    hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
-    counts = hours["num"].to_numpy()
-    num_positives = int(counts.sum())
+    num_positives, time_of = in_order(times)
     num_test = math.ceil(test_share * num_positives - _CEIL_SLACK)
     num_validation = math.ceil(validation_share * num_positives - _CEIL_SLACK)
     first_test = num_positives - num_test
@@ -240,6 +242,27 @@ def _time_cuts(
             f"{num_positives} positives leave none to train on after {num_validation} for "
             f"validation and {num_test} for the test. Use smaller shares, or more data."
         )
+    begin_test = begin = time_of(first_test)
+
+    def num_before(moment: datetime) -> int:
+        return count_rows(times.filter(times["timestamp"] < moment))
+
+    if num_validation and (num_earlier := num_before(begin_test)):
+        begin = time_of(min(first_validation, num_earlier - 1))
+    if not num_before(begin) or (num_validation and begin == begin_test):
+        raise DataError(
+            f"{num_positives} positives have too few times to split by: {num_before(begin_test)} "
+            f"of them come before {begin_test:%Y-%m-%d %H:%M:%S} UTC, where the test begins. Give "
+            "a finer timestamp, or set split.kind to last_share."
+        )
+    return begin, begin_test
+
+
+def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
+    """Counts the timestamps of a table; the second finds the one at a place, from 0, in order."""
+    # Each hour's: few numbers, however many the timestamps are.
+    hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
+    counts = hours["num"].to_numpy()
     ends = np.cumsum(counts)
 
     def time_of(place: int) -> datetime:
@@ -250,7 +273,7 @@ def _time_cuts(
         found = of_hour.mutate(place=in_order).filter(lambda t: t["place"] == place)
         return found.to_pyarrow()["timestamp"][0].as_py().astimezone(UTC)
 
-    return time_of(first_validation), time_of(first_test)
+    return int(counts.sum()), time_of
 
 
 def _hour(times: ibis.Table) -> ir.IntegerValue:

@@ -83,6 +83,11 @@ def to_timestamp(
         value = _read_time(raw, column)
     dtype = value.type()
     if dtype.is_numeric() and not dtype.is_boolean():
+        if period and dtype.is_float32():
+            raise DataError(
+                f"{raw.source.column(column)} holds times as float32 ({raw.num_rows} rows), which "
+                "tells apart those of two minutes and more. Store them as int64 or float64."
+            )
         if dtype.is_floating():
             value = value.isnan().ifelse(ibis.null(), value)
         _check_unit(raw, value, column, formats.timestamp_unit, period)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
-from tfrs_pipeline.data.schema import count_rows
+from tfrs_pipeline.data.split import in_order
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 from tfrs_pipeline.samples.positives import Positives
@@ -58,22 +59,25 @@ class Interactions:
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def from_log(cls, log: Log, latest: float = 1.0) -> Interactions:
-        """Collects the positives of a log; its items, in the order of their ids, are the corpus.
-
-        With `latest`, in (0, 1], they are that share of the positives, the last ones by their
-        timestamps. A `ValueError` if the log has none.
-        """
-        items = Ids(
-            log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy()
-        )
-        positives = Positives.select(log.events)
-        if latest < 1:
-            positives = _latest(positives, latest)
-        pairs = positives.select("user_id", "item_id").distinct()
+    def from_log(cls, log: Log) -> Interactions:
+        """Collects the positives of a log; its items, in the order of their ids, are the corpus."""
+        items = _items_of(log)
+        pairs = Positives.select(log.events).select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
+
+
+def _items_of(log: Log) -> Ids:
+    return Ids(log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy())
+
+
+def _count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
+    """Counts the users of each item among positives: [num_items] int64."""
+    found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
+    counts = np.zeros(len(items), np.int64)
+    counts[items.rows(found["item_id"].to_numpy()) - 1] = found["num"].to_numpy()
+    return counts
 
 
 def _latest(positives: ibis.Table, share: float) -> ibis.Table:
@@ -83,10 +87,10 @@ def _latest(positives: ibis.Table, share: float) -> ibis.Table:
             f"The latest {share:g} of the positives are told by their timestamps, and the log has "
             "none. Count all: latest=1."
         )
-    num_earlier = int(count_rows(positives) * (1 - share))
-    first = positives.order_by("timestamp").limit(1, offset=num_earlier)
-    times = first.select("timestamp").to_pyarrow()["timestamp"].to_pylist()
-    return positives.filter(positives["timestamp"] >= times[0]) if times else positives
+    num, time_of = in_order(positives.select("timestamp"))
+    if not num:
+        return positives
+    return positives.filter(positives["timestamp"] >= time_of(num - math.ceil(share * num)))
 
 
 @dataclass(eq=False)
@@ -94,8 +98,8 @@ class MostPopular:
     """The same candidates to everyone: those with the most users in training.
 
     Args:
-        latest: Share of the positives, the last ones by their timestamps, whose users count first:
-            where items come and go, what is popular now; those of all break ties.
+        latest: Share of the positives, the latest by their timestamps, whose users are counted;
+            the users of all positives break ties. Below 1 for logs whose items come and go.
 
     Raises:
         ValueError: If `latest` is not in (0, 1].
@@ -115,17 +119,22 @@ class MostPopular:
             raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
 
     def fit(self, train: Log | Interactions) -> MostPopular:
-        """Counts the users of each candidate of a log, or of interactions, which have no times.
+        """Counts the users of each candidate of a log, or of interactions.
 
-        A `ValueError` if only the latest count and nothing has a time.
+        A `ValueError` if `latest` is below 1 and there are no timestamps; interactions have none.
         """
-        whole = _interactions(train)
-        self.items, self.counts = whole.items, _num_users(whole).astype(np.float32)
-        if self.latest < 1:
-            if isinstance(train, Interactions):
+        if isinstance(train, Interactions):
+            if self.latest < 1:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
-            last = Interactions.from_log(train, self.latest)
-            self.counts = _num_users(last) + _below_one(self.counts)
+            self.items, self.counts = train.items, _num_users(train)
+        else:
+            check_log(train)
+            positives = Positives.select(train.events)
+            self.items = _items_of(train)
+            self.counts = _count_users(positives, self.items)
+            if self.latest < 1:
+                late = _count_users(_latest(positives, self.latest), self.items)
+                self.counts = late + _below_one(self.counts)
         self._order = np.argsort(-self.counts, kind="stable").astype(np.int32) + 1
         return self
 
@@ -149,8 +158,7 @@ class MostPopular:
 class Repeats:
     """The user's own items again, the most frequent first, of equals the latest; then popular ones.
 
-    For services whose users come back to the same items: nothing of it is left where what the user
-    had is excluded.
+    For services whose users come back to the same items. If these are excluded it is `MostPopular`.
 
     Example:
         >>> train = Interactions.from_rows(Ids(["a", "b", "c"]), np.array([0, 1]), np.array([3, 3]))
@@ -173,11 +181,9 @@ class Repeats:
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
         scores = np.tile(_below_one(self.counts), (len(queries), 1))
         for own, columns in zip(scores, _histories(queries, self.items), strict=True):
-            np.add.at(own, columns, 1.0)
-            # Of two places at one column the later one stays.
-            place = np.zeros_like(own)
-            place[columns] = 1 + np.arange(len(columns))
-            own[columns] = np.floor(own[columns]) + _below_one(place)[columns]
+            # The latest first, so that the place of each is that of its last time.
+            found, place, num = np.unique(columns[::-1], return_index=True, return_counts=True)
+            own[found] = 1 + num - (1 + place) / (1 + len(columns))
         return scores
 
 
@@ -322,7 +328,7 @@ def _or_popular(
 
 
 def _below_one(counts: np.ndarray) -> np.ndarray:
-    """Scales counts so that they break the ties of whole numbers: float64 in [0, 1)."""
+    """Scales whole counts so that they break the ties of others: float64 in [0, 1)."""
     return counts / (1.0 + counts.max(initial=0))
 
 

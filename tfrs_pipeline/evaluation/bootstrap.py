@@ -12,7 +12,10 @@ _DRAWS_PER_BLOCK = 1 << 23
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over queries with its 95% bootstrap interval; NaN where no query was measured."""
+    """A mean over queries with its 95% bootstrap interval.
+
+    NaN where no query was measured; of a single one there is a mean and no interval.
+    """
 
     mean: float
     low: float
@@ -59,7 +62,8 @@ def bootstrap_intervals(
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
     intervals = []
     for column, mean in enumerate(means):
-        draws = resampled[:, column]
+        # One value says nothing of how much another might differ.
+        draws = resampled[:, column] if is_measured[:, column].sum() > 1 else np.empty(0)
         draws = draws[~np.isnan(draws)]
         low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
         intervals.append(Interval(float(mean), float(low), float(high)))

@@ -17,7 +17,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, FeatureKind, count_rows
 from tfrs_pipeline.durable import hold_to, is_whole, read_record
-from tfrs_pipeline.model.features import MAX_VALUES, Feature, LostValues
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.positives import Positives
@@ -38,8 +38,7 @@ class Corpus:
     and the samples have them. `has_times` says whether the samples have times, `has_positive`, [1 +
     users] bool, which query rows have a positive among them; None is all. `is_later`, [1 + items]
     bool, says which items came after the training, as its log tells (`Log.later_items`): they are
-    new ones, of the unknown id, and no negatives. None is none. `lost` says what features of lists
-    and texts lose of their columns.
+    new ones, of the unknown id, and no negatives. None is none.
     """
 
     candidate_ids: Ids
@@ -52,7 +51,6 @@ class Corpus:
     has_times: bool = False
     has_positive: np.ndarray | None = None
     is_later: np.ndarray | None = None
-    lost: tuple[LostValues, ...] = ()
 
     @classmethod
     def read(cls, log: Log, folder: Path) -> Corpus:
@@ -64,18 +62,8 @@ class Corpus:
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
         is_later = _is_later(log, candidate_ids)
         is_there = None if is_later is None else ~is_later[1:]
-        candidate_features, candidate_columns, lost = _encode(
-            items, log.item_features, end, is_there
-        )
-        query_features, query_columns, lost_of_users = _encode(users, log.user_features, end)
-        request_features, lost_of_requests = [], []
-        for name, kind in log.request_features.items():
-            # Fitted to the samples, which are of training alone.
-            column = read_raw(folder, name)
-            is_made = is_from_timestamp(name, log.events.columns)
-            feature = replace(_fit(name, kind, column, end), is_from_timestamp=is_made)
-            request_features.append(feature)
-            lost_of_requests += _lost(feature, column)
+        candidate_features, candidate_columns = _encode(items, log.item_features, end, is_there)
+        query_features, query_columns = _encode(users, log.user_features, end)
         return cls(
             candidate_ids,
             query_ids,
@@ -83,11 +71,17 @@ class Corpus:
             query_features,
             candidate_columns,
             query_columns,
-            tuple(request_features),
+            tuple(
+                # Fitted to the samples, which are of training alone.
+                replace(
+                    _fit(name, kind, read_raw(folder, name), end),
+                    is_from_timestamp=is_from_timestamp(name, log.events.columns),
+                )
+                for name, kind in log.request_features.items()
+            ),
             "timestamp" in log.events.columns,
             np.isin(np.arange(len(query_ids) + 1), read_samples(folder).query_rows),
             is_later,
-            (*lost, *lost_of_users, *lost_of_requests),
         )
 
 
@@ -106,28 +100,23 @@ def _encode(
     kinds: Mapping[str, FeatureKind],
     end: datetime | None,
     is_there: np.ndarray | None = None,
-) -> tuple[tuple[Feature, ...], dict[str, np.ndarray], list[LostValues]]:
+) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
     """Fits features to the rows that are there, all if None, and encodes all rows.
 
-    Ages count from the end of the log, if it has times. The third is what lists and texts lose.
+    Ages count from the end of the log, if it has times.
     """
-    features, columns, lost = [], {}, []
+    features, columns = [], {}
     data = table.select(*kinds).to_pyarrow() if kinds else {}
     for name, kind in kinds.items():
         fitted_to = data[name] if is_there is None else data[name].filter(is_there)
         features.append(_fit(name, kind, fitted_to, end))
         columns[name] = features[-1].encode_column(data[name])
-        lost += _lost(features[-1], data[name])
-    return tuple(features), columns, lost
+    return tuple(features), columns
 
 
 def _fit(name: str, kind: FeatureKind, column: Any, end: datetime | None) -> Feature:
     min_count = MIN_TEXT_COUNT if kind == "text" else 1
     return Feature.fit(name, kind, column, min_count=min_count, reference=end)
-
-
-def _lost(feature: Feature, column: Any) -> list[LostValues]:
-    return [feature.count_lost(column)] if feature.kind in MAX_VALUES else []
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -29,13 +29,7 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.model.vocabulary import (
-    bucket_count,
-    count_values,
-    in_blocks,
-    values_of,
-    words_of,
-)
+from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 if TYPE_CHECKING:
@@ -62,17 +56,6 @@ _OTHER_INPUTS = (
     *("user_id", "item_id", "history", HISTORY_TIMESTAMPS),
     *("timestamp", "exclude", "allowed", "k"),
 )
-
-
-class LostValues(NamedTuple):
-    """What a feature of lists or texts loses: rows with any value, with no known one, and cut."""
-
-    name: str
-    kind: FeatureKind
-    num_values: int
-    num_given: int
-    num_unknown: int
-    num_cut: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,8 @@ class Feature:
         name: Column name.
         kind: One of the above.
         vocabulary: Known values; value i is encoded as i + 1, 0 is unknown or missing.
-        num_values: Longest list kept (multi_categorical and text), or the vectors' length.
+        num_values: Most known values kept (multi_categorical and text), or the vectors' length.
+        longest: Longest list of the column (multi_categorical and text).
         mean: Of a numeric column, or of the ages of a timestamp column.
         scale: The same's standard deviation; of a vector column the typical length.
         boundaries: Lowest value of every bucket but the first (bucketized), ascending; the buckets
@@ -123,8 +107,9 @@ class Feature:
         >>> raw = genres.to_raw([["noir", "war"], None])
         >>> raw
         array([['noir', 'war'], ['', '']], dtype=object)
-        >>> genres.encode(raw).numpy()
-        array([[0, 2], [0, 0]], dtype=int32)
+        >>> genres.encode(raw).numpy()[:, :2]
+        array([[2, 0],
+               [0, 0]], dtype=int32)
     """
 
     name: str
@@ -137,6 +122,7 @@ class Feature:
     num_buckets: int = 0
     reference: float = 0.0
     is_from_timestamp: bool = False
+    longest: int = 0
 
     @classmethod
     def fit(
@@ -157,8 +143,8 @@ class Feature:
             column: One entry a row, as the table above says; None or NaN is missing. An Arrow or
                 NumPy array is read at once, a list value by value.
             min_count: Values of fewer rows are unknown (categorical, multi_categorical, text).
-            max_values: Longest list to keep; None means 16 values (multi_categorical) or 64 words
-                (text).
+            max_values: Most known values to keep; None means 16 (multi_categorical), or 16 to 64
+                words, by the longest text.
             reference: Time from which the age of a timestamp counts, such as the end of the log;
                 None means the latest value of the column.
 
@@ -186,7 +172,9 @@ class Feature:
             return cls(name, kind, num_buckets=buckets)
         vocabulary = tuple(sorted(value for value, count in counts.items() if count >= min_count))
         most = MAX_VALUES.get(kind, 1) if max_values is None else max_values
-        return cls(name, kind, vocabulary, num_values=max(1, min(longest, most)))
+        # No fewer than most lists have, so that longer ones than these can come later.
+        num_values = min(max(longest, MAX_VALUES["multi_categorical"]), most)
+        return cls(name, kind, vocabulary, num_values, longest=longest)
 
     @classmethod
     def _fit_times(cls, name: str, column: Column, reference: datetime | None) -> Feature:
@@ -226,12 +214,14 @@ class Feature:
 
         Returns:
             [B] int32, 0 where missing or unknown (categorical, hashed, bucketized);
-            [B, num_values] int32, padded with 0 (multi_categorical, text);
+            [B, num_values] int32, the known ones, padded with 0 (multi_categorical, text);
             [B] float32 (numeric), [B, 5] float32 (timestamp: age, then sine and cosine of the hour
             and of the weekday), [B, num_values] float32 (vector), NaN where missing.
         """
         spec = self.raw_spec
         raw = tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape)
+        if self._is_stripped:
+            raw = tf.strings.strip(raw)
         if self._takes_whole_floats:
             raw = tf.strings.regex_replace(raw, r"^(-?[0-9]+)\.0$", r"\1")
         if self.kind == "numeric":
@@ -248,31 +238,20 @@ class Feature:
         if self.kind == "hashed":
             # The bucket 0 is that of the mask.
             return tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")(raw)
-        if self.kind == "multi_categorical":
-            raw = tf.pad(raw, [[0, 0], [0, self.num_values]], constant_values="")
-            raw = tf.ensure_shape(raw[:, : self.num_values], [None, self.num_values])
-        elif self.kind == "text":
-            words = words_of(raw)[:, : self.num_values]
-            raw = words.to_tensor("", shape=[None, self.num_values])
-        if not self.vocabulary:
-            return tf.zeros_like(raw, tf.int32)
-        return tf.cast(self._lookup(raw), tf.int32)
+        if self.kind == "text":
+            raw = words_of(raw).to_tensor("")
+        codes = tf.zeros_like(raw, tf.int32)
+        if self.vocabulary:
+            codes = tf.cast(self._lookup(raw), tf.int32)
+        if self.kind == "categorical":
+            return codes
+        known = tf.ragged.boolean_mask(codes, codes > 0)[:, : self.num_values]
+        return known.to_tensor(shape=[None, self.num_values])
 
     def encode_column(self, column: Column) -> np.ndarray:
         """Encodes a column by `to_raw` and `encode`, in blocks of rows."""
         blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
         return np.concatenate(blocks)
-
-    def count_lost(self, column: Column) -> LostValues:
-        """Counts what `encode` loses of a column's lists or texts (multi_categorical, text)."""
-        counts = np.zeros(3, np.int64)
-        for block in in_blocks(column):
-            _, lengths = values_of(self.kind, block)
-            is_known = self.encode(self.to_raw(block)).numpy().any(axis=1)
-            has_any = lengths > 0
-            of_rows = (has_any, has_any & ~is_known, lengths > self.num_values)
-            counts += [rows.sum() for rows in of_rows]
-        return LostValues(self.name, self.kind, self.num_values, *counts.tolist())
 
     def _encode_times(self, seconds: tf.Tensor) -> tf.Tensor:
         age = tf.math.log1p(tf.maximum(self.reference - seconds, 0.0) * (1 / DAY_SECONDS))
@@ -284,11 +263,19 @@ class Feature:
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
         return _where_finite(seconds[:, tf.newaxis], tf.stack(values, axis=1))
 
+    @property
+    def _is_code(self) -> bool:
+        return self.kind in ("categorical", "hashed")
+
+    @functools.cached_property
+    def _is_stripped(self) -> bool:
+        """Whether white space around a value says nothing, as in the column of a log."""
+        return self._is_code and all(value == value.strip() for value in self.vocabulary)
+
     @functools.cached_property
     def _takes_whole_floats(self) -> bool:
         """Whether 7.0, as a table with missing values writes 7, means the value 7."""
-        is_code = self.kind in ("categorical", "hashed")
-        return is_code and not any(value.endswith(".0") for value in self.vocabulary)
+        return self._is_code and not any(value.endswith(".0") for value in self.vocabulary)
 
     @functools.cached_property
     def known_texts(self) -> frozenset[str]:

@@ -178,15 +178,19 @@ def _checked(
 
     `may_be_shared` allows [C] and [1, C], the same for all rows.
     """
-    given = tf.convert_to_tensor(given)
-    last, message = 2, f"{name} must be [num_rows, num_columns]"
-    if may_be_shared:
-        last, message = 1, f"{message}, [1, num_columns] or [num_columns]"
+    given, message = tf.convert_to_tensor(given), f"{name} must be [num_rows, num_columns]"
     shape, wanted = given.shape, logits.shape
-    if shape.rank not in range(last, 3) or not shape[-last:].is_compatible_with(wanted[-last:]):
+    allowed = [wanted]
+    if may_be_shared:
+        allowed += [wanted[1:], [1, wanted[1]]]
+        message = f"{message}, [1, num_columns] or [num_columns]"
+    if shape.rank is None or not any(map(shape.is_compatible_with, allowed)):
         raise ValueError(f"{message}, here of {tuple(wanted)}. Received: shape {shape}")
-    check = tf.debugging.assert_equal(tf.shape(given)[-last:], tf.shape(logits)[-last:], message)
-    with tf.control_dependencies([check]):
+    received, rows = tf.shape(given), tf.shape(logits)[:1]
+    if may_be_shared and shape.rank == 2:
+        rows = tf.where(received[0] == 1, 1, rows)
+    expected = tf.concat([rows, tf.shape(logits)[1:]], axis=0)[-shape.rank :]
+    with tf.control_dependencies([tf.debugging.assert_equal(received, expected, message)]):
         return tf.identity(given)
 
 

@@ -320,6 +320,9 @@ class TwoTowerNetwork(tfrs.Model):
         try:
             self._queries(batch)
         except KeyError as error:
+            # Keras adds all that was given to the message.
+            if "history_" not in str(error.args[0]).partition("Call arguments")[0]:
+                raise
             raise ValueError(
                 "The query_tower does not read whole sequences: with training.examples 'sequences' "
                 "training gives it sequence_rows and state in place of history_rows (see "

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.model.corpus import MIN_TEXT_COUNT, Corpus
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.features import MAX_VALUES
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.samples.store import Samples
@@ -91,21 +93,25 @@ def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
     ]
 
 
-def describe_lost(corpus: Corpus) -> list[str]:
-    """Says which features of lists and texts have rows without a known value, or cut ones."""
+def describe_features(corpus: Corpus) -> list[str]:
+    """Says which features of lists and texts have rows without a known value, or are cut."""
     notes = []
-    for lost in corpus.lost:
-        what = "word" if lost.kind == "text" else "value"
-        parts = []
-        if lost.num_unknown:
-            of = counted(lost.num_given, "row")
-            rare = f" (words of {MIN_TEXT_COUNT} rows or more are)" if what == "word" else ""
-            parts.append(f"{lost.num_unknown:,} of {of} with {what}s have no known one{rare}")
-        if lost.num_cut:
-            rows = counted(lost.num_cut, "row")
-            parts.append(f"{rows} cut to the first {counted(lost.num_values, what)}")
-        if parts:
-            notes.append(f"{lost.kind} feature {printable(lost.name)}: {'; '.join(parts)}")
+    for features, columns in (
+        (corpus.candidate_features, corpus.candidate_columns),
+        (corpus.query_features, corpus.query_columns),
+    ):
+        for feature in features:
+            if feature.kind not in MAX_VALUES:
+                continue
+            what = "word of two rows or more" if feature.kind == "text" else "value"
+            codes, parts = columns[feature.name], []
+            if num_without := int(np.count_nonzero(~codes.any(axis=1))):
+                parts.append(f"{num_without:,} of {counted(len(codes), 'row')} have no {what}")
+            if feature.longest > feature.num_values:
+                parts.append(f"of up to {feature.longest:,} the first {feature.num_values} count")
+            if parts:
+                name = printable(feature.name)
+                notes.append(f"{feature.kind} feature {name}: {'; '.join(parts)}")
     return notes
 
 

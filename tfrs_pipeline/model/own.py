@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.model.settings import EASY_KINDS
 from tfrs_pipeline.negatives.mixture import checked_count
-from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
-from tfrs_pipeline.negatives.uniform import Uniform
-
-BUILT_IN = (InBatch, Uniform, Popularity)
 
 # Layers that a training has had: there is no way back to what they were before.
 _TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()
@@ -25,28 +22,31 @@ _TRAINED: weakref.WeakSet[tf.Module] = weakref.WeakSet()
 
 def is_own(kind: object) -> bool:
     """Whether this is a kind of negative that no setting can say, such as a subclass of one."""
-    return hasattr(kind, "draw") and type(kind) not in BUILT_IN
+    return hasattr(kind, "draw") and type(kind) not in EASY_KINDS
 
 
 def mark_trained(*towers: tf.keras.layers.Layer) -> None:
-    """Remembers that a training has towers, with all layers in them that hold variables."""
-    _TRAINED.update(part for part in _parts(*towers) if getattr(part, "variables", ()))
+    """Remembers that a training has towers, with all layers within them."""
+    _TRAINED.update(_parts(*towers))
 
 
 def trained_part(tower: tf.keras.layers.Layer) -> tf.Module | None:
     """Returns the tower, or a layer in it, if a training has had it and another would change it.
 
-    A frozen one neither changes nor goes on.
+    What has no weights to train, or is frozen, neither changes nor goes on.
     """
     parts = (part for part in _parts(tower) if part in _TRAINED)
-    return next((part for part in parts if getattr(part, "trainable", True)), None)
+    return next((part for part in parts if getattr(part, "trainable_variables", ())), None)
 
 
-def lookup_tables(*towers: tf.keras.layers.Layer) -> list[Any]:
-    """Lists the lookup tables that are attributes of a layer in towers, as StringLookup has."""
+def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:
+    """Lists the lookup tables in towers, as a layer StringLookup has."""
     kind = tf.saved_model.experimental.TrackableResource
-    values = (value for part in _parts(*towers) for value in vars(part).values())
-    return [value for value in values if isinstance(value, kind)]
+    # Of all that a module holds, in lists and dicts too; Keras' own lists of it pass over tables.
+    found = (
+        part._flatten(False, lambda value: isinstance(value, kind)) for part in _parts(*towers)
+    )
+    return list(itertools.chain.from_iterable(found))
 
 
 def _parts(*towers: tf.keras.layers.Layer) -> Iterator[tf.Module]:

@@ -19,7 +19,7 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
 
-_MAX_SECONDS = 1e11  # Later ones are milliseconds.
+MAX_SECONDS = 1e11  # Later ones are milliseconds.
 _VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -149,7 +149,7 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
         seconds = np.asarray(given)
         if seconds.dtype.kind not in "iuf":
             seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
-        elif (seconds > _MAX_SECONDS).any():
+        elif (seconds > MAX_SECONDS).any():
             raise ValueError(
                 f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
                 f"Received: {np.nanmax(seconds)}, which is after the year 5000"

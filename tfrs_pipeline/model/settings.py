@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,13 +27,21 @@ Combination: TypeAlias = Literal["concat", "sum"]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
 Decay: TypeAlias = Literal["none", "cosine"]
 
+_Kind = TypeVar("_Kind")
+
 ATTENTION_HEADS = 2  # Of each block of the self-attention.
 
 
-def _of_the_package(kind: InBatch | Uniform | Popularity) -> InBatch | Uniform | Popularity:
+EASY_KINDS = InBatch, Uniform, Popularity
+
+
+def _refuse_subclass(kind: _Kind) -> _Kind:
     """Refuses a subclass: written down and read again, it would be what it derives from."""
-    if type(kind) not in (InBatch, Uniform, Popularity):
-        raise ValueError("is no setting; give own kinds to TwoTower(negatives=[...])")
+    if type(kind) not in (*EASY_KINDS, FunnelLosers, Mined):
+        raise ValueError(
+            "is a subclass, and no setting; own kinds of easy negatives are given to "
+            "TwoTower(negatives=[...])"
+        )
     return kind
 
 
@@ -41,10 +49,13 @@ SharedKind: TypeAlias = Annotated[
     InBatch | Uniform | Popularity,
     Field(discriminator="kind"),
     BeforeValidator(from_text),
-    AfterValidator(_of_the_package),
+    AfterValidator(_refuse_subclass),
 ]
 HardKind: TypeAlias = Annotated[
-    FunnelLosers | Mined, Field(discriminator="kind"), BeforeValidator(from_text)
+    FunnelLosers | Mined,
+    Field(discriminator="kind"),
+    BeforeValidator(from_text),
+    AfterValidator(_refuse_subclass),
 ]
 
 

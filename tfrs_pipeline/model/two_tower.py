@@ -38,12 +38,12 @@ from tfrs_pipeline.model.notes import (
     OnProgress,
     OnSteps,
     describe_batches,
-    describe_lost,
+    describe_features,
     describe_order,
     describe_sample,
     writers,
 )
-from tfrs_pipeline.model.own import describe_own, is_own, lookup_tables, mark_trained, trained_part
+from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, tables_in, trained_part
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import (
     TrainingSettings,
@@ -314,7 +314,7 @@ class TwoTower:
                 *(start.describe() if start else []),
                 *describe_sample(validation),
                 *(mining.describe() if mining else []),
-                *describe_lost(data.corpus),
+                *describe_features(data.corpus),
                 *describe_order(data.samples, self.settings),
                 *describe_batches(batches, self.settings),
             ]
@@ -478,7 +478,7 @@ class TwoTower:
         return [
             *network.query_table.variables,
             *(variable for tower in towers for variable in tower.variables),
-            *lookup_tables(*towers),
+            *tables_in(*towers),
         ]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ _ROWS_PER_CALL = 65_536
 # Letters with their marks, digits and underscores make words, and apostrophes within them.
 _LETTER = r"\p{L}\p{M}\p{N}_"
 _BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
+_VARIANTS = r"[\x{FE00}-\x{FE0F}]"  # Marks that choose how an emoji is drawn.
 # Scripts without spaces between words: a character is one, with its marks, of which Unicode counts
 # those of Katakana that lengthen or voice it among the letters.
 _UNSPACED = (
@@ -38,27 +39,25 @@ def words_of(texts: tf.Tensor) -> tf.RaggedTensor:
     Of scripts without spaces, such as Chinese and Thai, each character is a word.
     """
     # These letters first: what is the lower case of an I depends on the server's locale.
-    for pattern, by in ((_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")):
+    steps = (_VARIANTS, ""), (_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")
+    for pattern, by in steps:
         texts = tf.strings.regex_replace(texts, pattern, by)
     return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))
-
-
-def values_of(kind: FeatureKind, block: Column) -> tuple[Any, np.ndarray]:
-    """Returns the values or words, an Arrow array of strings, and how many each of n rows has."""
-    if kind == "text":
-        words = words_of(tf.constant(to_texts(block).to_pylist(), tf.string, [len(block)]))
-        values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
-        return values, words.row_lengths().numpy()
-    if kind == "multi_categorical":
-        return to_text_lists(block)
-    return to_texts(block), np.ones(len(block), np.int64)
 
 
 def count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int]:
     """Counts the rows of each value, and the values of the longest row."""
     counts, longest = [], 0
     for block in in_blocks(column):
-        values, lengths = values_of(kind, block)
+        if kind == "text":
+            words = words_of(tf.constant(to_texts(block).to_pylist(), tf.string, [len(block)]))
+            values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
+            lengths = words.row_lengths().numpy()
+        elif kind == "multi_categorical":
+            values, lengths = to_text_lists(block)
+        else:
+            values = to_texts(block)
+            lengths = np.ones(len(values), np.int64)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
         counts.append(pairs.group_by("value").aggregate([("row", "count")]))

@@ -42,7 +42,8 @@ class Trained:
         """Returns what tells this training from others: a hash of its ids, weights and steps."""
         digest = hashlib.sha256()
         for ids in (self.corpus.candidate_ids, self.corpus.query_ids):
-            digest.update(repr(ids.values.tolist()).encode())
+            for value in ids.values:
+                digest.update(f"{value}\n".encode())
         for variable in (*self.network.trainable_variables, self.network.optimizer.iterations):
             digest.update(variable.numpy().tobytes())
         return digest.hexdigest()
@@ -80,9 +81,9 @@ class WarmStart:
         self._optimizers = source.training.optimizer, training.optimizer
         # By row here, the row there: 0 is new.
         self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
-        self._num_untrained = 0
+        self._num_trained = len(source.corpus.candidate_ids)
         if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
-            self._num_untrained = int(is_later[self._candidate_rows].sum())
+            self._num_trained -= int(is_later.sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
         self._query_rows = _source_rows(source.corpus.query_ids, corpus.query_ids)
         if not self._candidate_rows.any():
@@ -105,8 +106,7 @@ class WarmStart:
     def describe(self) -> list[str]:
         """Says what is carried over, and what is new and gone."""
         there, here = self._corpora
-        num_trained = len(there.candidate_ids) - self._num_untrained
-        items = _counted("items", self._candidate_rows, num_trained)
+        items = _counted("items", self._candidate_rows, self._num_trained)
         users = _counted("users", self._query_rows, len(there.query_ids))
         notes = [f"warm start: {items}; {users}"]
         sides = (_features(there, here, side) for side in ("candidate", "query", "request"))

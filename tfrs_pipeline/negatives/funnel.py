@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,6 +10,7 @@ from pydantic import BeforeValidator
 from tfrs_pipeline.messages import check_whole
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
+_MOST_HOURS = 100_000_000  # 11,000 years: more is no interval of an engine.
 
 
 def _split(stages: Any) -> Any:
@@ -83,10 +83,10 @@ class FunnelLosers:
         check_whole(0, min_pool=self.min_pool)
         if self.min_rank is not None:
             check_whole(0, min_rank=self.min_rank)
-        if not 0 < self.window_hours < math.inf:
+        if not 0 < self.window_hours <= _MOST_HOURS:
             raise ValueError(
-                f"window_hours must be a number above 0. Received: {self.window_hours}; for no "
-                "limit give the hours of the whole log, or more"
+                f"window_hours must be above 0 and {_MOST_HOURS:,} at most. Received: "
+                f"{self.window_hours}; for no limit give the hours of the whole log"
             )
         if not 0 < self.bottom_share <= 1:
             raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")

@@ -15,6 +15,7 @@ from tfrs_pipeline.messages import counted
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
 # Numbers a feature beyond which no more are suggested: docs/guides/new_items.md.
+_NOT_EMBEDDED = {"numeric", "timestamp"}
 _LARGE_FEATURE_DIM = 32
 # Of what is new to a model, a share that its numbers are mostly about.
 _MANY_NEW = 0.3
@@ -85,11 +86,11 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         if not rivals:
             continue
         shown = {name: f"{part} ({means[first]:.2f}, {name} {means[name]:.2f})" for name in above}
-        best = max(rivals, key=lambda name: rivals[name]["mean"])
+        ahead = [name for name, x in rivals.items() if x["low"] > 0]
         if all(x["high"] < 0 for x in rivals.values()):
             found["ahead in"].append(part)
-        elif rivals[best]["low"] > 0:
-            found["behind in"].append(shown[best])
+        elif ahead:
+            found["behind in"].append(shown[max(ahead, key=lambda name: rivals[name]["mean"])])
         else:
             found["level in"].append(part)
         better = (name for name, x in above.items() if name not in rivals and x["low"] > 0)
@@ -154,10 +155,10 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
-        *most, last = _for_few_positives(config)
+        *most, last = ["A longer log", *_for_few_positives(config)]
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each. A longer log, {', '.join([*most, ''])}or {last}"
+            f"{num_positives / num_items:.1f} each. {', '.join(most)}, or {last}"
         )
     if "popularity" in models:
         yield from _beside_popularity(metrics, metric, config)
@@ -171,7 +172,8 @@ def _for_few_positives(config: RunConfig) -> list[str]:
     remedies = []
     if model.use_candidate_id and model.history_pooling and not model.share_item_embedding:
         remedies.append("model.share_item_embedding")
-    if model.feature_dim < _LARGE_FEATURE_DIM:
+    are_embedded = not set(config.data.item_features.values()) <= _NOT_EMBEDDED
+    if are_embedded and model.feature_dim < _LARGE_FEATURE_DIM:
         remedies.append(f"a model.feature_dim above {model.feature_dim}")
     return remedies or ["a smaller model.dim"]
 
@@ -203,6 +205,7 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
 
 def _is_form(name: str) -> bool:
     """Whether a model is another form of the two-tower model, or an earlier version of it."""
+    # As serving.gate calls it: the page needs nothing else of there.
     return name.startswith("two_tower_") or name == "in_service"
 
 
@@ -214,8 +217,10 @@ def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iter
         remedies.append("set model.candidate_bias")
     if model.temperature < _HIGH_TEMPERATURE:
         remedies.append(f"raise model.temperature, which is {model.temperature:g}")
+    if config.split.kind in (None, "time"):
+        remedies.append("see with split.kind last_share whether what is popular has changed")
     if remedies and _is_better("popularity", metrics, metric):
-        yield f"behind popularity: {' or '.join(remedies)}"
+        yield f"behind popularity: {', or '.join(remedies)}"
     popular = models["popularity"][metric]
     reading = {n: models[n][metric] for n in _READS_HISTORIES if n in models}
     if reading and popular["high"] and all(x["mean"] <= popular["high"] for x in reading.values()):

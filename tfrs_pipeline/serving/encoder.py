@@ -248,12 +248,14 @@ class Encoder(tf.Module):
         }
 
     def _refuse_user_embeddings(self) -> None:
-        """Refuses a model that tells its first users apart, all else being equal."""
+        """Refuses a model that tells some of its users apart, all else being equal."""
         model = self._model()
-        rows = tf.range(min(2, len(model.query_ids) + 1))
+        # Not the first ones alone: users without a positive in training have no embedding.
+        rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
-        embedded = model.embed_queries(rows, history, self._missing_features(len(rows)))
-        if (embedded[0] != embedded[-1]).numpy().any():
+        embedded = model.embed_queries(rows, history, self._missing_features(len(rows))).numpy()
+        # The rows of one product of matrices may differ in their last bits.
+        if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
             raise ValueError(
                 "A model that has learned an embedding of each user cannot be exported without "
                 "user data: train it with use_user_id=False (model.use_user_id)."

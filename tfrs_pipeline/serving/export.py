@@ -387,6 +387,7 @@ def _query_table(
         columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
     if request or TIMESTAMP in read:
         codes = [x.name for x in request if x.kind in ("categorical", "hashed")]
+        listed = [x.name for x in request if x.kind == "multi_categorical"]
         read = [*(feature.name for feature in request), TIMESTAMP]
         rows = [
             {name: (query.get("request") or {}).get(name) for name in read} for query in queries
@@ -395,5 +396,6 @@ def _query_table(
         texts = {name: to_texts([row[name] for row in rows]).to_pylist() for name in codes}
         for i, row in enumerate(rows):
             row |= {name: texts[name][i] or None for name in codes}
+            row |= {name: [row[name]] for name in listed if isinstance(row[name], str)}
         columns["request"] = pa.array(rows)
     return pa.table(columns)

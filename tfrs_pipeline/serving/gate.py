@@ -61,11 +61,13 @@ def version_in_service(
         embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
         known = np.concatenate([known, left_out[is_trained]])
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
-    read = request_signature(retriever.features["request"], reads_times=True)
+    asked_for = retriever.features["request"]
+    if log is not None:  # One that is of another kind by now says nothing.
+        asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
+    read = request_signature(asked_for, reads_times=True)
 
     of_user = None
     if log is not None and not retriever.manifest.get("user_data", True):
-        # One that is of another kind by now says nothing either.
         kinds = log.user_features
         names = [x.name for x in retriever.features["query"] if kinds.get(x.name) == x.kind]
         of_user = _feature_reader(log, names) if names else None

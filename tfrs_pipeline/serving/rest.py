@@ -20,6 +20,8 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.model.raw import MAX_SECONDS
+from tfrs_pipeline.model.requests import TIMESTAMP
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.saved_model import missing_input, missing_value
 from tfrs_pipeline.serving.settings import ServeSettings
@@ -298,6 +300,11 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
         array = np.array(rows, spec.dtype.as_numpy_dtype).reshape(len(column), width)
     if spec.dtype.is_floating and np.isinf(array).any():
         raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
+    if name in (TIMESTAMP, HISTORY_TIMESTAMPS) and (array > MAX_SECONDS).any():
+        raise bad_request(
+            f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
+            f"{np.nanmax(array):.0f}, which is after the year 5000."
+        )
     return array
 
 

@@ -347,7 +347,7 @@ def parse_value(name: str, kind: str, text: str) -> Any:
             return datetime.fromisoformat(text)
     except ValueError as error:
         raise ValueError(f"{name} is {kind}. Received: {text!r} ({error})") from None
-    return text.split(",") if kind == "multi_categorical" else text
+    return [part.strip() for part in text.split(",")] if kind == "multi_categorical" else text
 
 
 def _decoded(ids: np.ndarray) -> np.ndarray:
