@@ -33,17 +33,18 @@ from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.evaluation.baselines import Ease
+from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
-from tfrs_pipeline.run_data import StepReport
+from tfrs_pipeline.run_data import StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import find_version
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.trainings import fit_baselines
 
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -313,6 +314,29 @@ def test_the_settings_of_a_baseline_are_chosen_on_validation(of_stages: Finished
     (note,) = of_stages.reports["baselines"].notes  # Popularity has a choice in time alone.
     assert note in [f"ease: {Ease(l2)!r}, best of 2 on validation" for l2 in (1.0, 50.0)]
     assert "50.0" in note or "1.0" in note
+
+
+def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -> None:
+    evaluation = {"exclude": "none", "baselines": ["popularity", "repeats"], "cutoffs": [5, 20]}
+    config = stages_config(
+        tmp_path, event_table("str"), split={"kind": "time"}, evaluation=evaluation
+    )
+    data = prepare(config, tmp_path / "run", Steps(lambda report: None, lambda *task: None))
+    found, notes = fit_baselines(config, data)
+    scores = {}
+    for latest in (1.0, 0.2, 0.05, 0.01):
+        popular = MostPopular(latest=latest).fit(data.split.train)
+        options: dict[str, Any] = {"exclude": "none", "cutoffs": (5, 20), "num_bootstrap": 0}
+        overall = evaluate(popular, data.validation, **options).first.overall
+        scores[latest] = overall.intervals[config.training.monitor].mean
+    best = MostPopular(latest=max(scores, key=lambda latest: scores[latest]))
+    assert len(set(scores.values())) > 1
+    assert notes == [f"popularity: {best!r}, best of 4 on validation"]
+    assert list(found) == ["popularity", "repeats"]
+    expected = best.fit(data.split.before_test).retrieve([{}], 80)
+    np.testing.assert_array_equal(found["popularity"].retrieve([{}], 80), expected)
+    excluding = with_settings(config, {"evaluation.exclude": "clicked"})
+    assert list(fit_baselines(excluding, data)[0]) == ["popularity"]
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:

@@ -643,6 +643,18 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
     assert [*found] == [row for day in "abc" for row in of_day[day]]
 
 
+def test_what_float32_cannot_tell_apart_is_refused() -> None:
+    """As tools that shrink tables make it."""
+    clicks = {"user_id": [1, 2], "item_id": np.array([2**24 - 1, 5], np.float32)}
+    assert sorted(column(Log.from_table(pd.DataFrame(clicks)).events, "item_id")) == [5, 2**24 - 1]
+    clicks["item_id"] = np.array([2**24 + 2, 5], np.float32)
+    with pytest.raises(DataError, match=r"must be an integer or a string .* in 1 of 2 rows"):
+        Log.from_table(pd.DataFrame(clicks))
+    times = {"user_id": [1, 2], "item_id": [1, 2], "timestamp": np.float32([1.7e9, 1.71e9])}
+    with pytest.raises(DataError, match=r"float32 \(2 rows\), .* Store them as int64 or float64"):
+        Log.from_table(pd.DataFrame(times))
+
+
 @pytest.mark.parametrize(
     ("values", "others", "message"),
     [

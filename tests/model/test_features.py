@@ -100,6 +100,7 @@ def new_columns() -> dict[str, list[Any]]:
         ("categorical", ["M", "F", None, "M"], {}, "F M", ["F", "M", None, "X"], [1, 2, 0, 0]),
         ("categorical", [7, 2.5, "7", ""], {}, "2.5 7", [7, "7", 2.5, 2], [2, 2, 1, 0]),
         ("categorical", [None, ""], {}, "", ["a", None], [0, 0]),
+        ("categorical", ["tv", "app"], {}, "app tv", [" tv", "app\t", "t v"], [2, 1, 0]),
         ("text", ["the film", "The end", "end it it"], {"min_count": 2}, "end the",
          ["the odd end"], [[2, 1, *[0] * 14]]),
         ("multi_categorical", [["a", "b", "c"], ["a"], None], {"max_values": 2}, "a b c",
@@ -131,6 +132,7 @@ def test_codes_written_down(
         ("a\0B\1c\2D\na", ["a", "b", "c", "d", "a"]),
         ("x² Ⅷ ٣ ж_3-cafe\u0301s हिन्दी", ["x²", "ⅷ", "٣", "ж_3", "cafe\u0301s", "हिन्दी"]),
         (" !?. ", []),
+        ("I ❤\ufe0f NY", ["i", "ny"]),
         # Scripts without spaces: a character, with its marks, is a word.
         ("iPhone手机'三_3", ["iphone", "手", "机", "三", "_3"]),
         ("ラーメン。か\u3099き ｶﾞｰ", ["ラー", "メ", "ン", "か\u3099", "き", "ｶﾞｰ"]),

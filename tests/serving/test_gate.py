@@ -38,6 +38,27 @@ def test_request_features_that_are_new_in_a_run_say_nothing(
     np.testing.assert_array_equal(scores, expected)
 
 
+def test_a_request_feature_of_another_kind_by_now_says_nothing(tmp_path: Path) -> None:
+    clicks = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
+    clicks["slot"], clicks["tags"] = np.arange(40) % 3, [["x"], ["y", "z"]] * 20
+    kinds: dict[str, Any] = {"slot": "numeric", "tags": "multi_categorical"}
+    log = tp.Log.from_table(clicks, request_features=kinds)
+    training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
+    model = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
+    held_out: list[Any] = [{"history": [1], "request": {"tags": x}} for x in ("x", ["x", "y"])]
+    tp.export(model, tmp_path / "m", index=tp.Exact(), queries=held_out)
+    clicks["slot"] = clicks["slot"].map({0: "night", 1: "noon", 2: "day"})
+    now = tp.Log.from_table(clicks, request_features={**kinds, "slot": "categorical"})
+    served = version_in_service(tmp_path / "m", now.listed_ids, log=now)
+    assert served is not None
+    for tags in ({}, {"tags": "x"}):
+        asked: list[Any] = [{"history": [1], "request": {**tags, "slot": "night"}}]
+        expected = model.retrieve([{"history": [1], "request": {**tags, "slot": None}}], 5)
+        found = served.retrieve(asked, 5)
+        assert found[0].tolist() == expected[0].tolist()
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("user_data", [True, False])
 def test_users_have_their_features_in_a_version_without_user_data(
     user_data: bool, tmp_path: Path

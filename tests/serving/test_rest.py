@@ -21,6 +21,10 @@ SIGNATURES = {
     )
     for name, specs in {
         "serving_default": {"user_id": tf.TensorSpec([None], tf.int64)},
+        "timed": {
+            "timestamp": tf.TensorSpec([None], tf.float64),
+            "history_timestamps": tf.TensorSpec([None, None], tf.float64),
+        },
         "histories": {
             "user_id": tf.TensorSpec([None], tf.int64),
             "history": tf.TensorSpec([None, None], tf.int64),
@@ -191,6 +195,14 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
             "inputs.price.0: Input should be a valid number",
         ),
         (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
+        (
+            inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.7e9]]),
+            "'timestamp' takes seconds since 1970; divide milliseconds by 1,000. Received: 17000",
+        ),
+        (
+            inputs("timed", timestamp=[1.7e9], history_timestamps=[[1.7e9, 1.7e12]]),
+            "'history_timestamps' takes seconds since 1970",
+        ),
         (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
         (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
         (inputs("embed", **{**E, "price": [float("inf")]}), "takes finite float64 values"),

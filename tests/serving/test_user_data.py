@@ -68,7 +68,7 @@ def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: 
 def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: Path) -> None:
     """Of a model with an embedding of each user, which theirs has not been trained."""
     events = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
-    events["stage"] = np.where(events["user_id"] < 8, "clicked", "exposed")
+    events["stage"] = np.where(events["user_id"].between(1, 7), "clicked", "exposed")
     log = tp.Log.from_table(events)
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
     settings: dict[str, Any] = {"dim": 4, "use_user_id": True, "negatives": ["uniform:num=8"]}
@@ -82,3 +82,5 @@ def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: 
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     np.testing.assert_allclose(scores[2], scores[3], atol=1e-6)
     assert np.abs(scores[1] - scores[0]).max() > 1e-3
+    with pytest.raises(ValueError, match="use_user_id=False"):  # The first user is such a one.
+        export(model, tmp_path / "left_out", user_data=False)
