@@ -103,7 +103,7 @@ def test_another_kind_or_tower_is_another_text() -> None:
     model = TwoTower(negatives=["popularity", Flat(2)])
     assert model.settings.negatives == (Popularity(),)
     assert model.negatives == (Popularity(), Flat(2))
-    with pytest.raises(ConfigError, match=r"got Flat\(.*is no setting; .*TwoTower\(negatives="):
+    with pytest.raises(ConfigError, match=r"got Flat\(.*is a subclass.*TwoTower\(negatives="):
         TwoTowerSettings(negatives=(Flat(2),))
     assert describe_own([InBatch()], {"query_tower": None}, frame) == {
         "own_negatives": [],

@@ -19,7 +19,6 @@ from rich.text import Text
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
 from tfrs_pipeline.cli.flags import Command
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.model.features import MAX_VALUES
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.settings import ConfigError
 
@@ -110,6 +109,8 @@ class Query(OfModel):
         self, retriever: LoadedRetriever
     ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
         """Returns what to say of the question, ids and scores of the best items, and notes."""
+        from tfrs_pipeline.model.features import MAX_VALUES
+
         about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
         exclude = [retriever.parse_item_id(text) for text in self.exclude]
         allowed = None if self.filter is None else [list(self.filter)]
