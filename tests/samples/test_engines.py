@@ -119,7 +119,7 @@ def test_duckdb_and_spark_tell_of_the_same_long_requests(logs: tuple[Log, Log]) 
         notes.append([*describe_long_requests(restarting)])
         assert not [*describe_long_requests(log.events)]
     assert notes[0] == notes[1]
-    assert " last longer than a day, such as request_id 0 of user " in notes[0][0]
+    assert " last longer than a day, such as 0 of user " in notes[0][0]
 
 
 @pytest.mark.slow
