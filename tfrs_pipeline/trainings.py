@@ -220,6 +220,8 @@ def fit_baselines(
     """
     settings = config.evaluation
     is_by_time = data.split.kind == "time"
+    # As many users as choose the model's epoch.
+    validation = data.validation.sample(config.training.validation_users, config.seed)
     final = data.split.before_test if config.training.refit else data.split.train
     grids: dict[str, list[Any]] = {
         # Where the test is of later days, what was popular lately may be a better guess.
@@ -251,7 +253,7 @@ def fit_baselines(
             on_progress(f"{name}, choosing on validation", i, len(grid))
             measured = evaluate(
                 baseline.fit(data.split.train),
-                data.validation,
+                validation,
                 exclude=settings.exclude,
                 cutoffs=settings.cutoffs,
                 num_bootstrap=0,
