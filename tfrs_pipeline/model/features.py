@@ -238,15 +238,23 @@ class Feature:
         if self.kind == "hashed":
             # The bucket 0 is that of the mask.
             return tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")(raw)
-        if self.kind == "text":
-            raw = words_of(raw).to_tensor("")
-        codes = tf.zeros_like(raw, tf.int32)
-        if self.vocabulary:
-            codes = tf.cast(self._lookup(raw), tf.int32)
         if self.kind == "categorical":
-            return codes
-        known = tf.ragged.boolean_mask(codes, codes > 0)[:, : self.num_values]
-        return known.to_tensor(shape=[None, self.num_values])
+            return self._code(raw)
+        # Not padded before they are cut: one row may have very many words.
+        lists = words_of(raw) if self.kind == "text" else tf.RaggedTensor.from_tensor(raw)
+        codes = self._code(lists.values)
+        place = tf.where(codes > 0)[:, 0]
+        rows = tf.gather(lists.value_rowids(), place)
+        known = tf.RaggedTensor.from_value_rowids(
+            tf.gather(codes, place), rows, lists.nrows(), validate=False
+        )
+        return known[:, : self.num_values].to_tensor(shape=[None, self.num_values])
+
+    def _code(self, values: tf.Tensor) -> tf.Tensor:
+        """Looks up values, [n] string: int32, 0 where unknown."""
+        if not self.vocabulary:
+            return tf.zeros_like(values, tf.int32)
+        return tf.cast(self._lookup(values), tf.int32)
 
     def encode_column(self, column: Column) -> np.ndarray:
         """Encodes a column by `to_raw` and `encode`, in blocks of rows."""
