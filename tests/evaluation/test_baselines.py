@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import ibis
@@ -48,6 +49,13 @@ def test_interactions_refuse_what_does_not_fit() -> None:
         Interactions.from_rows(items, np.array([1, 1]), items.rows([10, 11]))
     with pytest.raises(ValueError, match="1 and 2 rows"):
         Interactions.from_rows(items, np.array([1]), np.array([1, 1]))
+
+
+def test_popularity_refuses_a_log_whose_items_lack_a_clicked_one() -> None:
+    log = Log.from_table(pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}))
+    lacking = replace(log, items=log.items.filter(log.items["item_id"] == 1))
+    with pytest.raises(ValueError, match="1 of 2 clicked items are items that are not candidates"):
+        MostPopular().fit(lacking)
 
 
 def test_popularity_ranks_by_users_and_breaks_ties_by_order() -> None:

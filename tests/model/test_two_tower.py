@@ -303,7 +303,7 @@ def test_what_texts_and_lists_lose_is_told() -> None:
     )
     notes = tiny(training={"max_epochs": 1}).fit(log).notes
     assert [note for note in notes if " feature " in note] == [
-        "text feature title: 3 of 9 rows have no word of two rows or more; of up to 65 the first "
+        "text feature title: 3 of 9 rows have no word that two rows share; of up to 65 the first "
         "64 count",
         "multi_categorical feature tags: of up to 20 the first 16 count",
     ]

@@ -68,7 +68,7 @@ class Log:
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
             `score`, `weight`, `part` (the log's own split) and context columns. Rows have no order
             of their own. Events of one user and `request_id` were asked for at one moment, that of
-            the first: no history shows one of them to another.
+            the first: in a log with an order no history shows one of them to another.
         items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
             `title`, if there is one, is what people are shown; `_listed`, if there is one, tells
             the items of the item table from those that were added to it from the events.

@@ -49,11 +49,7 @@ class Interactions:
                 "user_rows and item_rows must be columns of one table. "
                 f"Received: {len(user_rows)} and {len(item_rows)} rows."
             )
-        if num_unknown := np.count_nonzero(item_rows < 1):
-            raise ValueError(
-                f"{num_unknown} of {len(item_rows)} events are of items that are not candidates. "
-                "Drop them, or add the items."
-            )
+        _check_candidates(item_rows, "events are of items")
         shape = (int(user_rows.max(initial=-1)) + 1, len(items))
         matrix = _zero_one_matrix(user_rows, item_rows, shape)
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
@@ -75,9 +71,20 @@ def _items_of(log: Log) -> Ids:
 def _count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
     """Counts the users of each item among positives: [num_items] int64."""
     found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
+    rows = items.rows(found["item_id"].to_numpy())
+    _check_candidates(rows, "clicked items are items")
     counts = np.zeros(len(items), np.int64)
-    counts[items.rows(found["item_id"].to_numpy()) - 1] = found["num"].to_numpy()
+    counts[rows - 1] = found["num"].to_numpy()
     return counts
+
+
+def _check_candidates(item_rows: np.ndarray, what: str) -> None:
+    """Refuses (`ValueError`) rows of items that are not in the corpus, which are 0."""
+    if num_unknown := np.count_nonzero(item_rows < 1):
+        raise ValueError(
+            f"{num_unknown} of {len(item_rows)} {what} that are not candidates. "
+            "Drop them, or add the items."
+        )
 
 
 def _latest(positives: ibis.Table, share: float) -> ibis.Table:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Longest list, and longest text in words, that is kept.
+# Most known values of a list, and most known words of a text, that are kept.
 MAX_VALUES: dict[FeatureKind, int] = {"multi_categorical": 16, "text": 64}
 MAX_BUCKETS = 32
 MAX_DEVIATIONS = 10.0
@@ -173,7 +173,7 @@ class Feature:
         vocabulary = tuple(sorted(value for value, count in counts.items() if count >= min_count))
         most = MAX_VALUES.get(kind, 1) if max_values is None else max_values
         # No fewer than most lists have, so that longer ones than these can come later.
-        num_values = min(max(longest, MAX_VALUES["multi_categorical"]), most)
+        num_values = max(1, min(max(longest, MAX_VALUES["multi_categorical"]), most))
         return cls(name, kind, vocabulary, num_values, longest=longest)
 
     @classmethod

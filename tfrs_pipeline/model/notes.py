@@ -103,7 +103,7 @@ def describe_features(corpus: Corpus) -> list[str]:
         for feature in features:
             if feature.kind not in MAX_VALUES:
                 continue
-            what = "word of two rows or more" if feature.kind == "text" else "value"
+            what = "word that two rows share" if feature.kind == "text" else "value"
             codes, parts = columns[feature.name], []
             if num_without := int(np.count_nonzero(~codes.any(axis=1))):
                 parts.append(f"{num_without:,} of {counted(len(codes), 'row')} have no {what}")

@@ -272,9 +272,8 @@ class TwoTower:
         warm_start = _trained(warm_start)
         with self._unchanged_on_failure(), naming_lost_workers():
             self._log, self.corpus = log, data.corpus
-            if (
-                warm_start is not None
-            ):  # What is later in this log may be known from an earlier one.
+            # What is later in this log may be known from an earlier one.
+            if warm_start is not None:
                 self.corpus = dataclasses.replace(data.corpus, is_later=None)
             vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
             tf.keras.utils.set_random_seed(self.seed)

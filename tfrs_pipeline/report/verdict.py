@@ -15,8 +15,8 @@ from tfrs_pipeline.messages import counted
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
 # Numbers a feature beyond which no more are suggested: docs/guides/new_items.md.
-_NOT_EMBEDDED = {"numeric", "timestamp"}
 _LARGE_FEATURE_DIM = 32
+_NOT_EMBEDDED = {"numeric", "timestamp"}  # Kinds that model.feature_dim is nothing to.
 # Of what is new to a model, a share that its numbers are mostly about.
 _MANY_NEW = 0.3
 # Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
