@@ -34,11 +34,11 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
-from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run import RunResult, run
-from tfrs_pipeline.run_data import StepReport, Steps, prepare
+from tfrs_pipeline.run_data import StepReport, Steps, final_part, prepare
 from tfrs_pipeline.run_folder import find_version
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
@@ -224,6 +224,19 @@ def test_the_report_counts_the_funnel_as_a_loop_counts_it(of_stages: Finished) -
     assert {id_: facts.titles[id_] for id_ in shown} == {id_: titles[id_] for id_ in shown}
 
 
+def test_popularity_is_counted_where_the_model_was_trained(finished: Finished) -> None:
+    parts = ["train", "validation"] if finished.config.training.refit else ["train"]
+    rows = split_of(finished.folder).events.to_pyarrow().to_pylist()
+    clicks = Counter(
+        row["item_id"] for row in rows if row["part"] in parts and row["stage"] == "clicked"
+    )
+    slices = popularity_slices(
+        np.array([clicks[item_id(i, finished.ids)] for i in range(NUM_ITEMS)])
+    )
+    for part, of_part in finished.metrics["models"]["two_tower"]["slices"].items():
+        assert of_part["num_candidates"] == slices[part].sum()
+
+
 def test_differences_are_the_paired_ones(of_stages: Finished) -> None:
     metrics = of_stages.metrics
     reference, *others = metrics["models"]
@@ -372,11 +385,12 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
 
 
 def test_the_export_answers_as_it_was_evaluated(finished: Finished) -> None:
-    kind = finished.metrics["index"]["kind"]
+    kind, split = finished.metrics["index"]["kind"], split_of(finished.folder)
+    queries = split.holdout("test", trained_on=final_part(finished.config, split))
     for exact in {False, kind == "scann"}:
         result = evaluate(
             load(finished.export_folder, exact=exact),
-            finished.holdout("test"),
+            queries,
             exclude=finished.config.evaluation.exclude,
             cutoffs=finished.config.evaluation.cutoffs,
             seed=finished.config.seed,

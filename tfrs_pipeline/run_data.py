@@ -117,14 +117,21 @@ def prepare(
             min_positives=config.training.min_positives,
         )
         selection = final = build(split.train, samples / "selection")
-        if config.training.refit and split.before_test is not split.train:
+        if final_part(config, split) is not split.train:
             final = build(split.before_test, samples / "final")
         report.notes = describe_samples(final.report)
     validation = split.holdout("validation", config.training.validation_users, config.seed)
-    test = split.holdout("test", config.evaluation.max_users, config.seed)
+    test = split.holdout(
+        "test", config.evaluation.max_users, config.seed, trained_on=final_part(config, split)
+    )
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
     return RunData(split, selection, final, validation, test)
+
+
+def final_part(config: RunConfig, split: Split[Log]) -> Log:
+    """Returns what the models that are tested have been trained on."""
+    return split.before_test if config.training.refit else split.train
 
 
 def connect_engine(config: DataConfig) -> Any:

@@ -23,7 +23,7 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_data import RunData
+from tfrs_pipeline.run_data import RunData, final_part
 from tfrs_pipeline.run_folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
 
@@ -222,7 +222,7 @@ def fit_baselines(
     is_by_time = data.split.kind == "time"
     # As many users as choose the model's epoch.
     validation = data.validation.sample(config.training.validation_users, config.seed)
-    final = data.split.before_test if config.training.refit else data.split.train
+    final = final_part(config, data.split)
     grids: dict[str, list[Any]] = {
         # Where the test is of later days, what was popular lately may be a better guess.
         "popularity": [MostPopular(latest=x) for x in (_LATEST if is_by_time else (1.0,))],

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from tfrs_pipeline.data.holdout import EvaluationPart
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
 
@@ -154,7 +155,7 @@ def test_nothing_after_a_users_cut_reaches_train_or_a_history(
 
 
 def check_holdout_by_a_loop(
-    rows: list[Event], split: Split, assigned: dict[int, str], part: str
+    rows: list[Event], split: Split, assigned: dict[int, str], part: EvaluationPart
 ) -> None:
     expected = {}
     for user, numbers in by_user(rows).items():
@@ -189,6 +190,11 @@ def check_holdout_by_a_loop(
     trained = [rows[n][1] for n, of in assigned.items() if of in trains and rows[n][3] == "clicked"]
     assert holdout.candidate_ids.tolist() == sorted({row[1] for row in rows})
     assert holdout.candidate_counts.tolist() == [trained.count(i) for i in holdout.candidate_ids]
+    train_alone = split.holdout(part, trained_on=split.train).candidate_counts
+    trained = [
+        rows[n][1] for n, of in assigned.items() if of == "train" and rows[n][3] == "clicked"
+    ]
+    assert train_alone.tolist() == [trained.count(i) for i in holdout.candidate_ids]
 
 
 def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:

@@ -39,7 +39,7 @@ class Holdout:
         clicked: Per query, the distinct item ids of `histories`.
         seen: Per query, the distinct item ids clicked or exposed before the cut.
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
-        candidate_counts: [num_candidates] int64 training positives before the cut.
+        candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
         num_sampled_from: Of a sample, how many queries it was drawn from; else None.
         requests: Per query, the raw request features by name: those of the request that brought the
             first of the positives to find, since that is the one which is asked about. None in a

@@ -59,22 +59,36 @@ class Split(Generic[LogT]):
 
     @functools.cached_property
     def test(self) -> Holdout:
-        """What the test part asks. A `DataError` if it holds no positive."""
+        """What the test part asks. A `DataError` if it holds no positive.
+
+        Its training positives are those of `before_test`; of a model that has seen less, ask
+        `holdout("test", trained_on=split.train)`.
+        """
         return self.holdout("test")
 
     def holdout(
-        self, part: EvaluationPart, max_queries: int | None = None, seed: int = 0
+        self,
+        part: EvaluationPart,
+        max_queries: int | None = None,
+        seed: int = 0,
+        *,
+        trained_on: LogT | None = None,
     ) -> Holdout:
         """What a part asks, of `max_queries` users at most, drawn at random; None is all.
 
+        `trained_on` is the log whose positives are the training positives: those that cut head,
+        torso and tail, and without which an item to find is new. None is all that may train a model
+        for the part: `train` for validation, `before_test` for the test.
+
         Only the events of those drawn leave the engine. A `DataError` if there is no positive.
         """
-        training = self.train if part == "validation" else self.before_test
+        if trained_on is None:
+            trained_on = self.train if part == "validation" else self.before_test
         return make_holdout(
             self.events,
             part,
             self.log.items,
-            training.events,
+            trained_on.events,
             request_features=self.log.request_features,
             max_queries=max_queries,
             seed=seed,

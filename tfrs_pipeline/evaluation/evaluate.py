@@ -39,8 +39,9 @@ def evaluate(
     Args:
         retrievers: Anything that retrieves over these candidates, or several of them by name, the
             one to compare the others with first. One alone is named by its class.
-        holdout: Histories, relevant items, and the corpus: `Log.split` makes it. Of very many
-            queries, a `Holdout.sample` says as much in less time.
+        holdout: Histories, relevant items, the corpus and its training counts, for the test those
+            of train and validation unless told otherwise: `Log.split` makes it (`Split.holdout`).
+            Of very many queries, a `Holdout.sample` says as much in less time.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
         num_bootstrap: Resamples for the intervals; 0 gives means alone.
