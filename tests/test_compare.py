@@ -273,7 +273,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
             met_before.add(key)
     place = {id_: i for i, id_ in enumerate(test.candidate_ids.tolist())}
     scores = model.query_embeddings(test.as_queries()) @ model.network.embed_corpus().T
-    for column, stage in (("auc_exposed", 3), ("auc_rank_losers", 1)):
+    for column, stage in (("auc_corpus", None), ("auc_exposed", 3), ("auc_rank_losers", 1)):
         values = []
         for i, user in enumerate(test.user_ids.tolist()):
             known = set(test.clicked[i].tolist())
@@ -283,6 +283,9 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
                 for (who, item), reached in furthest.items()
                 if who == user and reached == stage and (who, item) not in met_before
             ]
+            if stage is None:  # Of 400 items all are compared, but those of the user's own events.
+                met = {item for who, item in furthest if who == user}
+                negatives = [row for item, row in place.items() if item not in met]
             if positives and negatives:
                 labels = [1] * len(positives) + [0] * len(negatives)
                 values.append(roc_auc_score(labels, scores[i, positives + negatives]))

@@ -21,7 +21,7 @@ from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.outcomes import items_by_stage
+from tfrs_pipeline.data.outcomes import items_by_stage, items_met
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.drawing import finish
 from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
@@ -47,7 +47,7 @@ NUM_HARD = 8
 # Of the corpus, drawn uniformly, that positives are compared with in the AUC.
 NUM_CORPUS_ITEMS = 1000
 # Column -> stage of the items that positives are compared with: of those that the user met in the
-# test part alone. "auc_corpus" compares them with what the user has neither seen nor clicked.
+# test part alone. "auc_corpus" compares them with items of which the user has no event at all.
 AUC_STAGES: dict[str, Stage] = {
     "auc_pre_rank_losers": Stage.RETRIEVED,
     "auc_rank_losers": Stage.PRE_RANKED,
@@ -300,22 +300,19 @@ def _auc_rows(
     """Finds rows of each test query: its positives, and by AUC column their rivals."""
     test = data.test
     ids = Ids(test.candidate_ids)
-    relevant, seen = (
-        [ids.known_rows(items) for items in lists] for lists in (test.relevant, test.seen)
-    )
-    positives = relevant
+    positives = [ids.known_rows(items) for items in test.relevant]
     # As the ranking: what it excludes is not to be found, here either.
     if (excluded := test.excluded(config.evaluation.exclude)) is not None:
         rows = (ids.known_rows(items) for items in excluded)
-        positives = [np.setdiff1d(a, b) for a, b in zip(relevant, rows, strict=True)]
-    met = [np.union1d(a, b) for a, b in zip(seen, relevant, strict=True)]
-    others = {"auc_corpus": draw_corpus_rows(len(ids), met, NUM_CORPUS_ITEMS, config.seed)}
-    of_stages = items_by_stage(data.split.events, "test", test.user_ids, [*AUC_STAGES.values()])
+        positives = [np.setdiff1d(a, b) for a, b in zip(positives, rows, strict=True)]
+    events, drawn = data.split.events, draw_corpus_rows(len(ids), NUM_CORPUS_ITEMS, config.seed)
+    of_drawn = events.filter(events["item_id"].isin(ids.take(drawn).tolist()))
+    met = items_met(of_drawn, test.user_ids)
+    others = {"auc_corpus": [np.setdiff1d(drawn, ids.rows(items)) for items in met]}
+    of_stages = items_by_stage(events, "test", test.user_ids, [*AUC_STAGES.values()])
     for name, stage in AUC_STAGES.items():
-        found = [ids.known_rows(items) for items in of_stages[stage]]
-        if any(map(len, found)):
-            others[name] = found
-    return positives, others
+        others[name] = [ids.known_rows(items) for items in of_stages[stage]]
+    return positives, {name: rows for name, rows in others.items() if any(map(len, rows))}
 
 
 def _max_epochs(config: RunConfig, num_samples: int) -> int:

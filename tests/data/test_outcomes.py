@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tfrs_pipeline.data.outcomes import items_by_stage
+from tfrs_pipeline.data.outcomes import items_by_stage, items_met
 from tfrs_pipeline.data.schema import Stage
 
 
@@ -38,3 +38,6 @@ def test_equals_a_slow_loop(ids: str) -> None:
                     expected.add(item)
             assert got.tolist() == sorted(expected)
     assert sum(map(len, found[Stage.EXPOSED])) > 0
+    for user, got in zip(asked.tolist(), items_met(split, asked), strict=True):
+        of_user = {i for u, i in zip(table["user_id"], table["item_id"], strict=True) if u == user}
+        assert got.tolist() == sorted(of_user)

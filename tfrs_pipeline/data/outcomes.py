@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import ibis
 import numpy as np
+import pyarrow as pa
 
 from tfrs_pipeline.data.schema import Stage
 
@@ -28,20 +29,25 @@ def items_by_stage(
         .agg(rank=lambda t: t["rank"].max(), is_alone=lambda t: t["is_in_part"].all())
     )
     wanted = [_ORDER[stage.value] for stage in stages]
-    pairs = (
-        furthest.filter(furthest["is_alone"] & furthest["rank"].isin(wanted))
-        .order_by(["user_id", "item_id"])
-        .select("user_id", "item_id", "rank")
-        .to_pyarrow()
-    )
-    users = pairs["user_id"].to_numpy(zero_copy_only=False)
-    items = pairs["item_id"].to_numpy(zero_copy_only=False)
+    pairs = furthest.filter(furthest["is_alone"] & furthest["rank"].isin(wanted)).to_pyarrow()
     ranks = pairs["rank"].to_numpy(zero_copy_only=False)
-    result = {}
-    for stage in stages:
-        is_stage = ranks == _ORDER[stage.value]
-        of_stage, ids = users[is_stage], items[is_stage]
-        starts = np.searchsorted(of_stage, user_ids, side="left")
-        ends = np.searchsorted(of_stage, user_ids, side="right")
-        result[stage] = [ids[a:b] for a, b in zip(starts, ends, strict=True)]
-    return result
+    return {
+        stage: _by_user(pairs.filter(ranks == _ORDER[stage.value]), user_ids) for stage in stages
+    }
+
+
+def items_met(events: ibis.Table, user_ids: np.ndarray) -> list[np.ndarray]:
+    """Collects the items of each user's events, of any stage: those of retrieval are met, too.
+
+    Per user, in the order of `user_ids`, the item ids are distinct and ascending.
+    """
+    return _by_user(events.select("user_id", "item_id").distinct().to_pyarrow(), user_ids)
+
+
+def _by_user(pairs: pa.Table, user_ids: np.ndarray) -> list[np.ndarray]:
+    """Parts the items of distinct pairs of user_id and item_id by user, ascending."""
+    pairs = pairs.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
+    users, items = (pairs[x].to_numpy(zero_copy_only=False) for x in ("user_id", "item_id"))
+    starts = np.searchsorted(users, user_ids, side="left")
+    ends = np.searchsorted(users, user_ids, side="right")
+    return [items[a:b] for a, b in zip(starts, ends, strict=True)]

@@ -62,17 +62,12 @@ def auc_per_query(
     return np.array(values)
 
 
-def draw_corpus_rows(
-    num_candidates: int, excluded: Sequence[np.ndarray], num_drawn: int, seed: int
-) -> list[np.ndarray]:
-    """Draws, uniformly, items of the corpus to compare each query's positives with.
+def draw_corpus_rows(num_candidates: int, num_drawn: int, seed: int) -> np.ndarray:
+    """Draws, uniformly, items of the corpus to compare the positives of all queries with.
 
-    The same `num_drawn` distinct rows, from 1, are drawn for all queries, the whole corpus if it
-    holds no more. Returns, per query, those that it does not exclude (positives, exposed items),
-    ascending.
+    Returns `num_drawn` distinct rows, from 1, ascending: the whole corpus if it holds no more.
     """
+    if num_drawn >= num_candidates:
+        return np.arange(1, num_candidates + 1)
     rng = np.random.default_rng(seed)
-    drawn = np.arange(1, num_candidates + 1)
-    if num_drawn < num_candidates:
-        drawn = np.sort(rng.choice(num_candidates, num_drawn, replace=False)) + 1
-    return [np.setdiff1d(drawn, rows) for rows in excluded]
+    return np.sort(rng.choice(num_candidates, num_drawn, replace=False)) + 1
