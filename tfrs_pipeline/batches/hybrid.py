@@ -130,6 +130,14 @@ class HybridBatches:
         self._hard.set_pool(name, pool)
 
     @property
+    def num_unreachable(self) -> int:
+        """Candidates that no kind can draw, without those that came later and do not count."""
+        is_never = self.expected_count[1:] <= 0
+        if self.samples.is_later is not None:
+            is_never &= ~self.samples.is_later[1:]
+        return int(is_never.sum())
+
+    @property
     def mean_hard_share(self) -> float:
         """Mean of f over the samples as they are drawn: it is 0 where a sample has no pool."""
         if self._hard is None:

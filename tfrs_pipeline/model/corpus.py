@@ -60,7 +60,7 @@ class Corpus:
         if "timestamp" in log.events.columns:
             end = log.events["timestamp"].max().to_pyarrow().as_py()
         items, users = log.items.order_by("item_id"), log.users.order_by("user_id")
-        is_later = _is_later(log, candidate_ids)
+        is_later = later_rows(log, candidate_ids)
         is_there = None if is_later is None else ~is_later[1:]
         candidate_features, candidate_columns = _encode(items, log.item_features, end, is_there)
         query_features, query_columns = _encode(users, log.user_features, end)
@@ -85,8 +85,8 @@ class Corpus:
         )
 
 
-def _is_later(log: Log, candidate_ids: Ids) -> np.ndarray | None:
-    """Marks the rows of the items that came later; None if there are none."""
+def later_rows(log: Log, candidate_ids: Ids) -> np.ndarray | None:
+    """Marks the rows of a log's `later_items`: [1 + items] bool; None if there are none."""
     if log.later_items is None:
         return None
     later = as_id_array(log.later_items["item_id"].to_pyarrow().to_pylist())

@@ -58,11 +58,7 @@ def describe_sample(validation: Holdout | None) -> list[str]:
 
 def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
     """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
-    is_later = batches.samples.is_later
-    is_never = batches.expected_count[1:] <= 0
-    if is_later is not None:
-        is_never = is_never & ~is_later[1:]
-    unreachable = int(is_never.sum())
+    is_later, unreachable = batches.samples.is_later, batches.num_unreachable
     verb = "is" if unreachable == 1 else "are"
     never = f"{counted(unreachable, 'item')} {verb} never drawn as negatives"
     notes = [never] if unreachable else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.evaluate import popularity_slices
 from tfrs_pipeline.evaluation.metrics import QUERY_METRICS, SET_METRICS
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.corpus import later_rows
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -37,7 +39,7 @@ from tfrs_pipeline.report.verdict import (
 )
 from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
-from tfrs_pipeline.samples.store import read_samples
+from tfrs_pipeline.samples.store import read_ids, read_samples
 
 REPORT_FILE = "report.html"
 DROPPED = "dropped"
@@ -241,12 +243,15 @@ def gather_facts(folder: Path) -> RunFacts:
     config = read_settings(folder)
     metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
-    split = Split.read(log, folder / "data" / "split.parquet").events
+    split = Split.read(log, folder / "data" / "split.parquet")
     # Without a second training there are no other samples.
-    final, selection = (folder / "samples" / name for name in ("final", "selection"))
-    samples_folder = final if final.is_dir() else selection
+    trained_on, samples_folder = split.before_test, folder / "samples" / "final"
+    if not samples_folder.is_dir():
+        trained_on, samples_folder = split.train, folder / "samples" / "selection"
+    is_later = later_rows(trained_on, read_ids(samples_folder)[0])
+    samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
     model = TwoTower(config.model, training=config.training, seed=config.seed)
-    batches = model.batches(read_samples(samples_folder))
+    batches = model.batches(samples)
     return RunFacts(
         folder=str(folder),
         config=config,
@@ -254,8 +259,8 @@ def gather_facts(folder: Path) -> RunFacts:
         table_sizes=log.counts(),
         dropped=log.dropped,
         log_notes=log.notes,
-        events_by_stage=_events_by_stage(log.events, split),
-        items_by_part=_items_by_part(split),
+        events_by_stage=_events_by_stage(log.events, split.events),
+        items_by_part=_items_by_part(split.events),
         samples=read_record(samples_folder / "report.json"),
         masked_shares=batches.masked_shares(),
         mean_hard_share=None if isinstance(config.model.hard, Mined) else batches.mean_hard_share,
@@ -312,7 +317,7 @@ def _popularity(batches: HybridBatches) -> PopularityFacts:
         before=positive_probability(frame.counts)[1:],
         after=batches.positive_share[1:],
         negatives={name: count[1:] / count.sum() for name, count in expected.items()},
-        num_unreachable=int((batches.expected_count[1:] <= 0).sum()),
+        num_unreachable=batches.num_unreachable,
     )
 
 
