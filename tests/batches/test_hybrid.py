@@ -157,6 +157,29 @@ def test_corrections_and_hard_draws_are_those_of_the_sample(
     assert len(cases) == 4
 
 
+@pytest.mark.parametrize("num_later", [0, 40])
+def test_the_hard_share_is_one_of_the_items_that_may_be_negatives(num_later: int) -> None:
+    """With equal scores, a row's weights of both sums are those of the items behind them."""
+    is_later = np.arange(NUM_CANDIDATES + num_later + 1) > NUM_CANDIDATES
+    samples = dataclasses.replace(
+        SAMPLES,
+        counts=np.concatenate([SAMPLES.counts, np.zeros(num_later, int)]),
+        is_later=is_later if num_later else None,
+    )
+    batches = make_batches(samples=samples, negatives=[Uniform(80)], hard=HARD)
+    easy_over_expected = []
+    for batch in batch_list(batches, 200):
+        has_hard = batch["hard_share"] > 0
+        hard = (np.exp(-batch["hard_log_q"]) * batch["hard_is_counted"]).sum(axis=1)
+        np.testing.assert_allclose(hard[has_hard], F * NUM_CANDIDATES, rtol=1e-5)
+        easy = (np.exp(-batch["log_q"]) * batch["is_counted"]).sum(axis=1)
+        num_left = [NUM_CANDIDATES - len(forbidden(SAMPLES, row)) for row in batch["query_row"]]
+        easy_over_expected.append((easy / ((1 - F) * np.array(num_left)))[has_hard].mean())
+    # The steps are independent draws.
+    standard_error = np.std(easy_over_expected) / np.sqrt(200)
+    assert abs(np.mean(easy_over_expected) - 1) < 4 * standard_error < 0.05
+
+
 def test_an_estimated_frequency_leaves_the_parts_of_n() -> None:
     for negatives, draws in ((MIXTURE, BATCH_SIZE - 1), (MIXTURE[1:], 0)):
         batches = make_batches(negatives=negatives, estimates_frequency=True, hard=HARD)

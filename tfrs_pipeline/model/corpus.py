@@ -180,8 +180,7 @@ class TrainingSet:
         never = np.diff(samples.known_positives.offsets)[users]
         if not (isinstance(hard, FunnelLosers) and "exposed" in hard.stages):
             never = never + np.diff(samples.exposed.offsets)[users]
-        num_later = 0 if samples.is_later is None else samples.is_later.sum()
-        if (never >= len(samples.counts) - 1 - num_later).all():
+        if (never >= samples.num_negatives).all():
             raise DataError(
                 "No item is anyone's negative, so that there is nothing to train on: every user of "
                 "the training part who clicked anything clicked or saw every item. Give the log "

@@ -1,7 +1,8 @@
 """log_q of every column of a batch: what each sampled negative weighs.
 
-The loss of one positive c+ of query x, with corpus size V, excluded items E(x) (c+ itself, the
-other known positives, the exposed items), hard share f and pool shares w_k, aims at
+The loss of one positive c+ of query x, with corpus size V (items that came later are left out),
+excluded items E(x) (c+ itself, the other known positives, the exposed items), hard share f and pool
+shares w_k, aims at
 
     -s(x, c+) + log( exp s(x, c+) + (1-f) * sum over c not in E(x) of exp s(x, c)
                      + f * V * sum_k w_k * mean over h in hard_k(x) of exp s(x, h) ).
