@@ -81,6 +81,14 @@ def test_popularity_of_late_counts_the_last_positives_first() -> None:
     assert ids.tolist() != MostPopular().fit(log).retrieve([{}], 30)[0].tolist()
 
 
+@pytest.mark.parametrize(("share", "num_latest"), [(0.07, 7), (0.071, 8), (1e-12, 1)])
+def test_popularity_of_late_does_not_round_float_noise_up(share: float, num_latest: int) -> None:
+    times = pd.to_datetime(10**9 + np.arange(100), unit="s", utc=True)
+    events = pd.DataFrame({"user_id": range(100), "item_id": range(100), "timestamp": times})
+    _, scores = MostPopular(latest=share).fit(Log.from_table(events)).retrieve([{}], 100)
+    assert np.count_nonzero(scores >= 1) == num_latest
+
+
 def test_popularity_of_late_needs_times() -> None:
     clicks = {"user_id": [1, 1], "item_id": [1, 2]}
     with pytest.raises(ValueError, match="timestamps, and the log has none"):

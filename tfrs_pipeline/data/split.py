@@ -171,8 +171,8 @@ def split_held_out_users(
         )
     users = counted.select("user_id").distinct()
     num_users = count_rows(users)
-    num_test = math.ceil(test * num_users - _CEIL_SLACK)
-    num_held_out = num_test + math.ceil(validation * num_users - _CEIL_SLACK)
+    num_test = num_in_share(test, num_users)
+    num_held_out = num_test + num_in_share(validation, num_users)
     drawn = ibis.window(order_by=[random_key(users["user_id"], seed=seed), users["user_id"]])
     place = ibis.row_number().over(drawn)
     role = ibis.cases(
@@ -233,8 +233,8 @@ def _time_cuts(
     _check_shares(validation_share, test_share)
     times = events.filter(is_positive).select("timestamp")
     num_positives, time_of = in_order(times)
-    num_test = math.ceil(test_share * num_positives - _CEIL_SLACK)
-    num_validation = math.ceil(validation_share * num_positives - _CEIL_SLACK)
+    num_test = num_in_share(test_share, num_positives)
+    num_validation = num_in_share(validation_share, num_positives)
     first_test = num_positives - num_test
     first_validation = first_test - num_validation
     if first_validation < 1:
@@ -304,6 +304,11 @@ def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -
     )
     # A user without positives has nothing to train on and nothing to find.
     return counted.filter(counted["_num_positives"] >= max(min_positives, 1))
+
+
+def num_in_share(share: float, num: int) -> int:
+    """Counts a share of a number of things as `round_up` does."""
+    return math.ceil(share * num - _CEIL_SLACK)
 
 
 def round_up(value: ir.NumericValue) -> ir.IntegerValue:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
-from tfrs_pipeline.data.split import in_order
+from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 from tfrs_pipeline.samples.positives import Positives
@@ -97,7 +96,8 @@ def _latest(positives: ibis.Table, share: float) -> ibis.Table:
     num, time_of = in_order(positives.select("timestamp"))
     if not num:
         return positives
-    return positives.filter(positives["timestamp"] >= time_of(num - math.ceil(share * num)))
+    num_latest = max(1, num_in_share(share, num))
+    return positives.filter(positives["timestamp"] >= time_of(num - num_latest))
 
 
 @dataclass(eq=False)
