@@ -370,6 +370,8 @@ def test_budget_in_steps_and_seconds(
     settings = {"compare.plans": ["mixed"], "compare.max_steps": None, "compare.max_seconds": 1e-3}
     seconds = compare(with_settings(config, settings), tmp_path / "run")
     assert epochs_of(seconds.folder, "mixed") == ["epoch-1"]
+    assert seconds.notes == ["mixed: stopped by compare.max_seconds after 1 of 9 epochs"]
+    assert "Mixed: stopped by compare.max_seconds" in (seconds.folder / "comparison.md").read_text()
 
 
 def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> None:

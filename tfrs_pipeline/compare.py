@@ -125,13 +125,14 @@ def prepare_plans(
 def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
     data, plans, notes = prepare_plans(config, folder, step)
     positives, others = _auc_rows(config, data)
+    max_epochs = _max_epochs(config, len(data.selection.samples))
     measured: dict[str, _Measured] = {}
     for name, plan in plans.items():
         with step(name) as report:
             model = train_and_refit(
                 with_settings(config, plan),
                 data,
-                max_epochs=_max_epochs(config, len(data.selection.samples)),
+                max_epochs=max_epochs,
                 max_seconds=config.compare.max_seconds,
                 folder=folder / "plans" / name / "checkpoints",
                 name=name,
@@ -146,8 +147,9 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
                 for column, rows in others.items()
             }
             measured[name] = _Measured(result.summary(), per_query, model.result)
-            report.notes = model.notes
-            notes += [f"{name}: {x}" for x in model.notes if x.startswith("no hard negatives")]
+            report.notes = _about_time(model.result, config, max_epochs) + model.notes
+            told = ("stopped by compare.max_seconds", "no hard negatives")
+            notes += [f"{name}: {x}" for x in report.notes if x.startswith(told)]
     return _write(_rows(measured, config), config, notes, plans, folder)
 
 
@@ -321,6 +323,14 @@ def _max_epochs(config: RunConfig, num_samples: int) -> int:
         return config.training.max_epochs
     steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
     return math.ceil(config.compare.max_steps / steps_per_epoch)
+
+
+def _about_time(result: TrainingResult, config: RunConfig, max_epochs: int) -> list[str]:
+    """Says that the time of a plan was over: neither patience nor its last epoch has ended it."""
+    waited = result.num_epochs - result.best_epoch
+    if result.num_epochs == max_epochs or waited >= config.training.patience:
+        return []
+    return [f"stopped by compare.max_seconds after {result.num_epochs} of {max_epochs} epochs"]
 
 
 def _per_query(result: EvaluationResult, test: Holdout, longest: int) -> dict[str, np.ndarray]:

@@ -109,7 +109,8 @@ class CompareConfig(Config):
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
     max_seconds: PositiveFloat | None = None
-    """Budget of a plan in seconds, after which no epoch is begun."""
+    """Budget of a plan in seconds from its first step on, after which no epoch is begun. Seconds
+    depend on what else the machine does and are fair only roughly; max_steps is exact."""
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,8 +221,25 @@ def test_no_epoch_is_begun_once_the_time_is_over(run: Run, tmp_path: Path) -> No
     assert len(result.history["loss"]) == 1
     assert result.seconds > 0
     # Earlier parts of a resumed run count.
-    _, result = run(folder=tmp_path, max_seconds=result.seconds / 2)
+    _, result = run(folder=tmp_path, max_seconds=1e-9)
     assert len(result.history["loss"]) == 1
+
+
+def test_the_time_before_the_first_step_is_over_does_not_count(run: Run, tmp_path: Path) -> None:
+    """A stopped training starts and traces again, which does not count again either."""
+
+    def slow_start(epoch_first: int) -> tf.keras.callbacks.Callback:
+        return tf.keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: time.sleep(2.0 * (epoch == epoch_first))
+        )
+
+    with pytest.raises(Stopped):
+        run(folder=tmp_path, stop_after=1, callbacks=[slow_start(0)])
+    _, result = run(folder=tmp_path, max_epochs=2, callbacks=[slow_start(1)])
+    assert 0 < result.seconds < 2
+    # What comes after it does: an epoch later than the first of this part.
+    _, result = run(folder=tmp_path, max_epochs=4, callbacks=[slow_start(3)])
+    assert result.seconds > 2
 
 
 def test_what_goes_wrong_is_said(run: Run, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class PlanRow:
         differences: The same names -> paired difference from the reference; empty for itself.
         summary: `EvaluationResult.summary()`.
         num_epochs: Chosen on validation, in `seconds`, validation included.
-        seconds: Wall time.
+        seconds: Wall time from the first step on.
     """
 
     name: str

@@ -38,7 +38,9 @@ class TrainingResult:
     Args:
         history: Per logged name, one value an epoch.
         best_epoch: Epochs after which the kept weights were reached, counted from 1.
-        seconds: Wall time, validation included, earlier parts of a resumed run included.
+        seconds: Wall time from the end of the first step on, validation and earlier parts of a
+            resumed run included. What precedes it is left out: the first training of a process
+            would pay for TensorFlow's start.
         resumed_after: Epochs that an earlier process had done.
     """
 
@@ -85,8 +87,8 @@ def train(
         max_epochs: Epochs at most, exactly without validation; None is the settings' number.
         validate: Measures the network as it is: metrics by name, such as "ndcg@100". None trains
             all epochs and keeps the last weights.
-        max_seconds: No epoch is begun once training has taken this long, validation and earlier
-            parts of a resumed run included.
+        max_seconds: No epoch is begun once training has taken this long, as
+            `TrainingResult.seconds` counts.
         mining: Prepares the batches before the first epoch and every few epochs from then on.
         warm_start: What the first epoch begins with, instead of the network as it is.
         folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
@@ -187,6 +189,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     With `saves_all` every epoch is saved there, so that a stopped training can go on from it.
     """
 
+    _supports_tf_logs = True  # Keras need not fetch the loss of each step, which is not read.
+
     def __init__(
         self,
         settings: TrainingSettings,
@@ -232,8 +236,11 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         waited = so_far.num_epochs - so_far.best_epoch
         return self._validate is not None and waited >= self._settings.patience
 
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+        self._started = self._started or time.monotonic()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        logs = dict(logs or {})
+        logs = {name: float(value) for name, value in (logs or {}).items()}
         if not math.isfinite(logs["loss"]):
             raise ValueError(
                 f"The loss is {logs['loss']} after epoch {epoch + 1}: training has diverged. Lower "
@@ -260,8 +267,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
                 f"Cannot monitor {monitor!r}: validation measures {list(metrics)}. Add "
                 "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
             )
-        logs = logs | {f"val_{name}": value for name, value in metrics.items()}
-        return {name: float(value) for name, value in logs.items()}
+        return logs | {f"val_{name}": float(value) for name, value in metrics.items()}
 
     def keep_best(self, network: TwoTowerNetwork) -> None:
         result = self.result
@@ -271,7 +277,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             _read_checkpoint(network, self._path(result.best_epoch))
 
     def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
-        """Loads the last saved epoch that is whole, and starts the clock.
+        """Loads the last saved epoch that is whole; the clock starts after the next step.
 
         Returns its number, 0 if there is none.
         """
@@ -282,7 +288,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             self.history, self._seconds_before = state["history"], state["seconds"]
             _read_checkpoint(network, self._path(epoch))
         self.is_over = on_chief(self._has_ended)
-        self._resumed_after, self._started = epoch, time.monotonic()
+        self._resumed_after = epoch
         return epoch
 
     def _last_whole(self, mining: MinedPools | None) -> int:
