@@ -157,6 +157,13 @@ def test_a_folder_without_the_files_or_with_broken_ones(tmp_path: Path) -> None:
         load_movielens_100k(tmp_path)
 
 
+def test_a_user_without_an_age_is_of_no_age_group(tmp_path: Path) -> None:
+    write_grouplens(tmp_path)
+    (tmp_path / "u.user").write_text("7||F|none|T8H1N\n8|17|M|student|10003\n")
+    _, _, users = rows(load_movielens_100k(tmp_path))
+    assert [user["age_group"] for user in users] == [None, "under 18"]
+
+
 def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TFRS_PIPELINE_CACHE", str(tmp_path / "c"))
     assert default_cache_dir() == tmp_path / "c"

@@ -313,6 +313,7 @@ def _items(films: pa.Table) -> pa.Table:
 
 def _users(users: pa.Table) -> pa.Table:
     groups = [
-        _AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, age)] for age in users["age"].to_pylist()
+        None if age is None else _AGE_GROUPS[bisect.bisect_right(_AGE_STARTS, age)]
+        for age in users["age"].to_pylist()
     ]
     return users.append_column("age_group", pa.array(groups, pa.string()))
