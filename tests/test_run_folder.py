@@ -1,5 +1,6 @@
 """A run's folder: its own settings or none, one process at a time, nothing of refused input."""
 
+import codecs
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
     path = tmp_path / "run" / CONFIG_FILE
     assert read_settings(tmp_path / "run") == load_config(path) == config
     whole = path.read_bytes()
+    path.write_bytes(codecs.BOM_UTF8 + whole)  # As an editor may save it again.
+    assert read_settings(tmp_path / "run") == load_config(path) == config
     cuts = [whole[:i] for i in range(0, len(whole) - 1, 49)]
     for broken in (b"", *cuts, whole.replace(b"clicks", b"others"), whole + b"seed = 3\n"):
         path.write_bytes(broken)

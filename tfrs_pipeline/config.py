@@ -251,7 +251,8 @@ def load_config(path: Path | str) -> RunConfig:
             each problem has a line.
     """
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        # Some editors begin a file with a byte order mark, which TOML has no place for.
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.

@@ -95,7 +95,7 @@ def read_settings(folder: Path) -> RunConfig:
     of another run.
     """
     path = folder / CONFIG_FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     settings, _, written = text.rpartition(_HASH_LINE)
     if not written or written.strip() != _hash(settings):
         message = (
