@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, get_args
 
@@ -280,6 +280,9 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (STARTS, {"split.kind": "last_n"}, "split.test", "only with 'time'"),
         (STARTS, {"split.test": datetime(2024, 2, 1)}, "split.test",
          "write 2024-02-01T00:00:00Z if it is UTC"),
+        (STARTS, {"split.test": date(2024, 2, 1)}, "split.test",
+         "write 2024-02-01T00:00:00Z if it is UTC"),
+        ({"split.kind": "last_n"}, {"split.test": True}, "split.test", "got True; must be a share"),
         ({}, {"model.hard": {"kind": "funnel", "stages": ["exposed"]}}, "model.hard.funnel",
          "never a negative.*allow_exposed"),
         ({"model.hard": "mined:every=3"}, {"training.max_epochs": 3}, "model.hard", "nothing wo"),

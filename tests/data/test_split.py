@@ -550,6 +550,8 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
         make_log([(1, 1, 1, "clicked")], with_time=False).split("time")
     with pytest.raises(DataError, match=r"no column 'part'.*columns.*split\.kind"):
         one_user("ccc").split("column")
+    with pytest.raises(ValueError, match=r"split\.test must be a share.*Received: True"):
+        one_user("ccc").split("last_n", test=True)
     with pytest.raises(DataError, match="leave none to train on"):
         one_user("c").split()
 

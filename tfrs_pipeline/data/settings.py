@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import zoneinfo
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -56,11 +56,13 @@ _WHICH_DATA: dict[str, tuple[str, ...]] = {
 
 
 def _amount(value: Any) -> Any:
-    """Reads a share, a number or a moment."""
+    """Reads a share, a number or a moment; of a day its midnight, without a zone as it is."""
+    if type(value) is date:  # A moment is one, too.
+        value = datetime.combine(value, time())
     for read in (int, float, datetime.fromisoformat):
         with contextlib.suppress(ValueError, TypeError):
             amount: Any = value if isinstance(value, int | float | datetime) else read(value)
-            is_number = isinstance(amount, int) and amount >= 1
+            is_number = isinstance(amount, int) and amount >= 1 and value is not True
             if isinstance(amount, datetime) or is_number or 0 < amount < 1:
                 return amount
     raise ValueError("must be a share in (0, 1), a whole number of 1 or more, or a moment")

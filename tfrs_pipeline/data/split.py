@@ -34,7 +34,8 @@ def read_amount(name: str, value: Any) -> Any:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return datetime.fromisoformat(value)
-    if value is None or isinstance(value, numbers.Real | datetime):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is None or is_number or isinstance(value, datetime):
         return value
     raise ValueError(
         f"split.{name} must be a share, a number of positives, or a moment such as "
