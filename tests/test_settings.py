@@ -7,7 +7,7 @@ import pytest
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.cli.flags import CommandLine, as_typed
-from tfrs_pipeline.settings import Config, ConfigError, from_text
+from tfrs_pipeline.settings import Config, ConfigError, Listed, from_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ Shape = Annotated[Circle | Box, Field(discriminator="kind"), BeforeValidator(fro
 class Figure(Config):
     """Draw."""
 
-    shapes: tuple[Shape, ...] = (Circle(), Box())
+    shapes: Listed[Shape] = (Circle(), Box())
     """All of them."""
     frame: Shape | None = None
     """Around them."""
@@ -64,6 +64,11 @@ def test_a_kind_is_read_as_json_too() -> None:
     assert figure_of("--figure.shapes", '{"kind": "box", "title": "a:b"}', "box:width=4") == Figure(
         shapes=(Box(title="a:b"), Box(width=4))
     )
+
+
+@pytest.mark.parametrize("shape", ["box:width=2", {"kind": "box", "width": 2}, Box(width=2)])
+def test_one_kind_may_be_given_alone(shape: Any) -> None:
+    assert Figure(shapes=shape) == Figure(shapes=(Box(width=2),))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
@@ -82,7 +82,8 @@ def _some(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def _alone(values: Any) -> Any:
-    is_one = isinstance(values, str | int | float) and not isinstance(values, bool)
+    is_one = isinstance(values, str | int | float | Mapping) and not isinstance(values, bool)
+    is_one |= dataclasses.is_dataclass(values)
     return (values,) if is_one else values
 
 

@@ -64,7 +64,7 @@ class TwoTowerSettings(Config):
 
     dim: PositiveInt = 64
     """Length of the query and candidate embeddings."""
-    negatives: tuple[SharedKind, ...] = (InBatch(), Uniform(256), Popularity(256, 0.75))
+    negatives: Listed[SharedKind] = (InBatch(), Uniform(256), Popularity(256, 0.75))
     """Easy negatives, shared by the rows of a batch; all kinds given are used together."""
     hard: HardKind | None = None
     """Hard negatives for each row: losers of the funnel, such as funnel:share=0.01, or mined from
