@@ -37,6 +37,7 @@ from scipy.special import expit
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.messages import check_whole
 
 _NUM_DIMS, _NUM_CLUSTERS = 8, 10
 # Between a taste at right angles and the same taste 55 times the odds; a popular item is somewhat
@@ -85,7 +86,7 @@ class FunnelOptions:
             0 requests have no device.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, not finite, or a count is not whole.
     """
 
     num_retrieved: int = 100
@@ -102,17 +103,22 @@ class FunnelOptions:
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
+        check_whole(1, **{name: getattr(self, name) for name in kept})
         for fewer, more in itertools.pairwise(kept):
-            if not 1 <= getattr(self, fewer) <= getattr(self, more):
+            if getattr(self, fewer) > getattr(self, more):
                 raise ValueError(
-                    f"{fewer} must be 1 or more and at most {more}: each stage keeps some of what "
-                    f"the one before it kept. Received: {getattr(self, fewer)} and "
-                    f"{getattr(self, more)}."
+                    f"{fewer} must be at most {more}: each stage keeps some of what the one before "
+                    f"it kept. Received: {getattr(self, fewer)} and {getattr(self, more)}."
                 )
+        for name in ("popularity_weight", "click_bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite. Received: {getattr(self, name)}.")
         of_0_or_more = ("retrieval_noise", "pre_rank_noise", "rank_noise", "position_bias")
         for name in (*of_0_or_more, "device_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more. Received: {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be finite, 0 or more. Received: {getattr(self, name)}."
+                )
 
 
 @dataclass(frozen=True, eq=False)
