@@ -537,7 +537,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
 
 
 def test_report_writes_a_page_where_it_is_told_to(
-    command: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+    command: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = run.folder / RUN / "report.html"
     written = page.read_text()
@@ -546,6 +546,15 @@ def test_report_writes_a_page_where_it_is_told_to(
     answer = command("report", run.folder / RUN)
     assert (answer.code, answer.out, answer.err) == (0, f"{page}\n", "")
     assert page.read_text() == written
+    monkeypatch.setattr(facts, "gather_facts", lambda folder: None)
+    monkeypatch.setattr(facts, "report_page", lambda found: written)
+    answer = command("report", run.folder / RUN, "--output", tmp_path)
+    assert (answer.code, answer.out) == (0, f"{tmp_path / 'report.html'}\n")
+    assert (tmp_path / "report.html").read_text() == written
+    answer = command("report", run.folder / RUN, "--output", tmp_path / "missing" / "page.html")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {tmp_path / 'missing'} is no folder: make it first")
+    assert answer.err.count("\n") == 1
     monkeypatch.setattr(facts, "write_report", lambda folder, output: f"{folder} to {output}")
     answer = command("report", run.folder / RUN, "--output", "page.html")
     assert answer.out == f"{run.folder / RUN} to page.html\n"

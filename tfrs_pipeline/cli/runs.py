@@ -245,7 +245,7 @@ class Report(Command):
     run: CliPositionalArg[Path]
     """Folder of the run."""
     output: Path | None = None
-    """Where to write; if not given, RUN/report.html."""
+    """File to write, or a folder for report.html; if not given, RUN."""
 
     def __call__(self) -> int:
         """Writes the page and prints where."""

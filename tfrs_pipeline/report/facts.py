@@ -144,10 +144,16 @@ class RunFacts:
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Writes the report of a finished run, one HTML file that needs no other; returns where.
 
-    It is report.html in the run's folder if nothing else is said. A `ValueError` if the folder
-    holds no finished run.
+    It is report.html in the run's folder if nothing else is said, or in the folder that `output`
+    is. A `ValueError` if the run's folder holds no finished run, or there is no folder to write to.
     """
-    path = folder / REPORT_FILE if output is None else output
+    path = output or folder
+    if output is None or output.is_dir():
+        path /= REPORT_FILE
+    elif not output.parent.is_dir():
+        raise ValueError(
+            f"{output.parent} is no folder: make it first, or write {output} elsewhere."
+        )
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
     return path
 
