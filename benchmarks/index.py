@@ -155,7 +155,7 @@ def measure(
     start = time.perf_counter()
     index = tune_index(embeddings, tuning, target_recall=options.target_recall)
     seconds = time.perf_counter() - start
-    ranking = exact_ranking(embeddings, queries, max(options.k) + max(options.excluded))
+    ranking, _ = exact_ranking(embeddings, queries, max(options.k) + max(options.excluded))
     searches = Searches(index, queries)
     print(f"{len(embeddings):,} candidates, built and tuned in {seconds:.0f} s", flush=True)
     cells = list(measure_grid(searches, ranking, len(embeddings), options))

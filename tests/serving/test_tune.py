@@ -182,11 +182,37 @@ def test_few_queries_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "no more than 19 queries" in caplog.text
 
 
-def test_a_target_out_of_reach_fails() -> None:
-    # Nothing can find candidates of equal score in the same order as exact search.
-    same = np.tile(EMBEDDINGS[:1], (500, 1))
-    with pytest.raises(RuntimeError, match=r"finds 1.0 of the best 128.*take the exact"):
-        tune_index(same, requests_of(QUERIES), target_recall=1.0)
+def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_lowest_recall", lambda is_found, is_known: 0.5)
+    with pytest.raises(RuntimeError, match=r"finds 0.5000. Lower the recall.*take the exact"):
+        tune_index(EMBEDDINGS, requests_of(QUERIES), target_recall=0.9)
+
+
+def test_candidates_of_equal_score_are_one_as_good_as_the_other() -> None:
+    # Each vector is some five times there: as items that are known by the same features.
+    embeddings = EMBEDDINGS[np.random.default_rng(2).integers(0, 400, len(EMBEDDINGS))]
+    index = tune_index(embeddings, requests_of(QUERIES), target_recall=1.0)
+    depth = index.levels[0].depth
+    nothing = tf.zeros([len(QUERIES), 0], tf.int32)
+    rows, scores = index.search(tf.constant(QUERIES), depth, nothing)
+    order = ranked(embeddings, QUERIES)[:, :depth]
+    exact = np.take_along_axis(QUERIES @ embeddings.T, order - 1, axis=1)
+    np.testing.assert_allclose(scores, exact, rtol=1e-5, atol=1e-5)
+    assert recalls(rows.numpy(), order).mean() < 1  # By row.
+    measured = measure_requests(index, requests_of(QUERIES))
+    assert {x["recall"] for x in measured if (x["k"], x["excluded"]) == (100, 0)} == {1}
+
+
+def test_what_stands_in_for_a_missed_candidate_has_its_score() -> None:
+    exact = np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 7]], np.float32)
+    for rows, scores, is_found in (
+        ([1, 2, 4, 5], [9, 8, 7, 7], [1, 1, 1, 1]),  # 5 for 3.
+        ([1, 4, 5, 6], [9, 7, 7, 7], [1, 0, 1, 1]),  # None for 2, which is better.
+        ([1, 2, 4, 5], [9, 8, 7, 6.99], [1, 1, 0, 1]),
+        ([1, 2, 0, 0], [9, 8, -np.inf, -np.inf], [1, 1, 0, 0]),
+    ):
+        found = np.array([rows]), np.array([scores], np.float32)
+        np.testing.assert_array_equal(tune._is_found(exact, found), [is_found])
 
 
 @pytest.mark.parametrize("num_candidates", [16, 40])

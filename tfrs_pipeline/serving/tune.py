@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -28,10 +28,14 @@ _QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
 # In units of one hashed candidate; measured at a million of 64 dimensions, 16 queries in a call.
 _WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, _WORK_OF_EXACT_SCORE = 1, 9, 20, 3
+# Of the largest score of a query: what differs by less differs by rounding.
+_EQUAL = 1e-6
 # Candidates rescored exactly, over those that are looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 _Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
+_Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Rows from 1, best first, 0 in empty slots, and their scores."""
 
 
 class Requests(NamedTuple):
@@ -75,13 +79,13 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     _check(embeddings, requests.queries, target_recall)
     index = ScannIndex(ExactIndex(embeddings))
     depths = _depths(len(embeddings))
-    ranking = exact_ranking(embeddings, requests.queries, depths[-1])
+    ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
     is_known = _is_among(ranking, requests.known, len(embeddings))
     search = _compiled(index.approximate, 3)
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
         found = _in_calls(search, requests.queries, depth, leaves, reordered)
-        is_found = _is_among(ranking[:, :depth], found, index.num_candidates)
+        is_found = _is_found((ranking[:, :depth], scores[:, :depth]), found)
         return _lowest_recall(is_found, is_known[:, :depth])
 
     exact_work = _WORK_OF_EXACT_SCORE * index.num_candidates
@@ -95,8 +99,8 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         if level is None and not levels:
             raise RuntimeError(
                 f"No ScaNN search finds {target_recall} of the best {depth}: a search of all finds "
-                f"{recall(depth, index.num_leaves, index.num_candidates):.4f}, as where candidates "
-                "have equal scores. Lower the recall target, or take the exact index."
+                f"{recall(depth, index.num_leaves, index.num_candidates):.4f}. Lower the recall "
+                "target, or take the exact index."
             )
         if level is None or (levels and _work(level, index) >= exact_work):
             break
@@ -122,10 +126,12 @@ def _check(embeddings: np.ndarray, queries: np.ndarray, target_recall: float) ->
         logger.warning("the index is tuned on no more than %d queries", len(queries))
 
 
-def exact_ranking(embeddings: np.ndarray, queries: np.ndarray, depth: int) -> np.ndarray:
-    """Ranks all candidates: [num_queries, depth] rows from 1, the best first."""
+def exact_ranking(
+    embeddings: np.ndarray, queries: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks all candidates: [num_queries, depth] rows from 1, the best first, and their scores."""
     shape = len(queries), len(embeddings)
-    return top_k_in_blocks(lambda block: queries[block] @ embeddings.T, *shape, depth)[0]
+    return top_k_in_blocks(lambda block: queries[block] @ embeddings.T, *shape, depth)
 
 
 def _depths(num_candidates: int) -> list[int]:
@@ -182,6 +188,22 @@ def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
     return min(float(x.mean() - 3 * x.std() / np.sqrt(len(x))) for x in kinds)
 
 
+def _is_found(exact: _Answer, found: _Answer) -> np.ndarray:
+    """Tells which places of the exact answers, [num_queries, depth], a search has found.
+
+    Candidates of equal score are one as good as the other: one that scores as the last of an exact
+    answer stands in for one of those that is missed.
+    """
+    (rows, scores), (found_rows, found_scores) = exact, found
+    num = max(rows.max(), found_rows.max())
+    last, rounding = scores[:, -1:], _EQUAL * np.abs(scores).max(axis=1, keepdims=True)
+    is_found = _is_among(rows, found_rows, num)
+    is_other = ~_is_among(found_rows, rows, num) & (found_scores >= last - rounding)
+    is_missed = ~is_found & (scores <= last + rounding)
+    is_replaced = np.cumsum(is_missed, axis=1) <= is_other.sum(axis=1, keepdims=True)
+    return is_found | (is_missed & is_replaced)
+
+
 def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) -> np.ndarray:
     """Tells which rows of a ranking [n, depth] are in each line's list; row 0 is an empty slot."""
     is_among = np.zeros(ranking.shape, bool)
@@ -201,7 +223,7 @@ def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, An
     """
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)
-    ranking = exact_ranking(index.exact.embeddings.numpy(), queries, most)
+    ranking, _ = exact_ranking(index.exact.embeddings.numpy(), queries, most)
     cases: dict[int | str, Any] = {n: ranking[:, :n] for n in REPORTED_EXCLUSIONS}
     cases["known"] = requests.known[: len(queries)]
     searches = [_compiled(x.search, 1, num_lists=1) for x in (index, index.exact)]
@@ -216,22 +238,21 @@ def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, An
 def _compared(
     searches: Sequence[_Search], queries: np.ndarray, k: int, excluded: Sequence[Any]
 ) -> dict[str, float]:
-    """Measures an approximate search beside an exact one."""
+    """Measures an approximate search beside an exact one, of more candidates than are asked for."""
     lists = np.zeros((len(queries), max(map(len, excluded))), np.int32)
     for line, rows in zip(lists, excluded, strict=True):
         line[: len(rows)] = rows
     seconds: list[float] = []
-    answers = []
+    answers: list[_Answer] = []
     for search in searches:
         _in_calls(search, queries[:_QUERIES_PER_CALL], k, excluded=lists)
         start = time.perf_counter()
         answers.append(_in_calls(search, queries, k, excluded=lists))
         seconds.append(time.perf_counter() - start)
     found, exact = answers
-    hits = sum(len(np.intersect1d(a[a > 0], b)) for a, b in zip(found, exact, strict=True))
+    is_found = _is_found(exact, found)
     ms, exact_ms = (round(1e3 * x / len(queries), 4) for x in seconds)
-    recall = round(hits / np.count_nonzero(exact), 4)
-    return {"recall": recall, "ms": ms, "exact_ms": exact_ms}
+    return {"recall": round(float(is_found.mean()), 4), "ms": ms, "exact_ms": exact_ms}
 
 
 def index_tables(index: ScannIndex, requests: Sequence[dict[str, Any]]) -> str:
@@ -250,15 +271,16 @@ def index_tables(index: ScannIndex, requests: Sequence[dict[str, Any]]) -> str:
 
 def _in_calls(
     search: _Search, queries: np.ndarray, *options: int, excluded: np.ndarray | None = None
-) -> np.ndarray:
-    """Searches a few queries at a time: [num_queries, any] rows."""
+) -> _Answer:
+    """Searches a few queries at a time: [num_queries, any] rows, and their scores."""
     found = []
     arguments = [tf.constant(option, tf.int32) for option in options]
     for start in range(0, len(queries), _QUERIES_PER_CALL):
         block = slice(start, start + _QUERIES_PER_CALL)
         lists = [] if excluded is None else [tf.constant(excluded[block])]
-        found.append(search(tf.constant(queries[block]), *arguments, *lists)[0].numpy())
-    return np.concatenate(found)
+        found.append(search(tf.constant(queries[block]), *arguments, *lists))
+    rows, scores = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
+    return rows, scores
 
 
 def _compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
