@@ -15,10 +15,10 @@ from tfrs_pipeline.serving.rest import SignatureInputs, format_outputs, parse_pr
 from tfrs_pipeline.serving.settings import ServeSettings
 
 LIMITS = ServeSettings(max_k=10, max_queries=2, max_exclude=3, max_history=4)
+TIMES = {"history_timestamps"}
+NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}, "histories": TIMES}
 SIGNATURES = {
-    name: SignatureInputs(
-        specs, LIMITS, nullable={*specs} - {"user_id"} if name == "features" else ()
-    )
+    name: SignatureInputs(specs, LIMITS, TIMES, NULLABLE.get(name, ()))
     for name, specs in {
         "serving_default": {"user_id": tf.TensorSpec([None], tf.int64)},
         "timed": {
@@ -28,6 +28,7 @@ SIGNATURES = {
         "histories": {
             "user_id": tf.TensorSpec([None], tf.int64),
             "history": tf.TensorSpec([None, None], tf.int64),
+            "history_timestamps": tf.TensorSpec([None, None], tf.float64),
         },
         "retrieve": {
             "user_id": tf.TensorSpec([None], tf.string),
@@ -75,6 +76,22 @@ def test_rows_and_columns_of_named_inputs_are_the_same() -> None:
     for name, column in columns.items():
         assert by_rows[name].dtype == by_columns[name].dtype == np.int64
         assert by_rows[name].tolist() == by_columns[name].tolist() == column
+
+
+@pytest.mark.parametrize("key", ["inputs", "instances"])
+def test_a_time_without_an_item_is_refused(key: str) -> None:
+    def read(history: list[int], times: list[float | None] | None) -> np.ndarray:
+        query = {"user_id": 1, "history": history, "history_timestamps": times}
+        given: Any = [query] if key == "instances" else {n: [x] for n, x in query.items()}
+        return parsed({"signature_name": "histories", key: given})[1]["history_timestamps"]
+
+    np.testing.assert_array_equal(read([7, 8], [5.0, None]), [[5, np.nan]])
+    np.testing.assert_array_equal(read([7, 8], [5.0]), [[5]])
+    np.testing.assert_array_equal(read([7], [5.0, None]), [[5, np.nan]])
+    assert np.isnan(read([7], None)).all()
+    for history in ([7, 8], []):
+        with pytest.raises(HTTPException, match=f"3 times for {len(history)} items"):
+            read(history, [5.0, None, 6.0])
 
 
 def test_strings_come_as_utf_8_or_base64() -> None:

@@ -67,6 +67,7 @@ class SignatureInputs:
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
+        _check_times(arrays)
         num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
         if num_queries * k > self._max_results:
             raise bad_request(
@@ -88,10 +89,12 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
-        return {
+        arrays = {
             name: _array([row.get(name) for row in rows], spec, name)
             for name, spec in self._specs.items()
         }
+        _check_times(arrays)
+        return arrays
 
     def _named(self, value: Any) -> Any:
         """Lets a plain value stand for the only input; refuses unknown inputs."""
@@ -306,6 +309,19 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
             f"{np.nanmax(array):.0f}, which is after the year 5000."
         )
     return array
+
+
+def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses a time without an item; there may be fewer times than items."""
+    if not {"history", HISTORY_TIMESTAMPS} <= arrays.keys():
+        return
+    num_items = arrays["history"].shape[1]
+    times = arrays[HISTORY_TIMESTAMPS]
+    if not np.isnan(times[:, num_items:]).all():
+        raise bad_request(
+            f"Input {HISTORY_TIMESTAMPS!r} takes one time an item of the history, null where it is "
+            f"not known. Received: {times.shape[1]} times for {num_items} items."
+        )
 
 
 def _shown(value: Any) -> str:
