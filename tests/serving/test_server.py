@@ -468,6 +468,13 @@ def test_health_readiness_and_metrics(small: Running) -> None:
     assert small.get("/readyz").text == "ok: films version 1\n"
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
+def test_head_tells_what_get_would(running: Running, path: str) -> None:
+    head = running.run(running.client.head(path))
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == running.get(path).headers["content-type"]
+
+
 def put(source: Path, folder: Path, number: int) -> None:
     partial = folder / f".partial-{number}"
     shutil.copytree(source, partial)
