@@ -55,6 +55,7 @@ def refreshed(
     done = refresh_index(folder, directory / "items.parquet")
     assert (done.num_items, done.num_new, done.num_untrained) == (NUM_CANDIDATES - 5, 2, 2)
     assert (done.num_dropped, done.num_skipped) == (NUM_GONE, 0)
+    assert done.num_unknown == {"genres": 0}
     assert done.folder == folder / "2"
     versions = load(folder / "1"), load(folder)
     return Refreshed(served, NEW_IDS[request.param], folder, items, *versions)
@@ -276,6 +277,36 @@ def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_pa
     assert sorted(found[0].tolist()) == [2, 4, 5]
     with pytest.raises(ValueError, match="No item has 'a'"):
         loaded.retrieve([{}], 60, allowed=[["a"]])
+
+
+def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refused(
+    folder: Path,
+    items_file: Path,
+    asked: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Written otherwise they would be gone, and the filter's values with them."""
+    table = pq.read_table(items_file)
+    genres = [x or [] for x in table["genres"].to_pylist()]
+    num_given = sum(map(any, genres))
+
+    def write(lists: list[list[str]]) -> None:
+        place = table.column_names.index("genres")
+        pq.write_table(table.set_column(place, "genres", pa.array(lists)), items_file)
+
+    # One known value among unknown ones is enough; no value at all is no other one.
+    write([["A", *x] if i else [y.upper() for y in x] for i, x in enumerate(genres)])
+    num_other = sum(not any(x) for x in genres[1:]) + any(genres[0])
+    assert refresh_index(folder, items_file).num_unknown == {"genres": num_other}
+    write([[y.upper() for y in x] for x in genres])
+    with pytest.raises(DataError, match=r"no value of 'genres', such as '[A-C]', is known.*'a'"):
+        refresh_index(folder, items_file)
+    assert len(asked) == 1
+    command = ["refresh-index", str(folder), "--items", str(items_file), "--allow-all-new"]
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"genres: {num_given} of 55 items have no value that the training had" in said
+    assert len(asked) == 2
 
 
 def without_genres(table: pa.Table) -> pa.Table:

@@ -245,7 +245,7 @@ class RefreshIndex(OfModel):
     keep_versions: PositiveInt | None = None
     """How many of the newest versions to keep; older ones are deleted."""
     allow_all_new: CliToggleFlag[bool] = False
-    """Accept a file without any item that the model knows."""
+    """Accept a file without any item that the model knows, or any known category of a feature."""
 
     def __call__(self) -> int:
         """Writes the new version and says what changed."""
@@ -291,6 +291,12 @@ def _changes(done: Refreshed) -> Iterator[str]:
             yield (
                 f"    beside the embedding of an unknown id{how} will seldom be found. Train with "
                 "model.id_dropout above 0, such as 0.1"
+            )
+    for name, num in done.num_unknown.items():
+        if num:
+            yield (
+                f"{name}: {num:,} of {done.num_items:,} items have no value that the training had: "
+                "taken as missing"
             )
     if done.num_skipped:
         yield (

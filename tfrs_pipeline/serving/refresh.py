@@ -15,6 +15,8 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_items
 from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import file_hash
+from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.vocabulary import in_blocks
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search
@@ -33,6 +35,8 @@ class Refreshed:
         num_untrained: Of them, those that the training did not have: embedded by their features.
         num_dropped: Items of the version before that are gone.
         num_skipped: Items of the file that cannot be embedded.
+        num_unknown: By feature of categories, the items that have only values that the training did
+            not have: taken as missing.
         has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
             was trained, or there is none; None where the manifest does not tell.
         index: What was built, as the manifest has it.
@@ -44,6 +48,7 @@ class Refreshed:
     num_untrained: int
     num_dropped: int
     num_skipped: int
+    num_unknown: dict[str, int]
     has_trained_unknown: bool | None
     index: dict[str, Any]
 
@@ -72,12 +77,14 @@ def refresh_index(
         index: How to search; None takes what the version before was exported with.
         keep_versions: How many versions to keep, the newest; None likewise.
         allow_all_new: Whether the file may hold no item of the version before nor of the training,
-            which would otherwise be ids of another kind.
+            which would otherwise be ids of another kind, and of a feature new categories alone,
+            which would otherwise be written in another way.
         on_progress: Called with a task's name, steps done and steps in all.
 
     Raises:
         DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
-            holds no known item, and `allow_all_new` is not set.
+            holds no known item, or only unknown categories of a feature, and `allow_all_new` is
+            not set.
         FileNotFoundError: If there is no exported model.
         ValueError: If the model's folder is no numbered version, or ScaNN is asked to index fewer
             than 16 items.
@@ -103,6 +110,11 @@ def refresh_index(
                 f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
                 "on; if all are meant to be new, set allow_all_new."
             )
+        num_unknown = {
+            feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
+            for feature in retriever.features["candidate"]
+            if feature.kind in ("categorical", "multi_categorical")
+        }
         num_untrained = int((~is_trained).sum())
         on_progress("index", 0, 0)
         options = ExportOptions.of(retriever.manifest)
@@ -134,6 +146,7 @@ def refresh_index(
         num_untrained=num_untrained,
         num_dropped=len(before - set(ids)),
         num_skipped=found.num_rows - len(ids),
+        num_unknown=num_unknown,
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=manifest["index"],
     )
@@ -190,6 +203,26 @@ def _embed(
             "it with item features."
         )
     return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
+
+
+def _num_unknown(path: Path, items: pa.Table, feature: Feature, *, allow_all: bool) -> int:
+    """Counts the items that have only unknown values; refuses (`DataError`) where all are so."""
+    num_known, num_unknown, example = 0, 0, ""
+    for block in in_blocks(items[feature.name]):
+        raw = feature.to_raw(block).reshape(len(block), -1)
+        is_known = (feature.encode_column(block).reshape(len(block), -1) > 0).any(axis=1)
+        is_unknown = (raw != "").any(axis=1) & ~is_known
+        num_known += int(is_known.sum())
+        num_unknown += int(is_unknown.sum())
+        if not example and is_unknown.any():
+            example = raw[is_unknown][raw[is_unknown] != ""][0]
+    if feature.vocabulary and num_unknown and not (num_known or allow_all):
+        raise DataError(
+            f"{path}: no value of '{feature.name}', such as {example!r}, is known to the model, "
+            f"whose values are like {feature.vocabulary[0]!r}. Write them as in the log that it "
+            "was trained on; if all are meant to be new, set allow_all_new."
+        )
+    return num_unknown
 
 
 def _kinds(retriever: LoadedRetriever) -> dict[str, Any]:
