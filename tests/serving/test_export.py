@@ -1,5 +1,6 @@
 """The exported graph against a loop, in memory and reloaded; the act of publishing."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from tfrs_pipeline.serving.export import _query_table, export
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,23 @@ def test_a_filter_matches_a_loop(
             got = decoded(answer["candidate_ids"])[i]
             assert got == best + [empty_of(served)] * (k - len(best))
             assert np.isneginf(answer["scores"][i].numpy()[len(best) :]).all()
+
+
+def test_a_filter_takes_a_boolean_however_it_is_written(
+    tmp_path: Path, trusted_exports: None
+) -> None:
+    served = make_served("int")
+    is_even = [id_ % 2 == 0 for id_ in served.candidate_ids.tolist()]
+    told = dataclasses.replace(served, genres=[[str(x)] for x in is_even])
+    loaded = load(export(told, tmp_path / "films", index=Exact(), filter_by="genres"))
+    assert loaded.item_filter == {"name": "genres", "values": ["false", "true"]}
+    even = {id_ for id_ in served.candidate_ids.tolist() if id_ % 2 == 0}
+    for value in (True, "True", "TRUE", "true"):
+        ids, _ = loaded.retrieve([{}], len(even), allowed=[[value]])  # type: ignore[list-item]
+        assert set(ids[0].tolist()) == even
+    # As text, too, as a client sends it.
+    chosen = ItemFilter("is_even", is_even).choose(tf.constant([["True"], ["true"]]))
+    assert chosen.has_all().numpy().tolist() == [is_even, is_even]
 
 
 def publish(served: Served, directory: Path, kind: str, keep_versions: int | None = None) -> Path:

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.model.feature_layers import FeatureSpec
 from tfrs_pipeline.model.raw import (
+    BOOLEANS,
     Column,
     padded,
     to_numbers,
@@ -29,7 +30,14 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.model.vocabulary import bucket_count, count_values, in_blocks, words_of
+from tfrs_pipeline.model.vocabulary import (
+    bucket_count,
+    count_values,
+    has_booleans,
+    in_blocks,
+    lower_booleans,
+    words_of,
+)
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 if TYPE_CHECKING:
@@ -224,6 +232,8 @@ class Feature:
             raw = tf.strings.strip(raw)
         if self._takes_whole_floats:
             raw = tf.strings.regex_replace(raw, r"^(-?[0-9]+)\.0$", r"\1")
+        if self._has_booleans:
+            raw = lower_booleans(raw)
         if self.kind == "numeric":
             return _where_finite(raw, _standardised(raw - self.mean, self.scale))
         if self.kind == "bucketized":
@@ -286,6 +296,10 @@ class Feature:
         return self._is_code and not any(value.endswith(".0") for value in self.vocabulary)
 
     @functools.cached_property
+    def _has_booleans(self) -> bool:
+        return has_booleans(self.vocabulary)
+
+    @functools.cached_property
     def known_texts(self) -> frozenset[str]:
         """What a request may say, as text, of a categorical feature to be understood, or missing.
 
@@ -295,6 +309,7 @@ class Feature:
         """
         whole = [x for x in self.vocabulary if x.removeprefix("-").isdecimal()]
         also = [f"{x}.0" for x in whole] if self._takes_whole_floats else []
+        also += BOOLEANS if self._has_booleans else ()
         return frozenset(("", *self.vocabulary, *also))
 
     @functools.cached_property

@@ -19,22 +19,25 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
 
+BOOLEANS = ("True", "TRUE", "False", "FALSE")
+"""As tables in CSV write booleans, which are true and false in JSON and of Arrow's columns."""
 MAX_SECONDS = 1e11  # Later ones are milliseconds.
 _VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def to_text(value: Any) -> str:
-    """Returns `str(value)`; of a boolean true or false, as a log and JSON write it."""
-    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
+    """Returns `str(value)`; of a boolean true or false, also where a table has it as text."""
+    text = str(value)
+    return text.lower() if text in BOOLEANS else text
 
 
 def to_texts(column: Column) -> Any:
     """Returns an Arrow array of what `to_text` gives, "" where the value is missing.
 
     Example:
-        >>> to_texts(["a", 7, None, float("nan")]).to_pylist()
-        ['a', '7', '', '']
+        >>> to_texts(["a", 7, None, float("nan"), True, "True"]).to_pylist()
+        ['a', '7', '', '', 'true', 'true']
     """
     column = _typed(column)
     if not isinstance(column, pa.Array):
@@ -44,7 +47,10 @@ def to_texts(column: Column) -> Any:
         encoded = column.dictionary_encode()
         texts = to_texts(encoded.dictionary.to_pylist())
         return texts.take(encoded.indices).fill_null("")
-    return column.cast(pa.string()).fill_null("")
+    texts = column.cast(pa.string()).fill_null("")
+    is_boolean = pc.is_in(texts, pa.array(BOOLEANS))
+    lower = pc.utf8_lower(texts.filter(is_boolean))
+    return pc.replace_with_mask(texts, is_boolean, lower) if len(lower) else texts
 
 
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.model.raw import Column, to_text_lists, to_texts
+from tfrs_pipeline.model.raw import BOOLEANS, Column, to_text_lists, to_texts
 
 if TYPE_CHECKING:
     from tfrs_pipeline.data.schema import FeatureKind
@@ -43,6 +43,18 @@ def words_of(texts: tf.Tensor) -> tf.RaggedTensor:
     for pattern, by in steps:
         texts = tf.strings.regex_replace(texts, pattern, by)
     return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))
+
+
+def has_booleans(values: Collection[str]) -> bool:
+    """Tells whether true or false is among values: then BOOLEANS are these (`lower_booleans`)."""
+    return "true" in values or "false" in values
+
+
+def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
+    """Writes BOOLEANS as `to_text` does: those that reach a graph as they stand in a table."""
+    for word in BOOLEANS:
+        texts = tf.strings.regex_replace(texts, f"^{word}$", word.lower())
+    return texts
 
 
 def count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int]:

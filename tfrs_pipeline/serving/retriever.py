@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.features import raw_columns, raw_signature
+from tfrs_pipeline.model.raw import to_text
 from tfrs_pipeline.retrieval import (
     Excluded,
     Query,
@@ -262,7 +263,8 @@ class LoadedRetriever:
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
         if allowed is not None:
             self._check_allowed(allowed, len(queries))
-            lists = tf.ragged.constant([list(x) for x in allowed], tf.string, ragged_rank=1)
+            texts = [list(map(to_text, values)) for values in allowed]
+            lists = tf.ragged.constant(texts, tf.string, ragged_rank=1)
             asked["allowed"] = lists.to_tensor("")
             signature += "_filtered"
         return self._answer(queries, signature, asked)
@@ -320,7 +322,7 @@ class LoadedRetriever:
         check_one_each("allowed", allowed, num_queries)
         known = set(self.item_filter["values"])
         unknown = next(
-            (value for values in allowed for value in values if value not in known), None
+            (value for values in allowed for value in values if to_text(value) not in known), None
         )
         if unknown is not None:
             hint = suggest(str(unknown), known)

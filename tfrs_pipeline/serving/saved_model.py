@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.model.vocabulary import has_booleans, lower_booleans
 from tfrs_pipeline.serving.encoder import Encoder, signature_inputs, traced
 from tfrs_pipeline.serving.id_tensors import empty_id, lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
@@ -47,6 +48,8 @@ class ItemFilter(tf.Module):
 
         `allowed` are [B, F] values, padded with ""; a query without any may have every candidate.
         """
+        if has_booleans(self._values):
+            allowed = lower_booleans(allowed)
         codes = lookup(self._table, allowed)
         num_codes = len(self._values) + 1
         is_chosen = tf.math.bincount(
