@@ -532,6 +532,13 @@ def test_what_only_looks_like_stages_or_times_is_left_unread(load: Any) -> None:
         ("is_click", [True, False]),
         ("is_clicked", ["0"] * 2000 + ["1"]),
         ("label", ["false", "true", ""]),
+        # What did not happen is left empty.
+        ("is_click", ["1", ""]),
+        ("is_click", ["1"] * 2000 + [""]),
+        ("clicked", [1, None]),
+        ("label", [None, True]),
+        ("click", ["Y", "N"]),
+        ("Label", ["", "Yes", "no"]),
     ],
 )
 def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: list[Any]) -> None:
@@ -542,21 +549,29 @@ def test_a_label_that_was_forgotten_is_refused(load: Any, name: str, values: lis
         ids = range(len(values))
         return pa.table({"user_id": ids, "item_id": ids, name: values})
 
-    message = rf"'{name}' is not read and holds 0 and 1 .*Add {name}=1 to label; or {name}={name} "
+    message = rf"'{name}' is not read and holds 1 .*Add {name}=1 to label; or {name}={name} "
     with pytest.raises(DataError, match=message) as raised:
         load(events(name, values))
     assert raised.value.setting == "label"
     labelled = load(events(name, values), label={name: 1})
-    is_click = [value in (1, "1", "true") for value in values]
+    is_click = [value in (1, "1", "true", "Y", "Yes") for value in values]
     assert column(labelled.events, "stage").count("clicked") == sum(is_click)
     # A way out; and what is no outcome: of one value, of others, called otherwise.
     assert name in load(events(name, values), columns={name: name}).events.columns
-    for other in ([1] * 3, ["0", "1", "2"], [0.0, 0.5, 1.0]):
+    for other in ([1] * 3, ["Y"] * 2, [0, None], ["0", "1", "2"], [0.0, 0.5, 1.0]):
         assert f"columns not read: {name}" in load(events(name, other)).notes[0]
     assert "columns not read: seen" in load(events("seen", values)).notes[0]
     # Beside a rating it is a column like others.
     text = f"user_id,item_id,rating,{name}\n1,2,4,1\n1,3,4,0\n"
     assert f"columns not read: {name}" in load(text, rating_threshold=3).notes[0]
+
+
+def test_a_label_of_pandas_has_nan_where_it_does_not_hold() -> None:
+    events = pd.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "clicked": [1.0, np.nan]})
+    with pytest.raises(DataError, match="'clicked' is not read and holds 1"):
+        Log.from_table(events)
+    log = Log.from_table(events, label={"clicked": 1})
+    assert column(log.events, "stage") == ["clicked", "exposed"]
 
 
 def test_a_stage_is_found_in_any_row(load: Any) -> None:

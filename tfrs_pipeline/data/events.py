@@ -46,7 +46,8 @@ _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column of more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
-_NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")
+# Which of a row's outcomes did not happen is often left empty.
+_NO, _YES = ("0", "0.0", "false", "n", "no", ""), ("1", "1.0", "true", "y", "yes")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -251,20 +252,21 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
-    """Refuses columns, called as an outcome is, that hold 0 in some rows and 1 in others."""
+    """Refuses columns, called as an outcome is, that hold 1 in some rows and not in others."""
     if scanned.is_stream:  # It can be read once.
         return
     rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
     have_both = set(scanned.holding(columns, _NO)) & set(scanned.holding(columns, _YES))
     for name, values in zip(rows.column_names, rows.columns, strict=True):
         found = {str(value).strip().lower() for value in values.drop_null().unique().to_pylist()}
-        if name not in have_both or found - {*_NO, *_YES, ""}:
+        if name not in have_both or found - {*_NO, *_YES}:
             continue
         column = printable(name)
         raise DataError(
-            f"{Source(scanned.name).column(name)} is not read and holds 0 and 1 (or false and "
-            "true), and the log has no stage, rating or label: every row would be a click. Add "
-            f"{column}=1 to label; or {column}={column} to columns, if it is a column like others.",
+            f"{Source(scanned.name).column(name)} is not read and holds 1 (or true, or yes) in "
+            "some rows and 0 or nothing in others, and the log has no stage, rating or label: "
+            f"every row would be a click. Add {column}=1 to label; or {column}={column} to "
+            "columns, if it is a column like others.",
             "label",
         )
 

@@ -63,11 +63,17 @@ class Scan:
         return rows.cast(pa.schema(plain))
 
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names the columns with one of some words in any row, as text, in capitals or not."""
+        """Names the columns with one of some words in any row, as text, in capitals or not.
+
+        The word "" is that of a row without a value.
+        """
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))
-        texts = [f'lower(trim(CAST("{_double(column)}" AS VARCHAR)))' for column in columns]
+        texts = [
+            f"coalesce(lower(trim(CAST(\"{_double(column)}\" AS VARCHAR))), '')"
+            for column in columns
+        ]
         tests = ", ".join(f"bool_or({text} IN ({listed}))" for text in texts)
         try:
             found = self.open(list(columns)).aggregate(tests).fetchone() or ()
