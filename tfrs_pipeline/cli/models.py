@@ -52,9 +52,9 @@ class Query(OfModel):
     history_timestamps: tuple[str, ...] | None = None
     """Time of each item of the history, such as 2026-01-31T08:00Z, for a model that reads times."""
     request: dict[str, str] = {}
-    """Values of the model's request features, such as device=ios hour=8. From timestamp, the time
-    of the request, such as 2026-01-31T08:00Z, the model computes an hour or weekday, and how long
-    ago the history was."""
+    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
+    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
+    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
     k: PositiveInt = 10
     """Number of items to print."""
     exclude: tuple[str, ...] = ()

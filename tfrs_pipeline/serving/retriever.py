@@ -338,6 +338,13 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
 
 
+_AS_TYPED = {
+    **dict.fromkeys(("numeric", "bucketized"), "a number: write one, such as 1.5"),
+    "vector": "a vector: write its numbers with commas, such as 1,2,3",
+    "timestamp": "a time: write one with its zone, such as 2026-01-31T08:00Z",
+}
+
+
 def parse_value(name: str, kind: str, text: str) -> Any:
     """Turns a feature's value typed by a person into one of its kind, or raises a `ValueError`."""
     try:
@@ -348,7 +355,7 @@ def parse_value(name: str, kind: str, text: str) -> Any:
         if kind == "timestamp":
             return datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"{name} is {kind}. Received: {text!r} ({error})") from None
+        raise ValueError(f"{name} is {_AS_TYPED[kind]}. Received: {text!r} ({error})") from None
     return [part.strip() for part in text.split(",")] if kind == "multi_categorical" else text
 
 
