@@ -515,6 +515,30 @@ def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
     assert {*tmp_path.iterdir()} - before == {spilled, path}
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
+        (
+            ["--training.warmup_steps", "1000", "--training.decay", "cosine"],
+            "A warm-up of 1000 steps leaves nothing of",
+        ),
+        (["--training.batch_size", "100000"], "batch"),
+        (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_check_refuses_what_a_run_would(
+    command: Any, run: Run, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    flags = [flag.format(folder=run.folder, run=RUN) for flag in flags]
+    answers = [command(*run_arguments(tmp_path, *flags, *more)) for more in ([], ["--check"])]
+    for answer in answers:
+        assert answer.code
+        assert re.search(message, " ".join(answer.err.split()))
+    assert answers[0].err.splitlines()[-1] == answers[1].err.splitlines()[-1]
+
+
 @pytest.mark.usefixtures("trusted_exports")
 def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path) -> None:
     short = ["--training.max_epochs", "1", "--no-training.refit", "--evaluation.baselines", "none"]

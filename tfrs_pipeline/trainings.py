@@ -16,10 +16,11 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.fit import TrainingResult, read_epoch
+from tfrs_pipeline.model.fit import TrainingResult, optimizer_of, read_epoch
 from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
-from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
@@ -127,6 +128,20 @@ def _about_source(folder: Path, name: str, data: RunData) -> list[str]:
     return notes
 
 
+def check_trainable(data: RunData, settings: TwoTowerSettings, training: TrainingSettings) -> None:
+    """Refuses what either training would, before hours of the first.
+
+    Raises:
+        DataError: If nothing is left to train on, or losers are asked for and there is none.
+        ValueError: If there are too few positives for a batch, or the warm-up leaves no step for
+            the decay.
+    """
+    for part in (data.selection, data.final):
+        part.check_negatives_left(settings.hard)
+        batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
+        optimizer_of(training, training.max_epochs * batches.steps_per_epoch)
+
+
 def train_and_refit(
     config: RunConfig,
     data: RunData,
@@ -182,9 +197,7 @@ def train_and_refit(
             log=data.split.train,
         )
 
-    if data.final is not data.selection:
-        # What its batches refuse is told before hours of the first training.
-        TwoTower(settings or config.model, training=training).batches(data.final.samples)
+    check_trainable(data, settings or config.model, training)
     model = fit(data.selection, "selection", training.max_epochs, data.validation)
     chosen = model.result
     monitored = chosen.history[f"val_{training.monitor}"]

@@ -162,9 +162,15 @@ def _check(command: str, config: RunConfig) -> int:
     ):
         from tfrs_pipeline.compare import prepare_plans
         from tfrs_pipeline.run_data import Steps, prepare
+        from tfrs_pipeline.trainings import check_source, check_trainable, variants
 
-        make = prepare_plans if command == "compare" else prepare
-        make(config, Path(folder), Steps(*callbacks))
+        if command == "compare":
+            prepare_plans(config, Path(folder), Steps(*callbacks))
+        else:
+            check_source(config)
+            data = prepare(config, Path(folder), Steps(*callbacks))
+            for settings in variants(config).values():
+                check_trainable(data, settings, config.training)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     return 0
