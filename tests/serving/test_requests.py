@@ -322,9 +322,13 @@ def test_the_page_and_the_command_line_send_requests_and_times(
     assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
     monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
     times = ["--history_timestamps", *(x.isoformat() for x in query["history_timestamps"])]
+    later = query["history_timestamps"][1:-1]
+    unknown = ["--history_timestamps", "none", *(x.isoformat() for x in later), ""]
     command = ["query", str(folder), "--history", *map(str, history), "-k", str(K), "--json"]
     for flags, found in (
         ([*times, "--request", *(f"{n}={x}" for n, x in typed.items())], best(query)),
+        (unknown, best({**query_of(served, 3), "history_timestamps": [None, *later, None]})),
+        (["--history_timestamps", "soon"], "history_timestamps is a time: write one with its zone"),
         (["--request", "place=north"], "place is a vector: write its numbers with commas, such as"),
         (["--request", "free space=much"], "free space is a number: write one, such as 1.5. "),
     ):

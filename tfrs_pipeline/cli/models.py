@@ -50,7 +50,8 @@ class Query(OfModel):
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
     history_timestamps: tuple[str, ...] | None = None
-    """Time of each item of the history, such as 2026-01-31T08:00Z, for a model that reads times."""
+    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
+    for a model that reads times."""
     request: dict[str, str] = {}
     """Values of the model's request features, such as device=ios hour=8; lists and vectors with
     commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
@@ -110,6 +111,7 @@ class Query(OfModel):
     ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
         """Returns what to say of the question, ids and scores of the best items, and notes."""
         from tfrs_pipeline.model.features import MAX_VALUES
+        from tfrs_pipeline.serving.retriever import parse_value
 
         about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
         exclude = [retriever.parse_item_id(text) for text in self.exclude]
@@ -165,9 +167,11 @@ class Query(OfModel):
             if self.user is not None:
                 query["user_id"] = about["user_id"]
             if self.history_timestamps is not None:
-                moments = [{"timestamp": text} for text in self.history_timestamps]
                 query["history_timestamps"] = [
-                    retriever.parse_request(moment)["timestamp"] for moment in moments
+                    None
+                    if text in ("", "none")
+                    else parse_value("history_timestamps", "timestamp", text)
+                    for text in self.history_timestamps
                 ]
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
             is_known = retriever.knows(history)
