@@ -189,6 +189,10 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"], 60, 9)
     assert notes == ["plan exposed is missing: the log holds no exposed items"]
     assert plans["hybrid_0.1"]["model.hard"] == replace(own, stages=("ranked",), share=0.1)
+    # What is said of ranked ones says nothing of others.
+    plans, _ = sampling_plans(config, ["pre_ranked"], 60, 9)
+    losers = FunnelLosers(stages=("pre_ranked",), num=2, share=0.1)
+    assert plans["hybrid_0.1"]["model.hard"] == losers
     (note,) = [x for x in sampling_plans(config, ["retrieved"], 600, 9)[1] if "hybrid" in x]
     assert "no losers of ranked or pre_ranked" in note
 

@@ -157,7 +157,11 @@ def configs(draw: st.DrawFn) -> RunConfig:
                 Popularity(num, alpha)
                 for alpha, num in draw(st.lists(st.tuples(numbers, st.integers(1, 10**9))))
             ),
-            hard=draw(st.sampled_from([None, Mined(every=2), FunnelLosers(min_rank=3)])),
+            hard=draw(
+                st.sampled_from(
+                    [None, Mined(every=2), FunnelLosers(stages=("ranked",), min_rank=3)]
+                )
+            ),
             temperature=draw(numbers),
             hidden_layers=(),
         ),

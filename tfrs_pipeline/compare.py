@@ -259,7 +259,7 @@ def _hard_kind(
     if kind != "mined" and stages:
         if not isinstance(config.model.hard, FunnelLosers):
             losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
-        return dataclasses.replace(losers, stages=stages), ""
+        return losers.of_stages(stages), ""
     mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
     if mined.every >= max_epochs:
         return None, (

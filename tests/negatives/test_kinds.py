@@ -281,6 +281,12 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (FunnelLosers, {"window_hours": np.inf}, "window_hours must be .* the whole log"),
         (FunnelLosers, {"window_hours": 1e12}, "window_hours must be .* 100,000,000 at most"),
         (FunnelLosers, {"bottom_share": 0.0}, "bottom_share must be in"),
+        (
+            FunnelLosers,
+            {"bottom_share": 0.3},
+            "among items of the stage 'ranked'. Add it to stages",
+        ),
+        (FunnelLosers, {"min_rank": 3}, "0.5 and 3, stages .'retrieved', 'pre_ranked'"),
         (Mined, {"share": 2.0}, "share must be in"),
         (Mined, {"min_rank": 5, "max_rank": 5}, "min_rank < max_rank"),
         (Mined, {"min_rank": 2.5}, "min_rank must be a whole number"),
@@ -295,6 +301,6 @@ def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], messag
 
 def test_equal_settings_are_one_however_they_are_written() -> None:
     """A folder of samples is known by how they print."""
-    written: Any = {"stages": "retrieved", "window_hours": 24, "bottom_share": 1}
-    losers = FunnelLosers(stages=("retrieved",), window_hours=24.0, bottom_share=1.0)
+    written: Any = {"stages": "ranked", "window_hours": 24, "bottom_share": 1}
+    losers = FunnelLosers(stages=("ranked",), window_hours=24.0, bottom_share=1.0)
     assert repr(FunnelLosers(**written)) == repr(losers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
@@ -40,13 +40,14 @@ class FunnelLosers:
         max_pool: Losers kept for a positive and stage, drawn at random.
         window_hours: How far back recent requests may lie; in a log without timestamps, any.
         bottom_share: Low part of the ranked list, in (0, 1]: a share of the request's ranks.
+            Like `min_rank` it chooses among "ranked" items alone.
         min_rank: Low part as a rank instead (0 is the best): this one and worse.
         allow_exposed: Whether "exposed", items that were shown and not clicked, may be a stage.
             They are for ranking to learn from; this is to measure what they do to retrieval.
 
     Raises:
-        ValueError: If an argument is out of range, or "exposed" is a stage without
-            `allow_exposed`.
+        ValueError: If an argument is out of range, "exposed" is a stage without `allow_exposed`, or
+            a low part is given without "ranked".
     """
 
     share: float = 0.01
@@ -90,6 +91,20 @@ class FunnelLosers:
             )
         if not 0 < self.bottom_share <= 1:
             raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
+        low_part = self.bottom_share, self.min_rank
+        if "ranked" not in self.stages and low_part != (FunnelLosers.bottom_share, None):
+            raise ValueError(
+                "bottom_share and min_rank choose among items of the stage 'ranked'. Add it to "
+                f"stages, or leave them out. Received: {self.bottom_share} and {self.min_rank}, "
+                f"stages {self.stages!r}"
+            )
+
+    def of_stages(self, stages: tuple[HardStage, ...]) -> FunnelLosers:
+        """Takes losers of these stages alone."""
+        if "ranked" in stages:
+            return replace(self, stages=stages)
+        common = FunnelLosers.bottom_share
+        return replace(self, stages=stages, bottom_share=common, min_rank=None)
 
     @property
     def pools(self) -> tuple[str, ...]:
