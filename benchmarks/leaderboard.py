@@ -58,7 +58,6 @@ NUM_BOOTSTRAP = 1000
 _SEQUENCES = {
     "model.negatives": ("uniform:num=512", "popularity:num=512"),
     "model.history_length": 200,
-    "model.share_item_embedding": True,
     "model.id_dropout": 0.0,
     "training.examples": "sequences",
     "training.decay": "cosine",
@@ -75,7 +74,7 @@ _USER_SETS = {
     "model.candidate_bias": True,
     "model.history_pooling": ("mean",),
     "model.history_dropout": 0.0,
-    "model.combination": "sum",
+    "model.share_item_embedding": False,
     "model.temperature": 0.07,
     "training.examples": "sets",
     "training.batch_size": 3072,
@@ -98,6 +97,8 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "ml-100k": {
             **_SEQUENCES,
             "model.dim": 128,
+            "model.combination": "concat",
+            "model.feature_dim": 4,
             "model.recency_decay": 0.8,
             "model.candidate_bias": True,
             "model.feature_dropout": 0.2,
@@ -112,7 +113,6 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "data.item_features": {},
             "data.user_features": {},
             "model.history_pooling": ("attention",),
-            "model.combination": "sum",
             "model.history_dropout": 0.1,
             "model.temperature": 0.07,
             "training.batch_size": 8192,

@@ -78,7 +78,6 @@ LIKE_TUTORIAL = {
     "data.user_features": {},
     "model.use_user_id": True,
     "model.history_pooling": (),
-    "model.combination": "sum",
     "model.dim": EMBEDDING_DIM,
     "training.batch_size": BATCH_SIZE,
     "training.learning_rate": 0.03,

@@ -34,7 +34,6 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.use_user_id": True,
             "model.history_pooling": (),
             "model.id_dropout": 0.01,
-            "model.combination": "sum",
         },
     ),
     "sets": (
@@ -47,9 +46,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_length": 300,
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
-            "model.share_item_embedding": True,
             "model.candidate_bias": True,
-            "model.combination": "sum",
             # Between what small catalogs and large ones want: docs/explanation/tried.md.
             "model.temperature": 0.12,
             "training.examples": "sets",
@@ -70,8 +67,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_pooling": ("attention",),
             "model.history_dropout": 0.2,
             "model.id_dropout": 0.01,
-            "model.share_item_embedding": True,
-            "model.combination": "sum",
+            "model.feature_dim": 4,
             "model.temperature": 0.1,
             "training.examples": "sequences",
             "training.max_epochs": 100,

@@ -186,10 +186,25 @@ def test_a_shared_embedding_is_read_by_both_towers(data: TrainingSet) -> None:
     assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {3, 9}
 
 
+@pytest.mark.parametrize("candidate_id", [True, False])
+def test_without_ids_of_candidates_the_history_has_its_own(
+    data: TrainingSet, candidate_id: bool
+) -> None:
+    network = tiny(use_candidate_id=candidate_id).build(data.corpus)
+    tables = [v.name for v in network.trainable_variables if v.shape == (NUM_ITEMS + 1, 8)]
+    assert ["history_item" in name for name in tables] == [not candidate_id]
+
+
+@pytest.mark.parametrize("poolings", [["mean"], ["mean", "recency"]])
 @pytest.mark.parametrize("combination", ["sum", "concat"])
-def test_a_shared_item_is_read_with_its_features(data: TrainingSet, combination: str) -> None:
-    """The mean of one item is that item: with its id, its genre and the layers over both."""
-    options = {"share_item_embedding": True, "history_pooling": ["mean"], "combination": "sum"}
+def test_a_shared_item_is_read_with_its_features(
+    data: TrainingSet, combination: str, poolings: list[str]
+) -> None:
+    """The mean of one item is that item: with its id, its genre and the layers over both.
+
+    Of several poolings, before training.
+    """
+    options = {"share_item_embedding": True, "history_pooling": poolings, "combination": "sum"}
     network = tiny(**options).build(data.corpus)
     if combination == "concat":  # A query tower that only sums, beside another candidate tower.
         settings = tiny(**{**options, "combination": "concat", "hidden_layers": [5]}).settings

@@ -148,7 +148,7 @@ def holdout() -> Holdout:
 
 @pytest.fixture(scope="module")
 def model(requested: TrainingSet, holdout: Holdout) -> TwoTower:
-    return tiny(training={"max_epochs": 12, "patience": 12}).fit_samples(requested, holdout)
+    return tiny(dim=16, training={"max_epochs": 12, "patience": 12}).fit_samples(requested, holdout)
 
 
 def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout) -> None:

@@ -45,8 +45,6 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
         ({"history_lenght": 3}, "did you mean 'history_length'?"),
         ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
         ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
-        ({"share_item_embedding": True, "history_pooling": []}, "needs history_pooling"),
-        ({"share_item_embedding": True, "use_candidate_id": False}, "needs use_candidate_id"),
         ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
         ({"correction": "streaming"}, "negatives: needs training counts"),
         (

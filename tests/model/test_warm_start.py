@@ -30,6 +30,7 @@ MODEL: dict[str, Any] = {
     "candidate_bias": True,
     "id_dropout": 0.3,
     "correction": "streaming",
+    "share_item_embedding": False,  # Two tables of items, each carried over.
     "training": {"max_epochs": 3},
 }
 YESTERDAY, TODAY = range(10, 34), range(4, 30)  # Numbers of the items that are there.
@@ -236,11 +237,11 @@ OTHERS: dict[str, Any] = {
     "dim": 16,
     "normalize": False,
     "hidden_layers": (4,),
-    "combination": "sum",
+    "combination": "concat",
     "use_user_id": True,
     "use_candidate_id": False,
     "candidate_bias": True,
-    "share_item_embedding": True,
+    "share_item_embedding": False,
     "feature_dim": 5,
     "history_pooling": ("mean", "attention"),
     "history_length": 4,

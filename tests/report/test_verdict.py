@@ -205,19 +205,15 @@ def test_what_is_set_already_is_not_suggested() -> None:
     features = RunConfig(data={"item_features": {"genre": "categorical"}})
     assert ["data.item_features" in line for line in advice(few, METRIC, RunConfig())] == [True]
     for model, remedies in (
-        ({}, "A longer log, model.share_item_embedding, or a model.feature_dim above 4"),
-        ({"share_item_embedding": True}, "A longer log, or a model.feature_dim above 4"),
-        ({"feature_dim": 32}, "A longer log, or model.share_item_embedding"),
-        ({"feature_dim": 32, "use_candidate_id": False}, "A longer log, or a smaller model.dim"),
-        ({"feature_dim": 8, "history_pooling": [], "use_user_id": True},
-         "A longer log, or a model.feature_dim above 8"),
-    ):  # fmt: skip
+        ({}, "A longer log, or a model.feature_dim above 16"),
+        ({"feature_dim": 32}, "A longer log, or a smaller model.dim"),
+    ):
         config = with_settings(features, {f"model.{name}": x for name, x in model.items()})
         (found,) = advice(few, METRIC, config)
         assert found.endswith(f"5.0 each. {remedies}")
     numeric = RunConfig(data={"item_features": {"year": "numeric"}})
     (found,) = advice(few, METRIC, numeric)
-    assert found.endswith("5.0 each. A longer log, or model.share_item_embedding")
+    assert found.endswith("5.0 each. A longer log, or a smaller model.dim")
 
     behind = made({"two_tower": 0.2, "popularity": 0.3, "ease": 0.4})
     by_user = {"kind": "last_share"}

@@ -83,9 +83,9 @@ class TwoTowerSettings(Config):
     one."""
     hidden_layers: Listed[PositiveInt] = ()
     """Sizes of the hidden layers of each tower."""
-    combination: Combination = "concat"
-    """How a tower combines its inputs: concat, end to end, mapped by its layers; or sum, each
-    mapped to the embedding's length and added up."""
+    combination: Combination = "sum"
+    """How a tower combines its inputs: sum, each mapped to the embedding's length and added up; or
+    concat, end to end, mapped by its layers."""
     use_user_id: bool = False
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
@@ -95,7 +95,7 @@ class TwoTowerSettings(Config):
     the embedding that new users and items get, besides their features."""
     candidate_bias: bool = False
     """Whether each item has a learned bias that is added to its scores."""
-    feature_dim: PositiveInt = 4
+    feature_dim: PositiveInt = 16
     """Length of the embedding of each feature."""
     feature_dropout: DropoutShare = 0.0
     """Feature dropout: share of the features that training makes missing, at random."""
@@ -106,9 +106,10 @@ class TwoTowerSettings(Config):
     self-attention, or several of them."""
     history_dropout: DropoutShare = 0.5
     """Share of the history's items that training drops, at random."""
-    share_item_embedding: bool = False
-    """Whether the history's items use the candidates' vectors, features included, instead of a
-    separate embedding of their ids."""
+    share_item_embedding: bool = True
+    """Whether the history's items use the candidates' vectors, features included, where the
+    candidate tower is the built-in one and knows ids; else they have a separate embedding of their
+    ids."""
     recency_decay: float = Field(0.85, gt=0, le=1)
     """With history_pooling recency: weight of an item relative to the item after it."""
     attention_blocks: PositiveInt = 2
@@ -125,12 +126,8 @@ class TwoTowerSettings(Config):
         if "attention" in self.history_pooling and self.dim % ATTENTION_HEADS:
             message = f"must be a multiple of {ATTENTION_HEADS}, the heads of the self-attention"
             yield "dim", f"got {self.dim}; {message}"
-        if self.share_item_embedding and not self.history_pooling:
-            yield "share_item_embedding", "needs history_pooling"
-        if not self.use_candidate_id:
-            for name in ("share_item_embedding", "candidate_bias"):
-                if getattr(self, name):
-                    yield name, "needs use_candidate_id"
+        if self.candidate_bias and not self.use_candidate_id:
+            yield "candidate_bias", "needs use_candidate_id"
         counted = [kind for kind in self.negatives if isinstance(kind, Popularity)]
         if self.correction == "streaming" and (counted or self.resampling_exponent):
             name = "negatives" if counted else "resampling_exponent"

@@ -19,7 +19,6 @@ from tfrs_pipeline.model.feature_layers import (
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.settings import refuse
 
 # Beside features, of which none has a name that begins so.
 _HISTORY, _ID = "_history", "_id"
@@ -82,7 +81,9 @@ class Tower(tf.keras.layers.Layer):
         projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
         self._projections = {
             name: tf.keras.layers.Dense(
-                dim, name=f"{layer_name(name.removeprefix('_'))}_projection"
+                dim,
+                kernel_initializer=_mean_of_vectors if name == _HISTORY else "glorot_uniform",
+                name=f"{layer_name(name.removeprefix('_'))}_projection",
             )
             for name in (projected if self._is_sum else [])
         }
@@ -164,6 +165,16 @@ class Tower(tf.keras.layers.Layer):
         return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
 
+def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
+    """Initialises a projection of joined vectors by their mean: [num_vectors * dim, dim].
+
+    So a history read with the candidates' vectors begins near the items it holds, where a random
+    projection would first have to learn that.
+    """
+    num_vectors = shape[0] // shape[1]
+    return tf.tile(tf.eye(shape[1], dtype=dtype or tf.float32), [num_vectors, 1]) / num_vectors
+
+
 class ItemVectors(tf.keras.layers.Layer):
     """Embeds the items of a history by what the candidate tower knows of them: id and features."""
 
@@ -196,14 +207,10 @@ def query_tower(
     candidate_tower: tf.keras.layers.Layer,
     candidate_table: FeatureTable,
 ) -> Tower:
-    """Makes the built-in query tower, which may read items as the candidate tower does.
-
-    A `ConfigError` if it shall, and that tower is another than the built-in one.
-    """
+    """Makes the built-in query tower, which may read items as the candidate tower does."""
     history = shared = None
-    if settings.share_item_embedding:
-        if not isinstance(candidate_tower, Tower):
-            refuse([("share_item_embedding", "needs the built-in candidate tower")])
+    knows_ids = isinstance(candidate_tower, Tower) and candidate_tower.id_embedding is not None
+    if settings.share_item_embedding and knows_ids:
         shared = ItemVectors(candidate_tower, candidate_table)
     if settings.history_pooling:
         history = HistoryEncoder(len(corpus.candidate_ids), settings, shared, corpus.has_times)

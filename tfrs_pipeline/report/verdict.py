@@ -155,27 +155,22 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
     if num_positives < _FEW_POSITIVES * num_items:
-        *most, last = ["A longer log", *_for_few_positives(config)]
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each. {', '.join(most)}, or {last}"
+            f"{num_positives / num_items:.1f} each. A longer log, or {_for_few_positives(config)}"
         )
     if "popularity" in models:
         yield from _beside_popularity(metrics, metric, config)
 
 
-def _for_few_positives(config: RunConfig) -> list[str]:
-    """Lists what may help where an item has few positives; where it has features, these."""
-    model = config.model
-    if not config.data.item_features:
-        return ["item features (data.item_features)", "a smaller model.dim"]
-    remedies = []
-    if model.use_candidate_id and model.history_pooling and not model.share_item_embedding:
-        remedies.append("model.share_item_embedding")
-    are_embedded = not set(config.data.item_features.values()) <= _NOT_EMBEDDED
-    if are_embedded and model.feature_dim < _LARGE_FEATURE_DIM:
-        remedies.append(f"a model.feature_dim above {model.feature_dim}")
-    return remedies or ["a smaller model.dim"]
+def _for_few_positives(config: RunConfig) -> str:
+    """Says what may help where an item has few positives: its features."""
+    features, length = config.data.item_features, config.model.feature_dim
+    if not features:
+        return "item features (data.item_features)"
+    if length < _LARGE_FEATURE_DIM and not set(features.values()) <= _NOT_EMBEDDED:
+        return f"a model.feature_dim above {length}"
+    return "a smaller model.dim"
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
