@@ -133,7 +133,10 @@ def make_served(
     else:
         query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
         candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    changes: dict[str, Any] = {"history_pooling": ("attention",)} if reads_times else {}
+    # Joined end to end, each input shows in the answers of a model that is not trained.
+    changes: dict[str, Any] = {"combination": "concat", "share_item_embedding": False}
+    if reads_times:
+        changes["history_pooling"] = ("attention",)
     model = TwoTower(
         dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
     ).build(

@@ -46,8 +46,8 @@ _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column of more values is free text.
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
-# Which of a row's outcomes did not happen is often left empty.
-_NO, _YES = ("0", "0.0", "false", "n", "no", ""), ("1", "1.0", "true", "y", "yes")
+# An outcome that did not happen is often left empty.
+_NO, _YES = ("0", "0.0", "false", "n", "no", "nan", ""), ("1", "1.0", "true", "y", "yes")
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
@@ -252,7 +252,7 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
-    """Refuses columns, called as an outcome is, that hold 1 in some rows and not in others."""
+    """Refuses (`DataError`) unread columns named as an outcome that hold 1 in some rows alone."""
     if scanned.is_stream:  # It can be read once.
         return
     rows = scanned.first_rows(columns, _NUM_LOOKED_AT)

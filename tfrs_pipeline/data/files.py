@@ -65,7 +65,7 @@ class Scan:
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
         """Names the columns with one of some words in any row, as text, in capitals or not.
 
-        The word "" is that of a row without a value.
+        The word "" matches a row without a value.
         """
         if not columns:
             return []

@@ -37,15 +37,15 @@ def items_by_stage(
 
 
 def items_met(events: ibis.Table, user_ids: np.ndarray) -> list[np.ndarray]:
-    """Collects the items of each user's events, of any stage: those of retrieval are met, too.
+    """Collects the items of each user's events, whatever stage they reached.
 
-    Per user, in the order of `user_ids`, the item ids are distinct and ascending.
+    Returns per user of `user_ids` the distinct item ids, ascending.
     """
     return _by_user(events.select("user_id", "item_id").distinct().to_pyarrow(), user_ids)
 
 
 def _by_user(pairs: pa.Table, user_ids: np.ndarray) -> list[np.ndarray]:
-    """Parts the items of distinct pairs of user_id and item_id by user, ascending."""
+    """Groups the items of distinct pairs of user_id and item_id by user, ascending."""
     pairs = pairs.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
     users, items = (pairs[x].to_numpy(zero_copy_only=False) for x in ("user_id", "item_id"))
     starts = np.searchsorted(users, user_ids, side="left")

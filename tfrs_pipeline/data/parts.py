@@ -61,7 +61,7 @@ class Split(Generic[LogT]):
     def test(self) -> Holdout:
         """What the test part asks. A `DataError` if it holds no positive.
 
-        Its training positives are those of `before_test`; of a model that has seen less, ask
+        Its training positives are those of `before_test`; for a model trained on less, use
         `holdout("test", trained_on=split.train)`.
         """
         return self.holdout("test")

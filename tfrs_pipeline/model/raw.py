@@ -20,7 +20,7 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 Column: TypeAlias = Any
 
 BOOLEANS = ("True", "TRUE", "False", "FALSE")
-"""As tables in CSV write booleans, which are true and false in JSON and of Arrow's columns."""
+"""How tables in CSV write booleans; JSON and Arrow write true and false."""
 MAX_SECONDS = 1e11  # Later ones are milliseconds.
 _VECTORS = pa.list_(pa.float32())
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

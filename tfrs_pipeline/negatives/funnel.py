@@ -100,7 +100,7 @@ class FunnelLosers:
             )
 
     def of_stages(self, stages: tuple[HardStage, ...]) -> FunnelLosers:
-        """Takes losers of these stages alone."""
+        """Returns these losers with other stages, and without what chooses in one that is gone."""
         if "ranked" in stages:
             return replace(self, stages=stages)
         common = FunnelLosers.bottom_share

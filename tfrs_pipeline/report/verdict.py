@@ -164,7 +164,7 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
 
 
 def _for_few_positives(config: RunConfig) -> str:
-    """Says what may help where an item has few positives: its features."""
+    """Says what may help, besides a longer log, where items have few positives."""
     features, length = config.data.item_features, config.model.feature_dim
     if not features:
         return "item features (data.item_features)"

@@ -52,8 +52,8 @@ SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
 # Seconds after which a thread lets another one go on: Python's 5 ms are ten small requests.
 SWITCH_SECONDS = 0.0005
-# What monitors ask, by HEAD too.
-LOOKED_AT = ["GET", "HEAD"]
+# Monitors ask with HEAD.
+GET_OR_HEAD = ["GET", "HEAD"]
 
 T = TypeVar("T")
 
@@ -188,23 +188,23 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
 
 
 def _add_operations(app: fastapi.FastAPI, server: ModelServer) -> None:
-    @app.api_route("/healthz", methods=LOOKED_AT)
+    @app.api_route("/healthz", methods=GET_OR_HEAD)
     async def healthz() -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
-    @app.api_route("/readyz", methods=LOOKED_AT)
+    @app.api_route("/readyz", methods=GET_OR_HEAD)
     async def readyz() -> PlainTextResponse:
         with server.versions.use() as version:
             return PlainTextResponse(f"ok: {server.versions.name} version {version.number}\n")
 
-    @app.api_route("/metrics", methods=LOOKED_AT)
+    @app.api_route("/metrics", methods=GET_OR_HEAD)
     async def prometheus() -> Response:
         content = prometheus_client.generate_latest()
         return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
-    @app.api_route("/", methods=LOOKED_AT)
+    @app.api_route("/", methods=GET_OR_HEAD)
     async def index_page() -> FileResponse:
         return FileResponse(page.PAGE_FILE, headers=page.PAGE_HEADERS)
 

@@ -28,7 +28,7 @@ _QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
 # In units of one hashed candidate; measured at a million of 64 dimensions, 16 queries in a call.
 _WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, _WORK_OF_EXACT_SCORE = 1, 9, 20, 3
-# Of the largest score of a query: what differs by less differs by rounding.
+# Share of a query's largest score: smaller differences are rounding.
 _EQUAL = 1e-6
 # Candidates rescored exactly, over those that are looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -191,8 +191,8 @@ def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
 def _is_found(exact: _Answer, found: _Answer) -> np.ndarray:
     """Tells which places of the exact answers, [num_queries, depth], a search has found.
 
-    Candidates of equal score are one as good as the other: one that scores as the last of an exact
-    answer stands in for one of those that is missed.
+    Candidates of equal score are interchangeable: one that scores as the last of an exact answer
+    replaces a missed one of that score.
     """
     (rows, scores), (found_rows, found_scores) = exact, found
     num = max(rows.max(), found_rows.max())
