@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
 from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, weights_of
+from tfrs_pipeline.model import fit
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, train
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.notes import describe_epoch
+from tfrs_pipeline.model.notes import EpochProgress, describe_epoch
 
 # 120 positives in batches of 32: 4 steps an epoch.
 NUM_EPOCHS, STEPS = 5, 4
@@ -225,21 +226,51 @@ def test_no_epoch_is_begun_once_the_time_is_over(run: Run, tmp_path: Path) -> No
     assert len(result.history["loss"]) == 1
 
 
-def test_the_time_before_the_first_step_is_over_does_not_count(run: Run, tmp_path: Path) -> None:
+def test_the_time_before_the_first_step_is_over_does_not_count(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stopped training starts and traces again, which does not count again either."""
 
-    def slow_start(epoch_first: int) -> tf.keras.callbacks.Callback:
+    now = [1]
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow_start(slow_epoch: int) -> tf.keras.callbacks.Callback:
+        """A second a step, and a hundred before an epoch."""
+
+        def wait(seconds: int) -> None:
+            now[0] += seconds
+
         return tf.keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: time.sleep(2.0 * (epoch == epoch_first))
+            on_epoch_begin=lambda epoch, logs: wait(100 * (epoch == slow_epoch)),
+            on_train_batch_end=lambda batch, logs: wait(1),
         )
 
     with pytest.raises(Stopped):
         run(folder=tmp_path, stop_after=1, callbacks=[slow_start(0)])
     _, result = run(folder=tmp_path, max_epochs=2, callbacks=[slow_start(1)])
-    assert 0 < result.seconds < 2
+    assert result.seconds == 2 * (STEPS - 1)
     # What comes after it does: an epoch later than the first of this part.
     _, result = run(folder=tmp_path, max_epochs=4, callbacks=[slow_start(3)])
-    assert result.seconds > 2
+    assert result.seconds == 2 * (STEPS - 1) + (2 * STEPS - 1) + 100
+
+
+def test_keras_does_not_fetch_the_loss_of_each_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which none of the callbacks reads, and waits for the step."""
+    given: list[tf.keras.callbacks.Callback] = [EpochProgress(lambda *step: None)]
+
+    def of_training(
+        network: TwoTowerNetwork, *data: Any, callbacks: list[Any], **options: Any
+    ) -> None:
+        given.extend(callbacks)
+        raise Stopped
+
+    monkeypatch.setattr(TwoTowerNetwork, "fit", of_training)
+    with pytest.raises(Stopped):
+        run()
+    assert len(given) == 2
+    assert tf.keras.callbacks.CallbackList(given)._batch_hooks_support_tf_logs
 
 
 def test_what_goes_wrong_is_said(run: Run, tmp_path: Path) -> None:

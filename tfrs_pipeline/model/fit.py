@@ -195,8 +195,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     With `saves_all` every epoch is saved there, so that a stopped training can go on from it.
     """
 
-    _supports_tf_logs = True  # Keras need not fetch the loss of each step, which is not read.
-
     def __init__(
         self,
         settings: TrainingSettings,
@@ -208,6 +206,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         on_epoch: OnEpoch | None,
     ) -> None:
         super().__init__()
+        # Keras sets it to False; it need not fetch the loss of each step, which is not read.
+        self._supports_tf_logs = True
         self._settings = settings
         self._validate = validate
         self._max_seconds = max_seconds

@@ -31,10 +31,10 @@ OnSteps: TypeAlias = Callable[[int, int, int], None]
 class EpochProgress(tf.keras.callbacks.Callback):
     """Tells of the steps of an epoch, now and then."""
 
-    _supports_tf_logs = True  # Keras need not fetch the loss of each step, which is not read.
-
     def __init__(self, on_steps: OnSteps) -> None:
         super().__init__()
+        # Keras sets it to False; it need not fetch the loss of each step, which is not read.
+        self._supports_tf_logs = True
         self._on_steps = on_steps
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
