@@ -297,7 +297,7 @@ class Feature:
 
     @functools.cached_property
     def _has_booleans(self) -> bool:
-        return has_booleans(self.vocabulary)
+        return self.kind == "hashed" or has_booleans(self.vocabulary)
 
     @functools.cached_property
     def known_texts(self) -> frozenset[str]:

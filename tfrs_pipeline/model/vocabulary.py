@@ -52,8 +52,9 @@ def has_booleans(values: Collection[str]) -> bool:
 
 def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
     """Writes BOOLEANS as `to_text` does: those that reach a graph as they stand in a table."""
-    for word in BOOLEANS:
-        texts = tf.strings.regex_replace(texts, f"^{word}$", word.lower())
+    for word in ("true", "false"):
+        spellings = "|".join(x for x in BOOLEANS if x.lower() == word)
+        texts = tf.strings.regex_replace(texts, f"^({spellings})$", word)
     return texts
 
 
