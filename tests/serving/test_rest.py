@@ -94,6 +94,32 @@ def test_a_time_without_an_item_is_refused(key: str) -> None:
             read(history, [5.0, None, 6.0])
 
 
+@pytest.mark.parametrize("key", ["inputs", "instances"])
+def test_a_time_of_what_fills_up_a_history_is_refused(key: str) -> None:
+    """However long the other histories of the batch are."""
+
+    def read(times: list[list[float | None]]) -> np.ndarray:
+        query = {
+            "user_id": [1, 2],
+            "history": [[7, -1, -1], [7, 8, 9]],
+            "history_timestamps": times,
+        }
+        rows = [dict(zip(query, row, strict=True)) for row in zip(*query.values(), strict=True)]
+        given = rows if key == "instances" else query
+        return parsed({"signature_name": "histories", key: given})[1]["history_timestamps"]
+
+    nan = np.nan
+    found = read([[5, None, None], [5, 6, 7]])
+    np.testing.assert_array_equal(found, [[5, nan, nan], [5, 6, 7]])
+    np.testing.assert_array_equal(read([[5, None], [5, 6]]), [[5, nan], [5, 6]])
+    with pytest.raises(HTTPException, match=r"one time an item .*3 times for 1 item\."):
+        read([[5, None, 6], [5, 6, 7]])
+    with pytest.raises(HTTPException, match="2 times for 1 item"):
+        read([[5, 6], [5, 6]])
+    with pytest.raises(HTTPException, match="4 times for 3 items"):
+        read([[5, None, None, None], [5, 6, 7, 8]])
+
+
 def test_strings_come_as_utf_8_or_base64() -> None:
     _, arrays, _ = parsed(inputs("retrieve", user_id=["Zoë"], exclude=[[{"b64": "/w=="}]], k=2))
     assert arrays["user_id"].tolist() == ["Zoë".encode()]

@@ -152,7 +152,10 @@ class ServedRetriever:
         }
         if self._reads_item_times:
             times = [of[-LIMITS.max_history :].tolist() for of in item_times(queries)]
-            inputs[HISTORY_TIMESTAMPS] = _filled(times, math.nan)
+            # A server refuses the time of an empty id.
+            is_empty = np.array(inputs["history"], object) == ("" if self._items_are_text else -1)
+            known = np.where(is_empty, math.nan, _filled(times, math.nan))
+            inputs[HISTORY_TIMESTAMPS] = known.tolist()
         return inputs
 
     def _ask(self, path: str, body: bytes | None = None) -> Any:

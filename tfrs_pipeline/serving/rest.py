@@ -20,6 +20,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.raw import MAX_SECONDS
 from tfrs_pipeline.model.requests import TIMESTAMP
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
@@ -315,12 +316,19 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
     """Refuses a time without an item; there may be fewer times than items."""
     if not {"history", HISTORY_TIMESTAMPS} <= arrays.keys():
         return
-    num_items = arrays["history"].shape[1]
-    times = arrays[HISTORY_TIMESTAMPS]
-    if not np.isnan(times[:, num_items:]).all():
+    history, times = arrays["history"], arrays[HISTORY_TIMESTAMPS]
+    is_item = history != missing_value(tf.as_dtype(history.dtype))
+    # Shorter histories are filled up, so that the width says nothing of a query's own.
+    is_time = ~np.isnan(times)
+    width = min(history.shape[1], times.shape[1])
+    is_alone = is_time.copy()
+    is_alone[:, :width] &= ~is_item[:, :width]
+    if is_alone.any():
+        row = is_alone.any(axis=1).argmax()
+        num_times, num_items = int(np.flatnonzero(is_time[row])[-1]) + 1, int(is_item[row].sum())
         raise bad_request(
             f"Input {HISTORY_TIMESTAMPS!r} takes one time an item of the history, null where it is "
-            f"not known. Received: {times.shape[1]} times for {num_items} items."
+            f"not known. Received: {counted(num_times, 'time')} for {counted(num_items, 'item')}."
         )
 
 
