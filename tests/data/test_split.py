@@ -550,6 +550,12 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
         make_log([(1, 1, 1, "clicked")], with_time=False).split("time")
     with pytest.raises(DataError, match=r"no column 'part'.*columns.*split\.kind"):
         one_user("ccc").split("column")
+    days: list[Any] = [START.date(), START.date().isoformat()]
+    for day in days:
+        with pytest.raises(
+            ValueError, match=rf"without a time zone; write {START.date()}T00:00:00Z"
+        ):
+            one_user("ccc").split("time", validation=day, test=day)
     with pytest.raises(ValueError, match=r"split\.test must be a share.*Received: True"):
         one_user("ccc").split("last_n", test=True)
     with pytest.raises(DataError, match="leave none to train on"):

@@ -13,7 +13,7 @@ import contextlib
 import math
 import numbers
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 import ibis
@@ -30,10 +30,10 @@ _CEIL_SLACK = 1e-9
 
 
 def read_amount(name: str, value: Any) -> Any:
-    """Reads a share, a number or a moment, which may be written in ISO 8601."""
-    if isinstance(value, str):
+    """Reads a share, a number, a moment, which may be written in ISO 8601, or a day's midnight."""
+    if isinstance(value, str) or type(value) is date:  # A moment is one, too.
         with contextlib.suppress(ValueError):
-            return datetime.fromisoformat(value)
+            return datetime.fromisoformat(str(value))
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if value is None or is_number or isinstance(value, datetime):
         return value
