@@ -176,7 +176,7 @@ def test_the_page_takes_a_time_as_typed(model: Any) -> None:
     assert asked("2023-10-01T08:30+02:00")["joined"] == [moment.timestamp()]
     with pytest.raises(ValueError, match=r"joined is a time: .* Received: 'yesterday'"):
         asked("yesterday")
-    with pytest.raises(ValueError, match="'joined' must hold datetimes with a time zone"):
+    with pytest.raises(ValueError, match=r"joined is .* no zone: write 2023-10-01T08:30:00Z if"):
         asked("2023-10-01T08:30")
 
 

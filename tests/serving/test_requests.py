@@ -329,6 +329,11 @@ def test_the_page_and_the_command_line_send_requests_and_times(
         ([*times, "--request", *(f"{n}={x}" for n, x in typed.items())], best(query)),
         (unknown, best({**query_of(served, 3), "history_timestamps": [None, *later, None]})),
         (["--history_timestamps", "soon"], "history_timestamps is a time: write one with its zone"),
+        (
+            ["--history_timestamps", "2024-05-01"],
+            "or none where it is not known. Received: '2024-05-01' (it has no zone: write "
+            "2024-05-01T00:00:00Z if it is UTC)",
+        ),
         (["--request", "place=north"], "place is a vector: write its numbers with commas, such as"),
         (["--request", "free space=much"], "free space is a number: write one, such as 1.5. "),
     ):

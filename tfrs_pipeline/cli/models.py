@@ -167,12 +167,8 @@ class Query(OfModel):
             if self.user is not None:
                 query["user_id"] = about["user_id"]
             if self.history_timestamps is not None:
-                query["history_timestamps"] = [
-                    None
-                    if text in ("", "none")
-                    else parse_value("history_timestamps", "timestamp", text)
-                    for text in self.history_timestamps
-                ]
+                name = "history_timestamps"
+                query[name] = [parse_value(name, name, text) for text in self.history_timestamps]
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]

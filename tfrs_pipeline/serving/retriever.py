@@ -16,6 +16,7 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.features import raw_columns, raw_signature
 from tfrs_pipeline.model.raw import to_text
 from tfrs_pipeline.retrieval import (
+    HISTORY_TIMESTAMPS,
     Excluded,
     Query,
     Retrieved,
@@ -342,6 +343,9 @@ _AS_TYPED = {
     **dict.fromkeys(("numeric", "bucketized"), "a number: write one, such as 1.5"),
     "vector": "a vector: write its numbers with commas, such as 1,2,3",
     "timestamp": "a time: write one with its zone, such as 2026-01-31T08:00Z",
+    HISTORY_TIMESTAMPS: (
+        "a time: write one with its zone, such as 2026-01-31T08:00Z, or none where it is not known"
+    ),
 }
 
 
@@ -352,11 +356,20 @@ def parse_value(name: str, kind: str, text: str) -> Any:
             return float(text)
         if kind == "vector":
             return [float(number) for number in text.split(",")]
-        if kind == "timestamp":
-            return datetime.fromisoformat(text)
+        if kind == HISTORY_TIMESTAMPS and text in ("", "none"):
+            return None
+        if kind in ("timestamp", HISTORY_TIMESTAMPS):
+            return _parse_time(text)
     except ValueError as error:
         raise ValueError(f"{name} is {_AS_TYPED[kind]}. Received: {text!r} ({error})") from None
     return [part.strip() for part in text.split(",")] if kind == "multi_categorical" else text
+
+
+def _parse_time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError(f"it has no zone: write {time.isoformat()}Z if it is UTC")
+    return time
 
 
 def _decoded(ids: np.ndarray) -> np.ndarray:
