@@ -299,14 +299,22 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     num_other = sum(not any(x) for x in genres[1:]) + any(genres[0])
     assert refresh_index(folder, items_file).num_unknown == {"genres": num_other}
     write([[y.upper() for y in x] for x in genres])
+    steps: list[str] = []
     with pytest.raises(DataError, match=r"no value of 'genres', such as '[A-C]', is known.*'a'"):
-        refresh_index(folder, items_file)
+        refresh_index(folder, items_file, on_progress=lambda step, *num: steps.append(step))
     assert len(asked) == 1
+    assert steps == []  # Before the items are embedded.
     command = ["refresh-index", str(folder), "--items", str(items_file), "--allow-all-new"]
     assert main(command) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"genres: {num_given} of 55 items have no value that the training had" in said
     assert len(asked) == 2
+    # One value alone says nothing of how others are written; two do, also of one item.
+    write([["new"] if i in (3, 4) else [] for i in range(55)])
+    assert refresh_index(folder, items_file).num_unknown == {"genres": 2}
+    write([["new", "newer"] if i == 3 else [] for i in range(55)])
+    with pytest.raises(DataError, match="no value of 'genres', such as 'new', is known"):
+        refresh_index(folder, items_file)
 
 
 def without_genres(table: pa.Table) -> pa.Table:

@@ -77,14 +77,14 @@ def refresh_index(
         index: How to search; None takes what the version before was exported with.
         keep_versions: How many versions to keep, the newest; None likewise.
         allow_all_new: Whether the file may hold no item of the version before nor of the training,
-            which would otherwise be ids of another kind, and of a feature new categories alone,
-            which would otherwise be written in another way.
+            which would otherwise be ids of another kind, and of a feature several categories, new
+            ones alone, which would otherwise be written in another way.
         on_progress: Called with a task's name, steps done and steps in all.
 
     Raises:
         DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
-            holds no known item, or only unknown categories of a feature, and `allow_all_new` is
-            not set.
+            holds no known item, or several categories of a feature and none that is known, and
+            `allow_all_new` is not set.
         FileNotFoundError: If there is no exported model.
         ValueError: If the model's folder is no numbered version, or ScaNN is asked to index fewer
             than 16 items.
@@ -102,6 +102,11 @@ def refresh_index(
         path = Path(items)
         before = set(retriever.candidate_ids())
         found = _read_items(path, retriever)
+        num_unknown = {  # Before the items are embedded, which takes long.
+            feature.name: _num_unknown(path, found, feature, allow_all=allow_all_new)
+            for feature in retriever.features["candidate"]
+            if feature.kind in ("categorical", "multi_categorical")
+        }
         table, embeddings, is_trained = _embed(path, found, retriever, on_progress)
         ids = table["item_id"].to_pylist()
         if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
@@ -110,11 +115,6 @@ def refresh_index(
                 f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
                 "on; if all are meant to be new, set allow_all_new."
             )
-        num_unknown = {
-            feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
-            for feature in retriever.features["candidate"]
-            if feature.kind in ("categorical", "multi_categorical")
-        }
         num_untrained = int((~is_trained).sum())
         on_progress("index", 0, 0)
         options = ExportOptions.of(retriever.manifest)
@@ -206,21 +206,25 @@ def _embed(
 
 
 def _num_unknown(path: Path, items: pa.Table, feature: Feature, *, allow_all: bool) -> int:
-    """Counts the items that have only unknown values; refuses (`DataError`) where all are so."""
-    num_known, num_unknown, example = 0, 0, ""
+    """Counts the items that have only unknown values.
+
+    Refuses (`DataError`) where there are several values and none is known; one alone may be new.
+    """
+    num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
-        raw = feature.to_raw(block).reshape(len(block), -1)
-        is_known = (feature.encode_column(block).reshape(len(block), -1) > 0).any(axis=1)
-        is_unknown = (raw != "").any(axis=1) & ~is_known
+        raw = feature.to_raw(block)
+        is_known = (feature.encode(raw).numpy().reshape(len(block), -1) > 0).any(axis=1)
+        is_given = raw.reshape(len(block), -1) != ""
+        is_unknown = is_given.any(axis=1) & ~is_known
         num_known += int(is_known.sum())
         num_unknown += int(is_unknown.sum())
-        if not example and is_unknown.any():
-            example = raw[is_unknown][raw[is_unknown] != ""][0]
-    if feature.vocabulary and num_unknown and not (num_known or allow_all):
+        if len(unknown) < 2:
+            unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
+    if feature.vocabulary and len(unknown) > 1 and not (num_known or allow_all):
         raise DataError(
-            f"{path}: no value of '{feature.name}', such as {example!r}, is known to the model, "
-            f"whose values are like {feature.vocabulary[0]!r}. Write them as in the log that it "
-            "was trained on; if all are meant to be new, set allow_all_new."
+            f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
+            f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
+            "that it was trained on; if all are meant to be new, set allow_all_new."
         )
     return num_unknown
 
