@@ -102,6 +102,20 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     assert [path.name for path in tmp_path.iterdir()] == ["compare.toml"]
 
 
+def test_what_a_plan_cannot_train_on_is_refused_before_the_first_one_is_trained(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "compare.toml"
+    plans = {"compare.plans": ["mixed", "hybrid"], "compare.max_steps": None}
+    warm_up = {"training.warmup_steps": 1000, "training.decay": "cosine"}
+    path.write_text(dump_config(with_settings(config, plans | warm_up)))
+    for more in (["--check"], ["--run-dir", str(tmp_path / "run")]):
+        assert main(["compare", "--config", str(path), *more])
+        said = " ".join(capsys.readouterr().err.split())
+        assert "A warm-up of 1000 steps leaves nothing of" in said
+    assert not [*tmp_path.glob("run/plans/*/checkpoints/*/*")]
+
+
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
     plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60, 9)

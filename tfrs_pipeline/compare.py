@@ -40,7 +40,7 @@ from tfrs_pipeline.run import evaluate_all
 from tfrs_pipeline.run_data import OnStep, RunData, Steps, prepare
 from tfrs_pipeline.run_folder import claim_folder
 from tfrs_pipeline.settings import ConfigError
-from tfrs_pipeline.trainings import train_and_refit
+from tfrs_pipeline.trainings import check_trainable, train_and_refit
 
 # Columns that a row draws from its hard negatives, in plans of one stage and of several.
 NUM_HARD = 8
@@ -108,7 +108,8 @@ def prepare_plans(
     """Makes the data of a comparison and its plans, as `compare` does; trains nothing.
 
     Returns the data, the plans by name, and notes: on plans that are missing and on what the
-    comparison cannot show. Raises what `prepare` and `sampling_plans` raise.
+    comparison cannot show. Raises what `prepare`, `sampling_plans` and, of a plan,
+    `check_trainable` raise.
     """
     data = prepare(config, folder, step, hard=_every_loser(config))
     with step("plans") as report:
@@ -117,6 +118,9 @@ def prepare_plans(
         num_candidates = len(data.final.corpus.candidate_ids)
         max_epochs = _max_epochs(config, len(data.selection.samples))
         plans, notes = sampling_plans(config, logged, num_candidates, max_epochs)
+        training = config.training.model_copy(update={"max_epochs": max_epochs})
+        for plan in plans.values():  # Refused before the first one is trained.
+            check_trainable(data, with_settings(config, plan).model, training)
         notes += _about_exposed(config, data.test, plans.values())
         report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
     return data, plans, notes
@@ -147,9 +151,10 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
                 for column, rows in others.items()
             }
             measured[name] = _Measured(result.summary(), per_query, model.result)
-            report.notes = _about_time(model.result, config, max_epochs) + model.notes
-            told = ("stopped by compare.max_seconds", "no hard negatives")
-            notes += [f"{name}: {x}" for x in report.notes if x.startswith(told)]
+            stopped = _about_time(model.result, config, max_epochs)
+            report.notes = stopped + model.notes
+            without_hard = [x for x in model.notes if x.startswith("no hard negatives")]
+            notes += [f"{name}: {x}" for x in stopped + without_hard]
     return _write(_rows(measured, config), config, notes, plans, folder)
 
 
@@ -326,7 +331,7 @@ def _max_epochs(config: RunConfig, num_samples: int) -> int:
 
 
 def _about_time(result: TrainingResult, config: RunConfig, max_epochs: int) -> list[str]:
-    """Says that the time of a plan was over: neither patience nor its last epoch has ended it."""
+    """Notes a plan that compare.max_seconds stopped: neither patience nor its end came first."""
     waited = result.num_epochs - result.best_epoch
     if result.num_epochs == max_epochs or waited >= config.training.patience:
         return []
