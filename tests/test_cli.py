@@ -523,7 +523,7 @@ def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
             ["--training.warmup_steps", "1000", "--training.decay", "cosine"],
             "A warm-up of 1000 steps leaves nothing of",
         ),
-        (["--training.batch_size", "100000"], "batch"),
+        (["--training.batch_size", "100000"], "A batch needs 100000 positives and the"),
         (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
     ],
     ids=lambda value: str(value)[:40],

@@ -34,7 +34,7 @@ class HardDraws:
         self._hard = hard
         self._seed = seed
         self._num_samples = len(samples)
-        self._num_negatives = samples.num_negatives
+        self._num_possible = samples.num_possible_negatives
         nothing = RowLists.empty(len(samples))
         self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
         has_losers = any(len(pool.values) for pool in self.pools.values())
@@ -113,5 +113,5 @@ class HardDraws:
         is_left = tf.cast(num_left > 0, tf.float32)
         pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
         # -inf * 0 and log 0 stand only in columns that are masked.
-        log_q = tf.math.log(num_left) - tf.math.log(self._num_negatives * self.share * pool_share)
+        log_q = tf.math.log(num_left) - tf.math.log(self._num_possible * self.share * pool_share)
         return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))

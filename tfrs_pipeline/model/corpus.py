@@ -180,7 +180,7 @@ class TrainingSet:
         never = np.diff(samples.known_positives.offsets)[users]
         if not (isinstance(hard, FunnelLosers) and "exposed" in hard.stages):
             never = never + np.diff(samples.exposed.offsets)[users]
-        if (never >= samples.num_negatives).all():
+        if (never >= samples.num_possible_negatives).all():
             raise DataError(
                 "No item is anyone's negative, so that there is nothing to train on: every user of "
                 "the training part who clicked anything clicked or saw every item. Give the log "

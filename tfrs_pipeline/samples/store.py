@@ -148,7 +148,7 @@ class Samples:
     is_later: np.ndarray | None = None
 
     @property
-    def num_negatives(self) -> int:
+    def num_possible_negatives(self) -> int:
         """Candidates that may be someone's negatives: all but those that came later."""
         num_later = 0 if self.is_later is None else int(self.is_later.sum())
         return len(self.counts) - 1 - num_later
