@@ -32,7 +32,8 @@ def write_files(folder: Path, *, num_users: int, num_items: int, num_requests: i
         options=OPTIONS,
     )
     log = simulation.log
-    log.events.to_parquet(folder / "events.parquet")
+    # Several threads write rows in any order, and the losers of a request are drawn by theirs.
+    log.events.order_by("event_number").to_parquet(folder / "events.parquet")
     title = log.items["genre"].cast("string") + " no. " + log.items["item_id"].cast("string")
     log.items.select("item_id", title=title).to_csv(folder / "videos.csv")
     return [int(user) for user in log.users["user_id"].to_pyarrow().to_pylist()]

@@ -207,7 +207,11 @@ def query_tower(
     candidate_tower: tf.keras.layers.Layer,
     candidate_table: FeatureTable,
 ) -> Tower:
-    """Makes the built-in query tower, which may read items as the candidate tower does."""
+    """Makes the built-in query tower.
+
+    It may read a history's items as the candidate tower does, if that is the built-in one and knows
+    ids; else it has an embedding of their ids.
+    """
     history = shared = None
     knows_ids = isinstance(candidate_tower, Tower) and candidate_tower.id_embedding is not None
     if settings.share_item_embedding and knows_ids:
