@@ -96,10 +96,11 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "histories": {
         "ml-100k": {
             **_SEQUENCES,
+            "model.share_item_embedding": True,
+            "model.item_init": "svd",
             "model.dim": 128,
-            "model.combination": "concat",
-            "model.feature_dim": 4,
-            "model.recency_decay": 0.8,
+            "model.history_dropout": 0.2,
+            "model.recency_decay": 0.75,
             "model.candidate_bias": True,
             "model.feature_dropout": 0.2,
             "training.max_epochs": 20,
@@ -137,6 +138,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
             **_USER_SETS,
             "model.dim": 64,
             "model.share_item_embedding": True,
+            "model.item_init": "svd",
             "model.temperature": 0.1,
             "training.max_epochs": 150,
         }

@@ -47,6 +47,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_pooling": ("mean",),
             "model.history_dropout": 0.0,
             "model.candidate_bias": True,
+            "model.item_init": "svd",
             # Between what small catalogs and large ones want: docs/explanation/tried.md.
             "model.temperature": 0.12,
             "training.examples": "sets",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +25,6 @@ from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
-from tfrs_pipeline.model.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,17 @@ class TrainingResult:
 OnEpoch = Callable[[TrainingResult], None]
 
 
+class Start(Protocol):
+    """What a training begins with, instead of weights drawn at random."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps that are done already."""
+
+    def apply(self, network: TwoTowerNetwork) -> None:
+        """Sets the weights of an untrained network, compiled and built."""
+
+
 def train(
     network: TwoTowerNetwork,
     batches: HybridBatches,
@@ -67,7 +78,7 @@ def train(
     validate: Validate | None = None,
     max_seconds: float | None = None,
     mining: MinedPools | None = None,
-    warm_start: WarmStart | None = None,
+    start: Start | None = None,
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
     on_epoch: OnEpoch | None = None,
@@ -90,7 +101,7 @@ def train(
         max_seconds: No epoch is begun once training has taken this long, as
             `TrainingResult.seconds` counts.
         mining: Prepares the batches before the first epoch and every few epochs from then on.
-        warm_start: What the first epoch begins with, instead of the network as it is.
+        start: Applied before the first epoch.
         folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
             one in a temporary folder.
         callbacks: Further ones of Keras.
@@ -102,7 +113,7 @@ def train(
     """
     steps = batches.steps_per_epoch
     max_epochs = settings.max_epochs if max_epochs is None else max_epochs
-    first_step = 0 if warm_start is None else warm_start.first_step
+    first_step = 0 if start is None else start.first_step
     _compile(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         keeper = _BestEpoch(
@@ -114,8 +125,8 @@ def train(
             on_epoch=on_epoch,
         )
         epoch = keeper.restore(network, mining)
-        if not epoch and warm_start is not None:
-            warm_start.apply(network)
+        if not epoch and start is not None:
+            start.apply(network)
         all_callbacks = [*callbacks, keeper]
         if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)

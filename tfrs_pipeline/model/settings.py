@@ -90,6 +90,9 @@ class TwoTowerSettings(Config):
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True
     """Whether the candidate tower has an embedding for each item id."""
+    item_init: Literal["random", "svd"] = "random"
+    """What the embeddings of item ids begin with: random, or svd, which adds the singular vectors
+    of the clicks, so that items with the same users begin near each other."""
     id_dropout: DropoutShare = 0.05
     """ID dropout: share of the ids that training replaces by the unknown id, at random. It trains
     the embedding that new users and items get, besides their features."""
@@ -128,6 +131,8 @@ class TwoTowerSettings(Config):
             yield "dim", f"got {self.dim}; {message}"
         if self.candidate_bias and not self.use_candidate_id:
             yield "candidate_bias", "needs use_candidate_id"
+        if self.item_init == "svd" and not (self.use_candidate_id or self.history_pooling):
+            yield "item_init", "got 'svd', which needs use_candidate_id or a history"
         counted = [kind for kind in self.negatives if isinstance(kind, Popularity)]
         if self.correction == "streaming" and (counted or self.resampling_exponent):
             name = "negatives" if counted else "resampling_exponent"

@@ -31,6 +31,7 @@ from tfrs_pipeline.model.distribution import (
     training_strategy,
 )
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
+from tfrs_pipeline.model.item_init import SvdStart
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import (
@@ -282,9 +283,11 @@ class TwoTower:
             ids = self.corpus.query_ids, self.corpus.candidate_ids
             features = self.corpus.request_features
             self._query_encoder = QueryEncoder(self._network, *ids, features)
-            start = None
+            start: WarmStart | SvdStart | None = None
             if warm_start is not None:
                 start = WarmStart(warm_start, self.settings, self.training, self.corpus)
+            elif self.settings.item_init == "svd":
+                start = SvdStart(data.samples.known_positives, folder)
             batches = self.batches(data.samples)
             mining = self._mining(batches, folder, on_progress)
             validate = None
@@ -303,14 +306,14 @@ class TwoTower:
                 validate=validate,
                 max_seconds=max_seconds,
                 mining=mining,
-                warm_start=start,
+                start=start,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
             self._retriever = self._exact_retriever()
             self.notes = [
-                *(start.describe() if start else []),
+                *(start.describe() if isinstance(start, WarmStart) else []),
                 *describe_sample(validation),
                 *(mining.describe() if mining else []),
                 *describe_features(data.corpus),

@@ -1,0 +1,92 @@
+"""Item embeddings that begin with a singular value decomposition (SVD) of the clicks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+from scipy.sparse.linalg import svds
+from threadpoolctl import threadpool_limits
+
+from tfrs_pipeline.cluster import this_worker
+from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.towers import Tower
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.settings import refuse
+
+# By the number of clicks of its user and of its item to this power a cell is divided.
+_EXPONENT = 0.4
+
+
+def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
+    """Computes factors of items from who clicked them: [num_items + 1, dim] float32.
+
+    They are the right singular vectors of the users' clicks, users by items, times the squares of
+    their singular values, scaled to a mean length of 1 over the items with clicks. A cell is 0, or
+    1 / (clicks of the user * clicks of the item)^0.4. Row 0, and that of an item without clicks,
+    are 0; so are the last columns where the clicks have fewer than `dim` directions.
+
+    `clicked` are the distinct candidate rows, from 1, of each user.
+    """
+    factors = np.zeros((num_items + 1, dim), np.float32)
+    num_users = len(clicked)
+    rank = min(dim, num_users - 1, num_items - 1)
+    if rank < 1 or not len(clicked.values):
+        return factors
+    per_user = np.diff(clicked.offsets)
+    per_item = np.bincount(clicked.values - 1, minlength=num_items)
+    cells = (np.repeat(per_user, per_user) * per_item[clicked.values - 1]) ** -_EXPONENT
+    matrix = scipy.sparse.csr_matrix(
+        (cells, clicked.values - 1, clicked.offsets), (num_users, num_items)
+    )
+    # One seed, and the sums of one thread: the same factors each time.
+    with threadpool_limits(1, "blas"):
+        _, values, vectors = svds(matrix, k=rank, rng=np.random.default_rng(0))
+    found = vectors.T * values**2
+    found /= np.linalg.norm(found[per_item > 0], axis=1).mean()
+    factors[1:, :rank] = found
+    return factors
+
+
+@dataclass(frozen=True)
+class SvdStart:
+    """Adds the factors of items (`item_factors`) to what their embeddings are drawn as.
+
+    An item table of the history's own gets the same. `clicked` are those of the samples. Of several
+    workers the chief computes the factors, and leaves them in `folder` to the others.
+    """
+
+    clicked: RowLists
+    folder: Path | None = None
+    first_step = 0
+
+    def apply(self, network: TwoTowerNetwork) -> None:
+        """Sets the item tables of an untrained network; `ConfigError` if it has none."""
+        query, candidate = network.query_tower, network.candidate_tower
+        tables: list[tf.Variable | None] = []
+        if isinstance(candidate, Tower) and candidate.id_embedding is not None:
+            tables.append(candidate.id_embedding.embeddings)
+        if isinstance(query, Tower) and query.history is not None:
+            tables.append(query.history.item_table)
+        own = [table for table in tables if table is not None]
+        if not own:
+            refuse([("model.item_init", "got 'svd', and no built-in tower embeds item ids")])
+        factors = self._factors(network.num_candidates, own[0].shape[1])
+        for table in own:
+            table.assign_add(factors)
+
+    def _factors(self, num_items: int, dim: int) -> np.ndarray:
+        if self.folder is None or this_worker().count == 1:
+            return item_factors(self.clicked, num_items, dim)
+        path = self.folder / "item_factors.npy"
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, item_factors(self.clicked, num_items, dim))
+
+        on_chief(write)
+        return np.load(path)
