@@ -46,6 +46,10 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
         ({"history_pooling": ["mean", "mean"]}, "history_pooling: .*a value twice"),
         ({"history_pooling": ["attention"], "dim": 9}, "dim: got 9; must be a multiple of 2"),
         ({"candidate_bias": True, "use_candidate_id": False}, "candidate_bias: needs use_candida"),
+        (
+            {"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
+            "item_init: got 'svd', which needs use_candidate_id or a history",
+        ),
         ({"correction": "streaming"}, "negatives: needs training counts"),
         (
             {"correction": "streaming", "negatives": ["in_batch"], "resampling_exponent": 0.5},

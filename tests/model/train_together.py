@@ -38,7 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
         "negatives": [InBatch(), *SHARED],
         "training": {"optimizer": "adagrad"},
     },
-    "sets": {"negatives": SHARED, "training": {"examples": "sets", "optimizer": "lazy_adam"}},
+    "sets": {
+        "negatives": SHARED,
+        "item_init": "svd",
+        "training": {"examples": "sets", "optimizer": "lazy_adam"},
+    },
     "mined": {
         "hard": Mined(share=0.2, num=2, min_rank=3, max_rank=12, every=1),
         "training": {"optimizer": "adam"},

@@ -1,0 +1,115 @@
+"""Item embeddings that begin with an SVD of the clicks: the factors, and what they are added to."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.model.conftest import NUM_ITEMS, NUM_TASTES, assert_same, tiny, weights_of
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.item_init import item_factors
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.settings import ConfigError
+
+STILL = {"max_epochs": 1, "learning_rate": 1e-30}
+
+
+def random_clicks(num_users: int, num_items: int, seed: int) -> RowLists:
+    """Of each user a few items; the first user and the last item have no click."""
+    rng = np.random.default_rng(seed)
+    lists = [np.sort(1 + rng.permutation(num_items - 1)[:n]) for n in rng.integers(1, 6, num_users)]
+    return RowLists.from_lists([np.zeros(0, np.int32), *lists])
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(5, 5), (40, 11)])
+def test_factors_are_those_of_a_dense_decomposition(dim: int, rank: int) -> None:
+    clicked = random_clicks(num_users=30, num_items=12, seed=0)
+    dense = np.zeros((31, 12))
+    for user in range(31):
+        dense[user, clicked[user] - 1] = 1
+    num_of_user, num_of_item = dense.sum(axis=1), dense.sum(axis=0)
+    dense /= np.maximum(1, np.outer(num_of_user, num_of_item)) ** 0.4
+    _, values, vectors = np.linalg.svd(dense)
+    expected = vectors[:rank].T * values[:rank] ** 2
+    expected /= np.linalg.norm(expected[num_of_item > 0], axis=1).mean()
+    factors = item_factors(clicked, 12, dim)
+    assert factors.shape == (13, dim)
+    assert factors.dtype == np.float32
+    # The sign and the order of singular vectors say nothing: products of items do.
+    np.testing.assert_allclose(factors[1:] @ factors[1:].T, expected @ expected.T, atol=1e-5)
+    assert not factors[0].any()
+    assert not factors[12].any()
+    assert not factors[:, rank:].any()
+    np.testing.assert_array_equal(item_factors(clicked, 12, dim), factors)
+
+
+@pytest.mark.parametrize("lists", [[], [[]], [[], [1]], [[], [], []]])
+def test_clicks_too_few_to_decompose(lists: list[Any]) -> None:
+    assert not item_factors(RowLists.from_lists(lists), 1, 4).any()
+    assert np.isfinite(item_factors(RowLists.from_lists(lists), 3, 4)).all()
+
+
+def tables(network: TwoTowerNetwork) -> list[np.ndarray]:
+    own = network.query_tower.history.item_table
+    shared = network.candidate_tower.id_embedding.embeddings
+    return [table.numpy() for table in (shared, own) if table is not None]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.usefixtures("in_eager_steps")
+def test_they_are_added_to_every_table_of_items(data: TrainingSet, is_shared: bool) -> None:
+    models = [
+        tiny(item_init=init, share_item_embedding=is_shared, training=STILL).fit_samples(data)
+        for init in ("random", "svd")
+    ]
+    random, begun = (tables(model.network) for model in models)
+    assert len(begun) == 2 - is_shared
+    factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
+    for before, after in zip(random, begun, strict=True):
+        np.testing.assert_allclose(after - before, factors, atol=1e-6)
+    # Items of one taste have the same users: before any training they are near each other.
+    unit = begun[0][1:] / np.linalg.norm(begun[0][1:], axis=1, keepdims=True)
+    near = np.argsort(-(unit @ unit.T), axis=1)[:, 1:4] % NUM_TASTES
+    assert (near == np.arange(NUM_ITEMS)[:, np.newaxis] % NUM_TASTES).mean() > 0.95
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_a_stopped_training_and_a_warm_start_do_not_begin_again(
+    data: TrainingSet, tmp_path: Path
+) -> None:
+    whole = tiny(item_init="svd").fit_samples(data, max_epochs=2)
+    tiny(item_init="svd").fit_samples(data, max_epochs=1, folder=tmp_path)
+    resumed = tiny(item_init="svd").fit_samples(data, max_epochs=2, folder=tmp_path)
+    assert resumed.result.resumed_after == 1
+    assert_same(weights_of(whole.network), weights_of(resumed.network))
+    warm = tiny(item_init="svd", training=STILL).fit_samples(data, warm_start=whole)
+    for before, after in zip(tables(whole.network), tables(warm.network), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+class OwnItems(tf.keras.layers.Layer):
+    """A table of vectors, whose rows are those of the corpus."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
+        self.table = tf.keras.layers.Embedding(len(corpus.candidate_ids) + 1, 8)
+
+    def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
+        return self.table(inputs["row"])
+
+
+@pytest.mark.usefixtures("in_eager_steps")
+def test_own_towers_keep_what_they_begin_with(data: TrainingSet) -> None:
+    own: dict[str, Any] = {"item_init": "svd", "training": STILL, "candidate_tower": OwnItems}
+    model = tiny(**own).fit_samples(data)
+    factors = item_factors(data.samples.known_positives, NUM_ITEMS, 8)
+    history = model.network.query_tower.history.item_table.numpy()
+    assert np.abs(history - factors).max() < 0.06  # As far as the table is drawn from 0.
+    assert np.abs(model.network.candidate_tower.table.embeddings.numpy()).max() < 0.06
+    model = tiny(**own, history_pooling=(), use_user_id=True)
+    with pytest.raises(ConfigError, match=r"model\.item_init: got 'svd', and no built-in tower"):
+        model.fit_samples(data)
+    assert "not fitted" in repr(model)
