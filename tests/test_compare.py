@@ -116,6 +116,19 @@ def test_what_a_plan_cannot_train_on_is_refused_before_the_first_one_is_trained(
     assert not [*tmp_path.glob("run/plans/*/checkpoints/*/*")]
 
 
+@pytest.mark.parametrize("examples", ["sequences", "sets"])
+def test_positives_trained_together_are_single_in_every_plan(
+    config: RunConfig, tmp_path: Path, examples: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    easy = ["uniform:num=16", "popularity:num=16"]
+    together = {"training.examples": examples, "model.negatives": easy, "model.hard": None}
+    path = tmp_path / "compare.toml"
+    plans = {"compare.plans": ["in_batch", "mixed"]}
+    path.write_text(dump_config(with_settings(config, together | plans)))
+    assert main(["compare", "--config", str(path), "--check"]) == 0
+    assert "every plan is trained with training.examples 'single'" in capsys.readouterr().out
+
+
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:
     config = funnel_config(tmp_path, plans=[*PLANS, "hybrid_50_50", "resampled", "exposed"])
     plans, notes = sampling_plans(config, ["retrieved", "pre_ranked", "exposed"], 60, 9)

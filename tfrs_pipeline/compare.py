@@ -118,9 +118,9 @@ def prepare_plans(
         num_candidates = len(data.final.corpus.candidate_ids)
         max_epochs = _max_epochs(config, len(data.selection.samples))
         plans, notes = sampling_plans(config, logged, num_candidates, max_epochs)
-        training = config.training.model_copy(update={"max_epochs": max_epochs})
         for plan in plans.values():  # Refused before the first one is trained.
-            check_trainable(data, with_settings(config, plan).model, training)
+            planned = with_settings(config, {**plan, "training.max_epochs": max_epochs})
+            check_trainable(data, planned.model, planned.training)
         notes += _about_exposed(config, data.test, plans.values())
         report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
     return data, plans, notes
