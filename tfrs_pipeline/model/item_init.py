@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse
 import tensorflow as tf
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, eigsh
 from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.cluster import this_worker
@@ -25,30 +25,31 @@ _EXPONENT = 0.4
 def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     """Computes factors of items from who clicked them: [num_items + 1, dim] float32.
 
-    They are the right singular vectors of the users' clicks, users by items, times the squares of
-    their singular values, scaled to a mean length of 1 over the items with clicks. A cell is 0, or
-    1 / (clicks of the user * clicks of the item)^0.4. Row 0, and that of an item without clicks,
-    are 0; so are the last columns where the clicks have fewer than `dim` directions.
+    They are the leading right singular vectors of the users' clicks, users by items, times the
+    squares of their singular values, scaled to a mean length of 1 over the items with clicks. A
+    cell of the clicks is 0 or 1 / (clicks of the user * clicks of the item)^0.4. Row 0 is 0, and so
+    are, to rounding, the rows of items without clicks and columns beyond the rank of the clicks.
 
     `clicked` are the distinct candidate rows, from 1, of each user.
     """
     factors = np.zeros((num_items + 1, dim), np.float32)
-    num_users = len(clicked)
-    rank = min(dim, num_users - 1, num_items - 1)
-    if rank < 1 or not len(clicked.values):
+    num_vectors = min(dim, num_items - 1)
+    if num_vectors < 1 or not len(clicked.values):
         return factors
     per_user = np.diff(clicked.offsets)
     per_item = np.bincount(clicked.values - 1, minlength=num_items)
     cells = (np.repeat(per_user, per_user) * per_item[clicked.values - 1]) ** -_EXPONENT
-    matrix = scipy.sparse.csr_matrix(
-        (cells, clicked.values - 1, clicked.offsets), (num_users, num_items)
-    )
-    # One seed, and the sums of one thread: the same factors each time.
+    shape = (len(clicked), num_items)
+    clicks = scipy.sparse.csr_matrix((cells, clicked.values - 1, clicked.offsets), shape)
+    by_user = clicks.T.tocsr()
+    alike = LinearOperator((num_items, num_items), matvec=lambda x: by_user @ (clicks @ x))
+    rng = np.random.default_rng(0)
+    # Seeded, and summed by one thread: the same factors each time. `svds` has no seed for the new
+    # starts that equal items make necessary.
     with threadpool_limits(1, "blas"):
-        _, values, vectors = svds(matrix, k=rank, rng=np.random.default_rng(0))
-    found = vectors.T * values**2
-    found /= np.linalg.norm(found[per_item > 0], axis=1).mean()
-    factors[1:, :rank] = found
+        values, vectors = eigsh(alike, num_vectors, v0=rng.random(num_items), rng=rng)
+    found = vectors * values
+    factors[1:, :num_vectors] = found / np.linalg.norm(found[per_item > 0], axis=1).mean()
     return factors
 
 
