@@ -56,7 +56,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.decay": "cosine",
             "training.warmup_steps": 10,
             "training.max_epochs": 40,
-            "training.patience": 10,
+            # To the end: as the rate falls a model may gain after many epochs without.
+            "training.patience": 40,
         },
     ),
     "sequence": (
