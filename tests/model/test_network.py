@@ -270,6 +270,29 @@ def test_towers_that_do_not_go_together_are_refused(
         tiny(query_tower=query, candidate_tower=candidate).build(data.corpus)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("name", ["query_tower", "candidate_tower"])
+def test_a_tower_that_does_not_return_float32_is_refused(
+    data: TrainingSet, name: str, dtype: str
+) -> None:
+    """Whatever it computes in: a last layer of float32 makes it sound."""
+
+    class Narrow(tf.keras.layers.Layer):
+        def __init__(self, last: str) -> None:
+            super().__init__(dtype=last)
+            self.embedding = tf.keras.layers.Embedding(NUM_ITEMS + 1, 8, dtype=dtype)
+            self.last = tf.keras.layers.Dense(8, dtype=last)
+
+        def call(self, inputs: Any, training: bool = False) -> tf.Tensor:
+            return self.last(self.embedding(inputs["row"]))
+
+    options: dict[str, Any] = {"dim": 8}
+    with pytest.raises(ValueError, match=rf'{name} must .*dtype="float32".*Received: {dtype}'):
+        tiny(**options | {name: Narrow(dtype)}).build(data.corpus)
+    network = tiny(**options | {name: Narrow("float32")}).build(data.corpus)
+    assert network.embed_corpus().dtype == np.float32
+
+
 def test_mixed_precision_is_refused_by_name(data: TrainingSet) -> None:
     tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:

@@ -39,7 +39,8 @@ class TwoTowerNetwork(tfrs.Model):
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times and the settings read them (`history_pooling` is attention), also
     with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
-    `ValueError` if the two towers do not go together, or Keras has another policy than float32.
+    `ValueError` if it does not, if the two towers do not go together, or if Keras has another
+    policy than float32.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
     query tower may read too. With the correction "streaming" the model estimates the share of each
@@ -309,6 +310,12 @@ class TwoTowerNetwork(tfrs.Model):
                 f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
+        for name, output in (("query_tower", query), ("candidate_tower", candidate)):
+            if output.dtype != tf.float32:
+                raise ValueError(
+                    f"The {name} must return float32: an export multiplies queries by candidates. "
+                    f'Give its last layer dtype="float32". Received: {output.dtype.name}'
+                )
 
     def check_sequences(self) -> None:
         """Refuses (`ValueError`) a query tower that does not read whole sequences."""
