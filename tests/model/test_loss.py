@@ -225,6 +225,9 @@ def test_refusals() -> None:
         task(QUERIES, COLUMNS, candidate_sampling_probability=tf.ones([C, 1]))
     with pytest.raises(ValueError, match="hard_embeddings needs hard_log_q"):
         task(QUERIES, positives, hard_embeddings=HARD, **options)
+    for name, given in (("hard_log_q", HARD_LOG_Q), ("hard_mask", HARD_MASK)):
+        with pytest.raises(ValueError, match=f"{name}.* need.? hard_embeddings"):
+            task(QUERIES, positives, **options, **{name: given})
     with pytest.raises(ValueError, match="positive_query needs negative_embeddings"):
         task(QUERIES, positives, positive_query=tf.range(W)[::-1])
     for temperature in (0.0, -0.1, np.nan):
@@ -232,6 +235,47 @@ def test_refusals() -> None:
             ValueError, match=f"temperature must be above 0. Received: {temperature}"
         ):
             HybridRetrieval(temperature)
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"queries": QUERIES[:1]},
+        {"positives": POSITIVES[:1]},
+        {"positives": POSITIVES[:W, :1]},
+        {"positives": POSITIVES},
+        {"positives": POSITIVES[:1], "negatives": None},
+        {"queries": QUERIES[:, np.newaxis], "positives": POSITIVES[:W, np.newaxis]},
+        {"positives": POSITIVES, "positive_query": np.zeros(1, int)},
+        {"positives": POSITIVES[:1], "positive_query": POSITIVE_QUERY},
+        {"negatives": COLUMNS[:, :1]},
+        {"hard": HARD[:1]},
+        {"hard": HARD[:, :, :1]},
+    ],
+)
+def test_embeddings_that_would_be_broadcast_are_refused(forms: dict[str, Any]) -> None:
+    fitting = {"queries": QUERIES, "positives": POSITIVES[:W], "negatives": COLUMNS, "hard": HARD}
+
+    def loss(given: dict[str, Any]) -> tf.Tensor:
+        return HybridRetrieval()(
+            given["queries"],
+            given["positives"],
+            negative_embeddings=given.get("negatives"),
+            positive_query=given.get("positive_query"),
+            hard_embeddings=given["hard"],
+            hard_log_q=HARD_LOG_Q,
+        )
+
+    given = {name: tf.constant(x) for name, x in {**fitting, **forms}.items() if x is not None}
+    with pytest.raises(ValueError, match=r"Embeddings must be \[W, D\]"):
+        loss(given)
+    # Nor where a graph does not know the sizes; those that fit give the same number.
+    specs = {name: tf.TensorSpec([None] * len(x.shape), x.dtype) for name, x in given.items()}
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        tf.function(loss, input_signature=[specs])(given)
+    specs = {name: tf.TensorSpec([None] * np.ndim(x), tf.float32) for name, x in fitting.items()}
+    sized = tf.function(loss, input_signature=[specs])(fitting)
+    np.testing.assert_allclose(sized, loss(fitting), rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", [lambda x: x[:, 0], lambda x: x[:, :1], np.transpose])

@@ -102,8 +102,9 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
 
         Raises:
             ValueError: If both corrections are given, shapes do not fit, hard negatives come
-                without their log_q, or a `positive_query` without the columns.
-            tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1].
+                without their log_q or that without them, or a `positive_query` without the columns.
+            tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1], or shapes do
+                not fit that a graph did not know.
         """
         queries, candidate_embeddings, negative_embeddings, hard_embeddings = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
@@ -128,11 +129,12 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
                     "positives themselves, it is not known which are a query's own. Pass the "
                     "columns, and a score_mask that is False at each query's own positives."
                 )
-            num_rows = tf.shape(queries)[0]
-            positives, negative_embeddings = candidate_embeddings[:num_rows], candidate_embeddings
+            positives = candidate_embeddings[: tf.shape(queries)[0]]
+            negative_embeddings, num_rows = candidate_embeddings, tf.shape(positives)[0]
             if score_mask is None:
                 score_mask = tf.ones([num_rows, tf.shape(candidate_embeddings)[0]], tf.bool)
             score_mask = tf.linalg.set_diag(score_mask, tf.zeros([num_rows], tf.bool))
+        _check_embeddings(queries, positives, positive_query, negative_embeddings, hard_embeddings)
         own = tf.reduce_sum(_of_positives(queries, positive_query) * positives, axis=1)
         if parents_log_q is not None:
             own = own - parents_log_q[: tf.shape(own)[0]]
@@ -148,11 +150,36 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
             logits = _corrected(logits, "hard_log_q", hard_log_q)
             blocks.append(_masked(logits, "hard_mask", hard_mask))
+        elif hard_log_q is not None or hard_mask is not None:
+            raise ValueError(
+                "hard_log_q and hard_mask need hard_embeddings, the negatives that they are of."
+            )
         # log(exp(own) + exp(others)) - own.
         losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
         if sample_weight is not None:  # The parent takes [P, 1] too.
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
+
+
+def _check_embeddings(
+    queries: tf.Tensor,
+    positives: tf.Tensor,
+    positive_query: tf.Tensor | None,
+    negatives: tf.Tensor,
+    hard: tf.Tensor | None,
+) -> None:
+    """Refuses embeddings that do not fit: one row would be broadcast to all."""
+    rows = "W" if positive_query is None else "P"
+    shapes = [(queries, "WD"), (positives, f"{rows}D"), (negatives, "CD")]
+    if positive_query is not None:
+        shapes.append((positive_query, "P"))
+    if hard is not None:
+        shapes.append((hard, "WHD"))
+    message = (
+        "Embeddings must be [W, D] of queries, [P, D] of positives, [C, D] of negatives and "
+        "[W, H, D] of hard ones; P is W, or the length of positive_query"
+    )
+    tf.debugging.assert_shapes(shapes, message=message)
 
 
 def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
