@@ -32,6 +32,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.store import RowLists
@@ -329,10 +330,33 @@ class OwnInBatch(InBatch):
     """Draws as in-batch negatives do."""
 
 
-def test_a_subclass_of_in_batch_is_counted_as_in_batch() -> None:
-    batches = make_batches(negatives=[InBatch(), Uniform(20)])
-    own = make_batches(negatives=[OwnInBatch(), Uniform(20)])
-    assert own.masked_shares() == batches.masked_shares()
+class HalfInBatch(InBatch):
+    """Draws half of the batch's positives, and expects as many."""
+
+    def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return positive_rows[: frame.batch_size // 2]
+
+    def expected_count(self, frame: SamplingFrame) -> np.ndarray:
+        return (frame.batch_size // 2) * frame.q_positive
+
+
+@pytest.mark.parametrize("kind, draws", [(OwnInBatch, BATCH_SIZE - 1), (HalfInBatch, 0)])
+def test_a_subclass_of_in_batch_is_counted_as_it_says(kind: type, draws: int) -> None:
+    """As in-batch if it expects the same; else by its own count, whatever the correction."""
+    own = make_batches(negatives=[kind(), Uniform(20)])
+    shares = own.masked_shares()
+    if kind is OwnInBatch:
+        assert shares == make_batches(negatives=[InBatch(), Uniform(20)]).masked_shares()
+    assert min(shares.values()) >= 0
+    estimating = make_batches(negatives=[kind(), Uniform(20)], estimates_frequency=True)
+    (batch,) = batch_list(estimating, 1)
+    assert batch["in_batch_draws"] == draws
+    # With the counted share as the estimate, the two corrections are one.
+    columns = batch["shared_row"]
+    count = batch["in_batch_draws"] * CLICKS[columns] + batch["other_expected_count"][0]
+    expected = kind().expected_count(estimating.frame)[columns] + 20 / NUM_CANDIDATES
+    np.testing.assert_allclose(count, expected, rtol=1e-5)
+    np.testing.assert_allclose(batch_list(own, 1)[0]["log_q"][0], np.log(expected), rtol=1e-5)
 
 
 def test_refusals() -> None:

@@ -21,7 +21,7 @@ from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
 from tfrs_pipeline.batches.row_lists import contains
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.batches.slices import Slices
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.in_batch import InBatch, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.samples.positives import positive_probability
@@ -83,8 +83,8 @@ class HybridBatches:
         positive_weight: np.ndarray | None = None,
         estimates_frequency: bool = False,
     ) -> None:
-        self._num_in_batch = sum(isinstance(kind, InBatch) for kind in negatives)
-        if self._num_in_batch and not examples.is_fair_draw:
+        has_in_batch = any(isinstance(kind, InBatch) for kind in negatives)
+        if has_in_batch and not examples.is_fair_draw:
             raise ValueError(
                 "In-batch negatives need batches that are a fair draw of the positives, and "
                 f"{type(examples).__name__} puts all positives of a user together. Use popularity "
@@ -103,6 +103,7 @@ class HybridBatches:
         self.samples = samples
         self.examples = examples
         self.negatives = tuple(negatives)
+        self._num_in_batch = sum(map(counts_as_in_batch, self.negatives))
         self._seed = seed
         q_positive = positive_probability(samples.counts, examples.rate)
         self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)

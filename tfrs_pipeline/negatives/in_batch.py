@@ -59,6 +59,11 @@ class InBatch:
         return count
 
 
+def counts_as_in_batch(kind: object) -> bool:
+    """Whether a kind expects what `InBatch` does; a subclass may expect something else."""
+    return getattr(type(kind), "expected_count", None) is InBatch.expected_count
+
+
 @functools.lru_cache(maxsize=8)
 def _sampler(frame: SamplingFrame) -> AliasSampler:
     from tfrs_pipeline.negatives.alias import AliasSampler

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.in_batch import counts_as_in_batch
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
 _NUM_TRIES = 16  # Of draws, before training: enough for a slip that most batches have.
@@ -78,7 +78,7 @@ class Mixture:
             count = checked_count(kind, frame)
             _check_draws(kind, frame, count)
             self.expected_count += count
-            if isinstance(kind, InBatch):
+            if counts_as_in_batch(kind):
                 num_in_batch += 1
             else:
                 self.other_expected_count += count
@@ -172,7 +172,7 @@ def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> No
             f"{kind}: draw must return candidate rows in 1 .. {frame.num_candidates}: row 0 is "
             f"'unknown'. Received: {rows.min()} to {rows.max()}"
         )
-    if rows.size and not isinstance(kind, InBatch) and not count[rows].all():
+    if rows.size and not counts_as_in_batch(kind) and not count[rows].all():
         never = rows[count[rows] == 0][0]
         raise ValueError(
             f"{kind}: draw returned candidate {never}, whose expected_count is 0: log_q would be "
