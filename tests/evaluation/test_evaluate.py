@@ -349,6 +349,13 @@ def test_a_retriever_may_return_lists() -> None:
     assert measure(as_lists, holdout).overall == measure(Scores(scores), holdout).overall
 
 
+def as_objects(lists: Sequence[Any]) -> np.ndarray:
+    """An object array of lists."""
+    array = np.empty(len(lists), object)
+    array[:] = [x if isinstance(x, dict) else x.tolist() for x in lists]
+    return array
+
+
 def test_a_sample_measures_its_users_as_the_whole_does_and_says_so() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(50, len(IDS)))
@@ -363,6 +370,19 @@ def test_a_sample_measures_its_users_as_the_whole_does_and_says_so() -> None:
     assert "of 50 users, sampled" in repr(measure_all(Scores(scores), holdout.sample(20, 3)))
     assert "sampled" not in repr(measure_all(Scores(scores), holdout))
     assert holdout.sample(50) is holdout
+    # Whatever holds the lists.
+    names = ("histories", "relevant", "clicked", "seen", "requests")
+    lists = {name: getattr(holdout, name) or [{"place": i} for i in range(50)] for name in names}
+    forms: list[Any] = [tuple, as_objects]
+    for form in forms:
+        given: dict[str, Any] = {name: form(lists[name]) for name in names}
+        other = dataclasses.replace(holdout, **given)
+        assert other.fingerprint() == holdout.fingerprint()
+        drawn = other.sample(20, 3)
+        assert drawn.requests == [{"place": user} for user in drawn.user_ids]
+        assert measure(Scores(scores), drawn).per_query["ndcg@3"].tolist() == (
+            sample.per_query["ndcg@3"].tolist()
+        )
     assert holdout.sample(30, 3).sample(20, 4).num_sampled_from == 50
     # Each user is as likely as another: 40 of 100 draws of 20, five standard deviations around.
     times = sum(np.isin(holdout.user_ids, holdout.sample(20, s).user_ids) for s in range(100))

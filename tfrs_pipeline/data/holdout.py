@@ -72,9 +72,13 @@ class Holdout:
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, np.asarray(values))
         of_queries = ("histories", "relevant", "clicked", "seen")
-        where_known = ("requests", "history_times", "times")
-        for name in (*of_queries, *(x for x in where_known if getattr(self, x) is not None)):
-            if (num := len(getattr(self, name))) != len(self):
+        for name in (*of_queries, "requests", "history_times", "times"):
+            if (values := getattr(self, name)) is None:
+                continue
+            if name != "times":
+                values = list(values)
+                object.__setattr__(self, name, values)
+            if (num := len(values)) != len(self):
                 raise ValueError(
                     f"{name} must hold one entry a query, for each of the {len(self)} user_ids. "
                     f"Received: {num}"
@@ -95,7 +99,7 @@ class Holdout:
         """Tells one holdout from another by its users and what they are to find: 12 digits."""
         digest = hashlib.sha256()
         for values in (self.user_ids, *self.relevant):
-            digest.update(f"{values.tolist()}".encode())
+            digest.update(f"{np.asarray(values).tolist()}".encode())
         return digest.hexdigest()[:12]
 
     def sample(self, num_queries: int, seed: int = 0) -> Holdout:
