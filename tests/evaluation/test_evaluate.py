@@ -215,12 +215,14 @@ def test_a_holdout_has_as_many_lists_as_users() -> None:
         Holdout(**good | {"candidate_counts": [1, 2, 3]})
 
 
-def test_an_empty_list_of_floats_leaves_large_ids_as_they_are() -> None:
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_lists_of_other_types_leave_large_ids_as_they_are(dtype: type) -> None:
+    """Empty ones are of floats, and unsigned beside signed integers would become such."""
     ids = 2**60 + np.arange(12)
     holdout = Holdout(
         user_ids=np.arange(2),
         histories=[ids[:1], np.array([])],
-        relevant=[ids[1:2], ids[2:3]],
+        relevant=[ids[1:2].astype(dtype), ids[2:3].astype(dtype)],
         clicked=[ids[:1], np.array([])],
         seen=[ids[:1], np.array([])],
         candidate_ids=ids,
@@ -308,6 +310,7 @@ def test_differences_are_paired_and_narrower_than_the_two_intervals() -> None:
         (lambda ids, scores: (ids - 1, scores), "excluded"),
         (lambda ids, scores: (ids, scores + np.arange(3)), "best first"),
         (lambda ids, scores: (ids, scores * np.nan), "no NaN"),
+        (lambda ids, scores: (ids, scores.astype(str)), "numbers as scores"),
         (lambda ids, scores: (ids.astype(str).astype(object), scores), "not candidates"),
     ],
 )
@@ -341,6 +344,20 @@ def test_refuses_what_cannot_be_measured(
     no_holdout: Any = [[100]]
     with pytest.raises(TypeError, match=r"on a Holdout.*Received: list"):
         measure(Scores(np.zeros((1, 12))), no_holdout)
+
+
+def test_a_single_score_may_not_be_nan() -> None:
+    broken = Scores(np.zeros((1, 12)), spoil=lambda ids, scores: (ids, scores * np.nan))
+    with pytest.raises(ValueError, match="no NaN"):
+        measure(broken, make_holdout([[102]]), cutoffs=(1,))
+
+
+@pytest.mark.parametrize("count", [-1, np.nan, np.inf])
+def test_counts_that_are_no_number_or_negative_are_refused(count: float) -> None:
+    counts = np.array([count, *COUNTS[1:]])
+    holdout = dataclasses.replace(make_holdout([[102]]), candidate_counts=counts)
+    with pytest.raises(ValueError, match="candidate_counts must be one finite number"):
+        measure(Scores(np.zeros((1, 12))), holdout)
 
 
 def test_a_retriever_may_return_lists() -> None:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
-from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metrics
@@ -129,16 +129,16 @@ def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
         "head", "torso", "tail" -> [num_candidates] bool; each candidate is in exactly one.
 
     Raises:
-        ValueError: If a count is negative.
+        ValueError: If a count is negative or not finite.
 
     Example:
         >>> {name: np.flatnonzero(x) for name, x in popularity_slices([1, 5, 0, 3, 1]).items()}
         {'head': array([1]), 'torso': array([3]), 'tail': array([0, 2, 4])}
     """
     counts = np.asarray(candidate_counts)
-    if counts.ndim != 1 or np.any(counts < 0):
+    if counts.ndim != 1 or not np.all(np.isfinite(counts) & (counts >= 0)):
         raise ValueError(
-            "candidate_counts must be one number a candidate, 0 or more. Received: "
+            "candidate_counts must be one finite number a candidate, 0 or more. Received: "
             f"`candidate_counts.shape` = {counts.shape}, from {counts.min(initial=0)}"
         )
     order = np.argsort(-counts, kind="stable")
@@ -180,8 +180,10 @@ def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
     excluded = holdout.excluded(exclude)
     num_queries = len(holdout)
     lists = [*holdout.relevant, *(excluded or ())]
-    # An empty array is of floats, unless its maker said otherwise, and would make floats of all.
-    ids = np.concatenate([ids for ids in lists if len(ids)] or lists)
+    # An empty array is of floats, unless its maker said otherwise, and would make floats of all; so
+    # would unsigned integers beside signed ones.
+    given = [as_id_array(ids) for ids in lists if len(ids)]
+    ids = np.concatenate([items.values[:0], *given])
     _check_type(ids, items)
     rows = items.rows(ids).astype(np.int64)
     # Ids outside the corpus are told apart by numbers above its rows.
@@ -264,8 +266,9 @@ def _faults(
 ) -> Iterator[str]:
     if np.any((rows == 0) & (ids != items.empty_id)):
         yield "returned ids that are not candidates"
-    # A NaN compares as False, so it fails here too.
-    if not np.all(scores[:, 1:] <= scores[:, :-1]):
+    if scores.dtype.kind in "OSU":
+        yield "must return numbers as scores"
+    if np.isnan(scores).any() or np.any(scores[:, 1:] > scores[:, :-1]):
         yield "must return the best first, no NaN"
     in_order = np.sort(rows, axis=1)
     if np.any((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] > 0)):
