@@ -132,6 +132,8 @@ def test_a_smaller_batch_is_filled_up_so_that_its_log_q_is_that_of_any_other() -
     # Four standard deviations of a share of so many draws.
     np.testing.assert_allclose(share, frame.q_positive, atol=4 * (2 / 9 / (3 * num_draws)) ** 0.5)
     assert share[3] == 0
+    longer = tf.constant([3], tf.int64)  # As rows of NumPy or Keras are.
+    np.testing.assert_array_equal(mixture.draw(longer, [7, 0]), drawn[0])
     whole = tf.constant([2, 1, 1, 2])
     np.testing.assert_array_equal(unsized(whole, [7, 0]), mixture.draw(whole, [7, 0]))
     many = tf.ones([5], tf.int32)

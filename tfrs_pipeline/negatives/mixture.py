@@ -96,7 +96,7 @@ class Mixture:
         """Draws the shared negatives of a batch.
 
         Args:
-            positive_rows: [B] int32, the positives of the batch.
+            positive_rows: [B] integers, the positives of the batch.
             seed: [2] integers, such as `[7, step]`, in a graph too; the draw is a function of it, a
                 kind's draws apart from another's.
 
@@ -114,6 +114,7 @@ class Mixture:
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
             )
+        positive_rows = tf.cast(positive_rows, tf.int32)
         drawn = [
             kind.draw(
                 self._frame,
