@@ -268,6 +268,8 @@ def test_towers_that_do_not_go_together_are_refused(
     query, candidate = map(Zeros, sizes)
     with pytest.raises(ValueError, match=rf"must return \[n, D\], the same D.*{received}"):
         tiny(query_tower=query, candidate_tower=candidate).build(data.corpus)
+    with pytest.raises(ValueError, match=r"more with model\.candidate_bias.* \(1, 9\) of the cand"):
+        tiny(query_tower=Zeros([8]), dim=8, candidate_bias=True).build(data.corpus)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])

@@ -307,7 +307,8 @@ class TwoTowerNetwork(tfrs.Model):
         if query.shape.rank != 2 or query.shape != candidate.shape:
             raise ValueError(
                 "Each tower must return [n, D], the same D: make the last layers of query_tower "
-                f"and candidate_tower equally wide. Received for n = 1: {tuple(query.shape)} of "
+                "and candidate_tower equally wide. A built-in one returns model.dim numbers, and "
+                f"one more with model.candidate_bias. Received for n = 1: {tuple(query.shape)} of "
                 f"the query tower, {tuple(candidate.shape)} of the candidate tower."
             )
         for name, output in (("query_tower", query), ("candidate_tower", candidate)):
