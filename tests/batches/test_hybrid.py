@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -375,6 +375,15 @@ def test_refusals() -> None:
         for size in sizes:
             with pytest.raises(ValueError, match=f"batch_size must be a whole .* Received: {size}"):
                 make_batches(order, batch_size=size)
+    for step in (-1, 1.0):
+        with pytest.raises(ValueError, match=rf"step must be a whole .* 0 or .*Received: {step}"):
+            make_batches().batch(cast(Any, step))
+    examples_of = {"history_length": LENGTH, "batch_size": BATCH_SIZE}
+    for epochs_of in (ORDERS["sequences"], ORDERS["sets"]):
+        with pytest.raises(ValueError, match="seed must be a whole number, 0 or more"):
+            epochs_of(SAMPLES, seed=-1, **examples_of)
+    with pytest.raises(ValueError, match="history_length must be a whole number, 1 or more"):
+        ORDERS["sequences"](SAMPLES, seed=0, **examples_of | {"history_length": 0})
     with pytest.raises(ValueError, match="No shared column"):
         make_batches(negatives=[])
     with pytest.raises(ValueError, match=r"needs 151 positives.*has 150.*batch_size"):

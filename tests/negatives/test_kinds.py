@@ -165,8 +165,8 @@ def test_expected_counts_hold_where_some_positives_are_of_unknown_items(size: in
 
 
 def test_refusals_of_counts() -> None:
-    for counts in ([], [0], [0, 0], [7, 0], [-1, 2], [0, -1], [0, np.nan], [[0, 1]]):
-        with pytest.raises(ValueError, match="a number for each candidate row"):
+    for counts in ([], [0], [0, 0], [7, 0], [-1, 2], [0, -1], [0, np.nan], [1, np.inf], [[0, 1]]):
+        with pytest.raises(ValueError, match="a finite number for each candidate row"):
             SamplingFrame.of_counts(np.array(counts), 5)
     with pytest.raises(
         ValueError, match=r"batch_size must be a whole number, 1 or more\. Received: 0"

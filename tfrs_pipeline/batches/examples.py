@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use
+from tfrs_pipeline.messages import check_whole
 
 Batch = dict[str, tf.Tensor]
 
@@ -80,6 +81,9 @@ class EpochChoices:
     draw: Callable[[np.random.Generator], Sequence[Any]]
     signature: Any
     _drawn: tuple[int, Sequence[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        check_whole(0, seed=self.seed)
 
     def choose(self, step: int) -> Any:
         """Returns what a step's batch holds."""

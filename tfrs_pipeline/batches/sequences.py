@@ -45,8 +45,8 @@ class WholeSequences:
         seed: Of the order.
 
     Raises:
-        ValueError: If the samples have no order, `batch_size` is no whole number, or a batch would
-            be too small for its windows.
+        ValueError: If the samples have no order, `batch_size`, `history_length` or `seed` is no
+            whole number or out of range, or a batch would be too small for its windows.
     """
 
     is_fair_draw = False
@@ -56,7 +56,7 @@ class WholeSequences:
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
-        check_whole(1, batch_size=batch_size)
+        check_whole(1, batch_size=batch_size, history_length=history_length)
         if samples.num_earlier is None:
             raise ValueError(
                 "Whole sequences need an order: a history must be a beginning of its user's "

@@ -41,7 +41,7 @@ class UserSets:
         seed: Of the order and the coins.
 
     Raises:
-        ValueError: If `batch_size` is no whole number or below 1.
+        ValueError: If `batch_size` or `seed` is no whole number or out of range.
     """
 
     is_fair_draw = False

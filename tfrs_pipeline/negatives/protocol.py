@@ -38,14 +38,15 @@ class SamplingFrame:
         a log_q of -inf.
 
         Raises:
-            ValueError: If counts are negative, or all 0 but for row 0, or `batch_size` is no whole
-                number or below 1.
+            ValueError: If counts are negative, not finite, or all 0 but for row 0, or `batch_size`
+                is no whole number or below 1.
         """
         counts = np.asarray(counts)
-        if counts.ndim != 1 or not (counts >= 0).all() or not counts[1:].any():
+        is_count = np.isfinite(counts) & (counts >= 0)
+        if counts.ndim != 1 or not is_count.all() or not counts[1:].any():
             raise ValueError(
-                "counts must be a number for each candidate row, 0 or more, and not all 0 beyond "
-                f"row 0, which counts positives of unknown items. Received: {counts}."
+                "counts must be a finite number for each candidate row, 0 or more, and not all 0 "
+                f"beyond row 0, which counts positives of unknown items. Received: {counts}."
             )
         check_whole(1, batch_size=batch_size)
         return cls(counts, counts / counts.sum(), batch_size)
