@@ -76,7 +76,8 @@ class ExportConfig(Config):
     filter_by: str | None = None
     """Item feature, categorical or multi_categorical, that requests may filter items by."""
     keep_versions: PositiveInt | None = None
-    """How many of the newest versions to keep; older ones are deleted. If not given, all."""
+    """How many versions to keep: the newest two, then the newest of each training, then further
+    refreshes; the others are deleted. If not given, all."""
     gate: bool = False
     """Whether to export a model only if it is not worse than the version in service, beyond the 95%
     interval of training.monitor on the same test queries."""

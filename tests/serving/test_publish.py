@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, new_version, versions_of
 
 NUM_KILLS = 40
@@ -94,6 +95,24 @@ def test_keeps_the_newest_versions_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be 1 or more"):
         publish(tmp_path, "none", keep=0)
     assert versions_of(tmp_path) == [7]
+
+
+def test_refreshes_push_out_no_other_training(tmp_path: Path) -> None:
+    """Of nights with a training each, refreshed by the hour."""
+    nights: list[list[int]] = []  # Their versions.
+    for _ in range(7):
+        nights.append([])
+        for _ in range(7):
+            about = {"refreshed": {"trained_as": nights[-1][0]}} if nights[-1] else {}
+            with new_version(tmp_path, keep=5) as version:
+                write_record(version.partial / MANIFEST_FILE, about)
+            nights[-1].append(int(version.folder.name))
+            made, kept = [x for night in nights for x in night], versions_of(tmp_path)
+            assert len(kept) == min(5, len(made))
+            assert kept[-2:] == made[-2:]
+            assert {night[-1] for night in nights[-4:]} <= set(kept)
+        if len(nights) == 1:
+            assert kept == made[-5:]
 
 
 def test_removes_what_a_killed_process_left(tmp_path: Path) -> None:

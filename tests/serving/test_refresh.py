@@ -188,6 +188,7 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
     assert found.tolist() == expected.tolist()
     manifest = json.loads((folder / "3" / MANIFEST_FILE).read_text())
     assert manifest["refreshed"]["from_version"] == 2
+    assert manifest["refreshed"]["trained_as"] == 1
     assert manifest["refreshed"]["num_items"] == NUM_CANDIDATES
 
 

@@ -243,7 +243,8 @@ class RefreshIndex(OfModel):
     target_recall: TargetRecall | None = None
     """Recall target of a ScaNN index, in (0, 1]."""
     keep_versions: PositiveInt | None = None
-    """How many of the newest versions to keep; older ones are deleted."""
+    """How many versions to keep: the newest two, then the newest of each training, then further
+    refreshes; the others are deleted."""
     allow_all_new: CliToggleFlag[bool] = False
     """Accept a file without any item that the model knows, or any known category of a feature."""
 

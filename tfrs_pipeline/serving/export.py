@@ -113,7 +113,8 @@ def export(
         index: How to search: `Exact()`, `Scann()`, or as `Auto()` chooses by the number of items,
             which None is.
         filter_by: Column of the model's items by whose values requests may filter.
-        keep_versions: How many versions to keep, the newest; None keeps all.
+        keep_versions: How many versions to keep: the newest two, then the newest of each training,
+            then further refreshes; None keeps all.
         item_ids: Of the model's items, those to be retrieved; the others are read in histories
             alone, as those that a refresh removes. None takes the items of the log's item table,
             all where it has none.

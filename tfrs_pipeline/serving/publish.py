@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfrs_pipeline.durable import flush, locked, naming
+from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
 
     The `partial` folder must hold a manifest at the end; `folder` is its place afterwards, below
     `parent`, the model's folder, which is made if missing. Of the complete versions, `keep` are
-    kept, the newest; None keeps all.
+    kept: the newest two, then the newest of each training; None keeps all.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -117,7 +117,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
             flush([parent])
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for number in versions_of(parent)[:-keep] if keep else ():
+        for number in _least_needed_first(parent)[:-keep] if keep else ():
             _discard(parent / str(number))
 
 
@@ -127,6 +127,23 @@ class NewVersion:
 
     partial: Path
     folder: Path
+
+
+def _least_needed_first(parent: Path) -> list[int]:
+    """Lists the complete versions in the order to delete them.
+
+    Refreshes of one training have the same towers: the older of them go before another training's.
+    Not the one before the newest, which servers still load or answer with.
+    """
+    numbers, training_of = versions_of(parent), dict[int, int]()
+    for number in numbers:
+        try:
+            manifest = read_record(parent / str(number) / MANIFEST_FILE, check_files=False)
+        except (Damaged, OSError):  # Taken for a training of its own.
+            manifest = {}
+        training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
+    newest = {training: number for number, training in training_of.items()}.values()
+    return sorted(numbers, key=lambda number: (number in numbers[-2:], number in newest, number))
 
 
 def _discard(folder: Path) -> None:

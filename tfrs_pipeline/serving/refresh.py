@@ -75,7 +75,7 @@ def refresh_index(
         items: CSV or Parquet with item_id, every item feature of the model under its name and,
             if there is one, title: the items to be retrieved, all of them.
         index: How to search; None takes what the version before was exported with.
-        keep_versions: How many versions to keep, the newest; None likewise.
+        keep_versions: How many versions to keep, as of `export`; None likewise.
         allow_all_new: Whether the file may hold no item of the version before nor of the training,
             which would otherwise be ids of another kind, and of a feature several categories, new
             ones alone, which would otherwise be written in another way.
@@ -99,7 +99,7 @@ def refresh_index(
                 "A version's folder is named by its number, such as saved_models/NAME/3: the new "
                 f"one is written beside it. Received: {retriever.folder}"
             )
-        path = Path(items)
+        number, path = int(retriever.folder.name), Path(items)
         before = set(retriever.candidate_ids())
         found = _read_items(path, retriever)
         num_unknown = {  # Before the items are embedded, which takes long.
@@ -132,7 +132,9 @@ def refresh_index(
             manifest={
                 **retriever.manifest,
                 "refreshed": {
-                    "from_version": int(retriever.folder.name),
+                    "from_version": number,
+                    # The version that its training was exported as.
+                    "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
                     "items": {path.name: file_hash(path)},
                     "num_items": len(ids),
                     "num_untrained": num_untrained,
