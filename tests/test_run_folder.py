@@ -177,7 +177,7 @@ def test_folders_made_for_what_is_refused_go_too(config: RunConfig, tmp_path: Pa
 def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "saved_models").write_text("a file")
     with (
-        pytest.raises(StorageError, match="saved_models: Not a directory"),
+        pytest.raises(StorageError, match="saved_models/clicks: Not a directory"),
         claim_folder(config, tmp_path / "run", is_run=True),
     ):
         pytest.fail("the work began")
@@ -188,6 +188,15 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
         pytest.raises(
             StorageError, match=r"saved_models: is a link to .*not mounted, which is not"
         ),
+        claim_folder(config, tmp_path / "run", is_run=True),
+    ):
+        pytest.fail("the work began")
+    # Not the folder of the models alone, but that of the model, which may be another's.
+    (tmp_path / "saved_models").unlink()
+    (tmp_path / "saved_models").mkdir()
+    (tmp_path / "saved_models" / "clicks").symlink_to(tmp_path / "not mounted")
+    with (
+        pytest.raises(StorageError, match=r"saved_models/clicks: is a link to .*not mounted"),
         claim_folder(config, tmp_path / "run", is_run=True),
     ):
         pytest.fail("the work began")

@@ -35,7 +35,7 @@ def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[N
     """Works in a folder: no other process does meanwhile, and its settings are these.
 
     What was made for a run whose data is refused goes again. Where several workers train together,
-    the chief's claim is that of all. Where a run exports, that place is tried too.
+    the chief's claim is that of all. Where a run exports, the model's folder is tried too.
 
     Raises:
         ConfigError: If the folder's settings are damaged.
@@ -48,7 +48,7 @@ def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[N
         yield
         return
     exports = is_run and config.export.index != "none"
-    for written in (folder, *([config.export.directory] if exports else [])):
+    for written in (folder, *([config.model_folder] if exports else [])):
         # TensorFlow takes these for a pattern when it reads, and not when it writes.
         if wrong := sorted(set("[\\") & set(str(written))):
             raise ValueError(
