@@ -131,6 +131,25 @@ def test_ctrl_c_ends_without_an_error(process: subprocess.Popen[str]) -> None:
     assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_first_version_loads_is_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    # As the system does by default, without ending the tests.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    monkeypatch.setattr(
+        server.ModelVersions, "load_first", lambda self: signal.raise_signal(number)
+    )
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["serve", str(folder), "--port", "0"])
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+    assert stopped.value.code == 0
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     code = cli.main(["serve", *map(str, arguments)])
     return code, capsys.readouterr().err

@@ -283,6 +283,10 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
     """
     server = ModelServer(model, settings)
     with _listener(settings.host, settings.port) as listener:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # While a model is loaded; and uvicorn raises them again after its stop, which would end
+            # in an error code.
+            signal.signal(number, lambda *arguments: sys.exit(0))
         # What the libraries hold lives as long as the process: no later collection need look at it.
         gc.collect()
         gc.freeze()
@@ -307,9 +311,6 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn raises them again after its stop, which would end in an error code.
-            signal.signal(number, lambda *arguments: sys.exit(0))
         sys.setswitchinterval(SWITCH_SECONDS)
         versions = server.versions
         Server(config, lambda: versions.is_loading).run(sockets=[listener])
