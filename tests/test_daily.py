@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tfrs_pipeline.run_data import StepReport
 from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings, with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.serving.refresh import describe_undone, refresh_index
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.settings import ConfigError
 from tfrs_pipeline.trainings import _split_of, trained_in
@@ -305,6 +307,44 @@ def test_another_training_in_the_same_folder_is_no_killed_one(
     shutil.rmtree(folder / "checkpoints")
     for name in ("metrics.json", "checkpoints"):
         shutil.move(tmp_path / name, folder / name)
+
+
+def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) -> None:
+    """The model is refreshed while today's run trains, which has read its items before."""
+    quick = {"training.max_epochs": 1, "training.refit": False, "export.name": "hourly"}
+    folder, items = place / "saved_models" / "hourly", place / "hourly.parquet"
+    listed = {item_id(number, "str") for number in range(3, 75)}
+    table = item_table("str")
+    pq.write_table(table.filter(pc.is_in(table["item_id"], pa.array(sorted(listed)))), items)
+    shutil.copytree(model_folder(place) / "1", folder / "1")
+    notes: dict[str, list[str]] = {}
+
+    def on_step(report: StepReport) -> None:
+        notes[report.name] = report.notes
+        if report.name == "split":
+            refresh_index(folder, items)
+
+    result = run(today(place, **quick), place / "runs" / "hourly", on_step=on_step)
+    ours = load(str(result.export_folder)).candidate_ids()
+    num_lost, num_again = len(listed - set(ours)), len(set(ours) - listed)
+    assert num_lost != num_again
+    assert (
+        f"version 2 was refreshed after this run had begun: of its items {num_lost} are not in "
+        f"this version, and {num_again} of this version are not in it. Run refresh-index for "
+        "today's items"
+    ) in notes["export"]
+
+    def told(version: str, since: datetime, ids: Iterable[str]) -> str | None:
+        model = place / "told" / version
+        shutil.copytree(folder / version, model / version, dirs_exist_ok=True)
+        return describe_undone(model, since, np.array(list(ids), object))
+
+    long_ago, now = datetime(2020, 1, 1, tzinfo=UTC), datetime.now(UTC)
+    assert told("2", long_ago, ours) is not None
+    assert told("2", now, ours) is None
+    assert told("2", long_ago, listed) is None
+    assert told("3", long_ago, listed) is None
+    assert describe_undone(place / "none", long_ago, np.array(ours, object)) is None
 
 
 def test_nobody_else_publishes_between_the_measurement_and_the_export(warm: Warm) -> None:

@@ -34,6 +34,7 @@ from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run_folder import (
+    CONFIG_FILE,
     METRICS_FILE,
     check_model_name,
     claim_folder,
@@ -50,6 +51,7 @@ from tfrs_pipeline.serving.gate import (
 )
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
+from tfrs_pipeline.serving.refresh import describe_undone
 from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit, variants
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
@@ -170,6 +172,8 @@ def _conclude(
             if served is not None:
                 known = {"in_service": served.corpus.values, "exported": listed}
                 report.notes.append(describe_lacking(data.test, config.evaluation.exclude, **known))
+            if (undone := describe_undone(model_folder, _began(folder), listed)) is not None:
+                report.notes.append(undone)
             export_folder, metrics["index"] = export_model(
                 config,
                 models["two_tower"],
@@ -188,6 +192,13 @@ def _conclude(
             report.notes.append(describe_index(metrics["index"], len(listed)))
             report.notes.append("a fresh process loaded the export and gave the same answers")
     return _keep(folder, {**metrics, "export_folder": str(export_folder.resolve())}, step)
+
+
+def _began(folder: Path) -> datetime:
+    """Returns a time before which a run had read no items."""
+    # The settings are written before the data is read, and may be again, after it.
+    files = folder / CONFIG_FILE, folder / "data" / "log.json"
+    return datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
 
 
 def _made_by(config: RunConfig, folder: Path) -> dict[str, Any]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_items
 from tfrs_pipeline.data.times import Formats
-from tfrs_pipeline.durable import file_hash
+from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.vocabulary import in_blocks
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search
-from tfrs_pipeline.serving.publish import publishing
+from tfrs_pipeline.serving.publish import ITEMS_FILE, MANIFEST_FILE, publishing, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
 
 
@@ -151,6 +153,36 @@ def refresh_index(
         num_unknown=num_unknown,
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=manifest["index"],
+    )
+
+
+def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
+    """Says what a version of other items, about to be published, undoes of a refresh.
+
+    Args:
+        model: The model's folder, of which the newest version counts.
+        since: A refresh before it is older than the items are.
+        item_ids: [n] int64, or object of str: the items of the version to come.
+
+    Returns:
+        A line for a person; None if there is no version, its manifest is damaged, it was not
+        refreshed since or has the same items.
+    """
+    newest = model / str(max(versions_of(model), default=""))
+    try:
+        manifest = read_record(newest / MANIFEST_FILE, check_files=False)
+    except (Damaged, FileNotFoundError):
+        return None
+    if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
+        return None
+    refreshed = set(pq.read_table(newest / ITEMS_FILE)["item_id"].to_pylist())
+    ours = set(item_ids.tolist())
+    if refreshed == ours:
+        return None
+    return (
+        f"version {newest.name} was refreshed after this run had begun: of its items "
+        f"{len(refreshed - ours):,} are not in this version, and {len(ours - refreshed):,} of this "
+        "version are not in it. Run refresh-index for today's items"
     )
 
 
