@@ -118,17 +118,19 @@ def test_an_index_is_measured_by_its_target() -> None:
 
 
 LOSING = {"two_tower": 0.2, "two_tower_uncorrected": 0.1, "popularity": 0.1, "ease": 0.3}
+LEVEL = LOSING | {"ease": 0.2}
 
 
 @pytest.mark.parametrize(
     ("metrics", "expected"),
     [
         (made({"two_tower": 0.4, "ease": 0.3}, split={"train": {"num_positives": 5}}), None),
-        (made(LOSING), None),
-        (made(LOSING, split={"train": {"num_positives": 1_500}}), "5.0 each"),
-        (made(LOSING, training={"two_tower": {"best_epoch": 1,
+        (made(LOSING), "behind ease: set model.item_init svd, or give features"),
+        (made(LOSING | {"popularity": 0.3, "ease": 0.4}), "behind popularity: "),
+        (made(LEVEL, split={"train": {"num_positives": 1_500}}), "5.0 each"),
+        (made(LEVEL, training={"two_tower": {"best_epoch": 1,
          "history": {f"val_{METRIC}": [0.1]}}}), "was best after the last of 1 epoch."),
-        (made(LOSING | {"two_tower_uncorrected": 0.25}), "model.correction"),
+        (made(LEVEL | {"two_tower_uncorrected": 0.25}), "model.correction"),
     ],
 )  # fmt: skip
 def test_advice_follows_from_what_was_measured(
@@ -201,7 +203,7 @@ def test_baselines_level_with_popularity_tell_what_they_do_not_read() -> None:
 
 
 def test_what_is_set_already_is_not_suggested() -> None:
-    few = made(LOSING, split={"train": {"num_positives": 1_500}})
+    few = made(LEVEL, split={"train": {"num_positives": 1_500}})
     features = RunConfig(data={"item_features": {"genre": "categorical"}})
     assert ["data.item_features" in line for line in advice(few, METRIC, RunConfig())] == [True]
     for model, remedies in (
@@ -227,3 +229,38 @@ def test_what_is_set_already_is_not_suggested() -> None:
     assert not list(advice(behind, METRIC, with_settings(both, {"split.kind": "last_share"})))
     (found,) = advice(behind, METRIC, both)
     assert found.startswith("behind popularity: see with split.kind last_share whether")
+
+
+@pytest.mark.parametrize(
+    ("settings", "preset", "remedies"),
+    [
+        ({"model.item_init": "svd"}, None, "give features of the items (data.item_features), or "),
+        ({"data.item_features": {"year": "numeric"}}, None, "set model.item_init svd, or "),
+        ({"data.item_features": {"year": "numeric"}, "warm_start": "runs/before"}, None, ""),
+        ({"data.item_features": {"year": "numeric"}}, "sets", ""),
+        (
+            {"data.item_features": {"year": "numeric"}, "data.is_ordered": False},
+            None,
+            "take --preset sets, or set model.item_init svd, or ",
+        ),
+    ],
+)
+def test_behind_linear_models_what_is_not_set_and_suits_the_log_is_suggested(
+    settings: dict[str, Any], preset: str | None, remedies: str
+) -> None:
+    behind = made({"two_tower": 0.2, "popularity": 0.1, "ease": 0.3, "ials": 0.3})
+    (found,) = advice(behind, METRIC, with_settings(RunConfig(), settings, preset=preset))
+    assert found == f"behind ease and ials: {remedies}more model.negatives"
+    # In a small log features are suggested for its size.
+    behind["split"] = {"train": {"num_positives": 1_500}}
+    small, found = advice(behind, METRIC, with_settings(RunConfig(), settings, preset=preset))
+    assert ("data.item_features" in small, "item_features" in found) == (
+        not settings.get("data.item_features"),
+        False,
+    )
+
+
+def test_behind_linear_models_a_quick_model_is_left_out_first() -> None:
+    behind = made({"two_tower": 0.2, "popularity": 0.1, "ease": 0.3})
+    (found,) = advice(behind, METRIC, with_settings(RunConfig(), preset="quick"))
+    assert found == "behind ease: leave out --preset quick, a small model of ten epochs at most"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.presets import PRESETS
 
 # Fewer positives an item than this leave an embedding an item little to learn from.
 _FEW_POSITIVES = 10
@@ -154,13 +156,16 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
-    if num_positives < _FEW_POSITIVES * num_items:
+    is_small = num_positives < _FEW_POSITIVES * num_items
+    if is_small:
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
             f"{num_positives / num_items:.1f} each. A longer log, or {_for_few_positives(config)}"
         )
     if "popularity" in models:
         yield from _beside_popularity(metrics, metric, config)
+    if not _is_better("popularity", metrics, metric):
+        yield from _behind_linear_models(metrics, metric, config, is_small)
 
 
 def _for_few_positives(config: RunConfig) -> str:
@@ -225,6 +230,28 @@ def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iter
             f"features, {'does' if is_one else 'do'} not clearly beat popularity either. "
             "Look at what counts as a click, and whether training and test are of one time"
         )
+
+
+def _behind_linear_models(
+    metrics: Metrics, metric: str, config: RunConfig, is_small: bool
+) -> Iterator[str]:
+    """Says what to try where EASE or iALS is better than the model."""
+    better = [name for name in _READS_HISTORIES if _is_better(name, metrics, metric)]
+    if not better:
+        return
+    model, remedies = config.model, []
+    if all(attrgetter(name)(config) == value for name, value in PRESETS["quick"][1].items()):
+        remedies.append("leave out --preset quick, a small model of ten epochs at most")
+    else:
+        if not config.data.is_ordered and config.training.examples != "sets":
+            remedies.append("take --preset sets")
+        reads_ids = model.use_candidate_id or model.history_pooling
+        if reads_ids and model.item_init == "random" and config.warm_start is None:
+            remedies.append("set model.item_init svd")
+        if not (config.data.item_features or is_small):  # If it is small, that has been said.
+            remedies.append("give features of the items (data.item_features)")
+        remedies.append("more model.negatives")
+    yield f"behind {_listed(better)}: {', or '.join(remedies)}"
 
 
 def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
