@@ -347,6 +347,20 @@ def test_the_page_and_the_command_line_send_requests_and_times(
             assert [item["item_id"] for item in json.loads(out.getvalue())["items"]] == found
 
 
+def notes_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns what a query says above its table, the notes of its JSON."""
+    printed = []
+    for flags in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+        assert cli.main([*command, *flags]) == 0
+        printed.append(out.getvalue())
+    table, answer = printed
+    notes: list[str] = json.loads(answer)["notes"]
+    assert table.splitlines()[: len(notes)] == notes
+    assert table.splitlines()[len(notes)].startswith("┏")
+    return notes
+
+
 def test_the_command_line_says_what_a_request_lacks(
     served: Served, folder: Path, model: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,10 +372,8 @@ def test_the_command_line_says_what_a_request_lacks(
         (typed, "place (--request place=VALUE)"),
         (typed | {"place": "1,0"}, None),
     ):
-        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
         given = [f"{name}={value}" for name, value in request.items()]
-        assert cli.main([*command, *(["--request", *given] if given else [])]) == 0
-        notes = [line for line in out.getvalue().splitlines() if "missing" in line]
+        notes = notes_of([*command, *(["--request", *given] if given else [])], monkeypatch)
         assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
 
 

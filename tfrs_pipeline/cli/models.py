@@ -66,7 +66,7 @@ class Query(OfModel):
     exact: CliToggleFlag[bool] = False
     """Use the brute-force fallback instead of the index."""
     as_json: CliToggleFlag[bool] = Field(False, alias="json")
-    """Print JSON instead of a table."""
+    """Print JSON instead of a table; notes are what is said above the table."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Query:
@@ -91,7 +91,7 @@ class Query(OfModel):
             if score > -float("inf")
         ]
         if self.as_json:
-            print(json.dumps({**about, "items": items}, ensure_ascii=False))
+            print(json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False))
             return 0
         console = Console()
         for note in notes:
