@@ -119,6 +119,7 @@ def make_served(
     use_user_id: bool = True,
     request_features: tuple[Feature, ...] = (),
     reads_times: bool = False,
+    reads_history: bool = True,
 ) -> Served:
     """Makes a model, once, with ids of a type, "int" or "str"; one that reads times attends."""
     rng = np.random.default_rng(0)
@@ -137,6 +138,8 @@ def make_served(
     changes: dict[str, Any] = {"combination": "concat", "share_item_embedding": False}
     if reads_times:
         changes["history_pooling"] = ("attention",)
+    if not reads_history:
+        changes["history_pooling"] = ()
     model = TwoTower(
         dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
     ).build(

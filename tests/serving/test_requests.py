@@ -361,6 +361,38 @@ def notes_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return notes
 
 
+def test_the_command_line_says_what_of_a_history_is_not_read(
+    served: Served,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items = [str(item) for item in served.known(2)[:2]]
+    times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
+    unread = "This model reads no history: the items given are only left out of the answer."
+    no_times = "This model reads no times of a history: they change nothing."
+    unknown = "1 of 3 items of the history say nothing: the model's training did not have them"
+    of_ids = make_served("int", reads_history=False)
+    untimed = make_served("int", use_user_id=False)
+    ids, histories = (
+        export(of, tmp_path / name / "model", index=Exact())
+        for name, of in (("ids", of_ids), ("histories", untimed))
+    )
+    for at, flags, expected in (
+        (ids, [], [unread]),
+        (ids, ["4"], [unread]),
+        (ids, times, [unread]),
+        (histories, [], []),
+        (histories, ["4"], [unknown]),
+        (histories, times, [no_times]),
+        (folder, times, []),
+    ):
+        found = notes_of(["query", str(at), "--history", *items, *flags], monkeypatch)
+        found = [note for note in found if "Not given" not in note]
+        assert len(found) == len(expected)
+        assert all(note.startswith(x) for note, x in zip(found, expected, strict=True))
+
+
 def test_the_command_line_says_what_a_request_lacks(
     served: Served, folder: Path, model: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -110,7 +110,6 @@ class Query(OfModel):
         self, retriever: LoadedRetriever
     ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
         """Returns what to say of the question, ids and scores of the best items, and notes."""
-        from tfrs_pipeline.model.features import MAX_VALUES
         from tfrs_pipeline.serving.retriever import parse_value
 
         about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
@@ -120,29 +119,7 @@ class Query(OfModel):
         request = retriever.parse_request(self.request)
         if request:
             about["request"] = dict(self.request)
-        notes = [
-            f"{feature.name} {self.request[feature.name]!r} was in no training: taken as missing."
-            for feature in retriever.features["request"]
-            if feature.kind == "categorical"
-            and self.request.get(feature.name, "").strip() not in feature.known_texts
-        ]
-        notes += [
-            f"{feature.name} {text!r} has no {'word' if feature.kind == 'text' else 'value'} that "
-            "the training knew: taken as missing."
-            for feature in retriever.features["request"]
-            if feature.kind in MAX_VALUES and (text := self.request.get(feature.name, ""))
-            if not feature.encode_column([request[feature.name]]).any()
-        ]
-        lacking = [
-            feature.name
-            for feature in retriever.features["request"]
-            if feature.name not in request
-            and not (feature.is_from_timestamp and "timestamp" in request)
-        ]
-        if lacking:
-            notes.append(
-                f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
-            )
+        notes = list(_of_request(retriever, self.request, request))
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
@@ -173,12 +150,65 @@ class Query(OfModel):
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
             about["unknown_items"] = unknown
-            if unknown:
-                notes.append(
-                    f"{len(unknown)} of {len(history)} items of the history say nothing: the "
-                    f"model's training did not have them, first {unknown[0]!r}."
-                )
+            notes += _of_history(retriever, query, unknown)
         return about, ids[0].tolist(), scores[0].tolist(), notes
+
+
+def _of_request(
+    retriever: LoadedRetriever, texts: Mapping[str, str], request: Mapping[str, Any]
+) -> Iterator[str]:
+    """Says what the model does not know, or lacks, of a request, as typed and as read."""
+    from tfrs_pipeline.model.features import MAX_VALUES
+
+    features = retriever.features["request"]
+    for feature in features:
+        text = texts.get(feature.name, "")
+        if feature.kind == "categorical" and text.strip() not in feature.known_texts:
+            yield f"{feature.name} {text!r} was in no training: taken as missing."
+    for feature in features:
+        text = texts.get(feature.name, "")
+        if not (feature.kind in MAX_VALUES and text):
+            continue
+        if not feature.encode_column([request[feature.name]]).any():
+            what = "word" if feature.kind == "text" else "value"
+            yield (
+                f"{feature.name} {text!r} has no {what} that the training knew: taken as missing."
+            )
+    lacking = [
+        feature.name
+        for feature in features
+        if feature.name not in request
+        and not (feature.is_from_timestamp and "timestamp" in request)
+    ]
+    if lacking:
+        yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
+
+
+def _of_history(
+    retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
+) -> Iterator[str]:
+    """Says what the model does not read of a query's history, some items of which are unknown."""
+    import numpy as np
+
+    from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+    from tfrs_pipeline.serving.encoder import signature_inputs
+
+    history = query["history"]
+    without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
+    # Of any model its embedding tells; with unknown items alone none differs.
+    if len(unknown) < len(history) and np.array_equal(
+        retriever.embed_queries([query]), retriever.embed_queries([without])
+    ):
+        yield "This model reads no history: the items given are only left out of the answer."
+        return
+    inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
+    if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
+        yield "This model reads no times of a history: they change nothing."
+    if unknown:
+        yield (
+            f"{len(unknown)} of {len(history)} items of the history say nothing: the model's "
+            f"training did not have them, first {unknown[0]!r}."
+        )
 
 
 class Serve(ServeSettings, OfModel):
