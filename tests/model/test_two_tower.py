@@ -309,6 +309,33 @@ def test_what_texts_and_lists_lose_is_told() -> None:
     ]
 
 
+@pytest.mark.usefixtures("in_eager_steps")
+def test_numbers_that_a_few_far_ones_push_together_are_told() -> None:
+    rng = np.random.default_rng(0)
+    events = pd.DataFrame({"user_id": np.arange(400) % 5, "item_id": np.arange(400) % 100})
+    price = rng.lognormal(size=100)
+    items = pd.DataFrame(
+        {
+            "item_id": np.arange(100),
+            "typo": np.where(np.arange(100) == 7, 1e9, price),
+            "none": np.nan,
+            "flag": (np.arange(100) == 7).astype(float),
+            "price": price,
+            "steep": rng.lognormal(sigma=3, size=100),
+        }
+    )
+    log = Log.from_table(
+        events,
+        items=items,
+        item_features=dict.fromkeys(items.columns[1:], "numeric"),
+    )
+    model = tiny(training={"max_epochs": 1}).fit(log)
+    assert [note for note in model.notes if " feature " in note] == [
+        "numeric feature typo: nine in ten values are within a thousandth of a standard deviation "
+        "of each other, beside a few far ones: bucketized tells them apart"
+    ]
+
+
 def test_settings_are_given_by_name_or_as_a_table() -> None:
     settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
     model = TwoTower(settings, dim=16, negatives=["uniform:num=5"])

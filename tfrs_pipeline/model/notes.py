@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.features import MAX_VALUES
+from tfrs_pipeline.model.features import MAX_VALUES, Feature
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.samples.store import Samples
@@ -90,25 +90,43 @@ def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
 
 
 def describe_features(corpus: Corpus) -> list[str]:
-    """Says which features of lists and texts have rows without a known value, or are cut."""
+    """Says which lists and texts lack values or are cut, and which numbers a few far ones hide."""
     notes = []
     for features, columns in (
         (corpus.candidate_features, corpus.candidate_columns),
         (corpus.query_features, corpus.query_columns),
     ):
         for feature in features:
-            if feature.kind not in MAX_VALUES:
-                continue
-            what = "word that two rows share" if feature.kind == "text" else "value"
             codes, parts = columns[feature.name], []
-            if num_without := int(np.count_nonzero(~codes.any(axis=1))):
-                parts.append(f"{num_without:,} of {counted(len(codes), 'row')} have no {what}")
-            if feature.longest > feature.num_values:
-                parts.append(f"of up to {feature.longest:,} the first {feature.num_values} count")
+            if feature.kind == "numeric" and _is_decided_by_few(codes):
+                parts.append(
+                    "nine in ten values are within a thousandth of a standard deviation of each "
+                    "other, beside a few far ones: bucketized tells them apart"
+                )
+            elif feature.kind in MAX_VALUES:
+                parts += _lost_of_lists(feature, codes)
             if parts:
                 name = printable(feature.name)
                 notes.append(f"{feature.kind} feature {name}: {'; '.join(parts)}")
     return notes
+
+
+def _is_decided_by_few(standardised: np.ndarray) -> bool:
+    """Whether most numbers of a column, [n], NaN where missing, differ by next to nothing."""
+    known = standardised[~np.isnan(standardised)]
+    if not len(known):
+        return False
+    low, high = np.quantile(known, [0.05, 0.95])
+    return bool(0 < high - low < 1e-3)  # Equal ones, as of a rare flag, are well told from others.
+
+
+def _lost_of_lists(feature: Feature, codes: np.ndarray) -> Iterator[str]:
+    """Says how many rows of lists or texts have no known value, and whether any was cut."""
+    what = "word that two rows share" if feature.kind == "text" else "value"
+    if num_without := int(np.count_nonzero(~codes.any(axis=1))):
+        yield f"{num_without:,} of {counted(len(codes), 'row')} have no {what}"
+    if feature.longest > feature.num_values:
+        yield f"of up to {feature.longest:,} the first {feature.num_values} count"
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
