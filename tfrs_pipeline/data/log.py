@@ -47,7 +47,7 @@ from tfrs_pipeline.data.split import is_positive, read_amount, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
-from tfrs_pipeline.messages import counted, suggest
+from tfrs_pipeline.messages import counted, printable, suggest
 
 
 @dataclass(frozen=True, eq=False)
@@ -515,6 +515,7 @@ class Log:
                 )
         if self.part_of is not None:
             return [*notes, "a part of a log: what was dropped in the making is told by the whole"]
+        notes += _describe_users(self.events)
         num_dropped = sum(each.num_rows for each in self.dropped)
         num_read = counts["events"] + num_dropped
         dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
@@ -549,6 +550,10 @@ def check_log(train: Any) -> None:
         )
 
 
+# Shares from which a log has much of what says little: users of one positive, one user's positives.
+_MOST_USERS = 0.5
+_LARGE_SHARE = 0.1
+
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
 
@@ -565,6 +570,27 @@ def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[st
         f"positives a day: {statistics.median_low(counts):,} by median, {lowest:,} on {when} at "
         f"the lowest, {counts[-1]:,} on the last day"
     )
+
+
+def _describe_users(events: ibis.Table) -> Iterator[str]:
+    """Says if most users have a single positive, and if one has a large share of all positives."""
+    positives = events.filter(is_positive)
+    users = positives.group_by("user_id").agg(num=positives.count())
+    found = users.agg(
+        users=users.count(),
+        single=(users["num"] == 1).sum(),
+        total=users["num"].sum(),
+        most=users["num"].max(),
+    )
+    num_users, num_single, total, most = found.to_pyarrow().to_pylist()[0].values()
+    if not num_users:
+        return
+    if num_single > _MOST_USERS * num_users:
+        yield f"{num_single:,} of {counted(num_users, 'user')} with positives have a single one"
+    # Of few users each has a large share.
+    if num_users >= 100 and most > _LARGE_SHARE * total:
+        user = users.filter(users["num"] == most)["user_id"].min().to_pyarrow().as_py()
+        yield f"{most / total:.0%} of the positives are of one user, {printable(repr(user))}"
 
 
 def _listed(counts: Mapping[str, int]) -> str:
