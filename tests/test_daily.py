@@ -329,7 +329,7 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     num_lost, num_again = len(listed - set(ours)), len(set(ours) - listed)
     assert num_lost != num_again
     assert (
-        f"version 2 was refreshed after this run had begun: of its items {num_lost} are not in "
+        f"version 2 is a refresh made after this run began: of its items {num_lost} are not in "
         f"this version, and {num_again} of this version are not in it. Run refresh-index for "
         "today's items"
     ) in notes["export"]
@@ -343,6 +343,8 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     assert told("2", long_ago, ours) is not None
     assert told("2", now, ours) is None
     assert told("2", long_ago, listed) is None
+    (place / "told" / "2" / "items.parquet").write_bytes(b"")
+    assert describe_undone(place / "told", long_ago, np.array(list(ours), object)) is None
     assert told("3", long_ago, listed) is None
     assert describe_undone(place / "none", long_ago, np.array(ours, object)) is None
 

@@ -56,7 +56,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "training.decay": "cosine",
             "training.warmup_steps": 10,
             "training.max_epochs": 40,
-            # To the end: as the rate falls a model may gain after many epochs without.
+            # No early stop: as the rate falls, a model may gain again after ten epochs without.
             "training.patience": 40,
         },
     ),

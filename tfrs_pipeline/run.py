@@ -195,8 +195,8 @@ def _conclude(
 
 
 def _began(folder: Path) -> datetime:
-    """Returns a time before which a run had read no items."""
-    # The settings are written before the data is read, and may be again, after it.
+    """Returns when a run began, at the latest: no item was read before it."""
+    # A resumed run may write its settings anew: the older of the two counts.
     files = folder / CONFIG_FILE, folder / "data" / "log.json"
     return datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
 

@@ -310,7 +310,7 @@ def test_what_texts_and_lists_lose_is_told() -> None:
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_numbers_that_a_few_far_ones_push_together_are_told() -> None:
+def test_numbers_that_far_ones_push_together_are_told() -> None:
     rng = np.random.default_rng(0)
     events = pd.DataFrame({"user_id": np.arange(400) % 5, "item_id": np.arange(400) % 100})
     price = rng.lognormal(size=100)
@@ -318,6 +318,8 @@ def test_numbers_that_a_few_far_ones_push_together_are_told() -> None:
         {
             "item_id": np.arange(100),
             "typo": np.where(np.arange(100) == 7, 1e9, price),
+            "absurd": np.where(np.arange(100) == 7, 1e30, price),
+            "unknown": np.where(np.arange(100) % 5 == 0, 999_999_999, price),
             "none": np.nan,
             "flag": (np.arange(100) == 7).astype(float),
             "price": price,
@@ -331,8 +333,9 @@ def test_numbers_that_a_few_far_ones_push_together_are_told() -> None:
     )
     model = tiny(training={"max_epochs": 1}).fit(log)
     assert [note for note in model.notes if " feature " in note] == [
-        "numeric feature typo: nine in ten values are within a thousandth of a standard deviation "
-        "of each other, beside a few far ones: bucketized tells them apart"
+        f"numeric feature {name}: three in four values are within a thousandth of a standard "
+        "deviation of each other, beside far ones: bucketized tells them apart"
+        for name in ("typo", "absurd", "unknown")
     ]
 
 

@@ -266,6 +266,7 @@ def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
     others: dict[str, Any] = {
         "resampling_exponent": 0.5,
         "temperature": 1.0,
+        "item_init": "svd",
         "id_dropout": 0.5,
         "feature_dropout": 0.5,
         "history_length": 7,

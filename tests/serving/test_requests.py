@@ -391,6 +391,8 @@ def test_the_command_line_says_what_of_a_history_is_not_read(
         found = [note for note in found if "Not given" not in note]
         assert len(found) == len(expected)
         assert all(note.startswith(x) for note, x in zip(found, expected, strict=True))
+    found = notes_of(["query", str(histories), "--history", "4"], monkeypatch)
+    assert any(note.startswith("No item of the history was in the model's tr") for note in found)
 
 
 def test_the_command_line_says_what_a_request_lacks(

@@ -119,7 +119,7 @@ class Query(OfModel):
         request = retriever.parse_request(self.request)
         if request:
             about["request"] = dict(self.request)
-        notes = list(_of_request(retriever, self.request, request))
+        notes = list(_request_notes(retriever, self.request, request))
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
@@ -150,11 +150,11 @@ class Query(OfModel):
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
             about["unknown_items"] = unknown
-            notes += _of_history(retriever, query, unknown)
+            notes += _history_notes(retriever, query, unknown)
         return about, ids[0].tolist(), scores[0].tolist(), notes
 
 
-def _of_request(
+def _request_notes(
     retriever: LoadedRetriever, texts: Mapping[str, str], request: Mapping[str, Any]
 ) -> Iterator[str]:
     """Says what the model does not know, or lacks, of a request, as typed and as read."""
@@ -184,7 +184,7 @@ def _of_request(
         yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
 
 
-def _of_history(
+def _history_notes(
     retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
 ) -> Iterator[str]:
     """Says what the model does not read of a query's history, some items of which are unknown."""
@@ -195,8 +195,14 @@ def _of_history(
 
     history = query["history"]
     without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
-    # Of any model its embedding tells; with unknown items alone none differs.
-    if len(unknown) < len(history) and np.array_equal(
+    if history and len(unknown) == len(history):  # They change no model's embedding.
+        yield (
+            "No item of the history was in the model's training: the answer is that of an empty "
+            "history."
+        )
+        return
+    # Own towers say nowhere what they read.
+    if history and np.array_equal(
         retriever.embed_queries([query]), retriever.embed_queries([without])
     ):
         yield "This model reads no history: the items given are only left out of the answer."

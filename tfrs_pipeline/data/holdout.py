@@ -71,14 +71,13 @@ class Holdout:
         for name in ("candidate_counts", "times"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, np.asarray(values))
-        of_queries = ("histories", "relevant", "clicked", "seen")
-        for name in (*of_queries, "requests", "history_times", "times"):
-            if (values := getattr(self, name)) is None:
-                continue
-            if name != "times":
-                values = list(values)
-                object.__setattr__(self, name, values)
-            if (num := len(values)) != len(self):
+        of_queries = ("histories", "relevant", "clicked", "seen", "requests", "history_times")
+        for name in of_queries:
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, list(values))
+        for name in (*of_queries, "times"):
+            values = getattr(self, name)
+            if values is not None and (num := len(values)) != len(self):
                 raise ValueError(
                     f"{name} must hold one entry a query, for each of the {len(self)} user_ids. "
                     f"Received: {num}"

@@ -550,9 +550,10 @@ def check_log(train: Any) -> None:
         )
 
 
-# Shares from which a log has much of what says little: users of one positive, one user's positives.
+# Above these shares `describe` tells: of users with a single positive, of positives of one user.
 _MOST_USERS = 0.5
 _LARGE_SHARE = 0.1
+_FEW_USERS = 100  # Of fewer each has a large share.
 
 # Table -> what its rows are written by.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
@@ -576,19 +577,20 @@ def _describe_users(events: ibis.Table) -> Iterator[str]:
     """Says if most users have a single positive, and if one has a large share of all positives."""
     positives = events.filter(is_positive)
     users = positives.group_by("user_id").agg(num=positives.count())
-    found = users.agg(
+    counts = users.agg(
         users=users.count(),
         single=(users["num"] == 1).sum(),
         total=users["num"].sum(),
         most=users["num"].max(),
     )
-    num_users, num_single, total, most = found.to_pyarrow().to_pylist()[0].values()
+    (found,) = counts.to_pyarrow().to_pylist()
+    num_users, num_single = found["users"], found["single"]
+    total, most = found["total"], found["most"]
     if not num_users:
         return
     if num_single > _MOST_USERS * num_users:
         yield f"{num_single:,} of {counted(num_users, 'user')} with positives have a single one"
-    # Of few users each has a large share.
-    if num_users >= 100 and most > _LARGE_SHARE * total:
+    if num_users >= _FEW_USERS and most > _LARGE_SHARE * total:
         user = users.filter(users["num"] == most)["user_id"].min().to_pyarrow().as_py()
         yield f"{most / total:.0%} of the positives are of one user, {printable(repr(user))}"
 

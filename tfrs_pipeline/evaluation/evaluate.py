@@ -266,7 +266,7 @@ def _faults(
 ) -> Iterator[str]:
     if np.any((rows == 0) & (ids != items.empty_id)):
         yield "returned ids that are not candidates"
-    if scores.dtype.kind in "OSU":
+    if scores.dtype.kind not in "biuf":
         yield "must return numbers as scores"
     if np.isnan(scores).any() or np.any(scores[:, 1:] > scores[:, :-1]):
         yield "must return the best first, no NaN"

@@ -102,6 +102,8 @@ class Feature:
         vocabulary: Known values; value i is encoded as i + 1, 0 is unknown or missing.
         num_values: Most known values kept (multi_categorical and text), or the vectors' length.
         longest: Longest list of the column (multi_categorical and text).
+        spread: Length of the shortest interval that holds three in four of the known values, in
+            standard deviations (numeric).
         mean: Of a numeric column, or of the ages of a timestamp column.
         scale: The same's standard deviation; of a vector column the typical length.
         boundaries: Lowest value of every bucket but the first (bucketized), ascending; the buckets
@@ -131,6 +133,7 @@ class Feature:
     reference: float = 0.0
     is_from_timestamp: bool = False
     longest: int = 0
+    spread: float = 0.0
 
     @classmethod
     def fit(
@@ -161,8 +164,9 @@ class Feature:
                 zone, or vectors differ in length, are all missing, or hold infinite numbers.
         """
         if kind == "numeric":
-            mean, scale = _moments(to_numbers(name, column))
-            return cls(name, kind, mean=mean, scale=scale)
+            numbers = to_numbers(name, column)
+            mean, scale = _moments(numbers)
+            return cls(name, kind, mean=mean, scale=scale, spread=_spread(numbers) / scale)
         if kind == "bucketized":
             return cls(name, kind, boundaries=_boundaries(to_numbers(name, column)))
         if kind == "timestamp":
@@ -450,6 +454,16 @@ def _moments(numbers: np.ndarray) -> tuple[float, float]:
     # Rounding gives equal numbers a deviation just above 0, and every other one a huge value.
     scale = size * float((known / size).std()) if known.min() < known.max() else 1.0
     return size * float((known / size).mean()), scale or 1.0
+
+
+def _spread(numbers: np.ndarray) -> float:
+    """Returns the length of the shortest interval that holds three in four finite numbers."""
+    known = np.sort(numbers[np.isfinite(numbers)])
+    if len(known) == 0:
+        return 0.0
+    num = len(known) - len(known) // 4
+    with np.errstate(over="ignore"):
+        return float((known[num - 1 :] - known[: len(known) - num + 1]).min())
 
 
 def _boundaries(numbers: np.ndarray) -> tuple[float, ...]:

@@ -68,6 +68,9 @@ class Start(Protocol):
     def apply(self, network: TwoTowerNetwork) -> None:
         """Sets the weights of an untrained network, compiled and built."""
 
+    def describe(self) -> list[str]:
+        """Says what is carried over, for people."""
+
 
 def train(
     network: TwoTowerNetwork,

@@ -18,36 +18,49 @@ from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.settings import refuse
 
-# By the number of clicks of its user and of its item to this power a cell is divided.
+# Chosen on validation: docs/explanation/tried.md.
 _EXPONENT = 0.4
 
 
 def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
-    """Computes factors of items from who clicked them: [num_items + 1, dim] float32.
+    """Computes factors of items from who clicked them: those of the same users are near each other.
 
-    They are the leading right singular vectors of the users' clicks, users by items, times the
-    squares of their singular values, scaled to a mean length of 1 over the items with clicks. A
-    cell of the clicks is 0 or 1 / (clicks of the user * clicks of the item)^0.4. Row 0 is 0, and so
-    are, to rounding, the rows of items without clicks and columns beyond the rank of the clicks.
+    Factors are V S^2, scaled to a mean length of 1 over the items with clicks; U S V^T is the
+    truncated singular value decomposition of the matrix, users by items, of
+    1 / (clicks of the user * clicks of the item)^0.4 where the user clicked the item, else 0.
 
-    `clicked` are the distinct candidate rows, from 1, of each user.
+    Args:
+        clicked: Per user, distinct candidate rows, 1 to `num_items`.
+        num_items: Number of candidates.
+        dim: Number of factors.
+
+    Returns:
+        [num_items + 1, dim] float32. Row 0 is 0; to rounding, so are the rows of items without
+        clicks, and columns beyond the rank of the clicks.
+
+    Example:
+        >>> clicked = RowLists.from_lists([[], [1, 2], [1, 2], [3]])
+        >>> abs(item_factors(clicked, num_items=3, dim=1)).round(3)
+        array([[0. ],
+               [1.5],
+               [1.5],
+               [0. ]], dtype=float32)
     """
     factors = np.zeros((num_items + 1, dim), np.float32)
     num_vectors = min(dim, num_items - 1)
     if num_vectors < 1 or not len(clicked.values):
         return factors
-    per_user = np.diff(clicked.offsets)
-    per_item = np.bincount(clicked.values - 1, minlength=num_items)
-    cells = (np.repeat(per_user, per_user) * per_item[clicked.values - 1]) ** -_EXPONENT
-    shape = (len(clicked), num_items)
-    clicks = scipy.sparse.csr_matrix((cells, clicked.values - 1, clicked.offsets), shape)
-    by_user = clicks.T.tocsr()
-    alike = LinearOperator((num_items, num_items), matvec=lambda x: by_user @ (clicks @ x))
+    items, per_user = clicked.values - 1, np.diff(clicked.offsets)
+    per_item = np.bincount(items, minlength=num_items)
+    cells = (np.repeat(per_user, per_user) * per_item[items]) ** -_EXPONENT
+    clicks = scipy.sparse.csr_matrix((cells, items, clicked.offsets), (len(clicked), num_items))
+    transposed = clicks.T.tocsr()
+    gram = LinearOperator((num_items, num_items), matvec=lambda x: transposed @ (clicks @ x))
     rng = np.random.default_rng(0)
-    # Seeded, and summed by one thread: the same factors each time. `svds` has no seed for the new
-    # starts that equal items make necessary.
+    # Not `svds`, which has no seed for the restarts that equal items need. One thread sums in one
+    # order.
     with threadpool_limits(1, "blas"):
-        values, vectors = eigsh(alike, num_vectors, v0=rng.random(num_items), rng=rng)
+        values, vectors = eigsh(gram, num_vectors, v0=rng.random(num_items), rng=rng)
     found = vectors * values
     factors[1:, :num_vectors] = found / np.linalg.norm(found[per_item > 0], axis=1).mean()
     return factors
@@ -90,4 +103,11 @@ class SvdStart:
             np.save(path, item_factors(self.clicked, num_items, dim))
 
         on_chief(write)
-        return np.load(path)
+        factors = np.load(path)
+        on_chief(lambda: None)  # All have read it.
+        on_chief(lambda: path.unlink(missing_ok=True))
+        return factors
+
+    def describe(self) -> list[str]:
+        """Says nothing: the settings do."""
+        return []

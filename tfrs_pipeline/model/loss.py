@@ -101,10 +101,11 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             the logits being its own and those of its query's negatives.
 
         Raises:
-            ValueError: If both corrections are given, shapes do not fit, hard negatives come
-                without their log_q or that without them, or a `positive_query` without the columns.
+            ValueError: If both corrections are given, shapes do not fit, `hard_embeddings` come
+                without `hard_log_q`, `hard_log_q` or `hard_mask` without `hard_embeddings`, or a
+                `positive_query` without `negative_embeddings`.
             tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1], or shapes do
-                not fit that a graph did not know.
+                not fit that a graph knows only when it runs.
         """
         queries, candidate_embeddings, negative_embeddings, hard_embeddings = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings

@@ -39,7 +39,7 @@ class TwoTowerNetwork(tfrs.Model):
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times and the settings read them (`history_pooling` is attention), also
     with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
-    `ValueError` if it does not, if the two towers do not go together, or if Keras has another
+    `ValueError` if a tower returns something else, the two do not go together, or Keras has another
     policy than float32.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the

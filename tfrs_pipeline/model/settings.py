@@ -92,7 +92,8 @@ class TwoTowerSettings(Config):
     """Whether the candidate tower has an embedding for each item id."""
     item_init: Literal["random", "svd"] = "random"
     """What the embeddings of item ids begin with: random, or svd, which adds the singular vectors
-    of the clicks, so that items with the same users begin near each other."""
+    of the clicks, so that items with the same users begin near each other. A warm start begins with
+    the embeddings of the earlier training instead."""
     id_dropout: DropoutShare = 0.05
     """ID dropout: share of the ids that training replaces by the unknown id, at random. It trains
     the embedding that new users and items get, besides their features."""

@@ -30,7 +30,7 @@ from tfrs_pipeline.model.distribution import (
     naming_lost_workers,
     training_strategy,
 )
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult, train
+from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult, train
 from tfrs_pipeline.model.item_init import SvdStart
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
@@ -283,7 +283,7 @@ class TwoTower:
             ids = self.corpus.query_ids, self.corpus.candidate_ids
             features = self.corpus.request_features
             self._query_encoder = QueryEncoder(self._network, *ids, features)
-            start: WarmStart | SvdStart | None = None
+            start: Start | None = None
             if warm_start is not None:
                 start = WarmStart(warm_start, self.settings, self.training, self.corpus)
             elif self.settings.item_init == "svd":
@@ -313,7 +313,7 @@ class TwoTower:
             )
             self._retriever = self._exact_retriever()
             self.notes = [
-                *(start.describe() if isinstance(start, WarmStart) else []),
+                *(start.describe() if start else []),
                 *describe_sample(validation),
                 *(mining.describe() if mining else []),
                 *describe_features(data.corpus),

@@ -114,6 +114,11 @@ class Mixture:
                 "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
                 f"each batch needs its own. Received: {seed!r}"
             )
+        positive_rows = tf.convert_to_tensor(positive_rows)
+        if not positive_rows.dtype.is_integer:
+            raise ValueError(
+                f"positive_rows must be integers. Received: {positive_rows.dtype.name}"
+            )
         positive_rows = tf.cast(positive_rows, tf.int32)
         drawn = [
             kind.draw(

@@ -83,7 +83,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
 
     The `partial` folder must hold a manifest at the end; `folder` is its place afterwards, below
     `parent`, the model's folder, which is made if missing. Of the complete versions, `keep` are
-    kept: the newest two, then the newest of each training; None keeps all.
+    kept: the newest two, then the newest of each training, then further refreshes; None keeps all.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -132,8 +132,8 @@ class NewVersion:
 def _least_needed_first(parent: Path) -> list[int]:
     """Lists the complete versions in the order to delete them.
 
-    Refreshes of one training have the same towers: the older of them go before another training's.
-    Not the one before the newest, which servers still load or answer with.
+    Of one training's refreshes only the newest is worth keeping: their towers are the same. The
+    last two stay: servers may still load or answer with them.
     """
     numbers, training_of = versions_of(parent), dict[int, int]()
     for number in numbers:

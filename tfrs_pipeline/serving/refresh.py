@@ -161,26 +161,28 @@ def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str |
 
     Args:
         model: The model's folder, of which the newest version counts.
-        since: A refresh before it is older than the items are.
+        since: When the run began, with a zone. A refresh before it does not count.
         item_ids: [n] int64, or object of str: the items of the version to come.
 
     Returns:
-        A line for a person; None if there is no version, its manifest is damaged, it was not
-        refreshed since or has the same items.
+        A line for a person; None if there is no version, it is damaged or lacks its items, was not
+        refreshed since, or has the same items.
     """
-    newest = model / str(max(versions_of(model), default=""))
+    if not (versions := versions_of(model)):
+        return None
+    newest = model / str(versions[-1])
     try:
         manifest = read_record(newest / MANIFEST_FILE, check_files=False)
-    except (Damaged, FileNotFoundError):
+        if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
+            return None
+        items = pq.read_table(newest / ITEMS_FILE, columns=["item_id"])
+    except (Damaged, OSError, pa.ArrowInvalid):
         return None
-    if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
-        return None
-    refreshed = set(pq.read_table(newest / ITEMS_FILE)["item_id"].to_pylist())
-    ours = set(item_ids.tolist())
+    refreshed, ours = set(items["item_id"].to_pylist()), set(item_ids.tolist())
     if refreshed == ours:
         return None
     return (
-        f"version {newest.name} was refreshed after this run had begun: of its items "
+        f"version {newest.name} is a refresh made after this run began: of its items "
         f"{len(refreshed - ours):,} are not in this version, and {len(ours - refreshed):,} of this "
         "version are not in it. Run refresh-index for today's items"
     )

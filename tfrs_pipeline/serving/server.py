@@ -284,8 +284,8 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
     server = ModelServer(model, settings)
     with _listener(settings.host, settings.port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
-            # While a model is loaded; and uvicorn raises them again after its stop, which would end
-            # in an error code.
+            # Before the first load, which a signal may end. uvicorn raises it again after its stop,
+            # and the default handler would end in an error code.
             signal.signal(number, lambda *arguments: sys.exit(0))
         # What the libraries hold lives as long as the process: no later collection need look at it.
         gc.collect()
