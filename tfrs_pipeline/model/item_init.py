@@ -70,8 +70,12 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
 class SvdStart:
     """Adds the factors of items (`item_factors`) to what their embeddings are drawn as.
 
-    An item table of the history's own gets the same. `clicked` are those of the samples. Of several
-    workers the chief computes the factors, and leaves them in `folder` to the others.
+    An item table of the history's own gets the same. Of several workers the chief computes the
+    factors, and hands them to the others in a file.
+
+    Args:
+        clicked: Per query row, the candidate rows that it clicked in training, each once.
+        folder: Where that file is written for the moment; needed by several workers alone.
     """
 
     clicked: RowLists

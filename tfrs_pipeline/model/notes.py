@@ -90,7 +90,7 @@ def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
 
 
 def describe_features(corpus: Corpus) -> list[str]:
-    """Says which lists and texts lack values or are cut, and which numbers a few far ones hide."""
+    """Says which lists and texts lack values or are cut, and which numbers far ones hide."""
     notes = []
     for features, columns in (
         (corpus.candidate_features, corpus.candidate_columns),
