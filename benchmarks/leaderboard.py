@@ -46,10 +46,12 @@ import tensorflow as tf
 import tutorial
 from gfcf import GfcfRetriever
 from leaderboard_data import PROTOCOLS, Protocol
+from pydantic_core import to_jsonable_python
 from record import COMMIT, command, machine, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_data import RunData, Steps, prepare
 from tfrs_pipeline.trainings import fit_baselines, train_and_refit
 
@@ -144,6 +146,9 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "user_sets": {"gowalla": _USER_SETS},
+    # As they are: no setting is chosen on this data but the number of epochs.
+    "preset_sequence": {"ml-1m": PRESETS["sequence"][1]},
+    "preset_sets": {"gowalla": PRESETS["sets"][1]},
 }
 
 IALS_GRIDS: dict[str, dict[str, Any]] = {
@@ -304,7 +309,7 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     own = model.settings[task.data]
     budget = max_seconds if name in OUR_MODELS else None
     asked: dict[str, Any] = {"settings": {**task.protocol.settings, **own}, "max_seconds": budget}
-    asked = json.loads(json.dumps(asked))  # As it is read back: tuples are lists.
+    asked = to_jsonable_python(asked)  # As it is read back: tuples are lists.
     folder = task.folder / "fits" / f"{name}-seed{seed}"
     _claim(folder, asked)
     if (folder / "result.json").exists():
