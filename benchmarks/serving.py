@@ -46,14 +46,8 @@ SERVED = {
 class Clusters:
     """Items in clusters, and users whose histories lie within one each.
 
-    A query's embedding is the mean of its history's; see `Exportable` in serving/encoder.py.
+    A query's embedding is the mean of its history's; see `tp.Exportable`.
     """
-
-    history_length = HISTORY_LENGTH
-    query_features: tuple[Any, ...] = ()
-    request_features: tuple[Any, ...] = ()
-    candidate_features: tuple[Any, ...] = ()
-    history_times = None
 
     def __init__(self, num_candidates: int, seed: int) -> None:
         import pyarrow as pa
@@ -68,25 +62,37 @@ class Clusters:
         points /= np.linalg.norm(points, axis=1, keepdims=True)
         table = np.concatenate([np.zeros((1, EMBEDDING_DIM)), points])
         self.table = tf.Variable(table.astype(np.float32))
-        self.variables = [self.table]
-        self.query_ids = np.arange(NUM_USERS)
-        self.candidate_ids = np.arange(num_candidates)
         members = [1 + np.flatnonzero(cluster == c).astype(np.int32) for c in range(NUM_CLUSTERS)]
         lists = [np.zeros(0, np.int32)]
         lists += [rng.choice(members[u % NUM_CLUSTERS], HISTORY_LENGTH) for u in range(NUM_USERS)]
         self.histories = RowLists.from_lists(lists)
         self.known_positives = RowLists.from_lists([np.unique(rows) for rows in lists])
         titles = [f"Item {i} of cluster {c}" for i, c in enumerate(cluster.tolist())]
-        self.items = pa.table({"item_id": self.candidate_ids, "title": titles})
+        self.items = pa.table({"item_id": np.arange(num_candidates), "title": titles})
 
-    def embed_queries(self, query_rows: Any, history_rows: Any, features: Any = None) -> Any:
+    def exportable(self) -> Any:
+        """Gathers what an export asks for."""
+        from tfrs_pipeline.model.exportable import Exportable
+
+        return Exportable(
+            embed_queries=self.embed_queries,
+            embed_candidates=self.embed_candidates,
+            variables=[self.table],
+            items=self.items,
+            query_ids=np.arange(NUM_USERS),
+            history_length=HISTORY_LENGTH,
+            histories=self.histories,
+            known_positives=self.known_positives,
+        )
+
+    def embed_queries(self, query_rows: Any, history_rows: Any) -> Any:
         """Embeds queries by their histories."""
         import tensorflow as tf
 
         mean = tf.reduce_sum(tf.gather(self.table, history_rows), axis=1)
         return tf.math.l2_normalize(mean, axis=1)
 
-    def embed_candidates(self, candidate_rows: Any, features: Any = None) -> Any:
+    def embed_candidates(self, candidate_rows: Any) -> Any:
         """Looks candidates up."""
         import tensorflow as tf
 
@@ -101,7 +107,7 @@ def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     model = Clusters(num_candidates, seed)
     index = Scann(recall=0.95)
     # The user that the page shows first, for page.py.
-    return export(model, directory / NAME, index=index, manifest={"example_user": 7})
+    return export(model.exportable(), directory / NAME, index=index, manifest={"example_user": 7})
 
 
 @dataclass

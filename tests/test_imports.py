@@ -52,7 +52,6 @@ WITHOUT_TENSORFLOW = (
     "negatives.funnel",
     "negatives.mined",
     "serving.settings",
-    "serving.client",
 )
 
 

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,11 +14,11 @@ import pyarrow as pa
 import pytest
 import tensorflow as tf
 
-from tests.serving.running_server import address_of
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings
@@ -29,7 +28,6 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.retrieval import Query, Retriever
 from tfrs_pipeline.samples.store import RowLists, Samples
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.index import Exact, Scann
 from tfrs_pipeline.serving.retriever import load
 
@@ -62,21 +60,13 @@ class Problem:
         """The exported model's folder: ScaNN serves integer ids, exact search texts."""
         is_integer = self.candidate_ids.dtype == np.int64
         model = self.trained_model
-        nothing = RowLists.from_lists([np.zeros(0, np.int32)] * (NUM_USERS + 1))
-        served = SimpleNamespace(
-            query_ids=np.arange(NUM_USERS),
-            candidate_ids=self.candidate_ids,
-            history_length=model.history_length,
-            variables=model.variables,
-            query_features=(),
-            request_features=(),
-            candidate_features=(),
-            histories=nothing,
-            history_times=None,
-            known_positives=nothing,
-            items=pa.table({"item_id": self.candidate_ids.tolist()}),
+        served = Exportable(
             embed_queries=model.embed_queries,
             embed_candidates=model.embed_candidates,
+            variables=model.variables,
+            items=pa.table({"item_id": self.candidate_ids.tolist()}),
+            query_ids=np.arange(NUM_USERS),
+            history_length=model.history_length,
         )
         with pytest.MonkeyPatch.context() as patch:
             # The check in a fresh process takes seconds, and has its own tests.
@@ -153,10 +143,6 @@ def exported(problem: Problem) -> Retriever:
     return load(problem.exported)
 
 
-def served(problem: Problem) -> Retriever:
-    return ServedRetriever(address_of(problem.exported))
-
-
 def fallback(problem: Problem) -> Retriever:
     if problem.candidate_ids.dtype != np.int64:
         pytest.skip("exact search has no fallback")
@@ -171,12 +157,11 @@ FACTORIES: list[Factory] = [
     two_tower,
     exported,
     fallback,
-    served,
 ]
 IGNORES_HISTORY = {popularity}
 NEEDS_HISTORY = {ease, ials}
-KNOWS_USERS = {two_tower, exported, fallback, served}  # And which request features there are.
-HAS_TIES = {exact, popularity, two_tower, exported, fallback, served}
+KNOWS_USERS = {two_tower, exported, fallback}  # And which request features there are.
+HAS_TIES = {exact, popularity, two_tower, exported, fallback}
 
 
 @pytest.fixture(scope="session")

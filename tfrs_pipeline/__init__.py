@@ -21,7 +21,7 @@ _PUBLIC = {
     "Ease": "evaluation.baselines",
     "Exact": "serving.index",
     "Examples": "batches.examples",
-    "Exportable": "serving.encoder",
+    "Exportable": "model.exportable",
     "FunnelLosers": "negatives.funnel",
     "Holdout": "data.holdout",
     "HybridBatches": "batches.hybrid",

@@ -30,7 +30,7 @@ Retrieved: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Finds the best candidates of each query: a model, a baseline, an index, a server's client.
+    """Finds the best candidates of each query: a model, a baseline, an index.
 
     One contract test runs on every retriever of the package.
     """

@@ -6,7 +6,6 @@ import json
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.report import facts
-from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, page
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.refresh import refresh_index
@@ -196,16 +195,19 @@ def test_typed_items_are_encoded_as_their_csv(
 def test_an_exported_encoder_embeds_new_values_as_the_model_in_memory(tmp_path: Path) -> None:
     features, num_rows = tuple(fitted_features()), NUM_NEW
     encoded = {f.name: f.encode_column(new_columns()[f.name]) for f in features}
-    ids, nothing = np.arange(num_rows), RowLists.from_lists([np.zeros(0, int)] * (num_rows + 1))
+    ids = np.arange(num_rows)
     corpus = Corpus(Ids(ids), Ids(ids), features, features, encoded, encoded)
     model = TwoTower(dim=8, feature_dim=4, history_length=5).build(corpus)
-    exportable: Any = SimpleNamespace(
-        query_ids=ids, candidate_ids=ids, histories=nothing, known_positives=nothing,
-        query_features=features, request_features=(), candidate_features=features,
-        history_length=5, history_times=None,
-        variables=model.variables, embed_queries=model.embed_queries,
+    exportable = Exportable(
+        embed_queries=model.embed_queries,
         embed_candidates=model.embed_candidates,
-    )  # fmt: skip
+        variables=model.variables,
+        items=pa.table({"item_id": ids}),
+        query_ids=ids,
+        history_length=5,
+        query_features=features,
+        candidate_features=features,
+    )
     encoder = Encoder(exportable)
     signatures = {name: getattr(encoder, name) for name in ("embed_candidate", WITH_FEATURES)}
     tf.saved_model.save(encoder, str(tmp_path), signatures=signatures)

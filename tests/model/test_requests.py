@@ -24,7 +24,6 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.raw import item_times, to_seconds
 from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.serving.client import _values
 
 HOUR = Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True)
 WEEKDAY = Feature("weekday", "numeric", is_from_timestamp=True)
@@ -60,9 +59,6 @@ def test_a_boolean_of_a_request_is_that_of_the_log(tmp_path: Path) -> None:
     for column in (values, np.array(values, object), pa.array(values)):
         (feature,) = data.corpus.request_features
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
-    about = {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": -1}]}}
-    (of_client,) = _values("is_app", [True], about)
-    assert of_client in feature.vocabulary
 
 
 @pytest.mark.parametrize("kind", ["categorical", "multi_categorical", "hashed"])

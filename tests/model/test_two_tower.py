@@ -69,7 +69,8 @@ class OwnQueries(tf.keras.layers.Layer):
 def share_of_own_taste(model: TwoTower) -> float:
     """Of the first two items that are new to each user, those of the taste: a ninth at random."""
     users = 101 + np.arange(NUM_USERS)
-    known = [10 * model.known_positives[row] for row in range(1, NUM_USERS + 1)]
+    known_positives = model.exportable().known_positives
+    known = [10 * known_positives[row] for row in range(1, NUM_USERS + 1)]
     queries = [
         {"user_id": user, "history": ids} for user, ids in zip(users.tolist(), known, strict=True)
     ]
@@ -166,31 +167,32 @@ def test_it_keeps_to_the_contract_of_a_retriever(fitted: TwoTower) -> None:
 def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log) -> None:
     events = log.events.to_pandas().sort_values("timestamp", kind="stable")
     clicks = events[events["stage"] == "clicked"]
-    assert len(fitted.histories) == len(fitted.known_positives) == NUM_USERS + 1
-    assert not len(fitted.histories[0])
-    for row, user in enumerate(fitted.query_ids, 1):
+    exported = fitted.exportable()
+    assert len(exported.histories) == len(exported.known_positives) == NUM_USERS + 1
+    assert not len(exported.histories[0])
+    for row, user in enumerate(exported.query_ids, 1):
         rows = clicks["item_id"][clicks["user_id"] == user].to_numpy() // 10
         assert len(rows) == 6  # The validation's and the test's too.
-        np.testing.assert_array_equal(fitted.histories[row], rows[::-1])
-        np.testing.assert_array_equal(fitted.known_positives[row], np.sort(rows))
-    np.testing.assert_array_equal(fitted.query_ids, 101 + np.arange(NUM_USERS))
-    np.testing.assert_array_equal(fitted.candidate_ids, 10 * np.arange(1, NUM_ITEMS + 1))
-    assert fitted.items["item_id"].to_pylist() == fitted.candidate_ids.tolist()
-    assert fitted.item_reading == log.item_reading
-    assert [feature.name for feature in fitted.candidate_features] == ["genre"]
-    assert fitted.query_features == ()
-    assert fitted.history_length == LENGTH
+        np.testing.assert_array_equal(exported.histories[row], rows[::-1])
+        np.testing.assert_array_equal(exported.known_positives[row], np.sort(rows))
+    np.testing.assert_array_equal(exported.query_ids, 101 + np.arange(NUM_USERS))
+    np.testing.assert_array_equal(exported.candidate_ids, 10 * np.arange(1, NUM_ITEMS + 1))
+    assert exported.items["item_id"].to_pylist() == exported.candidate_ids.tolist()
+    assert exported.item_reading == log.item_reading
+    assert [feature.name for feature in exported.candidate_features] == ["genre"]
+    assert exported.query_features == ()
+    assert exported.history_length == LENGTH
     rows = tf.range(1, NUM_ITEMS + 1)
     np.testing.assert_allclose(
-        fitted.embed_candidates(rows), fitted.network.embed_corpus(), rtol=1e-6
+        exported.embed_candidates(rows), fitted.network.embed_corpus(), rtol=1e-6
     )
-    query = fitted.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
+    query = exported.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     by_id = fitted.query_embeddings([{"user_id": 101, "history": [40, 70]}])
     np.testing.assert_allclose(query, by_id, rtol=1e-6)
     # The feature is read: another one in its place is another embedding.
     other = {"genre": tf.roll(fitted.network.candidate_table(rows)["genre"], 1, axis=0)}
-    assert (fitted.embed_candidates(rows, other) != fitted.embed_candidates(rows)).numpy().any()
-    held = {id(variable) for variable in fitted.variables}
+    assert (exported.embed_candidates(rows, other) != exported.embed_candidates(rows)).numpy().any()
+    held = {id(variable) for variable in exported.variables}
     for variable in fitted.network.trainable_variables:
         assert id(variable) in held
 
@@ -207,7 +209,7 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     query = [{"user_id": 101, "history": [40, 70]}]
     again = tiny(training=training).fit_samples(data, log=log)
     first = again.query_embeddings(query)
-    _ = again.histories
+    _ = again.exportable()
     assert "epoch" not in capsys.readouterr().err  # It is no terminal.
     other = log.split("last_n", validation=2, test=2)
     again.fit(other.train, other.validation, folder=tmp_path, verbose=True)
@@ -219,7 +221,7 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     told = re.findall(r"epoch 1: (\d+)/(\d+) steps", capsys.readouterr().err)
     (num_steps,) = {int(total) for _, total in told}
     assert [int(step) for step, _ in told] == [*range(1, num_steps + 1)]
-    rows = again.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
+    rows = again.network.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
     assert np.abs(again.query_embeddings(query) - first).max() > 1e-3
     # Validation ranks a sample of the users.
@@ -413,7 +415,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
     for use in (
         lambda: few.retrieve([{}], 1),
         lambda: few.query_embeddings([{}]),
-        lambda: few.items,
+        few.exportable,
     ):
         with pytest.raises(ValueError, match="not fitted: call fit first"):
             use()
@@ -432,7 +434,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
         model.fit_samples(data, warm_start="runs/x")  # type: ignore[arg-type]
     # Samples without their log train, but cannot be exported.
     with pytest.raises(ValueError, match="give fit_samples their log"):
-        _ = model.histories
+        model.exportable()
     assert model.notes[-1].startswith("masked in the columns that rows share: ")
 
 

@@ -161,15 +161,15 @@ def test_embeddings_are_those_of_the_source(source: TwoTower, started: TwoTower)
     for id_ in kept:
         np.testing.assert_allclose(ours[id_], theirs[id_], atol=1e-6)
     new = [f"item {i}" for i in range(5, 9)]
-    genre, title = source.candidate_features
+    genre, title = source.corpus.candidate_features
     columns = {
         "genre": genre.encode_column([f"g{i % 5}" for i in range(5, 9)]),
         "title": title.encode_column([f"word{i % 3} word{i % 2}" for i in range(5, 9)]),
     }
-    expected = source.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
+    expected = source.network.embed_candidates(tf.zeros(4, tf.int32), columns).numpy()
     np.testing.assert_allclose([ours[id_] for id_ in new], expected, atol=1e-6)
     (ours, theirs) = (
-        model.embed_queries(
+        model.network.embed_queries(
             model.corpus.query_ids.rows(["user 7", ""]),
             np.array([model.corpus.candidate_ids.rows(["item 12", "item 20", ""]), [0, 0, 0]]),
         )

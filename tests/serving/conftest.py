@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
-import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
@@ -34,7 +34,7 @@ Exported: TypeAlias = Callable[[str, str], Path]
 
 @dataclass(frozen=True)
 class Served:
-    """A model, its ids, and what is known of each user: all that `export` asks for."""
+    """A model, its ids, and what is known of each user."""
 
     model: TwoTowerNetwork
     query_ids: np.ndarray
@@ -52,35 +52,23 @@ class Served:
     def ids(self) -> str:
         return "int" if self.candidate_ids.dtype == np.int64 else "str"
 
-    @property
-    def history_length(self) -> int:
-        return self.model.history_length
-
-    @property
-    def variables(self) -> list[tf.Variable]:
-        return self.model.variables
-
-    @property
-    def histories(self) -> RowLists:
-        return RowLists.from_lists(self.clicks)
-
-    @property
-    def known_positives(self) -> RowLists:
-        return RowLists.from_lists([np.unique(rows) for rows in self.clicks])
-
-    @property
-    def items(self) -> pa.Table:
+    def exportable(self) -> Exportable:
         genres = pa.array(self.genres, pa.list_(pa.string()))
         ids = self.candidate_ids.tolist()
-        return pa.table({"item_id": ids, "title": self.titles, "genres": genres})
-
-    def embed_queries(
-        self, rows: Any, history_rows: Any, features: Any = None, history_times: Any = None
-    ) -> tf.Tensor:
-        return self.model.embed_queries(rows, history_rows, features, history_times)
-
-    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
-        return self.model.embed_candidates(rows, features)
+        return Exportable(
+            embed_queries=self.model.embed_queries,
+            embed_candidates=self.model.embed_candidates,
+            variables=self.model.variables,
+            items=pa.table({"item_id": ids, "title": self.titles, "genres": genres}),
+            query_ids=self.query_ids,
+            history_length=self.model.history_length,
+            histories=RowLists.from_lists(self.clicks),
+            known_positives=RowLists.from_lists([np.unique(rows) for rows in self.clicks]),
+            history_times=self.history_times,
+            query_features=self.query_features,
+            request_features=self.request_features,
+            candidate_features=self.candidate_features,
+        )
 
     @functools.cached_property
     def in_memory(self) -> ExactRetriever:
@@ -93,11 +81,11 @@ class Served:
         return self.candidate_ids[self.clicks[row][::-1] - 1].tolist()
 
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
-        index: ExactIndex | ScannIndex = ExactIndex(embed_corpus(self))
+        index: ExactIndex | ScannIndex = ExactIndex(embed_corpus(self.exportable()))
         if kind == "scann":
             index = ScannIndex(index, 8, [Level(60, num_leaves_to_search, 60)])
         genres = ItemFilter("genres", self.genres)
-        return RetrievalModule(Encoder(self), index, self.candidate_ids, genres)
+        return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids, genres)
 
     def queries(self) -> list[dict[str, Any]]:
         """A query of each user, the history that is stored."""
@@ -199,7 +187,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, "prove", lambda *arguments: None)
             return export.export(
-                served,
+                served.exportable(),
                 folder / ids / kind / "films",
                 index=Exact() if kind == "exact" else Scann(recall=0.9),
                 filter_by="genres",

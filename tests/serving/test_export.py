@@ -237,7 +237,7 @@ def test_a_filter_takes_a_boolean_however_it_is_written(
     served = make_served("int")
     is_even = [id_ % 2 == 0 for id_ in served.candidate_ids.tolist()]
     told = dataclasses.replace(served, genres=[[str(x)] for x in is_even])
-    loaded = load(export(told, tmp_path / "films", index=Exact(), filter_by="genres"))
+    loaded = load(export(told.exportable(), tmp_path / "films", index=Exact(), filter_by="genres"))
     assert loaded.item_filter == {"name": "genres", "values": ["false", "true"]}
     even = {id_ for id_ in served.candidate_ids.tolist() if id_ % 2 == 0}
     for value in (True, "True", "TRUE", "true"):
@@ -250,7 +250,7 @@ def test_a_filter_takes_a_boolean_however_it_is_written(
 
 def publish(served: Served, directory: Path, kind: str, keep_versions: int | None = None) -> Path:
     return export(
-        served,
+        served.exportable(),
         directory / "films",
         index=Exact() if kind == "exact" else Scann(recall=0.9),
         filter_by="genres",

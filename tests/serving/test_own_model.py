@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
@@ -24,41 +25,41 @@ from tfrs_pipeline.serving.retriever import load
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 
 
-class OwnModel:
-    """Keras layers of somebody's own, with no more than `export` asks for."""
-
-    history_length, query_features, request_features, candidate_features = 3, (), (), ()
-    # Most recent first; 0 is an item that came after the training.
-    histories = RowLists.from_lists(
-        [np.arange(0), np.array([1, 2]), np.array([0, 2, 0, 1]), np.array([0])]
-    )
-    known_positives = RowLists.from_lists(
-        [np.arange(0), np.array([1, 2]), np.array([3]), np.arange(0)]
-    )
-    history_times = None
+class OwnModel(tf.Module):
+    """Keras layers of somebody's own, which know nothing of features and times."""
 
     def __init__(self) -> None:
-        self.query_ids, self.candidate_ids = np.array([7, 8, 9]), np.array(["a", "b", "c"], object)
-        self.items = pa.table({"item_id": ["a", "b", "c"]})
+        super().__init__()
         self._users = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
         self._videos = tf.keras.layers.Embedding(4, 4, embeddings_initializer="normal")
         self._top = tf.keras.layers.Dense(4)
         self.embed_queries(np.zeros(1, np.int32), np.zeros((1, 3), np.int32))
-        self.variables = [*self._users.weights, *self._videos.weights, *self._top.weights]
 
-    def embed_queries(
-        self,
-        query_rows: Any,
-        history_rows: Any,
-        features: Any = None,
-        history_times: Any = None,
-    ) -> tf.Tensor:
+    def embed_queries(self, query_rows: Any, history_rows: Any) -> tf.Tensor:
         return self._top(
             self._users(query_rows) + tf.reduce_sum(self._videos(history_rows), axis=1)
         )
 
-    def embed_candidates(self, rows: Any, features: Any = None) -> tf.Tensor:
+    def embed_candidates(self, rows: Any) -> tf.Tensor:
         return self._videos(rows)
+
+
+def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
+    model = model or OwnModel()
+    given: dict[str, Any] = {
+        "items": pa.table({"item_id": ["a", "b", "c"]}),
+        "query_ids": np.array([7, 8, 9]),
+        "history_length": 3,
+        # Most recent first; 0 is an item that came after the training.
+        "histories": RowLists.from_lists(
+            [np.arange(0), np.array([1, 2]), np.array([0, 2, 0, 1]), np.array([0])]
+        ),
+        "known_positives": RowLists.from_lists(
+            [np.arange(0), np.array([1, 2]), np.array([3]), np.arange(0)]
+        ),
+        **changes,
+    }
+    return Exportable(model.embed_queries, model.embed_candidates, model.variables, **given)
 
 
 class LookedUp(tf.keras.layers.Layer):
@@ -105,17 +106,35 @@ def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", ["exact", Exact])
 def test_an_index_is_one_of_the_three(tmp_path: Path, index: Any) -> None:
     with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
-        export(OwnModel(), tmp_path / "own", index=index)
+        export(exportable(), tmp_path / "own", index=index)
 
 
 def test_what_embeds_nothing_cannot_be_exported(tmp_path: Path) -> None:
-    no_embeddings: Any = Ease()
-    with pytest.raises(TypeError, match=r"Received: Ease, .* no candidate_features, .*embed_quer"):
-        export(no_embeddings, tmp_path / "own")
+    for no_embeddings in (Ease(), OwnModel()):
+        with pytest.raises(TypeError, match=r"or a tp\.Exportable of .* Received: .*(Ease|Own)"):
+            export(cast(Any, no_embeddings), tmp_path / "own")
+
+
+def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
     model = OwnModel()
-    del model.variables
-    with pytest.raises(TypeError, match="Received: OwnModel, which has no variables"):
-        export(model, tmp_path / "own")
+    items = pa.table({"item_id": [30, 10, 20], "genre": ["a", "b", "a"]})
+    loaded = load(
+        export(
+            Exportable(model.embed_queries, model.embed_candidates, model.variables, items),
+            tmp_path / "own",
+            filter_by="genre",
+        )
+    )
+    nobody = model.embed_queries(np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
+    scores = (nobody.numpy() @ model.embed_candidates(np.array([1, 2, 3])).numpy().T)[0]
+    found, found_scores = loaded.retrieve([{"history": [10]}], 3)
+    np.testing.assert_array_equal(found[0], np.array([30, 10, 20])[np.argsort(-scores)])
+    np.testing.assert_allclose(found_scores[0], np.sort(scores)[::-1], rtol=1e-5)
+    assert set(loaded.retrieve([{}], 2, allowed=[["a"]])[0][0]) == {20, 30}
+    # Nobody is known, and nothing of anyone.
+    assert loaded.held_out_queries() == []
+    ids, _, is_known = loaded.retrieve_user([7], 3)
+    np.testing.assert_array_equal((ids, is_known), (found, [False]))
 
 
 LOAD_ONLY = """
@@ -129,7 +148,7 @@ print(sorted((heavy | {"matplotlib"}) & set(sys.modules)))
 
 def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> None:
     model = OwnModel()
-    folder = export(model, tmp_path / "own")
+    folder = export(exportable(model), tmp_path / "own")
     rows, history = np.array([1], np.int32), np.array([[1, 2, 0]], np.int32)
     corpus = model.embed_candidates(np.array([1, 2, 3]))
     expected = tf.matmul(model.embed_queries(rows, history), corpus, transpose_b=True).numpy()
@@ -144,14 +163,14 @@ def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> 
     assert ids.tolist() == [["c", "", ""]]
     np.testing.assert_allclose(scores[0, 0], expected[0, 2], rtol=1e-5)
     ids, scores = retriever.retrieve([{"user_id": 7, "history": ["b", "a"]}], 3)
-    assert ids[0].tolist() == [model.candidate_ids[i] for i in np.argsort(-expected[0])]
+    assert ids[0].tolist() == ["abc"[i] for i in np.argsort(-expected[0])]
     command = [sys.executable, "-c", LOAD_ONLY, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> None:
-    model = OwnModel()
+    model = exportable()
     retriever = load(export(model, tmp_path / "own", item_ids=["c", "b"]))
     whole = load(export(model, tmp_path / "whole"))
     query = [{"user_id": 7, "history": ["a", "b"]}]
@@ -161,7 +180,8 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
     ):
         np.testing.assert_array_equal(found, expected)
     assert retriever.retrieve_user([7], 3)[0].tolist() == [["c", "", ""]]
-    model.items = model.items.append_column("_listed", pa.array([True, False, True]))
+    is_listed = pa.array([True, False, True])
+    model = exportable(items=model.items.append_column("_listed", is_listed))
     assert load(export(model, tmp_path / "own")).candidate_ids() == ["a", "c"]
     assert load(export(model, tmp_path / "own", item_ids=["b"])).candidate_ids() == ["b"]
     wrong: list[Any] = [[], ["c", "new"], [3]]
@@ -173,31 +193,29 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
 def test_what_a_manifest_says_of_its_own_is_not_replaced(tmp_path: Path) -> None:
     for name in ("config", "run", "features"):
         with pytest.raises(ValueError, match=f"manifest must not have {name}: .*another name"):
-            export(OwnModel(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
+            export(exportable(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
     assert not (tmp_path / "own").exists()
 
 
 def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
-    model: Any = OwnModel()
-    model.items = model.items.append_column("title", pa.array([7, None, 9]))
-    model.item_reading = {"item_columns": {"item_id": "sku"}, "max_bad_share": 0.5}
+    model = exportable(
+        items=pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]}),
+        item_reading={"item_columns": {"item_id": "sku"}, "max_bad_share": 0.5},
+    )
     retriever = load(export(model, tmp_path / "own"))
     assert retriever.titles() == {"a": "7", "b": None, "c": "9"}
     (tmp_path / "today.csv").write_text("sku,name\nb,x\n,y\n")
     assert refresh_index(tmp_path / "own", tmp_path / "today.csv").num_items == 1
 
 
-def test_items_of_other_ids_and_unknown_filters_are_refused(tmp_path: Path) -> None:
-    model = OwnModel()
+def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Received: 'genre'; known: item_id"):
-        export(model, tmp_path / "own", filter_by="genre")
-    model.items = pa.table({"item_id": ["c", "b", "a"]})
-    with pytest.raises(ValueError, match="one row for each of its 3 candidate ids"):
-        export(model, tmp_path / "own")
+        export(exportable(), tmp_path / "own", filter_by="genre")
+    assert not (tmp_path / "own").exists()
+    with pytest.raises(ValueError, match="1 ids occur more than once, first 'b'"):
+        exportable(items=pa.table({"item_id": ["b", "b", "a"]}))
     # Lists of the users alone would be read as those of their neighbours.
     for name in ("histories", "known_positives"):
-        model = OwnModel()
-        setattr(model, name, RowLists.from_lists([np.array([1])] * 3))
+        lists: dict[str, Any] = {name: RowLists.from_lists([np.array([1])] * 3)}
         with pytest.raises(ValueError, match=rf"{name} must be 4 lists: of row 0.*Received: 3"):
-            export(model, tmp_path / "own")
-    assert not (tmp_path / "own").exists()
+            exportable(**lists)

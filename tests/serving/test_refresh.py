@@ -238,7 +238,7 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
 
 def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:
     by_id = dataclasses.replace(of_int, candidate_features=())
-    folder = export(by_id, tmp_path / "ids", index=Exact())
+    folder = export(by_id.exportable(), tmp_path / "ids", index=Exact())
     (tmp_path / "items.csv").write_text("item_id,colour\n10,red\n76,blue\n17,red\n")
     done = refresh_index(folder.parent, tmp_path / "items.csv")
     assert (done.num_items, done.num_skipped, done.num_untrained) == (2, 1, 0)

@@ -18,12 +18,10 @@ from prometheus_client import REGISTRY
 from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
-from tests.serving.running_server import address_of
 from tfrs_pipeline import cli
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import page, rest, retriever
-from tfrs_pipeline.serving.client import ServedRetriever
 from tfrs_pipeline.serving.encoder import Encoder, embed_queries
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
@@ -42,8 +40,6 @@ FEATURES = (
     Feature.fit("words", "multi_categorical", [["a", "b"], ["c"]]),
     Feature.fit("place", "vector", [[1.0, 0.0], [0.0, 2.0]]),
 )
-# By the names of the inputs.
-INPUTS = {"Gender": "Gender_", "free space": "free_space"}
 TIME = datetime(2024, 5, 1, 7, 30, tzinfo=UTC)
 # Whole, in part, unknown, by its time, missing.
 REQUESTS: list[dict[str, Any]] = [
@@ -64,7 +60,7 @@ def served() -> Served:
 @pytest.fixture(scope="module")
 def folder(served: Served, tmp_path_factory: pytest.TempPathFactory, trusted_exports: None) -> Path:
     folder = tmp_path_factory.mktemp("requests") / "films"
-    return export(served, folder, index=Exact(), queries=stored_queries(served))
+    return export(served.exportable(), folder, index=Exact(), queries=stored_queries(served))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def model(version: ServedVersion) -> LoadedRetriever:
 def times_of(served: Served, row: int) -> list[datetime]:
     """When the user's items were, oldest first."""
     assert served.history_times is not None
-    of_user = slice(*served.histories.offsets[row : row + 2])
+    of_user = slice(*served.exportable().histories.offsets[row : row + 2])
     seconds = served.history_times[of_user][::-1]
     return [datetime.fromtimestamp(time, UTC) for time in seconds.tolist()]
 
@@ -96,7 +92,7 @@ def user_queries(served: Served, requests: list[dict[str, Any]]) -> list[dict[st
 
 def stored_queries(served: Served) -> list[dict[str, Any]]:
     """What is stored of each user, with a request."""
-    pairs = zip(export_module._stored_queries(served), itertools.cycle(REQUESTS))
+    pairs = zip(export_module._stored_queries(served.exportable()), itertools.cycle(REQUESTS))
     return [{**query, "request": request} for query, request in pairs]
 
 
@@ -127,7 +123,7 @@ def test_a_fresh_process_answers_requests(
 ) -> None:
     monkeypatch.setattr(export_module, "prove", PROVE)
     queries = stored_queries(served)
-    assert export(served, tmp_path / "films", index=Exact(), queries=queries).is_dir()
+    assert export(served.exportable(), tmp_path / "films", index=Exact(), queries=queries).is_dir()
 
 
 def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriever) -> None:
@@ -264,42 +260,6 @@ def test_unknown_values_of_a_request_are_counted(version: ServedVersion) -> None
     assert counted() == before + 2
 
 
-def by_input(request: dict[str, Any]) -> dict[str, Any]:
-    return {INPUTS.get(name, name): value for name, value in request.items()}
-
-
-def test_the_client_sends_requests_and_times(
-    served: Served, folder: Path, model: LoadedRetriever
-) -> None:
-    client = ServedRetriever(address_of(folder.parent))
-    queries = [*requests_of(served), *timed_queries(served)]
-    # An id that no model can have takes its own time with it, and nobody else's.
-    queries += [
-        {
-            **query,
-            "history": [10**30, *query["history"]],
-            "history_timestamps": [TIME, *query["history_timestamps"]],
-        }
-        for query in timed_queries(served)
-        if query.get("history_timestamps")
-    ]
-    # Each form that a value may have in Python is read as there.
-    forms: list[dict[str, Any]] = [
-        {"words": "a", "place": np.array([0.5, 1.0])},
-        {"Gender": float("nan"), "words": ["a", None, float("nan")], "free space": None},
-        {"Gender": np.str_("ios"), "words": np.array(["c", "a"]), "free space": np.float32(2)},
-    ]
-    queries += [{"request": form} for form in forms]
-    asked = [{**query, "request": by_input(query["request"])} for query in queries]
-    expected = model.retrieve(queries, K)
-    for got, want in zip(client.retrieve(asked, K), expected, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    with pytest.raises(ValueError, match="no request feature 'Gender'; did you mean 'Gender_'"):
-        client.retrieve(queries[:1], K)
-    with pytest.raises(ValueError, match="'timestamp' must hold datetimes with a time zone"):
-        client.retrieve([{"request": {"timestamp": datetime(2024, 5, 1)}}], K)
-
-
 def test_the_page_and_the_command_line_send_requests_and_times(
     served: Served,
     folder: Path,
@@ -375,7 +335,7 @@ def test_the_command_line_says_what_of_a_history_is_not_read(
     of_ids = make_served("int", reads_history=False)
     untimed = make_served("int", use_user_id=False)
     ids, histories = (
-        export(of, tmp_path / name / "model", index=Exact())
+        export(of.exportable(), tmp_path / name / "model", index=Exact())
         for name, of in (("ids", of_ids), ("histories", untimed))
     )
     for at, flags, expected in (
@@ -416,7 +376,7 @@ def test_the_command_line_says_that_no_word_of_a_text_is_known(
 ) -> None:
     search = Feature.fit("search", "text", ["red shoes", "blue shoes"])
     served = make_served("int", use_user_id=False, request_features=(search,))
-    folder = export(served, tmp_path / "model", index=Exact())
+    folder = export(served.exportable(), tmp_path / "model", index=Exact())
     for text, num_notes in (("green hats", 1), ("green shoes", 0)):
         monkeypatch.setattr(sys, "stdout", out := io.StringIO())
         item = str(served.known(2)[0])
@@ -440,13 +400,13 @@ def test_refreshed_items_and_exports_without_users_take_requests(
     np.testing.assert_allclose(embeddings, model.embed_queries(asked), atol=1e-6)
     # As an index is tuned.
     sides = {"query": served.query_features, "request": FEATURES}
-    by_encoder = embed_queries(Encoder(served), asked, sides)
+    by_encoder = embed_queries(Encoder(served.exportable()), asked, sides)
     np.testing.assert_allclose(embeddings, by_encoder, atol=1e-6)
     items = {"item_id": served.candidate_ids[:40].tolist(), "genres": served.genres[:40]}
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
     after = load(refresh_index(folder, tmp_path / "items.parquet").folder, exact=True)
     np.testing.assert_allclose(after.embed_queries(held_out), embeddings, atol=1e-6)
-    nobody = load(export(served, tmp_path / "nobody", index=Exact(), user_data=False))
+    nobody = load(export(served.exportable(), tmp_path / "nobody", index=Exact(), user_data=False))
     queries = [*requests_of(served), *timed_queries(served)]
     expected = served.in_memory.retrieve(queries, K)[1]
     np.testing.assert_allclose(nobody.retrieve(queries, K)[1], expected, atol=1e-5)

@@ -194,11 +194,11 @@ def test_candidates_of_equal_score_are_one_as_good_as_the_other() -> None:
     index = tune_index(embeddings, requests_of(QUERIES), target_recall=1.0)
     depth = index.levels[0].depth
     nothing = tf.zeros([len(QUERIES), 0], tf.int32)
-    rows, scores = index.search(tf.constant(QUERIES), depth, nothing)
+    _, scores = index.search(tf.constant(QUERIES), depth, nothing)
     order = ranked(embeddings, QUERIES)[:, :depth]
     exact = np.take_along_axis(QUERIES @ embeddings.T, order - 1, axis=1)
     np.testing.assert_allclose(scores, exact, rtol=1e-5, atol=1e-5)
-    assert recalls(rows.numpy(), order).mean() < 1  # By row.
+    # Which of them come depends on the number of threads.
     measured = measure_requests(index, requests_of(QUERIES))
     assert {x["recall"] for x in measured if (x["k"], x["excluded"]) == (100, 0)} == {1}
 

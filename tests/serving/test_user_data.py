@@ -30,7 +30,9 @@ def bytes_of(folder: Path) -> bytes:
 
 def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, exported: Exported) -> None:
     served = make_served("str", use_user_id=False)
-    left_out = export(served, tmp_path / "films", index=Scann(recall=0.9), user_data=False)
+    left_out = export(
+        served.exportable(), tmp_path / "films", index=Scann(recall=0.9), user_data=False
+    )
     with_users, without = bytes_of(exported("str", "exact")), bytes_of(left_out)
     for user in served.query_ids:
         assert user.encode() in with_users
@@ -48,7 +50,7 @@ def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, exported: E
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     features = {"gender": served.query_features[0].encode_column(["F"] * len(rows))}
     recent = np.array([np.pad(served.clicks[row], (0, 5))[:5] for row in rows])
-    given = served.embed_queries(np.zeros(len(rows), np.int32), recent, features)
+    given = served.model.embed_queries(np.zeros(len(rows), np.int32), recent, features)
     expected = -np.sort(-(given.numpy() @ served.model.embed_corpus().T), axis=1)[:, :9]
     _, scores = model.retrieve([{**q, "features": {"gender": "F"}} for q in queries], 9)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
@@ -61,7 +63,7 @@ def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, exported: E
 
 def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_user_id=False"):
-        export(served, tmp_path / "films", user_data=False)
+        export(served.exportable(), tmp_path / "films", user_data=False)
     assert not (tmp_path / "films").exists()
 
 

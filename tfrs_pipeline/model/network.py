@@ -89,7 +89,7 @@ class TwoTowerNetwork(tfrs.Model):
         features: Mapping[str, tf.Tensor] | None = None,
         history_times: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Embeds queries: [B, D] float32; see `serving.encoder.Exportable.embed_queries`.
+        """Embeds queries: [B, D] float32; see `Exportable`.
 
         A request feature that is not there is missing, and so are times that are not given.
         """

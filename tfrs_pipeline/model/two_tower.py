@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
@@ -30,6 +29,7 @@ from tfrs_pipeline.model.distribution import (
     naming_lost_workers,
     training_strategy,
 )
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult, train
 from tfrs_pipeline.model.item_init import SvdStart
 from tfrs_pipeline.model.mining import MinedPools
@@ -59,7 +59,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
 from tfrs_pipeline.samples.histories import latest_histories
-from tfrs_pipeline.samples.store import RowLists, Samples
+from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import refuse
 
 _NOT_FITTED = "The model is not fitted: call fit first."
@@ -276,7 +276,6 @@ class TwoTower:
             # What is later in this log may be known from an earlier one.
             if warm_start is not None:
                 self.corpus = dataclasses.replace(data.corpus, is_later=None)
-            vars(self).pop("_latest", None)  # Of another log, where the model was fitted before.
             tf.keras.utils.set_random_seed(self.seed)
             with training_strategy().scope():
                 self._network = self.build(self.corpus)
@@ -455,34 +454,6 @@ class TwoTower:
             on_progress=lambda done, total: on_progress(f"{self.name}, mining", done, total),
         )
 
-    # What `serving.encoder.Exportable` asks for, in whose words it is described.
-
-    @property
-    def embed_queries(self) -> Callable[..., tf.Tensor]:
-        """`TwoTowerNetwork.embed_queries`."""
-        return self.network.embed_queries
-
-    @property
-    def embed_candidates(self) -> Callable[..., tf.Tensor]:
-        """`TwoTowerNetwork.embed_candidates`."""
-        return self.network.embed_candidates
-
-    @property
-    def history_length(self) -> int:
-        """Most recent items of a history that queries read."""
-        return self.settings.history_length
-
-    @property
-    def variables(self) -> list[Any]:
-        """What an export of the towers saves: variables, and lookup tables of own ones."""
-        network = self.network
-        towers = network.query_tower, network.candidate_tower
-        return [
-            *network.query_table.variables,
-            *(variable for tower in towers for variable in tower.variables),
-            *tables_in(*towers),
-        ]
-
     @property
     def query_ids(self) -> np.ndarray:
         """[num_queries] user ids, in the order of the rows from 1."""
@@ -493,57 +464,36 @@ class TwoTower:
         """[num_candidates] item ids, in the order of the rows from 1."""
         return self.corpus.candidate_ids.values
 
-    @property
-    def query_features(self) -> tuple[Any, ...]:
-        """Fitted features of users."""
-        return self.corpus.query_features
+    def exportable(self) -> Exportable:
+        """Gathers what an export holds: the towers, and all that has happened, test part included.
 
-    @property
-    def request_features(self) -> tuple[Any, ...]:
-        """Fitted features of requests."""
-        return self.corpus.request_features
-
-    @property
-    def candidate_features(self) -> tuple[Any, ...]:
-        """Fitted features of items."""
-        return self.corpus.candidate_features
-
-    @property
-    def histories(self) -> RowLists:
-        """Per query row, all of the user's positives in the whole log, most recent first."""
-        return self._latest[0]
-
-    @property
-    def history_times(self) -> np.ndarray | None:
-        """Of each of the histories' values its time in seconds; None if the model reads none."""
-        return self._latest[2] if self.network.reads_times else None
-
-    @property
-    def known_positives(self) -> RowLists:
-        """Per query row, the items that are not retrieved for the user again."""
-        return self._latest[1]
-
-    @property
-    def items(self) -> pa.Table:
-        """The item table, in the order of the rows."""
-        return self._whole_log.items.order_by("item_id").to_pyarrow()
-
-    @property
-    def item_reading(self) -> Mapping[str, Any]:
-        """How the item table was read (see `Log`)."""
-        return self._whole_log.item_reading
-
-    @functools.cached_property
-    def _latest(self) -> tuple[RowLists, RowLists, np.ndarray | None]:
-        # All that has happened, the test part included.
-        return latest_histories(self._whole_log, self.corpus.query_ids, self.corpus.candidate_ids)
-
-    @property
-    def _whole_log(self) -> Log:
-        _ = self.network
+        A `ValueError` if the model is not fitted, or to samples without their log.
+        """
+        network, corpus = self.network, self.corpus
         if self._log is None:
             raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
-        return self._log.whole
+        log = self._log.whole
+        histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
+        towers = network.query_tower, network.candidate_tower
+        return Exportable(
+            embed_queries=network.embed_queries,
+            embed_candidates=network.embed_candidates,
+            variables=[
+                *network.query_table.variables,
+                *(variable for tower in towers for variable in tower.variables),
+                *tables_in(*towers),
+            ],
+            items=log.items.order_by("item_id").to_pyarrow(),
+            query_ids=self.query_ids,
+            history_length=self.settings.history_length,
+            histories=histories,
+            known_positives=known,
+            history_times=times if network.reads_times else None,
+            query_features=corpus.query_features,
+            request_features=corpus.request_features,
+            candidate_features=corpus.candidate_features,
+            item_reading=log.item_reading,
+        )
 
 
 def _trained(source: TwoTower | Trained | None) -> Trained | None:

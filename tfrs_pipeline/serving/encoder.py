@@ -1,20 +1,19 @@
-"""What can be exported, and its towers behind raw ids: what stays when the items are exchanged."""
+"""A model's towers behind raw ids: what stays when the items are exchanged."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
 from tfrs_pipeline.model.raw import history_of, item_times
 from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
-from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.id_tensors import (
     id_dtype,
     id_list,
@@ -27,78 +26,6 @@ from tfrs_pipeline.serving.id_tensors import (
 
 ITEMS_PER_CALL = 8192
 _QUERIES_PER_CALL = 256
-
-
-class Exportable(Protocol):
-    """What `export` asks of a model: whatever embeds queries and candidates can be served.
-
-    Rows are int32: 0 is "unknown", 1, 2, ... are those of the ids in their order. A score is the
-    dot product of a query's and a candidate's embedding, both [n, D] float32.
-
-    Attributes:
-        query_ids: [num_queries] int64, or object of `str`: the users' ids.
-        candidate_ids: [num_candidates] likewise: the items' ids.
-        history_length: N, the most recent items of a history that `embed_queries` reads; 0 is none.
-        variables: What the two methods read when they are given features: variables, and lookup
-            tables where there are any. They are saved, and nothing else of the model.
-        query_features: Fitted features of the users, in the order in which requests list them.
-        request_features: Those of a request itself, likewise.
-        candidate_features: Those of the candidates.
-        histories: Per query row from 0, candidate rows, most recent first, as known when exported.
-        history_times: [total], of each of the histories' values its time in seconds since 1970;
-            None if `embed_queries` reads no times.
-        known_positives: Per query row from 0, the candidate rows that are not retrieved again.
-        items: One row a candidate, in the order of `candidate_ids`: `item_id`, columns to filter
-            by and, if there are such, `title` and `_listed`, which is whether to retrieve it.
-            How its table was read is, if there is one, `item_reading` (see `Log`).
-    """
-
-    @property
-    def query_ids(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def candidate_ids(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def history_length(self) -> int: ...  # noqa: D102
-    @property
-    def variables(self) -> Sequence[Any]: ...  # noqa: D102
-    @property
-    def query_features(self) -> Sequence[Feature]: ...  # noqa: D102
-    @property
-    def request_features(self) -> Sequence[Feature]: ...  # noqa: D102
-    @property
-    def candidate_features(self) -> Sequence[Feature]: ...  # noqa: D102
-    @property
-    def histories(self) -> RowLists: ...  # noqa: D102
-    @property
-    def history_times(self) -> np.ndarray | None: ...  # noqa: D102
-    @property
-    def known_positives(self) -> RowLists: ...  # noqa: D102
-    @property
-    def items(self) -> pa.Table: ...  # noqa: D102
-
-    def embed_queries(
-        self,
-        query_rows: tf.Tensor,
-        history_rows: tf.Tensor,
-        features: Mapping[str, tf.Tensor] | None = None,
-        history_times: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """Embeds queries, within a graph too.
-
-        Args:
-            query_rows: [B].
-            history_rows: [B, N], most recent first, padded with 0.
-            features: Encoded, by name: those of the request, and all of the user's or none, which
-                takes what the model holds of `query_rows`; None is no feature.
-            history_times: [B, N + 1] float64, in seconds since 1970 the time of the query and of
-                each item of the history, NaN where it is not known. Only given if there are
-                `history_times`.
-        """
-
-    def embed_candidates(
-        self, candidate_rows: tf.Tensor, features: Mapping[str, tf.Tensor] | None = None
-    ) -> tf.Tensor:
-        """Embeds candidates, [n], within a graph too; features as in `embed_queries`."""
 
 
 class Encoder(tf.Module):
@@ -222,12 +149,12 @@ class Encoder(tf.Module):
             features = self._missing_features(tf.shape(query_rows)[0]) | features
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
-        given: dict[str, tf.Tensor] = {}
+        given: dict[str, Any] = {"features": features} if features else {}
         if times is not None:
             of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
             given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
         return {
-            "embeddings": model.embed_queries(query_rows, recent, features or None, **given),
+            "embeddings": model.embed_queries(query_rows, recent, **given),
             "is_known_user": query_rows > 0,
         }
 
@@ -253,7 +180,9 @@ class Encoder(tf.Module):
         # Not the first ones alone: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
-        embedded = model.embed_queries(rows, history, self._missing_features(len(rows))).numpy()
+        missing = self._missing_features(len(rows))
+        given = {"features": missing} if missing else {}
+        embedded = model.embed_queries(rows, history, **given).numpy()
         # The rows of one product of matrices may differ in their last bits.
         if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
             raise ValueError(
@@ -272,8 +201,9 @@ class Encoder(tf.Module):
         signature = raw_signature(self._candidate_features)
         given = {name: raw[spec.name] for name, spec in signature.items()}
         features = encode_raw(self._candidate_features, given)
+        given = {"features": features} if features else {}
         return {
-            "embeddings": self._model().embed_candidates(rows, features or None),
+            "embeddings": self._model().embed_candidates(rows, **given),
             "is_known_item": rows > 0,
         }
 

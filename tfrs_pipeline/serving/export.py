@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.features import Feature, raw_signature
 from tfrs_pipeline.model.raw import history_of, item_times, to_texts
 from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
@@ -30,7 +31,6 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (
     Encoder,
-    Exportable,
     embed_corpus,
     embed_queries,
     features_of,
@@ -55,6 +55,9 @@ from tfrs_pipeline.serving.publish import (
 )
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.model.two_tower import TwoTower
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # What others read of a manifest, or what an export writes into it.
@@ -92,7 +95,7 @@ class ExportOptions:
 
 
 def export(
-    model: Exportable,
+    model: Exportable | TwoTower,
     path: str | Path,
     *,
     index: Search | None = None,
@@ -108,7 +111,7 @@ def export(
     Where several workers train, all call this: the chief writes, and the others wait for it.
 
     Args:
-        model: Whatever embeds queries and candidates.
+        model: A fitted `TwoTower`, or an `Exportable` of whatever embeds queries and candidates.
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
         index: How to search: `Exact()`, `Scann()`, or as `Auto()` chooses by the number of items,
             which None is.
@@ -135,11 +138,10 @@ def export(
         ExportError: If a fresh process cannot load the export or answers otherwise; nothing is
             left in place then, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        TypeError: If the model is not `Exportable`, or `index` none of the three.
-        ValueError: If the model's items or lists are not those of its ids, `item_ids` is empty or
-            holds an id that is not the model's, or the items lack the column to filter by; if there
-            shall be no user data and the model has an embedding of each user; if `manifest` has a
-            name that is taken.
+        TypeError: If the model is neither, or `index` none of the three.
+        ValueError: If `item_ids` is empty or holds an id that is not the model's, or the items lack
+            the column to filter by; if there shall be no user data and the model has an embedding
+            of each user; if `manifest` has a name that is taken.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -157,7 +159,7 @@ def export(
 
 
 def export_version(
-    model: Exportable,
+    model: Exportable | TwoTower,
     path: str | Path,
     options: ExportOptions,
     *,
@@ -167,9 +169,8 @@ def export_version(
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
-    _check_exportable(model)
+    model = _exportable(model)
     items = model.items
-    _check_rows(model, items)
     places = _places(items, item_ids)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
@@ -187,7 +188,7 @@ def export_version(
             side: {name: spec.name for name, spec in of_side.items()}
             for side, of_side in inputs.items()
         },
-        "item_reading": dict(getattr(model, "item_reading", {})),
+        "item_reading": dict(model.item_reading),
         "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }
@@ -202,31 +203,16 @@ def export_version(
     )
 
 
-def _check_exportable(model: Exportable) -> None:
-    """Refuses (`TypeError`) what has no embeddings to export."""
-    needed = [name for name in vars(Exportable) if not name.startswith("_")]
-    # Not `hasattr`, which would make the items and histories of a large log.
-    if missing := sorted(set(needed) - set(dir(model))):
+def _exportable(model: Any) -> Exportable:
+    """Returns what an export knows of a model; a `TypeError` if it has no embeddings."""
+    if isinstance(model, Exportable):
+        return model
+    if not hasattr(model, "exportable"):
         raise TypeError(
-            "Exports a model that embeds queries and candidates (`tp.Exportable`). "
-            f"Received: {type(model).__name__}, which has no {', '.join(missing)}."
+            "Exports a fitted tp.TwoTower, or a tp.Exportable of another model that embeds queries "
+            f"and candidates. Received: {model!r:.200}."
         )
-
-
-def _check_rows(model: Exportable, items: pa.Table) -> None:
-    """Refuses (`ValueError`) items and lists that are not those of the ids."""
-    if items["item_id"].to_pylist() != model.candidate_ids.tolist():
-        raise ValueError(
-            f"The model's items must be one row for each of its {len(model.candidate_ids)} "
-            f"candidate ids, in their order. Received: {items.num_rows} rows"
-        )
-    num_rows = len(model.query_ids) + 1
-    for name in ("histories", "known_positives"):
-        if (num := len(getattr(model, name))) != num_rows:
-            raise ValueError(
-                f"The model's {name} must be {num_rows} lists: of row 0, which is the unknown user "
-                f"and has none, and of each of its {num_rows - 1} query ids. Received: {num}"
-            )
+    return model.exportable()
 
 
 def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
