@@ -354,7 +354,10 @@ def test_the_users_of_a_part_are_those_of_its_positives() -> None:
 
 @pytest.mark.parametrize("ids", ["int", "str"])
 def test_a_history_shows_nothing_of_the_request_that_asks(ids: str) -> None:
-    """Pages of three items, two of them clicked: the second is found, the first in no history."""
+    """Pages of three items, two of them clicked: the second is found, the first in no history.
+
+    Training had the first, so that it is excluded all the same, and not to be found a second time.
+    """
     rows: list[dict[str, Any]] = [
         {
             "user_id": user,
@@ -375,10 +378,18 @@ def test_a_history_shows_nothing_of_the_request_that_asks(ids: str) -> None:
     clicked = [item for item in earlier if item % 3]
     for user in range(6):
         assert test.relevant[user].tolist() == [11]
-        assert test.histories[user].tolist() == test.clicked[user].tolist() == clicked
-        assert test.seen[user].tolist() == earlier
+        assert test.histories[user].tolist() == clicked
+        assert test.clicked[user].tolist() == [*clicked, 10]
+        assert test.seen[user].tolist() == [*earlier, 9, 10]
     assert test.histories[6].tolist() == [1]
     assert test.seen[6].tolist() == [0, 1]
+    # Users who click the page's second item twice.
+    again = [row for row in rows if row["user_id"] < 6 and row["item_id"] != 11]
+    again += [{**row, "item_id": 10} for row in rows if row["user_id"] < 6 and row["item_id"] == 11]
+    log = Log.from_table(pd.DataFrame(again))
+    test = log.split("last_n", validation=0, test=1, min_positives=2).test
+    assert [ids.tolist() for ids in test.relevant[:6]] == 6 * [[10]]
+    assert all(10 in ids for ids in test.clicked[:6])
 
 
 def test_a_log_of_dates_is_split_between_them() -> None:

@@ -134,7 +134,7 @@ def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
     # Nobody is known, and nothing of anyone.
     assert loaded.held_out_queries() == []
     ids, _, is_known = loaded.retrieve_user([7], 3)
-    np.testing.assert_array_equal((ids, is_known), (found, [False]))
+    assert (ids.tolist(), is_known.tolist()) == (found.tolist(), [False])
 
 
 LOAD_ONLY = """

@@ -34,9 +34,10 @@ class Holdout:
 
     Args:
         user_ids: [num_queries] int64 or object (str).
-        histories: Per query, the item ids of the positives before the user's cut, oldest first.
+        histories: Per query, the item ids of the positives before it, oldest first.
         relevant: Per query, the distinct item ids of the positives to find, 1 or more.
-        clicked: Per query, the distinct item ids of `histories`.
+        clicked: Per query, the distinct item ids of the positives before the user's cut: those of
+            `histories`, and of the request that brought the first to find.
         seen: Per query, the distinct item ids clicked or exposed before the cut.
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
@@ -187,8 +188,9 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part, one for each user with a positive in it.
 
-    What else was clicked or shown in the request of the first of them was not known when that was
-    made, and is left out. A `DataError` if there is no positive.
+    What else was clicked in the request of the first of them was not known when that was made, and
+    is in no history. But training had it, so a ranking excludes it. A `DataError` if there is no
+    positive.
 
     Args:
         split: Events with `part`.
@@ -237,10 +239,10 @@ def make_holdout(
         return np.split(columns[name][keep], ends[:-1])
 
     is_target = columns["_is_target"]
-    is_before = ~is_target
+    was_clicked = columns["_is_positive"] & ~is_target
+    is_history = was_clicked.copy()
     if "_request" in rows.column_names:
-        is_before &= ~_of_first_request(rows["_request"], is_target, starts)
-    is_history = columns["_is_positive"] & is_before
+        is_history &= ~_of_first_request(rows["_request"], is_target, starts)
     histories = per_user(is_history)
     times: dict[str, Any] = {}
     if "_seconds" in columns:
@@ -251,8 +253,8 @@ def make_holdout(
         user_ids=user_ids[starts],
         histories=histories,
         relevant=[np.unique(ids) for ids in per_user(is_target)],
-        clicked=[np.unique(ids) for ids in histories],
-        seen=[np.unique(ids) for ids in per_user(is_before)],
+        clicked=[np.unique(ids) for ids in per_user(was_clicked)],
+        seen=[np.unique(ids) for ids in per_user(~is_target)],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_users,
