@@ -126,6 +126,21 @@ def test_a_fresh_process_answers_requests(
     assert export(served.exportable(), tmp_path / "films", index=Exact(), queries=queries).is_dir()
 
 
+@pytest.mark.slow
+def test_a_request_feature_may_have_the_name_of_an_items_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "prove", PROVE)
+    likes = Feature.fit("genres", "numeric", [1.0, 4.0])
+    served = make_served("int", use_user_id=False, request_features=(likes,))
+    loaded = load(export(served.exportable(), tmp_path / "films", index=Exact()))
+    asked = [{"history": served.known(4), "request": {"genres": x}} for x in (1.0, 4.0)]
+    expected, _ = served.in_memory.retrieve(asked, K)
+    assert loaded.retrieve(asked, K)[0].tolist() == expected.tolist()
+    new, _ = loaded.embed_candidates([1, 1], {"genres": [["a"], ["b"]]})
+    assert not np.allclose(*new)
+
+
 def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriever) -> None:
     asked, timed = requests_of(served), timed_queries(served)
     queries = [*asked, *timed]

@@ -39,32 +39,41 @@ class ExportError(RuntimeError):
     """An export that was not whole or did not answer as the model in memory does."""
 
 
-def example_values(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a value of the filter and of every feature, by the name of its input."""
-    values: dict[str, Any] = {}
-    if manifest["filter"] and manifest["filter"]["values"]:
-        values["allowed"] = manifest["filter"]["values"][0]
+def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns a value of the filter and of every feature, by the name of its input.
+
+    Those of "candidate" and of "query" are apart: one name may be a feature of each, of two kinds.
+    """
     sides = features_of(manifest)
-    for features in (sides["candidate"], (*sides["query"], *sides["request"])):
+    sides["query"] += sides.pop("request")
+    values: dict[str, dict[str, Any]] = {}
+    for side, features in sides.items():
+        values[side] = {}
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
             is_text = spec.dtype == tf.string
-            values[spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
+            values[side][spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
+    if manifest["filter"] and manifest["filter"]["values"]:
+        values["query"]["allowed"] = manifest["filter"]["values"][0]
     return values
 
 
 def _probe(
-    function: Any, queries: Sequence[Query], item_ids: Sequence[Any], values: Mapping[str, Any]
+    function: Any,
+    queries: Sequence[Query],
+    item_ids: Sequence[Any],
+    values: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tf.Tensor]:
     """Makes the inputs that a signature is asked with before a version is put in place."""
     specs = signature_inputs(function)
     inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
-    num_rows = len(item_ids) if "item_id" in specs else len(queries)
+    num_rows, of_side = len(queries), values["query"]
     if "item_id" in specs:
+        num_rows, of_side = len(item_ids), values["candidate"]
         inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
     for name, spec in specs.items():
-        if name in values:
+        if name in of_side:
             shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
-            inputs[name] = tf.fill(shape, tf.constant(values[name], spec.dtype))
+            inputs[name] = tf.fill(shape, tf.constant(of_side[name], spec.dtype))
         elif name not in inputs:
             inputs[name] = missing_input(spec, num_rows)
     return {name: inputs[name] for name in specs}
@@ -74,12 +83,12 @@ def prove(
     modules: Mapping[Path, RetrievalModule],
     queries: Sequence[Query],
     item_ids: Sequence[Any],
-    values: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Has a fresh process load what was saved, by folder, and answer as the modules in memory do.
 
     The signatures of users are asked with `queries`, those of items with `item_ids`. Other inputs
-    have the `values` of their names (see `example_values`); they are missing otherwise. An
+    have the `values` of their names, by side (see `example_values`); they are missing otherwise. An
     `ExportError` if the process fails, or an answer differs.
     """
     for folder, module in modules.items():
