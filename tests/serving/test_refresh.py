@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import refresh
@@ -267,11 +269,13 @@ def test_paths_are_judged_before_the_work(
 def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_path: Path) -> None:
     """Whose filter has no value then, and allows nothing but all."""
     nothing = pa.array([None] * 3, pa.list_(pa.string()))
-    pq.write_table(pa.table({"item_id": [2, 4, 5], "genres": nothing}), tmp_path / "new.parquet")
+    new, path = pa.table({"item_id": [2, 4, 5], "genres": [["a"]] * 3}), tmp_path / "new.parquet"
+    pq.write_table(new, path)
     with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
-        refresh_index(folder, tmp_path / "new.parquet")
+        refresh_index(folder, path)
     assert versions_of(folder) == [1]
-    done = refresh_index(folder, tmp_path / "new.parquet", allow_all_new=True)
+    pq.write_table(new.set_column(1, "genres", nothing), path)
+    done = refresh_index(folder, path, allow_all_new=True)
     assert (done.num_items, done.num_untrained) == (3, 3)
     loaded = load(folder)
     found, _ = loaded.retrieve([{}], 3, allowed=[[]])
@@ -316,6 +320,52 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     write([["new", "newer"] if i == 3 else [] for i in range(55)])
     with pytest.raises(DataError, match="no value of 'genres', such as 'new', is known"):
         refresh_index(folder, items_file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("categorical", ["a", None]),
+        ("multi_categorical", [["a"], None]),
+        ("text", ["a b", None]),
+        ("numeric", [1.0, None]),
+        ("bucketized", [1.0, 2.0]),
+        ("timestamp", [datetime(2024, 5, day, tzinfo=UTC) for day in (1, 2)]),
+        ("vector", [[1.0, 2.0], None]),
+    ],
+)
+def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: list[Any]) -> None:
+    path, given = Path("today.csv"), pa.array(values)
+    nothing = pa.nulls(2, given.type)
+    feature = Feature.fit("price", kind, given, reference=datetime(2024, 6, 1, tzinfo=UTC))
+    refresh._refuse_empty(path, pa.table({"price": given}), [feature])
+    with pytest.raises(DataError, match=r"none of 2 items has a value of 'price'.*allow_all_new"):
+        refresh._refuse_empty(path, pa.table({"price": nothing}), [feature])
+    if kind != "vector":
+        unfitted = Feature.fit("price", kind, nothing)
+        refresh._refuse_empty(path, pa.table({"price": nothing}), [unfitted])
+
+
+def test_what_is_missing_or_dropped_is_told_and_a_feature_without_any_value_is_refused(
+    folder: Path,
+    items_file: Path,
+    asked: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a run tells of the same table."""
+    table = pq.read_table(items_file)
+    half = [without_genres(table.slice(0, 11)), table.slice(11), table.slice(54)]
+    pq.write_table(pa.concat_tables(half), items_file)
+    command = ["refresh-index", str(folder), "--items", str(items_file)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{items_file}: column 'genres' is missing in 11 of 56 rows (19.6%)" in said
+    assert f"{items_file}: dropped 1 row: repeats a row of {items_file}" in said
+    pq.write_table(without_genres(table), items_file)
+    assert main(command) == 1
+    assert "none of 55 items has a value of 'genres'" in capsys.readouterr().err
+    assert len(asked) == 1
+    assert main([*command, "--allow-all-new"]) == 0
 
 
 def without_genres(table: pa.Table) -> pa.Table:

@@ -282,7 +282,8 @@ class RefreshIndex(OfModel):
     """How many versions to keep: the newest two, then the newest of each training, then further
     refreshes; the others are deleted."""
     allow_all_new: CliToggleFlag[bool] = False
-    """Accept a file without any item that the model knows, or any known category of a feature."""
+    """Accept a file without any item that the model knows, any known category of a feature, or any
+    value of it."""
 
     def __call__(self) -> int:
         """Writes the new version and says what changed."""
@@ -340,3 +341,4 @@ def _changes(done: Refreshed) -> Iterator[str]:
             f"skipped {done.num_skipped:,} of the file: the model reads no item features, and "
             "its training did not have them"
         )
+    yield from done.notes

@@ -44,7 +44,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import settle
 from tfrs_pipeline.data.split import is_positive, read_amount, split_events
-from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_raw, type_entities
+from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_dropped, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, write_record
 from tfrs_pipeline.messages import counted, printable, suggest
@@ -246,10 +246,7 @@ class Log:
                 formats=formats,
                 max_bad_share=max_bad_share,
             )
-            notes += [
-                f"{raw.source.name}: dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in lost
-            ]
-            notes += noted
+            notes += describe_dropped(raw.source, lost) + noted
             sources[name] = raw.source
             raw.drop()
         settled, repeated, noted = settle(

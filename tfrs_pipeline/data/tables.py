@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,9 +28,7 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.data.times import Formats
-from tfrs_pipeline.messages import in_percent, printable, suggest
-
-logger = logging.getLogger(__name__)
+from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 MAX_BAD_SHARE = 0.1
 
@@ -207,6 +204,11 @@ def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) 
             yield f"{source.column(name)} is missing in {num:,} of {num_rows:,} rows ({share})"
 
 
+def describe_dropped(source: Source, dropped: Iterable[Dropped]) -> list[str]:
+    """Says what was dropped of an item or user table, in lines for a person."""
+    return [f"{source.name}: dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in dropped]
+
+
 def load_items(
     source: Any,
     *,
@@ -215,11 +217,12 @@ def load_items(
     item_columns: Mapping[str, str],
     formats: Formats,
     max_bad_share: float,
-) -> ibis.Table:
+) -> tuple[ibis.Table, list[str]]:
     """Loads an item table by itself, such as today's for a model of last week's.
 
     Ids are integers where those of the events were that the model was trained on, else text. The
-    rows are item_id, the features, and `title` where there is one, by ascending item_id.
+    rows are item_id, the features, and `title` where there is one, by ascending item_id. Returns
+    them, and what was dropped or is missing, in lines for a person.
     """
     remedy = "Name the columns as the item table of the training did."
     raw = load_raw(connect(), source, "item_id", item_columns, item_features, remedy)
@@ -229,7 +232,7 @@ def load_items(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
             "Give the ids of the events that it was trained on."
         )
-    items, dropped, _ = type_entities(
+    items, dropped, notes = type_entities(
         raw,
         "item_id",
         as_integer=is_integer_id,
@@ -237,9 +240,7 @@ def load_items(
         formats=formats,
         max_bad_share=max_bad_share,
     )
-    for each in dropped:
-        logger.warning("%s: dropped %d rows: %s", raw.source.name, each.num_rows, each.reason)
-    return items.order_by("item_id")
+    return items.order_by("item_id"), describe_dropped(raw.source, dropped) + notes
 
 
 def store(expression: ibis.Table, source: Source) -> ibis.Table:

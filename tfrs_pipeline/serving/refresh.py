@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,6 +42,7 @@ class Refreshed:
         has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
             was trained, or there is none; None where the manifest does not tell.
         index: What was built, as the manifest has it.
+        notes: What of the file was dropped or is missing, in lines for a person.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Refreshed:
     num_unknown: dict[str, int]
     has_trained_unknown: bool | None
     index: dict[str, Any]
+    notes: Sequence[str]
 
 
 def refresh_index(
@@ -79,14 +81,15 @@ def refresh_index(
         index: How to search; None takes what the version before was exported with.
         keep_versions: How many versions to keep, as of `export`; None likewise.
         allow_all_new: Whether the file may hold no item of the version before nor of the training,
-            which would otherwise be ids of another kind, and of a feature several categories, new
-            ones alone, which would otherwise be written in another way.
+            which would otherwise be ids of another kind, of a feature several categories, new
+            ones alone, which would otherwise be written in another way, and no value of a feature
+            that the training had values of, which would otherwise be a column that was lost.
         on_progress: Called with a task's name, steps done and steps in all.
 
     Raises:
         DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
-            holds no known item, or several categories of a feature and none that is known, and
-            `allow_all_new` is not set.
+            holds no known item, several categories of a feature and none that is known, or no value
+            of one that had some, and `allow_all_new` is not set.
         FileNotFoundError: If there is no exported model.
         ValueError: If the model's folder is no numbered version, or ScaNN is asked to index fewer
             than 16 items.
@@ -103,8 +106,11 @@ def refresh_index(
             )
         number, path = int(retriever.folder.name), Path(items)
         before = set(retriever.candidate_ids())
-        found = _read_items(path, retriever)
-        num_unknown = {  # Before the items are embedded, which takes long.
+        found, notes = _read_items(path, retriever)
+        # Before the items are embedded, which takes long.
+        if not allow_all_new:
+            _refuse_empty(path, found, retriever.features["candidate"])
+        num_unknown = {
             feature.name: _num_unknown(path, found, feature, allow_all=allow_all_new)
             for feature in retriever.features["candidate"]
             if feature.kind in ("categorical", "multi_categorical")
@@ -153,6 +159,7 @@ def refresh_index(
         num_unknown=num_unknown,
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=manifest["index"],
+        notes=notes,
     )
 
 
@@ -195,21 +202,22 @@ def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
     return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
 
 
-def _read_items(path: Path, retriever: LoadedRetriever) -> pa.Table:
+def _read_items(path: Path, retriever: LoadedRetriever) -> tuple[pa.Table, list[str]]:
     # How the log's own table was read: as its run says, or `Log.from_files` was told.
     of_run = retriever.manifest.get("config", {}).get("data", {})
     data = {**retriever.manifest.get("item_reading", {}), **of_run}
-    table = load_items(
+    items, notes = load_items(
         path,
         is_integer_id=retriever.item_dtype == tf.int64,
         item_features=_kinds(retriever),
         item_columns=data.get("item_columns", {}),
         formats=Formats(**{f.name: data[f.name] for f in fields(Formats) if f.name in data}),
         max_bad_share=data.get("max_bad_share", MAX_BAD_SHARE),
-    ).to_pyarrow()
+    )
+    table = items.to_pyarrow()
     if not table.num_rows:
         raise DataError(f"{path} holds no row. List all items to retrieve in it.")
-    return table
+    return table, notes
 
 
 def _embed(
@@ -239,6 +247,23 @@ def _embed(
             "it with item features."
         )
     return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
+
+
+def _refuse_empty(path: Path, items: pa.Table, features: Sequence[Feature]) -> None:
+    """Refuses (`DataError`) items none of which has a feature that items of the training had."""
+    for feature in features:
+        raws = map(feature.to_raw, in_blocks(items[feature.name]))
+        if not all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws):
+            continue
+        # Of vectors a training has some.
+        if feature.kind == "vector" or (
+            replace(feature, reference=0.0) != Feature.fit(feature.name, feature.kind, [None])
+        ):
+            raise DataError(
+                f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
+                "which the training had some: a join that failed leaves such a column. Fill it; if "
+                "it is meant to be empty, set allow_all_new."
+            )
 
 
 def _num_unknown(path: Path, items: pa.Table, feature: Feature, *, allow_all: bool) -> int:
