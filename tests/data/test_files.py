@@ -15,6 +15,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import read_samples
 
@@ -225,6 +226,38 @@ def test_features_in_parquet(load: Any) -> None:
     assert tables.items.drop("_listed").to_pyarrow().to_pylist() == [
         {"item_id": 5, "g": ["1", "2"], "p": 3.0, "c": "true", "t": "x"}
     ]
+
+
+@pytest.mark.parametrize("kind", ["categorical", "hashed"])
+@pytest.mark.parametrize(
+    "type_", [pa.float64(), pa.float32(), pa.decimal128(4, 2), pa.string()], ids=str
+)
+def test_fractions_are_categories_and_one_in_every_format(
+    load: Any, type_: pa.DataType, kind: str
+) -> None:
+    def sizes(items: str | pa.Table) -> list[Any]:
+        log = load("user_id,item_id\n1,5\n", items=items, item_features={"size": kind})
+        assert not any("taken as missing" in note for note in log.notes)
+        found: list[Any] = log.items.order_by("item_id")["size"].to_pyarrow().to_pylist()
+        return found
+
+    def table(*values: float | None) -> pa.Table:
+        texts = [None if value is None else str(value) for value in values]
+        of_type = pa.array(texts).cast(type_)
+        return pa.table({"item_id": [5 + i for i in range(len(values))], "size": of_type})
+
+    in_csv = "item_id,size\n5,38.5\n6,38.0\n7,\n8,99.9\n"
+    expected = ["38.5", "38", None, "99.9"]
+    assert sizes(in_csv) == sizes(table(38.5, 38.0, None, 99.9)) == expected
+    # Of a request, as a Python value.
+    feature = Feature.fit("size", "categorical", expected)
+    asked = [38.5, 38.0, 38, None, "38.0", np.float32(99.9), 39.5]
+    assert feature.encode_column(asked).tolist() == [2, 1, 1, 0, 1, 3, 0]
+    # Whole ones are the integers that they are without missing values.
+    whole = "38" if pa.types.is_string(type_) else 38
+    assert sizes(table(38.0, None)) == [whole, None]
+    if pa.types.is_float64(type_):
+        assert sizes(table(38.5, float("nan"))) == ["38.5", None]
 
 
 def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: Any) -> None:
@@ -453,7 +486,7 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
         ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
          {"item_features": {"t": "timestamp"}, "time_zone": "UTC"},
          r"items\.csv: column 't' has no year of 2 to 9998 in 3 of 5 rows"),
-        (pa.table({"item_id": [5], "c": [1.5]}), {"item_features": {"c": "hashed"}},
+        (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}},
          "'c' must be an integer or a string"),
     ],
 )  # fmt: skip

@@ -148,6 +148,12 @@ def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) 
     if kind in ("categorical", "hashed"):
         if value.type().is_boolean():
             return value.cast("string")
+        if (value.type().is_floating() or value.type().is_decimal()) and raw.has(
+            value.try_cast("int64").cast("float64") != value.cast("float64")
+        ):
+            # As text in CSV: an id would have to be whole.
+            number = value.cast("float64") if value.type().is_decimal() else value
+            return number.cast("string").re_replace(_WHOLE_FLOAT, r"\1").nullif("nan")
         return to_id(raw, column, as_integer=is_integer(raw, column))
     if kind == "multi_categorical":
         return _to_categories(raw, column, formats.list_separator)
