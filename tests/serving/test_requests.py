@@ -261,6 +261,30 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
 
+def test_rest_knows_a_time_and_which_side_a_feature_is_of_whatever_they_are_called(
+    tmp_path: Path,
+) -> None:
+    since = Feature.fit("app since", "timestamp", [TIME])
+    likes = Feature.fit("genres", "categorical", ["a"])  # Of items, genres are lists.
+    served = make_served("int", use_user_id=False, request_features=(since, likes))
+    version = ServedVersion(
+        export(served.exportable(), tmp_path / "films", index=Exact()), ServeSettings()
+    )
+
+    def answer(name: str, **inputs: Any) -> dict[str, np.ndarray]:
+        body = json.dumps({"signature_name": name, "inputs": inputs}).encode()
+        call = rest.parse_predict(body, version.signatures)
+        return version.call(call.signature, call.inputs)
+
+    seconds = TIME.timestamp()
+    with pytest.raises(HTTPException, match="'app_since' takes seconds since 1970; divide milli"):
+        answer("embed_user", user_id=[100], app_since=[1000 * seconds])
+    assert len(answer("embed_user", user_id=[100], app_since=[seconds], genres=["b"])) == 2
+    with pytest.raises(HTTPException, match="genres: Missing named input"):
+        answer("embed_candidate", item_id=[3])
+    assert answer("embed_candidate", item_id=[3], genres=[["a", "b"]])["is_known_item"].all()
+
+
 def test_unknown_values_of_a_request_are_counted(version: ServedVersion) -> None:
     def counted() -> float | None:
         return REGISTRY.get_sample_value("tfrs_unknown_values_total", {"feature": "Gender"})

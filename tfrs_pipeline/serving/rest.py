@@ -37,7 +37,8 @@ class SignatureInputs:
     """What a signature takes: checks values of JSON against limits, and makes arrays of them.
 
     `optional` are inputs that a request need not give, those of its context: missing then.
-    `nullable` are those for which null means a missing value: features, and times.
+    `nullable` are those for which null means a missing value: features, and times. `times` are in
+    seconds since 1970.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class SignatureInputs:
         limits: ServeSettings,
         optional: Collection[str] = (),
         nullable: Collection[str] = (),
+        times: Collection[str] = (TIMESTAMP, HISTORY_TIMESTAMPS),
     ) -> None:
         self._specs = dict(specs)
+        self._times = frozenset(times)
         self._max_results = limits.max_results
         types = {
             name: _value_type(name, spec, limits, is_nullable=name in nullable)
@@ -64,7 +67,7 @@ class SignatureInputs:
     def of_columns(self, inputs: Any) -> dict[str, np.ndarray]:
         """Reads `inputs`: an object with each input's column, or the column of the only one."""
         columns = _checked(self._columns, self._named(inputs), "inputs")
-        arrays = {name: _array(columns[name], self._specs[name], name) for name in columns}
+        arrays = {name: self._array(columns[name], name) for name in columns}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
@@ -90,12 +93,18 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
-        arrays = {
-            name: _array([row.get(name) for row in rows], spec, name)
-            for name, spec in self._specs.items()
-        }
+        arrays = {name: self._array([row.get(name) for row in rows], name) for name in self._specs}
         _check_times(arrays)
         return arrays
+
+    def _array(self, column: Any, name: str) -> np.ndarray:
+        array = _array(column, self._specs[name], name)
+        if name in self._times and (array > MAX_SECONDS).any():
+            raise bad_request(
+                f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
+                f"{np.nanmax(array):.0f}, which is after the year 5000."
+            )
+        return array
 
     def _named(self, value: Any) -> Any:
         """Lets a plain value stand for the only input; refuses unknown inputs."""
@@ -304,11 +313,6 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
         array = np.array(rows, spec.dtype.as_numpy_dtype).reshape(len(column), width)
     if spec.dtype.is_floating and np.isinf(array).any():
         raise bad_request(f"Input {name!r} takes finite {spec.dtype.name} values, or NaN.")
-    if name in (TIMESTAMP, HISTORY_TIMESTAMPS) and (array > MAX_SECONDS).any():
-        raise bad_request(
-            f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
-            f"{np.nanmax(array):.0f}, which is after the year 5000."
-        )
     return array
 
 

@@ -20,6 +20,7 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.model.requests import TIMESTAMP
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import ask, signature_inputs
@@ -82,12 +83,24 @@ class ServedVersion:
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
         of_side = self.retriever.manifest.get("feature_inputs", {})
-        optional = {*of_side.get("request", {}).values(), HISTORY_TIMESTAMPS}
-        nullable = optional.union(*(of.values() for of in of_side.values()))
-        self.signatures = {
-            name: SignatureInputs(inputs, settings, optional, nullable)
-            for name, inputs in specs.items()
-        }
+        self.signatures = {}
+        for name, inputs in specs.items():
+            # A feature of items may be called like one of users or requests.
+            sides = ("candidate",) if "item_id" in inputs else ("query", "request")
+            named = {side: of_side.get(side, {}) for side in sides}
+            times = [
+                named[side][feature.name]
+                for side in sides
+                for feature in self.retriever.features[side]
+                if feature.kind == "timestamp"
+            ]
+            self.signatures[name] = SignatureInputs(
+                inputs,
+                settings,
+                optional={*named.get("request", {}).values(), HISTORY_TIMESTAMPS},
+                nullable={HISTORY_TIMESTAMPS}.union(*(x.values() for x in named.values())),
+                times={TIMESTAMP, HISTORY_TIMESTAMPS, *times},
+            )
         self._vocabularies = {
             of_side["request"][feature.name]: (
                 metrics.UNKNOWN_VALUES.labels(feature.name),
@@ -105,7 +118,8 @@ class ServedVersion:
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers a signature's inputs, of as many queries each."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
-        for name, (counter, known) in self._vocabularies.items():
+        of_request = {} if "item_id" in inputs else self._vocabularies
+        for name, (counter, known) in of_request.items():
             counter.inc(sum(value not in known for value in inputs.get(name, ())))
         with metrics.CALL_SECONDS.time():
             return ask(self._functions[signature], inputs)
