@@ -199,6 +199,18 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
     )
 
 
+def test_request_features_of_a_log_that_the_model_does_not_read_say_nothing(
+    served: Served, model: LoadedRetriever
+) -> None:
+    """As a holdout brings them."""
+    for asked in (served.in_memory, model):
+        expected, _ = asked.retrieve([{"request": {"Gender": "ios"}}], K)
+        found, _ = asked.retrieve([{"request": {"Gender": "ios", "battery": 3}}], K)
+        assert found.tolist() == expected.tolist()
+        with pytest.raises(ValueError, match=r"feature 'Gendr'; did you mean 'Gender'\?"):
+            asked.retrieve([{"request": {"Gendr": "ios", "battery": 3}}], K)
+
+
 def test_what_the_model_does_not_read_is_refused(model: LoadedRetriever) -> None:
     for query, message in (
         ({"request": {"houre": 3}}, r"no request feature 'houre'; did you mean 'hour'\?"),

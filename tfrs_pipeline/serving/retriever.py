@@ -126,9 +126,10 @@ class LoadedRetriever:
         allows all.
 
         Raises:
-            ValueError: If a query holds another key than these, or a feature that the model does
-                not read; if `allowed` is given and the model has no item filter, or holds a value
-                that no item has.
+            ValueError: If a query holds another key than these, a user feature that the model does
+                not read, or a request feature that looks misspelt (others say nothing); if
+                `allowed` is given and the model has no item filter, or holds a value that no item
+                has.
         """
         answer = self._retrieved(queries, "retrieve{}", k, exclude, allowed)
         return _decoded(answer["candidate_ids"]), answer["scores"]
@@ -276,7 +277,7 @@ class LoadedRetriever:
         """Asks one signature for the queries without features, another for those with."""
         function = self.saved_model.signatures[signature.format("")]
         requests = [query.get("request") for query in queries]
-        check_requests(requests, self._request_names)
+        check_requests(requests, self._request_names, may_have_others=True)
         inputs = {
             **query_inputs(function, queries),
             **request_inputs(function, self.features, requests),
