@@ -260,6 +260,32 @@ def test_fractions_are_categories_and_one_in_every_format(
         assert sizes(table(38.5, float("nan"))) == ["38.5", None]
 
 
+@pytest.mark.parametrize("num_files", [1, 2])
+@pytest.mark.parametrize(
+    "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
+)
+def test_a_feature_without_any_value_in_parquet_is_missing(
+    tmp_path: Path, kind: str, num_files: int
+) -> None:
+    """As pandas writes it: without a type."""
+    (tmp_path / "items").mkdir()
+    for i in range(num_files):
+        table = pa.table({"item_id": [5 + i], "the tags": pa.nulls(1)})
+        pq.write_table(table, tmp_path / "items" / f"{i}.parquet")
+    events = pa.table({"user_id": [1, 1], "item_id": [5, 6]})
+    for items in (tmp_path / "items", pq.read_table(tmp_path / "items")):
+        log = Log.from_table(events, items=items, item_features={"the tags": kind})
+        assert log.items["the tags"].to_pyarrow().to_pylist() == [None, None]
+
+
+def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(load: Any) -> None:
+    columns = {"user_id": [1, 1], "item_id": [5, 6], "added": [1, 0]}
+    events = pa.table({**columns, "bought": pa.nulls(2)})
+    label = {"added": 1.0, "bought": 2.0}
+    for log in (load(events, label=label), Log.from_table(events, label=label)):
+        assert column(log.events, "stage") == ["clicked", "exposed"]
+
+
 def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: Any) -> None:
     def notes(*tags: str, **options: Any) -> list[str]:
         items = "item_id,tags\n5,\n" + "".join(f'{6 + i},"{tag}"\n' for i, tag in enumerate(tags))

@@ -116,7 +116,9 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     value = raw.table[column]
     if value.type().is_boolean():
         return value
-    if not (value.type().is_numeric() or (value.type().is_string() and raw.is_text)):
+    # In a table with types, a column without any value is a string.
+    may_be_text = raw.is_text or not raw.has(value.notnull())
+    if not (value.type().is_numeric() or (value.type().is_string() and may_be_text)):
         raise raw.wrong_type(column, "boolean, or a number above 0 where the outcome holds")
     number = value.try_cast("float64")
     if raw.is_text:

@@ -230,8 +230,12 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
             types[column.name] = of, each.name
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     # By name, the type of a column holds the values of all files; else it is the first file's.
-    options = f"union_by_name=true, {hive}"
-    relation = connection.con.sql(f"SELECT * FROM read_parquet({_quote_all(paths)}, {options})")
+    rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
+    # A column without any value, which has no type, would be integers; see `_plain_table`.
+    names = [f'"{_double(name)}"' for name, (of, _) in types.items() if pa.types.is_null(of)]
+    as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
+    replaced = f"REPLACE ({as_text})" if names else ""
+    relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
     return Scan(connection, str(path), relation.columns, lambda columns: relation)
 
 
