@@ -129,6 +129,22 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
         pass
 
 
+@pytest.mark.parametrize("is_run", [True, False])
+@pytest.mark.parametrize("own", ["data/events.parquet", "samples/july", "config.toml", "plans/a"])
+def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(
+    config: RunConfig, tmp_path: Path, own: str, is_run: bool
+) -> None:
+    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).write_text("seed = 3\n")
+    with (
+        pytest.raises(ValueError, match=r"holds .*Choose another folder"),
+        claim_folder(config, tmp_path, is_run=is_run),
+    ):
+        pytest.fail("the work began")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
+
+
 def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     config: RunConfig, tmp_path: Path
 ) -> None:

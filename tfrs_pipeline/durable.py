@@ -94,6 +94,19 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
     replace_text(path, json.dumps({**record, _HASHES: hashes}, indent=2))
 
 
+def refuse_others(paths: Iterable[Path], sign: Path) -> None:
+    """Refuses (`ValueError`) to write where files are that this package may not have written.
+
+    `sign` is what it writes before any of them: with it they are its own.
+    """
+    found = [path for path in paths if path.exists()]
+    if found and not sign.exists():
+        raise ValueError(
+            f"{found[0]} may be somebody's own and would be lost: there is no {sign}, which this "
+            "package writes before it. Choose another folder."
+        )
+
+
 def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
     """Records what a folder's content is made of; a `ValueError` if the record says otherwise."""
     made_of = json.loads(json.dumps(made_of))

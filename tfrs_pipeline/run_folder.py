@@ -24,6 +24,11 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
+# What would be replaced in a folder that is somebody's own.
+_REPLACED = (
+    *(CONFIG_FILE, "data", "samples", "plans", "native.log", "report.html"),
+    *("comparison.json", "comparison.md", "comparison.svg"),
+)
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
 # What a resumed run may be told otherwise, as long as nothing is exported.
@@ -111,6 +116,7 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
     """Writes the settings into a folder, or checks that they are those of what it holds."""
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
     if not any((folder / x).exists() for x in ("data/log.json", "checkpoints", METRICS_FILE)):
+        _refuse_others(folder)
         _write_settings(config, folder)
         return
     old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
@@ -127,6 +133,20 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
             f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, or "
             "delete this one."
         )
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses (`ValueError`) to begin a run where it would replace files that are of no run."""
+    found = [name for name in _REPLACED if (folder / name).exists()]
+    try:
+        if found:
+            read_settings(folder)
+    except ConfigError:
+        raise ValueError(
+            f"{folder} holds {', '.join(found)}, which a run would replace, and no "
+            f"{CONFIG_FILE} as a run has written it: they may be your own. Choose another "
+            "folder with --run-dir."
+        ) from None
 
 
 def _is_exported(folder: Path, model_folder: Path) -> bool:

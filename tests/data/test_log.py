@@ -1,5 +1,7 @@
 """A log of tables in memory, what it keeps on disk, and what it never takes for a click."""
 
+import dataclasses
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ibis.common.exceptions import IbisError
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
+from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.settings import ConfigError
 
 TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
@@ -203,6 +207,48 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.json").unlink()
     with pytest.raises(DataError, match=r"no log\.json"):
         Log.read(tmp_path)
+
+
+def test_a_log_is_written_over_the_one_that_it_is_read_from(tmp_path: Path) -> None:
+    Log.from_table(EVENTS, **OPTIONS).write(tmp_path)
+    log = Log.read(tmp_path)
+    log.write(tmp_path)
+    assert Log.read(tmp_path).fingerprint() == log.fingerprint()
+    assert len(list(tmp_path.iterdir())) == 4
+    # A part too, whose items are those of the whole; one that fails leaves what is there.
+    split = log.split("last_share", validation=0, test=0.5, min_positives=1)
+    num = split.train.counts()
+    assert num != log.counts()
+    with pytest.raises(IbisError):
+        dataclasses.replace(log, users=log.users.drop("user_id")).write(tmp_path)
+    assert Log.read(tmp_path).fingerprint() == log.fingerprint()
+    split.train.write(tmp_path)
+    assert Log.read(tmp_path).counts() == num
+    # As a writing leaves them that was killed between its tables.
+    (tmp_path / "log.partial").mkdir()
+    (tmp_path / "log.json").unlink()
+    Log.from_table(EVENTS, **OPTIONS).write(tmp_path)
+    assert Log.read(tmp_path).counts() == Log.from_table(EVENTS, **OPTIONS).counts()
+
+
+@pytest.mark.parametrize("name", ["events.parquet", "items.parquet", "users.parquet", "log.json"])
+def test_a_log_is_not_written_over_files_that_are_no_log(tmp_path: Path, name: str) -> None:
+    EVENTS.to_parquet(tmp_path / name)
+    EVENTS.to_csv(tmp_path / "else.csv")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    log = Log.from_table(EVENTS, **OPTIONS)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} ")):
+        log.write(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / name).unlink()
+    log.write(tmp_path)
+    assert (tmp_path / "else.csv").read_bytes() == before[tmp_path / "else.csv"]
+    # One's own in place of the log's.
+    EVENTS.to_parquet(tmp_path / "events.parquet")
+    own = (tmp_path / "events.parquet").read_bytes()
+    with pytest.raises(Damaged, match=r"events\.parquet is not as it was written"):
+        log.write(tmp_path)
+    assert (tmp_path / "events.parquet").read_bytes() == own
 
 
 def test_the_order_of_a_log_without_times() -> None:

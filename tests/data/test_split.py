@@ -331,6 +331,7 @@ def test_users_with_few_positives_are_dropped_and_counted(tmp_path: Path) -> Non
     )
     split = log.split("last_share", validation=0.2, test=0.2)
     split.write(tmp_path / "split.parquet")
+    Split.read(log, tmp_path / "split.parquet").write(tmp_path / "split.parquet")
     for each in (split, Split.read(log, tmp_path / "split.parquet")):
         assert each.report() == {
             "train": {"num_events": 3, "num_positives": 3, "num_users": 1},

@@ -13,6 +13,7 @@ from tests.damage import DAMAGES, damage
 from tests.small_log import event_table, write
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.store import RowLists, Samples
 
@@ -79,3 +80,29 @@ def test_a_damaged_file_has_the_samples_built_again_and_none_else(tmp_path: Path
         with pytest.raises(ValueError, match=r"made of something else .* Give another folder"):
             TrainingSet.build(other, str(tmp_path), **options)
     assert [path.stat().st_mtime_ns for path in filled] == times
+
+
+def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
+    log = Log.from_table(event_table("int").drop_columns(["rating"]))
+    own, samples = tmp_path / "samples" / "july.parquet", tmp_path / "samples"
+    write(event_table("int"), own)
+    before = own.read_bytes()
+    for build in (
+        lambda: TrainingSet.build(log, samples, seed=0),
+        lambda: TwoTower().fit(log, folder=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"july\.parquet may be somebody's own .* another"):
+            build()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    own.unlink()
+    TrainingSet.build(log, samples, seed=0)
+    # Nor do those go that were put there later.
+    own.write_bytes(before)
+    (samples / "report.json").unlink()
+    TrainingSet.build(log, samples, seed=0)
+    assert own.read_bytes() == before
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch-9.pt").touch()
+    with pytest.raises(ValueError, match=r"epoch-9\.pt may be somebody's own"):
+        TwoTower().fit(log, folder=tmp_path)
+    assert (tmp_path / "checkpoints" / "epoch-9.pt").exists()

@@ -97,6 +97,12 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
     table.to_parquet(path.absolute().as_uri())
 
 
+def replace(new: Path, path: Path) -> None:
+    """Puts what was written by `write_parquet` in the place of another, if there is one."""
+    remove(path)
+    os.replace(new, path)
+
+
 def remove(path: Path) -> None:
     """Removes a file, or a folder with all that it holds, if there is one."""
     if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.contract import check_entities, check_events
-from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, write_parquet
+from tfrs_pipeline.data.engines import ENGINES, connect, open_parquet, replace, write_parquet
 from tfrs_pipeline.data.events import EventRules, load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.ids import as_id_array
@@ -46,7 +47,7 @@ from tfrs_pipeline.data.settle import settle
 from tfrs_pipeline.data.split import is_positive, read_amount, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_dropped, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
-from tfrs_pipeline.durable import part_files, read_record, write_record
+from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 from tfrs_pipeline.messages import counted, printable, suggest
 
 
@@ -364,13 +365,25 @@ class Log:
 
         Events are written by event number, items and users by id. `log.json`, with the feature
         kinds and what was dropped, comes last: a folder that has it is whole. A part is written as
-        a log of its own.
+        a log of its own. The log that a folder holds is replaced, also by one made of it, once all
+        tables are written; other files stay.
+
+        Raises:
+            Damaged: If the folder's log is not as it was written.
+            ValueError: If the folder holds such files that are no log: they may be your own.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.json").unlink(missing_ok=True)
+        record, partial = folder / "log.json", folder / "log.partial"
+        if record.exists():
+            read_record(record)
+        else:
+            refuse_others([folder / f"{name}.parquet" for name in _KEYS], partial)
+        partial.mkdir(parents=True, exist_ok=True)
         for name, key in _KEYS.items():
-            write_parquet(getattr(self, name).order_by(key), folder / f"{name}.parquet")
+            write_parquet(getattr(self, name).order_by(key), partial / f"{name}.parquet")
+        record.unlink(missing_ok=True)
+        for name in _KEYS:
+            replace(partial / f"{name}.parquet", folder / f"{name}.parquet")
         about = {
             "item_features": dict(self.item_features),
             "user_features": dict(self.user_features),
@@ -381,7 +394,8 @@ class Log:
             "item_reading": dict(self.item_reading),
         }
         files = [file for name in _KEYS for file in part_files(folder / f"{name}.parquet")]
-        write_record(folder / "log.json", about, files)
+        write_record(record, about, files)
+        shutil.rmtree(partial)
 
     @property
     def whole(self) -> Log:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import ibis
 
-from tfrs_pipeline.data.engines import open_parquet, write_parquet
+from tfrs_pipeline.data.engines import open_parquet, replace, write_parquet
 from tfrs_pipeline.data.holdout import EvaluationPart, Holdout, make_holdout
 from tfrs_pipeline.data.schema import SplitKind
 from tfrs_pipeline.data.split import PARTS, is_positive
@@ -137,8 +137,10 @@ class Split(Generic[LogT]):
 
     def write(self, path: Path) -> None:
         """Writes the events with their parts as Parquet, and then its record `split.json`."""
+        partial = path.with_name(f"{path.name}.partial")
+        write_parquet(self.events, partial)  # Perhaps of what is there.
         path.with_suffix(".json").unlink(missing_ok=True)
-        write_parquet(self.events, path)
+        replace(partial, path)
         write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
 
     @classmethod

@@ -16,7 +16,7 @@ from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, FeatureKind, count_rows
-from tfrs_pipeline.durable import hold_to, is_whole, read_record
+from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
 from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
@@ -141,7 +141,7 @@ class TrainingSet:
 
         `hard` says which losers of the funnel become hard negatives. A `DataError` if there is no
         positive, a `ValueError`, before anything is built, if there are fewer than `min_positives`,
-        or if the folder holds samples of another log, seed or `hard`.
+        or if the folder holds samples of another log, seed or `hard`, or anything else.
         """
         folder = Path(folder)
         made_of = {
@@ -156,10 +156,10 @@ class TrainingSet:
         else:
             if num_positives := count_rows(Positives.select(log.events)):
                 check_one_batch(num_positives, min_positives)
-            # Before them: samples without it would be taken for those of any log.
-            (folder / MADE_OF_FILE).unlink(missing_ok=True)
+            refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
             folder.mkdir(parents=True, exist_ok=True)
-            hold_to(folder / MADE_OF_FILE, made_of)
+            # Before them: samples without it would be taken for those of any log.
+            write_record(folder / MADE_OF_FILE, made_of)
             build_samples(log, folder, seed=seed, hard=hard)
         report = read_record(folder / "report.json", check_files=False)
         samples, corpus = read_samples(folder), Corpus.read(log, folder)

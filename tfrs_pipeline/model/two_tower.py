@@ -17,7 +17,7 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.durable import hold_to
+from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.messages import check_whole
@@ -200,8 +200,9 @@ class TwoTower:
                 `hard` asks for losers and there is none.
             ConfigError: If the model to start from is of another shape.
             ValueError: If there are too few positives for a batch, training diverges, several
-                workers have no folder, the folder is that of another log or other settings, an own
-                layer, or one within it, has been trained before, or validation has nothing to find.
+                workers have no folder, the folder is that of another log or other settings, or its
+                `samples` or `checkpoints` hold what no training wrote, an own layer, or one within
+                it, has been trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
@@ -215,6 +216,7 @@ class TwoTower:
             source = None if folder is None else _trained(warm_start)
 
             def build() -> TrainingSet:
+                refuse_others((place / "checkpoints").glob("[!.]*"), place / MADE_OF_FILE)
                 data = TrainingSet.build(
                     train,
                     place / "samples",

@@ -7,7 +7,6 @@ out of core, or Spark. All tables are flat rows in order, since engines hold lis
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import ibis
 
-from tfrs_pipeline.data.engines import open_parquet, remove, write_parquet
+from tfrs_pipeline.data.engines import open_parquet, remove, replace, write_parquet
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
@@ -119,12 +118,10 @@ class _Work:
         return open_parquet(self.backend, self.folder / f"{name}.parquet")
 
     def publish(self, folder: Path) -> list[Path]:
-        """Moves what is to stay into a folder, instead of what it holds; returns its files."""
-        for old in folder.glob("*.parquet"):
-            remove(old)
+        """Moves what is to stay into a folder, instead of what has its name; returns its files."""
         moved = [path for path in self.folder.glob("*.parquet") if not path.name.startswith("_")]
         for path in moved:
-            os.replace(path, folder / path.name)
+            replace(path, folder / path.name)
         return [file for path in moved for file in part_files(folder / path.name)]
 
 
