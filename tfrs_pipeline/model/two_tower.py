@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -418,10 +419,14 @@ class TwoTower:
 
     def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
         frame = SamplingFrame.of_counts(samples.counts, self.training.batch_size)
+        later = samples.is_later  # By the whole log, which may have grown since.
         return {
             **self.settings.model_dump(mode="json"),
             **self.training.model_dump(mode="json"),
             "seed": self.seed,
+            "later_items": None
+            if later is None
+            else hashlib.sha256(later.tobytes()).hexdigest()[:12],
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
             **describe_own(self.negatives, self._towers, frame),
