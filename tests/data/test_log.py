@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import pytest
 from ibis.common.exceptions import IbisError
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped
-from tfrs_pipeline.durable import Damaged
+from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.settings import ConfigError
 
 TIMES = [f"2024-01-0{day}T12:00:00Z" for day in (3, 1, 2)]
@@ -249,6 +251,29 @@ def test_a_log_is_not_written_over_files_that_are_no_log(tmp_path: Path, name: s
     with pytest.raises(Damaged, match=r"events\.parquet is not as it was written"):
         log.write(tmp_path)
     assert (tmp_path / "events.parquet").read_bytes() == own
+
+
+@pytest.mark.parametrize("limit", [16_000, 500_000])
+def test_a_full_disk_for_the_tables_is_told_with_where_they_may_lie(limit: int) -> None:
+    events = pd.DataFrame({"user_id": np.arange(100_000), "item_id": np.arange(100_000) % 99})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    connection = connect()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"cannot store .*--data\.temporary_folder, or TMPDIR"
+        ):
+            Log.from_table(events, connection=connection)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_connection_that_cannot_be_written_is_refused_as_such(tmp_path: Path) -> None:
+    ibis.duckdb.connect(tmp_path / "own.duckdb").disconnect()
+    connection = ibis.duckdb.connect(tmp_path / "own.duckdb", read_only=True)
+    with pytest.raises(DataError, match="connection, which must be writable") as refused:
+        Log.from_table(EVENTS, **OPTIONS, connection=connection)
+    assert "CSV" not in str(refused.value)
 
 
 def test_the_order_of_a_log_without_times() -> None:

@@ -18,8 +18,10 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
+from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source, count_rows
+from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import printable, sentence
 
 LINES_REMEDY = (
@@ -99,9 +101,9 @@ class Scan:
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
         try:
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
-        except duckdb.Error as error:
+            raw = self.connection.table(table)
+        except (duckdb.Error, TableNotFound) as error:  # A full disk may show in the second alone.
             raise _unreadable(self.name, error, self.csv_files) from error
-        raw = self.connection.table(table)
         renamed = {name: column for name, column in names.items() if name != column}
         source, is_text = Source(self.name, renamed), bool(self.csv_files)
         return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
@@ -283,13 +285,32 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
         )
 
 
-def _unreadable(name: str | Path, error: duckdb.Error, csv_files: Sequence[Path] = ()) -> DataError:
+def check_stored(error: Exception) -> None:
+    """Raises a `StorageError`, or a `DataError`, if DuckDB could not store what it has read."""
+    reason = printable(str(error).strip().partition("\n")[0], 300)
+    if is_lost := isinstance(error, TableNotFound):
+        reason = "a table is not there after it was written, as on a full disk"
+    if is_lost or "Could not write file" in reason:
+        raise StorageError(
+            f"DuckDB cannot store the log's tables: {reason}. Make room there, or choose another "
+            "folder with --data.temporary_folder, or TMPDIR in the environment."
+        ) from error
+    if "read-only mode" in reason:
+        raise DataError(
+            f"The log's tables are stored in its connection, which must be writable: {reason} "
+            "Open it for writing, or give none."
+        ) from error
+
+
+def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:
+    check_stored(error)
     # DuckDB goes on with options of its reader, which are not settings here.
     reason = printable(str(error).strip().partition("\n")[0], 300)
     if "invalid state" in reason:  # Its words for this, without a place.
         found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
         reason = f"{next(found, 'a line')} has another line ending than the header."
-    return DataError(f"{name} cannot be read: {reason} {LINES_REMEDY}")
+    remedy = f" {LINES_REMEDY}" if csv_files or isinstance(name, Path) else ""
+    return DataError(f"{name} cannot be read: {reason}{remedy}")
 
 
 def _odd_line(path: Path) -> int | None:

@@ -199,6 +199,7 @@ class Log:
 
         Raises:
             DataError: Naming file, column, rows and remedy.
+            StorageError: If the tables cannot be stored, such as on a full disk.
             TypeError: If a column is not named by a string.
             ValueError: If an argument is none of its choices, or arguments contradict each other.
         """

@@ -9,6 +9,7 @@ import duckdb
 import ibis
 import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
+from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.columns import (
     describe_categories,
@@ -17,7 +18,7 @@ from tfrs_pipeline.data.columns import (
     to_required_id,
 )
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.files import LINES_REMEDY, scan
+from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
@@ -244,10 +245,14 @@ def load_items(
 
 
 def store(expression: ibis.Table, source: Source) -> ibis.Table:
-    """Stores an expression as a table of its own; what the engine refuses is a `DataError`."""
+    """Stores an expression as a table of its own.
+
+    What the engine refuses is a `DataError`, a full disk a `StorageError`.
+    """
     try:
         connection, name = expression.get_backend(), ibis.util.gen_name("log")
         connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
         return connection.table(name)
-    except duckdb.Error as error:
+    except (duckdb.Error, TableNotFound) as error:
+        check_stored(error)
         raise DataError(f"{source.name}: {str(error).strip()}") from error
