@@ -319,7 +319,11 @@ def _auc_rows(
     of_stages = items_by_stage(events, "test", test.user_ids, [*AUC_STAGES.values()])
     for name, stage in AUC_STAGES.items():
         others[name] = [ids.known_rows(items) for items in of_stages[stage]]
-    return positives, {name: rows for name, rows in others.items() if any(map(len, rows))}
+    return positives, {
+        name: rows
+        for name, rows in others.items()
+        if any(len(own) and len(other) for own, other in zip(positives, rows, strict=True))
+    }
 
 
 def _max_epochs(config: RunConfig, num_samples: int) -> int:

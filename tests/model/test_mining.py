@@ -107,7 +107,7 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
         assert resumed.notes == unbroken.model.notes
     assert resumed.notes[0].startswith("mined after epoch 4: ")
     # Every sample has a pool, so that f is what was asked for.
-    assert "effective mean hard share 0.3000" in resumed.notes
+    assert "effective mean hard share 0.3000, from the first mining on" in resumed.notes
 
 
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:

@@ -270,9 +270,10 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
         is_best = self._validate is not None and self.best_epoch == epoch + 1
+        # Before the time is written down: resumed, what was over is over still.
+        self.is_over = on_chief(self._has_ended)
         if self._saves_all or is_best:
             on_chief(lambda: self._save(self.model, epoch + 1))
-        self.is_over = on_chief(self._has_ended)
         if self.is_over:
             self.model.stop_training = True
         if self._on_epoch is not None:

@@ -19,6 +19,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.features import MAX_VALUES, Feature
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.store import Samples
 
 OnProgress: TypeAlias = Callable[..., None]
@@ -74,7 +75,8 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
             "without the correction hard negatives count as any others: their share has no effect"
         )
     elif settings.hard is not None:
-        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}")
+        since = ", from the first mining on" if isinstance(settings.hard, Mined) else ""
+        notes.append(f"effective mean hard share {batches.mean_hard_share:.4f}{since}")
     return notes
 
 
