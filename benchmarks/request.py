@@ -142,7 +142,7 @@ def recall_of_truth(model: tp.TwoTower, simulation: Simulation, test: tp.Holdout
     """Recalls the 50 best items of every user and device."""
     recalls = []
     for device in DEVICES:
-        request = {feature.name: device for feature in model.request_features}
+        request = {feature.name: device for feature in model.corpus.request_features}
         asked = [{**query, "request": request} for query in test.as_queries()]
         found, _ = model.retrieve(asked, K)
         best = simulation.best_items(test.user_ids, K, device)

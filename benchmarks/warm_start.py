@@ -113,10 +113,10 @@ def refreshed(model: tp.TwoTower, items: pd.DataFrame) -> ExactRetriever:
     """Embeds today's items with a model, as `refresh-index` does (its tests hold the two equal)."""
     columns = {
         feature.name: feature.encode_column(items[feature.name].tolist())
-        for feature in model.candidate_features
+        for feature in model.corpus.candidate_features
     }
     rows = model.corpus.candidate_ids.rows(items["item_id"].to_numpy())
-    embeddings = model.embed_candidates(rows, columns).numpy()
+    embeddings = model.network.embed_candidates(rows, columns).numpy()
     return ExactRetriever(items["item_id"].to_numpy(), embeddings, model.query_embeddings)
 
 

@@ -13,7 +13,13 @@ from sklearn.metrics import roc_auc_score
 
 from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.cli import main
-from tfrs_pipeline.compare import PlanComparison, _every_loser, compare, sampling_plans
+from tfrs_pipeline.compare import (
+    PlanComparison,
+    _auc_rows,
+    _every_loser,
+    compare,
+    sampling_plans,
+)
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -322,6 +328,9 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
                 values.append(roc_auc_score(labels, scores[i, positives + negatives]))
         assert len(values) > 10
         assert row.metrics[column].mean == pytest.approx(np.mean(values), abs=1e-6)
+    # Rivals of users without a positive to find are no column.
+    nothing = replace(test, relevant=[ids[:0] for ids in test.relevant])
+    assert _auc_rows(plain, replace(data, test=nothing))[1] == {}
 
 
 def test_figure_shows_the_rows(compared: PlanComparison) -> None:

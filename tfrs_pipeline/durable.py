@@ -94,16 +94,16 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
     replace_text(path, json.dumps({**record, _HASHES: hashes}, indent=2))
 
 
-def refuse_others(paths: Iterable[Path], sign: Path) -> None:
+def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
     """Refuses (`ValueError`) to write where files are that this package may not have written.
 
-    `sign` is what it writes before any of them: with it they are its own.
+    What it has `written_first` tells its own from others.
     """
     found = [path for path in paths if path.exists()]
-    if found and not sign.exists():
+    if found and not written_first.exists():
         raise ValueError(
-            f"{found[0]} may be somebody's own and would be lost: there is no {sign}, which this "
-            "package writes before it. Choose another folder."
+            f"{found[0]} may be somebody's own: there is no {written_first}, which this package "
+            "writes first. Choose another folder."
         )
 
 

@@ -209,7 +209,6 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     query = [{"user_id": 101, "history": [40, 70]}]
     again = tiny(training=training).fit_samples(data, log=log)
     first = again.query_embeddings(query)
-    _ = again.exportable()
     assert "epoch" not in capsys.readouterr().err  # It is no terminal.
     other = log.split("last_n", validation=2, test=2)
     again.fit(other.train, other.validation, folder=tmp_path, verbose=True)
@@ -221,6 +220,7 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     told = re.findall(r"epoch 1: (\d+)/(\d+) steps", capsys.readouterr().err)
     (num_steps,) = {int(total) for _, total in told}
     assert [int(step) for step, _ in told] == [*range(1, num_steps + 1)]
+    assert again.exportable().items.num_rows == other.train.items.count().to_pyarrow().as_py()
     rows = again.network.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
     assert np.abs(again.query_embeddings(query) - first).max() > 1e-3

@@ -196,7 +196,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
         columns = relation.columns
         return Scan(connection, str(path), columns, lambda columns: relation, paths, rejects)
     except duckdb.Error as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, paths if is_text else ()) from error
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
@@ -309,7 +309,7 @@ def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = 
     if "invalid state" in reason:  # Its words for this, without a place.
         found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
         reason = f"{next(found, 'a line')} has another line ending than the header."
-    remedy = f" {LINES_REMEDY}" if csv_files or isinstance(name, Path) else ""
+    remedy = f" {LINES_REMEDY}" if csv_files else ""
     return DataError(f"{name} cannot be read: {reason}{remedy}")
 
 

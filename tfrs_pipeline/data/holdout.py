@@ -34,10 +34,10 @@ class Holdout:
 
     Args:
         user_ids: [num_queries] int64 or object (str).
-        histories: Per query, the item ids of the positives before it, oldest first.
+        histories: Per query, the item ids of the positives before the user's cut, oldest first,
+            without those of the request that brought the first to find.
         relevant: Per query, the distinct item ids of the positives to find, 1 or more.
-        clicked: Per query, the distinct item ids of the positives before the user's cut: those of
-            `histories`, and of the request that brought the first to find.
+        clicked: Per query, the distinct item ids of all positives before the user's cut.
         seen: Per query, the distinct item ids clicked or exposed before the cut.
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).

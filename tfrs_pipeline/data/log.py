@@ -367,7 +367,8 @@ class Log:
         Events are written by event number, items and users by id. `log.json`, with the feature
         kinds and what was dropped, comes last: a folder that has it is whole. A part is written as
         a log of its own. The log that a folder holds is replaced, also by one made of it, once all
-        tables are written; other files stay.
+        tables are written; other files stay. Logs and splits that were read from it then read the
+        new one: call `read` again.
 
         Raises:
             Damaged: If the folder's log is not as it was written.

@@ -141,7 +141,7 @@ class TrainingSet:
 
         `hard` says which losers of the funnel become hard negatives. A `DataError` if there is no
         positive, a `ValueError`, before anything is built, if there are fewer than `min_positives`,
-        or if the folder holds samples of another log, seed or `hard`, or anything else.
+        or if the folder holds samples of another log, seed or `hard`, or files that are none.
         """
         folder = Path(folder)
         made_of = {

@@ -24,15 +24,15 @@ class Exportable:
     dot product of a query's and a candidate's embedding, both [n, D] float32.
 
     Args:
-        embed_queries: Embeds queries, within a graph too. It is called with their rows [B] and
-            candidate rows [B, history_length], each history most recent first and padded with 0;
-            where there are features with these, encoded, by name: those of the request, and all
-            of the user's or none, which takes what the model holds of the rows; and where there
-            are `history_times` with history_times [B, history_length + 1] float64, in seconds
-            since 1970 the time of the query and of each item of the history, NaN where it is not
-            known.
-        embed_candidates: Embeds candidates, likewise, by rows [n] and, where there are features,
-            with these or without, which takes what the model holds of the rows.
+        embed_queries: Embeds queries, within a graph too: called with their rows [B] and the
+            candidate rows of their histories [B, history_length], most recent first, padded with 0.
+            Where there are features, also with `features=`, encoded, by name: those of the request,
+            and all of the user's or none, which takes what the model holds of the rows. Where there
+            are `history_times`, also with `history_times=` [B, history_length + 1] float64: in
+            seconds since 1970, when the query comes and each item of the history did, NaN where it
+            is not known.
+        embed_candidates: Embeds candidates, likewise, by rows [n]. Where there are features, also
+            with `features=`, or without, which takes what the model holds of the rows.
         variables: What the two read: variables, and lookup tables where there are any. They are
             saved, and nothing else of the model.
         items: One row a candidate: `item_id`, columns to filter by and, if there are such, `title`
@@ -51,8 +51,9 @@ class Exportable:
         item_reading: How the item table was read (see `Log`).
 
     Raises:
-        ValueError: If the lists are not those of the query ids, or an item's id occurs twice, is
-            reserved (-1, ""), or neither an integer nor a string.
+        ValueError: If the lists are not those of the query ids, the times not those of the
+            histories, or there is no item, or ids occur twice, are reserved (-1, ""), or neither
+            integers nor strings.
     """
 
     embed_queries: Callable[..., tf.Tensor]
@@ -70,6 +71,8 @@ class Exportable:
     item_reading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.query_ids):
+            object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         num_rows = len(self.query_ids) + 1
         for name in ("histories", "known_positives"):
             num_lists = len(getattr(self, name))
@@ -80,9 +83,17 @@ class Exportable:
                     f"{name} must be {num_rows} lists: of row 0, which is the unknown user and has "
                     f"none, and of each of the {num_rows - 1} query ids. Received: {num_lists}"
                 )
+        times, total = self.history_times, len(self.histories.values)
+        if times is not None and len(times) != total:
+            raise ValueError(
+                f"history_times must be {total}, one for each value of histories. Received: "
+                f"{len(times)}"
+            )
         _ = self.candidate_ids
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:
         """[num_candidates] int64, or object of `str`: the items' ids, in their order."""
+        if "item_id" not in self.items.column_names:
+            raise ValueError(f"items need a column item_id. Received: {self.items.column_names}")
         return Ids(self.items["item_id"].to_pylist()).values

@@ -45,9 +45,9 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Those of "candidate" and of "query" are apart: one name may be a feature of each, of two kinds.
     """
     sides = features_of(manifest)
-    sides["query"] += sides.pop("request")
     values: dict[str, dict[str, Any]] = {}
-    for side, features in sides.items():
+    of_query = (*sides["query"], *sides["request"])
+    for side, features in (("candidate", sides["candidate"]), ("query", of_query)):
         values[side] = {}
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
             is_text = spec.dtype == tf.string

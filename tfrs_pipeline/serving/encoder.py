@@ -149,7 +149,7 @@ class Encoder(tf.Module):
             features = self._missing_features(tf.shape(query_rows)[0]) | features
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
-        given: dict[str, Any] = {"features": features} if features else {}
+        given: dict[str, Any] = _given(features)
         if times is not None:
             of_items = times[:, :length].to_tensor(np.nan, shape=[None, length])
             given["history_times"] = tf.concat([raw[TIMESTAMP][:, tf.newaxis], of_items], axis=1)
@@ -180,9 +180,8 @@ class Encoder(tf.Module):
         # Not the first ones alone: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
-        missing = self._missing_features(len(rows))
-        given = {"features": missing} if missing else {}
-        embedded = model.embed_queries(rows, history, **given).numpy()
+        missing = _given(self._missing_features(len(rows)))
+        embedded = model.embed_queries(rows, history, **missing).numpy()
         # The rows of one product of matrices may differ in their last bits.
         if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
             raise ValueError(
@@ -201,15 +200,19 @@ class Encoder(tf.Module):
         signature = raw_signature(self._candidate_features)
         given = {name: raw[spec.name] for name, spec in signature.items()}
         features = encode_raw(self._candidate_features, given)
-        given = {"features": features} if features else {}
         return {
-            "embeddings": self._model().embed_candidates(rows, **given),
+            "embeddings": self._model().embed_candidates(rows, **_given(features)),
             "is_known_item": rows > 0,
         }
 
     def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
         rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
         return tf.gather(self._candidate_ids, rows)
+
+
+def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
+    """Gives features to functions that have some: others need not know the argument."""
+    return {"features": features} if features else {}
 
 
 def embed_corpus(model: Exportable) -> np.ndarray:

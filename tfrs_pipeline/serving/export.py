@@ -141,7 +141,8 @@ def export(
         TypeError: If the model is neither, or `index` none of the three.
         ValueError: If `item_ids` is empty or holds an id that is not the model's, or the items lack
             the column to filter by; if there shall be no user data and the model has an embedding
-            of each user; if `manifest` has a name that is taken.
+            of each user; if `manifest` has a name that is taken; if a `TwoTower` is not fitted, or
+            its log is not known.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -203,10 +204,11 @@ def export_version(
     )
 
 
-def _exportable(model: Any) -> Exportable:
-    """Returns what an export knows of a model; a `TypeError` if it has no embeddings."""
+def _exportable(model: Exportable | TwoTower) -> Exportable:
+    """Returns what an export knows of a model; a `TypeError` if it is neither."""
     if isinstance(model, Exportable):
         return model
+    # Not by its class, whose module loads what only a training needs.
     if not hasattr(model, "exportable"):
         raise TypeError(
             "Exports a fitted tp.TwoTower, or a tp.Exportable of another model that embeds queries "

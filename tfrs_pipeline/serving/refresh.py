@@ -80,10 +80,10 @@ def refresh_index(
             if there is one, title: the items to be retrieved, all of them.
         index: How to search; None takes what the version before was exported with.
         keep_versions: How many versions to keep, as of `export`; None likewise.
-        allow_all_new: Whether the file may hold no item of the version before nor of the training,
-            which would otherwise be ids of another kind, of a feature several categories, new
-            ones alone, which would otherwise be written in another way, and no value of a feature
-            that the training had values of, which would otherwise be a column that was lost.
+        allow_all_new: Whether the file may hold no item of the version before nor of the training
+            (else: ids of another kind), of a feature several categories and none that is known
+            (else: written in another way), or no value of a feature of which the training had
+            some, as far as its encoding tells (else: a column that was lost).
         on_progress: Called with a task's name, steps done and steps in all.
 
     Raises:
@@ -109,7 +109,7 @@ def refresh_index(
         found, notes = _read_items(path, retriever)
         # Before the items are embedded, which takes long.
         if not allow_all_new:
-            _refuse_empty(path, found, retriever.features["candidate"])
+            _refuse_lost_features(path, found, retriever.features["candidate"])
         num_unknown = {
             feature.name: _num_unknown(path, found, feature, allow_all=allow_all_new)
             for feature in retriever.features["candidate"]
@@ -249,7 +249,7 @@ def _embed(
     return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
 
 
-def _refuse_empty(path: Path, items: pa.Table, features: Sequence[Feature]) -> None:
+def _refuse_lost_features(path: Path, items: pa.Table, features: Sequence[Feature]) -> None:
     """Refuses (`DataError`) items none of which has a feature that items of the training had."""
     for feature in features:
         raws = map(feature.to_raw, in_blocks(items[feature.name]))

@@ -37,8 +37,8 @@ class SignatureInputs:
     """What a signature takes: checks values of JSON against limits, and makes arrays of them.
 
     `optional` are inputs that a request need not give, those of its context: missing then.
-    `nullable` are those for which null means a missing value: features, and times. `times` are in
-    seconds since 1970.
+    `nullable` are those for which null means a missing value: features, and times. `times` are
+    features that are times, in seconds since 1970 like those of the request itself.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class SignatureInputs:
         limits: ServeSettings,
         optional: Collection[str] = (),
         nullable: Collection[str] = (),
-        times: Collection[str] = (TIMESTAMP, HISTORY_TIMESTAMPS),
+        times: Collection[str] = (),
     ) -> None:
         self._specs = dict(specs)
-        self._times = frozenset(times)
+        self._times = {TIMESTAMP, HISTORY_TIMESTAMPS, *times}
         self._max_results = limits.max_results
         types = {
             name: _value_type(name, spec, limits, is_nullable=name in nullable)
@@ -67,7 +67,7 @@ class SignatureInputs:
     def of_columns(self, inputs: Any) -> dict[str, np.ndarray]:
         """Reads `inputs`: an object with each input's column, or the column of the only one."""
         columns = _checked(self._columns, self._named(inputs), "inputs")
-        arrays = {name: self._array(columns[name], name) for name in columns}
+        arrays = {name: self._column(columns[name], name) for name in columns}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
@@ -93,11 +93,11 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
-        arrays = {name: self._array([row.get(name) for row in rows], name) for name in self._specs}
+        arrays = {name: self._column([row.get(name) for row in rows], name) for name in self._specs}
         _check_times(arrays)
         return arrays
 
-    def _array(self, column: Any, name: str) -> np.ndarray:
+    def _column(self, column: Any, name: str) -> np.ndarray:
         array = _array(column, self._specs[name], name)
         if name in self._times and (array > MAX_SECONDS).any():
             raise bad_request(

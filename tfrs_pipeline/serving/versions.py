@@ -20,7 +20,6 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.model.requests import TIMESTAMP
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.encoder import ask, signature_inputs
@@ -99,7 +98,7 @@ class ServedVersion:
                 settings,
                 optional={*named.get("request", {}).values(), HISTORY_TIMESTAMPS},
                 nullable={HISTORY_TIMESTAMPS}.union(*(x.values() for x in named.values())),
-                times={TIMESTAMP, HISTORY_TIMESTAMPS, *times},
+                times=times,
             )
         self._vocabularies = {
             of_side["request"][feature.name]: (
