@@ -69,6 +69,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.history_pooling": ("attention",),
             "model.history_dropout": 0.2,
             "model.id_dropout": 0.01,
+            "model.item_init": "svd",
             "model.feature_dim": 4,  # 16 lost on sparse 1M: docs/explanation/tried.md.
             "model.temperature": 0.1,
             "training.examples": "sequences",
