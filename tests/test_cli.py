@@ -269,9 +269,11 @@ def test_a_folder_without_a_run_is_not_resumed_with_other_data(
         answer = command(*asked, "--run-dir", missing)
         assert answer.code == 2
         assert f"there is no run in {missing}; did you mean {near}? {remedy}" in answer.err
-    empty = tmp_path / "empty"
+    empty, own = tmp_path / "empty", tmp_path / "own"
     empty.mkdir()
-    for folder in (tmp_path / "nope", empty):
+    (own / "data").mkdir(parents=True)
+    (own / "data" / "events.parquet").touch()
+    for folder in (tmp_path / "nope", empty, own):
         answer = command("run", "--run-dir", folder)
         assert (answer.code, answer.out) == (2, "")
         assert f"there is no run in {folder}. {remedy}" in answer.err
@@ -345,7 +347,7 @@ def test_a_wrong_word_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("broken.toml").write_text("seed == 3")
     Path("unknown.toml").write_text("[training]\nbatch_sise = 3")
-    for name in ("cut", "lost/data"):
+    for name in ("cut", "lost/checkpoints"):
         Path(name).mkdir(parents=True)
     Path("cut/config.toml").write_text("seed = 3\n[train")
     manifest = Path("saved_models/log/1/manifest.json")

@@ -519,8 +519,9 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
 def test_item_files_that_are_refused(
     load: Any, items: Any, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as raised:
         load("user_id,item_id\n1,5\n", items=items, **options)
+    assert raised.value.setting != "columns"  # Those of the events.
 
 
 UNMAPPED = {

@@ -224,5 +224,6 @@ def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: 
         exportable(history_times=np.zeros(3))
     with pytest.raises(ValueError, match="1 ids occur more than once, first 7"):
         exportable(query_ids=np.array([7, 8, 7]))
-    with pytest.raises(ValueError, match="items need a column item_id"):
-        exportable(items=pa.table({"sku": ["a"]}))
+    for items, received in ((pa.table({"sku": ["a"]}), "'sku'"), ({"item_id": ["a"]}, "dict")):
+        with pytest.raises(ValueError, match=f"Arrow table, .* column item_id.*{received}"):
+            exportable(items=items)

@@ -87,7 +87,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
 def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     """Makes int64 or string of an id that each row must have; see `id_refusals`."""
     value = to_id(raw, column, as_integer=as_integer)
-    raw.faults.extend(id_refusals(column, value, "columns"))
+    raw.faults.extend(id_refusals(column, value, raw.renaming))
     if raw.is_text and not as_integer:
         problem = "runs over several lines"
         raw.fault(column, value.contains("\n"), problem, "Close the quotes before it.")

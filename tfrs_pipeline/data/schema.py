@@ -178,7 +178,8 @@ class RawTable:
 
     `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
     is what could not even be read as a row, `faults` what is wrong with values, in the order in
-    which these were typed; `texts` are columns of ids as `columns.py` has read them.
+    which these were typed; `texts` are columns of ids as `columns.py` has read them; `renaming` is
+    the argument of `Log.from_files` that names its columns.
     """
 
     table: ibis.Table
@@ -188,6 +189,7 @@ class RawTable:
     dropped: tuple[Dropped, ...] = ()
     faults: list[Refusal] = field(default_factory=list)
     texts: dict[str, tuple[ir.StringValue, bool, int]] = field(default_factory=dict)
+    renaming: str = "columns"
 
     def __contains__(self, column: str) -> bool:
         return column in self.table.columns
@@ -201,7 +203,7 @@ class RawTable:
         return DataError(
             f"{self.source.column(column)} must be {wanted}, it is {self.table.schema()[column]} "
             f"({self.num_rows} rows). Cast it, or name another column.",
-            "columns",
+            self.renaming,
         )
 
     def has(self, condition: ir.BooleanValue) -> bool:
@@ -215,9 +217,10 @@ class RawTable:
         is_bad: ir.BooleanValue,
         problem: str,
         remedy: str = "Correct them, or name another column.",
-        setting: str = "columns",
+        setting: str | None = None,
     ) -> None:
-        """Notes what is wrong with a column, and in which rows."""
+        """Notes what is wrong with a column, and in which rows; None is the name of the column."""
+        setting = self.renaming if setting is None else setting
         self.faults.append(Refusal(column, is_bad, problem, remedy, setting))
 
 

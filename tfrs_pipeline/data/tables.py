@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import duckdb
@@ -121,7 +122,7 @@ def load_raw(
         if name == id_name and id_of_events in scanned.columns:
             mend = f"Add {name}={printable(id_of_events)} to {setting}, as in columns."
         require_column(scanned.columns, names[name], Source(scanned.name), mend, setting)
-    return scanned.load(names)
+    return replace(scanned.load(names), renaming=setting)
 
 
 def type_entities(

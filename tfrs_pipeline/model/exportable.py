@@ -52,8 +52,8 @@ class Exportable:
 
     Raises:
         ValueError: If the lists are not those of the query ids, the times not those of the
-            histories, or there is no item, or ids occur twice, are reserved (-1, ""), or neither
-            integers nor strings.
+            histories, the items no Arrow table, or there is none, or ids occur twice, are reserved
+            (-1, ""), or neither integers nor strings.
     """
 
     embed_queries: Callable[..., tf.Tensor]
@@ -94,6 +94,9 @@ class Exportable:
     @cached_property
     def candidate_ids(self) -> np.ndarray:
         """[num_candidates] int64, or object of `str`: the items' ids, in their order."""
-        if "item_id" not in self.items.column_names:
-            raise ValueError(f"items need a column item_id. Received: {self.items.column_names}")
+        if not isinstance(self.items, pa.Table) or "item_id" not in self.items.column_names:
+            raise ValueError(
+                "items must be an Arrow table, such as pa.Table.from_pandas makes, with a column "
+                f"item_id. Received: {getattr(self.items, 'column_names', type(self.items))}"
+            )
         return Ids(self.items["item_id"].to_pylist()).values
