@@ -16,7 +16,7 @@ from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.samples.store import RowLists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Exportable:
     """A model as `export` takes it: whatever embeds queries and candidates can be served.
 
