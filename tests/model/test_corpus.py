@@ -91,7 +91,7 @@ def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
         lambda: TrainingSet.build(log, samples, seed=0),
         lambda: TwoTower().fit(log, folder=tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"july\.parquet may be somebody's own .* another"):
+        with pytest.raises(ValueError, match=r"july\.parquet may be somebody's own: .* another"):
             build()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
     own.unlink()

@@ -178,6 +178,7 @@ def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str |
     if not (versions := versions_of(model)):
         return None
     newest = model / str(versions[-1])
+    since = since.replace(microsecond=0)  # A manifest has whole seconds.
     try:
         manifest = read_record(newest / MANIFEST_FILE, check_files=False)
         if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
