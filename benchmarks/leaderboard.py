@@ -146,8 +146,7 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
         }
     },
     "user_sets": {"gowalla": _USER_SETS},
-    # As they are: no setting is chosen on this data but the number of epochs.
-    "preset_sequence": {"ml-1m": PRESETS["sequence"][1]},
+    # As it is: no setting is chosen on this data but the number of epochs.
     "preset_sets": {"gowalla": PRESETS["sets"][1]},
 }
 

@@ -29,6 +29,8 @@ _REPLACED = (
     *(CONFIG_FILE, "data", "samples", "plans", "native.log", "report.html"),
     *("comparison.json", "comparison.md", "comparison.svg"),
 )
+# What shows that a run was begun, and its settings hold from then on.
+_BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
 # What a resumed run may be told otherwise, as long as nothing is exported.
@@ -115,7 +117,7 @@ def read_settings(folder: Path) -> RunConfig:
 def _settle_settings(config: RunConfig, folder: Path) -> None:
     """Writes the settings into a folder, or checks that they are those of what it holds."""
     # A run whose data was refused has left nothing behind: its settings may be mended in place.
-    if not any((folder / x).exists() for x in ("data/log.json", "checkpoints", METRICS_FILE)):
+    if not any((folder / x).exists() for x in _BEGUN):
         _refuse_others(folder)
         _write_settings(config, folder)
         return
@@ -133,6 +135,11 @@ def _settle_settings(config: RunConfig, folder: Path) -> None:
             f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, or "
             "delete this one."
         )
+
+
+def holds_run(folder: Path) -> bool:
+    """Says whether a folder holds a run or a comparison, or what is left of one."""
+    return any((folder / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))
 
 
 def _refuse_others(folder: Path) -> None:

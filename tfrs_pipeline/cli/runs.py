@@ -39,9 +39,9 @@ from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run_folder import (
     CONFIG_FILE,
     MAY_CHANGE,
-    METRICS_FILE,
     check_model_name,
     claim_folder,
+    holds_run,
     read_settings,
     with_source,
 )
@@ -182,9 +182,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # The other workers take the chief's settings, whatever it may be writing there now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
-    # Of a run, or of what is left of one whose settings are lost.
-    traces = (CONFIG_FILE, METRICS_FILE, "checkpoints", "plans", "data/log.json")
-    holds_nothing = folder is not None and not any((folder / x).exists() for x in traces)
+    holds_nothing = folder is not None and not holds_run(folder)
     # What may change in a finished run does not begin another.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:

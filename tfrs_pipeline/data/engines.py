@@ -99,7 +99,8 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
 
 def replace(new: Path, path: Path) -> None:
     """Puts what was written by `write_parquet` in the place of another, if there is one."""
-    remove(path)
+    if new.is_dir() or path.is_dir():  # Spark's. A file gives way in one step.
+        remove(path)
     os.replace(new, path)
 
 
