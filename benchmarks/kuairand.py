@@ -30,8 +30,8 @@ import duckdb
 import tensorflow as tf
 from record import write_json
 
-from tfrs_pipeline.compare import compare
-from tfrs_pipeline.run_data import StepReport
+from tfrs_pipeline.run.compare import compare
+from tfrs_pipeline.run.data import StepReport
 
 SETTINGS = {
     "data": {

@@ -52,8 +52,8 @@ from record import COMMIT, command, machine, write_json
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run_data import RunData, Steps, prepare
-from tfrs_pipeline.trainings import fit_baselines, train_and_refit
+from tfrs_pipeline.run.data import RunData, Steps, prepare
+from tfrs_pipeline.run.training import fit_baselines, train_and_refit
 
 NUM_BOOTSTRAP = 1000
 

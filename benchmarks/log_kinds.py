@@ -37,7 +37,7 @@ from request import PLANS, read_events
 from sparse_sequences import CUTS, cut
 
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.run_data import load_log
+from tfrs_pipeline.run.data import load_log
 from tfrs_pipeline.sources.simulated import simulate_funnel
 
 

@@ -32,7 +32,7 @@ import tensorflow as tf
 from movielens_100k import prepared
 from record import write_json
 
-from tfrs_pipeline.trainings import train_and_refit
+from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
 REPORTED = ("validation_ndcg@100", *METRICS, "seconds")

@@ -49,7 +49,7 @@ import tensorflow as tf
 from tests.damage import DAMAGES, damage
 from tests.small_log import event_table, item_table, small_config, write
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.run import run
+from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.retriever import load
 

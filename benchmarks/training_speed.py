@@ -63,7 +63,7 @@ from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run_data import RunData
+from tfrs_pipeline.run.data import RunData
 
 METRIC = "ndcg@100"
 # The second one does not see what else the machine does, nor a core that stands idle.

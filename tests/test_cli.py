@@ -20,7 +20,6 @@ from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import cli
-from tfrs_pipeline import run as pipeline
 from tfrs_pipeline.cli.console import print_result, progress
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
@@ -36,8 +35,9 @@ from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.report import facts
-from tfrs_pipeline.run_data import StepReport
-from tfrs_pipeline.run_folder import read_settings
+from tfrs_pipeline.run import pipeline
+from tfrs_pipeline.run.data import StepReport
+from tfrs_pipeline.run.folder import read_settings
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 

@@ -29,11 +29,7 @@ ROOMS = [
     "serving",
     "presets",
     "config",
-    "run_folder",
-    "run_data",
-    "trainings",
     "run",
-    "compare",
     "report",
     "cli",
 ]

@@ -56,7 +56,7 @@ _PUBLIC = {
     "load": "serving.retriever",
     "load_config": "config",
     "movielens_config": "config",
-    "trained_in": "trainings",
+    "trained_in": "run.training",
     "with_settings": "config",
 }
 

@@ -20,14 +20,14 @@ from rich.text import Text
 
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, counted
 from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
-from tfrs_pipeline.run_folder import CONFIG_FILE
+from tfrs_pipeline.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.compare import PlanComparison
     from tfrs_pipeline.config import RunConfig
     from tfrs_pipeline.model.notes import OnProgress
-    from tfrs_pipeline.run import RunResult
-    from tfrs_pipeline.run_data import OnStep, StepReport
+    from tfrs_pipeline.run.compare import PlanComparison
+    from tfrs_pipeline.run.data import OnStep, StepReport
+    from tfrs_pipeline.run.pipeline import RunResult
 
 PROGRAM = "tfrs-pipeline"
 

@@ -36,7 +36,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run_folder import (
+from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
     MAY_CHANGE,
     check_model_name,
@@ -48,8 +48,8 @@ from tfrs_pipeline.run_folder import (
 from tfrs_pipeline.serving.publish import NotPublished
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.compare import PlanComparison
-    from tfrs_pipeline.run import RunResult
+    from tfrs_pipeline.run.compare import PlanComparison
+    from tfrs_pipeline.run.pipeline import RunResult
 
 INTERRUPTED = 130
 # Settings within tables that the short help shows.
@@ -161,9 +161,9 @@ def _check(command: str, config: RunConfig) -> int:
         native_errors_to(Path(folder) / "native.log"),
         progress(console) as callbacks,
     ):
-        from tfrs_pipeline.compare import prepare_plans
-        from tfrs_pipeline.run_data import Steps, prepare
-        from tfrs_pipeline.trainings import check_source, check_trainable, variants
+        from tfrs_pipeline.run.compare import prepare_plans
+        from tfrs_pipeline.run.data import Steps, prepare
+        from tfrs_pipeline.run.training import check_source, check_trainable, variants
 
         if command == "compare":
             prepare_plans(config, Path(folder), Steps(*callbacks))
@@ -217,7 +217,7 @@ def _run(
 ) -> tuple[RunResult, NotPublished | None]:
     """Runs and writes the report, of a refused model too; returns the refusal beside the result."""
     from tfrs_pipeline.report.facts import write_report
-    from tfrs_pipeline.run import RunResult, run
+    from tfrs_pipeline.run.pipeline import RunResult, run
 
     refusal = None
     try:
@@ -231,7 +231,7 @@ def _run(
 
 
 def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> tuple[PlanComparison, None]:
-    from tfrs_pipeline.compare import compare
+    from tfrs_pipeline.run.compare import compare
 
     return compare(config, folder, **callbacks), None
 

@@ -37,7 +37,7 @@ from tfrs_pipeline.report.verdict import (
     compared_with_baselines,
     found_by_index,
 )
-from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings
+from tfrs_pipeline.run.folder import CONFIG_FILE, read_settings
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_ids, read_samples
 

@@ -12,14 +12,14 @@ import pytest
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import InUse, StorageError, write_record
-from tfrs_pipeline.run import run
-from tfrs_pipeline.run_folder import (
+from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
     check_model_name,
     claim_folder,
     origin,
     read_settings,
 )
+from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.settings import ConfigError
 
 
@@ -279,7 +279,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from tfrs_pipeline.config import load_config
-from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.run.folder import claim_folder
 
 folder = Path(sys.argv[1])
 with claim_folder(load_config(folder / "config.toml"), folder, is_run=True):
@@ -288,7 +288,7 @@ with claim_folder(load_config(folder / "config.toml"), folder, is_run=True):
 
 
 def test_a_second_process_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[2])]
     with claim_folder(config, tmp_path / "run", is_run=True):
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.stdout == ""

@@ -37,14 +37,14 @@ from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run import RunResult, run
-from tfrs_pipeline.run_data import StepReport, Steps, final_part, prepare
-from tfrs_pipeline.run_folder import find_version
+from tfrs_pipeline.run.data import StepReport, Steps, final_part, prepare
+from tfrs_pipeline.run.folder import find_version
+from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.training import fit_baselines
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.publish import versions_of
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.trainings import fit_baselines
 
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures("trusted_exports")

@@ -13,13 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
 from tfrs_pipeline.cli import main
-from tfrs_pipeline.compare import (
-    PlanComparison,
-    _auc_rows,
-    _every_loser,
-    compare,
-    sampling_plans,
-)
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
@@ -33,10 +26,17 @@ from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run import evaluate_all
-from tfrs_pipeline.run_data import StepReport, Steps, prepare
+from tfrs_pipeline.run.compare import (
+    PlanComparison,
+    _auc_rows,
+    _every_loser,
+    compare,
+    sampling_plans,
+)
+from tfrs_pipeline.run.data import StepReport, Steps, prepare
+from tfrs_pipeline.run.pipeline import evaluate_all
+from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
-from tfrs_pipeline.trainings import train_and_refit
 
 PLANS = ("in_batch_uncorrected", "in_batch", "uniform", "popularity", "mixed", "hybrid", "mined")
 NUM_EPOCHS, MAX_STEPS = 2, 20  # Of twelve steps each.

@@ -12,7 +12,7 @@ from tests.model.test_distribution import outputs, started
 from tests.small_log import event_table, small_config, write
 from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.run import run
+from tfrs_pipeline.run.pipeline import run
 
 NUM_EPOCHS = 8  # Else the run may end before the kill.
 WAIT_S = 600

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "resuming.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "resuming.py"
 
 
 @pytest.mark.slow

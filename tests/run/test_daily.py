@@ -19,22 +19,23 @@ import pytest
 import tensorflow as tf
 
 from tests.small_log import Stopped, event_table, item_id, item_table, small_config, stop_at, write
-from tfrs_pipeline import cli, trainings
+from tfrs_pipeline import cli
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.run import RunResult, run
-from tfrs_pipeline.run_data import StepReport
-from tfrs_pipeline.run_folder import CONFIG_FILE, read_settings, with_source
+from tfrs_pipeline.run import training
+from tfrs_pipeline.run.data import StepReport
+from tfrs_pipeline.run.folder import CONFIG_FILE, read_settings, with_source
+from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.training import _split_of, trained_in
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.serving.refresh import describe_undone, refresh_index
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.settings import ConfigError
-from tfrs_pipeline.trainings import _split_of, trained_in
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of the items that are there.
@@ -126,7 +127,7 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
         return trained_in(folder, step, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainings, "trained_in", read)
+        patch.setattr(training, "trained_in", read)
         result = run(today(place, **settings), place / "runs" / "today", on_step=on_step)
     return Warm(result, reports, started_from, alone)
 

@@ -36,11 +36,11 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run import evaluate_all
-from tfrs_pipeline.run_data import OnStep, RunData, Steps, prepare
-from tfrs_pipeline.run_folder import claim_folder
+from tfrs_pipeline.run.data import OnStep, RunData, Steps, prepare
+from tfrs_pipeline.run.folder import claim_folder
+from tfrs_pipeline.run.pipeline import evaluate_all
+from tfrs_pipeline.run.training import check_trainable, train_and_refit
 from tfrs_pipeline.settings import ConfigError
-from tfrs_pipeline.trainings import check_trainable, train_and_refit
 
 # Columns that a row draws from its hard negatives, in plans of one stage and of several.
 NUM_HARD = 8

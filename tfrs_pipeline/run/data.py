@@ -22,7 +22,7 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.run_folder import CONFIG_FILE
+from tfrs_pipeline.run.folder import CONFIG_FILE
 from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 from tfrs_pipeline.sources.recflow import load_recflow

@@ -32,8 +32,8 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_data import OnStep, RunData, StepReport, Steps, prepare
-from tfrs_pipeline.run_folder import (
+from tfrs_pipeline.run.data import OnStep, RunData, StepReport, Steps, prepare
+from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
     METRICS_FILE,
     check_model_name,
@@ -42,6 +42,7 @@ from tfrs_pipeline.run_folder import (
     origin,
     with_source,
 )
+from tfrs_pipeline.run.training import check_source, fit_baselines, train_and_refit, variants
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import (
     IN_SERVICE,
@@ -52,7 +53,6 @@ from tfrs_pipeline.serving.gate import (
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, publishing, versions_of
 from tfrs_pipeline.serving.refresh import describe_undone
-from tfrs_pipeline.trainings import check_source, fit_baselines, train_and_refit, variants
 
 NOT_EXPORTED = {"index": {"kind": "none, not published"}, "export_folder": None}
 NUM_EXAMPLES = 4

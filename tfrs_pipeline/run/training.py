@@ -24,8 +24,8 @@ from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
 from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run_data import RunData, final_part
-from tfrs_pipeline.run_folder import METRICS_FILE, read_settings
+from tfrs_pipeline.run.data import RunData, final_part
+from tfrs_pipeline.run.folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]

@@ -1,0 +1,1 @@
+"""A run: from a log to a model in service, in one folder."""
