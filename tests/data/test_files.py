@@ -15,7 +15,7 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import read_samples
 

@@ -14,7 +14,8 @@ import pytest
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
-from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.kinds import FeatureKind
 
 FEATURES: dict[str, FeatureKind] = {
     "device": "categorical",

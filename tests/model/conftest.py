@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import FeatureKind
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.settings import TrainingSettings

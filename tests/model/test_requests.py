@@ -19,10 +19,10 @@ from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import item_times, to_seconds
+from tfrs_pipeline.features.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.raw import item_times, to_seconds
-from tfrs_pipeline.model.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.two_tower import TwoTower
 
 HOUR = Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True)

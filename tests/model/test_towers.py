@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.model.feature_layers import FeatureSpec
+from tfrs_pipeline.features.layers import FeatureSpec
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, weights_of
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TwoTowerSettings

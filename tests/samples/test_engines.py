@@ -14,9 +14,10 @@ import pytest
 from tfrs_pipeline.data.engines import connect_spark
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.requests import describe_long_requests
-from tfrs_pipeline.data.schema import DataError, FeatureKind, SplitKind
+from tfrs_pipeline.data.schema import DataError, SplitKind
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run.data import load_log

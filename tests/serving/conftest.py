@@ -12,9 +12,9 @@ import pytest
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower

@@ -23,7 +23,7 @@ from tests.serving.conftest import (
     make_served,
 )
 from tfrs_pipeline.durable import Damaged
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import _query_table, export

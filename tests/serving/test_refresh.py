@@ -17,7 +17,7 @@ import pytest
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import refresh

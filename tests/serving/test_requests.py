@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import cli
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import page, rest, retriever
 from tfrs_pipeline.serving.encoder import Encoder, embed_queries

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.sources.kuairand import load_kuairand as load
 
 # The published header; only the columns that are read matter.

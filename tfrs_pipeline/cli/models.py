@@ -158,7 +158,7 @@ def _request_notes(
     retriever: LoadedRetriever, texts: Mapping[str, str], request: Mapping[str, Any]
 ) -> Iterator[str]:
     """Says what the model does not know, or lacks, of a request, as typed and as read."""
-    from tfrs_pipeline.model.features import MAX_VALUES
+    from tfrs_pipeline.features.feature import MAX_VALUES
 
     features = retriever.features["request"]
     for feature in features:

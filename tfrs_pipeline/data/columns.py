@@ -14,8 +14,9 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import DataError, FeatureKind, RawTable, id_refusals
+from tfrs_pipeline.data.schema import DataError, RawTable, id_refusals
 from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, printable
 
 _LARGEST_INT64 = 2**63 - 1

@@ -11,7 +11,6 @@ from tfrs_pipeline.data.schema import (
     LISTED,
     WEIGHT_FAULT,
     DataError,
-    FeatureKind,
     Refusal,
     Source,
     Stage,
@@ -24,6 +23,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import sentence
 
 # Type of a column -> what a log stores it as.

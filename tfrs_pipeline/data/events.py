@@ -29,7 +29,6 @@ from tfrs_pipeline.data.schema import (
     WEIGHT_FAULT,
     DataError,
     Dropped,
-    FeatureKind,
     RawTable,
     Refusal,
     Source,
@@ -40,6 +39,7 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_missing, store_sound, type_features
 from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import printable, sentence
 
 _NUM_LOOKED_AT = 1000

@@ -15,8 +15,9 @@ import pyarrow as pa
 from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import at_request, whole_seconds
-from tfrs_pipeline.data.schema import DataError, Exclude, FeatureKind, Stage, count_rows
+from tfrs_pipeline.data.schema import DataError, Exclude, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive, order_keys
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]

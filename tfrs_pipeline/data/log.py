@@ -33,7 +33,6 @@ from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
     Duplicates,
-    FeatureKind,
     Source,
     SplitKind,
     TimestampUnit,
@@ -48,6 +47,7 @@ from tfrs_pipeline.data.split import is_positive, read_amount, split_events
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_dropped, load_raw, type_entities
 from tfrs_pipeline.data.times import Formats, make_period
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, printable, suggest
 
 

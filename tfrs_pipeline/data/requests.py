@@ -10,11 +10,11 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     DataError,
-    FeatureKind,
     Source,
     case_problem,
     require_column,
 )
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, printable
 
 FROM_TIMESTAMP = ("hour", "weekday")

@@ -13,32 +13,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from tfrs_pipeline.messages import printable, sentence, suggest
+from tfrs_pipeline.features.kinds import kind_problem
+from tfrs_pipeline.messages import printable, sentence
 
 if TYPE_CHECKING:
     import ibis
     import ibis.expr.types as ir
 
-FeatureKind: TypeAlias = Literal[
-    "categorical",
-    "hashed",
-    "multi_categorical",
-    "text",
-    "numeric",
-    "bucketized",
-    "timestamp",
-    "vector",
-]
-# What others call them.
-_KINDS_ELSEWHERE: dict[str, FeatureKind] = {
-    **dict.fromkeys(("number", "float", "double", "integer", "int", "real"), "numeric"),
-    **dict.fromkeys(
-        ("category", "string", "str", "object", "enum", "id", "boolean", "bool"), "categorical"
-    ),
-    **dict.fromkeys(("list", "array", "set", "tags", "categories"), "multi_categorical"),
-    **dict.fromkeys(("time", "date", "datetime"), "timestamp"),
-    **dict.fromkeys(("embedding", "floats"), "vector"),
-}
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
@@ -245,16 +226,6 @@ def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
     for i, refusal in enumerate(refusals):
         if is_found[str(i)]:
             raise refusal.error(table, source)
-
-
-def kind_problem(kind: object) -> str:
-    """Says what is meant by what is no kind of feature; "" if it is one."""
-    known = get_args(FeatureKind)
-    if kind in known:
-        return ""
-    meant = _KINDS_ELSEWHERE.get(str(kind).lower())
-    hint = f"did you mean {meant!r}?" if meant else suggest(str(kind), known)
-    return f"no kind of feature; {hint}"
 
 
 def check_kinds(

@@ -16,15 +16,14 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from tfrs_pipeline.data.schema import (
     Duplicates,
-    FeatureKind,
     SplitKind,
     TimestampUnit,
     UnknownItems,
     is_time_zone,
-    kind_problem,
     name_problem,
     part_problems,
 )
+from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config, refuse
 

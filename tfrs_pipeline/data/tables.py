@@ -23,13 +23,13 @@ from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
-    FeatureKind,
     RawTable,
     Source,
     count_rows,
     require_column,
 )
 from tfrs_pipeline.data.times import Formats
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 MAX_BAD_SHARE = 0.1

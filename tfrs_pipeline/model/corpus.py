@@ -15,9 +15,10 @@ from tfrs_pipeline.batches.single import check_one_batch
 from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
-from tfrs_pipeline.data.schema import DataError, FeatureKind, count_rows
+from tfrs_pipeline.data.schema import DataError, count_rows
 from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.positives import Positives

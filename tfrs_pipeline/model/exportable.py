@@ -12,7 +12,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.store import RowLists
 
 

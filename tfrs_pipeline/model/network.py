@@ -11,7 +11,7 @@ import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.batches.examples import REQUEST
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.feature_layers import FeatureTable, drop_features
+from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed

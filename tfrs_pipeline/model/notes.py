@@ -14,9 +14,9 @@ import tensorflow as tf
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.features.feature import MAX_VALUES, Feature
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.features import MAX_VALUES, Feature
 from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.mined import Mined

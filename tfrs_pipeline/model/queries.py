@@ -11,10 +11,15 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import history_of, item_times
+from tfrs_pipeline.features.requests import (
+    TIMESTAMP,
+    encode_requests,
+    raw_requests,
+    request_signature,
+)
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.raw import history_of, item_times
-from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import Query, check_ids, check_queries, check_requests
 from tfrs_pipeline.samples.store import RowLists
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.vocabulary import bucket_count
+from tfrs_pipeline.features.vocabulary import bucket_count
 
 NUM_HASHES = 2
 # The short memory, of some seven batches in which the candidate occurs: a frequency that it puts at

@@ -8,14 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.features.layers import FeatureEmbedding, FeatureSpec, layer_name
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.feature_layers import (
-    FeatureEmbedding,
-    FeatureSpec,
-    FeatureTable,
-    drop_features,
-    layer_name,
-)
+from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.features import Feature
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import raw_signature
+from tfrs_pipeline.features.feature import raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import ask, features_of, query_inputs, signature_inputs
 from tfrs_pipeline.serving.index import load_scann_ops

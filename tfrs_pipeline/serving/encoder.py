@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.features.feature import Feature, encode_raw, lookup_tables, raw_signature
+from tfrs_pipeline.features.raw import history_of, item_times
+from tfrs_pipeline.features.requests import (
+    TIMESTAMP,
+    encode_requests,
+    raw_requests,
+    request_signature,
+)
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.features import Feature, encode_raw, lookup_tables, raw_signature
-from tfrs_pipeline.model.raw import history_of, item_times
-from tfrs_pipeline.model.requests import TIMESTAMP, encode_requests, raw_requests, request_signature
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.id_tensors import (
     id_dtype,

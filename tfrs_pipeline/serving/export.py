@@ -22,11 +22,11 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.features.feature import Feature, raw_signature
+from tfrs_pipeline.features.raw import history_of, item_times, to_texts
+from tfrs_pipeline.features.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.features import Feature, raw_signature
-from tfrs_pipeline.model.raw import history_of, item_times, to_texts
-from tfrs_pipeline.model.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (

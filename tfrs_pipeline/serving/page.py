@@ -14,7 +14,7 @@ import tensorflow as tf
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, ValidationError
 from pydantic_core import to_jsonable_python
 
-from tfrs_pipeline.model.features import Feature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.serving.encoder import ask, request_inputs
 from tfrs_pipeline.serving.id_tensors import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal

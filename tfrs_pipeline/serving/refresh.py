@@ -17,8 +17,8 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_items
 from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.vocabulary import in_blocks
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.vocabulary import in_blocks
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search

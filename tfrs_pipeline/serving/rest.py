@@ -20,9 +20,9 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.features.raw import MAX_SECONDS
+from tfrs_pipeline.features.requests import TIMESTAMP
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.model.raw import MAX_SECONDS
-from tfrs_pipeline.model.requests import TIMESTAMP
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.saved_model import missing_input, missing_value
 from tfrs_pipeline.serving.settings import ServeSettings

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
+from tfrs_pipeline.features.feature import raw_columns, raw_signature
+from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.features import raw_columns, raw_signature
-from tfrs_pipeline.model.raw import to_text
 from tfrs_pipeline.retrieval import (
     HISTORY_TIMESTAMPS,
     Excluded,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import Feature
-from tfrs_pipeline.model.vocabulary import has_booleans, lower_booleans
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.vocabulary import has_booleans, lower_booleans
 from tfrs_pipeline.serving.encoder import Encoder, signature_inputs, traced
 from tfrs_pipeline.serving.id_tensors import empty_id, lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex

@@ -16,7 +16,8 @@ from typing import Any
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import check_names
-from tfrs_pipeline.data.schema import DataError, FeatureKind, Source, require_column
+from tfrs_pipeline.data.schema import DataError, Source, require_column
+from tfrs_pipeline.features.kinds import FeatureKind
 
 logger = logging.getLogger(__name__)
 

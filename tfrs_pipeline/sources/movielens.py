@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, FeatureKind
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.kinds import FeatureKind
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,6 @@ from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
     Duplicates,
-    FeatureKind,
     Refusal,
     Source,
     Stage,
@@ -51,6 +50,7 @@ from tfrs_pipeline.data.schema import (
     refuse_rows,
     require_column,
 )
+from tfrs_pipeline.features.kinds import FeatureKind
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from tfrs_pipeline.model.raw import BOOLEANS, Column, to_text_lists, to_texts
+from tfrs_pipeline.features.raw import BOOLEANS, Column, to_text_lists, to_texts
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.data.schema import FeatureKind
+    from tfrs_pipeline.features.kinds import FeatureKind
 
 _ROWS_PER_CALL = 65_536
 # Letters with their marks, digits and underscores make words, and apostrophes within them.

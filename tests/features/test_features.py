@@ -20,10 +20,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfrs_pipeline.data.schema import FeatureKind
-from tfrs_pipeline.model import vocabulary
-from tfrs_pipeline.model.feature_layers import FeatureEmbedding, FeatureTable
-from tfrs_pipeline.model.features import (
+from tfrs_pipeline.features import vocabulary
+from tfrs_pipeline.features.feature import (
     MAX_BUCKETS,
     MAX_DEVIATIONS,
     MAX_HASH_BUCKETS,
@@ -33,6 +31,9 @@ from tfrs_pipeline.model.features import (
     raw_columns,
     raw_signature,
 )
+from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.layers import FeatureEmbedding
+from tfrs_pipeline.model.feature_table import FeatureTable
 
 KINDS: tuple[FeatureKind, ...] = get_args(FeatureKind)
 EAST = timezone(timedelta(hours=5, minutes=30))
@@ -496,7 +497,7 @@ PROGRAM = r"""
 import json, sys
 import numpy as np
 import tensorflow as tf
-from tfrs_pipeline.model.features import Feature, raw_columns
+from tfrs_pipeline.features.feature import Feature, raw_columns
 features = [Feature.from_dict(settings) for settings in json.loads(sys.argv[2])]
 columns = {feature.name: ["İIi", None] for feature in features}
 raw = raw_columns(features, columns, 2)

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import FeatureKind
-from tfrs_pipeline.model.feature_layers import (
-    FeatureEmbedding,
-    FeatureSpec,
-    FeatureTable,
-    drop_features,
-    weighted_mean,
-)
+from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.layers import FeatureEmbedding, FeatureSpec, weighted_mean
+from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 
 # Dropping features
 

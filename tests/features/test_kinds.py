@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from tests.model.test_features import NUM_NEW, fitted_features, new_columns, new_tensors
+from tests.features.test_features import NUM_NEW, fitted_features, new_columns, new_tensors
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.features.feature import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.features import NUM_TIME_VALUES, Feature
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.serving import export, page

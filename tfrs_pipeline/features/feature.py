@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.feature_layers import FeatureSpec
-from tfrs_pipeline.model.raw import (
+from tfrs_pipeline.features.layers import FeatureSpec
+from tfrs_pipeline.features.raw import (
     BOOLEANS,
     Column,
     padded,
@@ -30,7 +30,7 @@ from tfrs_pipeline.model.raw import (
     to_texts,
     to_vectors,
 )
-from tfrs_pipeline.model.vocabulary import (
+from tfrs_pipeline.features.vocabulary import (
     bucket_count,
     count_values,
     has_booleans,
@@ -41,7 +41,7 @@ from tfrs_pipeline.model.vocabulary import (
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.data.schema import FeatureKind
+    from tfrs_pipeline.features.kinds import FeatureKind
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.features import (
+from tfrs_pipeline.features.feature import (
     DAY_SECONDS,
     Feature,
     encode_raw,
     raw_columns,
     raw_signature,
 )
-from tfrs_pipeline.model.raw import to_seconds
+from tfrs_pipeline.features.raw import to_seconds
 
 TIMESTAMP = "timestamp"
 """What a request may bring in place of its hour and weekday, in seconds since 1970 in the graph."""

@@ -1,0 +1,1 @@
+"""Kinds of features: their columns, encodings and layers."""

@@ -1,0 +1,82 @@
+"""Encoded features as constants of a model, and their dropout in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.features.layers import FeatureSpec, layer_name
+from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
+
+
+class FeatureTable(tf.keras.layers.Layer):
+    """Encoded features of every row, 0 ("unknown") included, constant in the model."""
+
+    def __init__(self, specs: Sequence[FeatureSpec], num_rows: int, name: str) -> None:
+        super().__init__(name=name, trainable=False)
+        self._columns = {}
+        for spec in specs:
+            missing = spec.empty(1)
+            self._columns[spec.name] = self.add_weight(
+                name=layer_name(spec.name),
+                shape=(num_rows, *missing.shape[1:]),
+                dtype=tf.as_dtype(missing.dtype),
+                initializer=tf.constant_initializer(missing.flat[0]),
+                trainable=False,
+            )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the features."""
+        return frozenset(self._columns)
+
+    def assign(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays "missing".
+
+        A `ValueError` if a feature is missing or has the wrong shape.
+        """
+        for name, variable in self._columns.items():
+            if name not in columns:
+                raise ValueError(f"Feature '{name}' is missing. Received: {sorted(columns)}")
+            expected = (variable.shape[0] - 1, *variable.shape[1:])
+            if columns[name].shape != expected:
+                raise ValueError(
+                    f"Feature '{name}' must have shape {expected}. Received: {columns[name].shape}"
+                )
+            first = variable[:1].numpy()
+            variable.assign(np.concatenate([first, columns[name]]))
+
+    def call(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Gathers the features of `rows`, [n] int32."""
+        return {name: tf.gather(column, rows) for name, column in self._columns.items()}
+
+
+def drop_features(
+    features: Mapping[str, tf.Tensor],
+    specs: Sequence[FeatureSpec],
+    rate: float,
+    seed: tf.Tensor,
+    rows: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+    """Sets encoded features to missing at random, each by itself in each row.
+
+    A model that trains on the rest leans on no single feature, and knows what a missing one means.
+
+    Those of `specs` are dropped, with the probability `rate`; others are returned as they are. The
+    rows, [n] int32, are those whose features these are (see `uniform_of_rows`). The draws are a
+    function of the seed, [2] int32, apart from those of `tf.random.stateless_uniform` with the same
+    one.
+    """
+    dropped = dict(features)
+    if not specs or not rate:
+        return dropped
+    own_seed = fold(seed, Stream.FEATURES)
+    for i, spec in enumerate(specs):
+        empty = spec.empty(1)
+        is_dropped = uniform_of_rows(rows, fold(own_seed, i)) < rate
+        if empty.ndim == 2:
+            is_dropped = is_dropped[:, tf.newaxis]
+        dropped[spec.name] = tf.where(is_dropped, empty, features[spec.name])
+    return dropped
