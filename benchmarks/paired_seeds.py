@@ -6,8 +6,6 @@ plans, the first of each the one that the others are compared with:
 
     mined      no hard negatives; mined at ranks 100 to 500, renewed every three epochs, f = .005
                and .05
-    streaming  in-batch and uniform negatives with counted frequencies; the same with those of the
-               streaming estimator, which needs no counting pass
     unknown    all ids known in training; ID dropout of 5% and 10%
     popularity cosines, which cannot carry popularity; with a bias an item, which can; dot products,
                whose norms can, at two temperatures
@@ -36,16 +34,11 @@ from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20", "tail/recall@100")
 REPORTED = ("validation_ndcg@100", *METRICS, "seconds")
-WITHOUT_COUNTS = {"model.negatives": (tp.InBatch(), tp.Uniform(512))}
 SETS: dict[str, dict[str, dict[str, Any]]] = {
     "mined": {
         "none": {},
         "mined, f = .005": {"model.hard": tp.Mined(share=0.005)},
         "mined, f = .05": {"model.hard": tp.Mined(share=0.05)},
-    },
-    "streaming": {
-        "counted": WITHOUT_COUNTS,
-        "streaming": {**WITHOUT_COUNTS, "model.correction": "streaming"},
     },
     "unknown": {
         "none": {"model.id_dropout": 0.0},

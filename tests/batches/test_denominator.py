@@ -164,6 +164,5 @@ def test_own_kinds_are_checked() -> None:
         ([0.0, np.nan] + [1.0] * 39, "finite"),
         ([0.0, -1.0] + [1.0] * 39, "0 or more.*-1.0 to 1.0"),
     ):
-        for estimates_frequency in (False, True):
-            with pytest.raises(ValueError, match=f"Wrong.*{message}"):
-                make_batches(negatives=[Wrong(3, count)], estimates_frequency=estimates_frequency)
+        with pytest.raises(ValueError, match=f"Wrong.*{message}"):
+            make_batches(negatives=[Wrong(3, count)])

@@ -34,7 +34,7 @@ def devices() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.mark.parametrize("case", ["streaming", "sequences"])
+@pytest.mark.parametrize("case", ["hard", "sequences"])
 def test_two_devices_train_the_weights_of_one(
     requested: TrainingSet, devices: tf.distribute.Strategy, case: str
 ) -> None:

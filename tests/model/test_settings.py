@@ -50,11 +50,6 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
             {"item_init": "svd", "use_candidate_id": False, "history_pooling": ()},
             "item_init: got 'svd', which needs use_candidate_id or a history",
         ),
-        ({"correction": "streaming"}, "negatives: needs training counts"),
-        (
-            {"correction": "streaming", "negatives": ["in_batch"], "resampling_exponent": 0.5},
-            "resampling_exponent: needs training counts",
-        ),
     ],
 )
 def test_settings_of_the_model_that_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -71,7 +66,6 @@ EASY = ["uniform:num=16"]
     [
         ({}, "model.negatives"),
         ({"negatives": EASY, "history_pooling": [], "use_user_id": True}, "model.history_pooling"),
-        ({"negatives": EASY, "correction": "streaming"}, "model.correction"),
         ({"negatives": EASY, "hard": FunnelLosers()}, "model.hard"),
         ({"negatives": EASY, "history_length": 512}, "training.batch_size"),
         ({"negatives": EASY}, None),

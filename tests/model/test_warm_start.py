@@ -19,7 +19,6 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.streaming import StreamingFrequency
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart, _source_codes
 from tfrs_pipeline.settings import ConfigError
@@ -29,7 +28,6 @@ MODEL: dict[str, Any] = {
     "use_user_id": True,
     "candidate_bias": True,
     "id_dropout": 0.3,
-    "correction": "streaming",
     "share_item_embedding": False,  # Two tables of items, each carried over.
     "training": {"max_epochs": 3},
 }
@@ -119,8 +117,6 @@ def test_the_same_samples_start_with_the_same_state(
     for ours, theirs in zip(states(again), states(source), strict=True):
         assert len(ours) == 3
         assert_same(ours, theirs)
-    frequencies = again.network.frequency, source.network.frequency
-    assert_same(*(frequency.get_weights() for frequency in frequencies if frequency))
     assert int(again.network.optimizer.iterations) == 3 * (len(sets[0].samples) // 32)
 
 
@@ -356,21 +352,3 @@ def test_codes_are_those_of_the_same_values(kind: Any) -> None:
             assert set(codes[ours] % here.num_buckets) == set(theirs % here.num_buckets)
         else:
             np.testing.assert_array_equal(codes[ours], theirs)
-
-
-def test_a_stream_goes_on_under_other_rows() -> None:
-    """As if every positive so far had come under the new rows."""
-    rng = np.random.default_rng(0)
-    there, here, expected = (StreamingFrequency(2**16) for _ in range(3))
-    rows = np.array([0, 5, 0, 3, 1, 2])  # Row 2 is new, row 4 there is gone.
-    place = {5: 1, 3: 3, 1: 4, 2: 5, 4: 6}
-    for _ in range(40):
-        batch = rng.choice([1, 2, 3, 4, 5], 16, p=[0.4, 0.3, 0.1, 0.1, 0.1])
-        there.update(tf.constant(batch, tf.int32))
-        expected.update(tf.constant([place[row] for row in batch], tf.int32))
-    here.take_over(there, rows)
-    for _ in range(2):
-        asked = tf.range(1, 6)
-        np.testing.assert_allclose(here(asked), expected(asked), rtol=1e-6)
-        for frequency in (here, expected):
-            frequency.update(tf.constant([1, 2, 2, 4]))

@@ -27,7 +27,7 @@ DROPOUT: dict[str, Any] = {"use_user_id": True, "feature_dropout": 0.2, "hard": 
 ATTENTION: dict[str, Any] = {**DROPOUT, "history_pooling": ["recency", "attention"]}
 SHARED = [Uniform(16), Popularity(8)]
 CASES: dict[str, dict[str, Any]] = {
-    "streaming": {**DROPOUT, "correction": "streaming", "training": {"optimizer": "lazy_adam"}},
+    "hard": {**DROPOUT, "training": {"optimizer": "lazy_adam"}},
     "sequences": {
         **ATTENTION,
         "negatives": SHARED,

@@ -193,7 +193,6 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
 def test_all_models_of_a_run_can_be_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one without the correction too, which has no estimate of frequencies."""
     validate = TwoTower._validate
 
     def without_tail(*arguments: Any) -> dict[str, float]:
@@ -201,18 +200,16 @@ def test_all_models_of_a_run_can_be_started_from(
 
     monkeypatch.setattr(TwoTower, "_validate", without_tail)
     settings = {
-        "model.correction": "streaming",
         "evaluation.baselines": ["uncorrected"],
         "training.max_epochs": 1,
         "training.refit": False,
         "export.index": "none",
     }
     folder = run(config_of(tmp_path, "day", YESTERDAY, **settings), tmp_path / "run").folder
-    for name, correction in (("two_tower", "streaming"), ("two_tower_uncorrected", "none")):
+    for name, correction in (("two_tower", "mixture"), ("two_tower_uncorrected", "none")):
         source = trained_in(str(folder), name=name)
         assert source is not None
         assert source.settings.correction == correction
-        assert (source.network.frequency is None) == (correction == "none")
     # What validation could not measure is no number, as JSON has none.
     text = (folder / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

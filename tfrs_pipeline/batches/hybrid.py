@@ -45,8 +45,6 @@ class HybridBatches:
         seed: Of the draws.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
-        estimates_frequency: Whether the share of a candidate among the positives is the model's own
-            estimate (`StreamingFrequency`): batches then hold the parts of n(c) instead of log_q.
 
     Attributes:
         negatives: The kinds of shared negatives.
@@ -82,7 +80,6 @@ class HybridBatches:
         hard: HardNegatives | None = None,
         seed: int,
         positive_weight: np.ndarray | None = None,
-        estimates_frequency: bool = False,
     ) -> None:
         has_in_batch = any(isinstance(kind, InBatch) for kind in negatives)
         if has_in_batch and not examples.is_fair_draw:
@@ -110,10 +107,6 @@ class HybridBatches:
         self.frame = SamplingFrame(samples.counts, q_positive, examples.batch_size)
         self._mixture = Mixture(self.negatives, self.frame)
         self.expected_count = self._mixture.expected_count
-        self._parts = None
-        if estimates_frequency:
-            parts = self._mixture.in_batch_draws, self._mixture.other_expected_count
-            self._parts = [tf.constant(part, tf.float32) for part in parts]
         self._factor = None
         if positive_weight is not None:
             mean = np.average(positive_weight, weights=samples.counts)
@@ -189,8 +182,6 @@ class HybridBatches:
             shared_row: [C] int32, candidates of the shared columns, kind by kind.
             log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
                 negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
-            in_batch_draws, other_expected_count: Scalar and [1, C] float32, instead of log_q if the
-                frequency is estimated: n(c) = in_batch_draws * q(c) + other_expected_count.
             is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one),
                 known positive, exposed item, item that came after the training.
             hard_candidate_row, hard_log_q, hard_is_counted, hard_share: See `HardDraws.draw`.
@@ -226,7 +217,8 @@ class HybridBatches:
             # Cut before the masks are made, which are much of the work.
             batch, never, slot = _cut(batch, never, slot, slices, number)
         batch["is_counted"] = self._is_counted(batch, never, slot)
-        return batch | self._corrections(batch)
+        batch["log_q"] = self._log_q(batch)
+        return batch
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
         """Gathers all that a batch needs of the samples' arrays, in NumPy."""
@@ -255,16 +247,12 @@ class HybridBatches:
             signature |= dict.fromkeys(pools, lists_of(num_positives))
         return signature | dict.fromkeys(REASONS, lists_of(None))
 
-    def _corrections(self, batch: Batch) -> Batch:
-        """Computes log_q of the shared columns, or its parts."""
-        if self._parts is not None:
-            in_batch_draws, other = self._parts
-            other = tf.gather(other, batch["shared_row"])[tf.newaxis, :]
-            return {"in_batch_draws": in_batch_draws, "other_expected_count": other}
+    def _log_q(self, batch: Batch) -> tf.Tensor:
+        """Computes log_q of the shared columns."""
         log_q = self._mixture.log_q(batch["shared_row"])[tf.newaxis, :]
         if "hard_share" in batch:
             log_q -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
-        return {"log_q": log_q}
+        return log_q
 
     def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor) -> tf.Tensor:
         columns = batch["shared_row"]

@@ -38,11 +38,9 @@ class Slices:
         Returns:
             The same of one slice, and:
             total_weight: Scalar float32, of the whole batch.
-            all_candidate_rows: The positives of the whole batch, in order.
             dropout_slice: [2] int32, number of its first history (or sequence) among those of the
                 whole batch, and how many these are.
         """
-        positives = batch["candidate_row"]
         # What is cut: sequences, sets or single positives; and which of them a positive belongs to.
         if "sequence_rows" in batch:
             num_states = tf.shape(batch["sequence_rows"])[1] + 1
@@ -69,6 +67,5 @@ class Slices:
             part["state"] -= begin * num_states
         return part | {
             "total_weight": tf.reduce_sum(batch["weight"]),
-            "all_candidate_rows": positives,
             "dropout_slice": tf.stack([begin, num_units]),
         }

@@ -47,5 +47,4 @@ def make_batches(
         hard=settings.hard,
         seed=seed,
         positive_weight=None if training.examples == "single" else rate,
-        estimates_frequency=settings.correction == "streaming",
     )

@@ -16,7 +16,6 @@ from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
-from tfrs_pipeline.model.streaming import StreamingFrequency
 
 # Candidates embedded at once when the whole corpus is.
 CORPUS_BLOCK = 65_536
@@ -43,8 +42,7 @@ class TwoTowerNetwork(tfrs.Model):
     policy than float32.
 
     Encoded features of the corpus become constants of the model; those in `candidate_table` the
-    query tower may read too. With the correction "streaming" the model estimates the share of each
-    candidate among the positives, and batches hold the parts of n(c).
+    query tower may read too.
     """
 
     def __init__(
@@ -73,9 +71,6 @@ class TwoTowerNetwork(tfrs.Model):
         self.reads_times = corpus.has_times
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
-        self.frequency: StreamingFrequency | None = None
-        if settings.correction == "streaming":
-            self.frequency = StreamingFrequency.of_corpus(self.num_candidates)
         self._make_loss_metric()
         # Replicas report the same, the metric's value over all of them; not to be added up.
         self.distribute_reduction_method = "first"
@@ -160,15 +155,9 @@ class TwoTowerNetwork(tfrs.Model):
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Computes the mean loss of a batch: scalar float32.
 
-        In training the batch's positives also enter the streaming estimate, before the loss. So the
-        estimate has seen every positive that it is asked for, and is high for those that have come
-        once or twice only: t examples into the stream, an in-batch candidate of frequency q weighs
-        1 - exp(-q * t) of its part in the target on average. That is too little until it is due to
-        have come a few times, and never too much, as it would be with an estimate from before.
-
         The inputs are as `HybridBatches.batch` describes, or a slice of it (`Slices.take`), whose
-        parts add up to the mean loss of the whole batch. A `ValueError` if the batch was made for
-        another correction, or several replicas train on what is no slice.
+        parts add up to the mean loss of the whole batch. A `ValueError` if several replicas train
+        on what is no slice.
         """
         if "total_weight" not in inputs and tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
@@ -180,8 +169,6 @@ class TwoTowerNetwork(tfrs.Model):
             mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
-        if self.frequency is not None and training:
-            self.frequency.update(inputs.get("all_candidate_rows", inputs["candidate_row"]))
         own: dict[str, tf.Tensor] = {}
         if hard is not None:
             log_q = inputs["hard_log_q"]
@@ -196,7 +183,7 @@ class TwoTowerNetwork(tfrs.Model):
             sample_weight=inputs["weight"],
             score_mask=inputs["is_counted"],
             negative_embeddings=shared,
-            log_q=self.log_q(inputs),
+            log_q=inputs["log_q"] if self._is_corrected else None,
             positive_query=inputs.get("positive_query"),
             **own,
         )
@@ -247,27 +234,6 @@ class TwoTowerNetwork(tfrs.Model):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
-    def log_q(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
-        """Returns log_q of a batch's shared columns, [1 or W, C]; None without a correction.
-
-        A `ValueError` if a batch holds log_q where its parts are needed, or the parts where it is.
-        """
-        if not self._is_corrected:
-            return None
-        if (self.frequency is None) == ("log_q" not in inputs):
-            needed = "log_q" if self.frequency is None else "in_batch_draws"
-            raise ValueError(
-                f"The batch holds no '{needed}'. Make the batches with estimates_frequency="
-                f"{self.frequency is not None}, as the model's correction needs them."
-            )
-        if self.frequency is None:
-            return inputs["log_q"]
-        count = inputs["in_batch_draws"] * self.frequency(inputs["shared_row"])
-        log_q = tf.math.log(count + inputs["other_expected_count"])
-        if "hard_share" in inputs:
-            log_q -= tf.math.log1p(-inputs["hard_share"])[:, tf.newaxis]
-        return log_q
-
     def train_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Runs one step; the loss it reports is the epoch's mean so far."""
         super().train_step(inputs)
@@ -292,9 +258,9 @@ class TwoTowerNetwork(tfrs.Model):
             "norm/query": tf.reduce_mean(tf.norm(self._queries(inputs), axis=1)),
             "norm/candidate": tf.reduce_mean(tf.norm(candidates, axis=1)),
         }
-        log_q = self.log_q(inputs)
-        if log_q is not None:
-            counted = tf.boolean_mask(tf.broadcast_to(log_q, tf.shape(is_counted)), is_counted)
+        if self._is_corrected:
+            log_q = tf.broadcast_to(inputs["log_q"], tf.shape(is_counted))
+            counted = tf.boolean_mask(log_q, is_counted)
             figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
         return {name: float(figure) for name, figure in figures.items()}
 

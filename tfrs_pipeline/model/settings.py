@@ -72,10 +72,9 @@ class TwoTowerSettings(Config):
     resampling_exponent: float = Field(0.0, ge=0, le=1)
     """Down-samples positives of popular items and up-samples the others, by counts to the power of
     minus this: 0 changes nothing, 1 makes every clicked item equally likely."""
-    correction: Literal["mixture", "streaming", "none"] = "mixture"
-    """The logQ correction, by the log of each candidate's expected count in the batch: mixture,
-    from the training counts; streaming, with the popularity of positives estimated from the batches
-    so far; or none."""
+    correction: Literal["mixture", "none"] = "mixture"
+    """The logQ correction: mixture, the log of each candidate's expected count in the batch; or
+    none."""
     temperature: PositiveFloat = 0.15
     """Divisor of the scores in the loss."""
     normalize: bool = True
@@ -134,11 +133,6 @@ class TwoTowerSettings(Config):
             yield "candidate_bias", "needs use_candidate_id"
         if self.item_init == "svd" and not (self.use_candidate_id or self.history_pooling):
             yield "item_init", "got 'svd', which needs use_candidate_id or a history"
-        counted = [kind for kind in self.negatives if isinstance(kind, Popularity)]
-        if self.correction == "streaming" and (counted or self.resampling_exponent):
-            name = "negatives" if counted else "resampling_exponent"
-            message = "needs training counts, which correction 'streaming' does without"
-            yield name, f"{message}: use in_batch and uniform, and no resampling"
 
 
 class TrainingSettings(Config):
@@ -214,8 +208,6 @@ def check_examples(
         )
     if not model.history_pooling:
         yield "model.history_pooling", f"got none {reason}, which reads the history"
-    if model.correction == "streaming":
-        yield "model.correction", f"got 'streaming' {reason}, which has no in-batch negatives"
     if training.examples == "sets" and model.hard is not None:
         yield (
             "model.hard",

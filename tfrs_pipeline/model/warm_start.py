@@ -56,10 +56,10 @@ class WarmStart:
     state, whatever their rows were. New ones start from the embedding of row 0, which stands for
     unknown ids, if that was trained (by `id_dropout`, or because a feature's value was missing),
     else as in any training; their optimizer state is that of a row which has had no gradient. All
-    other weights and their state are carried over, the count of steps too (`first_step`), and so is
-    the estimated frequency of the candidates; a learning rate's warm-up and decay begin anew.
-    Training counts are those of the new samples. What of the optimizer's state cannot be carried
-    over, because the optimizer is another one, starts anew.
+    other weights and their state are carried over, and so is the count of steps (`first_step`); a
+    learning rate's warm-up and decay begin anew. Training counts are those of the new samples. What
+    of the optimizer's state cannot be carried over, because the optimizer is another one, starts
+    anew.
 
     Buckets of a number are carried over by their lowest value, those of hashes by the hash.
 
@@ -100,8 +100,6 @@ class WarmStart:
         for variable, source in pairs:
             self._carry(network, variable, source, rows.get(variable.ref()))
         network.optimizer.iterations.assign(self.first_step)
-        if network.frequency is not None and self._source.frequency is not None:
-            network.frequency.take_over(self._source.frequency, self._candidate_rows)
 
     def describe(self) -> list[str]:
         """Says what is carried over, and what is new and gone."""

@@ -16,9 +16,6 @@ Both sums are estimated from sampled columns with the logit s - log_q:
 n(c) is the expected number of copies of c among the shared columns, whichever kind drew them: a
 column does not remember its kind, and need not. Then the expectation of the sum over columns is
 the sum over the corpus.
-
-Where counts are unknown or drift, q_positive(c) is an estimate of the model's own
-(`StreamingFrequency`): n(c) = (B - 1) * q(c) + the other kinds' terms; the rest of the table stays.
 """
 
 from __future__ import annotations
@@ -44,10 +41,6 @@ class Mixture:
     Attributes:
         expected_count: [num_candidates + 1] float64, n(c), the expected copies of candidate c among
             a row's shared columns; 0 where no kind can draw the candidate.
-        in_batch_draws: Positives of other rows that a row meets.
-        other_expected_count: [num_candidates + 1] float64, what the kinds but in-batch expect. With
-            it, n(c) = in_batch_draws * q_positive(c) + other_expected_count(c), where q_positive is
-            yet to be estimated and that of the frame is 0.
 
     Raises:
         TypeError: If something is no kind of negative.
@@ -64,26 +57,19 @@ class Mixture:
         >>> rows = mixture.draw(tf.constant([1, 1, 2, 1, 1]), seed=[7, 0])
         >>> rows.shape, mixture.log_q(tf.constant([1, 2])).numpy().round(3)
         (TensorShape([7]), array([1.386, 0.693], dtype=float32))
-        >>> mixture.expected_count, mixture.in_batch_draws, mixture.other_expected_count
-        (array([0., 4., 2.]), 4, array([0., 1., 1.]))
+        >>> mixture.expected_count
+        array([0., 4., 2.])
     """
 
     def __init__(self, negatives: Sequence[Negatives], frame: SamplingFrame) -> None:
         self._negatives = tuple(negatives)
         self._frame = frame
         self.expected_count = np.zeros(frame.num_candidates + 1)
-        self.other_expected_count = np.zeros(frame.num_candidates + 1)
-        num_in_batch = 0
         for kind in self._negatives:
             count = checked_count(kind, frame)
             _check_draws(kind, frame, count)
             self.expected_count += count
-            if counts_as_in_batch(kind):
-                num_in_batch += 1
-            else:
-                self.other_expected_count += count
-        self.in_batch_draws = (frame.batch_size - 1) * num_in_batch
-        if not (self.in_batch_draws or self.other_expected_count.any()):
+        if not self.expected_count.any():
             raise ValueError(
                 "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
                 "more, or an easy kind such as uniform."
@@ -161,8 +147,6 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
 def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
     """Tries a few draws of a kind: they must be candidates that it expects to draw."""
     can_be_positive = 1 + np.flatnonzero(frame.q_positive[1:])
-    if not len(can_be_positive):  # Yet to be estimated.
-        can_be_positive = np.arange(1, frame.num_candidates + 1)
     with tf.init_scope():  # Also where the mixture is made in a graph.
         positives = tf.constant(np.resize(can_be_positive, frame.batch_size), tf.int32)
         drawn = [kind.draw(frame, positives, tf.constant([0, i])) for i in range(_NUM_TRIES)]

@@ -182,9 +182,8 @@ def sampling_plans(
     samples hold, `max_epochs` is a plan's budget, None that of the training. A `ValueError` if the
     reference is missing, or a plan does not go with the other settings.
     """
-    corrected = "mixture" if config.model.correction == "none" else config.model.correction
     common: dict[str, Any] = {
-        "model.correction": corrected,
+        "model.correction": "mixture",
         "model.hard": None,
         "model.resampling_exponent": 0.0,
     }
@@ -195,12 +194,6 @@ def sampling_plans(
         notes.append("every plan is trained with training.examples 'single'")
     plans: dict[str, Plan] = {}
     for kind in config.compare.plans:
-        if corrected == "streaming" and kind in ("popularity", "resampled"):
-            notes.append(
-                f"plan {kind} is missing: it draws by training counts, which model.correction "
-                "'streaming' does without"
-            )
-            continue
         found, note = _plans_of_kind(
             kind, config, logged, num_candidates, max_epochs or config.training.max_epochs
         )
