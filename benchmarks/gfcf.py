@@ -13,7 +13,7 @@ import scipy.sparse
 import scipy.sparse.linalg
 
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.baselines import Interactions, history_matrix
+from tfrs_pipeline.evaluation.interactions import Interactions, history_matrix
 from tfrs_pipeline.evaluation.topk import retrieve_by_scores
 from tfrs_pipeline.retrieval import Query
 

@@ -56,7 +56,7 @@ from tutorial import (
     tutorial_retriever,
 )
 
-from tfrs_pipeline.evaluation.baselines import Interactions
+from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -301,11 +301,12 @@ def measure_quality(
 def baseline_loop(baseline: tp.Ease | tp.Ials, data: RunData) -> Loop:
     """Makes the fit of a baseline, which is whole after its first epoch."""
     interactions = Interactions.from_log(data.split.before_test)
-    return Loop(
-        lambda num_epochs: baseline.fit(interactions),
-        len(data.final.samples),
-        lambda: measure_on(data.test, baseline),
-    )
+    fitted: list[tp.Retriever] = []
+
+    def fit(num_epochs: int) -> None:
+        fitted[:] = [baseline.fit(interactions)]
+
+    return Loop(fit, len(data.final.samples), lambda: measure_on(data.test, fitted[0]))
 
 
 def seconds_to_targets(loop: Loop, max_epochs: int, targets: list[float]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, Interactions, MostPopular
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular
+from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.exportable import Exportable

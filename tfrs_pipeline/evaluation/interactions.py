@@ -1,0 +1,140 @@
+"""Who clicked what in training, as a matrix: what baselines are fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ibis
+import numpy as np
+import scipy.sparse
+
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.log import Log, check_log
+from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.samples.positives import Positives
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Which users clicked which items in training.
+
+    The matrix is [num_users, num_items] float32 of 0 and 1; the item of row r has column r - 1.
+    """
+
+    items: Ids
+    matrix: scipy.sparse.csr_matrix
+
+    @classmethod
+    def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
+        """Builds the matrix from pairs. Repeats count once; users without a pair are dropped.
+
+        Args:
+            items: The corpus.
+            user_rows: [num_pairs] integers, 0 or more.
+            item_rows: [num_pairs] rows of `items`, from 1.
+
+        Raises:
+            ValueError: If the two differ in length, or an item is not in the corpus.
+
+        Example:
+            >>> items = Ids([10, 20, 30])
+            >>> rows = items.rows([10, 10, 20])
+            >>> Interactions.from_rows(items, np.array([7, 7, 9]), rows).matrix.toarray()
+            array([[1., 0., 0.],
+                   [0., 1., 0.]], dtype=float32)
+        """
+        if len(user_rows) != len(item_rows):
+            raise ValueError(
+                "user_rows and item_rows must be columns of one table. "
+                f"Received: {len(user_rows)} and {len(item_rows)} rows."
+            )
+        _check_candidates(item_rows, "events are of items")
+        shape = (int(user_rows.max(initial=-1)) + 1, len(items))
+        matrix = _zero_one_matrix(user_rows, item_rows, shape)
+        return cls(items, matrix[np.diff(matrix.indptr) > 0])
+
+    @classmethod
+    def from_log(cls, log: Log) -> Interactions:
+        """Collects the positives of a log; its items, ordered by id, are the corpus."""
+        items = items_of(log)
+        pairs = Positives.select(log.events).select("user_id", "item_id").distinct()
+        pairs = pairs.order_by("user_id").to_pyarrow()
+        users = pairs["user_id"].combine_chunks().dictionary_encode().indices
+        return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
+
+    @classmethod
+    def of(cls, train: Log | Interactions) -> Interactions:
+        """Returns interactions as they are, and collects those of a log."""
+        if isinstance(train, Interactions):
+            return train
+        check_log(train)
+        return cls.from_log(train)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[num_items] int64 number of users of each item."""
+        return np.bincount(self.matrix.indices, minlength=len(self.items))
+
+
+def items_of(log: Log) -> Ids:
+    """Returns the items of a log, ordered by id."""
+    return Ids(log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy())
+
+
+def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
+    """Counts the users of each item in a table of positives: [num_items] int64.
+
+    A `ValueError` if a clicked item is not in the corpus.
+    """
+    found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
+    rows = items.rows(found["item_id"].to_numpy())
+    _check_candidates(rows, "clicked items are items")
+    counts = np.zeros(len(items), np.int64)
+    counts[rows - 1] = found["num"].to_numpy()
+    return counts
+
+
+def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
+    """Marks the items of each history: [num_queries, num_items] float32 of 0 and 1.
+
+    A `ValueError` if a query has no history.
+    """
+    histories = history_columns(queries, items)
+    rows = np.repeat(np.arange(len(queries)), [len(h) for h in histories])
+    columns = np.concatenate([*histories, np.empty(0, np.int32)])
+    return _zero_one_matrix(rows, columns + 1, (len(queries), len(items)))
+
+
+def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
+    """Looks up the known items of each history: one array of columns a query, oldest first.
+
+    A `ValueError` if a query has no history.
+    """
+    for query in queries:
+        if query.get("history") is None:
+            raise ValueError(
+                "This retriever works from query['history']: pass [] for a user without one. "
+                f"Received a query with: {', '.join(map(repr, query)) or 'nothing'}."
+            )
+    histories = [items.rows(query["history"]) for query in queries]
+    return [rows[rows > 0] - 1 for rows in histories]
+
+
+def _check_candidates(item_rows: np.ndarray, what: str) -> None:
+    """Refuses (`ValueError`) row 0, which stands for items outside the corpus."""
+    if num_unknown := np.count_nonzero(item_rows < 1):
+        raise ValueError(
+            f"{num_unknown} of {len(item_rows)} {what} that are not candidates. "
+            "Drop them, or add the items."
+        )
+
+
+def _zero_one_matrix(
+    rows: np.ndarray, item_rows: np.ndarray, shape: tuple[int, int]
+) -> scipy.sparse.csr_matrix:
+    ones = np.ones(len(rows), np.float32)
+    matrix = scipy.sparse.csr_matrix((ones, (rows, item_rows - 1)), shape)
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
