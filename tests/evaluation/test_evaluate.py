@@ -23,7 +23,7 @@ from tfrs_pipeline.retrieval import Query, Retriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])
-CALL_SIZE = f"{evaluate.__module__}._QUERIES_PER_CALL"
+CALL_SIZE = f"{evaluate.__module__}.QUERIES_PER_CALL"
 Problem: TypeAlias = tuple[Holdout, np.ndarray, int]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +18,7 @@ from tfrs_pipeline.evaluation.metrics import find_hits, query_metrics, set_metri
 from tfrs_pipeline.evaluation.results import Evaluation, EvaluationResult, SliceResult
 from tfrs_pipeline.retrieval import Query, Retriever
 
-_QUERIES_PER_CALL = 1024
+QUERIES_PER_CALL = 1024
 
 
 def evaluate(
@@ -31,31 +33,26 @@ def evaluate(
 ) -> Evaluation:
     """Measures retrievers on what users went on to click.
 
-    Relevant items that `exclude` keeps out of the ranking are taken out of the relevant and
-    counted; queries with nothing relevant left are skipped and counted. Relevant items without a
-    training count stay in the denominator. Slices are those of `popularity_slices`; a slice's
-    metrics count only the relevant items of the slice, in the same ranking over the whole corpus.
+    Relevant items that `exclude` keeps out of the ranking are removed and counted; queries left
+    with nothing relevant are skipped and counted. Relevant items without a training count stay in
+    the denominator. A slice (`popularity_slices`) counts only its own relevant items, in the same
+    ranking over the whole corpus.
 
     Args:
-        retrievers: Anything that retrieves over these candidates, or several of them by name, the
-            one to compare the others with first. One alone is named by its class.
-        holdout: Histories, relevant items, the corpus and its training counts, for the test those
-            of train and validation unless told otherwise: `Log.split` makes it (`Split.holdout`).
-            Of very many queries, a `Holdout.sample` says as much in less time.
+        retrievers: A retriever, which is named by its class, or several by name. The others are
+            compared with the first.
+        holdout: What to find for whom, from `Log.split`. For very many users, a `Holdout.sample`
+            says as much in less time.
         exclude: What is excluded from a user's ranking; see `Holdout.excluded`.
         cutoffs: Values of k, 1 or more.
-        num_bootstrap: Resamples for the intervals; 0 gives means alone.
+        num_bootstrap: Resamples for the intervals; 0 computes means only.
         seed: Of the resamples.
         on_progress: Called with the retriever's name, the queries done and their total.
 
-    Returns:
-        Results by name, and the differences from the first; prints as a table.
-
     Raises:
-        TypeError: If something is no retriever, no holdout or no list of cutoffs.
-        ValueError: If an argument is not as described, no query has anything relevant, or a
-            retriever breaks its contract: wrong shape, a candidate twice, an excluded or unknown
-            candidate.
+        TypeError: If an argument is not a retriever, a holdout or a list of cutoffs.
+        ValueError: If nothing is left to find, or a retriever breaks its contract: wrong shape, a
+            candidate twice, an excluded or unknown candidate.
 
     Example:
         >>> import pyarrow as pa
@@ -70,49 +67,40 @@ def evaluate(
         ease     1.0000       +0.0000    1.0000         1.0000      0.2500
         2 of 2 items to find have no positive in training
     """
+    named, cutoffs = _named(retrievers), _checked_cutoffs(cutoffs)
+    check_holdout(holdout)
+    truth = Truth.of(holdout, exclude)
+    results = {}
+    for name, retriever in named.items():
+        report = functools.partial(on_progress, name) if on_progress else None
+        rows = _retrieve_rows(retriever, truth, cutoffs[-1], report)
+        results[name] = _measure(rows, truth, cutoffs, num_bootstrap, seed)
+    return Evaluation(results, cutoffs, num_bootstrap, seed)
+
+
+def _named(retrievers: Retriever | Mapping[str, Retriever]) -> Mapping[str, Retriever]:
     if not isinstance(retrievers, Mapping):
         retrievers = {type(retrievers).__name__: retrievers}
     if not retrievers:
         raise ValueError("Needs at least one retriever. Received: none.")
-    check_holdout(holdout)
     for name, retriever in retrievers.items():
         if isinstance(retriever, type) or not hasattr(retriever, "retrieve"):
-            raise TypeError(f"{name} has no `retrieve`; see `Retriever`. Received: {retriever!r}.")
+            has_fit = hasattr(retriever, "fit") and not isinstance(retriever, type)
+            hint = ": pass what its fit returns" if has_fit else "; see `Retriever`"
+            raise TypeError(f"{name} has no `retrieve`{hint}. Received: {retriever!r}.")
+    return retrievers
+
+
+def _checked_cutoffs(cutoffs: Sequence[int]) -> tuple[int, ...]:
+    """Returns the cutoffs in ascending order."""
     if not isinstance(cutoffs, Iterable):
         raise TypeError(f"cutoffs must be a list, such as [20, 100]. Received: {cutoffs!r}.")
     cutoffs = tuple(cutoffs)
     if not cutoffs or not all(isinstance(k, int | np.integer) and k >= 1 for k in cutoffs):
         raise ValueError(
-            f"cutoffs must be whole numbers of 1 or more, at least one. Received: {list(cutoffs)}."
+            f"cutoffs must be integers of 1 or more, at least one. Received: {list(cutoffs)}."
         )
-    cutoffs = tuple(sorted(set(cutoffs)))
-    items, counts = Ids(holdout.candidate_ids), holdout.candidate_counts
-    truth = _truth(holdout, items, exclude)
-    num_unknown = int(truth.num_relevant.sum()) - len(truth.relevant[0])
-    parts = {"": np.ones(len(items), bool), **popularity_slices(counts)}
-
-    def measure(name: str, retriever: Retriever) -> EvaluationResult:
-        def report(done: int) -> None:
-            if on_progress is not None:
-                on_progress(name, done, len(truth.queries))
-
-        rows = _retrieve_rows(retriever, truth, items, cutoffs[-1], report)
-        overall, *slices = _measure(rows, truth, parts, counts, cutoffs, num_bootstrap, seed)
-        return EvaluationResult(
-            user_ids=truth.user_ids,
-            overall=overall,
-            slices=dict(zip(list(parts)[1:], slices, strict=True)),
-            exclude=exclude,
-            num_skipped=len(holdout) - len(truth.queries),
-            num_relevant_excluded=truth.num_excluded,
-            num_relevant_unknown=num_unknown,
-            num_relevant_unclicked=num_unknown + int((counts[truth.relevant[1] - 1] == 0).sum()),
-            num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
-            num_sampled_from=holdout.num_sampled_from,
-        )
-
-    results = {name: measure(name, retriever) for name, retriever in retrievers.items()}
-    return Evaluation(results, cutoffs, num_bootstrap, seed)
+    return tuple(sorted(set(cutoffs)))
 
 
 def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -155,74 +143,85 @@ Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Truth:
-    """The queries that are measured, and what is to be found.
+class Truth:
+    """The queries of a holdout that can be measured, and what is to be found.
 
-    Pairs are without candidates outside the corpus, num_relevant, [num_queries], is with them;
-    num_excluded counts the relevant items that were excluded, in all.
+    `places` are the measured queries within the holdout. Pairs are without candidates outside the
+    corpus; `num_relevant`, [num_queries], counts them too. `num_excluded` counts the relevant items
+    that were excluded, over all queries.
     """
 
-    queries: list[Query]
-    user_ids: np.ndarray
+    holdout: Holdout
+    exclude: Exclude
+    items: Ids
+    places: np.ndarray
     excluded: list[np.ndarray] | None
     excluded_pairs: Pairs
     relevant: Pairs
     num_relevant: np.ndarray
     num_excluded: int
 
+    @cached_property
+    def queries(self) -> list[Query]:
+        """The measured queries."""
+        all_queries = self.holdout.as_queries()
+        return [all_queries[i] for i in self.places]
+
+    @classmethod
+    def of(cls, holdout: Holdout, exclude: Exclude) -> Truth:
+        """Compares ids once for all retrievers; a `ValueError` if nothing is left to find."""
+        items, excluded = Ids(holdout.candidate_ids), holdout.excluded(exclude)
+        num_queries = len(holdout)
+        lists = [*holdout.relevant, *(excluded or ())]
+        # Empty lists are left out: an empty array is float, and would turn all ids into floats.
+        # `as_id_array` keeps unsigned integers beside signed ones from doing the same.
+        given = [as_id_array(ids) for ids in lists if len(ids)]
+        ids = np.concatenate([items.values[:0], *given])
+        _check_type(ids, items)
+        rows = items.rows(ids).astype(np.int64)
+        # Numbers above the corpus tell unknown ids apart.
+        is_unknown = rows == 0
+        rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
+        query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
+        stride = rows.max(initial=0) + 1
+        is_relevant = query < num_queries
+        relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
+        excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
+        left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
+
+        num_relevant = np.bincount(left // stride, minlength=num_queries)
+        measured = np.flatnonzero(num_relevant)
+        num_excluded = len(relevant) - len(left)
+        if not len(measured):
+            raise ValueError(
+                f"Nothing to measure: none of {num_queries} queries has a relevant item that "
+                f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). "
+                "Exclude less (evaluation.exclude), or test on a larger part."
+            )
+        place = np.full(num_queries, -1)
+        place[measured] = np.arange(len(measured))
+
+        def pairs(keys: np.ndarray) -> Pairs:
+            queries, rows = place[keys // stride], keys % stride
+            is_kept = (queries >= 0) & (rows <= len(items))
+            return queries[is_kept], rows[is_kept]
+
+        return cls(
+            holdout=holdout,
+            exclude=exclude,
+            items=items,
+            places=measured,
+            excluded=None if excluded is None else [excluded[i] for i in measured],
+            excluded_pairs=pairs(excluded_keys),
+            relevant=pairs(left),
+            num_relevant=num_relevant[measured],
+            num_excluded=num_excluded,
+        )
+
 
 def check_measurable(holdout: Holdout, exclude: Exclude) -> None:
     """Refuses (`ValueError`) a holdout of which `exclude` leaves nothing to find."""
-    _truth(holdout, Ids(holdout.candidate_ids), exclude)
-
-
-def _truth(holdout: Holdout, items: Ids, exclude: Exclude) -> _Truth:
-    excluded = holdout.excluded(exclude)
-    num_queries = len(holdout)
-    lists = [*holdout.relevant, *(excluded or ())]
-    # An empty array is of floats, unless its maker said otherwise, and would make floats of all; so
-    # would unsigned integers beside signed ones.
-    given = [as_id_array(ids) for ids in lists if len(ids)]
-    ids = np.concatenate([items.values[:0], *given])
-    _check_type(ids, items)
-    rows = items.rows(ids).astype(np.int64)
-    # Ids outside the corpus are told apart by numbers above its rows.
-    is_unknown = rows == 0
-    rows[is_unknown] = len(items) + 1 + np.unique(ids[is_unknown], return_inverse=True)[1]
-    query = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-    stride = rows.max(initial=0) + 1
-    is_relevant = query < num_queries
-    relevant = np.unique(query[is_relevant] * stride + rows[is_relevant])
-    excluded_keys = np.unique((query[~is_relevant] - num_queries) * stride + rows[~is_relevant])
-    left = np.setdiff1d(relevant, excluded_keys, assume_unique=True)
-
-    num_relevant = np.bincount(left // stride, minlength=num_queries)
-    measured = np.flatnonzero(num_relevant)
-    num_excluded = len(relevant) - len(left)
-    if not len(measured):
-        raise ValueError(
-            f"Nothing to measure: none of {num_queries} queries has a relevant item that "
-            f"exclude={exclude!r} leaves in the ranking ({num_excluded} were excluded). Exclude "
-            "less (evaluation.exclude), or test on a larger part."
-        )
-    place = np.full(num_queries, -1)
-    place[measured] = np.arange(len(measured))
-
-    def pairs(keys: np.ndarray) -> Pairs:
-        queries, rows = place[keys // stride], keys % stride
-        is_kept = (queries >= 0) & (rows <= len(items))
-        return queries[is_kept], rows[is_kept]
-
-    all_queries = holdout.as_queries()
-    return _Truth(
-        queries=[all_queries[i] for i in measured],
-        user_ids=np.asarray(holdout.user_ids)[measured],
-        excluded=None if excluded is None else [excluded[i] for i in measured],
-        excluded_pairs=pairs(excluded_keys),
-        relevant=pairs(left),
-        num_relevant=num_relevant[measured],
-        num_excluded=num_excluded,
-    )
+    Truth.of(holdout, exclude)
 
 
 def _check_type(ids: np.ndarray, items: Ids) -> None:
@@ -234,14 +233,14 @@ def _check_type(ids: np.ndarray, items: Ids) -> None:
 
 
 def _retrieve_rows(
-    retriever: Retriever, truth: _Truth, items: Ids, k: int, report: Callable[[int], None]
+    retriever: Retriever, truth: Truth, k: int, report: Callable[[int, int], None] | None
 ) -> np.ndarray:
     """Retrieves for all queries, holding the retriever to its contract: [num_queries, k] rows."""
     num_queries = len(truth.queries)
     rows = np.empty((num_queries, k), np.int32)
     excluded_queries, excluded_rows = truth.excluded_pairs
-    for start in range(0, num_queries, _QUERIES_PER_CALL):
-        batch = slice(start, min(start + _QUERIES_PER_CALL, num_queries))
+    for start in range(0, num_queries, QUERIES_PER_CALL):
+        batch = slice(start, min(start + QUERIES_PER_CALL, num_queries))
         answer = retriever.retrieve(
             truth.queries[batch], k, None if truth.excluded is None else truth.excluded[batch]
         )
@@ -252,12 +251,13 @@ def _retrieve_rows(
         ids, scores = map(np.asarray, answer)
         if ids.shape != shape or scores.shape != shape:
             raise _broken(retriever, returns, _described(ids, scores))
-        rows[batch] = items.rows(ids).reshape(shape)
+        rows[batch] = truth.items.rows(ids).reshape(shape)
         mine = slice(*np.searchsorted(excluded_queries, [batch.start, batch.stop]))
         is_excluded = find_hits(rows[batch], excluded_queries[mine] - start, excluded_rows[mine])
-        for fault in _faults(rows[batch], ids, scores, items, is_excluded):
+        for fault in _faults(rows[batch], ids, scores, truth.items, is_excluded):
             raise _broken(retriever, fault, _described(ids, scores))
-        report(batch.stop)
+        if report is not None:
+            report(batch.stop, num_queries)
     return rows
 
 
@@ -289,34 +289,30 @@ def _described(ids: np.ndarray, scores: np.ndarray) -> str:
 
 
 def _measure(
-    rows: np.ndarray,
-    truth: _Truth,
-    parts: Mapping[str, np.ndarray],
-    counts: np.ndarray,
-    cutoffs: Sequence[int],
-    num_bootstrap: int,
-    seed: int,
-) -> list[SliceResult]:
-    """Measures each part of the candidates, [num_candidates] bool, in the ranking `rows`."""
+    rows: np.ndarray, truth: Truth, cutoffs: Sequence[int], num_bootstrap: int, seed: int
+) -> EvaluationResult:
+    """Measures the ranking `rows`, [num_queries, k], over the whole corpus and in each slice."""
+    counts = truth.holdout.candidate_counts
+    slices = popularity_slices(counts)
+    parts = [np.ones(len(truth.items), bool), *slices.values()]
     relevant_queries, relevant_rows = truth.relevant
     is_hit = find_hits(rows, *truth.relevant)
-    per_query, num_relevant = [], []
-    for name, in_part in parts.items():
+    # [num_parts, num_queries]; relevant items outside the corpus count in the whole.
+    num_relevant = [truth.num_relevant]
+    for in_part in slices.values():
         of_part = relevant_queries[in_part[relevant_rows - 1]]
-        num_in_part = np.bincount(of_part, minlength=len(rows))
-        # The whole corpus has the relevant items that it does not hold in its denominator.
-        num_relevant.append(num_in_part if name else truth.num_relevant)
-        hits = is_hit & in_part[rows - 1]
-        per_query.append(
-            {
-                f"{metric}@{k}": values
-                for k in cutoffs
-                for metric, values in query_metrics(hits, num_relevant[-1], k).items()
-            }
-        )
+        num_relevant.append(np.bincount(of_part, minlength=len(rows)))
+    per_query = [
+        {
+            f"{metric}@{k}": values
+            for k in cutoffs
+            for metric, values in query_metrics(is_hit & in_part[rows - 1], num, k).items()
+        }
+        for in_part, num in zip(parts, num_relevant, strict=True)
+    ]
     columns = np.stack([values for of_part in per_query for values in of_part.values()], axis=1)
     intervals = iter(bootstrap_intervals(columns, num_bootstrap=num_bootstrap, seed=seed))
-    return [
+    overall, *of_slices = (
         SliceResult(
             per_query=values,
             intervals={name: next(intervals) for name in values},
@@ -326,10 +322,21 @@ def _measure(
                 for metric, value in set_metrics(rows, counts, in_part, k).items()
             },
             num_candidates=int(in_part.sum()),
-            num_queries=int(np.count_nonzero(num_in_part)),
-            num_relevant=int(num_in_part.sum()),
+            num_queries=int(np.count_nonzero(num)),
+            num_relevant=int(num.sum()),
         )
-        for values, in_part, num_in_part in zip(
-            per_query, parts.values(), num_relevant, strict=True
-        )
-    ]
+        for values, in_part, num in zip(per_query, parts, num_relevant, strict=True)
+    )
+    num_unknown = int(truth.num_relevant.sum()) - len(relevant_rows)
+    return EvaluationResult(
+        user_ids=np.asarray(truth.holdout.user_ids)[truth.places],
+        overall=overall,
+        slices=dict(zip(slices, of_slices, strict=True)),
+        exclude=truth.exclude,
+        num_skipped=len(truth.holdout) - len(rows),
+        num_relevant_excluded=truth.num_excluded,
+        num_relevant_unknown=num_unknown,
+        num_relevant_unclicked=num_unknown + int((counts[relevant_rows - 1] == 0).sum()),
+        num_empty_histories=sum(not len(query.get("history", ())) for query in truth.queries),
+        num_sampled_from=truth.holdout.num_sampled_from,
+    )
