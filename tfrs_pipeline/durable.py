@@ -1,7 +1,7 @@
-"""Files that outlive a crash: written aside, flushed and renamed, with hashes of what they must be.
+"""Files that survive a crash: written aside, flushed, renamed, and hashed.
 
-What is trusted later has a record: a JSON file that is written last and holds, under "sha256", its
-own hash and those of the files that belong to it. Without its record a file is half written.
+A record is a JSON file that is written last and holds, under "sha256", its own hash and those of
+the files that belong to it. Files without their record count as half written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import socket
 import tempfile
 import threading
@@ -21,24 +20,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tfrs_pipeline.messages import printable
+
 logger = logging.getLogger(__name__)
 
 _HASHES = "sha256"
-# A full disk, a missing permission, a mount that is gone. Libraries raise errors of their own for
-# them, whose messages hold the system's words.
-_FAILURES = (
+# A full disk, a missing permission, a lost mount.
+_DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN),
-)
-# The last is DuckDB's, where a mount is gone.
-_WORDS = re.compile(
-    "|".join([*map(re.escape, map(os.strerror, _FAILURES)), "No files found"]), re.IGNORECASE
 )
 _held: set[tuple[Path, int]] = set()
 
 
 class Damaged(ValueError):
-    """A file that is not as it was written."""
+    """A file that differs from what was written."""
 
 
 class StorageError(OSError):
@@ -56,15 +52,15 @@ def file_hash(path: Path) -> str:
 
 
 def part_files(path: Path) -> list[Path]:
-    """Lists the files of a table: itself, or those of a folder in their order, as engines write it.
+    """Lists the files of a table in order: the file itself, or the parts in a folder.
 
-    Engines leave _SUCCESS, .x.crc and the like beside them.
+    Skips what engines leave beside the parts, such as _SUCCESS and .x.crc.
     """
     return [path] if path.is_file() else sorted(path.glob("[!._]*.parquet"))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file: at every moment it is what it was or all that it becomes."""
+    """Replaces a text file: a reader sees the whole old text or the whole new one."""
     partial = path.with_name(f"{path.name}.partial")
     with naming(path):
         partial.write_text(text, encoding="utf-8")
@@ -74,7 +70,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def flush(paths: Iterable[Path]) -> None:
-    """Has the disk hold files and folders, before another file says that it does."""
+    """Forces files and folders to disk, before another file claims that they are there."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -84,7 +80,7 @@ def flush(paths: Iterable[Path]) -> None:
 
 
 def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
-    """Writes a record, JSON-able, after which it and its files, whole and below it, are trusted."""
+    """Writes a record of JSON-able content and of files, all in the record's folder or below it."""
     files = list(files)
     with naming(path.parent):
         flush({*files, *(file.parent for file in files)})
@@ -95,20 +91,20 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
-    """Refuses (`ValueError`) to write where files are that this package may not have written.
+    """Refuses (`ValueError`) to overwrite files that this package may not have written.
 
-    What it has `written_first` tells its own from others.
+    They are its own if `written_first`, the file that it writes before them, exists.
     """
     found = [path for path in paths if path.exists()]
     if found and not written_first.exists():
         raise ValueError(
-            f"{found[0]} may be somebody's own: there is no {written_first}, which this package "
-            "writes first. Choose another folder."
+            f"{found[0]} may not be this package's: it writes {written_first} first, which is not "
+            "there. Choose another folder."
         )
 
 
 def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
-    """Records what a folder's content is made of; a `ValueError` if the record says otherwise."""
+    """Records what a folder was made of; a `ValueError` if it records something else."""
     made_of = json.loads(json.dumps(made_of))
     if not is_whole(path):
         write_record(path, made_of)
@@ -118,28 +114,17 @@ def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
     if changed:
         differ = (f"{x}: {before.get(x)!r}, now {made_of.get(x)!r}" for x in changed)
         raise ValueError(
-            f"{path.parent} holds what was made of something else ({'; '.join(differ)}). Give "
-            "another folder, or delete this one."
+            f"{path.parent} was made of something else ({'; '.join(differ)}). Give another folder, "
+            "or delete this one."
         )
 
 
 def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
-    """Reads the content of a record, and checks that it and its files are as they were written.
+    """Reads a record, and checks that it and its files are as they were written.
 
     Raises:
-        FileNotFoundError: If there is no record: what it would stand for is not whole.
-        Damaged: Naming the first file that was cut, changed or lost.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "table").write_text("1 2 3")
-        >>> write_record(folder / "about.json", {"columns": 3}, [folder / "table"])
-        >>> read_record(folder / "about.json")
-        {'columns': 3}
-        >>> _ = (folder / "table").write_text("1 2 4")
-        >>> read_record(folder / "about.json")
-        Traceback (most recent call last):
-        tfrs_pipeline.durable.Damaged: ...table is not as it was written: cut, changed or lost.
+        FileNotFoundError: If there is no record, so that its files are not whole.
+        Damaged: If a file was cut, changed or lost; it names the first one.
     """
     text = path.read_bytes()
     try:
@@ -159,7 +144,7 @@ def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a record and all is as it was written; logs what is not."""
+    """Returns whether there is a record and it and its files are undamaged; logs damage."""
     try:
         read_record(path)
     except FileNotFoundError:
@@ -179,36 +164,39 @@ def _damaged(path: Path) -> Damaged:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has the block's failures of a disk, of whatever library, name a path in one line.
+def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
+    """Turns disk failures within the block into a `StorageError`: one line that names a path.
 
-    They are a `StorageError` instead. An inner block names the path before an outer one.
+    These are an `OSError` whose `errno` is one of a disk's, and the types in `failures`, with which
+    a library reports them. The file that an error names comes before `path`, and the path of an
+    inner block before that of an outer one.
     """
     try:
         yield
-    except (StorageError, ValueError, RuntimeError):  # Said already, refused, or no disk's.
+    except StorageError:
         raise
-    except Exception as error:
-        reason = _WORDS.search(str(error))
-        if reason is None:
+    except failures as error:
+        raise _storage_error(path, printable(str(error).strip().partition("\n")[0], 300)) from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
             raise
-        raise _storage_error(getattr(error, "filename", None) or path, reason[0]) from error
+        raise _storage_error(error.filename or path, os.strerror(error.errno)) from error
 
 
 def _storage_error(path: Path | str, reason: str) -> StorageError:
     return StorageError(
-        f"{path}: {reason}. Once that is mended, the same command goes on from what is finished."
+        f"{path}: {reason}. Once that is fixed, the same command goes on from what is finished."
     )
 
 
 def try_writing(folder: Path) -> None:
-    """Checks that files can be made in a folder, or where it will be; leaves nothing.
+    """Raises a `StorageError` unless files can be written in a folder; leaves none there.
 
-    A `StorageError` if not.
+    If the folder does not exist, its nearest parent is tried.
     """
     place = folder
     while not place.exists() and place != place.parent:
-        if place.is_symlink():  # Such as to a disk that is not mounted.
+        if place.is_symlink():  # For instance to a disk that is not mounted.
             raise _storage_error(place, f"is a link to {os.readlink(place)}, which is not there")
         place = place.parent
     try:
@@ -222,10 +210,10 @@ def try_writing(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock file; the system frees it if this process is killed.
+    """Holds a lock file within the block; the system frees it if this process is killed.
 
-    A thread may hold it again that holds it already. Where another process or thread holds it, that
-    is waited for, and logged, or (without `wait`) an `InUse` that names it.
+    The thread that holds it may take it again. If another thread or process holds it, this waits
+    and logs that, or raises an `InUse` that names the holder (without `wait`).
     """
     key = path.resolve(), threading.get_ident()
     if key in _held:
@@ -238,7 +226,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         _held.remove(key)
-        path.unlink(missing_ok=True)  # While it is held: nobody else's is taken away.
+        path.unlink(missing_ok=True)  # While it is held: it cannot be another's.
         os.close(descriptor)
 
 
@@ -248,7 +236,7 @@ def _lock(path: Path, wait: bool) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | at_once)
-            # Whoever held it before has removed the file, perhaps since it was opened here.
+            # The holder before may have removed the file after it was opened here.
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

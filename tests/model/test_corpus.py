@@ -91,7 +91,9 @@ def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
         lambda: TrainingSet.build(log, samples, seed=0),
         lambda: TwoTower().fit(log, folder=tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"july\.parquet may be somebody's own: .* another"):
+        with pytest.raises(
+            ValueError, match=r"july\.parquet may not be this package's: .* another"
+        ):
             build()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
     own.unlink()
@@ -103,6 +105,6 @@ def test_files_that_no_build_wrote_stay_as_they_are(tmp_path: Path) -> None:
     assert own.read_bytes() == before
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch-9.pt").touch()
-    with pytest.raises(ValueError, match=r"epoch-9\.pt may be somebody's own"):
+    with pytest.raises(ValueError, match=r"epoch-9\.pt may not be this package's"):
         TwoTower().fit(log, folder=tmp_path)
     assert (tmp_path / "checkpoints" / "epoch-9.pt").exists()

@@ -15,7 +15,6 @@ from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import Query, RefreshIndex, Serve, TuneIndex
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
-from tfrs_pipeline.durable import naming
 from tfrs_pipeline.serving.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
 
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, given = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = given.pop("verbose", False)
         _log(is_verbose)
-        with naming(Path.cwd()):
-            code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
+        code = COMMANDS[name](**given)() if name in COMMANDS else train(name, given)
         sys.stdout.flush()
         return int(code)
     except (ConfigError, UsageError) as error:
@@ -72,10 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         setting = getattr(error, "setting", "")  # Of a DataError.
         flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
-        print(f"error: {error}{flag}", file=sys.stderr)
+        about_file = _about_file(error)
+        print(f"error: {about_file or error}{flag}", file=sys.stderr)
         if is_verbose:
             logger.exception("the whole trace")
-        elif not _is_ours(error):
+        elif not (about_file or _is_ours(error)):
             print("The error is unexpected: --verbose shows where it came from.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -89,8 +88,15 @@ def _log(is_verbose: bool) -> None:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
+def _about_file(error: BaseException) -> str:
+    """Returns "PATH: reason." for an operating system's error about a file, "" for others."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return ""
+
+
 def _is_ours(error: BaseException) -> bool:
-    """Says whether the package raised an error itself, as what it foresaw, and no library did."""
+    """Returns whether this package raised an error itself, so that it was expected."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).is_relative_to(Path(tfrs_pipeline.__file__).parent)
 

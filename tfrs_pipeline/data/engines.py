@@ -13,12 +13,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import part_files
+from tfrs_pipeline.durable import naming, part_files
 
 _SPARK = "pyspark"
 ENGINES = ("duckdb", _SPARK)
@@ -90,7 +91,8 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
     remove(path)
     backend = table.get_backend()
     if backend.name != _SPARK:
-        table.to_parquet(path)
+        with naming(path, duckdb.IOException):
+            table.to_parquet(path)
         return
     # Spark's own default, INT96, has no time zone to other readers.
     backend.raw_sql("SET spark.sql.parquet.outputTimestampType = TIMESTAMP_MICROS")

@@ -331,7 +331,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
 
     def _save(self, network: TwoTowerNetwork, epoch: int) -> None:
         record = self._path(epoch, ".json")
-        with naming(record.parent):
+        with naming(record.parent, tf.errors.OpError):
             record.parent.mkdir(parents=True, exist_ok=True)
             _checkpoint(network).write(str(self._path(epoch)))
         files = [

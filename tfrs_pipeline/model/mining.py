@@ -213,7 +213,7 @@ class MinedPools:
         """Writes a pool, if there is a folder, and maps what it wrote."""
         if self.folder is None:
             return pool
-        with naming(self.folder):
+        with naming(self.folder, OSError):  # NumPy's has no number if the disk is full.
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
                 np.save(path, array)

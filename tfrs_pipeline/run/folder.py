@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
 from tfrs_pipeline.data.settings import DataConfig
@@ -65,7 +67,7 @@ def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[N
         try_writing(written)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     is_new = not folder.exists() or not any(folder.iterdir())
-    with naming(folder):
+    with naming(folder, duckdb.IOException):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
             _refuse_other_command(folder, is_run=is_run)

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import LISTED
-from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.feature import Feature, raw_signature
 from tfrs_pipeline.features.raw import history_of, item_times, to_texts
 from tfrs_pipeline.features.requests import TIMESTAMP, request_signature
@@ -280,7 +280,8 @@ def export_index(
         saved = {version.partial / place: module for place, module in modules.items()}
         with_scann = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
         for folder, module in saved.items():
-            tf.saved_model.save(module, str(folder), module.exported, with_scann)
+            with naming(folder, tf.errors.OpError):
+                tf.saved_model.save(module, str(folder), module.exported, with_scann)
         (version.partial / ITEMS_FILE).parent.mkdir()
         shown = {"item_id": items["item_id"]}
         if "title" in items.column_names:
