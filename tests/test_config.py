@@ -230,8 +230,6 @@ def test_the_ends_of_a_range(
 # Settings that ask for each other
 
 FILES = {"data.path": "x.csv"}
-RECFLOW = {"data.source": "recflow", "data.path": "x"}
-KUAIRAND = {"data.source": "kuairand", "data.path": "x"}
 SPARK = {"data.source": "spark", "data.path": "shop.events"}
 STARTS = {
     "split.validation": datetime(2024, 1, 1, tzinfo=UTC),
@@ -249,7 +247,6 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     ("fitting", "changed", "setting", "message"),
     [
         (FILES, {"data.path": None}, "data.path", "required"),
-        (RECFLOW, {"data.path": None}, "data.path", "required"),
         (SPARK, {"data.path": None}, "data.path", "name of the table"),
         (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "a log already"),
         (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
@@ -259,25 +256,24 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
         (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),
         # What decides which events are positives; what is harmless is let be.
-        (RECFLOW | {"data.duplicates": "drop"}, {"data.rating_threshold": 4},
-         "data.rating_threshold", "no effect with source 'recflow': only with 'files'"),
+        ({}, {"data.rating_threshold": 4},
+         "data.rating_threshold", "no effect with source 'movielens-100k': only with 'files'"),
         ({"data.time_zone": "UTC"}, {"data.label": {"like": 1}}, "data.label", "no effect"),
-        (RECFLOW, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
+        (SPARK, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
         # So are tables that would not be read, and events that would not be dropped.
-        (RECFLOW, {"data.items_path": "items.csv"}, "data.items_path",
-         "no effect with source 'recflow', read as it was published"),
-        (KUAIRAND | {"data.unknown_items": "drop"}, {"data.source": "recflow"},
-         "data.unknown_items", "no effect with source 'recflow'"),
-        (RECFLOW | {"data.duplicates": "drop"},
+        ({}, {"data.items_path": "items.csv"}, "data.items_path",
+         "no effect with source 'movielens-100k', read as it was published"),
+        (FILES | {"data.unknown_items": "drop"}, {"data.source": "movielens-100k"},
+         "data.unknown_items", "no effect"),
+        (FILES | {"data.duplicates": "drop"},
          {"data.source": "movielens-100k"}, "data.duplicates", "no effect"),
-        (KUAIRAND, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
+        ({}, {"data.earliest_time": datetime(2022, 4, 8)}, "data.earliest_time", "no effect"),
         ({}, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect with source 'movie"),
         (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
         (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
         ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),
         ({}, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
         ({}, {"split.kind": "column"}, "split.kind", "no column part"),
-        (RECFLOW, {"split.kind": "column"}, "split.kind", "no column part"),
         ({"split.test": 0.2, "data.path": "x.csv"}, {"split.kind": "column"}, "split.test",
          "got 0.2 with kind 'column': the log's own column says it"),
         (STARTS, {"split.test": None}, "split", "for both"),
@@ -321,7 +317,7 @@ def test_the_default_mixture_can_draw_every_item() -> None:
 
 def test_a_path_is_read_as_files_unless_told_otherwise() -> None:
     assert RunConfig(data={"path": "x.csv"}).data.source == "files"
-    assert RunConfig(data={"path": "x", "source": "recflow"}).data.source == "recflow"
+    assert RunConfig(data={"path": "x", "source": "spark"}).data.source == "spark"
     assert RunConfig().data.source == "movielens-100k"
 
 

@@ -152,11 +152,11 @@ class RunConfig(Config):
     def _problems(self) -> Iterator[tuple[str, str]]:
         """Yields what stages ask of each other and do not get."""
         model = self.model
-        if self.split.kind == "column" and self.data.source in ("movielens-100k", "recflow"):
+        if self.split.kind == "column" and self.data.source == "movielens-100k":
             yield (
                 "split.kind",
-                f"got 'column' with source {self.data.source!r}, whose log has no column part; "
-                "choose another kind",
+                "got 'column' with source 'movielens-100k', whose log has no column part; choose "
+                "another kind",
             )
         if self.split.kind == "held_out_users":
             message = "with split.kind 'held_out_users': an earlier model was trained on them"

@@ -44,14 +44,11 @@ OF_RAW_TABLES = (
     *("list_separator", "unknown_items", "duplicates", "earliest_time", "latest_time"),
     "max_bad_share",
 )
-# Of these and of the tables, what says which data there are; and the sources that heed it.
-_WHICH_DATA: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
-    **dict.fromkeys(("columns", "item_columns", "user_columns"), ("files", "spark")),
-    **dict.fromkeys(("earliest_time", "latest_time", "max_bad_share"), ("files", "spark")),
-    "unknown_items": ("files", "spark", "kuairand"),
-    "duplicates": ("files", "spark", "kuairand", "recflow"),
-}
+# What says which data there are, and which events are positives: MovieLens says it itself.
+_WHICH_DATA = (
+    *("items_path", "users_path", "columns", "item_columns", "user_columns", "label"),
+    *("earliest_time", "latest_time", "max_bad_share", "unknown_items", "duplicates"),
+)
 
 
 def _amount(value: Any) -> Any:
@@ -73,12 +70,12 @@ Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
 class DataConfig(Config):
     """Where events, items and users come from."""
 
-    source: Literal["movielens-100k", "kuairand", "recflow", "files", "spark"] = "movielens-100k"
-    """Your own files, tables in Spark, or a public data set; if not given, files if there is a
-    path. The columns of files tell the kind of log: a funnel has a stage, ratings have a rating
-    (and rating_threshold), impressions a label; without these, every row is a click."""
+    source: Literal["movielens-100k", "files", "spark"] = "movielens-100k"
+    """Your own files, tables in Spark, or MovieLens-100K; if not given, files if there is a path.
+    The columns of files tell the kind of log: a funnel has a stage, ratings have a rating (and
+    rating_threshold), impressions a label; without these, every row is a click."""
     path: Path | None = None
-    """CSV or Parquet file of events, or a folder of them; the folder of a public data set as
+    """CSV or Parquet file of events, or a folder of them; the folder of MovieLens-100K as
     published; for spark the name of a table (docs/reference/data.md)."""
     items_path: Path | None = None
     """CSV or Parquet file of items, or a folder of them; for spark the name of a table."""
@@ -167,12 +164,9 @@ class DataConfig(Config):
         for name in ("stage_values", "rating_threshold"):
             if getattr(self, name) and self.source != "files":
                 yield name, f"has no effect with source {self.source!r}: only with 'files'"
-        for name, sources in _WHICH_DATA.items():
-            is_set = getattr(self, name) != type(self).model_fields[name].default
-            if is_set and self.source not in sources:
+        for name in _WHICH_DATA if self.source == "movielens-100k" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
                 yield name, f"has no effect with source {self.source!r}, read as it was published"
-        if self.label and self.source == "movielens-100k":
-            yield "label", "has no effect with source 'movielens-100k'"
         if self.spark_master is not None and self.source != "spark":
             yield "spark_master", f"has no effect with source {self.source!r}: only with 'spark'"
         if self.source == "spark":

@@ -23,9 +23,7 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run.folder import CONFIG_FILE
-from tfrs_pipeline.sources.kuairand import load_kuairand
 from tfrs_pipeline.sources.movielens import load_movielens_100k
-from tfrs_pipeline.sources.recflow import load_recflow
 
 OnStep = Callable[["StepReport"], None]
 
@@ -160,15 +158,13 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
             for name, path in paths.items()
         }
         return Log.from_ibis(**tables, is_ordered=config.is_ordered, **features)
-    common = {"connection": connection, **features}
-    if config.source == "kuairand":
-        options = given("label", "duplicates", "unknown_items")
-        return load_kuairand(config.path, **options, **common)
-    if config.source == "recflow":
-        return load_recflow(config.path, **given("label", "duplicates"), **common)
-    options = given("rating_threshold", "stage_values", "is_ordered", *OF_RAW_TABLES)
     return Log.from_files(
-        config.path, items=config.items_path, users=config.users_path, **options, **common
+        config.path,
+        items=config.items_path,
+        users=config.users_path,
+        connection=connection,
+        **given("rating_threshold", "stage_values", "is_ordered", *OF_RAW_TABLES),
+        **features,
     )
 
 

@@ -1,0 +1,211 @@
+"""The converters of KuaiRand and RecFlow, on a few made-up rows in the published format."""
+
+import csv
+import importlib.util
+import random
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from tfrs_pipeline.data.log import Log
+
+START_MS = 1_705_104_000_000  # 2024-01-13, UTC
+
+
+def converter(name: str) -> Any:
+    """Imports a script of the benchmarks."""
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+KUAIRAND, RECFLOW = converter("kuairand_log"), converter("recflow_log")
+
+
+def events_of(log: Log) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = log.events.order_by("event_number").to_pyarrow().to_pylist()
+    return rows
+
+
+def moment(milliseconds: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
+
+
+# KuaiRand
+
+
+def exposures(seed: int, num_rows: int, is_rand: int) -> list[dict[str, int]]:
+    rng = random.Random(seed)
+    return [
+        {
+            **dict.fromkeys((*KUAIRAND.COLUMNS, "date", "duration_ms"), 0),
+            "user_id": rng.randrange(5, 8),
+            "video_id": rng.randrange(3),
+            "time_ms": START_MS + rng.randrange(10**9),
+            "is_click": rng.randrange(2),
+            "long_view": rng.randrange(2),
+            "is_rand": is_rand,
+        }
+        for _ in range(num_rows)
+    ]
+
+
+# In the order in which they are read: a part 10 comes after a part 2.
+LOGS = {
+    "log_standard_4_08_to_4_21_27k_part1.csv": exposures(0, 7, 0),
+    "log_standard_4_08_to_4_21_27k_part2.csv": exposures(1, 5, 0),
+    "log_standard_4_08_to_4_21_27k_part10.csv": exposures(2, 5, 0),
+    "log_standard_4_22_to_5_08_27k.csv": exposures(3, 9, 0),
+    "log_random_4_22_to_5_08_27k.csv": exposures(4, 30, 1),
+}
+
+
+@pytest.fixture
+def kuairand(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for name, rows in LOGS.items():
+        with (tmp_path / "data" / name).open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    (tmp_path / "data" / "user_features_27k.csv").write_text("user_id\n5\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("label", "positive"), [(None, "is_click"), ({"long_view": 1.0}, "long_view")]
+)
+def test_every_exposure_of_kuairand_is_an_event(
+    kuairand: Path, label: dict[str, float] | None, positive: str
+) -> None:
+    KUAIRAND.convert(kuairand, kuairand / "events.parquet")
+    log = Log.from_files(kuairand / "events.parquet", timestamp_unit="ms", label=label)
+    found = [
+        (event["user_id"], event["item_id"], event["timestamp"], event["stage"])
+        for event in events_of(log)
+    ]
+    assert found == [
+        (
+            row["user_id"],
+            row["video_id"],
+            moment(row["time_ms"]),
+            "clicked" if row[positive] else "exposed",
+        )
+        for rows in LOGS.values()
+        for row in rows
+    ]
+
+
+def test_kuairand_refuses_what_it_cannot_convert(
+    kuairand: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="no log_standard"):
+        KUAIRAND.list_logs(tmp_path_factory.mktemp("empty"))
+    (kuairand / "data" / "log_random_4_22_to_5_08_27k.csv").unlink()
+    KUAIRAND.list_logs(kuairand)
+    assert "may be drawn as a negative" in capsys.readouterr().out
+    log = kuairand / "data" / "log_standard_4_22_to_5_08_27k.csv"
+    log.rename(log.with_name("log_standard_4_22_to_5_08_1k.csv"))
+    with pytest.raises(SystemExit, match="'1k', '27k'"):
+        KUAIRAND.list_logs(kuairand)
+
+
+# RecFlow
+
+
+def row(**values: int | None) -> dict[str, int | None]:
+    """Makes a row without any flag: rows of a published file have all columns."""
+    ids = {"request_id": 1, "request_timestamp": START_MS, "user_id": 1, "video_id": 1}
+    return {**dict.fromkeys(RECFLOW.COLUMNS, 0), **ids, **values}
+
+
+def write_day(path: Path, rows: list[dict[str, int | None]]) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pa.feather.write_feather(pa.Table.from_pylist(rows), path, chunksize=4)
+
+
+FURTHEST: list[tuple[list[str], str, int | None]] = [
+    (["prerank_neg"], "retrieved", None),
+    (["coarse_neg"], "pre_ranked", None),
+    (["rank_neg"], "pre_ranked", 30),
+    (["rank_pos"], "ranked", 30),
+    (["rerank_neg"], "ranked", 4),
+    (["rerank_pos"], "ranked", 4),
+    (["realshow"], "exposed", 4),
+    (["realshow", "prerank_neg"], "exposed", 4),
+    (["realshow", "rerank_neg", "rank_neg"], "exposed", 4),
+    (["coarse_neg", "prerank_neg"], "pre_ranked", None),
+    (["rank_pos", "rank_neg"], "ranked", 30),
+]
+
+
+def test_the_furthest_stage_of_recflow_counts(tmp_path: Path) -> None:
+    days = tmp_path / "all_stage"
+    rows = [
+        # Whatever it says of an outcome: without an exposure there is no positive.
+        row(
+            video_id=3 + i,
+            rank_index=30,
+            rerank_index=4,
+            effective_view=int("realshow" not in flags),
+            **dict.fromkeys(flags, 1),
+        )
+        for i, (flags, _, _) in enumerate(FURTHEST)
+    ]
+    clicked = row(video_id=2, realshow=1, effective_view=1, rerank_index=-1)
+    write_day(days / "2024-01-13.feather", [*rows, row(video_id=99, user_id=9)])
+    write_day(tmp_path / "realshow" / "2024-01-13.feather", [clicked])  # Is in the first file.
+    write_day(tmp_path / "realshow" / "2024-01-14.feather", [clicked])
+    RECFLOW.convert(tmp_path, tmp_path / "out")
+    log = Log.from_files(tmp_path / "out" / "events", timestamp_unit="ms")
+    found = [(event["stage"], event["rank"]) for event in events_of(log)]
+    assert found == [*((stage, rank) for _, stage, rank in FURTHEST), ("clicked", None)]
+    assert {event["timestamp"] for event in events_of(log)} == {moment(START_MS)}
+
+
+def test_the_latest_row_of_recflow_describes_an_item(tmp_path: Path) -> None:
+    shown = {"realshow": 1, "effective_view": 1}
+    write_day(
+        tmp_path / "all_stage" / "2024-01-13.feather",
+        [
+            row(**shown, author_id=7, age=1),
+            row(**shown, author_id=8, age=2, request_timestamp=START_MS + 2),
+            row(**shown, author_id=9, age=3, request_timestamp=START_MS + 1),
+        ],
+    )
+    write_day(
+        tmp_path / "all_stage" / "2024-01-14.feather",
+        [row(**shown, author_id=6, age=4, request_timestamp=START_MS + 2)],
+    )
+    RECFLOW.convert(tmp_path, tmp_path / "out")
+    (item,) = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
+    (user,) = pq.read_table(tmp_path / "out" / "users.parquet").to_pylist()
+    assert (item["author_id"], user["age"]) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank_neg": 2}, "rank_neg"),
+        ({"realshow": None}, "realshow IS NULL"),
+        ({"realshow": 1, "effective_view": 7}, ".*effective_view"),
+        ({"request_timestamp": START_MS // 1000}, "request_timestamp"),
+        ({"request_id": None}, "request_id IS NULL"),
+    ],
+)
+def test_recflow_refuses_values_that_cannot_be(
+    tmp_path: Path, values: dict[str, int | None], message: str
+) -> None:
+    path = tmp_path / "all_stage" / "2024-01-13.feather"
+    write_day(path, [row(realshow=1, effective_view=1), {**row(), **values}])
+    with pytest.raises(SystemExit, match=f"1 rows where {message}"):
+        RECFLOW.convert(tmp_path, tmp_path / "out")
