@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, counted
 from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
 from tfrs_pipeline.run.folder import CONFIG_FILE
@@ -164,7 +165,7 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
     yield "for whom", for_whom.why
     for line in advice(metrics, f"ndcg@{longest}", config):
         yield "try", line
-    if better.is_good is False:
+    if better.outcome in (Outcome.LEVEL, Outcome.WORSE):
         yield "more", "docs/guides/debugging.md"
 
 

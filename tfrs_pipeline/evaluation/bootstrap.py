@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -10,16 +11,29 @@ import numpy as np
 _DRAWS_PER_BLOCK = 1 << 23
 
 
+class Outcome(Enum):
+    """How one model compares with another, by the 95% interval of their paired difference."""
+
+    BETTER = "better"
+    LEVEL = "level"
+    WORSE = "worse"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over queries with its 95% bootstrap interval.
 
-    NaN where no query was measured; of a single one there is a mean and no interval.
+    All are NaN where no query was measured; low and high are NaN where only one was.
     """
 
     mean: float
     low: float
     high: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """Reads the interval as a difference: level if it holds 0, or is missing."""
+        return Outcome.BETTER if self.low > 0 else Outcome.WORSE if self.high < 0 else Outcome.LEVEL
 
     def as_dict(self) -> dict[str, float | None]:
         """Returns the numbers for JSON, with None for NaN."""
@@ -31,16 +45,16 @@ def bootstrap_intervals(
 ) -> list[Interval]:
     """Computes the mean of each column of per-query values, with a 95% percentile interval.
 
-    Whole queries are drawn with replacement, the same ones for every column, so that columns stay
-    paired: the interval of a difference of two models is that of the column of their differences.
+    Whole queries are drawn with replacement, the same ones for every column, so columns stay
+    paired: for the interval of a difference, pass a column of differences.
 
     Args:
         values: [num_queries, num_columns] floats. A mean skips NaN.
-        num_bootstrap: How many resamples. 0 computes the means only and sets low and high to NaN.
-        seed: Same seed and number of queries, same resamples.
+        num_bootstrap: Number of resamples. 0 computes means only; low and high are NaN.
+        seed: The same seed and number of queries give the same resamples.
 
     Returns:
-        An interval a column.
+        One interval for each column.
 
     Raises:
         ValueError: If `values` is not a matrix, or a number is out of range.
@@ -56,13 +70,13 @@ def bootstrap_intervals(
         )
     is_measured = ~np.isnan(values)
     filled = np.where(is_measured, values, 0.0)
-    # The measured ones count in the denominator, so that each resample has a mean of its own.
+    # Each resample divides by its own number of measured queries.
     both = np.concatenate([filled, is_measured.astype(np.float64)], axis=1)
     means = _divide(both.sum(axis=0)[None])[0]
     resampled = _divide(_resampled_sums(both, num_bootstrap, np.random.default_rng(seed)))
     intervals = []
     for column, mean in enumerate(means):
-        # One value says nothing of how much another might differ.
+        # A single value has no spread.
         draws = resampled[:, column] if is_measured[:, column].sum() > 1 else np.empty(0)
         draws = draws[~np.isnan(draws)]
         low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)

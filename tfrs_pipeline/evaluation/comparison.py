@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tfrs_pipeline.drawing import GRID, MARKERS, SERIES, SOFT, new_figure
-from tfrs_pipeline.evaluation.bootstrap import Interval
+from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.evaluation.table import format_table
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ AUC_TITLES = {
     "auc_rank_losers": "rank losers",
     "auc_exposed": "exposed, not clicked",
 }
+_LINKS = {Outcome.BETTER: "than", Outcome.LEVEL: "with", Outcome.WORSE: "than"}
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,18 @@ def comparison_table(
 
 
 def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> str:
-    """Says which plans are better and worse than the reference, by the intervals, and which level.
-
-    A plan without an interval, of a single query, is level.
-    """
-    others = [row for row in rows if row.name != reference]
-    better = [row.name for row in others if row.differences[metric].low > 0]
-    worse = [row.name for row in others if row.differences[metric].high < 0]
-    level = [row.name for row in others if row.name not in (*better, *worse)]
+    """Says which plans are better than the reference, level with it and worse, by the intervals."""
     best = max(rows, key=lambda row: row.metrics[metric].mean)
-    said = {"better than": better, "level with": level, "worse than": worse}
-    parts = [f"{how} {reference}: {', '.join(names)}" for how, names in said.items() if names]
-    return f"in {metric} {'; '.join([f'best: {best.name}', *parts])}"
+    parts = [f"best: {best.name}"]
+    for outcome, link in _LINKS.items():
+        names = [
+            row.name
+            for row in rows
+            if row.name != reference and row.differences[metric].outcome is outcome
+        ]
+        if names:
+            parts.append(f"{outcome.value} {link} {reference}: {', '.join(names)}")
+    return f"in {metric} {'; '.join(parts)}"
 
 
 def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:
@@ -150,8 +151,7 @@ def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str
     base = next(row.metrics[metric].mean for row in rows if row.name == reference)
     for place, row in enumerate(rows):
         interval = row.differences.get(metric, Interval(0.0, 0.0, 0.0))
-        is_different = interval.low > 0 or interval.high < 0
-        colour = SERIES[0] if is_different else SOFT
+        colour = SOFT if interval.outcome is Outcome.LEVEL else SERIES[0]
         if not np.isnan(interval.low):
             axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         axes.plot(interval.mean, place, "o", color=colour)

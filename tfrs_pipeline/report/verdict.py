@@ -1,6 +1,6 @@
-"""What a run's numbers come to, in words, and what to try where a baseline wins.
+"""What a run's numbers mean, in words, and what to try where a baseline wins.
 
-All from `metrics.json` and the run's settings, for the terminal and the page alike.
+All of it follows from `metrics.json` and the run's settings; the terminal and the page show it.
 """
 
 from __future__ import annotations
@@ -11,128 +11,195 @@ from operator import attrgetter
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.presets import PRESETS
 
-# Fewer positives an item than this leave an embedding an item little to learn from.
+# With fewer positives an item, an embedding an item learns little.
 _FEW_POSITIVES = 10
-# Numbers a feature beyond which no more are suggested: docs/guides/new_items.md.
+# No larger model.feature_dim is suggested: docs/guides/new_items.md.
 _LARGE_FEATURE_DIM = 32
-_NOT_EMBEDDED = {"numeric", "timestamp"}  # Kinds that model.feature_dim is nothing to.
-# Of what is new to a model, a share that its numbers are mostly about.
+_NOT_EMBEDDED = {"numeric", "timestamp"}  # Kinds that model.feature_dim does not affect.
+# Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
 # Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
 _HIGH_TEMPERATURE = 0.2
 _READS_HISTORIES = ("ease", "ials")
 
 Metrics = Mapping[str, Any]
+# How people write the models that a run names.
+_WRITTEN = {
+    "ease": "EASE",
+    "ials": "iALS",
+    "two_tower_uncorrected": "the uncorrected model",
+    "in_service": "the model in service",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The model beside another, by one metric.
+
+    Args:
+        name: Of the other.
+        own: The model's mean.
+        other: The other's mean.
+        gain: The model minus the other, query by query; it has an interval.
+    """
+
+    name: str
+    own: float
+    other: float
+    gain: Interval
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the model compares with the other."""
+        return self.gain.outcome
+
+    @property
+    def written(self) -> str:
+        """The other's name, for people."""
+        return _WRITTEN.get(self.name, self.name)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An answer to one of the questions that a run is made for, and the sentence that it rests on.
+    """The answer to a question that a run is made for, and the sentence that it rests on.
 
-    `is_good` says whether it is what one hopes for; None where it is neither.
+    `outcome` is None where nothing was measured.
     """
 
     answer: str
     why: str
-    is_good: bool | None
+    outcome: Outcome | None
+
+
+def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
+    """Compares the model, the first, with each other model that was measured with an interval.
+
+    `part` is a slice, or empty for the whole corpus.
+    """
+    models = {
+        name: (model["slices"][part] if part else model)[metric]["mean"]
+        for name, model in metrics["models"].items()
+    }
+    own, *_ = models.values()
+    found = []
+    for name, differences in metrics["differences"].items():
+        x = differences[f"{part}/{metric}" if part else metric]
+        if x["low"] is not None:
+            # 0.0 - x, because -x would print zero as -0.0.
+            gain = Interval(0.0 - x["mean"], 0.0 - x["high"], 0.0 - x["low"])
+            found.append(Compared(name, own, models[name], gain))
+    return found
+
+
+def _is_variant(name: str) -> bool:
+    """Whether a model is another form of the two-tower model, or an earlier version of it.
+
+    `serving.gate` calls the earlier version "in_service".
+    """
+    return name.startswith("two_tower_") or name == "in_service"
 
 
 def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
-    """Tells whether the model is better than each baseline, by 95% intervals of the difference.
-
-    Another form of the model itself, such as the uncorrected one or the version in service, is no
-    baseline.
-    """
-    first, *_ = metrics["models"]
-    others = {n: x[metric] for n, x in metrics["differences"].items() if not _is_form(n)}
-    measured = {name: x for name, x in others.items() if x["low"] is not None}
-    ahead = [name for name, x in measured.items() if x["low"] > 0]
-    behind = [name for name, x in measured.items() if x["high"] < 0]
-    level = [name for name in measured if name not in (*ahead, *behind)]
-    if not measured:
-        return Verdict("not compared", f"no other model was measured beside {first}", None)
-    parts = []
-    if ahead:
-        parts.append(f"{_listed(ahead)} {'is' if len(ahead) == 1 else 'are'} better than {first}")
-    if level:
-        parts.append(f"{first} does not clearly differ from {_listed(level)}")
-    if behind:
-        parts.append(f"{first} is better than {_listed(behind)}")
-    nearest = max(measured, key=lambda name: measured[name]["mean"])
-    gap = f"the nearest, {nearest}, is {_gap(measured[nearest])}"
-    answer = "no" if ahead else "not clearly" if level else "yes"
-    return Verdict(answer, f"in {metric} {'; '.join(parts)} ({gap})", answer == "yes")
+    """Says whether the model is better than each baseline; variants of it are no baselines."""
+    compared = [x for x in _compare(metrics, metric) if not _is_variant(x.name)]
+    if not compared:
+        return Verdict("not compared", "no baseline was measured beside it", None)
+    best, *others = sorted(compared, key=lambda x: x.gain.mean)
+    gap, where = _gap(best.gain), "above" if best.gain.mean > 0 else "below"
+    about_best = {
+        Outcome.BETTER: f"it beats the best baseline, {best.written}, by {gap}",
+        Outcome.LEVEL: f"it is {gap} {where} the best baseline, {best.written}, no clear difference",
+        Outcome.WORSE: f"the best baseline, {best.written}, beats it by {gap}",
+    }
+    parts = [about_best[best.outcome]]
+    for outcome, words in (
+        (Outcome.WORSE, "it is also behind"),
+        (Outcome.LEVEL, "it does not clearly differ from"),
+        (Outcome.BETTER, "it also beats" if best.outcome is Outcome.BETTER else "it beats"),
+    ):
+        if names := [x.written for x in others if x.outcome is outcome]:
+            parts.append(f"{words} {_listed(names)}")
+    lowest = _lowest(compared)
+    answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "not clearly", Outcome.WORSE: "no"}
+    return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Tells where in popularity the model is ahead of all baselines, and where one is ahead.
+    """Says in which slices the model beats every baseline, and in which a baseline beats it.
 
-    By 95% intervals of the difference, query by query. Another form of the model itself, such as
-    the uncorrected one, is no baseline; where it finds more, that is said besides.
+    Where a variant of the model, such as the uncorrected one, finds more, that is said besides.
     """
-    first, *others = metrics["models"]
-    baselines = [name for name in others if not _is_form(name)]
-    found: dict[str, list[str]] = {"ahead in": [], "level in": [], "behind in": []}
-    other_forms: list[str] = []
-    for part in metrics["models"][first]["slices"]:
-        means = {n: m["slices"][part][metric]["mean"] for n, m in metrics["models"].items()}
-        above = {
-            name: x[f"{part}/{metric}"]
-            for name, x in metrics["differences"].items()
-            if x[f"{part}/{metric}"]["low"] is not None
-        }
-        rivals = {name: above[name] for name in baselines if name in above}
-        if not rivals:
+    slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    numbers, variants = [], []
+    first = next(iter(metrics["models"].values()))
+    for part in first["slices"]:
+        compared = _compare(metrics, metric, part)
+        baselines = [x for x in compared if not _is_variant(x.name)]
+        if not baselines:
             continue
-        shown = {name: f"{part} ({means[first]:.2f}, {name} {means[name]:.2f})" for name in above}
-        ahead = [name for name, x in rivals.items() if x["low"] > 0]
-        if all(x["high"] < 0 for x in rivals.values()):
-            found["ahead in"].append(part)
-        elif ahead:
-            found["behind in"].append(shown[max(ahead, key=lambda name: rivals[name]["mean"])])
-        else:
-            found["level in"].append(part)
-        better = (name for name, x in above.items() if name not in rivals and x["low"] > 0)
-        other_forms += [shown[name] for name in better]
-    passed = _listed(baselines) if found["ahead in"] else ""
-    words: list[tuple[list[str], str]] = [
-        (found["ahead in"], f"ahead of {passed} in the"),
-        (found["level in"], "level with the best one in the"),
-        (found["behind in"], "behind one in the"),
-    ]
-    why = "; ".join(f"{word} {_listed(parts)}" for parts, word in words if parts)
-    if not why:
+        lowest = _lowest(baselines)
+        slices[lowest].append(part)
+        if lowest is Outcome.WORSE:
+            ahead = (x for x in baselines if x.outcome is Outcome.WORSE)
+            rival = min(ahead, key=lambda x: x.gain.mean)
+            numbers.append(f"{rival.written} {rival.other:.2f} against {rival.own:.2f}")
+        variants += [
+            f"{x.written} finds more {part} items ({x.other:.2f} against {x.own:.2f})"
+            for x in compared
+            if _is_variant(x.name) and x.outcome is Outcome.WORSE
+        ]
+    if not any(slices.values()):
         return Verdict("not compared", "no baseline was measured beside it", None)
-    if other_forms:
-        why += f"; another form of it finds more in the {_listed(other_forms)}"
-    is_good = not found["behind in"] or (None if found["ahead in"] or found["level in"] else False)
-    answer = next(f"{word} the {_listed(found[word])}" for word in found if found[word])
-    return Verdict(answer.partition(" (")[0], f"in {metric} it is {why}", is_good)
+    worse = [f"{part} ({x})" for part, x in zip(slices[Outcome.WORSE], numbers, strict=True)]
+    said = (
+        ("beats every baseline in the", slices[Outcome.BETTER]),
+        ("is level with the best in the", slices[Outcome.LEVEL]),
+        ("is behind the best in the", worse),
+    )
+    parts = _listed([f"{words} {_listed(names)}" for words, names in said if names])
+    is_all = [outcome for outcome in Outcome if slices[outcome]]
+    answer = f"{is_all[0].value} in the {_listed(slices[is_all[0]])}"
+    outcome = is_all[0] if len(is_all) == 1 else Outcome.LEVEL
+    return Verdict(answer, f"in {metric} it {'; '.join([parts, *variants])}", outcome)
 
 
 def found_by_index(index: Metrics) -> Verdict:
-    """Tells what the index finds of the exact answers."""
+    """Says what the index finds of the exact answers."""
+    if index["kind"] == "exact":
+        return Verdict("exact", "exact search: nothing is lost", Outcome.BETTER)
     if index["kind"] != "scann":
-        exact = index["kind"] == "exact"
-        why = "exact search: nothing is lost" if exact else index["kind"]
-        return Verdict("exact" if exact else "none", why, True if exact else None)
-    requests = index.get("requests", [])
-    lowest = min((x["recall"] for x in requests), default=None)
+        return Verdict("none", index["kind"], None)
     target = index["target_recall"]
+    lowest = min((x["recall"] for x in index.get("requests", [])), default=None)
     if lowest is None:
         return Verdict("not measured", f"tuned to find {target:.0%} of the exact answer", None)
-    why = f"at least {lowest:.1%} of the exact answer is found, where {target:.0%} were asked for"
-    return Verdict("yes" if lowest >= target else "below its target", why, lowest >= target)
+    why = f"at least {lowest:.1%} of the exact answer is found; the target is {target:.0%}"
+    is_reached = lowest >= target
+    outcome = Outcome.BETTER if is_reached else Outcome.WORSE
+    return Verdict("yes" if is_reached else "below its target", why, outcome)
+
+
+def _lowest(compared: Sequence[Compared]) -> Outcome:
+    """Worse if any is worse, better if all are better, else level."""
+    outcomes = {x.outcome for x in compared}
+    return next(x for x in (Outcome.WORSE, Outcome.LEVEL, Outcome.BETTER) if x in outcomes)
+
+
+def _gap(gain: Interval) -> str:
+    """Writes the size of a gain with its interval, as positive numbers where it is clear."""
+    low, high = (gain.low, gain.high) if gain.mean > 0 else (0.0 - gain.high, 0.0 - gain.low)
+    return f"{abs(gain.mean):.4f} [{low:.4f}, {high:.4f}]"
 
 
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try, each from what was measured.
+    """Says what to try, from what was measured; never what the settings have already.
 
-    The models are compared by `metric`; where this one is clearly better, only what would be more
-    or otherwise measured is said. What the run's settings have already is not suggested.
+    Models are compared by `metric`. A model that is clearly better gets only advice on longer
+    training, the correction and what the test measures.
     """
     models, monitor = metrics["models"], config.training.monitor
     first, *_ = models
@@ -142,16 +209,16 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     values = training["history"].get(f"val_{monitor}", [])
     if training["best_epoch"] == len(values):
         yield (
-            f"trained too shortly: validation {monitor} was best after the last of "
+            f"training stopped too early: validation {monitor} was best after the last of "
             f"{counted(len(values), 'epoch')}. Raise training.max_epochs"
         )
-    if measures:  # What else the numbers say would be of another question.
+    if measures:  # The other numbers answer another question.
         return
     if _is_better("two_tower_uncorrected", metrics, metric):
         yield (
-            "the correction costs here: two_tower_uncorrected is better. Set model.correction none"
+            "the correction costs here: the uncorrected model is better. Set model.correction none"
         )
-    if compared_with_baselines(metrics, metric).is_good is not False:
+    if compared_with_baselines(metrics, metric).outcome in (None, Outcome.BETTER):
         return
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
@@ -179,10 +246,10 @@ def _for_few_positives(config: RunConfig) -> str:
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
-    """Says what the test measures instead of how well a user's next items are found."""
+    """Says where the test measures something other than a user's next items."""
     num_queries, num_empty = model["num_queries"], model.get("num_empty_histories", 0)
     if num_empty > num_queries / 2:
-        remedy = ". To measure users by their history set split.kind to last_share"
+        remedy = ". To test users with a history, set split.kind to last_share"
         yield (
             f"{num_empty:,} of {num_queries:,} test queries have an empty history: the test is of "
             f"new users{remedy if config.split.kind != 'last_share' else ''}"
@@ -190,7 +257,7 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
     num_left, num_excluded = model["num_relevant"], model["num_relevant_excluded"]
     if num_excluded > num_left and config.evaluation.exclude != "none":
         yield (
-            f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, since "
+            f"{num_excluded:,} of {num_left + num_excluded:,} items to find are excluded, because "
             f"their users had {config.evaluation.exclude} them before. If they may come again, set "
             "evaluation.exclude to none"
         )
@@ -203,14 +270,8 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
         )
 
 
-def _is_form(name: str) -> bool:
-    """Whether a model is another form of the two-tower model, or an earlier version of it."""
-    # As serving.gate calls it: the page needs nothing else of there.
-    return name.startswith("two_tower_") or name == "in_service"
-
-
 def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try where popularity is better, or as good as what reads histories."""
+    """Says what to try where popularity beats the model, or is level with EASE and iALS."""
     models, model = metrics["models"], config.model
     remedies = []
     if model.use_candidate_id and not model.candidate_bias:
@@ -218,17 +279,17 @@ def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iter
     if model.temperature < _HIGH_TEMPERATURE:
         remedies.append(f"raise model.temperature, which is {model.temperature:g}")
     if config.split.kind in (None, "time"):
-        remedies.append("see with split.kind last_share whether what is popular has changed")
+        remedies.append("check with split.kind last_share whether popularity has changed over time")
     if remedies and _is_better("popularity", metrics, metric):
         yield f"behind popularity: {', or '.join(remedies)}"
     popular = models["popularity"][metric]
     reading = {n: models[n][metric] for n in _READS_HISTORIES if n in models}
     if reading and popular["high"] and all(x["mean"] <= popular["high"] for x in reading.values()):
-        is_one = len(reading) == 1
+        written, is_one = [_WRITTEN[name] for name in reading], len(reading) == 1
         yield (
-            f"{_listed(reading)}, which {'reads' if is_one else 'read'} neither order nor "
+            f"{_listed(written)}, which {'reads' if is_one else 'read'} neither order nor "
             f"features, {'does' if is_one else 'do'} not clearly beat popularity either. "
-            "Look at what counts as a click, and whether training and test are of one time"
+            "Check what counts as a click, and whether training and test cover the same period"
         )
 
 
@@ -248,10 +309,10 @@ def _behind_linear_models(
         reads_ids = model.use_candidate_id or model.history_pooling
         if reads_ids and model.item_init == "random" and config.warm_start is None:
             remedies.append("set model.item_init svd")
-        if not (config.data.item_features or is_small):  # If it is small, that has been said.
+        if not (config.data.item_features or is_small):  # In a small log that has been said.
             remedies.append("give features of the items (data.item_features)")
         remedies.append("more model.negatives")
-    yield f"behind {_listed(better)}: {', or '.join(remedies)}"
+    yield f"behind {_listed([_WRITTEN[name] for name in better])}: {', or '.join(remedies)}"
 
 
 def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
@@ -260,15 +321,6 @@ def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
     return bool(above) and (above["low"] or 0) > 0
 
 
-def _gap(above: Mapping[str, float]) -> str:
-    """Says by how much another is behind or ahead, as positive numbers with their interval."""
-    mean, low, high = above["mean"], above["low"], above["high"]
-    if mean <= 0:
-        # Not -0.0, which would be shown with its sign.
-        mean, low, high = 0.0 - mean, 0.0 - high, 0.0 - low
-    return f"{mean:.4f} [{low:.4f}, {high:.4f}] {'ahead' if above['mean'] > 0 else 'behind'}"
-
-
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+def _listed(names: Sequence[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
