@@ -112,7 +112,9 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     gap, where = _gap(best.gain), "above" if best.gain.mean > 0 else "below"
     about_best = {
         Outcome.BETTER: f"it beats the best baseline, {best.written}, by {gap}",
-        Outcome.LEVEL: f"it is {gap} {where} the best baseline, {best.written}, no clear difference",
+        Outcome.LEVEL: (
+            f"it is {gap} {where} the best baseline, {best.written}, no clear difference"
+        ),
         Outcome.WORSE: f"the best baseline, {best.written}, beats it by {gap}",
     }
     parts = [about_best[best.outcome]]
