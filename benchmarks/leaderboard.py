@@ -26,13 +26,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,9 @@ from record import COMMIT, command, machine, write_json
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
+from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, Steps, prepare
-from tfrs_pipeline.run.training import fit_baselines, train_and_refit
+from tfrs_pipeline.run.training import train_and_refit
 
 NUM_BOOTSTRAP = 1000
 
@@ -150,21 +153,16 @@ OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "preset_sets": {"gowalla": PRESETS["sets"][1]},
 }
 
+# Values to choose from on validation; without any, the default run's own.
 IALS_GRIDS: dict[str, dict[str, Any]] = {
-    "ml-100k": {},  # The default run's own settings.
-    "ml-1m": {
-        "evaluation.ials_regularization": (10.0, 30.0, 100.0),
-        "evaluation.ials_alpha": (3.0, 10.0),
-    },
-    "gowalla": {
-        "evaluation.ials_regularization": (3.0, 10.0, 30.0),
-        "evaluation.ials_alpha": (10.0, 50.0),
-    },
+    "ml-100k": {},
+    "ml-1m": {"regularization": (10.0, 30.0, 100.0), "alpha": (3.0, 10.0)},
+    "gowalla": {"regularization": (3.0, 10.0, 30.0), "alpha": (10.0, 50.0)},
 }
 # Gowalla's 40,981 items are over its cap: 20 GB of memory.
 EASE_GRIDS: dict[str, dict[str, Any]] = {
     "ml-100k": {},
-    "ml-1m": {"evaluation.ease_l2": (100.0, 300.0, 1000.0, 3000.0)},
+    "ml-1m": {"l2": (100.0, 300.0, 1000.0, 3000.0)},
 }
 
 
@@ -220,11 +218,13 @@ class Model:
     Args:
         settings: Data set -> settings by dotted name; a data set that is missing has no such line.
         fit: How it is fitted.
+        grids: Data set -> values to choose from on validation, of a baseline.
         is_seeded: Whether the seed changes anything.
     """
 
     settings: dict[str, dict[str, Any]]
     fit: Fit
+    grids: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_seeded: bool = True
 
 
@@ -250,12 +250,17 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | 
     }
 
 
-def baseline(name: str) -> Fit:
-    """Makes the fit of one of the package's baselines."""
+def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fit:
+    """Makes the fit of one of the package's baselines, chosen from a grid on validation."""
 
     def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
-        found, notes = fit_baselines(own, data)
+        grids = None
+        if grid:
+            make = {"ease": tp.Ease, "ials": functools.partial(tp.Ials, seed=config.seed)}[name]
+            values = itertools.product(*grid.values())
+            grids = {name: [make(**dict(zip(grid, x, strict=True))) for x in values]}
+        found, notes = fit_baselines(own, data, grids=grids)
         return found[name], {"notes": notes}
 
     return fit
@@ -284,8 +289,8 @@ def _everywhere() -> dict[str, dict[str, Any]]:
 
 MODELS: dict[str, Model] = {
     "popularity": Model(_everywhere(), baseline("popularity"), is_seeded=False),
-    "ease": Model(EASE_GRIDS, baseline("ease"), is_seeded=False),
-    "ials": Model(IALS_GRIDS, baseline("ials")),
+    "ease": Model({data: {} for data in EASE_GRIDS}, baseline("ease"), EASE_GRIDS, is_seeded=False),
+    "ials": Model({data: {} for data in IALS_GRIDS}, baseline("ials"), IALS_GRIDS),
     "gfcf": Model({"gowalla": {}}, fit_gfcf, is_seeded=False),
     "tutorial": Model(_everywhere(), of_tutorial(tutorial.NUM_EPOCHS, corrected=False)),
     "tutorial_corrected": Model(
@@ -307,7 +312,9 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     model = MODELS[name]
     own = model.settings[task.data]
     budget = max_seconds if name in OUR_MODELS else None
-    asked: dict[str, Any] = {"settings": {**task.protocol.settings, **own}, "max_seconds": budget}
+    grid = model.grids.get(task.data)
+    settings = {**task.protocol.settings, **own, **(grid or {})}
+    asked: dict[str, Any] = {"settings": settings, "max_seconds": budget}
     asked = to_jsonable_python(asked)  # As it is read back: tuples are lists.
     folder = task.folder / "fits" / f"{name}-seed{seed}"
     _claim(folder, asked)
@@ -318,7 +325,8 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     data = task.prepare(config)
     tf.keras.backend.clear_session()
     prepared = time.monotonic()
-    retriever, notes = model.fit(config, data, folder, budget)
+    fit = baseline(name, grid) if grid else model.fit
+    retriever, notes = fit(config, data, folder, budget)
     fitted = time.monotonic()
     measured = tp.evaluate(
         retriever,

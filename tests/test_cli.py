@@ -487,9 +487,8 @@ def test_the_next_command_it_names_works(command: Any, run: Run) -> None:
 def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
     command: Any, run: Run, tmp_path: Path
 ) -> None:
-    spilled = tmp_path / "spilled"
-    more = ["--preset", "quick", "--training.max_epochs", "7", "--data.temporary_folder", spilled]
-    arguments = run_arguments(tmp_path, *more, "--check")
+    more = ["--preset", "quick", "--training.max_epochs", "7", "--check"]
+    arguments = run_arguments(tmp_path, *more)
     before = set(tmp_path.iterdir())
     answer = command(*arguments)
     assert (answer.code, answer.err) == (0, "")
@@ -505,16 +504,12 @@ def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
     assert said(stages) == everything[everything.index("data") : first_epoch]
     path = tmp_path / "shown.toml"
     path.write_text(changes.partition("\n\n")[2])
-    given = {
-        "export.filter_by": "genre",
-        "training.max_epochs": 7,
-        "data.temporary_folder": spilled,
-    }
+    given = {"export.filter_by": "genre", "training.max_epochs": 7}
     # Those of the file, the preset and the flags, and nothing else.
     written = load_config(tmp_path / "small.toml")
     assert load_config(path) == with_settings(written, given, preset="quick")
     assert "seed" not in path.read_text()
-    assert {*tmp_path.iterdir()} - before == {spilled, path}
+    assert {*tmp_path.iterdir()} - before == {path}
 
 
 @pytest.mark.parametrize(

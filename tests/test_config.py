@@ -250,8 +250,6 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (SPARK, {"data.path": None}, "data.path", "name of the table"),
         (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "a log already"),
         (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
-        (SPARK | {"data.spark_master": "local"}, {"data.source": "files"}, "data.spark_master",
-         "only with 'spark'"),
         (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
         (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
         (FILES, {"data.user_features": {"t": "text"}}, "data.users_path", "required"),

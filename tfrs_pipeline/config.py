@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import tomli_w
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
@@ -53,12 +53,6 @@ class EvaluationConfig(Config):
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
     chooses); the user's own items again, if evaluation.exclude is none; EASE; iALS."""
-    ease_l2: Several[PositiveFloat] = (200.0,)
-    """Regularisation of EASE; validation chooses among several values."""
-    ials_regularization: Several[PositiveFloat] = (30.0,)
-    """Regularisation of iALS; validation chooses among several values."""
-    ials_alpha: Several[PositiveFloat] = (6.0,)
-    """Weight of a positive in iALS; validation chooses among several values."""
 
 
 class ExportConfig(Config):
@@ -109,9 +103,6 @@ class CompareConfig(Config):
     """Exponents of the power law in the plan resampled: one plan each."""
     max_steps: PositiveInt | None = None
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
-    max_seconds: PositiveFloat | None = None
-    """Budget of a plan in seconds from its first step on, after which no epoch is begun. Seconds
-    depend on what else the machine does and are fair only roughly; max_steps is exact."""
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:

@@ -403,15 +403,8 @@ def epochs_of(folder: Path, plan: str) -> list[str]:
     return sorted(path.stem for path in saved.glob("epoch-*.json"))
 
 
-def test_budget_in_steps_and_seconds(
-    config: RunConfig, compared: PlanComparison, tmp_path: Path
-) -> None:
+def test_the_budget_in_steps(compared: PlanComparison) -> None:
     assert epochs_of(compared.folder, "mixed")[-1] == f"epoch-{NUM_EPOCHS}"
-    settings = {"compare.plans": ["mixed"], "compare.max_steps": None, "compare.max_seconds": 1e-3}
-    seconds = compare(with_settings(config, settings), tmp_path / "run")
-    assert epochs_of(seconds.folder, "mixed") == ["epoch-1"]
-    assert seconds.notes == ["mixed: stopped by compare.max_seconds after 1 of 9 epochs"]
-    assert "Mixed: stopped by compare.max_seconds" in (seconds.folder / "comparison.md").read_text()
 
 
 def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> None:

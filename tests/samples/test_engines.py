@@ -162,7 +162,6 @@ def test_a_config_names_tables_of_spark(spark: Any, logs: tuple[Log, Log], tmp_p
         path=Path("events"),
         items_path=Path("items"),
         item_features={"genre": "categorical"},
-        spark_master="local[2]",
     )
     load_log(data).write(tmp_path)
     assert len(part_files(tmp_path / "events.parquet")) > 1

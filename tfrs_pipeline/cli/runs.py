@@ -153,11 +153,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 def _check(command: str, config: RunConfig) -> int:
     """Shows what would be read, and the settings that are not the defaults; keeps nothing."""
-    console, parent = Console(), config.data.temporary_folder
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
+    console = Console()
     with (
-        tempfile.TemporaryDirectory(dir=parent) as folder,
+        tempfile.TemporaryDirectory() as folder,
         native_errors_to(Path(folder) / "native.log"),
         progress(console) as callbacks,
     ):

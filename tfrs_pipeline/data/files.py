@@ -292,8 +292,8 @@ def check_stored(error: Exception) -> None:
         reason = "a table is not there after it was written, as on a full disk"
     if is_lost or "Could not write file" in reason:
         raise StorageError(
-            f"DuckDB cannot store the log's tables: {reason}. Make room there, or choose another "
-            "folder with --data.temporary_folder, or TMPDIR in the environment."
+            f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
+            "in the environment to another folder."
         ) from error
     if "read-only mode" in reason:
         raise DataError(

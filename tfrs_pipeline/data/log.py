@@ -146,7 +146,6 @@ class Log:
         duplicates: Duplicates = "keep",
         is_ordered: bool = True,
         earliest_time: datetime | None = None,
-        latest_time: datetime | None = None,
         max_bad_share: float = MAX_BAD_SHARE,
         connection: DuckDB | None = None,
     ) -> Log:
@@ -188,8 +187,7 @@ class Log:
             is_ordered: Whether the order of the rows is the order of the events, where there are no
                 timestamps.
             earliest_time: Events before it have no time, such as 0 in place of none; UTC if it has
-                no zone. None means 1990.
-            latest_time: Events from it on have none either. None means a day from now.
+                no zone. None means 1990. Nor have events of more than a day from now.
             max_bad_share: Share of a table's rows that may be dropped because something that they
                 must have is missing or cannot be read, and of its features that may be missing for
                 that; more is refused, with 0 all. A whole row of CSV, ids, a time, a rating, stage,
@@ -216,7 +214,7 @@ class Log:
             rating_threshold,
             stage_values or {},
             label or {},
-            make_period(earliest_time, latest_time),
+            make_period(earliest_time),
             max_bad_share,
             request_features,
         )

@@ -41,13 +41,13 @@ Kind: TypeAlias = Annotated[FeatureKind, BeforeValidator(_kind)]
 # What says how to read tables that are no log yet: arguments of `Log.from_files`.
 OF_RAW_TABLES = (
     *("columns", "item_columns", "user_columns", "label", "timestamp_unit", "time_zone"),
-    *("list_separator", "unknown_items", "duplicates", "earliest_time", "latest_time"),
+    *("list_separator", "unknown_items", "duplicates", "earliest_time"),
     "max_bad_share",
 )
 # What says which data there are, and which events are positives: MovieLens says it itself.
 _WHICH_DATA = (
     *("items_path", "users_path", "columns", "item_columns", "user_columns", "label"),
-    *("earliest_time", "latest_time", "max_bad_share", "unknown_items", "duplicates"),
+    *("earliest_time", "max_bad_share", "unknown_items", "duplicates"),
 )
 
 
@@ -123,21 +123,14 @@ class DataConfig(Config):
     drop and count all but the first, or stop."""
     earliest_time: datetime | None = None
     """Events before this time count as having none, such as a 0 for a missing time; in UTC if
-    without a zone; if not given, 1990."""
-    latest_time: datetime | None = None
-    """Events from this time on count as having none; if not given, a day from now."""
+    without a zone; if not given, 1990. So do events of more than a day from now."""
     max_bad_share: float = Field(0.1, ge=0, lt=1)
     """Share of a table's rows that may be dropped, and counted, because a required value is missing
     or unreadable; more is refused, with 0 any such row."""
 
     memory_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")
-    """Memory of DuckDB for making the log and the samples, such as 4GB; the rest goes to disk. If
-    not given, four fifths of the machine's memory."""
-    temporary_folder: Path | None = None
-    """Where DuckDB spills what does not fit in memory; if not given, the system's folder."""
-    spark_master: str | None = None
-    """Spark's master for source spark, such as local[4] or spark://host:7077; if not given, that of
-    Spark's own settings."""
+    """Memory of DuckDB for making the log and the samples, such as 4GB; the rest goes to disk, into
+    the folder that TMPDIR names. If not given, four fifths of the machine's memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -167,10 +160,8 @@ class DataConfig(Config):
         for name in _WHICH_DATA if self.source == "movielens-100k" else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 yield name, f"has no effect with source {self.source!r}, read as it was published"
-        if self.spark_master is not None and self.source != "spark":
-            yield "spark_master", f"has no effect with source {self.source!r}: only with 'spark'"
         if self.source == "spark":
-            for name in (*OF_RAW_TABLES, "memory_limit", "temporary_folder"):
+            for name in (*OF_RAW_TABLES, "memory_limit"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     yield name, "has no effect with source 'spark', whose tables are a log already"
 

@@ -60,11 +60,10 @@ Period: TypeAlias = tuple[datetime, datetime]
 outside is a fault of the log, such as 0 for none."""
 
 
-def make_period(earliest: datetime | None = None, latest: datetime | None = None) -> Period:
-    """Makes a period of `earliest_time` and `latest_time`, as of `Log.from_files`."""
-    latest = latest or datetime.now(UTC) + timedelta(days=1)
+def make_period(earliest: datetime | None = None) -> Period:
+    """Returns the period from `earliest_time` of `Log.from_files` to a day from now."""
     earliest = earliest or datetime(1990, 1, 1, tzinfo=UTC)
-    return _in_utc(earliest), _in_utc(latest)
+    return _in_utc(earliest), datetime.now(UTC) + timedelta(days=1)
 
 
 def to_timestamp(
@@ -112,7 +111,7 @@ def to_timestamp(
         f"lies outside {first:%Y-%m-%d} to {end:%Y-%m-%d}"
         if period
         else "has no year of 2 to 9998",
-        "Correct them, or set earliest_time and latest_time." if period else "Correct them.",
+        "Correct them, or set earliest_time." if period else "Correct them.",
         "earliest_time" if period else "",
     )
     return is_within.ifelse(time, ibis.null(_UTC))
@@ -238,7 +237,7 @@ def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
 def _in_utc(moment: datetime) -> datetime:
     if not isinstance(moment, datetime):
         raise TypeError(
-            f"earliest_time and latest_time must be datetimes. Received: {moment!r}; "
+            f"earliest_time must be a datetime. Received: {moment!r}; "
             "datetime.fromisoformat reads text."
         )
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -137,7 +137,6 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
                 with_settings(config, plan),
                 data,
                 max_epochs=max_epochs,
-                max_seconds=config.compare.max_seconds,
                 folder=folder / "plans" / name / "checkpoints",
                 name=name,
                 on_progress=step.on_progress,
@@ -151,10 +150,9 @@ def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
                 for column, rows in others.items()
             }
             measured[name] = _Measured(result.summary(), per_query, model.result)
-            stopped = _about_time(model.result, config, max_epochs)
-            report.notes = stopped + model.notes
+            report.notes = model.notes
             without_hard = [x for x in model.notes if x.startswith("no hard negatives")]
-            notes += [f"{name}: {x}" for x in stopped + without_hard]
+            notes += [f"{name}: {x}" for x in without_hard]
     return _write(_rows(measured, config), config, notes, plans, folder)
 
 
@@ -325,14 +323,6 @@ def _max_epochs(config: RunConfig, num_samples: int) -> int:
         return config.training.max_epochs
     steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
     return math.ceil(config.compare.max_steps / steps_per_epoch)
-
-
-def _about_time(result: TrainingResult, config: RunConfig, max_epochs: int) -> list[str]:
-    """Notes a plan that compare.max_seconds stopped: neither patience nor its end came first."""
-    waited = result.num_epochs - result.best_epoch
-    if result.num_epochs == max_epochs or waited >= config.training.patience:
-        return []
-    return [f"stopped by compare.max_seconds after {result.num_epochs} of {max_epochs} epochs"]
 
 
 def _per_query(result: EvaluationResult, test: Holdout, longest: int) -> dict[str, np.ndarray]:

@@ -134,9 +134,7 @@ def final_part(config: RunConfig, split: Split[Log]) -> Log:
 
 def connect_engine(config: DataConfig) -> Any:
     """Opens the engine that a config makes its log and samples in."""
-    if config.source == "spark":
-        return connect_spark(config.spark_master)
-    return connect(config.memory_limit, config.temporary_folder)
+    return connect_spark() if config.source == "spark" else connect(config.memory_limit)
 
 
 def load_log(config: DataConfig, connection: Any = None) -> Log:

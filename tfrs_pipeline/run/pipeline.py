@@ -32,6 +32,7 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import OnStep, RunData, StepReport, Steps, prepare
 from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
@@ -42,7 +43,7 @@ from tfrs_pipeline.run.folder import (
     origin,
     with_source,
 )
-from tfrs_pipeline.run.training import check_source, fit_baselines, train_and_refit, variants
+from tfrs_pipeline.run.training import check_source, train_and_refit, variants
 from tfrs_pipeline.serving.export import LIBRARIES, ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import (
     IN_SERVICE,

@@ -1,20 +1,15 @@
-"""The trainings of a run: the model's, and those of the baselines that it is compared with."""
+"""The trainings of a run: the epochs are chosen on validation, then the model is trained again."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
+from typing import Literal, TypeAlias
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
-from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
-from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
@@ -23,15 +18,11 @@ from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import Trained, shape_problems
-from tfrs_pipeline.retrieval import Retriever
-from tfrs_pipeline.run.data import RunData, final_part
+from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
-
-# Shares of the positives, the last ones, by which popularity is counted in a split by time.
-_LATEST = (1.0, 0.2, 0.05, 0.01)
 
 
 def trained_in(
@@ -222,58 +213,3 @@ def train_and_refit(
     ]
     model.notes = [*notes, *model.notes]
     return model
-
-
-def fit_baselines(
-    config: RunConfig, data: RunData, on_progress: OnProgress = lambda *task: None
-) -> tuple[dict[str, Retriever], list[str]]:
-    """Fits the baselines of a config, their settings chosen on validation where it lists several.
-
-    Returns them by name, and notes on what was chosen and what was skipped.
-    """
-    settings = config.evaluation
-    is_by_time = data.split.kind == "time"
-    # As many users as choose the model's epoch.
-    validation = data.validation.sample(config.training.validation_users, config.seed)
-    final = final_part(config, data.split)
-    grids: dict[str, list[Any]] = {
-        # Where the test is of later days, what was popular lately may be a better guess.
-        "popularity": [MostPopular(latest=x) for x in (_LATEST if is_by_time else (1.0,))],
-        "repeats": [Repeats()],
-        "ease": [Ease(l2=l2) for l2 in settings.ease_l2],
-        "ials": [
-            Ials(regularization=regularization, alpha=alpha, seed=config.seed)
-            for regularization, alpha in itertools.product(
-                settings.ials_regularization, settings.ials_alpha
-            )
-        ],
-    }
-    num_items = len(data.test.candidate_ids)
-    found: dict[str, Retriever] = {}
-    notes = []
-    for name in settings.baselines:
-        # The one is trained as the model is, the other has nothing left to find.
-        if name == "uncorrected" or (name == "repeats" and settings.exclude != "none"):
-            continue
-        if name == "ease" and num_items > Ease.max_candidates:
-            notes.append(
-                f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
-                f"are more than {Ease.max_candidates:,}"
-            )
-            continue
-        grid, scores = grids[name], []
-        for i, baseline in enumerate(grid if len(grid) > 1 else []):
-            on_progress(f"{name}, choosing on validation", i, len(grid))
-            measured = evaluate(
-                baseline.fit(data.split.train),
-                validation,
-                exclude=settings.exclude,
-                cutoffs=settings.cutoffs,
-                num_bootstrap=0,
-            )
-            scores.append(measured.first.overall.intervals[config.training.monitor].mean)
-        best = grid[int(np.argmax(scores))] if scores else grid[0]
-        found[name] = best.fit(final)
-        if scores:
-            notes.append(f"{name}: {best!r}, best of {len(grid)} on validation")
-    return found, notes

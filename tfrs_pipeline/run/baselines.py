@@ -1,0 +1,92 @@
+"""The baselines that a run compares its model with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.evaluation.baselines import Ease, Ials, MostPopular, Repeats
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.model.notes import OnProgress
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run.data import RunData, final_part
+
+Baseline: TypeAlias = MostPopular | Repeats | Ease | Ials
+
+# Shares of the positives, the last ones, by which popularity is counted in a split by time: where
+# the test is of later days, what was popular lately may be a better guess.
+_LATEST = (1.0, 0.2, 0.05, 0.01)
+
+
+def fit_baselines(
+    config: RunConfig,
+    data: RunData,
+    on_progress: OnProgress = lambda *task: None,
+    *,
+    grids: Mapping[str, Sequence[Baseline]] | None = None,
+) -> tuple[dict[str, Retriever], list[str]]:
+    """Fits the baselines of a config.
+
+    Args:
+        config: Names them.
+        data: What they are fitted to, and the validation part that chooses among several.
+        on_progress: Called while one is chosen.
+        grids: By name, baselines to choose from on validation, in place of the usual one.
+
+    Returns:
+        The fitted baselines by name, and notes on what was chosen and what was skipped.
+    """
+    latest = _LATEST if data.split.kind == "time" else (1.0,)
+    choices: dict[str, Sequence[Baseline]] = {
+        "popularity": [MostPopular(latest=share) for share in latest],
+        "repeats": [Repeats()],
+        "ease": [Ease()],
+        "ials": [Ials(seed=config.seed)],
+        **(grids or {}),
+    }
+    final, num_items = final_part(config, data.split), len(data.test.candidate_ids)
+    found: dict[str, Retriever] = {}
+    notes = []
+    for name in config.evaluation.baselines:
+        # The first is trained as the model is, the second has nothing left to find.
+        if name == "uncorrected" or (name == "repeats" and config.evaluation.exclude != "none"):
+            continue
+        if name == "ease" and num_items > Ease.max_candidates:
+            notes.append(
+                f"ease: skipped, it inverts a matrix of items by items, and {num_items:,} items "
+                f"are more than {Ease.max_candidates:,}"
+            )
+            continue
+        best = choices[name][0]
+        if len(choices[name]) > 1:
+            best = _best(name, choices[name], config, data, on_progress)
+            notes.append(f"{name}: {best!r}, best of {len(choices[name])} on validation")
+        found[name] = best.fit(final)
+    return found, notes
+
+
+def _best(
+    name: str,
+    choices: Sequence[Baseline],
+    config: RunConfig,
+    data: RunData,
+    on_progress: OnProgress,
+) -> Baseline:
+    """Chooses the baseline that is best on validation, by the metric that chooses the epoch."""
+    # As many users as choose the model's epoch.
+    validation = data.validation.sample(config.training.validation_users, config.seed)
+    scores = []
+    for i, baseline in enumerate(choices):
+        on_progress(f"{name}, choosing on validation", i, len(choices))
+        measured = evaluate(
+            baseline.fit(data.split.train),
+            validation,
+            exclude=config.evaluation.exclude,
+            cutoffs=config.evaluation.cutoffs,
+            num_bootstrap=0,
+        )
+        scores.append(measured.first.overall.intervals[config.training.monitor].mean)
+    return choices[int(np.argmax(scores))]
