@@ -134,7 +134,7 @@ def test_arguments_of_another_type_are_refused() -> None:
     for options, message in (
         ({"stage_values": {1: "clicked"}}, "stage_values must map text to stages"),
         ({"item_features": {"item_id": "numeric"}}, "'item_id' is no feature"),
-        ({"earliest_time": "2020-01-01"}, "must be datetimes.*fromisoformat"),
+        ({"earliest_time": "2020-01-01"}, "must be a datetime.*fromisoformat"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             Log.from_table(EVENTS, **OPTIONS | options)
