@@ -191,7 +191,7 @@ def _history_notes(
     import numpy as np
 
     from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-    from tfrs_pipeline.serving.encoder import signature_inputs
+    from tfrs_pipeline.serving.signatures import signature_inputs
 
     history = query["history"]
     without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}

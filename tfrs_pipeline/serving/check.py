@@ -19,10 +19,11 @@ import tensorflow as tf
 
 from tfrs_pipeline.features.feature import raw_signature
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import ask, features_of, query_inputs, signature_inputs
+from tfrs_pipeline.serving.encoder import features_of, query_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import EXACT_FOLDER
-from tfrs_pipeline.serving.saved_model import RetrievalModule, missing_input
+from tfrs_pipeline.serving.saved_model import RetrievalModule
+from tfrs_pipeline.serving.signatures import ask, call, missing_input, signature_inputs
 
 # The reloaded model may run other kernels on another batch shape: same answer, not same bits.
 SCORE_TOLERANCE = 1e-4
@@ -95,7 +96,7 @@ def prove(
         arrays: dict[str, np.ndarray] = {}
         for name, function in module.exported.items():
             inputs = _probe(function, queries, item_ids, values)
-            outputs = function(*inputs.values())
+            outputs = call(function, inputs)
             for role, tensors in (("input", inputs), ("output", outputs)):
                 arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
         np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)

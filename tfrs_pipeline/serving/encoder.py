@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from tfrs_pipeline.serving.id_tensors import (
     stored,
     with_empty,
 )
+from tfrs_pipeline.serving.signatures import call, signature_inputs, traced
 
 ITEMS_PER_CALL = 8192
 _QUERIES_PER_CALL = 256
@@ -242,7 +243,7 @@ def embed_queries(
         inputs = query_inputs(encoder.embed_query, block)
         requests = [query.get("request") for query in block]
         inputs |= request_inputs(encoder.embed_query, features, requests)
-        blocks.append(encoder.embed_query(*inputs.values())["embeddings"].numpy())
+        blocks.append(call(encoder.embed_query, inputs)["embeddings"].numpy())
     return np.concatenate(blocks)
 
 
@@ -279,13 +280,6 @@ def as_inputs(
     }
 
 
-def ask(function: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Asks a signature of a loaded model."""
-    specs = function.structured_input_signature[1]
-    given = {n: tf.constant(array, specs[n].dtype, array.shape) for n, array in inputs.items()}
-    return {name: tensor.numpy() for name, tensor in function(**given).items()}
-
-
 def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
     """Makes those of a signature's inputs that are in queries, in their order.
 
@@ -316,25 +310,6 @@ def known_rows(
         rows = lookup(table, encoder.known_items(id_list(users, spec.dtype))).numpy()
         found += [np.unique(line[line > 0]) for line in rows]
     return found
-
-
-def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
-    """Makes a graph of a function of named inputs; it is called by position.
-
-    A signature's inputs are named by the specs, also where a name is no argument of the function.
-    """
-    names = [spec.name for spec in specs]
-    return tf.function(
-        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
-    )
-
-
-def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of a signature by name, in order, before it is saved or after."""
-    if hasattr(function, "get_concrete_function"):
-        function = function.get_concrete_function()
-    positional, named = function.structured_input_signature
-    return {spec.name: spec for spec in positional} | dict(named)
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -35,7 +35,6 @@ from tfrs_pipeline.serving.encoder import (
     embed_queries,
     features_of,
     known_rows,
-    signature_inputs,
 )
 from tfrs_pipeline.serving.index import (
     SMALLEST_SCANN_CORPUS,
@@ -54,6 +53,7 @@ from tfrs_pipeline.serving.publish import (
     new_version,
 )
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.signatures import signature_inputs
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, Validatio
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.serving.encoder import ask, request_inputs
+from tfrs_pipeline.serving.encoder import request_inputs
 from tfrs_pipeline.serving.id_tensors import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever, parse_value
 from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.signatures import Retrieval, ask
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -138,15 +139,18 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         if not retriever.manifest.get("user_data", True):
             raise ValueError("This model was exported without user data: pick items instead.")
         user = retriever.parse_user_id(str(query.user_id))
-        signature, inputs = "retrieve_user", {"user_id": [user], "exclude": [[]]}
+        inputs = {"user_id": [user], "exclude": [[]]}
     else:
         history = [retriever.parse_item_id(str(item)) for item in query.items]
         nobody = empty_id(retriever.user_dtype)
-        signature = "retrieve"
         inputs = {"user_id": [nobody], "history": [history], "exclude": [history]}
+    retrieval = Retrieval(
+        "history" if query.user_id is None else "user",
+        has_features=bool(query.features),
+        is_filtered=bool(query.filter),
+    )
     given: dict[str, tf.Tensor] = {}
     if query.features:
-        signature += "_with_features"
         # JSON has no times: they come as typed.
         times = {x.name for x in retriever.features["query"] if x.kind == "timestamp"}
         features = {
@@ -155,14 +159,13 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         }
         given |= retriever.raw_query_features([{"features": features}])
     if query.request:
-        function = retriever.saved_model.signatures[signature]
+        function = retriever.saved_model.signatures[retrieval.embed_name]
         request = retriever.parse_request(query.request)
         given |= request_inputs(function, retriever.features, [request])
     inputs |= {name: to_jsonable_python(x.numpy().tolist()) for name, x in given.items()}
     if query.filter:
-        signature += "_filtered"
         inputs["allowed"] = [query.filter]
-    return {"signature_name": signature, "inputs": {**inputs, "k": query.k}}
+    return {"signature_name": retrieval.name, "inputs": {**inputs, "k": query.k}}
 
 
 def _asked(

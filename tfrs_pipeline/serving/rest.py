@@ -24,8 +24,8 @@ from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.features.requests import TIMESTAMP
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.serving.saved_model import missing_input, missing_value
 from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.signatures import missing_input, missing_value
 
 DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -42,6 +42,7 @@ from tfrs_pipeline.serving.publish import (
     no_model_at,
     versions_of,
 )
+from tfrs_pipeline.serving.signatures import Retrieval
 from tfrs_pipeline.serving.tune import Requests
 
 
@@ -131,7 +132,7 @@ class LoadedRetriever:
                 `allowed` is given and the model has no item filter, or holds a value that no item
                 has.
         """
-        answer = self._retrieved(queries, "retrieve{}", k, exclude, allowed)
+        answer = self._retrieved(queries, "history", k, exclude, allowed)
         return _decoded(answer["candidate_ids"]), answer["scores"]
 
     def retrieve_user(
@@ -167,13 +168,14 @@ class LoadedRetriever:
         if requests is not None:
             check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
-        answer = self._retrieved(queries, "retrieve_user{}", k, exclude, allowed)
+        answer = self._retrieved(queries, "user", k, exclude, allowed)
         return _decoded(answer["candidate_ids"]), answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, [n, D] float32; what is read of them, or refused, is as in `retrieve`."""
         check_queries(queries, ids_are_text=self.item_dtype == tf.string)
-        return self._answer(queries, "embed_query{}", {})["embeddings"]
+        names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
+        return self._answer(queries, names, {})["embeddings"]
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -254,7 +256,7 @@ class LoadedRetriever:
     def _retrieved(
         self,
         queries: Sequence[Query],
-        signature: str,
+        asks_by: Literal["user", "history"],
         k: int,
         exclude: Excluded,
         allowed: Sequence[Collection[str]] | None,
@@ -268,14 +270,14 @@ class LoadedRetriever:
             texts = [list(map(to_text, values)) for values in allowed]
             lists = tf.ragged.constant(texts, tf.string, ragged_rank=1)
             asked["allowed"] = lists.to_tensor("")
-            signature += "_filtered"
-        return self._answer(queries, signature, asked)
+        names = [Retrieval(asks_by, x, allowed is not None).name for x in (False, True)]
+        return self._answer(queries, names, asked)
 
     def _answer(
-        self, queries: Sequence[Query], signature: str, asked: Mapping[str, tf.Tensor]
+        self, queries: Sequence[Query], names: Sequence[str], asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
-        """Asks one signature for the queries without features, another for those with."""
-        function = self.saved_model.signatures[signature.format("")]
+        """Asks the first signature for queries without features, the second for those with."""
+        function = self.saved_model.signatures[names[0]]
         requests = [query.get("request") for query in queries]
         check_requests(requests, self._request_names, may_have_others=True)
         inputs = {
@@ -290,10 +292,10 @@ class LoadedRetriever:
         order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
         raw = self.raw_query_features([queries[i] for i in order[1].tolist()])
         parts = [
-            self.saved_model.signatures[signature.format(suffix)](
+            self.saved_model.signatures[name](
                 **{n: x if n == "k" else tf.gather(x, places) for n, x in inputs.items()}, **more
             )
-            for places, suffix, more in zip(order, ("", "_with_features"), ({}, raw), strict=True)
+            for places, name, more in zip(order, names, ({}, raw), strict=True)
         ]
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}

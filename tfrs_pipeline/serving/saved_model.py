@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,18 @@ import tensorflow as tf
 
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.vocabulary import has_booleans, lower_booleans
-from tfrs_pipeline.serving.encoder import Encoder, signature_inputs, traced
-from tfrs_pipeline.serving.id_tensors import empty_id, lookup, row_table, stored, with_empty
+from tfrs_pipeline.serving.encoder import Encoder
+from tfrs_pipeline.serving.id_tensors import lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
+from tfrs_pipeline.serving.signatures import (
+    EMBEDDINGS,
+    RETRIEVALS,
+    Retrieval,
+    call,
+    missing_input,
+    signature_inputs,
+    traced,
+)
 
 DEFAULT_K = 100
 
@@ -67,18 +76,21 @@ class ItemFilter(tf.Module):
 class RetrievalModule(tf.Module):
     """An encoder and an index behind raw ids.
 
-    saved_models/README.md lists its signatures. They are attributes too, called by position in the
-    order of that list. Given features and what a request brings (`request_signature`) come before
-    `exclude`, or last where there is none; `serving_default` takes nothing of a request. Where the
-    model reads times, signatures with a history take `history_timestamps` [B, L] after these:
-    float64 seconds since 1970, NaN where not known. A model without users has none of
-    `serving_default`, `retrieve_user...` and `embed_user`.
+    Its signatures, which saved_models/README.md lists, are attributes too. They take, in this
+    order, the inputs of the encoder's function that embeds such a query, `exclude`, `k` and
+    `allowed`. The encoder's are: `user_id`; `history` and, if the model reads times,
+    `history_timestamps` ([B, L] float64 seconds since 1970, NaN if unknown); the features of the
+    user; what a request brings (`request_signature`). `serving_default` takes the user id alone.
+    A model without users has none of `serving_default`, `retrieve_user...` and `embed_user`.
 
     Args:
-        encoder: `Encoder`, or what one was loaded as.
+        encoder: An `Encoder`, built or loaded.
         index: Over the candidates' embeddings.
         candidate_ids: [num_candidates] item ids, in the order of the embeddings.
         item_filter: Values that requests may filter by.
+
+    Attributes:
+        exported: The signatures by name.
     """
 
     def __init__(
@@ -100,52 +112,46 @@ class RetrievalModule(tf.Module):
 
     @property
     def exported(self) -> dict[str, Any]:
-        """The signatures, by name."""
+        """The signatures by name."""
         return {name: getattr(self, name) for name in self._names}
 
     def _export(
         self, name: str, function: Callable[..., Any], inputs: Sequence[tf.TensorSpec]
     ) -> None:
-        """Adds a signature; as an attribute it is callable on the loaded object too."""
+        # As an attribute it can be called on the loaded object too.
         setattr(self, name, traced(function, inputs))
         self._names += (name,)
 
     def _trace(self) -> None:
+        # An encoder lacks the functions that its model does not support.
+        embeds = {x: f for x in EMBEDDINGS if (f := getattr(self.encoder, x, None)) is not None}
+        for name, embed in embeds.items():
+            answer = functools.partial(_embedded, embed)
+            self._export(name, answer, list(signature_inputs(embed).values()))
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
-        allowed = tf.TensorSpec([None, None], tf.string, "allowed")
         k = tf.TensorSpec([], tf.int32, "k")
-        for embed_name, name in (
-            ("embed_user", "retrieve_user"),
-            ("embed_query", "retrieve"),
-            ("embed_query_with_features", "retrieve_with_features"),
-        ):
-            # One that is None is not saved.
-            embed = getattr(self.encoder, embed_name, None)
-            if embed is None:
+        allowed = tf.TensorSpec([None, None], tf.string, "allowed")
+        for retrieval in RETRIEVALS:
+            if retrieval.is_filtered and self._item_filter is None:
                 continue
-            query = list(signature_inputs(embed).values())
-            self._export(embed_name, functools.partial(_by_position, embed), query)
-            answer = functools.partial(self._answer, embed)
-            self._export(name, answer, [*query, exclude, k])
-            if self._item_filter is not None:
-                self._export(f"{name}_filtered", answer, [*query, exclude, k, allowed])
-        embed = self.encoder.embed_candidate
-        item = list(signature_inputs(embed).values())
-        self._export("embed_candidate", functools.partial(_by_position, embed), item)
-        if "retrieve_user" in self._names:
-            user_id, *_ = signature_inputs(self.encoder.embed_user).values()
+            if embed := embeds.get(retrieval.embed_name):
+                inputs = [*signature_inputs(embed).values(), exclude, k]
+                inputs += [allowed] if retrieval.is_filtered else []
+                self._export(retrieval.name, functools.partial(self._answer, retrieval), inputs)
+        if "embed_user" in embeds:
+            user_id = signature_inputs(embeds["embed_user"])["user_id"]
             self._export("serving_default", self._answer_default, [user_id])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        embed, num_queries = self.encoder.embed_user, tf.shape(user_id)[0]
-        nothing = tf.zeros([num_queries, 0], self._candidate_ids.dtype)
-        _, *request = signature_inputs(embed).values()
-        missing = {spec.name: missing_input(spec, num_queries) for spec in request}
-        return self._answer(embed, nothing, tf.constant(DEFAULT_K), user_id=user_id, **missing)
+        retrieval = Retrieval("user")
+        specs = signature_inputs(getattr(self, retrieval.name))
+        missing = {name: missing_input(x, tf.shape(user_id)[0]) for name, x in specs.items()}
+        given = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
+        return self._answer(retrieval, **(missing | given))
 
     def _answer(
         self,
-        embed: Callable[..., dict[str, tf.Tensor]],
+        retrieval: Retrieval,
         /,
         exclude: tf.Tensor,
         k: tf.Tensor,
@@ -153,13 +159,11 @@ class RetrievalModule(tf.Module):
         **query: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
         """Answers queries; `exclude` [B, E] and `allowed` [B, F] are padded with ""."""
-        if "history" not in query:  # By what is known of the user, who knows these items.
-            exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
-        embedded = embed(*query.values())
+        embedded = call(getattr(self.encoder, retrieval.embed_name), query)
         # Row 0 is padding, an unknown item, or one that the index does not have.
-        excluded = lookup(self._candidate_rows, exclude)
+        excluded = lookup(self._candidate_rows, self._excluded(retrieval, query, exclude))
         chosen = None
         if self._item_filter is not None and allowed is not None:
             chosen = self._item_filter.choose(allowed)
@@ -170,24 +174,17 @@ class RetrievalModule(tf.Module):
             "is_known_user": embedded["is_known_user"],
         }
 
+    def _excluded(
+        self, retrieval: Retrieval, query: Mapping[str, tf.Tensor], exclude: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns what queries exclude, [B, any] ids: `exclude`, and a stored user's known items.
 
-def _by_position(function: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
-    return function(*inputs.values())
-
-
-def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
-    """Makes an input that says nothing: empty ids, empty lists, missing features; a k of 1.
-
-    `num_rows` are the queries or items, without meaning to a k.
-    """
-    if spec.shape.rank == 0:
-        return tf.constant(1, spec.dtype)
-    shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
-    return tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+        Items of a given history are not excluded unless `exclude` holds them.
+        """
+        if retrieval.asks_by == "history":
+            return exclude
+        return tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
 
 
-def missing_value(dtype: tf.DType) -> Any:
-    """Returns the value of an input that says nothing: NaN, an empty string, or the empty id."""
-    if dtype.is_floating:
-        return np.nan
-    return b"" if dtype == tf.string else empty_id(dtype)
+def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
+    return call(embed, inputs)

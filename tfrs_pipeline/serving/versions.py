@@ -22,7 +22,6 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
-from tfrs_pipeline.serving.encoder import ask, signature_inputs
 from tfrs_pipeline.serving.publish import (
     MANIFEST_FILE,
     incomplete_versions_of,
@@ -31,8 +30,8 @@ from tfrs_pipeline.serving.publish import (
 )
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
-from tfrs_pipeline.serving.saved_model import missing_input
 from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.serving.signatures import ask, missing_input, signature_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,96 @@
+"""The signatures of an exported model: their names and inputs, and how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.serving.id_tensors import empty_id
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A signature that retrieves, by its parts; saved_models/README.md lists their inputs.
+
+    Attributes:
+        asks_by: "user", whose stored history and known items count, or "history", a given one.
+        has_features: Whether a query brings features of the user, instead of the stored ones.
+        is_filtered: Whether a query brings values of the item filter.
+    """
+
+    asks_by: Literal["user", "history"]
+    has_features: bool = False
+    is_filtered: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the signature."""
+        user = "_user" if self.asks_by == "user" else ""
+        return f"retrieve{user}{self._features}{'_filtered' if self.is_filtered else ''}"
+
+    @property
+    def embed_name(self) -> str:
+        """Name of the encoder's function, and of the signature, that embeds such a query."""
+        return f"embed_{'user' if self.asks_by == 'user' else 'query'}{self._features}"
+
+    @property
+    def _features(self) -> str:
+        return "_with_features" if self.has_features else ""
+
+
+_UNFILTERED = Retrieval("user"), Retrieval("history"), Retrieval("history", has_features=True)
+RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFILTERED))
+EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
+
+
+def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
+    """Makes a graph of a function of named inputs, for `call`.
+
+    The specs name the inputs: a feature's name may be no Python argument.
+    """
+    names = [spec.name for spec in specs]
+    return tf.function(
+        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
+    )
+
+
+def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
+    """Returns the inputs of a `traced` function or a signature by name, in order."""
+    if hasattr(function, "get_concrete_function"):
+        function = function.get_concrete_function()
+    positional, named = function.structured_input_signature
+    return {spec.name: spec for spec in positional} | dict(named)
+
+
+def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:
+    """Calls a `traced` function, also a loaded one, with those of the inputs that it takes."""
+    return function(*(inputs[name] for name in signature_inputs(function)))
+
+
+def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Asks a signature of a loaded model."""
+    specs = signature_inputs(signature)
+    given = {n: tf.constant(array, specs[n].dtype, array.shape) for n, array in inputs.items()}
+    return {name: tensor.numpy() for name, tensor in signature(**given).items()}
+
+
+def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
+    """Makes an input that says nothing about `num_rows` queries or items; a k of 1.
+
+    Ids are empty, lists have no entry, features are missing.
+    """
+    if spec.shape.rank == 0:
+        return tf.constant(1, spec.dtype)
+    shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
+    return tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+
+
+def missing_value(dtype: tf.DType) -> Any:
+    """Returns the value that says nothing: NaN, an empty string, or the empty id."""
+    if dtype.is_floating:
+        return np.nan
+    return b"" if dtype == tf.string else empty_id(dtype)
