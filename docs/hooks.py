@@ -68,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 def api_lines() -> Iterator[str]:
     """Yields the public names, by room, for mkdocstrings."""
     names = defaultdict(list)
-    for name, module in sorted(tfrs_pipeline._PUBLIC.items()):
+    for name, module in sorted(tfrs_pipeline.PUBLIC.items()):
         names[module.partition(".")[0]].append(f"tfrs_pipeline.{module}.{name}")
     for room, paths in sorted(names.items()):
         yield from (f"## {room.capitalize()}", "", *(f"::: {path}" for path in paths), "")

@@ -12,10 +12,10 @@ from tfrs_pipeline.drawing import (
     PALETTE,
     SERIES,
     Drawing,
-    _apart,
     finish,
     label_lines,
     new_figure,
+    spread_apart,
 )
 
 
@@ -31,7 +31,7 @@ def draw() -> Drawing:
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=8), st.floats(0.1, 20))
 def test_moved_heights_are_apart_in_order_and_nearest(heights: list[float], least: float) -> None:
     given_heights = np.array(heights)
-    found = _apart(given_heights, least)
+    found = spread_apart(given_heights, least)
     order = np.argsort(given_heights, kind="stable")
     assert np.all(np.diff(found[order]) >= least - 1e-9)
     # No other heights that are apart are nearer: not these moved up or down, not a stack of them.

@@ -72,7 +72,7 @@ def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[s
             base = ".".join([*parts, *([node.module] if node.module else [])])
             for alias in node.names:
                 if base == "tfrs_pipeline":
-                    home = tfrs_pipeline._PUBLIC.get(alias.name, alias.name)
+                    home = tfrs_pipeline.PUBLIC.get(alias.name, alias.name)
                     yield f"tfrs_pipeline.{home}"
                 else:
                     yield (
@@ -171,7 +171,7 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 def test_a_public_name_is_that_of_its_module(name: str) -> None:
     value = getattr(tfrs_pipeline, name)
     if name != "__version__":
-        home = importlib.import_module(f"tfrs_pipeline.{tfrs_pipeline._PUBLIC[name]}")
+        home = importlib.import_module(f"tfrs_pipeline.{tfrs_pipeline.PUBLIC[name]}")
         assert value is getattr(home, name)
     assert name in dir(tfrs_pipeline)
 

@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
-_PUBLIC = {
+PUBLIC = {
     "Auto": "serving.index",
     "ConfigError": "settings",
     "DataError": "data.schema",
@@ -60,7 +60,7 @@ _PUBLIC = {
     "with_settings": "config",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *sorted(PUBLIC)]
 
 
 def _select_keras_2() -> None:
@@ -82,9 +82,9 @@ def _select_keras_2() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 

@@ -126,7 +126,7 @@ def label_lines(
     assert figure is not None
     figure.draw_without_rendering()  # Lays it out.
     points = axes.transData.transform(list(labels.values())) * 72 / figure.dpi
-    heights = _apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
+    heights = spread_apart(points[:, 1], _FONT_SIZE * _LINE_HEIGHT)
     for name, point, height, (_, own_height), colour in zip(
         labels, labels.values(), heights, points, colours, strict=False
     ):
@@ -142,11 +142,11 @@ def label_lines(
         )
 
 
-def _apart(heights: np.ndarray, least: float) -> np.ndarray:
+def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
     """Moves heights until neighbours are `least` apart, in the same order, as little as possible.
 
     Example:
-        >>> _apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
+        >>> spread_apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
         [4.0, 0.0, 6.0]
     """
     from scipy.optimize import isotonic_regression

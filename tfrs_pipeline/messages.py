@@ -9,7 +9,7 @@ from collections.abc import Collection
 SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each is a new line.
 
 
-def check_whole(least: int, **values: object) -> None:
+def check_integer(least: int, **values: object) -> None:
     """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""
     for name, value in values.items():
         is_bool = isinstance(value, bool)  # An int to Python.

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_whole, suggest
+from tfrs_pipeline.messages import check_integer, suggest
 
 HISTORY_TIMESTAMPS = "history_timestamps"
 """What a query may bring beside its history: the time of each item."""
@@ -134,7 +134,7 @@ def check_requests(
 
 def check_k(k: int) -> None:
     """Refuses (`ValueError`) a k that is no whole number, below 1, or no int32, as exports take."""
-    check_whole(1, k=k)
+    check_integer(1, k=k)
     if k >= 2**31:
         raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
 

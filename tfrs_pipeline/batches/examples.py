@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 
 Batch = dict[str, tf.Tensor]
 
@@ -83,7 +83,7 @@ class EpochChoices:
     _drawn: tuple[int, Sequence[Any]] | None = None
 
     def __post_init__(self) -> None:
-        check_whole(0, seed=self.seed)
+        check_integer(0, seed=self.seed)
 
     def choose(self, step: int) -> Any:
         """Returns what a step's batch holds."""

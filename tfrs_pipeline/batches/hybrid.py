@@ -21,7 +21,7 @@ from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
 from tfrs_pipeline.batches.row_lists import contains
 from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.batches.slices import Slices
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.in_batch import InBatch, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -190,7 +190,7 @@ class HybridBatches:
         Raises:
             ValueError: If `step` is no whole number or below 0.
         """
-        check_whole(0, step=step)
+        check_integer(0, step=step)
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
 
     def _build(

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 
 # Windows of like length are batched together, out of this many batches' worth in random order.
@@ -56,7 +56,7 @@ class WholeSequences:
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
-        check_whole(1, batch_size=batch_size, history_length=history_length)
+        check_integer(1, batch_size=batch_size, history_length=history_length)
         if samples.num_earlier is None:
             raise ValueError(
                 "Whole sequences need an order: a history must be a beginning of its user's "

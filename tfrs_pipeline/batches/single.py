@@ -8,7 +8,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.examples import blocks
 from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.batches.seeds import Use, seed_of
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.alias import AliasSampler
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import Samples
@@ -56,7 +56,7 @@ class SinglePositives:
         seed: int,
         rate: np.ndarray | None = None,
     ) -> None:
-        check_whole(1, batch_size=batch_size)
+        check_integer(1, batch_size=batch_size)
         check_one_batch(len(samples), batch_size)
         if len(samples) > INT32_MAX:
             raise ValueError(

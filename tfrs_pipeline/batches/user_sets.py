@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import Samples, padded_lines
 
 
@@ -51,7 +51,7 @@ class UserSets:
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
-        check_whole(1, batch_size=batch_size)
+        check_integer(1, batch_size=batch_size)
         self.signature = {
             **dict.fromkeys(
                 ("index", "query_row", "candidate_row", "positive_query"),

@@ -21,7 +21,7 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import (
@@ -143,7 +143,7 @@ class TwoTower:
         self.negatives: tuple[Negatives, ...] = (*self.settings.negatives, *own)
         if not self.negatives:
             refuse([("model.negatives", "needs one kind or more, such as uniform:num=256")])
-        check_whole(0, seed=seed)
+        check_integer(0, seed=seed)
         self.seed = seed
         self.name = name
         self._towers = {"query_tower": query_tower, "candidate_tower": candidate_tower}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 
 HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 _MOST_HOURS = 100_000_000  # 11,000 years: more is no interval of an engine.
@@ -80,10 +80,10 @@ class FunnelLosers:
                 "it, and the lack of a click says as much of its position as of it. It is for "
                 "ranking. To see what such negatives do to retrieval, set allow_exposed."
             )
-        check_whole(1, num=self.num, max_pool=self.max_pool)
-        check_whole(0, min_pool=self.min_pool)
+        check_integer(1, num=self.num, max_pool=self.max_pool)
+        check_integer(0, min_pool=self.min_pool)
         if self.min_rank is not None:
-            check_whole(0, min_rank=self.min_rank)
+            check_integer(0, min_rank=self.min_rank)
         if not 0 < self.window_hours <= _MOST_HOURS:
             raise ValueError(
                 f"window_hours must be above 0 and {_MOST_HOURS:,} at most. Received: "

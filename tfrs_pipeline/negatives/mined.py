@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.funnel import check_share
 
 
@@ -44,13 +44,13 @@ class Mined:
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        check_whole(0, min_rank=self.min_rank, max_rank=self.max_rank)
+        check_integer(0, min_rank=self.min_rank, max_rank=self.max_rank)
         if not self.min_rank < self.max_rank:
             raise ValueError(
                 "Mined ranks must be 0 <= min_rank < max_rank. "
                 f"Received: {self.min_rank} and {self.max_rank}"
             )
-        check_whole(1, num=self.num, max_pool=self.max_pool, every=self.every)
+        check_integer(1, num=self.num, max_pool=self.max_pool, every=self.every)
 
     @property
     def pools(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Popularity:
     kind: Literal["popularity"] = "popularity"
 
     def __post_init__(self) -> None:
-        check_whole(1, num=self.num)
+        check_integer(1, num=self.num)
         if not self.alpha > 0:
             raise ValueError(
                 f"alpha must be above 0 (0 would be the kind uniform). Received: {self.alpha}"

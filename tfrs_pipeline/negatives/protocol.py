@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -48,7 +48,7 @@ class SamplingFrame:
                 "counts must be a finite number for each candidate row, 0 or more, and not all 0 "
                 f"beyond row 0, which counts positives of unknown items. Received: {counts}."
             )
-        check_whole(1, batch_size=batch_size)
+        check_integer(1, batch_size=batch_size)
         return cls(counts, counts / counts.sum(), batch_size)
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Uniform:
     kind: Literal["uniform"] = "uniform"
 
     def __post_init__(self) -> None:
-        check_whole(1, num=self.num)
+        check_integer(1, num=self.num)
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws [num] candidate rows."""

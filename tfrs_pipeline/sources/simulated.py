@@ -37,7 +37,7 @@ from scipy.special import expit
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.messages import check_whole
+from tfrs_pipeline.messages import check_integer
 
 _NUM_DIMS, _NUM_CLUSTERS = 8, 10
 # Between a taste at right angles and the same taste 55 times the odds; a popular item is somewhat
@@ -103,7 +103,7 @@ class FunnelOptions:
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
-        check_whole(1, **{name: getattr(self, name) for name in kept})
+        check_integer(1, **{name: getattr(self, name) for name in kept})
         for fewer, more in itertools.pairwise(kept):
             if getattr(self, fewer) > getattr(self, more):
                 raise ValueError(
