@@ -97,7 +97,7 @@ def without_order(clicks: pa.Table, num_users: int | None = None) -> Split:
         kept = rng.choice(np.unique(users), num_users, replace=False)
         clicks = clicks.filter(pa.array(np.isin(users, kept)))
     clicks = clicks.take(pa.array(rng.permutation(len(clicks))))
-    log = tp.Log.from_table(clicks, is_ordered=False)
+    log = tp.Log.from_table(clicks, reading=tp.Reading(is_ordered=False))
     return log.split("last_share", validation=0.1, test=0.2)
 
 

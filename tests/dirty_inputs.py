@@ -25,6 +25,7 @@ from zoneinfo import ZoneInfo
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.small_log import arguments as log_arguments
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError
 
@@ -654,7 +655,7 @@ def judge(case: Case, folder: Path) -> Outcome:
     arguments = write(case, folder)
     try:
         load = Log.from_table if case.form == "pandas" else Log.from_files
-        log = load(arguments.pop("events"), **arguments, **case.options)
+        log = load(arguments.pop("events"), **arguments, **log_arguments(**case.options))
         log.describe()
     except DataError as error:
         return judge_refusal(case, str(error))

@@ -9,6 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.model.notes import OnProgress
 
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
@@ -20,6 +21,12 @@ SMALL_TRAINING: dict[str, Any] = {
     "learning_rate": 0.02,
     "monitor": "ndcg@20",
 }
+
+
+def arguments(**options: Any) -> dict[str, Any]:
+    """Returns the arguments of `Log.from_files`: options of a reading are put into one."""
+    reading = {name: options.pop(name) for name in Reading.model_fields if name in options}
+    return {**options, "reading": Reading(**reading)}
 
 
 def user_id(number: int, ids: Ids) -> Any:

@@ -23,8 +23,9 @@ from tfrs_pipeline.config import (
     movielens_config,
     with_settings,
 )
+from tfrs_pipeline.data.reading import StageName
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.data.settings import DataConfig, SplitConfig, StageName
+from tfrs_pipeline.data.settings import DataConfig, SplitConfig
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
@@ -248,7 +249,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
     [
         (FILES, {"data.path": None}, "data.path", "required"),
         (SPARK, {"data.path": None}, "data.path", "name of the table"),
-        (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "a log already"),
+        (SPARK, {"data.columns": {"user_id": "x"}}, "data.columns", "no effect"),
         (SPARK, {"data.memory_limit": "4GB"}, "data.memory_limit", "no effect"),
         (FILES, {"data.memory_limit": "lots"}, "data.memory_limit", "pattern"),
         (FILES, {"data.item_features": {"t": "text"}}, "data.items_path", "required"),
@@ -256,11 +257,11 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         # What decides which events are positives; what is harmless is let be.
         ({}, {"data.rating_threshold": 4},
          "data.rating_threshold", "no effect with source 'movielens-100k': only with 'files'"),
-        ({"data.time_zone": "UTC"}, {"data.label": {"like": 1}}, "data.label", "no effect"),
+        ({}, {"data.label": {"like": 1}}, "data.label", "no effect"),
         (SPARK, {"data.stage_values": {"x": "exposed"}}, "data.stage_values", "no effect"),
         # So are tables that would not be read, and events that would not be dropped.
         ({}, {"data.items_path": "items.csv"}, "data.items_path",
-         "no effect with source 'movielens-100k', read as it was published"),
+         "no effect with source 'movielens-100k': only with 'files' or 'spark'"),
         (FILES | {"data.unknown_items": "drop"}, {"data.source": "movielens-100k"},
          "data.unknown_items", "no effect"),
         (FILES | {"data.duplicates": "drop"},
@@ -270,7 +271,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FILES, {"data.columns": {"user": "x"}}, "data.columns.user", "did you mean 'user_id'"),
         (FILES, {"data.stage_values": {"x": "shown"}}, "data.stage_values.x", "'exposed' or"),
         ({}, {"data.item_features": {"x": "string"}}, "data.item_features.x", "'categorical'"),
-        ({}, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
+        (FILES, {"data.time_zone": "Europe/Pari"}, "data.time_zone", "did you mean 'Europe/Paris'"),
         ({}, {"split.kind": "column"}, "split.kind", "no column part"),
         ({"split.test": 0.2, "data.path": "x.csv"}, {"split.kind": "column"}, "split.test",
          "got 0.2 with kind 'column': the log's own column says it"),

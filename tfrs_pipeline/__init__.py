@@ -35,6 +35,7 @@ PUBLIC = {
     "Negatives": "negatives.protocol",
     "Popularity": "negatives.popularity",
     "Query": "retrieval",
+    "Reading": "data.reading",
     "Repeats": "evaluation.baselines",
     "Retriever": "retrieval",
     "RunConfig": "config",

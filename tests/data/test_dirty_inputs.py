@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tests.dirty_inputs import DIRT, judge, make_case
+from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import DataError, Dropped, Source
 from tfrs_pipeline.data.tables import check_account
@@ -19,7 +20,7 @@ CLICKS = {"user_id": [n % 7 for n in range(40)], "item_id": [n % 9 for n in rang
 
 
 def load(more: dict[str, list[Any]] | None = None, **options: Any) -> Log:
-    return Log.from_table(pa.table(CLICKS | (more or {})), **options)
+    return Log.from_table(pa.table(CLICKS | (more or {})), **arguments(**options))
 
 
 def seeds_with_every_dirt() -> Iterator[int]:

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.build import build_samples
@@ -36,7 +38,8 @@ def load(tmp_path: Path) -> Any:
             elif content is not None:
                 paths[name] = tmp_path / f"{name}.parquet"
                 pq.write_table(content, paths[name])
-        return Log.from_files(paths["events"], items=paths.get("items"), **options)
+        made = arguments(items=paths.get("items"), **options)
+        return Log.from_files(paths["events"], **made)
 
     return run
 
@@ -265,7 +268,7 @@ def test_fractions_are_categories_and_one_in_every_format(
     "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
 )
 def test_a_feature_without_any_value_in_parquet_is_missing(
-    tmp_path: Path, kind: str, num_files: int
+    tmp_path: Path, kind: Any, num_files: int
 ) -> None:
     """As pandas writes it: without a type."""
     (tmp_path / "items").mkdir()
@@ -282,7 +285,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
     columns = {"user_id": [1, 1], "item_id": [5, 6], "added": [1, 0]}
     events = pa.table({**columns, "bought": pa.nulls(2)})
     label = {"added": 1.0, "bought": 2.0}
-    for log in (load(events, label=label), Log.from_table(events, label=label)):
+    for log in (load(events, label=label), Log.from_table(events, reading=Reading(label=label))):
         assert column(log.events, "stage") == ["clicked", "exposed"]
 
 
@@ -630,7 +633,7 @@ def test_a_label_of_pandas_has_nan_where_it_does_not_hold() -> None:
     events = pd.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "clicked": [1.0, np.nan]})
     with pytest.raises(DataError, match="'clicked' is not read and holds 1"):
         Log.from_table(events)
-    log = Log.from_table(events, label={"clicked": 1})
+    log = Log.from_table(events, reading=Reading(label={"clicked": 1}))
     assert column(log.events, "stage") == ["clicked", "exposed"]
 
 
@@ -712,7 +715,9 @@ def test_types_that_pandas_varies_from_day_to_day_are_one(tmp_path: Path, days: 
     )
     for day, table in zip(days, tables, strict=True):
         table.to_parquet(tmp_path / f"{day}.parquet", index=False)
-    log = Log.from_files(tmp_path, columns={"device": "device", "v": "v"}, max_bad_share=0.2)
+    log = Log.from_files(
+        tmp_path, reading=Reading(columns={"device": "device", "v": "v"}, max_bad_share=0.2)
+    )
     names = ("item_id", "rank", "device", "v", "stage")
     found = zip(*(column(log.events, name) for name in names), strict=True)
     of_day = dict(zip(days, expected, strict=True))
@@ -764,8 +769,8 @@ def test_parquet_whose_files_have_different_types_is_refused(
 )
 def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
-    with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one of them"):
-        Log.from_files(tmp_path / "a.csv", **options)
+    with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one"):
+        Log.from_files(tmp_path / "a.csv", **arguments(**options))
 
 
 def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
@@ -783,7 +788,7 @@ def test_a_date_in_the_names_of_folders_may_be_context(tmp_path: Path) -> None:
     for day in ("2024-01-31", "2024-02-01"):
         (tmp_path / f"day={day}").mkdir()
         (tmp_path / f"day={day}" / "a.csv").write_text("user_id,item_id\n1,2\n")
-    log = Log.from_files(tmp_path, columns={"day": "day"})
+    log = Log.from_files(tmp_path, reading=Reading(columns={"day": "day"}))
     assert column(log.events, "day") == [date(2024, 1, 31), date(2024, 2, 1)]
 
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
 
 COLUMNS: dict[str, list[Any]] = {
@@ -20,8 +21,8 @@ COLUMNS: dict[str, list[Any]] = {
 
 def labelled(label: dict[str, float], **more: list[Any] | None) -> list[tuple[str, float]]:
     columns = {name: values for name, values in (COLUMNS | more).items() if values is not None}
-    events = Log.from_table(pa.table(columns), label=label).events.order_by("event_number")
-    table = events.select("stage", "weight").to_pyarrow()
+    log = Log.from_table(pa.table(columns), reading=Reading(label=label))
+    table = log.events.order_by("event_number").select("stage", "weight").to_pyarrow()
     assert table["weight"].type == pa.float64()
     rows = table.to_pylist()
     return [(row["stage"], row["weight"]) for row in rows]
@@ -50,10 +51,12 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
         ({"nothing": 1.0}, {"nothing": [0] * 6}, "none of 6 rows is a positive"),
         ({"seconds": 1.0}, {"seconds": [1.0, float("nan")] * 3},
          "'seconds' is in the label and no number in 3 of 6 rows, such as nan"),
-        *((label, {}, "weights from 1e-09 to 1e.09, such as") for label in (
-            {"is_like": 0.0}, {"is_like": float("nan")}, {"is_like": "1"}, {0: 1.0}, "is_like",
-            ["is_like"])),
-        ({"stage": 1.0}, {}, "made of outcomes. Received: stage"),
+        ({"is_like": 0.0}, {}, "label.is_like: got 0.0; must be greater"),
+        ({"is_like": float("nan")}, {}, "label.is_like: got nan; must be"),
+        ({"is_like": "much"}, {}, "label.is_like: got 'much'; must be a number"),
+        ({0: 1.0}, {}, "label.0.*must be a valid string"),
+        ("is_like", {}, "label: got 'is_like'; must be a valid dictionary"),
+        ({"stage": 1.0}, {}, "made of outcomes, which stage is not"),
     ],
 )  # fmt: skip
 def test_what_is_refused(label: Any, more: Any, message: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
 from tfrs_pipeline.data.schema import DataError
@@ -46,7 +47,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 def made(table: list[dict[str, Any]], features: dict[str, FeatureKind], **options: Any) -> Log:
-    return Log.from_table(pa.Table.from_pylist(table), request_features=features, **options)
+    table_of = pa.Table.from_pylist(table)
+    return Log.from_table(table_of, request_features=features, **arguments(**options))
 
 
 @pytest.fixture(scope="module")

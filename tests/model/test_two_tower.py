@@ -20,6 +20,7 @@ from tests.model.test_network import EveryCandidate
 from tfrs_pipeline import messages
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
@@ -178,7 +179,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
     np.testing.assert_array_equal(exported.query_ids, 101 + np.arange(NUM_USERS))
     np.testing.assert_array_equal(exported.candidate_ids, 10 * np.arange(1, NUM_ITEMS + 1))
     assert exported.items["item_id"].to_pylist() == exported.candidate_ids.tolist()
-    assert exported.item_reading == log.item_reading
+    assert exported.reading == log.reading
     assert [feature.name for feature in exported.candidate_features] == ["genre"]
     assert exported.query_features == ()
     assert exported.history_length == LENGTH
@@ -288,7 +289,7 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
         (True, ["recency"], False),
     ):
         model = tiny(history_pooling=pooling, training=training)
-        model.fit(Log.from_table(clicks, is_ordered=is_ordered))
+        model.fit(Log.from_table(clicks, reading=Reading(is_ordered=is_ordered)))
         told = "model.history_pooling recency reads the order of a history, and the log has none"
         assert any(note.startswith(told) for note in model.notes) == is_told
 

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.evaluation.baselines import Ease
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
@@ -201,7 +202,7 @@ def test_what_a_manifest_says_of_its_own_is_not_replaced(tmp_path: Path) -> None
 def test_a_title_is_text_and_how_items_were_read_is_kept(tmp_path: Path) -> None:
     model = exportable(
         items=pa.table({"item_id": ["a", "b", "c"], "title": [7, None, 9]}),
-        item_reading={"item_columns": {"item_id": "sku"}, "max_bad_share": 0.5},
+        reading=Reading(item_columns={"item_id": "sku"}, max_bad_share=0.5),
     )
     retriever = load(export(model, tmp_path / "own"))
     assert retriever.titles() == {"a": "7", "b": None, "c": "9"}

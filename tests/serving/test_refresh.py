@@ -433,15 +433,14 @@ def test_the_command_says_what_it_did(
 def test_items_are_read_as_those_of_the_log_were(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    """As `Log.from_files` was told, or the settings of a run, which come first."""
     loaded = load(folder)
     monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
     path = tmp_path / "items.csv"
     path.write_text("sku,genres\n10,a;b\n17,c\n")
-    loaded.manifest["item_reading"] = {"list_separator": ";", "item_columns": {"item_id": "sku"}}
+    loaded.manifest["reading"] = {"list_separator": ";", "item_columns": {"item_id": "sku"}}
     refresh_index(folder, path)
     assert asked[-1]["items"]["genres"].to_pylist() == [["a", "b"], ["c"]]
-    loaded.manifest["config"] = {"data": {"list_separator": ";", "item_columns": {}}}
+    del loaded.manifest["reading"]
     with pytest.raises(DataError, match="no column 'item_id'"):
         refresh_index(folder, path)
 

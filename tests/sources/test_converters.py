@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
 
 START_MS = 1_705_104_000_000  # 2024-01-13, UTC
 
@@ -88,7 +89,9 @@ def test_every_exposure_of_kuairand_is_an_event(
     kuairand: Path, label: dict[str, float] | None, positive: str
 ) -> None:
     KUAIRAND.convert(kuairand, kuairand / "events.parquet")
-    log = Log.from_files(kuairand / "events.parquet", timestamp_unit="ms", label=label)
+    log = Log.from_files(
+        kuairand / "events.parquet", reading=Reading(timestamp_unit="ms", label=label or {})
+    )
     found = [
         (event["user_id"], event["item_id"], event["timestamp"], event["stage"])
         for event in events_of(log)
@@ -166,7 +169,7 @@ def test_the_furthest_stage_of_recflow_counts(tmp_path: Path) -> None:
     write_day(tmp_path / "realshow" / "2024-01-13.feather", [clicked])  # Is in the first file.
     write_day(tmp_path / "realshow" / "2024-01-14.feather", [clicked])
     RECFLOW.convert(tmp_path, tmp_path / "out")
-    log = Log.from_files(tmp_path / "out" / "events", timestamp_unit="ms")
+    log = Log.from_files(tmp_path / "out" / "events", reading=Reading(timestamp_unit="ms"))
     found = [(event["stage"], event["rank"]) for event in events_of(log)]
     assert found == [*((stage, rank) for _, stage, rank in FURTHEST), ("clicked", None)]
     assert {event["timestamp"] for event in events_of(log)} == {moment(START_MS)}

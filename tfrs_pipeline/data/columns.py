@@ -14,8 +14,9 @@ from typing import Literal
 import ibis
 import ibis.expr.types as ir
 
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError, RawTable, id_refusals
-from tfrs_pipeline.data.times import Formats, is_integer_text, refuse_years, to_timestamp
+from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
 from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, printable
 
@@ -143,7 +144,7 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
     return value if raw.has(value.notnull() & number.isnull()) else number
 
 
-def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) -> ir.Value:
+def to_feature(raw: RawTable, column: str, kind: FeatureKind, reading: Reading) -> ir.Value:
     """Gives a feature column the type of its kind (see `Log`)."""
     value = raw.table[column]
     if kind in ("numeric", "bucketized"):
@@ -159,12 +160,12 @@ def to_feature(raw: RawTable, column: str, kind: FeatureKind, formats: Formats) 
             return number.cast("string").re_replace(_WHOLE_FLOAT, r"\1").nullif("nan")
         return to_id(raw, column, as_integer=is_integer(raw, column))
     if kind == "multi_categorical":
-        return _to_categories(raw, column, formats.list_separator)
+        return _to_categories(raw, column, reading.list_separator)
     if kind == "vector":
-        return _to_vector(raw, column, formats.list_separator)
+        return _to_vector(raw, column, reading.list_separator)
     if kind == "timestamp":
-        time = to_timestamp(raw, column, formats)
-        if formats.timestamp_unit is None:
+        time = to_timestamp(raw, column, reading)
+        if reading.timestamp_unit is None:
             refuse_years(raw, time, column)
         return time
     if not value.type().is_string():

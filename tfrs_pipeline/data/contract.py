@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ibis
 import ibis.expr.datatypes as dt
+import ibis.expr.operations as ops
 
+from tfrs_pipeline.data.engines import ENGINES
 from tfrs_pipeline.data.schema import (
     LISTED,
     WEIGHT_FAULT,
@@ -53,6 +56,31 @@ _FEATURE_TYPES: dict[FeatureKind, dict[str, str]] = {
     "timestamp": _TIME,
     "vector": {"array": "array<float32>"},
 }
+
+_OF_A_CONNECTION = (ops.DatabaseTable, ops.SQLQueryResult, ops.SQLStringView)
+
+
+def check_engine(events: Any, *others: Any) -> None:
+    """Refuses tables that are not Ibis's (`TypeError`), or not of one engine here (`DataError`)."""
+    for table in (events, *others):
+        if table is not None and not isinstance(table, ibis.Table):
+            raise TypeError(
+                "Log.from_ibis takes tables of Ibis; Log.from_table any others. Received: "
+                f"{type(table).__name__}"
+            )
+    if (engine := events.get_backend().name) not in ENGINES:
+        raise DataError(
+            f"Samples are made in {' or '.join(ENGINES)}. Received: a table of {engine}. "
+            "Log.from_table copies it into DuckDB."
+        )
+    for table in others:
+        # A table in memory belongs to no connection. Names may be the same in two of them.
+        is_bound = table is not None and table.op().find(_OF_A_CONNECTION)
+        if is_bound and table.get_backend() is not events.get_backend():
+            raise DataError(
+                "The tables of a log must be of one connection, that of the events. Received: one "
+                "of another. Open both there, or copy them with Log.from_table."
+            )
 
 
 def check_events(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 
 import ibis
 import ibis.expr.types as ir
@@ -21,8 +20,9 @@ from tfrs_pipeline.data.columns import (
     to_required_id,
 )
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.labels import check_label, relabel
-from tfrs_pipeline.data.requests import check_names, is_from_timestamp
+from tfrs_pipeline.data.labels import relabel
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     TIMES_ELSEWHERE,
@@ -34,13 +34,12 @@ from tfrs_pipeline.data.schema import (
     Source,
     Stage,
     is_usable_weight,
-    name_problem,
     require_column,
 )
-from tfrs_pipeline.data.tables import MAX_BAD_SHARE, describe_missing, store_sound, type_features
-from tfrs_pipeline.data.times import Formats, Period, make_period, to_timestamp
+from tfrs_pipeline.data.tables import describe_missing, store_sound, type_features
+from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.features.kinds import FeatureKind
-from tfrs_pipeline.messages import printable, sentence
+from tfrs_pipeline.messages import printable
 
 _NUM_LOOKED_AT = 1000
 _MOST_STAGES = 100  # A column of more values is free text.
@@ -51,84 +50,48 @@ _NO, _YES = ("0", "0.0", "false", "n", "no", "nan", ""), ("1", "1.0", "true", "y
 _OPTIONAL = ("timestamp", "request_id", "rank", "score", "weight", "part")
 
 
-@dataclass(frozen=True)
-class EventRules:
-    """What the rows of an event table mean: arguments of `Log.from_files`.
+def stage_column(reading: Reading, scanned: Scan) -> str | None:
+    """Returns the column that stages are made of, `stage` or `rating`; None if there is none.
 
-    A `ValueError` if a name or a number is out of range, or rules contradict each other.
+    A `DataError` if there are ratings and no threshold.
     """
 
-    columns: Mapping[str, str] = field(default_factory=dict)
-    rating_threshold: float | None = None
-    stage_values: Mapping[str, str] = field(default_factory=dict)
-    label: Mapping[str, float] = field(default_factory=dict)
-    period: Period = field(default_factory=make_period)
-    max_bad_share: float = MAX_BAD_SHARE
-    request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+    def has(name: str) -> bool:
+        return name in reading.columns or name in scanned.columns
 
-    def __post_init__(self) -> None:
-        stages = [str(stage) for stage in Stage]
-        if wrong := sorted(set(self.stage_values.values()) - set(stages)):
-            raise ValueError(f"stage_values must map to {', '.join(stages)}. Received: {wrong}.")
-        if wrong := [x for x in self.stage_values if not isinstance(x, str)]:
-            raise ValueError(
-                "stage_values must map text to stages, numbers and booleans as a log writes them, "
-                f"'1' or 'true'. Received: {wrong[0]!r}."
-            )
-        check_label(self.label)
-        check_names(self.request_features, self.label, self.columns)
-        for name in (*self.columns, *self.label):
-            if name not in self.request_features and (problem := name_problem(name)):
-                raise ValueError(f"columns.{printable(name)}: {sentence(problem)}")
-        if not 0 <= self.max_bad_share < 1:
-            raise ValueError(f"max_bad_share must be in [0, 1). Received: {self.max_bad_share}.")
-        if self.rating_threshold is not None and (self.label or self.stage_values):
-            raise ValueError(
-                "rating_threshold says what a positive is, and so would label or stage_values: set "
-                f"one of them. Received: {self.rating_threshold}, {dict(self.label)} and "
-                f"{dict(self.stage_values)}."
-            )
-
-    def stage_column(self, scanned: Scan) -> str | None:
-        """Names the column that stages are made of, `stage` or `rating`; None if there is none.
-
-        A `DataError` if there are ratings and no threshold.
-        """
-        where = Source(scanned.name)
-
-        def has(name: str) -> bool:
-            return name in self.columns or name in scanned.columns
-
-        if self.rating_threshold is not None:
-            return "rating"
-        if has("stage") or self.stage_values:
-            return "stage"
-        if has("rating") and not self.label:
-            raise DataError(
-                f"{where.column(self.columns.get('rating', 'rating'))}: a log of ratings needs "
-                "rating_threshold, the lowest rating that is a positive. Set it; or rename the "
-                "column, if all rows are clicks.",
-                "rating_threshold",
-            )
-        return None
+    if reading.rating_threshold is not None:
+        return "rating"
+    if has("stage") or reading.stage_values:
+        return "stage"
+    if has("rating") and not reading.label:
+        column = Source(scanned.name).column(reading.columns.get("rating", "rating"))
+        raise DataError(
+            f"{column}: a log of ratings needs rating_threshold, the lowest rating that is a "
+            "positive. Set it; or rename the column, if all rows are clicks.",
+            "rating_threshold",
+        )
+    return None
 
 
 def load_events(
-    scanned: Scan, rules: EventRules, formats: Formats, others: Mapping[str, RawTable | None]
+    scanned: Scan,
+    reading: Reading,
+    request_features: Mapping[str, FeatureKind],
+    others: Mapping[str, RawTable | None],
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an event table; its ids and those of `others` become one type.
 
     Returns the events without the rows at fault; how many of these were dropped, and why; and
     notes.
     """
-    stage_column = rules.stage_column(scanned)
-    names, unread = _event_columns(scanned, stage_column, rules)
+    stages_in = stage_column(reading, scanned)
+    names, unread = _event_columns(scanned, stages_in, reading, request_features)
     raw = scanned.load(names)
     columns: dict[str, ir.Value] = {}
     notes = []
     if unread:
         notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
-    if stage_column is None and not rules.label:
+    if stages_in is None and not reading.label:
         notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
@@ -137,45 +100,48 @@ def load_events(
         notes += [note for table in tables for note in describe_ids(table, name)]
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
-        columns["timestamp"] = to_timestamp(raw, "timestamp", formats, rules.period)
+        columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
         remedy = "Give these rows a time, or omit the column where it is not known."
         raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
     columns["event_number"] = raw.table["_row"]
-    columns["stage"] = _stage(raw, stage_column, rules)
-    requests = {k: v for k, v in rules.request_features.items() if k in names}
-    notes += type_features(raw, columns, requests, formats, rules.max_bad_share)
+    columns["stage"] = _stage(raw, stages_in, reading)
+    requests = {k: v for k, v in request_features.items() if k in names}
+    notes += type_features(raw, columns, requests, reading)
     for name in names:
-        if name in rules.label:
+        if name in reading.label:
             columns[name] = to_outcome(raw, name)
-        elif name not in columns and name not in (stage_column, "weight"):
+        elif name not in columns and name not in (stages_in, "weight"):
             columns[name] = _other_column(raw, name)
     weight = ibis.literal(1.0)
-    if rules.label:
-        columns["stage"], weight = relabel(columns, rules.label)
+    if reading.label:
+        columns["stage"], weight = relabel(columns, reading.label)
     if "weight" in names:
         weight = weight * _weight(raw, columns["stage"])
-    if rules.label or "weight" in names:
+    if reading.label or "weight" in names:
         columns["weight"] = weight
-    events, dropped = store_sound(raw, columns, rules.max_bad_share)
+    events, dropped = store_sound(raw, columns, reading.max_bad_share)
     notes += describe_missing(events, requests, raw.source)
     raw.drop()
     return events, dropped, notes
 
 
 def _event_columns(
-    scanned: Scan, stage_column: str | None, rules: EventRules
+    scanned: Scan,
+    stages_in: str | None,
+    reading: Reading,
+    request_features: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
     """Returns log's name -> column of the source, of all columns to be taken, and the others."""
-    required = ["user_id", "item_id", *([stage_column] if stage_column else [])]
+    required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
     requested = [
         name
-        for name in rules.request_features
-        if not is_from_timestamp(name, (*rules.columns, *scanned.columns))
+        for name in request_features
+        if not is_from_timestamp(name, (*reading.columns, *scanned.columns))
     ]
     names = {}
-    for name in dict.fromkeys([*required, *optional, *rules.columns, *rules.label, *requested]):
-        names[name] = rules.columns.get(name, name)
+    for name in dict.fromkeys([*required, *optional, *reading.columns, *reading.label, *requested]):
+        names[name] = reading.columns.get(name, name)
         remedy = f"Set columns to say which column is {name}."
         require_column(scanned.columns, names[name], Source(scanned.name), remedy, "columns")
         if name not in LOG_COLUMNS and _is_mistyped(name, names[name]):
@@ -185,10 +151,10 @@ def _event_columns(
                 "columns",
             )
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
-    if stage_column or rules.label:
+    if stages_in or reading.label:
         absent -= {"stage", "rating"}
     # Without its stage or its time a log would be another log, and nobody would be told.
-    for name in set(names) & set(TIMES_ELSEWHERE) & set(rules.columns):
+    for name in set(names) & set(TIMES_ELSEWHERE) & set(reading.columns):
         if "timestamp" in absent:
             raise DataError(
                 f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
@@ -279,11 +245,11 @@ def _is_mistyped(name: str, column: str) -> bool:
     )
 
 
-def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.StringValue:
-    if stage_column == "stage":
+def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringValue:
+    if stages_in == "stage":
         value = stage = raw.table["stage"].cast("string")
-        if rules.stage_values:
-            cases = [(value == found, stage) for found, stage in rules.stage_values.items()]
+        if reading.stage_values:
+            cases = [(value == found, stage) for found, stage in reading.stage_values.items()]
             stage = ibis.cases(*cases, else_=value)
         raw.fault("stage", value.isnull(), "is null", "Give these rows a stage.")
         known = [str(each) for each in Stage]
@@ -291,15 +257,15 @@ def _stage(raw: RawTable, stage_column: str | None, rules: EventRules) -> ir.Str
         unknown = ("stage", stage.notin(known), "holds an unknown stage", remedy, "stage_values")
         raw.faults.append(Refusal(*unknown, is_droppable=False))
         return stage
-    if stage_column == "rating":
+    if stages_in == "rating":
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
-        lowest = ibis.literal(float(rules.rating_threshold or 0))
+        lowest = ibis.literal(float(reading.rating_threshold or 0))
         if raw.table["rating"].type().is_float32():  # 4.1 there is below 4.1 in double precision.
             lowest = lowest.cast("float32").cast("float64")
         is_clicked = rating >= lowest
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
-    return ibis.literal((Stage.EXPOSED if rules.label else Stage.CLICKED).value)
+    return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
 
 
 def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:

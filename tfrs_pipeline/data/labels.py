@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import functools
-import numbers
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, Stage
-
-
-def check_label(label: Any) -> None:
-    """Refuses (`ValueError`) a label that does not map outcomes to weights that can train."""
-    is_fine = isinstance(label, Mapping) and all(
-        isinstance(name, str)
-        and isinstance(weight, numbers.Real)
-        and MIN_WEIGHT <= float(weight) <= MAX_WEIGHT
-        for name, weight in label.items()
-    )
-    if not is_fine:
-        raise ValueError(
-            f"A label maps columns to weights from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}, such as "
-            "{'is_like': 1.0}. "
-            f"Received: {label!r}"
-        )
-    if taken := sorted({"user_id", "item_id", "timestamp", "stage"}.intersection(label)):
-        raise ValueError(f"A label is made of outcomes. Received: {', '.join(taken)}.")
+from tfrs_pipeline.data.schema import Stage
 
 
 def relabel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import ibis
 import ibis.expr.types as ir
@@ -15,7 +15,6 @@ from tfrs_pipeline.data.schema import (
     require_column,
 )
 from tfrs_pipeline.features.kinds import FeatureKind
-from tfrs_pipeline.messages import counted, printable
 
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made of the timestamp, in UTC, where the log has no such column."""
@@ -115,26 +114,3 @@ def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:
         return time
     start = time.min().over(ibis.window(group_by=["user_id", "request_id"]))
     return events["request_id"].isnull().ifelse(time, start)
-
-
-def describe_long_requests(events: ibis.Table) -> Iterator[str]:
-    """Says how many requests last longer than a day, as those do whose numbers restart."""
-    if not {"request_id", "timestamp"} <= set(events.columns):
-        return
-    time, keys = events["timestamp"], ["user_id", "request_id"]
-    requests = events.filter(events["request_id"].notnull()).group_by(keys)
-    spans = requests.agg(first=time.min(), last=time.max())
-    is_long = spans["last"].epoch_seconds() - spans["first"].epoch_seconds() > 86_400
-    found = spans.aggregate(num=spans.count(), num_long=is_long.sum()).to_pyarrow().to_pylist()[0]
-    if not found["num_long"]:
-        return
-    user, request, first, last = (
-        spans.filter(is_long).order_by(keys).limit(1).to_pyarrow().to_pylist()[0].values()
-    )
-    yield (
-        f"{found['num_long']:,} of {counted(found['num'], 'request')} (events of one user and "
-        f"request_id) last longer than a day, such as {printable(repr(request))} of user "
-        f"{printable(repr(user))} from {first:%Y-%m-%d} to {last:%Y-%m-%d}: no history shows one "
-        "event of a request to another. If request_id restarts, join it with the day, or leave it "
-        "out"
-    )

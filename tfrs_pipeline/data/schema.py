@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import enum
-import zoneinfo
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from tfrs_pipeline.features.kinds import kind_problem
+from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
 from tfrs_pipeline.messages import printable, sentence
 
 if TYPE_CHECKING:
@@ -228,29 +227,23 @@ def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
             raise refusal.error(table, source)
 
 
-def check_kinds(
-    items: Mapping[str, str], users: Mapping[str, str], requests: Mapping[str, str]
-) -> None:
-    """Refuses what is no mapping, no kind, or a table's own id (`TypeError`, `ValueError`)."""
-    for own_id, features in (("item_id", items), ("user_id", users)):
+def checked_kinds(
+    items: Mapping[str, FeatureKind] | None,
+    users: Mapping[str, FeatureKind] | None,
+    requests: Mapping[str, FeatureKind] | None,
+) -> tuple[dict[str, FeatureKind], dict[str, FeatureKind], dict[str, FeatureKind]]:
+    """Returns the features of items, users and requests; a `ValueError` if one cannot be."""
+    tables = dict(items or {}), dict(users or {}), dict(requests or {})
+    for own_id, features in zip(("item_id", "user_id"), tables, strict=False):
         if own_id in features:
             raise ValueError(
                 f"{own_id!r} is no feature of its own table: what a model learns of an id is a "
                 "setting (use_candidate_id, use_user_id). To read it otherwise, copy the column."
             )
-    for name, kind in (pair for table in (items, users, requests) for pair in table.items()):
+    for name, kind in (pair for table in tables for pair in table.items()):
         if problem := kind_problem(kind):
             raise ValueError(f"Feature {name!r} has {sentence(problem)} Received: {kind!r}.")
-
-
-def check_columns(**settings: Mapping[str, str] | None) -> None:
-    """Refuses (`TypeError`) settings, by name, that map anything but strings to strings."""
-    for setting, columns in settings.items():
-        if not all(isinstance(name, str) for pair in (columns or {}).items() for name in pair):
-            raise TypeError(
-                f"{setting} must map the log's names to columns of the source, both strings (a "
-                f"column 0 is called '0'). Received: {columns}."
-            )
+    return tables
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
@@ -283,15 +276,6 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     if name not in LOG_COLUMNS and near and near[0] not in columns:
         return f"unknown column; did you mean {near[0]!r}?"
     return ""
-
-
-def is_time_zone(name: str) -> bool:
-    """Tells whether the tz database has a time zone of this name."""
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return False
-    return True
 
 
 def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:

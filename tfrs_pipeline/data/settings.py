@@ -6,28 +6,18 @@ The sentence under each field is its documentation and its help in the command l
 from __future__ import annotations
 
 import contextlib
-import zoneinfo
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from tfrs_pipeline.data.schema import (
-    Duplicates,
-    SplitKind,
-    TimestampUnit,
-    UnknownItems,
-    is_time_zone,
-    name_problem,
-    part_problems,
-)
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import SplitKind, part_problems
 from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
-from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config, refuse
 
-StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -38,17 +28,13 @@ def _kind(value: Any) -> Any:
 
 
 Kind: TypeAlias = Annotated[FeatureKind, BeforeValidator(_kind)]
-# What says how to read tables that are no log yet: arguments of `Log.from_files`.
-OF_RAW_TABLES = (
-    *("columns", "item_columns", "user_columns", "label", "timestamp_unit", "time_zone"),
-    *("list_separator", "unknown_items", "duplicates", "earliest_time"),
-    "max_bad_share",
-)
-# What says which data there are, and which events are positives: MovieLens says it itself.
-_WHICH_DATA = (
-    *("items_path", "users_path", "columns", "item_columns", "user_columns", "label"),
-    *("earliest_time", "max_bad_share", "unknown_items", "duplicates"),
-)
+# Setting -> the sources that heed it; the others are read as they were published, or are a log.
+_HEEDED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(Reading.model_fields, ("files",)),
+    **dict.fromkeys(("items_path", "users_path"), ("files", "spark")),
+    "is_ordered": ("files", "spark", "movielens-100k"),
+    "memory_limit": ("files", "movielens-100k"),
+}
 
 
 def _amount(value: Any) -> Any:
@@ -67,8 +53,8 @@ def _amount(value: Any) -> Any:
 Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
 
 
-class DataConfig(Config):
-    """Where events, items and users come from."""
+class Tables(Config):
+    """Where events, items and users lie."""
 
     source: Literal["movielens-100k", "files", "spark"] = "movielens-100k"
     """Your own files, tables in Spark, or MovieLens-100K; if not given, files if there is a path.
@@ -81,27 +67,11 @@ class DataConfig(Config):
     """CSV or Parquet file of items, or a folder of them; for spark the name of a table."""
     users_path: Path | None = None
     """The same for users."""
-    columns: dict[str, str] = {}
-    """Names of columns in the event files, such as user_id=viewer, of user_id, item_id, timestamp,
-    stage, rating, request_id, rank, score, weight and part."""
-    item_columns: dict[str, str] = {}
-    """Columns of the item table by this package's names, such as item_id=sku."""
-    user_columns: dict[str, str] = {}
-    """Columns of the user table by this package's names, such as user_id=viewer_id."""
-    stage_values: dict[str, StageName] = {}
-    """Stages by the values in the file's stage column, such as impression=exposed."""
-    rating_threshold: float | None = None
-    """Ratings at or above this are clicks; lower ones are exposed items, never negatives."""
-    timestamp_unit: TimestampUnit | None = None
-    """Unit of timestamps that are stored as numbers, also in features."""
-    label: dict[str, PositiveFloat] = {}
-    """Columns that make an exposed event a positive, instead of the stage clicked, each with its
-    weight, such as is_click=1 long_view=2."""
-    time_zone: str | None = None
-    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
-    features."""
-    is_ordered: bool = True
-    """Whether the order of the rows is the order of the events, for events without timestamps."""
+
+
+class DataConfig(Reading, Tables):
+    """Where events, items and users come from."""
+
     item_features: dict[str, Kind] = {}
     """Item table columns that the model reads, each with its kind: categorical; hashed, for very
     many values; multi_categorical; text; numeric; bucketized, for numbers with a non-linear
@@ -112,25 +82,9 @@ class DataConfig(Config):
     """The same for columns of the events that are known when the request arrives, such as device,
     place or search text; never columns known only later. hour and weekday are made from the
     timestamp, in UTC, if there are no such columns."""
-    list_separator: str = Field("|", min_length=1)
-    """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
-    file."""
-    unknown_items: UnknownItems = "keep"
-    """What to do with events whose item is not in the item table: keep them with missing features
-    (a run's export does not retrieve the item), drop and count them, or stop."""
-    duplicates: Duplicates = "keep"
-    """What to do with events equal in user, item, time, stage, request and part: keep all of them,
-    drop and count all but the first, or stop."""
-    earliest_time: datetime | None = None
-    """Events before this time count as having none, such as a 0 for a missing time; in UTC if
-    without a zone; if not given, 1990. So do events of more than a day from now."""
-    max_bad_share: float = Field(0.1, ge=0, lt=1)
-    """Share of a table's rows that may be dropped, and counted, because a required value is missing
-    or unreadable; more is refused, with 0 any such row."""
-
     memory_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")
-    """Memory of DuckDB for making the log and the samples, such as 4GB; the rest goes to disk, into
-    the folder that TMPDIR names. If not given, four fifths of the machine's memory."""
+    """Memory of DuckDB for making the log and the samples, such as 4GB; the rest goes to the
+    system's temporary folder (TMPDIR). If not given, four fifths of the machine's memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,11 +95,15 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        refuse([*self._source_problems(), *self._value_problems()])
+        refuse([*self._source_problems(), *self.name_problems(self.request_features)])
         return self
 
+    def reading(self) -> Reading:
+        """Returns how the tables are read, for `Log.from_files`."""
+        return Reading(**{name: getattr(self, name) for name in Reading.model_fields})
+
     def _source_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what the source needs and lacks, and what would make other positives of it."""
+        """Yields what the source needs and lacks, and what it would not heed."""
         if self.source != "movielens-100k" and self.path is None:
             what = "name of the table" if self.source == "spark" else "file or folder"
             yield "path", f"required for source {self.source!r}: the {what} of its events"
@@ -154,27 +112,11 @@ class DataConfig(Config):
             if self.source in ("files", "spark") and features and path is None:
                 what = "table" if self.source == "spark" else "file"
                 yield f"{table}s_path", f"required for {table}_features: the {what} that holds them"
-        for name in ("stage_values", "rating_threshold"):
-            if getattr(self, name) and self.source != "files":
-                yield name, f"has no effect with source {self.source!r}: only with 'files'"
-        for name in _WHICH_DATA if self.source == "movielens-100k" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                yield name, f"has no effect with source {self.source!r}, read as it was published"
-        if self.source == "spark":
-            for name in (*OF_RAW_TABLES, "memory_limit"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    yield name, "has no effect with source 'spark', whose tables are a log already"
-
-    def _value_problems(self) -> Iterator[tuple[str, str]]:
-        for name in self.columns:
-            if name not in self.request_features and (problem := name_problem(name)):
-                yield f"columns.{name}", problem
-        if self.time_zone is not None and not is_time_zone(self.time_zone):
-            zones = zoneinfo.available_timezones()
-            yield (
-                "time_zone",
-                f"unknown time zone {self.time_zone!r}; {suggest(self.time_zone, zones)}",
-            )
+        for name, sources in _HEEDED_BY.items():
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.source not in sources:
+                known = " or ".join(map(repr, sources))
+                yield name, f"has no effect with source {self.source!r}: only with {known}"
 
 
 class SplitConfig(Config):

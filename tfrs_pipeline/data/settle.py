@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import ibis
+from ibis.backends.duckdb import Backend as DuckDB
 
+from tfrs_pipeline.data.events import load_events
+from tfrs_pipeline.data.files import scan
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.requests import check_names
 from tfrs_pipeline.data.schema import (
     LISTED,
     DataError,
@@ -17,18 +22,74 @@ from tfrs_pipeline.data.schema import (
     count_rows,
 )
 from tfrs_pipeline.data.split import is_positive
-from tfrs_pipeline.data.tables import check_account, store
+from tfrs_pipeline.data.tables import (
+    check_account,
+    describe_dropped,
+    load_raw,
+    store,
+    type_entities,
+)
+from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, in_percent, printable
+from tfrs_pipeline.settings import refuse
+
+Features: TypeAlias = Mapping[str, FeatureKind]
+Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]
+"""Events, items and users."""
+
+
+def make_tables(
+    connection: DuckDB,
+    source: Any,
+    items: Any,
+    users: Any,
+    features: tuple[Features, Features, Features],
+    reading: Reading,
+) -> tuple[Tables, tuple[Dropped, ...], tuple[str, ...]]:
+    """Reads, types, settles and stores the tables of a log; arguments as in `Log.from_files`.
+
+    `features` are those of items, users and requests. Returns the tables; what was dropped of the
+    events; and notes for a person.
+    """
+    item_features, user_features, request_features = features
+    check_names(request_features, reading.label, reading.columns)
+    refuse(reading.name_problems(request_features))
+    scanned = scan(connection, source, "event table")
+    entities = {
+        "item_id": (items, reading.item_columns, item_features),
+        "user_id": (users, reading.user_columns, user_features),
+    }
+    raws = {
+        name: load_raw(connection, *entity, name, id_of_events=reading.columns.get(name, ""))
+        for name, entity in entities.items()
+    }
+    events, dropped, notes = load_events(scanned, reading, request_features, raws)
+    sources = {"events": Source(scanned.name, reading.columns)}
+    tables = {}
+    for name, raw in raws.items():
+        if raw is None:
+            tables[name] = events.select(name).distinct()
+            continue
+        tables[name], lost, noted = type_entities(
+            raw,
+            name,
+            as_integer=events.schema()[name].is_int64(),
+            features=entities[name][2],
+            reading=reading,
+        )
+        notes += describe_dropped(raw.source, lost) + noted
+        sources[name] = raw.source
+        raw.drop()
+    settled, repeated, noted = settle(events, tables, sources, reading)
+    return settled, (*dropped, *repeated), (*notes, *noted)
 
 
 def settle(
     events: ibis.Table,
     entities: Mapping[str, ibis.Table],
     sources: Mapping[str, Source],
-    *,
-    unknown_items: UnknownItems,
-    duplicates: Duplicates,
-) -> tuple[tuple[ibis.Table, ibis.Table, ibis.Table], list[Dropped], list[str]]:
+    reading: Reading,
+) -> tuple[Tables, list[Dropped], list[str]]:
     """Settles unknown ids and repeated events, and stores the tables.
 
     Returns events, items and users; what was dropped of the events; and notes for a person.
@@ -36,7 +97,7 @@ def settle(
     num_in = num_rows = count_rows(events)
     dropped: list[Dropped] = []
     notes: list[str] = []
-    unknown_by_id: dict[str, UnknownItems] = {"item_id": unknown_items, "user_id": "keep"}
+    unknown_by_id: dict[str, UnknownItems] = {"item_id": reading.unknown_items, "user_id": "keep"}
     for name, unknown in unknown_by_id.items():
         if name in sources:
             where = (sources["events"], sources[name])
@@ -45,7 +106,7 @@ def settle(
             )
             dropped, notes = dropped + lost, notes + noted
             num_rows -= sum(each.num_rows for each in lost)
-    events, lost, noted = settle_duplicates(events, sources["events"], duplicates, num_rows)
+    events, lost, noted = settle_duplicates(events, sources["events"], reading.duplicates, num_rows)
     dropped, notes = dropped + lost, notes + noted
     if dropped:
         events = store(events, sources["events"])

@@ -20,6 +20,7 @@ from tfrs_pipeline.data.columns import (
 )
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
@@ -28,11 +29,8 @@ from tfrs_pipeline.data.schema import (
     count_rows,
     require_column,
 )
-from tfrs_pipeline.data.times import Formats
 from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
-
-MAX_BAD_SHARE = 0.1
 
 
 def store_sound(
@@ -86,9 +84,9 @@ def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[
 def load_raw(
     connection: DuckDB,
     source: Any,
-    id_name: str,
     columns: Mapping[str, str],
     features: Mapping[str, FeatureKind],
+    id_name: str,
     remedy: str = "",
     id_of_events: str = "",
 ) -> RawTable | None:
@@ -131,8 +129,7 @@ def type_entities(
     *,
     as_integer: bool,
     features: Mapping[str, FeatureKind],
-    formats: Formats,
-    max_bad_share: float,
+    reading: Reading,
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an item or user table: id, features and, of items, a column `title`.
 
@@ -140,10 +137,10 @@ def type_entities(
     for a person. A feature that cannot be used is missing.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
-    notes = type_features(raw, columns, features, formats, max_bad_share)
+    notes = type_features(raw, columns, features, reading)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities, dropped = store_sound(raw, columns, max_bad_share)
+    entities, dropped = store_sound(raw, columns, reading.max_bad_share)
     notes += describe_missing(entities, (name for name in columns if name != id_name), raw.source)
     num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids < num_rows:
@@ -166,8 +163,7 @@ def type_features(
     raw: RawTable,
     columns: dict[str, ir.Value],
     features: Mapping[str, FeatureKind],
-    formats: Formats,
-    max_bad_share: float,
+    reading: Reading,
 ) -> list[str]:
     """Types features; counts values that cannot be used, and refuses too many of them.
 
@@ -176,9 +172,9 @@ def type_features(
     num_other_faults = len(raw.faults)
     notes: list[str] = []
     for name, kind in features.items():
-        columns[name] = to_feature(raw, name, kind, formats)
+        columns[name] = to_feature(raw, name, kind, reading)
         if kind == "multi_categorical":
-            notes += describe_categories(raw, name, formats.list_separator)
+            notes += describe_categories(raw, name, reading.list_separator)
     faults = raw.faults[num_other_faults:]
     del raw.faults[num_other_faults:]
     if not faults:
@@ -187,8 +183,9 @@ def type_features(
     counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
     for i, fault in enumerate(faults):
         num = counts[str(i)] or 0
-        if num > max_bad_share * raw.num_rows:
-            raise fault.error(raw.table, raw.source, max_bad_share, "values are taken as missing")
+        if num > reading.max_bad_share * raw.num_rows:
+            becomes = "values are taken as missing"
+            raise fault.error(raw.table, raw.source, reading.max_bad_share, becomes)
         if num:
             of = raw.source.column(fault.column)
             notes.append(f"{of} {fault.problem} in {num:,} rows: taken as missing")
@@ -216,9 +213,7 @@ def load_items(
     *,
     is_integer_id: bool,
     item_features: Mapping[str, FeatureKind],
-    item_columns: Mapping[str, str],
-    formats: Formats,
-    max_bad_share: float,
+    reading: Reading,
 ) -> tuple[ibis.Table, list[str]]:
     """Loads an item table by itself, such as today's for a model of last week's.
 
@@ -227,7 +222,7 @@ def load_items(
     them, and what was dropped or is missing, in lines for a person.
     """
     remedy = "Name the columns as the item table of the training did."
-    raw = load_raw(connect(), source, "item_id", item_columns, item_features, remedy)
+    raw = load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
@@ -239,8 +234,7 @@ def load_items(
         "item_id",
         as_integer=is_integer_id,
         features=item_features,
-        formats=formats,
-        max_bad_share=max_bad_share,
+        reading=reading,
     )
     return items.order_by("item_id"), describe_dropped(raw.source, dropped) + notes
 

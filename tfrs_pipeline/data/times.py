@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TypeAlias
+from datetime import UTC, datetime
 
 import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit, is_time_zone
+from tfrs_pipeline.data.reading import Period, Reading
+from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -39,41 +38,14 @@ def _in_time_zone(time_zone: ir.StringValue, time: ir.TimestampValue) -> ir.Time
     """DuckDB's own function."""
 
 
-@dataclass(frozen=True)
-class Formats:
-    """How values are written where their type does not say it: arguments of `Log.from_files`."""
-
-    timestamp_unit: TimestampUnit | None = None
-    time_zone: str | None = None
-    list_separator: str = "|"
-
-    def __post_init__(self) -> None:
-        if self.time_zone is not None and not is_time_zone(self.time_zone):
-            raise ValueError(
-                "time_zone must be one of the tz database, such as Europe/Berlin. Received: "
-                f"{self.time_zone!r}."
-            )
-
-
-Period: TypeAlias = tuple[datetime, datetime]
-"""The first moment at which events may have happened, and the first that is too late: a time
-outside is a fault of the log, such as 0 for none."""
-
-
-def make_period(earliest: datetime | None = None) -> Period:
-    """Returns the period from `earliest_time` of `Log.from_files` to a day from now."""
-    earliest = earliest or datetime(1990, 1, 1, tzinfo=UTC)
-    return _in_utc(earliest), datetime.now(UTC) + timedelta(days=1)
-
-
 def to_timestamp(
-    raw: RawTable, column: str, formats: Formats, period: Period | None = None
+    raw: RawTable, column: str, reading: Reading, period: Period | None = None
 ) -> ir.TimestampValue:
     """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
 
     They are null where there is none or it is a fault (`RawTable.fault`), such as one outside the
     period; without one they may be all that a calendar has. A `DataError` if the column is of
-    another type, most numbers count in another unit, or times have no zone and `formats` names
+    another type, most numbers count in another unit, or times have no zone and `reading` names
     none.
     """
     first, end = period or (_FIRST, _END)
@@ -89,19 +61,19 @@ def to_timestamp(
             )
         if dtype.is_floating():
             value = value.isnan().ifelse(ibis.null(), value)
-        _check_unit(raw, value, column, formats.timestamp_unit, period)
-        time = _from_numbers(value, formats.timestamp_unit)
+        _check_unit(raw, value, column, reading.timestamp_unit, period)
+        time = _from_numbers(value, reading.timestamp_unit)
     elif dtype.is_timestamp() and dtype.timezone is not None:
         time = value.cast(_UTC)
     elif dtype.is_timestamp() or dtype.is_date():
-        if formats.time_zone is None:
+        if reading.time_zone is None:
             raise DataError(
                 f"{raw.source.column(column)} holds times without a time zone "
                 f"({raw.num_rows} rows). Set time_zone to where they were read off the "
                 "clock: UTC, or Europe/Berlin.",
                 setting="time_zone",
             )
-        time = _in_time_zone(ibis.literal(formats.time_zone), value.cast(_NAIVE))
+        time = _in_time_zone(ibis.literal(reading.time_zone), value.cast(_NAIVE))
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
@@ -232,12 +204,3 @@ def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
 def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
     """Says which text is written as int64 is ("7", not "007", "7.0" or "+7")."""
     return value == ibis.coalesce(value.try_cast("int64").cast("string"), "")
-
-
-def _in_utc(moment: datetime) -> datetime:
-    if not isinstance(moment, datetime):
-        raise TypeError(
-            f"earliest_time must be a datetime. Received: {moment!r}; "
-            "datetime.fromisoformat reads text."
-        )
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.store import RowLists
 
@@ -48,7 +49,7 @@ class Exportable:
         query_features: Fitted features of the users, in the order in which requests list them.
         request_features: Those of a request itself, likewise.
         candidate_features: Those of the candidates.
-        item_reading: How the item table was read (see `Log`).
+        reading: How the item table was read (see `Log`).
 
     Raises:
         ValueError: If the lists are not those of the query ids, the times not those of the
@@ -68,7 +69,7 @@ class Exportable:
     query_features: Sequence[Feature] = ()
     request_features: Sequence[Feature] = ()
     candidate_features: Sequence[Feature] = ()
-    item_reading: Mapping[str, Any] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if len(self.query_ids):

@@ -499,7 +499,7 @@ class TwoTower:
             query_features=corpus.query_features,
             request_features=corpus.request_features,
             candidate_features=corpus.candidate_features,
-            item_reading=log.item_reading,
+            reading=log.reading,
         )
 
 

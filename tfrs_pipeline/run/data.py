@@ -15,7 +15,7 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.settings import OF_RAW_TABLES, DataConfig
+from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted
@@ -160,8 +160,8 @@ def load_log(config: DataConfig, connection: Any = None) -> Log:
         config.path,
         items=config.items_path,
         users=config.users_path,
+        reading=config.reading(),
         connection=connection,
-        **given("rating_threshold", "stage_values", "is_ordered", *OF_RAW_TABLES),
         **features,
     )
 

@@ -64,7 +64,7 @@ LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "nump
 TAKEN = frozenset(
     (
         *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
-        *("item_reading", "log", "name", "refreshed", "run", "signatures", "user_data", "versions"),
+        *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
     )
 )
 # An index is measured on so many queries at most.
@@ -189,7 +189,7 @@ def export_version(
             side: {name: spec.name for name, spec in of_side.items()}
             for side, of_side in inputs.items()
         },
-        "item_reading": dict(model.item_reading),
+        "reading": model.reading.as_json(),
         "user_data": user_data,
         "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
     }

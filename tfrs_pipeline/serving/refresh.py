@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.data.tables import MAX_BAD_SHARE, load_items
-from tfrs_pipeline.data.times import Formats
+from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.vocabulary import in_blocks
@@ -204,16 +204,11 @@ def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
 
 
 def _read_items(path: Path, retriever: LoadedRetriever) -> tuple[pa.Table, list[str]]:
-    # How the log's own table was read: as its run says, or `Log.from_files` was told.
-    of_run = retriever.manifest.get("config", {}).get("data", {})
-    data = {**retriever.manifest.get("item_reading", {}), **of_run}
     items, notes = load_items(
         path,
         is_integer_id=retriever.item_dtype == tf.int64,
         item_features=_kinds(retriever),
-        item_columns=data.get("item_columns", {}),
-        formats=Formats(**{f.name: data[f.name] for f in fields(Formats) if f.name in data}),
-        max_bad_share=data.get("max_bad_share", MAX_BAD_SHARE),
+        reading=Reading(**retriever.manifest.get("reading", {})),
     )
     table = items.to_pyarrow()
     if not table.num_rows:

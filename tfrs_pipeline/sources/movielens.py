@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import FeatureKind
 
@@ -108,10 +109,10 @@ def load_movielens_100k(
         ratings,
         items=_items(films),
         users=_users(users),
-        rating_threshold=MIN_CLICKED_RATING,
         item_features=ITEM_FEATURES if item_features is None else item_features,
         user_features=USER_FEATURES if user_features is None else user_features,
         request_features=request_features,
+        reading=Reading(rating_threshold=MIN_CLICKED_RATING),
     )
 
 

@@ -1,0 +1,127 @@
+"""What a log holds, in lines for a person."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import ibis
+
+from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.messages import counted, printable
+
+# Above these shares a line says so: of users with a single positive, of positives of one user.
+_MOST_USERS = 0.5
+_LARGE_SHARE = 0.1
+_FEW_USERS = 100  # With fewer, each has a large share.
+
+
+def describe(log: Any) -> Iterator[str]:
+    """Yields what a `Log` holds and what was dropped, in lines."""
+    counts = log.counts()
+    yield listed(counts)
+    if log.order == "timestamp":
+        yield from _describe_times(log.events)
+    elif log.order == "event_number":
+        yield "no timestamps: the order of the rows is taken for that of the events"
+    if "weight" in log.events.columns:
+        yield from _describe_weights(log.events)
+    if log.part_of is not None:
+        yield "a part of a log: what was dropped in the making is told by the whole"
+        return
+    yield from _describe_users(log.events)
+    num_dropped = sum(each.num_rows for each in log.dropped)
+    num_read = counts["events"] + num_dropped
+    dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
+    yield f"dropped {dropped}"
+    for each in log.dropped:
+        yield f"dropped {counted(each.num_rows, 'row')}: {each.reason}"
+    yield from log.notes
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Lists counts with their nouns, which are named in the plural."""
+    return ", ".join(counted(count, name[:-1]) for name, count in counts.items())
+
+
+def _describe_times(events: ibis.Table) -> Iterator[str]:
+    times = events["timestamp"]
+    days = events.group_by(day=(times.epoch_seconds() / 86_400).floor().cast("int64"))
+    of_days = days.agg(num=is_positive(events).sum(), first=times.min(), last=times.max())
+    found = of_days.order_by("day").to_pyarrow()
+    first, last = found["first"][0].as_py(), found["last"][-1].as_py()
+    # A wrong unit shows here.
+    yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+    yield from _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
+    yield from _describe_long_requests(events)
+
+
+def _describe_weights(events: ibis.Table) -> Iterator[str]:
+    weight = events.filter(is_positive)["weight"]
+    least, most = (x.to_pyarrow().as_py() for x in (weight.min(), weight.max()))
+    if least != most:
+        yield (
+            f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
+            "baselines count every positive once"
+        )
+
+
+def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[str]:
+    """Says how many positives the days since 1970 have, so that a broken one shows."""
+    of_day = dict(zip(days, positives, strict=True))
+    counts = [of_day.get(day, 0) for day in range(days[0], days[-1] + 1)]
+    if len(counts) < 3:
+        return
+    lowest = min(counts)
+    when = date(1970, 1, 1) + timedelta(days[0] + counts.index(lowest))
+    yield (
+        f"positives a day: {statistics.median_low(counts):,} by median, {lowest:,} on {when} at "
+        f"the lowest, {counts[-1]:,} on the last day"
+    )
+
+
+def _describe_users(events: ibis.Table) -> Iterator[str]:
+    """Says if most users have a single positive, and if one has a large share of all positives."""
+    positives = events.filter(is_positive)
+    users = positives.group_by("user_id").agg(num=positives.count())
+    counts = users.agg(
+        users=users.count(),
+        single=(users["num"] == 1).sum(),
+        total=users["num"].sum(),
+        most=users["num"].max(),
+    )
+    (found,) = counts.to_pyarrow().to_pylist()
+    num_users, num_single = found["users"], found["single"]
+    total, most = found["total"], found["most"]
+    if not num_users:
+        return
+    if num_single > _MOST_USERS * num_users:
+        yield f"{num_single:,} of {counted(num_users, 'user')} with positives have a single one"
+    if num_users >= _FEW_USERS and most > _LARGE_SHARE * total:
+        user = users.filter(users["num"] == most)["user_id"].min().to_pyarrow().as_py()
+        yield f"{most / total:.0%} of the positives are of one user, {printable(repr(user))}"
+
+
+def _describe_long_requests(events: ibis.Table) -> Iterator[str]:
+    """Says how many requests last longer than a day, which numbers that restart cause."""
+    if not {"request_id", "timestamp"} <= set(events.columns):
+        return
+    time, keys = events["timestamp"], ["user_id", "request_id"]
+    requests = events.filter(events["request_id"].notnull()).group_by(keys)
+    spans = requests.agg(first=time.min(), last=time.max())
+    is_long = spans["last"].epoch_seconds() - spans["first"].epoch_seconds() > 86_400
+    found = spans.aggregate(num=spans.count(), num_long=is_long.sum()).to_pyarrow().to_pylist()[0]
+    if not found["num_long"]:
+        return
+    user, request, first, last = (
+        spans.filter(is_long).order_by(keys).limit(1).to_pyarrow().to_pylist()[0].values()
+    )
+    yield (
+        f"{found['num_long']:,} of {counted(found['num'], 'request')} (events of one user and "
+        f"request_id) last longer than a day, such as {printable(repr(request))} of user "
+        f"{printable(repr(user))} from {first:%Y-%m-%d} to {last:%Y-%m-%d}: no history shows one "
+        "event of a request to another. If request_id restarts, join it with the day, or leave it "
+        "out"
+    )

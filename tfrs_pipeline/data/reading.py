@@ -1,0 +1,127 @@
+"""How tables are read that are not a log yet."""
+
+from __future__ import annotations
+
+import zoneinfo
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from tfrs_pipeline.data.schema import (
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    Duplicates,
+    TimestampUnit,
+    UnknownItems,
+    name_problem,
+)
+from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.settings import Config, refuse
+
+StageName: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
+LabelWeight: TypeAlias = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
+
+Period: TypeAlias = tuple[datetime, datetime]
+"""The first moment at which an event may have happened, and the first that is too late."""
+
+_NOT_OUTCOMES = ("user_id", "item_id", "timestamp", "stage")
+
+
+class Reading(Config):
+    """How raw tables become a log. The sentence under a field is the command line's help too.
+
+    The columns tell the kind of log. `rating_threshold` makes it a log of ratings; otherwise a
+    column `stage` makes it the log of a funnel; otherwise a `label` makes it a log of impressions;
+    without these, every row is a click.
+
+    Raises:
+        ConfigError: If a value is out of range, options contradict each other, or one is unknown.
+
+    Example:
+        >>> Reading(columns={"user_id": "viewer"}, duplicates="drop").list_separator
+        '|'
+    """
+
+    columns: dict[str, str] = {}
+    """Names of columns in the event table, such as user_id=viewer, of user_id, item_id, timestamp,
+    stage, rating, request_id, rank, score, weight and part. Another name keeps a column as context;
+    a column called by its name needs no entry."""
+    item_columns: dict[str, str] = {}
+    """Columns of the item table by this package's names, such as item_id=sku."""
+    user_columns: dict[str, str] = {}
+    """Columns of the user table by this package's names, such as user_id=viewer_id."""
+    stage_values: dict[str, StageName] = {}
+    """Stages by the values in the file's stage column, such as impression=exposed."""
+    rating_threshold: float | None = None
+    """Ratings at or above this are clicks; lower ones are exposed items, never negatives."""
+    timestamp_unit: TimestampUnit | None = None
+    """Unit of timestamps that are stored as numbers since 1970, also in features; if not given,
+    seconds."""
+    label: dict[str, LabelWeight] = {}
+    """Columns that make an exposed event a positive, instead of the stage clicked, each with its
+    weight, such as is_click=1 long_view=2. A column counts if it is true or above 0; the weights
+    add up."""
+    time_zone: str | None = None
+    """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
+    features; if not given, these are refused."""
+    is_ordered: bool = True
+    """Whether the order of the rows is the order of the events, for events without timestamps."""
+    list_separator: str = Field("|", min_length=1)
+    """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
+    file."""
+    unknown_items: UnknownItems = "keep"
+    """What to do with events whose item is not in the item table: keep them with missing features
+    (a run's export does not retrieve the item), drop and count them, or stop ("error")."""
+    duplicates: Duplicates = "keep"
+    """What to do with events equal in user, item, time, stage, request and part: keep all of them,
+    drop and count all but the first, or stop ("error")."""
+    earliest_time: datetime | None = None
+    """Events before this time count as having none, such as a 0 for a missing time; in UTC if
+    without a zone; if not given, 1990. So do events later than a day from now."""
+    max_bad_share: float = Field(0.1, ge=0, lt=1)
+    """Share of a table's rows that may be dropped, and counted, because a required value is missing
+    or unreadable, and of a feature's values that may be unreadable; more is refused, with 0 any
+    such row."""
+
+    @model_validator(mode="after")
+    def _check_reading(self) -> Reading:
+        refuse(self._contradictions())
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.time_zone is not None and not _is_time_zone(self.time_zone):
+            zones = zoneinfo.available_timezones()
+            near = suggest(self.time_zone, zones)
+            yield "time_zone", f"unknown time zone {self.time_zone!r}; {near}"
+        if taken := sorted(set(_NOT_OUTCOMES) & {*self.label}):
+            yield "label", f"is made of outcomes, which {', '.join(taken)} is not"
+        if self.rating_threshold is not None and (self.label or self.stage_values):
+            other = "label" if self.label else "stage_values"
+            yield "rating_threshold", f"says what a positive is, and so does {other}: set one"
+
+    def name_problems(self, request_features: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Yields columns that a log cannot have, each with the reason; requests may have theirs."""
+        for name in (*self.columns, *self.label):
+            if name not in request_features and (problem := name_problem(name)):
+                yield f"columns.{name}", problem
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the options that are not the defaults; `Reading(**...)` reads them."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def period(self) -> Period:
+        """Returns when events may have happened: a time outside it counts as missing."""
+        earliest = self.earliest_time or datetime(1990, 1, 1, tzinfo=UTC)
+        if earliest.tzinfo is None:
+            earliest = earliest.replace(tzinfo=UTC)
+        return earliest, datetime.now(UTC) + timedelta(days=1)
+
+
+def _is_time_zone(name: str) -> bool:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
