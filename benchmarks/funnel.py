@@ -113,7 +113,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             if options.plans and not any(part in name for part in options.plans):
                 continue
             start = time.monotonic()
-            model = tp.TwoTower(
+            plan = tp.TwoTower(
                 training=training,
                 seed=seed,
                 dim=32,
@@ -121,14 +121,15 @@ def run_seed(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
                 id_dropout=0.0,
                 temperature=options.temperature,
                 **settings,
-            ).fit_samples(data)
+            )
+            model = plan.fit_samples(data)
             measured = measure(model, simulation, split.test)
             rows.append(
                 {
                     "seed": seed,
                     "plan": name,
                     **measured,
-                    "mean_hard_share": model.batches(data.samples).mean_hard_share,
+                    "mean_hard_share": plan.batches(data.samples).mean_hard_share,
                     "seconds": time.monotonic() - start,
                 }
             )

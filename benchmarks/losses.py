@@ -188,6 +188,7 @@ class Variant(tp.TwoTower):
     """A two-tower model that is changed once it is built."""
 
     change: Callable[[TwoTowerNetwork], None]
+    """Changes the network."""
 
     def build(self, corpus: Corpus) -> TwoTowerNetwork:
         """Builds the Keras model, and changes it."""
@@ -217,10 +218,16 @@ def measure(task: Task, plan: str, seed: int) -> dict[str, Any]:
     config = tp.with_settings(task.config, {**settings, "seed": seed})
     data = task.prepare(config)
     tf.keras.backend.clear_session()
-    model = Variant(config.model, training=config.training, seed=seed)
-    model.change = functools.partial(change, counts=data.selection.samples.counts)
+    plan_to_fit = Variant(
+        **dict(config.model),
+        training=config.training,
+        seed=seed,
+        change=functools.partial(change, counts=data.selection.samples.counts),
+    )
     start = time.process_time()
-    model.fit_samples(data.selection, data.validation, exclude=config.evaluation.exclude)
+    model = plan_to_fit.fit_samples(
+        data.selection, data.validation, exclude=config.evaluation.exclude
+    )
     cpu_seconds = time.process_time() - start
     k = int(config.training.monitor.partition("@")[2])
     row = {"plan": plan, "seed": seed, "num_epochs": model.result.best_epoch}

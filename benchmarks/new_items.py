@@ -107,19 +107,16 @@ def without(split: Split, new_ids: np.ndarray) -> Split:
     return Split(old, split.events.filter(~split.events["item_id"].isin(new)), split.kind)
 
 
-def fit(config: tp.RunConfig, split: Split) -> tp.TwoTower:
+def fit(config: tp.RunConfig, split: Split) -> tp.FittedTwoTower:
     """Trains the package's model, the number of epochs chosen on validation."""
-
-    def model() -> tp.TwoTower:
-        return tp.TwoTower(config.model, training=config.training, seed=config.seed)
-
-    num_epochs = model().fit(split.train, split.validation).result.best_epoch
+    plan = tp.TwoTower(**dict(config.model), training=config.training, seed=config.seed)
+    num_epochs = plan.fit(split.train, split.validation).result.best_epoch
     print(f"  trained {num_epochs} epochs", flush=True)
     # What the user did in the test is not known when the queries are asked.
     before_test = dataclasses.replace(split.before_test, part_of=None)
     with tempfile.TemporaryDirectory() as folder:
         data = TrainingSet.build(before_test, Path(folder), seed=config.seed)
-        return model().fit_samples(data, max_epochs=num_epochs, log=before_test)
+        return plan.fit_samples(data, max_epochs=num_epochs, log=before_test)
 
 
 def score(model: Path, all_ids: np.ndarray, queries: tp.Holdout, asked: list[int]) -> np.ndarray:

@@ -44,13 +44,13 @@ def measure(split: Split, seed: int) -> dict[str, dict[str, Any]]:
         tf.keras.backend.clear_session()
         settings = PRESETS[name][1] if name in PRESETS else {}
         config = tp.with_settings(tp.RunConfig(), settings)
-        model = tp.TwoTower(config.model, training=config.training, seed=seed)
+        plan = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
         start = time.process_time()
-        fitted[name] = model.fit(train, validation)
+        fitted[name] = plan.fit(train, validation)
         found[name] = {
             "cpu_seconds": time.process_time() - start,
-            "num_epochs": model.result.num_epochs,
-            "best_epoch": model.result.best_epoch,
+            "num_epochs": fitted[name].result.num_epochs,
+            "best_epoch": fitted[name].result.best_epoch,
         }
     baselines: dict[str, Any] = {
         "popularity": tp.MostPopular(),

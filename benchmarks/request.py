@@ -138,7 +138,7 @@ def simulate(seed: int) -> tuple[Simulation, pd.DataFrame]:
     return simulation, events.drop(columns="event_number")
 
 
-def recall_of_truth(model: tp.TwoTower, simulation: Simulation, test: tp.Holdout) -> float:
+def recall_of_truth(model: tp.FittedTwoTower, simulation: Simulation, test: tp.Holdout) -> float:
     """Recalls the 50 best items of every user and device."""
     recalls = []
     for device in DEVICES:

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from leaderboard_data import convert_ml_1m
 from record import write_json
 
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.presets import PRESETS
 
 NUM_USERS, MIN_EVENTS, MEAN_EVENTS, CUT_SEED = 10_000, 5, 9, 0
@@ -125,18 +125,16 @@ def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
         folder / "sparse.parquet", items=folder / "items.parquet", item_features=features
     )
     train, validation, test = log.split("last_n", validation=1, test=1, min_positives=3)
-    model = tp.TwoTower(
-        TwoTowerSettings(**settings["model"]),
-        training=TrainingSettings(**settings["training"]),
-        seed=seed,
+    plan = tp.TwoTower(
+        **settings["model"], training=TrainingSettings(**settings["training"]), seed=seed
     )
     start = time.process_time()
-    model.fit(train, validation)
+    model = plan.fit(train, validation)
     found: dict[str, Any] = {
         "plan": name,
         "seed": seed,
         "best_epoch": model.result.best_epoch,
-        "validation_by_epoch": model.result.history[f"val_{model.training.monitor}"],
+        "validation_by_epoch": model.result.history[f"val_{plan.training.monitor}"],
         "cpu_seconds": time.process_time() - start,
     }
     for part, holdout in (("validation", validation), ("test", test)):

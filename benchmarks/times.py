@@ -30,7 +30,7 @@ from request import read_events
 
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 
@@ -52,13 +52,11 @@ def measure(split: Split, data: TrainingSet, name: str, seed: int) -> dict[str, 
     for key, value in PRESETS["sequence"][1].items():
         section, _, field = key.partition(".")
         settings[section][field] = value
-    model = tp.TwoTower(
-        TwoTowerSettings(**settings["model"]),
-        training=TrainingSettings(**settings["training"]),
-        seed=seed,
+    plan = tp.TwoTower(
+        **settings["model"], training=TrainingSettings(**settings["training"]), seed=seed
     )
     start = time.process_time()
-    model.fit_samples(data, split.validation)
+    model = plan.fit_samples(data, split.validation)
     found: dict[str, Any] = {
         "plan": name,
         "seed": seed,

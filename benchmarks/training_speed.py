@@ -153,7 +153,7 @@ def package_model(
     """Makes the package's network, compiled, and its batches."""
     tf.keras.utils.set_random_seed(config.seed)
     training = config.training
-    model = tp.TwoTower(config.model, training=training, seed=config.seed)
+    model = tp.TwoTower(**dict(config.model), training=training, seed=config.seed)
     network, batches = model.build(data.corpus), model.batches(data.samples)
     optimizer = make_optimizer(
         training.optimizer,

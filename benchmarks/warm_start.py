@@ -109,7 +109,7 @@ def _holdout(past: pd.DataFrame, now: pd.DataFrame, ids: list[int]) -> tp.Holdou
     )
 
 
-def refreshed(model: tp.TwoTower, items: pd.DataFrame) -> ExactRetriever:
+def refreshed(model: tp.FittedTwoTower, items: pd.DataFrame) -> ExactRetriever:
     """Embeds today's items with a model, as `refresh-index` does (its tests hold the two equal)."""
     columns = {
         feature.name: feature.encode_column(items[feature.name].tolist())
@@ -132,14 +132,14 @@ def run_seed(
     config = tp.movielens_config()
     values: dict[str, dict[str, list[np.ndarray]]] = {p: defaultdict(list) for p in PLANS}
     costs: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    models: dict[str, tp.TwoTower] = {}
+    models: dict[str, tp.FittedTwoTower] = {}
     num_epochs = 0
 
-    def fit(cut: Cut, name: str, epochs: int, source: tp.TwoTower | None = None) -> None:
+    def fit(cut: Cut, name: str, epochs: int, source: tp.FittedTwoTower | None = None) -> None:
         training = config.training.model_copy(update={"max_epochs": epochs})
-        model = tp.TwoTower(config.model, training=training, seed=seed)
+        plan = tp.TwoTower(**dict(config.model), training=training, seed=seed)
         start = time.monotonic()
-        models[name] = model.fit(cut.log, warm_start=source)
+        models[name] = model = plan.fit(cut.log, warm_start=source)
         first = 0 if source is None else int(source.network.optimizer.iterations)
         steps = int(model.network.optimizer.iterations) - first
         costs[name].append((steps, time.monotonic() - start))
@@ -147,7 +147,7 @@ def run_seed(
     for number, cut in enumerate(cuts(log, period_days, window_days)):
         if number == 0:
             train, validation, _ = cut.log.split("last_share", validation=0.1, test=0.1)
-            chosen = tp.TwoTower(config.model, training=config.training, seed=seed)
+            chosen = tp.TwoTower(**dict(config.model), training=config.training, seed=seed)
             best = chosen.fit(train, validation).result.best_epoch
             num_epochs = 5 * -(-best // 5)  # So that a fifth is whole.
             fit(cut, REFERENCE, num_epochs)

@@ -22,6 +22,7 @@ PUBLIC = {
     "Exact": "serving.index",
     "Examples": "batches.examples",
     "Exportable": "model.exportable",
+    "FittedTwoTower": "model.fitted",
     "FunnelLosers": "negatives.funnel",
     "Holdout": "data.holdout",
     "HybridBatches": "batches.hybrid",

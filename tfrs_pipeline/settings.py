@@ -8,7 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator
@@ -54,16 +54,18 @@ class Config(pydantic.BaseModel):
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())
 
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except pydantic.ValidationError as error:
-            problems = [
-                problem
-                for details in error.errors(include_url=False)
-                for problem in _problems(details, type(self))
-            ]
-            raise ConfigError(problems) from None
+    if not TYPE_CHECKING:  # To an editor the fields are the arguments.
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except pydantic.ValidationError as error:
+                problems = [
+                    problem
+                    for details in error.errors(include_url=False)
+                    for problem in _problems(details, type(self))
+                ]
+                raise ConfigError(problems) from None
 
 
 T = TypeVar("T")
@@ -89,9 +91,14 @@ def _alone(values: Any) -> Any:
 
 # Types of settings that list values, of which one may be given alone; of `Distinct` none is there
 # twice, and of `Several` there is one at least.
-Listed: TypeAlias = Annotated[tuple[T, ...], BeforeValidator(_alone)]
-Distinct: TypeAlias = Annotated[Listed[T], AfterValidator(_distinct)]
-Several: TypeAlias = Annotated[Distinct[T], AfterValidator(_some)]
+if TYPE_CHECKING:  # A list does as well, and becomes a tuple.
+    Listed: TypeAlias = Sequence[T]
+    Distinct: TypeAlias = Sequence[T]
+    Several: TypeAlias = Sequence[T]
+else:
+    Listed: TypeAlias = Annotated[tuple[T, ...], BeforeValidator(_alone)]
+    Distinct: TypeAlias = Annotated[Listed[T], AfterValidator(_distinct)]
+    Several: TypeAlias = Annotated[Distinct[T], AfterValidator(_some)]
 
 
 def refuse(problems: Iterable[tuple[str, str]]) -> None:

@@ -15,7 +15,10 @@ import tensorflow as tf
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -88,11 +91,11 @@ def requested(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
 
 
 def tiny(**changes: Any) -> TwoTower:
-    """A model of the tiny log; `training` may be a dict of what differs."""
+    """A model of the tiny log; `training` is a dict of what differs."""
     training = {"batch_size": 32, "monitor": "ndcg@5", "learning_rate": 0.02}
     training |= changes.pop("training", {})
     model = {"dim": 8, "history_length": LENGTH, "negatives": [InBatch(), Uniform(16)]}
-    return TwoTower(training=TrainingSettings(**training), **{**model, **changes})
+    return TwoTower(training=TrainingSettings(**training), **model | changes)
 
 
 def weights_of(network: TwoTowerNetwork) -> list[np.ndarray]:
@@ -156,6 +159,14 @@ def tracing_once() -> Iterator[None]:
         patch.setattr(TwoTower, "build", build_once)
         patch.setattr(TwoTowerNetwork, "compile", compile_once)
         yield
+
+
+def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
+    """A model as it would be after no step."""
+    network = plan.build(corpus)
+    encoder = QueryEncoder.of(network, corpus)
+    result = TrainingResult({}, 0, 0.0)
+    return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result)
 
 
 class Stopped(Exception):

@@ -23,32 +23,31 @@ from tests.model.conftest import (
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 
 MINED = Mined(share=0.3, num=3, min_rank=4, max_rank=12, max_pool=5, every=2)
+# It trains on whole sequences, with dropout of ids and histories.
+PLAN = tiny(
+    hard=MINED,
+    negatives=[Uniform(16), Popularity(16, 0.5)],
+    history_pooling=["recency"],
+    share_item_embedding=True,
+    candidate_bias=True,
+    id_dropout=0.1,
+    training={"examples": "sequences", "max_epochs": 5},
+)
 
 
-def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> TwoTower:
-    """Trains on whole sequences, with dropout of ids and histories."""
-
+def train(data: TrainingSet, folder: Path, stop_after: int | None = None) -> FittedTwoTower:
     def on_epoch(so_far: TrainingResult) -> None:
         if so_far.num_epochs == stop_after:
             raise Stopped
 
-    model = tiny(
-        hard=MINED,
-        negatives=[Uniform(16), Popularity(16, 0.5)],
-        history_pooling=["recency"],
-        share_item_embedding=True,
-        candidate_bias=True,
-        id_dropout=0.1,
-        training={"examples": "sequences", "max_epochs": 5},
-    )
-    return model.fit_samples(data, folder=folder, on_epoch=on_epoch)
+    return PLAN.fit_samples(data, folder=folder, on_epoch=on_epoch)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +58,7 @@ def one_trace() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Unbroken:
-    model: TwoTower
+    model: FittedTwoTower
     folder: Path
     weights: list[np.ndarray]  # The network itself is that of later trainings too.
 
@@ -74,7 +73,7 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unb
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
     pools, _ = mine_pools(
-        model._query_encoder.row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
+        model.encoder.row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
     )  # fmt: skip
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
@@ -111,15 +110,14 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
 
 
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:
-    batches = unbroken.model.batches(data.samples)
-    retrieval = unbroken.model._query_encoder.row_retrieval
+    batches = PLAN.batches(data.samples)
+    retrieval = unbroken.model.encoder.row_retrieval
     before = MinedPools(batches, MINED, make_retrieval=retrieval, history_length=LENGTH, seed=0)
     before.prepare(0)
     assert batches.mean_hard_share == 0
     assert before.describe() == [
         "no hard negatives were mined: training ended within the first 2 epochs (model.hard.every)"
     ]
-    assert tiny()._mining(batches, None, lambda *task: None) is None
     # Before the first epoch, and not when the first mining is due.
     with pytest.raises(ValueError, match=r"ranks from 24 on.*24 items.*min_rank"):
         tiny(hard=Mined(min_rank=24, max_rank=80)).fit_samples(data)

@@ -23,6 +23,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import item_times, to_seconds
 from tfrs_pipeline.features.requests import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.model.corpus import TrainingSet
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.two_tower import TwoTower
 
 HOUR = Feature("hour", "categorical", tuple(map(str, range(24))), is_from_timestamp=True)
@@ -144,11 +145,11 @@ def holdout() -> Holdout:
 
 
 @pytest.fixture(scope="module")
-def model(requested: TrainingSet, holdout: Holdout) -> TwoTower:
+def model(requested: TrainingSet, holdout: Holdout) -> FittedTwoTower:
     return tiny(dim=16, training={"max_epochs": 12, "patience": 12}).fit_samples(requested, holdout)
 
 
-def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout) -> None:
+def test_the_device_decides_what_is_retrieved(model: FittedTwoTower, holdout: Holdout) -> None:
     """Of the items of a user's taste, those with an odd number are clicked on the app alone."""
     histories = [{"history": ids} for ids in holdout.histories]
     shares = {}
@@ -163,13 +164,13 @@ def test_the_device_decides_what_is_retrieved(model: TwoTower, holdout: Holdout)
     assert 0.25 < shares[None] < 0.75
 
 
-def test_what_the_model_does_not_read_is_refused(model: TwoTower) -> None:
+def test_what_the_model_does_not_read_is_refused(model: FittedTwoTower) -> None:
     for ask in (model.query_embeddings, lambda queries: model.retrieve(queries, k=2)):
         with pytest.raises(ValueError, match=r"no request feature 'devise'; did you mean 'device'"):
             ask([{"history": [10]}, {"request": {"devise": "app"}}])
 
 
-def test_a_holdout_may_bring_what_a_model_does_not_read(model: TwoTower) -> None:
+def test_a_holdout_may_bring_what_a_model_does_not_read(model: FittedTwoTower) -> None:
     got, expected = (
         model.query_embeddings([{"history": [10], "request": {"device": "app", **other}}])
         for other in ({"tab": 3}, {})
@@ -178,7 +179,7 @@ def test_a_holdout_may_bring_what_a_model_does_not_read(model: TwoTower) -> None
 
 
 def test_validation_asks_with_the_requests_as_evaluation_does(
-    model: TwoTower, holdout: Holdout
+    model: FittedTwoTower, holdout: Holdout
 ) -> None:
     measured = evaluate(model, holdout, cutoffs=(5,), num_bootstrap=0).first
     best = max(model.result.history["val_ndcg@5"])

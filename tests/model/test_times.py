@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import assert_same, tiny, weights_of
+from tests.model.conftest import assert_same, tiny, untrained, weights_of
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import ConfigError
@@ -50,13 +50,15 @@ def timed(split: Split, tmp_path_factory: pytest.TempPathFactory) -> TrainingSet
 
 
 @pytest.fixture(scope="module")
-def model(timed: TrainingSet, split: Split) -> TwoTower:
+def model(timed: TrainingSet, split: Split) -> FittedTwoTower:
     training = {"examples": "sequences", "max_epochs": 45, "patience": 45}
-    fitted = tiny(**ATTENTION, history_length=5, training=training)
-    return fitted.fit_samples(timed, split.validation, log=split.train)
+    plan = tiny(**ATTENTION, history_length=5, training=training)
+    return plan.fit_samples(timed, split.validation, log=split.train)
 
 
-def test_the_time_of_a_request_decides_what_is_retrieved(model: TwoTower, split: Split) -> None:
+def test_the_time_of_a_request_decides_what_is_retrieved(
+    model: FittedTwoTower, split: Split
+) -> None:
     last = make_events()["timestamp"].max()
     margins = []
     for since in (HOUR, WEEK, None):
@@ -77,7 +79,9 @@ def test_the_time_of_a_request_decides_what_is_retrieved(model: TwoTower, split:
     assert margins[0] < margins[2] < margins[1]
 
 
-def test_validation_asks_with_the_times_as_evaluation_does(model: TwoTower, split: Split) -> None:
+def test_validation_asks_with_the_times_as_evaluation_does(
+    model: FittedTwoTower, split: Split
+) -> None:
     measured = evaluate(model, split.validation, cutoffs=(5,), num_bootstrap=0).first
     best = max(model.result.history["val_ndcg@5"])
     assert measured.overall.intervals["ndcg@5"].mean == pytest.approx(best, rel=1e-6)
@@ -138,7 +142,6 @@ def test_a_warm_start_has_times_on_both_sides(timed: TrainingSet) -> None:
         (timed.corpus, without, "that model reads times and this one does not"),
         (without, timed.corpus, "this model reads times and that one does not"),
     ):
-        source = tiny(**ATTENTION)
-        source._network, source.corpus = source.build(there), there
+        plan = tiny(**ATTENTION)
         with pytest.raises(ConfigError, match=f"warm_start: {message}: give both logs timestamps"):
-            WarmStart(source.trained, source.settings, source.training, here)
+            WarmStart(untrained(plan, there), plan, plan.training, here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -67,7 +69,7 @@ class OwnQueries(tf.keras.layers.Layer):
         return tf.reduce_sum(self.table(inputs["history_rows"] % 64) * is_item, axis=1)
 
 
-def share_of_own_taste(model: TwoTower) -> float:
+def share_of_own_taste(model: FittedTwoTower) -> float:
     """Of the first two items that are new to each user, those of the taste: a ninth at random."""
     users = 101 + np.arange(NUM_USERS)
     known_positives = model.exportable().known_positives
@@ -81,19 +83,19 @@ def share_of_own_taste(model: TwoTower) -> float:
 
 
 @pytest.fixture(scope="module")
-def three(data: TrainingSet, split: Split) -> tuple[TwoTower, list[float]]:
+def three(data: TrainingSet, split: Split) -> tuple[FittedTwoTower, list[float]]:
     """A fitted model, and the shares of the own taste of it and two others, in one network."""
     training, shares = {"max_epochs": 12, "learning_rate": 0.05}, list[float]()
     with tracing_once():
         for seed in (2, 1, 0):
-            model = tiny(use_user_id=True, seed=seed, training=training)
-            model.fit_samples(data, split.validation, log=split.train)
+            plan = tiny(use_user_id=True, seed=seed, training=training)
+            model = plan.fit_samples(data, split.validation, log=split.train)
             shares.append(share_of_own_taste(model))
     return model, shares
 
 
 @pytest.fixture(scope="module")
-def fitted(three: tuple[TwoTower, list[float]]) -> TwoTower:
+def fitted(three: tuple[FittedTwoTower, list[float]]) -> FittedTwoTower:
     return three[0]
 
 
@@ -119,19 +121,18 @@ def test_every_way_to_train_learns_the_tastes(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_fit_finds_the_users_tastes(three: tuple[TwoTower, list[float]]) -> None:
+def test_fit_finds_the_users_tastes(three: tuple[FittedTwoTower, list[float]]) -> None:
     """Over three seeds: of one alone the 60 items found waver by a twentieth."""
     assert np.mean(three[1]) > 0.9
 
 
-def test_a_model_says_what_it_is(fitted: TwoTower, split: Split) -> None:
-    told = "TwoTower(dim 8, negatives InBatch, Uniform; {})"
-    assert repr(tiny()) == told.format("not fitted")
+def test_a_model_says_what_it_is(fitted: FittedTwoTower, split: Split) -> None:
+    assert repr(tiny()) == str(tiny()) == "TwoTower(dim 8, negatives InBatch, Uniform)"
     items, users = split.log.items.count().to_pyarrow(), split.log.users.count().to_pyarrow()
-    assert repr(fitted) == told.format(f"fitted to {items} items and {users} users")
+    assert repr(fitted) == f"FittedTwoTower(dim 8, {items} items, {users} users)"
 
 
-def test_fit_keeps_the_epoch_that_validation_chose(fitted: TwoTower, split: Split) -> None:
+def test_fit_keeps_the_epoch_that_validation_chose(fitted: FittedTwoTower, split: Split) -> None:
     """The monitored cutoff is measured besides the others."""
     history = fitted.result.history
     assert {"val_ndcg@5", "val_ndcg@20", "val_tail/recall@20"} <= history.keys()
@@ -142,7 +143,7 @@ def test_fit_keeps_the_epoch_that_validation_chose(fitted: TwoTower, split: Spli
     assert mean == pytest.approx(values[fitted.result.best_epoch - 1], abs=1e-6)
 
 
-def test_it_keeps_to_the_contract_of_a_retriever(fitted: TwoTower) -> None:
+def test_it_keeps_to_the_contract_of_a_retriever(fitted: FittedTwoTower) -> None:
     assert isinstance(fitted, Retriever)
     queries: list[dict[str, Any]] = [
         {"user_id": 101, "history": [10, 40, 70, 100]},
@@ -165,7 +166,7 @@ def test_it_keeps_to_the_contract_of_a_retriever(fitted: TwoTower) -> None:
     np.testing.assert_array_equal(*fitted.query_embeddings([{"user_id": 7}, {}]))
 
 
-def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log) -> None:
+def test_what_an_export_asks_for_is_of_the_whole_log(fitted: FittedTwoTower, log: Log) -> None:
     events = log.events.to_pandas().sort_values("timestamp", kind="stable")
     clicks = events[events["stage"] == "clicked"]
     exported = fitted.exportable()
@@ -199,7 +200,7 @@ def test_what_an_export_asks_for_is_of_the_whole_log(fitted: TwoTower, log: Log)
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
+def test_a_plan_is_fitted_several_times(
     log: Log,
     data: TrainingSet,
     tmp_path: Path,
@@ -208,11 +209,12 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
 ) -> None:
     training = {"max_epochs": 1, "validation_users": 7}
     query = [{"user_id": 101, "history": [40, 70]}]
-    again = tiny(training=training).fit_samples(data, log=log)
-    first = again.query_embeddings(query)
+    plan = tiny(training=training)
+    first = plan.fit_samples(data, log=log)
+    before = first.query_embeddings(query)
     assert "epoch" not in capsys.readouterr().err  # It is no terminal.
     other = log.split("last_n", validation=2, test=2)
-    again.fit(other.train, other.validation, folder=tmp_path, verbose=True)
+    again = plan.fit(other.train, other.validation, folder=tmp_path, verbose=True)
     loss = again.result.history["loss"][0]
     assert f"epoch 1/1: loss {loss:.3f}, validation ndcg@5 " in capsys.readouterr().err
     with monkeypatch.context() as patch:  # Where an epoch takes long.
@@ -224,9 +226,10 @@ def test_a_model_that_is_fitted_again_answers_by_what_it_learned_last(
     assert again.exportable().items.num_rows == other.train.items.count().to_pyarrow().as_py()
     rows = again.network.embed_queries(tf.constant([1]), tf.constant([[7, 4, 0]]))
     np.testing.assert_allclose(again.query_embeddings(query), rows, rtol=1e-6)
-    assert np.abs(again.query_embeddings(query) - first).max() > 1e-3
+    assert np.abs(again.query_embeddings(query) - before).max() > 1e-3
+    np.testing.assert_array_equal(first.query_embeddings(query), before)
     # Validation ranks a sample of the users.
-    sample = other.validation.sample(7, again.seed)
+    sample = other.validation.sample(7, plan.seed)
     assert len(sample) == 7
     assert f"validation ranks 7 of {len(other.validation)} users, sampled" in again.notes
     measured = evaluate(again, sample, cutoffs=(5, 100), num_bootstrap=0).first
@@ -288,8 +291,8 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
         (False, ["mean"], False),
         (True, ["recency"], False),
     ):
-        model = tiny(history_pooling=pooling, training=training)
-        model.fit(Log.from_table(clicks, reading=Reading(is_ordered=is_ordered)))
+        plan = tiny(history_pooling=pooling, training=training)
+        model = plan.fit(Log.from_table(clicks, reading=Reading(is_ordered=is_ordered)))
         told = "model.history_pooling recency reads the order of a history, and the log has none"
         assert any(note.startswith(told) for note in model.notes) == is_told
 
@@ -344,7 +347,7 @@ def test_numbers_that_far_ones_push_together_are_told() -> None:
 
 def test_settings_are_given_by_name_or_as_a_table() -> None:
     settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
-    model = TwoTower(settings, dim=16, negatives=["uniform:num=5"])
+    model = TwoTower(**{**dict(settings), "dim": 16, "negatives": ["uniform:num=5"]})
     assert (model.settings.dim, model.settings.temperature) == (16, 0.2)
     assert model.settings.hard == settings.hard
     assert model.negatives == model.settings.negatives == (Uniform(5),)
@@ -356,16 +359,20 @@ def test_settings_are_given_by_name_or_as_a_table() -> None:
     two = [Weighed(np.ones(3)), Weighed(np.arange(3))]
     assert [id(kind) for kind in TwoTower(negatives=two).negatives] == [id(kind) for kind in two]
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-        TwoTower(temprature=0.1)
+        TwoTower(temprature=0.1)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"model\.negatives: got in_batch"):
         TwoTower(training=TrainingSettings(examples="sets"))
-    for use in (
-        lambda: model.retrieve([{}], 1),
-        lambda: model.result,
-        lambda: model.candidate_ids,
-    ):
-        with pytest.raises(ValueError, match="not fitted: call fit first"):
-            use()
+    # What needs a fitted model is not there before.
+    for name in ("retrieve", "result", "candidate_ids", "exportable", "network"):
+        assert not hasattr(model, name)
+    with pytest.raises(ValueError, match="frozen"):
+        model.dim = 4  # type: ignore[misc]
+
+
+def test_a_signature_names_every_option() -> None:
+    names = set(inspect.signature(TwoTower).parameters)
+    assert names > {*TwoTowerSettings.model_fields, "training", "query_tower", "seed", "name"}
+    assert set(inspect.signature(TrainingSettings).parameters) == set(TrainingSettings.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -409,54 +416,39 @@ def test_an_own_tower_that_does_not_read_sequences_is_refused_when_built(data: T
 
 
 @pytest.mark.usefixtures("in_eager_steps")
-def test_a_fit_that_fails_leaves_the_model_as_it_was(data: TrainingSet) -> None:
-    few = tiny(training={"batch_size": 121})
+def test_fit_starts_from_a_fitted_model_and_an_export_needs_a_log(data: TrainingSet) -> None:
     with pytest.raises(ValueError, match=r"needs 121 positives and the training part has 120"):
-        few.fit_samples(data)
-    for use in (
-        lambda: few.retrieve([{}], 1),
-        lambda: few.query_embeddings([{}]),
-        few.exportable,
-    ):
-        with pytest.raises(ValueError, match="not fitted: call fit first"):
-            use()
-    model = tiny(training={"max_epochs": 1}, resampling_exponent=0.5).fit_samples(data)
-    before = model.query_embeddings([{}]), model.retrieve([{}], 3)
-    model.training = model.training.model_copy(update={"batch_size": 121})
-    with pytest.raises(ValueError, match="needs 121 positives"):
-        model.fit_samples(data)
-    after = model.query_embeddings([{}]), model.retrieve([{}], 3)
-    np.testing.assert_equal(after, before)
-    # It may start from itself, and does not know what else to start from.
-    model.training = model.training.model_copy(update={"batch_size": 32})
-    model.fit_samples(data, warm_start=model)
-    assert model.notes[0].startswith("warm start: 24 items kept")
-    with pytest.raises(TypeError, match=r"fitted TwoTower, or what tp\.trained_in .*'runs/x'"):
-        model.fit_samples(data, warm_start="runs/x")  # type: ignore[arg-type]
-    # Samples without their log train, but cannot be exported.
+        tiny(training={"batch_size": 121}).fit_samples(data)
+    plan = tiny(training={"max_epochs": 1}, resampling_exponent=0.5)
+    model = plan.fit_samples(data)
+    warm = plan.fit_samples(data, warm_start=model)
+    assert warm.notes[0].startswith("warm start: 24 items kept")
+    assert warm.notes[-1].startswith("masked in the columns that rows share: ")
+    wrong: Any
+    for wrong in ("runs/x", plan):
+        with pytest.raises(TypeError, match="warm_start must be a fitted TwoTower"):
+            plan.fit_samples(data, warm_start=wrong)
     with pytest.raises(ValueError, match="give fit_samples their log"):
         model.exportable()
-    assert model.notes[-1].startswith("masked in the columns that rows share: ")
 
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_an_own_layer_is_of_one_training(data: TrainingSet) -> None:
     layer = OwnQueries()
     options: dict[str, Any] = {"candidate_tower": OwnCandidates, "training": {"max_epochs": 1}}
-    model = tiny(query_tower=layer, **options)
-    model.build(data.corpus)  # To look at it is no training, nor is one that is refused.
-    model.training = model.training.model_copy(update={"batch_size": 121})
+    plan = tiny(query_tower=layer, **options)
+    plan.build(data.corpus)  # To look at it is no training, nor is one that is refused.
     with pytest.raises(ValueError, match="needs 121 positives"):
-        model.fit_samples(data)
-    model.training = model.training.model_copy(update={"batch_size": 32})
-    before = model.fit_samples(data).query_embeddings([{"history": [40]}])
-    for again in (model, tiny(query_tower=layer, **options)):
+        tiny(query_tower=layer, **{**options, "training": {"batch_size": 121}}).fit_samples(data)
+    model = plan.fit_samples(data)
+    before = model.query_embeddings([{"history": [40]}])
+    for again in (plan, tiny(query_tower=layer, **options)):
         with pytest.raises(ValueError, match=r"query_tower <.*was given to a training before"):
             again.fit_samples(data)
     np.testing.assert_array_equal(model.query_embeddings([{"history": [40]}]), before)
     # A function makes one each time.
     made = tiny(query_tower=lambda corpus: OwnQueries(), **options)
-    assert made.fit_samples(data).fit_samples(data).result.num_epochs == 1
+    assert [made.fit_samples(data).result.num_epochs for _ in range(2)] == [1, 1]
 
 
 class Sharing(tf.keras.layers.Layer):
@@ -501,29 +493,27 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="negatives must be a list of kinds"):
-        TwoTower(negatives=InBatch())  # type: ignore[arg-type]
+    misplaced: Any = {"max_epochs": 3, "optimizer": "adam"}
     with pytest.raises(ConfigError) as error:
-        TwoTower(dim=4, max_epochs=3, optimizer="adam")
+        TwoTower(dim=4, **misplaced)
     assert str(error.value).splitlines() == [
         "max_epochs: is a setting of the training: training=tp.TrainingSettings(max_epochs=3)",
         "optimizer: is a setting of the training: training=tp.TrainingSettings(optimizer='adam')",
     ]
     assert tp.TrainingSettings(max_epochs=3).max_epochs == 3
     with pytest.raises(ConfigError, match="max_epoch: unknown setting"):
-        TwoTower(max_epoch=3)
-    with pytest.raises(ConfigError, match=r"model.negatives: needs one kind or more"):
+        TwoTower(**{"max_epoch": 3})
+    with pytest.raises(ConfigError, match=r"negatives: got .*needs one kind or more"):
         TwoTower(negatives=[])
-    with pytest.raises(ValueError, match="seed must be a whole number, 0 or more"):
+    with pytest.raises(ConfigError, match="seed: got -1; must be greater than or equal to 0"):
         TwoTower(seed=-1)
-    wrong: Any = {"max_epochs": 3}
-    with pytest.raises(TypeError, match=r"training must be a tp.TrainingSettings. Received: {'max"):
-        TwoTower(training=wrong)
+    with pytest.raises(ConfigError, match=r"training.max_epochs: got 0"):
+        TwoTower(training={"max_epochs": 0})
     # One value may stand for a list of it.
-    alone: Any = {"hidden_layers": 8, "history_pooling": "mean"}
+    alone: Any = {"hidden_layers": 8, "history_pooling": "mean", "negatives": InBatch()}
     assert (
         TwoTower(**alone).settings
-        == TwoTower(hidden_layers=(8,), history_pooling=("mean",)).settings
+        == TwoTower(hidden_layers=(8,), history_pooling=("mean",), negatives=(InBatch(),)).settings
     )
     with pytest.raises(ConfigError, match="hidden_layers: got True"):
         TwoTower(hidden_layers=True)

@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, weights_of
+from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, untrained, weights_of
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
@@ -61,26 +62,26 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingSet, Trainin
 
 
 @pytest.fixture(scope="module")
-def source(sets: tuple[TrainingSet, TrainingSet]) -> TwoTower:
+def source(sets: tuple[TrainingSet, TrainingSet]) -> FittedTwoTower:
     return tiny(**MODEL).fit_samples(sets[0])
 
 
 @pytest.fixture(scope="module")
-def started(source: TwoTower, sets: tuple[TrainingSet, TrainingSet]) -> TwoTower:
+def started(source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]) -> FittedTwoTower:
     """A model of today that starts from yesterday's, before its first step."""
     return started_from(source, tiny(**MODEL), sets[1])
 
 
-def started_from(source: TwoTower, model: TwoTower, data: TrainingSet) -> TwoTower:
-    start = WarmStart(source.trained, model.settings, model.training, data.corpus)
-    model._network, model.corpus = model.build(data.corpus), data.corpus
-    model.network.compile(optimizer=make_optimizer(model.training.optimizer, 0.02, num_steps=1))
+def started_from(source: FittedTwoTower, plan: TwoTower, data: TrainingSet) -> FittedTwoTower:
+    start = WarmStart(source, plan, plan.training, data.corpus)
+    model = untrained(plan, data.corpus)
+    model.network.compile(optimizer=make_optimizer(plan.training.optimizer, 0.02, num_steps=1))
     model.network.optimizer.build(model.network.trainable_variables)
     start.apply(model.network)
     return model
 
 
-def states(model: TwoTower) -> list[list[np.ndarray]]:
+def states(model: FittedTwoTower) -> list[list[np.ndarray]]:
     """Every weight of a model, each followed by its optimizer state."""
     optimizer = model.network.optimizer
     return [
@@ -93,7 +94,7 @@ def by_id(ids: np.ndarray, table: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(["", *ids.tolist()], table, strict=True))
 
 
-def id_tables(model: TwoTower) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def id_tables(model: FittedTwoTower) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Every table of ids and what the optimizer keeps of it, by id; "" is the unknown one."""
     network, optimizer = model.network, model.network.optimizer
     (query_ids,) = network.query_tower.id_tables
@@ -111,7 +112,7 @@ def id_tables(model: TwoTower) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 
 
 def test_the_same_samples_start_with_the_same_state(
-    source: TwoTower, sets: tuple[TrainingSet, TrainingSet]
+    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]
 ) -> None:
     again = started_from(source, tiny(**MODEL), sets[0])
     for ours, theirs in zip(states(again), states(source), strict=True):
@@ -121,7 +122,7 @@ def test_the_same_samples_start_with_the_same_state(
 
 
 def test_what_is_still_there_keeps_its_state_and_what_is_new_has_the_stand_in(
-    source: TwoTower, started: TwoTower
+    source: FittedTwoTower, started: FittedTwoTower
 ) -> None:
     assert source.candidate_ids.tolist() != started.candidate_ids.tolist()
     before = dict(id_tables(source))
@@ -143,7 +144,9 @@ def test_what_is_still_there_keeps_its_state_and_what_is_new_has_the_stand_in(
     assert not np.array_equal(history["item 4"], history[""])
 
 
-def test_embeddings_are_those_of_the_source(source: TwoTower, started: TwoTower) -> None:
+def test_embeddings_are_those_of_the_source(
+    source: FittedTwoTower, started: FittedTwoTower
+) -> None:
     """Of what is still there, through features and dense layers; of new items without their id."""
     ours, theirs = (
         by_id(model.candidate_ids, np.r_[np.zeros((1, 9), np.float32), found])
@@ -176,7 +179,7 @@ def test_embeddings_are_those_of_the_source(source: TwoTower, started: TwoTower)
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_what_was_carried_over_is_told(
-    source: TwoTower, sets: tuple[TrainingSet, TrainingSet]
+    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]
 ) -> None:
     training = {"max_epochs": 1, "optimizer": "adagrad", "learning_rate": 1e-9}
     model = tiny(**{**MODEL, "training": training}).fit_samples(sets[1], warm_start=source)
@@ -195,7 +198,7 @@ def test_what_was_carried_over_is_told(
 
 
 def test_a_stopped_warm_start_goes_on_bit_for_bit(
-    source: TwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
+    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
 ) -> None:
     def stop(so_far: TrainingResult) -> None:
         if so_far.num_epochs == 1:
@@ -203,9 +206,9 @@ def test_a_stopped_warm_start_goes_on_bit_for_bit(
 
     training = {"max_epochs": 2, "warmup_steps": 3, "decay": "cosine"}
 
-    def fit(**options: Any) -> tuple[TwoTower, list[list[np.ndarray]]]:
-        model = tiny(**{**MODEL, "training": training})
-        model.fit_samples(sets[1], warm_start=source, **options)
+    def fit(**options: Any) -> tuple[FittedTwoTower, list[list[np.ndarray]]]:
+        plan = tiny(**{**MODEL, "training": training})
+        model = plan.fit_samples(sets[1], warm_start=source, **options)
         return model, [*states(model), weights_of(model.network)]
 
     with tracing_once():
@@ -248,10 +251,9 @@ OTHERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", [*SHAPE, *ATTENTION_SHAPE])
 def test_another_shape_is_refused_by_name(name: str, sets: tuple[TrainingSet, TrainingSet]) -> None:
     base = tiny(history_pooling=("attention",) if name in ATTENTION_SHAPE else ("mean",))
-    other = TwoTowerSettings(**{**base.settings.model_dump(), name: OTHERS[name]})
-    base._network, base.corpus = base.build(sets[0].corpus), sets[0].corpus
+    other = TwoTowerSettings(**{**dict(base.settings), name: OTHERS[name]})
     with pytest.raises(ConfigError, match=rf"model\.{name}: got .*, where the model to start from"):
-        WarmStart(base.trained, other, base.training, sets[1].corpus)
+        WarmStart(untrained(base, sets[0].corpus), other, base.training, sets[1].corpus)
 
 
 def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
@@ -276,38 +278,38 @@ def test_a_setting_that_is_no_shape_leaves_the_weights_their_size(
     assert others.keys() | loss_alone | set(SHAPE) == set(TwoTowerSettings.model_fields)
     changed = TwoTowerSettings(**{**base.model_dump(), **others})
     shapes = [
-        [tuple(w.shape) for w in TwoTower(settings).build(sets[0].corpus).trainable_variables]
+        [
+            tuple(w.shape)
+            for w in TwoTower(**dict(settings)).build(sets[0].corpus).trainable_variables
+        ]
         for settings in (base, changed)
     ]
     assert shapes[0] == shapes[1]
 
 
-def test_other_features_and_ids_are_refused(source: TwoTower, tmp_path: Path) -> None:
+def test_other_features_and_ids_are_refused(source: FittedTwoTower, tmp_path: Path) -> None:
     events = pd.DataFrame({"user_id": [1] * 39 + [2], "item_id": np.arange(40)})
     data = TrainingSet.build(Log.from_table(events), tmp_path, seed=0)
-    model = tiny(**MODEL)
     with pytest.raises(ConfigError) as error:
-        model.fit_samples(data, warm_start=source)
+        tiny(**MODEL).fit_samples(data, warm_start=source)
     assert str(error.value).splitlines() == [
         "data.item_features: got none, where the model to start from has genre=categorical "
         "title=text",
         "warm_start: item ids are integers here and strings there",
         "warm_start: user ids are integers here and strings there",
     ]
-    with pytest.raises(ValueError, match="not fitted"):
-        _ = model.network
 
 
 @pytest.mark.usefixtures("in_eager_steps")
 def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
     """Its mean and deviation are fitted anew, and the weights are those of the old ones."""
     clicks = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 10})
-    model, notes = tiny(training={"max_epochs": 1}), []
+    model, notes = None, []
     for name, last in (("first", 19.0), ("same", 19.0), ("far", 1e6)):
         items = pd.DataFrame({"item_id": range(10), "price": [*range(10, 19), last]})
         log = Log.from_table(clicks, items=items, item_features={"price": "numeric"})
         data = TrainingSet.build(log, tmp_path / name, seed=0)
-        model.fit_samples(data, warm_start=None if name == "first" else model)
+        model = tiny(training={"max_epochs": 1}).fit_samples(data, warm_start=model)
         notes.append([note for note in model.notes if "price" in note])
     assert notes[:2] == [[], []]
     assert re.fullmatch(
@@ -316,7 +318,7 @@ def test_a_number_on_another_scale_is_told(tmp_path: Path) -> None:
 
 
 def test_ids_of_another_kind_and_own_towers_are_refused(
-    source: TwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
+    source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet], tmp_path: Path
 ) -> None:
     other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path, seed=0)
     with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
@@ -327,9 +329,8 @@ def test_ids_of_another_kind_and_own_towers_are_refused(
             return tf.ones([tf.shape(inputs["row"])[0], 8])
 
     own = TwoTower(dim=8, candidate_tower=Own())
-    own._network, own.corpus = own.build(sets[0].corpus), sets[0].corpus
     with pytest.raises(ConfigError, match="own towers cannot be carried over"):
-        WarmStart(own.trained, own.settings, own.training, sets[1].corpus)
+        WarmStart(untrained(own, sets[0].corpus), own, own.training, sets[1].corpus)
 
 
 @pytest.mark.parametrize("kind", ["hashed", "bucketized", "categorical"])

@@ -15,7 +15,7 @@ from tests.model.conftest import LOSERS, REQUEST_FEATURES, make_log, tiny, weigh
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import chief_first
-from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
@@ -54,8 +54,8 @@ NUM_EPOCHS = 3
 SEED = 2
 
 
-def train(case: str, folder: Path) -> TwoTower:
-    model = tiny(seed=SEED, **CASES[case])
+def train(case: str, folder: Path) -> FittedTwoTower:
+    plan = tiny(seed=SEED, **CASES[case])
     # Sets hold the positives of many requests.
     features = None if case == "sets" else REQUEST_FEATURES
     split = make_log(features).split("last_n", validation=1, test=1)
@@ -63,7 +63,7 @@ def train(case: str, folder: Path) -> TwoTower:
     data = chief_first(
         lambda: TrainingSet.build(split.train, folder / samples, seed=0, hard=LOSERS)
     )
-    return model.fit_samples(data, split.validation, max_epochs=NUM_EPOCHS, folder=folder / case)
+    return plan.fit_samples(data, split.validation, max_epochs=NUM_EPOCHS, folder=folder / case)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.data import StepReport
 from tfrs_pipeline.run.folder import CONFIG_FILE, read_settings, with_source
@@ -193,12 +193,12 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
 def test_all_models_of_a_run_can_be_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate = TwoTower._validate
+    validate = two_tower.validation_metrics
 
     def without_tail(*arguments: Any) -> dict[str, float]:
         return {**validate(*arguments), "tail/recall@5": math.nan}
 
-    monkeypatch.setattr(TwoTower, "_validate", without_tail)
+    monkeypatch.setattr(two_tower, "validation_metrics", without_tail)
     settings = {
         "evaluation.baselines": ["uncorrected"],
         "training.max_epochs": 1,

@@ -471,7 +471,7 @@ def test_the_weights_of_the_last_checkpoint_are_those_in_service(of_stages: Fini
     split = split_of(folder)
     samples = TrainingSet.build(split.before_test, folder / "samples" / "final", seed=0)
     settings, training = of_stages.config.model, of_stages.config.training
-    model = TwoTower(settings, training=training).fit_samples(
+    model = TwoTower(**dict(settings), training=training).fit_samples(
         samples,
         max_epochs=of_stages.metrics["training"]["two_tower"]["best_epoch"],
         folder=folder / "checkpoints" / "two_tower" / "refit",
@@ -662,7 +662,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(tmp_path: Path) -> 
     ):
         others = set(samples.known_positives[query].tolist()) - {int(candidate)}
         assert sorted(samples.history(i).tolist()) == sorted(others)
-    batches = TwoTower(config.model, training=config.training).batches(samples)
+    batches = TwoTower(**dict(config.model), training=config.training).batches(samples)
     assert isinstance(batches.examples, UserSets)
     models = finished.metrics["models"]
     assert models["two_tower"]["ndcg@20"]["mean"] > 1.3 * models["popularity"]["ndcg@20"]["mean"]

@@ -60,7 +60,7 @@ def _of_workers() -> tf.distribute.Strategy:
     except RuntimeError as error:
         raise RuntimeError(
             "TF_CONFIG names several workers, and TensorFlow was used in this process before they "
-            "could be joined. Make the TwoTower first, before any other use of TensorFlow; or "
+            "could be joined. Call TwoTower.fit before any other use of TensorFlow; or "
             f"unset TF_CONFIG to train alone. TensorFlow says: {error}"
         ) from error
     # TensorFlow now takes SIGTERM for a notice and goes on: what is told to stop shall stop.

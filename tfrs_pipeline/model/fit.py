@@ -156,16 +156,20 @@ def train(
 
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
-) -> None:
+) -> TrainingResult:
     """Gives a network the weights and the optimizer state that a training has saved.
 
-    The network, of the shape that was trained, is compiled here, by the settings of the training.
-    Its folder keeps the best epoch and the last: of another one there is a `FileNotFoundError`, of
-    a damaged one `Damaged`.
+    The network, of the shape that was trained, is compiled here with the training's settings. The
+    folder keeps the best epoch and the last one. Returns the result as it was after that epoch.
+
+    Raises:
+        FileNotFoundError: If the folder does not keep the epoch.
+        Damaged: If a file of it is damaged.
     """
-    read_record(folder / f"epoch-{epoch}.json")
+    state = read_record(folder / f"epoch-{epoch}.json")
     _compile(network, settings, settings.warmup_steps + 1)
     _read_checkpoint(network, folder / f"epoch-{epoch}")
+    return TrainingResult(state["history"], epoch, state["seconds"])
 
 
 def _compile(

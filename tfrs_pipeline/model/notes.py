@@ -16,8 +16,9 @@ from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.features.feature import MAX_VALUES, Feature
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
+from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult
+from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.store import Samples
@@ -47,6 +48,25 @@ class EpochProgress(tf.keras.callbacks.Callback):
         if time.monotonic() - self._told >= messages.SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             self._on_steps(self._epoch, batch + 1, self.params["steps"])
+
+
+def describe_training(
+    settings: TwoTowerSettings,
+    data: TrainingSet,
+    batches: HybridBatches,
+    start: Start | None,
+    validation: Holdout | None,
+    mining: MinedPools | None,
+) -> list[str]:
+    """Says what a training began with, what it measured and mined, and what it never draws."""
+    return [
+        *(start.describe() if start else []),
+        *describe_sample(validation),
+        *(mining.describe() if mining else []),
+        *describe_features(data.corpus),
+        *describe_order(data.samples, settings),
+        *describe_batches(batches, settings),
+    ]
 
 
 def describe_sample(validation: Holdout | None) -> list[str]:

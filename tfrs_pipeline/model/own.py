@@ -12,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.settings import EASY_KINDS
 from tfrs_pipeline.negatives.mixture import checked_count
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
@@ -30,7 +31,29 @@ def mark_trained(*towers: tf.keras.layers.Layer) -> None:
     _TRAINED.update(_parts(*towers))
 
 
-def trained_part(tower: tf.keras.layers.Layer) -> tf.Module | None:
+def own_layer(name: str, own: Any, corpus: Corpus) -> tf.keras.layers.Layer:
+    """Returns an own tower, or what a function makes of the corpus; a `TypeError` if no layer."""
+    # A layer of another Keras is callable, but no function of the corpus: it has a `call`.
+    is_made = not isinstance(own, type) and hasattr(own, "call")
+    layer = own if is_made else own(corpus)
+    if not isinstance(layer, tf.keras.layers.Layer):
+        raise TypeError(
+            f"{name} must be a layer of tf.keras, which is Keras 2 here, or a function of the "
+            f"corpus that returns one. Received: {layer!r}{'' if is_made else f', from {own!r}'}."
+        )
+    part = _trained_part(layer)
+    if part is not None:
+        inner = "" if part is layer else f", or rather its {part!r},"
+        raise ValueError(
+            f"{name} {layer!r}{inner} was given to a training before, which would go on here "
+            "instead of beginning, and change that model. Give new layers to a new model, or a "
+            "function of the corpus that makes them; a frozen layer (trainable=False) may be "
+            "shared."
+        )
+    return layer
+
+
+def _trained_part(tower: tf.keras.layers.Layer) -> tf.Module | None:
     """Returns the tower, or a layer in it, if a training has had it and another would change it.
 
     What has no weights to train, or is frozen, neither changes nor goes on.

@@ -19,6 +19,7 @@ from tfrs_pipeline.features.requests import (
     raw_requests,
     request_signature,
 )
+from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query, check_ids, check_queries, check_requests
 from tfrs_pipeline.samples.store import RowLists
@@ -68,6 +69,11 @@ class QueryEncoder:
             return model.embed_queries(query_rows, histories, encoded, times)
 
         self._embed = embed
+
+    @classmethod
+    def of(cls, network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
+        """Makes the encoder of a network and the corpus that it was built for."""
+        return cls(network, corpus.query_ids, corpus.candidate_ids, corpus.request_features)
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries: [n, D] float32.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
@@ -27,26 +26,6 @@ SHAPE = (
     *("feature_dim", "history_pooling"),
 )
 ATTENTION_SHAPE = ("history_length", "attention_blocks")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training leaves behind, in a fitted `TwoTower` or read from where it was saved."""
-
-    settings: TwoTowerSettings
-    training: TrainingSettings
-    corpus: Corpus
-    network: TwoTowerNetwork
-
-    def fingerprint(self) -> str:
-        """Returns what tells this training from others: a hash of its ids, weights and steps."""
-        digest = hashlib.sha256()
-        for ids in (self.corpus.candidate_ids, self.corpus.query_ids):
-            for value in ids.values:
-                digest.update(f"{value}\n".encode())
-        for variable in (*self.network.trainable_variables, self.network.optimizer.iterations):
-            digest.update(variable.numpy().tobytes())
-        return digest.hexdigest()
 
 
 class WarmStart:
@@ -70,7 +49,7 @@ class WarmStart:
 
     def __init__(
         self,
-        source: Trained,
+        source: FittedTwoTower,
         settings: TwoTowerSettings,
         training: TrainingSettings,
         corpus: Corpus,
@@ -180,7 +159,7 @@ def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[
 
 
 def _problems(
-    source: Trained, settings: TwoTowerSettings, training: TrainingSettings, corpus: Corpus
+    source: FittedTwoTower, settings: TwoTowerSettings, training: TrainingSettings, corpus: Corpus
 ) -> Iterator[tuple[str, str]]:
     """Yields what makes the weights of two models mean different things."""
     yield from shape_problems(source.settings, settings)

@@ -256,7 +256,7 @@ def gather_facts(folder: Path) -> RunFacts:
         trained_on, samples_folder = split.train, folder / "samples" / "selection"
     is_later = later_rows(trained_on, read_ids(samples_folder)[0])
     samples = dataclasses.replace(read_samples(samples_folder), is_later=is_later)
-    model = TwoTower(config.model, training=config.training, seed=config.seed)
+    model = TwoTower(**dict(config.model), training=config.training, seed=config.seed)
     batches = model.batches(samples)
     return RunFacts(
         folder=str(folder),

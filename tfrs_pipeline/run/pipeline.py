@@ -29,8 +29,8 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import OnStep, RunData, StepReport, Steps, prepare
@@ -116,7 +116,7 @@ def run(
 
 def _run(config: RunConfig, folder: Path, step: Steps) -> RunResult:
     data = chief_first(lambda: prepare(config, folder, step))
-    models: dict[str, TwoTower] = {}
+    models: dict[str, FittedTwoTower] = {}
     for name, settings in variants(config).items():
         with step(f"train {name}") as report:
             models[name] = train_and_refit(
@@ -139,7 +139,11 @@ def _run(config: RunConfig, folder: Path, step: Steps) -> RunResult:
 
 
 def _conclude(
-    config: RunConfig, folder: Path, data: RunData, models: Mapping[str, TwoTower], step: Steps
+    config: RunConfig,
+    folder: Path,
+    data: RunData,
+    models: Mapping[str, FittedTwoTower],
+    step: Steps,
 ) -> RunResult:
     """Compares what was trained with the baselines, and exports it."""
     with step("baselines") as report:
@@ -336,7 +340,7 @@ def evaluate_all(
 
 def export_model(
     config: RunConfig,
-    model: TwoTower,
+    model: FittedTwoTower,
     holdout: Holdout,
     *,
     manifest: Mapping[str, Any],
@@ -359,7 +363,7 @@ def export_model(
 
 
 def _metrics(
-    config: RunConfig, data: RunData, models: Mapping[str, TwoTower], evaluation: Evaluation
+    config: RunConfig, data: RunData, models: Mapping[str, FittedTwoTower], evaluation: Evaluation
 ) -> dict[str, Any]:
     """Gathers what metrics.json holds.
 

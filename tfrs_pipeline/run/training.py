@@ -14,10 +14,12 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult, optimizer_of, read_epoch
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
+from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import Trained, shape_problems
+from tfrs_pipeline.model.warm_start import shape_problems
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import METRICS_FILE, read_settings
 from tfrs_pipeline.settings import ConfigError, refuse
@@ -27,17 +29,17 @@ Training: TypeAlias = Literal["selection", "refit"]
 
 def trained_in(
     folder: Path | str, step: Training = "refit", name: str = "two_tower"
-) -> Trained | None:
-    """Reads what a finished run has trained, to start another training from it.
+) -> FittedTwoTower | None:
+    """Reads a model that a finished run has trained, to start another training from it.
 
     Args:
-        folder: Of the run.
-        step: "selection", the training that validation has ended, or "refit", that on all that
-            precedes the test; where there was no second one, it is the first.
-        name: Of the model.
+        folder: The run's folder.
+        step: "selection", the training that validation ended, or "refit", the training on all
+            that precedes the test; without a second training, it is the first.
+        name: Name of the model.
 
     Returns:
-        Weights, optimizer state and corpus; None if the run trained no model of the name.
+        The fitted model, with its optimizer state; None if the run trained no model of the name.
 
     Raises:
         ConfigError: If the run is not finished.
@@ -46,7 +48,7 @@ def trained_in(
     Example:
         A model of today's events that starts from yesterday's run::
 
-            model.fit(train, validation, warm_start=trained_in("runs/yesterday"))
+            plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     folder = Path(folder)
     config = _settings_of_finished(folder)
@@ -63,9 +65,13 @@ def trained_in(
     corpus = Corpus.read(part, folder / "samples" / samples)
     if config.warm_start is not None:  # As it was trained.
         corpus = dataclasses.replace(corpus, is_later=None)
-    network = TwoTower(settings[name], training=config.training, name=name).build(corpus)
-    read_epoch(network, config.training, checkpoints / step, trained[name]["best_epoch"])
-    return Trained(settings[name], config.training, corpus, network)
+    plan = TwoTower(**dict(settings[name]), training=config.training, seed=config.seed, name=name)
+    network, best_epoch = plan.build(corpus), trained[name]["best_epoch"]
+    result = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    encoder = QueryEncoder.of(network, corpus)
+    return FittedTwoTower(
+        settings[name], config.training, corpus, network, encoder, result, log=part
+    )
 
 
 def variants(config: RunConfig) -> dict[str, TwoTowerSettings]:
@@ -144,7 +150,7 @@ def train_and_refit(
     name: str = "two_tower",
     warm_start: Path | None = None,
     on_progress: OnProgress = lambda *task: None,
-) -> TwoTower:
+) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
     `training.refit` says whether there is that second training. After `max_seconds` the first one
@@ -163,7 +169,7 @@ def train_and_refit(
 
     def fit(
         samples: TrainingSet, step: Training, max_epochs: int, validation: Holdout | None
-    ) -> TwoTower:
+    ) -> FittedTwoTower:
         def on_epoch(so_far: TrainingResult) -> None:
             note = describe_epoch(so_far, training.monitor, max_epochs)
             on_progress(f"{name}, {step}", so_far.num_epochs, max_epochs, note)
@@ -172,8 +178,10 @@ def train_and_refit(
             note = describe_steps(epoch, done, total)
             on_progress(f"{name}, {step}", epoch - 1, max_epochs, note)
 
-        model = TwoTower(settings or config.model, training=training, seed=config.seed, name=name)
-        return model.fit_samples(
+        plan = TwoTower(
+            **dict(settings or config.model), training=training, seed=config.seed, name=name
+        )
+        return plan.fit_samples(
             samples,
             validation,
             max_epochs=max_epochs,
@@ -205,11 +213,9 @@ def train_and_refit(
             f"{counted(chosen.best_epoch, 'epoch')}"
         )
         results.append(model.result)
-        model.result = chosen
     notes += [
         f"resumed after epoch {result.resumed_after}"
         for result in results
         if 0 < result.resumed_after < result.num_epochs
     ]
-    model.notes = [*notes, *model.notes]
-    return model
+    return dataclasses.replace(model, result=chosen, notes=[*notes, *model.notes])

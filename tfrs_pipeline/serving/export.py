@@ -57,7 +57,7 @@ from tfrs_pipeline.serving.signatures import signature_inputs
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.two_tower import TwoTower
+    from tfrs_pipeline.model.fitted import FittedTwoTower
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
 # What others read of a manifest, or what an export writes into it.
@@ -95,7 +95,7 @@ class ExportOptions:
 
 
 def export(
-    model: Exportable | TwoTower,
+    model: Exportable | FittedTwoTower,
     path: str | Path,
     *,
     index: Search | None = None,
@@ -111,7 +111,7 @@ def export(
     Where several workers train, all call this: the chief writes, and the others wait for it.
 
     Args:
-        model: A fitted `TwoTower`, or an `Exportable` of whatever embeds queries and candidates.
+        model: A `FittedTwoTower`, or an `Exportable` of whatever embeds queries and candidates.
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
         index: How to search: `Exact()`, `Scann()`, or as `Auto()` chooses by the number of items,
             which None is.
@@ -141,8 +141,8 @@ def export(
         TypeError: If the model is neither, or `index` none of the three.
         ValueError: If `item_ids` is empty or holds an id that is not the model's, or the items lack
             the column to filter by; if there shall be no user data and the model has an embedding
-            of each user; if `manifest` has a name that is taken; if a `TwoTower` is not fitted, or
-            its log is not known.
+            of each user; if `manifest` has a name that is taken; or if the model was fitted to
+            samples without their log.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -160,7 +160,7 @@ def export(
 
 
 def export_version(
-    model: Exportable | TwoTower,
+    model: Exportable | FittedTwoTower,
     path: str | Path,
     options: ExportOptions,
     *,
@@ -204,15 +204,15 @@ def export_version(
     )
 
 
-def _exportable(model: Exportable | TwoTower) -> Exportable:
+def _exportable(model: Exportable | FittedTwoTower) -> Exportable:
     """Returns what an export knows of a model; a `TypeError` if it is neither."""
     if isinstance(model, Exportable):
         return model
     # Not by its class, whose module loads what only a training needs.
     if not hasattr(model, "exportable"):
         raise TypeError(
-            "Exports a fitted tp.TwoTower, or a tp.Exportable of another model that embeds queries "
-            f"and candidates. Received: {model!r:.200}."
+            "Exports what TwoTower.fit returns, or a tp.Exportable of another model that embeds "
+            f"queries and candidates. Received: {model!r:.200}."
         )
     return model.exportable()
 

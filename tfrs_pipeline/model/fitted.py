@@ -1,0 +1,127 @@
+"""A fitted two-tower model: it retrieves, and can be exported and trained on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.network import TwoTowerNetwork
+from tfrs_pipeline.model.own import tables_in
+from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved
+from tfrs_pipeline.samples.histories import latest_histories
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedTwoTower:
+    """What `TwoTower.fit` returns: a retriever to evaluate, to export, and to start from.
+
+    Attributes:
+        settings: Settings of the model, without own parts.
+        training: How it was fitted.
+        corpus: Ids and features behind the network's rows.
+        network: The Keras model, with its best weights.
+        encoder: Embeds raw queries with the network.
+        result: How training went.
+        notes: Lines for a person: what was masked and mined, and what is never drawn.
+        log: The log that it was fitted to. An export needs it; None if it was fitted to samples
+            alone.
+    """
+
+    settings: TwoTowerSettings
+    training: TrainingSettings
+    corpus: Corpus
+    network: TwoTowerNetwork
+    encoder: QueryEncoder
+    result: TrainingResult
+    notes: list[str] = field(default_factory=list)
+    log: Log | None = None
+
+    def __repr__(self) -> str:
+        num_items, num_users = len(self.candidate_ids), len(self.query_ids)
+        dim = self.settings.dim
+        return f"FittedTwoTower(dim {dim}, {num_items:,} items, {num_users:,} users)"
+
+    @property
+    def query_ids(self) -> np.ndarray:
+        """[num_queries] user ids, in the order of the rows from 1."""
+        return self.corpus.query_ids.values
+
+    @property
+    def candidate_ids(self) -> np.ndarray:
+        """[num_candidates] item ids, in the order of the rows from 1."""
+        return self.corpus.candidate_ids.values
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
+        """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`.
+
+        Queries are read and refused as by `query_embeddings`; `exclude` holds ids of the items'
+        type.
+        """
+        return self._retriever.retrieve(queries, k, exclude)
+
+    def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32.
+
+        User features are those of the log; an exported model reads a query's `features` too.
+
+        Raises:
+            ValueError: If a query has an unknown key, an id of another type than the log's or a
+                misspelt request feature; others that the model does not read are ignored.
+        """
+        return self.encoder(queries)
+
+    @functools.cached_property
+    def _retriever(self) -> ExactRetriever:
+        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
+
+    def fingerprint(self) -> str:
+        """Identifies the training: returns a hash of its ids, weights and number of steps."""
+        digest = hashlib.sha256()
+        for ids in (self.candidate_ids, self.query_ids):
+            for value in ids:
+                digest.update(f"{value}\n".encode())
+        for variable in (*self.network.trainable_variables, self.network.optimizer.iterations):
+            digest.update(variable.numpy().tobytes())
+        return digest.hexdigest()
+
+    def exportable(self) -> Exportable:
+        """Gathers what an export holds: the towers, and all that happened, test part included.
+
+        Raises:
+            ValueError: If the model was fitted to samples without their log.
+        """
+        if self.log is None:
+            raise ValueError("The model was fitted to samples alone: give fit_samples their log.")
+        network, corpus, log = self.network, self.corpus, self.log.whole
+        histories, known, times = latest_histories(log, corpus.query_ids, corpus.candidate_ids)
+        towers = network.query_tower, network.candidate_tower
+        return Exportable(
+            embed_queries=network.embed_queries,
+            embed_candidates=network.embed_candidates,
+            variables=[
+                *network.query_table.variables,
+                *(variable for tower in towers for variable in tower.variables),
+                *tables_in(*towers),
+            ],
+            items=log.items.order_by("item_id").to_pyarrow(),
+            query_ids=self.query_ids,
+            history_length=network.history_length,
+            histories=histories,
+            known_positives=known,
+            history_times=times if network.reads_times else None,
+            query_features=corpus.query_features,
+            request_features=corpus.request_features,
+            candidate_features=corpus.candidate_features,
+            reading=log.reading,
+        )
