@@ -1,9 +1,9 @@
-"""What uvicorn lacks: a deadline for headers, a 503 that says when to come again, a gentle stop.
+"""What uvicorn lacks: a deadline for headers, a 503 with `Retry-After`, a gentle stop.
 
-A client of a server that stops sees one of three things. What it sent before, or sends in the next
-second on an open or a new connection, is answered, with `Connection: close`. A connection that
-still lies idle then is closed, as HTTP allows at any time: a request that crosses with it has no
-byte of an answer, was not read, and can be sent again. New connections are refused.
+A stopping server answers requests that it has received or receives in the next second, on open and
+new connections, with `Connection: close`. It then closes idle connections, as HTTP allows at any
+time: a request that crosses with the close was not read, gets no byte of an answer, and can be sent
+again. New connections are refused.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tfrs_pipeline.serving.metrics import CountRequests
 
-# For the headers of a request, from the opening of its connection or its first byte.
+# For the headers of a request, from its first byte or the opening of its connection.
 HEADER_SECONDS = 10.0
-# For requests on connections that are taken after a signal to stop, and then for those on the last.
+# After a signal to stop: for new connections, and then for requests on the last of them.
 DRAIN_SECONDS, LAST_SECONDS = 1.0, 0.5
 
 _BUSY = CountRequests(
@@ -39,21 +39,21 @@ _BUSY = CountRequests(
 
 
 class Connection(H11Protocol):
-    """A connection whose request headers have to come in time."""
+    """A connection whose request headers must arrive in time."""
 
     _deadline: asyncio.TimerHandle | None = None
     _is_one_too_many = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for a request."""
+        """Starts to wait for a request."""
         super().connection_made(transport)
-        self.limit_concurrency = None  # uvicorn's own 503 names no time.
-        # Those before it go on.
+        self.limit_concurrency = None  # uvicorn's own 503 has no `Retry-After`.
+        # Connections before it go on.
         self._is_one_too_many = self._is_over(self.connections)
         self._expect_headers(True)
 
     def data_received(self, data: bytes) -> None:
-        """Reads on, or says that there are too many connections, or tasks whose client has gone."""
+        """Reads on, or answers 503: too many connections, or tasks whose clients left."""
         self._is_one_too_many &= self._is_over(self.connections)
         is_busy = self._is_one_too_many or self._is_over(self.tasks)
         self.app = _BUSY if is_busy else self.config.loaded_app
@@ -61,7 +61,7 @@ class Connection(H11Protocol):
         self._expect_headers(self.cycle is None or self.cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits for nothing more."""
+        """Stops waiting."""
         self._expect_headers(False)
         super().connection_lost(exc)
 
@@ -79,10 +79,10 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that answers what comes while its clients learn that it stops.
+    """A server that stops gently, as the module says.
 
-    Where `is_loading` says so at the end, the process ends at once: a load that goes on in its
-    thread cannot be stopped, and would be waited for.
+    If `is_loading` returns True at the end, the process exits at once: a load in its thread cannot
+    be stopped, and Python would wait for it.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Server(uvicorn.Server):
         self._is_loading = is_loading
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops as the module says."""
-        # This list is that of all connections, also of requests that are being answered.
+        """Stops gently."""
+        # All connections share this list, even those whose requests are being answered.
         self.server_state.default_headers.append((b"connection", b"close"))
         await self._sleep(DRAIN_SECONDS)
         for listener in (*self.servers, *(sockets or ())):
@@ -112,9 +112,9 @@ class Server(uvicorn.Server):
 
 
 class AllowedHosts:
-    """ASGI middleware that refuses requests which call the server by a name of no pattern.
+    """ASGI middleware that refuses requests whose `Host` matches no pattern.
 
-    "*.example.com" is all names below, "*" any.
+    "*.example.com" matches all names below it, "*" any name.
     """
 
     def __init__(self, app: ASGIApp, patterns: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Search over candidate embeddings: exact or by ScaNN, as TensorFlow modules that are exported."""
+"""Exact and ScaNN search over candidate embeddings, as TensorFlow modules for an export."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-# Below this, scoring every candidate is as fast as any index, and exact.
+from tfrs_pipeline.batches.row_lists import is_member
+
+# Below this, exact search is as fast as any index.
 SMALLEST_SCANN_CORPUS = 20_000
 # Below this, looking up the nearest leaves costs more than it saves.
 SMALLEST_PARTITIONED_CORPUS = 10_000
-# Codes of a block.
+# Codes per block.
 _SMALLEST_HASHED_CORPUS = 16
-# One dimension a block: with two, a deep search has to rescore several times as many.
+# With two dimensions per block, a deep search has to rescore several times as many.
 _DIMENSIONS_PER_BLOCK, _ANISOTROPIC_THRESHOLD = 1, 0.2
 _TRAINING_SAMPLE = 100_000
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Exact search: every candidate is scored. Its time grows with the number of candidates."""
+    """Exact search: scores every candidate, in time proportional to their number."""
 
     kind: Literal["exact"] = "exact"
 
 
 @dataclass(frozen=True)
 class Scann:
-    """A ScaNN index, tuned to find a share of the exact answer at the least work.
+    """A ScaNN index, tuned to reach a recall target at the least work.
 
-    The target holds for every k and any number of excluded candidates: each query of a call is
-    searched as widely as its own request needs, and exactly where that is the least work.
+    The target holds for every k and any number of excluded candidates: each query is searched as
+    widely as its own request needs, and exactly if that is less work.
 
     Args:
-        recall: Recall target: share of the exact answer that it must find, in (0, 1].
+        recall: Recall target: the share of the exact answer that must be found, in (0, 1].
 
     Raises:
         ValueError: If the target is out of range.
@@ -52,7 +54,7 @@ class Scann:
 
 @dataclass(frozen=True)
 class Auto:
-    """Exact search below 20,000 candidates, `Scann` from there on; a refreshed index chooses anew.
+    """Exact search below 20,000 candidates, else `Scann`; a refreshed index chooses anew.
 
     Args:
         recall: Recall target of a ScaNN index, in (0, 1].
@@ -65,10 +67,10 @@ class Auto:
     kind: Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        Scann(self.recall)  # Checked now: a small corpus would never ask.
+        Scann(self.recall)  # Checks it: a small corpus would never do.
 
     def choose(self, num_candidates: int) -> Scann | Exact:
-        """Chooses what suits the size of a corpus."""
+        """Chooses by the size of a corpus."""
         return Exact() if num_candidates < SMALLEST_SCANN_CORPUS else Scann(self.recall)
 
 
@@ -77,14 +79,14 @@ Search: TypeAlias = Exact | Scann | Auto
 
 
 def search_of(kind: str, recall: float = Scann.recall) -> Search:
-    """Makes the `Search` of a `kind`; exact search has no recall target."""
+    """Returns the `Search` of a `kind`; exact search has no recall target."""
     return Exact() if kind == "exact" else {"scann": Scann, "auto": Auto}[kind](recall)
 
 
 def load_scann_ops() -> Any:
     """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded.
 
-    An `ImportError` if the package is missing or does not fit the TensorFlow in use.
+    An `ImportError` if the package is missing or was built for another TensorFlow.
     """
     try:
         from scann import scann_ops
@@ -98,11 +100,12 @@ def load_scann_ops() -> Any:
 
 
 class Allowed(NamedTuple):
-    """Which candidates each query of a call may find: those that have one of its values.
+    """Which candidates each query may find: those that have one of its values.
 
-    `is_chosen`, [B, num_codes] bool, are the values that a query chose; code 0 is no value.
-    `codes`, [num_candidates + 1, P] int32, are those of the values of each row, padded with 0.
-    `share`, [B] float32, is about which share of the candidates that is.
+    Attributes:
+        is_chosen: [B, num_codes] bool, the values that each query chose; code 0 is no value.
+        codes: [num_candidates + 1, P] int32 codes of the values of each row, padded with 0.
+        share: [B] float32, roughly the share of the candidates that may be found.
     """
 
     is_chosen: tf.Tensor
@@ -110,17 +113,17 @@ class Allowed(NamedTuple):
     share: tf.Tensor
 
     def of_queries(self, lines: tf.Tensor) -> Allowed:
-        """Takes lines [b] of the call."""
+        """Takes the queries with the numbers `lines`, [b]."""
         return Allowed(tf.gather(self.is_chosen, lines), self.codes, tf.gather(self.share, lines))
 
     def has(self, rows: tf.Tensor) -> tf.Tensor:
-        """Tells which of each query's rows [B, n] it may find, [B, n] bool."""
+        """Returns which rows, [B, n], each query may find: [B, n] bool."""
         codes = tf.gather(self.codes, rows)
         return tf.reduce_any(tf.gather(self.is_chosen, codes, batch_dims=1), axis=2)
 
     def has_all(self) -> tf.Tensor:
-        """Tells which candidates each query may find, [B, num_candidates] bool."""
-        # By place in the list: all at once would be P times as much.
+        """Returns which candidates each query may find: [B, num_candidates] bool."""
+        # One place of the lists at a time: all at once would take P times the memory.
         places = tf.unstack(self.codes[1:], axis=1)
         is_allowed = tf.gather(self.is_chosen, places[0], axis=1)
         for place in places[1:]:
@@ -129,7 +132,7 @@ class Allowed(NamedTuple):
 
 
 class ExactIndex(tf.Module):
-    """Scores every candidate, by embeddings [num_candidates, D] float32."""
+    """Scores every candidate: `embeddings` are [num_candidates, D] float32."""
 
     def __init__(self, embeddings: np.ndarray) -> None:
         super().__init__(name="exact_index")
@@ -138,7 +141,7 @@ class ExactIndex(tf.Module):
 
     @property
     def exact(self) -> ExactIndex:
-        """Itself; of an approximate index, the exact search beside it."""
+        """This index; an approximate one has its exact search here."""
         return self
 
     def search(
@@ -149,8 +152,8 @@ class ExactIndex(tf.Module):
         Args:
             queries: [B, D] float32.
             k: Scalar int32, 1 or more; may exceed the corpus.
-            excluded: [B, E] int32 rows never to be found for a query, from 1; 0 is padding.
-            allowed: Which candidates may be found; None is all.
+            excluded: [B, E] int32 rows, from 1, that each query must not find; 0 is padding.
+            allowed: Which candidates each query may find; None is all.
 
         Returns:
             rows: [B, k] int32 from 1, best first, ties by the smaller row; 0 in empty slots.
@@ -170,10 +173,10 @@ class ExactIndex(tf.Module):
 
 @dataclass(frozen=True)
 class Level:
-    """How widely to search for what lies among the best `depth` candidates.
+    """How widely to search for the best `depth` candidates.
 
-    A request's k and its number of excluded candidates come to `depth` at most, together.
-    `num_reordered` candidates, `depth` at least, are rescored exactly.
+    It serves requests whose k and number of excluded candidates add up to `depth` at most.
+    `num_reordered` candidates, at least `depth`, are rescored exactly.
     """
 
     depth: int
@@ -182,18 +185,18 @@ class Level:
 
 
 def num_leaves_of(num_candidates: int) -> int:
-    """Returns the partitions of an index: 1 is none."""
+    """Returns the number of partitions of an index; 1 means none."""
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
-    # Four times the square root that ScaNN advises: of smaller leaves, fewer candidates need be
-    # searched.
+    # Four times the square root that ScaNN advises: with smaller leaves, fewer candidates have to
+    # be searched.
     return 4 * round(math.sqrt(num_candidates))
 
 
 def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leaves: int) -> Any:
-    """Builds a searcher of dot products; how widely it searches is an argument of each search.
+    """Builds a searcher of dot products; each search says how widely to search.
 
-    The builder is ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` without TensorFlow.
+    `builder` is ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` without TensorFlow.
     """
     sample = min(len(embeddings), _TRAINING_SAMPLE)
     configured = builder(embeddings, 1, "dot_product")
@@ -216,12 +219,16 @@ class ScannIndex(tf.Module):
     """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
 
     Built on `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
-    threshold nor settings that can be given with a search.
+    threshold nor settings for each search.
 
-    `exact` searches the same candidates, for what no level reaches. `num_leaves` are the partitions
-    of the corpus; None takes what suits its size. `levels` are by depth, ascending; deeper requests
-    are answered exactly. A `ValueError` if there are fewer than 16 candidates; an `ImportError` if
-    ScaNN is missing.
+    Args:
+        exact: Searches the same candidates, for requests beyond the levels.
+        num_leaves: Partitions of the corpus; None chooses by its size.
+        levels: By depth, ascending; deeper requests are answered exactly.
+
+    Raises:
+        ImportError: If ScaNN is missing.
+        ValueError: If there are fewer than 16 candidates.
     """
 
     def __init__(
@@ -240,7 +247,7 @@ class ScannIndex(tf.Module):
         self.num_candidates = exact.num_candidates
         searcher = build_searcher(self._ops.builder, exact.embeddings.numpy(), self.num_leaves)
         self._state = searcher.serialize_to_module()
-        # Searches load the state; the builder's own copy of it would stay for good.
+        # Searches load the state; the builder's own copy would never be freed.
         tf.raw_ops.DestroyResourceOp(resource=searcher.searcher_handle)
 
     def approximate(
@@ -250,12 +257,12 @@ class ScannIndex(tf.Module):
         num_leaves_to_search: tf.Tensor,
         num_reordered: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds about the best candidates of [B, D] float32 queries, one at least.
+        """Finds roughly the best `depth` candidates of [B, D] float32 queries, B at least 1.
 
-        `depth` says how many, `num_reordered` is `depth` at least; all three are scalar int32.
+        The others are scalar int32 too; `num_reordered` is at least `depth`.
 
         Returns:
-            rows: [B, depth] int32 from 1, best first; 0 in empty slots, as of searched leaves that
+            rows: [B, depth] int32 from 1, best first; 0 in empty slots, as when the searched leaves
                 hold fewer.
             scores: [B, depth] float32, -inf in empty slots.
         """
@@ -273,17 +280,14 @@ class ScannIndex(tf.Module):
     def search(
         self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds about the k best candidates that are not excluded; see `ExactIndex.search`.
+        """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`.
 
-        Each query is searched at the level of its own depth, the excluded dropped from what is
-        found. Queries beyond the last level, and those that are left with too few, are answered
-        exactly.
+        Each query is searched at the level of its own depth, and excluded candidates are dropped
+        from the result. Queries beyond the last level, and those left with too few candidates, are
+        answered exactly.
         """
-        keys = _keys_of(excluded, self.num_candidates)
-        lines = tf.cast(keys // (self.num_candidates + 1), tf.int32)
-        num_excluded = tf.math.unsorted_segment_sum(
-            tf.ones_like(lines), lines, tf.shape(queries)[0]
-        )
+        lists = _as_lists(excluded)
+        num_excluded = tf.cast(lists.row_lengths(), tf.int32)
         num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
         level = self._levels_of(num_wanted + num_excluded, allowed)
         # Levels without a query cost nothing.
@@ -294,7 +298,7 @@ class ScannIndex(tf.Module):
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             lines = tf.where(level == present[number])
             found, found_scores = self._search_level(
-                present[number], queries, k, keys, allowed, lines
+                present[number], queries, k, lists, allowed, lines
             )
             return (
                 number + 1,
@@ -327,18 +331,18 @@ class ScannIndex(tf.Module):
         level: tf.Tensor,
         queries: tf.Tensor,
         k: tf.Tensor,
-        excluded_keys: tf.Tensor,
+        excluded: tf.RaggedTensor,
         allowed: Allowed | None,
         lines: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Searches lines [b, 1] of a call as widely as a level says: rows and scores [b, k]."""
+        """Searches queries by number, `lines` [b, 1], at a level: rows and scores [b, k]."""
         settings = tf.constant(
             [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
             tf.int32,
             [len(self.levels), 3],
         )
         found, scores = self.approximate(tf.gather_nd(queries, lines), *tf.unstack(settings[level]))
-        is_dropped = _is_among(excluded_keys, found, lines, self.num_candidates)
+        is_dropped = is_member(tf.gather(excluded, lines[:, 0]), found)
         if allowed is not None:
             is_dropped |= ~allowed.of_queries(lines[:, 0]).has(found)
         left = tf.where(is_dropped, -np.inf, scores)
@@ -346,10 +350,10 @@ class ScannIndex(tf.Module):
         return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
 
     def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
-        """Finds the level of each query's depth [B]; past the last is exact search."""
+        """Returns the level of each query's depth, [B]; past the last level is exact search."""
         needed = tf.cast(depth, tf.float32)
         if allowed is not None:
-            # So many of the allowed ones nearly always lie within: three standard deviations.
+            # This many nearly always hold enough allowed ones: three standard deviations more.
             needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
         return tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
 
@@ -361,20 +365,14 @@ def _filled_up(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor) -> tuple[tf.Ten
     return rows, tf.pad(scores, missing, constant_values=-np.inf)
 
 
-def _keys_of(rows: tf.Tensor, num_candidates: int) -> tf.Tensor:
-    """Makes an ascending list of the cells of [B, E] rows above 0, each pair of line and row once.
-
-    Lists of one line each would be as long as the longest of the call.
-    """
+def _as_lists(rows: tf.Tensor) -> tf.RaggedTensor:
+    """Turns [B, E] rows into a sorted list for each line, without 0s and repeats."""
     lines = tf.where(rows > 0)
-    keys = lines[:, 0] * (num_candidates + 1) + tf.cast(tf.gather_nd(rows, lines), tf.int64)
-    return tf.sort(tf.unique(keys).y)
-
-
-def _is_among(keys: tf.Tensor, rows: tf.Tensor, lines: tf.Tensor, num_candidates: int) -> tf.Tensor:
-    """Tells which of the rows [b, n] of lines [b, 1] of the call are in a list of `_keys_of`."""
-    wanted = lines * (num_candidates + 1) + tf.cast(rows, tf.int64)
-    # A last key that equals nothing keeps the lookup in range.
-    keys = tf.concat([keys, [tf.int64.max]], axis=0)
-    places = tf.searchsorted(keys, tf.reshape(wanted, [-1]))
-    return tf.reshape(tf.gather(keys, places), tf.shape(wanted)) == wanted
+    pairs = lines[:, 0] * 2**32 + tf.cast(tf.gather_nd(rows, lines), tf.int64)
+    pairs = tf.sort(tf.unique(pairs).y)
+    return tf.RaggedTensor.from_value_rowids(
+        tf.cast(pairs % 2**32, tf.int32),
+        pairs // 2**32,
+        tf.shape(rows, tf.int64)[0],
+        validate=False,
+    )

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' form; the process' memory and time come with it."""
+"""The server's metrics for Prometheus, which adds the process's memory and time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ UNKNOWN_VALUES = Counter(
     ["feature"],
 )
 VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
-LOADS = Counter("tfrs_model_loads", "Versions loaded, or not.", ["model", "outcome"])
+LOADS = Counter(
+    "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
+)
 LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 
@@ -54,6 +56,6 @@ class CountRequests:
             try:
                 await self._app(scope, receive, counting_send)
             finally:
-                # The function's name, not the path: a client must not be able to add labels.
+                # The function's name, not the path, to which clients could add labels.
                 handler = getattr(scope.get("endpoint"), "__name__", "none")
                 REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)

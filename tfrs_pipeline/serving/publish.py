@@ -1,8 +1,7 @@
 """The versions of a model on disk: a new one appears whole or not at all.
 
-A version is written beside its place and renamed once it is whole, so that a reader, and whoever is
-left by a crash, finds the newest complete version and nothing of a broken one. One process at a
-time publishes: the next removes what a killed one left behind.
+A version is written beside its place and renamed once it is whole, so that readers never see a
+broken one. One process at a time publishes, and removes what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
 class NotPublished(RuntimeError):
-    """A model that was trained and is not put into service."""
+    """A trained model that is not put into service."""
 
 
 def versions_of(folder: Path) -> list[int]:
@@ -39,18 +38,18 @@ def versions_of(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
-    # By the number alone it is found again: 001 is no version.
+    # 001 is no version: its number, 1, would not lead back to it.
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def incomplete_versions_of(folder: Path) -> set[str]:
-    """Names what is numbered like a version below a model's folder, but has no manifest."""
+    """Names the numbered folders below a model's that have no manifest."""
     numbered = (child for child in folder.glob("[0-9]*") if child.name.isdecimal())
     return {child.name for child in numbered if not (child / MANIFEST_FILE).is_file()}
 
 
 def no_model_at(path: Path) -> FileNotFoundError:
-    """Makes the error of a path without a complete version; names a model in it or beside it."""
+    """Makes the error for a path without a complete version; it suggests a model near by."""
     within, beside = (
         sorted(x.name for x in folder.iterdir() if versions_of(x)) if folder.is_dir() else []
         for folder in (path, path.parent)
@@ -59,17 +58,16 @@ def no_model_at(path: Path) -> FileNotFoundError:
     meant = [str(path / x) for x in within] or [str(path.with_name(x)) for x in near]
     hint = f"Did you mean {' or '.join(meant)}?" if meant else "`tfrs-pipeline run` writes one."
     return FileNotFoundError(
-        f"No exported model at '{path}': expected {MANIFEST_FILE} in it, or in the folder of a "
-        f"version in it. {hint}"
+        f"No exported model at '{path}': it must hold {MANIFEST_FILE}, or versions that do. {hint}"
     )
 
 
 @contextlib.contextmanager
 def publishing(parent: Path) -> Iterator[None]:
-    """Has a model's folder for oneself: whoever else wants to publish there waits until the end.
+    """Locks a model's folder, which is made if missing; others wait to publish there.
 
-    The newest version stays the newest within the block, so that it may decide about the next one.
-    The folder is made if missing.
+    The newest version stays the newest within the block, so that the block can compare the next one
+    with it.
     """
     with naming(parent):
         parent.mkdir(parents=True, exist_ok=True)
@@ -79,23 +77,15 @@ def publishing(parent: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion]:
-    """Gives a folder to write a version into, and puts it in place if the block ends well.
+    """Yields a `partial` folder for a version, and renames it to `folder` if the block succeeds.
 
-    The `partial` folder must hold a manifest at the end; `folder` is its place afterwards, below
-    `parent`, the model's folder, which is made if missing. Of the complete versions, `keep` are
-    kept: the newest two, then the newest of each training, then further refreshes; None keeps all.
+    The folder is below `parent`, the model's, which is made if missing. Keeps `keep` complete
+    versions: the newest two, then the newest of each training, then further refreshes; None keeps
+    all.
 
     Raises:
         StorageError: If the folder cannot be written.
-        ValueError: If the partial folder holds no manifest at the end, or `keep` is below 1.
-
-    Example:
-        >>> import tempfile
-        >>> parent = Path(tempfile.mkdtemp())
-        >>> with new_version(parent) as version:
-        ...     _ = (version.partial / MANIFEST_FILE).write_text("{}")
-        >>> versions_of(parent)
-        [1]
+        ValueError: If the block leaves no manifest in `partial`, or `keep` is below 1.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
@@ -110,7 +100,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
             if not (partial / MANIFEST_FILE).is_file():
                 raise ValueError(f"A version needs a {MANIFEST_FILE}. Received: none in {parent}")
             flush([*partial.rglob("*"), partial])
-            # Also of what is no version, or none yet: its number is taken.
+            # Incomplete versions take a number too.
             taken = [int(child.name) for child in parent.iterdir() if child.name.isdecimal()]
             version.folder = parent / str(max(taken, default=0) + 1)
             os.rename(partial, version.folder)
@@ -123,23 +113,23 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
 
 @dataclass
 class NewVersion:
-    """A version in the making: where to write it, and its place once it is there."""
+    """A version that is being written: its folder now and afterwards."""
 
     partial: Path
     folder: Path
 
 
 def _least_needed_first(parent: Path) -> list[int]:
-    """Lists the complete versions in the order to delete them.
+    """Lists the complete versions in the order in which to delete them.
 
-    Of one training's refreshes only the newest is worth keeping: their towers are the same. The
-    last two stay: servers may still load or answer with them.
+    The newest two stay longest, because servers may still load them. Next comes the newest of each
+    training: its other refreshes have the same towers.
     """
     numbers, training_of = versions_of(parent), dict[int, int]()
     for number in numbers:
         try:
             manifest = read_record(parent / str(number) / MANIFEST_FILE, check_files=False)
-        except (Damaged, OSError):  # Taken for a training of its own.
+        except (Damaged, OSError):  # Counts as a training of its own.
             manifest = {}
         training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
     newest = {training: number for number, training in training_of.items()}.values()
@@ -147,7 +137,7 @@ def _least_needed_first(parent: Path) -> list[int]:
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a version; it is no version any more from the first moment on."""
+    """Deletes a version, which is first renamed so that it is no version at any moment."""
     hidden = folder.with_name(f"{_DISCARDED}{uuid.uuid4().hex}")
     os.rename(folder, hidden)
     logger.info("deleted version %s of %s", folder.name, folder.parent)

@@ -1,6 +1,6 @@
 """An exported model over HTTP, in TensorFlow Serving's own REST form.
 
-docs/guides/serving.md describes its addresses, requests, limits and what a network takes.
+docs/guides/serving.md describes addresses, requests, limits and what a network needs.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)
 
-# A client that still sends hears nothing before a connection is closed: what is too long is read
-# and forgotten up to this many times the limit.
-MAX_FORGOTTEN = 32
+# A client that is still sending does not read an answer: a body that is too long is read and
+# discarded, up to this many times the limit.
+MAX_DISCARDED = 32
 CLOSE = {"Connection": "close"}
-# What is larger is worked on in slices, one at a time, beside which small requests go on.
+# Larger requests are answered in slices, one at a time, so that small ones go on.
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
-# Seconds after which a thread lets another one go on: Python's 5 ms are ten small requests.
+# Seconds after which a thread yields to another: Python's 5 ms are ten small requests.
 SWITCH_SECONDS = 0.0005
 # Monitors ask with HEAD.
 GET_OR_HEAD = ["GET", "HEAD"]
@@ -59,9 +59,9 @@ T = TypeVar("T")
 
 
 class ModelServer:
-    """A model's versions, and the threads in which they are asked.
+    """A model's versions, and the threads that ask them.
 
-    A `FileNotFoundError` if there is no version in the folder.
+    A `FileNotFoundError` if the folder holds no version.
     """
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
@@ -71,7 +71,7 @@ class ModelServer:
         self.large = ThreadPoolExecutor(1, "large-requests")
 
     def number(self, request: Request) -> str | None:
-        """Reads the version in a request's path, None for any; refuses another model's name."""
+        """Reads the version in a request's path, None for any; a 404 for another model's name."""
         name = request.path_params["name"]
         if name != self.versions.name:
             raise HTTPException(
@@ -83,14 +83,14 @@ class ModelServer:
         return version
 
     async def ask(self, work: Callable[[ServedVersion], T]) -> T:
-        """Does what takes a while with the version in use, off the event loop."""
+        """Does slow work with the version in use, off the event loop."""
         with self.versions.use() as version:
             return await _run(self.large, work, version)
 
     async def predict(self, number: str | None, body: bytes) -> bytes:
-        """Answers the body of a predict call: a small one in one go, a large one in slices.
+        """Answers the body of a predict call: small ones at once, large ones in slices.
 
-        The slices of all large ones take turns.
+        The slices of all large calls take turns.
         """
 
         def begin(version: ServedVersion) -> bytes | rest.PredictCall:
@@ -118,7 +118,7 @@ async def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: 
 
 
 def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None) -> fastapi.FastAPI:
-    """Makes the ASGI application of a server whose first version is loaded."""
+    """Makes the ASGI application of a server that has loaded its first version."""
     settings = server.settings
 
     @contextlib.asynccontextmanager
@@ -130,7 +130,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         for threads in (server.threads, server.large):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    # Its documentation pages load scripts from elsewhere.
+    # FastAPI's documentation pages load scripts from other sites.
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(AllowedHosts, patterns=(*settings.allowed_hosts, settings.host))
     app.add_middleware(metrics.CountRequests)
@@ -154,8 +154,8 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
         answer = await server.predict(number, body)
         return Response(answer, media_type="application/json")
 
-    # Past FastAPI, whose checks of arguments cost more than the rest of the way. With all methods:
-    # the paths below would take ":predict" for a part of a name.
+    # Not through FastAPI, whose argument checks cost more than all the rest. With every method,
+    # because the paths below would take ":predict" as part of a name.
     for path in (f"{model}:predict", f"{version}:predict"):
         app.add_route(path, predict, list(http.HTTPMethod))
 
@@ -225,9 +225,8 @@ def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
 async def read_body(request: Request, settings: ServeSettings) -> bytes:
     """Reads the body of a request.
 
-    An `HTTPException` 413 if it is too long, 408 if it has not come in time, 415 if it is not said
-    to be JSON: a web page elsewhere can send a form, or no type, to a server on its reader's
-    machine.
+    An `HTTPException` 413 if it is too long, 408 if it is too slow, 415 if its type is not JSON: a
+    web page can send forms, or bodies without a type, to a server on its reader's machine.
     """
     body, size = bytearray(), 0
     try:
@@ -236,7 +235,7 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
                 size += len(chunk)
                 if size <= settings.max_body_bytes:
                     body += chunk
-                elif size > MAX_FORGOTTEN * settings.max_body_bytes:
+                elif size > MAX_DISCARDED * settings.max_body_bytes:
                     break
     except TimeoutError:
         seconds = settings.body_timeout_seconds
@@ -266,14 +265,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    # Starlette raises it again for the log; a client learns nothing of the inside.
+    # Starlette raises the error again for the log; the client learns nothing about it.
     return JSONResponse({"error": "Internal error; the server's log has more."}, 500)
 
 
 def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
-    """Serves a model until SIGTERM or Ctrl-C, then finishes what is in flight.
+    """Serves a model until SIGTERM or Ctrl-C, then finishes the requests in flight.
 
-    `on_ready` is told the address once it is listened to.
+    Calls `on_ready` with the address once the server listens.
 
     Raises:
         FileNotFoundError: If there is no version.
@@ -284,10 +283,10 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
     server = ModelServer(model, settings)
     with _listener(settings.host, settings.port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Before the first load, which a signal may end. uvicorn raises it again after its stop,
-            # and the default handler would end in an error code.
+            # Before the first load, so that a signal can end it. uvicorn raises the signal again
+            # when it has stopped, and the default handler would exit with an error.
             signal.signal(number, lambda *arguments: sys.exit(0))
-        # What the libraries hold lives as long as the process: no later collection need look at it.
+        # The libraries' objects live as long as the process: no collection need visit them again.
         gc.collect()
         gc.freeze()
         server.versions.load_first()
@@ -317,7 +316,7 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Takes the address at once, so that one in use is refused before a model is loaded."""
+    """Binds the address, so that one in use is refused before a model is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -327,7 +326,7 @@ def _listener(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
             "for a free one."
         ) from error
-    # Connections inherit it. asyncio sees to it only where a protocol is named; without it the body
-    # of an answer waits 40 ms for the client to acknowledge its headers.
+    # Connections inherit this. asyncio sets it only if a protocol is named; without it the body of
+    # an answer waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

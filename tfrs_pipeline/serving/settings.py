@@ -1,4 +1,4 @@
-"""The settings of the server. No TensorFlow: the command line reads them for its help."""
+"""The settings of the server, without TensorFlow: the command line reads them for its help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How widely an index has to search for what is asked of it, and what that finds and costs."""
+"""Tunes how widely an index searches, and measures what that finds and costs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tfrs_pipeline.serving.index import ExactIndex, Level, Scann, ScannIndex
 
 logger = logging.getLogger(__name__)
 
-# Requests that differ less than twofold are searched alike.
+# A level serves depths up to twice that of the level before.
 SMALLEST_DEPTH, LARGEST_DEPTH = 128, 8192
-# Of requests, as the report has them; real ones exclude what their user knows.
+# Requests in the report; real ones exclude what their user knows.
 REPORTED_KS, REPORTED_EXCLUSIONS = (10, 100, 1000), (0, 100, 1000, 5000)
-# With fewer, a mean says little.
+# With fewer queries, a mean says little.
 _FEW_QUERIES = 20
 _QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
-# In units of one hashed candidate; measured at a million of 64 dimensions, 16 queries in a call.
+# In units of one hashed candidate, measured at a million of 64 dimensions with 16 queries a call.
 _WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, _WORK_OF_EXACT_SCORE = 1, 9, 20, 3
-# Share of a query's largest score: smaller differences are rounding.
+# Smaller differences, as a share of a query's largest score, are rounding.
 _EQUAL = 1e-6
-# Candidates rescored exactly, over those that are looked for.
+# Candidates rescored exactly, per candidate looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 _Search = Callable[..., tuple[tf.Tensor, tf.Tensor]]
@@ -39,19 +39,21 @@ _Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class Requests(NamedTuple):
-    """What an index is tuned and measured on: embedded queries, and what each one's user knows.
+    """What an index is tuned and measured on.
 
-    Queries are [num_queries, D] float32, one at least, and better 200 or more. `known` are rows
-    from 1, which a real request excludes.
+    Attributes:
+        queries: [num_queries, D] float32, at least one, better 200 or more.
+        known: For each query the rows, from 1, that its user knows, so that a request excludes
+            them.
     """
 
     queries: np.ndarray
     known: Sequence[np.ndarray]
 
     def parted(self) -> tuple[Requests, Requests]:
-        """Parts what an index is tuned on from 128 that it is measured on; of few, all do both.
+        """Holds out 128 queries for measurement, second; below 384, uses all for both.
 
-        What was found of the former flatters the index.
+        The queries that an index was tuned on would flatter it.
         """
         num = _REPORTED_QUERIES
         if len(self.queries) < 3 * num:
@@ -61,20 +63,20 @@ class Requests(NamedTuple):
 
 
 def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: float) -> ScannIndex:
-    """Builds the ScaNN index that reaches a recall target with the least work, for each depth.
+    """Builds a ScaNN index that reaches a recall target with the least work, at each depth.
 
-    The depth of a request is its k and its excluded candidates together. Where the nearest are
-    excluded, the answer lies at the end of the depth: the mean share that is found there, by all
-    queries, must reach the target, and so must that of real requests, which exclude what the user
-    knows; each less three standard errors and with a quarter of what may be missed to spare, so
-    that other queries find it too. Depths whose least work is no less than exact search's are left
-    to that, but the first. Work is computed and not timed: equal data give an equal index.
+    The depth of a request is its k plus its number of excluded candidates. If a request excludes
+    the nearest, its answer lies at the end of the depth: the mean recall there must reach the
+    target, and so must that of real requests, which exclude what the user knows. Each counts less
+    three standard errors, and with a quarter of what may be missed to spare, so that other queries
+    reach the target too. Exact search serves the depths, after the first, at which it is no more
+    work. Work is computed, not timed: equal data give an equal index.
 
-    Embeddings, [num_candidates, D] float32, may be of any lengths: scores are dot products.
+    Embeddings, [num_candidates, D] float32, need no unit length: scores are dot products.
 
     Raises:
-        RuntimeError: If no search of the first depth reaches the target.
-        ValueError: If the target is out of (0, 1], or the arrays do not fit each other.
+        RuntimeError: If no search reaches the target at the first depth.
+        ValueError: If the target is not in (0, 1], or the arrays do not fit each other.
     """
     _check(embeddings, requests.queries, target_recall)
     index = ScannIndex(ExactIndex(embeddings))
@@ -89,7 +91,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         return _lowest_recall(is_found, is_known[:, :depth])
 
     exact_work = _WORK_OF_EXACT_SCORE * index.num_candidates
-    # What is chosen by a measure is a little worse than measured.
+    # What was chosen for its measure is a little worse than measured.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
     for depth in depths:
@@ -98,7 +100,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         level = _least(index, functools.partial(recall, depth), depth, wanted)
         if level is None and not levels:
             raise RuntimeError(
-                f"No ScaNN search finds {target_recall} of the best {depth}: a search of all finds "
+                f"No ScaNN search finds {target_recall} of the best {depth}: the widest finds "
                 f"{recall(depth, index.num_leaves, index.num_candidates):.4f}. Lower the recall "
                 "target, or take the exact index."
             )
@@ -129,18 +131,13 @@ def _check(embeddings: np.ndarray, queries: np.ndarray, target_recall: float) ->
 def exact_ranking(
     embeddings: np.ndarray, queries: np.ndarray, depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks all candidates: [num_queries, depth] rows from 1, the best first, and their scores."""
+    """Returns the best candidates: [num_queries, depth] rows from 1, best first, and scores."""
     shape = len(queries), len(embeddings)
     return top_k_in_blocks(lambda block: queries[block] @ embeddings.T, *shape, depth)
 
 
 def _depths(num_candidates: int) -> list[int]:
-    """Returns the depths to tune for.
-
-    Example:
-        >>> _depths(1000), _depths(60)
-        ([128, 256, 512], [60])
-    """
+    """Returns the depths to tune for, each twice the one before."""
     depths = [min(SMALLEST_DEPTH, num_candidates)]
     while 2 * depths[-1] <= min(LARGEST_DEPTH, num_candidates - 1):
         depths.append(2 * depths[-1])
@@ -150,9 +147,9 @@ def _depths(num_candidates: int) -> list[int]:
 def _least(
     index: ScannIndex, recall: Callable[[int, int], float], depth: int, wanted: float
 ) -> Level | None:
-    """Finds the least that a search has to rescore, then the fewest leaves; None if none reaches.
+    """Finds the fewest candidates to rescore, then the fewest leaves; None if no search suffices.
 
-    Half of what may be missed is left to the leaves. Recall rises with both, nearly always.
+    Half of what may be missed is left to the leaves. Recall nearly always rises with both.
     """
     most, half = index.num_candidates, (1 + wanted) / 2
     options = sorted({min(round(x * depth), most) for x in _REORDERED_OVER_DEPTH} | {most})
@@ -174,14 +171,14 @@ def _work(level: Level, index: ScannIndex) -> float:
 
 
 def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
-    """Returns the lowest mean recall of the requests that need a depth, less its error.
+    """Returns the lowest mean recall of the kinds of requests that need a depth, less its error.
 
-    The arrays tell of the exact ranking, [num_queries, depth], what is found and what is known.
+    The arrays, [num_queries, depth], say which places of the exact ranking are found and known.
     """
     depth = is_found.shape[1]
     kinds = [is_found[:, -max(10, depth // 32) :].mean(axis=1)]
     num_known = is_known.sum(axis=1)
-    # The first k of the unknown: all that are left, where the request needs the whole depth.
+    # The answer is all that is not known, since the request needs the whole depth.
     is_real = (num_known > 0) & (num_known < depth)
     if is_real.sum() >= _FEW_QUERIES:
         kinds.append((is_found & ~is_known)[is_real].sum(axis=1) / (depth - num_known[is_real]))
@@ -189,10 +186,10 @@ def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
 
 
 def _is_found(exact: _Answer, found: _Answer) -> np.ndarray:
-    """Tells which places of the exact answers, [num_queries, depth], a search has found.
+    """Returns which places of the exact answers, [num_queries, depth], a search has found.
 
-    Candidates of equal score are interchangeable: one that scores as the last of an exact answer
-    replaces a missed one of that score.
+    Candidates with equal scores are interchangeable: one that scores like the last of an exact
+    answer replaces a missed one with that score.
     """
     (rows, scores), (found_rows, found_scores) = exact, found
     num = max(rows.max(), found_rows.max())
@@ -205,7 +202,7 @@ def _is_found(exact: _Answer, found: _Answer) -> np.ndarray:
 
 
 def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) -> np.ndarray:
-    """Tells which rows of a ranking [n, depth] are in each line's list; row 0 is an empty slot."""
+    """Returns which rows of a ranking, [n, depth], are in each line's list."""
     is_among = np.zeros(ranking.shape, bool)
     table = np.zeros(num_candidates + 1, bool)
     for line, rows, of_line in zip(is_among, ranking, lists, strict=True):
@@ -216,10 +213,10 @@ def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) ->
 
 
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
-    """Measures requests of several k and exclusions by recall and time, beside exact search.
+    """Measures recall and time of requests with several k and exclusions, beside exact search.
 
-    Returns one dict each: k; excluded, how many of the nearest, or "known"; recall; ms and
-    exact_ms, milliseconds a query in calls of 16.
+    Returns a dict for each: "k"; "excluded", how many of the nearest, or "known"; "recall"; "ms"
+    and "exact_ms", milliseconds per query in calls of 16.
     """
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)
@@ -238,7 +235,7 @@ def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, An
 def _compared(
     searches: Sequence[_Search], queries: np.ndarray, k: int, excluded: Sequence[Any]
 ) -> dict[str, float]:
-    """Measures an approximate search beside an exact one, of more candidates than are asked for."""
+    """Measures an approximate and an exact search; more candidates are left than asked for."""
     lists = np.zeros((len(queries), max(map(len, excluded))), np.int32)
     for line, rows in zip(lists, excluded, strict=True):
         line[: len(rows)] = rows
@@ -256,7 +253,7 @@ def _compared(
 
 
 def index_tables(index: ScannIndex, requests: Sequence[dict[str, Any]]) -> str:
-    """Lays out as plain text how an index searches, and what `measure_requests` returns of it."""
+    """Formats the levels of an index, and what `measure_requests` returned, as plain text."""
     levels = [["k + excluded", f"of {index.num_leaves} leaves", "rescored"]]
     for level in index.levels:
         cells = level.depth, level.num_leaves_to_search, level.num_reordered
@@ -272,7 +269,7 @@ def index_tables(index: ScannIndex, requests: Sequence[dict[str, Any]]) -> str:
 def _in_calls(
     search: _Search, queries: np.ndarray, *options: int, excluded: np.ndarray | None = None
 ) -> _Answer:
-    """Searches a few queries at a time: [num_queries, any] rows, and their scores."""
+    """Searches in calls of 16 queries: [num_queries, any] rows, and their scores."""
     found = []
     arguments = [tf.constant(option, tf.int32) for option in options]
     for start in range(0, len(queries), _QUERIES_PER_CALL):
@@ -284,9 +281,9 @@ def _in_calls(
 
 
 def _compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
-    """Compiles a search of queries with integer options, for as long as its index lives."""
+    """Compiles a search by queries, `num_options` integers and `num_lists` lists of rows."""
     options = [tf.TensorSpec([], tf.int32)] * num_options
     lists = [tf.TensorSpec([None, None], tf.int32)] * num_lists
     signature = [tf.TensorSpec([None, None], tf.float32), *options, *lists]
-    # Not called as a tf.function, which warns where many indexes are built, one after the other.
+    # A tf.function would warn when many indexes are built one after the other.
     return tf.function(search, input_signature=signature).get_concrete_function()

@@ -1,4 +1,4 @@
-"""The versions of a model on disk: the newest is served, and changed without a dropped request."""
+"""Serves the newest version of a model on disk, and switches without dropping a request."""
 
 from __future__ import annotations
 
@@ -35,28 +35,27 @@ from tfrs_pipeline.serving.signatures import ask, missing_input, signature_input
 
 logger = logging.getLogger(__name__)
 
-# Before a version that could not be loaded is tried again: a folder that is still being copied is
-# whole a little later.
+# Until a version that could not be loaded is tried again: its folder may still be being copied.
 RETRY_SECONDS = 30.0
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
-# A version's number, and what tells it from another that took its number later.
+# A version's number, inode and time: another one may take its number later.
 Identity: TypeAlias = tuple[int, int, int]
 
 
 class ServedVersion:
-    """A loaded version of a model, in a folder whose name is its number.
+    """A loaded version of a model, whose folder is named by its number.
 
     Attributes:
-        retriever: What answers requests.
-        exact: Exact search over the same items: the brute-force fallback, or `retriever` itself
-            where that is exact; None where it was not loaded, as without a page.
-        titles: Title of each item by id, in the order of the corpus; None where there is none. Read
-            for the page alone, and at once: the version's folder may go.
-        search_lines: What an item is found by: title and id, without case.
-        signatures: What each signature takes.
-        signature_def: The same as TensorFlow Serving's metadata shows it.
-        num_uses: Requests that it answers now; see `ModelVersions.use`.
+        retriever: Answers requests.
+        exact: Exact search over the same items: the brute-force fallback, or `retriever` if that is
+            exact; None if it was not loaded because there is no page.
+        titles: Title of each item by id, in the order of the corpus, None if it has none. Read for
+            the page alone, and at once, because the version's folder may be deleted.
+        search_lines: Title and id of each item, case-folded, to search in.
+        signatures: The inputs of each signature.
+        signature_def: The same in the form of TensorFlow Serving's metadata.
+        num_uses: Number of requests being answered; see `ModelVersions.use`.
     """
 
     def __init__(self, folder: Path, settings: ServeSettings) -> None:
@@ -107,14 +106,14 @@ class ServedVersion:
             for feature in self.retriever.features["request"]
             if feature.kind == "categorical"
         }
-        # The first call is slow, and shows a broken model.
+        # The first call is slow, and reveals a broken model.
         for retriever in self._retrievers():
             for name, inputs in specs.items():
                 one = {key: missing_input(spec, 1) for key, spec in inputs.items()}
                 retriever.saved_model.signatures[name](**one)
 
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answers a signature's inputs, of as many queries each."""
+        """Calls a signature with arrays of as many queries each."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         of_request = {} if "item_id" in inputs else self._vocabularies
         for name, (counter, known) in of_request.items():
@@ -126,13 +125,13 @@ class ServedVersion:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
 
     def release(self) -> None:
-        """Frees its memory; it must not be called any more.
+        """Frees the memory of a version, which must not be called any more.
 
         TensorFlow keeps hash tables and ScaNN's index by name: they would outlive the model.
         """
         for retriever in self._retrievers():
             module = retriever.saved_model
-            # Hash tables of ids, of vocabularies, of a filter.
+            # Hash tables of ids, vocabularies and a filter.
             tables = (
                 part
                 for part in tf.train.TrackableView(module).descendants()
@@ -158,20 +157,20 @@ def _signature_def(folder: Path) -> dict[str, Any]:
 
 
 class ModelVersions:
-    """The version in use of a model's folder, and what became of the others.
+    """The version in use of a model's folder, and the states of the others.
 
-    As TensorFlow Serving does unless told otherwise, the newest version alone is served. A new one
-    is loaded and asked once while the old one answers; then requests go to the new one, and the old
-    one goes once those that it still answers are done. A version that cannot be loaded changes
-    nothing but the status, and is tried again later.
+    Only the newest version is served, as in TensorFlow Serving's default. A new one is loaded and
+    asked once while the old one answers; then requests go to the new one, and the old one is freed
+    after its last request. A version that cannot be loaded changes nothing but its status, and is
+    tried again later.
 
-    At `path` is a model's folder, watched, or a version's, which stays; a `FileNotFoundError` if
-    there is no version.
+    `path` is a model's folder, which is watched, or a version's, which is served for good. A
+    `FileNotFoundError` if there is no version.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
         self._is_version = (path / MANIFEST_FILE).is_file()
-        # Of a link to a model the name is its own, and where it leads to is looked up each time.
+        # A link to a model keeps its own name, and is followed anew each time.
         path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._path = path
         self._load_version = load_version
@@ -181,7 +180,7 @@ class ModelVersions:
         self._identity: Identity | None = None
         self._loading: int | None = None
         self._retired: list[ServedVersion] = []
-        # By version: what was wrong, and when to try again.
+        # What was wrong with each version, and when to try again.
         self._failures: dict[Identity, tuple[str, float]] = {}
         self._passed_over: set[str] = set()
         if not self._on_disk():
@@ -195,10 +194,7 @@ class ModelVersions:
             raise RuntimeError(f"No version of '{self._path}' can be served. {problems}")
 
     def refresh(self) -> None:
-        """Changes to the newest version on disk if it is another; blocks while it loads.
-
-        Frees the versions before it whose last request is done.
-        """
+        """Switches to the newest version on disk, loading it first; frees unused older ones."""
         on_disk = self._on_disk()
         self._tell_passed_over()
         self._failures = {i: failure for i, failure in self._failures.items() if i in on_disk}
@@ -209,26 +205,26 @@ class ModelVersions:
             if retry_at <= time.monotonic() and self._load(identity, on_disk[identity]):
                 break
         if self._release_idle():
-            # What TensorFlow built refers to itself: counting references frees nothing.
+            # TensorFlow's objects refer to themselves: counting references frees nothing.
             gc.collect()
-            # Each thread that loads has its own heap, which would keep what was freed.
-            with contextlib.suppress(AttributeError):  # Of glibc alone.
+            # Each thread that loads has its own heap, which would keep the freed memory.
+            with contextlib.suppress(AttributeError):  # Only glibc has it.
                 ctypes.CDLL(None).malloc_trim(0)
 
     async def watch(self, poll_seconds: float) -> None:
-        """Looks for another version for ever."""
+        """Looks for another version, for ever."""
         while not self._is_version:
             await asyncio.sleep(poll_seconds)
             try:
                 await asyncio.to_thread(self.refresh)
-            except Exception:  # Such as a disk that is away for a moment: the next look may do.
+            except Exception:  # For instance a disk that is away: the next look may succeed.
                 logger.exception("cannot look for versions of %s", self.name)
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
-        """Lends the version in use (or an `HTTPException` 404 if it is not that number).
+        """Yields the version in use, and keeps it loaded within the block.
 
-        It stays loaded for as long.
+        An `HTTPException` 404 if it does not have the number.
         """
         with self._lock:
             version = self._current
@@ -247,11 +243,11 @@ class ModelVersions:
 
     @property
     def is_loading(self) -> bool:
-        """Whether a version is being loaded at this moment."""
+        """Whether a version is being loaded now."""
         return self._loading is not None
 
     def statuses(self) -> dict[int, tuple[State, str]]:
-        """Returns state and error of each version that is loaded or could not be, newest first."""
+        """Returns state and error of each version that was loaded or failed to, newest first."""
         with self._lock:
             found: dict[int, tuple[State, str]] = {
                 identity[0]: ("END", message) for identity, (message, _) in self._failures.items()
@@ -271,7 +267,7 @@ class ModelVersions:
         return {identity: folder for identity, folder in identities if identity is not None}
 
     def _tell_passed_over(self) -> None:
-        """Logs, once each, numbered folders without a manifest, also one that is being copied."""
+        """Logs numbered folders without a manifest, once each; some are still being copied."""
         incomplete = set() if self._is_version else incomplete_versions_of(self._path)
         for name in sorted(incomplete - self._passed_over):
             logger.warning("%s has no %s and is passed over", self._path / name, MANIFEST_FILE)
@@ -282,7 +278,7 @@ class ModelVersions:
         start = time.monotonic()
         try:
             version = self._load_version(folder)
-        except Exception as error:  # Whatever is wrong with it, what runs goes on.
+        except Exception as error:  # Whatever is wrong with it, the version in use goes on.
             message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
             metrics.LOADS.labels(self.name, "failed").inc()
@@ -312,7 +308,7 @@ class ModelVersions:
 
 
 def _identity(folder: Path) -> Identity | None:
-    """Tells a version from another of its number; None if it is gone or has none."""
+    """Identifies a version; None if it has no manifest."""
     try:
         stat = (folder / MANIFEST_FILE).stat()
     except FileNotFoundError:
