@@ -1,11 +1,11 @@
-"""What tells a reloaded model's answers from those that it should give."""
+"""How a reloaded model's answers are compared with the expected ones."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tfrs_pipeline.serving.check import _difference, prove
+from tfrs_pipeline.serving.check import difference, prove
 
 EXPECTED = {
     "candidate_ids": np.array([[5, 3, 8, -1]]),
@@ -24,7 +24,7 @@ EXPECTED = {
     ],
 )
 def test_the_same_answer(change: dict[str, np.ndarray]) -> None:
-    assert _difference(EXPECTED, {**EXPECTED, **change}) == ""
+    assert difference(EXPECTED, {**EXPECTED, **change}) == ""
 
 
 @pytest.mark.parametrize(
@@ -40,19 +40,19 @@ def test_the_same_answer(change: dict[str, np.ndarray]) -> None:
     ],
 )
 def test_another_answer(change: dict[str, np.ndarray], message: str) -> None:
-    assert message in _difference(EXPECTED, {**EXPECTED, **change})
+    assert message in difference(EXPECTED, {**EXPECTED, **change})
 
 
 def test_text_ids_are_compared_as_text() -> None:
     expected = {**EXPECTED, "candidate_ids": np.array([["é", "b", "c", ""]])}
     encoded = np.array([["é".encode(), b"b", b"c", b""]], object)
-    assert _difference(expected, {**expected, "candidate_ids": encoded}) == ""
+    assert difference(expected, {**expected, "candidate_ids": encoded}) == ""
     encoded[0, 0] = b"e"
-    assert "1 of 4" in _difference(expected, {**expected, "candidate_ids": encoded})
+    assert "1 of 4" in difference(expected, {**expected, "candidate_ids": encoded})
 
 
 @pytest.mark.slow
-def test_files_of_the_working_directory_are_no_modules_of_the_check(
+def test_the_check_imports_no_files_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "queue.py").write_text("jobs = []")

@@ -1,4 +1,4 @@
-"""Connections and the end of a server, over sockets; no model."""
+"""Connections and the end of a server, over sockets, without a model."""
 
 import asyncio
 import contextlib
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from prometheus_client import REGISTRY
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from tfrs_pipeline.serving import connections
 from tfrs_pipeline.serving.connections import Connection, Server
-from tfrs_pipeline.serving.metrics import REQUEST_SECONDS
 
 REQUEST = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -34,7 +34,8 @@ class Running:
             log_config=None,
             limit_concurrency=limit,
         )
-        self.server = Server(config)
+        self.is_loading = False
+        self.server = Server(config, lambda: self.is_loading)
         self.port = self.listener.getsockname()[1]
         self.thread = threading.Thread(target=self._run)
 
@@ -82,7 +83,7 @@ def read(connection: socket.socket) -> str:
 
 
 def is_cut_off(connection: socket.socket) -> bool:
-    """Waits for the end of a connection: without an answer, or reset since bytes lay unread."""
+    """Waits for the end of a connection: without an answer, or reset as bytes lay unread."""
     try:
         return connection.recv(65536) == b""
     except ConnectionResetError:
@@ -92,7 +93,7 @@ def is_cut_off(connection: socket.socket) -> bool:
 def test_headers_that_never_end_are_cut_off(running: Running) -> None:
     with running.open() as silent, running.open() as slow:
         assert answer(slow).startswith("HTTP/1.1 200")
-        with contextlib.suppress(ConnectionError):  # Sends on into what is closed by then.
+        with contextlib.suppress(ConnectionError):  # The connection is closed by then.
             for byte in REQUEST % (b"x" * 2000):
                 slow.sendall(bytes([byte]))
                 if select.select([slow], [], [], 0.01)[0]:
@@ -103,8 +104,13 @@ def test_headers_that_never_end_are_cut_off(running: Running) -> None:
         assert answer(connection).startswith("HTTP/1.1 200")
 
 
-def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -> None:
-    refused_before = REQUEST_SECONDS.labels("none", 503)._sum.get()
+def seconds_of_refusals() -> float:
+    labels = {"handler": "none", "code": "503"}
+    return REGISTRY.get_sample_value("tfrs_request_seconds_sum", labels) or 0
+
+
+def test_beyond_the_limit_the_answer_says_when_to_try_again(running: Running) -> None:
+    refused_before = seconds_of_refusals()
     with contextlib.ExitStack() as stack:
         kept = [stack.enter_context(running.open()) for _ in range(3)]
         for connection in kept:
@@ -115,12 +121,12 @@ def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -
             assert "retry-after: 1" in head
             assert "connection: close" in head
             assert set(json.loads(body)) == {"error"}
-        # One that is silent takes nobody's place.
+        # A silent one takes no place.
         with running.open() as silent:
             for connection in kept:
                 assert answer(connection).startswith("HTTP/1.1 200")
             assert answer(silent).startswith("HTTP/1.1 503")
-        # Nor does one more that of one at work, which was one too many itself and is no more.
+        # Nor does a further one take that of a late one, which is no longer one too many.
         with running.open() as late:
             kept.pop().close()
             while not answer(late).startswith("HTTP/1.1 200"):
@@ -128,20 +134,20 @@ def test_beyond_the_limit_the_answer_says_when_to_come_again(running: Running) -
                 late = stack.enter_context(running.open())
             with running.open():
                 assert answer(late).startswith("HTTP/1.1 200")
-        # By now the first one is counted.
-        assert REQUEST_SECONDS.labels("none", 503)._sum.get() > refused_before
+        # By now the first refusal is counted.
+        assert seconds_of_refusals() > refused_before
         kept.pop().close()
         while not answer(stack.enter_context(running.open())).startswith("HTTP/1.1 200"):
             pass
 
 
-def test_a_server_that_stops_answers_what_comes_and_says_that_it_closes(running: Running) -> None:
+def test_a_stopping_server_answers_and_says_that_it_closes(running: Running) -> None:
     with running.open() as idle, running.open() as busy:
         assert "connection: close" not in answer(idle)
         busy.sendall(REQUEST % b"slow")
         assert running.is_asked.wait(20)
         running.server.should_exit = True
-        # A request on a new connection, until it is told.
+        # New connections are served until an answer says that the server closes.
         while True:
             with running.open() as new:
                 text = answer(new)
@@ -149,7 +155,7 @@ def test_a_server_that_stops_answers_what_comes_and_says_that_it_closes(running:
                 if "connection: close" in text:
                     assert new.recv(65536) == b""
                     break
-        # Not a byte for the one that asks nothing; a whole answer for the one that waits.
+        # No byte for the idle client; a whole answer for the waiting one.
         assert idle.recv(65536) == b""
         running.loop.call_soon_threadsafe(running.gate.set)
         text = read(busy)
@@ -161,12 +167,12 @@ def test_a_server_that_stops_answers_what_comes_and_says_that_it_closes(running:
 
 
 @pytest.mark.parametrize("is_loading", [True, False])
-def test_a_load_is_not_waited_for(
+def test_a_stop_does_not_wait_for_a_load(
     running: Running, is_loading: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(connections.os, "_exit", codes.append)
-    running.server._is_loading = lambda: is_loading
+    running.is_loading = is_loading
     with running.open() as connection:
         assert answer(connection).startswith("HTTP/1.1 200")
     running.server.should_exit = True

@@ -374,7 +374,7 @@ def test_an_export_that_answers_otherwise_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_another_model(module: RetrievalModule, *args: Any, **kwargs: Any) -> None:
-        bias = next(v for v in module.encoder._variables if "bias" in v.name)
+        bias = next(v for v in module.encoder.variables if "bias" in v.name)
         before = bias.numpy()
         bias.assign_add(np.linspace(-3, 3, len(before)).astype(np.float32))
         saved(module, *args, **kwargs)

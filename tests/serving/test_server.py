@@ -680,25 +680,13 @@ def test_the_page_refuses_what_is_no_query(small: Running, query: dict[str, Any]
 def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> None:
     version = ServedVersion(folder / "1", ServeSettings())
     assert (version.exact is version.retriever) == (kind == "exact")
-    models = [each.saved_model for each in (version.retriever, version.exact) if each]
-    handles = [
-        table.resource_handle
-        for model in models
-        for table in (
-            model.encoder._query_rows,
-            model.encoder._candidate_rows,
-            model.encoder._query_vocabularies["gender"],
-            model.encoder._candidate_vocabularies["genres"],
-            model._candidate_rows,
-            model._item_filter._table,
-        )
-    ]
-    if kind == "scann":
-        handles.append(models[0]._index._state.recreate_handle())
-    else:
-        assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=h)) for h in handles) > 0
+    tables, indexes = version.handles()
+    # Of users and items, two vocabularies, the index's items and the filter, in each model.
+    assert len(tables) == 6 * (1 + (kind == "scann"))
+    assert len(indexes) == (kind == "scann")
+    assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
     version.release()
-    for handle in handles:
+    for handle in (*tables, *indexes):
         with pytest.raises(tf.errors.NotFoundError):
             tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=False)
 

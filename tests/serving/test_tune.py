@@ -1,4 +1,4 @@
-"""How widely an index is set to search, against exact answers to requests of every kind."""
+"""How widely an index is set to search, against exact answers to every kind of request."""
 
 import logging
 from typing import Any, NamedTuple
@@ -9,14 +9,29 @@ import tensorflow as tf
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.index import Allowed, Level, ScannIndex
-from tfrs_pipeline.serving.tune import Requests, index_tables, measure_requests, tune_index
+from tfrs_pipeline.serving.index import Allowed, ExactIndex, Level, ScannIndex
+from tfrs_pipeline.serving.tune import (
+    WORK_OF_EXACT_SCORE,
+    Requests,
+    compiled,
+    found_places,
+    index_tables,
+    lowest_recall,
+    measure_requests,
+    tune_index,
+    work_of,
+)
 
 EMBEDDINGS, QUERIES = clustered(2000), clustered(60, seed=1)
 NUM, TARGET = 20_000, 0.98
 
 
-def requests_of(queries: np.ndarray) -> Requests:
+def tuned_on(embeddings: np.ndarray, queries: np.ndarray, target: float = 0.9) -> ScannIndex:
+    """Tunes an index on queries whose users know nothing."""
+    return tune_index(embeddings, nothing_known(queries), target_recall=target)
+
+
+def nothing_known(queries: np.ndarray) -> Requests:
     return Requests(queries, [np.zeros(0, np.int32)] * len(queries))
 
 
@@ -32,7 +47,7 @@ class Tuned(NamedTuple):
 @pytest.fixture(scope="module")
 def tuned() -> Tuned:
     embeddings, queries = clustered(NUM, dim=32), clustered(600, dim=32, seed=1)
-    index = tune_index(embeddings, requests_of(queries[:400]), target_recall=TARGET)
+    index = tuned_on(embeddings, queries[:400], TARGET)
     return Tuned(embeddings, queries[400:], index, ranked(embeddings, queries[400:]))
 
 
@@ -48,16 +63,14 @@ def recalls(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("k", [10, 100, 1000])
-def test_the_target_holds_for_every_k_and_exclusion_near_and_far_in_one_call(
-    tuned: Tuned, k: int
-) -> None:
+def test_one_call_reaches_the_target_for_near_and_far_exclusions(tuned: Tuned, k: int) -> None:
     _, queries, index, order = tuned
-    search = tune._compiled(index.search, 1, num_lists=1)
+    search = compiled(index.search, 1, num_lists=1)
     for most in (0, 20, 50, 110, 400, 1000, 5000):
         excluded = np.zeros((len(queries), most), np.int32)
         excluded[::4] = order[::4, :most]  # The nearest.
         excluded[1::4] = order[1::4, 10 * most // 9 - most : 10 * most // 9]
-        excluded[2::4] = order[2::4, NUM - most :]  # The farthest. The others exclude nothing.
+        excluded[2::4] = order[2::4, NUM - most :]  # The farthest. The rest exclude nothing.
         found = search(tf.constant(queries), tf.constant(k), tf.constant(excluded))[0].numpy()
         exact = np.stack(
             [line[~np.isin(line, out)][:k] for line, out in zip(order, excluded, strict=True)]
@@ -73,8 +86,8 @@ def test_a_query_alone_is_answered_as_in_a_call_of_many(tuned: Tuned) -> None:
     excluded = np.zeros((8, 5000), np.int32)
     for line, num in zip(excluded, (0, 1, 30, 100, 900, 2000, 5000, 0), strict=True):
         line[:num] = order[0, :num]
-    excluded[1, 1:40] = excluded[1, 0]  # One item many times is one.
-    search = tune._compiled(index.search, 1, num_lists=1)
+    excluded[1, 1:40] = excluded[1, 0]  # A repeated item counts once.
+    search = compiled(index.search, 1, num_lists=1)
     k = tf.constant(90)
     together = search(tf.constant(queries[:8]), k, tf.constant(excluded))
     for i in range(8):
@@ -86,29 +99,40 @@ def test_a_query_alone_is_answered_as_in_a_call_of_many(tuned: Tuned) -> None:
 
 @pytest.mark.parametrize("kind", ["at random", "near", "far"])
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.0001])
-def test_the_target_holds_for_filters(tuned: Tuned, kind: str, share: float) -> None:
+def test_filters_reach_the_target(tuned: Tuned, kind: str, share: float) -> None:
     embeddings, queries, index, exact_order = tuned
     rng, num = np.random.default_rng(7), round(share * NUM)
-    # "near" and "far" are the items along a direction and against it, as a genre's are.
+    # "near" and "far" items lie along a direction and against it, as those of a genre do.
     value = rng.random(NUM) if kind == "at random" else embeddings @ queries[0]
     order = np.argsort(value if kind != "near" else -value)
     codes = np.zeros((NUM + 1, 1), np.int32)
     codes[1 + order[:num]] = 1
     is_chosen = tf.tile([[False, True]], [len(queries), 1])
     allowed = Allowed(is_chosen, tf.constant(codes), tf.fill([len(queries)], np.float32(share)))
-    excluded = exact_order[:, :20]
-    rows, scores = index.search(tf.constant(queries), 10, tf.constant(excluded), allowed)
-    exact, exact_scores = index.exact.search(
-        tf.constant(queries), 10, tf.constant(excluded), allowed
-    )
+    request = tf.constant(queries), 10, tf.constant(exact_order[:, :20]), allowed
+    (rows, scores), (exact, exact_scores) = index.search(*request), index.exact.search(*request)
     assert codes[rows.numpy()[np.isfinite(scores)]].all()
     np.testing.assert_array_equal(np.isneginf(scores), np.isneginf(exact_scores))
     some = (exact.numpy() > 0).any(axis=1)
     assert recalls(rows.numpy()[some], exact.numpy()[some]).mean() >= TARGET
 
 
-def test_what_excludes_and_filters_as_usual_is_searched_by_the_index(
-    tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_excluded", "share", "is_exact"),
+    [
+        (0, None, False),
+        (150, None, False),
+        (15_000, None, True),
+        (10, 0.25, False),
+        (0, 1e-4, True),
+    ],
+)
+def test_only_unusual_requests_are_searched_exactly(
+    tuned: Tuned,
+    monkeypatch: pytest.MonkeyPatch,
+    num_excluded: int,
+    share: float | None,
+    is_exact: bool,
 ) -> None:
     _, queries, index, order = tuned
     exactly: list[int] = []
@@ -119,107 +143,101 @@ def test_what_excludes_and_filters_as_usual_is_searched_by_the_index(
         return search(queries, *rest)
 
     monkeypatch.setattr(index.exact, "search", counted)
-    codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
-    is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
-    for num_excluded, share, num_exact in (
-        (0, None, 0),
-        (150, None, 0),
-        (15_000, None, len(queries)),
-        (10, 0.25, 0),
-        (0, 1e-4, len(queries)),
-    ):
-        allowed = None
-        if share is not None:
-            codes_of = tf.constant(codes, tf.int32)
-            allowed = Allowed(is_chosen, codes_of, tf.fill([len(queries)], share))
-        index.search(tf.constant(queries), 10, tf.constant(order[:, :num_excluded]), allowed)
-        assert exactly.pop() == num_exact
+    allowed = None
+    if share is not None:
+        codes = np.append(0, np.random.default_rng(7).integers(1, 5, NUM))[:, np.newaxis]
+        is_chosen = tf.tile([[False, True, False, False, False]], [len(queries), 1])
+        allowed = Allowed(is_chosen, tf.constant(codes, tf.int32), tf.fill([len(queries)], share))
+    index.search(tf.constant(queries), 10, tf.constant(order[:, :num_excluded]), allowed)
+    assert exactly == [len(queries) if is_exact else 0]
 
 
 def test_equal_data_give_an_equal_index() -> None:
-    first, second = (
-        tune_index(EMBEDDINGS, requests_of(QUERIES), target_recall=0.9) for _ in range(2)
-    )
+    first, second = (tuned_on(EMBEDDINGS, QUERIES) for _ in range(2))
     assert first.levels == second.levels
-    for one, other in zip(first._state.variables, second._state.variables, strict=True):
-        if one.shape.rank:  # The others hold the place of parts that this kind has not.
+    assert len(first.variables) > 1
+    for one, other in zip(first.variables, second.variables, strict=True):
+        if one.shape.rank:  # Others stand for parts that this kind of index lacks.
             np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-def test_levels_search_no_more_than_they_need_and_end_where_exact_search_is_less_work(
-    tuned: Tuned,
-) -> None:
+def test_levels_take_the_least_work_up_to_that_of_exact_search(tuned: Tuned) -> None:
     index = tuned.index
     depths = [level.depth for level in index.levels]
     assert depths == [128 * 2**i for i in range(len(depths))]
-    works = [tune._work(level, index) for level in index.levels]
+    works = [work_of(level, index) for level in index.levels]
     assert works == sorted(works)
-    exact_work = tune._WORK_OF_EXACT_SCORE * NUM
+    exact_work = WORK_OF_EXACT_SCORE * NUM
     assert works[-1] < exact_work
     assert index.levels[0].num_leaves_to_search < index.num_leaves
     deeper = Level(2 * depths[-1], index.num_leaves, 3 * depths[-1])
-    assert tune._work(deeper, index) >= exact_work or depths[-1] == 8192
+    assert work_of(deeper, index) >= exact_work or depths[-1] == 8192
 
 
-def test_the_end_of_a_depth_decides_and_so_do_users_who_know_what_is_easy() -> None:
+def test_the_recall_is_that_of_the_worst_kind_of_request() -> None:
     nothing = np.zeros((40, 128), bool)
     # All of the first, half of the last: a request that excludes the nearest would miss half.
     is_found = np.tile(np.arange(128) < 123, (40, 1))
-    assert tune._lowest_recall(is_found, nothing) == pytest.approx(0.5)
-    # All of the last, but of what the users do not know four fifths.
+    assert lowest_recall(is_found, nothing) == pytest.approx(0.5)
+    # All of the last, but only four fifths of what the users do not know.
     is_found = np.tile(np.arange(128) >= 4, (40, 1))
-    assert tune._lowest_recall(is_found, nothing) == 1
+    assert lowest_recall(is_found, nothing) == 1
     knows = np.tile((np.arange(128) >= 16) & (np.arange(128) < 124), (40, 1))
-    assert tune._lowest_recall(is_found, knows) == pytest.approx(0.8)
+    assert lowest_recall(is_found, knows) == pytest.approx(0.8)
     # What differs among few queries may be luck.
     is_found[0] = False
-    assert tune._lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
+    assert lowest_recall(is_found, nothing) < 0.975 - 3 * 0.15 / np.sqrt(40)
 
 
-def test_few_queries_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_says_that_there_are_few_queries(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        tune_index(EMBEDDINGS, requests_of(QUERIES[:19]), target_recall=0.9)
+        tuned_on(EMBEDDINGS, QUERIES[:19])
     assert "no more than 19 queries" in caplog.text
 
 
 def test_a_target_out_of_reach_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_lowest_recall", lambda is_found, is_known: 0.5)
-    with pytest.raises(RuntimeError, match=r"finds 0.5000. Lower the recall.*take the exact"):
-        tune_index(EMBEDDINGS, requests_of(QUERIES), target_recall=0.9)
+    monkeypatch.setattr(tune, "lowest_recall", lambda is_found, is_known: 0.5)
+    with pytest.raises(RuntimeError, match=r"finds 0.5000. Lower the recall"):
+        tuned_on(EMBEDDINGS, QUERIES)
 
 
-def test_candidates_of_equal_score_are_one_as_good_as_the_other() -> None:
-    # Each vector is some five times there: as items that are known by the same features.
+def test_candidates_with_equal_scores_are_interchangeable() -> None:
+    # Each vector occurs some five times, like those of items with the same features.
     embeddings = EMBEDDINGS[np.random.default_rng(2).integers(0, 400, len(EMBEDDINGS))]
-    index = tune_index(embeddings, requests_of(QUERIES), target_recall=1.0)
+    index = tuned_on(embeddings, QUERIES, 1.0)
     depth = index.levels[0].depth
     nothing = tf.zeros([len(QUERIES), 0], tf.int32)
     rows, scores = index.search(tf.constant(QUERIES), depth, nothing)
     order = ranked(embeddings, QUERIES)[:, :depth]
     exact = np.take_along_axis(QUERIES @ embeddings.T, order - 1, axis=1)
     np.testing.assert_allclose(scores, exact, rtol=1e-5, atol=1e-5)
-    # By row, some of those that come are others, in whichever order the equal ones are.
+    # Some of the rows found are others, in whichever order equal ones come.
     backwards = len(embeddings) + 1 - ranked(embeddings[::-1], QUERIES)[:, :depth]
     assert min(recalls(rows.numpy(), exact).mean() for exact in (order, backwards)) < 1
-    measured = measure_requests(index, requests_of(QUERIES))
+    measured = measure_requests(index, nothing_known(QUERIES))
     assert {x["recall"] for x in measured if (x["k"], x["excluded"]) == (100, 0)} == {1}
 
 
-def test_what_stands_in_for_a_missed_candidate_has_its_score() -> None:
-    exact = np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 7]], np.float32)
-    for rows, scores, is_found in (
+@pytest.mark.parametrize(
+    ("rows", "scores", "is_found"),
+    [
         ([1, 2, 4, 5], [9, 8, 7, 7], [1, 1, 1, 1]),  # 5 for 3.
         ([1, 4, 5, 6], [9, 7, 7, 7], [1, 0, 1, 1]),  # None for 2, which is better.
         ([1, 2, 4, 5], [9, 8, 7, 6.99], [1, 1, 0, 1]),
         ([1, 2, 0, 0], [9, 8, -np.inf, -np.inf], [1, 1, 0, 0]),
-    ):
-        found = np.array([rows]), np.array([scores], np.float32)
-        np.testing.assert_array_equal(tune._is_found(exact, found), [is_found])
+    ],
+)
+def test_only_a_candidate_with_its_score_replaces_a_missed_one(
+    rows: list[int], scores: list[float], is_found: list[int]
+) -> None:
+    exact = np.array([[1, 2, 3, 4]]), np.array([[9, 8, 7, 7]], np.float32)
+    found = np.array([rows]), np.array([scores], np.float32)
+    np.testing.assert_array_equal(found_places(exact, found), [is_found])
 
 
 @pytest.mark.parametrize("num_candidates", [16, 40])
 def test_a_corpus_smaller_than_k_is_found_whole(num_candidates: int) -> None:
-    index = tune_index(EMBEDDINGS[:num_candidates], requests_of(QUERIES), target_recall=0.99)
+    index = tuned_on(EMBEDDINGS[:num_candidates], QUERIES, 0.99)
     assert [level.depth for level in index.levels] == [num_candidates]
     excluded = tf.ones([len(QUERIES), 1], tf.int32)
     rows, _ = index.search(tf.constant(QUERIES), 100, excluded)
@@ -227,13 +245,13 @@ def test_a_corpus_smaller_than_k_is_found_whole(num_candidates: int) -> None:
     np.testing.assert_array_equal(np.sort(rows, axis=1), everything)
 
 
-def test_what_is_measured_is_the_recall_of_a_slow_loop() -> None:
-    index = ScannIndex(tune.ExactIndex(EMBEDDINGS), 45, [Level(128, 1, 128), Level(1999, 9, 1999)])
+def test_the_measured_recall_is_that_of_a_slow_loop() -> None:
+    index = ScannIndex(ExactIndex(EMBEDDINGS), 45, [Level(128, 1, 128), Level(1999, 9, 1999)])
     queries = QUERIES[:16]
     known = [np.arange(1, 1 + 9 * i, dtype=np.int32) for i in range(len(queries))]
-    requests = Requests(queries, known)
-    search = tune._compiled(index.search, 1, num_lists=1)
-    measured = {(x["k"], x["excluded"]): x for x in measure_requests(index, requests)}
+    requests = measure_requests(index, Requests(queries, known))
+    search = compiled(index.search, 1, num_lists=1)
+    measured = {(x["k"], x["excluded"]): x for x in requests}
     order = ranked(EMBEDDINGS, queries)
     for (k, name), figures in measured.items():
         per_query = []
@@ -243,31 +261,27 @@ def test_what_is_measured_is_the_recall_of_a_slow_loop() -> None:
             given = tf.constant(out[np.newaxis], tf.int32)
             rows, _ = search(tf.constant(queries[i : i + 1]), tf.constant(k), given)
             per_query.append(len(set(rows.numpy()[0]) & set(exact)) / k)
-        # One as good as the last of the k may stand in its place.
+        # A candidate that scores like the last of the k may replace it.
         assert figures["recall"] == pytest.approx(np.mean(per_query), abs=2e-3)
     assert 0.2 < measured[10, 0]["recall"] < 1
-    assert (1000, 1000) not in measured  # There are no more than 2,000.
-    lines = [
-        line.split() for line in index_tables(index, measure_requests(index, requests)).split("\n")
-    ]
+    assert (1000, 1000) not in measured  # There are only 2,000 candidates.
+    lines = [line.split() for line in index_tables(index, requests).split("\n")]
     assert ["1,999", "9", "1,999"] in lines
     assert [x[:2] for x in lines[-len(measured) :]] == [[str(k), str(n)] for k, n in measured]
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "queries", "target_recall", "message"),
+    ("embeddings", "queries", "target", "message"),
     [
-        (EMBEDDINGS, QUERIES, 1.01, r"in \(0, 1\]. Received: 1.01"),
+        (EMBEDDINGS, QUERIES, 1.01, "Received: 1.01"),
         (EMBEDDINGS, QUERIES[:0], 0.9, "0 queries"),
         (EMBEDDINGS, QUERIES[:, :3], 0.9, r"queries.shape=\(60, 3\)"),
-        (EMBEDDINGS[:15], QUERIES, 0.9, "exact index. Received: 15 candidates"),
+        (EMBEDDINGS[:15], QUERIES, 0.9, "Received: 15 candidates"),
     ],
 )
-def test_refuses(
-    embeddings: np.ndarray, queries: np.ndarray, target_recall: float, message: str
-) -> None:
+def test_refuses(embeddings: np.ndarray, queries: np.ndarray, target: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tune_index(embeddings, requests_of(queries), target_recall=target_recall)
+        tuned_on(embeddings, queries, target)
 
 
 def test_an_index_is_measured_on_other_queries_than_it_is_tuned_on() -> None:

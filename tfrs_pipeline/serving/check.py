@@ -134,12 +134,12 @@ def differences(folder: Path) -> str:
             }
             for role in ("input", "output")
         )
-        if problem := _difference(expected, ask(loaded.signatures[signature], given)):
+        if problem := difference(expected, ask(loaded.signatures[signature], given)):
             problems.append(f"{signature}: {problem}")
     return "; ".join(problems)
 
 
-def _difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> str:
+def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> str:
     """Describes how an answer differs; equal scores may come in either order."""
     if set(expected) != set(answer):
         return f"{sorted(answer)} instead of {sorted(expected)}"

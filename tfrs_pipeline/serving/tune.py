@@ -27,7 +27,7 @@ _FEW_QUERIES = 20
 _QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
 # In units of one hashed candidate, measured at a million of 64 dimensions with 16 queries a call.
-_WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, _WORK_OF_EXACT_SCORE = 1, 9, 20, 3
+_WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, WORK_OF_EXACT_SCORE = 1, 9, 20, 3
 # Smaller differences, as a share of a query's largest score, are rounding.
 _EQUAL = 1e-6
 # Candidates rescored exactly, per candidate looked for.
@@ -83,19 +83,19 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     depths = _depths(len(embeddings))
     ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
     is_known = _is_among(ranking, requests.known, len(embeddings))
-    search = _compiled(index.approximate, 3)
+    search = compiled(index.approximate, 3)
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
         found = _in_calls(search, requests.queries, depth, leaves, reordered)
-        is_found = _is_found((ranking[:, :depth], scores[:, :depth]), found)
-        return _lowest_recall(is_found, is_known[:, :depth])
+        is_found = found_places((ranking[:, :depth], scores[:, :depth]), found)
+        return lowest_recall(is_found, is_known[:, :depth])
 
-    exact_work = _WORK_OF_EXACT_SCORE * index.num_candidates
+    exact_work = WORK_OF_EXACT_SCORE * index.num_candidates
     # What was chosen for its measure is a little worse than measured.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
     for depth in depths:
-        if levels and _work(Level(depth, 1, depth), index) >= exact_work:
+        if levels and work_of(Level(depth, 1, depth), index) >= exact_work:
             break
         level = _least(index, functools.partial(recall, depth), depth, wanted)
         if level is None and not levels:
@@ -104,7 +104,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
                 f"{recall(depth, index.num_leaves, index.num_candidates):.4f}. Lower the recall "
                 "target, or take the exact index."
             )
-        if level is None or (levels and _work(level, index) >= exact_work):
+        if level is None or (levels and work_of(level, index) >= exact_work):
             break
         levels.append(level)
     index.levels = tuple(levels)
@@ -160,7 +160,8 @@ def _least(
     return None if place == len(leaves) else Level(depth, leaves[place], reordered)
 
 
-def _work(level: Level, index: ScannIndex) -> float:
+def work_of(level: Level, index: ScannIndex) -> float:
+    """Computes the work of a search at a level, in hashed candidates."""
     hashed = index.num_candidates * level.num_leaves_to_search / index.num_leaves
     return (
         hashed
@@ -170,7 +171,7 @@ def _work(level: Level, index: ScannIndex) -> float:
     )
 
 
-def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
+def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
     """Returns the lowest mean recall of the kinds of requests that need a depth, less its error.
 
     The arrays, [num_queries, depth], say which places of the exact ranking are found and known.
@@ -185,7 +186,7 @@ def _lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
     return min(float(x.mean() - 3 * x.std() / np.sqrt(len(x))) for x in kinds)
 
 
-def _is_found(exact: _Answer, found: _Answer) -> np.ndarray:
+def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
     """Returns which places of the exact answers, [num_queries, depth], a search has found.
 
     Candidates with equal scores are interchangeable: one that scores like the last of an exact
@@ -223,7 +224,7 @@ def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, An
     ranking, _ = exact_ranking(index.exact.embeddings.numpy(), queries, most)
     cases: dict[int | str, Any] = {n: ranking[:, :n] for n in REPORTED_EXCLUSIONS}
     cases["known"] = requests.known[: len(queries)]
-    searches = [_compiled(x.search, 1, num_lists=1) for x in (index, index.exact)]
+    searches = [compiled(x.search, 1, num_lists=1) for x in (index, index.exact)]
     return [
         {"k": k, "excluded": name, **_compared(searches, queries, k, excluded)}
         for k in REPORTED_KS
@@ -247,7 +248,7 @@ def _compared(
         answers.append(_in_calls(search, queries, k, excluded=lists))
         seconds.append(time.perf_counter() - start)
     found, exact = answers
-    is_found = _is_found(exact, found)
+    is_found = found_places(exact, found)
     ms, exact_ms = (round(1e3 * x / len(queries), 4) for x in seconds)
     return {"recall": round(float(is_found.mean()), 4), "ms": ms, "exact_ms": exact_ms}
 
@@ -280,7 +281,7 @@ def _in_calls(
     return rows, scores
 
 
-def _compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
+def compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
     """Compiles a search by queries, `num_options` integers and `num_lists` lists of rows."""
     options = [tf.TensorSpec([], tf.int32)] * num_options
     lists = [tf.TensorSpec([None, None], tf.int32)] * num_lists

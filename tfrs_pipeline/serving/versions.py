@@ -129,20 +129,23 @@ class ServedVersion:
 
         TensorFlow keeps hash tables and ScaNN's index by name: they would outlive the model.
         """
-        for retriever in self._retrievers():
-            module = retriever.saved_model
-            # Hash tables of ids, vocabularies and a filter.
-            tables = (
-                part
-                for part in tf.train.TrackableView(module).descendants()
-                if isinstance(part, tf.saved_model.experimental.TrackableResource)
-            )
-            handles = [table.resource_handle for table in tables]
-            state = getattr(getattr(module, "_index", None), "_state", None)
-            if state is not None:
-                handles.append(state.recreate_handle())
+        for handles in self.handles():
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
+
+    def handles(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Returns the resources of all hash tables, and those of ScaNN's indexes."""
+        tables: list[tf.Tensor] = []
+        indexes: list[tf.Tensor] = []
+        for retriever in self._retrievers():
+            module = retriever.saved_model
+            for part in tf.train.TrackableView(module).descendants():
+                if isinstance(part, tf.saved_model.experimental.TrackableResource):
+                    tables.append(part.resource_handle)
+            state = getattr(getattr(module, "_index", None), "_state", None)
+            if state is not None:
+                indexes.append(state.recreate_handle())
+        return tables, indexes
 
 
 def _signature_def(folder: Path) -> dict[str, Any]:
