@@ -573,7 +573,7 @@ def test_report_writes_a_page_where_it_is_told_to(
     assert (tmp_path / "report.html").read_text() == written
     answer = command("report", run.folder / RUN, "--output", tmp_path / "missing" / "page.html")
     assert answer.code == 1
-    assert answer.err.startswith(f"error: {tmp_path / 'missing'} is no folder: make it first")
+    assert answer.err.startswith(f"error: {tmp_path / 'missing'} is not a folder: make it first")
     assert answer.err.count("\n") == 1
     monkeypatch.setattr(facts, "write_report", lambda folder, output: f"{folder} to {output}")
     answer = command("report", run.folder / RUN, "--output", "page.html")
@@ -583,7 +583,7 @@ def test_report_writes_a_page_where_it_is_told_to(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([], "is no run: it has no config.toml"),
+        ([], "is not a run: it has no config.toml"),
         (["config.toml"], "not finished; finish it with:  tfrs-pipeline run --run-dir {quoted}"),
         (
             ["config.toml", "plans/mixed/x"],

@@ -68,8 +68,8 @@ __all__ = ["__version__", *sorted(PUBLIC)]
 def _select_keras_2() -> None:
     """Selects Keras 2 for `tf.keras`; an `ImportError` if that is Keras 3 already.
 
-    TensorFlow chooses the Keras behind `tf.keras` when that is first touched, so the variable may
-    still be set after TensorFlow was imported, but not after `tf.keras` was used.
+    TensorFlow chooses the Keras behind `tf.keras` at its first use, so the variable may be set
+    after TensorFlow was imported, but not after `tf.keras` was used.
     """
     # vars() looks at TensorFlow's lazy loader without making it choose.
     keras = vars(sys.modules["tensorflow"]).get("keras") if "tensorflow" in sys.modules else None

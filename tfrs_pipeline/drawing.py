@@ -1,8 +1,8 @@
-"""One style for every figure: light and dark, for the colour-blind too, names beside the lines.
+"""The style of all figures: light and dark, safe for colour blindness, names beside the lines.
 
-Okabe and Ito's colours (2008), the light ones darkened until they stand out on white. A figure is
-SVG whose colours are CSS variables: a page that sets them draws it in its own colours; elsewhere it
-is a card that follows the reader's system.
+Colours are Okabe and Ito's (2008), darkened to stand out on white. A figure is SVG whose colours
+are CSS variables: a page can set them; elsewhere the figure is a card that follows the system's
+light or dark scheme.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Variable -> its colour in light and in dark.
+# CSS variable -> its light and its dark colour.
 PALETTE = {
     "paper": ("#ffffff", "#14181d"),
     "ink": ("#1c2127", "#e6eaee"),
@@ -31,24 +31,24 @@ PALETTE = {
     "series-4": ("#a8487f", "#e59ac6"),
     "series-5": ("#6b5d00", "#d9cb55"),
 }
-# What matplotlib draws with, a colour a variable that nothing else has.
+# Unique colours for matplotlib to draw with; `finish` replaces them by the variables.
 _STAND_INS = {name: f"#0001{number:02x}" for number, name in enumerate(PALETTE, 1)}
 INK, SOFT, GRID, PAPER = (_STAND_INS[name] for name in ("ink", "soft", "line", "paper"))
 SERIES = tuple(colour for name, colour in _STAND_INS.items() if name.startswith("series"))
-# Distinct without colour too.
+# Distinct without colour.
 MARKERS = ("o", "s", "^", "D", "v")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (9, 3)))
 _FONT_SIZE = 9.5
 _LINE_HEIGHT = 1.2
 _PADDING = 8
-_SHORT = re.compile(r"(\d\.\d\d)\d+")  # A hundredth of a point is seen by nobody.
+_SHORT = re.compile(r"(\d\.\d\d)\d+")  # Nobody sees a hundredth of a point.
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure, with what it shows in words, for those who hear it.
+    """A finished figure, with a label for screen readers.
 
-    The body is what stands within the SVG, its colours as `var(--name, light colour)`.
+    The body is the inside of the SVG, with colours as `var(--name, light colour)`.
     """
 
     label: str
@@ -56,14 +56,14 @@ class Drawing:
     body: str
 
     def inline(self, name: str) -> str:
-        """Returns an SVG element in the colours of the page, its ids apart by a name of its own."""
+        """Returns an SVG element in the page's colours; `name` makes its ids unique."""
         body = re.sub(r"var\((--[\w-]+), #\w+\)", r"var(\1)", self.body)
         body = re.sub(r'\bid="', f'id="{name}-', body)
         body = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\g<1>{name}-", body)
         return f'<svg viewBox="{self.view_box}" role="img" aria-label="{self.label}">{body}'
 
     def card(self) -> str:
-        """Returns an SVG document on a ground of its own, light or dark as the system is."""
+        """Returns an SVG document with its own background, light or dark like the system."""
         style = (
             f".card {{ {variables(0)} }} "
             f"@media (prefers-color-scheme: dark) {{ .card {{ {variables(1)} }} }} "
@@ -95,7 +95,7 @@ def _variable(name: str) -> str:
 def new_figure(
     width: float, height: float, columns: int = 1, **options: Any
 ) -> tuple[Figure, Sequence[Axes]]:
-    """Makes a figure, in inches, with axes beside each other; options are of `Figure.subplots`."""
+    """Makes a figure, in inches, with axes side by side; options are those of `Figure.subplots`."""
     from matplotlib.figure import Figure  # Not pyplot: no window, no state.
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -111,16 +111,16 @@ def new_figure(
 
 
 def title(axes: Axes, text: str, align: Literal["left", "center"] = "left") -> None:
-    """Writes above axes what they show."""
+    """Writes a title above axes."""
     axes.set_title(text, loc=align, color=INK, fontsize=_FONT_SIZE)
 
 
 def label_lines(
     axes: Axes, labels: Mapping[str, tuple[float, float]], colours: Sequence[str]
 ) -> None:
-    """Writes names to the right of points, such as the ends of lines, none over another.
+    """Writes names to the right of points, such as ends of lines, without overlaps.
 
-    The points are in data, and the axes have the scales and limits that they are to keep.
+    Points are in data coordinates; the axes must have their final scales and limits.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -143,7 +143,7 @@ def label_lines(
 
 
 def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
-    """Moves heights until neighbours are `least` apart, in the same order, as little as possible.
+    """Moves heights as little as possible until neighbours are `least` apart, in the same order.
 
     Example:
         >>> spread_apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
@@ -152,7 +152,7 @@ def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(heights, kind="stable")
-    # Less the steps, heights that are apart do not fall.
+    # Heights that are `least` apart do not fall once the steps are subtracted.
     steps = least * np.arange(len(heights))
     found = np.empty(len(heights))
     found[order] = isotonic_regression(heights[order] - steps).x + steps
@@ -160,7 +160,7 @@ def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
 
 
 def style_notebook() -> None:
-    """Makes pyplot draw in this style, and IPython show its figures as such drawings."""
+    """Sets this style for pyplot, and shows its figures in IPython as drawings."""
     import matplotlib.pyplot as plt
     from IPython import get_ipython
     from matplotlib.figure import Figure
@@ -180,27 +180,27 @@ def style_notebook() -> None:
         }
     )
     formatters = get_ipython().display_formatter.formatters
-    plt.figure()  # The backend sets its own formatter with the first one.
+    plt.figure()  # With the first figure the backend sets its own formatter.
     plt.close()
     formatters["image/png"].pop(Figure, None)
     formatters["image/svg+xml"].for_type(Figure, lambda figure: finish(figure, "Figure").card())
 
 
 def finish(figure: Figure, label: str) -> Drawing:
-    """Turns a figure into SVG; the same figure gives the same text."""
+    """Converts a figure to SVG; the same figure gives the same text."""
     import matplotlib
     from markupsafe import escape
 
     file = io.StringIO()
-    # Text stays text: it can be read aloud, found and copied.
+    # Text stays text, so that it can be read aloud, found and copied.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "savefig.dpi": 150}):
         figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    # Within tags alone: between them stand numbers that people read.
+    # Only within tags: between them are numbers that people read.
     text = re.sub(r"<[^>]*>", lambda tag: _SHORT.sub(r"\1", tag[0]), text)
-    text = re.sub(r">\s+<", "><", text)  # A notebook holds each line with quotes and indentation.
+    text = re.sub(r">\s+<", "><", text)  # A notebook quotes and indents each line.
     for variable, colour in [*_STAND_INS.items(), ("ink", "#000000")]:
         text = text.replace(colour, _variable(variable))
     (box,) = re.findall(r'^<svg[^>]*viewBox="([^"]*)"', text)

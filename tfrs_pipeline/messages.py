@@ -1,4 +1,4 @@
-"""Words of messages to people, and of the errors that many rooms raise."""
+"""Words of messages, and checks that many rooms share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 import numbers
 from collections.abc import Collection
 
-SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each is a new line.
+SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each report is a new line.
 
 
 def check_integer(least: int, **values: object) -> None:
-    """Refuses (`ValueError`) values, by name, that are no whole numbers or below the least."""
+    """Refuses (`ValueError`) values, by name, that are not integers or below the least."""
     for name, value in values.items():
         is_bool = isinstance(value, bool)  # An int to Python.
         if is_bool or not isinstance(value, numbers.Integral) or value < least:
@@ -18,7 +18,7 @@ def check_integer(least: int, **values: object) -> None:
 
 
 def printable(text: str, max_chars: int = 80) -> str:
-    r"""Makes a line of text that came from outside: cut, and control characters escaped.
+    r"""Cuts text from outside to one short line, with control characters escaped.
 
     Example:
         >>> print(printable("a film\x1b[2J and more", max_chars=11))
@@ -29,7 +29,7 @@ def printable(text: str, max_chars: int = 80) -> str:
 
 
 def sentence(text: str) -> str:
-    """Ends a text with a full stop, unless it ends in one or in a question mark."""
+    """Ends a text with a full stop, unless it has one or a question mark."""
     return text if text.endswith((".", "?")) else f"{text}."
 
 
@@ -45,7 +45,7 @@ def counted(number: int, what: str) -> str:
 
 
 def in_percent(part: int, whole: int) -> str:
-    """Writes a part of a whole in percent: only what is nothing is 0.0%.
+    """Writes a part of a whole in percent; only zero is 0.0%.
 
     Example:
         >>> in_percent(1, 8), in_percent(0, 8), in_percent(67, 143_609)
@@ -56,7 +56,7 @@ def in_percent(part: int, whole: int) -> str:
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """Says which known name is nearest, by the whole name or its last part, or lists them."""
+    """Suggests the nearest known name, by the whole name or its last part, or lists all."""
     near = difflib.get_close_matches(name, known, n=1) or [
         other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]
     ]

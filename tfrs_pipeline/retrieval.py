@@ -1,4 +1,4 @@
-"""What evaluation, mining and serving ask of anything that retrieves, and what it refuses."""
+"""The contract of retrievers: queries, answers, and the arguments that are refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import numpy as np
 from tfrs_pipeline.messages import check_integer, suggest
 
 HISTORY_TIMESTAMPS = "history_timestamps"
-"""What a query may bring beside its history: the time of each item."""
+"""Key of a query: the time of each item of its history."""
 
 Query: TypeAlias = Mapping[str, Any]
-"""Whichever of these a retriever needs: `"user_id"`, an int or str; `"history"`, a sequence of item
-ids, oldest first, all ids as the log has them; `"history_timestamps"`, the time of each of these,
-aware `datetime`s or seconds since 1970; `"features"`, raw values of user features by column name;
-`"request"`, those of request features, and `"timestamp"`, when the request comes: of it those
-features are made that the log made of its own, and with it models that read times know how long ago
-the history was."""
+"""A mapping with whichever of these keys a retriever needs; ids are as in the log:
+
+- `"user_id"`: int or str.
+- `"history"`: item ids, oldest first.
+- `"history_timestamps"`: the time of each, aware `datetime`s or seconds since 1970.
+- `"features"`: raw values of user features by column name.
+- `"request"`: raw values of request features, and `"timestamp"`, the time of the request. Hour and
+  weekday are made from it as in the log, and models that read times compare it with the history.
+"""
 
 Excluded: TypeAlias = Sequence[Collection[Any]] | None
-"""Per query, candidate ids never to be returned for it, unknown ones ignored; None is nothing."""
+"""For each query, candidate ids never to return, unknown ones ignored; None excludes nothing."""
 
 Retrieved: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Candidate ids and scores, [num_queries, k] each; see `Retriever.retrieve`."""
@@ -38,17 +41,15 @@ class Retriever(Protocol):
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query.
 
-        Ties are broken by the order of the corpus. A query gives the same answer alone as in any
-        batch. Where fewer than k candidates are left, the last slots are empty. An approximate
-        index may miss candidates, and which ones can change with k, with what is excluded and with
-        the batch; in all else, and in the order of what it finds, it keeps to this too.
+        The order of the corpus breaks ties. A query gets the same answer alone as in any batch. If
+        fewer than k candidates are left, the last slots are empty. An approximate index may miss
+        candidates, and which ones can depend on k, exclusions and the batch; otherwise it keeps
+        this contract too.
 
         Args:
-            queries: One mapping a query. Ids in a history that the corpus does not know are
-                ignored.
-            k: How many candidates a query, 1 or more; may exceed the corpus.
-            exclude: One collection of candidate ids a query, never to be returned for it. Ids that
-                the corpus does not know are ignored. None excludes nothing.
+            queries: One mapping for each query. Unknown ids in a history are ignored.
+            k: Number of candidates for each query, 1 or more; may exceed the corpus.
+            exclude: For each query, candidate ids never to return; see `Excluded`.
 
         Returns:
             candidate_ids: [num_queries, k], best first, in the type of the corpus: int64 with -1 in
@@ -76,8 +77,8 @@ def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_
 def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
     """Refuses (`ValueError`) queries that would be answered as if they said something else.
 
-    One with a misspelt key, or with a history of ids of another type, would have the answer for an
-    empty history. User ids and the names of features are left to each model.
+    A misspelt key, or a history with ids of another type, would get the answer for an empty
+    history. Each model checks user ids and names of features itself.
     """
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
@@ -117,9 +118,8 @@ def check_requests(
 ) -> None:
     """Refuses (`ValueError`) requests with a feature that the model does not read.
 
-    A `timestamp` is always allowed, also where the model reads no time. With `may_have_others` a
-    name is refused only if it looks misspelt: a holdout brings all request features of its log, of
-    which a model may read some.
+    `timestamp` is always allowed. With `may_have_others` a name is refused only if it looks
+    misspelt: a holdout has all request features of its log, and a model may read only some.
     """
     known = {*known, "timestamp"}
     given = {name for request in requests for name in request or ()}
@@ -133,14 +133,14 @@ def check_requests(
 
 
 def check_k(k: int) -> None:
-    """Refuses (`ValueError`) a k that is no whole number, below 1, or no int32, as exports take."""
+    """Refuses (`ValueError`) a k that is not an integer, below 1 or above int32."""
     check_integer(1, k=k)
     if k >= 2**31:
         raise ValueError(f"k must be an int32, below 2**31. Received: {k}")
 
 
 def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
-    """Refuses (`ValueError`) what should hold one collection a query and does not."""
+    """Refuses (`ValueError`) values that are not one collection for each query."""
     if len(values) != num_queries:
         raise ValueError(
             f"{name} must hold one collection a query, which may be empty. "
@@ -156,20 +156,20 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
 
 
 def _check_sized(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) what can be read only once: a check would leave nothing of it."""
+    """Refuses (`ValueError`) iterators: a check would use them up."""
     if not hasattr(values, "__len__"):
         raise ValueError(f"{name} must hold lists or other collections. Received: {values!r}")
 
 
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
-    """Refuses (`ValueError`) ids of another type than the model's, in any of the lists.
+    """Refuses (`ValueError`) ids of another type than the model's: they would count as unknown.
 
-    Each would be taken for an unknown id. None stands for no id, and is not refused.
+    None stands for a missing id and is allowed.
     """
     allowed = str if are_text else (int, np.integer)
     fine: set[type] = {type(None)}
     for ids in lists:
-        # Type by type, not id by id: an evaluation checks tens of thousands of queries.
+        # By type, not by id: an evaluation checks tens of thousands of queries.
         if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and not are_text:
             continue
         for kind in set(map(type, ids)) - fine:
@@ -184,5 +184,5 @@ def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
 
 
 def _is_one(value: Any) -> bool:
-    """Whether this is an id where a list of ids belongs: iterated, a string is its letters."""
+    """Whether this is one id instead of a list; a string would be iterated by letter."""
     return isinstance(value, str | int | np.integer)

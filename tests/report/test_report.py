@@ -302,7 +302,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     )
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
     assert "0.0251" in page.text
-    assert "This run allows them all the same" in page.text
+    assert "This run allows them nevertheless" in page.text
     assert list(page.tables["Masked"]) == [
         "known positive of the user",
         "exposed to the user, not clicked",

@@ -40,14 +40,14 @@ COMMAND_LINE = CommandLine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command of the arguments, those of the process if None.
+    """Runs the command given by the arguments, by default those of the process.
 
     Returns:
-        0 if all went well, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3 for
-        a model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the
-        output any more.
+        Exit code: 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting,
+        3 for a model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads
+        the output any more.
     """
-    # TensorFlow's C++ log helps nobody here; what fails comes as a Python error too.
+    # Failures in TensorFlow's C++ log also come as Python errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     is_verbose = False
     try:
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not published: {error}", file=sys.stderr)
         return NOT_PUBLISHED
     except BrokenPipeError:
-        # What is left to flush has nowhere to go either.
+        # Remaining output has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        setting = getattr(error, "setting", "")  # Of a DataError.
+        setting = getattr(error, "setting", "")  # A DataError has one.
         flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
         about_file = _about_file(error)
         print(f"error: {about_file or error}{flag}", file=sys.stderr)
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _log(is_verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
     logging.getLogger("tfrs_pipeline").setLevel(logging.INFO if is_verbose else logging.WARNING)
-    # A model a plan traces its functions anew, and TensorFlow takes that for a fault.
+    # TensorFlow warns of retracing, but each plan has its own model to trace.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
@@ -102,7 +102,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Logs to what standard error is now: a run sends that of C++ libraries elsewhere."""
+    """Logs to the current standard error: a run redirects that of C++ libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -1,7 +1,7 @@
-"""Flags from typed settings: a command is a table of settings, and each setting is its flag.
+"""Flags from typed settings: a command is a table of settings, and each setting is a flag.
 
-A setting within a table is spelled as in a config file, `--training.batch_size`; a flag without a
-dot with hyphens, `--run-dir`. Either spelling of either is read.
+A setting within a table is shown as in a config file, `--training.batch_size`; a flag without a dot
+has hyphens, `--run-dir`. Both are read with either spelling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand, Cl
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config
 
-_NONE = "\0"  # What the library reads as None; "none" may be a word of a setting's own.
+_NONE = "\0"  # The library reads it as None; "none" may be a setting's own value.
 _WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}
 
 
@@ -38,10 +38,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Values(argparse.Action):
-    """Values after one flag, as the JSON that pydantic reads: a list, of NAME=VALUE an object.
+    """Collects the values after a flag as JSON for pydantic: a list, or an object of NAME=VALUE.
 
-    What is no setting of a config file may be repeated, as `--history=-a --history=-b`, and "none"
-    may be one of its values.
+    A flag that is not a setting of a config file may be repeated, as `--history=-a --history=-b`,
+    and takes "none" as a value.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
@@ -70,9 +70,8 @@ class Command(Config):
 class CommandLine:
     """A program's commands, read by `read`.
 
-    The docstring of a command is its help, the first paragraph also in the list of commands. Of one
-    with many settings, `brief` names those within tables that `--help` shows; `--help-all` shows
-    all.
+    A command's docstring is its help; the list of commands shows its first paragraph. For a command
+    with many settings, `brief` names those that `--help` shows; `--help-all` shows all.
     """
 
     program: str
@@ -83,10 +82,10 @@ class CommandLine:
     _flags: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Reads a command, and the settings given as its flags by dotted name, not yet checked.
+        """Reads a command and its flags' settings by dotted name; values are not yet checked.
 
         A `UsageError` if a command or flag is unknown, or a value is missing; a `SystemExit` after
-        a help, which is printed.
+        printing a help.
         """
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:
@@ -150,7 +149,7 @@ class CommandLine:
 
     def _add_argument(self, shows_all: bool, parser: Any, *names: str, **options: Any) -> None:
         command, _, setting = str(options.get("dest", names[0])).partition(".")
-        if options["help"] == argparse.SUPPRESS:  # A table as JSON: its settings are flags.
+        if options["help"] == argparse.SUPPRESS:  # A whole table as JSON; its settings are flags.
             return
         field = _field(self.commands[command], setting)
         options["help"] = explained(field).replace("%", "%%")
@@ -169,7 +168,7 @@ class CommandLine:
 
 
 def _spelled(argument: str) -> str:
-    """Spells a flag: as in a config file where it has a dot, else with hyphens."""
+    """Spells a flag as in a config file if it has a dot, else with hyphens."""
     found = re.fullmatch(r"(--(?:no-)?)([^=]+)(.*)", argument, re.DOTALL)
     if found is None:
         return argument
@@ -178,7 +177,7 @@ def _spelled(argument: str) -> str:
 
 
 def _metavar(annotation: str) -> str:
-    """Shortens what the library calls a type: dict[str,float], tuple[int,...]."""
+    """Shortens the library's names of types, such as dict[str,float] and tuple[int,...]."""
     inner = re.sub(r"^tuple\[(.*),\.\.\.\]$", r"\1", annotation)
     inner = re.sub(r"^dict\[str,(.*)\]$", r"NAME=\1", inner)
     inner = re.sub(r"^NAME=\{.*\}$", "NAME=KIND", inner)
@@ -194,14 +193,14 @@ def _field(table: Any, setting: str) -> FieldInfo:
 
 
 def explained(field: FieldInfo) -> str:
-    """Returns a setting's sentence and its default, where the sentence does not say that itself."""
+    """Returns a setting's sentence, with the default if the sentence does not say it."""
     says_itself = "not given" in str(field.description) and field.default is None
     default = "" if field.is_required() or says_itself else as_typed(field.default)
     return f"{field.description} (default: {default})" if default else str(field.description)
 
 
 def as_typed(value: Any) -> str:
-    """Writes a value as it is typed after its flag.
+    """Writes a value as one types it after its flag.
 
     Example:
         >>> as_typed((64, 32)), as_typed({"title": "text"}), as_typed(True), as_typed(None)

@@ -1,4 +1,4 @@
-"""AUC of each query: how often a positive scores above an item of some other kind."""
+"""AUC of each query: how often its positives score above other items."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def auc(positive_scores: np.ndarray, negative_scores: np.ndarray) -> float:
     """
     if np.isnan(positive_scores).any() or np.isnan(negative_scores).any():
         raise ValueError(
-            "Scores are NaN, which have no place in an order: the model has diverged or a feature "
-            "is NaN."
+            "Scores are NaN and cannot be ranked: the model has diverged or a feature is NaN."
         )
     if not len(positive_scores) or not len(negative_scores):
         return float("nan")
@@ -47,9 +46,14 @@ def auc_per_query(
 ) -> np.ndarray:
     """Computes the AUC of each query's positives against its own negatives, by dot products.
 
-    Embeddings are [num_queries, dim] and [num_candidates, dim] floats. Rows are lists a query of
-    candidates from 1: the embedding of row r stands at r - 1. Returns [num_queries] float64 in
-    [0, 1]; NaN where a query lacks positives or negatives.
+    Args:
+        query_embeddings: [num_queries, dim] floats.
+        candidate_embeddings: [num_candidates, dim] floats; row r is at index r - 1.
+        positive_rows: One array of candidate rows, from 1, for each query.
+        negative_rows: The same.
+
+    Returns:
+        [num_queries] float64 in [0, 1]; NaN where a query lacks positives or negatives.
     """
     values = []
     for query, positives, negatives in zip(
@@ -63,10 +67,7 @@ def auc_per_query(
 
 
 def draw_corpus_rows(num_candidates: int, num_drawn: int, seed: int) -> np.ndarray:
-    """Draws, uniformly, items of the corpus to compare the positives of all queries with.
-
-    Returns `num_drawn` distinct rows, from 1, ascending: the whole corpus if it holds no more.
-    """
+    """Draws distinct rows from 1 uniformly, ascending; the whole corpus if it holds no more."""
     if num_drawn >= num_candidates:
         return np.arange(1, num_candidates + 1)
     rng = np.random.default_rng(seed)

@@ -28,16 +28,16 @@ _LINKS = {Outcome.BETTER: "than", Outcome.LEVEL: "with", Outcome.WORSE: "than"}
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one plan came to.
+    """The results of one plan.
 
     Args:
         name: Of the plan.
-        metrics: Per-query metric -> mean and interval: "ndcg@100", "tail/recall@100", and of
-            "auc_corpus" and the others those that the log has items for.
+        metrics: Per-query metric -> mean and interval: "ndcg@100", "tail/recall@100", and those of
+            `AUC_TITLES` that the log has items for.
         differences: The same names -> paired difference from the reference; empty for itself.
         summary: `EvaluationResult.summary()`.
-        num_epochs: Chosen on validation, in `seconds`, validation included.
-        seconds: Wall time from the first step on.
+        num_epochs: The epoch that validation chose.
+        seconds: Wall time of the training from the first step on, validation included.
     """
 
     name: str
@@ -58,10 +58,10 @@ class PlanRow:
 def comparison_table(
     rows: Sequence[PlanRow], cutoffs: Sequence[int], *, markdown: bool, width: int | None = None
 ) -> str:
-    """Lays a comparison out as Markdown or as plain text, of as many columns as fit in `width`.
+    """Formats a comparison as Markdown or plain text, with as many columns as fit in `width`.
 
-    Of the evaluation's cutoffs the longest is that of recall, NDCG and the tail, the shortest that
-    of coverage and average popularity.
+    Recall, NDCG and the tail are at the longest cutoff, coverage and average popularity at the
+    shortest.
     """
     shortest, longest = min(cutoffs), max(cutoffs)
     compared = [f"ndcg@{longest}", f"recall@{longest}"]
@@ -102,10 +102,7 @@ def compared_in_words(rows: Sequence[PlanRow], metric: str, reference: str) -> s
 
 
 def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence[int]) -> Figure:
-    """Draws a comparison: what a plan gains, where in popularity, and what it finds easy.
-
-    Three panels with a line a plan, the first on top, at the longest cutoff.
-    """
+    """Draws three panels with a line for each plan: gains, recall by popularity, and AUCs."""
     longest = max(cutoffs)
     figure, (gains, slices, aucs) = new_figure(13, 1.6 + 0.36 * len(rows), 3, sharey=True)
     _draw_gains(gains, rows, f"ndcg@{longest}", reference)
@@ -131,7 +128,7 @@ def comparison_figure(rows: Sequence[PlanRow], reference: str, cutoffs: Sequence
 
 
 def _draw_dots(axes: Axes, series: Mapping[str, Sequence[float | None]]) -> None:
-    """Draws values of the plans, named above; they cross, so that no name could stand beside."""
+    """Draws values of the plans with a legend above: lines cross, so names cannot stand beside."""
     for colour, marker, (name, values) in zip(SERIES, MARKERS, series.items(), strict=False):
         drawn = [np.nan if value is None else value for value in values]
         axes.plot(drawn, range(len(drawn)), marker, color=colour, label=name)
@@ -156,5 +153,5 @@ def _draw_gains(axes: Axes, rows: Sequence[PlanRow], metric: str, reference: str
             axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
         axes.plot(interval.mean, place, "o", color=colour)
     axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
-    axes.locator_params(axis="x", nbins=6)  # More labels than that run into each other.
+    axes.locator_params(axis="x", nbins=6)  # More labels would overlap.
     axes.set_xlabel(f"{metric} above that of {reference} ({base:.4f}), 95% interval")

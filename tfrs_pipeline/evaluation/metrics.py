@@ -1,7 +1,8 @@
-"""Retrieval metrics: of each query, from where its hits stand; of all retrieved lists together.
+"""Retrieval metrics, per query and of all retrieved lists together.
 
-The metrics of a query take `is_hit`, which `find_hits` makes once for every k. To measure a part of
-the relevant items (a popularity slice), clear the other hits and count the part in `num_relevant`.
+Per-query metrics take `is_hit`, which `find_hits` makes once for every k. To measure a part of the
+relevant items, such as a popularity slice, clear the other hits and count only that part in
+`num_relevant`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def find_hits(
         relevant_rows: [num_pairs] the candidate, from 1, that is relevant to the query.
 
     Returns:
-        [num_queries, max_k] bool, True where a hit stands.
+        [num_queries, max_k] bool, True at each hit.
 
     Raises:
-        ValueError: If `retrieved_rows` is no matrix, or a pair is out of range.
+        ValueError: If `retrieved_rows` is not a matrix, or a pair is out of range.
 
     Example:
         >>> find_hits(np.array([[7, 3, 0]]), np.array([0, 0]), np.array([3, 9]))
@@ -49,7 +50,7 @@ def find_hits(
             f"from {relevant_rows.min()}, queries {relevant_queries.min()} to "
             f"{relevant_queries.max()}."
         )
-    # One number for a (query, row) pair, so that one sorted search answers all queries.
+    # One number for each (query, row) pair: one sorted search answers all queries.
     stride = np.int64(max(relevant_rows.max(), retrieved_rows.max())) + 1
     wanted = np.sort(relevant_queries * stride + relevant_rows)
     pairs = np.arange(num_queries)[:, None] * stride + retrieved_rows
@@ -115,12 +116,12 @@ def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[
 def set_metrics(
     retrieved_rows: np.ndarray, candidate_counts: np.ndarray, in_part: np.ndarray, k: int
 ) -> dict[str, float]:
-    """Computes what the top k of all queries together say of a part of the candidates.
+    """Computes metrics of the top k of all queries together, for a part of the candidates.
 
         coverage = share of the candidates that were retrieved for at least one query
-        average_popularity = mean training count of what was retrieved, a filled slot counting once
-        gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), with x_i how often candidate i was
-            retrieved: 0 when all are alike, (n - 1) / n when only one ever is
+        average_popularity = mean training count over the filled slots
+        gini = sum over i, j of |x_i - x_j| / (2 n^2 mean(x)), where x_i is how often candidate i
+            was retrieved: 0 if all equally often, (n - 1) / n if only one ever
 
     Args:
         retrieved_rows: [num_queries, max_k] candidate rows from 1, best first; 0 is an empty slot.
@@ -129,7 +130,7 @@ def set_metrics(
         k: Cutoff, 1 <= k <= max_k.
 
     Returns:
-        Name of `SET_METRICS` -> a number; NaN of no candidates, or if nothing was retrieved.
+        Name of `SET_METRICS` -> a number; NaN without candidates, or if nothing was retrieved.
 
     Raises:
         ValueError: If k or a row is out of range.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -17,16 +17,16 @@ from tfrs_pipeline.messages import counted
 
 @dataclass(frozen=True, repr=False)
 class SliceResult:
-    """What was measured of one part of the candidates; the whole corpus is one such part.
+    """What was measured of a part of the candidates, or of the whole corpus.
 
     Attributes:
-        per_query: Metric name, as "ndcg@100", -> [num_queries] float64; NaN where the query has
+        per_query: Metric name, such as "ndcg@100", -> [num_queries] float64; NaN where a query has
             nothing relevant in this part.
         intervals: The same names -> mean and interval over the queries.
-        set_metrics: "coverage@20", "average_popularity@20", "gini@20": of all lists together.
+        set_metrics: "coverage@20", "average_popularity@20" and "gini@20" of all lists together.
         num_candidates: Size of this part.
-        num_queries: Queries that have something relevant in this part.
-        num_relevant: Relevant items in this part, all queries together.
+        num_queries: Queries with something relevant in this part.
+        num_relevant: Relevant items in this part, over all queries.
     """
 
     per_query: Mapping[str, np.ndarray]
@@ -56,20 +56,19 @@ class EvaluationResult:
     """What `evaluate` measured.
 
     Attributes:
-        user_ids: [num_queries] users of the measured queries; every per-query array is in this
-            order.
-        overall: Of the whole corpus.
-        slices: Of each part of the candidates.
+        user_ids: [num_queries] users of the measured queries; per-query arrays have this order.
+        overall: The whole corpus.
+        slices: Name -> each part of the candidates.
         exclude: What was excluded from a user's ranking; see `Holdout.excluded`.
-        num_skipped: Queries with nothing relevant (left): not measured.
-        num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking: taken out of
-            the relevant.
-        num_relevant_unknown: Relevant items that are not in the corpus: they stay in the
-            denominator and are never found. They belong to no slice.
-        num_relevant_unclicked: Relevant items without a training count, those that are not in the
-            corpus among them: they stay in the denominator.
+        num_skipped: Queries with nothing relevant left, which are not measured.
+        num_relevant_excluded: Relevant items that `exclude` keeps out of the ranking; not counted
+            as relevant.
+        num_relevant_unknown: Relevant items outside the corpus. They are never found, belong to no
+            slice and stay in the denominator.
+        num_relevant_unclicked: Relevant items without a training count, unknown ones included; they
+            stay in the denominator.
         num_empty_histories: Measured queries whose history is empty.
-        num_sampled_from: Queries that the measured ones were sampled from; None if from none.
+        num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
     """
 
     user_ids: np.ndarray = field(repr=False)
@@ -90,7 +89,7 @@ class EvaluationResult:
 
     @property
     def per_query_and_slice(self) -> Mapping[str, np.ndarray]:
-        """As `per_query`, with the recalls of each slice: "tail/recall@20"; NaN as there."""
+        """Returns `per_query` and the recalls of each slice, as "tail/recall@20"."""
         of_slices = {
             f"{part}/{name}": values
             for part, result in self.slices.items()
@@ -100,9 +99,9 @@ class EvaluationResult:
         return {**self.per_query, **of_slices}
 
     def describe(self) -> list[str]:
-        """Says what was left out or is hard to find, in lines for a person; none if nothing is.
+        """Says in lines for a person what was left out or is hard to find.
 
-        Empty histories and items that training did not know are told if they are more than a tenth.
+        Empty histories and items new to training are mentioned above a tenth.
         """
         num_measured = len(self.user_ids)
         lines = []
@@ -129,14 +128,10 @@ class EvaluationResult:
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers for JSON, slices under "slices"; NaN becomes None."""
+        names = [field.name for field in fields(self) if field.name.startswith("num_")]
         return {
             **self.overall.summary(),
-            "num_skipped": self.num_skipped,
-            "num_relevant_excluded": self.num_relevant_excluded,
-            "num_relevant_unknown": self.num_relevant_unknown,
-            "num_relevant_unclicked": self.num_relevant_unclicked,
-            "num_empty_histories": self.num_empty_histories,
-            "num_sampled_from": self.num_sampled_from,
+            **{name: getattr(self, name) for name in names},
             "slices": {name: part.summary() for name, part in self.slices.items()},
         }
 
@@ -164,18 +159,17 @@ class Evaluation:
 
     @cached_property
     def differences(self) -> Mapping[str, Mapping[str, Interval]]:
-        """Name of another -> metric -> by how much it is above the first, query by query.
+        """Name of another -> metric -> the other minus the first, paired by query.
 
-        Those of the slices are called "tail/recall@20". A mean with a bootstrap interval, far
-        narrower than the two intervals apart: what makes a query hard is common to both. An
-        interval without 0 in it is a difference.
+        Slices have names such as "tail/recall@20". Paired intervals are far narrower than the two
+        separate ones, because a hard query is hard for both.
         """
         reference, *others = self.results
         values = {name: result.per_query_and_slice for name, result in self.results.items()}
         keys = [(name, metric) for name in others for metric in values[reference]]
         if not keys:
             return {}
-        # All in one draw of queries: a bootstrap for each would take most of an evaluation.
+        # One draw of queries for all: a bootstrap for each would take most of an evaluation.
         intervals = bootstrap_intervals(
             np.stack([values[name][m] - values[reference][m] for name, m in keys], axis=1),
             num_bootstrap=self.num_bootstrap,

@@ -14,18 +14,18 @@ def format_table(
     markdown: bool = False,
     width: int | None = None,
 ) -> str:
-    """Lays what was measured of several models out as text, a model a line.
+    """Formats measurements as a table with a line for each model.
 
-    An interval is shown as its mean and half its width; "-" stands for what was not measured.
+    An interval is shown as its mean and half its width, a missing value as "-".
 
     Args:
         models: Name -> `EvaluationResult.summary()`.
-        columns: Names of metrics. "tail/recall@20" is that of a slice.
-        differences: Name -> metric -> difference from the model that has none, as of
-            `Evaluation.summary()`; they are shown beside their metric's column.
-        markdown: As a Markdown table, or as lines of equal length.
-        width: Characters of a line: the last columns that do not fit are left out, all but the
-            first. None leaves none out.
+        columns: Names of metrics; slices have names such as "tail/recall@20".
+        differences: Name -> metric -> difference from the model without an entry, as in
+            `Evaluation.summary()`; shown beside the metric's column.
+        markdown: Whether to write a Markdown table instead of lines of equal length.
+        width: Most characters of a line. Last columns that do not fit are left out, but never the
+            first. None keeps all.
 
     Example:
         >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}
@@ -52,7 +52,7 @@ def format_table(
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
-    """Lays lines of cells out as plain text: the first column to the left, the rest to the right.
+    """Formats cells as plain text, the first column aligned left, the others right.
 
     Example:
         >>> print(format_cells([["plan", "n"], ["a", "12"]]))
@@ -70,7 +70,7 @@ def format_cells(lines: Sequence[Sequence[str]]) -> str:
 
 
 def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:
-    """Lays lines of cells out as a Markdown table; the first line is its header.
+    """Formats cells as a Markdown table; the first line is its header.
 
     Example:
         >>> print(format_markdown_cells([["plan", "n"], ["a", "12"]]))

@@ -1,1 +1,1 @@
-"""What a run did, for people."""
+"""The report of a run: numbers, words and figures on one page."""

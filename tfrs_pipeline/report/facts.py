@@ -1,4 +1,4 @@
-"""The report of a run: what its folder holds, gathered for one page that needs no other file."""
+"""The report of a run: reads the run's folder and renders one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -47,11 +47,14 @@ DROPPED = "dropped"
 
 @dataclass(frozen=True)
 class PopularityFacts:
-    """Who is drawn how often, [num_candidates] each, and how many candidates no kind can draw.
+    """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
-    `counts` are training positives. `before` and `after` are shares, sum 1, of the positives as
-    logged, and of their weight as trained on; the same where neither resampling nor weights change
-    it. `negatives` are, by kind, the distributions that are drawn from.
+    Args:
+        counts: Training positives.
+        before: Shares of the positives as logged, sum 1.
+        after: Shares of the positives' weight as trained on, after resampling and weights.
+        negatives: Kind -> the distribution that it draws from.
+        num_unreachable: Candidates that no kind can draw.
     """
 
     counts: np.ndarray
@@ -67,7 +70,7 @@ class PopularityFacts:
 
     @cached_property
     def shares(self) -> Mapping[str, np.ndarray]:
-        """Shares of the positives; two of them where training changes them."""
+        """Shares of the positives: as logged and, if they differ, as trained on."""
         shares = {"positives, as logged": self.before}
         if not np.allclose(self.before, self.after, rtol=1e-6, atol=0):
             shares["positives, as trained on"] = self.after
@@ -76,24 +79,24 @@ class PopularityFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the report tells of a run.
+    """What the report says about a run.
 
     Args:
-        folder: Where the run lies.
+        folder: The run's folder.
         config: Its settings.
-        metrics: What its metrics.json holds.
+        metrics: Content of metrics.json.
         table_sizes: "events", "items", "users" -> rows.
         dropped: As in `Log`.
         log_notes: As `notes` of `Log`.
-        events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" by
-            it -> events.
+        events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" ->
+            number of events.
         items_by_part: Part of the split -> distinct items.
         samples: Report of the samples that the model in service was trained on.
-        masked_shares: Reason -> share of the columns that rows share and that do not count.
-        mean_hard_share: Mean of f over the positives; None where hard negatives are mined, so that
-            it changes while training.
-        popularity: Of the same samples.
-        titles: Item id -> title, of those that are shown.
+        masked_shares: Reason -> share of the shared columns that are masked.
+        mean_hard_share: Mean of f over the positives; None where hard negatives are mined, because
+            it changes during training.
+        popularity: Popularity in the same samples.
+        titles: Item id -> title, for the items shown.
     """
 
     folder: str
@@ -117,7 +120,7 @@ class RunFacts:
 
     @property
     def funnel(self) -> list[dict[str, Any]]:
-        """The stages from the first: how many events ended there, and how many came as far."""
+        """The stages from the first: how many events ended there, and how many reached it."""
         sizes = [sum(of_stage.values()) for of_stage in self.events_by_stage.values()]
         reached = np.cumsum(sizes[::-1])[::-1].tolist()
         return [
@@ -129,30 +132,30 @@ class RunFacts:
 
     @property
     def events_by_part(self) -> dict[str, int]:
-        """Every event that was read: by the part of the split that it came to, or dropped."""
+        """Number of events in each part of the split, and of those dropped."""
         split = self.metrics["split"]
         counts = {part: int(split[part]["num_events"]) for part in PARTS if part in split}
         return counts | {DROPPED: self.num_dropped}
 
     @property
     def num_dropped(self) -> int:
-        """Events that were dropped as the log was read, and by the split."""
+        """Number of events dropped at reading and by the split."""
         at_reading: int = sum(each.num_rows for each in self.dropped)
         return at_reading + int(self.metrics["split"]["num_events_dropped"])
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the report of a finished run, one HTML file that needs no other; returns where.
+    """Writes the report of a finished run as one HTML file; returns its path.
 
-    It is report.html in the run's folder if nothing else is said, or in the folder that `output`
-    is. A `ValueError` if the run's folder holds no finished run, or there is no folder to write to.
+    `output` is the file, or a folder for report.html; the run's folder by default. A `ValueError`
+    if the folder holds no finished run, or there is no folder to write to.
     """
     path = output or folder
     if output is None or output.is_dir():
         path /= REPORT_FILE
     elif not output.parent.is_dir():
         raise ValueError(
-            f"{output.parent} is no folder: make it first, or write {output} elsewhere."
+            f"{output.parent} is not a folder: make it first, or write {output} elsewhere."
         )
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
     return path
@@ -190,7 +193,7 @@ def report_page(facts: RunFacts) -> str:
 
 
 def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup]]:
-    """Draws the figures of each place; its name keeps the ids of the page apart."""
+    """Draws the figures of each place; the place's name keeps element ids unique."""
     models = facts.metrics["models"]
     slices = {
         part: {name: model["slices"][part][recall] for name, model in models.items()}
@@ -210,7 +213,7 @@ def _figures(facts: RunFacts, metric: str, recall: str) -> dict[str, list[Markup
 
 
 def _training_figures(facts: RunFacts) -> list[Drawing]:
-    """Draws what each epoch logged: the loss, the monitored metric, and whatever else there is."""
+    """Draws what each epoch logged: the loss and the monitored metric first."""
     training = facts.metrics["training"]
     histories = {name: result["history"] for name, result in training.items()}
     chosen = {name: result["best_epoch"] for name, result in training.items()}
@@ -244,7 +247,7 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
 
 
 def gather_facts(folder: Path) -> RunFacts:
-    """Reads what the report of a run tells; nothing is trained or written."""
+    """Reads all that the report needs from a run's folder."""
     require_finished_run(folder)
     config = read_settings(folder)
     metrics = read_record(folder / "metrics.json")
@@ -284,8 +287,8 @@ def require_finished_run(folder: Path) -> None:
         )
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"{folder} is no run: it has no {CONFIG_FILE}. Give the folder that "
-            "`tfrs-pipeline run` named first, runs/... unless told otherwise"
+            f"{folder} is not a run: it has no {CONFIG_FILE}. Give the folder that "
+            "`tfrs-pipeline run` named first, runs/... by default"
         )
     if not (folder / "metrics.json").is_file():
         command = "compare" if (folder / "plans").is_dir() else "run"
@@ -334,7 +337,7 @@ def _label(kind: Negatives) -> str:
 
 
 def _titles(log: Log, metrics: dict[str, Any]) -> dict[Any, str]:
-    """Reads the titles of the items that the examples show."""
+    """Reads the titles of the items in the examples."""
     shown: Iterable[Any] = {
         id_
         for example in metrics.get("examples", [])

@@ -1,4 +1,4 @@
-"""The figures of a run's report; see `drawing` for their style."""
+"""The figures of a run's report, in the style of `drawing`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_POINTS = 150
 
 
 def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str) -> Drawing:
-    """Draws a metric of each model, the first on top, the panels (by title) beside each other."""
+    """Draws a metric of each model, the first on top; panels, by title, are side by side."""
     names = list(next(iter(panels.values())))
     figure, all_axes = new_figure(
         4.8, 0.75 + 0.34 * len(names), len(panels), sharex=True, sharey=True
@@ -64,7 +64,7 @@ def intervals_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], metr
 def curves_figure(
     curves: Mapping[str, Sequence[float]], chosen: Mapping[str, int], what: str
 ) -> Drawing:
-    """Draws each model's values after every epoch, from 1, with a mark at the chosen one."""
+    """Draws each model's values by epoch, from 1, with a mark at the chosen epoch."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = new_figure(*_SIZE)
@@ -87,10 +87,10 @@ def curves_figure(
 def popularity_figure(
     curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str
 ) -> Drawing:
-    """Draws values by rank of popularity, both axes logarithmic; zeros are not drawn.
+    """Draws values by popularity rank, both axes logarithmic; zeros are not drawn.
 
-    `curves` are [num_candidates] by falling training count, `slices` says how many candidates the
-    "head", the "torso" and the "tail" hold.
+    `curves` are [num_candidates] in order of falling training count; `slices` are the numbers of
+    candidates in "head", "torso" and "tail".
     """
     figure, (axes,) = new_figure(*_SIZE)
     ends = {}
@@ -113,7 +113,7 @@ def popularity_figure(
 
 
 def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
-    """Parts the ranks into head, torso and tail, and names them above."""
+    """Divides the ranks into head, torso and tail, with names above."""
     start = 0
     for part, num in slices.items():
         if start:
@@ -131,7 +131,7 @@ def _mark_slices(axes: Any, slices: Mapping[str, int]) -> None:
 
 
 def _plain_numbers(axes: Any) -> None:
-    """Writes the numbers of logarithmic axes as people do."""
+    """Writes the numbers of logarithmic axes without powers of ten."""
     from matplotlib.ticker import LogLocator
 
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -143,10 +143,10 @@ def _plain_numbers(axes: Any) -> None:
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Takes means over ranks that lie together on a logarithmic axis, for a curve of few points.
+    """Averages values over ranks that are close on a logarithmic axis, for a curve of few points.
 
-    Returns ranks from 1, the geometric middle of those that were taken together, and the means of
-    their values. While ranks are few they stay apart.
+    Returns ranks, from 1, each the geometric middle of its group, and the groups' means. The first
+    ranks are groups of one.
 
     Example:
         >>> thinned(np.array([4.0, 2.0, 0.0]))
