@@ -45,9 +45,9 @@ class Reading(Config):
     """
 
     columns: dict[str, str] = {}
-    """Names of columns in the event table, such as user_id=viewer, of user_id, item_id, timestamp,
-    stage, rating, request_id, rank, score, weight and part. Another name keeps a column as context;
-    a column called by its name needs no entry."""
+    """Names in the event table of user_id, item_id, timestamp, stage, rating, request_id, rank,
+    score, weight and part where they differ, such as user_id=viewer; other names keep columns as
+    context."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
