@@ -40,7 +40,6 @@ WITHOUT_TENSORFLOW = (
     "settings",
     "retrieval",
     "durable",
-    "features.kinds",
     "cluster",
     "drawing",
     "data",
@@ -50,6 +49,7 @@ WITHOUT_TENSORFLOW = (
     "negatives.funnel",
     "negatives.mined",
     "serving.settings",
+    *("features.feature", "features.kinds", "features.raw", "features.vocabulary"),
 )
 
 
@@ -61,9 +61,20 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+def walk(tree: ast.AST, *, is_deferred: bool) -> Iterator[ast.AST]:
+    """Yields the nodes of a module, of functions and `if TYPE_CHECKING` only if `is_deferred`."""
+    for node in ast.iter_child_nodes(tree):
+        is_hint = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if is_deferred or not (is_hint or isinstance(node, ast.FunctionDef)):
+            yield node
+            yield from walk(node, is_deferred=is_deferred)
+
+
+def imports(
+    source: str, module: str, *, is_package: bool = False, is_deferred: bool = True
+) -> Iterator[str]:
     """Yields what a module imports, also within functions, public names of the package resolved."""
-    for node in ast.walk(ast.parse(source)):
+    for node in walk(ast.parse(source), is_deferred=is_deferred):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -93,6 +104,17 @@ def graph() -> dict[str, set[str]]:
         module: set(imports(path.read_text(), module, is_package=path.name == "__init__.py"))
         for module, path in SOURCES.items()
     }
+
+
+@functools.cache
+def graph_when_loaded() -> dict[str, set[str]]:
+    """Returns the graph without what kinds of features import when they encode."""
+    kinds = {
+        module: set(imports(SOURCES[module].read_text(), module, is_deferred=False))
+        for module in SOURCES
+        if room(module) == "features"
+    }
+    return graph() | kinds
 
 
 def reached(module: str, edges: dict[str, set[str]]) -> set[str]:
@@ -143,6 +165,14 @@ def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
             assert ROOMS.index(room(name)) <= ROOMS.index(room(module)), f"{module} imports {name}"
 
 
+def test_imports_within_functions_and_hints_are_told_apart() -> None:
+    source = (
+        "import a\nif TYPE_CHECKING:\n    import b\nclass C:\n    def f(self):\n        import c"
+    )
+    assert set(imports(source, "m")) == {"a", "b", "c"}
+    assert set(imports(source, "m", is_deferred=False)) == {"a"}
+
+
 def test_no_module_imports_itself_by_a_detour() -> None:
     edges = {module: names & SOURCES.keys() - {module} for module, names in graph().items()}
     tuple(graphlib.TopologicalSorter(edges).static_order())  # Raises CycleError.
@@ -157,7 +187,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     ],
 )
 def test_no_tensorflow_is_reached_from(module: str) -> None:
-    roots = {name.split(".")[0] for name in reached(module, graph())}
+    roots = {name.split(".")[0] for name in reached(module, graph_when_loaded())}
     assert not roots & TENSORFLOW
 
 

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import DataConfig, Share, SplitConfig
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.negatives.mined import Mined
@@ -189,7 +190,7 @@ class RunConfig(Config):
                 f"got {self.training.monitor!r}; evaluation.cutoffs are {list(cutoffs)}",
             )
         filter_by = self.export.filter_by
-        kinds = ("categorical", "multi_categorical")
+        kinds = [name for name, kind in KINDS.items() if kind.holds_categories]
         if filter_by is not None and self.data.item_features.get(filter_by) not in kinds:
             yield (
                 "export.filter_by",

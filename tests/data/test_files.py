@@ -17,7 +17,7 @@ from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import read_samples
 
@@ -253,7 +253,7 @@ def test_fractions_are_categories_and_one_in_every_format(
     expected = ["38.5", "38", None, "99.9"]
     assert sizes(in_csv) == sizes(table(38.5, 38.0, None, 99.9)) == expected
     # Of a request, as a Python value.
-    feature = Feature.fit("size", "categorical", expected)
+    feature = Categorical.fit("size", expected)
     asked = [38.5, 38.0, 38, None, "38.0", np.float32(99.9), 39.5]
     assert feature.encode_column(asked).tolist() == [2, 1, 1, 0, 1, 3, 0]
     # Whole ones are the integers that they are without missing values.

@@ -232,7 +232,7 @@ def test_a_log_without_times_has_no_hour(log: Log) -> None:
     table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
     with pytest.raises(DataError, match=r"'hour' is among request_features .* of the timestamp"):
         made(table, {"hour": "categorical"})
-    with pytest.raises(DataError, match=r"'weekday' .* cannot be text. Make it categorical"):
+    with pytest.raises(DataError, match=r"'weekday' .* cannot be text. Make it one of categ"):
         made(rows(), {"weekday": "text"})
     in_place = Log.from_ibis(log.events, request_features=FEATURES)
     assert in_place.split().test.requests == log.split().test.requests

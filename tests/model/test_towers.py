@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.features.layers import FeatureSpec
+from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 
-GENRE = FeatureSpec("genre", "categorical", size=5, num_values=1)
+GENRE = Categorical("genre", tuple("abcd"))
 SEED = tf.constant([5, 6])
 
 
@@ -52,7 +52,7 @@ def test_a_feature_called_as_another_input_is_read_beside_it(name: str, combinat
     options: dict[str, Any] = {"combination": combination, "num_ids": 6}
     settings = TwoTowerSettings(dim=4, history_pooling=("mean", "recency"), history_dropout=0)
     history = HistoryEncoder(6, settings)
-    spec = FeatureSpec(name, "categorical", size=5, num_values=1)
+    spec = Categorical(name, tuple("abcd"))
     tower = make_tower(**options, features=[spec], history=history)
 
     def embedded(row: int, code: int, item: int) -> np.ndarray:

@@ -14,14 +14,14 @@ import tensorflow as tf
 
 from tests.model.conftest import Stopped, assert_same, tiny, tracing_once, untrained, weights_of
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart, _source_codes
+from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart
 from tfrs_pipeline.settings import ConfigError
 
 NUM_USERS = 20
@@ -340,9 +340,9 @@ def test_codes_are_those_of_the_same_values(kind: Any) -> None:
         columns: list[Any] = [rng.integers(0, 1000, size) for size in sizes]
         if kind == "bucketized":
             columns = [column.astype(float) for column in columns]
-        there, here = (Feature.fit("x", kind, column) for column in columns)
-        codes = _source_codes(there, here)
-        assert len(codes) == here.spec.size
+        there, here = (KINDS[kind].fit("x", column) for column in columns)
+        codes = here.codes_of(there)
+        assert len(codes) == here.num_codes + 1
         assert codes[0] == 0
         values = columns[1]
         if kind == "bucketized":

@@ -12,7 +12,9 @@ import pytest
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.multi_categorical import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -111,8 +113,8 @@ def make_served(
 ) -> Served:
     """Makes a model, once, with ids of a type, "int" or "str"; one that reads times attends."""
     rng = np.random.default_rng(0)
-    gender = Feature.fit("gender", "categorical", ["M", "F"])
-    genres = Feature.fit("genres", "multi_categorical", [["a", "b"], ["c"]])
+    gender = Categorical.fit("gender", ["M", "F"])
+    genres = MultiCategorical.fit("genres", [["a", "b"], ["c"]])
     all_genders = rng.choice(["M", "F"], NUM_QUERIES).tolist()
     all_genres = [rng.choice(list("abc"), n).tolist() for n in rng.integers(0, 3, NUM_CANDIDATES)]
     all_genres[7] = ["", "b"]

@@ -23,7 +23,8 @@ from tests.serving.conftest import (
     make_served,
 )
 from tfrs_pipeline.durable import Damaged
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.categorical import Categorical
+from tfrs_pipeline.features.hashed import Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import _query_table, export
@@ -261,7 +262,7 @@ def publish(served: Served, directory: Path, kind: str, keep_versions: int | Non
 
 
 def test_requests_are_kept_as_the_model_reads_them() -> None:
-    features = [Feature("fresh", "categorical", ("true",)), Feature("shelf", "hashed", ())]
+    features = [Categorical("fresh", ("true",)), Hashed("shelf", ())]
     given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
     items = pa.table({"item_id": [1]})
     table = _query_table([{"request": request} for request in given], items, features, [])

@@ -17,7 +17,7 @@ import pytest
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving import refresh
@@ -337,12 +337,12 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
 def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: list[Any]) -> None:
     path, given = Path("today.csv"), pa.array(values)
     nothing = pa.nulls(2, given.type)
-    feature = Feature.fit("price", kind, given, reference=datetime(2024, 6, 1, tzinfo=UTC))
+    feature = KINDS[kind].fit("price", given, reference=datetime(2024, 6, 1, tzinfo=UTC))
     refresh._refuse_lost_features(path, pa.table({"price": given}), [feature])
     with pytest.raises(DataError, match=r"none of 2 items has a value of 'price'.*allow_all_new"):
         refresh._refuse_lost_features(path, pa.table({"price": nothing}), [feature])
     if kind != "vector":
-        unfitted = Feature.fit("price", kind, nothing)
+        unfitted = KINDS[kind].fit("price", nothing)
         refresh._refuse_lost_features(path, pa.table({"price": nothing}), [unfitted])
 
 

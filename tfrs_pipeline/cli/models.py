@@ -110,7 +110,7 @@ class Query(OfModel):
         self, retriever: LoadedRetriever
     ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
         """Returns what to say of the question, ids and scores of the best items, and notes."""
-        from tfrs_pipeline.serving.retriever import parse_value
+        from tfrs_pipeline.features.timestamp import Timestamp
 
         about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
         exclude = [retriever.parse_item_id(text) for text in self.exclude]
@@ -145,7 +145,10 @@ class Query(OfModel):
                 query["user_id"] = about["user_id"]
             if self.history_timestamps is not None:
                 name = "history_timestamps"
-                query[name] = [parse_value(name, name, text) for text in self.history_timestamps]
+                query[name] = [
+                    None if text in ("", "none") else Timestamp(name).parse(text)
+                    for text in self.history_timestamps
+                ]
             ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
             is_known = retriever.knows(history)
             unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
@@ -158,22 +161,11 @@ def _request_notes(
     retriever: LoadedRetriever, texts: Mapping[str, str], request: Mapping[str, Any]
 ) -> Iterator[str]:
     """Says what the model does not know, or lacks, of a request, as typed and as read."""
-    from tfrs_pipeline.features.feature import MAX_VALUES
-
     features = retriever.features["request"]
     for feature in features:
         text = texts.get(feature.name, "")
-        if feature.kind == "categorical" and text.strip() not in feature.known_texts:
-            yield f"{feature.name} {text!r} was in no training: taken as missing."
-    for feature in features:
-        text = texts.get(feature.name, "")
-        if not (feature.kind in MAX_VALUES and text):
-            continue
-        if not feature.encode_column([request[feature.name]]).any():
-            what = "word" if feature.kind == "text" else "value"
-            yield (
-                f"{feature.name} {text!r} has no {what} that the training knew: taken as missing."
-            )
+        if problem := feature.describe_unknown(text, request.get(feature.name)):
+            yield f"{feature.name} {text!r} {problem}: taken as missing."
     lacking = [
         feature.name
         for feature in features

@@ -8,8 +8,9 @@ missing value: it becomes null.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -17,15 +18,13 @@ import ibis.expr.types as ir
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError, RawTable, id_refusals
 from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
-from tfrs_pipeline.features.kinds import FeatureKind
-from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
+from tfrs_pipeline.messages import printable
 
 _LARGEST_INT64 = 2**63 - 1
-_LARGEST_FLOAT32 = 3.4028234663852886e38
-# How programs write an id that is missing, or a whole number in a column where others are.
+# How programs write an id that is missing.
 _NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
 _FEW = 0.1
-_WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
@@ -102,7 +101,7 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
     if not (value.type().is_numeric() or value.type().is_boolean() or value.type().is_string()):
         raise raw.wrong_type(column, "a number")
     number = value.try_cast("float64")
-    is_number = (number.abs() <= _LARGEST_FLOAT32).fill_null(False)
+    is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
     converted = number
     if to == "int64":  # DuckDB rounds 1.5 without a word.
         converted = value.try_cast("int64")
@@ -125,7 +124,7 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     number = value.try_cast("float64")
     if raw.is_text:
         number = ibis.coalesce(number, value.try_cast("boolean").cast("float64"))
-    is_number = (number.abs() <= _LARGEST_FLOAT32).fill_null(False)
+    is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
     remedy = "Leave it null where the outcome does not hold."
     problem = "is in the label and no number"
     raw.fault(column, value.notnull() & ~is_number, problem, remedy, "label")
@@ -144,104 +143,65 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
     return value if raw.has(value.notnull() & number.isnull()) else number
 
 
-def to_feature(raw: RawTable, column: str, kind: FeatureKind, reading: Reading) -> ir.Value:
-    """Gives a feature column the type of its kind (see `Log`)."""
-    value = raw.table[column]
-    if kind in ("numeric", "bucketized"):
-        return to_number(raw, column)
-    if kind in ("categorical", "hashed"):
-        if value.type().is_boolean():
-            return value.cast("string")
-        if (value.type().is_floating() or value.type().is_decimal()) and raw.has(
-            value.try_cast("int64").cast("float64") != value.cast("float64")
-        ):
-            # As text in CSV: an id would have to be whole.
-            number = value.cast("float64") if value.type().is_decimal() else value
-            return number.cast("string").re_replace(_WHOLE_FLOAT, r"\1").nullif("nan")
-        return to_id(raw, column, as_integer=is_integer(raw, column))
-    if kind == "multi_categorical":
-        return _to_categories(raw, column, reading.list_separator)
-    if kind == "vector":
-        return _to_vector(raw, column, reading.list_separator)
-    if kind == "timestamp":
-        time = to_timestamp(raw, column, reading)
-        if reading.timestamp_unit is None:
-            refuse_years(raw, time, column)
+@dataclass(frozen=True)
+class FeatureColumn:
+    """A column of a raw table, as a kind of feature reads it (see `features.feature`)."""
+
+    raw: RawTable
+    name: str
+    reading: Reading
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def value(self) -> ir.Value:
+        """The column as it came."""
+        return self.raw.table[self.name]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the table."""
+        return self.raw.num_rows
+
+    @property
+    def list_separator(self) -> str:
+        """Separates the values of lists that are stored as text."""
+        return self.reading.list_separator
+
+    def id(self) -> ir.Value:
+        """Reads ids, as `to_id` does."""
+        return to_id(self.raw, self.name, as_integer=is_integer(self.raw, self.name))
+
+    def number(self) -> ir.Value:
+        """Reads finite numbers, as `to_number` does."""
+        return to_number(self.raw, self.name)
+
+    def time(self) -> ir.Value:
+        """Reads moments, as `to_timestamp` does; refuses numbers of an unlikely unit."""
+        time = to_timestamp(self.raw, self.name, self.reading)
+        if self.reading.timestamp_unit is None:
+            refuse_years(self.raw, time, self.name)
         return time
-    if not value.type().is_string():
-        raise raw.wrong_type(column, "a string")
-    return value
 
+    def aggregate(self, **values: ir.Value) -> Mapping[str, Any]:
+        """Computes aggregates over the rows of the table."""
+        found: dict[str, Any] = self.raw.table.aggregate(**values).to_pyarrow().to_pylist()[0]
+        return found
 
-def _to_categories(raw: RawTable, column: str, list_separator: str) -> ir.Value:
-    value = raw.table[column]
-    if value.type().is_array():
-        return value.cast("array<string>")
-    if value.type().is_string():
-        stripped = value.split(list_separator).map(lambda part: part.strip())
-        return stripped.filter(lambda part: part != "")
-    raise raw.wrong_type(column, "a list or a string")
+    def fault(self, is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
+        """Notes what is wrong with the column (`RawTable.fault`)."""
+        self.raw.fault(self.name, is_bad, problem, **details)
 
+    def refusal(self, problem: str, setting: str = "") -> DataError:
+        """Makes the error of a column that cannot be used."""
+        return DataError(f"{self.raw.source.column(self.name)}{problem}", setting)
 
-def describe_categories(raw: RawTable, column: str, list_separator: str) -> Iterator[str]:
-    """Says if no row of a text column has two values; refuses (`DataError`) lists in brackets."""
-    value = raw.table[column]
-    if not value.type().is_string():
-        return
-    text = value.strip()
-    is_list = text.re_search(r"^\[[^\]]*\]$")
-    found = raw.table.aggregate(
-        num=(text != "").sum(),
-        num_lists=is_list.sum(),
-        is_parted=(_to_categories(raw, column, list_separator).length() > 1).any(),
-        example=value.max(),
-        list_example=value.max(where=is_list),
-    )
-    num, num_lists, is_parted, *examples = found.to_pyarrow().to_pylist()[0].values()
-    where, (shown, list_shown) = raw.source.column(column), (printable(repr(x)) for x in examples)
-    if num and 2 * num_lists > num:
-        raise DataError(
-            f"{where} holds lists written as text in {num_lists} of {raw.num_rows} rows, such as "
-            f"{list_shown}. Store them as lists (Parquet, Arrow), or write values without brackets "
-            f"and quotes, separated by {list_separator!r} (list_separator).",
-            "list_separator",
-        )
-    if num and not is_parted:
-        yield (
-            f"{where} has one value in each of {counted(num, 'row')}, such as {shown}, as no row "
-            f"has a {list_separator!r}: if they hold several, set list_separator "
-            "(--data.list_separator)"
-        )
+    def wrong_type(self, wanted: str) -> DataError:
+        """Makes the error of a column of another type."""
+        return self.raw.wrong_type(self.name, wanted)
 
-
-def _to_vector(raw: RawTable, column: str, list_separator: str) -> ir.Value:
-    """Makes lists of float32, all of the length that most have."""
-    value = raw.table[column]
-    dtype = value.type()
-    if dtype.is_string():
-        parts = value.split(list_separator).map(lambda part: part.strip())
-        numbers = parts.map(lambda part: part.try_cast("float64"))
-        is_unread = numbers.map(lambda number: number.isnull()).anys()
-        problem = f"must hold numbers separated by {list_separator!r} (list_separator) and does not"
-        raw.fault(column, is_unread, problem, setting="list_separator")
-    elif dtype.is_array() and dtype.value_type.is_numeric():
-        numbers = value.cast("array<float64>")
-    else:
-        raise raw.wrong_type(column, "a list of numbers or a string")
-    is_finite = numbers.map(lambda x: (x.abs() <= _LARGEST_FLOAT32).fill_null(False)).alls()
-    problem = "does not hold finite numbers that float32 can hold"
-    remedy = "Correct them, or leave them null where there is none."
-    raw.fault(column, ~is_finite, problem, remedy, "")
-    length = is_finite.ifelse(numbers.length(), ibis.null("int64")).nullif(0)
-    found = raw.table.aggregate(usual=length.mode()).to_pyarrow()["usual"][0].as_py()
-    if found is None and not raw.has(~is_finite):
-        raise DataError(
-            f"{raw.source.column(column)}: none of {raw.num_rows} rows holds a vector. "
-            "Name another column, or drop the feature."
-        )
-    problem = f"must hold vectors of one length, {found} as most, and does not"
-    raw.fault(column, length != found, problem, remedy, "")
-    return (length == found).ifelse(numbers.cast("array<float32>"), ibis.null("array<float32>"))
+    def note(self, text: str) -> None:
+        """Adds a line for the user."""
+        self.notes.append(f"{self.raw.source.column(self.name)}{text}")
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:
@@ -252,7 +212,7 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:
     """
     if column not in raw.texts:
         value = raw.table[column]
-        text = value.re_replace(_WHOLE_FLOAT, r"\1").strip()
+        text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(_NO_ID).ifelse(ibis.null("string"), text)
         is_spaced = value != value.strip()
         found = raw.table.aggregate(

@@ -26,36 +26,24 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.split import is_positive
-from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
+from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 from tfrs_pipeline.messages import sentence
 
 # Type of a column -> what a log stores it as.
-_ID = {"integer": "int64", "string": "string"}
-_NUMBER = {"integer": "float64", "floating": "float64", "decimal": "float64"}
-_TIME = {"timestamp": "timestamp('UTC', 6)"}
 _EVENT_TYPES: dict[str, dict[str, str]] = {
-    "user_id": _ID,
-    "item_id": _ID,
+    "user_id": ID_TYPES,
+    "item_id": ID_TYPES,
     "event_number": {"integer": "int64"},
     "stage": {"string": "string"},
-    "timestamp": _TIME,
-    "request_id": _ID,
+    "timestamp": TIME_TYPES,
+    "request_id": ID_TYPES,
     "rank": {"integer": "int64"},
-    "score": _NUMBER,
-    "weight": _NUMBER,
+    "score": NUMBER_TYPES,
+    "weight": NUMBER_TYPES,
     "part": {"string": "string"},
 }
 _REQUIRED = ("user_id", "item_id", "event_number", "stage")
-_FEATURE_TYPES: dict[FeatureKind, dict[str, str]] = {
-    "categorical": _ID,
-    "hashed": _ID,
-    "multi_categorical": {"array": "array<string>"},
-    "text": {"string": "string"},
-    "numeric": _NUMBER,
-    "bucketized": _NUMBER,
-    "timestamp": _TIME,
-    "vector": {"array": "array<float32>"},
-}
 
 _OF_A_CONNECTION = (ops.DatabaseTable, ops.SQLQueryResult, ops.SQLStringView)
 
@@ -93,7 +81,7 @@ def check_events(
     for name in _REQUIRED:
         require_column(events.columns, name, source, _remedy(name))
     known = {
-        **{name: _FEATURE_TYPES[kind] for name, kind in request_features.items()},
+        **{name: KINDS[kind].column_types for name, kind in request_features.items()},
         **_EVENT_TYPES,
     }
     for name in events.columns:
@@ -129,7 +117,9 @@ def check_entities(
     kept = [id_name, *features, *(x for x in ("title", LISTED) if x in entities.columns)]
     for name in kept:
         require_column(entities.columns, name, source, "Rename the column that holds it.")
-    types = {id_name: _ID} | {name: _FEATURE_TYPES[kind] for name, kind in features.items()}
+    types = {id_name: ID_TYPES} | {
+        name: KINDS[kind].column_types for name, kind in features.items()
+    }
     entities = _cast(entities.select(*dict.fromkeys(kept)), types, source)
     of = events.schema()[id_name]
     if entities.schema()[id_name] != of:

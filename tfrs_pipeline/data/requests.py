@@ -14,12 +14,10 @@ from tfrs_pipeline.data.schema import (
     case_problem,
     require_column,
 )
-from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made of the timestamp, in UTC, where the log has no such column."""
-
-_KINDS_OF_WHOLE_NUMBERS = ("categorical", "hashed", "numeric", "bucketized")
 
 
 def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
@@ -77,10 +75,11 @@ def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKin
                 f"column is {name} or timestamp, or remove it from request_features.",
                 "columns",
             )
-        elif kind not in _KINDS_OF_WHOLE_NUMBERS:
+        elif not KINDS[kind].takes_whole_numbers:
+            possible = ", ".join(name for name, known in KINDS.items() if known.takes_whole_numbers)
             raise DataError(
                 f"{source.column(name)} is made of the timestamp, a whole number, and cannot be "
-                f"{kind}. Make it {', '.join(_KINDS_OF_WHOLE_NUMBERS)}."
+                f"{kind}. Make it one of {possible}."
             )
 
 

@@ -13,9 +13,8 @@ from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.columns import (
-    describe_categories,
+    FeatureColumn,
     is_integer,
-    to_feature,
     to_required_id,
 )
 from tfrs_pipeline.data.engines import connect
@@ -29,7 +28,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
     require_column,
 )
-from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 
@@ -172,9 +171,9 @@ def type_features(
     num_other_faults = len(raw.faults)
     notes: list[str] = []
     for name, kind in features.items():
-        columns[name] = to_feature(raw, name, kind, reading)
-        if kind == "multi_categorical":
-            notes += describe_categories(raw, name, reading.list_separator)
+        column = FeatureColumn(raw, name, reading)
+        columns[name] = KINDS[kind].read(column)
+        notes += column.notes
     faults = raw.faults[num_other_faults:]
     del raw.faults[num_other_faults:]
     if not faults:

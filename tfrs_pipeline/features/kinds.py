@@ -1,38 +1,66 @@
-"""The kinds of features."""
+"""The kinds of features, by name."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
+from tfrs_pipeline.features.bucketized import Bucketized
+from tfrs_pipeline.features.categorical import Categorical
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.hashed import Hashed
+from tfrs_pipeline.features.multi_categorical import MultiCategorical
+from tfrs_pipeline.features.numeric import Numeric
+from tfrs_pipeline.features.text import Text
+from tfrs_pipeline.features.timestamp import Timestamp
+from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.messages import suggest
 
-FeatureKind: TypeAlias = Literal[
-    "categorical",
-    "hashed",
-    "multi_categorical",
-    "text",
-    "numeric",
-    "bucketized",
-    "timestamp",
-    "vector",
-]
-# What others call them.
-_KINDS_ELSEWHERE: dict[str, FeatureKind] = {
-    **dict.fromkeys(("number", "float", "double", "integer", "int", "real"), "numeric"),
-    **dict.fromkeys(
-        ("category", "string", "str", "object", "enum", "id", "boolean", "bool"), "categorical"
-    ),
-    **dict.fromkeys(("list", "array", "set", "tags", "categories"), "multi_categorical"),
-    **dict.fromkeys(("time", "date", "datetime"), "timestamp"),
-    **dict.fromkeys(("embedding", "floats"), "vector"),
+FeatureKind: TypeAlias = str
+"""Name of a kind, a key of `KINDS`."""
+
+KINDS: dict[FeatureKind, type[Feature]] = {
+    "categorical": Categorical,
+    "hashed": Hashed,
+    "multi_categorical": MultiCategorical,
+    "text": Text,
+    "numeric": Numeric,
+    "bucketized": Bucketized,
+    "timestamp": Timestamp,
+    "vector": Vector,
 }
+"""The kinds that settings can name. Add your own before you use it, in every process."""
 
 
 def kind_problem(kind: object) -> str:
-    """Says what is meant by what is no kind of feature; "" if it is one."""
-    known = get_args(FeatureKind)
-    if kind in known:
+    """Says what is meant by what is not a kind of feature; "" if it is one."""
+    if kind in KINDS:
         return ""
-    meant = _KINDS_ELSEWHERE.get(str(kind).lower())
-    hint = f"did you mean {meant!r}?" if meant else suggest(str(kind), known)
+    name = str(kind).lower()
+    meant = [known for known, cls in KINDS.items() if name in cls.names_elsewhere]
+    hint = f"did you mean {meant[0]!r}?" if meant else suggest(str(kind), KINDS)
     return f"no kind of feature; {hint}"
+
+
+def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
+    """Restores the feature whose `to_dict` returned these settings, also after JSON.
+
+    A `ValueError` if the kind is unknown, or a key is missing or unknown.
+    """
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+    }
+    kind, name = values.pop("kind", None), values.get("name")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(
+            f"The kind of feature {name!r} must be one of {', '.join(KINDS)}. Received: {kind!r}. "
+            "Add a kind of your own to tfrs_pipeline.features.kinds.KINDS first."
+        )
+    known = {f.name for f in dataclasses.fields(KINDS.get(kind or "", Feature))}
+    if kind is None or not {"name"} <= set(values) <= known:
+        raise ValueError(
+            f"A feature has a kind and a name, and may have others of {', '.join(sorted(known))}. "
+            f"Received: {', '.join(settings)}."
+        )
+    return KINDS[kind](**values)

@@ -1,18 +1,15 @@
-"""Columns of Python's, NumPy's or Arrow's values as the arrays that a graph takes.
+"""Columns of Python, NumPy or Arrow values as the arrays that a graph takes.
 
-An array with a type is converted at once, a list value by value. Nothing here is fitted, and
-nothing needs TensorFlow.
+An array with a type is converted at once, a list value by value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
@@ -21,9 +18,23 @@ Column: TypeAlias = Any
 
 BOOLEANS = ("True", "TRUE", "False", "FALSE")
 """How tables in CSV write booleans; JSON and Arrow write true and false."""
+WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
+"""How programs write a whole number in a column where others are missing."""
+LARGEST_FLOAT32 = 3.4028234663852886e38
 MAX_SECONDS = 1e11  # Later ones are milliseconds.
-_VECTORS = pa.list_(pa.float32())
+ROWS_PER_CALL = 65_536
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def in_blocks(column: Column) -> Iterator[Column]:
+    """Cuts a column, so that what is made of it at once stays small; an empty one is one block."""
+    for start in range(0, max(len(column), 1), ROWS_PER_CALL):
+        yield column[start : start + ROWS_PER_CALL]
+
+
+def has_booleans(values: Collection[str]) -> bool:
+    """Returns whether true or false is among the values, so that BOOLEANS mean them."""
+    return "true" in values or "false" in values
 
 
 def to_text(value: Any) -> str:
@@ -39,9 +50,12 @@ def to_texts(column: Column) -> Any:
         >>> to_texts(["a", 7, None, float("nan"), True, "True"]).to_pylist()
         ['a', '7', '', '', 'true', 'true']
     """
-    column = _typed(column)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = typed(column)
     if not isinstance(column, pa.Array):
-        return pa.array(["" if _is_missing(v) else to_text(v) for v in column], pa.string())
+        return pa.array(["" if is_missing(v) else to_text(v) for v in column], pa.string())
     if pa.types.is_floating(column.type):
         # Arrow would write them otherwise than Python: once for each value.
         encoded = column.dictionary_encode()
@@ -64,7 +78,10 @@ def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
         >>> values.to_pylist(), lengths.tolist()
         (['a', '7', 'b'], [2, 0, 1])
     """
-    column = _typed(column)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = typed(column)
     if not isinstance(column, pa.Array):
         rows = [
             list(row) if isinstance(row, Iterable) and not isinstance(row, str | bytes) else [row]
@@ -73,7 +90,7 @@ def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
         values = to_texts([value for row in rows for value in row])
         lengths = np.array([len(row) for row in rows], np.int64)
     elif isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        values, lengths = to_texts(column.flatten()), _lengths(column)
+        values, lengths = to_texts(column.flatten()), list_lengths(column)
     else:
         values, lengths = to_texts(column), np.ones(len(column), np.int64)
     is_known = pc.not_equal(values, "")
@@ -91,7 +108,9 @@ def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
 
 def to_numbers(name: str, column: Column) -> np.ndarray:
     """Returns [n] float64, NaN where missing; a `ValueError` if an entry is no number."""
-    column = _typed(column)
+    import pyarrow as pa
+
+    column = typed(column)
     if isinstance(column, pa.Array):
         try:
             return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -114,7 +133,9 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
 
     A `ValueError` if an entry is no datetime, or one without a time zone.
     """
-    column = _typed(column)
+    import pyarrow as pa
+
+    column = typed(column)
     if isinstance(column, pa.Array):
         if pa.types.is_timestamp(column.type) and column.type.tz is not None:
             ticks = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
@@ -122,7 +143,7 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
         column = column.to_pylist()
     seconds = np.full(len(column), np.nan)
     for i, value in enumerate(column):
-        if _is_missing(value):
+        if is_missing(value):
             continue
         if not isinstance(value, datetime) or value.tzinfo is None:
             raise ValueError(
@@ -170,49 +191,10 @@ def history_of(query: Query) -> Sequence[Any]:
     return () if history is None else history
 
 
-def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
-    """Returns [n, length] float32, NaN in missing rows; the length is by default the commonest.
-
-    A `ValueError` if an entry is no vector, lengths differ, a number is not finite, or all are
-    missing and no length is given.
-    """
-    must_hold, num_rows = f"Feature '{name}' must hold", len(column)
-    column = _typed(column)
-    try:
-        if isinstance(column, pa.Array):
-            lists = column.cast(_VECTORS, safe=False)
-        else:
-            lists = pa.array([None if _is_missing(row) else row for row in column], _VECTORS)
-    except pa.ArrowException as error:
-        raise ValueError(
-            f"{must_hold} vectors: in each of its {num_rows} rows a list of numbers, or None. "
-            f"Received others. {error}."
-        ) from None
-    is_known = lists.is_valid().to_numpy(zero_copy_only=False)
-    lengths = _lengths(lists)[is_known]
-    if length is None:
-        length = int(np.bincount(lengths, minlength=1).argmax())
-        if not length:
-            raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
-    others = lengths[lengths != length]
-    if len(others):
-        raise ValueError(
-            f"{must_hold} vectors of length {length}. Received: {len(others)} of {num_rows} rows "
-            f"of another length, such as {others[0]}. Correct them, or use None: it is missing."
-        )
-    vectors = np.full((num_rows, length), np.nan, np.float32)
-    vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
-    num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
-    if num_bad:
-        raise ValueError(
-            f"{must_hold} finite float32 numbers. Received: others in {num_bad} of {num_rows} "
-            "rows. Correct them, or use None for the row: it is missing."
-        )
-    return vectors
-
-
-def _typed(column: Column) -> Any:
+def typed(column: Column) -> Any:
     """Returns an Arrow array of a column that has a type; a list, or objects, as they are."""
+    import pyarrow as pa
+
     if isinstance(column, pa.ChunkedArray):
         return column.combine_chunks()
     if not isinstance(column, np.ndarray) or column.dtype == object:
@@ -223,11 +205,15 @@ def _typed(column: Column) -> Any:
     return pa.FixedSizeListArray.from_arrays(values, column.shape[1])
 
 
-def _lengths(lists: Any) -> np.ndarray:
+def list_lengths(lists: Any) -> np.ndarray:
+    """Returns the lengths of an Arrow array of lists, [n] int64, 0 where missing."""
+    import pyarrow.compute as pc
+
     return pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Returns whether a value is None, NaN, or what pandas has for them."""
     if value is None or hasattr(value, "__len__"):
         return value is None
     # NaN and the NaT of pandas differ from themselves; its NA says neither.

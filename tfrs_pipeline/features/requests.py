@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.feature import (
-    DAY_SECONDS,
-    Feature,
-    encode_raw,
-    raw_columns,
-    raw_signature,
-)
+from tfrs_pipeline.features.encoding import encode_raw, raw_columns, raw_signature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import to_seconds
+from tfrs_pipeline.features.timestamp import DAY_SECONDS
 
 TIMESTAMP = "timestamp"
 """What a request may bring in place of its hour and weekday, in seconds since 1970 in the graph."""

@@ -1,76 +1,146 @@
-"""The values of a column: its words, how often each comes, and how many buckets hash them."""
+"""Features with a vocabulary, and lists of its values."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import pyarrow as pa
-import tensorflow as tf
 
-from tfrs_pipeline.features.raw import BOOLEANS, Column, to_text_lists, to_texts
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
+from tfrs_pipeline.messages import counted, kept_new_gone
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.features.kinds import FeatureKind
+    import tensorflow as tf
 
-_ROWS_PER_CALL = 65_536
-# Letters with their marks, digits and underscores make words, and apostrophes within them.
-_LETTER = r"\p{L}\p{M}\p{N}_"
-_BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
-_VARIANTS = r"[\x{FE00}-\x{FE0F}]"  # Marks that choose how an emoji is drawn.
-# Scripts without spaces between words: a character is one, with its marks, of which Unicode counts
-# those of Katakana that lengthen or voice it among the letters.
-_UNSPACED = (
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-    r"[\p{M}ーｰﾞﾟ]*"
-)
+MIN_LENGTH = 16
 
 
-def in_blocks(column: Column) -> Iterator[Column]:
-    """Cuts a column, so that what is made of it at once stays small; an empty one is one block."""
-    for start in range(0, max(len(column), 1), _ROWS_PER_CALL):
-        yield column[start : start + _ROWS_PER_CALL]
+@dataclass(frozen=True)
+class Vocabulary(Feature):
+    """A feature whose values have codes by their place in a vocabulary, from 1."""
+
+    vocabulary: tuple[str, ...] = ()
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the vocabulary."""
+        return len(self.vocabulary)
+
+    @property
+    def known_values(self) -> tuple[str, ...]:
+        """The vocabulary."""
+        return self.vocabulary
+
+    def codes(self, values: tf.Tensor) -> tf.Tensor:
+        """Looks up values, [n] string: int32, 0 where unknown."""
+        import tensorflow as tf
+
+        if not self.vocabulary:
+            return tf.zeros_like(values, tf.int32)
+        return tf.cast(self._lookup(values), tf.int32)
+
+    @functools.cached_property
+    def _lookup(self) -> tf.keras.layers.StringLookup:
+        import tensorflow as tf
+
+        # What is unknown has the code of the empty string, which no vocabulary holds.
+        vocabulary = np.array(self.vocabulary, object)
+        return tf.keras.layers.StringLookup(vocabulary=vocabulary, oov_token="")
+
+    @property
+    def graph_resource(self) -> Any:
+        """The lookup table."""
+        return self._lookup.lookup_table if self.vocabulary else None
+
+    def codes_of(self, there: Self) -> np.ndarray:
+        """Returns the code there of each value here."""
+        codes = {value: code for code, value in enumerate(there.vocabulary, 1)}
+        return np.array([0, *(codes.get(value, 0) for value in self.vocabulary)], np.int64)
+
+    def describe_change(self, there: Self) -> str:
+        """Says how many values are kept, new and gone."""
+        if not (self.vocabulary or there.vocabulary):
+            return ""
+        num_kept = int(np.count_nonzero(self.codes_of(there)))
+        return kept_new_gone("values", num_kept, len(self.vocabulary), len(there.vocabulary))
+
+    def example_raw(self) -> Any:
+        """Returns a known value."""
+        return (self.vocabulary or ("1",))[0]
 
 
-def words_of(texts: tf.Tensor) -> tf.RaggedTensor:
-    """Returns the lower-case words of texts [B], string [B, any].
+@dataclass(frozen=True)
+class ValueLists(Vocabulary):
+    """A feature with any number of values a row, of which the first known ones count.
 
-    Of scripts without spaces, such as Chinese and Thai, each character is a word.
+    Args:
+        name: Column name.
+        vocabulary: Known values.
+        num_values: Number of known values that count.
+        longest: Number of values in the column's longest row.
+        is_from_timestamp: See `Feature`.
     """
-    # These letters first: what is the lower case of an I depends on the server's locale.
-    steps = (_VARIANTS, ""), (_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")
-    for pattern, by in steps:
-        texts = tf.strings.regex_replace(texts, pattern, by)
-    return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))
+
+    num_values: int = 1
+    longest: int = 0
+
+    noun: ClassVar[str]
+    """What to call a value in messages."""
+
+    def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
+        """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
+        import tensorflow as tf
+
+        # Not padded before they are cut: one row may have very many values.
+        codes = self.codes(lists.values)
+        place = tf.where(codes > 0)[:, 0]
+        rows = tf.gather(lists.value_rowids(), place)
+        known = tf.RaggedTensor.from_value_rowids(
+            tf.gather(codes, place), rows, lists.nrows(), validate=False
+        )
+        return known[:, : self.num_values].to_tensor(shape=[None, self.num_values])
+
+    def describe(self, encoded: np.ndarray) -> Iterator[str]:
+        """Says how many rows have no known value, and whether any was cut."""
+        if num_without := int(np.count_nonzero(~encoded.any(axis=1))):
+            shared = f"{self.noun} that two rows share" if self.noun == "word" else self.noun
+            yield f"{num_without:,} of {counted(len(encoded), 'row')} have no {shared}"
+        if self.longest > self.num_values:
+            yield f"of up to {self.longest:,} the first {self.num_values} count"
+
+    def describe_unknown(self, text: str, value: Any) -> str:
+        """Says that the training knew none of the values."""
+        if not text or self.encode_column([value]).any():
+            return ""
+        return f"has no {self.noun} that the training knew"
 
 
-def has_booleans(values: Collection[str]) -> bool:
-    """Tells whether true or false is among values: then BOOLEANS are these (`lower_booleans`)."""
-    return "true" in values or "false" in values
+def list_length(longest: int, most: int) -> int:
+    """Returns how many values of a list count: `longest`, but 16 or more, and at most `most`."""
+    return max(1, min(max(longest, MIN_LENGTH), most))  # Longer lists can come later.
 
 
-def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
-    """Writes BOOLEANS as `to_text` does: those that reach a graph as they stand in a table."""
-    for word in ("true", "false"):
-        spellings = "|".join(x for x in BOOLEANS if x.lower() == word)
-        texts = tf.strings.regex_replace(texts, f"^({spellings})$", word)
-    return texts
+def count_rows(
+    column: Column, split: Callable[[Column], tuple[Any, np.ndarray]] | None = None
+) -> tuple[dict[str, int], int]:
+    """Counts the rows of each value, and the values of the longest row.
 
+    `split` makes a block of rows an Arrow array of all values and their number in each row; if
+    None, every row is a value.
+    """
+    import pyarrow as pa
 
-def count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int]:
-    """Counts the rows of each value, and the values of the longest row."""
     counts, longest = [], 0
     for block in in_blocks(column):
-        if kind == "text":
-            words = words_of(tf.constant(to_texts(block).to_pylist(), tf.string, [len(block)]))
-            values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
-            lengths = words.row_lengths().numpy()
-        elif kind == "multi_categorical":
-            values, lengths = to_text_lists(block)
-        else:
+        if split is None:
             values = to_texts(block)
             lengths = np.ones(len(values), np.int64)
+        else:
+            values, lengths = split(block)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
         counts.append(pairs.group_by("value").aggregate([("row", "count")]))
@@ -80,12 +150,6 @@ def count_values(kind: FeatureKind, column: Column) -> tuple[dict[str, int], int
     return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
 
 
-def bucket_count(num_values: int, *, per_value: int, low: int, high: int) -> int:
-    """Returns a power of two: the next above `per_value` * `num_values`, from `low` to `high`.
-
-    Example:
-        >>> bucket_count(100, per_value=2, low=16, high=2**20)
-        256
-    """
-    wanted = 2 ** (per_value * num_values - 1).bit_length()
-    return min(max(wanted, low), high)
+def takes_whole_floats(vocabulary: Collection[str]) -> bool:
+    """Returns whether 7.0, as a table with missing values writes 7, means the value 7."""
+    return not any(value.endswith(".0") for value in vocabulary)

@@ -18,15 +18,13 @@ from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, count_rows
 from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.kinds import FeatureKind
+from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
-# Words that a single item has are noise.
-MIN_TEXT_COUNT = 2
 # Beside samples and checkpoints: what made them.
 MADE_OF_FILE = "made_of.json"
 
@@ -75,7 +73,7 @@ class Corpus:
             tuple(
                 # Fitted to the samples, which are of training alone.
                 replace(
-                    _fit(name, kind, read_raw(folder, name), end),
+                    KINDS[kind].fit(name, read_raw(folder, name), reference=end),
                     is_from_timestamp=is_from_timestamp(name, log.events.columns),
                 )
                 for name, kind in log.request_features.items()
@@ -110,14 +108,9 @@ def _encode(
     data = table.select(*kinds).to_pyarrow() if kinds else {}
     for name, kind in kinds.items():
         fitted_to = data[name] if is_there is None else data[name].filter(is_there)
-        features.append(_fit(name, kind, fitted_to, end))
+        features.append(KINDS[kind].fit(name, fitted_to, reference=end))
         columns[name] = features[-1].encode_column(data[name])
     return tuple(features), columns
-
-
-def _fit(name: str, kind: FeatureKind, column: Any, end: datetime | None) -> Feature:
-    min_count = MIN_TEXT_COUNT if kind == "text" else 1
-    return Feature.fit(name, kind, column, min_count=min_count, reference=end)
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.layers import FeatureSpec, layer_name
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.layers import layer_name
 from tfrs_pipeline.model.randomness import Stream, fold, uniform_of_rows
 
 
 class FeatureTable(tf.keras.layers.Layer):
     """Encoded features of every row, 0 ("unknown") included, constant in the model."""
 
-    def __init__(self, specs: Sequence[FeatureSpec], num_rows: int, name: str) -> None:
+    def __init__(self, features: Sequence[Feature], num_rows: int, name: str) -> None:
         super().__init__(name=name, trainable=False)
         self._columns = {}
-        for spec in specs:
-            missing = spec.empty(1)
-            self._columns[spec.name] = self.add_weight(
-                name=layer_name(spec.name),
+        for feature in features:
+            missing = feature.missing
+            self._columns[feature.name] = self.add_weight(
+                name=layer_name(feature.name),
                 shape=(num_rows, *missing.shape[1:]),
                 dtype=tf.as_dtype(missing.dtype),
                 initializer=tf.constant_initializer(missing.flat[0]),
@@ -29,7 +30,7 @@ class FeatureTable(tf.keras.layers.Layer):
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the features."""
+        """Names of the features."""
         return frozenset(self._columns)
 
     def assign(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -54,29 +55,30 @@ class FeatureTable(tf.keras.layers.Layer):
 
 
 def drop_features(
-    features: Mapping[str, tf.Tensor],
-    specs: Sequence[FeatureSpec],
+    encoded: Mapping[str, tf.Tensor],
+    features: Sequence[Feature],
     rate: float,
     seed: tf.Tensor,
     rows: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
     """Sets encoded features to missing at random, each by itself in each row.
 
-    A model that trains on the rest leans on no single feature, and knows what a missing one means.
+    A model that trains on the rest leans on no single feature, and learns what a missing one means.
 
-    Those of `specs` are dropped, with the probability `rate`; others are returned as they are. The
-    rows, [n] int32, are those whose features these are (see `uniform_of_rows`). The draws are a
-    function of the seed, [2] int32, apart from those of `tf.random.stateless_uniform` with the same
-    one.
+    Args:
+        encoded: Encoded values by the features' names; those not among `features` stay.
+        features: The features to drop.
+        rate: Probability of dropping one.
+        seed: [2] int32; other draws of the same seed are independent.
+        rows: [n] int32, the rows whose features these are (see `uniform_of_rows`).
     """
-    dropped = dict(features)
-    if not specs or not rate:
+    dropped = dict(encoded)
+    if not features or not rate:
         return dropped
     own_seed = fold(seed, Stream.FEATURES)
-    for i, spec in enumerate(specs):
-        empty = spec.empty(1)
+    for i, feature in enumerate(features):
         is_dropped = uniform_of_rows(rows, fold(own_seed, i)) < rate
-        if empty.ndim == 2:
+        if feature.missing.ndim == 2:
             is_dropped = is_dropped[:, tf.newaxis]
-        dropped[spec.name] = tf.where(is_dropped, empty, features[spec.name])
+        dropped[feature.name] = tf.where(is_dropped, feature.missing, encoded[feature.name])
     return dropped

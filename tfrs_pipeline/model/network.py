@@ -64,7 +64,7 @@ class TwoTowerNetwork(tfrs.Model):
         super().__init__(name=name)
         self.query_tower, self.candidate_tower = query_tower, candidate_tower
         self.query_table = feature_table(corpus, "query")
-        self._request_specs = [feature.spec for feature in corpus.request_features]
+        self._request_features = corpus.request_features
         self.num_candidates = len(corpus.candidate_ids)
         self.candidate_table = candidate_table
         self.history_length = settings.history_length
@@ -143,14 +143,15 @@ class TwoTowerNetwork(tfrs.Model):
         """Returns the request features that are given, or in a batch, or missing."""
         rows = batch["query_row"]
         features = {}
-        for spec in self._request_specs:
-            missing = tf.repeat(tf.constant(spec.empty(1)), tf.shape(rows)[0], axis=0)
-            features[spec.name] = given.get(spec.name, batch.get(f"{REQUEST}{spec.name}", missing))
+        for feature in self._request_features:
+            name = feature.name
+            missing = tf.repeat(feature.missing, tf.shape(rows)[0], axis=0)
+            features[name] = given.get(name, batch.get(f"{REQUEST}{name}", missing))
         if not features or not training:
             return features
         seed = pass_seed(training, batch.get("dropout_seed"))
         seed = fold(seed, Stream.REQUESTS)
-        return drop_features(features, self._request_specs, REQUEST_DROPOUT, seed, rows)
+        return drop_features(features, self._request_features, REQUEST_DROPOUT, seed, rows)
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Computes the mean loss of a batch: scalar float32.
@@ -320,7 +321,7 @@ class TwoTowerNetwork(tfrs.Model):
 
 def feature_table(corpus: Corpus, side: Literal["query", "candidate"]) -> FeatureTable:
     """Makes the table of a side's encoded features."""
-    specs = [feature.spec for feature in getattr(corpus, f"{side}_features")]
-    table = FeatureTable(specs, len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_features")
+    features = getattr(corpus, f"{side}_features")
+    table = FeatureTable(features, len(getattr(corpus, f"{side}_ids")) + 1, f"{side}_features")
     table.assign(getattr(corpus, f"{side}_columns"))
     return table

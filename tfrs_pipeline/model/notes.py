@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeAlias
 
-import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.features.feature import MAX_VALUES, Feature
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult
@@ -119,28 +117,9 @@ def describe_features(corpus: Corpus) -> list[str]:
         (corpus.query_features, corpus.query_columns),
     ):
         for feature in features:
-            codes, parts = columns[feature.name], []
-            # Equal values, as most of a rare flag are, are well told from the others.
-            if 0 < feature.spread < 1e-3:
-                parts.append(
-                    "three in four values are within a thousandth of a standard deviation of each "
-                    "other, beside far ones: bucketized tells them apart"
-                )
-            elif feature.kind in MAX_VALUES:
-                parts += _describe_lists(feature, codes)
-            if parts:
-                name = printable(feature.name)
-                notes.append(f"{feature.kind} feature {name}: {'; '.join(parts)}")
+            if parts := "; ".join(feature.describe(columns[feature.name])):
+                notes.append(f"{feature.kind} feature {printable(feature.name)}: {parts}")
     return notes
-
-
-def _describe_lists(feature: Feature, codes: np.ndarray) -> Iterator[str]:
-    """Says how many rows of lists or texts have no known value, and whether any was cut."""
-    what = "word that two rows share" if feature.kind == "text" else "value"
-    if num_without := int(np.count_nonzero(~codes.any(axis=1))):
-        yield f"{num_without:,} of {counted(len(codes), 'row')} have no {what}"
-    if feature.longest > feature.num_values:
-        yield f"of up to {feature.longest:,} the first {feature.num_values} count"
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.layers import FeatureEmbedding, FeatureSpec, layer_name
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.layers import layer_name
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 from tfrs_pipeline.model.history import HistoryEncoder
@@ -40,7 +41,7 @@ class Tower(tf.keras.layers.Layer):
         name: str,
         settings: TwoTowerSettings,
         *,
-        features: Sequence[FeatureSpec] = (),
+        features: Sequence[Feature] = (),
         num_ids: int | None = None,
         are_trained: np.ndarray | None = None,
         bias: Literal["id", "ones"] | None = None,
@@ -66,11 +67,9 @@ class Tower(tf.keras.layers.Layer):
             self._row_of_id = tf.constant(np.arange(len(are_trained)) * are_trained, tf.int32)
         self._id_dropout = settings.id_dropout
         self.history = history
-        self._specs = tuple(features)
+        self._droppable = tuple(features)
         self._feature_dropout = settings.feature_dropout
-        self._features = {
-            spec.name: FeatureEmbedding(spec, settings.feature_dim) for spec in features
-        }
+        self._features = {x.name: x.layer(settings.feature_dim) for x in features}
         self._is_sum = settings.combination == "sum"
         # A history of one vector has the size of the output.
         projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
@@ -97,7 +96,7 @@ class Tower(tf.keras.layers.Layer):
         features = inputs["features"]
         if seed is not None and self._feature_dropout:
             features = drop_features(
-                features, self._specs, self._feature_dropout, seed, inputs["row"]
+                features, self._droppable, self._feature_dropout, seed, inputs["row"]
             )
         parts = self._embedded(features)
         if self.history is not None:
@@ -189,7 +188,7 @@ def candidate_tower(settings: TwoTowerSettings, corpus: Corpus) -> Tower:
     return Tower(
         "candidate_tower",
         settings,
-        features=[feature.spec for feature in corpus.candidate_features],
+        features=corpus.candidate_features,
         num_ids=len(corpus.candidate_ids) if settings.use_candidate_id else None,
         are_trained=None if corpus.is_later is None else ~corpus.is_later,
         bias="id" if settings.candidate_bias else None,
@@ -216,7 +215,7 @@ def query_tower(
     return Tower(
         "query_tower",
         settings,
-        features=[x.spec for x in (*corpus.query_features, *corpus.request_features)],
+        features=(*corpus.query_features, *corpus.request_features),
         num_ids=len(corpus.query_ids) if settings.use_user_id else None,
         are_trained=corpus.has_positive if settings.use_user_id else None,
         bias="ones" if settings.candidate_bias else None,

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.messages import kept_new_gone
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -88,15 +88,8 @@ class WarmStart:
         notes = [f"warm start: {items}; {users}"]
         sides = (_features(there, here, side) for side in ("candidate", "query", "request"))
         for old, new in itertools.chain.from_iterable(zip(*side, strict=True) for side in sides):
-            if new.vocabulary or old.vocabulary:
-                values = _counted("values", _source_codes(old, new), len(old.vocabulary))
-                notes.append(f"    {new.name}: {values}")
-            elif _has_moved(old, new):
-                notes.append(
-                    f"    {new.name}: read on another scale, which changes what was learned of it: "
-                    f"mean {old.mean:.4g} there, {new.mean:.4g} here; scale {old.scale:.4g} "
-                    f"there, {new.scale:.4g} here"
-                )
+            if change := new.describe_change(old):
+                notes.append(f"    {new.name}: {change}")
         if len(set(self._optimizers)) > 1:
             before, now = self._optimizers
             notes.append(f"    the optimizer's state starts anew: it was {before}, now {now}")
@@ -116,7 +109,7 @@ class WarmStart:
             for side in sides:
                 for before, now in zip(*_features(there, here, side), strict=True):
                     if (codes := tower.feature_table(now.name)) is not None:
-                        yield codes, _source_codes(before, now)
+                        yield codes, now.codes_of(before)
 
     def _carry(
         self,
@@ -173,7 +166,10 @@ def _problems(
         message = "{} model reads times and {} one does not".format(*which)
         yield "warm_start", f"{message}: give both logs timestamps, or neither"
     for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
-        old, new = (list(map(_shape, x)) for x in _features(source.corpus, corpus, side))
+        old, new = (
+            [feature.specification for feature in of_side]
+            for of_side in _features(source.corpus, corpus, side)
+        )
         if old != new:
             yield (
                 f"data.{name}_features",
@@ -186,11 +182,6 @@ def _problems(
         if there.values.dtype != here.values.dtype:
             kinds = ["strings" if x.values.dtype == object else "integers" for x in (here, there)]
             yield "warm_start", f"{name} ids are {kinds[0]} here and {kinds[1]} there"
-
-
-def _shape(feature: Feature) -> str:
-    length = f" of {feature.num_values} numbers" if feature.kind == "vector" else ""
-    return f"{feature.name}={feature.kind}{length}"
 
 
 def _listed(features: Sequence[str]) -> str:
@@ -206,27 +197,5 @@ def _source_rows(there: Ids, here: Ids) -> np.ndarray:
     return np.concatenate([[0], there.rows(here.values)])
 
 
-def _source_codes(there: Feature, here: Feature) -> np.ndarray:
-    """Returns for every code of a feature here that of the same value there, 0 if there is none."""
-    if here.kind == "hashed":
-        # Their numbers are powers of two: a bucket here is part of one there, or holds it.
-        return np.concatenate([[0], 1 + np.arange(here.num_buckets) % there.num_buckets])
-    if here.kind == "bucketized":
-        lowest = np.array([-np.inf, *here.boundaries])
-        return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
-    if not (there.vocabulary and here.vocabulary):
-        return np.zeros(len(here.vocabulary) + 1, np.int64)
-    return _source_rows(Ids(there.vocabulary), Ids(here.vocabulary))
-
-
-def _has_moved(there: Feature, here: Feature) -> bool:
-    """Whether a feature's mean has moved by half a scale and more, or its scale by twice."""
-    shift, ratio = abs(here.mean - there.mean), here.scale / there.scale
-    return shift > there.scale / 2 or not 0.5 <= ratio <= 2
-
-
 def _counted(what: str, rows: np.ndarray, num_there: int) -> str:
-    num_kept = int(np.count_nonzero(rows))
-    return (
-        f"{num_kept:,} {what} kept, {len(rows) - 1 - num_kept:,} new, {num_there - num_kept:,} gone"
-    )
+    return kept_new_gone(what, int(np.count_nonzero(rows)), len(rows) - 1, num_there)

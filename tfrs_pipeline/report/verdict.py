@@ -12,6 +12,7 @@ from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.presets import PRESETS
 
@@ -19,7 +20,6 @@ from tfrs_pipeline.presets import PRESETS
 _FEW_POSITIVES = 10
 # No larger model.feature_dim is suggested: docs/guides/new_items.md.
 _LARGE_FEATURE_DIM = 32
-_NOT_EMBEDDED = {"numeric", "timestamp"}  # Kinds that model.feature_dim does not affect.
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
 # Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
@@ -242,7 +242,7 @@ def _for_few_positives(config: RunConfig) -> str:
     features, length = config.data.item_features, config.model.feature_dim
     if not features:
         return "item features (data.item_features)"
-    if length < _LARGE_FEATURE_DIM and not set(features.values()) <= _NOT_EMBEDDED:
+    if length < _LARGE_FEATURE_DIM and any(KINDS[x].is_embedded for x in features.values()):
         return f"a model.feature_dim above {length}"
     return "a smaller model.dim"
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.feature import raw_signature
+from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.encoder import features_of, query_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
@@ -51,8 +51,7 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for side, features in (("candidate", sides["candidate"]), ("query", of_query)):
         values[side] = {}
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
-            is_text = spec.dtype == tf.string
-            values[side][spec.name] = (feature.vocabulary or ("1",))[0] if is_text else 1.0
+            values[side][spec.name] = feature.example_raw()
     if manifest["filter"] and manifest["filter"]["values"]:
         values["query"]["allowed"] = manifest["filter"]["values"][0]
     return values

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.feature import Feature, encode_raw, lookup_tables, raw_signature
+from tfrs_pipeline.features.encoding import encode_raw, graph_resources, raw_signature
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import history_of, item_times
 from tfrs_pipeline.features.requests import (
     TIMESTAMP,
@@ -84,9 +86,9 @@ class Encoder(tf.Module):
         self._request_features = tuple(model.request_features)
         self._candidate_features = tuple(model.candidate_features)
         # As attributes they are saved with the module.
-        self._query_vocabularies = lookup_tables(model.query_features)
-        self._request_vocabularies = lookup_tables(model.request_features)
-        self._candidate_vocabularies = lookup_tables(model.candidate_features)
+        self._query_resources = graph_resources(model.query_features)
+        self._request_resources = graph_resources(model.request_features)
+        self._candidate_resources = graph_resources(model.candidate_features)
         user_id = tf.TensorSpec([None], id_dtype(model.query_ids), "user_id")
         item_dtype = id_dtype(model.candidate_ids)
         item_id = tf.TensorSpec([None], item_dtype, "item_id")
@@ -176,7 +178,7 @@ class Encoder(tf.Module):
 
     def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
         return {
-            feature.name: tf.repeat(tf.constant(feature.spec.empty(1)), num_rows, axis=0)
+            feature.name: tf.repeat(feature.missing, num_rows, axis=0)
             for feature in self._query_features
         }
 
@@ -250,7 +252,7 @@ def embed_queries(
 def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
     """Reads the features of a model's manifest: those of query, request and candidate."""
     return {
-        side: tuple(map(Feature.from_dict, manifest.get("features", {}).get(side, ())))
+        side: tuple(map(feature_from_dict, manifest.get("features", {}).get(side, ())))
         for side in ("query", "request", "candidate")
     }
 

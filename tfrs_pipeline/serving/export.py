@@ -22,8 +22,9 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming, write_record
-from tfrs_pipeline.features.feature import Feature, raw_signature
-from tfrs_pipeline.features.raw import history_of, item_times, to_texts
+from tfrs_pipeline.features.encoding import raw_signature
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import history_of, item_times
 from tfrs_pipeline.features.requests import TIMESTAMP, request_signature
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable
@@ -376,16 +377,9 @@ def _query_table(
     if HISTORY_TIMESTAMPS in read:
         columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
     if request or TIMESTAMP in read:
-        codes = [x.name for x in request if x.kind in ("categorical", "hashed")]
-        listed = [x.name for x in request if x.kind == "multi_categorical"]
-        read = [*(feature.name for feature in request), TIMESTAMP]
-        rows = [
-            {name: (query.get("request") or {}).get(name) for name in read} for query in queries
-        ]
-        # Codes of whichever type they are, as the model reads them.
-        texts = {name: to_texts([row[name] for row in rows]).to_pylist() for name in codes}
-        for i, row in enumerate(rows):
-            row |= {name: texts[name][i] or None for name in codes}
-            row |= {name: [row[name]] for name in listed if isinstance(row[name], str)}
-        columns["request"] = pa.array(rows)
+        asked = [query.get("request") or {} for query in queries]
+        values = {x.name: x.storable([given.get(x.name) for given in asked]) for x in request}
+        values[TIMESTAMP] = [given.get(TIMESTAMP) for given in asked]
+        rows = zip(*values.values(), strict=True)
+        columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
     return pa.table(columns)

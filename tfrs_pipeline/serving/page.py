@@ -18,7 +18,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.serving.encoder import request_inputs
 from tfrs_pipeline.serving.id_tensors import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
-from tfrs_pipeline.serving.retriever import LoadedRetriever, parse_value
+from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.signatures import Retrieval, ask
 from tfrs_pipeline.serving.versions import ServedVersion
@@ -43,12 +43,12 @@ class PageQuery(BaseModel):
     """A query of the page: by a user's stored history, or by items and features of someone.
 
     The items are excluded from the answer. Of `filter`, values of the model's item filter, items
-    have one. A request is as typed: see `parse_request`.
+    have one. Features and what a request brings are as typed (see `Feature.parse`).
     """
 
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
-    features: dict[str, Any] = {}
+    features: dict[str, StrictStr] = {}
     filter: Annotated[list[StrictStr], FailFast()] = []
     request: dict[str, StrictStr] = {}
     k: StrictInt = Field(10, ge=1)
@@ -71,9 +71,9 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "example_items": _shown(ids[0].tolist(), version.titles),
         "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
         "inputs": [
-            {"name": x.name, "kind": x.kind, "values": _choices(x)}
+            {"name": x.name, "placeholder": x.placeholder, "values": _choices(x)}
             for x in retriever.features["query"]
-            if x.kind != "vector"
+            if x.placeholder is not None
         ],
         "request": list(manifest.get("feature_inputs", {}).get("request", ())),
         "can_compare": version.exact not in (None, retriever),
@@ -81,8 +81,9 @@ def card(version: ServedVersion) -> dict[str, Any]:
 
 
 def _choices(feature: Feature) -> list[str]:
-    is_chosen = feature.kind == "categorical" and len(feature.vocabulary) <= MAX_CHOICES
-    return list(feature.vocabulary) if is_chosen else []
+    is_one_of_few = feature.holds_categories and feature.raw_shape == ()
+    values = feature.known_values
+    return list(values) if is_one_of_few and len(values) <= MAX_CHOICES else []
 
 
 def _shown(ids: Iterable[Any], titles: Mapping[Any, str | None]) -> list[dict[str, Any]]:
@@ -151,11 +152,10 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     )
     given: dict[str, tf.Tensor] = {}
     if query.features:
-        # JSON has no times: they come as typed.
-        times = {x.name for x in retriever.features["query"] if x.kind == "timestamp"}
+        known = {feature.name: feature for feature in retriever.features["query"]}
         features = {
-            name: parse_value(name, "timestamp", x) if name in times and isinstance(x, str) else x
-            for name, x in query.features.items()
+            name: known[name].parse(text) if name in known else text
+            for name, text in query.features.items()
         }
         given |= retriever.raw_query_features([{"features": features}])
     if query.request:

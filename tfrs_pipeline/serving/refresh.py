@@ -18,7 +18,7 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.vocabulary import in_blocks
+from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search
@@ -113,7 +113,7 @@ def refresh_index(
         num_unknown = {
             feature.name: _num_unknown(path, found, feature, allow_all=allow_all_new)
             for feature in retriever.features["candidate"]
-            if feature.kind in ("categorical", "multi_categorical")
+            if feature.holds_categories
         }
         table, embeddings, is_trained = _embed(path, found, retriever, on_progress)
         ids = table["item_id"].to_pylist()
@@ -251,10 +251,7 @@ def _refuse_lost_features(path: Path, items: pa.Table, features: Sequence[Featur
         raws = map(feature.to_raw, in_blocks(items[feature.name]))
         if not all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws):
             continue
-        # Of vectors a training has some.
-        if feature.kind == "vector" or (
-            replace(feature, reference=0.0) != Feature.fit(feature.name, feature.kind, [None])
-        ):
+        if feature.had_values:
             raise DataError(
                 f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
                 "which the training had some: a join that failed leaves such a column. Fill it; if "
@@ -277,10 +274,10 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, *, allow_all: bo
         num_unknown += int(is_unknown.sum())
         if len(unknown) < 2:
             unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
-    if feature.vocabulary and len(unknown) > 1 and not (num_known or allow_all):
+    if feature.known_values and len(unknown) > 1 and not (num_known or allow_all):
         raise DataError(
             f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
-            f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
+            f"model, whose values are like {feature.known_values[0]!r}. Write them as in the log "
             "that it was trained on; if all are meant to be new, set allow_all_new."
         )
     return num_unknown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +11,11 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.features.feature import raw_columns, raw_signature
+from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.raw import to_text
+from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.retrieval import (
-    HISTORY_TIMESTAMPS,
     Excluded,
     Query,
     Retrieved,
@@ -222,8 +221,8 @@ class LoadedRetriever:
         model reads no such feature, or it holds something else.
         """
         check_requests([texts], self._request_names)
-        kinds: dict[str, str] = {feature.name: feature.kind for feature in self.features["request"]}
-        return {name: parse_value(name, kinds.get(name, name), x) for name, x in texts.items()}
+        known = {feature.name: feature for feature in self.features["request"]}
+        return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
     @property
     def num_candidates(self) -> int:
@@ -340,39 +339,6 @@ def _parse_id(text: str, dtype: tf.DType, what: str) -> Any:
         return int(text)
     except ValueError:
         raise ValueError(f"This model's {what} ids are integers. Received: {text!r}") from None
-
-
-_AS_TYPED = {
-    **dict.fromkeys(("numeric", "bucketized"), "a number: write one, such as 1.5"),
-    "vector": "a vector: write its numbers with commas, such as 1,2,3",
-    "timestamp": "a time: write one with its zone, such as 2026-01-31T08:00Z",
-    HISTORY_TIMESTAMPS: (
-        "a time: write one with its zone, such as 2026-01-31T08:00Z, or none where it is not known"
-    ),
-}
-
-
-def parse_value(name: str, kind: str, text: str) -> Any:
-    """Turns a feature's value typed by a person into one of its kind, or raises a `ValueError`."""
-    try:
-        if kind in ("numeric", "bucketized"):
-            return float(text)
-        if kind == "vector":
-            return [float(number) for number in text.split(",")]
-        if kind == HISTORY_TIMESTAMPS and text in ("", "none"):
-            return None
-        if kind in ("timestamp", HISTORY_TIMESTAMPS):
-            return _parse_time(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {_AS_TYPED[kind]}. Received: {text!r} ({error})") from None
-    return [part.strip() for part in text.split(",")] if kind == "multi_categorical" else text
-
-
-def _parse_time(text: str) -> datetime:
-    time = datetime.fromisoformat(text)
-    if time.tzinfo is None:
-        raise ValueError(f"it has no zone: write {time.isoformat()}Z if it is UTC")
-    return time
 
 
 def _decoded(ids: np.ndarray) -> np.ndarray:

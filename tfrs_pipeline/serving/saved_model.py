@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.vocabulary import has_booleans, lower_booleans
+from tfrs_pipeline.features.graph import lower_booleans
+from tfrs_pipeline.features.raw import has_booleans, padded, to_text_lists
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.id_tensors import lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
@@ -35,7 +35,7 @@ class ItemFilter(tf.Module):
 
     def __init__(self, name: str, column: Sequence[Any]) -> None:
         super().__init__(name="item_filter")
-        lists = Feature(name, "multi_categorical").to_raw(column).tolist()
+        lists = padded(*to_text_lists(column)).tolist()
         rows = [[value for value in dict.fromkeys(values) if value] for values in lists]
         values = sorted({value for row in rows for value in row})
         self._column, self._values = name, tuple(values)

@@ -89,7 +89,7 @@ class ServedVersion:
                 named[side][feature.name]
                 for side in sides
                 for feature in self.retriever.features[side]
-                if feature.kind == "timestamp"
+                if feature.is_time
             ]
             self.signatures[name] = SignatureInputs(
                 inputs,
@@ -101,10 +101,10 @@ class ServedVersion:
         self._vocabularies = {
             of_side["request"][feature.name]: (
                 metrics.UNKNOWN_VALUES.labels(feature.name),
-                frozenset(map(str.encode, feature.known_texts)),
+                frozenset(map(str.encode, known)),
             )
             for feature in self.retriever.features["request"]
-            if feature.kind == "categorical"
+            if (known := feature.known_texts) is not None
         }
         # The first call is slow, and reveals a broken model.
         for retriever in self._retrievers():

@@ -1,0 +1,110 @@
+"""Moments: their age, hour and weekday."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from tfrs_pipeline.features.feature import TIME_TYPES, Feature, TableColumn
+from tfrs_pipeline.features.numeric import describe_move, moments
+from tfrs_pipeline.features.raw import Column, to_seconds
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+    import tensorflow as tf
+
+logger = logging.getLogger(__name__)
+
+DAY_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True)
+class Timestamp(Feature):
+    """A moment's age, and its hour and weekday in UTC, each a point on a circle.
+
+    The age is log(1 + days before `reference`), standardised, so that recent moments are told
+    apart; it is 0 days for later ones.
+
+    Args:
+        name: Column name.
+        mean: Mean of the ages of the column.
+        scale: Their standard deviation.
+        reference: Time from which ages count, in seconds since 1970.
+        is_from_timestamp: See `Feature`.
+    """
+
+    mean: float = 0.0
+    scale: float = 1.0
+    reference: float = 0.0
+
+    kind: ClassVar[str] = "timestamp"
+    names_elsewhere = ("time", "date", "datetime")
+    column_types = TIME_TYPES
+    raw_dtype = "float64"
+    how_typed = "a time: write one with its zone, such as 2026-01-31T08:00Z"
+    placeholder = "2026-01-31T08:00Z"
+    is_embedded = False
+    is_time = True
+
+    @classmethod
+    def read(cls, column: TableColumn) -> ir.Value:
+        """Reads moments in UTC."""
+        return column.time()
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Standardises ages, which count from the reference; None is the column's latest time."""
+        seconds = to_seconds(name, column)
+        known = seconds[~np.isnan(seconds)]
+        start = float(known.max()) if len(known) else 0.0
+        if reference is not None:
+            start = float(to_seconds(name, [reference])[0])
+        if len(known) and known.min() >= start and known.max() > start:
+            logger.warning(
+                "Feature %r: no time is before %s, from which ages count: the age of all is 0.",
+                name,
+                reference,
+            )
+        mean, scale = moments(np.log1p(np.maximum(start - known, 0.0) / DAY_SECONDS))
+        return cls(name, mean, scale, start)
+
+    def to_raw(self, column: Column) -> np.ndarray:
+        """Returns [n] float64 seconds since 1970, NaN where missing."""
+        return to_seconds(self.name, column)
+
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
+        import tensorflow as tf
+
+        from tfrs_pipeline.features import graph
+
+        age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
+        values = [graph.standardised(age - self.mean, self.scale)]
+        of_day = tf.math.floormod(raw, DAY_SECONDS)
+        # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
+        of_week = tf.math.floormod(raw - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
+        for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
+            values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
+        return graph.where_finite(raw[:, tf.newaxis], tf.stack(values, axis=1))
+
+    @property
+    def had_values(self) -> bool:
+        """Whether the column had a time; the reference does not come from the column."""
+        return dataclasses.replace(self, reference=0.0) != self.fit(self.name, [None])
+
+    def describe_change(self, there: Self) -> str:
+        """Says if the scale of the ages is another one."""
+        return describe_move((there.mean, there.scale), (self.mean, self.scale))
+
+    @staticmethod
+    def from_text(text: str) -> Any:
+        """Converts a time in ISO 8601 with its zone."""
+        time = datetime.fromisoformat(text)
+        if time.tzinfo is None:
+            raise ValueError(f"it has no zone: write {time.isoformat()}Z if it is UTC")
+        return time

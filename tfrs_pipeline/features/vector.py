@@ -1,0 +1,164 @@
+"""Vectors from another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from tfrs_pipeline.features.feature import Feature, TableColumn
+from tfrs_pipeline.features.numeric import describe_move
+from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list_lengths, typed
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+    import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Vector(Feature):
+    """A list of numbers, all divided by one scale so that the length is 1 on average.
+
+    The directions stay, and the layer is a trained linear map. Numbers are clipped to 10 typical
+    lengths.
+
+    Args:
+        name: Column name.
+        num_values: Length of the lists.
+        scale: Root mean square of the vectors' lengths.
+        is_from_timestamp: See `Feature`.
+    """
+
+    num_values: int
+    scale: float = 1.0
+
+    kind: ClassVar[str] = "vector"
+    names_elsewhere = ("embedding", "floats")
+    column_types = {"array": "array<float32>"}
+    raw_dtype = "float32"
+    how_typed = "a vector: write its numbers with commas, such as 1,2,3"
+    placeholder = None
+
+    @classmethod
+    def read(cls, column: TableColumn) -> ir.Value:
+        """Reads lists of float32, all of the length that most have."""
+        import ibis
+
+        value, dtype = column.value, column.value.type()
+        if dtype.is_string():
+            parts = value.split(column.list_separator).map(lambda part: part.strip())
+            numbers = parts.map(lambda part: part.try_cast("float64"))
+            is_unread = numbers.map(lambda number: number.isnull()).anys()
+            shown = f"{column.list_separator!r} (list_separator)"
+            problem = f"must hold numbers separated by {shown} and does not"
+            column.fault(is_unread, problem, setting="list_separator")
+        elif dtype.is_array() and dtype.value_type.is_numeric():
+            numbers = value.cast("array<float64>")
+        else:
+            raise column.wrong_type("a list of numbers or a string")
+        is_finite = numbers.map(lambda x: (x.abs() <= LARGEST_FLOAT32).fill_null(False)).alls()
+        mend = {"remedy": "Correct them, or leave them null where there is none.", "setting": ""}
+        column.fault(~is_finite, "does not hold finite numbers that float32 can hold", **mend)
+        length = is_finite.ifelse(numbers.length(), ibis.null("int64")).nullif(0)
+        found = column.aggregate(usual=length.mode(), is_faulty=(~is_finite).any())
+        usual = found["usual"]
+        if usual is None and not found["is_faulty"]:
+            raise column.refusal(
+                f": none of {column.num_rows} rows holds a vector. Name another column, or drop "
+                "the feature."
+            )
+        problem = f"must hold vectors of one length, {usual} as most, and does not"
+        column.fault(length != usual, problem, **mend)
+        vectors = numbers.cast("array<float32>")
+        return (length == usual).ifelse(vectors, ibis.null("array<float32>"))
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Takes the commonest length of the lists, and the root mean square of the vectors'."""
+        vectors = _to_vectors(name, column)
+        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+        return cls(name, vectors.shape[1], float(np.sqrt(np.nanmean(squares))) or 1.0)
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The length."""
+        return (self.num_values,)
+
+    def to_raw(self, column: Column) -> np.ndarray:
+        """Returns [n, num_values] float32, NaN in missing rows."""
+        return _to_vectors(self.name, column, self.num_values)
+
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B, num_values] float32, NaN where a number is missing or infinite."""
+        import tensorflow as tf
+
+        from tfrs_pipeline.features import graph
+
+        is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
+        return tf.where(is_known, graph.standardised(raw, self.scale), np.float32(np.nan))
+
+    def layer(self, dim: int) -> tf.keras.layers.Layer:
+        """Makes a linear map to `dim` numbers, and a column that flags missing rows."""
+        from tfrs_pipeline.features.layers import FlaggedNumbers
+
+        return FlaggedNumbers(self.name, dim)
+
+    @property
+    def had_values(self) -> bool:
+        """True: a column without any vector cannot be fitted."""
+        return True
+
+    @property
+    def specification(self) -> str:
+        """Name, kind and length."""
+        return f"{super().specification} of {self.num_values} numbers"
+
+    def describe_change(self, there: Self) -> str:
+        """Says if the scale is another one."""
+        return describe_move((0.0, there.scale), (0.0, self.scale))
+
+    @staticmethod
+    def from_text(text: str) -> Any:
+        """Converts numbers with commas between them."""
+        return [float(number) for number in text.split(",")]
+
+
+def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:
+    """Returns [n, length] float32, NaN in missing rows; the length is by default the commonest."""
+    import pyarrow as pa
+
+    must_hold, num_rows = f"Feature '{name}' must hold", len(column)
+    column, of_numbers = typed(column), pa.list_(pa.float32())
+    try:
+        if isinstance(column, pa.Array):
+            lists = column.cast(of_numbers, safe=False)
+        else:
+            lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{must_hold} vectors: in each of its {num_rows} rows a list of numbers, or None. "
+            f"Received others. {error}."
+        ) from None
+    is_known = lists.is_valid().to_numpy(zero_copy_only=False)
+    lengths = list_lengths(lists)[is_known]
+    if length is None:
+        length = int(np.bincount(lengths, minlength=1).argmax())
+        if not length:
+            raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
+    others = lengths[lengths != length]
+    if len(others):
+        raise ValueError(
+            f"{must_hold} vectors of length {length}. Received: {len(others)} of {num_rows} rows "
+            f"of another length, such as {others[0]}. Correct them, or use None: it is missing."
+        )
+    vectors = np.full((num_rows, length), np.nan, np.float32)
+    vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+    num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
+    if num_bad:
+        raise ValueError(
+            f"{must_hold} finite float32 numbers. Received: others in {num_bad} of {num_rows} "
+            "rows. Correct them, or use None for the row: it is missing."
+        )
+    return vectors
