@@ -45,9 +45,9 @@ class Reading(Config):
     """
 
     columns: dict[str, str] = {}
-    """Names in the event table of user_id, item_id, timestamp, stage, rating, request_id, rank,
-    score, weight and part where they differ, such as user_id=viewer; other names keep columns as
-    context."""
+    """Columns of the event table that have other names, such as user_id=viewer, for user_id,
+    item_id, timestamp, stage, rating, request_id, rank, score, weight, part; other names
+    keep columns as context."""
     item_columns: dict[str, str] = {}
     """Columns of the item table by this package's names, such as item_id=sku."""
     user_columns: dict[str, str] = {}
@@ -60,9 +60,8 @@ class Reading(Config):
     """Unit of timestamps that are stored as numbers since 1970, also in features; if not given,
     seconds."""
     label: dict[str, LabelWeight] = {}
-    """Columns that make an exposed event a positive, instead of the stage clicked, each with its
-    weight, such as is_click=1 long_view=2. A column counts if it is true or above 0; the weights
-    add up."""
+    """Columns that make an exposed event a positive, each with its weight, such as is_click=1
+    long_view=2. A column counts if it is true or above 0; the weights add up."""
     time_zone: str | None = None
     """Time zone of timestamps that are stored without one, such as UTC or Europe/Paris, also in
     features; if not given, these are refused."""

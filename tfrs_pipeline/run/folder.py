@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
 from tfrs_pipeline.data.settings import DataConfig
@@ -53,6 +51,8 @@ def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[N
         ValueError: If it holds a run with other settings, a comparison where a run is asked for or
             the reverse, or TensorFlow could not use its path.
     """
+    import duckdb  # Here: the command line's help does without it.
+
     if not this_worker().is_chief:
         yield
         return
