@@ -98,8 +98,8 @@ Run = _with_settings_but(
 
     Trains a two-tower model, compares it with baselines and exports it with its index. Without an
     argument it does so on MovieLens-100K, fetched if needed, with that data's features and a ScaNN
-    index; the defaults below are for your own data. Settings come from --config, or from the
-    stopped run in --run-dir; --preset replaces some, and flags replace those.
+    index; the defaults below are for your own data. Settings come from --config or the stopped run
+    in --run-dir; --preset replaces some, flags replace those.
     """,
 )
 
