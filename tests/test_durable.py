@@ -1,4 +1,4 @@
-"""Files that are whole or known not to be, locks that a kill frees, a full disk in one line."""
+"""Files that are whole or known to be damaged, locks, disk failures in one line."""
 
 import contextlib
 import errno
@@ -56,7 +56,7 @@ def test_a_record_gives_back_its_content(record: Path) -> None:
     assert {path.name for path in record.parent.iterdir()} == {"about.json", "below", "table"}
 
 
-def test_no_flipped_bit_and_no_cut_of_a_record_is_taken_for_whole(record: Path) -> None:
+def test_a_record_with_a_flipped_bit_or_a_cut_is_damaged(record: Path) -> None:
     whole, content = record.read_bytes(), read_record(record)
     rng = np.random.default_rng(0)
     for i in range(len(whole)):
@@ -113,7 +113,7 @@ def test_killed_at_random_points_a_record_is_the_old_or_the_new_one(tmp_path: Pa
         last = content["number"]
         num_partial += (tmp_path / "about.json.partial").exists()
     assert last > 0
-    assert num_partial > 0  # Else none was killed within a write.
+    assert num_partial > 0  # Otherwise none was killed within a write.
 
 
 HOLDER = """
@@ -160,10 +160,10 @@ def test_a_lock_is_held_by_one_and_freed_by_a_kill(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(
+def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened as its holder leaves and removes it, and another one holds a new file."""
+    """A file is opened while its holder removes it, and another holder makes a new one."""
     path, stack, flock = tmp_path / "lock", contextlib.ExitStack(), fcntl.flock
 
     def late(descriptor: int, operation: int) -> None:
@@ -226,7 +226,7 @@ def test_a_full_disk_is_reported_in_one_line(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ESTALE])
-def test_every_failure_of_a_disk_is_known_and_nothing_else(code: int, tmp_path: Path) -> None:
+def test_only_errors_of_a_disk_become_storage_errors(code: int, tmp_path: Path) -> None:
     with (
         pytest.raises(StorageError, match=rf"^{tmp_path}: {os.strerror(code)}\."),
         naming(tmp_path),

@@ -1,4 +1,4 @@
-"""What long work shows: stages, progress, results; the errors of C++ libraries kept apart."""
+"""Prints stages, progress and results, and keeps the errors of C++ libraries apart."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROGRAM = "tfrs-pipeline"
 
 
 def program() -> str:
-    """Names this program so that a command printed for the user works as it stands."""
+    """Names this program as the user has to type it in a command."""
     called = Path(sys.argv[0])
     is_script = called.name == PROGRAM and called.exists()
     on_path = shutil.which(PROGRAM)
@@ -44,16 +44,16 @@ def program() -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it stands: markup could be read into the "[...]" of a user's file name."""
+    """Prints a line as it stands: "[...]" in a file name could be taken for markup."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(console: Console) -> Iterator[tuple[OnStep, OnProgress]]:
-    """Shows a bar for the task at hand, and a line with its notes for each finished stage.
+    """Shows a bar for the current task, and a line with notes for each finished stage.
 
-    Where the output is no terminal, a line an epoch of training and one now and then of what else
-    takes long. Yields `on_step` and `on_progress`, as `run` and `compare` take them.
+    Without a terminal it prints a line for each epoch and, now and then, for other long tasks.
+    Yields `on_step` and `on_progress`, as `run` and `compare` take them.
     """
     columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     bar = Progress(*columns, TimeElapsedColumn(), console=console)
@@ -85,7 +85,7 @@ def progress(console: Console) -> Iterator[tuple[OnStep, OnProgress]]:
 
 
 def kept_in(folder: Path) -> str:
-    """Says what the folder of a stopped run holds, that another process will not do again."""
+    """Says what a stopped run has finished, which another process will not do again."""
     kept = [name for name in ("data", "samples") if any((folder / name).rglob("*.json"))]
     epochs = list(folder.rglob("epoch-*.json"))
     if epochs:
@@ -98,10 +98,10 @@ def kept_in(folder: Path) -> str:
 
 @contextlib.contextmanager
 def native_errors_to(path: Path) -> Iterator[None]:
-    """Sends what C++ libraries write to the standard error to a file; Python's own stays."""
+    """Sends the errors that C++ libraries print to a file; Python's own stay."""
     try:
         descriptor = sys.stderr.fileno()
-    except (OSError, ValueError):  # Captured, as in a test: nothing native to keep apart.
+    except (OSError, ValueError):  # Captured, for instance by a test.
         yield
         return
     saved = os.dup(descriptor)
@@ -118,22 +118,21 @@ def native_errors_to(path: Path) -> Iterator[None]:
 
 
 def print_result(console: Console, config: RunConfig, result: RunResult) -> None:
-    """Prints the metrics of a run, where things lie and what to do next."""
+    """Prints the metrics of a run, its files and the next command."""
     from tfrs_pipeline.evaluation.table import format_table
 
     shortest, longest = min(config.evaluation.cutoffs), max(config.evaluation.cutoffs)
     columns = [f"ndcg@{longest}", f"recall@{longest}", f"recall@{shortest}"]
     columns += [f"tail/recall@{longest}", f"coverage@{shortest}", f"mrr@{shortest}"]
-    columns = list(dict.fromkeys(columns))
     # A wrapped table cannot be read; metrics.json has every number.
     width = console.width if console.is_terminal else None
-    table = format_table(result.metrics["models"], columns, width=width)
+    table = format_table(result.metrics["models"], list(dict.fromkeys(columns)), width=width)
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
     say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:")
     say(console, table)
     say(console, "")
     for head, text in _findings(config, result.metrics):
-        # Whole lines for whoever reads them from a pipe.
+        # Whole lines for readers of a pipe.
         width = min(console.width, 100) if console.is_terminal else 100_000
         say(console, textwrap.fill(f"{head:8} {text}", width, subsequent_indent=" " * 9))
     say(console, f"\nmetrics  {result.folder / 'metrics.json'}")
@@ -151,13 +150,13 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     say(console, f"model    {made}")
     command = [program(), "query", str(made.parent)]
     user = str(result.metrics["examples"][0]["user_id"])
-    # Joined by "=", since an id may begin with a hyphen.
+    # With "=", because an id may begin with a hyphen.
     command.append(f"--user={user}" if config.export.user_data else "--history=ITEM")
     say(console, f"\nnext:  {shlex.join([*command, '-k', '10'])}")
 
 
 def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Says in words what the numbers come to, and what to try where they are not good."""
+    """Yields what the numbers mean and, if they are not good, what to try."""
     longest = max(config.evaluation.cutoffs)
     better = compared_with_baselines(metrics, f"ndcg@{longest}")
     for_whom = by_popularity(metrics, f"recall@{longest}")
@@ -170,7 +169,7 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:
-    """Prints the table of a comparison, what it comes to, and where its files lie."""
+    """Prints the table of a comparison, its conclusion and its files."""
     from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_table
 
     cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
