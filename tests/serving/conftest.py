@@ -1,7 +1,7 @@
 """A small untrained model behind the serving modules; what it answers can be computed by hand."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.serving.running_server import Running
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.categorical import Categorical
@@ -24,6 +25,7 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
 from tfrs_pipeline.serving.index import Exact, ExactIndex, Level, Scann, ScannIndex
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
@@ -197,3 +199,38 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
             ).parent
 
     return once
+
+
+@pytest.fixture(scope="module")
+def kind(served: Served) -> str:
+    return KIND_OF[served.ids]
+
+
+@pytest.fixture(scope="module")
+def folder(served: Served, kind: str, exported: Exported) -> Path:
+    return exported(served.ids, kind)
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Running]:
+    with Running(folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedRetriever:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def int_folder(exported: Exported) -> Path:
+    """A model with integer ids and an exact index, for tests that depend on neither."""
+    return exported("int", "exact")
+
+
+@pytest.fixture(scope="module")
+def small(int_folder: Path) -> Iterator[Running]:
+    limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
+    limits |= {"max_results": 800, "max_body_bytes": 1_000_000}
+    with Running(int_folder, **limits, body_timeout_seconds=0.5) as running:
+        yield running

@@ -1,15 +1,84 @@
-"""A server on a free port of this machine, in a thread of this process."""
+"""Servers within this process: on a port in a thread, or straight to the application."""
 
+import asyncio
+import contextlib
 import functools
+import json
 import socket
 import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
+import httpx
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
+
+PREDICT = "/v1/models/films:predict"
+JSON = {"content-type": "application/json"}
+
+
+def retrieve_user(users: list[Any], exclude: list[list[Any]], k: Any) -> dict[str, Any]:
+    """Makes the body of a predict call."""
+    inputs = {"user_id": users, "exclude": exclude, "k": k}
+    return {"signature_name": "retrieve_user", "inputs": inputs}
+
+
+GOOD = retrieve_user([101], [[]], 5)
+TEXT = json.dumps(GOOD)
+
+
+class Running:
+    """A started server, its loop in a thread; requests go straight to the application."""
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        self.server = ModelServer(model, ServeSettings(poll_seconds=0.05, **settings))
+        self.server.versions.load_first()
+        self.app = create_app(self.server)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> "Running":
+        self._thread.start()
+        self._stack = contextlib.AsyncExitStack()
+        self.run(self._open())
+        return self
+
+    async def _open(self) -> None:
+        await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
+        self.client = await self._stack.enter_async_context(client)
+
+    def __exit__(self, *error: object) -> None:
+        self.run(self._stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.run(self.client.get(path))
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return self.run(self.client.post(path, **options))
+
+    def predict(self, **document: Any) -> Any:
+        response = self.post(PREDICT, json=document)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "application/json"
+        return response.json()
+
+    def metric(self, name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
 
 @functools.cache

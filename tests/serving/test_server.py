@@ -1,7 +1,6 @@
-"""The server within this process: TensorFlow Serving's form, limits, hostile input, the page."""
+"""The server within this process: TensorFlow Serving's form, limits, hostile input."""
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -9,7 +8,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,109 +17,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from google.protobuf import json_format
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, NUM_QUERIES, Exported, Served
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tests.serving.conftest import NUM_QUERIES, Served
+from tests.serving.running_server import GOOD, JSON, PREDICT, TEXT, Running, retrieve_user
+from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.saved_model import DEFAULT_K
-from tfrs_pipeline.serving.server import ModelServer, create_app
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
-PREDICT = "/v1/models/films:predict"
-
-
-class Running:
-    """A started server, its loop in a thread; requests go straight to the application."""
-
-    def __init__(self, model: Path, **settings: Any) -> None:
-        self.server = ModelServer(model, ServeSettings(poll_seconds=0.05, **settings))
-        self.server.versions.load_first()
-        self.app = create_app(self.server)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-
-    def __enter__(self) -> "Running":
-        self._thread.start()
-        self._stack = contextlib.AsyncExitStack()
-        self.run(self._open())
-        return self
-
-    async def _open(self) -> None:
-        await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
-        self.client = await self._stack.enter_async_context(client)
-
-    def __exit__(self, *error: object) -> None:
-        self.run(self._stack.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
-
-    def get(self, path: str) -> httpx.Response:
-        return self.run(self.client.get(path))
-
-    def post(self, path: str, **options: Any) -> httpx.Response:
-        return self.run(self.client.post(path, **options))
-
-    def predict(self, **document: Any) -> Any:
-        response = self.post(PREDICT, json=document)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"] == "application/json"
-        return response.json()
-
-    def metric(self, name: str, **labels: str) -> float:
-        families = text_string_to_metric_families(self.get("/metrics").text)
-        samples = [s for family in families for s in family.samples if s.name == name]
-        return sum(s.value for s in samples if labels.items() <= s.labels.items())
-
-
-@pytest.fixture(scope="module")
-def kind(served: Served) -> str:
-    return KIND_OF[served.ids]
-
-
-@pytest.fixture(scope="module")
-def folder(served: Served, kind: str, exported: Exported) -> Path:
-    return exported(served.ids, kind)
-
-
-@pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[Running]:
-    with Running(folder) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> LoadedRetriever:
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def int_folder(exported: Exported) -> Path:
-    """Of a model with integer ids and an exact index, for what has nothing to do with either."""
-    return exported("int", "exact")
-
-
-@pytest.fixture(scope="module")
-def small(int_folder: Path) -> Iterator[Running]:
-    limits = {"max_k": 100, "max_queries": 10, "max_exclude": 50, "max_history": 40}
-    limits |= {"max_results": 800, "max_body_bytes": 1_000_000}
-    with Running(int_folder, **limits, body_timeout_seconds=0.5) as running:
-        yield running
-
-
-def retrieve_user(users: list[Any], exclude: list[list[Any]], k: Any) -> dict[str, Any]:
-    inputs = {"user_id": users, "exclude": exclude, "k": k}
-    return {"signature_name": "retrieve_user", "inputs": inputs}
-
 
 def check(answer: dict[str, Any], ids: np.ndarray, scores: np.ndarray) -> None:
-    """Compares an answer with one from Python."""
+    """Compares an answer with Python's."""
     assert answer["candidate_ids"] == ids.tolist()
     np.testing.assert_allclose(np.array(answer["scores"], np.float32), scores, rtol=1e-5)
 
@@ -138,7 +45,7 @@ def test_users_by_rows_and_columns_get_what_python_gets(
     assert running.predict(inputs=[])["outputs"] == {name: [] for name in columns}
 
 
-def test_many_at_once_get_each_its_own(
+def test_concurrent_requests_each_get_their_own_answer(
     served: Served, running: Running, loaded: LoadedRetriever
 ) -> None:
     rng = np.random.default_rng(0)
@@ -227,11 +134,6 @@ def test_state_and_metadata_are_tensorflow_servings_own_messages(
                 assert len(mine[key].tensor_shape.dim) == len(theirs[key].tensor_shape.dim)
 
 
-GOOD = retrieve_user([101], [[]], 5)
-TEXT = json.dumps(GOOD)
-JSON = {"content-type": "application/json"}
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -265,7 +167,7 @@ def test_wrong_addresses_and_methods(small: Running, method: str, path: str, sta
 
 
 def test_another_host_is_refused(small: Running) -> None:
-    """A page of a name that resolves to this machine must not reach the server through it."""
+    """A web page whose name resolves to this machine must not reach the server."""
     for host, status in {
         "localhost:8501": 200,
         "LOCALHOST": 200,
@@ -280,7 +182,7 @@ def test_another_host_is_refused(small: Running) -> None:
         assert status == 200 or "among --allowed-hosts" in response.json()["error"]
 
 
-# Contents that are refused with 400; what is no text is JSON.
+# Contents that get a 400; all but text and bytes are written as JSON.
 BAD: dict[str, Any] = {
     "not JSON": "{",
     "an unterminated string in lists": b"[" * 20 + b'"\\' * 490_000,
@@ -305,13 +207,13 @@ HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
     "no type": (415, {"content": TEXT, "headers": {}}),
     "compressed": (415, {"content": b"\x1f\x8b", "headers": {**JSON, "content-encoding": "gzip"}}),
     "long": (413, {"content": b" " * 1_000_001}),
-    "longer than what is read away": (413, {"content": b" " * 33_000_000}),
+    "longer than what is discarded": (413, {"content": b" " * 33_000_000}),
 }
 
 
 @pytest.mark.parametrize("path", [PREDICT, "/page/query"])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_input_is_answered_and_not_felt(small: Running, case: str, path: str) -> None:
+def test_hostile_input_is_refused_and_holds_up_nobody(small: Running, case: str, path: str) -> None:
     status, options = HOSTILE[case]
 
     async def ask() -> tuple[httpx.Response, httpx.Response]:
@@ -329,17 +231,13 @@ def test_hostile_input_is_answered_and_not_felt(small: Running, case: str, path:
 
 
 def test_what_is_refused_is_explained(small: Running) -> None:
-    documents = {
-        "inputs.k: Input should be less than or equal to 100. Received: 101": retrieve_user(
-            [1], [[]], 101
-        ),
-        "List should have at most 10 items": retrieve_user([1] * 11, [[]] * 11, 1),
-        "800 results, its queries times k (--max-results). Received: 9 x 89": retrieve_user(
-            [1] * 9, [[]] * 9, 89
-        ),
-        "inputs.exclude.0: List should have at most 50 items": retrieve_user([1], [[3] * 51], 1),
-    }
-    for message, document in documents.items():
+    for num_users, num_excluded, k, message in (
+        (1, 0, 101, "inputs.k: Input should be less than or equal to 100. Received: 101"),
+        (11, 0, 1, "List should have at most 10 items"),
+        (9, 0, 89, "(--max-results). Received: 9 x 89"),
+        (1, 51, 1, "inputs.exclude.0: List should have at most 50 items"),
+    ):
+        document = retrieve_user([1] * num_users, [[3] * num_excluded] * num_users, k)
         assert message in small.post(PREDICT, json=document).json()["error"]
     edge = retrieve_user([101] * 8, [list(range(50))] * 8, 100)
     assert len(small.predict(**edge)["outputs"]["scores"]) == 8
@@ -348,7 +246,7 @@ def test_what_is_refused_is_explained(small: Running) -> None:
     assert small.post(PREDICT, content=padded, headers=typed).status_code == 200
 
 
-def test_a_slow_body_is_timed_out_and_not_felt(small: Running) -> None:
+def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
     async def drip() -> AsyncIterator[bytes]:
         yield TEXT[:10].encode()
         await asyncio.sleep(20)
@@ -370,7 +268,7 @@ def test_a_slow_body_is_timed_out_and_not_felt(small: Running) -> None:
     small.run(ask())
 
 
-def test_a_slow_call_is_not_felt(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_call_holds_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, real = threading.Event(), ServedVersion.call
     called: list[None] = []
 
@@ -394,7 +292,7 @@ def test_a_slow_call_is_not_felt(small: Running, monkeypatch: pytest.MonkeyPatch
     small.run(ask())
 
 
-def test_slices_of_large_requests_take_turns_and_small_ones_go_past(
+def test_slices_of_large_requests_take_turns_and_small_ones_overtake(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users = [100, 101, 102, 103, 104, 105]
@@ -427,14 +325,12 @@ def test_slices_of_large_requests_take_turns_and_small_ones_go_past(
 
     small.run(ask())
     large = [k for k in asked if k != 5]
-    # Nine requests of two slices each: no second one before each has had its first.
+    # Nine requests of two slices each: all first slices come before any second one.
     assert sorted(large[:9]) == sorted((98, 99, 100) * 3)
     assert len(large) == 18
 
 
-def test_an_inner_error_says_nothing_of_the_inside(
-    small: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_internal_error_reveals_nothing(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("secret path")
 
@@ -469,7 +365,7 @@ def test_health_readiness_and_metrics(small: Running) -> None:
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
-def test_head_tells_what_get_would(running: Running, path: str) -> None:
+def test_head_answers_like_get_without_a_body(running: Running, path: str) -> None:
     head = running.run(running.client.head(path))
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-type"] == running.get(path).headers["content-type"]
@@ -523,7 +419,7 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         assert running.post(path.format(2), json=GOOD).status_code == 200
         assert running.post(path.format(1), json=GOOD).status_code == 404
 
-        # A broken one: its status says so, and the one before it goes on.
+        # A broken version: its status says so, and the one before stays in use.
         num_failed = running.metric("tfrs_model_loads_total", outcome="failed")
         put(int_folder / "1", tmp_path / "films-broken", 3)
         (tmp_path / "films-broken" / "3" / "saved_model.pb").write_bytes(b"not a model")
@@ -538,150 +434,12 @@ def test_new_versions_are_taken_up_without_a_failed_request(
         running.predict(**GOOD)
 
 
-def test_the_page_is_one_file_that_asks_nobody_else(running: Running) -> None:
-    response = running.get("/")
-    assert response.headers["content-type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in response.headers["content-security-policy"]
-    for outside in ("http://", "https://", "//cdn", "src=", "@import", "innerHTML"):
-        assert outside not in response.text
-
-
-def test_the_page_shows_the_card_of_the_model(
-    served: Served, running: Running, loaded: LoadedRetriever, kind: str
-) -> None:
-    card = running.get("/page/model").json()
-    assert (card["name"], card["version"], card["num_candidates"]) == ("films", 1, NUM_CANDIDATES)
-    assert card["example_user"] == served.query_ids.tolist()[3]
-    assert card["can_compare"] == (kind == "scann")
-    assert card["filter"] == {"name": "genres", "values": ["a", "b", "c"]}
-    assert card["inputs"] == [{"name": "gender", "kind": "categorical", "values": ["F", "M"]}]
-    titles = loaded.titles()
-    assert all(item["title"] == titles[item["item_id"]] for item in card["example_items"])
-    # The page asks for the first of both as it opens.
-    for first in (
-        {"user_id": str(card["example_user"])},
-        {"items": [x["item_id"] for x in card["example_items"]]},
-    ):
-        assert running.post("/page/query", json=first).json()["index"]["items"]
-
-
-def test_items_are_found_by_title_and_id(served: Served, running: Running) -> None:
-    def find(words: str) -> list[Any]:
-        response = running.run(running.client.get("/page/items", params={"search": words}))
-        return [item["item_id"] for item in response.json()["items"]]
-
-    ids = served.candidate_ids.tolist()
-    assert find("the 7TH film") == [ids[7]]
-    assert find("  7th ") == [i for i in ids if ids.index(i) % 10 == 7]
-    assert find("quoted") == [ids[5]]
-    assert find(str(ids[59])) == [ids[59]]
-    assert len(find("film")) == 20
-    assert find("") == find("no such film") == find("\n") == []
-    # Nothing is found across the border of two titles.
-    assert find(f"{ids[7]} the 8th") == []
-
-
-def test_the_page_retrieves_for_a_user_and_for_items(
-    served: Served, running: Running, loaded: LoadedRetriever, kind: str
-) -> None:
-    user = served.query_ids.tolist()[2]
-    answer = running.post("/page/query", json={"user_id": str(user), "k": 6}).json()
-    ids, scores, _ = loaded.retrieve_user([user], 6)
-    items = answer["index"]["items"]
-    assert [item["item_id"] for item in items] == ids[0].tolist()
-    np.testing.assert_allclose([item["score"] for item in items], scores[0], rtol=1e-4)
-    titles = loaded.titles()
-    assert [item["title"] for item in items] == [titles[id_] for id_ in ids[0].tolist()]
-    assert answer["index"]["is_known_user"]
-    assert answer["index"]["latency_ms"] > 0
-    if kind == "scann":
-        assert answer["num_common"] == 6
-        assert [i["item_id"] for i in answer["exact"]["items"]] == ids[0].tolist()
-    else:
-        assert answer["exact"] is None
-    history = served.candidate_ids[[4, 9]].tolist()
-    everything = running.post("/page/query", json={"items": history, "k": 100}).json()
-    found = {item["item_id"] for item in everything["index"]["items"]}
-    assert found == set(served.candidate_ids.tolist()) - set(history)
-    assert "history" not in everything
-
-
-def test_the_page_shows_a_history_latest_first(
-    served: Served, running: Running, loaded: LoadedRetriever
-) -> None:
-    titles = loaded.titles()
-    for row in (1, 2, 3):
-        known = served.known(row)
-        user = served.query_ids.tolist()[row - 1]
-        answer = running.post("/page/query", json={"user_id": str(user), "k": 1}).json()
-        assert answer["history"]["length"] == len(known)
-        items = answer["history"]["items"]
-        assert [item["item_id"] for item in items] == known[::-1][:10]
-        assert all(item["title"] == titles[item["item_id"]] for item in items)
-
-
-@pytest.mark.parametrize("of", ["user", "items", "features"])
-@pytest.mark.parametrize("has_filter", [False, True])
-def test_the_request_that_the_page_shows_is_what_it_asked(
-    served: Served, running: Running, of: str, has_filter: bool
-) -> None:
-    asked: dict[str, Any] = {"k": 7, "filter": ["b"] if has_filter else []}
-    history = served.candidate_ids[[4, 9]].tolist()
-    if of == "user":
-        asked["user_id"] = str(served.query_ids.tolist()[1])
-    else:
-        asked["items"] = history
-    if of == "features":
-        asked["features"] = {"gender": "F"}
-    answer = running.post("/page/query", json=asked).json()
-    request = answer["request"]
-    response = running.post(request["path"], content=request["body"].encode(), headers=JSON)
-    found = json.loads(response.text)["outputs"]
-    shown = answer["index"]["items"]
-    is_found = np.isfinite(found["scores"][0])
-    np.testing.assert_allclose(
-        [item["score"] for item in shown], np.array(found["scores"][0])[is_found], rtol=1e-4
-    )
-    assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
-    ids = served.candidate_ids.tolist()
-    genres = [served.genres[ids.index(item["item_id"])] for item in shown]
-    assert shown
-    assert not has_filter or all("b" in of_item for of_item in genres)
-    # And it is what the same question has as its answer in Python.
-    query: dict[str, Any] = {"history": history}
-    query |= {"features": {"gender": "F"}} if of == "features" else {}
-    with running.server.versions.use() as version:
-        allowed = [["b"]] if has_filter else None
-        if of == "user":
-            user = version.retriever.parse_user_id(asked["user_id"])
-            ids, *_ = version.retriever.retrieve_user([user], 7, allowed=allowed)
-        else:
-            ids, _ = version.retriever.retrieve([query], 7, [history], allowed=allowed)
-    assert [x["item_id"] for x in shown] == ids[0][: len(shown)].tolist()
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        *({}, {"user_id": "1", "items": [3]}, {"items": [3], "features": {"sex": "F"}}),
-        *({"items": [3], "filter": "b"}, {"user_id": "one"}, {"user_id": None}, {"user_id": [1]}),
-        *({"items": []}, {"items": [3] * 41}, {"items": ["x"]}, {"items": 3}),
-        *({"user_id": "1", "k": k} for k in (0, 101, "3")),
-        {"user_id": "\ud800"},
-    ],
-    ids=str,
-)
-def test_the_page_refuses_what_is_no_query(small: Running, query: dict[str, Any]) -> None:
-    response = small.post("/page/query", content=json.dumps(query), headers=JSON)
-    assert response.status_code == 400
-    assert set(response.json()) == {"error"}
-
-
 def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> None:
     version = ServedVersion(folder / "1", ServeSettings())
     assert (version.exact is version.retriever) == (kind == "exact")
     tables, indexes = version.handles()
-    # Of users and items, two vocabularies, the index's items and the filter, in each model.
+    # Each model has tables of users and items, of two vocabularies, of the index's items and of
+    # the filter.
     assert len(tables) == 6 * (1 + (kind == "scann"))
     assert len(indexes) == (kind == "scann")
     assert min(int(tf.raw_ops.LookupTableSizeV2(table_handle=x)) for x in tables) > 0
@@ -689,20 +447,3 @@ def test_a_released_version_leaves_nothing_behind(folder: Path, kind: str) -> No
     for handle in (*tables, *indexes):
         with pytest.raises(tf.errors.NotFoundError):
             tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=False)
-
-
-def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: Path) -> None:
-    put(int_folder / "1", tmp_path / "films", 1)
-    with Running(tmp_path / "films") as running:
-        shutil.rmtree(tmp_path / "films" / "1")
-        assert running.get("/page/model").json()["num_candidates"] == NUM_CANDIDATES
-        assert running.get("/page/items?search=7th").json()["items"]
-        assert running.post("/page/query", json={"user_id": "101"}).status_code == 200
-
-
-def test_without_the_page_no_fallback_is_loaded(exported: Exported) -> None:
-    with Running(exported("int", "scann"), page=False) as running:
-        with running.server.versions.use() as version:
-            assert version.exact is None
-        for path in ("/", "/page/model"):
-            assert running.get(path).status_code == 404

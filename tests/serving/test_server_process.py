@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.serving.conftest import Exported
-from tests.serving.test_server import GOOD, PREDICT, TEXT
+from tests.serving.running_server import GOOD, PREDICT, TEXT
 from tfrs_pipeline import cli
 from tfrs_pipeline.serving import server
 from tfrs_pipeline.serving.settings import ServeSettings

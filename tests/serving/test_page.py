@@ -1,0 +1,168 @@
+"""The page at /, and what it asks the server."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.conftest import NUM_CANDIDATES, Exported, Served
+from tests.serving.running_server import JSON, Running
+from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+
+def test_the_page_is_one_file_that_asks_no_other_server(running: Running) -> None:
+    response = running.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for outside in ("http://", "https://", "//cdn", "src=", "@import", "innerHTML"):
+        assert outside not in response.text
+
+
+def test_the_page_shows_the_card_of_the_model(
+    served: Served, running: Running, loaded: LoadedRetriever, kind: str
+) -> None:
+    card = running.get("/page/model").json()
+    assert (card["name"], card["version"], card["num_candidates"]) == ("films", 1, NUM_CANDIDATES)
+    assert card["example_user"] == served.query_ids.tolist()[3]
+    assert card["can_compare"] == (kind == "scann")
+    assert card["filter"] == {"name": "genres", "values": ["a", "b", "c"]}
+    assert card["inputs"] == [{"name": "gender", "kind": "categorical", "values": ["F", "M"]}]
+    titles = loaded.titles()
+    assert all(item["title"] == titles[item["item_id"]] for item in card["example_items"])
+    # The page asks for one of these when it opens.
+    for first in (
+        {"user_id": str(card["example_user"])},
+        {"items": [x["item_id"] for x in card["example_items"]]},
+    ):
+        assert running.post("/page/query", json=first).json()["index"]["items"]
+
+
+def test_items_are_found_by_title_and_id(served: Served, running: Running) -> None:
+    def find(words: str) -> list[Any]:
+        response = running.run(running.client.get("/page/items", params={"search": words}))
+        return [item["item_id"] for item in response.json()["items"]]
+
+    ids = served.candidate_ids.tolist()
+    assert find("the 7TH film") == [ids[7]]
+    assert find("  7th ") == [i for i in ids if ids.index(i) % 10 == 7]
+    assert find("quoted") == [ids[5]]
+    assert find(str(ids[59])) == [ids[59]]
+    assert len(find("film")) == 20
+    assert find("") == find("no such film") == find("\n") == []
+    # No match spans two items.
+    assert find(f"{ids[7]} the 8th") == []
+
+
+def test_the_page_retrieves_for_a_user_and_for_items(
+    served: Served, running: Running, loaded: LoadedRetriever, kind: str
+) -> None:
+    user = served.query_ids.tolist()[2]
+    answer = running.post("/page/query", json={"user_id": str(user), "k": 6}).json()
+    ids, scores, _ = loaded.retrieve_user([user], 6)
+    items = answer["index"]["items"]
+    assert [item["item_id"] for item in items] == ids[0].tolist()
+    np.testing.assert_allclose([item["score"] for item in items], scores[0], rtol=1e-4)
+    titles = loaded.titles()
+    assert [item["title"] for item in items] == [titles[id_] for id_ in ids[0].tolist()]
+    assert answer["index"]["is_known_user"]
+    assert answer["index"]["latency_ms"] > 0
+    if kind == "scann":
+        assert answer["num_common"] == 6
+        assert [i["item_id"] for i in answer["exact"]["items"]] == ids[0].tolist()
+    else:
+        assert answer["exact"] is None
+    history = served.candidate_ids[[4, 9]].tolist()
+    everything = running.post("/page/query", json={"items": history, "k": 100}).json()
+    found = {item["item_id"] for item in everything["index"]["items"]}
+    assert found == set(served.candidate_ids.tolist()) - set(history)
+    assert "history" not in everything
+
+
+def test_the_page_shows_a_history_latest_first(
+    served: Served, running: Running, loaded: LoadedRetriever
+) -> None:
+    titles = loaded.titles()
+    for row in (1, 2, 3):
+        known = served.known(row)
+        user = served.query_ids.tolist()[row - 1]
+        answer = running.post("/page/query", json={"user_id": str(user), "k": 1}).json()
+        assert answer["history"]["length"] == len(known)
+        items = answer["history"]["items"]
+        assert [item["item_id"] for item in items] == known[::-1][:10]
+        assert all(item["title"] == titles[item["item_id"]] for item in items)
+
+
+@pytest.mark.parametrize("of", ["user", "items", "features"])
+@pytest.mark.parametrize("has_filter", [False, True])
+def test_the_request_that_the_page_shows_is_what_it_asked(
+    served: Served, running: Running, of: str, has_filter: bool
+) -> None:
+    asked: dict[str, Any] = {"k": 7, "filter": ["b"] if has_filter else []}
+    history = served.candidate_ids[[4, 9]].tolist()
+    if of == "user":
+        asked["user_id"] = str(served.query_ids.tolist()[1])
+    else:
+        asked["items"] = history
+    if of == "features":
+        asked["features"] = {"gender": "F"}
+    answer = running.post("/page/query", json=asked).json()
+    request = answer["request"]
+    response = running.post(request["path"], content=request["body"].encode(), headers=JSON)
+    found = json.loads(response.text)["outputs"]
+    shown = answer["index"]["items"]
+    is_found = np.isfinite(found["scores"][0])
+    np.testing.assert_allclose(
+        [item["score"] for item in shown], np.array(found["scores"][0])[is_found], rtol=1e-4
+    )
+    assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
+    ids = served.candidate_ids.tolist()
+    genres = [served.genres[ids.index(item["item_id"])] for item in shown]
+    assert shown
+    assert not has_filter or all("b" in of_item for of_item in genres)
+    # Python answers the same.
+    query = {"history": history, "features": asked.get("features")}
+    with running.server.versions.use() as version:
+        allowed = [["b"]] if has_filter else None
+        if of == "user":
+            user = version.retriever.parse_user_id(asked["user_id"])
+            ids, *_ = version.retriever.retrieve_user([user], 7, allowed=allowed)
+        else:
+            ids, _ = version.retriever.retrieve([query], 7, [history], allowed=allowed)
+    assert [x["item_id"] for x in shown] == ids[0][: len(shown)].tolist()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *({}, {"user_id": "1", "items": [3]}, {"items": [3], "features": {"sex": "F"}}),
+        *({"items": [3], "filter": "b"}, {"user_id": "one"}, {"user_id": None}, {"user_id": [1]}),
+        *({"items": []}, {"items": [3] * 41}, {"items": ["x"]}, {"items": 3}),
+        *({"user_id": "1", "k": k} for k in (0, 101, "3")),
+        {"user_id": "\ud800"},
+    ],
+    ids=str,
+)
+def test_the_page_refuses_wrong_queries(small: Running, query: dict[str, Any]) -> None:
+    response = small.post("/page/query", content=json.dumps(query), headers=JSON)
+    assert response.status_code == 400
+    assert set(response.json()) == {"error"}
+
+
+def test_the_page_needs_no_folder_once_it_is_loaded(int_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(int_folder, tmp_path / "films")
+    with Running(tmp_path / "films") as running:
+        shutil.rmtree(tmp_path / "films" / "1")
+        assert running.get("/page/model").json()["num_candidates"] == NUM_CANDIDATES
+        assert running.get("/page/items?search=7th").json()["items"]
+        assert running.post("/page/query", json={"user_id": "101"}).status_code == 200
+
+
+def test_without_the_page_no_fallback_is_loaded(exported: Exported) -> None:
+    with Running(exported("int", "scann"), page=False) as running:
+        with running.server.versions.use() as version:
+            assert version.exact is None
+        for path in ("/", "/page/model"):
+            assert running.get(path).status_code == 404
