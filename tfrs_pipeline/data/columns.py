@@ -15,8 +15,10 @@ from typing import Any, Literal
 import ibis
 import ibis.expr.types as ir
 
+from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import DataError, RawTable, id_refusals
+from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
+from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 from tfrs_pipeline.messages import printable
@@ -79,19 +81,19 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         raw.fault(
             column,
             is_number & ~is_whole.fill_null(False),
-            "must be an integer or a string and is not",
+            rules.NOT_AN_ID,
         )
         value = is_whole.ifelse(whole, ibis.null("int64"))
     return value.cast("int64" if as_integer else "string")
 
 
 def to_required_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
-    """Makes int64 or string of an id that each row must have; see `id_refusals`."""
+    """Makes int64 or string of an id that each row must have; see `id_faults`."""
     value = to_id(raw, column, as_integer=as_integer)
-    raw.faults.extend(id_refusals(column, value, raw.renaming))
+    for fault in id_faults(column, value):
+        raw.fault(*fault[:3])
     if raw.is_text and not as_integer:
-        problem = "runs over several lines"
-        raw.fault(column, value.contains("\n"), problem, "Close the quotes before it.")
+        raw.fault(column, value.contains("\n"), rules.ID_OF_LINES)
     return value
 
 
@@ -107,8 +109,8 @@ def to_number(raw: RawTable, column: str, to: Literal["int64", "float64"] = "flo
         converted = value.try_cast("int64")
         is_number &= (number == converted).fill_null(False)
     is_missing = value.isnull() | number.isnan().fill_null(False)
-    what = "whole numbers" if to == "int64" else "finite numbers that float32 can hold"
-    raw.fault(column, ~is_missing & ~is_number, f"must hold {what} and does not")
+    rule = rules.NOT_INT64 if to == "int64" else rules.NOT_FLOAT32
+    raw.fault(column, ~is_missing & ~is_number, rule)
     return is_number.ifelse(converted, ibis.null(to))
 
 
@@ -125,9 +127,7 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
     if raw.is_text:
         number = ibis.coalesce(number, value.try_cast("boolean").cast("float64"))
     is_number = (number.abs() <= LARGEST_FLOAT32).fill_null(False)
-    remedy = "Leave it null where the outcome does not hold."
-    problem = "is in the label and no number"
-    raw.fault(column, value.notnull() & ~is_number, problem, remedy, "label")
+    raw.fault(column, value.notnull() & ~is_number, rules.NOT_AN_OUTCOME)
     return is_number.ifelse(number, ibis.null("float64"))
 
 
@@ -189,7 +189,7 @@ class FeatureColumn:
 
     def fault(self, is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
         """Notes what is wrong with the column (`RawTable.fault`)."""
-        self.raw.fault(self.name, is_bad, problem, **details)
+        self.raw.fault(self.name, is_bad, Rule(problem, **details))
 
     def refusal(self, problem: str, setting: str = "") -> DataError:
         """Makes the error of a column that cannot be used."""

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.operations as ops
+import ibis.expr.types as ir
 
+from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.engines import ENGINES
+from tfrs_pipeline.data.rules import Fault, Found, evaluate, id_faults, is_usable_weight
 from tfrs_pipeline.data.schema import (
     LISTED,
-    WEIGHT_FAULT,
     DataError,
-    Refusal,
     Source,
     Stage,
-    count_rows,
-    id_refusals,
-    is_usable_weight,
     name_problem,
-    refuse_rows,
     require_column,
 )
 from tfrs_pipeline.data.settle import add_missing
@@ -89,16 +86,22 @@ def check_events(
             raise DataError(f"{source.column(name)}: {sentence(problem)}")
     types = {name: allowed for name, allowed in known.items() if name in events.columns}
     events = _cast(events, types, source)
-    refuse_rows(events, source, *_event_refusals(events))
-    numbers = events.aggregate(rows=events.count(), distinct=events["event_number"].nunique())
-    num_rows, num_distinct = numbers.to_pyarrow().to_pylist()[0].values()
-    if num_rows != num_distinct:
+    found = _refuse_rows(
+        events,
+        source,
+        _event_faults(events),
+        num_distinct=events["event_number"].nunique(),
+        num_positives=is_positive(events).sum(),
+    )
+    if found.num_rows != found.more["num_distinct"]:
         raise DataError(
-            f"{source.column('event_number')} holds {num_distinct} different numbers in {num_rows} "
-            f"rows. {_remedy('event_number')}"
+            f"{source.column('event_number')} holds {found.more['num_distinct']} different numbers "
+            f"in {found.num_rows} rows. {_remedy('event_number')}"
         )
-    if not count_rows(events.filter(is_positive)):
-        raise DataError(f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked').")
+    if not found.more["num_positives"]:
+        raise DataError(
+            f"{source.name}: none of {found.num_rows} rows is a positive (stage 'clicked')."
+        )
     return events
 
 
@@ -124,12 +127,12 @@ def check_entities(
     of = events.schema()[id_name]
     if entities.schema()[id_name] != of:
         raise DataError(f"{source.column(id_name)} must be {of}, as in the events. Cast it.")
-    refuse_rows(entities, source, *id_refusals(id_name, entities[id_name]))
-    num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
-    if num_ids != num_rows:
+    ids = entities[id_name]
+    found = _refuse_rows(entities, source, id_faults(id_name, ids), num_ids=ids.nunique())
+    if found.more["num_ids"] != found.num_rows:
         raise DataError(
-            f"{source.column(id_name)} holds {num_ids} different ids in {num_rows} rows. One row "
-            "an id: remove the repeated ones."
+            f"{source.column(id_name)} holds {found.more['num_ids']} different ids in "
+            f"{found.num_rows} rows. One row an id: remove the repeated ones."
         )
     return add_missing(entities, events, id_name)
 
@@ -150,20 +153,30 @@ def _cast(table: ibis.Table, types: Mapping[str, Mapping[str, str]], source: Sou
     return table.mutate(**casts)
 
 
-def _event_refusals(events: ibis.Table) -> Iterable[Refusal]:
-    for name in ("user_id", "item_id"):
-        yield from id_refusals(name, events[name])
-    for name in ("event_number", "timestamp"):
-        if name in events.columns:
-            yield Refusal(name, events[name].isnull(), "is null", "Give these rows one.")
-    stages = [str(stage) for stage in Stage]
-    is_stage = events["stage"].isin(stages).fill_null(False)
-    yield Refusal("stage", ~is_stage, "holds no stage", f"Known: {', '.join(stages)}.")
+def _event_faults(events: ibis.Table) -> list[Fault]:
+    faults = [fault for name in ("user_id", "item_id") for fault in id_faults(name, events[name])]
+    faults.append(Fault("event_number", events["event_number"].isnull(), rules.NO_EVENT_NUMBER))
+    if "timestamp" in events.columns:
+        faults.append(Fault("timestamp", events["timestamp"].isnull(), rules.NO_TIME))
+    is_stage = events["stage"].isin([str(stage) for stage in Stage]).fill_null(False)
+    faults.append(Fault("stage", ~is_stage, rules.NOT_A_STAGE))
     if "request_id" in events.columns and events["request_id"].type().is_string():
         is_empty = (events["request_id"] == "").fill_null(False)
-        yield Refusal("request_id", is_empty, "is ''", "Make it null where there is no request.")
+        faults.append(Fault("request_id", is_empty, rules.EMPTY_REQUEST))
     if "weight" in events.columns:
-        yield Refusal("weight", ~is_usable_weight(events["weight"]), *WEIGHT_FAULT)
+        faults.append(Fault("weight", ~is_usable_weight(events["weight"]), rules.WEIGHT))
+    return faults
+
+
+def _refuse_rows(
+    table: ibis.Table, source: Source, faults: Sequence[Fault], **more: ir.Scalar
+) -> Found:
+    """Refuses a table (`DataError`) for the first of the faults that any row has."""
+    found = evaluate(table, faults, **more)
+    for fault, num in zip(faults, found.num_bad, strict=True):
+        if num:
+            raise fault.error(table, source)
+    return found
 
 
 def _remedy(name: str) -> str:

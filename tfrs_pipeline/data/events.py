@@ -10,6 +10,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.columns import (
     describe_ids,
     is_integer,
@@ -23,17 +24,14 @@ from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import is_from_timestamp
+from tfrs_pipeline.data.rules import RawTable, is_usable_weight
 from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     TIMES_ELSEWHERE,
-    WEIGHT_FAULT,
     DataError,
     Dropped,
-    RawTable,
-    Refusal,
     Source,
     Stage,
-    is_usable_weight,
     require_column,
 )
 from tfrs_pipeline.data.tables import describe_missing, store_sound, type_features
@@ -101,8 +99,7 @@ def load_events(
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
         columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
-        remedy = "Give these rows a time, or omit the column where it is not known."
-        raw.fault("timestamp", columns["timestamp"].isnull(), "is null", remedy)
+        raw.fault("timestamp", columns["timestamp"].isnull(), rules.NO_TIME)
     columns["event_number"] = raw.table["_row"]
     columns["stage"] = _stage(raw, stages_in, reading)
     requests = {k: v for k, v in request_features.items() if k in names}
@@ -119,7 +116,8 @@ def load_events(
         weight = weight * _weight(raw, columns["stage"])
     if reading.label or "weight" in names:
         columns["weight"] = weight
-    events, dropped = store_sound(raw, columns, reading.max_bad_share)
+    events, dropped, missing = store_sound(raw, columns, reading.max_bad_share)
+    notes += missing
     notes += describe_missing(events, requests, raw.source)
     raw.drop()
     return events, dropped, notes
@@ -251,15 +249,12 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
         if reading.stage_values:
             cases = [(value == found, stage) for found, stage in reading.stage_values.items()]
             stage = ibis.cases(*cases, else_=value)
-        raw.fault("stage", value.isnull(), "is null", "Give these rows a stage.")
-        known = [str(each) for each in Stage]
-        remedy = f"Known: {', '.join(known)}. Set stage_values to the stage of each value."
-        unknown = ("stage", stage.notin(known), "holds an unknown stage", remedy, "stage_values")
-        raw.faults.append(Refusal(*unknown, is_droppable=False))
+        raw.fault("stage", value.isnull(), rules.NO_STAGE)
+        raw.fault("stage", stage.notin([str(each) for each in Stage]), rules.UNKNOWN_STAGE)
         return stage
     if stages_in == "rating":
         rating = to_number(raw, "rating")
-        raw.fault("rating", rating.isnull(), "is null or NaN", "Rate these rows.")
+        raw.fault("rating", rating.isnull(), rules.NO_RATING)
         lowest = ibis.literal(float(reading.rating_threshold or 0))
         if raw.table["rating"].type().is_float32():  # 4.1 there is below 4.1 in double precision.
             lowest = lowest.cast("float32").cast("float64")
@@ -275,7 +270,7 @@ def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
         raise raw.wrong_type("weight", "a number")
     weight = value.try_cast("float64")
     is_usable = is_usable_weight(weight)
-    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, *WEIGHT_FAULT)
+    raw.fault("weight", (stage == Stage.CLICKED.value) & ~is_usable, rules.WEIGHT)
     return is_usable.ifelse(weight, 1.0)
 
 

@@ -20,7 +20,8 @@ import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
-from tfrs_pipeline.data.schema import DataError, Dropped, RawTable, Source, count_rows
+from tfrs_pipeline.data.rules import RawTable
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import printable, sentence
 

@@ -10,14 +10,13 @@ import enum
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
 from tfrs_pipeline.messages import printable, sentence
 
 if TYPE_CHECKING:
     import ibis
-    import ibis.expr.types as ir
 
 SplitKind: TypeAlias = Literal["time", "last_share", "last_n", "held_out_users", "column"]
 Exclude: TypeAlias = Literal["clicked", "seen", "none"]
@@ -48,11 +47,7 @@ TIMES_ELSEWHERE = ("time", "date", "datetime", "ts", "created_at", "event_time",
 
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
-WEIGHT_FAULT = (
-    f"is not a number from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
-    "Give these rows a weight (1 is neutral).",
-)
-"""What is wrong with a weight that `is_usable_weight` refuses, and what to do."""
+"""A positive weight that float32 neither loses nor fails to add up."""
 
 
 class DataError(ValueError):
@@ -100,131 +95,6 @@ class Source:
     def column(self, name: str) -> str:
         """Says where a column stands, for the start of a message."""
         return f"{self.name}: column {printable(repr(self.columns.get(name, name)))}"
-
-
-class Refusal(NamedTuple):
-    """What is wrong with rows of a table.
-
-    Args:
-        column: The column to name, and to show values of.
-        is_bad: True in the rows.
-        problem: What is wrong with the column there, such as "is null".
-        remedy: What to do.
-        setting: The argument of `Log.from_files` that mends it, if any.
-        is_droppable: Whether a few such rows may be dropped: not where all could be mended alike.
-    """
-
-    column: str
-    is_bad: ir.BooleanValue
-    problem: str
-    remedy: str
-    setting: str = ""
-    is_droppable: bool = True
-
-    def error(
-        self,
-        table: ibis.Table,
-        source: Source,
-        max_bad_share: float = 0,
-        becomes: str = "rows are dropped",
-    ) -> DataError:
-        """Makes the error: column, problem, number of rows, a few values, remedy.
-
-        If up to `max_bad_share` may be bad, `becomes` says what becomes of them.
-        """
-        bad = table.filter(self.is_bad)
-        value = table[self.column]
-        first = {"first": table["_row"].min()} if "_row" in table.columns else {}
-        row = bad.aggregate(num=bad.count(), **first).to_pyarrow().to_pylist()[0]
-        text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
-        values = sorted(value for value in text["text"].to_pylist() if value is not None)
-        if value.type().is_string():
-            values = [repr(value) for value in values]
-        examples = f", such as {', '.join(map(printable, values))}" if values else ""
-        place = f" (first: row {row['first'] + 1})" if first else ""
-        instead = ""
-        if max_bad_share and self.is_droppable:
-            instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
-        return DataError(
-            f"{source.column(self.column)} {self.problem} in {row['num']} of {count_rows(table)} "
-            f"rows{examples}{place}. {self.remedy}{instead}",
-            self.setting,
-        )
-
-
-@dataclass(frozen=True)
-class RawTable:
-    """A table as it came: a DuckDB table under the log's names, and `_row`, its order from 0.
-
-    `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
-    is what could not even be read as a row, `faults` what is wrong with values, in the order in
-    which these were typed; `texts` are columns of ids as `columns.py` has read them; `renaming` is
-    the argument of `Log.from_files` that names its columns.
-    """
-
-    table: ibis.Table
-    source: Source
-    num_rows: int
-    is_text: bool
-    dropped: tuple[Dropped, ...] = ()
-    faults: list[Refusal] = field(default_factory=list)
-    texts: dict[str, tuple[ir.StringValue, bool, int]] = field(default_factory=dict)
-    renaming: str = "columns"
-
-    def __contains__(self, column: str) -> bool:
-        return column in self.table.columns
-
-    def drop(self) -> None:
-        """Deletes the table from its database."""
-        self.table.get_backend().drop_table(self.table.get_name())
-
-    def wrong_type(self, column: str, wanted: str) -> DataError:
-        """Makes the error of a column of a wrong type."""
-        return DataError(
-            f"{self.source.column(column)} must be {wanted}, it is {self.table.schema()[column]} "
-            f"({self.num_rows} rows). Cast it, or name another column.",
-            self.renaming,
-        )
-
-    def has(self, condition: ir.BooleanValue) -> bool:
-        """Says whether a condition is true in any row."""
-        found = self.table.aggregate(found=condition.any())
-        return bool(found.to_pyarrow()["found"][0].as_py())
-
-    def fault(
-        self,
-        column: str,
-        is_bad: ir.BooleanValue,
-        problem: str,
-        remedy: str = "Correct them, or name another column.",
-        setting: str | None = None,
-    ) -> None:
-        """Notes what is wrong with a column, and in which rows; None is the name of the column."""
-        setting = self.renaming if setting is None else setting
-        self.faults.append(Refusal(column, is_bad, problem, remedy, setting))
-
-
-def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
-    """Says which weights may train: those that float32 neither loses nor fails to add up."""
-    return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)
-
-
-def id_refusals(name: str, value: ir.Value, setting: str = "") -> Iterator[Refusal]:
-    """Yields what an id that each row must have cannot be: null, or -1 or "" (empty slots)."""
-    reserved = -1 if value.type().is_int64() else ""
-    is_reserved = (value == reserved).fill_null(False)
-    problem = f"is {reserved!r} (reserved for empty slots)"
-    yield Refusal(name, value.isnull(), "is null", "Give these rows an id.", setting)
-    yield Refusal(name, is_reserved, problem, "Give these rows an id.", setting)
-
-
-def refuse_rows(table: ibis.Table, source: Source, *refusals: Refusal) -> None:
-    """Refuses a table (`DataError`) for the first condition that any row meets, all in one pass."""
-    found = {str(i): refusal.is_bad.any() for i, refusal in enumerate(refusals)}
-    is_found = table.aggregate(**found).to_pyarrow().to_pylist()[0]
-    for i, refusal in enumerate(refusals):
-        if is_found[str(i)]:
-            raise refusal.error(table, source)
 
 
 def checked_kinds(

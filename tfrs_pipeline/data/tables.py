@@ -20,10 +20,10 @@ from tfrs_pipeline.data.columns import (
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
 from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.rules import Fault, RawTable, evaluate
 from tfrs_pipeline.data.schema import (
     DataError,
     Dropped,
-    RawTable,
     Source,
     count_rows,
     require_column,
@@ -34,40 +34,43 @@ from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 def store_sound(
     raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float
-) -> tuple[ibis.Table, tuple[Dropped, ...]]:
-    """Stores typed columns of the rows without a fault, and counts the others by their first.
+) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
+    """Stores typed columns of the rows that may stay, and counts the others by their first fault.
 
-    A `DataError` if there are more of them than may be dropped.
+    Returns the table; what was dropped; and which values are taken as missing, in lines. A
+    `DataError` if there are more of either than `max_bad_share`.
     """
-    faults = sorted(raw.faults, key=lambda fault: fault.is_droppable)
-    number = ibis.null("int64")
-    for i, fault in reversed(list(enumerate(faults))):
-        number = fault.is_bad.fill_null(False).ifelse(i, number)
-    table = store(raw.table.select(**columns, _fault=number), raw.source)
-    found = table.group_by("_fault").agg(num=table.count()).to_pyarrow().to_pylist()
-    counts = {row["_fault"]: row["num"] for row in found if row["_fault"] is not None}
-    dropped = list(raw.dropped)
-    for i, num in sorted(counts.items()):
-        of = raw.source.columns.get(faults[i].column, faults[i].column)
-        dropped.append(Dropped(f"column {printable(repr(of))} {faults[i].problem}", num))
+    faults = sorted(raw.faults, key=lambda fault: fault.rule.is_droppable)
+    found = evaluate(raw.table, faults)
+    dropped, notes = [*raw.dropped], []
+    worst: tuple[bool, int, Fault] | None = None
+    for fault, num in zip(faults, found.num_bad, strict=True):
+        if fault.is_missing and num > max_bad_share * raw.num_rows:
+            raise fault.error(raw.table, raw.source, max_bad_share)
+        if fault.is_missing and num:
+            where = raw.source.column(fault.column)
+            notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
+        elif num:
+            of = printable(repr(raw.source.columns.get(fault.column, fault.column)))
+            dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
+            if worst is None or (not fault.rule.is_droppable, num) > worst[:2]:
+                worst = (not fault.rule.is_droppable, num, fault)
     num_rows = raw.num_rows + sum(each.num_rows for each in raw.dropped)
-    share = sum(each.num_rows for each in dropped) / max(num_rows, 1)
-    worst = max(counts, key=lambda i: (not faults[i].is_droppable, counts[i]), default=None)
-    if worst is not None and (share > max_bad_share or not faults[worst].is_droppable):
-        raise faults[worst].error(raw.table, raw.source, max_bad_share)
-    if share > max_bad_share:
+    is_too_much = sum(each.num_rows for each in dropped) > max_bad_share * num_rows
+    if worst is not None and (is_too_much or worst[0]):
+        raise worst[2].error(raw.table, raw.source, max_bad_share)
+    if is_too_much:
         raise DataError(
             f"{raw.source.name}: {raw.dropped[0].reason} ({raw.dropped[0].num_rows} of {num_rows} "
             f"lines). {LINES_REMEDY}",
             "max_bad_share",
         )
-    name, connection = table.get_name(), table.get_backend()
-    if counts:
-        connection.con.execute(f'DELETE FROM "{name}" WHERE _fault IS NOT NULL')
-    connection.con.execute(f'ALTER TABLE "{name}" DROP COLUMN _fault')
-    table = connection.table(name)
+    rows = raw.table
+    if worst is not None:
+        rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
+    table = store(rows.select(**columns), raw.source)
     check_account(raw.source, num_rows, count_rows(table), dropped)
-    return table, tuple(dropped)
+    return table, tuple(dropped), notes
 
 
 def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
@@ -139,7 +142,8 @@ def type_entities(
     notes = type_features(raw, columns, features, reading)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities, dropped = store_sound(raw, columns, reading.max_bad_share)
+    entities, dropped, missing = store_sound(raw, columns, reading.max_bad_share)
+    notes += missing
     notes += describe_missing(entities, (name for name in columns if name != id_name), raw.source)
     num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids < num_rows:
@@ -164,30 +168,14 @@ def type_features(
     features: Mapping[str, FeatureKind],
     reading: Reading,
 ) -> list[str]:
-    """Types features; counts values that cannot be used, and refuses too many of them.
-
-    Returns what is to be known of their values, in lines for a person.
-    """
-    num_other_faults = len(raw.faults)
+    """Types features, whose unusable values will be missing; returns notes for a person."""
+    num_others = len(raw.faults)
     notes: list[str] = []
     for name, kind in features.items():
         column = FeatureColumn(raw, name, reading)
         columns[name] = KINDS[kind].read(column)
         notes += column.notes
-    faults = raw.faults[num_other_faults:]
-    del raw.faults[num_other_faults:]
-    if not faults:
-        return notes
-    sums = {str(i): fault.is_bad.sum() for i, fault in enumerate(faults)}
-    counts = raw.table.aggregate(**sums).to_pyarrow().to_pylist()[0]
-    for i, fault in enumerate(faults):
-        num = counts[str(i)] or 0
-        if num > reading.max_bad_share * raw.num_rows:
-            becomes = "values are taken as missing"
-            raise fault.error(raw.table, raw.source, reading.max_bad_share, becomes)
-        if num:
-            of = raw.source.column(fault.column)
-            notes.append(f"{of} {fault.problem} in {num:,} rows: taken as missing")
+    raw.faults[num_others:] = [f._replace(is_missing=True) for f in raw.faults[num_others:]]
     return notes
 
 

@@ -10,8 +10,10 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
+from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.reading import Period, Reading
-from tfrs_pipeline.data.schema import DataError, RawTable, Refusal, TimestampUnit
+from tfrs_pipeline.data.rules import RawTable
+from tfrs_pipeline.data.schema import DataError, TimestampUnit
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -77,15 +79,8 @@ def to_timestamp(
     else:
         raise raw.wrong_type(column, "a timestamp or a number")
     is_within = ((time >= first) & (time < end)).fill_null(False)
-    raw.fault(
-        column,
-        value.notnull() & ~is_within,
-        f"lies outside {first:%Y-%m-%d} to {end:%Y-%m-%d}"
-        if period
-        else "has no year of 2 to 9998",
-        "Correct them, or set earliest_time." if period else "Correct them.",
-        "earliest_time" if period else "",
-    )
+    rule = rules.TIME_OUTSIDE.filled(first=first, end=end) if period else rules.NO_YEAR
+    raw.fault(column, value.notnull() & ~is_within, rule)
     return is_within.ifelse(time, ibis.null(_UTC))
 
 
@@ -112,12 +107,8 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
     time, is_usual = ways[usual]
     if usual == "number" and counts["whole"] == counts["number"]:
         time = value.try_cast("int64")  # Nanoseconds are past the whole numbers that a float holds.
-    raw.fault(
-        column, value.notnull() & ~(number.notnull() | is_time), "must hold times and does not"
-    )
-    remedy = "Write all of them the same way, with an offset in all or in none."
-    problem = "must hold times written one way and does not"
-    raw.fault(column, value.notnull() & ~is_usual, problem, remedy, "")
+    raw.fault(column, value.notnull() & ~(number.notnull() | is_time), rules.NOT_A_TIME)
+    raw.fault(column, value.notnull() & ~is_usual, rules.TIME_OF_ANOTHER_KIND)
     return is_usual.ifelse(time, ibis.null(time.type()))
 
 
@@ -167,9 +158,7 @@ def _check_unit(
     }
     others = [is_so for name, is_so in is_within.items() if name != own]
     is_mixed = ~is_within[own] & functools.reduce(operator.or_, others)
-    problem = f"holds times in another unit among {_UNIT_NAMES[own]}"
-    remedy = "Write all of them in one unit."
-    raw.faults.append(Refusal(column, is_mixed, problem, remedy, is_droppable=False))
+    raw.fault(column, is_mixed, rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[own]))
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:

@@ -1,0 +1,206 @@
+"""What no row of a table may be: every rule is a row here, and all are evaluated in one pass.
+
+A kind of feature adds its own rules (`features/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, DataError, Dropped, Source, Stage
+from tfrs_pipeline.messages import printable
+
+if TYPE_CHECKING:
+    import ibis
+    import ibis.expr.types as ir
+
+
+class Rule(NamedTuple):
+    """What is wrong with a value, and what to do.
+
+    Args:
+        problem: What is wrong; follows the name of the column in a message. May have blanks.
+        remedy: What to do.
+        setting: The option of `Reading` that mends it, if any. None: the one that names columns.
+        is_droppable: Whether a few such rows may be dropped. Not if one setting mends them all.
+    """
+
+    problem: str
+    remedy: str = "Correct them, or name another column."
+    setting: str | None = None
+    is_droppable: bool = True
+
+    def filled(self, **words: object) -> Rule:
+        """Fills in the blanks of the problem."""
+        return self._replace(problem=self.problem.format(**words))
+
+
+_ID, _TIME = "Give these rows an id.", "Give these rows a time, or omit the column if unknown."
+_STAGES = f"Known: {', '.join(Stage)}."
+_ONE_WAY = "Write all of them the same way, with an offset in all or in none."
+
+NO_ID = Rule("is null", _ID)
+RESERVED_ID = Rule("is {reserved!r} (reserved for empty slots)", _ID)
+NOT_AN_ID = Rule("must be an integer or a string and is not")
+ID_OF_LINES = Rule("runs over several lines", "Close the quotes before it.")
+NO_EVENT_NUMBER = Rule("is null", "Give these rows one.")
+NO_TIME = Rule("is null", _TIME)
+NOT_A_TIME = Rule("must hold times and does not")
+TIME_OF_ANOTHER_KIND = Rule("must hold times written one way and does not", _ONE_WAY, "")
+TIME_IN_ANOTHER_UNIT = Rule(
+    "holds times in another unit among {unit}", "Write all of them in one unit.", "", False
+)
+TIME_OUTSIDE = Rule(
+    "lies outside {first:%Y-%m-%d} to {end:%Y-%m-%d}",
+    "Correct them, or set earliest_time.",
+    "earliest_time",
+)
+NO_YEAR = Rule("has no year of 2 to 9998", "Correct them.", "")
+NO_STAGE = Rule("is null", "Give these rows a stage.")
+UNKNOWN_STAGE = Rule(
+    "holds an unknown stage",
+    f"{_STAGES} Set stage_values to the stage of each value.",
+    "stage_values",
+    False,
+)
+NOT_A_STAGE = Rule("holds no stage", _STAGES)
+NO_RATING = Rule("is null or NaN", "Rate these rows.")
+NOT_AN_OUTCOME = Rule(
+    "is in the label and no number", "Leave it null where the outcome does not hold.", "label"
+)
+EMPTY_REQUEST = Rule("is ''", "Make it null where there is no request.")
+WEIGHT = Rule(
+    f"is not a number from {MIN_WEIGHT:.0e} to {MAX_WEIGHT:.0e}",
+    "Give these rows a weight (1 is neutral).",
+)
+NOT_INT64 = Rule("must hold whole numbers and does not")
+NOT_FLOAT32 = Rule("must hold finite numbers that float32 can hold and does not")
+
+
+class Fault(NamedTuple):
+    """A rule, and where a table breaks it: a column, and True in its rows at fault.
+
+    Such rows are dropped, or the value becomes a missing one (`is_missing`).
+    """
+
+    column: str
+    is_bad: ir.BooleanValue
+    rule: Rule
+    is_missing: bool = False
+
+    def error(self, table: ibis.Table, source: Source, max_bad_share: float = 0) -> DataError:
+        """Makes the error: column, problem, number of rows, a few values, the first row, remedy."""
+        bad = table.filter(self.is_bad)
+        value = table[self.column]
+        first = {"first": table["_row"].min()} if "_row" in table.columns else {}
+        row = bad.aggregate(num=bad.count(), **first).to_pyarrow().to_pylist()[0]
+        text = bad.select(text=value.cast("string").left(100)).distinct().limit(3).to_pyarrow()
+        values = sorted(value for value in text["text"].to_pylist() if value is not None)
+        if value.type().is_string():
+            values = [repr(value) for value in values]
+        examples = f", such as {', '.join(map(printable, values))}" if values else ""
+        place = f" (first: row {row['first'] + 1})" if first else ""
+        instead = ""
+        if max_bad_share and self.rule.is_droppable:
+            becomes = "values are taken as missing" if self.is_missing else "rows are dropped"
+            instead = f" Up to max_bad_share ({max_bad_share:g}) of the {becomes} instead."
+        num_rows = table.count().to_pyarrow().as_py()
+        return DataError(
+            f"{source.column(self.column)} {self.rule.problem} in {row['num']} of {num_rows} "
+            f"rows{examples}{place}. {self.rule.remedy}{instead}",
+            self.rule.setting or "",
+        )
+
+
+class Found(NamedTuple):
+    """How many rows a table has; how many are at fault, by the place of the fault; and more."""
+
+    num_rows: int
+    num_bad: list[int]
+    more: Mapping[str, Any]
+
+
+def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> Found:
+    """Counts the rows at fault, in one pass over the table.
+
+    A row that is dropped counts for the first of its faults; a value that becomes missing for each.
+    `more` are other aggregates of the same pass, by name.
+    """
+    import ibis
+
+    first = ibis.null("int64")
+    for i, fault in reversed([*enumerate(faults)]):
+        if not fault.is_missing:
+            first = fault.is_bad.fill_null(False).ifelse(i, first)
+    missing = {f"_bad_{i}": fault.is_bad for i, fault in enumerate(faults) if fault.is_missing}
+    counted = table.mutate(_first=first, **missing)
+    sums = {
+        f"_num_{i}": (counted[f"_bad_{i}"] if fault.is_missing else counted["_first"] == i).sum()
+        for i, fault in enumerate(faults)
+    }
+    found = counted.aggregate(_rows=counted.count(), **sums, **more).to_pyarrow().to_pylist()[0]
+    num_bad = [found[f"_num_{i}"] or 0 for i in range(len(faults))]
+    return Found(found["_rows"], num_bad, {name: found[name] for name in more})
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """A table as it came: a DuckDB table under the log's names, and `_row`, its order from 0.
+
+    `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
+    is what could not even be read as a row, `faults` what is wrong with values, in the order in
+    which these were typed; `texts` are columns of ids as `columns.py` has read them; `renaming` is
+    the option of `Reading` that names its columns.
+    """
+
+    table: ibis.Table
+    source: Source
+    num_rows: int
+    is_text: bool
+    dropped: tuple[Dropped, ...] = ()
+    faults: list[Fault] = field(default_factory=list)
+    texts: dict[str, tuple[ir.StringValue, bool, int]] = field(default_factory=dict)
+    renaming: str = "columns"
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.table.columns
+
+    def drop(self) -> None:
+        """Deletes the table from its database."""
+        self.table.get_backend().drop_table(self.table.get_name())
+
+    def wrong_type(self, column: str, wanted: str) -> DataError:
+        """Makes the error of a column of a wrong type."""
+        return DataError(
+            f"{self.source.column(column)} must be {wanted}, it is {self.table.schema()[column]} "
+            f"({self.num_rows} rows). Cast it, or name another column.",
+            self.renaming,
+        )
+
+    def has(self, condition: ir.BooleanValue) -> bool:
+        """Returns whether a condition is true in any row."""
+        found = self.table.aggregate(found=condition.any())
+        return bool(found.to_pyarrow()["found"][0].as_py())
+
+    def fault(self, column: str, is_bad: ir.BooleanValue, rule: Rule) -> None:
+        """Notes in which rows a column breaks a rule."""
+        if rule.setting is None:
+            rule = rule._replace(setting=self.renaming)
+        self.faults.append(Fault(column, is_bad, rule))
+
+
+def id_faults(name: str, value: ir.Value) -> list[Fault]:
+    """Returns what an id that each row must have cannot be: null, or -1 or "" (empty slots)."""
+    reserved = -1 if value.type().is_int64() else ""
+    is_reserved = (value == reserved).fill_null(False)
+    return [
+        Fault(name, value.isnull(), NO_ID),
+        Fault(name, is_reserved, RESERVED_ID.filled(reserved=reserved)),
+    ]
+
+
+def is_usable_weight(weight: ir.NumericValue) -> ir.BooleanValue:
+    """Says which weights may train: those that float32 neither loses nor fails to add up."""
+    return weight.between(MIN_WEIGHT, MAX_WEIGHT).fill_null(False)
