@@ -26,7 +26,8 @@ from index_libraries import synthetic
 from record import write_json
 
 from tfrs_pipeline.evaluation.table import format_cells
-from tfrs_pipeline.serving.index import Allowed, ScannIndex
+from tfrs_pipeline.serving.index import ScannIndex
+from tfrs_pipeline.serving.item_filter import Allowed
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.tune import Requests, exact_ranking, tune_index
 

@@ -25,8 +25,9 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
 from tfrs_pipeline.serving.index import Exact, ExactIndex, Level, Scann, ScannIndex
+from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
-from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"

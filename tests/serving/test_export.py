@@ -27,11 +27,12 @@ from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.hashed import Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
-from tfrs_pipeline.serving.export import _query_table, export
+from tfrs_pipeline.serving.export import export, query_table
 from tfrs_pipeline.serving.index import Exact, Scann
+from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
 from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_requests_are_kept_as_the_model_reads_them() -> None:
     features = [Categorical("fresh", ("true",)), Hashed("shelf", ())]
     given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
     items = pa.table({"item_id": [1]})
-    table = _query_table([{"request": request} for request in given], items, features, [])
+    table = query_table([{"request": request} for request in given], items, features, [])
     assert table["request"].to_pylist() == [
         {"fresh": fresh, "shelf": shelf, "timestamp": None}
         for fresh, shelf in (("true", None), (None, "7"), (None, None))

@@ -97,7 +97,7 @@ def user_queries(served: Served, requests: list[dict[str, Any]]) -> list[dict[st
 
 def stored_queries(served: Served) -> list[dict[str, Any]]:
     """What is stored of each user, with a request."""
-    pairs = zip(export_module._stored_queries(served.exportable()), itertools.cycle(REQUESTS))
+    pairs = zip(export_module.stored_queries(served.exportable()), itertools.cycle(REQUESTS))
     return [{**query, "request": request} for query, request in pairs]
 
 

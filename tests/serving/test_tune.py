@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from tests.serving.test_index import clustered
 from tfrs_pipeline.serving import tune
-from tfrs_pipeline.serving.index import Allowed, ExactIndex, Level, ScannIndex
+from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
+from tfrs_pipeline.serving.item_filter import Allowed
 from tfrs_pipeline.serving.tune import (
     WORK_OF_EXACT_SCORE,
     Requests,

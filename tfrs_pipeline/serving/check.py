@@ -1,9 +1,9 @@
-"""Has a process of its own load SavedModels and compares their answers with recorded ones.
+"""Loads SavedModels in a fresh process, and compares their answers with recorded ones.
 
     python -m tfrs_pipeline.serving.check FOLDER...
 
-A folder holds the model and its `probe.npz`. The fallbacks come first, before ScaNN's op is there.
-Exits with 0 if they are the same, else with 1 and the difference on standard error.
+A folder holds the model and its `probe.npz`. Brute-force fallbacks come first, before ScaNN's op is
+loaded. Exits with 0 if all answers are the same, else with 1 and the differences on standard error.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tfrs_pipeline.serving.publish import EXACT_FOLDER
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.signatures import ask, call, missing_input, signature_inputs
 
-# The reloaded model may run other kernels on another batch shape: same answer, not same bits.
+# A reloaded model may run other kernels: the same answer, not the same bits.
 SCORE_TOLERANCE = 1e-4
 PROBE_FILE = "probe.npz"
-# Behind the standard library, which a place of modules must not hide.
+# Last on the path, so that it hides no module of the standard library.
 _PROGRAM = """
 import runpy, sys
 sys.path.append(sys.argv.pop(1))
@@ -37,13 +37,13 @@ runpy.run_module("tfrs_pipeline.serving.check", run_name="__main__", alter_sys=T
 
 
 class ExportError(RuntimeError):
-    """An export that was not whole or did not answer as the model in memory does."""
+    """An export that cannot be loaded or answers otherwise than the model in memory."""
 
 
 def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns a value of the filter and of every feature, by the name of its input.
+    """Returns a value for every feature and the filter, by the name of its input.
 
-    Those of "candidate" and of "query" are apart: one name may be a feature of each, of two kinds.
+    "candidate" and "query" are apart, because both may have a feature of that name.
     """
     sides = features_of(manifest)
     values: dict[str, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ def _probe(
     item_ids: Sequence[Any],
     values: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, tf.Tensor]:
-    """Makes the inputs that a signature is asked with before a version is put in place."""
+    """Makes the inputs to ask a signature with."""
     specs = signature_inputs(function)
     inputs = {"k": tf.constant(10), **query_inputs(function, queries)}
     num_rows, of_side = len(queries), values["query"]
@@ -85,11 +85,10 @@ def prove(
     item_ids: Sequence[Any],
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Has a fresh process load what was saved, by folder, and answer as the modules in memory do.
+    """Has a fresh process load what was saved, by folder, and answer like the modules in memory.
 
-    The signatures of users are asked with `queries`, those of items with `item_ids`. Other inputs
-    have the `values` of their names, by side (see `example_values`); they are missing otherwise. An
-    `ExportError` if the process fails, or an answer differs.
+    Asks with `queries` and `item_ids`; other inputs have their `example_values`, or are missing. An
+    `ExportError` if the process fails or an answer differs.
     """
     for folder, module in modules.items():
         arrays: dict[str, np.ndarray] = {}
@@ -99,7 +98,7 @@ def prove(
             for role, tensors in (("input", inputs), ("output", outputs)):
                 arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
         np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)
-    # Files of the working directory, such as a queue.py, are no modules there.
+    # With -P, a file of the working directory such as queue.py is no module there.
     command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
     command += map(str, modules)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,14 +111,14 @@ def prove(
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    """Turns TensorFlow's byte strings into an array that needs no pickle."""
+    """Decodes byte strings, so that an array can be saved without pickle."""
     if values.dtype != object:
         return values
     return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)
 
 
 def differences(folder: Path) -> str:
-    """Describes how a reloaded model's answers differ from its folder's probe, if they do."""
+    """Describes how a reloaded model's answers differ from its probe; "" if they do not."""
     with np.load(folder / PROBE_FILE) as probe:
         arrays = {tuple(name.split("/", 2)): array for name, array in probe.items()}
     loaded = tf.saved_model.load(str(folder))
@@ -139,7 +138,7 @@ def differences(folder: Path) -> str:
 
 
 def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> str:
-    """Describes how an answer differs; equal scores may come in either order."""
+    """Describes how an answer differs, "" if it does not; equal scores may be in any order."""
     if set(expected) != set(answer):
         return f"{sorted(answer)} instead of {sorted(expected)}"
     for key, array in answer.items():
@@ -158,7 +157,7 @@ def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -
     ids, scores = answer["candidate_ids"], expected["scores"]
     if ids.dtype == object:
         ids = np.char.decode(ids.astype(bytes), "utf-8")
-    # Ids are compared where the score stands alone.
+    # Ids are compared where no neighbour has the same score.
     is_tied = np.zeros(scores.shape, bool)
     is_close = np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE
     is_tied[:, 1:] |= is_close
@@ -168,7 +167,7 @@ def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -
 
 
 def main() -> int:
-    """Runs the check of the folders on the command line."""
+    """Checks the folders on the command line."""
     problems = []
     for folder in sorted(map(Path, sys.argv[1:]), key=_may_need_scann):
         if _may_need_scann(folder):
@@ -183,7 +182,7 @@ def main() -> int:
 
 
 def _may_need_scann(folder: Path) -> bool:
-    # Judged by the whole ending: a model or a folder above it may be called "exact" too.
+    # By the whole ending: a model or a folder above may be called "exact" too.
     return folder.parts[-len(EXACT_FOLDER.parts) :] != EXACT_FOLDER.parts
 
 

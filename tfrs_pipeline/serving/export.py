@@ -1,7 +1,6 @@
-"""A trained model written as a SavedModel that answers with raw ids.
+"""Writes a trained model as a SavedModel that answers with raw ids.
 
-saved_models/README.md says what a version's folder holds. A version is written beside its place and
-renamed once it is whole and checked.
+saved_models/README.md lists the files of a version.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from tfrs_pipeline.serving.index import (
     Search,
     search_of,
 )
+from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,
     ITEMS_FILE,
@@ -53,7 +53,7 @@ from tfrs_pipeline.serving.publish import (
     QUERIES_FILE,
     new_version,
 )
-from tfrs_pipeline.serving.saved_model import ItemFilter, RetrievalModule
+from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.signatures import signature_inputs
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
@@ -61,22 +61,20 @@ if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
-# What others read of a manifest, or what an export writes into it.
+# Names in a manifest that an export or a run writes.
 TAKEN = frozenset(
     (
         *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
         *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
     )
 )
-# An index is measured on so many queries at most.
-NUM_QUERIES = 1000
-# Of them, queries whose answers the reloaded model must repeat.
-NUM_PROBES = 20
+# Most queries to tune and measure an index on, and how many the reloaded model must repeat.
+NUM_QUERIES, NUM_PROBES = 1000, 20
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is asked for, which holds for the next refresh too; see `export`."""
+    """Options of `export` that the next refresh keeps."""
 
     index: Search
     filter_by: str | None = None
@@ -90,7 +88,7 @@ class ExportOptions:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> ExportOptions:
-        """Reads it back from the manifest of an export."""
+        """Reads the options back from the manifest of an export."""
         asked = dict(manifest["export"])
         return cls(search_of(**asked.pop("index")), **asked)
 
@@ -109,41 +107,36 @@ def export(
 ) -> Path:
     """Writes a model's next version, checks it in a fresh process, and puts it in place.
 
-    Where several workers train, all call this: the chief writes, and the others wait for it.
+    If several workers train, all call this: the chief writes, and the others wait for it.
 
     Args:
-        model: A `FittedTwoTower`, or an `Exportable` of whatever embeds queries and candidates.
+        model: A `FittedTwoTower`, or an `Exportable` of any model that embeds queries and items.
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
-        index: How to search: `Exact()`, `Scann()`, or as `Auto()` chooses by the number of items,
-            which None is.
-        filter_by: Column of the model's items by whose values requests may filter.
+        index: `Exact()`, `Scann()`, or `Auto()`, which None is: by the number of items.
+        filter_by: Column of the items by whose values requests may filter.
         keep_versions: How many versions to keep: the newest two, then the newest of each training,
             then further refreshes; None keeps all.
-        item_ids: Of the model's items, those to be retrieved; the others are read in histories
-            alone, as those that a refresh removes. None takes the items of the log's item table,
-            all where it has none.
-        user_data: Whether to export what is known of users: their ids, histories, features and
-            embeddings, and the queries. Without it requests bring the history, and an index is
+        item_ids: The model's items to retrieve; histories may hold its other items too. None takes
+            the items of the log's item table, or all without one.
+        user_data: Whether to export what the log says about users: ids, histories, features,
+            embeddings and held-out queries. Without it requests bring the history, and an index is
             measured on queries of one item each.
-        queries: Held-out ones, of which `user_id`, `history`, `history_timestamps` and `request`
-            are read: a ScaNN index is tuned and measured on the first 1,000 (see
-            `Requests.parted`), and what every signature answers to the first 20 must come back the
-            same from the reloaded model. None takes the model's users.
-        manifest: More for `manifest.json`: JSON-able, such as metrics, by names that are not its
-            own.
+        queries: Held-out queries with `user_id`, `history`, `history_timestamps` and `request`. A
+            ScaNN index is tuned and measured on the first 1,000, and the reloaded model must repeat
+            the answers to the first 20. None takes the model's users.
+        manifest: JSON-able content, such as metrics, to add to `manifest.json`.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        ExportError: If a fresh process cannot load the export or answers otherwise; nothing is
-            left in place then, and no version is deleted.
+        ExportError: If a fresh process cannot load the export or answers otherwise. Then nothing is
+            put in place, and no version is deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        TypeError: If the model is neither, or `index` none of the three.
-        ValueError: If `item_ids` is empty or holds an id that is not the model's, or the items lack
-            the column to filter by; if there shall be no user data and the model has an embedding
-            of each user; if `manifest` has a name that is taken; or if the model was fitted to
-            samples without their log.
+        TypeError: If `model` or `index` is of another type.
+        ValueError: If `item_ids` is empty or holds an id that the model lacks, the items lack the
+            column `filter_by`, `user_data` is False and the model has an embedding of each user,
+            `manifest` has a name that is taken, or the model was fitted to samples without a log.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -151,13 +144,20 @@ def export(
             "it another name."
         )
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
-    given: dict[str, Any] = {
-        "item_ids": item_ids,
-        "user_data": user_data,
-        "queries": queries,
-        "manifest": manifest or {},
-    }
-    return Path(on_chief(lambda: str(export_version(model, path, options, **given)[0])))
+
+    def write() -> str:
+        folder, _ = export_version(
+            model,
+            path,
+            options,
+            item_ids=item_ids,
+            user_data=user_data,
+            queries=queries,
+            manifest=manifest or {},
+        )
+        return str(folder)
+
+    return Path(on_chief(write))
 
 
 def export_version(
@@ -170,19 +170,22 @@ def export_version(
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model as `export` does; returns the manifest too (see `export_index`)."""
+    """Exports a model as `export` does, and returns the manifest too (see `export_index`)."""
     model = _exportable(model)
     items = model.items
     places = _places(items, item_ids)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
-        queries = _stored_queries(model)
-    features = {side: getattr(model, f"{side}_features") for side in ("query", "candidate")}
+        queries = stored_queries(model)
+    features = {
+        "query": model.query_features,
+        "request": model.request_features,
+        "candidate": model.candidate_features,
+    }
     inputs = {side: raw_signature(of_side) for side, of_side in features.items()}
-    features["request"], reads_times = model.request_features, model.history_times is not None
     inputs["request"] = request_signature(
-        features["request"], features["query"], reads_times=reads_times
+        features["request"], features["query"], reads_times=model.history_times is not None
     )
     about = {
         "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
@@ -206,10 +209,10 @@ def export_version(
 
 
 def _exportable(model: Exportable | FittedTwoTower) -> Exportable:
-    """Returns what an export knows of a model; a `TypeError` if it is neither."""
+    """Returns the `Exportable` of a model; a `TypeError` if it has none."""
     if isinstance(model, Exportable):
         return model
-    # Not by its class, whose module loads what only a training needs.
+    # The module of its class would load what only a training needs.
     if not hasattr(model, "exportable"):
         raise TypeError(
             "Exports what TwoTower.fit returns, or a tp.Exportable of another model that embeds "
@@ -219,7 +222,7 @@ def _exportable(model: Exportable | FittedTwoTower) -> Exportable:
 
 
 def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
-    """Finds the items to be retrieved, in the order of the candidates."""
+    """Returns the positions of the items to be retrieved, ascending."""
     if item_ids is None:
         is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
         return np.flatnonzero(is_retrieved)
@@ -248,16 +251,14 @@ def export_index(
     Args:
         path: The model's folder.
         options: See `export`.
-        encoder: `Encoder`, or what one was loaded as.
-        embeddings: [num_candidates, D] float32, of the rows of `items`.
-        items: The candidates: `item_id`, the column of the filter and, if there is one, `title`.
-        queries: To measure on.
-        manifest: What is known of the model; index, filter, name, date, signatures and versions
-            of the libraries are added.
+        encoder: An `Encoder`, built or loaded.
+        embeddings: [num_candidates, D] float32, a row for each of `items`.
+        items: `item_id`, the column of the filter and, if there is one, `title`.
+        queries: To tune and measure on.
+        manifest: About the model; this adds what it knows about the export.
 
     Returns:
-        The folder of the new version, and its manifest: another export, which keeps only its own
-        version, may have deleted both.
+        The folder of the new version, and its manifest, which another export may have deleted.
     """
     queries = queries[:NUM_QUERIES]
     item_filter = _filter_by(items, options.filter_by)
@@ -283,19 +284,24 @@ def export_index(
         for folder, module in saved.items():
             with naming(folder, tf.errors.OpError):
                 tf.saved_model.save(module, str(folder), module.exported, with_scann)
-        (version.partial / ITEMS_FILE).parent.mkdir()
-        shown = {"item_id": items["item_id"]}
-        if "title" in items.column_names:
-            shown["title"] = items["title"].cast(pa.string())
-        pq.write_table(pa.table(shown), version.partial / ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
-        asked = _query_table(queries, items, features["request"], read)
-        pq.write_table(asked, version.partial / QUERIES_FILE)
+        asked = query_table(queries, items, features["request"], read)
+        _write_tables(version.partial, items, asked)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
         prove(saved, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), example_values(full))
     return version.folder, full
+
+
+def _write_tables(folder: Path, items: pa.Table, queries: pa.Table) -> None:
+    """Writes the tables beside a SavedModel: ids and titles, and held-out queries."""
+    shown = {"item_id": items["item_id"]}
+    if "title" in items.column_names:
+        shown["title"] = items["title"].cast(pa.string())
+    (folder / ITEMS_FILE).parent.mkdir()
+    pq.write_table(pa.table(shown), folder / ITEMS_FILE)
+    pq.write_table(queries, folder / QUERIES_FILE)
 
 
 def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
@@ -317,7 +323,7 @@ def _built(
     queries: Sequence[Query],
     features: Mapping[str, Sequence[Feature]],
 ) -> tuple[ExactIndex | ScannIndex, dict[str, Any]]:
-    """Builds an index; says what it is, for the manifest."""
+    """Builds an index, and describes it for the manifest."""
     if isinstance(index, Auto):
         index = index.choose(len(embeddings))
     if isinstance(index, Exact):
@@ -336,22 +342,22 @@ def _built(
 
 
 def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
-    """Says what a manifest's "index" is."""
+    """Describes the "index" of a manifest in a sentence."""
     if description["kind"] == "exact":
         return f"exact search over {num_candidates:,} candidates"
     levels, requests = description["levels"], description["requests"]
     lowest = min((x["recall"] for x in requests), default=description["target_recall"])
     text = (
-        f"ScaNN finds at least {lowest:.4f} of the exact answer on average; where k and the "
-        f"excluded items are above {levels[-1]['depth']:,}, together, search is exact"
+        f"ScaNN finds at least {lowest:.4f} of the exact answer on average; search is exact if k "
+        f"and the number of excluded items add up to more than {levels[-1]['depth']:,}"
     )
     if num_candidates < SMALLEST_SCANN_CORPUS:
         text += f". For {num_candidates:,} candidates exact search alone would do"
     return text
 
 
-def _stored_queries(model: Exportable) -> list[Query]:
-    """Makes a query of each of the first users, by what is stored of them."""
+def stored_queries(model: Exportable) -> list[Query]:
+    """Makes a query for each of the first 1,000 users from what a model stores about them."""
     queries: list[Query] = []
     offsets = model.histories.offsets
     for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
@@ -365,10 +371,10 @@ def _stored_queries(model: Exportable) -> list[Query]:
     return queries
 
 
-def _query_table(
+def query_table(
     queries: Sequence[Query], items: pa.Table, request: Sequence[Feature], read: Collection[str]
 ) -> pa.Table:
-    """Makes a table of queries: what the model reads of them, which are the inputs `read`."""
+    """Makes a table of queries, with the columns that the inputs `read` need."""
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),

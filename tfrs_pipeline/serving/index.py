@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.row_lists import is_member
+from tfrs_pipeline.serving.item_filter import Allowed
 
 # Below this, exact search is as fast as any index.
 SMALLEST_SCANN_CORPUS = 20_000
@@ -97,38 +98,6 @@ def load_scann_ops() -> Any:
             f"search. The import said: {error}"
         ) from error
     return scann_ops
-
-
-class Allowed(NamedTuple):
-    """Which candidates each query may find: those that have one of its values.
-
-    Attributes:
-        is_chosen: [B, num_codes] bool, the values that each query chose; code 0 is no value.
-        codes: [num_candidates + 1, P] int32 codes of the values of each row, padded with 0.
-        share: [B] float32, roughly the share of the candidates that may be found.
-    """
-
-    is_chosen: tf.Tensor
-    codes: tf.Tensor
-    share: tf.Tensor
-
-    def of_queries(self, lines: tf.Tensor) -> Allowed:
-        """Takes the queries with the numbers `lines`, [b]."""
-        return Allowed(tf.gather(self.is_chosen, lines), self.codes, tf.gather(self.share, lines))
-
-    def has(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns which rows, [B, n], each query may find: [B, n] bool."""
-        codes = tf.gather(self.codes, rows)
-        return tf.reduce_any(tf.gather(self.is_chosen, codes, batch_dims=1), axis=2)
-
-    def has_all(self) -> tf.Tensor:
-        """Returns which candidates each query may find: [B, num_candidates] bool."""
-        # One place of the lists at a time: all at once would take P times the memory.
-        places = tf.unstack(self.codes[1:], axis=1)
-        is_allowed = tf.gather(self.is_chosen, places[0], axis=1)
-        for place in places[1:]:
-            is_allowed |= tf.gather(self.is_chosen, place, axis=1)
-        return is_allowed
 
 
 class ExactIndex(tf.Module):

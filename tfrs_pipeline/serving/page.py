@@ -1,4 +1,4 @@
-"""What the page at / asks: the model's card, items by title, and answers with titles."""
+"""Answers what the page at / asks: the model's card, items by title, queries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_HISTORY_SHOWN = 10
 MAX_CHOICES = 500
 NUM_EXAMPLE_ITEMS = 3
 
-# One file without any request to elsewhere; its answers are shown as text, never as markup.
+# The page is one file that loads nothing else, and shows answers as text, never as markup.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -40,10 +40,10 @@ PAGE_HEADERS = {
 
 
 class PageQuery(BaseModel):
-    """A query of the page: by a user's stored history, or by items and features of someone.
+    """A query of the page: by a user's stored history, or by items and features.
 
-    The items are excluded from the answer. Of `filter`, values of the model's item filter, items
-    have one. Features and what a request brings are as typed (see `Feature.parse`).
+    The items are excluded from the answer. `filter` has values of the item filter. Features and
+    requests are as typed (see `Feature.parse`).
     """
 
     user_id: StrictInt | StrictStr | None = None
@@ -55,7 +55,7 @@ class PageQuery(BaseModel):
 
 
 def card(version: ServedVersion) -> dict[str, Any]:
-    """Describes the model for the page, with what a first query may ask."""
+    """Describes the model for the page, with an example of a query."""
     retriever = version.retriever
     manifest = retriever.manifest
     ids, _ = retriever.retrieve([{}], min(NUM_EXAMPLE_ITEMS, len(version.titles)))
@@ -98,10 +98,10 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
 
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
-    """Answers a `PageQuery` by the index and, where there is one beside it, exactly.
+    """Answers a `PageQuery` by the index and, if that is approximate, exactly too.
 
-    Both get the request that the answer holds as `request`: a path, and a body as one would send.
-    An `HTTPException` 400 if it is no such query, or beyond a limit.
+    Both answer the call in the answer's `request`, a path and a body. An `HTTPException` 400 if
+    `body` is no such query, or beyond a limit.
     """
     try:
         query = PageQuery.model_validate_json(body)
@@ -131,9 +131,9 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
-    """Makes the predict call that asks what a query does.
+    """Makes the predict call for a query.
 
-    A `ValueError` if the model has no users or no such features, or an id is not of its type.
+    A `ValueError` if the model lacks users or a feature, or an id is of another type.
     """
     inputs: dict[str, Any]
     if query.user_id is not None:
@@ -171,7 +171,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
 def _asked(
     retriever: LoadedRetriever, asked: PredictCall, titles: Mapping[Any, str | None]
 ) -> dict[str, Any]:
-    # The first call of its kind pays for what later ones find ready: the second is timed.
+    # The first call of its kind prepares later ones: the second is timed.
     for _ in range(2):
         start = time.perf_counter()
         outputs = ask(retriever.saved_model.signatures[asked.signature], asked.inputs)

@@ -1,8 +1,6 @@
 """TensorFlow Serving's REST form of a predict call: JSON to arrays and back.
 
-A request names a signature and gives every input of it but those of its context, either by columns
-(`inputs`) or by rows (`instances`); the answer has the same form, under `outputs` or `predictions`.
-docs/guides/serving.md says where it is stricter than TensorFlow Serving.
+docs/guides/serving.md describes it, and says where this is stricter than TensorFlow Serving.
 """
 
 from __future__ import annotations
@@ -29,16 +27,19 @@ from tfrs_pipeline.serving.signatures import missing_input, missing_value
 
 DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")
-# A union with None would do, but Python cannot hash the types of lists.
+# Instead of a union with None, as Python cannot hash the types of lists.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
 
 class SignatureInputs:
-    """What a signature takes: checks values of JSON against limits, and makes arrays of them.
+    """Checks the inputs of a signature in JSON against limits, and turns them into arrays.
 
-    `optional` are inputs that a request need not give, those of its context: missing then.
-    `nullable` are those for which null means a missing value: features, and times. `times` are
-    features that are times, in seconds since 1970 like those of the request itself.
+    Args:
+        specs: The inputs by name.
+        limits: The server's settings.
+        optional: Inputs that a request may leave out, which are missing then.
+        nullable: Inputs in which null is a missing value: features, and times.
+        times: Features that are times, in seconds since 1970.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class SignatureInputs:
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
     def of_columns(self, inputs: Any) -> dict[str, np.ndarray]:
-        """Reads `inputs`: an object with each input's column, or the column of the only one."""
+        """Reads `inputs`: an object with a column for each input, or the column of the only one."""
         columns = _checked(self._columns, self._named(inputs), "inputs")
         arrays = {name: self._column(columns[name], name) for name in columns}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
@@ -78,13 +79,13 @@ class SignatureInputs:
                 f"A request may ask for {self._max_results} results, its queries times k "
                 f"(--max-results). Received: {num_queries} x {k}"
             )
-        return {  # Those too that were not given, in the signature's order.
+        return {  # In the signature's order.
             name: arrays[name] if name in arrays else missing_input(spec, num_queries).numpy()
             for name, spec in self._specs.items()
         }
 
     def of_rows(self, instances: Any) -> dict[str, np.ndarray]:
-        """Reads `instances`: a list with an object, or the value of the only input, per query."""
+        """Reads `instances`: for each query an object, or the value of the only input."""
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
             raise bad_request(
                 f"Input {scalars[0]!r} is one value for the whole request, which rows cannot give: "
@@ -107,7 +108,7 @@ class SignatureInputs:
         return array
 
     def _named(self, value: Any) -> Any:
-        """Lets a plain value stand for the only input; refuses unknown inputs."""
+        """Names a plain value by the only input; refuses unknown inputs."""
         if not isinstance(value, dict) or "b64" in value:
             return value if len(self._specs) > 1 else dict.fromkeys(self._specs, value)
         if unknown := value.keys() - self._specs:
@@ -117,10 +118,9 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """What a predict call asks: a signature's name, and the array of each input.
+    """A signature's name and the array of each input: numbers, or objects that are `bytes`.
 
-    Arrays are of numbers, or of object with `bytes`. A call that came as `instances` is in row
-    format, and is answered with `predictions`.
+    A call that came as `instances` is in row format, and is answered with `predictions`.
     """
 
     signature: str
@@ -129,16 +129,16 @@ class PredictCall(NamedTuple):
 
     @property
     def num_queries(self) -> int:
-        """How many queries are asked, or items."""
+        """Number of queries, or items."""
         return max(len(array) for array in self.inputs.values() if array.ndim)
 
     @property
     def num_results(self) -> int:
-        """How many candidates are asked for, where a k is given."""
+        """Number of candidates asked for, if there is a k."""
         return self.num_queries * int(self.inputs.get("k", 1))
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
-        """Cuts the inputs into those of calls of a query or more, up to the given sizes."""
+        """Cuts the inputs into calls of at least one query, up to the given sizes."""
         size = min(max_queries, max_results * self.num_queries // self.num_results) or 1
         return [
             {
@@ -150,25 +150,18 @@ class PredictCall(NamedTuple):
 
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
-    """Reads the body of a predict call. The cost grows as its length.
+    """Reads the body of a predict call, in time proportional to its length.
 
     Args:
-        body: `{"signature_name": name, "inputs": {...}}`, or `instances` instead of `inputs`. NaN
-            is a number of it, and null a missing value of a feature; of a key that comes twice, the
-            last value counts.
+        body: `{"signature_name": name, "inputs": {...}}`, or `instances` instead of `inputs`. It
+            may hold the number NaN, and null for a missing feature; of a repeated key, the last
+            value counts.
         signatures: The inputs of each signature of the model.
 
     Raises:
         HTTPException: 400, if it is not JSON, the signature is unknown, an input is missing,
-            unknown, not of the signature's type and rank or beyond a limit, or the inputs differ in
-            their number of queries.
-
-    Example:
-        >>> specs = {"user_id": tf.TensorSpec([None], tf.int64), "k": tf.TensorSpec([], tf.int32)}
-        >>> signatures = {"retrieve_user": SignatureInputs(specs, ServeSettings())}
-        >>> body = b'{"signature_name": "retrieve_user", "inputs": {"user_id": [7], "k": 3}}'
-        >>> tuple(parse_predict(body, signatures))
-        ('retrieve_user', {'user_id': array([7]), 'k': array(3, dtype=int32)}, False)
+            unknown, of another type or rank, or beyond a limit, or inputs differ in their number of
+            queries.
     """
     try:
         document = from_json(body)
@@ -199,14 +192,10 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
-    """Writes a model's answer.
+    """Writes an answer from arrays [num_queries, ...] of numbers, bools, or objects with `bytes`.
 
-    Numbers that are not finite are written as TensorFlow Serving does, as the bare words NaN,
-    Infinity and -Infinity: Python reads them, JavaScript and strict parsers do not.
-
-    Args:
-        outputs: Arrays [num_queries, ...] of float32, integers, bools, or objects with `bytes`.
-        is_row_format: Whether to write `predictions`, a value per query, or `outputs`.
+    Numbers that are not finite are the bare words NaN, Infinity and -Infinity, as in TensorFlow
+    Serving: Python reads them, JavaScript and strict parsers do not.
 
     Example:
         >>> outputs = {"ids": np.array([[7, 3]]), "scores": np.array([[0.5, -np.inf]], np.float32)}
@@ -226,12 +215,12 @@ def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> by
 
 
 def bad_request(message: str) -> HTTPException:
-    """Makes the answer to a request that cannot be understood."""
+    """Makes a 400."""
     return HTTPException(400, message)
 
 
 def refusal(error: pydantic.ValidationError, where: str = "") -> HTTPException:
-    """Words the first problem of a request: where it is, what is wrong, what was got."""
+    """Makes a 400 that describes the first problem of a request."""
     details = error.errors(include_url=False)[0]
     place = ".".join(map(str, [*filter(None, [where]), *details["loc"]]))
     message = details["msg"].removeprefix("Value error, ")  # Pydantic's, before ours.
@@ -247,7 +236,7 @@ def _checked(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
 
 
 def _value_type(name: str, spec: tf.TensorSpec, limits: ServeSettings, *, is_nullable: bool) -> Any:
-    """Returns the type of an input's value: that of a query, or of the whole request."""
+    """Returns the type of an input's value for a query, or for the whole request."""
     value: Any
     if spec.dtype == tf.string:
         value = Annotated[bytes, BeforeValidator(_text)]
@@ -317,12 +306,12 @@ def _array(column: Any, spec: tf.TensorSpec, name: str) -> np.ndarray:
 
 
 def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuses a time without an item; there may be fewer times than items."""
+    """Refuses a time without an item; a query may have fewer times than items."""
     if not {"history", HISTORY_TIMESTAMPS} <= arrays.keys():
         return
     history, times = arrays["history"], arrays[HISTORY_TIMESTAMPS]
     is_item = history != missing_value(tf.as_dtype(history.dtype))
-    # Shorter histories are filled up, so that the width says nothing of a query's own.
+    # Shorter histories are padded: the width says nothing about one query's.
     is_time = ~np.isnan(times)
     width = min(history.shape[1], times.shape[1])
     is_alone = is_time.copy()

@@ -1,4 +1,4 @@
-"""An exported model, loaded and queried from Python."""
+"""Loads an exported model and queries it from Python."""
 
 from __future__ import annotations
 
@@ -49,20 +49,19 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
     """Loads an exported model.
 
     Args:
-        path: A version's folder, or the model's, whose newest complete version is taken.
+        path: A version's folder, or the model's, whose newest complete version is loaded.
         exact: Whether to load the brute-force fallback instead of a ScaNN index.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
-        ImportError: If the index needs ScaNN and it is missing.
-        Damaged: If a file is not the one that was exported: the towers and the index over their
-            embeddings belong together.
+        ImportError: If the index needs ScaNN, which is missing.
+        Damaged: If a file is not as it was exported.
     """
     return LoadedRetriever(version_at(path), exact=exact)
 
 
 def version_at(path: str | Path) -> Path:
-    """Returns the folder of the version that `load` takes, or raises a `FileNotFoundError`."""
+    """Returns the folder of the version that `load` loads, or raises a `FileNotFoundError`."""
     folder = Path(path).resolve()
     if (folder / MANIFEST_FILE).is_file():
         return folder
@@ -76,15 +75,14 @@ class LoadedRetriever:
     """A `Retriever` on an exported model; see `load`.
 
     Attributes:
-        folder: Of the version.
-        manifest: What `manifest.json` holds.
-        saved_model: The model as `tf.saved_model.load` gives it: its signatures and its parts.
+        folder: The version's folder.
+        manifest: The content of `manifest.json`.
+        saved_model: What `tf.saved_model.load` returned.
         user_dtype: Type of the user ids, int64 or string.
-        item_dtype: Of the item ids.
-        features: Fitted ones of the query (what `features` of a query may hold), of the request
-            (likewise `request`) and of the candidate.
-        item_filter: "name" of the column that requests may filter by and all its "values"; None
-            without a filter.
+        item_dtype: Type of the item ids.
+        features: The fitted features that the model reads, by side: "query" (the user's), "request"
+            and "candidate".
+        item_filter: "name" and "values" of the column that requests may filter by, or None.
     """
 
     def __init__(self, folder: Path, *, exact: bool) -> None:
@@ -116,20 +114,23 @@ class LoadedRetriever:
     ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        `user_id`, `history`, `history_timestamps`, `features` and `request` are read. Features, raw
-        values by column name, replace all of the user's stored ones. A request is those of the
-        request features, of which any may be missing, and `timestamp`, an aware datetime: of it
-        come an hour or weekday that the log made of its own, and how long ago the items of the
-        history were, where the model reads times. Nothing is excluded but `exclude`: not what the
-        user is known to have clicked. `allowed` are, per query, values of the model's item filter
-        (`filter_by` of the export): items that have one of them are retrieved alone; an empty list
-        allows all.
+        Only `exclude` is excluded: not what a user is known to have clicked.
+
+        Args:
+            queries: `user_id`, `history`, `history_timestamps`, `features` and `request` are read.
+                `features`, raw values by name, replace all stored ones of the user. `request` holds
+                raw request features, any of which may be missing, and `timestamp`, an aware
+                datetime: the model derives from it a missing hour or weekday and, if it reads
+                times, the age of the history's items.
+            k: See `Retriever.retrieve`.
+            exclude: See `Retriever.retrieve`.
+            allowed: For each query, values of the item filter (`filter_by` of the export): only
+                items with one of them are retrieved. An empty list allows all.
 
         Raises:
-            ValueError: If a query holds another key than these, a user feature that the model does
-                not read, or a request feature that looks misspelt (others say nothing); if
-                `allowed` is given and the model has no item filter, or holds a value that no item
-                has.
+            ValueError: If a query has another key, a user feature that the model does not read, or
+                a request feature that looks misspelt (others are ignored); if `allowed` is given
+                without an item filter, or has a value that no item has.
         """
         answer = self._retrieved(queries, "history", k, exclude, allowed)
         return _decoded(answer["candidate_ids"]), answer["scores"]
@@ -143,11 +144,10 @@ class LoadedRetriever:
         allowed: Sequence[Collection[str]] | None = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retrieves by the stored history of users, their known positives excluded.
+        """Retrieves by the stored history of users, and excludes their known positives.
 
-        User ids, [n], are of the type of the model's; an unknown one gets the answer for an empty
-        history. Per user, `exclude` are further ids to exclude; `allowed` and `requests` are as in
-        `retrieve`.
+        Unknown users get the answer for an empty history. `exclude` adds ids to exclude; `allowed`
+        and `requests` are as in `retrieve`, one for each user.
 
         Returns:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
@@ -171,7 +171,7 @@ class LoadedRetriever:
         return _decoded(answer["candidate_ids"]), answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries, [n, D] float32; what is read of them, or refused, is as in `retrieve`."""
+        """Embeds queries, read or refused as by `retrieve`: [n, D] float32."""
         check_queries(queries, ids_are_text=self.item_dtype == tf.string)
         names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
         return self._answer(queries, names, {})["embeddings"]
@@ -179,11 +179,10 @@ class LoadedRetriever:
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items, those too that are not in the index.
+        """Embeds items, which need not be in the index.
 
-        One that the training did not have is embedded by its `features`: by name, [n] raw values as
-        in the item table; None is missing, a `ValueError` if one that the model reads is not there
-        at all.
+        Items that the training did not have are embedded by their `features`: [n] raw values by
+        name, as in the item table. None is missing; a `ValueError` if a whole feature is.
 
         Returns:
             embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
@@ -196,29 +195,29 @@ class LoadedRetriever:
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Tells which items the training had, [n] bool: a history is read without the others."""
+        """Returns which items the training had, [n] bool; others in a history are ignored."""
         nothing = {x.name: [None] * len(item_ids) for x in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
     def stored_history(self, user_id: Any) -> list[Any]:
-        """Returns what is stored of a user's history, most recent first; [] of an unknown one."""
+        """Returns the stored history of a user, most recent first; [] for an unknown user."""
         ids = self.saved_model.encoder.stored_history(id_list([user_id], self.user_dtype))
         history: list[Any] = _decoded(ids.numpy())[0].tolist()
         return history
 
     def parse_user_id(self, text: str) -> Any:
-        """Turns a user id, as typed, into the type of the model's; or raises a `ValueError`."""
+        """Parses a typed user id into the type of the model's ids, or raises a `ValueError`."""
         return _parse_id(text, self.user_dtype, "user")
 
     def parse_item_id(self, text: str) -> Any:
-        """Turns an item id typed by a person into the type of the model's ids; as above."""
+        """Parses a typed item id into the type of the model's ids, or raises a `ValueError`."""
         return _parse_id(text, self.item_dtype, "item")
 
     def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Turns request features typed by a person, and the timestamp, into their values.
+        """Parses typed request features, and the timestamp.
 
-        Lists are written with commas, times in ISO 8601 with their zone. A `ValueError` if the
-        model reads no such feature, or it holds something else.
+        Lists have commas, times are ISO 8601 with their zone. A `ValueError` if the model does not
+        read a feature, or a value is of another kind.
         """
         check_requests([texts], self._request_names)
         known = {feature.name: feature for feature in self.features["request"]}
@@ -226,29 +225,29 @@ class LoadedRetriever:
 
     @property
     def num_candidates(self) -> int:
-        """Size of the corpus."""
+        """Number of candidates."""
         return int(pq.read_metadata(self.folder / ITEMS_FILE).num_rows)
 
     def candidate_ids(self) -> list[Any]:
-        """Reads the ids of the items, in the order of their embeddings."""
+        """Reads the ids of the candidates, in the order of their embeddings."""
         return pq.read_table(self.folder / ITEMS_FILE)["item_id"].to_pylist()
 
     def candidate_embeddings(self) -> np.ndarray:
-        """Returns the embeddings of the items: [num_candidates, D] float32."""
+        """Returns the embeddings of the candidates: [num_candidates, D] float32."""
         return self.saved_model.exact.embeddings.numpy()
 
     def held_out_queries(self) -> list[Query]:
-        """Reads the queries that the index was measured on, with what they were asked with."""
+        """Reads the queries that the index was measured on."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
 
     def held_out_requests(self) -> Requests:
-        """Embeds the held-out queries, each with the rows of what its user knows."""
+        """Embeds the held-out queries, and looks up the rows of what their users know."""
         queries, ids = self.held_out_queries(), np.array(self.candidate_ids())
         known = known_rows(self.saved_model.encoder, queries, ids)
         return Requests(self.embed_queries(queries), known)
 
     def titles(self) -> dict[Any, str]:
-        """Reads the titles of the items, by id; empty if there are none."""
+        """Reads the titles of the candidates by id; empty if they have none."""
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
         return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 
@@ -260,7 +259,7 @@ class LoadedRetriever:
         exclude: Excluded,
         allowed: Sequence[Collection[str]] | None,
     ) -> dict[str, np.ndarray]:
-        """Checks what is asked, and asks it, of the filtered form where values are allowed."""
+        """Checks the arguments, and asks the signature for them."""
         check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
         exclude = [()] * len(queries) if exclude is None else exclude
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
@@ -275,7 +274,7 @@ class LoadedRetriever:
     def _answer(
         self, queries: Sequence[Query], names: Sequence[str], asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
-        """Asks the first signature for queries without features, the second for those with."""
+        """Asks the first signature for queries without features, the second for the others."""
         function = self.saved_model.signatures[names[0]]
         requests = [query.get("request") for query in queries]
         check_requests(requests, self._request_names, may_have_others=True)
@@ -300,7 +299,7 @@ class LoadedRetriever:
         return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes inputs of the signatures `..._with_features`; a `ValueError` if one is not read."""
+        """Makes the inputs for given features; a `ValueError` if the model does not read one."""
         names = [feature.name for feature in self.features["query"]]
         if not names:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What is served: an encoder and an index behind raw ids, as one TensorFlow module."""
+"""The exported module: an encoder and an index behind raw ids."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.graph import lower_booleans
-from tfrs_pipeline.features.raw import has_booleans, padded, to_text_lists
 from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.id_tensors import lookup, row_table, stored, with_empty
-from tfrs_pipeline.serving.index import Allowed, ExactIndex, ScannIndex
+from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
+from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.signatures import (
     EMBEDDINGS,
     RETRIEVALS,
@@ -25,52 +24,6 @@ from tfrs_pipeline.serving.signatures import (
 )
 
 DEFAULT_K = 100
-
-
-class ItemFilter(tf.Module):
-    """Values by which a request may choose items, such as their genres.
-
-    `column`, of this name, has a value or a list of values per candidate; None and "" are none.
-    """
-
-    def __init__(self, name: str, column: Sequence[Any]) -> None:
-        super().__init__(name="item_filter")
-        lists = padded(*to_text_lists(column)).tolist()
-        rows = [[value for value in dict.fromkeys(values) if value] for values in lists]
-        values = sorted({value for row in rows for value in row})
-        self._column, self._values = name, tuple(values)
-        code_of = {value: code for code, value in enumerate(values, 1)}
-        codes = np.zeros((len(rows), max([1, *map(len, rows)])), np.int32)
-        for line, row in zip(codes, rows, strict=True):
-            line[: len(row)] = [code_of[value] for value in row]
-        self._table = row_table(np.array(values, object))
-        self._codes = stored(np.pad(codes, [[1, 0], [0, 0]]))
-        shares = np.bincount(codes.ravel(), minlength=len(values) + 1) / max(1, len(rows))
-        self._shares = tf.constant(np.where(np.arange(len(shares)), shares, 0), tf.float32)
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and distinct values, for the manifest."""
-        return {"name": self._column, "values": list(self._values)}
-
-    def choose(self, allowed: tf.Tensor) -> Allowed:
-        """Tells which candidates each query may have: those with one of its values.
-
-        `allowed` are [B, F] values, padded with ""; a query without any may have every candidate.
-        """
-        if has_booleans(self._values):
-            allowed = lower_booleans(allowed)
-        codes = lookup(self._table, allowed)
-        num_codes = len(self._values) + 1
-        is_chosen = tf.math.bincount(
-            codes, minlength=num_codes, maxlength=num_codes, axis=-1, binary_output=True
-        )
-        # Code 0 is padding, here and of the candidates' values, or unknown: nobody's choice.
-        is_chosen = (is_chosen > 0) & (tf.range(num_codes) > 0)
-        # Those with two of the values are counted twice.
-        share = tf.reduce_sum(tf.where(is_chosen, self._shares, 0), axis=1)
-        is_any = tf.reduce_all(allowed == "", axis=1)
-        share = tf.where(is_any, 1.0, tf.minimum(share, 1))
-        return Allowed(is_chosen | is_any[:, tf.newaxis], self._codes, share)
 
 
 class RetrievalModule(tf.Module):
