@@ -36,7 +36,7 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from paired_seeds import summarise
 from record import write_json
 from sparse_sequences import CUTS, cut
 
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -162,9 +163,9 @@ def with_unigram(network: TwoTowerNetwork, counts: np.ndarray) -> None:
     share = np.maximum(counts, 0.5) / counts.sum()
     log_share = tf.constant(np.log(share), tf.float32)
 
-    def log_q(inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    def log_q(inputs: Batch) -> tf.Tensor:
         # A softmax does not change if all logits of a row rise alike: so the positive's stays.
-        own, shared = (tf.gather(log_share, inputs[x]) for x in ("candidate_row", "shared_row"))
+        own, shared = (tf.gather(log_share, x) for x in (inputs.candidate_row, inputs.shared_row))
         return shared[tf.newaxis, :] - own[:, tf.newaxis]
 
     network.log_q = log_q

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.batches.sequences import WholeSequences
 from tfrs_pipeline.batches.single import SinglePositives
@@ -110,22 +112,39 @@ def make_batches(
     return HybridBatches(samples, ordered, negatives, seed=seed, **options)
 
 
-def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[dict[str, Any]]:
+def batch_list(batches: HybridBatches, num_steps: int, start: int = 0) -> list[Batch]:
     """Builds batches, few of them one by one: a data set takes a second to trace."""
     if num_steps > 20:
         return list(batches.dataset(start, num_steps).as_numpy_iterator())
     steps = range(start, start + num_steps)
-    return [{name: x.numpy() for name, x in batches.batch(step).items()} for step in steps]
+    return [as_arrays(batches.batch(step)) for step in steps]
 
 
-def samples_of(batch: dict[str, Any]) -> list[int]:
+def as_arrays(batch: Batch) -> Batch:
+    """Returns a batch of tensors as one of arrays."""
+    return tf.nest.map_structure(lambda x: None if x is None else x.numpy(), batch)
+
+
+def flat(batch: Any) -> dict[str, np.ndarray]:
+    """Returns what a batch holds by name, such as "candidate_row", "hard.log_q"."""
+    fields = batch if isinstance(batch, dict) else batch._asdict()
+    found = {}
+    for name, value in fields.items():
+        if isinstance(value, dict | tuple):
+            found |= {f"{name}.{inner}": x for inner, x in flat(value).items()}
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def samples_of(batch: Batch) -> list[int]:
     """Names the samples of a batch."""
-    return [SAMPLE_OF[weight] for weight in batch["weight"].tolist()]
+    return [SAMPLE_OF[weight] for weight in batch.weight.tolist()]
 
 
-def assert_same_batches(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> None:
+def assert_same_batches(first: Sequence[Batch], second: Sequence[Batch]) -> None:
     """Asserts that batches are equal to the bit."""
-    for got, expected in zip(first, second, strict=True):
+    for got, expected in zip(map(flat, first), map(flat, second), strict=True):
         assert got.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name])

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 PUBLIC = {
     "Auto": "serving.index",
+    "Batch": "batches.batch",
     "ConfigError": "settings",
     "DataError": "data.schema",
     "Ease": "evaluation.baselines",

@@ -22,6 +22,7 @@ from tests.small_batches import (
     forbidden,
     make_batches,
 )
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.negatives.funnel import FunnelLosers
@@ -64,30 +65,30 @@ def denominators(batches: HybridBatches, num_steps: int) -> tuple[np.ndarray, np
     """
     task = HybridRetrieval()
 
-    def of_batch(batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    def of_batch(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         def embed(rows: tf.Tensor) -> tf.Tensor:
             return tf.gather(SCORES, rows)[..., tf.newaxis]
 
-        positives = embed(batch["candidate_row"])
+        positives = embed(batch.candidate_row)
         hard = {}
-        if "hard_log_q" in batch:
+        if batch.hard is not None:
             hard = {
-                "hard_embeddings": embed(batch["hard_candidate_row"]),
-                "hard_log_q": batch["hard_log_q"],
-                "hard_mask": batch["hard_is_counted"],
+                "hard_embeddings": embed(batch.hard.candidate_row),
+                "hard_log_q": batch.hard.log_q,
+                "hard_mask": batch.hard.is_counted,
             }
         with tf.GradientTape() as tape:
             tape.watch(positives)
             loss = task(
                 tf.ones_like(positives),
                 positives,
-                negative_embeddings=embed(batch["shared_row"]),
-                log_q=batch["log_q"],
-                score_mask=batch["is_counted"],
+                negative_embeddings=embed(batch.shared_row),
+                log_q=batch.log_q,
+                score_mask=batch.is_counted,
                 **hard,
             )
         share = -tape.gradient(loss, positives)[:, 0]
-        return batch["weight"], tf.exp(positives[:, 0]) * share / (1 - share)
+        return batch.weight, tf.exp(positives[:, 0]) * share / (1 - share)
 
     dataset = batches.dataset(0, num_steps).map(of_batch).batch(num_steps)
     weights, sums = next(dataset.as_numpy_iterator())

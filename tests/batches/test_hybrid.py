@@ -22,6 +22,7 @@ from tests.small_batches import (
     STAGES,
     assert_same_batches,
     batch_list,
+    flat,
     forbidden,
     make_batches,
     make_samples,
@@ -70,10 +71,10 @@ def test_rows_of_a_batch_belong_together(is_ordered: bool) -> None:
     samples = SAMPLES if is_ordered else dataclasses.replace(SAMPLES, num_earlier=None)
     for batch in batch_list(make_batches("single", samples), 5):
         for i, sample in enumerate(samples_of(batch)):
-            assert batch["query_row"][i] == samples.query_rows[sample]
-            assert batch["candidate_row"][i] == samples.candidate_rows[sample]
+            assert batch.query_row[i] == samples.query_rows[sample]
+            assert batch.candidate_row[i] == samples.candidate_rows[sample]
             latest = samples.history(sample)[::-1][:LENGTH].tolist()
-            assert batch["history_rows"][i].tolist() == latest + [0] * (LENGTH - len(latest))
+            assert batch.history_rows[i].tolist() == latest + [0] * (LENGTH - len(latest))
 
 
 @pytest.mark.parametrize("order", ["single", "sequences"])
@@ -82,8 +83,8 @@ def test_request_features_are_those_of_the_positive(order: str, rate: Any) -> No
     drawn = {} if order == "sequences" or rate is None else {"rate": rate}
     for batch in batch_list(make_batches(order, REQUESTED, examples=drawn), 3):
         sample = samples_of(batch)
-        assert batch["request place"].tolist() == sample
-        assert batch["request vector"].tolist() == [[2 * i, 2 * i + 1] for i in sample]
+        assert batch.requests["place"].tolist() == sample
+        assert batch.requests["vector"].tolist() == [[2 * i, 2 * i + 1] for i in sample]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -91,22 +92,22 @@ def test_mask_matches_a_loop(order: str) -> None:
     batches = make_batches(order)
     num_masked: Counter[str] = Counter()
     for batch in batch_list(batches, 6):
-        columns = batch["shared_row"].tolist()
-        assert batch["is_counted"].shape == (len(batch["query_row"]), len(columns))
-        for i, query in enumerate(batch["query_row"].tolist()):
+        columns = batch.shared_row.tolist()
+        assert batch.is_counted.shape == (len(batch.query_row), len(columns))
+        for i, query in enumerate(batch.query_row.tolist()):
             known = SAMPLES.known_positives[query].tolist()
             exposed = SAMPLES.exposed[query].tolist()
-            own = [] if order == "sets" else [batch["candidate_row"][i]]
+            own = [] if order == "sets" else [batch.candidate_row[i]]
             expected = [not (c in own or c in known or c in exposed) for c in columns]
-            assert batch["is_counted"][i].tolist() == expected
+            assert batch.is_counted[i].tolist() == expected
             num_masked["own"] += sum(c in own for c in columns)
             num_masked["known"] += sum(c in known and c not in own for c in columns)
             num_masked["exposed"] += sum(c in exposed for c in columns)
         if order == "sets":
-            np.testing.assert_allclose(batch["log_q"][0], np.log(OTHERS[columns]), rtol=1e-5)
+            np.testing.assert_allclose(batch.log_q[0], np.log(OTHERS[columns]), rtol=1e-5)
         if order == "single":  # The in-batch kind comes first: a row's own is on the diagonal.
-            np.testing.assert_array_equal(columns[:BATCH_SIZE], batch["candidate_row"])
-            assert not batch["is_counted"].diagonal().any()
+            np.testing.assert_array_equal(columns[:BATCH_SIZE], batch.candidate_row)
+            assert not batch.is_counted.diagonal().any()
     assert num_masked["known"] > 0 < num_masked["exposed"]
 
 
@@ -114,10 +115,10 @@ def test_a_rows_own_positive_is_masked_known_or_not() -> None:
     nobody_knows = RowLists.empty(len(SAMPLES.known_positives))
     batches = make_batches(samples=dataclasses.replace(SAMPLES, known_positives=nobody_knows))
     (batch,) = batch_list(batches, 1)
-    is_own = batch["shared_row"] == batch["candidate_row"][:, np.newaxis]
+    is_own = batch.shared_row == batch.candidate_row[:, np.newaxis]
     assert is_own.sum() > BATCH_SIZE
-    assert not batch["is_counted"][is_own].any()
-    assert batch["is_counted"].any()
+    assert not batch.is_counted[is_own].any()
+    assert batch.is_counted.any()
 
 
 @pytest.mark.parametrize(
@@ -141,20 +142,20 @@ def test_corrections_and_hard_draws_are_those_of_the_sample(
             has = [bool(HAS_POOL[stage][sample]) for stage in STAGES]
             cases.add(tuple(has))
             f = F if any(has) else 0.0
-            assert batch["hard_share"][i] == pytest.approx(f)
+            assert batch.hard.share[i] == pytest.approx(f)
             np.testing.assert_allclose(
-                batch["log_q"][i], np.log(n[batch["shared_row"]] / (1 - f)), rtol=1e-4, atol=1e-5
+                batch.log_q[i], np.log(n[batch.shared_row] / (1 - f)), rtol=1e-4, atol=1e-5
             )
             for stage, is_there, start in zip(STAGES, has, (0, 5), strict=True):
                 columns = slice(start, start + 5)
-                assert (batch["hard_is_counted"][i, columns] == is_there).all()
+                assert (batch.hard.is_counted[i, columns] == is_there).all()
                 if is_there:
-                    drawn = batch["hard_candidate_row"][i, columns].tolist()
+                    drawn = batch.hard.candidate_row[i, columns].tolist()
                     pool = SAMPLES.hard_pools[stage][sample].tolist()
                     assert set(drawn) <= set(pool)
                     assert len(set(drawn)) == min(5, len(pool))
                     expected = np.log(5 / (NUM_CANDIDATES * F / sum(has)))
-                    np.testing.assert_allclose(batch["hard_log_q"][i, columns], expected, rtol=1e-5)
+                    np.testing.assert_allclose(batch.hard.log_q[i, columns], expected, rtol=1e-5)
     assert len(cases) == 4
 
 
@@ -170,11 +171,11 @@ def test_the_hard_share_is_one_of_the_items_that_may_be_negatives(num_later: int
     batches = make_batches(samples=samples, negatives=[Uniform(80)], hard=HARD)
     easy_over_expected = []
     for batch in batch_list(batches, 200):
-        has_hard = batch["hard_share"] > 0
-        hard = (np.exp(-batch["hard_log_q"]) * batch["hard_is_counted"]).sum(axis=1)
+        has_hard = batch.hard.share > 0
+        hard = (np.exp(-batch.hard.log_q) * batch.hard.is_counted).sum(axis=1)
         np.testing.assert_allclose(hard[has_hard], F * NUM_CANDIDATES, rtol=1e-5)
-        easy = (np.exp(-batch["log_q"]) * batch["is_counted"]).sum(axis=1)
-        num_left = [NUM_CANDIDATES - len(forbidden(SAMPLES, row)) for row in batch["query_row"]]
+        easy = (np.exp(-batch.log_q) * batch.is_counted).sum(axis=1)
+        num_left = [NUM_CANDIDATES - len(forbidden(SAMPLES, row)) for row in batch.query_row]
         easy_over_expected.append((easy / ((1 - F) * np.array(num_left)))[has_hard].mean())
     # The steps are independent draws.
     standard_error = np.std(easy_over_expected) / np.sqrt(200)
@@ -197,17 +198,17 @@ def test_a_hard_negative_that_slipped_in_is_masked_and_not_counted(stage: Any) -
     )
     num_masked = 0
     for batch in batch_list(batches, 8):
-        for i, query in enumerate(batch["query_row"].tolist()):
+        for i, query in enumerate(batch.query_row.tolist()):
             never = forbidden(SAMPLES, query)
             if stage == "exposed":  # Insisted on.
                 never = SAMPLES.known_positives[query].tolist()
-            is_good = [row not in never for row in batch["hard_candidate_row"][i]]
-            assert batch["hard_is_counted"][i].tolist() == is_good
+            is_good = [row not in never for row in batch.hard.candidate_row[i]]
+            assert batch.hard.is_counted[i].tolist() == is_good
             num_masked += is_good.count(False)
-            assert batch["hard_share"][i] == pytest.approx(F if any(is_good) else 0)
+            assert batch.hard.share[i] == pytest.approx(F if any(is_good) else 0)
             if any(is_good):
                 expected = np.log(sum(is_good) / (42 * F))
-                assert batch["hard_log_q"][i, 0] == pytest.approx(expected, rel=1e-5)
+                assert batch.hard.log_q[i, 0] == pytest.approx(expected, rel=1e-5)
     assert num_masked > 50
 
 
@@ -218,7 +219,7 @@ def test_a_pool_is_replaced_for_its_own_name_alone() -> None:
     batches = make_batches(hard=Mined(share=0.2, num=3))
     assert batches.mean_hard_share == 0  # Nothing has been mined yet.
     (batch,) = batch_list(batches, 1)
-    assert not batch["hard_is_counted"].any()
+    assert not batch.hard.is_counted.any()
     pool = RowLists.from_lists([np.array([3, 5])] * NUM_SAMPLES)
     with pytest.raises(ValueError, match=r"from a pool 'ranked'.*mined"):
         batches.set_hard_pool("ranked", pool)
@@ -228,7 +229,7 @@ def test_a_pool_is_replaced_for_its_own_name_alone() -> None:
         make_batches().set_hard_pool("mined", pool)
     batches.set_hard_pool("mined", pool)
     (batch,) = batch_list(batches, 1)
-    assert set(np.unique(batch["hard_candidate_row"])) == {3, 5}
+    assert set(np.unique(batch.hard.candidate_row)) == {3, 5}
     assert batches.mean_hard_share == pytest.approx(0.2)
 
 
@@ -252,18 +253,17 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
     for step in (6, 2):
         assert_same_batches(batch_list(batches, 1, start=step), [unbroken[step]])
     other = batch_list(make_batches(order, seed=4, **options), 3)
-    hard = ["hard_candidate_row"] if "hard" in options else []
+    hard = ["hard.candidate_row"] if "hard" in options else []
     for name in ("weight", "shared_row", "dropout_seed", *hard):
-        assert any(
-            a[name].tobytes() != b[name].tobytes() for a, b in zip(unbroken, other, strict=False)
-        )
-        assert len({batch[name].tobytes() for batch in unbroken}) == 7
+        drawn, others = ([flat(x)[name].tobytes() for x in each] for each in (unbroken, other))
+        assert drawn[:3] != others
+        assert len(set(drawn)) == 7
 
 
 def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "_SAMPLES_PER_BLOCK", 7)
     single = make_batches(examples={"rate": RATE}).examples
-    drawn = np.concatenate([single.read(single.choose(step))["index"] for step in range(300)])
+    drawn = np.concatenate([single.read(single.choose(step)).index for step in range(300)])
     assert RATE is not None
     share = RATE[SAMPLES.candidate_rows]
     observed = np.bincount(drawn, minlength=NUM_SAMPLES)
@@ -283,7 +283,7 @@ def test_shares_of_the_positives_and_of_f() -> None:
         np.testing.assert_allclose(batches.positive_share, is_used / is_used.sum(), rtol=1e-5)
     # Weights leave the draws, and so n(c), as they are; their mean over the samples is 1.
     np.testing.assert_array_equal(by_weight.expected_count, plain.expected_count)
-    drawn = [batch["weight"] for batch in batch_list(by_weight, plain.steps_per_epoch)]
+    drawn = [batch.weight for batch in batch_list(by_weight, plain.steps_per_epoch)]
     assert np.mean(drawn) == pytest.approx(1)
     has_any = HAS_POOL["retrieved"] | HAS_POOL["pre_ranked"]
     assert rate is not None
@@ -299,10 +299,12 @@ def test_masked_shares_are_those_of_a_loop(order: str) -> None:
     num_cells = 0
     batches = make_batches(order)
     for batch in batch_list(batches, 3):
-        owners = batch.get("positive_query", np.arange(len(batch["query_row"])))
-        for i, (own, owner) in enumerate(zip(batch["candidate_row"], owners, strict=True)):
-            query = batch["query_row"][owner]
-            for j, column in enumerate(batch["shared_row"]):
+        owners = np.arange(len(batch.query_row))
+        if batch.positive_query is not None:
+            owners = batch.positive_query
+        for i, (own, owner) in enumerate(zip(batch.candidate_row, owners, strict=True)):
+            query = batch.query_row[owner]
+            for j, column in enumerate(batch.shared_row):
                 if order == "single" and i == j:
                     continue
                 num_cells += 1
@@ -340,8 +342,8 @@ def test_a_subclass_of_in_batch_has_its_own_count(kind: type) -> None:
     own = make_batches(negatives=[kind(), Uniform(20)])
     assert min(own.masked_shares().values()) >= 0
     (batch,) = batch_list(own, 1)
-    expected = kind().expected_count(own.frame)[batch["shared_row"]] + 20 / NUM_CANDIDATES
-    np.testing.assert_allclose(batch["log_q"][0], np.log(expected), rtol=1e-5)
+    expected = kind().expected_count(own.frame)[batch.shared_row] + 20 / NUM_CANDIDATES
+    np.testing.assert_allclose(batch.log_q[0], np.log(expected), rtol=1e-5)
 
 
 def test_refusals() -> None:

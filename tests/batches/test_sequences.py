@@ -45,16 +45,16 @@ def test_every_sample_reads_the_end_of_its_own_history(
     examples = WholeSequences(samples, batch_size=200, history_length=length, seed=0)
     assert examples.steps_per_epoch == 1
     batch = examples.read(examples.choose(0))
-    assert sorted(batch["index"].tolist()) == list(range(len(samples)))
-    width = batch["sequence_rows"].shape[1] + 1
+    assert sorted(batch.index.tolist()) == list(range(len(samples)))
+    width = batch.sequence_rows.shape[1] + 1
     assert width <= length + 1
     num_full, states = 0, set()
-    for i, (sample, state) in enumerate(zip(batch["index"], batch["state"].tolist(), strict=True)):
+    for i, (sample, state) in enumerate(zip(batch.index, batch.state.tolist(), strict=True)):
         window, num_read = divmod(state, width)
-        read = batch["sequence_rows"][window, :num_read].tolist()
+        read = batch.sequence_rows[window, :num_read].tolist()
         history = samples.history(sample).tolist()
         # The times of what is read, and then of the query: of single positives, they come first.
-        times = batch["sequence_times"][window, : num_read + 1]
+        times = batch.sequence_times[window, : num_read + 1]
         latest = samples.latest_times(np.array([sample]), length)[0]
         np.testing.assert_array_equal(latest[: num_read + 1], times[::-1])
         own = sorted(places[samples.query_rows[sample] - 1])
@@ -66,10 +66,10 @@ def test_every_sample_reads_the_end_of_its_own_history(
         if last <= length:
             assert read == history
         num_full += read == history[-length:]
-        assert batch["query_row"][i] == samples.query_rows[sample]
-        assert batch["candidate_row"][i] == samples.candidate_rows[sample]
+        assert batch.query_row[i] == samples.query_rows[sample]
+        assert batch.candidate_row[i] == samples.candidate_rows[sample]
         states.add(window)
-    assert states == set(range(len(batch["sequence_rows"])))  # No window is read for nothing.
+    assert states == set(range(len(batch.sequence_rows)))  # No window is read for nothing.
     # The last positive of each user, at least, reads all that its window holds.
     assert num_full >= len(places)
 
@@ -87,10 +87,10 @@ def test_positives_of_one_moment_stay_in_one_window() -> None:
     samples = samples_of_users([[5] * 20, *[[1]] * 40])
     examples = WholeSequences(samples, batch_size=30, history_length=LENGTH, seed=0)
     batches = [examples.read(examples.choose(step)) for step in range(2)]
-    found = [batch["index"].tolist() for batch in batches]
+    found = [batch.index.tolist() for batch in batches]
     assert sorted(itertools.chain(*found)) == list(range(60))
     for batch, of_batch in zip(batches, found, strict=True):
-        assert batch["sequence_rows"].shape[1] == 0  # Nobody has a history.
+        assert batch.sequence_rows.shape[1] == 0  # Nobody has a history.
         assert len(set(range(20)) & set(of_batch)) in (0, 20)
     samples = samples_of_users([[5] * 60, *[[1]] * 40])
     with pytest.raises(ValueError, match=r"up to 60 positives.*Use 120.*'single'"):

@@ -14,6 +14,7 @@ from tests.small_batches import (
     make_batches,
     samples_of,
 )
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.samples.store import Samples
@@ -26,14 +27,14 @@ def batches_of_sets(samples: Samples = UNORDERED, **options: Any) -> HybridBatch
     return make_batches("sets", samples, **{"batch_size": 16, **options})
 
 
-def parts(batch: dict[str, Any]) -> Iterator[tuple[int, list[int], list[int]]]:
+def parts(batch: Batch) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yields each query with the candidates that it reads and the samples that it finds."""
-    targets: list[list[int]] = [[] for _ in batch["query_row"]]
+    targets: list[list[int]] = [[] for _ in batch.query_row]
     for place, sample in enumerate(samples_of(batch)):
-        assert batch["candidate_row"][place] == SAMPLES.candidate_rows[sample]
-        targets[batch["positive_query"][place]].append(sample)
-    for row, query in enumerate(batch["query_row"].tolist()):
-        rows = batch["history_rows"][row]
+        assert batch.candidate_row[place] == SAMPLES.candidate_rows[sample]
+        targets[batch.positive_query[place]].append(sample)
+    for row, query in enumerate(batch.query_row.tolist()):
+        rows = batch.history_rows[row]
         inputs = rows[rows > 0].tolist()
         assert rows[: len(inputs)].tolist() == inputs  # Padding comes last.
         yield query, inputs, targets[row]
@@ -84,8 +85,8 @@ def test_a_long_history_is_read_in_part_any_of_it_by_users_spread_evenly() -> No
     input_of: dict[int, set[int]] = {query: set() for query in QUERIES.tolist()}
     num_full, sizes = 0, []
     for batch in batch_list(batches, 60 * steps):
-        assert batch["history_rows"].shape[1] <= 2
-        sizes.append(len(batch["query_row"]))
+        assert batch.history_rows.shape[1] <= 2
+        sizes.append(len(batch.query_row))
         for query, inputs, targets in parts(batch):
             candidates = set(SAMPLES.candidate_rows[targets].tolist())
             assert set(inputs) <= set(SAMPLES.known_positives[query].tolist()) - candidates
@@ -111,11 +112,11 @@ def test_users_of_one_positive_have_it_as_target_without_input(
     steps, num_epochs = batches.steps_per_epoch, 30
     visited = np.zeros((num_epochs, num_users))
     for step, batch in enumerate(batch_list(batches, num_epochs * steps)):
-        assert len(batch["query_row"]) >= 1
-        assert batch["history_rows"].shape == (len(batch["query_row"]), 0)
-        np.testing.assert_array_equal(batch["positive_query"], np.arange(len(batch["query_row"])))
-        np.testing.assert_array_equal(batch["candidate_row"], batch["query_row"])
-        visited[step // steps, batch["query_row"] - 1] += 1
+        assert len(batch.query_row) >= 1
+        assert batch.history_rows.shape == (len(batch.query_row), 0)
+        np.testing.assert_array_equal(batch.positive_query, np.arange(len(batch.query_row)))
+        np.testing.assert_array_equal(batch.candidate_row, batch.query_row)
+        visited[step // steps, batch.query_row - 1] += 1
     assert set(np.unique(visited)) == {0, 1}
     if num_users == 40:
         assert visited.mean() == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(visited.size))

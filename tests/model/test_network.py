@@ -12,6 +12,8 @@ import pytest
 import tensorflow as tf
 
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
+from tests.small_batches import as_arrays
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model import network as network_module
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
@@ -26,20 +28,20 @@ UNIFORM, POPULAR = Uniform(16), Popularity(8, alpha=1.0)
 
 
 def slow_loss(
-    network: TwoTowerNetwork, samples: Samples, batch: dict[str, tf.Tensor], *, num_popular: int
+    network: TwoTowerNetwork, samples: Samples, batch: Batch, *, num_popular: int
 ) -> float:
     """The mean loss of a batch, its queries, weights and masks from the samples themselves."""
-    batch = {name: value.numpy() for name, value in batch.items()}
+    batch = as_arrays(batch)
     counts, corpus = samples.counts, network.embed_corpus()
     n = num_popular * counts / counts.sum() + 16 / NUM_ITEMS
     pairs = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
     sample_of = {pair: i for i, pair in enumerate(pairs)}
-    positives = batch["candidate_row"].tolist()
-    window = batch.get("positive_query", np.arange(len(positives)))
-    users = batch["query_row"][window]
+    positives = batch.candidate_row.tolist()
+    window = np.arange(len(positives)) if batch.positive_query is None else batch.positive_query
+    users = batch.query_row[window]
     index = [sample_of[pair] for pair in zip(users.tolist(), positives, strict=True)]
     if samples.num_earlier is None:  # Sets: what is read is for the coin to say.
-        histories = batch["history_rows"][window]
+        histories = batch.history_rows[window]
     else:
         histories = samples.latest(np.array(index), network.history_length)
     queries = network.embed_queries(tf.constant(users), tf.constant(histories)).numpy()
@@ -49,12 +51,12 @@ def slow_loss(
     ):
         scores = np.concatenate([[0], corpus @ query / TEMPERATURE])
         never = {positive, *samples.known_positives[user], *samples.exposed[user]}
-        drawn = [int(row) for row in batch.get("hard_candidate_row", np.zeros((B * 2, 0)))[w]]
+        drawn = [] if batch.hard is None else batch.hard.candidate_row[w].tolist()
         hard = [row for row in drawn if row not in {0, *never}]
         share = LOSERS.share if hard else 0.0
         own = scores[positive]
         total = np.exp(own)
-        for row in batch["shared_row"].tolist():
+        for row in batch.shared_row.tolist():
             total += np.exp(scores[row]) * (1 - share) / n[row] * (row not in never)
         for row in hard:
             total += np.exp(scores[row]) * share * NUM_ITEMS / len(hard)
@@ -89,9 +91,9 @@ def test_the_loss_is_that_of_a_loop_over_the_samples(
     if examples == "sets":
         samples = dataclasses.replace(samples, num_earlier=None)
     network, batch = model.build(weighted.corpus), model.batches(samples).batch(3)
-    assert not batch["is_counted"].numpy().all()
+    assert not batch.is_counted.numpy().all()
     if "hard" in options:
-        assert np.count_nonzero(batch["hard_is_counted"]) > 0
+        assert np.count_nonzero(batch.hard.is_counted) > 0
     expected = slow_loss(
         network, samples, batch, num_popular=B - 1 if examples == "single" else POPULAR.num
     )
@@ -100,9 +102,9 @@ def test_the_loss_is_that_of_a_loop_over_the_samples(
     # Dropout is on in training alone, and a function of the batch.
     trained = [network.compute_loss(batch, training=True).numpy() for _ in range(2)]
     assert trained[0] == trained[1] != got
-    if "history_rows" in batch:  # They may be as wide as the longest, or padded.
-        wide = tf.pad(batch["history_rows"], [[0, 0], [0, 2]])[:, :LENGTH]
-        got = network.compute_loss({**batch, "history_rows": wide}).numpy()
+    if batch.history_rows is not None:  # They may be as wide as the longest, or padded.
+        wide = tf.pad(batch.history_rows, [[0, 0], [0, 2]])[:, :LENGTH]
+        got = network.compute_loss(batch._replace(history_rows=wide)).numpy()
         assert got == pytest.approx(expected, rel=1e-4)
 
 
@@ -145,7 +147,7 @@ def test_fit_reports_the_weighted_mean_loss_of_the_epoch(weighted: TrainingSet) 
     network, batches = model.build(weighted.corpus), model.batches(weighted.samples)
     network.compile(optimizer=tf.keras.optimizers.SGD(0.0))
     losses = [network.compute_loss(batches.batch(i), training=True).numpy() for i in range(3)]
-    weights = [batches.batch(i)["weight"].numpy().sum() for i in range(3)]
+    weights = [batches.batch(i).weight.numpy().sum() for i in range(3)]
     history = network.fit(batches.dataset(0, 3), verbose=0).history
     assert history["loss"][0] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
 
@@ -224,10 +226,10 @@ def test_diagnostics_are_what_the_batch_holds(data: TrainingSet) -> None:
     model = tiny(normalize=False, use_user_id=True)
     network, batch = model.build(data.corpus), model.batches(data.samples).batch(2)
     figures = network.diagnose(batch)
-    is_counted = batch["is_counted"].numpy()
-    cells = np.broadcast_to(batch["log_q"], is_counted.shape)[is_counted]
-    queries = network.embed_queries(batch["query_row"], batch["history_rows"])
-    positives = network.embed_corpus()[batch["candidate_row"].numpy() - 1]
+    is_counted = batch.is_counted.numpy()
+    cells = np.broadcast_to(batch.log_q, is_counted.shape)[is_counted]
+    queries = network.embed_queries(batch.query_row, batch.history_rows)
+    positives = network.embed_corpus()[batch.candidate_row.numpy() - 1]
     assert figures == {
         "masked_share": pytest.approx(np.mean(~is_counted), abs=1e-6),
         "log_q/min": pytest.approx(cells.min()),
@@ -242,10 +244,14 @@ def test_diagnostics_are_what_the_batch_holds(data: TrainingSet) -> None:
 def test_without_a_correction_the_logits_stay_as_they_are(data: TrainingSet) -> None:
     model = tiny(hard=LOSERS, correction="none")
     network, batch = model.build(data.corpus), model.batches(data.samples).batch(0)
-    zeros = {name: tf.zeros_like(batch[name]) for name in ("log_q", "hard_log_q")}
+    assert batch.hard is not None
+    uncorrected = batch._replace(
+        log_q=tf.zeros_like(batch.log_q),
+        hard=batch.hard._replace(log_q=tf.zeros_like(batch.hard.log_q)),
+    )
     corrected = tiny(hard=LOSERS).build(data.corpus)
     corrected.set_weights(network.get_weights())
-    expected = corrected.compute_loss({**batch, **zeros}).numpy()
+    expected = corrected.compute_loss(uncorrected).numpy()
     assert network.compute_loss(batch).numpy() == pytest.approx(expected, rel=1e-6)
     assert abs(corrected.compute_loss(batch).numpy() - expected) > 0.05
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.conftest import REQUEST_FEATURES, make_log, tiny
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
@@ -203,12 +204,12 @@ def test_training_drops_some_of_the_request_features(requested: TrainingSet) -> 
     network = TwoTower(dim=8, query_tower=Spy()).build(requested.corpus)
     num = 1000
     columns = {"device": tf.ones([num], tf.int32), "hour": tf.ones([num])}
-    batch = {
-        "query_row": tf.range(1, num + 1),
-        "history_rows": tf.zeros([num, 50], tf.int32),
-        "dropout_seed": tf.constant([1, 2]),
-        **{f"request {name}": column for name, column in columns.items()},
-    }
+    batch = Batch(
+        query_row=tf.range(1, num + 1),
+        history_rows=tf.zeros([num, 50], tf.int32),
+        dropout_seed=tf.constant([1, 2]),
+        requests=columns,
+    )
     network._queries(batch, training=True)
     network._queries(batch)
     dropped, kept = seen[-2:]

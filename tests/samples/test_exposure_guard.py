@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 
 from tests.small_batches import ORDERS
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
@@ -97,30 +98,30 @@ def funnels(tmp_path_factory: pytest.TempPathFactory) -> Funnels:
     return build(tmp_path_factory.mktemp("funnels"), 0, 300)
 
 
-def acting_negatives(batch: dict[str, tf.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def acting_negatives(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Tells which cells the loss depends on, and their candidates: [W, C + H] both."""
-    num_rows = len(batch["query_row"])
+    num_rows = len(batch.query_row)
     embeddings = tf.random.stateless_normal([NUM_ITEMS + 1, 3], [0, 1])
-    corrections = [tf.tile(batch["log_q"], [num_rows // len(batch["log_q"]), 1])]
-    columns = [tf.tile(batch["shared_row"][tf.newaxis], [num_rows, 1])]
+    corrections = [tf.tile(batch.log_q, [num_rows // len(batch.log_q), 1])]
+    columns = [tf.tile(batch.shared_row[tf.newaxis], [num_rows, 1])]
     hard = {}
-    if "hard_log_q" in batch:
-        corrections.append(batch["hard_log_q"])
-        columns.append(batch["hard_candidate_row"])
+    if batch.hard is not None:
+        corrections.append(batch.hard.log_q)
+        columns.append(batch.hard.candidate_row)
         hard = {
-            "hard_embeddings": tf.gather(embeddings, batch["hard_candidate_row"]),
+            "hard_embeddings": tf.gather(embeddings, batch.hard.candidate_row),
             "hard_log_q": corrections[1],
-            "hard_mask": batch["hard_is_counted"],
+            "hard_mask": batch.hard.is_counted,
         }
     with tf.GradientTape() as tape:
         tape.watch(corrections)
         loss = HybridRetrieval()(
             tf.random.stateless_normal([num_rows, 3], [2, 3]),
-            tf.gather(embeddings, batch["candidate_row"]),
-            positive_query=batch.get("positive_query"),
-            negative_embeddings=tf.gather(embeddings, batch["shared_row"]),
+            tf.gather(embeddings, batch.candidate_row),
+            positive_query=batch.positive_query,
+            negative_embeddings=tf.gather(embeddings, batch.shared_row),
             log_q=corrections[0],
-            score_mask=batch["is_counted"],
+            score_mask=batch.is_counted,
             **hard,
         )
     gradients = tape.gradient(loss, corrections)
@@ -143,7 +144,7 @@ def check(funnels: Funnels, seed: int, batch_size: int) -> None:
             batch = batches.batch(step)
             acts, candidates = acting_negatives(batch)
             num_negatives += acts.sum()
-            for i, user in enumerate(batch["query_row"].numpy().tolist()):
+            for i, user in enumerate(batch.query_row.numpy().tolist()):
                 never = [0, *funnels.forbidden[user]]
                 num_forbidden += np.isin(candidates[i][acts[i]], never).sum()
         assert num_forbidden == 0, f"{num_forbidden} of {num_negatives} negatives, {name}, {seed}"

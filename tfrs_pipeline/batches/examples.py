@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.batches.seeds import Use
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.messages import check_integer
 
-Batch = dict[str, tf.Tensor]
-
-REQUEST = "request "
-"""What the name of each request feature in a batch begins with."""
-
 _SAMPLES_PER_BLOCK = 1 << 20
+
+
+class Use(IntEnum):
+    """What a seed is for; draws of one use are independent of another's."""
+
+    ORDER = 0
+    DROPOUT = 1
+    HARD = 2
+    SHARED = 3
+
+
+def seed_of(seed: int, use: Use, key: tf.Tensor) -> tf.Tensor:
+    """Derives the seed of a draw, [2] int32, from the run's and a step or epoch, scalar int64."""
+    return tf.cast(tf.random.experimental.stateless_fold_in([seed, use], key), tf.int32)
 
 
 class Examples(Protocol):
@@ -34,7 +43,7 @@ class Examples(Protocol):
             comes once an epoch.
         is_fair_draw: Whether a batch is a fair draw of the positives, as in-batch negatives need.
         has_one_positive: Whether each row of a batch has exactly one positive.
-        signature: Types of what `read` returns, by name.
+        signature: The type of each field that `read` returns.
     """
 
     batch_size: int
@@ -42,7 +51,7 @@ class Examples(Protocol):
     rate: np.ndarray | None
     is_fair_draw: bool
     has_one_positive: bool
-    signature: dict[str, tf.TensorSpec]
+    signature: Batch
 
     def choose(self, step: int) -> Any:
         """Returns what the batch of a step holds, a structure of arrays."""
@@ -52,19 +61,13 @@ class Examples(Protocol):
         """Returns pairs of a step, scalar int64, and what `choose` gives for it."""
         ...
 
-    def read(self, chosen: Any) -> Found:
-        """Gathers what was chosen, a structure of arrays.
+    def read(self, chosen: Any) -> Batch:
+        """Gathers what was chosen, a structure of arrays, in NumPy.
 
         Returns:
-            index: [P] integers, the samples.
-            candidate_row: [P] int32, their positives.
-            query_row: [W] int32, of the batch's queries; W = P unless there is a positive_query.
-            positive_query: [P] int32 in [0, W), whose positive it is; only if W may differ from P.
-            history_rows: [W, any] int32, most recent first, padded with 0; or sequence_rows and
-                state (`WholeSequences`).
-            history_times: [W, one more] float64, where the samples have times, in seconds since
-                1970: that of the query, then those of the items, NaN where there is none; or
-                sequence_times.
+            Of the fields of `Batch`: query_row, index and candidate_row; positive_query if W may
+            differ from P; history_rows, or sequence_rows and state; where the samples have times,
+            history_times or sequence_times.
         """
         ...
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.row_lists import contains, is_member
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 KNOWN, EXPOSED = REASONS = "known positives", "exposed items"
@@ -17,7 +16,7 @@ Never = Mapping[str, tf.RaggedTensor]
 
 
 class Guard:
-    """Finds the columns that are no negatives of their row's query, of training events alone.
+    """Finds the columns that are no negatives of their row's query, from training events alone.
 
     These are its known positives, and what was exposed to it and not clicked: that the user passed
     an item over among a few says nothing about retrieval among millions, and is left to ranking.
@@ -33,16 +32,52 @@ class Guard:
 
     @staticmethod
     def of_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
-        """Tells which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
+        """Finds which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
         return contains([never[reason] for reason in REASONS], columns)
 
     @staticmethod
     def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
-        """Tells which of each row's own candidates [n, H] are never a negative of its query.
+        """Finds which of each row's own candidates, [n, H], are never negatives of its query.
 
-        A pool of exposed items is there only for who insists (`allow_exposed`): it is kept to the
-        known positives.
+        A pool of exposed items exists only where `allow_exposed` asks for it: it is checked for
+        known positives alone.
         """
         reasons = (KNOWN,) if pool == "exposed" else REASONS
         found = [is_member(never[reason], rows) for reason in reasons]
         return tf.reduce_any(tf.stack(found), axis=0)
+
+
+def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
+    """Finds which entries of line i of `rows`, [n, m] int32, are in list i, sorted: [n, m] bool."""
+    # (list, value) pairs as one ascending sequence.
+    pairs = lists.value_rowids() * 2**32 + tf.cast(lists.values, tf.int64)
+    line = tf.range(tf.shape(rows, tf.int64)[0])[:, tf.newaxis]
+    keys = tf.reshape(line * 2**32 + tf.cast(rows, tf.int64), [-1])
+    place = tf.searchsorted(pairs, keys)
+    padded = tf.concat([pairs, [-1]], axis=0)
+    return tf.ensure_shape(tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows)), rows.shape)
+
+
+def contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
+    """Finds which columns' candidates are in any of each row's lists: [num_rows, num_columns] bool.
+
+    `kinds` are one or more [num_rows, None] int32, candidate rows from 1; columns may repeat.
+    """
+    # In NumPy, because TensorFlow's search and scatter take four times as long.
+    parts = [part for lists in kinds for part in (lists.values, lists.row_splits)]
+    found = tf.numpy_function(_contains, [columns, *parts], tf.bool, stateful=False)
+    return tf.ensure_shape(found, [kinds[0].shape[0], columns.shape[0]])
+
+
+def _contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+    distinct, place = np.unique(columns, return_inverse=True)
+    largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
+    # The line of each candidate in the table, from 1; 0 for one that is in no column.
+    line_of = np.zeros(largest + 1, np.int32)
+    line_of[distinct] = np.arange(1, len(distinct) + 1, dtype=np.int32)
+    num_rows, width = len(parts[1]) - 1, len(distinct) + 1
+    table = np.zeros(num_rows * width, bool)
+    for values, splits in zip(parts[::2], parts[1::2], strict=True):
+        first = np.repeat(np.arange(num_rows) * width, np.diff(splits))
+        table[first + line_of[values]] = True
+    return table.reshape(num_rows, width).take(place + 1, axis=1)

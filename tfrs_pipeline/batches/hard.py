@@ -8,13 +8,13 @@ from typing import TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import Batch
+from tfrs_pipeline.batches.batch import HardColumns
+from tfrs_pipeline.batches.examples import Use, seed_of
 from tfrs_pipeline.batches.guard import Guard, Never
-from tfrs_pipeline.batches.row_lists import draw_from_lists
-from tfrs_pipeline.batches.seeds import Use, seed_of
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 HardNegatives: TypeAlias = FunnelLosers | Mined
@@ -79,15 +79,8 @@ class HardDraws:
         pools: Mapping[str, tf.RaggedTensor],
         candidate_row: tf.Tensor,
         never: Never,
-    ) -> Batch:
-        """Draws for the [B] samples of a batch from their pools, [B, None] int32 each.
-
-        Returns:
-            hard_candidate_row: [B, H] int32, 0 where the row has none in the pool.
-            hard_log_q: [B, H] float32, log( H_k / (V * f * w_k) ) (see `mixture`).
-            hard_is_counted: [B, H] bool. False: nothing drawn, known positive, exposed item.
-            hard_share: [B] float32, the row's f: 0 where it has no hard negative left.
-        """
+    ) -> HardColumns:
+        """Draws for the [B] samples of a batch from their pools, [B, None] int32 each."""
         rows, is_counted, num_left = [], [], []
         for i, (name, pool) in enumerate(pools.items()):
             seed = seed_of(self._seed, Use.HARD, step)
@@ -101,17 +94,26 @@ class HardDraws:
             is_counted.append(is_good)
             num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))
         left = tf.stack(num_left, axis=1)
-        return {
-            "hard_candidate_row": tf.concat(rows, axis=1),
-            "hard_log_q": tf.repeat(self._log_q(left), self._hard.num, axis=1),
-            "hard_is_counted": tf.concat(is_counted, axis=1),
-            "hard_share": tf.where(tf.reduce_any(left > 0, axis=1), self.share, 0.0),
-        }
+        log_q = hard_log_q(left, self.share, self._num_possible)
+        return HardColumns(
+            candidate_row=tf.concat(rows, axis=1),
+            log_q=tf.repeat(log_q, self._hard.num, axis=1),
+            is_counted=tf.concat(is_counted, axis=1),
+            share=tf.where(tf.reduce_any(left > 0, axis=1), self.share, 0.0),
+        )
 
-    def _log_q(self, num_left: tf.Tensor) -> tf.Tensor:
-        """Computes log( H_k / (V * f * w_k) ) of each pool from [B, num_pools] H_k."""
-        is_left = tf.cast(num_left > 0, tf.float32)
-        pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
-        # -inf * 0 and log 0 stand only in columns that are masked.
-        log_q = tf.math.log(num_left) - tf.math.log(self._num_possible * self.share * pool_share)
-        return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))
+
+def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
+    """Draws `num` entries of each list, of random order; 0s from an empty one: [n, num] int32.
+
+    They are consecutive from a random start, around the end: each column is a uniform draw, and
+    entries repeat only once all have come, which keeps the mean over them steadier than independent
+    draws would.
+    """
+    lengths = lists.row_lengths()[:, tf.newaxis]
+    drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
+    start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
+    place = (start + tf.range(num, dtype=tf.int64)) % tf.maximum(lengths, 1)
+    place += lists.row_starts()[:, tf.newaxis]
+    padded = tf.concat([lists.values, [0]], axis=0)
+    return tf.where(lengths > 0, tf.gather(padded, place), 0)

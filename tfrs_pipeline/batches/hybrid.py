@@ -8,19 +8,16 @@ step by starting there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import REQUEST, Batch, Examples, blocks
-from tfrs_pipeline.batches.guard import REASONS, Guard, Never
+from tfrs_pipeline.batches.batch import Batch, Slices
+from tfrs_pipeline.batches.examples import Examples, Use, blocks, seed_of
+from tfrs_pipeline.batches.guard import REASONS, Guard, Never, contains
 from tfrs_pipeline.batches.hard import HardDraws, HardNegatives
-from tfrs_pipeline.batches.look_up import Found, lists_of, look_up, ragged
-from tfrs_pipeline.batches.row_lists import contains
-from tfrs_pipeline.batches.seeds import Use, seed_of
-from tfrs_pipeline.batches.slices import Slices
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.in_batch import InBatch, counts_as_in_batch
 from tfrs_pipeline.negatives.mixture import Mixture
@@ -29,6 +26,19 @@ from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 _LATER = "items that came later"
+
+
+class _Found(NamedTuple):
+    """What a batch needs of the samples' arrays, or the types of that.
+
+    `batch` is what the examples read, with weights and request features. `slot` is the place of
+    each query among the distinct ones, `never` is of these, and `pools` of the positives.
+    """
+
+    batch: Batch
+    slot: Any
+    never: dict[str, Any]
+    pools: dict[str, Any]
 
 
 class HybridBatches:
@@ -67,8 +77,8 @@ class HybridBatches:
         >>> examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
         >>> batches = HybridBatches(samples, examples, [InBatch(), Uniform(5)], seed=0)
         >>> batch = next(iter(batches.dataset()))
-        >>> {name: tuple(batch[name].shape) for name in ("candidate_row", "shared_row", "log_q")}
-        {'candidate_row': (2,), 'shared_row': (7,), 'log_q': (1, 7)}
+        >>> [tuple(x.shape) for x in (batch.candidate_row, batch.shared_row, batch.log_q)]
+        [(2,), (7,), (1, 7)]
     """
 
     def __init__(
@@ -163,7 +173,7 @@ class HybridBatches:
             slices: These of each batch, one after the other, instead of the whole.
 
         Returns:
-            Dataset of the dicts that `batch` describes.
+            Dataset of `Batch`.
         """
         chosen = self.examples.dataset(start_step, num_steps)
         if slices is not None:
@@ -173,22 +183,9 @@ class HybridBatches:
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def batch(self, step: int) -> Batch:
-        """Builds the batch of one step, 0 or more, outside a graph.
+        """Builds the batch of one step outside a graph.
 
-        Returns:
-            What `Examples.read` describes, but for index, and:
-            weight: [P] float32.
-            request <name>: [W] or [W, any], each request feature of the samples, encoded.
-            shared_row: [C] int32, candidates of the shared columns, kind by kind.
-            log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
-                negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
-            is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one),
-                known positive, exposed item, item that came after the training.
-            hard_candidate_row, hard_log_q, hard_is_counted, hard_share: See `HardDraws.draw`.
-            dropout_seed: [2] int32, for the model's dropout.
-
-        Raises:
-            ValueError: If `step` is no whole number or below 0.
+        A `ValueError` if `step` is not an integer of 0 or more.
         """
         check_integer(0, step=step)
         return self._build(tf.constant(step, tf.int64), self.examples.choose(step))
@@ -201,67 +198,74 @@ class HybridBatches:
         *,
         slices: Slices | None = None,
     ) -> Batch:
-        hard = self._hard
-        pools = {} if hard is None else hard.pools
-        batch = look_up(functools.partial(self._read, pools), chosen, self._signature)
-        del batch["index"]
-        positives = batch["candidate_row"]
-        of_samples = {name: batch.pop(f"pool {name}") for name in pools}
-        never: Never = {reason: batch.pop(reason) for reason in REASONS}
-        slot = batch.pop("slot")
-        batch["shared_row"] = self._mixture.draw(positives, seed_of(self._seed, Use.SHARED, step))
-        batch["dropout_seed"] = seed_of(self._seed, Use.DROPOUT, step)
-        if hard is not None:
-            batch |= hard.draw(step, of_samples, positives, _of_rows(never, slot))
+        pools = {} if self._hard is None else self._hard.pools
+        read = functools.partial(self._read, pools)
+        batch, slot, never, own_pools = look_up(read, chosen, self._signature)
+        batch = batch._replace(
+            shared_row=self._mixture.draw(
+                batch.candidate_row, seed_of(self._seed, Use.SHARED, step)
+            ),
+            dropout_seed=seed_of(self._seed, Use.DROPOUT, step),
+        )
+        if self._hard is not None:
+            of_rows = _of_rows(never, slot)
+            hard = self._hard.draw(step, own_pools, batch.candidate_row, of_rows)
+            batch = batch._replace(hard=hard)
         if slices is not None:
             # Cut before the masks are made, which are much of the work.
-            batch, never, slot = _cut(batch, never, slot, slices, number)
-        batch["is_counted"] = self._is_counted(batch, never, slot)
-        batch["log_q"] = self._log_q(batch)
-        return batch
+            batch, queries = slices.take(number, batch)
+            kept, slot = tf.unique(slot[queries])
+            never = _of_rows(never, kept)
+        columns = batch.shared_row[tf.newaxis, :]
+        share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
+        return batch._replace(
+            log_q=self._mixture.log_q(columns, share),
+            is_counted=self._is_counted(batch, never, slot),
+        )
 
-    def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> Found:
+    def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
         """Gathers all that a batch needs of the samples' arrays, in NumPy."""
-        found = self.examples.read(chosen)
-        index = found["index"]
-        found["weight"] = self._weights(index)
+        batch = self.examples.read(chosen)
+        index = batch.index
         # Each query is looked up once: one of very many events may hold much of a batch.
-        keys, found["slot"] = np.unique(found["query_row"], return_inverse=True)
-        found |= {f"pool {name}": pool.take(index) for name, pool in pools.items()}
-        columns = self.samples.request_columns.items()
-        found |= {f"{REQUEST}{name}": column[index] for name, column in columns}
-        return found | self._guard.read(keys)
+        distinct, slot = np.unique(batch.query_row, return_inverse=True)
+        return _Found(
+            batch._replace(
+                weight=self._weights(index),
+                requests=_requests_of(self.samples, lambda column: column[index]),
+            ),
+            slot,
+            self._guard.read(distinct),
+            {name: pool.take(index) for name, pool in pools.items()},
+        )
 
     @functools.cached_property
-    def _signature(self) -> dict[str, tf.TypeSpec]:
+    def _signature(self) -> _Found:
         """Types of what `_read` returns."""
-        signature: dict[str, tf.TypeSpec] = dict(self.examples.signature)
-        num_positives = signature["index"].shape[0]
-        signature["weight"] = tf.TensorSpec([num_positives], tf.float32)
-        for name, column in self.samples.request_columns.items():
-            shape = [num_positives, *column.shape[1:]]
-            signature[f"{REQUEST}{name}"] = tf.TensorSpec(shape, column.dtype)
-        signature["slot"] = tf.TensorSpec(signature["query_row"].shape, tf.int64)
-        if self._hard is not None:
-            pools = (f"pool {name}" for name in self._hard.pools)
-            signature |= dict.fromkeys(pools, lists_of(num_positives))
-        return signature | dict.fromkeys(REASONS, lists_of(None))
+        batch = self.examples.signature
+        num = batch.index.shape[0]
 
-    def _log_q(self, batch: Batch) -> tf.Tensor:
-        """Computes log_q of the shared columns."""
-        log_q = self._mixture.log_q(batch["shared_row"])[tf.newaxis, :]
-        if "hard_share" in batch:
-            log_q -= tf.math.log1p(-batch["hard_share"])[:, tf.newaxis]
-        return log_q
+        def of_column(column: np.ndarray) -> tf.TensorSpec:
+            return tf.TensorSpec([num, *column.shape[1:]], column.dtype)
+
+        return _Found(
+            batch._replace(
+                weight=tf.TensorSpec([num], tf.float32),
+                requests=_requests_of(self.samples, of_column),
+            ),
+            tf.TensorSpec(batch.query_row.shape, tf.int64),
+            dict.fromkeys(REASONS, _lists_spec(None)),
+            {} if self._hard is None else dict.fromkeys(self._hard.pools, _lists_spec(num)),
+        )
 
     def _is_counted(self, batch: Batch, never: Never, slot: tf.Tensor) -> tf.Tensor:
-        columns = batch["shared_row"]
+        columns = batch.shared_row
         is_counted = tf.gather(~Guard.of_shared(never, columns), slot)
         if self._is_later is not None:
             is_counted &= ~tf.gather(self._is_later, columns)
         if not self.examples.has_one_positive:  # Its positives are among its known ones.
             return is_counted
-        return is_counted & (columns[tf.newaxis, :] != batch["candidate_row"][:, tf.newaxis])
+        return is_counted & (columns[tf.newaxis, :] != batch.candidate_row[:, tf.newaxis])
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
         """Gathers the weights of samples: [n] float32."""
@@ -292,20 +296,20 @@ class HybridBatches:
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
-            columns, query_row = batch["shared_row"], batch["query_row"]
-            if "positive_query" in batch:  # Counted once a positive, as without it.
-                query_row = tf.gather(query_row, batch["positive_query"])
-            is_hit = columns[tf.newaxis, :] == batch["candidate_row"][:, tf.newaxis]
+            columns, query_row = batch.shared_row, batch.query_row
+            if batch.positive_query is not None:  # Counted once a positive, as without it.
+                query_row = tf.gather(query_row, batch.positive_query)
+            is_hit = columns[tf.newaxis, :] == batch.candidate_row[:, tf.newaxis]
             is_left = tf.ones_like(is_hit)
             never = self._guard.read(query_row.numpy())
             found = {"accidental hits": is_hit}
-            found |= {reason: contains([ragged(never[reason])], columns) for reason in REASONS}
+            found |= {reason: contains([_ragged(never[reason])], columns) for reason in REASONS}
             if self._is_later is not None:
                 found[_LATER] = tf.gather(self._is_later, columns)[tf.newaxis, :]
             for name, is_masked in found.items():
                 masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
-            num_own = len(batch["candidate_row"]) * self._num_in_batch
+            num_own = len(batch.candidate_row) * self._num_in_batch
             masked["accidental hits"] -= num_own
             num_cells += int(tf.size(is_hit)) - num_own
         return {name: count / num_cells for name, count in masked.items()}
@@ -316,10 +320,36 @@ def _of_rows(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
-def _cut(
-    batch: Batch, never: Never, slot: tf.Tensor, slices: Slices, number: tf.Tensor
-) -> tuple[Batch, Never, tf.Tensor]:
-    """Cuts a slice off a batch, and what is never a negative of its queries with it."""
-    batch = slices.take(number, {**batch, "slot": slot}, {"slot"})
-    kept, slot = tf.unique(batch.pop("slot"))
-    return batch, _of_rows(never, kept), slot
+def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> dict[str, Any] | None:
+    """Returns a value of each request feature's column; None if there is no request feature."""
+    return {name: value(column) for name, column in samples.request_columns.items()} or None
+
+
+def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
+    """Describes lists of candidate rows."""
+    return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
+
+
+def _ragged(lists: RowLists) -> tf.RaggedTensor:
+    return tf.RaggedTensor.from_row_splits(lists.values, lists.offsets, validate=False)
+
+
+def look_up(read: Callable[[Any], _Found], chosen: Any, signature: _Found) -> _Found:
+    """Reads arrays at places that are tensors, in NumPy, where a file's arrays stay uncopied.
+
+    `read` is given `chosen`, a structure of tensors, as arrays. `signature` has the type of each
+    part that it returns. Returns the parts as tensors, `RowLists` as ragged ones.
+    """
+
+    def call(*arrays: np.ndarray) -> list[np.ndarray]:
+        parts = []
+        for part in tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays))):
+            if part is not None:
+                parts += [part.values, part.offsets] if isinstance(part, RowLists) else [part]
+        return parts
+
+    specs = tf.nest.flatten(signature, expand_composites=True)
+    dtypes = [spec.dtype for spec in specs if spec is not None]
+    tensors = iter(tf.numpy_function(call, tf.nest.flatten(chosen), dtypes))
+    shaped = [None if x is None else tf.ensure_shape(next(tensors), x.shape) for x in specs]
+    return tf.nest.pack_sequence_as(signature, shaped, expand_composites=True)

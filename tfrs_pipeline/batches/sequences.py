@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.examples import EpochChoices
-from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 
@@ -29,14 +29,8 @@ class WholeSequences:
     window have short histories. Batches hold about `batch_size` positives each, and as many windows
     as it takes; windows of like length come together, which leaves little padding.
 
-    `read` returns what `Examples.read` describes, with P = W positives (about B), but for
-    history_rows:
-        sequence_rows: [S, L'] int32, the windows, oldest first, padded with 0; L' is the longest
-            one's length.
-        state: [P] int32, s * (L' + 1) + j where the history is the first j items of window s.
-        sequence_times: [S, L' + 1] float64, of a log with timestamps: in seconds since 1970 those
-            of the windows' items, and of the event that comes after the last one; NaN where there
-            is none. Entry j is thus the time of the query of state j.
+    Batches have P = W positives (about B). Instead of history_rows they hold sequence_rows, state
+    and, for a log with timestamps, sequence_times (see `Batch`).
 
     Args:
         samples: The training samples, of a log with an order.
@@ -63,14 +57,17 @@ class WholeSequences:
                 "sequence. Give the log its order, or train its users as sets."
             )
         windows = _Windows.cut(samples, history_length)
-        self.signature = {
-            **dict.fromkeys(
-                ("index", "query_row", "candidate_row", "state"), tf.TensorSpec([None], tf.int32)
-            ),
-            "sequence_rows": tf.TensorSpec([None, None], tf.int32),
-        }
+        row = tf.TensorSpec([None], tf.int32)
+        self.signature = Batch(
+            query_row=row,
+            index=row,
+            candidate_row=row,
+            sequence_rows=tf.TensorSpec([None, None], tf.int32),
+            state=row,
+        )
         if samples.sequence_times is not None:
-            self.signature["sequence_times"] = tf.TensorSpec([None, None], tf.float64)
+            times = tf.TensorSpec([None, None], tf.float64)
+            self.signature = self.signature._replace(sequence_times=times)
         self.batch_size = batch_size
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self._num_samples = len(samples)
@@ -102,7 +99,7 @@ class WholeSequences:
         batches = np.split(order.astype(np.int32), ends)
         return [batches[i] for i in rng.permutation(self.steps_per_epoch)]
 
-    def read(self, chosen: np.ndarray) -> Found:
+    def read(self, chosen: np.ndarray) -> Batch:
         """Reads windows, [S] int32; see the class."""
         samples, windows = self._samples, self._windows
         assert samples.num_earlier is not None
@@ -113,19 +110,20 @@ class WholeSequences:
         first = samples.sequences.offsets[windows.query_rows[chosen]] + starts
         window = np.repeat(np.arange(len(chosen), dtype=np.int32), np.diff(of_windows.offsets))
         num_read = samples.num_earlier[index] - starts[window]
-        found: Found = {
-            "index": index,
-            "query_row": samples.query_rows[index],
-            "candidate_row": samples.candidate_rows[index],
-            "sequence_rows": padded_lines(samples.sequences.values, first, lengths, width),
-            "state": window * (width + 1) + num_read,
-        }
+        times = None
         if samples.sequence_times is not None:
             # A window ends with the last history, after which there is the event that it is of.
-            found["sequence_times"] = padded_lines(
+            times = padded_lines(
                 samples.sequence_times, first, lengths + 1, width + 1, missing=np.nan
             )
-        return found
+        return Batch(
+            query_row=samples.query_rows[index],
+            index=index,
+            candidate_row=samples.candidate_rows[index],
+            sequence_rows=padded_lines(samples.sequences.values, first, lengths, width),
+            sequence_times=times,
+            state=window * (width + 1) + num_read,
+        )
 
 
 @dataclass(frozen=True)

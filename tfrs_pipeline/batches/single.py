@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.examples import blocks
-from tfrs_pipeline.batches.look_up import Found
-from tfrs_pipeline.batches.seeds import Use, seed_of
+from tfrs_pipeline.batches.batch import Batch
+from tfrs_pipeline.batches.examples import Use, blocks, seed_of
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.alias import AliasSampler
 from tfrs_pipeline.samples.positives import positive_probability
@@ -65,16 +64,16 @@ class SinglePositives:
         self.batch_size = batch_size
         self.steps_per_epoch = max(1, round(len(samples) / batch_size))
         self.rate = rate
-        self.signature = {
-            "index": tf.TensorSpec([batch_size], tf.int32),
-            "query_row": tf.TensorSpec([batch_size], tf.int32),
-            "candidate_row": tf.TensorSpec([batch_size], tf.int32),
-            "history_rows": tf.TensorSpec([batch_size, history_length], tf.int32),
-        }
+        row = tf.TensorSpec([batch_size], tf.int32)
+        self.signature = Batch(
+            query_row=row,
+            index=row,
+            candidate_row=row,
+            history_rows=tf.TensorSpec([batch_size, history_length], tf.int32),
+        )
         if samples.sequence_times is not None:
-            self.signature["history_times"] = tf.TensorSpec(
-                [batch_size, history_length + 1], tf.float64
-            )
+            times = tf.TensorSpec([batch_size, history_length + 1], tf.float64)
+            self.signature = self.signature._replace(history_times=times)
         self._samples = samples
         self._num_samples = len(samples)
         self._history_length = history_length
@@ -96,18 +95,19 @@ class SinglePositives:
         steps = tf.data.Dataset.range(start_step, stop)
         return steps.map(lambda step: (step, self._samples_of(step)))
 
-    def read(self, chosen: np.ndarray) -> Found:
+    def read(self, chosen: np.ndarray) -> Batch:
         """Looks up what was chosen; see `Examples`."""
         index = chosen if self._sampler is None else self._by_candidate[chosen]
-        found: Found = {
-            "index": index,
-            "query_row": self._samples.query_rows[index],
-            "candidate_row": self._samples.candidate_rows[index],
-            "history_rows": self._samples.latest(index, self._history_length),
-        }
-        if "history_times" in self.signature:
-            found["history_times"] = self._samples.latest_times(index, self._history_length)
-        return found
+        times = None
+        if self._samples.sequence_times is not None:
+            times = self._samples.latest_times(index, self._history_length)
+        return Batch(
+            query_row=self._samples.query_rows[index],
+            index=index,
+            candidate_row=self._samples.candidate_rows[index],
+            history_rows=self._samples.latest(index, self._history_length),
+            history_times=times,
+        )
 
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
         """Returns [B] samples of a permutation an epoch, or draws by rate."""

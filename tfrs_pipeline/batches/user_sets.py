@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.batches.examples import EpochChoices
-from tfrs_pipeline.batches.look_up import Found
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import Samples, padded_lines
 
@@ -29,8 +29,8 @@ class UserSets:
     holds varies with its users. In a tiny log whose coins leave fewer users than batches they are
     flipped again.
 
-    `read` returns what `Examples.read` describes, with positive_query rising, and history_rows in
-    random order, as wide as the longest of the batch, `history_length` at most. The shared columns
+    Batches have a positive_query, and history_rows in random order, as wide as the longest of the
+    batch, `history_length` at most. The shared columns
     of a query count for all of its positives alike, so that all of these must be masked, and there
     are no hard negatives, which are those of one positive.
 
@@ -52,13 +52,14 @@ class UserSets:
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
     ) -> None:
         check_integer(1, batch_size=batch_size)
-        self.signature = {
-            **dict.fromkeys(
-                ("index", "query_row", "candidate_row", "positive_query"),
-                tf.TensorSpec([None], tf.int32),
-            ),
-            "history_rows": tf.TensorSpec([None, None], tf.int32),
-        }
+        row = tf.TensorSpec([None], tf.int32)
+        self.signature = Batch(
+            query_row=row,
+            index=row,
+            candidate_row=row,
+            positive_query=row,
+            history_rows=tf.TensorSpec([None, None], tf.int32),
+        )
         self.batch_size = batch_size
         self._history_length = history_length
         self._num_samples = len(samples)
@@ -73,7 +74,7 @@ class UserSets:
         wanted = round(len(samples) * 0.5 / batch_size)
         self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
         names = ("query_row", "target", "num_targets", "input", "num_inputs")
-        drawn = dict.fromkeys(names, tf.TensorSpec([None], tf.int32))
+        drawn = dict.fromkeys(names, row)
         self._choices = EpochChoices(seed, self.steps_per_epoch, self._draw_epoch, drawn)
         self.choose, self.dataset = self._choices.choose, self._choices.dataset
 
@@ -120,17 +121,16 @@ class UserSets:
             if np.count_nonzero(num_targets) >= self.steps_per_epoch:
                 return is_input, num_targets
 
-    def read(self, chosen: dict[str, np.ndarray]) -> Found:
+    def read(self, chosen: dict[str, np.ndarray]) -> Batch:
         """Reads what was drawn for a step; see the class."""
         num_inputs = chosen["num_inputs"]
         width = min(num_inputs.max(), self._history_length)
         first = np.cumsum(num_inputs) - num_inputs
-        return {
-            "index": chosen["target"],
-            "query_row": chosen["query_row"],
-            "candidate_row": self._rows[chosen["target"]],
-            "positive_query": np.repeat(
-                np.arange(len(num_inputs), dtype=np.int32), chosen["num_targets"]
-            ),
-            "history_rows": padded_lines(chosen["input"], first, num_inputs, width),
-        }
+        queries = np.arange(len(num_inputs), dtype=np.int32)
+        return Batch(
+            query_row=chosen["query_row"],
+            index=chosen["target"],
+            candidate_row=self._rows[chosen["target"]],
+            positive_query=np.repeat(queries, chosen["num_targets"]),
+            history_rows=padded_lines(chosen["input"], first, num_inputs, width),
+        )

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.batches.batch import Slices
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.batches.slices import Slices
 from tfrs_pipeline.cluster import this_worker
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def check_shared(folder: Path | str | None) -> None:
 def dataset_of(
     network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Returns the batches of some steps; of several replicas each gets its slice of every batch."""
+    """Returns the batches of some steps; for several replicas, each one's slices of all batches."""
     strategy = network.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return batches.dataset(start_step, num_steps)
@@ -90,7 +90,9 @@ def dataset_of(
         count = context.num_replicas_in_sync // context.num_input_pipelines
         first = context.input_pipeline_id * count
         slices = Slices(first, count, context.num_replicas_in_sync)
-        return batches.dataset(start_step, num_steps, slices)
+        endless = batches.dataset(start_step, slices=slices)
+        # Without this TensorFlow asks all replicas before each step whether one has no batch left.
+        return endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
     return strategy.distribute_datasets_from_function(of_worker)
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from tfrs_pipeline.batches.examples import REQUEST
+from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 from tfrs_pipeline.model.loss import HybridRetrieval
@@ -37,7 +37,7 @@ class TwoTowerNetwork(tfrs.Model):
     replicas train (see `Slices.take`); the query tower's also with `history_rows`, [n, N] int32,
     most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
     where the corpus has times and the settings read them (`history_pooling` is attention), also
-    with `history_times` or `sequence_times` (see `Examples`). It returns [n, D] float32. A
+    with `history_times` or `sequence_times` (see `Batch`). It returns [n, D] float32. A
     `ValueError` if a tower returns something else, the two do not go together, or Keras has another
     policy than float32.
 
@@ -88,9 +88,7 @@ class TwoTowerNetwork(tfrs.Model):
 
         A request feature that is not there is missing, and so are times that are not given.
         """
-        batch = {"query_row": query_rows, "history_rows": history_rows}
-        if history_times is not None:
-            batch["history_times"] = history_times
+        batch = Batch(query_rows, history_rows=history_rows, history_times=history_times)
         return self._queries(batch, features)
 
     def embed_candidates(
@@ -125,42 +123,43 @@ class TwoTowerNetwork(tfrs.Model):
 
     def _queries(
         self,
-        batch: Mapping[str, tf.Tensor],
+        batch: Batch,
         features: Mapping[str, tf.Tensor] | None = None,
         training: bool = False,
     ) -> tf.Tensor:
-        rows = batch["query_row"]
+        rows = batch.query_row
         given = dict(features or {})
         if not self.query_table.names <= given.keys():
             given = self.query_table(rows) | given
         inputs = {"row": rows, "features": given | self._of_request(batch, given, training)}
-        inputs |= {name: batch[name] for name in _READ_BY_QUERIES if name in batch}
+        read = {name: getattr(batch, name) for name in _READ_BY_QUERIES}
+        inputs |= {name: value for name, value in read.items() if value is not None}
         return self.query_tower(inputs, training=training)
 
     def _of_request(
-        self, batch: Mapping[str, tf.Tensor], given: Mapping[str, tf.Tensor], training: bool
+        self, batch: Batch, given: Mapping[str, tf.Tensor], training: bool
     ) -> dict[str, tf.Tensor]:
         """Returns the request features that are given, or in a batch, or missing."""
-        rows = batch["query_row"]
+        rows, known = batch.query_row, {**(batch.requests or {}), **given}
         features = {}
         for feature in self._request_features:
             name = feature.name
             missing = tf.repeat(feature.missing, tf.shape(rows)[0], axis=0)
-            features[name] = given.get(name, batch.get(f"{REQUEST}{name}", missing))
+            features[name] = known.get(name, missing)
         if not features or not training:
             return features
-        seed = pass_seed(training, batch.get("dropout_seed"))
+        seed = pass_seed(training, batch.dropout_seed)
         seed = fold(seed, Stream.REQUESTS)
         return drop_features(features, self._request_features, REQUEST_DROPOUT, seed, rows)
 
-    def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+    def compute_loss(self, inputs: Batch, training: bool = False) -> tf.Tensor:
         """Computes the mean loss of a batch: scalar float32.
 
-        The inputs are as `HybridBatches.batch` describes, or a slice of it (`Slices.take`), whose
-        parts add up to the mean loss of the whole batch. A `ValueError` if several replicas train
-        on what is no slice.
+        The losses of the slices of a batch (`Slices.take`) add up to the mean loss of the whole. A
+        `ValueError` if several replicas train on something other than a slice.
         """
-        if "total_weight" not in inputs and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if inputs.total_weight is None and replicas > 1:
             raise ValueError(
                 "Several replicas train on batches that tf.distribute has cut, each tensor along "
                 "its first axis, which is not always that of the rows. Train with TwoTower.fit "
@@ -172,40 +171,44 @@ class TwoTowerNetwork(tfrs.Model):
         positives, shared, hard = self._embed_columns(inputs, training)
         own: dict[str, tf.Tensor] = {}
         if hard is not None:
-            log_q = inputs["hard_log_q"]
+            log_q = inputs.hard.log_q
             own = {
                 "hard_embeddings": hard,
                 "hard_log_q": log_q if self._is_corrected else tf.zeros_like(log_q),
-                "hard_mask": inputs["hard_is_counted"],
+                "hard_mask": inputs.hard.is_counted,
             }
         loss = self.task(
             queries,
             positives,
-            sample_weight=inputs["weight"],
-            score_mask=inputs["is_counted"],
+            sample_weight=inputs.weight,
+            score_mask=inputs.is_counted,
             negative_embeddings=shared,
-            log_q=inputs["log_q"] if self._is_corrected else None,
-            positive_query=inputs.get("positive_query"),
+            log_q=self.log_q(inputs),
+            positive_query=inputs.positive_query,
             **own,
         )
         # The task's loss is a sum; a mean keeps the learning rate free of the batch size.
-        weight = tf.reduce_sum(inputs["weight"])
+        weight = tf.reduce_sum(inputs.weight)
         self._loss_metric.update_state(tf.math.divide_no_nan(loss, weight), sample_weight=weight)
-        return tf.math.divide_no_nan(loss, inputs.get("total_weight", weight))
+        total_weight = weight if inputs.total_weight is None else inputs.total_weight
+        return tf.math.divide_no_nan(loss, total_weight)
+
+    def log_q(self, inputs: Batch) -> tf.Tensor | None:
+        """Returns what the logits of a batch's shared columns are corrected by, if they are."""
+        return inputs.log_q if self._is_corrected else None
 
     def _embed_columns(
-        self, inputs: Mapping[str, tf.Tensor], training: bool
+        self, inputs: Batch, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
         """Embeds a batch's candidates: positives [P, D], shared [C, D], own hard [W, H, D]."""
-        positive_rows, shared_rows = inputs["candidate_row"], inputs["shared_row"]
-        hard_rows = inputs.get("hard_candidate_row")
-        columns = [positive_rows, shared_rows]
+        hard_rows = None if inputs.hard is None else inputs.hard.candidate_row
+        columns = [inputs.candidate_row, inputs.shared_row]
         if hard_rows is not None:
             columns.append(tf.reshape(hard_rows, [-1]))
         # Copies of a candidate are separate columns; the tower's work is shared.
         distinct, slot = tf.unique(tf.concat(columns, axis=0))
         embedded = self.embed_candidates(
-            distinct, training=training, dropout_seed=inputs.get("dropout_seed")
+            distinct, training=training, dropout_seed=inputs.dropout_seed
         )
         slots = tf.split(slot, [tf.shape(rows)[0] for rows in columns])
         # The static number of columns, which the loss checks log_q against, is lost on the way.
@@ -235,33 +238,32 @@ class TwoTowerNetwork(tfrs.Model):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
-    def train_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def train_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
         """Runs one step; the loss it reports is the epoch's mean so far."""
         super().train_step(inputs)
         return {"loss": self._loss_metric.result()}
 
-    def test_step(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def test_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
         """Computes the loss of one batch, without dropout."""
         self.compute_loss(inputs, training=False)
         return {"loss": self._loss_metric.result()}
 
-    def diagnose(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, float]:
+    def diagnose(self, inputs: Batch) -> dict[str, float]:
         """Computes what tells a training gone wrong, from one batch; nothing is changed.
 
         These are "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
         corrected; "masked_share", of the shared columns those that do not count; "norm/query" and
         "norm/candidate", the mean length of the batch's embeddings.
         """
-        is_counted = inputs["is_counted"]
-        candidates = self.embed_candidates(inputs["candidate_row"])
+        is_counted, log_q = inputs.is_counted, self.log_q(inputs)
+        candidates = self.embed_candidates(inputs.candidate_row)
         figures = {
             "masked_share": 1.0 - tf.reduce_mean(tf.cast(is_counted, tf.float32)),
             "norm/query": tf.reduce_mean(tf.norm(self._queries(inputs), axis=1)),
             "norm/candidate": tf.reduce_mean(tf.norm(candidates, axis=1)),
         }
-        if self._is_corrected:
-            log_q = tf.broadcast_to(inputs["log_q"], tf.shape(is_counted))
-            counted = tf.boolean_mask(log_q, is_counted)
+        if log_q is not None:
+            counted = tf.boolean_mask(tf.broadcast_to(log_q, tf.shape(is_counted)), is_counted)
             figures |= {"log_q/min": tf.reduce_min(counted), "log_q/max": tf.reduce_max(counted)}
         return {name: float(figure) for name, figure in figures.items()}
 
@@ -269,7 +271,7 @@ class TwoTowerNetwork(tfrs.Model):
         """Makes every variable now, so that weights can be loaded before the first step."""
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
-        query = self._queries({"query_row": row, "history_rows": history})
+        query = self._queries(Batch(row, history_rows=history))
         candidate = self.embed_candidates(row)
         if query.shape.rank != 2 or query.shape != candidate.shape:
             raise ValueError(
@@ -289,9 +291,10 @@ class TwoTowerNetwork(tfrs.Model):
         """Refuses (`ValueError`) a query tower that does not read whole sequences."""
         row = tf.zeros([1], tf.int32)
         sequence = tf.zeros([1, self.history_length], tf.int32)
-        batch = {"query_row": row, "sequence_rows": sequence, "state": row}
+        batch = Batch(row, sequence_rows=sequence, state=row)
         if self.reads_times:
-            batch["sequence_times"] = tf.zeros([1, self.history_length + 1], tf.float64)
+            times = tf.zeros([1, self.history_length + 1], tf.float64)
+            batch = batch._replace(sequence_times=times)
         try:
             self._queries(batch)
         except KeyError as error:

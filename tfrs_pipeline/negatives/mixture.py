@@ -116,9 +116,32 @@ class Mixture:
         ]
         return tf.concat([tf.cast(rows, tf.int32) for rows in drawn], axis=0)
 
-    def log_q(self, candidate_rows: tf.Tensor) -> tf.Tensor:
-        """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`."""
-        return tf.gather(self._log_count, candidate_rows)
+    def log_q(self, candidate_rows: tf.Tensor, hard_share: tf.Tensor | None = None) -> tf.Tensor:
+        """Looks up log n(c) of candidates, float32 of the shape of `candidate_rows`.
+
+        With `hard_share`, f of the rows that the candidates are columns of, it is
+        log( n(c) / (1 - f) ), the two shapes broadcast.
+        """
+        log_q = tf.gather(self._log_count, candidate_rows)
+        return log_q if hard_share is None else log_q - tf.math.log1p(-hard_share)
+
+
+def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Tensor:
+    """Computes log( H_k / (V * f * w_k) ) of a row's pools of hard negatives.
+
+    Args:
+        num_left: [W, num_pools] float32, H_k: how many hard negatives of each pool count.
+        share: f of the rows that have any.
+        num_candidates: V.
+
+    Returns:
+        [W, num_pools] float32; 0 where nothing is left. The pools with something left weigh alike.
+    """
+    is_left = tf.cast(num_left > 0, tf.float32)
+    pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
+    # -inf * 0 and log 0 stand only in columns that are masked.
+    log_q = tf.math.log(num_left) - tf.math.log(num_candidates * share * pool_share)
+    return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))
 
 
 def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:

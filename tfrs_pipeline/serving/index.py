@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.row_lists import is_member
+from tfrs_pipeline.batches.guard import is_member
 from tfrs_pipeline.serving.item_filter import Allowed
 
 # Below this, exact search is as fast as any index.

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.row_lists import contains
+from tfrs_pipeline.batches.guard import contains
 
 
 def test_columns_are_found_in_the_lists_of_each_row() -> None:

@@ -1,0 +1,68 @@
+"""Slices of a batch: together they are the batch, cut between queries."""
+
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.small_batches import REQUESTED, UNORDERED, batch_list, flat, make_batches
+from tfrs_pipeline.batches.batch import Axis, Batch, Slices, axes_of, declares_axes
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+
+HARD = FunnelLosers(share=0.3, num=2)
+# Renumbered in a slice; checked by what they point at.
+POINTERS = ("state", "positive_query")
+
+
+def with_own_lines(batch: Batch) -> Batch:
+    """Gives each query its line of log_q, where one line is for all."""
+    return batch._replace(log_q=np.broadcast_to(batch.log_q, batch.is_counted.shape))
+
+
+def reads(batch: Batch) -> list[list[int]]:
+    """Lists what is read for each positive, oldest first or padded, whatever the order."""
+    if batch.sequence_rows is not None:
+        width = batch.sequence_rows.shape[1] + 1
+        windows, lengths = np.divmod(batch.state, width)
+        return [batch.sequence_rows[i][:n].tolist() for i, n in zip(windows, lengths, strict=True)]
+    rows = batch.history_rows
+    return (rows if batch.positive_query is None else rows[batch.positive_query]).tolist()
+
+
+@pytest.mark.parametrize(("order", "total"), [("single", 3), ("sequences", 2), ("sets", 3)])
+def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
+    samples = UNORDERED if order == "sets" else REQUESTED
+    batches = make_batches(order, samples, hard=None if order == "sets" else HARD)
+    whole = batch_list(batches, 2, start=4)
+    sliced = list(batches.dataset(4, 2, Slices(0, total, total)).as_numpy_iterator())
+    assert len(sliced) == 2 * total
+    for i, batch in enumerate(whole):
+        parts = sliced[i * total : (i + 1) * total]
+        for name, values in flat(with_own_lines(batch)).items():
+            of_parts = [flat(with_own_lines(part))[name] for part in parts]
+            if axes_of(Batch)[name.partition(".")[0]] in (Axis.COLUMN, Axis.NONE):
+                for value in of_parts:
+                    np.testing.assert_array_equal(value, values, name)
+            elif name not in POINTERS:
+                np.testing.assert_array_equal(np.concatenate(of_parts), values, name)
+        assert [line for part in parts for line in reads(part)] == reads(batch)
+        sizes = [len(part.query_row) for part in parts]
+        if order != "sequences":
+            assert max(sizes) - min(sizes) <= 1
+        for part in parts:
+            assert part.total_weight == pytest.approx(batch.weight.sum())
+    # A worker builds its own slices alone.
+    own = list(batches.dataset(4, 2, Slices(1, total - 1, total)).as_numpy_iterator())
+    others = [part for i, part in enumerate(sliced) if i % total]
+    for got, expected in zip(own, others, strict=True):
+        np.testing.assert_array_equal(got.weight, expected.weight)
+
+
+def test_a_field_without_an_axis_cannot_be_declared() -> None:
+    with pytest.raises(TypeError, match=r"Odd\.weight must declare its axis"):
+
+        @declares_axes
+        class Odd(NamedTuple):
+            row: Annotated[tf.Tensor, Axis.QUERY]
+            weight: tf.Tensor

@@ -1,0 +1,175 @@
+"""A training batch: a record whose fields say what they run over, and slices of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+
+import tensorflow as tf
+
+_Record = TypeVar("_Record", bound=type)
+
+
+class Axis(Enum):
+    """What the first dimension of a batch's field runs over."""
+
+    QUERY = "the queries, W"
+    POSITIVE = "the positives, P"
+    SEQUENCE = "the sequences, S"
+    COLUMN = "the shared columns, C"
+    NONE = "none of these: the field is the same in every slice"
+
+
+def axes_of(record: type) -> dict[str, Axis]:
+    """Returns the axis of each field of a NamedTuple; a `TypeError` if one declares none."""
+    hints = get_type_hints(record, include_extras=True)
+    axes = {}
+    for name, hint in hints.items():
+        found = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Axis)]
+        if len(found) != 1:
+            raise TypeError(
+                f"{record.__name__}.{name} must declare its axis, or several replicas could not "
+                f"share a batch: annotate it as Annotated[tf.Tensor, Axis.QUERY]. Received: {hint}"
+            )
+        axes[name] = found[0]
+    return axes
+
+
+def declares_axes(record: _Record) -> _Record:
+    """Refuses a NamedTuple with a field that declares no axis (see `axes_of`)."""
+    axes_of(record)
+    return record
+
+
+class HardColumns(NamedTuple):
+    """Each row's own hard negatives; a row has one positive, so that W = P.
+
+    Attributes:
+        candidate_row: [W, H] int32, 0 where the row has none in the pool.
+        log_q: [W, H] float32, log( H_k / (V * f * w_k) ) (see `mixture`).
+        is_counted: [W, H] bool. False: nothing drawn, known positive, exposed item.
+        share: [W] float32, the row's f: 0 where it has no hard negative left.
+    """
+
+    candidate_row: tf.Tensor
+    log_q: tf.Tensor
+    is_counted: tf.Tensor
+    share: tf.Tensor
+
+
+@declares_axes
+class Batch(NamedTuple):
+    """P positives of W queries, the C columns that the queries share, and their corrections.
+
+    W = P = B unless a query has several positives. What a batch does not hold is None. An axis
+    counts for all tensors of a field.
+
+    Attributes:
+        query_row: [W] int32.
+        index: [P] int32, the samples.
+        candidate_row: [P] int32, their positives.
+        weight: [P] float32.
+        positive_query: [P] int32 in [0, W), rising, whose positive it is; None where W = P.
+        history_rows: [W, any] int32, most recent first, padded with 0.
+        history_times: [W, one more] float64, where the samples have times, in seconds since 1970:
+            the query's, then the items', NaN where there is none.
+        sequence_rows: In place of histories, [S, L'] int32, the windows of `WholeSequences`, oldest
+            first, padded with 0; L' is the length of the longest.
+        sequence_times: [S, L' + 1] float64, of a log with timestamps: in seconds since 1970 those
+            of the windows' items and of the event after the last one; NaN where there is none.
+            Entry j is thus the time of the query of state j.
+        state: [P] int32, s * (L' + 1) + j where the history is the first j items of window s.
+        requests: Each request feature by name, [W] or [W, any], encoded.
+        shared_row: [C] int32, candidates of the shared columns, kind by kind.
+        log_q: [1, C] float32, log n(c) of the column's candidate (see `mixture`); with hard
+            negatives [W, C], log( n(c) / (1 - f) ), f being the row's own.
+        is_counted: [W, C] bool. False: accidental hit (a row's own in-batch column is one), known
+            positive, exposed item, item that came after the training.
+        hard: The rows' own hard negatives.
+        dropout_seed: [2] int32, for the model's dropout.
+        dropout_slice: [2] int32, in a slice: the number of its first history (or sequence) among
+            those of the whole batch, and how many these are.
+        total_weight: Scalar float32, in a slice: the weight of the whole batch.
+    """
+
+    query_row: Annotated[tf.Tensor, Axis.QUERY]
+    index: Annotated[tf.Tensor, Axis.POSITIVE] = None
+    candidate_row: Annotated[tf.Tensor, Axis.POSITIVE] = None
+    weight: Annotated[tf.Tensor, Axis.POSITIVE] = None
+    positive_query: Annotated[tf.Tensor, Axis.POSITIVE] = None
+    history_rows: Annotated[tf.Tensor, Axis.QUERY] = None
+    history_times: Annotated[tf.Tensor, Axis.QUERY] = None
+    sequence_rows: Annotated[tf.Tensor, Axis.SEQUENCE] = None
+    sequence_times: Annotated[tf.Tensor, Axis.SEQUENCE] = None
+    state: Annotated[tf.Tensor, Axis.POSITIVE] = None
+    requests: Annotated[Mapping[str, tf.Tensor] | None, Axis.QUERY] = None
+    shared_row: Annotated[tf.Tensor, Axis.COLUMN] = None
+    log_q: Annotated[tf.Tensor, Axis.QUERY] = None
+    is_counted: Annotated[tf.Tensor, Axis.QUERY] = None
+    hard: Annotated[HardColumns | None, Axis.QUERY] = None
+    dropout_seed: Annotated[tf.Tensor, Axis.NONE] = None
+    dropout_slice: Annotated[tf.Tensor, Axis.NONE] = None
+    total_weight: Annotated[tf.Tensor, Axis.NONE] = None
+
+
+_AXES = axes_of(Batch)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Some consecutive slices of each batch, `count` from the `first` on, of `total` in all."""
+
+    first: int
+    count: int
+    total: int
+
+    def each(self, chosen: tf.data.Dataset) -> tf.data.Dataset:
+        """Repeats each element for every slice, with the slice's number after it."""
+        numbers = tf.data.Dataset.range(self.first, self.first + self.count)
+        return chosen.flat_map(lambda *element: numbers.map(lambda number: (*element, number)))
+
+    def take(self, number: tf.Tensor, batch: Batch) -> tuple[Batch, slice]:
+        """Takes a slice of a batch whose columns are not masked and corrected yet.
+
+        A slice is some of the queries, with their positives and their own hard negatives, and all
+        of the columns that queries share. Losses and gradients of the slices add up to the batch's.
+        Whole sequences stay whole, and so do sets: slices differ in size by one sequence or set.
+
+        Returns the slice, and which of the batch's queries it holds.
+        """
+        # What is cut: sequences, sets or single positives; and which of them a positive belongs to.
+        if batch.sequence_rows is not None:
+            num_units, length = tf.unstack(tf.shape(batch.sequence_rows))
+            num_states = length + 1
+            unit = batch.state // num_states
+        else:
+            num_units, num_states = tf.shape(batch.query_row)[0], None
+            unit = tf.range(num_units) if batch.positive_query is None else batch.positive_query
+        number = tf.cast(number, tf.int32)
+        begin, end = number * num_units // self.total, (number + 1) * num_units // self.total
+        first, last = tf.unstack(tf.searchsorted(unit, [begin, end]))  # Units rise.
+        units, positives = slice(begin, end), slice(first, last)
+        queries = positives if batch.positive_query is None else units
+        places = {Axis.QUERY: queries, Axis.POSITIVE: positives, Axis.SEQUENCE: units}
+        part = _cut(batch, places)
+        if batch.positive_query is not None:
+            part = part._replace(positive_query=part.positive_query - begin)
+        if batch.state is not None:
+            part = part._replace(state=part.state - begin * num_states)
+        whole = tf.stack([begin, num_units])
+        total_weight = tf.reduce_sum(batch.weight)
+        return part._replace(dropout_slice=whole, total_weight=total_weight), queries
+
+
+def _cut(batch: Batch, places: Mapping[Axis, slice]) -> Batch:
+    """Cuts each field along its axis, if that has a place."""
+    return Batch(
+        *(
+            field
+            if field is None or _AXES[name] not in places
+            else tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
+            for name, field in batch._asdict().items()
+        )
+    )
