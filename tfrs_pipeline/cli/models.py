@@ -164,8 +164,10 @@ def _request_notes(
     features = retriever.features["request"]
     for feature in features:
         text = texts.get(feature.name, "")
-        if problem := feature.describe_unknown(text, request.get(feature.name)):
-            yield f"{feature.name} {text!r} {problem}: taken as missing."
+        if not (text.strip() and feature.num_codes is not None):
+            continue
+        if not feature.encode_column([request[feature.name]]).any():
+            yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
     lacking = [
         feature.name
         for feature in features

@@ -8,8 +8,8 @@ missing value: it becomes null.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import ibis
@@ -20,6 +20,7 @@ from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
+from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 from tfrs_pipeline.messages import printable
 
@@ -143,65 +144,36 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
     return value if raw.has(value.notnull() & number.isnull()) else number
 
 
-@dataclass(frozen=True)
-class FeatureColumn:
-    """A column of a raw table, as a kind of feature reads it (see `features.feature`)."""
+def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
+    """Hands a column to the kind of feature that reads it."""
 
-    raw: RawTable
-    name: str
-    reading: Reading
-    notes: list[str] = field(default_factory=list)
+    def time() -> ir.Value:
+        moment = to_timestamp(raw, name, reading)
+        if reading.timestamp_unit is None:
+            refuse_years(raw, moment, name)
+        return moment
 
-    @property
-    def value(self) -> ir.Value:
-        """The column as it came."""
-        return self.raw.table[self.name]
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of the table."""
-        return self.raw.num_rows
-
-    @property
-    def list_separator(self) -> str:
-        """Separates the values of lists that are stored as text."""
-        return self.reading.list_separator
-
-    def id(self) -> ir.Value:
-        """Reads ids, as `to_id` does."""
-        return to_id(self.raw, self.name, as_integer=is_integer(self.raw, self.name))
-
-    def number(self) -> ir.Value:
-        """Reads finite numbers, as `to_number` does."""
-        return to_number(self.raw, self.name)
-
-    def time(self) -> ir.Value:
-        """Reads moments, as `to_timestamp` does; refuses numbers of an unlikely unit."""
-        time = to_timestamp(self.raw, self.name, self.reading)
-        if self.reading.timestamp_unit is None:
-            refuse_years(self.raw, time, self.name)
-        return time
-
-    def aggregate(self, **values: ir.Value) -> Mapping[str, Any]:
-        """Computes aggregates over the rows of the table."""
-        found: dict[str, Any] = self.raw.table.aggregate(**values).to_pyarrow().to_pylist()[0]
+    def aggregate(**values: ir.Value) -> dict[str, Any]:
+        found: dict[str, Any] = raw.table.aggregate(**values).to_pyarrow().to_pylist()[0]
         return found
 
-    def fault(self, is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
-        """Notes what is wrong with the column (`RawTable.fault`)."""
-        self.raw.fault(self.name, is_bad, Rule(problem, **details))
+    def fault(is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
+        raw.fault(name, is_bad, Rule(problem, **details))
 
-    def refusal(self, problem: str, setting: str = "") -> DataError:
-        """Makes the error of a column that cannot be used."""
-        return DataError(f"{self.raw.source.column(self.name)}{problem}", setting)
-
-    def wrong_type(self, wanted: str) -> DataError:
-        """Makes the error of a column of another type."""
-        return self.raw.wrong_type(self.name, wanted)
-
-    def note(self, text: str) -> None:
-        """Adds a line for the user."""
-        self.notes.append(f"{self.raw.source.column(self.name)}{text}")
+    return TableColumn(
+        place=raw.source.column(name),
+        value=raw.table[name],
+        num_rows=raw.num_rows,
+        list_separator=reading.list_separator,
+        id=lambda: to_id(raw, name, as_integer=is_integer(raw, name)),
+        number=lambda: to_number(raw, name),
+        time=time,
+        aggregate=aggregate,
+        fault=fault,
+        refusal=DataError,
+        wrong_type=partial(raw.wrong_type, name),
+        notes=[],
+    )
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:

@@ -13,7 +13,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.columns import (
-    FeatureColumn,
+    feature_column,
     is_integer,
     to_required_id,
 )
@@ -172,7 +172,7 @@ def type_features(
     num_others = len(raw.faults)
     notes: list[str] = []
     for name, kind in features.items():
-        column = FeatureColumn(raw, name, reading)
+        column = feature_column(raw, name, reading)
         columns[name] = KINDS[kind].read(column)
         notes += column.notes
     raw.faults[num_others:] = [f._replace(is_missing=True) for f in raw.faults[num_others:]]

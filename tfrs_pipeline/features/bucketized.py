@@ -22,9 +22,7 @@ class Bucketized(Number):
     """A number's bucket between quantiles of the column.
 
     Args:
-        name: Column name.
         boundaries: Lowest value of each bucket but the first, ascending.
-        is_from_timestamp: See `Feature`.
     """
 
     boundaries: tuple[float, ...] = ()

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
-
 from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
 from tfrs_pipeline.features.raw import BOOLEANS, WHOLE_FLOAT, Column, has_booleans, to_texts
 from tfrs_pipeline.features.vocabulary import Vocabulary, count_rows, takes_whole_floats
@@ -37,10 +35,6 @@ class Category(Feature):
                 return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
         return column.id()
 
-    def to_raw(self, column: Column) -> np.ndarray:
-        """Returns [n] object of str, "" where missing."""
-        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
-
     def storable(self, values: list[Any]) -> list[Any]:
         """Returns texts, None where missing."""
         return [text or None for text in to_texts(values).to_pylist()]
@@ -50,21 +44,13 @@ class Category(Feature):
 class Categorical(Category, Vocabulary):
     """A value's place in the vocabulary.
 
-    Args:
-        name: Column name.
-        vocabulary: Known values; value i is encoded as i + 1.
-        is_from_timestamp: See `Feature`.
-
     Example:
         >>> Categorical("gender", ("F", "M")).encode_column(["M", None, "X"])
         array([2, 0, 0], dtype=int32)
     """
 
     kind: ClassVar[str] = "categorical"
-    names_elsewhere = (
-        *("category", "string", "str", "object", "enum", "id"),
-        *("boolean", "bool"),
-    )
+    names_elsewhere = ("category", "string", "str", "object", "enum", "id", "boolean", "bool")
     holds_categories = True
 
     @classmethod
@@ -90,7 +76,3 @@ class Categorical(Category, Vocabulary):
         also = [f"{x}.0" for x in whole] if takes_whole_floats(self.vocabulary) else []
         also += BOOLEANS if has_booleans(self.vocabulary) else ()
         return frozenset(("", *self.vocabulary, *also))
-
-    def describe_unknown(self, text: str, value: Any) -> str:
-        """Says that the training did not have the value."""
-        return "" if text.strip() in self.known_texts else "was in no training"

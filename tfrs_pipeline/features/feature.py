@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from tfrs_pipeline.features.raw import Column, in_blocks
+from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -24,50 +24,38 @@ NUMBER_TYPES = {"integer": "float64", "floating": "float64", "decimal": "float64
 TIME_TYPES = {"timestamp": "timestamp('UTC', 6)"}
 
 
-class TableColumn(Protocol):
-    """A column of a raw table (CSV, Parquet, Arrow), as `data` hands it to a kind."""
+@dataclass(frozen=True)
+class TableColumn:
+    """A column of a raw table (CSV, Parquet, Arrow), as `data` hands it to a kind.
 
-    list_separator: str
-    """Separates the values of lists that are stored as text."""
+    Args:
+        place: Table and name of the column, to start messages with.
+        value: The column as it came.
+        num_rows: Number of rows of the table.
+        list_separator: Separates the values of lists that are stored as text.
+        id: Reads ids: int64 if all are integers, otherwise string.
+        number: Reads finite float64 numbers.
+        time: Reads moments, in UTC.
+        aggregate: Computes aggregates, given by keyword, over the rows.
+        fault: Given a condition and what the problem is, makes these rows missing; `remedy` and
+            `setting` are optional.
+        refusal: Makes the error of a column that cannot be used, of a message and a setting.
+        wrong_type: Makes the error of a column of another type than the wanted one.
+        notes: Lines for the user.
+    """
 
+    place: str
+    value: ir.Value
     num_rows: int
-    """Number of rows of the table."""
-
-    @property
-    def value(self) -> ir.Value:
-        """The column as it came."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of the table."""
-
-    @property
-    def list_separator(self) -> str:
-        """Separates the values of lists that are stored as text."""
-
-    def id(self) -> ir.Value:
-        """Reads ids: int64 if all are integers, otherwise string."""
-
-    def number(self) -> ir.Value:
-        """Reads finite float64 numbers."""
-
-    def time(self) -> ir.Value:
-        """Reads moments, in UTC."""
-
-    def aggregate(self, **values: ir.Value) -> Mapping[str, Any]:
-        """Computes aggregates over the rows of the table."""
-
-    def fault(self, is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
-        """Notes rows whose value counts as missing; `details` are `remedy` and `setting`."""
-
-    def refusal(self, problem: str, setting: str = "") -> Exception:
-        """Makes the error of a column that cannot be used, starting with its place."""
-
-    def wrong_type(self, wanted: str) -> Exception:
-        """Makes the error of a column of another type."""
-
-    def note(self, text: str) -> None:
-        """Adds a line for the user, starting with the column's place."""
+    list_separator: str
+    id: Callable[[], ir.Value]
+    number: Callable[[], ir.Value]
+    time: Callable[[], ir.Value]
+    aggregate: Callable[..., Mapping[str, Any]]
+    fault: Callable[..., None]
+    refusal: Callable[..., Exception]
+    wrong_type: Callable[[str], Exception]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -97,9 +85,9 @@ class Feature(ABC):
     raw_dtype: ClassVar[str] = "string"
     """TensorFlow dtype of raw values: string, float32 or float64."""
     how_typed: ClassVar[str] = ""
-    """What a typed value must be, for error messages: "a number: write one, such as 1.5"."""
-    placeholder: ClassVar[str | None] = ""
-    """Text in the empty field of the served page; None if the page has no field for the kind."""
+    """What a typed value must be, for error messages, such as "a number: write one"."""
+    example: ClassVar[str] = ""
+    """A typed value, for error messages and the empty field of the served page."""
     holds_categories: ClassVar[bool] = False
     """Whether requests may choose items by its values, and a refresh counts unknown ones."""
     takes_whole_numbers: ClassVar[bool] = False
@@ -128,9 +116,12 @@ class Feature(ABC):
             ValueError: If an entry is not of the kind.
         """
 
-    @abstractmethod
     def to_raw(self, column: Column) -> np.ndarray:
-        """Converts a column to the array that `encode` takes; a `ValueError` as in `fit`."""
+        """Converts a column to the array that `encode` takes; a `ValueError` as in `fit`.
+
+        The default is for strings: [n] object of str, "" where missing.
+        """
+        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
     @abstractmethod
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
@@ -209,11 +200,6 @@ class Feature(ABC):
         """Whether the fitted column had any value, as far as the encoding shows."""
         return self != self.fit(self.name, [None])
 
-    @property
-    def specification(self) -> str:
-        """Name and kind, and whatever else must agree for two models' weights to mean the same."""
-        return f"{self.name}={self.kind}"
-
     def describe(self, encoded: np.ndarray) -> Iterator[str]:
         """Yields what a user should know of the encoded column that it was fitted to."""
         yield from ()
@@ -225,10 +211,6 @@ class Feature(ABC):
     def describe_change(self, there: Self) -> str:
         """Says how the encoding differs from another model's; "" if it hardly does."""
         return ""
-
-    def example_raw(self) -> Any:
-        """Returns a raw value of which the model knows something, to test exports with."""
-        return "1" if self.raw_dtype == "string" else 1.0
 
     def storable(self, values: list[Any]) -> list[Any]:
         """Gives the values of requests, which may be of several types, one type for a table."""
@@ -245,12 +227,9 @@ class Feature(ABC):
             return self.from_text(text)
         except ValueError as error:
             raise ValueError(
-                f"{self.name} is {self.how_typed}. Received: {text!r} ({error})"
+                f"{self.name} is {self.how_typed}, such as {self.example}. Received: {text!r} "
+                f"({error})"
             ) from None
-
-    def describe_unknown(self, text: str, value: Any) -> str:
-        """Says why a typed value means nothing to the model, to follow it; "" if it does."""
-        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the feature as JSON can hold it; `feature_from_dict` restores it."""

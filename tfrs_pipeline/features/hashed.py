@@ -23,9 +23,7 @@ class Hashed(Category):
     """A value's bucket by its hash (FarmHash), the same in every process.
 
     Args:
-        name: Column name.
         num_buckets: Number of buckets, a power of two.
-        is_from_timestamp: See `Feature`.
     """
 
     num_buckets: int

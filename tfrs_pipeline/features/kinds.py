@@ -21,14 +21,11 @@ FeatureKind: TypeAlias = str
 """Name of a kind, a key of `KINDS`."""
 
 KINDS: dict[FeatureKind, type[Feature]] = {
-    "categorical": Categorical,
-    "hashed": Hashed,
-    "multi_categorical": MultiCategorical,
-    "text": Text,
-    "numeric": Numeric,
-    "bucketized": Bucketized,
-    "timestamp": Timestamp,
-    "vector": Vector,
+    cls.kind: cls
+    for cls in (
+        *(Categorical, Hashed, MultiCategorical, Text),
+        *(Numeric, Bucketized, Timestamp, Vector),
+    )
 }
 """The kinds that settings can name. Add your own before you use it, in every process."""
 
@@ -48,19 +45,18 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
 
     A `ValueError` if the kind is unknown, or a key is missing or unknown.
     """
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-    }
-    kind, name = values.pop("kind", None), values.get("name")
-    if kind is not None and kind not in KINDS:
+    known = KINDS.get(settings.get("kind", ""))
+    if known is None:
         raise ValueError(
-            f"The kind of feature {name!r} must be one of {', '.join(KINDS)}. Received: {kind!r}. "
-            "Add a kind of your own to tfrs_pipeline.features.kinds.KINDS first."
+            f"The kind of feature {settings.get('name')!r} must be one of {', '.join(KINDS)}. "
+            f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
-    known = {f.name for f in dataclasses.fields(KINDS.get(kind or "", Feature))}
-    if kind is None or not {"name"} <= set(values) <= known:
+    names = {"kind", *(field.name for field in dataclasses.fields(known))}
+    if not {"name"} <= set(settings) <= names:
         raise ValueError(
-            f"A feature has a kind and a name, and may have others of {', '.join(sorted(known))}. "
-            f"Received: {', '.join(settings)}."
+            f"A {known.kind} feature has a name, and may have others of {', '.join(sorted(names))}."
+            f" Received: {', '.join(settings)}."
         )
-    return KINDS[kind](**values)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    del values["kind"]
+    return known(**values)

@@ -38,7 +38,6 @@ class MultiCategorical(ValueLists):
     names_elsewhere = ("list", "array", "set", "tags", "categories")
     column_types = {"array": "array<string>"}
     holds_categories = True
-    noun = "value"
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
@@ -109,14 +108,14 @@ def _check_texts(column: TableColumn, lists: ir.ArrayValue) -> None:
     shown, list_shown = (printable(repr(x)) for x in examples)
     if num and 2 * num_lists > num:
         raise column.refusal(
-            f" holds lists written as text in {num_lists} of {column.num_rows} rows, such as "
-            f"{list_shown}. Store them as lists (Parquet, Arrow), or write values without brackets "
-            f"and quotes, separated by {column.list_separator!r} (list_separator).",
+            f"{column.place} holds lists written as text in {num_lists} of {column.num_rows} rows, "
+            f"such as {list_shown}. Store them as lists (Parquet, Arrow), or write values without "
+            f"brackets and quotes, separated by {column.list_separator!r} (list_separator).",
             "list_separator",
         )
     if num and not is_parted:
-        column.note(
-            f" has one value in each of {counted(num, 'row')}, such as {shown}, as no row has a "
-            f"{column.list_separator!r}: if they hold several, set list_separator "
+        column.notes.append(
+            f"{column.place} has one value in each of {counted(num, 'row')}, such as {shown}, as "
+            f"no row has a {column.list_separator!r}: if they hold several, set list_separator "
             "(--data.list_separator)"
         )

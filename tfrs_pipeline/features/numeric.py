@@ -22,8 +22,8 @@ class Number(Feature):
 
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
-    how_typed = "a number: write one, such as 1.5"
-    placeholder = "1.5"
+    how_typed = "a number: write one"
+    example = "1.5"
     takes_whole_numbers = True
 
     @classmethod
@@ -49,11 +49,9 @@ class Numeric(Number):
     `Normalization` computes in float32, which is too coarse for counts above 16 million.
 
     Args:
-        name: Column name.
         mean: Mean of the column.
         scale: Standard deviation of the column.
         spread: Length of the shortest interval that holds three in four values, in deviations.
-        is_from_timestamp: See `Feature`.
     """
 
     mean: float = 0.0

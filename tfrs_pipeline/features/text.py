@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import TableColumn
-from tfrs_pipeline.features.raw import Column, has_booleans, to_texts
+from tfrs_pipeline.features.raw import Column, to_texts
 from tfrs_pipeline.features.vocabulary import ValueLists, count_rows, list_length
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Text(ValueLists):
 
     kind: ClassVar[str] = "text"
     column_types = {"string": "string"}
-    noun = "word"
+    what_counts = "word that two rows share"
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
@@ -54,16 +54,10 @@ class Text(ValueLists):
         words = tuple(sorted(word for word, count in counts.items() if count >= min_count))
         return cls(name, words, list_length(longest, max_values), longest)
 
-    def to_raw(self, column: Column) -> np.ndarray:
-        """Returns [n] object of str, "" where missing."""
-        return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
-
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32, the known words first."""
         from tfrs_pipeline.features import graph
 
-        if has_booleans(self.vocabulary):
-            raw = graph.lower_booleans(raw)
         return self.known_lists(graph.words_of(raw))
 
 

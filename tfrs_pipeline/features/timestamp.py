@@ -31,11 +31,9 @@ class Timestamp(Feature):
     apart; it is 0 days for later ones.
 
     Args:
-        name: Column name.
         mean: Mean of the ages of the column.
         scale: Their standard deviation.
         reference: Time from which ages count, in seconds since 1970.
-        is_from_timestamp: See `Feature`.
     """
 
     mean: float = 0.0
@@ -46,8 +44,8 @@ class Timestamp(Feature):
     names_elsewhere = ("time", "date", "datetime")
     column_types = TIME_TYPES
     raw_dtype = "float64"
-    how_typed = "a time: write one with its zone, such as 2026-01-31T08:00Z"
-    placeholder = "2026-01-31T08:00Z"
+    how_typed = "a time: write one with its zone"
+    example = "2026-01-31T08:00Z"
     is_embedded = False
     is_time = True
 

@@ -25,10 +25,8 @@ class Vector(Feature):
     lengths.
 
     Args:
-        name: Column name.
         num_values: Length of the lists.
         scale: Root mean square of the vectors' lengths.
-        is_from_timestamp: See `Feature`.
     """
 
     num_values: int
@@ -38,8 +36,8 @@ class Vector(Feature):
     names_elsewhere = ("embedding", "floats")
     column_types = {"array": "array<float32>"}
     raw_dtype = "float32"
-    how_typed = "a vector: write its numbers with commas, such as 1,2,3"
-    placeholder = None
+    how_typed = "a vector: write its numbers with commas"
+    example = "1,2,3"
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
@@ -66,8 +64,8 @@ class Vector(Feature):
         usual = found["usual"]
         if usual is None and not found["is_faulty"]:
             raise column.refusal(
-                f": none of {column.num_rows} rows holds a vector. Name another column, or drop "
-                "the feature."
+                f"{column.place}: none of {column.num_rows} rows holds a vector. Name another "
+                "column, or drop the feature."
             )
         problem = f"must hold vectors of one length, {usual} as most, and does not"
         column.fault(length != usual, problem, **mend)
@@ -109,11 +107,6 @@ class Vector(Feature):
     def had_values(self) -> bool:
         """True: a column without any vector cannot be fitted."""
         return True
-
-    @property
-    def specification(self) -> str:
-        """Name, kind and length."""
-        return f"{super().specification} of {self.num_values} numbers"
 
     def describe_change(self, there: Self) -> str:
         """Says if the scale is another one."""

@@ -68,28 +68,21 @@ class Vocabulary(Feature):
         num_kept = int(np.count_nonzero(self.codes_of(there)))
         return kept_new_gone("values", num_kept, len(self.vocabulary), len(there.vocabulary))
 
-    def example_raw(self) -> Any:
-        """Returns a known value."""
-        return (self.vocabulary or ("1",))[0]
-
 
 @dataclass(frozen=True)
 class ValueLists(Vocabulary):
     """A feature with any number of values a row, of which the first known ones count.
 
     Args:
-        name: Column name.
-        vocabulary: Known values.
         num_values: Number of known values that count.
         longest: Number of values in the column's longest row.
-        is_from_timestamp: See `Feature`.
     """
 
     num_values: int = 1
     longest: int = 0
 
-    noun: ClassVar[str]
-    """What to call a value in messages."""
+    what_counts: ClassVar[str] = "value"
+    """What to call a known value in messages."""
 
     def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
@@ -107,16 +100,9 @@ class ValueLists(Vocabulary):
     def describe(self, encoded: np.ndarray) -> Iterator[str]:
         """Says how many rows have no known value, and whether any was cut."""
         if num_without := int(np.count_nonzero(~encoded.any(axis=1))):
-            shared = f"{self.noun} that two rows share" if self.noun == "word" else self.noun
-            yield f"{num_without:,} of {counted(len(encoded), 'row')} have no {shared}"
+            yield f"{num_without:,} of {counted(len(encoded), 'row')} have no {self.what_counts}"
         if self.longest > self.num_values:
             yield f"of up to {self.longest:,} the first {self.num_values} count"
-
-    def describe_unknown(self, text: str, value: Any) -> str:
-        """Says that the training knew none of the values."""
-        if not text or self.encode_column([value]).any():
-            return ""
-        return f"has no {self.noun} that the training knew"
 
 
 def list_length(longest: int, most: int) -> int:

@@ -11,14 +11,14 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.raw import history_of, item_times
-from tfrs_pipeline.features.requests import (
+from tfrs_pipeline.features.encoding import (
     TIMESTAMP,
     encode_requests,
     raw_requests,
     request_signature,
 )
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import history_of, item_times
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.retrieval import Query, check_ids, check_queries, check_requests

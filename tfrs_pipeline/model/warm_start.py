@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import kept_new_gone
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fitted import FittedTwoTower
@@ -167,7 +168,7 @@ def _problems(
         yield "warm_start", f"{message}: give both logs timestamps, or neither"
     for side, name in (("candidate", "item"), ("query", "user"), ("request", "request")):
         old, new = (
-            [feature.specification for feature in of_side]
+            [_specification(feature) for feature in of_side]
             for of_side in _features(source.corpus, corpus, side)
         )
         if old != new:
@@ -182,6 +183,11 @@ def _problems(
         if there.values.dtype != here.values.dtype:
             kinds = ["strings" if x.values.dtype == object else "integers" for x in (here, there)]
             yield "warm_start", f"{name} ids are {kinds[0]} here and {kinds[1]} there"
+
+
+def _specification(feature: Feature) -> str:
+    lengths = (f" of {length} numbers" for length in feature.raw_shape if length)
+    return f"{feature.name}={feature.kind}{''.join(lengths)}"
 
 
 def _listed(features: Sequence[str]) -> str:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.encoding import encode_raw, graph_resources, raw_signature
+from tfrs_pipeline.features.encoding import (
+    TIMESTAMP,
+    encode_raw,
+    encode_requests,
+    graph_resources,
+    raw_requests,
+    raw_signature,
+    request_signature,
+)
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import history_of, item_times
-from tfrs_pipeline.features.requests import (
-    TIMESTAMP,
-    encode_requests,
-    raw_requests,
-    request_signature,
-)
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.id_tensors import (

@@ -14,7 +14,7 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
-from tfrs_pipeline.features.requests import request_signature
+from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load

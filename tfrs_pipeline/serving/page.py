@@ -71,9 +71,8 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "example_items": _shown(ids[0].tolist(), version.titles),
         "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
         "inputs": [
-            {"name": x.name, "placeholder": x.placeholder, "values": _choices(x)}
+            {"name": x.name, "example": x.example, "values": _choices(x)}
             for x in retriever.features["query"]
-            if x.placeholder is not None
         ],
         "request": list(manifest.get("feature_inputs", {}).get("request", ())),
         "can_compare": version.exact not in (None, retriever),
