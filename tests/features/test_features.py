@@ -368,7 +368,7 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def slowly_encoded(feature: Feature, value: Any) -> Any:
+def slowly_encoded(feature: Any, value: Any) -> Any:
     """Encodes one value, with Python alone."""
     if is_missing(value) or value == -math.inf:
         return feature.missing[0]
@@ -589,10 +589,12 @@ def test_vectors_to_fit_must_be_as_long_as_most_and_there_must_be_some() -> None
 def test_settings_that_make_no_feature() -> None:
     with pytest.raises(ValueError, match=r"of .*mean.*Received: name, kind, means"):
         feature_from_dict({"name": "x", "kind": "numeric", "means": 1.0})
-    with pytest.raises(ValueError, match=r"a kind and a name.*Received: name\."):
-        feature_from_dict({"name": "x"})
-    with pytest.raises(ValueError, match=r"'x' must be one of categorical,.*Received: 'number'"):
-        feature_from_dict({"name": "x", "kind": "number"})
+    for values in ({"kind": "text"}, {"kind": "text", "vocabulary": []}):
+        with pytest.raises(ValueError, match="A text feature has a name"):
+            feature_from_dict(values)
+    for kind in ({"kind": "number"}, {}):
+        with pytest.raises(ValueError, match=r"'x' must be one of categorical,.*Received: "):
+            feature_from_dict({"name": "x", **kind})
 
 
 def test_what_is_missing_or_twice_is_named() -> None:

@@ -126,7 +126,7 @@ def is_missing(feature: Feature, encoded: np.ndarray) -> list[bool]:
 
 def test_every_kind_reaches_the_corpus_and_the_model(folder: Path) -> None:
     corpus = Corpus.read(Log.read(folder / "data"), folder / "samples" / "selection")
-    features = {feature.name: feature for feature in corpus.candidate_features}
+    features: dict[str, Any] = {x.name: x for x in corpus.candidate_features}
     assert {name: feature.kind for name, feature in features.items()} == ITEM_KINDS
     assert {feature.name: feature.kind for feature in corpus.query_features} == USER_KINDS
     num_items, num_users = len(corpus.candidate_ids), len(corpus.query_ids)

@@ -29,7 +29,7 @@ def test_the_page_shows_the_card_of_the_model(
     assert card["example_user"] == served.query_ids.tolist()[3]
     assert card["can_compare"] == (kind == "scann")
     assert card["filter"] == {"name": "genres", "values": ["a", "b", "c"]}
-    assert card["inputs"] == [{"name": "gender", "kind": "categorical", "values": ["F", "M"]}]
+    assert card["inputs"] == [{"name": "gender", "example": "", "values": ["F", "M"]}]
     titles = loaded.titles()
     assert all(item["title"] == titles[item["item_id"]] for item in card["example_items"])
     # The page asks for one of these when it opens.

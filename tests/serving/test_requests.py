@@ -437,7 +437,7 @@ def test_the_command_line_says_that_no_word_of_a_text_is_known(
         item = str(served.known(2)[0])
         command = ["query", str(folder), "--history", item, "--request", f"search={text}"]
         assert cli.main(command) == 0
-        told = "search 'green hats' has no word that the training knew: taken as missing."
+        told = "search 'green hats' is unknown to the model: taken as missing."
         assert out.getvalue().count(told) == num_notes == out.getvalue().count("missing")
 
 
