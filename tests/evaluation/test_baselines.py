@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from implicit.cpu.als import AlternatingLeastSquares
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
@@ -117,16 +118,17 @@ def test_repeats_rank_own_items_by_number_then_time_and_then_others_by_users() -
 def test_ease_equals_a_ridge_regression_of_each_column_on_the_others() -> None:
     train = random_interactions(60, 9, first_id=100)
     retriever = Ease(l2=3.0).fit(train)
+    weights = retriever.score([{"history": [100 + column]} for column in range(9)])
     dense = train.matrix.toarray().astype(np.float64)
     for column in range(9):
         others = np.delete(np.arange(9), column)
         x = dense[:, others]
         slow = np.linalg.solve(x.T @ x + 3.0 * np.eye(8), x.T @ dense[:, column])
-        np.testing.assert_allclose(retriever.weights[others, column], slow, rtol=1e-5, atol=1e-7)
-        assert retriever.weights[column, column] == 0
+        np.testing.assert_allclose(weights[others, column], slow, rtol=1e-5, atol=1e-7)
+        assert weights[column, column] == 0
     # Repeats in a history count once, as in the fit; 999 is not in the corpus.
     ids, scores = retriever.retrieve([{"history": [103, 107, 103, 999]}], 9)
-    expected = retriever.weights[3] + retriever.weights[7]
+    expected = weights[3] + weights[7]
     np.testing.assert_allclose(scores[0], np.sort(expected)[::-1], rtol=1e-6)
     np.testing.assert_array_equal(ids[0], 100 + np.argsort(-expected, kind="stable"))
 
@@ -138,8 +140,12 @@ def test_ease_refuses_a_corpus_that_would_not_fit_memory() -> None:
 
 
 def test_ials_users_solve_their_least_squares() -> None:
-    retriever = Ials(4, 2.0, 5.0, num_threads=1).fit(random_interactions(80, 20))
-    items = retriever.model.item_factors.astype(np.float64)
+    train = random_interactions(80, 20)
+    retriever = Ials(4, 2.0, 5.0, num_threads=1).fit(train)
+    settings = {"factors": 4, "regularization": 2.0, "alpha": 5.0, "random_state": 0}
+    library = AlternatingLeastSquares(**settings, num_threads=1)
+    library.fit(train.matrix, show_progress=False)
+    items = library.item_factors.astype(np.float64)
     history = [3, 11, 12]
     clicked = np.isin(np.arange(20), history).astype(float)
     confidence = np.where(clicked, 5.0, 1.0)

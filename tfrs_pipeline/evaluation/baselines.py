@@ -5,9 +5,8 @@ A baseline holds settings; its `fit` returns a fitted retriever and leaves the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import ibis
 import numpy as np
@@ -95,24 +94,18 @@ class FittedPopularity:
 
 
 @dataclass(frozen=True, eq=False)
-class _FittedOnHistories:
-    """Retrieves by the history of each query; `counts` are [num_items] users in training."""
+class HistoryRetriever:
+    """Retrieves by the history of each query; what `fit` of the baselines below returns.
+
+    `score` returns the scores of every item for each query, [num_queries, num_items].
+    """
 
     items: Ids
-    counts: np.ndarray
+    score: Callable[[Sequence[Query]], np.ndarray]
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves by history; see `Retriever.retrieve`. Without one, what `MostPopular` does."""
-        return retrieve_by_scores(self.scores, self.items, queries, k, exclude)
-
-    def scores(self, queries: Sequence[Query]) -> np.ndarray:
-        """Scores every candidate of each query: [num_queries, num_items]."""
-        raise NotImplementedError
-
-    def _or_popular(self, scores: np.ndarray, histories: scipy.sparse.csr_matrix) -> np.ndarray:
-        """Scores queries without a trained item by the counts: by their own, all are tied."""
-        scores[histories @ (self.counts > 0) == 0] = self.counts
-        return scores
+        return retrieve_by_scores(self.score, self.items, queries, k, exclude)
 
 
 @dataclass(frozen=True)
@@ -129,23 +122,20 @@ class Repeats:
         array([['a', 'b', 'c']], dtype=object)
     """
 
-    def fit(self, train: Log | Interactions) -> FittedRepeats:
+    def fit(self, train: Log | Interactions) -> HistoryRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
-        return FittedRepeats(train.items, train.counts)
+        popular = _below_one(train.counts)
 
+        def score(queries: Sequence[Query]) -> np.ndarray:
+            scores = np.tile(popular, (len(queries), 1))
+            for own, columns in zip(scores, history_columns(queries, train.items), strict=True):
+                # Reversed, so that an item's place is that of its last time.
+                found, place, num = np.unique(columns[::-1], return_index=True, return_counts=True)
+                own[found] = 1 + num - (1 + place) / (1 + len(columns))
+            return scores
 
-class FittedRepeats(_FittedOnHistories):
-    """What `Repeats.fit` returns."""
-
-    def scores(self, queries: Sequence[Query]) -> np.ndarray:
-        """Scores own items above 1, all others below."""
-        scores = np.tile(_below_one(self.counts), (len(queries), 1))
-        for own, columns in zip(scores, history_columns(queries, self.items), strict=True):
-            # Reversed, so that each item's place is that of its last time.
-            found, place, num = np.unique(columns[::-1], return_index=True, return_counts=True)
-            own[found] = 1 + num - (1 + place) / (1 + len(columns))
-        return scores
+        return HistoryRetriever(train.items, score)
 
 
 @dataclass(frozen=True)
@@ -174,7 +164,7 @@ class Ease:
                 f"l2 must be above 0, or the matrix may be singular. Received: {self.l2}."
             )
 
-    def fit(self, train: Log | Interactions) -> FittedEase:
+    def fit(self, train: Log | Interactions) -> HistoryRetriever:
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
         train = Interactions.of(train)
         num_candidates = len(train.items)
@@ -185,19 +175,7 @@ class Ease:
                 f"{self.max_candidates}. Use Ials instead, or raise max_candidates."
             )
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
-        return FittedEase(train.items, train.counts, weights)
-
-
-@dataclass(frozen=True, eq=False)
-class FittedEase(_FittedOnHistories):
-    """What `Ease.fit` returns; `weights` are B, [num_items, num_items] float32."""
-
-    weights: np.ndarray
-
-    def scores(self, queries: Sequence[Query]) -> np.ndarray:
-        """Sums the weights over each history."""
-        histories = history_matrix(queries, self.items)
-        return self._or_popular(histories @ self.weights, histories)
+        return _by_product(train, lambda histories: histories @ weights)
 
 
 @dataclass(frozen=True)
@@ -241,7 +219,7 @@ class Ials:
                 f"alpha above 0. Received: {self}, num_iterations={self.num_iterations}."
             )
 
-    def fit(self, train: Log | Interactions) -> FittedIals:
+    def fit(self, train: Log | Interactions) -> HistoryRetriever:
         """Factorizes the positives of a log, or interactions."""
         # The CPU class, because the library's factory takes a GPU when it sees one. Imported here
         # because it takes a second, and the other baselines do without it.
@@ -259,20 +237,29 @@ class Ials:
                 num_threads=self.num_threads,
             )
             model.fit(train.matrix, show_progress=False)
-        return FittedIals(train.items, train.counts, model)
+
+        def score(histories: scipy.sparse.csr_matrix) -> np.ndarray:
+            factors = model.recalculate_user(np.arange(histories.shape[0]), histories)
+            return factors @ model.item_factors.T
+
+        return _by_product(train, score)
 
 
-@dataclass(frozen=True, eq=False)
-class FittedIals(_FittedOnHistories):
-    """What `Ials.fit` returns; `model` is the library's, with `item_factors`."""
+def _by_product(
+    train: Interactions, score: Callable[[scipy.sparse.csr_matrix], np.ndarray]
+) -> HistoryRetriever:
+    """Scores histories as rows of a matrix; those without a trained item get the counts.
 
-    model: Any
+    By their own scores, all items of such a history would be tied.
+    """
 
-    def scores(self, queries: Sequence[Query]) -> np.ndarray:
-        """Solves for each user's factors, and multiplies them with the items'."""
-        histories = history_matrix(queries, self.items)
-        factors = self.model.recalculate_user(np.arange(len(queries)), histories)
-        return self._or_popular(factors @ self.model.item_factors.T, histories)
+    def or_popular(queries: Sequence[Query]) -> np.ndarray:
+        histories = history_matrix(queries, train.items)
+        scores = score(histories)
+        scores[histories @ (train.counts > 0) == 0] = train.counts
+        return scores
+
+    return HistoryRetriever(train.items, or_popular)
 
 
 def _latest(positives: ibis.Table, share: float) -> ibis.Table:
