@@ -1,13 +1,12 @@
 """A simulated recommendation funnel whose true preferences are known.
 
-Logs show what a funnel chose to show; recall measured on them rewards a model for agreeing with the
-funnel. Here every user's true click probability for every item is known, so a model can be measured
-against the items that the user would like best.
+Logs show what a funnel chose to show; recall measured on them rewards agreeing with the funnel.
+Here the true click probabilities are known, so that the best items can be the target.
 
 The model, in logits of a click. Users and items lie in 10 clusters, the genres, on the unit sphere
-of 8 dimensions; popularity is -log(place) of the item, places dealt at random, less its mean:
-Zipf's law. Where `device_weight` is above 0, a request comes from one of three devices d, each with
-a taste of its own on that sphere.
+of 8 dimensions. The popularity of an item is -log(place), centred, with random places: Zipf's law.
+With a `device_weight` above 0, a request comes from one of three devices d, each with its own taste
+on that sphere.
 
     taste(u, d)    = 4 u + device_weight * d
     truth(u, d, i) = click_bias + <taste, i> + .3 popularity(i)
@@ -18,8 +17,8 @@ a taste of its own on that sphere.
 
 with e standard normal, new for each request and item. Each stage keeps its best; the first
 `num_exposed` of rank are shown. Requests are independent given the users: tastes do not drift, and
-an item that was shown or clicked may come again. A click is a look times a liking: the examination
-hypothesis (Craswell et al. 2008, "An experimental comparison of click position-bias models").
+shown or clicked items can come again. A click is a look times a liking: the examination hypothesis
+(Craswell et al. 2008, "An experimental comparison of click position-bias models").
 """
 
 from __future__ import annotations
@@ -40,13 +39,12 @@ from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.messages import check_integer
 
 _NUM_DIMS, _NUM_CLUSTERS = 8, 10
-# Between a taste at right angles and the same taste 55 times the odds; a popular item is somewhat
-# better, at ten times the popularity twice the odds.
+# The same taste has 55 times the odds of one at right angles; ten times the popularity, twice.
 _TASTE_WEIGHT, _QUALITY_WEIGHT = 4.0, 0.3
-# Probability that the genre that people are told of an item, or of a user, says nothing.
+# Probability that the genre shown for an item, or for a user, is random.
 _FEATURE_NOISE = 0.2
 _START, _DURATION = datetime(2024, 1, 1, tzinfo=UTC), timedelta(days=30)
-# Scores of a block of requests for the whole corpus: 4 MiB, which stay in the processor's cache.
+# Scores of a block of requests for the whole corpus: 4 MiB stay in the processor's cache.
 _MAX_BLOCK_SCORES = 2**20
 _MAX_BLOCK_REQUESTS = 1024
 _STAGES = [stage.value for stage in Stage]
@@ -70,23 +68,23 @@ class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
     Args:
-        num_retrieved: Items a request that retrieval takes from the corpus.
-        num_pre_ranked: Of these, how many pre-rank keeps.
-        num_ranked: Of these, how many rank keeps and logs with rank and score.
-        num_exposed: Of these, the first, how many are shown: one screen.
-        popularity_weight: Of popularity in retrieval. 1: Zipf's law, blurred by noise.
+        num_retrieved: Items of the corpus that retrieval takes for a request.
+        num_pre_ranked: Items that pre-rank keeps.
+        num_ranked: Items that rank keeps, and logs with rank and score.
+        num_exposed: Items that are shown, the first ones: one screen.
+        popularity_weight: Weight of popularity in retrieval. 1: Zipf's law, blurred by noise.
         click_bias: Logit of a click on an item of mean popularity at right angles to the user's
             taste. -4: 1.8%.
         retrieval_noise: Standard deviation of retrieval's error, in logits, 0 or more.
-        pre_rank_noise: The same of pre-rank.
-        rank_noise: The same of rank.
+        pre_rank_noise: The same for pre-rank.
+        rank_noise: The same for rank.
         position_bias: How attention falls with the place, 0 or more. 0.5: the fourth place is
             looked at half as often as the first.
-        device_weight: Of the device in what is liked, 0 or more; that of the user's taste is 4. At
-            0 requests have no device.
+        device_weight: Weight of the device in the taste, 0 or more; the user's is 4. At 0 requests
+            have no device.
 
     Raises:
-        ValueError: If a number is out of range, not finite, or a count is not whole.
+        ValueError: If a number is out of range, not finite, or a count is not an integer.
     """
 
     num_retrieved: int = 100
@@ -110,24 +108,19 @@ class FunnelOptions:
                     f"{fewer} must be at most {more}: each stage keeps some of what the one before "
                     f"it kept. Received: {getattr(self, fewer)} and {getattr(self, more)}."
                 )
-        for name in ("popularity_weight", "click_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite. Received: {getattr(self, name)}.")
-        of_0_or_more = ("retrieval_noise", "pre_rank_noise", "rank_noise", "position_bias")
-        for name in (*of_0_or_more, "device_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be finite, 0 or more. Received: {getattr(self, name)}."
-                )
+        for name, value in vars(self).items():
+            least = -math.inf if name in ("popularity_weight", "click_bias") else 0
+            if not (math.isfinite(value) and value >= least):
+                or_more = "" if least else ", 0 or more"
+                raise ValueError(f"{name} must be finite{or_more}. Received: {value}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
     """What users like: the truth that a funnel's scores only approach.
 
-    Tastes of users and items are [n, 8] float64 of length 1, those of the devices, in the order of
-    `DEVICES`, of length `device_weight`. The popularity of an item is the log of its Zipf weight
-    less the mean.
+    Tastes are [n, 8] float64: of users and items with length 1, of `DEVICES`, in their order, with
+    length `device_weight`. Popularity is the centred log of the Zipf weight.
     """
 
     user_tastes: np.ndarray
@@ -138,30 +131,26 @@ class Preferences:
 
     @property
     def has_devices(self) -> bool:
-        """Whether what is liked depends on the device of the request."""
+        """Whether the taste depends on the device of the request."""
         return bool(self.device_tastes.any())
 
     def tastes(self, user_rows: np.ndarray, device_rows: np.ndarray) -> np.ndarray:
-        """Computes taste(u, d) of requests: [num_queries, 8]."""
+        """Computes taste(u, d): [num_queries, 8]."""
         return _TASTE_WEIGHT * self.user_tastes[user_rows] + self.device_tastes[device_rows]
 
     def logits(self, tastes: np.ndarray, item_rows: np.ndarray | None = None) -> np.ndarray:
         """Computes the truth: [num_queries, num_items], or [num_queries, n] of `item_rows`."""
+        popularity = self.popularity if item_rows is None else self.popularity[item_rows]
         if item_rows is None:
             liking = tastes @ self.item_tastes.T
-            popularity = self.popularity
         else:
             liking = np.einsum("bd,bnd->bn", tastes, self.item_tastes[item_rows])
-            popularity = self.popularity[item_rows]
         return self.click_bias + liking + _QUALITY_WEIGHT * popularity
 
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """A simulated log and the truth behind it.
-
-    User ids and item ids, int64, are 1, 2, ... The rows of the preferences are in their order.
-    """
+    """A simulated log and the truth behind it. Ids, int64, are 1, 2, ..., as preferences' rows."""
 
     log: Log
     user_ids: np.ndarray
@@ -171,15 +160,9 @@ class Simulation:
     def click_probability(self, user_ids: npt.ArrayLike, device: str | None = None) -> np.ndarray:
         """Computes the true probability of a click on every item, if shown in the first place.
 
-        Args:
-            user_ids: [num_queries] user ids.
-            device: Of `DEVICES`, where what is liked depends on it.
-
-        Returns:
-            [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`.
-
-        Raises:
-            ValueError: If a user or the device is unknown.
+        `user_ids` are [num_queries], the device is one of `DEVICES` if the taste depends on it.
+        Returns [num_queries, num_items] float64 in (0, 1), columns in the order of `item_ids`. A
+        `ValueError` if a user or the device is unknown.
         """
         return expit(self._logits(user_ids, device))
 
@@ -188,8 +171,7 @@ class Simulation:
     ) -> np.ndarray:
         """Finds each user's k items of highest true click probability: [num_queries, k] int64 ids.
 
-        The best come first; all items where there are fewer. Arguments and errors are as of
-        `click_probability`.
+        The best come first; all items if there are fewer. Arguments as in `click_probability`.
         """
         return self.item_ids[np.argsort(-self._logits(user_ids, device), axis=1)[:, :k]]
 
@@ -217,34 +199,29 @@ def simulate_funnel(
 ) -> Simulation:
     """Simulates the log of a funnel, with the truth behind it.
 
-    The same arguments give the same log. Requests come in blocks, each with random numbers of its
-    own, so that only the event table grows with their number, and the first n requests are the same
-    in a longer simulation, but for their times.
+    The same arguments give the same log. Blocks of requests have random numbers of their own, so
+    that memory grows with the event table alone, and a longer simulation starts with the requests
+    of a shorter one, at other times.
 
     Args:
-        num_users: 1 or more; ids from 1. A user may have no request.
-        num_items: At least `options.num_retrieved`; ids from 1.
+        num_users: 1 or more; a user may have no request.
+        num_items: At least `options.num_retrieved`.
         num_requests: 1 or more; each logs `options.num_retrieved` events.
         seed: 0 or more.
         options: How the funnel works; None means `FunnelOptions()`.
 
     Returns:
-        Events in the order of requests, with timestamp, request_id (from 0, in the order of time),
-        rank and score (of the stage rank; null for what did not survive it). Item feature: genre
-        (categorical). User feature: favourite_genre (categorical). Both tell of the taste. Where
-        there are devices, a request feature: device (categorical).
+        Events in the order of requests, with timestamp, request_id (from 0), rank and score (null
+        for what did not survive rank). Categorical features hint at the taste: genre of items,
+        favourite_genre of users and, with devices, device of requests.
 
     Raises:
         ValueError: If a number is out of range, or nothing was clicked.
 
     Example:
         >>> simulation = simulate_funnel(num_users=50, num_items=200, num_requests=100, seed=0)
-        >>> simulation.click_probability([7, 1]).shape
-        (2, 200)
         >>> simulation.best_items([7, 1], k=3).shape
         (2, 3)
-        >>> simulation.log.events.count().to_pyarrow().as_py()
-        10000
     """
     options = options or FunnelOptions()
     if min(num_users, num_requests) < 1 or num_items < options.num_retrieved:
@@ -253,28 +230,14 @@ def simulate_funnel(
             f"{options.num_retrieved}: retrieval takes that many different items. "
             f"Received: {num_users}, {num_requests} and {num_items}."
         )
-    rng = _generator(seed, 0)
-    centers = _unit_length(rng.standard_normal((_NUM_CLUSTERS, _NUM_DIMS)))
-    user_tastes, favourite_genres = _draw_tastes(rng, num_users, centers)
-    item_tastes, genres = _draw_tastes(rng, num_items, centers)
-    activity = np.exp(rng.standard_normal(num_users))
-    popularity = -np.log(1.0 + rng.permutation(num_items))
-    popularity -= popularity.mean()
-    device_tastes = _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
-    preferences = Preferences(
-        user_tastes,
-        item_tastes,
-        popularity,
-        options.click_bias,
-        options.device_weight * device_tastes,
-    )
+    world = _draw_world(num_users, num_items, options, seed)
+    preferences, activity, favourite_genres, genres = world
     user_ids, item_ids = (np.arange(1, 1 + num) for num in (num_users, num_items))
     blocks = _event_blocks(preferences, options, activity, num_requests, seed)
-    schema = _EVENT_SCHEMA
-    if not preferences.has_devices:
-        schema = schema.remove(schema.get_field_index("device"))
+    names = [name for name in _EVENT_SCHEMA.names if preferences.has_devices or name != "device"]
+    schema = pa.schema([_EVENT_SCHEMA.field(name) for name in names])
     log = Log.from_table(
-        pa.RecordBatchReader.from_batches(schema, (block.select(schema.names) for block in blocks)),
+        pa.RecordBatchReader.from_batches(schema, (block.select(names) for block in blocks)),
         items=pa.table({"item_id": item_ids, "genre": genres}),
         users=pa.table({"user_id": user_ids, "favourite_genre": favourite_genres}),
         item_features={"genre": "categorical"},
@@ -284,10 +247,28 @@ def simulate_funnel(
     return Simulation(log, user_ids, item_ids, preferences)
 
 
+def _draw_world(
+    num_users: int, num_items: int, options: FunnelOptions, seed: int
+) -> tuple[Preferences, np.ndarray, np.ndarray, np.ndarray]:
+    """Draws the preferences, how active each user is, and the genres of users and items."""
+    rng = _generator(seed, 0)
+    centers = _unit_length(rng.standard_normal((_NUM_CLUSTERS, _NUM_DIMS)))
+    user_tastes, favourite_genres = _draw_tastes(rng, num_users, centers)
+    item_tastes, genres = _draw_tastes(rng, num_items, centers)
+    activity = np.exp(rng.standard_normal(num_users))
+    popularity = -np.log(1.0 + rng.permutation(num_items))
+    popularity -= popularity.mean()
+    devices = _unit_length(rng.standard_normal((len(DEVICES), _NUM_DIMS)))
+    preferences = Preferences(
+        user_tastes, item_tastes, popularity, options.click_bias, options.device_weight * devices
+    )
+    return preferences, activity, favourite_genres, genres
+
+
 def _draw_tastes(
     rng: np.random.Generator, num: int, centers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws [num, 8] tastes, half the cluster's and half their own, and the genre told of them."""
+    """Draws [num, 8] tastes, half the cluster's and half their own, and the genres shown."""
     clusters = rng.integers(len(centers), size=num)
     own = rng.standard_normal((num, _NUM_DIMS)) / math.sqrt(_NUM_DIMS)
     tastes = _unit_length(centers[clusters] + own)
@@ -304,9 +285,9 @@ def _event_blocks(
     seed: int,
 ) -> Iterator[pa.RecordBatch]:
     """Yields the events of all requests."""
-    num_items = len(preferences.item_tastes)
-    # By the number of items alone: what a block draws does not depend on how many there are.
-    num_in_block = min(max(1, _MAX_BLOCK_SCORES // num_items), _MAX_BLOCK_REQUESTS)
+    # From the number of items alone, so that a block draws the same whatever follows it.
+    num_in_block = max(1, _MAX_BLOCK_SCORES // len(preferences.item_tastes))
+    num_in_block = min(num_in_block, _MAX_BLOCK_REQUESTS)
     cumulative_activity = np.cumsum(activity) / activity.sum()
     for start in range(0, num_requests, num_in_block):
         rng = _generator(seed, 1 + start // num_in_block)
@@ -315,9 +296,9 @@ def _event_blocks(
         places = np.arange(start, start + num_in_block) + 0.9 * rng.random(num_in_block)
         since_start = places * (_DURATION / timedelta(microseconds=1) / num_requests)
         times = int(_START.timestamp()) * 1_000_000 + since_start.astype(np.int64)
-        # Of a stream of its own: with and without devices, all else is drawn alike.
-        of_devices = _generator(seed, 1 + start // num_in_block, 1)
-        device_rows = of_devices.integers(len(DEVICES), size=num_in_block)
+        # A separate stream: everything else is the same with and without devices.
+        devices = _generator(seed, 1 + start // num_in_block, 1)
+        device_rows = devices.integers(len(DEVICES), size=num_in_block)
         tastes = preferences.tastes(user_rows, device_rows)
         of_requests = _run_funnel(rng, preferences, options, tastes)
         yield _as_events(user_rows, device_rows, times, *of_requests, start).slice(
@@ -330,40 +311,32 @@ def _run_funnel(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sends requests, each of a taste, through the funnel.
 
-    Returns item rows and codes of stages, [num_requests, num_retrieved]: the ranked items, best
-    first; the losers of rank; the losers of pre-rank. And scores of rank, [num_requests,
-    num_ranked].
+    Returns item rows and stage codes, [num_requests, num_retrieved]: the ranked items, best first,
+    then the losers of rank, then of pre-rank; and the scores of rank, [num_requests, num_ranked].
     """
     retrieved = _retrieve(rng, preferences, options, tastes)
     logits = preferences.logits(tastes, retrieved)
-
     scores = logits + options.pre_rank_noise * rng.standard_normal(logits.shape)
     kept, lost = _part_columns(scores, options.num_pre_ranked)
     lost_in_pre_rank = np.take_along_axis(retrieved, lost, axis=1)
     pre_ranked = np.take_along_axis(retrieved, kept, axis=1)
     logits = np.take_along_axis(logits, kept, axis=1)
-
     scores = logits + options.rank_noise * rng.standard_normal(logits.shape)
     order = np.argsort(-scores, axis=1)
     ranked, lost = np.split(order, [options.num_ranked], axis=1)
     lost_in_rank = np.take_along_axis(pre_ranked, lost, axis=1)
-
     shown = ranked[:, : options.num_exposed]
     examination = (1.0 + np.arange(options.num_exposed)) ** -options.position_bias
     click_probability = expit(np.take_along_axis(logits, shown, axis=1)) * examination
     is_clicked = rng.random(shown.shape) < click_probability
 
-    item_rows = [
-        np.take_along_axis(pre_ranked, ranked, axis=1),
-        _shuffled(rng, lost_in_rank),
-        _shuffled(rng, lost_in_pre_rank),
-    ]
+    losers = _shuffled(rng, lost_in_rank), _shuffled(rng, lost_in_pre_rank)
+    item_rows = [np.take_along_axis(pre_ranked, ranked, axis=1), *losers]
     stages = (Stage.RANKED, Stage.PRE_RANKED, Stage.RETRIEVED)
     codes = np.repeat([_STAGES.index(s) for s in stages], [x.shape[1] for x in item_rows])
     stage_codes = np.tile(codes, (len(tastes), 1))
-    stage_codes[:, : options.num_exposed] = np.where(
-        is_clicked, _STAGES.index(Stage.CLICKED), _STAGES.index(Stage.EXPOSED)
-    )
+    outcomes = _STAGES.index(Stage.CLICKED), _STAGES.index(Stage.EXPOSED)
+    stage_codes[:, : options.num_exposed] = np.where(is_clicked, *outcomes)
     rank_scores = np.take_along_axis(scores, ranked, axis=1)
     return np.concatenate(item_rows, axis=1), stage_codes, rank_scores
 
@@ -371,10 +344,7 @@ def _run_funnel(
 def _retrieve(
     rng: np.random.Generator, preferences: Preferences, options: FunnelOptions, tastes: np.ndarray
 ) -> np.ndarray:
-    """Returns [num_requests, num_retrieved] item rows, in no order.
-
-    The one step that touches the whole corpus: in float32, since its noise is large.
-    """
+    """Returns [num_requests, num_retrieved] item rows, unordered. The noise allows float32."""
     shape = len(tastes), len(preferences.item_tastes)
     scores = rng.standard_normal(shape, dtype=np.float32)
     scores *= np.float32(options.retrieval_noise)
@@ -411,16 +381,14 @@ def _as_events(
 
 def _part_columns(scores: np.ndarray, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns, per row, the columns of the best scores and the other columns, in no order."""
-    num_lost = scores.shape[1] - num_kept
-    if num_lost == 0:
-        columns = np.broadcast_to(np.arange(num_kept), scores.shape)
-    else:
-        columns = np.argpartition(scores, num_lost, axis=1)
+    if not (num_lost := scores.shape[1] - num_kept):
+        return np.broadcast_to(np.arange(num_kept), scores.shape), np.zeros((len(scores), 0), int)
+    columns = np.argpartition(scores, num_lost, axis=1)
     return columns[:, num_lost:], columns[:, :num_lost]
 
 
 def _shuffled(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
-    """Puts the values of each row into random order: no place of a log may tell of a score."""
+    """Shuffles the values of each row, so that no place in a log reveals a score."""
     return np.take_along_axis(values, np.argsort(rng.random(values.shape), axis=1), axis=1)
 
 
