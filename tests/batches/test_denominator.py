@@ -30,7 +30,7 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.positives import resampling_rate
 
 NUM_EPOCHS = 300
 SCORES = np.random.default_rng(1).normal(size=NUM_CANDIDATES + 1).astype(np.float32)
@@ -112,7 +112,7 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
     batches = make_batches(
         negatives=MIXTURES[name],
         hard=FunnelLosers(share=hard_share, num=5) if hard_share else None,
-        examples={"rate": Positives(exponent).rate(SAMPLES.counts)},
+        examples={"rate": resampling_rate(SAMPLES.counts, exponent)},
     )
     declared = batches.expected_count
     drawn = declared.copy()

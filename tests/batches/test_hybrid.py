@@ -35,12 +35,12 @@ from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.protocol import SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import RowLists
 
 F = 0.4
 HARD = FunnelLosers(share=F, num=5)
-RATE = Positives(0.6).rate(SAMPLES.counts)
+RATE = resampling_rate(SAMPLES.counts, 0.6)
 # Shares of the candidates in each kind of draw, written out.
 CLICKS = SAMPLES.counts / NUM_SAMPLES
 SMOOTHED = np.where(SAMPLES.counts > 0, SAMPLES.counts**0.75, 0)
@@ -274,7 +274,7 @@ def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.Mo
 def test_shares_of_the_positives_and_of_f() -> None:
     equal = dataclasses.replace(SAMPLES, weights=np.ones(NUM_SAMPLES, np.float32))
     is_used = SAMPLES.counts > 0
-    rate = Positives(1).rate(SAMPLES.counts)
+    rate = resampling_rate(SAMPLES.counts, 1)
     by_draw = make_batches(samples=equal, hard=HARD, examples={"rate": rate})
     by_weight = make_batches(samples=equal, hard=HARD, positive_weight=rate)
     plain = make_batches(samples=equal, hard=HARD)

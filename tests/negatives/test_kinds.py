@@ -18,7 +18,7 @@ from tfrs_pipeline.negatives.mixture import Mixture
 from tfrs_pipeline.negatives.popularity import Popularity, sampling_probability
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.samples.positives import Positives, positive_probability
+from tfrs_pipeline.samples.positives import positive_probability, resampling_rate
 
 MASSES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50).filter(lambda m: sum(m) > 1e-6)
 COUNTS = st.lists(st.integers(0, 10**6), min_size=1, max_size=30).map(
@@ -88,7 +88,7 @@ def test_probability_is_in_proportion_to_a_power_of_the_counts(
 def test_resampled_positives_come_in_proportion_to_a_lower_power(
     counts: np.ndarray, exponent: float
 ) -> None:
-    rate = Positives(exponent).rate(counts)
+    rate = resampling_rate(counts, exponent)
     q = positive_probability(counts, rate)
     expected = np.where(counts > 0, np.maximum(counts, 1.0) ** (1 - exponent), 0)
     np.testing.assert_allclose(q, expected / expected.sum(), rtol=1e-9)
@@ -269,7 +269,7 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (Uniform, {"num": True}, "num must be a whole number.*True"),
         (Popularity, {"num": 0}, "num must be a whole number, 1 or more"),
         (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
-        (Positives, {"exponent": 1.5}, "exponent must be in"),
+        (resampling_rate, {"counts": np.ones(2), "exponent": 1.5}, "exponent must be in"),
         (FunnelLosers, {"share": 0.0}, "share must be in.*set hard to none"),
         (FunnelLosers, {"share": 1.0}, "share must be in"),
         (FunnelLosers, {"stages": ()}, "stages must be one or more"),

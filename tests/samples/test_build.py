@@ -234,7 +234,7 @@ def test_pairs_out_of_range_are_refused() -> None:
         (([0, 1], [1, 2]), r"query_rows must lie in 1 \.\. 2: row 0.*Received: 0 to 1"),
         (([1, 2], [1, 4]), r"candidate_rows must lie in 1 \.\. 3.*Received: 1 to 4"),
         (([1, 2], [1]), "one length. Received: 2 and 1"),
-        (([1, 2], [1.0, 2.7]), "candidate_rows must be whole numbers. Received: float64"),
+        (([1, 2], [1.0, 2.7]), "candidate_rows must be integers. Received: float64"),
     ):
         with pytest.raises(ValueError, match=message):
             Samples.from_pairs(*pairs, num_queries=2, num_candidates=3)

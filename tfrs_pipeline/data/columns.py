@@ -157,7 +157,7 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
         found: dict[str, Any] = raw.table.aggregate(**values).to_pyarrow().to_pylist()[0]
         return found
 
-    def fault(is_bad: ir.BooleanValue, problem: str, **details: str) -> None:
+    def fault(is_bad: ir.BooleanValue, problem: str, **details: Any) -> None:
         raw.fault(name, is_bad, Rule(problem, **details))
 
     return TableColumn(

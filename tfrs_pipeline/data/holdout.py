@@ -36,20 +36,19 @@ class Holdout:
     Args:
         user_ids: [num_queries] int64 or object (str).
         histories: Per query, the item ids of the positives before the user's cut, oldest first,
-            without those of the request that brought the first to find.
-        relevant: Per query, the distinct item ids of the positives to find, 1 or more.
+            without those of the request that brought the first target.
+        relevant: Per query, the distinct item ids of the targets, 1 or more.
         clicked: Per query, the distinct item ids of all positives before the user's cut.
         seen: Per query, the distinct item ids clicked or exposed before the cut.
         candidate_ids: [num_candidates] all items of the log, ascending: int64 or object (str).
         candidate_counts: [num_candidates] int64 training positives (see `Split.holdout`).
-        num_sampled_from: Of a sample, how many queries it was drawn from; else None.
-        requests: Per query, the raw request features by name: those of the request that brought the
-            first of the positives to find, since that is the one which is asked about. None in a
-            log without request features.
-        history_times: Per query, the time of each item of `histories`, in whole seconds since 1970;
+        num_sampled_from: How many queries a sample was drawn from; None if it is not a sample.
+        requests: Per query, the raw features, by name, of the request that brought the first
+            target. None in a log without request features.
+        history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
             None in a log without timestamps.
-        times: [num_queries] int64, when each query comes: the time of the first of the positives to
-            find, in seconds likewise; None likewise.
+        times: [num_queries] int64, when each query comes, in seconds: the time of the first target.
+            None in a log without timestamps.
 
     Raises:
         ValueError: If a list has not one entry a user, or the counts not one a candidate.
@@ -104,14 +103,9 @@ class Holdout:
         return digest.hexdigest()[:12]
 
     def sample(self, num_queries: int, seed: int = 0) -> Holdout:
-        """Draws queries at random, without replacement; all that draw tell how many there were.
+        """Draws at most `num_queries` queries at random, without replacement.
 
-        Args:
-            num_queries: At most.
-            seed: Of the draw.
-
-        Returns:
-            A holdout of the queries drawn, by user id as before; itself if there are no more.
+        Returns a holdout of these, by user id as before; itself if there are no more.
         """
         if len(self) <= num_queries:
             return self
@@ -152,16 +146,9 @@ class Holdout:
         ]
 
     def excluded(self, rule: Exclude) -> list[np.ndarray] | None:
-        """Returns what an evaluation excludes from each ranking.
+        """Returns the items that each ranking excludes: those clicked, or seen, before the cut.
 
-        Args:
-            rule: What the user clicked before the cut, what the user saw before it, or nothing.
-
-        Returns:
-            Item ids of each query; None for nothing.
-
-        Raises:
-            ValueError: If there is no such rule.
+        None for "none". A `ValueError` if there is no such rule.
         """
         if rule not in ("clicked", "seen", "none"):
             raise ValueError(f"exclude must be 'clicked', 'seen' or 'none'. Received: {rule!r}.")
@@ -169,7 +156,7 @@ class Holdout:
 
 
 def check_holdout(holdout: object) -> None:
-    """Refuses (`TypeError`) what is no holdout, such as the log that one is made of."""
+    """Refuses (`TypeError`) anything but a holdout, such as the log that one is made of."""
     if not isinstance(holdout, Holdout):
         raise TypeError(
             "Evaluates on a Holdout, the validation or test that `Log.split` makes. Received: "
@@ -189,42 +176,22 @@ def make_holdout(
 ) -> Holdout:
     """Makes the queries of a part, one for each user with a positive in it.
 
-    What else was clicked in the request of the first of them was not known when that was made, and
-    is in no history. But training had it, so a ranking excludes it. A `DataError` if there is no
+    Other clicks of the request that brought a user's first target were not known when it was made:
+    no history has them. Training had them, so a ranking excludes them. A `DataError` if there is no
     positive.
 
     Args:
         split: Events with `part`.
-        part: Whose positives are to be found.
+        part: The part whose positives are to be found.
         items: The log's item table: the candidates.
         training: Events whose positives are the candidates' counts.
-        request_features: What the queries' requests bring (see `Log`).
-        max_queries: Where there are more, so many are drawn at random by the engine, so that no
-            other's events are read. None is all.
-        seed: Of the draw.
+        request_features: Features of the queries' requests (see `Log`).
+        max_queries: The engine draws that many users by `seed` and reads no others. None: all.
+        seed: See `max_queries`.
     """
-    is_asked = (split["part"] == part) & is_positive(split)
-    was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
-    is_read = is_asked | (split["part"].isin(_PARTS_BEFORE[part]) & was_shown)
-    asking = split.filter(is_asked).select("user_id").distinct()
-    num_users = None
-    if max_queries is not None and (num := count_rows(asking)) > max_queries:
-        num_users = num
-        drawn = [random_key(asking["user_id"], seed=seed), "user_id"]
-        asking = asking.order_by(drawn).limit(max_queries)
-    known = {"_is_positive": is_positive(split), "_is_target": split["part"] == part}
-    if "timestamp" in split.columns:
-        known["_seconds"] = whole_seconds(split["timestamp"])
-    if "request_id" in split.columns:
-        known["_request"] = split["request_id"]
-    rows = (
-        split.mutate(**known)
-        .filter(is_read)
-        .semi_join(asking, "user_id")
-        .order_by(["user_id", *order_keys(split)])
-        .select("user_id", "item_id", *known)
-        .to_pyarrow()
-    )
+    asked = split.filter((split["part"] == part) & is_positive(split))
+    users, num_users = _draw_users(asked, max_queries, seed)
+    rows = _read_events(split, part, users)
     if rows.num_rows == 0:
         without = " In Python, split.train and split.test do not need it."
         raise DataError(
@@ -232,46 +199,81 @@ def make_holdout(
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
     columns = {name: rows[name].to_numpy() for name in rows.column_names if name != "_request"}
-    user_ids = columns["user_id"]
-    starts = np.flatnonzero(np.concatenate([[True], user_ids[1:] != user_ids[:-1]]))
+    user_ids, is_target = np.unique(columns["user_id"]), columns["_is_target"]
 
     def per_user(keep: np.ndarray, name: str = "item_id") -> list[np.ndarray]:
-        ends = np.cumsum(np.add.reduceat(keep.astype(np.int64), starts))
-        return np.split(columns[name][keep], ends[:-1])
+        return by_user(columns["user_id"][keep], columns[name][keep], user_ids)
 
-    is_target = columns["_is_target"]
     was_clicked = columns["_is_positive"] & ~is_target
-    is_history = was_clicked.copy()
-    if "_request" in rows.column_names:
-        is_history &= ~_of_first_request(rows["_request"], is_target, starts)
-    histories = per_user(is_history)
+    is_history = was_clicked & ~_is_of_first_request(rows, user_ids)
     times: dict[str, Any] = {}
     if "_seconds" in columns:
         first = [seconds[0] for seconds in per_user(is_target, "_seconds")]
         times = {"history_times": per_user(is_history, "_seconds"), "times": np.array(first)}
     candidate_ids, counts = _count_candidates(items, training)
     return Holdout(
-        user_ids=user_ids[starts],
-        histories=histories,
+        user_ids=user_ids,
+        histories=per_user(is_history),
         relevant=[np.unique(ids) for ids in per_user(is_target)],
         clicked=[np.unique(ids) for ids in per_user(was_clicked)],
         seen=[np.unique(ids) for ids in per_user(~is_target)],
         candidate_ids=candidate_ids,
         candidate_counts=counts,
         num_sampled_from=num_users,
-        requests=_first_requests(split.semi_join(asking, "user_id"), part, request_features),
+        requests=_first_requests(split.semi_join(users, "user_id"), part, request_features),
         **times,
     )
 
 
-def _of_first_request(
-    requests: pa.ChunkedArray, is_target: np.ndarray, starts: np.ndarray
-) -> np.ndarray:
-    """Marks the rows, each user's from `starts` on, of the request of the user's first target."""
-    codes = requests.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
-    targets = np.flatnonzero(is_target)
-    own = codes[targets[np.searchsorted(targets, starts)]]
-    return (codes == np.repeat(own, np.diff(starts, append=len(codes)))) & (codes >= 0)
+def by_user(users: np.ndarray, values: np.ndarray, user_ids: np.ndarray) -> list[np.ndarray]:
+    """Groups values, whose users ascend: one array for each of `user_ids`, in the order given."""
+    starts = np.searchsorted(users, user_ids, side="left")
+    ends = np.searchsorted(users, user_ids, side="right")
+    return [values[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _draw_users(
+    asked: ibis.Table, max_queries: int | None, seed: int
+) -> tuple[ibis.Table, int | None]:
+    """Returns the users of events, at most `max_queries`, and how many there were if drawn."""
+    users = asked.select("user_id").distinct()
+    if max_queries is None or (num_users := count_rows(users)) <= max_queries:
+        return users, None
+    drawn = [random_key(users["user_id"], seed=seed), "user_id"]
+    return users.order_by(drawn).limit(max_queries), num_users
+
+
+def _read_events(split: ibis.Table, part: EvaluationPart, users: ibis.Table) -> pa.Table:
+    """Reads what the users are to find, and what was shown to them before, in order."""
+    is_target = split["part"] == part
+    was_shown = split["stage"].isin([Stage.CLICKED.value, Stage.EXPOSED.value])
+    is_read = is_target & is_positive(split)
+    is_read |= split["part"].isin(_PARTS_BEFORE[part]) & was_shown
+    known = {"_is_positive": is_positive(split), "_is_target": is_target}
+    if "timestamp" in split.columns:
+        known["_seconds"] = whole_seconds(split["timestamp"])
+    if "request_id" in split.columns:
+        known["_request"] = split["request_id"]
+    return (
+        split.mutate(**known)
+        .filter(is_read)
+        .semi_join(users, "user_id")
+        .order_by(["user_id", *order_keys(split)])
+        .select("user_id", "item_id", *known)
+        .to_pyarrow()
+    )
+
+
+def _is_of_first_request(rows: pa.Table, user_ids: np.ndarray) -> np.ndarray:
+    """Marks the rows of the request of their user's first target, if requests are logged."""
+    if "_request" not in rows.column_names:
+        return np.zeros(len(rows), bool)
+    requests = rows["_request"].combine_chunks().dictionary_encode()
+    codes = requests.indices.fill_null(-1).to_numpy()
+    users, targets = rows["user_id"].to_numpy(), np.flatnonzero(rows["_is_target"].to_numpy())
+    first_targets = targets[np.searchsorted(users[targets], user_ids)]
+    own = codes[first_targets[np.searchsorted(user_ids, users)]]
+    return (codes == own) & (codes >= 0)
 
 
 def _first_requests(

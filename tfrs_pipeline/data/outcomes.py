@@ -1,4 +1,4 @@
-"""What became of a user's items: how far each of them came, for those who compare models."""
+"""How far the items of a user came, for those who compare models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ibis
 import numpy as np
 import pyarrow as pa
 
+from tfrs_pipeline.data.holdout import by_user
 from tfrs_pipeline.data.schema import Stage
 
 _ORDER = {stage.value: number for number, stage in enumerate(Stage)}
@@ -16,11 +17,11 @@ _ORDER = {stage.value: number for number, stage in enumerate(Stage)}
 def items_by_stage(
     split: ibis.Table, part: str, user_ids: np.ndarray, stages: Sequence[Stage]
 ) -> dict[Stage, list[np.ndarray]]:
-    """Collects the items that each user met in a part alone, by the furthest stage they reached.
+    """Collects the items that each user met in one part only, by the furthest stage they reached.
 
-    An item that the user met in another part is excluded: what a model learned of the very pair
-    would be measured, and one that lost here and was clicked there is no loser. Per stage and user,
-    in the order of `user_ids`, the item ids are distinct and ascending.
+    Items that the user met in another part too are left out: a model may have learned the pair, and
+    one that lost here and was clicked there is not a loser. Returns per stage and user, in the
+    order of `user_ids`, the distinct item ids, ascending.
     """
     rank = split["stage"].cases(*_ORDER.items())
     furthest = (
@@ -48,6 +49,4 @@ def _by_user(pairs: pa.Table, user_ids: np.ndarray) -> list[np.ndarray]:
     """Groups the items of distinct pairs of user_id and item_id by user, ascending."""
     pairs = pairs.sort_by([("user_id", "ascending"), ("item_id", "ascending")])
     users, items = (pairs[x].to_numpy(zero_copy_only=False) for x in ("user_id", "item_id"))
-    starts = np.searchsorted(users, user_ids, side="left")
-    ends = np.searchsorted(users, user_ids, side="right")
-    return [items[a:b] for a, b in zip(starts, ends, strict=True)]
+    return by_user(users, items, user_ids)

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
-from tfrs_pipeline.data.split import in_order, num_in_share
+from tfrs_pipeline.data.split import in_order, is_positive, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     count_users,
@@ -26,7 +26,6 @@ from tfrs_pipeline.evaluation.interactions import (
 )
 from tfrs_pipeline.evaluation.topk import exclude_rows_of, retrieve_by_scores
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
-from tfrs_pipeline.samples.positives import Positives
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class MostPopular:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             return FittedPopularity(train.items, train.counts)
         check_log(train)
-        positives, items = Positives.select(train.events), items_of(train)
+        positives, items = train.events.filter(is_positive), items_of(train)
         counts = count_users(positives, items)
         if self.latest < 1:
             counts = count_users(_latest(positives, self.latest), items) + _below_one(counts)

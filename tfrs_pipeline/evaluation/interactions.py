@@ -11,8 +11,8 @@ import scipy.sparse
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, check_log
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.samples.positives import Positives
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Interactions:
     def from_log(cls, log: Log) -> Interactions:
         """Collects the positives of a log; its items, ordered by id, are the corpus."""
         items = items_of(log)
-        pairs = Positives.select(log.events).select("user_id", "item_id").distinct()
+        pairs = log.events.filter(is_positive).select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
         return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))

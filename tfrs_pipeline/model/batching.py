@@ -13,7 +13,7 @@ from tfrs_pipeline.batches.single import SinglePositives
 from tfrs_pipeline.batches.user_sets import UserSets
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, reads_times
 from tfrs_pipeline.negatives.protocol import Negatives
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.samples.positives import resampling_rate
 from tfrs_pipeline.samples.store import Samples
 
 
@@ -27,7 +27,7 @@ def make_batches(
     """Makes what `TwoTower.batches` returns; `negatives` are the settings' kinds and own ones."""
     if not reads_times(settings, training):
         samples = dataclasses.replace(samples, sequence_times=None)
-    rate = Positives(settings.resampling_exponent).rate(samples.counts)
+    rate = resampling_rate(samples.counts, settings.resampling_exponent)
     common: dict[str, Any] = {
         "batch_size": training.batch_size,
         "history_length": settings.history_length,

@@ -16,12 +16,12 @@ from tfrs_pipeline.data.ids import Ids, as_id_array
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, count_rows
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.positives import Positives
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
@@ -148,7 +148,7 @@ class TrainingSet:
         if is_whole(folder / "report.json"):
             hold_to(folder / MADE_OF_FILE, made_of)
         else:
-            if num_positives := count_rows(Positives.select(log.events)):
+            if num_positives := count_rows(log.events.filter(is_positive)):
                 check_one_batch(num_positives, min_positives)
             refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
             folder.mkdir(parents=True, exist_ok=True)

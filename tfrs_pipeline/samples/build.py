@@ -1,7 +1,7 @@
 """Event tables turned into samples: Parquet of positives, of the corpus, of masks and of pools.
 
-Everything is an Ibis expression that runs, and is written, in the engine that holds the log: DuckDB
-out of core, or Spark. All tables are flat rows in order, since engines hold lists in memory.
+Ibis expressions run and write in the engine that holds the log: DuckDB out of core, or Spark. All
+tables are flat, ordered rows, since engines hold lists in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from tfrs_pipeline.data.engines import open_parquet, remove, replace, write_parq
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request, query_time, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Stage, count_rows
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
-from tfrs_pipeline.samples.positives import NO_POSITIVE, Positives
+from tfrs_pipeline.samples.positives import NO_POSITIVE
 from tfrs_pipeline.samples.requests import request_column
 from tfrs_pipeline.samples.store import pool_size_column
 
@@ -38,33 +39,32 @@ def build_samples(
 ) -> dict[str, Any]:
     """Writes the samples of a log below `folder`.
 
-    | file, by its rows | columns | in the order of |
+    | file | columns | in the order of |
     |---|---|---|
     | `corpus.parquet` | candidate_row from 1, item_id, count | candidate_row |
     | `queries.parquet` | query_row from 1, user_id | query_row |
-    | `samples.parquet` | query_row, candidate_row, weight; in a log with an order num_earlier; in one with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
+    | `samples.parquet` | query_row, candidate_row, weight; with an order num_earlier; with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples, then random |
     | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
     Each is a file (DuckDB) or a folder of part files in the order of their names (Spark). A query's
-    samples are its sequence, of which the first num_earlier lie before the sample. Row 0 is
-    "unknown" on both sides. Counts, histories and masks come from the log's events alone: give the
-    training part. The same log gives the same samples on either engine.
+    samples are its sequence; the first num_earlier of it come before the sample. Row 0 is "unknown"
+    on both sides. Counts, histories and masks come from the given events only: give the training
+    part. The same log gives the same samples on either engine.
 
-    Before an event means an earlier timestamp (ties, and items of the same request, do not enter);
-    in a log without times an earlier place in it; in one without any order, every other positive of
-    the user.
+    What comes before an event has an earlier timestamp, and is not of its request; in a log without
+    times it has an earlier place; in one without order it is any other positive of the user.
 
     Args:
-        log: Its events; rows are those of all its items and users.
+        log: Events; all items and users of the log get rows.
         folder: Where to write; made if missing.
-        seed: Of the draw of hard pools.
-        hard: Which losers of the funnel become the samples' hard negatives.
+        seed: Seed of the draw of hard pools.
+        hard: Which losers of the funnel become hard negatives.
 
     Returns:
         Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
         num_known_positives, num_exposed, num_candidates_without_count; with hard negatives,
-        "hard_negatives" by stage (num_samples that have some, mean_pool of these) and
+        "hard_negatives" by stage (num_samples with some, mean_pool of these) and
         "hard_negatives_removed" by reason.
 
     Raises:
@@ -75,25 +75,15 @@ def build_samples(
     (folder / "report.json").unlink(missing_ok=True)
     with _work_folder(log, folder) as work:
         events = _write_rows(log, work)
-        positives = Positives.select(events)
+        positives = events.filter(is_positive)
         _write_counts(positives, work)
-        # What is never a negative of whom.
-        known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
-        exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
-        work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
-        samples = positives
-        if log.is_ordered or "timestamp" in log.events.columns:
-            samples = _with_num_earlier(positives)
-        if "weight" not in samples.columns:
-            # DuckDB takes 1.0 for a decimal.
-            samples = samples.mutate(weight=ibis.literal(1).cast("float64"))
+        _write_masks(events, positives, work)
+        samples = positives if log.order == "none" else _with_num_earlier(positives)
         removed: dict[str, int] = {}
         if hard is not None:
             removed = _write_pools(events, positives, work, hard, seed)
             samples = _with_pool_sizes(samples, work, hard)
-        if "timestamp" in log.events.columns:
-            samples = samples.mutate(seconds=whole_seconds(samples["time"]))
-        _write_samples(samples, work, list(log.request_features))
+        _write_samples(samples, work, log)
         report = _report(work, hard, removed)
         files = work.publish(folder)
     write_record(folder / "report.json", report, files)
@@ -102,9 +92,9 @@ def build_samples(
 
 @dataclass(frozen=True)
 class _Work:
-    """A folder of tables that are written and read again; one that begins with "_" stays in it.
+    """A folder of tables that are written and read again; those that begin with "_" stay in it.
 
-    Of a name of its own, since DuckDB remembers the statistics of a path that it has read.
+    Its name is new every time, because DuckDB caches statistics by path.
     """
 
     backend: Any
@@ -118,7 +108,7 @@ class _Work:
         return open_parquet(self.backend, self.folder / f"{name}.parquet")
 
     def publish(self, folder: Path) -> list[Path]:
-        """Moves what is to stay into a folder, instead of what has its name; returns its files."""
+        """Moves the finished tables into a folder, replacing older ones; returns their files."""
         moved = [path for path in self.folder.glob("*.parquet") if not path.name.startswith("_")]
         for path in moved:
             replace(path, folder / path.name)
@@ -127,7 +117,7 @@ class _Work:
 
 @contextlib.contextmanager
 def _work_folder(log: Log, folder: Path) -> Iterator[_Work]:
-    for left in folder.glob(f"{_WORK}*"):  # By a process that was killed.
+    for left in folder.glob(f"{_WORK}*"):  # Of a process that was killed.
         remove(left)
     work = folder / f"{_WORK}{uuid.uuid4().hex}"
     work.mkdir()
@@ -138,17 +128,14 @@ def _work_folder(log: Log, folder: Path) -> Iterator[_Work]:
 
 
 def _write_rows(log: Log, work: _Work) -> ibis.Table:
-    """Numbers items and users; writes the events with rows instead of ids, and with their times.
-
-    Once, so that the window and the joins are not run again for every output.
-    """
+    """Writes the events with rows instead of ids, once, so that no output repeats the joins."""
     items = work.write("_items", _number_rows(log.items, "item_id", "candidate_row"))
     users = work.write("queries", _number_rows(log.users, "user_id", "query_row"))
     names = ["user_id", "item_id", "event_number", "stage", "request_id", "rank", "weight"]
     kept = [name for name in names if name in log.events.columns]
     time = log.events["timestamp" if "timestamp" in log.events.columns else "event_number"]
     requests = at_request(log.events, log.request_features)
-    # Of the other columns, which may be called as those that are made here, nothing but this.
+    # The prefix keeps them apart from the columns that are made here.
     requests = {f"{_REQUESTED}{name}": value for name, value in requests.items()}
     events = log.events.select(*kept, time=time, **requests)
     events = events.inner_join(items, "item_id").inner_join(users, "user_id")
@@ -157,7 +144,7 @@ def _write_rows(log: Log, work: _Work) -> ibis.Table:
 
 
 def _number_rows(table: ibis.Table, id_column: str, row_column: str) -> ibis.Table:
-    """Numbers ids in their order, from 1. One task of Spark does it: ids alone, sorted."""
+    """Numbers ids in their order, from 1. In Spark one task sorts the ids."""
     row = ibis.row_number().over(ibis.window(order_by=table[id_column])) + 1
     rows = table.select(id_column, **{row_column: row.cast("int32")})
     return rows.select(row_column, id_column).order_by(row_column)
@@ -174,13 +161,19 @@ def _write_counts(positives: ibis.Table, work: _Work) -> None:
         raise DataError(NO_POSITIVE)
 
 
+def _write_masks(events: ibis.Table, positives: ibis.Table, work: _Work) -> None:
+    """Writes which items are never negatives of which user."""
+    known = work.write("known_positives", positives.select(*_PAIR).distinct().order_by(_PAIR))
+    exposed = events.filter(events["stage"] == Stage.EXPOSED.value).select(*_PAIR).distinct()
+    work.write("exposed", exposed.anti_join(known, _PAIR).order_by(_PAIR))
+
+
 def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
     """Counts, for each positive, the user's positives before its query: the column num_earlier.
 
-    In the order of time they are a prefix of the user's sequence: what was clicked before the query
-    was made. Ties are excluded, and so are items of the same request.
+    They are a prefix of the user's sequence. Ties and items of the same request do not count.
     """
-    # Clicks and queries on one line of time; a query goes before the clicks of its moment.
+    # Clicks and queries on one line of time; a query comes before the clicks of its moment.
     queries = positives.mutate(at=positives["query_time"], is_click=0)
     nulls = {name: ibis.null(dtype) for name, dtype in positives.schema().items()}
     nulls["query_row"] = positives["query_row"]
@@ -198,7 +191,7 @@ def _write_pools(
     losers, removed = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
     losers = work.write("_losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
-        # A batch draws neighbours: by row, items of about one age would come together.
+        # A batch draws neighbours: in the order of rows, items of similar age would come together.
         pool = pool.order_by([*_IN_SEQUENCE, "place"])
         work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
     return removed
@@ -214,12 +207,17 @@ def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ib
     return samples
 
 
-def _write_samples(samples: ibis.Table, work: _Work, requests: Sequence[str]) -> None:
-    columns = {request_column(name): f"{_REQUESTED}{name}" for name in requests}
+def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
+    if "weight" not in samples.columns:
+        # DuckDB takes 1.0 for a decimal.
+        samples = samples.mutate(weight=ibis.literal(1).cast("float64"))
+    if log.order == "timestamp":
+        samples = samples.mutate(seconds=whole_seconds(samples["time"]))
+    columns = {request_column(name): f"{_REQUESTED}{name}" for name in log.request_features}
     names = [*_PAIR, "weight", "num_earlier", "seconds", *columns.values()]
     sizes = [name for name in samples.columns if name.startswith(pool_size_column(""))]
     kept = [name for name in [*names, *sizes] if name in samples.columns]
-    # The time itself orders them, which may be finer than seconds.
+    # By the time itself, which may be finer than seconds.
     in_order = samples.order_by(_IN_SEQUENCE).select(*kept)
     if "seconds" in kept:
         columns["time"] = "seconds"
@@ -248,7 +246,7 @@ def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) 
 def _num_empty_histories(samples: ibis.Table, known: ibis.Table) -> int:
     if "num_earlier" in samples.columns:
         return count_rows(samples.filter(samples["num_earlier"] == 0))
-    # Without an order only users of a single item have nothing else.
+    # Without an order only users with a single item have an empty history.
     num_known = known.group_by("query_row").agg(num=known.count())
     return count_rows(samples.semi_join(num_known.filter(num_known["num"] == 1), "query_row"))
 

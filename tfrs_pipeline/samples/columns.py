@@ -25,7 +25,7 @@ def read_blocks(table: Path, column: str) -> Iterator[Any]:
 def write_column(
     path: Path, dtype: Any, blocks: Iterable[Any], row_shape: tuple[int, ...] = ()
 ) -> None:
-    """Writes blocks of numbers, or of rows of them, as one .npy file; other types are cast.
+    """Writes blocks of numbers, or of rows of them, as one .npy file of a dtype.
 
     Example:
         >>> import tempfile
@@ -42,16 +42,16 @@ def write_column(
             rows = np.ascontiguousarray(block, dtype)
             file.write(rows.data)
             num_rows += len(rows)
-        # The format leaves room for any length in the header: it is as long as before.
+        # The format leaves room for any length: the header stays as long as it was.
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (num_rows, *row_shape)})
 
 
 def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
-    """Finds where the rows of each key begin, of a table in the order of the keys.
+    """Finds where the rows of each key begin in a table that is ordered by key.
 
-    Blocks hold the keys of some rows, 0 to num_keys - 1, and are not empty. Returns
-    [num_keys + 1] int64, whose last entry is the number of rows.
+    Blocks, not empty, hold the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1] int64,
+    the number of rows last.
 
     Example:
         >>> starts_of_keys([np.array([1, 1]), np.array([1, 3])], num_keys=5)
@@ -66,17 +66,17 @@ def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
 def map_columns(
     folder: Path, made_of: Mapping[str, Any], write: Callable[[Path], None]
 ) -> dict[str, np.ndarray]:
-    """Maps the columns in a folder, written first if they are not there, whole, and made of this.
+    """Maps the columns in a folder, after writing them if they are missing, damaged or outdated.
 
-    `write` is given the folder, emptied, to write a `NAME.npy` a column. `made_of` is JSON-able:
-    with another one the columns are made again.
+    `write` writes a `NAME.npy` for each column into the emptied folder. `made_of` is JSON-able:
+    with another one the columns are written again.
     """
     record = folder / "columns.json"
 
     def are_there() -> bool:
         return is_whole(record) and read_record(record) == made_of
 
-    if are_there():  # Without the lock, which a disk for reading alone could not hold.
+    if are_there():  # Without the lock, which a read-only disk could not hold.
         return _mapped(folder)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Workers that share the folder wait for the first.
@@ -94,5 +94,5 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 
 
 def map_column(path: Path) -> np.ndarray:
-    """Maps a .npy file: an array that cannot be written, whose pages the system reads and drops."""
+    """Maps a .npy file: a read-only array, whose pages the system reads and drops."""
     return np.asarray(np.load(path, mmap_mode="r"))

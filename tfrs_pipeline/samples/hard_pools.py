@@ -1,8 +1,8 @@
 """Hard negatives from funnel logs: items that lost in pre-rank or in rank.
 
-They come from the positive's own request and, where that has too few, from the same user's recent
-requests. The exposure guard stands before them: an item that was exposed to the user and not
-clicked, or that the user clicked anywhere in training, is never a negative of that user.
+They come from the positive's own request and, if that has too few, from the user's recent requests.
+The exposure guard comes first: an item that was exposed to the user and not clicked, or that the
+user clicked anywhere in training, is never a negative of that user.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _POSITIVE = ("query_row", "time", "event_number")
 def find_losers(
     events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
 ) -> tuple[ibis.Table, dict[str, int]]:
-    """Finds the losers of each request that may be hard negatives, the guard applied.
+    """Finds the losers of each request that the guard allows as hard negatives.
 
     Args:
         events: Training events with query_row, candidate_row, stage, time and event_number;
             optional request_id, rank.
-        hard: Which to take.
+        hard: Which losers to take.
         known: (query_row, candidate_row) pairs clicked in training.
         exposed: (query_row, candidate_row) pairs exposed in training and never clicked.
 
     Returns:
-        Table of query_row, candidate_row, stage, time, event_number and request_id (null where
-        unknown), and counts of the rows removed, by reason.
+        Table of query_row, candidate_row, stage, time, event_number and request_id (null if
+        unknown), and the numbers of rows removed, by reason.
     """
     if "request_id" not in events.columns:
         events = events.mutate(request_id=ibis.null("int64"))
@@ -44,7 +44,7 @@ def find_losers(
     losers = taken.select(*pairs, "stage", "time", "event_number", "request_id")
     removed["clicked by the user in training"] = count_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
-    # The stage "exposed" itself is here only where it is allowed by `allow_exposed`.
+    # The stage "exposed" itself is here only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
     removed["exposed to the user and not clicked"] = count_rows(others.semi_join(exposed, pairs))
@@ -54,16 +54,15 @@ def find_losers(
 def draw_pools(
     positives: ibis.Table, losers: ibis.Table, hard: FunnelLosers, seed: int
 ) -> dict[str, ibis.Table]:
-    """Draws the pools of each positive: losers of its own request and, if few, of recent ones.
+    """Draws the pool of each positive: losers of its own request and, if few, of recent ones.
 
-    Of recent requests the `max_pool` latest losers are taken, so that a user's part grows with
-    their events and not with the square of them. Positives are rows with query_row, event_number,
-    time and, if logged, request_id; losers are from `find_losers`. The seed is that of the draw
-    where a pool exceeds `max_pool`.
+    Recent requests give their `max_pool` latest losers, so that the work grows with a user's
+    events, not with their square. Positives have query_row, event_number, time and, if logged,
+    request_id; losers come from `find_losers`. The seed draws from pools above `max_pool`.
 
     Returns:
         Stage -> table of query_row, time and event_number of the positive, candidate_row of the
-        loser, each pair once, and its place in the positive's pool, which is in random order.
+        loser, each pair once, and its place in the pool, which is in random order.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
@@ -86,7 +85,7 @@ def draw_pools(
 def _low_part(
     events: ibis.Table, taken: ibis.Table, hard: FunnelLosers
 ) -> tuple[ibis.Table, dict[str, int]]:
-    """Keeps of the `ranked` items those at the low end of their request's ranks."""
+    """Keeps only the `ranked` items at the low end of their request's ranks."""
     is_ranked = taken["stage"] == Stage.RANKED.value
     ranked, others = taken.filter(is_ranked), taken.filter(~is_ranked)
     if "rank" not in events.columns:
@@ -130,7 +129,7 @@ def _low_part(
 def _recent_requests(
     keys: ibis.Table, own: ibis.Table, losers: ibis.Table, hard: FunnelLosers
 ) -> ibis.Table:
-    """Joins positives whose own request has too few with the user's latest losers in the window."""
+    """Joins positives that have too few losers with the user's latest ones in the window."""
     counts = own.group_by("event_number").agg(_num_own=own.count())
     enough = counts.filter(counts["_num_own"] >= hard.min_pool)
     # Both on one line of time, where a positive comes after the losers of its moment.

@@ -1,4 +1,4 @@
-"""What is known of each user now: what a model in service answers by."""
+"""The histories of users up to now, for a model in service."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import pyarrow as pa
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import whole_seconds
-from tfrs_pipeline.data.split import order_keys
-from tfrs_pipeline.samples.positives import Positives
+from tfrs_pipeline.data.split import is_positive, order_keys
 from tfrs_pipeline.samples.store import RowLists
 
 
 def latest_histories(
     log: Log, query_ids: Ids, candidate_ids: Ids
 ) -> tuple[RowLists, RowLists, np.ndarray | None]:
-    """Collects the positives of each user of a log, its test part included, by its engine.
+    """Collects the positives of each user of a log, its test part included, in its engine.
 
     Returns:
         histories: Per query row from 0, the candidate rows of the user's positives, most recent
-            first; of unknown items 0. Row 0, which stands for any unknown user, has none.
-        known_positives: The known ones of the same, distinct and ascending.
-        times: [total] int64, of each of the histories' values its event's time in seconds since
-            1970; None in a log without timestamps.
+            first; 0 for unknown items. Row 0, any unknown user, has none.
+        known_positives: The known ones of these, distinct and ascending.
+        times: [total] int64, seconds since 1970 of each value in `histories`; None in a log without
+            timestamps.
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")
-    events = Positives.select(log.events).select("user_id", "item_id", *order_keys(log.events))
+    events = log.events.filter(is_positive).select("user_id", "item_id", *order_keys(log.events))
     joined = events.inner_join(users, "user_id").left_join(items, "item_id")
     rows = joined.mutate(candidate_row=ibis.coalesce(joined["candidate_row"], 0))
     latest_first = [ibis.desc(key) for key in order_keys(log.events)]

@@ -34,10 +34,10 @@ def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
 def encoded_columns(
     folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], made_by: Any
 ) -> dict[str, np.ndarray]:
-    """Maps the encoded request features of the samples in a folder: made once, a part at a time.
+    """Maps the encoded request features of a folder's samples, written once, a part at a time.
 
-    `encoders` turn, by feature, some of its raw values, an Arrow array, into an array; `made_by`,
-    JSON-able, tells encoders apart. Returns, by feature, [num_samples, ...].
+    `encoders` turn, by feature, an Arrow array of raw values into an array; `made_by`, JSON-able,
+    tells encoders apart. Returns, by feature, [num_samples, ...].
     """
     made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}
     write = functools.partial(_write, folder, encoders)
@@ -48,7 +48,7 @@ def encoded_columns(
 def _write(
     folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], columns: Path
 ) -> None:
-    """Writes a column each, by number: a name may be none of a file."""
+    """Writes one column each, named by number: a feature's name may not be a valid file name."""
     for i, (name, encode) in enumerate(encoders.items()):
         blocks = map(encode, read_blocks(folder / "samples.parquet", request_column(name)))
         first = next(blocks)

@@ -1,4 +1,4 @@
-"""Samples, and the way to them from the Parquet files of `build_samples`: mapped columns."""
+"""Samples, in memory or mapped from the Parquet files of `build_samples`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def padded_lines(
     step: int = 1,
     missing: float = 0,
 ) -> np.ndarray:
-    """Gathers lines out of [total] values, padded to one width.
+    """Gathers lines of [total] values, padded to one width: [n, width].
 
-    A line has `num`, [n], values, of which `width` are read at most: from the place `first`, [n],
-    onwards, or backwards with a `step` of -1. Returns [n, width], `missing` where there is none.
+    A line has `num`, [n], values from the place `first`, [n], on, or backwards if `step` is -1; at
+    most `width` are read. `missing` fills the rest.
     """
     place = np.arange(width)
     is_there = place < num[:, np.newaxis]
@@ -77,7 +77,7 @@ class RowLists:
 
     @classmethod
     def empty(cls, num_keys: int) -> RowLists:
-        """Makes lists that hold nothing."""
+        """Makes empty lists."""
         return cls(np.zeros(num_keys + 1, np.int64), np.zeros(0, np.int32))
 
     def take(self, keys: np.ndarray) -> RowLists:
@@ -120,18 +120,18 @@ class Samples:
         weights: [num_samples] float32.
         sequences: Per query row, the candidate rows of all its training positives, oldest first.
         num_earlier: [num_samples] int32, how many of the query's sequence lie strictly before the
-            sample: its history is that prefix, or the latest of it. None in a log without order:
-            then it is the rest of the sequence, copies of the positive excluded.
+            sample: its history is that prefix, or the latest part of it. None in a log without
+            order, where the history is the rest of the sequence without copies of the positive.
         known_positives: Per query row, the sorted candidate rows that it clicked in training.
         exposed: Per query row, the sorted candidate rows shown in training and never clicked.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
             float32 with NaN where missing.
-        sequence_times: [total] int64, of each of the sequences' values its event's time in seconds
-            since 1970. None in a log without timestamps.
-        is_later: [num_candidates + 1] bool, the items that came after the training, which are
-            nobody's negatives; None if there are none.
+        sequence_times: [total] int64, seconds since 1970 of each value in `sequences`. None in a
+            log without timestamps.
+        is_later: [num_candidates + 1] bool, items that came after the training: never negatives.
+            None if there are none.
     """
 
     query_rows: np.ndarray
@@ -174,7 +174,7 @@ class Samples:
             num_candidates: Corpus size, row 0 not counted.
 
         Raises:
-            ValueError: If a row is no whole number or out of range, or the two differ in length.
+            ValueError: If a row is not an integer or out of range, or the lengths differ.
 
         Example:
             >>> samples = Samples.from_pairs([1, 2, 1], [5, 5, 3], num_queries=2, num_candidates=9)
@@ -192,7 +192,7 @@ class Samples:
             ("candidate_rows", candidates, num_candidates),
         ):
             if len(rows) and not np.issubdtype(rows.dtype, np.integer):
-                raise ValueError(f"{name} must be whole numbers. Received: {rows.dtype}")
+                raise ValueError(f"{name} must be integers. Received: {rows.dtype}")
             if len(rows) and not 1 <= rows.min() <= rows.max() <= last:
                 raise ValueError(
                     f"{name} must lie in 1 .. {last}: row 0 is 'unknown'. "
@@ -240,11 +240,10 @@ class Samples:
         return padded_lines(self.sequences.values, last, num, length, step=-1)
 
     def latest_times(self, index: np.ndarray, length: int) -> np.ndarray:
-        """Gathers the times of the queries of samples and of what `latest` gives, in seconds.
+        """Gathers the times of samples' queries and of the items that `latest` returns, in seconds.
 
-        A query's time is that of the first of its sequence's events that are not in its history.
-        Returns [n, N + 1] float64, the query's first, then those of the items; NaN where there is
-        none.
+        A query's time is the time of its sequence's first event that is not in its history. Returns
+        [n, N + 1] float64, the query's time first; NaN fills the rest.
         """
         assert self.sequence_times is not None
         assert self.num_earlier is not None
@@ -256,9 +255,9 @@ class Samples:
 def read_samples(folder: Path) -> Samples:
     """Maps what `build_samples` wrote; nothing is read until a batch asks for it.
 
-    Once, the Parquet files are turned into columns, a few rows at a time, in a folder `columns`
-    beside them; again when they were built anew or a column is damaged. A `FileNotFoundError` if
-    the folder holds no samples.
+    The first call turns the Parquet files into a folder `columns` beside them, a few rows at a
+    time; so does one after the samples were built anew or a column was damaged. A
+    `FileNotFoundError` if the folder holds no samples.
     """
     report = folder / "report.json"
     if not report.exists():
@@ -270,7 +269,7 @@ def read_samples(folder: Path) -> Samples:
         query_rows=column["query_row"],
         candidate_rows=column["candidate_row"],
         weights=column["weight"],
-        # In the order of users and time: they are the sequences too.
+        # Samples are ordered by user and time, so they are the sequences too.
         sequences=RowLists(column["of_sequences"], column["candidate_row"]),
         num_earlier=column.get("num_earlier"),
         sequence_times=column.get("time"),
