@@ -13,12 +13,19 @@ import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import pydantic
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
-from pydantic_settings import BaseSettings, CliSettingsSource, CliSubCommand, CliToggleFlag
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    CliSubCommand,
+    CliToggleFlag,
+)
 
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.settings import Config
@@ -64,6 +71,13 @@ class Command(Config):
 
     verbose: CliToggleFlag[bool] = False
     """Log details of each stage."""
+
+
+class OfModel(Command):
+    """Flags of the commands that read an exported model."""
+
+    model: CliPositionalArg[Path]
+    """Folder saved_models/NAME[/VERSION]."""
 
 
 @dataclass(frozen=True)

@@ -1,214 +1,25 @@
-"""The commands that need an exported model: ask it, serve it, measure or exchange its index."""
+"""The commands that serve an exported model, or measure or exchange its index."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-import pydantic
 from pydantic import Field, PositiveInt
-from pydantic_settings import CliPositionalArg, CliToggleFlag
+from pydantic_settings import CliToggleFlag
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, progress, say
-from tfrs_pipeline.cli.flags import Command
-from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.cli.flags import OfModel
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.settings import ConfigError
 
 if TYPE_CHECKING:
     from tfrs_pipeline.serving.refresh import Refreshed
-    from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
-
-
-class OfModel(Command):
-    """Flags of what is done with an exported model."""
-
-    model: CliPositionalArg[Path]
-    """Folder saved_models/NAME[/VERSION]."""
-
-
-class Query(OfModel):
-    """Ask an exported model for a user's items.
-
-    Prints the best items for a user or a history, with ids, titles and scores. The user's known
-    items, or those of the given history, are excluded; an unknown user gets the answer for an empty
-    history.
-    """
-
-    user: str | None = None
-    """Id of the user, as in the logs."""
-    history: tuple[str, ...] | None = None
-    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
-    or instead of the history that it stores."""
-    history_timestamps: tuple[str, ...] | None = None
-    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
-    for a model that reads times."""
-    request: dict[str, str] = {}
-    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
-    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
-    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
-    k: PositiveInt = 10
-    """Number of items to print."""
-    exclude: tuple[str, ...] = ()
-    """Ids of more items to exclude."""
-    filter: tuple[str, ...] | None = None
-    """Print only items with one of these values of the model's filter feature
-    (export.filter_by)."""
-    exact: CliToggleFlag[bool] = False
-    """Use the brute-force fallback instead of the index."""
-    as_json: CliToggleFlag[bool] = Field(False, alias="json")
-    """Print JSON instead of a table; notes are what is said above the table."""
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Query:
-        if self.user is None and self.history is None:
-            message = "required, or --history ITEM ... for someone without an id"
-            raise ConfigError([("user", message)])
-        if self.history is None and self.history_timestamps is not None:
-            message = "given without --history ITEM ..., whose items they are the times of"
-            raise ConfigError([("history_timestamps", message)])
-        return self
-
-    def __call__(self) -> int:
-        """Asks and prints the answer."""
-        from tfrs_pipeline.serving.retriever import load
-
-        retriever = load(self.model, exact=self.exact)
-        about, ids, scores, notes = self._ask(retriever)
-        titles = retriever.titles()
-        items = [
-            {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
-            for rank, (id_, score) in enumerate(zip(ids, scores, strict=True), 1)
-            if score > -float("inf")
-        ]
-        if self.as_json:
-            print(json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False))
-            return 0
-        console = Console()
-        for note in notes:
-            say(console, note)
-        table = Table("rank", "item", *(["title"] if titles else []), "score")
-        for item in items:
-            title = [item["title"] or ""] if titles else []
-            cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
-            table.add_row(*(Text(printable(cell)) for cell in cells))
-        console.print(table)
-        if len(items) < self.k:
-            say(console, f"Left for this user: {counted(len(items), 'item')}.")
-        return 0
-
-    def _ask(
-        self, retriever: LoadedRetriever
-    ) -> tuple[dict[str, Any], list[Any], list[float], list[str]]:
-        """Returns what to say of the question, ids and scores of the best items, and notes."""
-        from tfrs_pipeline.features.timestamp import Timestamp
-
-        about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
-        exclude = [retriever.parse_item_id(text) for text in self.exclude]
-        allowed = None if self.filter is None else [list(self.filter)]
-        k = min(self.k, retriever.num_candidates)
-        request = retriever.parse_request(self.request)
-        if request:
-            about["request"] = dict(self.request)
-        notes = list(_request_notes(retriever, self.request, request))
-        if exclude:
-            known = set(retriever.candidate_ids())
-            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
-            if unknown:
-                notes.append(
-                    f"{len(unknown)} of {len(exclude)} items to exclude are not among this model's "
-                    f"items, first {unknown[0]!r}."
-                )
-        if self.history is None:
-            users = [about["user_id"]]
-            ids, scores, (is_known,) = retriever.retrieve_user(
-                users, k, [exclude], allowed=allowed, requests=[request]
-            )
-            about["is_known_user"] = bool(is_known)
-            if not is_known:
-                notes.append(
-                    f"User {self.user} is unknown to this model: the answer for an empty history."
-                )
-        else:
-            about["history"] = history = [retriever.parse_item_id(text) for text in self.history]
-            query = {"history": history, "request": request}
-            if self.user is not None:
-                query["user_id"] = about["user_id"]
-            if self.history_timestamps is not None:
-                name = "history_timestamps"
-                query[name] = [
-                    None if text in ("", "none") else Timestamp(name).parse(text)
-                    for text in self.history_timestamps
-                ]
-            ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
-            is_known = retriever.knows(history)
-            unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
-            about["unknown_items"] = unknown
-            notes += _history_notes(retriever, query, unknown)
-        return about, ids[0].tolist(), scores[0].tolist(), notes
-
-
-def _request_notes(
-    retriever: LoadedRetriever, texts: Mapping[str, str], request: Mapping[str, Any]
-) -> Iterator[str]:
-    """Says what the model does not know, or lacks, of a request, as typed and as read."""
-    features = retriever.features["request"]
-    for feature in features:
-        text = texts.get(feature.name, "")
-        if not (text.strip() and feature.num_codes is not None):
-            continue
-        if not feature.encode_column([request[feature.name]]).any():
-            yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
-    lacking = [
-        feature.name
-        for feature in features
-        if feature.name not in request
-        and not (feature.is_from_timestamp and "timestamp" in request)
-    ]
-    if lacking:
-        yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
-
-
-def _history_notes(
-    retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
-) -> Iterator[str]:
-    """Says what the model does not read of a query's history, some items of which are unknown."""
-    import numpy as np
-
-    from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-    from tfrs_pipeline.serving.signatures import signature_inputs
-
-    history = query["history"]
-    without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
-    if history and len(unknown) == len(history):  # They change no model's embedding.
-        yield (
-            "No item of the history was in the model's training: the answer is that of an empty "
-            "history."
-        )
-        return
-    # Own towers say nowhere what they read.
-    if history and np.array_equal(
-        retriever.embed_queries([query]), retriever.embed_queries([without])
-    ):
-        yield "This model reads no history: the items given are only left out of the answer."
-        return
-    inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
-    if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
-        yield "This model reads no times of a history: they change nothing."
-    if unknown:
-        yield (
-            f"{len(unknown)} of {len(history)} items of the history say nothing: the model's "
-            f"training did not have them, first {unknown[0]!r}."
-        )
 
 
 class Serve(ServeSettings, OfModel):
@@ -251,7 +62,7 @@ class TuneIndex(OfModel):
         asked = retriever.manifest["export"]["index"]
         recall = self.target_recall or asked.get("recall", Scann.recall)
         tuning, measured = retriever.held_out_requests().parted()
-        with native_errors_to(Path(os.devnull)):  # ScaNN tells of every index that it builds.
+        with native_errors_to(Path(os.devnull)):  # ScaNN logs every index that it builds.
             index = tune_index(retriever.candidate_embeddings(), tuning, target_recall=recall)
         say(Console(), index_tables(index, measure_requests(index, measured)))
         return 0

@@ -1,0 +1,214 @@
+"""The command that asks an exported model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+from pydantic import Field, PositiveInt
+from pydantic_settings import CliToggleFlag
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tfrs_pipeline.cli.console import say
+from tfrs_pipeline.cli.flags import OfModel
+from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+from tfrs_pipeline.settings import ConfigError
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.serving.retriever import LoadedRetriever
+
+
+class Query(OfModel):
+    """Ask an exported model for a user's items.
+
+    Prints the best items for a user or a history, with ids, titles and scores. The user's known
+    items, or those of the given history, are excluded; an unknown user gets the answer for an empty
+    history.
+    """
+
+    user: str | None = None
+    """Id of the user, as in the logs."""
+    history: tuple[str, ...] | None = None
+    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
+    or instead of the history that it stores."""
+    history_timestamps: tuple[str, ...] | None = None
+    """Time of each item of the history, such as 2026-01-31T08:00Z, or none where it is not known,
+    for a model that reads times."""
+    request: dict[str, str] = {}
+    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
+    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
+    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
+    k: PositiveInt = 10
+    """Number of items to print."""
+    exclude: tuple[str, ...] = ()
+    """Ids of more items to exclude."""
+    filter: tuple[str, ...] | None = None
+    """Print only items with one of these values of the model's filter feature
+    (export.filter_by)."""
+    exact: CliToggleFlag[bool] = False
+    """Use the brute-force fallback instead of the index."""
+    as_json: CliToggleFlag[bool] = Field(False, alias="json")
+    """Print JSON instead of a table; its notes are the lines above the table."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Query:
+        if self.user is None and self.history is None:
+            message = "required, or --history ITEM ... for someone without an id"
+            raise ConfigError([("user", message)])
+        if self.history is None and self.history_timestamps is not None:
+            message = "given without --history ITEM ..., whose items they are the times of"
+            raise ConfigError([("history_timestamps", message)])
+        return self
+
+    def __call__(self) -> int:
+        """Asks and prints the answer."""
+        from tfrs_pipeline.serving.retriever import load
+
+        retriever = load(self.model, exact=self.exact)
+        about, notes = self._read(retriever)
+        ask = self._ask_user if self.history is None else self._ask_history
+        ids, scores = ask(retriever, about, notes)
+        titles = retriever.titles()
+        items = [
+            {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
+            for rank, (id_, score) in enumerate(zip(ids, scores, strict=True), 1)
+            if score > -float("inf")
+        ]
+        if self.as_json:
+            print(json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False))
+            return 0
+        console = Console()
+        for note in notes:
+            say(console, note)
+        table = Table("rank", "item", *(["title"] if titles else []), "score")
+        for item in items:
+            title = [item["title"] or ""] if titles else []
+            cells = [str(item["rank"]), str(item["item_id"]), *title, f"{item['score']:.4f}"]
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        console.print(table)
+        if len(items) < self.k:
+            say(console, f"Left for this user: {counted(len(items), 'item')}.")
+        return 0
+
+    def _read(self, retriever: LoadedRetriever) -> tuple[dict[str, Any], list[str]]:
+        """Returns what the JSON says about the question, and notes on request and exclusions."""
+        about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
+        if self.request:
+            about["request"] = dict(self.request)
+        notes = list(_request_notes(retriever, self.request))
+        if self.exclude:
+            exclude, known = self._excluded(retriever), set(retriever.candidate_ids())
+            about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
+            if unknown:
+                notes.append(
+                    f"{len(unknown)} of {len(exclude)} items to exclude are not among this model's "
+                    f"items, first {unknown[0]!r}."
+                )
+        return about, notes
+
+    def _ask_user(
+        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
+    ) -> tuple[list[Any], list[float]]:
+        ids, scores, (is_known,) = retriever.retrieve_user(
+            [about["user_id"]],
+            min(self.k, retriever.num_candidates),
+            [self._excluded(retriever)],
+            allowed=self._allowed,
+            requests=[retriever.parse_request(self.request)],
+        )
+        about["is_known_user"] = bool(is_known)
+        if not is_known:
+            notes.append(
+                f"User {self.user} is unknown to this model: the answer for an empty history."
+            )
+        return ids[0].tolist(), scores[0].tolist()
+
+    def _ask_history(
+        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
+    ) -> tuple[list[Any], list[float]]:
+        history = [retriever.parse_item_id(text) for text in self.history or ()]
+        query = {"history": history, "request": retriever.parse_request(self.request)}
+        if self.user is not None:
+            query["user_id"] = about["user_id"]
+        if self.history_timestamps is not None:
+            query[HISTORY_TIMESTAMPS] = list(map(_parse_time, self.history_timestamps))
+        ids, scores = retriever.retrieve(
+            [query],
+            min(self.k, retriever.num_candidates),
+            [[*history, *self._excluded(retriever)]],
+            allowed=self._allowed,
+        )
+        is_known = retriever.knows(history)
+        unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
+        about |= {"history": history, "unknown_items": unknown}
+        notes += _history_notes(retriever, query, unknown)
+        return ids[0].tolist(), scores[0].tolist()
+
+    def _excluded(self, retriever: LoadedRetriever) -> list[Any]:
+        return [retriever.parse_item_id(text) for text in self.exclude]
+
+    @property
+    def _allowed(self) -> list[list[str]] | None:
+        return None if self.filter is None else [list(self.filter)]
+
+
+def _parse_time(text: str) -> Any:
+    from tfrs_pipeline.features.timestamp import Timestamp
+
+    return None if text in ("", "none") else Timestamp(HISTORY_TIMESTAMPS).parse(text)
+
+
+def _request_notes(retriever: LoadedRetriever, texts: Mapping[str, str]) -> Iterator[str]:
+    """Says what of a typed request is unknown to the model or missing."""
+    features, request = retriever.features["request"], retriever.parse_request(texts)
+    for feature in features:
+        text = texts.get(feature.name, "")
+        if not (text.strip() and feature.num_codes is not None):
+            continue
+        if not feature.encode_column([request[feature.name]]).any():
+            yield f"{feature.name} {text!r} is unknown to the model: taken as missing."
+    lacking = [
+        feature.name
+        for feature in features
+        if feature.name not in request
+        and not (feature.is_from_timestamp and "timestamp" in request)
+    ]
+    if lacking:
+        yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
+
+
+def _history_notes(
+    retriever: LoadedRetriever, query: Mapping[str, Any], unknown: Sequence[Any]
+) -> Iterator[str]:
+    """Says what the model does not read of a query's history, given its unknown items."""
+    import numpy as np
+
+    from tfrs_pipeline.serving.signatures import signature_inputs
+
+    history = query["history"]
+    without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}
+    if history and len(unknown) == len(history):  # No model reads them.
+        yield (
+            "No item of the history was in the model's training: the answer is that of an empty "
+            "history."
+        )
+        return
+    # An own tower does not declare what it reads.
+    if history and np.array_equal(
+        retriever.embed_queries([query]), retriever.embed_queries([without])
+    ):
+        yield "This model reads no history: the items given are only left out of the answer."
+        return
+    inputs = signature_inputs(retriever.saved_model.signatures["retrieve"])
+    if HISTORY_TIMESTAMPS in query and HISTORY_TIMESTAMPS not in inputs:
+        yield "This model reads no times of a history: they change nothing."
+    if unknown:
+        yield (
+            f"{len(unknown)} of {len(history)} items of the history say nothing: the model's "
+            f"training did not have them, first {unknown[0]!r}."
+        )
