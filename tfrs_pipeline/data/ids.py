@@ -126,3 +126,28 @@ def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
         "Ids must be all integers or all strings: cast them to one of the two. "
         f"Received: {', '.join(kinds)}."
     )
+
+
+def are_listed(rows: np.ndarray, lists: Iterable[np.ndarray], highest: int) -> np.ndarray:
+    """Finds which of the rows in each line are in that line's list.
+
+    Args:
+        rows: [num_lines, any] rows, up to `highest`.
+        lists: For each line, some rows of the same range, in any order.
+        highest: Largest row of all.
+
+    Returns:
+        A bool for each of the rows.
+
+    Example:
+        >>> are_listed(np.array([[7, 3], [3, 7]]), [np.array([3]), np.array([9])], highest=9)
+        array([[False,  True],
+               [False, False]])
+    """
+    found = np.zeros(rows.shape, bool)
+    is_in_list = np.zeros(highest + 1, bool)  # One for all lines: lists are short, a corpus is not.
+    for found_of_line, of_line, listed in zip(found, rows, lists, strict=True):
+        is_in_list[listed] = True
+        found_of_line[:] = is_in_list[of_line]
+        is_in_list[listed] = False
+    return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfrs_pipeline.data.ids import are_listed
+
 QUERY_METRICS = ("recall", "hit_rate", "ndcg", "mrr")
 SET_METRICS = ("coverage", "average_popularity", "gini")
 
@@ -50,12 +52,10 @@ def find_hits(
             f"from {relevant_rows.min()}, queries {relevant_queries.min()} to "
             f"{relevant_queries.max()}."
         )
-    # One number for each (query, row) pair: one sorted search answers all queries.
-    stride = np.int64(max(relevant_rows.max(), retrieved_rows.max())) + 1
-    wanted = np.sort(relevant_queries * stride + relevant_rows)
-    pairs = np.arange(num_queries)[:, None] * stride + retrieved_rows
-    places = np.minimum(np.searchsorted(wanted, pairs), len(wanted) - 1)
-    return wanted[places] == pairs
+    order = np.argsort(relevant_queries, kind="stable")
+    starts = np.searchsorted(relevant_queries[order], np.arange(1, num_queries))
+    highest = max(relevant_rows.max(), retrieved_rows.max())
+    return are_listed(retrieved_rows, np.split(relevant_rows[order], starts), highest)
 
 
 def query_metrics(is_hit: np.ndarray, num_relevant: np.ndarray, k: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
+from tfrs_pipeline.data.ids import are_listed
 from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
 from tfrs_pipeline.model.queries import RetrieveRows
 from tfrs_pipeline.negatives.mined import Mined
@@ -81,7 +82,7 @@ def mine_pools(
         num_more = int(num_dropped_at_most.max() + is_later.sum())
         k = min(num_candidates, mined.max_rank + num_more)
         found = retrieve(keys, samples.latest(states, history_length), k)
-        is_known, is_exposed = (_is_member(lists, found, num_candidates) for lists in masks)
+        is_known, is_exposed = (are_listed(found, lists, num_candidates) for lists in masks)
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
         rows = found[state_of]
         is_own = rows == samples.candidate_rows[batch][:, np.newaxis]
@@ -118,13 +119,6 @@ def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort([state, depth])
     is_first = np.append(True, np.diff(state[order]) != 0)
     return order, np.append(np.flatnonzero(is_first), len(order))
-
-
-def _is_member(lists: RowLists, rows: np.ndarray, num_candidates: int) -> np.ndarray:
-    """Looks up candidate rows [n, k], 0 where empty, in n lists: [n, k] bool."""
-    table = np.zeros((len(lists), num_candidates + 1), bool)
-    table[np.repeat(np.arange(len(lists)), np.diff(lists.offsets)), lists.values] = True
-    return np.take_along_axis(table, np.maximum(rows, 0), axis=1)
 
 
 @dataclass(eq=False)

@@ -68,6 +68,9 @@ class RowLists:
     def __getitem__(self, key: int) -> np.ndarray:
         return self.values[self.offsets[key] : self.offsets[key + 1]]
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[key] for key in range(len(self)))
+
     @classmethod
     def from_lists(cls, lists: Sequence[np.ndarray]) -> RowLists:
         """Packs a list of 1-D integer arrays."""

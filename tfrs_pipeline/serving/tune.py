@@ -6,12 +6,13 @@ import bisect
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.data.ids import are_listed
 from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.serving.index import ExactIndex, Level, Scann, ScannIndex
@@ -82,7 +83,7 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     index = ScannIndex(ExactIndex(embeddings))
     depths = _depths(len(embeddings))
     ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
-    is_known = _is_among(ranking, requests.known, len(embeddings))
+    is_known = are_listed(ranking, requests.known, len(embeddings))
     search = compiled(index.approximate, 3)
 
     def recall(depth: int, leaves: int, reordered: int) -> float:
@@ -195,22 +196,11 @@ def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
     (rows, scores), (found_rows, found_scores) = exact, found
     num = max(rows.max(), found_rows.max())
     last, rounding = scores[:, -1:], _EQUAL * np.abs(scores).max(axis=1, keepdims=True)
-    is_found = _is_among(rows, found_rows, num)
-    is_other = ~_is_among(found_rows, rows, num) & (found_scores >= last - rounding)
+    is_found = are_listed(rows, found_rows, num)
+    is_other = ~are_listed(found_rows, rows, num) & (found_scores >= last - rounding)
     is_missed = ~is_found & (scores <= last + rounding)
     is_replaced = np.cumsum(is_missed, axis=1) <= is_other.sum(axis=1, keepdims=True)
     return is_found | (is_missed & is_replaced)
-
-
-def _is_among(ranking: np.ndarray, lists: Iterable[Any], num_candidates: int) -> np.ndarray:
-    """Returns which rows of a ranking, [n, depth], are in each line's list."""
-    is_among = np.zeros(ranking.shape, bool)
-    table = np.zeros(num_candidates + 1, bool)
-    for line, rows, of_line in zip(is_among, ranking, lists, strict=True):
-        table[of_line] = True
-        line[:] = table[rows]
-        table[of_line] = False
-    return is_among
 
 
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
