@@ -31,7 +31,7 @@ import tensorflow as tf
 from record import write_json
 
 from tfrs_pipeline.run.compare import compare
-from tfrs_pipeline.run.data import StepReport
+from tfrs_pipeline.run.steps import StepReport
 
 SETTINGS = {
     "data": {

@@ -55,7 +55,7 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.baselines import fit_baselines
-from tfrs_pipeline.run.data import RunData, Steps, prepare
+from tfrs_pipeline.run.data import RunData, prepare
 from tfrs_pipeline.run.training import train_and_refit
 
 NUM_BOOTSTRAP = 1000
@@ -190,14 +190,13 @@ class Task:
 
     def prepare(self, config: tp.RunConfig) -> RunData:
         """Makes split and samples, or reads what the folder holds of them."""
-        quiet = Steps(lambda report: None, lambda task, done, total: None)
         folder = self.folder / f"data-seed{config.seed}"
         # A model may leave features out that the files hold.
         whole = tp.with_settings(
             config,
             {f"data.{name}": getattr(self.config.data, name) for name in FEATURES},
         )
-        data = prepare(whole, folder, quiet)
+        data = prepare(whole, folder)
         log = dataclasses.replace(
             data.split.log, **{name: getattr(config.data, name) for name in FEATURES}
         )

@@ -47,7 +47,7 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.baselines import fit_baselines
-from tfrs_pipeline.run.data import RunData, Steps, prepare
+from tfrs_pipeline.run.data import RunData, prepare
 from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
@@ -59,9 +59,8 @@ Fitted = tuple[Retriever, dict[str, Any]]
 @contextlib.contextmanager
 def prepared(config: RunConfig) -> Iterator[RunData]:
     """Loads, splits and samples the log of a config as a run does, in a folder for the moment."""
-    quiet = Steps(lambda report: None, lambda task, done, total: None)
     with tempfile.TemporaryDirectory() as folder:
-        yield prepare(config, Path(folder), quiet)
+        yield prepare(config, Path(folder))
 
 
 def tutorial_model(num_epochs: int, **kind: bool) -> Callable[[RunConfig, RunData], Fitted]:

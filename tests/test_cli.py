@@ -36,8 +36,8 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import pipeline
-from tfrs_pipeline.run.data import StepReport
-from tfrs_pipeline.run.folder import read_settings
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
@@ -471,7 +471,9 @@ def test_what_came_out_is_shown_of_a_version_that_another_run_has_replaced(run: 
     folder, gone = run.folder / RUN, run.folder / "saved_models" / "films" / "77"
     metrics = {**read_record(folder / "metrics.json"), "export_folder": str(gone)}
     result = pipeline.RunResult(folder, metrics)
-    shown = rendered(200, lambda console: print_result(console, read_settings(folder), result))
+    shown = rendered(
+        200, lambda console: print_result(console, RunFolder(folder).settings(), result)
+    )
     assert f"model    {gone}\n" in without_colours(shown)
 
 

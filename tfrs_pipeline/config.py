@@ -142,73 +142,50 @@ class RunConfig(Config):
         return self
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """Yields what stages ask of each other and do not get."""
-        model = self.model
-        if self.split.kind == "column" and self.data.source == "movielens-100k":
-            yield (
-                "split.kind",
-                "got 'column' with source 'movielens-100k', whose log has no column part; choose "
-                "another kind",
-            )
-        if self.split.kind == "held_out_users":
-            message = "with split.kind 'held_out_users': an earlier model was trained on them"
-            if self.warm_start is not None:
-                yield "warm_start", f"got {str(self.warm_start)!r} {message}"
-            if self.export.gate:
-                yield "export.gate", f"got true {message}"
-        if self.export.gate and self.export.index == "none":
-            yield "export.gate", "got true with export.index 'none', which exports nothing"
-        if model.use_user_id and not self.export.user_data and self.export.index != "none":
-            yield (
-                "export.user_data",
-                "got false with model.use_user_id, whose embedding of each user is user data",
-            )
-        hard = model.hard
-        if isinstance(hard, Mined) and hard.every >= self.training.max_epochs:
-            yield (
-                "model.hard",
-                f"mines every {hard.every} epochs with training.max_epochs "
-                f"{self.training.max_epochs}: nothing would be mined",
-            )
-        yield from check_examples(model, self.training)
-        if not self.data.is_ordered and self.training.examples == "sequences":
-            yield (
-                "training.examples",
-                "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
-                "timestamps too, or take --preset sets for a log without an order",
-            )
-        if self.data.request_features and self.training.examples == "sets":
-            yield (
-                "data.request_features",
-                f"got {', '.join(self.data.request_features)} with training.examples 'sets', which "
-                "gives a query the positives of many requests: train 'single' or 'sequences'",
-            )
-        cutoffs = self.evaluation.cutoffs
-        if int(self.training.monitor.partition("@")[2]) not in cutoffs:
-            yield (
-                "training.monitor",
-                f"got {self.training.monitor!r}; evaluation.cutoffs are {list(cutoffs)}",
-            )
-        filter_by = self.export.filter_by
+        """Yields (setting, message) for settings that contradict each other."""
+        data, model, training, export = self.data, self.model, self.training, self.export
+        is_held_out = self.split.kind == "held_out_users"
+        of_held_out = "with split.kind 'held_out_users': an earlier model was trained on them"
+        every = model.hard.every if isinstance(model.hard, Mined) else 0
+        cutoffs = list(self.evaluation.cutoffs)
         kinds = [name for name, kind in KINDS.items() if kind.holds_categories]
-        if filter_by is not None and self.data.item_features.get(filter_by) not in kinds:
-            yield (
-                "export.filter_by",
-                f"got {filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "
-                f"data.item_features has {', '.join(self.data.item_features) or 'none'}",
-            )
-        of_query = self.data.user_features or self.data.request_features
-        if not (model.use_user_id or model.history_pooling or of_query):
-            yield (
-                "model",
-                "the query tower reads nothing: set use_user_id, history_pooling, user_features or "
-                "request_features",
-            )
-        if not (model.use_candidate_id or self.data.item_features):
-            yield (
-                "model",
-                "the candidate tower reads nothing: set use_candidate_id or item_features",
-            )
+        is_filterable = data.item_features.get(export.filter_by or "") in kinds
+        reads_query = model.use_user_id or model.history_pooling
+        reads_query = reads_query or data.user_features or data.request_features
+        rows: list[tuple[Any, str, str]] = [
+            (self.split.kind == "column" and data.source == "movielens-100k", "split.kind",
+             "got 'column' with source 'movielens-100k', whose log has no column part; choose "
+             "another kind"),
+            (is_held_out and self.warm_start is not None, "warm_start",
+             f"got {str(self.warm_start)!r} {of_held_out}"),
+            (is_held_out and export.gate, "export.gate", f"got true {of_held_out}"),
+            (export.gate and export.index == "none", "export.gate",
+             "got true with export.index 'none', which exports nothing"),
+            (model.use_user_id and not export.user_data and export.index != "none",
+             "export.user_data",
+             "got false with model.use_user_id, whose embedding of each user is user data"),
+            (every >= training.max_epochs, "model.hard",
+             f"mines every {every} epochs with training.max_epochs {training.max_epochs}: nothing "
+             "would be mined"),
+            (not data.is_ordered and training.examples == "sequences", "training.examples",
+             "got 'sequences' with data.is_ordered false: set that to true, as suits a log with "
+             "timestamps too, or take --preset sets for a log without an order"),
+            (data.request_features and training.examples == "sets", "data.request_features",
+             f"got {', '.join(data.request_features)} with training.examples 'sets', which "
+             "gives a query the positives of many requests: train 'single' or 'sequences'"),
+            (int(training.monitor.partition("@")[2]) not in cutoffs, "training.monitor",
+             f"got {training.monitor!r}; evaluation.cutoffs are {cutoffs}"),
+            (export.filter_by is not None and not is_filterable, "export.filter_by",
+             f"got {export.filter_by!r}, which is no item feature of kind {' or '.join(kinds)}; "
+             f"data.item_features has {', '.join(data.item_features) or 'none'}"),
+            (not reads_query, "model",
+             "the query tower reads nothing: set use_user_id, history_pooling, user_features or "
+             "request_features"),
+            (not (model.use_candidate_id or data.item_features), "model",
+             "the candidate tower reads nothing: set use_candidate_id or item_features"),
+        ]  # fmt: skip
+        yield from ((setting, message) for is_wrong, setting, message in rows if is_wrong)
+        yield from check_examples(model, training)
 
     @property
     def model_name(self) -> str:

@@ -29,12 +29,12 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run.compare import (
     PlanComparison,
     _auc_rows,
-    _every_loser,
     compare,
-    sampling_plans,
 )
-from tfrs_pipeline.run.data import StepReport, Steps, prepare
-from tfrs_pipeline.run.pipeline import evaluate_all
+from tfrs_pipeline.run.data import prepare
+from tfrs_pipeline.run.measure import evaluate_all
+from tfrs_pipeline.run.plans import every_loser, sampling_plans
+from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
@@ -217,7 +217,7 @@ def test_hybrid_plans_are_the_users_own_losers_with_other_shares(tmp_path: Path)
     own = FunnelLosers(stages=("ranked", "pre_ranked"), min_rank=10, num=2, share=0.2)
     config = funnel_config(tmp_path, plans=["mixed", "hybrid", "exposed"])
     config = with_settings(config, {"model.hard": own})
-    asked = _every_loser(config)
+    asked = every_loser(config)
     assert asked == replace(own, stages=(*own.stages, "exposed"), allow_exposed=True)
     plans, notes = sampling_plans(config, ["ranked", "retrieved"], 60, 9)
     assert notes == ["plan exposed is missing: the log holds no exposed items"]
@@ -288,7 +288,7 @@ def test_files_hold_the_rows(compared: PlanComparison) -> None:
 def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
     config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
-    data = prepare(config, tmp_path, Steps(lambda report: None, lambda *task: None))
+    data = prepare(config, tmp_path)
     split, test = data.split, data.test
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
     model = train_and_refit(plain, data)

@@ -27,10 +27,11 @@ from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import training
-from tfrs_pipeline.run.data import StepReport
-from tfrs_pipeline.run.folder import CONFIG_FILE, read_settings, with_source
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
-from tfrs_pipeline.run.training import _split_of, trained_in
+from tfrs_pipeline.run.steps import StepReport
+from tfrs_pipeline.run.training import split_in, trained_in
+from tfrs_pipeline.run.versions import with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.serving.refresh import describe_undone, refresh_index
@@ -137,7 +138,7 @@ def test_a_run_starts_from_the_run_that_made_the_model(
 ) -> None:
     result, reports = warm.result, warm.reports
     # What it went on from stays so, whatever is in service when it is resumed.
-    assert read_settings(result.folder).warm_start == yesterday.folder
+    assert RunFolder(result.folder).settings().warm_start == yesterday.folder
     notes = reports["train two_tower"].notes
     assert f"started from {yesterday.folder}" in notes
     assert "warm start: 70 items kept, 5 new, 5 gone; 150 users kept, 0 new, 0 gone" in notes
@@ -145,7 +146,7 @@ def test_a_run_starts_from_the_run_that_made_the_model(
     assert versions_of(model_folder(place)) == [1, 2]
     # Asked for once more, when the newest version is its own.
     again = today(place, warm_start=model_folder(place))
-    assert with_source(again, result.folder).warm_start == yesterday.folder
+    assert with_source(again, RunFolder(result.folder)).warm_start == yesterday.folder
     # It begins where yesterday's training has come to.
     losses = [r.metrics["training"]["two_tower"]["history"]["loss"] for r in (yesterday, result)]
     assert losses[1][0] < losses[0][0]
@@ -379,7 +380,7 @@ def test_each_training_starts_from_its_own(yesterday: RunResult, warm: Warm) -> 
 def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -> None:
     """Stopped in both trainings, when another version is in service than it began with."""
     whole = warm.result
-    config = with_settings(read_settings(whole.folder), {"export.name": "others"})
+    config = with_settings(RunFolder(whole.folder).settings(), {"export.name": "others"})
 
     folder = place / "runs" / "stopped"
     for name in ("two_tower, selection", "two_tower, refit"):
@@ -426,7 +427,7 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
     metrics = read_record(folder / "metrics.json")
     assert metrics["export_folder"] is None
     assert list(metrics["seconds"]) == ["data", "split", "samples", "train two_tower", "baselines",
-                                        "evaluate"]  # fmt: skip
+                                        "evaluate", "export"]  # fmt: skip
     gap = metrics["differences"][IN_SERVICE]["ndcg@20"]
     assert gap["low"] > 0
     # Another look is another refusal; opened, the gate lets it through without another training.
@@ -442,12 +443,12 @@ def test_a_worse_model_is_not_published_until_it_is_asked_for(
         assert forced[kind][IN_SERVICE] == metrics[kind][IN_SERVICE]
     assert {x: x.stat().st_mtime_ns for x in trained} == trained
     assert versions_of(served) == [1, 2, 3]
-    assert read_settings(folder).export.gate is False
+    assert RunFolder(folder).settings().export.gate is False
     shutil.rmtree(served / "3")
 
 
 def holdout_of(result: RunResult) -> Holdout:
-    split: Split = _split_of(result.folder)
+    split: Split = split_in(RunFolder(result.folder))
     return split.test
 
 
@@ -503,7 +504,7 @@ def test_what_cannot_be_started_from_is_said(
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(ConfigError) as error:
-            with_source(today(place, warm_start=path), tmp_path)
+            with_source(today(place, warm_start=path), RunFolder(tmp_path))
         return str(error.value)
 
     wrong = tmp_path / "nowhere"
@@ -521,12 +522,12 @@ def test_what_cannot_be_started_from_is_said(
     assert "where another run is now" in refused(version)
     version = model_folder(place) / "1"
     with pytest.raises(ConfigError, match=r"made by this very run, which began from nothing"):
-        with_source(today(place, warm_start=version), yesterday.folder.parent / "yesterday")
+        with_source(today(place, warm_start=version), RunFolder(yesterday.folder))
     # A run that is finished is given back without what it has started from.
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))
     (model_folder(place)).rename(tmp_path / "moved")
-    assert with_source(again, done).warm_start == yesterday.folder
+    assert with_source(again, RunFolder(done)).warm_start == yesterday.folder
     (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()

@@ -12,14 +12,9 @@ import pytest
 from tfrs_pipeline.config import RunConfig, load_config, with_settings
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.durable import InUse, StorageError, write_record
-from tfrs_pipeline.run.folder import (
-    CONFIG_FILE,
-    check_model_name,
-    claim_folder,
-    origin,
-    read_settings,
-)
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.pipeline import run
+from tfrs_pipeline.run.versions import check_model_name, name_of_log
 from tfrs_pipeline.settings import ConfigError
 
 
@@ -31,7 +26,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 def begin(config: RunConfig, folder: Path) -> None:
     """Does what a run does until its data is there."""
-    with claim_folder(config, folder, is_run=True):
+    with RunFolder(folder).claim(config, is_run=True):
         (folder / "data").mkdir()
         (folder / "data" / "log.json").write_text("{}")
 
@@ -40,21 +35,21 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
     """A file cut at any place may be valid TOML of the defaults, which are another run."""
     begin(config, tmp_path / "run")
     path = tmp_path / "run" / CONFIG_FILE
-    assert read_settings(tmp_path / "run") == load_config(path) == config
+    assert RunFolder(tmp_path / "run").settings() == load_config(path) == config
     whole = path.read_bytes()
     path.write_bytes(codecs.BOM_UTF8 + whole)  # As an editor may save it again.
-    assert read_settings(tmp_path / "run") == load_config(path) == config
+    assert RunFolder(tmp_path / "run").settings() == load_config(path) == config
     cuts = [whole[:i] for i in range(0, len(whole) - 1, 49)]
     for broken in (b"", *cuts, whole.replace(b"clicks", b"others"), whole + b"seed = 3\n"):
         path.write_bytes(broken)
         with pytest.raises(ConfigError, match=r"config\.toml:\n.*is not as the run wrote it"):
-            read_settings(tmp_path / "run")
-        with pytest.raises(ConfigError), claim_folder(config, tmp_path / "run", is_run=True):
+            RunFolder(tmp_path / "run").settings()
+        with pytest.raises(ConfigError), RunFolder(tmp_path / "run").claim(config, is_run=True):
             pass
         assert path.read_bytes() == broken
     path.unlink()
     with pytest.raises(ConfigError, match="lost, cut or changed"):
-        read_settings(tmp_path / "run")
+        RunFolder(tmp_path / "run").settings()
 
 
 def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
@@ -64,10 +59,10 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -
     expected = rf"holds a run with other settings \({changed}\). Choose another folder"
     with (
         pytest.raises(ValueError, match=expected),
-        claim_folder(other, tmp_path / "run", is_run=True),
+        RunFolder(tmp_path / "run").claim(other, is_run=True),
     ):
         pass
-    assert read_settings(tmp_path / "run") == config
+    assert RunFolder(tmp_path / "run").settings() == config
 
 
 @pytest.mark.parametrize("left", ["metrics.json", "checkpoints/last"])
@@ -81,10 +76,10 @@ def test_settings_stay_where_the_data_was_deleted(
     (folder / left).write_text("{}")
     with (
         pytest.raises(ValueError, match="other settings"),
-        claim_folder(with_settings(config, {"seed": 7}), folder, is_run=True),
+        RunFolder(folder).claim(with_settings(config, {"seed": 7}), is_run=True),
     ):
         pass
-    assert read_settings(folder) == config
+    assert RunFolder(folder).settings() == config
 
 
 def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: Path) -> None:
@@ -94,8 +89,8 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     metrics = {"models": {"two_tower": {"num_queries": 7}}}
     for index, recall in (("scann", 0.9), ("none", 0.9), ("exact", 0.8)):
         changed = with_settings(config, {"export.index": index, "export.target_recall": recall})
-        with claim_folder(changed, folder, is_run=True):
-            assert read_settings(folder) == changed
+        with RunFolder(folder).claim(changed, is_run=True):
+            assert RunFolder(folder).settings() == changed
         write_record(folder / "metrics.json", {**metrics, "export_folder": None})
     version.mkdir(parents=True)
     write_record(version / "manifest.json", {"metrics": metrics["models"]["two_tower"]})
@@ -104,14 +99,14 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
         other = with_settings(changed, {name: value})
         with (
             pytest.raises(ValueError, match=rf"other settings \({name}: "),
-            claim_folder(other, folder, is_run=True),
+            RunFolder(folder).claim(other, is_run=True),
         ):
             pass
-    with claim_folder(with_settings(changed, {"export.gate": True}), folder, is_run=True):
+    with RunFolder(folder).claim(with_settings(changed, {"export.gate": True}), is_run=True):
         pass
     # Another run's version of that number is not its own.
     write_record(version / "manifest.json", {"metrics": {"num_queries": 8}})
-    with claim_folder(other, folder, is_run=True):
+    with RunFolder(folder).claim(other, is_run=True):
         pass
 
 
@@ -124,7 +119,7 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
     what = "comparison" if exports else "run"
     with (
         pytest.raises(ValueError, match=rf"holds a {what}\. Choose another folder"),
-        claim_folder(config, tmp_path / "run", is_run=exports),
+        RunFolder(tmp_path / "run").claim(config, is_run=exports),
     ):
         pass
 
@@ -138,7 +133,7 @@ def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(
     (tmp_path / own).write_text("seed = 3\n")
     with (
         pytest.raises(ValueError, match=r"holds .*Choose another folder"),
-        claim_folder(config, tmp_path, is_run=is_run),
+        RunFolder(tmp_path).claim(config, is_run=is_run),
     ):
         pytest.fail("the work began")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -149,7 +144,7 @@ def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     config: RunConfig, tmp_path: Path
 ) -> None:
     def work(error: BaseException, done: str = "") -> None:
-        with claim_folder(config, tmp_path / "run", is_run=True):
+        with RunFolder(tmp_path / "run").claim(config, is_run=True):
             (tmp_path / "run" / "data").mkdir()
             if done:
                 (tmp_path / "run" / done).mkdir()
@@ -170,18 +165,18 @@ def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
         subprocess.run(["rm", "-r", tmp_path / "run"], check=True)
         with pytest.raises(type(error)):
             work(error, done)
-        assert read_settings(tmp_path / "run") == config
+        assert RunFolder(tmp_path / "run").settings() == config
 
 
 def test_folders_made_for_what_is_refused_go_too(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     folder = tmp_path / "mine" / "runs" / "today"
-    with pytest.raises(DataError), claim_folder(config, folder, is_run=False):
+    with pytest.raises(DataError), RunFolder(folder).claim(config, is_run=False):
         raise DataError("no column")
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
     def work() -> None:
-        with claim_folder(config, folder, is_run=False):
+        with RunFolder(folder).claim(config, is_run=False):
             (folder.parent / "another").mkdir()
             raise DataError("no column")
 
@@ -194,7 +189,7 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     (tmp_path / "saved_models").write_text("a file")
     with (
         pytest.raises(StorageError, match="saved_models/clicks: Not a directory"),
-        claim_folder(config, tmp_path / "run", is_run=True),
+        RunFolder(tmp_path / "run").claim(config, is_run=True),
     ):
         pytest.fail("the work began")
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
@@ -204,7 +199,7 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
         pytest.raises(
             StorageError, match=r"saved_models: is a link to .*not mounted, which is not"
         ),
-        claim_folder(config, tmp_path / "run", is_run=True),
+        RunFolder(tmp_path / "run").claim(config, is_run=True),
     ):
         pytest.fail("the work began")
     # Not the folder of the models alone, but that of the model, which may be another's.
@@ -213,13 +208,13 @@ def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) ->
     (tmp_path / "saved_models" / "clicks").symlink_to(tmp_path / "not mounted")
     with (
         pytest.raises(StorageError, match=r"saved_models/clicks: is a link to .*not mounted"),
-        claim_folder(config, tmp_path / "run", is_run=True),
+        RunFolder(tmp_path / "run").claim(config, is_run=True),
     ):
         pytest.fail("the work began")
-    with claim_folder(config, tmp_path / "run", is_run=False):
+    with RunFolder(tmp_path / "run").claim(config, is_run=False):
         pass
     unexported = with_settings(config, {"export.index": "none"})
-    with claim_folder(unexported, tmp_path / "run", is_run=True):
+    with RunFolder(tmp_path / "run").claim(unexported, is_run=True):
         pass
 
 
@@ -234,7 +229,7 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     written = Path("saved_models/log/1/manifest.json")
     written.parent.mkdir(parents=True)
     config = of_clicks("a/log.csv")
-    about = {"config": config.model_dump(mode="json"), "log": origin(config.data)}
+    about = {"config": config.model_dump(mode="json"), "log": name_of_log(config.data)}
     write_record(written, about)
     for same in ("a/log.csv", tmp_path / "a" / "log.csv", "b/../a/log.csv"):
         check_model_name(of_clicks(str(same)))
@@ -245,10 +240,10 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
     check_model_name(config)
     # A link to the file of the day is one log, wherever it leads to.
     (tmp_path / "log.csv").symlink_to(tmp_path / "monday.csv")
-    of_day = origin(of_clicks("log.csv").data)
+    of_day = name_of_log(of_clicks("log.csv").data)
     (tmp_path / "log.csv").unlink()
     (tmp_path / "log.csv").symlink_to(tmp_path / "tuesday.csv")
-    assert origin(of_clicks("log.csv").data) == of_day
+    assert name_of_log(of_clicks("log.csv").data) == of_day
     # Not another's of the same path below another folder.
     (tmp_path / "c").mkdir()
     with monkeypatch.context() as elsewhere:
@@ -259,7 +254,7 @@ def test_a_name_is_not_taken_from_a_model_of_other_data(
             check_model_name(other)
     # A table of Spark has a name and no folder.
     table = {"source": "spark", "path": "shop.events"}
-    assert origin(RunConfig(data=table).data) == "shop.events"
+    assert name_of_log(RunConfig(data=table).data) == "shop.events"
     check_model_name(of_clicks("b/log.csv", name="log"))
     check_model_name(of_clicks("b/log.csv", index="none"))
     with pytest.raises(ConfigError, match=r"^export.name: .*log/1 is a model of a/log.csv: set"):
@@ -279,17 +274,17 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from tfrs_pipeline.config import load_config
-from tfrs_pipeline.run.folder import claim_folder
+from tfrs_pipeline.run.folder import RunFolder
 
 folder = Path(sys.argv[1])
-with claim_folder(load_config(folder / "config.toml"), folder, is_run=True):
+with RunFolder(folder).claim(load_config(folder / "config.toml"), is_run=True):
     print("in")
 """
 
 
 def test_a_second_process_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, str(tmp_path / "run"), str(Path(__file__).parents[2])]
-    with claim_folder(config, tmp_path / "run", is_run=True):
+    with RunFolder(tmp_path / "run").claim(config, is_run=True):
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.stdout == ""
         assert InUse.__name__ in second.stderr

@@ -38,9 +38,10 @@ from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.baselines import fit_baselines
-from tfrs_pipeline.run.data import StepReport, Steps, final_part, prepare
-from tfrs_pipeline.run.folder import find_version
+from tfrs_pipeline.run.data import final_part, prepare
+from tfrs_pipeline.run.folder import exported_version
 from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.publish import versions_of
@@ -355,7 +356,7 @@ def test_baselines_where_time_goes_on_and_items_may_come_again(tmp_path: Path) -
     config = stages_config(
         tmp_path, event_table("str"), split={"kind": "time"}, evaluation=evaluation
     )
-    data = prepare(config, tmp_path / "run", Steps(lambda report: None, lambda *task: None))
+    data = prepare(config, tmp_path / "run")
     found, notes = fit_baselines(config, data)
     scores = {}
     for latest in (1.0, 0.2, 0.05, 0.01):
@@ -514,11 +515,11 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     # Where another run's version has its number, it is not the run's own.
     others = {"two_tower": {**again.metrics["models"]["two_tower"], "num_queries": 7}}
     place, folder = of_ratings.config.model_folder, of_ratings.export_folder
-    assert find_version(again.metrics, place) == folder
-    assert find_version({**again.metrics, "models": others}, place) is None
+    assert exported_version(again.metrics, place) == folder
+    assert exported_version({**again.metrics, "models": others}, place) is None
     # All may have been moved since: it is found among the model's versions.
     moved = {**again.metrics, "export_folder": "/before/films/1"}
-    assert find_version(moved, place) == place / "1"
+    assert exported_version(moved, place) == place / "1"
     path = of_ratings.folder / "metrics.json"
     kept = path.read_bytes()
     write_record(path, moved)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
     from tfrs_pipeline.model.notes import OnProgress
     from tfrs_pipeline.run.compare import PlanComparison
-    from tfrs_pipeline.run.data import OnStep, StepReport
     from tfrs_pipeline.run.pipeline import RunResult
+    from tfrs_pipeline.run.steps import OnStep, StepReport
 
 PROGRAM = "tfrs-pipeline"
 

@@ -36,15 +36,8 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.presets import PRESETS
-from tfrs_pipeline.run.folder import (
-    CONFIG_FILE,
-    MAY_CHANGE,
-    check_model_name,
-    claim_folder,
-    holds_run,
-    read_settings,
-    with_source,
-)
+from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished
 
 if TYPE_CHECKING:
@@ -122,9 +115,10 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     prefix, work, show = _WORK[command]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = flags.run_dir or Path("runs") / f"{prefix}{config.model_name}-{stamp}"
+    place = RunFolder(folder)
     if command == "run":
         check_model_name(config)  # Before there is a folder.
-        config = with_source(config, folder)
+        config = with_source(config, place)
     if flags.check:
         return _check(command, config)
     is_chief = this_worker().is_chief
@@ -134,7 +128,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     try:
         with (
             # At once, for a run that is stopped while libraries are still being imported.
-            claim_folder(config, folder, is_run=command == "run"),
+            place.claim(config, is_run=command == "run"),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
             progress(console) as (on_step, on_progress),
         ):
@@ -159,19 +153,25 @@ def _check(command: str, config: RunConfig) -> int:
         native_errors_to(Path(folder) / "native.log"),
         progress(console) as callbacks,
     ):
-        from tfrs_pipeline.run.compare import prepare_plans
-        from tfrs_pipeline.run.data import Steps, prepare
+        from tfrs_pipeline.run.compare import plan_steps
+        from tfrs_pipeline.run.pipeline import run_steps
+        from tfrs_pipeline.run.steps import Runner, as_lines
         from tfrs_pipeline.run.training import check_source, check_trainable, variants
 
-        if command == "compare":
-            prepare_plans(config, Path(folder), Steps(*callbacks))
-        else:
+        runner = Runner(config, RunFolder(Path(folder)), *callbacks)
+        steps = plan_steps(config)
+        if command == "run":
             check_source(config)
-            data = prepare(config, Path(folder), Steps(*callbacks))
-            for settings in variants(config).values():
-                check_trainable(data, settings, config.training)
+            steps = run_steps(config, runner.folder)
+        runner.run([step for step in steps if step.writes in ("log", "split", "samples", "plans")])
+        if command == "run":
+            for model in variants(config).values():
+                check_trainable(runner.artifacts["samples"], model)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
+    say(console, "\n# steps, as name: reads -> writes")
+    for line in as_lines(steps):
+        say(console, f"# {line}")
     return 0
 
 
@@ -180,7 +180,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # The other workers take the chief's settings, whatever it may be writing there now.
     folder = flags.run_dir if this_worker().is_chief else None
     names_data = {"data.source", "data.path"} & settings.keys()
-    holds_nothing = folder is not None and not holds_run(folder)
+    holds_nothing = folder is not None and not RunFolder(folder).holds_run()
     # What may change in a finished run does not begin another.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:
@@ -188,7 +188,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
-        base = read_settings(folder)
+        base = RunFolder(folder).settings()
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
         if "genres" not in settings.get("data.item_features", ["genres"]):

@@ -332,29 +332,19 @@ class Log:
     ) -> Split[Log]:
         """Splits the log into what trains, what validates and what tests.
 
-        | kind | what tests | users without enough positives |
-        |---|---|---|
-        | time | all that came after a moment, the same for all users | kept |
-        | last_share | the last share of each user's positives | dropped |
-        | last_n | each user's last few positives | dropped |
-        | held_out_users | the last positives of users that training never saw | dropped |
-        | column | what the log's own column `part` says: train, validation, test or null | kept |
-
-        Only `time` keeps a user's training from other users' later clicks. In a log without any
-        order the last positives of a user are some drawn at random. A user's events of an item stay
-        in one part, so that a part may hold a few more or fewer than asked for, and of a user of
-        few items none.
+        The options are those of `SplitConfig`, which describes the kinds of splits. Only `time`
+        keeps a user's training from other users' later clicks. In a log without any order the last
+        positives of a user are some drawn at random. A user's events of an item stay in one part,
+        so that a part may hold a few more or fewer than asked for, and of a user of few items none.
 
         Args:
-            kind: None: time in a log with timestamps, else last_share.
-            validation: A share of the positives (of what the test leaves of each user's, for
-                last_share; of the users, for held_out_users), a number of positives a user (for
-                last_n), or the moment at which validation starts, with a time zone, also as text
-                such as "2024-01-31T00:00:00Z" (for time). None: .05, or 1.
-            test: The same of the test. None: .1, or 1.
-            target_share: Share of a held-out user's last positives that is to be found.
-            min_positives: Users with fewer are dropped, all their events.
-            seed: Of the draw of held-out users, and of positives where there is no order.
+            kind: See `SplitConfig.kind`.
+            validation: See `SplitConfig.validation`; a moment also as text, such as
+                "2024-01-31T00:00:00Z".
+            test: The same for the test.
+            target_share: See `SplitConfig.target_share`.
+            min_positives: See `SplitConfig.min_positives`.
+            seed: Seed of the draw of held-out users, and of positives where there is no order.
 
         Returns:
             The split, which unpacks: `train, validation, test = log.split()`. A part without a

@@ -138,23 +138,33 @@ class TrainingSet:
         or if the folder holds samples of another log, seed or `hard`, or files that are none.
         """
         folder = Path(folder)
-        made_of = {
-            "log": log.fingerprint(),
-            "order": log.order,
-            "request_features": dict(log.request_features),
-            "seed": seed,
-            "hard": repr(hard),
-        }
-        if is_whole(folder / "report.json"):
-            hold_to(folder / MADE_OF_FILE, made_of)
-        else:
-            if num_positives := count_rows(log.events.filter(is_positive)):
-                check_one_batch(num_positives, min_positives)
-            refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
-            folder.mkdir(parents=True, exist_ok=True)
-            # Before them: samples without it would be taken for those of any log.
-            write_record(folder / MADE_OF_FILE, made_of)
-            build_samples(log, folder, seed=seed, hard=hard)
+        if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:
+            return found
+        if num_positives := count_rows(log.events.filter(is_positive)):
+            check_one_batch(num_positives, min_positives)
+        refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Before them: samples without it would be taken for those of any log.
+        write_record(folder / MADE_OF_FILE, _made_of(log, seed, hard))
+        build_samples(log, folder, seed=seed, hard=hard)
+        return cls._open(log, folder)
+
+    @classmethod
+    def read(
+        cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
+    ) -> TrainingSet | None:
+        """Reads the samples that `build` has left in a folder; None if they are not whole.
+
+        A `ValueError` if they are of another log, seed or `hard`.
+        """
+        folder = Path(folder)
+        if not is_whole(folder / "report.json"):
+            return None
+        hold_to(folder / MADE_OF_FILE, _made_of(log, seed, hard))
+        return cls._open(log, folder)
+
+    @classmethod
+    def _open(cls, log: Log, folder: Path) -> TrainingSet:
         report = read_record(folder / "report.json", check_files=False)
         samples, corpus = read_samples(folder), Corpus.read(log, folder)
         features = corpus.request_features
@@ -180,3 +190,14 @@ class TrainingSet:
                 "the training part who clicked anything clicked or saw every item. Give the log "
                 "items that were not shown to everyone, as the item table may hold."
             )
+
+
+def _made_of(log: Log, seed: int, hard: FunnelLosers | None) -> dict[str, Any]:
+    """Returns what the samples of a log depend on, JSON-able."""
+    return {
+        "log": log.fingerprint(),
+        "order": log.order,
+        "request_features": dict(log.request_features),
+        "seed": seed,
+        "hard": repr(hard),
+    }

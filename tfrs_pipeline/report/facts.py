@@ -37,7 +37,7 @@ from tfrs_pipeline.report.verdict import (
     compared_with_baselines,
     found_by_index,
 )
-from tfrs_pipeline.run.folder import CONFIG_FILE, read_settings
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_ids, read_samples
 
@@ -249,7 +249,7 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
 def gather_facts(folder: Path) -> RunFacts:
     """Reads all that the report needs from a run's folder."""
     require_finished_run(folder)
-    config = read_settings(folder)
+    config = RunFolder(folder).settings()
     metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
     split = Split.read(log, folder / "data" / "split.parquet")

@@ -6,13 +6,13 @@ same budget; only what a positive is compared with differs, and how it is weighe
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from pydantic_core import to_jsonable_python
@@ -30,20 +30,17 @@ from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comp
 from tfrs_pipeline.evaluation.results import EvaluationResult
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.negatives.popularity import Popularity
-from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run.data import OnStep, RunData, Steps, prepare
-from tfrs_pipeline.run.folder import claim_folder
-from tfrs_pipeline.run.pipeline import evaluate_all
-from tfrs_pipeline.run.training import check_trainable, train_and_refit
+from tfrs_pipeline.run.data import RunData, data_steps
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.measure import evaluate_all
+from tfrs_pipeline.run.plans import Plan, about_exposed, every_loser, sampling_plans
+from tfrs_pipeline.run.steps import OnStep, Runner, Step
+from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
 
-# Columns that a row draws from its hard negatives, in plans of one stage and of several.
-NUM_HARD = 8
 # Of the corpus, drawn uniformly, that positives are compared with in the AUC.
 NUM_CORPUS_ITEMS = 1000
 # Column -> stage of the items that positives are compared with: of those that the user met in the
@@ -53,8 +50,6 @@ AUC_STAGES: dict[str, Stage] = {
     "auc_rank_losers": Stage.PRE_RANKED,
     "auc_exposed": Stage.EXPOSED,
 }
-# A way of choosing negatives: what it changes in the config, by dotted name.
-Plan: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,7 @@ class _Measured:
     summary: dict[str, Any]
     per_query: dict[str, np.ndarray]
     training: TrainingResult
+    unmined: list[str]
 
 
 @dataclass(frozen=True)
@@ -98,197 +94,93 @@ def compare(
         raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
-    with claim_folder(config, folder, is_run=False):
-        return _compare(config, folder, Steps(on_step, on_progress))
-
-
-def prepare_plans(
-    config: RunConfig, folder: Path, step: Steps
-) -> tuple[RunData, dict[str, Plan], list[str]]:
-    """Makes the data of a comparison and its plans, as `compare` does; trains nothing.
-
-    Returns the data, the plans by name, and notes: on plans that are missing and on what the
-    comparison cannot show. Raises what `prepare`, `sampling_plans` and, of a plan,
-    `check_trainable` raise.
-    """
-    data = prepare(config, folder, step, hard=_every_loser(config))
-    with step("plans") as report:
-        pools = data.final.samples.hard_pools
-        logged = [name for name, pool in pools.items() if len(pool.values)]
-        num_candidates = len(data.final.corpus.candidate_ids)
-        max_epochs = _max_epochs(config, len(data.selection.samples))
-        plans, notes = sampling_plans(config, logged, num_candidates, max_epochs)
-        for plan in plans.values():  # Refused before the first one is trained.
-            planned = with_settings(config, {**plan, "training.max_epochs": max_epochs})
-            check_trainable(data, planned.model, planned.training)
-        notes += _about_exposed(config, data.test, plans.values())
-        report.notes = [f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes]
-    return data, plans, notes
-
-
-def _compare(config: RunConfig, folder: Path, step: Steps) -> PlanComparison:
-    data, plans, notes = prepare_plans(config, folder, step)
-    positives, others = _auc_rows(config, data)
-    max_epochs = _max_epochs(config, len(data.selection.samples))
-    measured: dict[str, _Measured] = {}
-    for name, plan in plans.items():
-        with step(name) as report:
-            model = train_and_refit(
-                with_settings(config, plan),
-                data,
-                max_epochs=max_epochs,
-                folder=folder / "plans" / name / "checkpoints",
-                name=name,
-                on_progress=step.on_progress,
+    place = RunFolder(folder)
+    with place.claim(config, is_run=False):
+        runner = Runner(config, place, on_step, on_progress)
+        plans: Plans = runner.run(plan_steps(config))
+        data = runner.artifacts["samples"]
+        rows_of_queries = _auc_rows(config, data)
+        measured: dict[str, _Measured] = {}
+        for name, planned in plans.configs.items():
+            train = training_step(name, planned, place.plan(name))
+            measure = functools.partial(_measure, rows_of_queries)
+            measured[name] = runner.run(
+                [train, Step(f"measure {name}", ("samples", name), "measured", measure)]
             )
-            result = evaluate_all(config, {name: model}, data.test, step.on_progress).first
-            queries = model.query_embeddings(data.test.as_queries())
-            candidates = model.network.embed_corpus()
-            per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
-            per_query |= {
-                column: auc_per_query(queries, candidates, positives, rows)
-                for column, rows in others.items()
-            }
-            measured[name] = _Measured(result.summary(), per_query, model.result)
-            report.notes = model.notes
-            without_hard = [x for x in model.notes if x.startswith("no hard negatives")]
-            notes += [f"{name}: {x}" for x in without_hard]
-    return _write(_rows(measured, config), config, notes, plans, folder)
+            del runner.artifacts[name]  # One network at a time.
+        unmined = [f"{name}: {note}" for name, x in measured.items() for note in x.unmined]
+        return _write(_rows(measured, config), config, [*plans.notes, *unmined], plans, place)
 
 
-def _every_loser(config: RunConfig) -> FunnelLosers:
-    """Asks for the pools of every stage that a plan may want; a plan draws from its own."""
-    losers = _losers_of(config)
-    stages = losers.stages
-    if "exposed" in config.compare.plans and "exposed" not in stages:
-        stages = (*stages, "exposed")
-    return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
+@dataclass(frozen=True)
+class Plans:
+    """The plans of a comparison.
 
-
-def _losers_of(config: RunConfig) -> FunnelLosers:
-    hard = config.model.hard
-    return hard if isinstance(hard, FunnelLosers) else FunnelLosers()
-
-
-def sampling_plans(
-    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
-) -> tuple[dict[str, Plan], list[str]]:
-    """Turns the plans of a config into settings, by name; says what is missing.
-
-    Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
-    all of them but in-batch alone see the same number. `logged` are the stages whose losers the
-    samples hold, `max_epochs` is a plan's budget, None that of the training. A `ValueError` if the
-    reference is missing, or a plan does not go with the other settings.
+    Attributes:
+        changes: By name, what a plan changes in the config.
+        configs: By name, the settings that a plan trains with.
+        notes: What is missing, and what the comparison cannot show.
     """
-    common: dict[str, Any] = {
-        "model.correction": "mixture",
-        "model.hard": None,
-        "model.resampling_exponent": 0.0,
+
+    changes: Mapping[str, Plan]
+    configs: Mapping[str, RunConfig]
+    notes: Sequence[str]
+
+
+def plan_steps(config: RunConfig) -> list[Step]:
+    """Returns the steps that make the data and the plans of a comparison; they train nothing."""
+    return [
+        *data_steps(config, every_loser(config)),
+        Step("plans", ("samples",), "plans", _make_plans),
+    ]
+
+
+def _make_plans(runner: Runner, data: RunData) -> Plans:
+    """Makes the plans, and refuses each that cannot be trained before the first one is."""
+    config = runner.config
+    pools = data.final.samples.hard_pools
+    logged = [name for name, pool in pools.items() if len(pool.values)]
+    num_candidates = len(data.final.corpus.candidate_ids)
+    max_epochs = _max_epochs(config, len(data.selection.samples))
+    changes, notes = sampling_plans(config, logged, num_candidates, max_epochs)
+    configs = {
+        name: with_settings(config, {**change, "training.max_epochs": max_epochs})
+        for name, change in changes.items()
     }
-    notes: list[str] = []
-    if config.training.examples != "single":
-        # For every plan alike: in-batch negatives are positives of single examples.
-        common["training.examples"] = "single"
-        notes.append("every plan is trained with training.examples 'single'")
-    plans: dict[str, Plan] = {}
-    for kind in config.compare.plans:
-        found, note = _plans_of_kind(
-            kind, config, logged, num_candidates, max_epochs or config.training.max_epochs
-        )
-        plans |= {name: {**common, **plan} for name, plan in found.items()}
-        notes += [note] if note else []
-    if config.compare.reference not in plans:
-        raise ValueError(
-            f"compare.reference is {config.compare.reference!r}, a plan that is missing here "
-            f"({'; '.join(notes)}). Choose another reference."
-        )
-    for plan in plans.values():  # Refused before the first one is trained.
-        with_settings(config, plan)
-    return plans, notes
+    for planned in configs.values():
+        check_trainable(data, planned)
+    notes += about_exposed(config, data.test, changes.values())
+    runner.note(f"{counted(len(changes), 'plan')}: {', '.join(changes)}", *notes)
+    return Plans(changes, configs, notes)
 
 
-def _plans_of_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
-) -> tuple[dict[str, Plan], str]:
-    """Turns a kind of plan into settings, several for those with a list of values; with a note."""
-    num = sum(
-        config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
-        for shared in config.model.negatives
-    )
-    in_batch = {"model.negatives": (InBatch(),)}
-    simple: dict[str, Plan] = {
-        "in_batch_uncorrected": {**in_batch, "model.correction": "none"},
-        "in_batch": in_batch,
-        "uniform": {"model.negatives": (Uniform(num),)},
-        "popularity": {"model.negatives": (Popularity(num),)},
-        "mixed": {},
+def _measure(
+    rows_of_queries: tuple[list[np.ndarray], dict[str, list[np.ndarray]]],
+    runner: Runner,
+    data: RunData,
+    model: FittedTwoTower,
+) -> _Measured:
+    config, (positives, others) = runner.config, rows_of_queries
+    result = evaluate_all(config, {model.network.name: model}, data.test, runner.on_progress).first
+    queries = model.query_embeddings(data.test.as_queries())
+    candidates = model.network.embed_corpus()
+    per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
+    per_query |= {
+        column: auc_per_query(queries, candidates, positives, rows)
+        for column, rows in others.items()
     }
-    if kind in simple:
-        return {kind: simple[kind]}, ""
-    if kind == "resampled":
-        return {
-            f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
-            for exponent in config.compare.resampling_exponents
-        }, ""
-    hard, note = _hard_kind(kind, config, logged, num_candidates, max_epochs)
-    if hard is None:
-        return {}, f"plan {kind} is missing: {note}"
-    name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
-    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
-    return {
-        f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}": {
-            "model.hard": dataclasses.replace(hard, share=share)
-        }
-        for share in shares
-    }, note
+    return _Measured(result.summary(), per_query, model.result, _about_mining(data, model))
 
 
-def _hard_kind(
-    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
-) -> tuple[FunnelLosers | Mined | None, str]:
-    """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
-    losers = _losers_of(config)
-    stages = tuple(stage for stage in losers.stages if stage in logged)
-    if kind == "exposed":
-        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
-        return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
-    if kind != "mined" and stages:
-        if not isinstance(config.model.hard, FunnelLosers):
-            losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
-        return losers.of_stages(stages), ""
-    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
-    if mined.every >= max_epochs:
-        return None, (
-            f"it is mined for every {mined.every} epochs (model.hard.every), and a plan has "
-            f"{max_epochs} (training.max_epochs, compare.max_steps)"
-        )
-    if num_candidates <= mined.min_rank:
-        rank = mined.min_rank
-        return None, f"{num_candidates:,} items have no rank {rank} (model.hard.min_rank)"
-    if kind == "mined":
-        return mined, ""
-    of_stages = " or ".join(losers.stages)
-    return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
-
-
-def _about_exposed(config: RunConfig, test: Holdout, plans: Iterable[Plan]) -> list[str]:
-    """Warns of a gain that is none: exposed items that cannot come back as test positives.
-
-    A plan that pushes them down frees places for what can be found, unless they are excluded.
-    """
-    if config.evaluation.exclude != "clicked":
-        return []
-    if not any("exposed" in getattr(plan["model.hard"], "stages", ()) for plan in plans):
-        return []
-    comes_back = any(
-        len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
-        for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
-    )
-    if comes_back:
+def _about_mining(data: RunData, model: FittedTwoTower) -> list[str]:
+    """Notes a plan whose measured training was over before the first mining."""
+    hard, result = model.settings.hard, model.result
+    num_epochs = result.best_epoch if data.has_refit else result.num_epochs
+    if not isinstance(hard, Mined) or num_epochs > hard.every:
         return []
     return [
-        "no exposed item comes back as a test positive in this log, so that plans with exposed "
-        "negatives seem better than they are: set evaluation.exclude to 'seen'"
+        "no hard negatives were mined: training ended within the first "
+        f"{hard.every} epochs (model.hard.every)"
     ]
 
 
@@ -362,17 +254,19 @@ def _write(
     rows: Sequence[PlanRow],
     config: RunConfig,
     notes: Sequence[str],
-    plans: Mapping[str, Plan],
-    folder: Path,
+    plans: Plans,
+    place: RunFolder,
 ) -> PlanComparison:
-    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
+    folder, cutoffs = place.path, config.evaluation.cutoffs
+    reference = config.compare.reference
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
         "plans": [
-            {**row.as_dict(), "settings": to_jsonable_python(plans[row.name])} for row in rows
+            {**row.as_dict(), "settings": to_jsonable_python(plans.changes[row.name])}
+            for row in rows
         ],
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))

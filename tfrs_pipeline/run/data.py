@@ -1,13 +1,11 @@
-"""The data of a run: its log, the split of it and the samples, in the run's folder."""
+"""The data of a run: its log, the split of it and the samples, each a step."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +18,24 @@ from tfrs_pipeline.durable import Damaged, is_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.negatives.funnel import FunnelLosers
-from tfrs_pipeline.run.folder import CONFIG_FILE
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.sources.movielens import load_movielens_100k
-
-OnStep = Callable[["StepReport"], None]
-
-
-@dataclass
-class StepReport:
-    """What one step of a command did: its name, lines for the user, wall time."""
-
-    name: str
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass
-class Steps:
-    """Times the steps of a command, shows them as they begin and end, keeps their notes."""
-
-    on_step: OnStep
-    on_progress: OnProgress
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[StepReport]:
-        """Runs a step within; what is noted in its report is kept."""
-        report = StepReport(name)
-        start = time.monotonic()
-        self.on_progress(name, 0, 0)
-        yield report
-        self.notes[name] = report.notes
-        report.seconds = self.seconds[name] = round(time.monotonic() - start, 3)
-        self.on_step(report)
 
 
 @dataclass(frozen=True)
 class RunData:
     """What the trainings of a run have in common.
 
-    `selection` are samples of the training part, `final` those of all that precedes the test, as
-    far as the run trains on it. Of queries there is a sample where there are more than the config
-    asks for.
+    Attributes:
+        split: The split of the log.
+        selection: Samples of the training part.
+        final: Samples of all that the tested models are trained on; `selection` if the run trains
+            once.
+        validation: Queries that choose the epoch, sampled if there are more than the config asks
+            for.
+        test: Queries that measure, sampled in the same way.
     """
 
     split: Split[Log]
@@ -73,55 +44,97 @@ class RunData:
     validation: Holdout
     test: Holdout
 
+    @property
+    def has_refit(self) -> bool:
+        """Whether models are trained again on all that precedes the test."""
+        return self.final is not self.selection
 
-def prepare(
-    config: RunConfig, folder: Path, step: Steps, hard: FunnelLosers | None = None
-) -> RunData:
-    """Makes the data, the split and the samples of a config, or reads what a folder holds of them.
 
-    Losers are found for `hard` in place of the config's own, if it is given. `Damaged` if the
-    folder's log is not as it was written; a `DataError` if the data is refused, a `ValueError` if
-    validation or test has nothing to find.
+def data_steps(config: RunConfig, hard: FunnelLosers | None = None) -> list[Step]:
+    """Returns the steps that make the samples of a config, with the losers that `hard` asks for.
+
+    None asks for the losers of the config.
     """
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
-    with step("data") as report:
-        connection = connect_engine(config.data)
-        if not (folder / "data" / "log.json").exists():
-            log = load_log(config.data, connection)
-            (folder / "data").mkdir(parents=True, exist_ok=True)
-            log.write(folder / "data")
-        try:
-            log = Log.read(folder / "data", connection)
-        except Damaged as error:
-            # Made again it might be of other events than what was trained on it.
-            raise Damaged(
-                f"{error} All else in {folder} was made from it: train in another folder, with "
-                f"--config {folder / CONFIG_FILE} --run-dir NEW, and delete this one."
-            ) from error
-        report.notes = log.describe()
-    with step("split") as report:
-        path = folder / "data" / "split.parquet"
-        if not is_whole(path.with_suffix(".json")):
-            log.split(**dict(config.split), seed=config.seed).write(path)
-        split = Split.read(log, path)
-        report.notes = split.describe()
-    with step("samples") as report:
-        samples = folder / "samples"
-        build = functools.partial(
-            TrainingSet.build,
-            seed=config.seed,
-            hard=hard,
-            min_positives=config.training.min_positives,
-        )
-        selection = final = build(split.train, samples / "selection")
-        if final_part(config, split) is not split.train:
-            final = build(split.before_test, samples / "final")
-        report.notes = describe_samples(final.report)
+    seed, least = config.seed, config.training.min_positives
+    make_sets = functools.partial(TrainingSet.build, seed=seed, hard=hard, min_positives=least)
+    read_sets = functools.partial(TrainingSet.read, seed=seed, hard=hard)
+    return [
+        Step("data", (), "log", _make_log, _read_log, "data/"),
+        Step("split", ("log",), "split", _make_split, _read_split, "data/split.parquet"),
+        Step(
+            "samples",
+            ("split",),
+            "samples",
+            functools.partial(_samples, make_sets),
+            functools.partial(_samples, read_sets),
+            "samples/",
+        ),
+    ]
+
+
+def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
+    """Makes the samples of a config in a folder, or reads those there; see `data_steps`.
+
+    Raises:
+        Damaged: If the folder's log is not as it was written.
+        DataError: If the data is refused.
+        ValueError: If validation or test has nothing to find.
+    """
+    data: RunData = Runner(config, RunFolder(folder)).run(data_steps(config, hard))
+    return data
+
+
+def _make_log(runner: Runner) -> Log | None:
+    runner.folder.data.mkdir(parents=True, exist_ok=True)
+    load_log(runner.config.data).write(runner.folder.data)
+    return _read_log(runner)
+
+
+def _read_log(runner: Runner) -> Log | None:
+    folder = runner.folder
+    if not (folder.data / "log.json").exists():
+        return None
+    try:
+        log = Log.read(folder.data, connect_engine(runner.config.data))
+    except Damaged as error:
+        # Made again it might be of other events than what was trained on it.
+        raise Damaged(
+            f"{error} All else in {folder.path} was made from it: train in another folder, with "
+            f"--config {folder.config_file} --run-dir NEW, and delete this one."
+        ) from error
+    runner.note(*log.describe())
+    return log
+
+
+def _make_split(runner: Runner, log: Log) -> Split[Log] | None:
+    split = log.split(**dict(runner.config.split), seed=runner.config.seed)
+    split.write(runner.folder.split)
+    return _read_split(runner, log)
+
+
+def _read_split(runner: Runner, log: Log) -> Split[Log] | None:
+    if not is_whole(runner.folder.split.with_suffix(".json")):
+        return None
+    split = Split.read(log, runner.folder.split)
+    runner.note(*split.describe())
+    return split
+
+
+def _samples(
+    get: Callable[[Log, Path], TrainingSet | None], runner: Runner, split: Split[Log]
+) -> RunData | None:
+    """Gets the samples of both trainings, and the queries of validation and test."""
+    config, last = runner.config, final_part(runner.config, split)
+    selection = final = get(split.train, runner.folder.samples("selection"))
+    if last is not split.train:
+        final = get(last, runner.folder.samples("final"))
+    if selection is None or final is None:
+        return None
+    runner.note(*describe_samples(final.report))
     validation = split.holdout("validation", config.training.validation_users, config.seed)
-    test = split.holdout(
-        "test", config.evaluation.max_users, config.seed, trained_on=final_part(config, split)
-    )
+    test = split.holdout("test", config.evaluation.max_users, config.seed, trained_on=last)
     for holdout in (validation, test):
         check_measurable(holdout, config.evaluation.exclude)
     return RunData(split, selection, final, validation, test)

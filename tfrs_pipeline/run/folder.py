@@ -1,4 +1,4 @@
-"""The folder of a run: one process works in it, with the settings that it was begun with."""
+"""The folder of a run: where things lie in it, who works in it, with which settings."""
 
 from __future__ import annotations
 
@@ -6,265 +6,219 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
-from tfrs_pipeline.data.settings import DataConfig
-from tfrs_pipeline.durable import (
-    is_whole,
-    locked,
-    naming,
-    read_record,
-    replace_text,
-    try_writing,
-)
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.durable import is_whole, locked, naming, read_record, replace_text, try_writing
+from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE = "config.toml", "metrics.json"
-# What would be replaced in a folder that is somebody's own.
+MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
+"""Settings of a begun run that may change until something is exported."""
+
+# What a run replaces, and what somebody else may have under the same name.
 _REPLACED = (
     *(CONFIG_FILE, "data", "samples", "plans", "native.log", "report.html"),
     *("comparison.json", "comparison.md", "comparison.svg"),
 )
-# What shows that a run was begun, and its settings hold from then on.
+# What shows that a run was begun: from then on its settings hold.
 _BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
 _MAX_DIFFERENCES = 10
-# What a resumed run may be told otherwise, as long as nothing is exported.
-MAY_CHANGE = ("export.gate", "export.index", "export.target_recall")
 
 
-@contextlib.contextmanager
-def claim_folder(config: RunConfig, folder: Path, *, is_run: bool) -> Iterator[None]:
-    """Works in a folder: no other process does meanwhile, and its settings are these.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run or of a comparison."""
 
-    What was made for a run whose data is refused goes again. Where several workers train together,
-    the chief's claim is that of all. Where a run exports, the model's folder is tried too.
+    path: Path
 
-    Raises:
-        ConfigError: If the folder's settings are damaged.
-        InUse: If another process works in it.
-        StorageError: If it, or where the model is to be exported, cannot be written.
-        ValueError: If it holds a run with other settings, a comparison where a run is asked for or
-            the reverse, or TensorFlow could not use its path.
-    """
-    import duckdb  # Here: the command line's help does without it.
+    @property
+    def config_file(self) -> Path:
+        """The settings, with their hash."""
+        return self.path / CONFIG_FILE
 
-    if not this_worker().is_chief:
-        yield
-        return
-    exports = is_run and config.export.index != "none"
-    for written in (folder, *([config.model_folder] if exports else [])):
-        # TensorFlow takes these for a pattern when it reads, and not when it writes.
-        if wrong := sorted(set("[\\") & set(str(written))):
-            raise ValueError(
-                f"{written} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
-                "writes there. Choose a folder without."
+    @property
+    def metrics_file(self) -> Path:
+        """The record of a finished run."""
+        return self.path / METRICS_FILE
+
+    @property
+    def data(self) -> Path:
+        """The log and its split."""
+        return self.path / "data"
+
+    @property
+    def split(self) -> Path:
+        """The part of every event."""
+        return self.data / "split.parquet"
+
+    def samples(self, part: str) -> Path:
+        """Returns where the samples of a training are: "selection" or "final"."""
+        return self.path / "samples" / part
+
+    def checkpoints(self, model: str) -> Path:
+        """Returns where the two trainings of a model are."""
+        return self.path / "checkpoints" / model
+
+    def plan(self, name: str) -> Path:
+        """Returns where the two trainings of a sampling plan are."""
+        return self.path / "plans" / name / "checkpoints"
+
+    def holds_run(self) -> bool:
+        """Returns whether there is a run or a comparison, or what is left of one."""
+        return any((self.path / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Reads what a finished run has measured; None if it is not finished."""
+        return read_record(self.metrics_file) if is_whole(self.metrics_file) else None
+
+    def settings(self) -> RunConfig:
+        """Reads the settings that the run was begun with.
+
+        Raises:
+            ConfigError: If the file is missing, cut or changed: what is left of it might be the
+                settings of another run.
+        """
+        path = self.config_file
+        text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+        settings, _, written = text.rpartition(_HASH_LINE)
+        if not written or written.strip() != _hash(settings):
+            message = (
+                "is not as the run wrote it: lost, cut or changed. A run keeps the settings that "
+                "it began with. Put the file back, or give settings with --config FILE and another "
+                "--run-dir"
             )
-        try_writing(written)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    is_new = not folder.exists() or not any(folder.iterdir())
-    with naming(folder, duckdb.IOException):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
-            _refuse_other_command(folder, is_run=is_run)
-            _settle_settings(config, folder)
-            try:
-                yield
-            except ValueError:
-                if is_new and not any((folder / x).exists() for x in ("checkpoints", "plans")):
-                    _empty(folder, made)
-                raise
+            raise ConfigError([("", message)], str(path))
+        return load_config(path)
 
+    @contextlib.contextmanager
+    def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
+        """Keeps other processes out of the folder, and holds it to its settings.
 
-def _refuse_other_command(folder: Path, *, is_run: bool) -> None:
-    """Refuses (`ValueError`) to run where a comparison lies, and the other way round."""
-    left, what = (("plans",), "comparison") if is_run else (("checkpoints", METRICS_FILE), "run")
-    if any((folder / name).exists() for name in left):
-        raise ValueError(f"{folder} holds a {what}. Choose another folder with --run-dir.")
+        If the data is rejected, files created for the run are removed. If several workers train
+        together, the chief claims the folder for all. If a run exports, the model's folder is
+        tried too.
 
+        Raises:
+            ConfigError: If the folder's settings are damaged.
+            InUse: If another process works in it.
+            StorageError: If it, or the model's folder, cannot be written.
+            ValueError: If it holds a run with other settings, a comparison where a run is asked
+                for or the reverse, or TensorFlow could not use its path.
+        """
+        if not this_worker().is_chief:
+            yield
+            return
+        import duckdb  # Here: the command line's help does without it.
 
-def _empty(folder: Path, made: Sequence[Path]) -> None:
-    """Removes what a folder holds, and the folders that were made for it, the innermost first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if not made:
-        folder.mkdir(exist_ok=True)
-    for path in made[1:]:
-        with contextlib.suppress(OSError):  # Another run may be in it by now.
-            path.rmdir()
+        exports = is_run and config.export.index != "none"
+        for written in (self.path, *([config.model_folder] if exports else [])):
+            _check_path(written)
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        is_new = not self.path.exists() or not any(self.path.iterdir())
+        with naming(self.path, duckdb.IOException):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locked(self.path / "lock"):
+                self._refuse_other_command(is_run=is_run)
+                self._settle_settings(config)
+                try:
+                    yield
+                except ValueError:
+                    is_trained = any((self.path / x).exists() for x in ("checkpoints", "plans"))
+                    if is_new and not is_trained:
+                        _remove(self.path, made)
+                    raise
 
-
-def read_settings(folder: Path) -> RunConfig:
-    """Reads the settings that a run's folder was begun with.
-
-    A `ConfigError` if the file is missing, cut or changed: what is left of it might be the settings
-    of another run.
-    """
-    path = folder / CONFIG_FILE
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    settings, _, written = text.rpartition(_HASH_LINE)
-    if not written or written.strip() != _hash(settings):
-        message = (
-            "is not as the run wrote it: lost, cut or changed. A run keeps the settings that it "
-            "began with. Put the file back, or give settings with --config FILE and another "
-            "--run-dir"
+    def _refuse_other_command(self, *, is_run: bool) -> None:
+        left, what = (
+            (("plans",), "comparison") if is_run else (("checkpoints", METRICS_FILE), "run")
         )
-        raise ConfigError([("", message)], str(path))
-    return load_config(path)
+        if any((self.path / name).exists() for name in left):
+            raise ValueError(f"{self.path} holds a {what}. Choose another folder with --run-dir.")
+
+    def _settle_settings(self, config: RunConfig) -> None:
+        """Writes the settings, or checks that they are those of the run that is here."""
+        # A run whose data was refused has left nothing behind: its settings may be mended in place.
+        if not any((self.path / x).exists() for x in _BEGUN):
+            self._refuse_files_of_others()
+            self._write_settings(config)
+            return
+        old, new = (_flat(x.model_dump(mode="json")) for x in (self.settings(), config))
+        every_change = [name for name in old | new if old.get(name) != new.get(name)]
+        metrics = self.metrics()
+        is_exported = metrics is not None and exported_version(metrics, config.model_folder)
+        may_change = MAY_CHANGE[:1] if is_exported else MAY_CHANGE
+        changed = [name for name in every_change if name not in may_change]
+        if changed:
+            lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
+            more = len(changed) - len(lines)
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({'; '.join(lines)}"
+                f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, "
+                "or delete this one."
+            )
+        if every_change:
+            self._write_settings(config)
+
+    def _refuse_files_of_others(self) -> None:
+        found = [name for name in _REPLACED if (self.path / name).exists()]
+        try:
+            if found:
+                self.settings()
+        except ConfigError:
+            raise ValueError(
+                f"{self.path} holds {', '.join(found)}, which a run would replace, and no "
+                f"{CONFIG_FILE} as a run has written it: they may be your own. Choose another "
+                "folder with --run-dir."
+            ) from None
+
+    def _write_settings(self, config: RunConfig) -> None:
+        settings = dump_config(config)
+        replace_text(self.config_file, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
 
 
-def _settle_settings(config: RunConfig, folder: Path) -> None:
-    """Writes the settings into a folder, or checks that they are those of what it holds."""
-    # A run whose data was refused has left nothing behind: its settings may be mended in place.
-    if not any((folder / x).exists() for x in _BEGUN):
-        _refuse_others(folder)
-        _write_settings(config, folder)
-        return
-    old, new = (_flat(each.model_dump(mode="json")) for each in (read_settings(folder), config))
-    every_change = [name for name in old | new if old.get(name) != new.get(name)]
-    may_change = MAY_CHANGE[:1] if _is_exported(folder, config.model_folder) else MAY_CHANGE
-    changed = [name for name in every_change if name not in may_change]
-    if every_change and not changed:
-        _write_settings(config, folder)
-    if changed:
-        lines = [f"{x}: {old.get(x)!r}, now {new.get(x)!r}" for x in changed[:_MAX_DIFFERENCES]]
-        more = len(changed) - len(lines)
-        raise ValueError(
-            f"{folder} holds a run with other settings ({'; '.join(lines)}"
-            f"{f'; and {more} more' if more else ''}). Choose another folder with --run-dir, or "
-            "delete this one."
-        )
-
-
-def holds_run(folder: Path) -> bool:
-    """Says whether a folder holds a run or a comparison, or what is left of one."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))
-
-
-def _refuse_others(folder: Path) -> None:
-    """Refuses (`ValueError`) to begin a run where it would replace files that are of no run."""
-    found = [name for name in _REPLACED if (folder / name).exists()]
-    try:
-        if found:
-            read_settings(folder)
-    except ConfigError:
-        raise ValueError(
-            f"{folder} holds {', '.join(found)}, which a run would replace, and no "
-            f"{CONFIG_FILE} as a run has written it: they may be your own. Choose another "
-            "folder with --run-dir."
-        ) from None
-
-
-def _is_exported(folder: Path, model_folder: Path) -> bool:
-    path = folder / METRICS_FILE
-    return is_whole(path) and find_version(read_record(path), model_folder) is not None
-
-
-def find_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
-    """Finds the version that a run has exported; another's may have taken its number.
+def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
+    """Returns the version that a finished run has exported; another's may have taken its number.
 
     It is looked for among the model's versions, and where it was written: all may have moved.
     """
     if (made := metrics["export_folder"]) is None:
         return None
     places = (model_folder / Path(made).name, Path(made))
-    return next((place for place in places if _is_of_run(place, metrics)), None)
+    return next((place for place in places if is_made_by(place, metrics)), None)
 
 
-def _is_of_run(version: Path, metrics: Mapping[str, Any]) -> bool:
+def is_made_by(version: Path, metrics: Mapping[str, Any]) -> bool:
+    """Returns whether a version was exported by the run that has measured these metrics."""
     path = version / MANIFEST_FILE
     of_model = metrics["models"]["two_tower"]
     return is_whole(path) and read_record(path, check_files=False).get("metrics") == of_model
 
 
-def _write_settings(config: RunConfig, folder: Path) -> None:
-    settings = dump_config(config)
-    replace_text(folder / CONFIG_FILE, f"{settings}{_HASH_LINE}{_hash(settings)}\n")
-
-
-def with_source(config: RunConfig, folder: Path) -> RunConfig:
-    """Returns the settings with the run to start from in place of the model that it made.
-
-    A model gets new versions: a stopped run must go on from what it has begun with, and so must one
-    that is asked for again once its own version is the newest. A `ConfigError` if there is no run.
-    """
-    path = config.warm_start
-    if path is None or (path / CONFIG_FILE).is_file():
-        return config
-    # A finished run: its source may be gone.
-    if is_whole(folder / METRICS_FILE) and (source := read_settings(folder).warm_start) is not None:
-        return config.model_copy(update={"warm_start": source})
-    versions = versions_of(path)
-    version = path / str(versions[-1]) if versions else path
-    if not (version / MANIFEST_FILE).is_file():
-        message = f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
-        raise ConfigError([("warm_start", message)])
-    made_by = read_record(version / MANIFEST_FILE, check_files=False).get("run")
-    if made_by is None:
-        message = f"{version} was exported from Python: no run holds its optimizer state"
-        raise ConfigError([("warm_start", f"{message}. Use TwoTower.fit(warm_start=...) there")])
-    if not (Path(made_by) / CONFIG_FILE).is_file():
-        message = (
-            f"{version} was made by the run {made_by}, which is gone, and its optimizer state with "
-            "it. Give another run's folder, or none to train from nothing"
+def _check_path(folder: Path) -> None:
+    """Refuses a folder that cannot be written, or whose files TensorFlow could not read back."""
+    # TensorFlow takes these for a pattern when it reads, and not when it writes.
+    if wrong := sorted(set("[\\") & set(str(folder))):
+        raise ValueError(
+            f"{folder} holds {' and '.join(wrong)}: TensorFlow could not read back what it "
+            "writes there. Choose a folder without."
         )
-        raise ConfigError([("warm_start", message)])
-    of_run = Path(made_by) / METRICS_FILE
-    if is_whole(of_run) and not _is_of_run(version, read_record(of_run)):
-        message = (
-            f"{version} was made by a run in {made_by}, where another run is now. Give the folder "
-            "of the run to start from"
-        )
-        raise ConfigError([("warm_start", message)])
-    source = Path(made_by)
-    if Path(made_by).resolve() == folder.resolve():
-        source = read_settings(folder).warm_start
-        if source is None:
-            message = (
-                f"{version} was made by this very run, which began from nothing. To train on from "
-                "it, give another --run-dir"
-            )
-            raise ConfigError([("warm_start", message)])
-    return config.model_copy(update={"warm_start": source})
+    try_writing(folder)
 
 
-def check_model_name(config: RunConfig) -> None:
-    """Checks a name that comes from the file of the events, before anything is done in it.
-
-    A `ConfigError` if nothing of it can name a folder, or a model of other data has it: a version
-    of that model is added only if it is asked for by name.
-    """
-    if config.export.name is not None:
-        return
-    if not config.model_name:
-        message = f"required: no letter or digit in the name of {config.data.path} to name it by"
-        raise ConfigError([("export.name", message)])
-    if config.export.index == "none":
-        return
-    for number in versions_of(config.model_folder):
-        path = config.model_folder / str(number) / MANIFEST_FILE
-        # A model that Python exported has no config: of what data it is, nobody knows.
-        manifest = read_record(path, check_files=False)
-        theirs = manifest.get("config", {}).get("data")
-        if theirs is None or manifest.get("log") != origin(config.data):
-            made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
-            message = (
-                f"{path.parent} is a model of {made_of}: set another "
-                f"name, or {config.model_name!r} to add a version to it all the same"
-            )
-            raise ConfigError([("export.name", message)])
-
-
-def origin(data: DataConfig) -> str:
-    """Says which log it is: by its path from the root, a table of Spark by its name."""
-    if data.path is None:
-        return data.source
-    # A link to a file stays: today's may be another than yesterday's.
-    path = data.path
-    return str(path if data.source == "spark" else path.parent.resolve() / path.name)
+def _remove(folder: Path, made: Sequence[Path]) -> None:
+    """Empties a folder and removes the folders that were made for it, the innermost first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not made:
+        folder.mkdir(exist_ok=True)
+    for path in made[1:]:
+        with contextlib.suppress(OSError):  # Another run may be in it by now.
+            path.rmdir()
 
 
 def _hash(settings: str) -> str:

@@ -1,30 +1,220 @@
-"""The trainings of a run: the epochs are chosen on validation, then the model is trained again."""
+"""The trainings of a run: made, read back, and started from by another run."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.durable import is_whole, read_record, write_record
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.batching import make_batches
-from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.distribution import on_chief, training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, optimizer_of, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
 from tfrs_pipeline.model.queries import QueryEncoder
-from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import shape_problems
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import METRICS_FILE, read_settings
-from tfrs_pipeline.settings import ConfigError, refuse
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.run.versions import settings_of_finished
+from tfrs_pipeline.settings import refuse
 
 Training: TypeAlias = Literal["selection", "refit"]
+
+# Beside the two trainings of a model: written when both are done.
+TRAINED_FILE = "trained.json"
+
+
+def training_step(name: str, config: RunConfig, folder: Path) -> Step:
+    """Returns the step that trains a model of these settings, and keeps it in a folder."""
+
+    def make(runner: Runner, data: RunData) -> FittedTwoTower:
+        progress = runner.on_progress
+        model = train_and_refit(config, data, name=name, folder=folder, on_progress=progress)
+        runner.note(*model.notes)
+        return model
+
+    def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
+        model = read_trained(config, data, folder, name)
+        if model is not None:
+            runner.note(*model.notes)
+        return model
+
+    return Step(f"train {name}", ("samples",), name, make, read, f"{folder.parent.name}/{name}/")
+
+
+def check_trainable(data: RunData, config: RunConfig) -> None:
+    """Refuses what either training would, before hours of the first.
+
+    Raises:
+        DataError: If nothing is left to train on, or losers are asked for and there is none.
+        ValueError: If there are too few positives for a batch, or the warm-up leaves no step for
+            the decay.
+    """
+    settings, training = config.model, config.training
+    for part in (data.selection, data.final):
+        part.check_negatives_left(settings.hard)
+        batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
+        optimizer_of(training, training.max_epochs * batches.steps_per_epoch)
+
+
+def train_and_refit(
+    config: RunConfig,
+    data: RunData,
+    *,
+    name: str = "two_tower",
+    folder: Path | None = None,
+    max_seconds: float | None = None,
+    on_progress: OnProgress = lambda *task: None,
+) -> FittedTwoTower:
+    """Chooses the number of epochs on validation, then trains on all that precedes the test.
+
+    Args:
+        config: The model and its trainings. If there is a run to start from (`warm_start`), the
+            first training starts from the first one there, which has seen nothing of what validates
+            here, the second from the second.
+        data: The samples of both trainings, and the validation part.
+        name: Name of the model.
+        folder: Where both trainings are kept, to be resumed if stopped.
+        max_seconds: After these the first training begins no epoch.
+        on_progress: Called within both.
+
+    Returns:
+        The fitted model. Its `result` is that of the first training, its `notes` are about both.
+    """
+    check_trainable(data, config)
+    fit = functools.partial(_fit, config, data, name=name, folder=folder, on_progress=on_progress)
+    model = fit("selection", config.training.max_epochs, max_seconds=max_seconds)
+    chosen = model.result
+    monitored = chosen.history[f"val_{config.training.monitor}"]
+    notes = [
+        *(_about_source(config.warm_start, name, data) if config.warm_start else []),
+        f"best validation {config.training.monitor} {max(monitored):.4f} after epoch "
+        f"{chosen.best_epoch} of {len(monitored)}",
+    ]
+    results = [chosen]
+    if data.has_refit:
+        model = fit("refit", chosen.best_epoch)
+        results.append(model.result)
+        notes.append(
+            "trained again on training and validation positives for "
+            f"{counted(chosen.best_epoch, 'epoch')}"
+        )
+    notes += [
+        f"resumed after epoch {result.resumed_after}"
+        for result in results
+        if 0 < result.resumed_after < result.num_epochs
+    ]
+    model = dataclasses.replace(model, result=chosen, notes=[*notes, *model.notes])
+    if folder is not None:
+        on_chief(lambda: _write_trained(folder, data, model))
+    return model
+
+
+def _fit(
+    config: RunConfig,
+    data: RunData,
+    step: Training,
+    max_epochs: int,
+    *,
+    name: str,
+    folder: Path | None,
+    on_progress: OnProgress,
+    max_seconds: float | None = None,
+) -> FittedTwoTower:
+    task, source = f"{name}, {step}", config.warm_start
+
+    def on_epoch(so_far: TrainingResult) -> None:
+        note = describe_epoch(so_far, config.training.monitor, max_epochs)
+        on_progress(task, so_far.num_epochs, max_epochs, note)
+
+    def on_steps(epoch: int, done: int, total: int) -> None:
+        on_progress(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
+
+    return plan_of(config, name).fit_samples(
+        data.selection if step == "selection" else data.final,
+        data.validation if step == "selection" else None,
+        max_epochs=max_epochs,
+        max_seconds=max_seconds,
+        warm_start=None if source is None else trained_in(source, step, name),
+        folder=None if folder is None else folder / step,
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        on_epoch=on_epoch,
+        on_steps=on_steps,
+        on_progress=on_progress,
+        log=data.split.train,
+    )
+
+
+def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
+    """Records that a model is trained, and by which files."""
+    step, epoch = "refit" if data.has_refit else "selection", model.result.best_epoch
+    files = sorted((folder / step).glob(f"epoch-{epoch}.*"))
+    about = {"result": dataclasses.asdict(model.result), "notes": list(model.notes)}
+    write_record(folder / TRAINED_FILE, about, files)
+
+
+def read_trained(
+    config: RunConfig, data: RunData, folder: Path, name: str = "two_tower"
+) -> FittedTwoTower | None:
+    """Reads what `train_and_refit` has trained in a folder; None if that is not done or damaged."""
+    if not on_chief(lambda: is_whole(folder / TRAINED_FILE)):
+        return None
+    about = read_record(folder / TRAINED_FILE, check_files=False)
+    chosen, step = TrainingResult(**about["result"]), "refit" if data.has_refit else "selection"
+    model = read_training(
+        config, name, data.final.corpus, data.split.train, folder / step, chosen.best_epoch
+    )
+    return dataclasses.replace(model, result=chosen, notes=about["notes"])
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Returns the settings of each model that a run trains, by name."""
+    found = {"two_tower": config}
+    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
+        found["two_tower_uncorrected"] = with_settings(config, {"model.correction": "none"})
+    return found
+
+
+def plan_of(config: RunConfig, name: str) -> TwoTower:
+    """Returns the model of a config, not fitted."""
+    return TwoTower(**dict(config.model), training=config.training, seed=config.seed, name=name)
+
+
+def read_training(
+    config: RunConfig, name: str, corpus: Corpus, log: Log, folder: Path, epoch: int
+) -> FittedTwoTower:
+    """Reads a model from the checkpoints of a training, as it was after an epoch.
+
+    Raises:
+        Damaged: If a file is not as the training wrote it.
+        FileNotFoundError: If the epoch is not kept.
+    """
+    if config.warm_start is not None:  # As it was trained.
+        corpus = dataclasses.replace(corpus, is_later=None)
+    with training_strategy().scope():
+        network = plan_of(config, name).build(corpus)
+    result = read_epoch(network, config.training, folder, epoch)
+    encoder = QueryEncoder.of(network, corpus)
+    return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+
+
+def check_source(config: RunConfig) -> None:
+    """Checks the run to start from, before anything is done.
+
+    Raises:
+        ConfigError: If that run is not finished, or its model is of another shape.
+    """
+    if config.warm_start is not None:
+        refuse(shape_problems(settings_of_finished(config.warm_start).model, config.model))
 
 
 def trained_in(
@@ -50,172 +240,44 @@ def trained_in(
 
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
-    folder = Path(folder)
-    config = _settings_of_finished(folder)
-    trained, settings = read_record(folder / METRICS_FILE)["training"], variants(config)
+    run = RunFolder(Path(folder))
+    models = variants(settings_of_finished(run.path))
+    trained = read_record(run.metrics_file)["training"]
     if name not in trained:
         return None
-    checkpoints = folder / "checkpoints" / name
+    checkpoints = run.checkpoints(name)
     if not (checkpoints / step).is_dir():
         step = "selection"
-    split = _split_of(folder)
-    part, samples = (
-        (split.train, "selection") if step == "selection" else (split.before_test, "final")
-    )
-    corpus = Corpus.read(part, folder / "samples" / samples)
-    if config.warm_start is not None:  # As it was trained.
-        corpus = dataclasses.replace(corpus, is_later=None)
-    plan = TwoTower(**dict(settings[name]), training=config.training, seed=config.seed, name=name)
-    network, best_epoch = plan.build(corpus), trained[name]["best_epoch"]
-    result = read_epoch(network, config.training, checkpoints / step, best_epoch)
-    encoder = QueryEncoder.of(network, corpus)
-    return FittedTwoTower(
-        settings[name], config.training, corpus, network, encoder, result, log=part
-    )
+    split = split_in(run)
+    log, part = (split.train, "selection") if step == "selection" else (split.before_test, "final")
+    corpus = Corpus.read(log, run.samples(part))
+    best_epoch = trained[name]["best_epoch"]
+    return read_training(models[name], name, corpus, log, checkpoints / step, best_epoch)
 
 
-def variants(config: RunConfig) -> dict[str, TwoTowerSettings]:
-    """Returns by name the settings of the models that a run trains."""
-    found = {"two_tower": config.model}
-    if "uncorrected" in config.evaluation.baselines and config.model.correction != "none":
-        without = config.model.model_copy(update={"correction": "none"})
-        found["two_tower_uncorrected"] = without
-    return found
+def split_in(folder: RunFolder) -> Split[Log]:
+    """Reads the split of a run's log."""
+    return Split.read(Log.read(folder.data), folder.split)
 
 
-def check_source(config: RunConfig) -> None:
-    """Refuses (`ConfigError`) a run that cannot be started from, before anything is done.
-
-    Such a run is not finished, or its model is of another shape.
-    """
-    if config.warm_start is not None:
-        refuse(shape_problems(_settings_of_finished(config.warm_start).model, config.model))
-
-
-def _settings_of_finished(folder: Path) -> RunConfig:
-    if not (folder / METRICS_FILE).is_file():
-        message = f"got {str(folder)!r}, a run that is not finished: go on with it first"
-        raise ConfigError([("warm_start", message)])
-    return read_settings(folder)
-
-
-def _split_of(folder: Path) -> Split[Log]:
-    return Split.read(Log.read(folder / "data"), folder / "data" / "split.parquet")
-
-
-def _about_source(folder: Path, name: str, data: RunData) -> list[str]:
-    """Says where a model has started, and warns if that has seen what is held out here."""
-    if not (folder / "checkpoints" / name).is_dir():
-        return [f"from nothing: {folder} has no {name}"]
-    notes = [f"started from {folder}"]
-    source = _split_of(folder)
-    if data.split.kind == source.kind == "time":
-        has_refit = (folder / "checkpoints" / name / "refit").is_dir()
-        final = "before_test" if has_refit else "train"
-        for part, held_out in (("train", "validation"), (final, "test")):
-            last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
-            events = data.split.events
-            of_part = events.filter(events["part"] == held_out)
-            first = of_part["timestamp"].min().to_pyarrow().as_py()
-            if first is not None and last >= first:
-                notes.append(
-                    f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, and {held_out} "
-                    f"begins {first:%Y-%m-%d %H:%M}: what it measures here is too good"
-                )
+def _about_source(path: Path, name: str, data: RunData) -> list[str]:
+    """Says where a model has started, and warns if it has seen what is held out here."""
+    folder = RunFolder(path)
+    if not folder.checkpoints(name).is_dir():
+        return [f"from nothing: {path} has no {name}"]
+    notes = [f"started from {path}"]
+    source = split_in(folder)
+    if not data.split.kind == source.kind == "time":
+        return notes
+    final = "before_test" if (folder.checkpoints(name) / "refit").is_dir() else "train"
+    for part, held_out in (("train", "validation"), (final, "test")):
+        last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
+        events = data.split.events
+        of_part = events.filter(events["part"] == held_out)
+        first = of_part["timestamp"].min().to_pyarrow().as_py()
+        if first is not None and last >= first:
+            notes.append(
+                f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, and {held_out} "
+                f"begins {first:%Y-%m-%d %H:%M}: what it measures here is too good"
+            )
     return notes
-
-
-def check_trainable(data: RunData, settings: TwoTowerSettings, training: TrainingSettings) -> None:
-    """Refuses what either training would, before hours of the first.
-
-    Raises:
-        DataError: If nothing is left to train on, or losers are asked for and there is none.
-        ValueError: If there are too few positives for a batch, or the warm-up leaves no step for
-            the decay.
-    """
-    for part in (data.selection, data.final):
-        part.check_negatives_left(settings.hard)
-        batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
-        optimizer_of(training, training.max_epochs * batches.steps_per_epoch)
-
-
-def train_and_refit(
-    config: RunConfig,
-    data: RunData,
-    *,
-    settings: TwoTowerSettings | None = None,
-    max_epochs: int | None = None,
-    max_seconds: float | None = None,
-    folder: Path | None = None,
-    name: str = "two_tower",
-    warm_start: Path | None = None,
-    on_progress: OnProgress = lambda *task: None,
-) -> FittedTwoTower:
-    """Chooses the number of epochs on validation, then trains on all that precedes the test.
-
-    `training.refit` says whether there is that second training. After `max_seconds` the first one
-    begins no epoch. `settings`, of the model, and `max_epochs`, where given, stand for the config's
-    own.
-
-    Both trainings are kept in `folder`, to be resumed if stopped. `warm_start` is the folder of a
-    run to start from: the first training from the first one there, which has seen nothing of what
-    validates here, the second from what came of the second.
-
-    Returns the model; its `result` is that of the first training, and its `notes` tell of both.
-    """
-    training = config.training
-    if max_epochs is not None:
-        training = training.model_copy(update={"max_epochs": max_epochs})
-
-    def fit(
-        samples: TrainingSet, step: Training, max_epochs: int, validation: Holdout | None
-    ) -> FittedTwoTower:
-        def on_epoch(so_far: TrainingResult) -> None:
-            note = describe_epoch(so_far, training.monitor, max_epochs)
-            on_progress(f"{name}, {step}", so_far.num_epochs, max_epochs, note)
-
-        def on_steps(epoch: int, done: int, total: int) -> None:
-            note = describe_steps(epoch, done, total)
-            on_progress(f"{name}, {step}", epoch - 1, max_epochs, note)
-
-        plan = TwoTower(
-            **dict(settings or config.model), training=training, seed=config.seed, name=name
-        )
-        return plan.fit_samples(
-            samples,
-            validation,
-            max_epochs=max_epochs,
-            max_seconds=max_seconds if validation else None,
-            warm_start=None if warm_start is None else trained_in(warm_start, step, name),
-            folder=None if folder is None else folder / step,
-            exclude=config.evaluation.exclude,
-            cutoffs=config.evaluation.cutoffs,
-            on_epoch=on_epoch,
-            on_steps=on_steps,
-            on_progress=on_progress,
-            log=data.split.train,
-        )
-
-    check_trainable(data, settings or config.model, training)
-    model = fit(data.selection, "selection", training.max_epochs, data.validation)
-    chosen = model.result
-    monitored = chosen.history[f"val_{training.monitor}"]
-    notes = [
-        *(_about_source(warm_start, name, data) if warm_start else []),
-        f"best validation {training.monitor} {max(monitored):.4f} after epoch "
-        f"{chosen.best_epoch} of {len(monitored)}",
-    ]
-    results = [chosen]
-    if data.final is not data.selection:
-        model = fit(data.final, "refit", chosen.best_epoch, None)
-        notes.append(
-            "trained again on training and validation positives for "
-            f"{counted(chosen.best_epoch, 'epoch')}"
-        )
-        results.append(model.result)
-    notes += [
-        f"resumed after epoch {result.resumed_after}"
-        for result in results
-        if 0 < result.resumed_after < result.num_epochs
-    ]
-    return dataclasses.replace(model, result=chosen, notes=[*notes, *model.notes])

@@ -113,8 +113,7 @@ def export(
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
         index: `Exact()`, `Scann()`, or `Auto()`, which None is: by the number of items.
         filter_by: Column of the items by whose values requests may filter.
-        keep_versions: How many versions to keep: the newest two, then the newest of each training,
-            then further refreshes; None keeps all.
+        keep_versions: How many versions to keep, as `ExportConfig.keep_versions` says.
         item_ids: The model's items to retrieve; histories may hold its other items too. None takes
             the items of the log's item table, or all without one.
         user_data: Whether to export what the log says about users: ids, histories, features,

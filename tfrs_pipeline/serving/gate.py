@@ -17,7 +17,7 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name among what is evaluated.
 
@@ -32,17 +32,34 @@ def version_in_service(
 ) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
-    It is searched exactly, as a new model is: the two differ in what they have learned alone. Of
-    the items it finds those that the new model has, too; it cannot find what is new. `exported` are
-    the candidates that the new model's export retrieves, None if all. The new model is measured
-    with the others as well, so this version finds them too, by id, if it was trained on them.
-    Requests bring a user's features to an export without user data: here they come from the `log`.
-    `without` is a version that is passed over. A `ValueError` if it has none of the candidates.
+    Both are searched exactly, so that they differ only in what they have learned. The version finds
+    those of its items that the new model has too, and nothing that is new.
+
+    Args:
+        folder: The model's folder.
+        candidate_ids: The new model's items.
+        exported: Those that the new model's export retrieves; None if all. The new model is
+            measured with the others as well, so the version finds them too if it was trained on
+            them.
+        log: The log of the new model. An export without user data takes a user's features from it,
+            where a request would bring them.
+        without: A version that is passed over.
+
+    Raises:
+        ValueError: If the version has none of the candidates.
     """
     newest = _newest(folder, without)
     if newest is None:
         return None
     retriever = load(newest, exact=True)
+    ids, embeddings = _comparable(retriever, candidate_ids, exported)
+    return ExactRetriever(ids, embeddings, _query_embedder(retriever, log))
+
+
+def _comparable(
+    retriever: LoadedRetriever, candidate_ids: np.ndarray, exported: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and embeddings of the candidates that a version finds."""
     # Of either type, whatever this run's are; NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
@@ -56,16 +73,22 @@ def version_in_service(
     known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
-    if len(left_out):
-        nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
-        embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
-        known = np.concatenate([known, left_out[is_trained]])
-        embeddings = np.concatenate([embeddings, embedded[is_trained]])
+    if not len(left_out):
+        return known, embeddings
+    nothing = {x.name: [None] * len(left_out) for x in retriever.features["candidate"]}
+    embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
+    ids = np.concatenate([known, left_out[is_trained]])
+    return ids, np.concatenate([embeddings, embedded[is_trained]])
+
+
+def _query_embedder(
+    retriever: LoadedRetriever, log: Log | None
+) -> Callable[[Sequence[Query]], np.ndarray]:
+    """Returns a function that embeds a run's queries with a version, by what both know."""
     asked_for = retriever.features["request"]
-    if log is not None:  # One that is of another kind by now says nothing.
+    if log is not None:  # A feature that is of another kind by now says nothing.
         asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
     read = request_signature(asked_for, reads_times=True)
-
     of_user = None
     if log is not None and not retriever.manifest.get("user_data", True):
         kinds = log.user_features
@@ -84,7 +107,7 @@ def version_in_service(
             asked = [{**query, "features": x} for query, x in zip(asked, features, strict=True)]
         return retriever.embed_queries(asked)
 
-    return ExactRetriever(known, embeddings, embed)
+    return embed
 
 
 def _newest(folder: Path, without: Path | None) -> Path | None:

@@ -95,27 +95,14 @@ def refresh_index(
             than 16 items.
         ExportError: As `export`; so is RuntimeError.
     """
+    path = Path(items)
     # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
     with publishing(version_at(model).parent):
-        # The brute-force fallback needs no ScaNN, and has the same encoder.
-        retriever = load(model, exact=True)
-        if not retriever.folder.name.isdecimal():
-            raise ValueError(
-                "A version's folder is named by its number, such as saved_models/NAME/3: the new "
-                f"one is written beside it. Received: {retriever.folder}"
-            )
-        number, path = int(retriever.folder.name), Path(items)
+        retriever = _load_numbered(model)
         before = set(retriever.candidate_ids())
-        found, notes = _read_items(path, retriever)
-        # Before the items are embedded, which takes long.
-        if not allow_all_new:
-            _refuse_lost_features(path, found, retriever.features["candidate"])
-        num_unknown = {
-            feature.name: _num_unknown(path, found, feature, allow_all=allow_all_new)
-            for feature in retriever.features["candidate"]
-            if feature.holds_categories
-        }
-        table, embeddings, is_trained = _embed(path, found, retriever, on_progress)
+        found = _read_items(path, retriever, allow_all_new=allow_all_new)
+        # Checked before the items are embedded, which takes long.
+        table, embeddings, is_trained = _embed(path, found.table, retriever, on_progress)
         ids = table["item_id"].to_pylist()
         if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
             raise DataError(
@@ -126,13 +113,14 @@ def refresh_index(
         num_untrained = int((~is_trained).sum())
         on_progress("index", 0, 0)
         options = ExportOptions.of(retriever.manifest)
-        if index is not None:
-            options = replace(options, index=index)
-        if keep_versions is not None:
-            options = replace(options, keep_versions=keep_versions)
+        number = int(retriever.folder.name)
         folder, manifest = export_index(
             retriever.folder.parent,
-            options,
+            replace(
+                options,
+                index=index or options.index,
+                keep_versions=keep_versions or options.keep_versions,
+            ),
             encoder=retriever.saved_model.encoder,
             embeddings=embeddings,
             items=table,
@@ -155,12 +143,23 @@ def refresh_index(
         num_new=len(set(ids) - before),
         num_untrained=num_untrained,
         num_dropped=len(before - set(ids)),
-        num_skipped=found.num_rows - len(ids),
-        num_unknown=num_unknown,
+        num_skipped=found.table.num_rows - len(ids),
+        num_unknown=found.num_unknown,
         has_trained_unknown=_has_trained_unknown(retriever.manifest),
         index=manifest["index"],
-        notes=notes,
+        notes=found.notes,
     )
+
+
+def _load_numbered(model: str | Path) -> LoadedRetriever:
+    # The brute-force fallback needs no ScaNN, and has the same encoder.
+    retriever = load(model, exact=True)
+    if not retriever.folder.name.isdecimal():
+        raise ValueError(
+            "A version's folder is named by its number, such as saved_models/NAME/3: the new "
+            f"one is written beside it. Received: {retriever.folder}"
+        )
+    return retriever
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
@@ -203,7 +202,16 @@ def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
     return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
 
 
-def _read_items(path: Path, retriever: LoadedRetriever) -> tuple[pa.Table, list[str]]:
+@dataclass(frozen=True)
+class _Found:
+    """Items of a file, lines on what was dropped of it, and `Refreshed.num_unknown`."""
+
+    table: pa.Table
+    notes: Sequence[str]
+    num_unknown: dict[str, int]
+
+
+def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) -> _Found:
     items, notes = load_items(
         path,
         is_integer_id=retriever.item_dtype == tf.int64,
@@ -213,7 +221,15 @@ def _read_items(path: Path, retriever: LoadedRetriever) -> tuple[pa.Table, list[
     table = items.to_pyarrow()
     if not table.num_rows:
         raise DataError(f"{path} holds no row. List all items to retrieve in it.")
-    return table, notes
+    features = retriever.features["candidate"]
+    if not allow_all_new:
+        _refuse_lost_features(path, table, features)
+    num_unknown = {
+        feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
+        for feature in features
+        if feature.kind in ("categorical", "multi_categorical")
+    }
+    return _Found(table, notes, num_unknown)
 
 
 def _embed(

@@ -1,0 +1,160 @@
+"""What a run measures: its models, the baselines, and the version in service."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline import __version__
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.evaluation.results import Evaluation
+from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.fitted import FittedTwoTower
+from tfrs_pipeline.model.notes import OnProgress
+from tfrs_pipeline.retrieval import Retriever
+from tfrs_pipeline.run.data import RunData
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.steps import Runner
+from tfrs_pipeline.run.versions import own_version
+from tfrs_pipeline.serving.export import LIBRARIES
+from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
+
+NUM_EXAMPLES = 4
+EXAMPLE_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the test has shown.
+
+    Attributes:
+        models: The trained models, by name; the first is to be exported.
+        evaluation: They, the baselines and the version in service, on the same queries.
+        in_service: The version in service; None if there is none or it is not compared.
+    """
+
+    models: dict[str, FittedTwoTower]
+    evaluation: Evaluation
+    in_service: ExactRetriever | None
+
+
+def measure(
+    runner: Runner, data: RunData, baselines: Mapping[str, Retriever], *models: FittedTwoTower
+) -> Measured:
+    """Evaluates the models of a run on the test beside the baselines: the step `evaluate`."""
+    config, named = runner.config, {model.network.name: model for model in models}
+    measured: dict[str, Retriever] = {**named, **baselines}
+    in_service = None
+    if is_compared(config, runner.folder):
+        log = data.split.log
+        in_service = version_in_service(
+            config.model_folder,
+            data.test.candidate_ids,
+            log.listed_ids,
+            log=log,
+            without=own_version(config, runner.folder.path),
+        )
+        if in_service is not None:
+            measured[IN_SERVICE] = in_service
+    evaluation = evaluate_all(config, measured, data.test, runner.on_progress)
+    first = evaluation.first
+    num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
+    runner.note(f"{counted(num_queries, 'query')}, {num_relevant:,} items to find")
+    runner.note(*first.describe())
+    return Measured(named, evaluation, in_service)
+
+
+def is_compared(config: RunConfig, folder: RunFolder) -> bool:
+    """Returns whether to measure the version in service: for the gate, or if it refused the run."""
+    metrics = folder.metrics()
+    return config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
+
+
+def evaluate_all(
+    config: RunConfig,
+    retrievers: Mapping[str, Retriever],
+    holdout: Holdout,
+    on_progress: OnProgress = lambda *task: None,
+) -> Evaluation:
+    """Evaluates retrievers by the settings of a config, the first compared with the others."""
+    return evaluate(
+        retrievers,
+        holdout,
+        exclude=config.evaluation.exclude,
+        cutoffs=config.evaluation.cutoffs,
+        seed=config.seed,
+        on_progress=on_progress,
+    )
+
+
+def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
+    """Gathers what metrics.json holds of the data, the trainings and the test.
+
+    The differences say by how much others are above the two-tower model, query by query.
+    """
+    return {
+        "dataset": config.model_name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "split": data.split.report(),
+        **measured.evaluation.summary(),
+        "training": {
+            name: {
+                "best_epoch": model.result.best_epoch,
+                # A part of validation without an item to find measures NaN, which is no JSON.
+                "history": {
+                    metric: [None if np.isnan(value) else value for value in values]
+                    for metric, values in model.result.history.items()
+                },
+            }
+            for name, model in measured.models.items()
+        },
+        "examples": _examples(measured.models["two_tower"], data.test, config),
+        "versions": {
+            "tfrs-pipeline": __version__,
+            "python": platform.python_version(),
+            **{library: importlib.metadata.version(library) for library in LIBRARIES},
+        },
+    }
+
+
+def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
+    """Shows what a few test queries are answered, chosen by length of history, short to long.
+
+    Each has `EXAMPLE_LENGTH` ids at most of the history, the latest first, and of the recommended
+    items, the best first, without what the evaluation excludes; found are the recommended ones that
+    are among the items to find.
+    """
+    order = np.argsort([len(history) for history in holdout.histories], kind="stable")
+    places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
+    numbers = list(dict.fromkeys(order[places].tolist()))
+    queries = holdout.as_queries()
+    excluded = holdout.excluded(config.evaluation.exclude)
+    ids, scores = retriever.retrieve(
+        [queries[i] for i in numbers],
+        min(EXAMPLE_LENGTH, len(holdout.candidate_ids)),
+        None if excluded is None else [excluded[i] for i in numbers],
+    )
+    examples = []
+    for i, recommended, is_item in zip(numbers, ids, scores > -np.inf, strict=True):
+        relevant = set(holdout.relevant[i].tolist())
+        shown = recommended[is_item].tolist()
+        examples.append(
+            {
+                "user_id": holdout.user_ids[i : i + 1].tolist()[0],
+                "num_history": len(holdout.histories[i]),
+                "history": holdout.histories[i][::-1][:EXAMPLE_LENGTH].tolist(),
+                "recommended": shown,
+                "num_relevant": len(relevant),
+                "found": [id_ for id_ in shown if id_ in relevant],
+            }
+        )
+    return examples

@@ -1,0 +1,159 @@
+"""The sampling plans of a comparison: which negatives each trains with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.data.holdout import Holdout
+from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.negatives.in_batch import InBatch
+from tfrs_pipeline.negatives.mined import Mined
+from tfrs_pipeline.negatives.popularity import Popularity
+from tfrs_pipeline.negatives.uniform import Uniform
+
+Plan: TypeAlias = Mapping[str, Any]
+"""A way of choosing negatives: what it changes in the config, by dotted name."""
+
+# Columns that a row draws from its hard negatives, in plans of one stage and of several.
+NUM_HARD = 8
+
+
+def every_loser(config: RunConfig) -> FunnelLosers:
+    """Asks for the pools of every stage that a plan may want; a plan draws from its own."""
+    losers = _losers_of(config)
+    stages = losers.stages
+    if "exposed" in config.compare.plans and "exposed" not in stages:
+        stages = (*stages, "exposed")
+    return dataclasses.replace(losers, stages=stages, allow_exposed="exposed" in stages)
+
+
+def _losers_of(config: RunConfig) -> FunnelLosers:
+    hard = config.model.hard
+    return hard if isinstance(hard, FunnelLosers) else FunnelLosers()
+
+
+def sampling_plans(
+    config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
+) -> tuple[dict[str, Plan], list[str]]:
+    """Turns the plans of a config into settings, by name; says what is missing.
+
+    Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
+    all of them but in-batch alone see the same number. `logged` are the stages whose losers the
+    samples hold, `max_epochs` is a plan's budget, None that of the training. A `ValueError` if the
+    reference is missing, or a plan does not go with the other settings.
+    """
+    common: dict[str, Any] = {
+        "model.correction": "mixture",
+        "model.hard": None,
+        "model.resampling_exponent": 0.0,
+    }
+    notes: list[str] = []
+    if config.training.examples != "single":
+        # For every plan alike: in-batch negatives are positives of single examples.
+        common["training.examples"] = "single"
+        notes.append("every plan is trained with training.examples 'single'")
+    plans: dict[str, Plan] = {}
+    for kind in config.compare.plans:
+        found, note = _plans_of_kind(
+            kind, config, logged, num_candidates, max_epochs or config.training.max_epochs
+        )
+        plans |= {name: {**common, **plan} for name, plan in found.items()}
+        notes += [note] if note else []
+    if config.compare.reference not in plans:
+        raise ValueError(
+            f"compare.reference is {config.compare.reference!r}, a plan that is missing here "
+            f"({'; '.join(notes)}). Choose another reference."
+        )
+    for plan in plans.values():  # Refused before the first one is trained.
+        with_settings(config, plan)
+    return plans, notes
+
+
+def _plans_of_kind(
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
+) -> tuple[dict[str, Plan], str]:
+    """Turns a kind of plan into settings, several for those with a list of values; with a note."""
+    num = sum(
+        config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
+        for shared in config.model.negatives
+    )
+    in_batch = {"model.negatives": (InBatch(),)}
+    simple: dict[str, Plan] = {
+        "in_batch_uncorrected": {**in_batch, "model.correction": "none"},
+        "in_batch": in_batch,
+        "uniform": {"model.negatives": (Uniform(num),)},
+        "popularity": {"model.negatives": (Popularity(num),)},
+        "mixed": {},
+    }
+    if kind in simple:
+        return {kind: simple[kind]}, ""
+    if kind == "resampled":
+        return {
+            f"resampled_{exponent:g}": {"model.resampling_exponent": exponent}
+            for exponent in config.compare.resampling_exponents
+        }, ""
+    hard, note = _hard_kind(kind, config, logged, num_candidates, max_epochs)
+    if hard is None:
+        return {}, f"plan {kind} is missing: {note}"
+    name = "mined" if isinstance(hard, Mined) else "exposed" if kind == "exposed" else "hybrid"
+    shares = (0.5,) if kind == "hybrid_50_50" else config.compare.hard_shares
+    return {
+        f"{name}_50_50" if share == 0.5 else f"{name}_{share:g}": {
+            "model.hard": dataclasses.replace(hard, share=share)
+        }
+        for share in shares
+    }, note
+
+
+def _hard_kind(
+    kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
+) -> tuple[FunnelLosers | Mined | None, str]:
+    """Chooses the hard negatives of a kind of plan, None if there are none, and says why."""
+    losers = _losers_of(config)
+    stages = tuple(stage for stage in losers.stages if stage in logged)
+    if kind == "exposed":
+        hard = FunnelLosers(stages=("exposed",), num=NUM_HARD, allow_exposed=True)
+        return (hard, "") if "exposed" in logged else (None, "the log holds no exposed items")
+    if kind != "mined" and stages:
+        if not isinstance(config.model.hard, FunnelLosers):
+            losers = dataclasses.replace(losers, num=NUM_HARD // len(stages))
+        return losers.of_stages(stages), ""
+    mined = config.model.hard if isinstance(config.model.hard, Mined) else Mined(num=NUM_HARD)
+    if mined.every >= max_epochs:
+        return None, (
+            f"it is mined for every {mined.every} epochs (model.hard.every), and a plan has "
+            f"{max_epochs} (training.max_epochs, compare.max_steps)"
+        )
+    if num_candidates <= mined.min_rank:
+        rank = mined.min_rank
+        return None, f"{num_candidates:,} items have no rank {rank} (model.hard.min_rank)"
+    if kind == "mined":
+        return mined, ""
+    of_stages = " or ".join(losers.stages)
+    return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
+
+
+def about_exposed(config: RunConfig, test: Holdout, plans: Iterable[Plan]) -> list[str]:
+    """Warns of a gain that is none: exposed items that cannot come back as test positives.
+
+    A plan that pushes them down frees places for what can be found, unless they are excluded.
+    """
+    if config.evaluation.exclude != "clicked":
+        return []
+    if not any("exposed" in getattr(plan["model.hard"], "stages", ()) for plan in plans):
+        return []
+    comes_back = any(
+        len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
+        for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
+    )
+    if comes_back:
+        return []
+    return [
+        "no exposed item comes back as a test positive in this log, so that plans with exposed "
+        "negatives seem better than they are: set evaluation.exclude to 'seen'"
+    ]

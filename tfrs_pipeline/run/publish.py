@@ -1,0 +1,146 @@
+"""The export of a run's model: past the gate, once, and never twice by the same training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.durable import file_hash, part_files, read_record
+from tfrs_pipeline.messages import counted
+from tfrs_pipeline.run.data import RunData
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.measure import Measured
+from tfrs_pipeline.run.steps import Runner
+from tfrs_pipeline.run.versions import name_of_log, own_version, trained_by
+from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
+from tfrs_pipeline.serving.gate import IN_SERVICE, describe_lacking, refuse_worse
+from tfrs_pipeline.serving.index import search_of
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
+from tfrs_pipeline.serving.refresh import describe_undone
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of the export.
+
+    Attributes:
+        folder: The new version; None if the model is not exported.
+        index: What its index is, as the manifest has it.
+        refusal: Why the gate let the model not pass, if it is that.
+    """
+
+    folder: Path | None = None
+    index: dict[str, Any] | None = None
+    refusal: str | None = None
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Returns what metrics.json holds of it."""
+        if self.folder is None:
+            return {"index": {"kind": "none, not published"}, "export_folder": None}
+        return {"index": self.index, "export_folder": str(self.folder.resolve())}
+
+
+def read_exported(runner: Runner, *_: Any) -> Exported | None:
+    """Reads the version that this training has made, if the run was killed right after that.
+
+    None if there is no such version, or the run is to have another index by now.
+    """
+    version = own_version(runner.config, runner.folder.path)
+    if version is None:
+        return None
+    manifest = read_record(version / MANIFEST_FILE, check_files=False)
+    export = runner.config.export.model_dump(mode="json")
+    then = manifest["config"]["export"]
+    if export["index"] != "none" and any(then[x] != export[x] for x in ("index", "target_recall")):
+        return None
+    runner.note(f"{version}, exported before the run was stopped, is kept")
+    return Exported(version, manifest["index"])
+
+
+def export_best(runner: Runner, data: RunData, measured: Measured) -> Exported:
+    """Exports the two-tower model, unless the version in service is better: the step `export`."""
+    config, listed = runner.config, data.split.log.listed_ids
+    if config.export.index == "none":
+        runner.note("export.index is 'none': nothing is exported")
+        return Exported()
+    try:
+        runner.note(*_pass_gate(runner, measured))
+    except NotPublished as error:
+        runner.note("not exported: the version in service is better")
+        return Exported(refusal=str(error))
+    if measured.in_service is not None:
+        known = {"in_service": measured.in_service.corpus.values, "exported": listed}
+        runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
+    undone = describe_undone(config.model_folder, _began(runner.folder), listed)
+    if undone is not None:
+        runner.note(undone)
+    folder, manifest = export_version(
+        measured.models["two_tower"],
+        config.model_folder,
+        ExportOptions(
+            search_of(config.export.index, config.export.target_recall),
+            config.export.filter_by,
+            config.export.keep_versions,
+        ),
+        item_ids=None,
+        user_data=config.export.user_data,
+        # A ScaNN index is tuned and measured on these; the first user is the manifest's example.
+        queries=data.test.as_queries(),
+        manifest={
+            "config": config.model_dump(mode="json"),
+            **_made_by(config, runner.folder),
+            "counts": data.final.report,
+            "metrics": measured.evaluation.summary()["models"]["two_tower"],
+        },
+    )
+    if num_left := len(data.test.candidate_ids) - len(listed):
+        runner.note(
+            f"{counted(num_left, 'item')} of the log that the item table lacks: read in "
+            "histories, not retrieved"
+        )
+    runner.note(describe_index(manifest["index"], len(listed)))
+    runner.note("a fresh process loaded the export and gave the same answers")
+    return Exported(folder, manifest["index"])
+
+
+def _pass_gate(runner: Runner, measured: Measured) -> list[str]:
+    """Compares the model with the version in service, but not with a version of itself.
+
+    Returns lines for the user. Raises `NotPublished` if the gate is closed and the model worse.
+    """
+    config = runner.config
+    if IN_SERVICE not in measured.evaluation.results:
+        return ["no version is in service yet"] if config.export.gate else []
+    try:
+        own = own_version(config, runner.folder.path)
+        monitor, models = config.training.monitor, config.model_folder
+        return [refuse_worse(measured.evaluation, monitor, models, without=own)]
+    except NotPublished as error:
+        if not config.export.gate:
+            return [f"exported all the same, without the gate: {error}"]
+        raise NotPublished(
+            f"{error} {config.model_folder} stays as it is. The trained run is kept: --run-dir "
+            f"{runner.folder.path} with --no-export.gate exports it all the same."
+        ) from None
+
+
+def _began(folder: RunFolder) -> datetime:
+    """Returns when a run began, at the latest: no item was read before it."""
+    # A resumed run may write its settings anew: the older of the two counts.
+    files = folder.config_file, folder.data / "log.json"
+    return datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
+
+
+def _made_by(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """Returns which training makes a version, and of which data."""
+    data = folder.data
+    tables = [file for table in sorted(data.glob("*.parquet")) for file in part_files(table)]
+    return {
+        "run": str(folder.path.resolve()),
+        "log": name_of_log(config.data),
+        "data": {file.relative_to(data).as_posix(): file_hash(file) for file in tables},
+        "training": trained_by(folder.path),
+    }

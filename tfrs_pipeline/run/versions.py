@@ -1,0 +1,137 @@
+"""The exported versions of a model, and the runs that have made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tfrs_pipeline.config import RunConfig
+from tfrs_pipeline.data.settings import DataConfig
+from tfrs_pipeline.durable import Damaged, file_hash, read_record
+from tfrs_pipeline.run.folder import RunFolder, is_made_by
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.settings import ConfigError
+
+
+def trained_by(folder: Path) -> list[str]:
+    """Identifies the training of a run's model, by hashes of what its epochs recorded."""
+    epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
+    # These hold how long it took: another training has others, even with the same settings.
+    return sorted(map(file_hash, epochs))
+
+
+def own_version(config: RunConfig, folder: Path) -> Path | None:
+    """Returns the version that the training in a run's folder has made; None if there is none."""
+    training = trained_by(folder)
+    for number in reversed(versions_of(config.model_folder)):
+        version = config.model_folder / str(number)
+        try:
+            manifest = read_record(version / MANIFEST_FILE, check_files=False)
+        except Damaged:
+            continue
+        if "refreshed" not in manifest and manifest.get("training") == training:
+            return version
+    return None
+
+
+def check_model_name(config: RunConfig) -> None:
+    """Checks a model's name that comes from the file of the events, before anything is done.
+
+    Raises:
+        ConfigError: If no folder can be named by it, or a model of other data has that name: it
+            gets a version only if it is named in the settings.
+    """
+    if config.export.name is not None:
+        return
+    if not config.model_name:
+        message = f"required: no letter or digit in the name of {config.data.path} to name it by"
+        raise ConfigError([("export.name", message)])
+    if config.export.index == "none":
+        return
+    for number in versions_of(config.model_folder):
+        path = config.model_folder / str(number) / MANIFEST_FILE
+        # A model that Python exported has no config: nothing says what its data is.
+        manifest = read_record(path, check_files=False)
+        theirs = manifest.get("config", {}).get("data")
+        if theirs is None or manifest.get("log") != name_of_log(config.data):
+            made_of = theirs["path"] or theirs["source"] if theirs else "data that it does not name"
+            message = (
+                f"{path.parent} is a model of {made_of}: set another "
+                f"name, or {config.model_name!r} to add a version to it all the same"
+            )
+            raise ConfigError([("export.name", message)])
+
+
+def name_of_log(data: DataConfig) -> str:
+    """Returns which log it is: a file's path from the root, the name of a table in Spark."""
+    if data.path is None:
+        return data.source
+    # A link to a file stays: today's may be another than yesterday's.
+    path = data.path
+    return str(path if data.source == "spark" else path.parent.resolve() / path.name)
+
+
+def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Returns the settings with the run to start from in place of the model that it made.
+
+    A model gets new versions: a stopped run must go on from the run that it began with, and so must
+    a run that is asked for again once its own version is the newest.
+
+    Raises:
+        ConfigError: If there is no run to start from.
+    """
+    path = config.warm_start
+    if path is None or RunFolder(path).config_file.is_file():
+        return config
+    # A finished run: its source may be gone.
+    if folder.metrics() is not None and (source := folder.settings().warm_start) is not None:
+        return config.model_copy(update={"warm_start": source})
+    versions = versions_of(path)
+    version = path / str(versions[-1]) if versions else path
+    if not (version / MANIFEST_FILE).is_file():
+        raise _refused(
+            f"got {str(path)!r}, which is neither a run's folder nor an exported model's"
+        )
+    source = _run_that_made(version)
+    if source.resolve() != folder.path.resolve():
+        return config.model_copy(update={"warm_start": source})
+    if (first := folder.settings().warm_start) is not None:
+        return config.model_copy(update={"warm_start": first})
+    raise _refused(
+        f"{version} was made by this very run, which began from nothing. To train on from it, give "
+        "another --run-dir"
+    )
+
+
+def _run_that_made(version: Path) -> Path:
+    """Returns the folder of the run that has exported a version; a `ConfigError` if it is gone."""
+    made_by = read_record(version / MANIFEST_FILE, check_files=False).get("run")
+    if made_by is None:
+        raise _refused(
+            f"{version} was exported from Python: no run holds its optimizer state. Use "
+            "TwoTower.fit(warm_start=...) there"
+        )
+    folder = RunFolder(Path(made_by))
+    if not folder.config_file.is_file():
+        raise _refused(
+            f"{version} was made by the run {made_by}, which is gone, and its optimizer state with "
+            "it. Give another run's folder, or none to train from nothing"
+        )
+    metrics = folder.metrics()
+    if metrics is not None and not is_made_by(version, metrics):
+        raise _refused(
+            f"{version} was made by a run in {made_by}, where another run is now. Give the folder "
+            "of the run to start from"
+        )
+    return folder.path
+
+
+def _refused(message: str) -> ConfigError:
+    return ConfigError([("warm_start", message)])
+
+
+def settings_of_finished(path: Path) -> RunConfig:
+    """Reads the settings of a finished run; a `ConfigError` if it is not finished."""
+    folder = RunFolder(path)
+    if not folder.metrics_file.is_file():
+        raise _refused(f"got {str(path)!r}, a run that is not finished: go on with it first")
+    return folder.settings()
