@@ -150,8 +150,8 @@ class RunConfig(Config):
         cutoffs = list(self.evaluation.cutoffs)
         kinds = [name for name, kind in KINDS.items() if kind.holds_categories]
         is_filterable = data.item_features.get(export.filter_by or "") in kinds
-        reads_query = model.use_user_id or model.history_pooling
-        reads_query = reads_query or data.user_features or data.request_features
+        of_query = data.user_features or data.request_features
+        reads_query = model.use_user_id or model.history_pooling or of_query
         rows: list[tuple[Any, str, str]] = [
             (self.split.kind == "column" and data.source == "movielens-100k", "split.kind",
              "got 'column' with source 'movielens-100k', whose log has no column part; choose "
