@@ -57,6 +57,8 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"A {known.kind} feature has a name, and may have others of {', '.join(sorted(names))}."
             f" Received: {', '.join(settings)}."
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+    }
     del values["kind"]
     return known(**values)
