@@ -84,13 +84,13 @@ NUM_NEW = 7
 WIDTHS = dict.fromkeys(KINDS, 4) | {"numeric": 2, "timestamp": 6, "vector": 5}
 
 
-def fit(kind: str, column: Any, name: str = "x", **options: Any) -> Any:
-    """Fits a feature; a word of a single text is known, too."""
-    if kind == "text":
-        options = {"min_count": 1, **options}
-    elif kind != "multi_categorical":
-        options.pop("max_values", None)
-    return KINDS[kind].fit(name, column, **options)
+def fit(kind: str, column: Any, name: str = "x", max_values: int | None = None) -> Any:
+    """Fits a feature; words of a single text are known, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "min_count", 1)
+        for cls in (Text, MultiCategorical):
+            patch.setattr(cls, "max_values", max_values or cls.max_values)
+        return KINDS[kind].fit(name, column)
 
 
 def fitted_features() -> list[Feature]:
@@ -115,8 +115,6 @@ def new_columns() -> dict[str, list[Any]]:
         ("categorical", [7, 2.5, "7", ""], {}, "2.5 7", [7, "7", 2.5, 2], [2, 2, 1, 0]),
         ("categorical", [None, ""], {}, "", ["a", None], [0, 0]),
         ("categorical", ["tv", "app"], {}, "app tv", [" tv", "app\t", "t v"], [2, 1, 0]),
-        ("text", ["the film", "The end", "end it it"], {"min_count": 2}, "end the",
-         ["the odd end"], [[2, 1, *[0] * 14]]),
         ("multi_categorical", [["a", "b", "c"], ["a"], None], {"max_values": 2}, "a b c",
          [["c", "a", "b"], ["b"], [], None, ["", "b"], ["z", "b"]],
          [[3, 1], [2, 0], [0, 0], [0, 0], [2, 0], [2, 0]]),
@@ -134,6 +132,12 @@ def test_codes_written_down(
     assert feature.vocabulary == tuple(vocabulary.split())
     assert feature.num_codes == len(feature.vocabulary)
     assert feature.encode_column(new).tolist() == expected
+
+
+def test_a_word_of_one_text_is_unknown() -> None:
+    feature = Text.fit("x", ["the film", "The end", "end it it"])
+    assert feature.vocabulary == ("end", "the")
+    assert feature.encode_column(["the odd end"]).tolist() == [[2, 1, *[0] * 14]]
 
 
 @pytest.mark.parametrize(
@@ -520,7 +524,7 @@ assert tf.strings.lower(["I"], encoding="utf-8").numpy()[0].decode() == "\u0131"
 
 @pytest.mark.slow
 def test_a_small_process_of_another_locale_encodes_the_same(tmp_path: Path) -> None:
-    feature = Text.fit("t", ["İIi near"], min_count=1, max_values=2)
+    feature = fit("text", ["İIi near"], "t", max_values=2)
     Served([feature]).save(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps([feature.to_dict()])],

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.raw import Column, has_booleans, padded, to_text_lists
-from tfrs_pipeline.features.vocabulary import ValueLists, count_rows, list_length
+from tfrs_pipeline.features.vocabulary import ValueLists
 from tfrs_pipeline.messages import counted, printable
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
     import tensorflow as tf
-
-MAX_VALUES = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class MultiCategorical(ValueLists):
     names_elsewhere = ("list", "array", "set", "tags", "categories")
     column_types = {"array": "array<string>"}
     holds_categories = True
+    max_values = 16
+    split = staticmethod(to_text_lists)
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
@@ -50,19 +49,6 @@ class MultiCategorical(ValueLists):
         lists = stripped.filter(lambda part: part != "")
         _check_texts(column, lists)
         return lists
-
-    @classmethod
-    def fit(
-        cls,
-        name: str,
-        column: Column,
-        *,
-        reference: datetime | None = None,
-        max_values: int = MAX_VALUES,
-    ) -> Self:
-        """Takes all values as the vocabulary; up to `max_values` of a row count."""
-        counts, longest = count_rows(column, to_text_lists)
-        return cls(name, tuple(sorted(counts)), list_length(longest, max_values), longest)
 
     @property
     def raw_shape(self) -> tuple[int | None, ...]:

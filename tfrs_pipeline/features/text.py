@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.raw import Column, to_texts
-from tfrs_pipeline.features.vocabulary import ValueLists, count_rows, list_length
+from tfrs_pipeline.features.vocabulary import ValueLists
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
     import tensorflow as tf
-
-MAX_WORDS = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,8 @@ class Text(ValueLists):
     kind: ClassVar[str] = "text"
     column_types = {"string": "string"}
     what_counts = "word that two rows share"
+    min_count = 2  # Words of a single row are noise.
+    max_values = 64
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
@@ -39,34 +38,21 @@ class Text(ValueLists):
             raise column.wrong_type("a string")
         return column.value
 
-    @classmethod
-    def fit(
-        cls,
-        name: str,
-        column: Column,
-        *,
-        reference: datetime | None = None,
-        min_count: int = 2,
-        max_values: int = MAX_WORDS,
-    ) -> Self:
-        """Takes words of `min_count` rows as the vocabulary; up to `max_values` of a row count."""
-        counts, longest = count_rows(column, _words)
-        words = tuple(sorted(word for word, count in counts.items() if count >= min_count))
-        return cls(name, words, list_length(longest, max_values), longest)
+    @staticmethod
+    def split(column: Column) -> tuple[Any, np.ndarray]:
+        """Returns all words, an Arrow array, and their number in each row."""
+        import pyarrow as pa
+        import tensorflow as tf
+
+        from tfrs_pipeline.features import graph
+
+        texts = tf.constant(to_texts(column).to_pylist(), tf.string, [len(column)])
+        words = graph.words_of(texts)
+        values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
+        return values, words.row_lengths().numpy()
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32, the known words first."""
         from tfrs_pipeline.features import graph
 
         return self.known_lists(graph.words_of(raw))
-
-
-def _words(texts: Column) -> tuple[Any, np.ndarray]:
-    import pyarrow as pa
-    import tensorflow as tf
-
-    from tfrs_pipeline.features import graph
-
-    words = graph.words_of(tf.constant(to_texts(texts).to_pylist(), tf.string, [len(texts)]))
-    values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
-    return values, words.row_lengths().numpy()

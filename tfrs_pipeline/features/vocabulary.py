@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -83,6 +85,26 @@ class ValueLists(Vocabulary):
 
     what_counts: ClassVar[str] = "value"
     """What to call a known value in messages."""
+    min_count: ClassVar[int] = 1
+    """Values of fewer rows are unknown."""
+    max_values: ClassVar[int]
+    """The most known values of a row that count."""
+
+    @staticmethod
+    @abstractmethod
+    def split(column: Column) -> tuple[Any, np.ndarray]:
+        """Returns all values, an Arrow array of strings, and their number in each row."""
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Takes values of `min_count` rows; as many of a row count as the longest has.
+
+        At least 16 count, because longer lists can come later, and at most `max_values`.
+        """
+        counts, longest = count_rows(column, cls.split)
+        vocabulary = sorted(value for value, count in counts.items() if count >= cls.min_count)
+        num_values = min(max(longest, MIN_LENGTH), cls.max_values)
+        return cls(name, tuple(vocabulary), num_values, longest)
 
     def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
@@ -103,11 +125,6 @@ class ValueLists(Vocabulary):
             yield f"{num_without:,} of {counted(len(encoded), 'row')} have no {self.what_counts}"
         if self.longest > self.num_values:
             yield f"of up to {self.longest:,} the first {self.num_values} count"
-
-
-def list_length(longest: int, most: int) -> int:
-    """Returns how many values of a list count: `longest`, but 16 or more, and at most `most`."""
-    return max(1, min(max(longest, MIN_LENGTH), most))  # Longer lists can come later.
 
 
 def count_rows(
