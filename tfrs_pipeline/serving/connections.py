@@ -13,21 +13,52 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sized
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tfrs_pipeline.serving.metrics import CountRequests
+from tfrs_pipeline.serving import metrics
 
 # For the headers of a request, from its first byte or the opening of its connection.
 HEADER_SECONDS = 10.0
 # After a signal to stop: for new connections, and then for requests on the last of them.
 DRAIN_SECONDS, LAST_SECONDS = 1.0, 0.5
+
+
+class CountRequests:
+    """ASGI middleware that measures requests by handler and code."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        code = 500
+
+        async def counting_send(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            await send(message)
+
+        start = time.perf_counter()
+        with metrics.IN_FLIGHT.track_inprogress():
+            try:
+                await self._app(scope, receive, counting_send)
+            finally:
+                # The function's name, not the path, to which clients could add labels.
+                handler = getattr(scope.get("endpoint"), "__name__", "none")
+                metrics.REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)
+
 
 _BUSY = CountRequests(
     JSONResponse(

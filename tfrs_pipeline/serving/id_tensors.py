@@ -9,16 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.retrieval import check_ids
+from tfrs_pipeline.serving.signatures import empty_id
 
 
 def id_dtype(ids: np.ndarray) -> tf.DType:
     """Returns the type in which ids enter the graph: int64 or string."""
     return tf.int64 if ids.dtype == np.int64 else tf.string
-
-
-def empty_id(dtype: tf.DType) -> Any:
-    """Returns the id of an empty slot: -1 or ""."""
-    return -1 if dtype == tf.int64 else ""
 
 
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:

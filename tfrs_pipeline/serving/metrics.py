@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
 from prometheus_client import Counter, Gauge, Histogram
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -30,32 +27,3 @@ LOADS = Counter(
     "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
 )
 LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
-
-
-class CountRequests:
-    """ASGI middleware that measures requests by handler and code."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        code = 500
-
-        async def counting_send(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = message["status"]
-            await send(message)
-
-        start = time.perf_counter()
-        with IN_FLIGHT.track_inprogress():
-            try:
-                await self._app(scope, receive, counting_send)
-            finally:
-                # The function's name, not the path, to which clients could add labels.
-                handler = getattr(scope.get("endpoint"), "__name__", "none")
-                REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)

@@ -30,14 +30,14 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-    from tfrs_pipeline.serving.connections import AllowedHosts, Connection, Server
+    from tfrs_pipeline.serving.connections import AllowedHosts, Connection, CountRequests, Server
 except ImportError as missing:
     raise ImportError(
         "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
         f"project's folder. The import said: {missing}"
     ) from missing
 
-from tfrs_pipeline.serving import metrics, page, rest
+from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
@@ -133,7 +133,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
     # FastAPI's documentation pages load scripts from other sites.
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(AllowedHosts, patterns=(*settings.allowed_hosts, settings.host))
-    app.add_middleware(metrics.CountRequests)
+    app.add_middleware(CountRequests)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     _add_model(app, server)

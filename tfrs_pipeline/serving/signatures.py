@@ -9,8 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.serving.id_tensors import empty_id
-
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -94,3 +92,8 @@ def missing_value(dtype: tf.DType) -> Any:
     if dtype.is_floating:
         return np.nan
     return b"" if dtype == tf.string else empty_id(dtype)
+
+
+def empty_id(dtype: tf.DType) -> Any:
+    """Returns the id of an empty slot: -1 or ""."""
+    return -1 if dtype == tf.int64 else ""
