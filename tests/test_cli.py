@@ -83,11 +83,7 @@ def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     def run(*arguments: Any) -> RunConfig:
         own = arguments and "--run-dir" not in arguments
         given = ["--run-dir", tmp_path / f"run {len(configs)}"] if own else []
-        answer = command("run", *arguments, *given)
-        assert (
-            answer.err
-            == "error: enough\nThe error is unexpected: --verbose shows where it came from.\n"
-        )
+        assert command("run", *arguments, *given).err.startswith("error: enough\nThe error is un")
         return configs[-1]
 
     return run
@@ -274,9 +270,9 @@ def test_a_folder_without_a_run_is_not_resumed_with_other_data(
     (own / "data").mkdir(parents=True)
     (own / "data" / "events.parquet").touch()
     for folder in (tmp_path / "nope", empty, own):
+        err = f"there is no run in {folder}. {remedy}"
         answer = command("run", "--run-dir", folder)
-        assert (answer.code, answer.out) == (2, "")
-        assert f"there is no run in {folder}. {remedy}" in answer.err
+        assert (answer.code, answer.out, err in answer.err) == (2, "", True)
     assert not missing.exists()
     assert config_of("--run-dir", missing, "--seed", 4).seed == 4
     named = ["--data.source", "movielens-100k"]
@@ -355,8 +351,7 @@ def test_a_wrong_word_is_told_in_a_line(
     data = {"source": "files", "path": "a/log.csv"}
     write_record(manifest, {"config": {"data": data}})
     answer = command(*shlex.split(arguments))
-    assert answer.code == 2
-    assert answer.out == ""
+    assert (answer.code, answer.out) == (2, "")
     assert re.search(f"error: .*{message}", answer.err, re.DOTALL)
     # A problem of a file stands under the file's name.
     assert len(answer.err.splitlines()) == (2 if ".toml" in answer.err else 1)
@@ -447,22 +442,20 @@ def test_a_run_says_what_it_did_and_where_things_lie(run: Run) -> None:
         assert f"{stage:<28}{taken:8.1f} s" in lines
     assert "    dropped nothing" in lines
     (header,) = (line for line in lines if line.startswith("model  ") and "ndcg" in line)
-    assert header.split() == [
-        *("model", "ndcg@20", "recall@20", "recall@5", "tail/recall@20", "coverage@5", "mrr@5"),
-    ]
+    columns = "model ndcg@20 recall@20 recall@5 tail/recall@20 coverage@5 mrr@5"
+    assert header.split() == columns.split()
     for name in ("two_tower", "popularity"):
         (row,) = (line for line in lines if line.startswith(f"{name}  "))
         assert len(row) == len(header)
     for name in ("metrics.json", "config.toml", "report.html"):
         assert (run.folder / RUN / name).exists()
         assert any(line.endswith(f"{RUN}/{name}") for line in lines)
-    # No terminal: a line an epoch, with what validation says of it.
+    # No terminal: a line for each epoch, with its validation.
     epochs = [line for line in lines if line.startswith("    two_tower, selection ")]
-    assert epochs
     for number, line in enumerate(epochs, 1):
-        assert line.startswith(f"    two_tower, selection {number}/")
-        assert ", validation ndcg@" in line
+        assert re.match(rf" +two_tower, selection {number}/.*, validation ndcg@", line)
     (verdict,) = (line for line in lines if line.startswith("better?"))
+    assert epochs
     assert "ndcg@20" in verdict
     assert lines[-1].startswith("next:  tfrs-pipeline query ")
 
@@ -493,9 +486,7 @@ def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
     before = set(tmp_path.iterdir())
     answer = command(*arguments)
     assert (answer.code, answer.err) == (0, "")
-    stages, _, changes = answer.out.partition(
-        "\nnothing was trained or kept; settings that are not"
-    )
+    stages, _, changes = answer.out.partition("\nnothing was trained or kept; settings that are")
 
     def said(text: str) -> list[str]:
         return re.sub(r" +\d+\.\d s$", "", text, flags=re.MULTILINE).splitlines()
@@ -517,10 +508,7 @@ def test_a_check_shows_what_a_run_would_read_and_keeps_nothing(
     ("flags", "message"),
     [
         (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
-        (
-            ["--training.warmup_steps", "1000", "--training.decay", "cosine"],
-            "A warm-up of 1000 steps leaves nothing of",
-        ),
+        (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
         (["--training.batch_size", "100000"], "A batch needs 100000 positives and the"),
         (["--warm_start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
     ],
@@ -565,21 +553,18 @@ def test_report_writes_a_page_where_it_is_told_to(
     written = page.read_text()
     assert written.lstrip().startswith("<!DOCTYPE html>")
     page.unlink()
-    answer = command("report", run.folder / RUN)
-    assert (answer.code, answer.out, answer.err) == (0, f"{page}\n", "")
+    assert command("report", run.folder / RUN) == Answer(0, f"{page}\n", "")
     assert page.read_text() == written
     monkeypatch.setattr(facts, "gather_facts", lambda folder: None)
     monkeypatch.setattr(facts, "report_page", lambda found: written)
-    answer = command("report", run.folder / RUN, "--output", tmp_path)
-    assert (answer.code, answer.out) == (0, f"{tmp_path / 'report.html'}\n")
-    assert (tmp_path / "report.html").read_text() == written
+    monkeypatch.chdir(tmp_path)
+    for output, path in ((tmp_path, tmp_path / "report.html"), ("page.html", "page.html")):
+        answer = command("report", run.folder / RUN, "--output", output)
+        assert answer == Answer(0, f"{path}\n", "")
+        assert Path(path).read_text() == written
     answer = command("report", run.folder / RUN, "--output", tmp_path / "missing" / "page.html")
     assert answer.code == 1
-    assert answer.err.startswith(f"error: {tmp_path / 'missing'} is not a folder: make it first")
-    assert answer.err.count("\n") == 1
-    monkeypatch.setattr(facts, "write_report", lambda folder, output: f"{folder} to {output}")
-    answer = command("report", run.folder / RUN, "--output", "page.html")
-    assert answer.out == f"{run.folder / RUN} to page.html\n"
+    assert re.fullmatch(r"error: .*missing is not a folder: make it first.*\n", answer.err)
 
 
 @pytest.mark.parametrize(
@@ -587,15 +572,8 @@ def test_report_writes_a_page_where_it_is_told_to(
     [
         ([], "is not a run: it has no config.toml"),
         (["config.toml"], "not finished; finish it with:  tfrs-pipeline run --run-dir {quoted}"),
-        (
-            ["config.toml", "plans/mixed/x"],
-            "not finished; finish it with:  tfrs-pipeline compare --run-dir {quoted}",
-        ),
-        (
-            ["config.toml", "comparison.json"],
-            "holds a comparison, and its report is there: {folder}/comparison.md, with the figure "
-            "{folder}/comparison.svg",
-        ),
+        (["config.toml", "plans/mixed/x"], "with:  tfrs-pipeline compare --run-dir {quoted}"),
+        (["config.toml", "comparison.json"], "its report is there: {folder}/comparison.md, with"),
     ],
 )
 def test_report_says_what_to_do_with_a_folder_that_holds_no_finished_run(
@@ -606,9 +584,7 @@ def test_report_says_what_to_do_with_a_folder_that_holds_no_finished_run(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     answer = command("report", folder)
-    assert answer.code == 1
-    assert answer.out == ""
-    assert answer.err.count("\n") == 1
+    assert (answer.code, answer.out, answer.err.count("\n")) == (1, "", 1)
     assert expected.format(folder=folder, quoted=shlex.quote(str(folder))) in answer.err
 
 
@@ -677,9 +653,7 @@ def test_query_excludes_and_filters_as_it_is_told_to(command: Any, run: Run) -> 
 @pytest.mark.parametrize("user", ["123456", "-5", "9" * 30])
 def test_query_tells_of_an_unknown_user(command: Any, run: Run, user: str) -> None:
     answer = command("query", run.model, "--user", user, "-k", 3)
-    assert answer.out.startswith(
-        f"User {user} is unknown to this model: the answer for an empty history.\n"
-    )
+    assert answer.out.startswith(f"User {user} is unknown to this model")
     assert answer.out.count("Film ") == 3
     assert not asked(command, run.model, "--user", user)["is_known_user"]
 
@@ -696,16 +670,10 @@ def test_query_answers_a_history_in_its_order_and_leaves_it_out(command: Any, ru
         assert found == pytest.approx(scores[0], abs=1e-6)
     more = ("--exclude", int(ids[0][1]), 998)
     answered = asked(command, run.model, "-k", 4, "--history", *order, *more)
-    assert [item["item_id"] for item in answered["items"]] == [
-        ids[0][0],
-        *ids[0][2:],
-    ]
+    assert [item["item_id"] for item in answered["items"]] == [ids[0][0], *ids[0][2:]]
     assert (answered["unknown_excluded"], answered["unknown_items"]) == ([998], [])
     shown = command("query", run.model, "--user", 7, "--history", *history, 999).out
-    assert shown.startswith(
-        "1 of 5 items of the history say nothing: "
-        "the model's training did not have them, first 999.\n"
-    )
+    assert re.match(r"1 of 5 items of the history .*, first 999\.\n", shown)
 
 
 def test_query_refuses_an_id_of_the_wrong_type(command: Any, run: Run) -> None:
@@ -820,11 +788,9 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     )
     checkpoints = tmp_path / RUN / "checkpoints" / "two_tower" / "selection"
     end = time.monotonic() + 120
-    while (
-        not list(checkpoints.glob("epoch-*.json"))
-        and process.poll() is None
-        and time.monotonic() < end
-    ):
+    while process.poll() is None and time.monotonic() < end:
+        if list(checkpoints.glob("epoch-*.json")):
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -832,9 +798,7 @@ def test_ctrl_c_in_training_can_be_gone_on_from(tmp_path: Path) -> None:
     assert not (checkpoints / "epoch-25.json").exists()
 
     kept, last = out.splitlines()[-2:]
-    assert re.fullmatch(
-        r"kept: data, samples, \d+ epochs? of the training two_tower/selection", kept
-    )
+    assert re.fullmatch(r"kept: data, samples, \d+ epochs? of .* two_tower/selection", kept)
     assert last.startswith("stopped; go on with:  tfrs-pipeline run --run-dir ")
     again = shlex.split(last.partition("tfrs-pipeline")[2])
     done = subprocess.run([*program, *again], capture_output=True, text=True, check=False)
