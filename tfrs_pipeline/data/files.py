@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +32,7 @@ LINES_REMEDY = (
 )
 _LONGEST_HEADER = 1 << 20
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-# Lines that DuckDB leaves out by themselves: an open quote may take any number of others with it.
+# Lines that DuckDB leaves out alone; an open quote may take any number of others with it.
 _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 
 
@@ -39,10 +40,9 @@ _SEPARATE = ("MISSING COLUMNS", "TOO MANY COLUMNS", "INVALID ENCODING")
 class Scan:
     """A table whose columns are known and whose rows are not read yet.
 
-    `name`, for messages, is the path, or what the table is. `open` makes the rows of some columns,
-    in their order. If it is made of `csv_files`, all columns are strings, and `rejects` is where
-    DuckDB puts lines that hold too few or too many fields. `is_stream` if its rows can be read only
-    once.
+    `name`, for messages, is the path, or what the table is. `open` returns the rows of some
+    columns, in order. Columns of `csv_files` are strings, and DuckDB puts lines with too few or too
+    many fields into `rejects`. The rows of a stream (`is_stream`) can be read only once.
     """
 
     connection: DuckDB
@@ -58,66 +58,60 @@ class Scan:
         if self.is_stream or not columns:
             return pa.table({})
         projection = ", ".join(f'"{_double(column)}"' for column in columns)
-        try:
+        with self._reading():
             rows = self.open(list(columns)).project(projection).limit(num).to_arrow_table()
-        except duckdb.Error as error:
-            raise _unreadable(self.name, error, self.csv_files) from error
         plain = [pa.field(column.name, _plain(column.type)) for column in rows.schema]
         return rows.cast(pa.schema(plain))
 
     def holding(self, columns: Sequence[str], words: Collection[str]) -> list[str]:
-        """Names the columns with one of some words in any row, as text, in capitals or not.
-
-        The word "" matches a row without a value.
-        """
+        """Names the columns with one of some words in any row, ignoring case; "" is no value."""
         if not columns:
             return []
         listed = ", ".join(map(_quote, words))
-        texts = [
-            f"coalesce(lower(trim(CAST(\"{_double(column)}\" AS VARCHAR))), '')"
-            for column in columns
-        ]
-        tests = ", ".join(f"bool_or({text} IN ({listed}))" for text in texts)
-        try:
+        text = "coalesce(lower(trim(CAST(\"{}\" AS VARCHAR))), '')"
+        tests = ", ".join(f"bool_or({text.format(_double(x))} IN ({listed}))" for x in columns)
+        with self._reading():
             found = self.open(list(columns)).aggregate(tests).fetchone() or ()
-        except duckdb.Error as error:
-            raise _unreadable(self.name, error, self.csv_files) from error
         return [column for column, is_found in zip(columns, found, strict=True) if is_found]
 
     def load(self, names: Mapping[str, str]) -> RawTable:
-        """Reads columns, once: `names` are those that they get -> their names here.
+        """Reads columns, once; `names` maps their new names to the names here.
 
-        A `DataError` if a row cannot be read, other than a line that can be left out by itself.
+        A `DataError` if a row cannot be read, unless it is a line that can be left out alone.
         """
         if inner := [name for name in names if name.startswith("_")]:
             raise DataError(
-                f"{self.name}: a column cannot be called {printable(inner[0])} here: names that "
-                "begin with '_' are this package's own. Give it another one with columns, "
-                "item_columns or user_columns.",
+                f"{self.name}: a column cannot be called {printable(inner[0])}: names with '_' in "
+                "front are internal. Rename it with columns, item_columns or user_columns.",
                 "columns",
             )
         table = ibis.util.gen_name("raw")
         columns = [f'"{_double(column)}" AS "{_double(name)}"' for name, column in names.items()]
         # A row number without an order runs in the order of the scan, on one thread.
         projection = ", ".join([*columns, "row_number() OVER () - 1 AS _row"])
-        try:
+        with self._reading():
             self.open(list(dict.fromkeys(names.values()))).project(projection).create(table)
-            raw = self.connection.table(table)
-        except (duckdb.Error, TableNotFound) as error:  # A full disk may show in the second alone.
-            raise _unreadable(self.name, error, self.csv_files) from error
+            raw = self.connection.table(table)  # A full disk may show here alone.
         renamed = {name: column for name, column in names.items() if name != column}
         source, is_text = Source(self.name, renamed), bool(self.csv_files)
         return RawTable(raw, source, count_rows(raw), is_text, self._dropped())
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (duckdb.Error, TableNotFound) as error:
+            raise _unreadable(self.name, error, self.csv_files) from error
 
     def _dropped(self) -> tuple[Dropped, ...]:
         """Counts the lines that were left out; refuses those that may hide others."""
         if not self.rejects:
             return ()
-        found = self.connection.con.sql(
-            "SELECT line, file_path, error_type, error_message "
-            f"FROM {self.rejects} JOIN {self.rejects}_files USING (scan_id, file_id) "
-            "ORDER BY file_path, line"
-        ).fetchall()
+        sql = (
+            "SELECT line, file_path, error_type, error_message FROM {0} "
+            "JOIN {0}_files USING (scan_id, file_id) ORDER BY file_path, line"
+        )
+        found = self.connection.con.sql(sql.format(self.rejects)).fetchall()
         lines = {(path, line) for line, path, _, _ in found}
         for line, path, kind, message in found:
             if kind not in _SEPARATE:
@@ -126,26 +120,22 @@ class Scan:
         if not lines:
             return ()
         line, path, _, message = found[0]
-        reason = (
-            f"no whole line: {printable(message, 60)} (first: line {line} of {Path(path).name})"
-        )
-        return (Dropped(reason, len(lines)),)
+        where = f"first: line {line} of {Path(path).name}"
+        return (Dropped(f"no whole line: {printable(message, 60)} ({where})", len(lines)),)
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
-    """Opens a source of rows: for files and folders, read in the order of their names, or tables.
+    """Opens a source of rows: a file, the files of a folder in the order of names, or a table.
 
-    `source` is a path to CSV (with a header) or Parquet, a file or a folder; a list of such files;
-    or a table: pandas, pyarrow, Ibis of any backend, or whatever else speaks Arrow. No path is a
-    pattern. `name` is what a table in memory is called in messages.
+    `source` is a path (never a pattern) to CSV with a header or to Parquet, or a table: pandas,
+    pyarrow, Ibis of any backend, or whatever else speaks Arrow. `name` is what messages call a
+    table in memory.
     """
     if isinstance(source, str | Path):
         return _scan_files(connection, Path(source), *_list_files(Path(source)))
-    if isinstance(source, list) and source and all(isinstance(each, Path) for each in source):
-        return _scan_files(connection, source[0].parent, source, _is_csv(source[0]))
     try:
         if isinstance(source, ibis.Table):
-            # Opened when it is read: an engine may know one open query alone.
+            # Opened when it is read: an engine may have a single open query.
             def open_table(columns: list[str]) -> duckdb.DuckDBPyRelation:
                 rows = source.select(*columns)
                 if source.get_backend() is connection:
@@ -169,22 +159,21 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
 
 
 def _plain_table(table: pa.Table) -> pa.Table:
-    """Gives columns that DuckDB does not take a type that it does; their values stay."""
+    """Casts columns that DuckDB cannot take to types with the same values."""
     for i, column in enumerate(table.schema):
-        of = column.type
+        values, of = table[i], column.type
         if pa.types.is_dictionary(of) and isinstance(of.value_type, pa.BaseExtensionType):
-            # Such as the intervals of `pandas.cut`; DuckDB would not survive them.
-            chunks = [chunk.dictionary_decode().storage for chunk in table[i].chunks]
+            # Such as the intervals of `pandas.cut`, on which DuckDB would crash.
+            chunks = [chunk.dictionary_decode().storage for chunk in values.chunks]
             values = pa.chunked_array(chunks, of.value_type.storage_type)
         elif pa.types.is_float16(of):
-            values = table[i].cast(pa.float32())
+            values = values.cast(pa.float32())
         elif pa.types.is_list(of) and pa.types.is_float16(of.value_type):
-            values = table[i].cast(pa.list_(pa.float32()))
+            values = values.cast(pa.list_(pa.float32()))
         elif pa.types.is_null(of):
-            values = table[i].cast(pa.string())
-        else:
-            continue
-        table = table.set_column(i, column.name, values)
+            values = values.cast(pa.string())
+        if values.type != of:
+            table = table.set_column(i, column.name, values)
     return table
 
 
@@ -203,7 +192,6 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet whose files hold the same columns; their footers are read."""
     types: dict[str, tuple[pa.DataType, str]] = {}  # With the name of a file that has it.
-    columns: list[str] = []
     for each in paths:
         try:
             schema = pyarrow.parquet.read_schema(each)
@@ -213,9 +201,8 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 "Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
-        columns = columns or schema.names
-        # What the first file lacks would not be read from the others, and nobody told.
-        if odd := sorted({*columns} ^ {*schema.names}):
+        # Columns that the first file lacks would silently be left out.
+        if types and (odd := sorted({*types} ^ {*schema.names})):
             raise DataError(
                 f"{each} has other columns than {paths[0].name}: only one of them has "
                 f"{printable(', '.join(odd), 200)}. Give the files of a folder the same columns."
@@ -232,9 +219,9 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 )
             types[column.name] = of, each.name
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
-    # By name, the type of a column holds the values of all files; else it is the first file's.
+    # By name, a column gets a type for the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
-    # A column without any value, which has no type, would be integers; see `_plain_table`.
+    # A column without any value has no type and would become integers; see `_plain_table`.
     names = [f'"{_double(name)}"' for name, (of, _) in types.items() if pa.types.is_null(of)]
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
@@ -243,30 +230,27 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
 
 
 def _holds(one: pa.DataType, other: pa.DataType) -> bool:
-    """Tells whether a type holds the values of another that pandas writes for the same column.
-
-    A column without a value has no type of its own; integers are doubles where some are missing.
-    """
+    """Returns whether a type holds another's values: none, or integers where some are missing."""
     is_wider = pa.types.is_float64(one) and pa.types.is_integer(other)
     return one == other or is_wider or pa.types.is_null(other)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:
-    """Returns the type that a column has to whoever reads it, however it is stored."""
+    """Returns the type of a column's values, however they are stored."""
     if pa.types.is_dictionary(of):
         return _plain(of.value_type)
     return pa.string() if pa.types.is_large_string(of) else of
 
 
 def _folders(path: Path, file: Path) -> tuple[str, ...]:
-    """Returns the folders between what the user named and a file: COLUMN=VALUE makes a column."""
+    """Returns the folders between the user's path and a file: COLUMN=VALUE makes a column."""
     return file.relative_to(path).parent.parts if path in file.parents else ()
 
 
 def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
     if not any("=" in folder for file in paths for folder in _folders(path, file)):
         return False
-    # The database looks at the folders above, too, in which the user keeps the data.
+    # DuckDB looks at the folders above the user's path, too.
     if above := [part for part in path.absolute().parts if "=" in part]:
         raise DataError(
             f"{path} lies in {printable(above[0])}, which would be read as a column, as the "
@@ -276,7 +260,7 @@ def _is_partitioned(path: Path, paths: Sequence[Path]) -> bool:
 
 
 def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str] = ()) -> None:
-    """Refuses columns that a database, which does not tell cases apart, takes for one."""
+    """Refuses columns that differ at most in case, which a database takes for one."""
     named = [*columns, *{part.partition("=")[0] for part in folders if "=" in part}]
     counts = collections.Counter(column.casefold() for column in named)
     if repeated := sorted({each for each in named if counts[each.casefold()] > 1 or not each}):
@@ -305,9 +289,9 @@ def check_stored(error: Exception) -> None:
 
 def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:
     check_stored(error)
-    # DuckDB goes on with options of its reader, which are not settings here.
+    # The next lines name options of DuckDB's reader, which are not settings here.
     reason = printable(str(error).strip().partition("\n")[0], 300)
-    if "invalid state" in reason:  # Its words for this, without a place.
+    if "invalid state" in reason:  # DuckDB's words for this, without a place.
         found = (f"line {line} of {path.name}" for path in csv_files if (line := _odd_line(path)))
         reason = f"{next(found, 'a line')} has another line ending than the header."
     remedy = f" {LINES_REMEDY}" if csv_files else ""
@@ -315,7 +299,7 @@ def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = 
 
 
 def _odd_line(path: Path) -> int | None:
-    """Finds the first line that ends otherwise than the header does."""
+    """Finds the first line with another line ending than the header."""
     with _open(path) as lines:
         is_windows = next(lines).endswith(b"\r\n")
         ends = (line.endswith(b"\r\n") for line in lines if line.endswith(b"\n"))
@@ -326,7 +310,7 @@ def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
     """Writes SQL that scans the files in this order, all columns as text."""
     header, delimiter = _read_header(path, paths)
     types = ", ".join(f"{_quote(name)}: 'VARCHAR'" for name in header)
-    # By itself DuckDB takes a "?" in a name for the end of it.
+    # With "auto", DuckDB takes a "?" in a name for the end of it.
     are_zipped = {_is_zipped(path) for path in paths}
     compression = "auto" if len(are_zipped) > 1 else "gzip" if True in are_zipped else "none"
     return (
@@ -339,32 +323,25 @@ def _csv_sql(path: Path, paths: Sequence[Path], rejects: str) -> str:
 
 
 def _list_files(path: Path) -> tuple[list[Path], bool]:
-    """Lists the files of a path, by name, and tells whether they are CSV."""
+    """Returns the files of a path, by name, and whether they are CSV."""
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a CSV or Parquet file, or a folder of them.")
+    paths = [path]
     if path.is_dir():
         below = (each.relative_to(path) for each in path.rglob("*") if each.is_file())
         # Engines leave _SUCCESS, ._x.crc and the like beside their output.
-        visible = [each for each in below if not any(p[0] in "._" for p in each.parts)]
-        paths = [path / each for each in sorted(visible)]
-    else:
-        paths = [path]
+        paths = [path / x for x in sorted(below) if not any(p[0] in "._" for p in x.parts)]
     for each in (path, *paths):
         if not os.access(each, os.R_OK):
-            raise DataError(
-                f"{each} may not be read: permission denied. Allow it to the user that runs this, "
-                "or name files that may be read."
-            )
-    csv = [each for each in paths if _is_csv(each)]
+            remedy = "Allow it to the user that runs this, or name files that may be read."
+            raise DataError(f"{each} may not be read: permission denied. {remedy}")
+    csv = [each for each in paths if each.name.lower().endswith(_CSV_SUFFIXES)]
     parquet = [each for each in paths if each.name.lower().endswith((".parquet", ".pq"))]
     usual = max(csv, parquet, key=len)
     odd = sorted({*paths} - {*usual})
     if odd or not paths:
-        names = (
-            f", {len(odd)} of another kind: {', '.join(each.name for each in odd[:5])}"
-            if odd
-            else ""
-        )
+        listed = ", ".join(each.name for each in odd[:5])
+        names = f", {len(odd)} of another kind: {listed}" if odd else ""
         raise DataError(
             f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
             f"It holds {len(paths)} files{names}."
@@ -372,33 +349,28 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
     return paths, usual is csv
 
 
-def _is_csv(path: Path) -> bool:
-    return path.name.lower().endswith(_CSV_SUFFIXES)
-
-
 def _read_header(place: Path, paths: Sequence[Path]) -> tuple[list[str], str]:
     """Reads the column names, and the delimiter, from the first lines of CSV files."""
     lines = []
     for path in paths:
-        is_zipped = _is_zipped(path)
         try:
-            if is_zipped:  # To its end: DuckDB takes a part for the whole, and no checksum.
+            if _is_zipped(path):  # To its end: DuckDB accepts a cut file, and checks no checksum.
                 with gzip.open(path) as opened:
                     while opened.read(1 << 20):
                         pass
             with _open(path) as opened:
                 lines.append(opened.readline(_LONGEST_HEADER).decode("utf-8-sig").rstrip("\r\n"))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise DataError(
-                f"{path} cannot be read: {error}. Give UTF-8 CSV with a header"
-                f"{', and the whole of the zipped file' if is_zipped else ''}."
-            ) from error
+            whole = ", and the whole of the zipped file" if _is_zipped(path) else ""
+            remedy = f"Give UTF-8 CSV with a header{whole}."
+            raise DataError(f"{path} cannot be read: {error}. {remedy}") from error
         if not lines[-1].strip():
             raise DataError(f"{path}: 0 rows, and no header. Give a file that holds events.")
         if lines[-1] != lines[0]:
+            first, other = (printable(repr(line)) for line in (lines[0], lines[-1]))
             raise DataError(
-                f"{path} has another header than {paths[0].name}: {printable(repr(lines[-1]))}, "
-                f"not {printable(repr(lines[0]))}. Give the files of a folder the same columns."
+                f"{path} has another header than {paths[0].name}: {other}, not {first}. Give the "
+                "files of a folder the same columns."
             )
     delimiter = max(",;\t|", key=lines[0].count)
     header = [name.strip() for name in next(csv.reader([lines[0]], delimiter=delimiter))]
@@ -424,5 +396,5 @@ def _quote(text: str) -> str:
 
 
 def _quote_all(paths: Sequence[Path]) -> str:
-    # What is a pattern to DuckDB is none here.
+    # DuckDB would take some paths for patterns.
     return "[" + ", ".join(_quote(glob.escape(str(path))) for path in paths) + "]"

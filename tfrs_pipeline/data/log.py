@@ -41,44 +41,42 @@ from tfrs_pipeline.features.kinds import FeatureKind
 class Log:
     """What happened: events, and the items and users that they are about.
 
-    Item and user features are static: one value an item or user, which every event sees, however
-    early. A column that was made after the events (an item's clicks in all, a user's latest
-    country) tells a model of the past what only the future knew, and makes its evaluation better
-    than its service will be. Give features that were known before the first event, or that do not
-    change.
+    Item and user features are static: every event sees the same value, however early it is. A
+    column that was made after the events (an item's total clicks, a user's latest country) tells a
+    model about the future, and its evaluation comes out better than its service. Give features that
+    were known before the first event, or that do not change.
 
-    A log, with the parts that a split makes of it, is for one thread: all read by one connection.
-    Give each thread a log of its own.
+    Use a log, and the parts of its split, in one thread: one connection reads them.
 
     Args:
         events: `user_id` and `item_id` (int64 or string), `event_number` (int64, unique: the order
             in the source), `stage` (a `Stage`); optional `timestamp` (UTC), `request_id`, `rank`,
-            `score`, `weight`, `part` (the log's own split) and context columns. Rows have no order
-            of their own. Events of one user and `request_id` were asked for at one moment, that of
-            the first: in a log with an order no history shows one of them to another.
-        items: One row an id: `item_id` and feature columns. Holds every item of `events`. A column
-            `title`, if there is one, is what people are shown; `_listed`, if there is one, tells
-            the items of the item table from those that were added to it from the events.
-        users: One row an id: `user_id` and feature columns. Holds every user of `events`.
+            `score`, `weight`, `part` (the log's own split) and context columns. The rows are
+            unordered. Events of one user and `request_id` share the moment of the first: in a log
+            with an order no history shows one of them to another.
+        items: One row an id: `item_id` and feature columns, with every item of `events`. The column
+            `title`, if any, is shown to people; `_listed`, if any, marks the items of the item
+            table, as opposed to those added from the events.
+        users: One row an id: `user_id` and feature columns, with every user of `events`.
         item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
             int64), multi_categorical (array<string>), numeric or bucketized (float64), text
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
-        user_features: The same of `users`.
+        user_features: The same for `users`.
         request_features: Columns of `events` that are known when a request comes (device, place,
-            search text), and their kinds, likewise. `hour` and `weekday` are made of the timestamp,
-            in UTC, where there are no such columns. What is known later, such as a watch time or
-            any other outcome, must not be here: training would see it, and no request can bring it.
-        dropped: Events that were dropped in the making, and why.
-        notes: What else was found in the making, in lines for a person: events of unknown items,
-            repeated ones, missing features.
+            search text), and their kinds. `hour` and `weekday` are made from the timestamp, in UTC,
+            if there are no such columns. Never give what is known later, such as a watch time:
+            training would see it, and no request can bring it.
+        dropped: Events that were dropped when the log was made, and why.
+        notes: What else was found then, in lines for a person: events of unknown items, repeated
+            ones, missing features.
         is_ordered: Whether `event_number` is an order in time, in a log without timestamps.
         reading: How the tables were read. A table that replaces the items in an export is read in
             the same way.
-        part_of: The log that this one is a part of, if a split made it.
-        later_items: item_id, of the items whose first event in any part of the split is later than
-            the last event of this one: new to whoever trains on it. None in a whole log, and in one
-            without timestamps, where a new item and a rare one cannot be told apart.
+        part_of: The whole log, if a split made this one.
+        later_items: item_id of the items whose first event in any part of the split is later than
+            the last event of this part. None in a whole log, and without timestamps, where new and
+            rare items look the same.
 
     Example:
         >>> import pyarrow as pa
@@ -112,7 +110,7 @@ class Log:
     @classmethod
     def from_files(
         cls,
-        path: Path | str | list[Path],
+        path: Path | str,
         *,
         items: Any = None,
         users: Any = None,
@@ -210,14 +208,14 @@ class Log:
     ) -> Log:
         """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.
 
-        Nothing is copied or cleaned: the tables hold what `Log` says of them, which the engine
-        checks. Splits and samples are then computed and written by the same engine. An item or user
-        table that is None is one of the ids alone; ids of events that it lacks are added, with null
-        features. Spark's timestamps are UTC, whatever their session says.
+        Nothing is copied or cleaned: the engine checks that the tables hold what `Log` says, and
+        later computes splits and samples. Without an item or user table there are the ids alone;
+        ids that only the events have are added with null features. Spark's timestamps are taken as
+        UTC.
 
         Raises:
-            DataError: If a table does not hold it, naming column, rows and remedy; or is of another
-                engine.
+            DataError: If a table holds something else, naming column, rows and remedy; or lies in
+                another engine.
         """
         check_engine(events, items, users)
         features = checked_kinds(item_features, user_features, request_features)
@@ -253,15 +251,14 @@ class Log:
     def write(self, folder: Path | str) -> None:
         """Writes `events.parquet`, `items.parquet`, `users.parquet` and `log.json`.
 
-        Events are written by event number, items and users by id. `log.json`, with the feature
-        kinds and what was dropped, comes last: a folder that has it is whole. A part is written as
-        a log of its own. The log that a folder holds is replaced, also by one made of it, once all
-        tables are written; other files stay. Logs and splits that were read from it then read the
-        new one: call `read` again.
+        Events are ordered by number, items and users by id. `log.json` comes last: a folder that
+        has it is whole. A part becomes a log of its own. A log that is there is replaced once all
+        tables are written, even by one made from it; other files stay. Logs and splits that were
+        read from the folder then read the new one: call `read` again.
 
         Raises:
             Damaged: If the folder's log is not as it was written.
-            ValueError: If the folder holds such files that are no log: they may be your own.
+            ValueError: If files of these names are not a log: they may be your own.
         """
         folder = Path(folder)
         record, partial = folder / "log.json", folder / "log.partial"
@@ -290,25 +287,22 @@ class Log:
 
     @property
     def whole(self) -> Log:
-        """The log that this one is a part of: all that has happened."""
+        """The log that this one is a part of, or itself."""
         return self if self.part_of is None else self.part_of
 
     def fingerprint(self) -> str:
-        """Tells one log from another by what its tables hold, which its engine reads once.
-
-        The same rows give the same text in every process, by one engine; another's differs.
-        """
+        """Returns a text that depends on all rows; engines differ, processes do not."""
         hashes = []
         for name in _KEYS:
             table = getattr(self, name)
             row = ibis.struct({column: table[column] for column in sorted(table.columns)})
-            # Spark has no exclusive or of many; a sum of so few bits is not too large for it.
+            # Spark has no aggregate xor; a sum of 31 bits each does not overflow there.
             hashes.append((row.hash() % 2**31).sum().to_pyarrow().as_py())
         return " ".join(f"{int(number or 0):x}" for number in hashes)
 
     @property
     def listed_ids(self) -> np.ndarray:
-        """[n] int64, or object of str: the items of the item table; all where there is none."""
+        """[n] int64, or object of str: the items of the item table; without one, all items."""
         is_marked = LISTED in self.items.columns
         items = self.items.filter(self.items[LISTED]) if is_marked else self.items
         return as_id_array(items.order_by("item_id")["item_id"].to_pyarrow().to_pylist())
@@ -330,12 +324,12 @@ class Log:
         min_positives: int = 5,
         seed: int = 0,
     ) -> Split[Log]:
-        """Splits the log into what trains, what validates and what tests.
+        """Splits the log into training, validation and test.
 
         The options are those of `SplitConfig`, which describes the kinds of splits. Only `time`
-        keeps a user's training from other users' later clicks. In a log without any order the last
-        positives of a user are some drawn at random. A user's events of an item stay in one part,
-        so that a part may hold a few more or fewer than asked for, and of a user of few items none.
+        keeps other users' later clicks out of training. In a log without order the last positives
+        of a user are drawn at random. There a user's events of an item stay in one part, so that a
+        part can be a little larger or smaller than asked for, or empty for a user.
 
         Args:
             kind: See `SplitConfig.kind`.
@@ -344,12 +338,11 @@ class Log:
             test: The same for the test.
             target_share: See `SplitConfig.target_share`.
             min_positives: See `SplitConfig.min_positives`.
-            seed: Seed of the draw of held-out users, and of positives where there is no order.
+            seed: Seed of the draw of held-out users and, without an order, of positives.
 
         Returns:
-            The split, which unpacks: `train, validation, test = log.split()`. A part without a
-            positive is a `DataError` there; ask for `split.train` and `split.test` alone where
-            `validation` is 0.
+            The split: `train, validation, test = log.split()`. A part without a positive raises a
+            `DataError` there: with `validation=0`, take `split.train` and `split.test`.
 
         Raises:
             DataError: If the log cannot be split so.
@@ -370,7 +363,7 @@ class Log:
         return Split(self, events, kind)
 
     def __repr__(self) -> str:
-        # Elsewhere to count may be a job of minutes.
+        # In Spark, counting may take minutes.
         backend = self.events.get_backend().name
         holds = listed(self.counts()) if backend == "duckdb" else f"tables in {backend}"
         features = ", ".join({**self.item_features, **self.user_features})
@@ -386,7 +379,7 @@ class Log:
 
 
 def check_log(train: Any) -> None:
-    """Refuses (`TypeError`) to fit to what is no log, such as a DataFrame or a whole split."""
+    """Refuses (`TypeError`) to fit to anything but a log, such as a DataFrame or a whole split."""
     if not isinstance(train, Log):
         raise TypeError(
             "fit takes a Log: make one with Log.from_table or Log.from_files, and split it. "
