@@ -23,15 +23,38 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     B * H products, not B * B * H. A row may have several positives, each with a loss of its own
     over the same negatives, which are scored once.
 
-    It computes in float32, whatever the precision of the embeddings and the policy of Keras.
-
-    It has no metrics of its own: those of a batch flatter collapsed embeddings. Use `evaluate`.
+    It computes in float32, whatever the precision of the embeddings and the policy of Keras. It has
+    no metrics: those of a batch flatter collapsed embeddings. Use `evaluate`.
 
     Args:
         temperature: Scores are divided by it; above 0.
 
+    A call takes:
+        query_embeddings: [W, D] float.
+        candidate_embeddings: [P, D], the positives, one a query unless there is a `positive_query`.
+            Without `negative_embeddings` they are the shared columns too, as in the parent: more
+            candidates may follow them, and the diagonal is masked.
+        sample_weight: [P] or [P, 1], optional.
+        candidate_sampling_probability: [C] in [1e-6, 1], in place of `negative_embeddings` and
+            `log_q`: as in the parent, it corrects the positive too.
+        score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`, a
+            column that holds the row's own positive must not.
+        negative_embeddings: [C, D], the shared columns.
+        log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. A column
+            with -inf does not count: no kind of negative draws its candidate, such as an item that
+            is new in validation.
+        positive_query: [P] int32 in [0, W), the query of each positive; any number per query. It
+            needs `negative_embeddings`.
+        hard_embeddings: [W, H, D], each row's own negatives.
+        hard_log_q: [W, H], required with `hard_embeddings`; -inf as in `log_q`.
+        hard_mask: [W, H] bool, True where a hard negative counts.
+        compute_metrics, compute_batch_metrics: Ignored; callers of the parent pass them.
+
     Raises:
-        ValueError: If the temperature is not above 0.
+        ValueError: If the temperature is not above 0. From a call, if both corrections are given,
+            shapes do not fit, or an argument comes without the one that it needs.
+        tf.errors.InvalidArgumentError: From a call, if a sampling probability leaves [1e-6, 1], or
+            if shapes do not fit that a graph knows only when it runs.
 
     Example:
         In-batch negatives and two easy ones, all of them corrected:
@@ -72,94 +95,103 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         compute_metrics: bool = True,
         compute_batch_metrics: bool = True,
     ) -> tf.Tensor:
-        """Computes the summed loss of a batch.
-
-        Args:
-            query_embeddings: [W, D] float.
-            candidate_embeddings: [P, D], the positives, one a query unless there is a
-                `positive_query`. Without `negative_embeddings` they are the shared columns too, as
-                in the parent: more candidates may follow them, the diagonal is masked, and there is
-                no `positive_query`.
-            sample_weight: [P] or [P, 1], optional.
-            candidate_sampling_probability: [C] in [1e-6, 1], without `negative_embeddings`: as in
-                the parent, the positive is corrected with it too. Not together with `log_q`.
-            score_mask: [W, C] bool, True where a shared column counts. With `negative_embeddings`,
-                a column that holds the row's own positive must not.
-            negative_embeddings: [C, D], the shared columns.
-            log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. Where it
-                is -inf, a column does not count: no kind of negative draws its candidate, such as
-                an item that is new in validation.
-            positive_query: [P] int32 in [0, W), the query of each positive; any number a query.
-            hard_embeddings: [W, H, D], each row's own negatives.
-            hard_log_q: [W, H], required with `hard_embeddings`; -inf as in `log_q`.
-            hard_mask: [W, H] bool, True where a hard negative counts.
-            compute_metrics: Ignored, as there are no metrics: callers of the parent pass it.
-            compute_batch_metrics: Likewise.
+        """Computes the summed loss of a batch; the class describes the arguments.
 
         Returns:
             Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive,
             the logits being its own and those of its query's negatives.
-
-        Raises:
-            ValueError: If both corrections are given, shapes do not fit, `hard_embeddings` come
-                without `hard_log_q`, `hard_log_q` or `hard_mask` without `hard_embeddings`, or a
-                `positive_query` without `negative_embeddings`.
-            tf.errors.InvalidArgumentError: If a sampling probability leaves [1e-6, 1], or shapes do
-                not fit that a graph knows only when it runs.
         """
-        queries, candidate_embeddings, negative_embeddings, hard_embeddings = _as_float32(
+        queries, positives, negatives, hard = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
         )
-        candidate_sampling_probability, log_q, hard_log_q, sample_weight = _as_float32(
+        probability, log_q, hard_log_q, sample_weight = _as_float32(
             candidate_sampling_probability, log_q, hard_log_q, sample_weight
         )
         if self._temperature is not None:  # A pass over [W, D] instead of one over [W, C].
             queries = queries / self._temperature
-        positives, parents_log_q = candidate_embeddings, None
-        if candidate_sampling_probability is not None:
-            if log_q is not None or negative_embeddings is not None:
-                raise ValueError(
-                    "candidate_sampling_probability is the parent's form, without "
-                    "negative_embeddings and log_q: pass log_q alone."
-                )
-            log_q = parents_log_q = _checked_log(candidate_sampling_probability)
-        if negative_embeddings is None:
-            if positive_query is not None:
-                raise ValueError(
-                    "positive_query needs negative_embeddings: of shared columns that are the "
-                    "positives themselves, it is not known which are a query's own. Pass the "
-                    "columns, and a score_mask that is False at each query's own positives."
-                )
-            positives = candidate_embeddings[: tf.shape(queries)[0]]
-            negative_embeddings, num_rows = candidate_embeddings, tf.shape(positives)[0]
-            if score_mask is None:
-                score_mask = tf.ones([num_rows, tf.shape(candidate_embeddings)[0]], tf.bool)
-            score_mask = tf.linalg.set_diag(score_mask, tf.zeros([num_rows], tf.bool))
-        _check_embeddings(queries, positives, positive_query, negative_embeddings, hard_embeddings)
+        parents_log_q = None
+        if probability is not None:
+            log_q = parents_log_q = _parents_log_q(probability, log_q, negatives)
+        if negatives is None:
+            negatives = positives
+            positives, score_mask = _split_columns(queries, positives, score_mask, positive_query)
+        _check_embeddings(queries, positives, positive_query, negatives, hard)
         own = tf.reduce_sum(_of_positives(queries, positive_query) * positives, axis=1)
         if parents_log_q is not None:
             own = own - parents_log_q[: tf.shape(own)[0]]
-        shared = tf.matmul(queries, negative_embeddings, transpose_b=True)
-        if log_q is not None:
-            shared = _corrected(shared, "log_q", log_q, may_be_shared=True)
-        blocks = [_masked(shared, "score_mask", score_mask)]
-        if hard_embeddings is not None:
-            if hard_log_q is None:
-                raise ValueError(
-                    "hard_embeddings needs hard_log_q, their correction; zeros correct nothing."
-                )
-            logits = tf.einsum("wd,whd->wh", queries, hard_embeddings)
-            logits = _corrected(logits, "hard_log_q", hard_log_q)
-            blocks.append(_masked(logits, "hard_mask", hard_mask))
-        elif hard_log_q is not None or hard_mask is not None:
-            raise ValueError(
-                "hard_log_q and hard_mask need hard_embeddings, the negatives that they are of."
-            )
+        scores = tf.matmul(queries, negatives, transpose_b=True)
+        blocks = [_logits(scores, log_q=log_q, score_mask=score_mask)]
+        blocks += _hard_logits(queries, hard, hard_log_q, hard_mask)
         # log(exp(own) + exp(others)) - own.
         losses = tf.nn.softplus(_of_positives(_log_sum_exp(blocks), positive_query) - own)
         if sample_weight is not None:  # The parent takes [P, 1] too.
             losses *= tf.reshape(sample_weight, tf.shape(losses))
         return tf.reduce_sum(losses)
+
+
+def _parents_log_q(
+    probability: tf.Tensor, log_q: tf.Tensor | None, negatives: tf.Tensor | None
+) -> tf.Tensor:
+    """Returns the logarithm of sampling probabilities that the parent would not clip."""
+    if log_q is not None or negatives is not None:
+        raise ValueError(
+            "candidate_sampling_probability is the parent's form, without negative_embeddings and "
+            "log_q: pass log_q alone."
+        )
+    if probability.shape.rank != 1:
+        raise ValueError(
+            "candidate_sampling_probability must be [num_candidates]. "
+            f"Received: shape {probability.shape}"
+        )
+    low, high = PARENT_PROBABILITY_RANGE
+    message = (
+        f"candidate_sampling_probability leaves [{low}, {high}], where "
+        "tfrs.tasks.Retrieval would clip it. Pass log_q instead."
+    )
+    with tf.control_dependencies(
+        [
+            tf.debugging.assert_greater_equal(probability, low, message),
+            tf.debugging.assert_less_equal(probability, high, message),
+        ]
+    ):
+        return tf.math.log(probability)
+
+
+def _split_columns(
+    queries: tf.Tensor,
+    columns: tf.Tensor,
+    score_mask: tf.Tensor | None,
+    positive_query: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the positives among the parent's columns, and a mask that is False at each row's."""
+    if positive_query is not None:
+        raise ValueError(
+            "positive_query needs negative_embeddings: which columns are a query's own is unknown "
+            "if the positives themselves are the shared columns. Pass the columns, and a "
+            "score_mask that is False at each query's own positives."
+        )
+    positives = columns[: tf.shape(queries)[0]]
+    num_rows = tf.shape(positives)[0]
+    if score_mask is None:
+        score_mask = tf.ones([num_rows, tf.shape(columns)[0]], tf.bool)
+    return positives, tf.linalg.set_diag(score_mask, tf.zeros([num_rows], tf.bool))
+
+
+def _hard_logits(
+    queries: tf.Tensor,
+    hard: tf.Tensor | None,
+    log_q: tf.Tensor | None,
+    mask: tf.Tensor | None,
+) -> list[tf.Tensor]:
+    """Returns the logits of each row's own negatives, one block of [W, H], if there are any."""
+    if hard is None:
+        if log_q is not None or mask is not None:
+            raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
+        return []
+    if log_q is None:
+        raise ValueError("hard_embeddings needs hard_log_q; zeros correct nothing.")
+    scores = tf.einsum("wd,whd->wh", queries, hard)
+    return [_logits(scores, hard_log_q=log_q, hard_mask=mask)]
 
 
 def _check_embeddings(
@@ -187,22 +219,25 @@ def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
     return [None if x is None else tf.cast(x, tf.float32) for x in given]
 
 
-def _masked(logits: tf.Tensor, name: str, mask: tf.Tensor | None) -> tf.Tensor:
-    return logits if mask is None else tf.where(_checked(name, mask, logits), logits, MASKED_LOGIT)
+def _logits(scores: tf.Tensor, **given: tf.Tensor | None) -> tf.Tensor:
+    """Corrects scores, [W, C], by a log_q, then masks what a mask leaves out; both by name.
 
-
-def _corrected(
-    logits: tf.Tensor, name: str, log_q: tf.Tensor, *, may_be_shared: bool = False
-) -> tf.Tensor:
-    """Subtracts log_q from logits, and masks where it is infinite: the loss would be NaN."""
-    log_q = _checked(name, log_q, logits, may_be_shared=may_be_shared)
-    return logits - tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
+    An infinite log_q masks too: the loss would be NaN.
+    """
+    (log_q_name, log_q), (mask_name, mask) = given.items()
+    logits = scores
+    if log_q is not None:
+        log_q = _checked(log_q_name, log_q, logits, may_be_shared=log_q_name == "log_q")
+        logits = logits - tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
+    if mask is None:
+        return logits
+    return tf.where(_checked(mask_name, mask, logits), logits, MASKED_LOGIT)
 
 
 def _checked(
     name: str, given: tf.Tensor, logits: tf.Tensor, *, may_be_shared: bool = False
 ) -> tf.Tensor:
-    """Refuses what is not [W, C] as the logits are: a log_q of [W, 1] would correct nothing.
+    """Refuses another shape than the logits' [W, C]: a log_q of [W, 1] would correct nothing.
 
     `may_be_shared` allows [C] and [1, C], the same for all rows.
     """
@@ -220,27 +255,6 @@ def _checked(
     expected = tf.concat([rows, tf.shape(logits)[1:]], axis=0)[-shape.rank :]
     with tf.control_dependencies([tf.debugging.assert_equal(received, expected, message)]):
         return tf.identity(given)
-
-
-def _checked_log(probability: tf.Tensor) -> tf.Tensor:
-    """Returns the logarithm of sampling probabilities that the parent would not clip."""
-    if probability.shape.rank != 1:
-        raise ValueError(
-            "candidate_sampling_probability must be [num_candidates]. "
-            f"Received: shape {probability.shape}"
-        )
-    low, high = PARENT_PROBABILITY_RANGE
-    message = (
-        f"candidate_sampling_probability leaves [{low}, {high}], where "
-        "tfrs.tasks.Retrieval would clip it. Pass log_q instead."
-    )
-    with tf.control_dependencies(
-        [
-            tf.debugging.assert_greater_equal(probability, low, message),
-            tf.debugging.assert_less_equal(probability, high, message),
-        ]
-    ):
-        return tf.math.log(probability)
 
 
 def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tensor:
