@@ -1,4 +1,4 @@
-"""A small untrained model behind the serving modules; what it answers can be computed by hand."""
+"""A small untrained model behind the serving modules, whose answers can be computed by hand."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -31,9 +31,9 @@ from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
-# What serves ids of a type, where every pair would show no more.
+# The index of each type of ids, where testing every pair would show no more.
 KIND_OF = {"int": "scann", "str": "exact"}
-# By types of ids, "int" or "str", and kind of index, "exact" or "scann".
+# Takes the type of ids, "int" or "str", and the kind of index, "exact" or "scann".
 Exported: TypeAlias = Callable[[str, str], Path]
 
 
@@ -82,7 +82,7 @@ class Served:
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:
-        """Ids of the user's known positives, oldest first."""
+        """Returns the ids of a user's known positives, oldest first."""
         return self.candidate_ids[self.clicks[row][::-1] - 1].tolist()
 
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
@@ -93,7 +93,7 @@ class Served:
         return RetrievalModule(Encoder(self.exportable()), index, self.candidate_ids, genres)
 
     def queries(self) -> list[dict[str, Any]]:
-        """A query of each user, the history that is stored."""
+        """Makes a query for each user, with the stored history."""
         return [
             {"user_id": user, "history": self.known(row)}
             for row, user in enumerate(self.query_ids.tolist(), 1)
@@ -114,7 +114,7 @@ def make_served(
     reads_times: bool = False,
     reads_history: bool = True,
 ) -> Served:
-    """Makes a model, once, with ids of a type, "int" or "str"; one that reads times attends."""
+    """Makes a model, once, with ids of a type, "int" or "str"; it attends if it reads times."""
     rng = np.random.default_rng(0)
     gender = Categorical.fit("gender", ["M", "F"])
     genres = MultiCategorical.fit("genres", [["a", "b"], ["c"]])
@@ -122,17 +122,11 @@ def make_served(
     all_genres = [rng.choice(list("abc"), n).tolist() for n in rng.integers(0, 3, NUM_CANDIDATES)]
     all_genres[7] = ["", "b"]
     all_genres[8] = [""]
-    if ids == "int":
-        query_ids, candidate_ids = np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
-    else:
-        query_ids = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
-        candidate_ids = np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
-    # Joined end to end, each input shows in the answers of a model that is not trained.
+    query_ids, candidate_ids = _ids_of(ids)
+    # Concatenated, each input shows in the answers of an untrained model.
     changes: dict[str, Any] = {"combination": "concat", "share_item_embedding": False}
-    if reads_times:
-        changes["history_pooling"] = ("attention",)
-    if not reads_history:
-        changes["history_pooling"] = ()
+    if reads_times or not reads_history:
+        changes["history_pooling"] = ("attention",) if reads_times else ()
     model = TwoTower(
         dim=8, feature_dim=4, history_length=5, use_user_id=use_user_id, **changes
     ).build(
@@ -173,8 +167,15 @@ def make_served(
     )
 
 
+def _ids_of(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    if kind == "int":
+        return np.arange(NUM_QUERIES) + 100, np.arange(NUM_CANDIDATES) * 7 + 3
+    users = np.array([f"Zoë {i}" for i in range(NUM_QUERIES)], object)
+    return users, np.array([f"film-é-{i}" for i in range(NUM_CANDIDATES)], object)
+
+
 def _times(histories: list[np.ndarray]) -> np.ndarray:
-    """Falling seconds, as the most recent item comes first."""
+    """Makes falling seconds, because the most recent item comes first."""
     rng = np.random.default_rng(3)
     gaps = [10 ** rng.integers(0, 7, len(rows)) for rows in histories]
     return np.concatenate([1_714_000_000 - np.cumsum(of_user) for of_user in gaps])
@@ -182,7 +183,7 @@ def _times(histories: list[np.ndarray]) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Exports a model with a filter once for all tests: its folder, to be read or copied."""
+    """Exports a model with a filter, once for all tests; its folder may be read or copied."""
     folder = tmp_path_factory.mktemp("exported")
 
     @functools.cache

@@ -116,9 +116,8 @@ def export(
         keep_versions: How many versions to keep, as `ExportConfig.keep_versions` says.
         item_ids: The model's items to retrieve; histories may hold its other items too. None takes
             the items of the log's item table, or all without one.
-        user_data: Whether to export what the log says about users: ids, histories, features,
-            embeddings and held-out queries. Without it requests bring the history, and an index is
-            measured on queries of one item each.
+        user_data: Whether to export users' ids, histories, features and held-out queries. Without
+            it requests bring the history, and an index is measured on queries of one item each.
         queries: Held-out queries with `user_id`, `history`, `history_timestamps` and `request`. A
             ScaNN index is tuned and measured on the first 1,000, and the reloaded model must repeat
             the answers to the first 20. None takes the model's users.
@@ -128,8 +127,8 @@ def export(
         The folder of the new version.
 
     Raises:
-        ExportError: If a fresh process cannot load the export or answers otherwise. Then nothing is
-            put in place, and no version is deleted.
+        ExportError: If a fresh process cannot load the export or answers otherwise, in which case
+            no version is put in place or deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
         TypeError: If `model` or `index` is of another type.
         ValueError: If `item_ids` is empty or holds an id that the model lacks, the items lack the
@@ -144,16 +143,8 @@ def export(
     options = ExportOptions(index or Auto(), filter_by, keep_versions)
 
     def write() -> str:
-        folder, _ = export_version(
-            model,
-            path,
-            options,
-            item_ids=item_ids,
-            user_data=user_data,
-            queries=queries,
-            manifest=manifest or {},
-        )
-        return str(folder)
+        given: dict[str, Any] = {"item_ids": item_ids, "user_data": user_data, "queries": queries}
+        return str(export_version(model, path, options, **given, manifest=manifest or {})[0])
 
     return Path(on_chief(write))
 

@@ -1,0 +1,152 @@
+"""A loaded model against the one in memory; what loading refuses."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.damage import damage
+from tests.serving.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served
+from tfrs_pipeline.durable import Damaged
+from tfrs_pipeline.serving.publish import EXACT_FOLDER, MANIFEST_FILE
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+
+
+@pytest.fixture(scope="module")
+def user(served: Served) -> Any:
+    return served.query_ids[0]
+
+
+@pytest.fixture(scope="module")
+def query(served: Served, user: Any) -> dict[str, Any]:
+    return {"user_id": user, "history": served.known(3)}
+
+
+def given(query: dict[str, Any], gender: str | None) -> dict[str, Any]:
+    return {**query, "features": {"gender": gender}}
+
+
+@pytest.mark.parametrize("is_fallback", [False, True])
+def test_a_loaded_model_answers_as_the_one_in_memory(
+    served: Served, folder: Path, is_fallback: bool
+) -> None:
+    if is_fallback and KIND_OF[served.ids] == "exact":
+        pytest.skip("has no fallback")
+    loaded = load(folder, exact=is_fallback)
+    queries = [
+        {"user_id": served.query_ids[2], "history": served.known(3)},
+        {"history": served.known(5)},
+        {"user_id": served.query_ids[0]},
+        {},
+    ]
+    exclude = [served.candidate_ids[:20].tolist(), [], served.known(4), []]
+    expected_ids, expected_scores = served.in_memory.retrieve(queries, 15, exclude)
+    ids, scores = loaded.retrieve(queries, 15, exclude)
+    assert ids.tolist() == expected_ids.tolist()
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+    assert loaded.titles()[served.candidate_ids[1]] == "The 1th Film"
+
+
+def test_the_graph_does_not_grow_with_the_ids(exported: Exported) -> None:
+    """Ids are in the variables: a graph must not exceed 2 GB."""
+    graph = (exported("str", "exact") / "1" / "saved_model.pb").read_bytes()
+    assert b"film-\xc3\xa9-" not in graph
+    assert "Zoë".encode() not in graph
+
+
+def test_given_features_replace_the_stored_ones(
+    served: Served, loaded: LoadedRetriever, query: dict[str, Any]
+) -> None:
+    queries = [given(query, served.genders[0]), given(query, None), query]
+    ids, scores = loaded.retrieve(queries, 9)
+    assert ids[0].tolist() == ids[2].tolist()
+    assert np.abs(scores[1] - scores[0]).max() > 0.01
+    embedded = loaded.embed_queries(queries)
+    assert np.abs(embedded[1] - embedded[2]).max() > 0.01
+    np.testing.assert_allclose(embedded[0], embedded[2], atol=1e-6)
+
+
+def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
+    served: Served, loaded: LoadedRetriever, query: dict[str, Any], user: Any
+) -> None:
+    queries = [given(query, served.genders[0]), given(query, None), query, query]
+    found = loaded.retrieve(queries, NUM_CANDIDATES, allowed=[["b"], ["b"], ["b"], []])
+    genres = zip(served.candidate_ids.tolist(), served.genres, strict=True)
+    with_b = {id_ for id_, of_item in genres if "b" in of_item}
+    assert 0 < len(with_b) < NUM_CANDIDATES
+    for i, each in enumerate(queries):
+        (ids,), (scores,) = loaded.retrieve([each], NUM_CANDIDATES)
+        is_allowed = np.array([i == 3 or id_ in with_b for id_ in ids.tolist()])
+        num = is_allowed.sum()
+        assert found[0][i, :num].tolist() == ids[is_allowed].tolist()
+        np.testing.assert_allclose(found[1][i, :num], scores[is_allowed], atol=1e-5)
+    filtered, _, _ = loaded.retrieve_user([user], 5, allowed=[["b"]])
+    (ids,), _, _ = loaded.retrieve_user([user], NUM_CANDIDATES)
+    assert filtered[0].tolist() == [id_ for id_ in ids.tolist() if id_ in with_b][:5]
+
+
+def test_scores_are_products_of_the_embeddings(
+    served: Served, loaded: LoadedRetriever, query: dict[str, Any]
+) -> None:
+    ids = served.candidate_ids.tolist()
+    items, is_known = loaded.embed_candidates(ids, {"genres": served.genres})
+    assert is_known.all()
+    expected = -np.sort(-loaded.embed_queries([query]) @ items.T, axis=1)
+    np.testing.assert_allclose(loaded.retrieve([query], 60)[1], expected, atol=1e-5)
+
+
+def test_refuses_what_it_cannot_answer(loaded: LoadedRetriever, user: Any) -> None:
+    other = 7 if isinstance(user, str) else "7"
+    wrong: dict[str, Any] = {
+        r"no user feature 'age'; known: gender": lambda: loaded.retrieve(
+            [{"features": {"age": 3}}], 2
+        ),
+        r"did you mean \['b'\]\?": lambda: loaded.retrieve([{}], 3, allowed=["b"]),
+        "No item has 'B' as its genres": lambda: loaded.retrieve([{}], 3, allowed=[["B"]]),
+        "User ids come in a list": lambda: loaded.retrieve_user("u0", 3),
+        "k must be": lambda: loaded.retrieve_user([user], 0),
+        f"ids are .* Received: {other!r}": lambda: loaded.retrieve_user([other], 3),
+    }
+    for message, ask in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+def test_a_version_is_served_as_it_was_exported_or_not_at_all(
+    exported: Exported, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
+    variables = Path("variables") / "variables.data-00000-of-00001"
+    for name, exact in ((variables, False), (EXACT_FOLDER / variables, True)):
+        # Another index over other towers: the same graph, other numbers.
+        whole = (folder / name).read_bytes()
+        damage(folder / name, "flipped")
+        with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):
+            load(folder, exact=exact)
+        (folder / name).write_bytes(whole)
+    load(folder)
+    manifest = folder / MANIFEST_FILE
+    text = manifest.read_text()
+    assert '"num_leaves": 1,' in text
+    manifest.write_text(text.replace('"num_leaves": 1,', '"num_leaves": 2,'))
+    with pytest.raises(Damaged, match=r"manifest\.json"):
+        load(folder)
+
+
+def test_a_missing_model_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"No exported model at .*manifest.json.* run` writ"
+    ):
+        load(tmp_path)
+    manifest = tmp_path / "movies" / "1" / MANIFEST_FILE
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    with pytest.raises(FileNotFoundError, match=rf"Did you mean {tmp_path}/movies\?"):
+        load(tmp_path / "movie")
+    with pytest.raises(FileNotFoundError, match=rf"Did you mean {tmp_path}/movies\?"):
+        load(tmp_path)
+    shutil.copytree(tmp_path / "movies", tmp_path / "clips")
+    with pytest.raises(FileNotFoundError, match=rf"mean {tmp_path}/clips or {tmp_path}/movies\?"):
+        load(tmp_path)
