@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+import tfrs_pipeline
 from tests.features.test_features import NUM_NEW, fitted_features, new_columns, new_tensors
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
@@ -21,6 +23,7 @@ from tfrs_pipeline.config import dump_config
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
@@ -111,6 +114,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code = cli.main([str(argument) for argument in arguments])
     assert code == 0
     return folder / "run"
+
+
+def test_no_kind_is_named_outside_its_room() -> None:
+    """Settings of a public log name kinds; columns of tables are called timestamp and text, too."""
+    package = Path(tfrs_pipeline.__file__).parent
+    files = [path for path in package.rglob("*") if path.suffix in (".py", ".html")]
+    name = re.compile(rf"""["'`]({"|".join(KINDS.keys() - {"timestamp", "text"})})["'`]""")
+    found = {path.parent.name for path in files if name.search(path.read_text())}
+    assert found == {"features", "sources"}
 
 
 @pytest.fixture(scope="module")

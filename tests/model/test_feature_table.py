@@ -6,27 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfrs_pipeline.features.bucketized import Bucketized
+from tests.features.test_features import FITTED, fit
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.hashed import Hashed
-from tfrs_pipeline.features.multi_categorical import MultiCategorical
-from tfrs_pipeline.features.numeric import Numeric
-from tfrs_pipeline.features.text import Text
-from tfrs_pipeline.features.timestamp import Timestamp
-from tfrs_pipeline.features.vector import Vector
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 
-FEATURES = [
-    Categorical("categorical", tuple("abcd")),
-    Hashed("hashed", 4),
-    MultiCategorical("multi_categorical", tuple("abcd"), 1),
-    Text("text", tuple("abcd"), 3),
-    Numeric("numeric"),
-    Bucketized("bucketized", (1.0, 2.0, 3.0)),
-    Timestamp("timestamp"),
-    Vector("vector", 3),
-]
+FEATURES: list[Feature] = [fit(kind, FITTED[kind], kind) for kind in KINDS]
 
 
 def encoded_columns(num_rows: int) -> dict[str, tf.Tensor]:
