@@ -97,16 +97,9 @@ def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
                 raise ValueError(
                     f"{name!r} of a query is a mapping, values by name. Received: {values!r}"
                 )
-        history = query.get("history")
-        if history is None:
-            continue
-        if _is_one(history):
-            raise ValueError(
-                f"A history is a list of item ids. Received: {history!r}; did you mean "
-                f"[{history!r}]?"
-            )
-        _check_sized("history", history)
-        histories.append(history)
+        if query.get("history") is not None:
+            _check_collection("the history of a query", query["history"])
+            histories.append(query["history"])
     check_ids(histories, are_text=ids_are_text)
 
 
@@ -147,18 +140,15 @@ def check_one_each(name: str, values: Sequence[Any], num_queries: int) -> None:
             f"Received: {len(values)} for {num_queries} queries."
         )
     for value in values:
-        if _is_one(value):
-            raise ValueError(
-                f"{name} must hold one collection a query. Received: {value!r}; did you mean "
-                f"[{value!r}]?"
-            )
-        _check_sized(name, value)
+        _check_collection(f"{name} for a query", value)
 
 
-def _check_sized(name: str, values: Any) -> None:
-    """Refuses (`ValueError`) iterators: a check would use them up."""
+def _check_collection(name: str, values: Any) -> None:
+    """Refuses (`ValueError`) an id in place of a list, and iterators: checks would use them up."""
+    if isinstance(values, str | int | np.integer):
+        raise ValueError(f"{name} must be a list. Received: {values!r}; did you mean [{values!r}]?")
     if not hasattr(values, "__len__"):
-        raise ValueError(f"{name} must hold lists or other collections. Received: {values!r}")
+        raise ValueError(f"{name} must be a list or another collection. Received: {values!r}")
 
 
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
@@ -181,8 +171,3 @@ def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
                     what, hint = "integers", ""
                 raise ValueError(f"This model's ids are {what}. Received: {wrong!r}{hint}")
             fine.add(kind)
-
-
-def _is_one(value: Any) -> bool:
-    """Whether this is one id instead of a list; a string would be iterated by letter."""
-    return isinstance(value, str | int | np.integer)
