@@ -1,9 +1,8 @@
-"""One column of a source turned into the type that the log has.
+"""Converts columns of a source to the types of a log.
 
-CSV columns arrive as text and are typed here, by all of their values: a sniffer that looks at the
-first rows loses leading zeros and fails late. A value that cannot be used becomes null and is a
-fault of its table (`RawTable.fault`); `tables.py` counts the faults, and drops or refuses. NaN is a
-missing value: it becomes null.
+CSV columns arrive as text and are typed by all of their values: a sniffer of the first rows loses
+leading zeros and fails late. An unusable value becomes null and a fault of its table
+(`RawTable.fault`), for `tables.py` to drop or refuse. NaN is a missing value and becomes null.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ _FEW = 0.1
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
-    """Tells whether ids are kept as int64.
+    """Returns whether ids are kept as int64.
 
-    Text is an integer only if every value is written as one is ("7", not "007" or "+7"), so that no
-    two ids fall together; "7.0" is how programs write 7 where other rows have none.
+    Text is an integer only if every value is written as one ("7", not "007" or "+7"), so that no
+    two ids become one; "7.0" is how programs write 7 if other rows have none.
     """
     dtype = raw.table[column].type()
     if dtype.is_string():
@@ -43,7 +42,7 @@ def is_integer(raw: RawTable, column: str) -> bool:
 
 
 def describe_ids(raw: RawTable, column: str) -> Iterator[str]:
-    """Says that white space was stripped, and that a few odd ids have made text of integers."""
+    """Says that white space was stripped, and that a few odd ids turn integers into text."""
     if not raw.table[column].type().is_string():
         return
     value, _, num_spaced = _read_text(raw, column)
@@ -74,7 +73,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
         value, *_ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
-        # A decimal is exact; of larger floats it is not known which number was meant.
+        # A decimal is exact; a larger float may stand for several numbers.
         is_whole = whole.cast(dtype) == value
         if not dtype.is_decimal():
             is_whole &= value.abs() < (2**24 if dtype.is_float32() else 2**53)
@@ -133,9 +132,9 @@ def to_outcome(raw: RawTable, column: str) -> ir.Value:
 
 
 def to_context(raw: RawTable, column: str) -> ir.Value:
-    """Keeps a column's type; text becomes int64 or float64 where every value is such a number."""
+    """Keeps a column's type; text becomes int64 or float64 if every value is such a number."""
     value = raw.table[column]
-    # Folders named COLUMN=VALUE make columns that are no text.
+    # Folders named COLUMN=VALUE make columns of other types.
     if not (raw.is_text and value.type().is_string()):
         return value
     if not raw.has(~is_integer_text(value)):
@@ -177,10 +176,9 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:
-    """Takes what programs add off ids: white space around them, ".0", words for a missing one.
+    """Removes what programs add to ids: white space, ".0", words for a missing one.
 
-    Returns the text, whether all of it is written as int64 is, and in how many rows there was such
-    white space.
+    Returns the text, whether all of it is written as int64, and how many rows had white space.
     """
     if column not in raw.texts:
         value = raw.table[column]

@@ -1,4 +1,4 @@
-"""Tables of an engine that are a log already: checked where they lie, none of their rows moved."""
+"""Checks of tables that are a log already, in their engine, without moving a row."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def check_engine(events: Any, *others: Any) -> None:
 def check_events(
     events: ibis.Table, source: Source, request_features: Mapping[str, FeatureKind]
 ) -> ibis.Table:
-    """Checks that a table holds what `Log` says of events, else raises a `DataError`.
+    """Checks that a table holds what `Log` says of events; a `DataError` if not.
 
-    Returns the table, its columns cast to the types of a log where no value changes by it.
+    Returns the table with the types of a log; no value changes.
     """
     for name in _REQUIRED:
         require_column(events.columns, name, source, _remedy(name))
@@ -111,7 +111,7 @@ def check_entities(
     events: ibis.Table,
     features: Mapping[str, FeatureKind],
 ) -> ibis.Table:
-    """Checks an item or user table, None makes one, and adds the ids that only the events have."""
+    """Checks an item or user table, or makes one, and adds the ids that only events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")
     if entities is None:
         for name in features:
@@ -145,7 +145,7 @@ def _cast(table: ibis.Table, types: Mapping[str, Mapping[str, str]], source: Sou
         if not found:
             wanted = " or ".join(allowed)
             raise DataError(f"{source.column(name)} must be {wanted}, it is {dtype}. Cast it.")
-        # Spark calls its UTC moments so; those of other engines may be of any zone.
+        # Spark's naive times are UTC; in other engines they may be of any zone.
         is_naive = isinstance(dtype, dt.Timestamp) and dtype.timezone is None
         if is_naive and table.get_backend().name == "duckdb":
             raise DataError(f"{source.column(name)} has no time zone. Cast it to timestamp('UTC').")

@@ -1,6 +1,6 @@
-"""Where tables lie and are computed: DuckDB in this process, or Spark.
+"""The engines of tables: DuckDB in this process, or Spark.
 
-Both take the same Ibis expressions. What they do not take alike is here.
+Both take the same Ibis expressions; their differences are here.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def connect_spark(master: str | None = None) -> Any:
 
 
 def open_parquet(backend: Any, path: Path) -> ibis.Table:
-    """Opens a file of Parquet, or a folder of part files, whose name is no pattern."""
+    """Opens a Parquet file, or a folder of part files; the path is never a pattern."""
     if backend.name == _SPARK:
         table = backend.read_parquet(path.absolute().as_uri())
-        # They are moments in UTC, which Ibis does not see.
+        # Ibis does not see that they are UTC.
         times = [name for name, dtype in table.schema().items() if dtype.is_timestamp()]
         return table.cast({name: "timestamp('UTC', 6)" for name in times})
     return backend.read_parquet([glob.escape(str(file)) for file in part_files(path) or [path]])
 
 
 def write_parquet(table: ibis.Table, path: Path) -> None:
-    """Has the engine write a table in its order: DuckDB a file, Spark a folder of part files.
+    """Writes a table in its order: DuckDB a file, Spark a folder of part files.
 
     Spark's executors must see the folder under the same path as this process.
     """
@@ -100,23 +100,23 @@ def write_parquet(table: ibis.Table, path: Path) -> None:
 
 
 def replace(new: Path, path: Path) -> None:
-    """Puts what was written by `write_parquet` in the place of another, if there is one."""
-    if new.is_dir() or path.is_dir():  # Spark's. A file gives way in one step.
+    """Moves what `write_parquet` wrote to a path, replacing what is there."""
+    if new.is_dir() or path.is_dir():  # Spark's. A file is replaced in one step.
         remove(path)
     os.replace(new, path)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that it holds, if there is one."""
+    """Removes a file, or a folder with its contents, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:
-    """Hashes integers or strings alike in every engine, whose own hash functions differ.
+    """Hashes integers or strings in the same way in every engine; their own functions differ.
 
-    It returns 12 hexadecimal digits: what DuckDB still compares as fast as a number.
+    Returns 12 hexadecimal digits, which DuckDB still compares as fast as a number.
     """
     text = ibis.literal(str(seed))
     for value in values:

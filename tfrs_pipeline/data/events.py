@@ -1,8 +1,10 @@
-"""A raw table turned into the event table of a log."""
+"""Turns a raw table into the event table of a log."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import re
 from collections.abc import Collection, Mapping
 
@@ -21,7 +23,6 @@ from tfrs_pipeline.data.columns import (
     to_required_id,
 )
 from tfrs_pipeline.data.files import Scan
-from tfrs_pipeline.data.labels import relabel
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import is_from_timestamp
 from tfrs_pipeline.data.rules import RawTable, is_usable_weight
@@ -111,7 +112,7 @@ def load_events(
             columns[name] = _other_column(raw, name)
     weight = ibis.literal(1.0)
     if reading.label:
-        columns["stage"], weight = relabel(columns, reading.label)
+        columns["stage"], weight = _relabel(columns, reading.label)
     if "weight" in names:
         weight = weight * _weight(raw, columns["stage"])
     if reading.label or "weight" in names:
@@ -129,7 +130,7 @@ def _event_columns(
     reading: Reading,
     request_features: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns log's name -> column of the source, of all columns to be taken, and the others."""
+    """Returns the columns to read, by the log's names, and those that are not read."""
     required = ["user_id", "item_id", *([stages_in] if stages_in else [])]
     optional = [name for name in _OPTIONAL if name in scanned.columns]
     requested = [
@@ -151,12 +152,12 @@ def _event_columns(
     absent = set(LOG_COLUMNS) - set(names) - set(scanned.columns)
     if stages_in or reading.label:
         absent -= {"stage", "rating"}
-    # Without its stage or its time a log would be another log, and nobody would be told.
+    # Without its stage or its time a log would silently be another kind of log.
     for name in set(names) & set(TIMES_ELSEWHERE) & set(reading.columns):
         if "timestamp" in absent:
             raise DataError(
                 f"columns.{name}: did you mean 'timestamp'? The log has none. To keep it as a "
-                "column that is no time, call it otherwise.",
+                "column that is not a time, give it another name.",
                 "columns",
             )
     unread = [column for column in scanned.columns if column not in names.values()]
@@ -178,11 +179,10 @@ def _event_columns(
 
 
 def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) -> None:
-    """Refuses columns that hold stages or times, if the log has none of these.
+    """Refuses unread columns that hold stages or times, if the log has none of these.
 
-    A column holds stages if any of its rows has a known one and its first rows have few values: a
-    team has names of its own for other stages. It holds times if more than nine tenths of its first
-    values are times: some may be unreadable.
+    A column holds stages if any row has a known one and its first rows have few values, since teams
+    name stages themselves; and times if more than nine tenths of its first values are times.
     """
     rows = scanned.first_rows(unread, _NUM_LOOKED_AT)
     stages = {str(stage) for stage in Stage}
@@ -216,7 +216,7 @@ def _refuse_values(scanned: Scan, unread: list[str], absent: Collection[str]) ->
 
 
 def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
-    """Refuses (`DataError`) unread columns named as an outcome that hold 1 in some rows alone."""
+    """Refuses (`DataError`) unread columns with an outcome's name that hold 1 in some rows only."""
     if scanned.is_stream:  # It can be read once.
         return
     rows = scanned.first_rows(columns, _NUM_LOOKED_AT)
@@ -236,7 +236,7 @@ def _refuse_outcomes(scanned: Scan, columns: list[str]) -> None:
 
 
 def _is_mistyped(name: str, column: str) -> bool:
-    """Whether a name is nearly another: the same letters are a style (device_type, deviceType)."""
+    """Returns whether a name is nearly another; the same letters, as in deviceType, are fine."""
     plain = ["".join(filter(str.isalnum, each.casefold())) for each in (name, column)]
     return plain[0] != plain[1] and bool(
         difflib.get_close_matches(plain[0], plain[1:], cutoff=0.85)
@@ -256,15 +256,38 @@ def _stage(raw: RawTable, stages_in: str | None, reading: Reading) -> ir.StringV
         rating = to_number(raw, "rating")
         raw.fault("rating", rating.isnull(), rules.NO_RATING)
         lowest = ibis.literal(float(reading.rating_threshold or 0))
-        if raw.table["rating"].type().is_float32():  # 4.1 there is below 4.1 in double precision.
+        if raw.table["rating"].type().is_float32():  # Its 4.1 is below 4.1 in double precision.
             lowest = lowest.cast("float32").cast("float64")
         is_clicked = rating >= lowest
         return is_clicked.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     return ibis.literal((Stage.EXPOSED if reading.label else Stage.CLICKED).value)
 
 
+def _relabel(
+    columns: Mapping[str, ir.Value], label: Mapping[str, float]
+) -> tuple[ir.StringValue, ir.FloatingValue]:
+    """Returns stages and weights: exposed events become positives if a column of the label holds.
+
+    A column holds if it is true or above 0, not if null. Exposed or clicked events for which none
+    holds become `exposed`; events that were never exposed stay. A positive weighs the sum of the
+    weights of the columns that hold, another event 1.
+    """
+    terms = []
+    for name, weight in label.items():
+        column = columns[name]
+        holds = column if column.type().is_boolean() else column > 0
+        # DuckDB takes the literal 1.0 for a decimal, and Ibis drops a cast of it to its own type.
+        as_double = ibis.literal(str(float(weight))).cast("float64")
+        terms.append(ibis.coalesce(holds, False).ifelse(as_double, 0.0))
+    weight = functools.reduce(operator.add, terms)
+    stage, is_labelled = columns["stage"], weight > 0
+    was_exposed = stage.isin([Stage.EXPOSED.value, Stage.CLICKED.value])
+    new_stage = is_labelled.ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
+    return was_exposed.ifelse(new_stage, stage), (was_exposed & is_labelled).ifelse(weight, 1.0)
+
+
 def _weight(raw: RawTable, stage: ir.StringValue) -> ir.FloatingValue:
-    """Makes weights of positives; those of other events have no use, and are 1 if unusable."""
+    """Makes weights. Those of other events than positives are not used: 1 if unusable."""
     value = raw.table["weight"]
     if not (value.type().is_numeric() or value.type().is_string()):
         raise raw.wrong_type("weight", "a number")
@@ -281,6 +304,6 @@ def _other_column(raw: RawTable, name: str) -> ir.Value:
         return to_number(raw, name)
     if name == "request_id":
         value = to_id(raw, name, as_integer=is_integer(raw, name))
-        # An empty one is none, or all without would be of one request.
+        # An empty one is missing: all events without one would share a request.
         return value.strip().nullif("") if value.type().is_string() else value
     return to_context(raw, name)

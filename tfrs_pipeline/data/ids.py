@@ -106,7 +106,7 @@ class Ids:
 
 
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
-    """Turns ids into the two forms used throughout: int64, or object holding str.
+    """Converts ids to the two forms used everywhere: int64, or object holding str.
 
     A `ValueError` if they are neither all integers nor all strings, or not one-dimensional.
     """

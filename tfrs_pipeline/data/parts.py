@@ -49,19 +49,19 @@ class Split(Generic[LogT]):
 
     @functools.cached_property
     def before_test(self) -> LogT:
-        """All that may train a model for the test: held-out users never do."""
+        """All events that may train a model for the test, never those of held-out users."""
         return self.train if self.kind == "held_out_users" else self._part("train", "validation")
 
     @functools.cached_property
     def validation(self) -> Holdout:
-        """What the validation part asks. A `DataError` if it holds no positive."""
+        """The queries of the validation part. A `DataError` if it has no positive."""
         return self.holdout("validation")
 
     @functools.cached_property
     def test(self) -> Holdout:
-        """What the test part asks. A `DataError` if it holds no positive.
+        """The queries of the test part. A `DataError` if it has no positive.
 
-        Its training positives are those of `before_test`; for a model trained on less, use
+        The training positives are those of `before_test`; for a model trained on less, use
         `holdout("test", trained_on=split.train)`.
         """
         return self.holdout("test")
@@ -74,13 +74,13 @@ class Split(Generic[LogT]):
         *,
         trained_on: LogT | None = None,
     ) -> Holdout:
-        """What a part asks, of `max_queries` users at most, drawn at random; None is all.
+        """Makes the queries of a part, for at most `max_queries` users drawn at random; None: all.
 
-        `trained_on` is the log whose positives are the training positives: those that cut head,
-        torso and tail, and without which an item to find is new. None is all that may train a model
-        for the part: `train` for validation, `before_test` for the test.
+        `trained_on` is the log of the training positives, which define head, torso and tail, and
+        which items are new. None is all that may train a model for the part: `train` for
+        validation, `before_test` for the test.
 
-        Only the events of those drawn leave the engine. A `DataError` if there is no positive.
+        Only the drawn users' events leave the engine. A `DataError` if there is no positive.
         """
         if trained_on is None:
             trained_on = self.train if part == "validation" else self.before_test
@@ -97,7 +97,7 @@ class Split(Generic[LogT]):
     def report(self) -> dict[str, Any]:
         """Counts what is in each part that has events, and what the split dropped.
 
-        Of a part: num_events, num_positives and num_users, those with positives. Of the split:
+        A part has num_events, num_positives and num_users (with positives); the split has
         num_users_dropped and num_events_dropped.
         """
         events = self.events
@@ -138,20 +138,20 @@ class Split(Generic[LogT]):
     def write(self, path: Path) -> None:
         """Writes the events with their parts as Parquet, and then its record `split.json`."""
         partial = path.with_name(f"{path.name}.partial")
-        write_parquet(self.events, partial)  # Perhaps of what is there.
+        write_parquet(self.events, partial)  # It may read the file to be replaced.
         path.with_suffix(".json").unlink(missing_ok=True)
         replace(partial, path)
         write_record(path.with_suffix(".json"), {"kind": self.kind}, part_files(path))
 
     @classmethod
     def read(cls, log: LogT, path: Path) -> Split[LogT]:
-        """Opens what `write` wrote of a split of this log, without loading it."""
+        """Opens a written split of this log without loading it."""
         kind = read_record(path.with_suffix(".json"), check_files=False)["kind"]
         return cls(log, open_parquet(log.events.get_backend(), path), kind)
 
     def _part(self, *parts: str) -> LogT:
         events = self.events.filter(self.events["part"].isin(parts)).drop("part")
-        # What was dropped and noted in the making is the whole log's.
+        # What was dropped and noted belongs to the whole log.
         told: dict[str, Any] = {"dropped": (), "notes": ()}
         later = None
         if "timestamp" in events.columns:

@@ -17,22 +17,22 @@ from tfrs_pipeline.data.schema import (
 from tfrs_pipeline.features.kinds import KINDS, FeatureKind
 
 FROM_TIMESTAMP = ("hour", "weekday")
-"""Request features that are made of the timestamp, in UTC, where the log has no such column."""
+"""Request features that are made from the timestamp, in UTC, if the log has no such column."""
 
 
 def is_from_timestamp(name: str, columns: Collection[str]) -> bool:
-    """Tells whether a request feature is made of the timestamp of events with these columns."""
+    """Returns whether a request feature is made from the timestamp of events with these columns."""
     return name in FROM_TIMESTAMP and name not in columns
 
 
 def check_names(
     features: Collection[str], others: Collection[str], columns: Mapping[str, str] | None = None
 ) -> None:
-    """Refuses (`ValueError`) request features that no request can bring, or that others are called.
+    """Refuses (`ValueError`) request features that no request can bring, or with a taken name.
 
-    The others are user features, which the query tower reads beside them, or outcomes. `columns`
-    are those of `Log.from_files`: what the log calls otherwise is refused by either name. So are
-    names that differ in case alone from another request feature's or one of the log's own.
+    `others` are user features, which the query tower reads too, or outcomes. `columns` are those of
+    `Reading`; both names of a column are refused. So are names that differ only in case from
+    another request feature's or one of the log's own.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
@@ -70,9 +70,9 @@ def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKin
             )
         elif "timestamp" not in events.columns:
             raise DataError(
-                f"{source.column(name)} is among request_features and not there; it would be made "
-                "of the timestamp, which the log does not have either. Set columns to say which "
-                f"column is {name} or timestamp, or remove it from request_features.",
+                f"{source.column(name)} is among request_features and not there, and the log has "
+                f"no timestamp to make it from. Set columns to say which column is {name} or "
+                "timestamp, or remove it from request_features.",
                 "columns",
             )
         elif not KINDS[kind].takes_whole_numbers:
@@ -86,8 +86,8 @@ def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKin
 def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[str, ir.Value]:
     """Returns the request features of each event, by name.
 
-    A column is taken as it stands at the event. The hour (0 to 23) and the weekday (0 is Monday)
-    are those of the moment at which the request was made, in UTC.
+    A column has the event's value. The hour (0 to 23) and the weekday (0 is Monday) are those of
+    the request's moment, in UTC.
     """
     of_timestamp = [name for name in features if is_from_timestamp(name, events.columns)]
     values: dict[str, ir.Value] = {name: events[name] for name in features if name in events}
@@ -103,12 +103,12 @@ def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[
 
 
 def whole_seconds(timestamp: ir.Value) -> ir.Value:
-    """Returns whole seconds since 1970, int64, the rest cut off: a cast alone rounds in DuckDB."""
+    """Returns whole seconds since 1970, int64, rounded down: in DuckDB a cast alone rounds."""
     return timestamp.truncate("s").epoch_seconds().cast("int64")
 
 
 def query_time(events: ibis.Table, time: ir.Value) -> ir.Value:
-    """Says when an event's query was made: at the start of its request, if it has one."""
+    """Returns when an event's query was made: at the start of its request, if it has one."""
     if "request_id" not in events.columns:
         return time
     start = time.min().over(ibis.window(group_by=["user_id", "request_id"]))

@@ -1,6 +1,6 @@
-"""The words of the tables, and their contract: stages, kinds of features, what is refused.
+"""The words of the tables: stages, columns, what names and parts may be.
 
-Ibis is named here in type hints alone: whoever needs only a word does not load it.
+Ibis is imported for type hints only, so that settings load without it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 
 
 class DataError(ValueError):
-    """Input that does not keep the contract. The message says where, how many rows, what to do.
+    """Input that breaks the contract. The message says where, how many rows, and what to do.
 
-    `setting` is the argument of `Log.from_files` that mends it, if one does: the message calls it
-    by that name, and who knows it by another can add theirs.
+    `setting` is the option that mends it, if any, by its name in the message: the command line adds
+    its flag.
     """
 
     def __init__(self, message: str, setting: str = "") -> None:
@@ -79,7 +79,7 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows that a source or a filter dropped: why, for a person, and how many."""
+    """Rows that were dropped: why, for a person, and how many."""
 
     reason: str
     num_rows: int
@@ -87,13 +87,13 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Source:
-    """What to call a table in a message, and its columns where they have another name there."""
+    """The name of a table in messages, and its columns' names if they differ."""
 
     name: str
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> str:
-        """Says where a column stands, for the start of a message."""
+        """Returns the place of a column, for the start of a message."""
         return f"{self.name}: column {printable(repr(self.columns.get(name, name)))}"
 
 
@@ -124,7 +124,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def case_problem(name: str) -> str:
-    """Says which of a log's own columns an engine takes a name for, as cases are one to it."""
+    """Says which of a log's own columns a name is to an engine, which ignores case."""
     lower = name.casefold()
     if lower == name or lower not in (*LOG_COLUMNS, "event_number"):
         return ""
@@ -134,7 +134,7 @@ def case_problem(name: str) -> str:
 def name_problem(name: str, columns: Collection[str] = ()) -> str:
     """Says why a log cannot call a column so; "" if it can, as one of its own or as context.
 
-    Beside the log's own column, of `columns`, a name that is nearly that is no mistake.
+    A name near one of the log's own is fine if `columns` hold that one as well.
     """
     if name == "event_number":
         return "is made here, of the order of the rows; name the column otherwise"
@@ -149,7 +149,7 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
 
 
 def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:
-    """Yields why these cannot be the parts of a split: the name of one, and what is wrong."""
+    """Yields which parts of a split are impossible, and why."""
     given = {"validation": validation, "test": test}
     for name, value in given.items():
         if kind == "column" and value is not None:
@@ -170,7 +170,7 @@ def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tupl
 def require_column(
     columns: Collection[str], name: str, source: Source, remedy: str, setting: str = ""
 ) -> None:
-    """Refuses a table without a column, naming the nearest that there are, and the remedy."""
+    """Refuses a table without a column, naming the nearest ones and the remedy."""
     if name in columns:
         return
     near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)

@@ -94,60 +94,66 @@ def settle(
 
     Returns events, items and users; what was dropped of the events; and notes for a person.
     """
+    source = sources["events"]
     num_in = num_rows = count_rows(events)
     dropped: list[Dropped] = []
     notes: list[str] = []
-    unknown_by_id: dict[str, UnknownItems] = {"item_id": reading.unknown_items, "user_id": "keep"}
-    for name, unknown in unknown_by_id.items():
+    for name in ("item_id", "user_id"):
         if name in sources:
-            where = (sources["events"], sources[name])
-            events, lost, noted = settle_unknown(
-                events, entities[name], name, where, unknown, num_rows
-            )
-            dropped, notes = dropped + lost, notes + noted
-            num_rows -= sum(each.num_rows for each in lost)
-    events, lost, noted = settle_duplicates(events, sources["events"], reading.duplicates, num_rows)
-    dropped, notes = dropped + lost, notes + noted
+            unknown = reading.unknown_items if name == "item_id" else "keep"
+            table = (entities[name], sources[name].name)
+            events, told = _settle_unknown(events, source, *table, name, unknown, num_rows)
+            if isinstance(told, Dropped):
+                dropped.append(told)
+                num_rows -= told.num_rows
+            elif told:
+                notes.append(told)
+    events, told = _settle_duplicates(events, source, reading.duplicates, num_rows)
+    if isinstance(told, Dropped):
+        dropped.append(told)
+    elif told:
+        notes.append(told)
     if dropped:
-        events = store(events, sources["events"])
+        events = store(events, source)
     counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
     num_left, num_positives = counts.to_pyarrow().to_pylist()[0].values()
-    check_account(sources["events"], num_in, num_left, dropped)
+    check_account(source, num_in, num_left, dropped)
     if not num_left:
-        raise DataError(f"{sources['events'].name}: 0 rows. Give a log that holds events.")
+        raise DataError(f"{source.name}: 0 rows. Give a log that holds events.")
     if not num_positives:
         raise DataError(
-            f"{sources['events'].name}: none of {num_left} rows is a positive (stage 'clicked'). "
-            "Check stage_values, rating_threshold or label."
+            f"{source.name}: none of {num_left} rows is a positive (stage 'clicked'). Check "
+            "stage_values, rating_threshold or label."
         )
     items, users = (
-        store(add_missing(entities[name], events, name).order_by(name), sources["events"])
+        store(add_missing(entities[name], events, name).order_by(name), source)
         for name in ("item_id", "user_id")
     )
     return (events, items, users), dropped, notes
 
 
-def settle_unknown(
+def _settle_unknown(
     events: ibis.Table,
+    source: Source,
     entities: ibis.Table,
+    table: str,
     id_name: str,
-    sources: tuple[Source, Source],
     unknown: UnknownItems,
     num_rows: int,
-) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events whose item or user its table lacks, and counts them.
+) -> tuple[ibis.Table, Dropped | str]:
+    """Keeps, drops or refuses events whose item or user its table lacks.
 
-    Returns the events that are kept, what was dropped, and what is to be known, for a person.
+    Returns the events that are kept, and what was dropped, or a note for a person.
     """
-    where, kind, table = sources[0].column(id_name), id_name.removesuffix("_id"), sources[1].name
+    where, kind = source.column(id_name), id_name.removesuffix("_id")
     lacking = events.anti_join(entities, id_name)
     lacks = lacking.aggregate(
         num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
     )
-    found = lacks.to_pyarrow().to_pylist()[0]
-    if not (num := found["num"]):
-        return events, [], []
-    example = printable(repr(found["first"]))
+    num, num_ids, first = lacks.to_pyarrow().to_pylist()[0].values()
+    if not num:
+        return events, ""
+    example = printable(repr(first))
     if num == num_rows:
         other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
         raise DataError(
@@ -163,45 +169,41 @@ def settle_unknown(
         )
     if unknown == "drop":
         kept = events.semi_join(entities, id_name)
-        return kept, [Dropped(f"{kind} is not in the {kind} table", num)], []
-    note = (
+        return kept, Dropped(f"{kind} is not in the {kind} table", num)
+    return events, (
         f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
-        f"{counted(found['ids'], kind)} that {table} lacks, such as {example}: kept, with null "
-        "features"
+        f"{counted(num_ids, kind)} that {table} lacks, such as {example}: kept, with null features"
     )
-    return events, [], [note]
 
 
-def settle_duplicates(
+def _settle_duplicates(
     events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
-) -> tuple[ibis.Table, list[Dropped], list[str]]:
-    """Keeps, drops or refuses events that repeat an earlier one; returns as `settle_unknown`."""
+) -> tuple[ibis.Table, Dropped | str]:
+    """Keeps, drops or refuses events that repeat an earlier one; returns as `_settle_unknown`."""
     # An event of the test part is not a repeat of one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]
     num_copies = num_rows - count_rows(events.select(*keys).distinct())
-    if not num_copies:
-        return events, [], []
     what = f"in {', '.join(keys)}"
-    if duplicates == "error":
+    if num_copies and duplicates == "error":
         raise DataError(
             f"{source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. Remove "
             "them, or set duplicates to drop or keep.",
             "duplicates",
         )
-    if duplicates == "keep":
-        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-        return events, [], [note]
-    same = ibis.window(group_by=keys, order_by="event_number")
-    numbered = events.mutate(_copy=ibis.row_number().over(same))
-    kept = numbered.filter(numbered["_copy"] == 0).drop("_copy")
-    return kept, [Dropped("repeats an earlier event", num_copies)], []
+    if num_copies and duplicates == "drop":
+        same = ibis.window(group_by=keys, order_by="event_number")
+        numbered = events.mutate(_copy=ibis.row_number().over(same))
+        kept = numbered.filter(numbered["_copy"] == 0).drop("_copy")
+        return kept, Dropped("repeats an earlier event", num_copies)
+    note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+    return events, note if num_copies else ""
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
-    """Adds the ids of the events that an item or user table lacks, with null features.
+    """Adds the ids of events that an item or user table lacks, with null features.
 
-    Of an item the column `LISTED` says whether its table had it.
+    The column `LISTED` of items says whether the table had the item.
     """
     missing = events.select(id_name).distinct().anti_join(entities, id_name)
     added: dict[str, Any] = {

@@ -1,10 +1,9 @@
 """Which events train, and which are kept for evaluation.
 
-A split adds a column `part` to the event table, or replaces the one that is there: "train",
-"validation", "test", or "fold_in" (history of a held-out user: never trained on). Positives are the
-events of stage `clicked`. The order of a user's events is by timestamp, ties by event number; by
-event number alone where the log has no time; at random where it has no order, a user's events of an
-item at one place. All are lazy expressions.
+A split adds or replaces the column `part` of the event table: "train", "validation", "test", or
+"fold_in" (history of a held-out user, never trained on). Positives are the events of stage
+`clicked`. A user's events are ordered by timestamp and event number, without times by event number,
+and without an order at random, a user's events of one item together. All expressions are lazy.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _CEIL_SLACK = 1e-9
 
 
 def read_amount(name: str, value: Any) -> Any:
-    """Reads a share, a number, a moment, which may be written in ISO 8601, or a day's midnight."""
-    if isinstance(value, str) or type(value) is date:  # A moment is one, too.
+    """Reads a share, a number, a moment, also in ISO 8601, or a day, which means its midnight."""
+    if isinstance(value, str) or type(value) is date:  # A datetime is a date, too.
         with contextlib.suppress(ValueError):
             return datetime.fromisoformat(str(value))
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -68,7 +67,7 @@ def split_events(
     assert not isinstance(validation, datetime)  # Refused above.
     assert not isinstance(test, datetime)
     order: list[Any] = order_keys(events)
-    if not is_ordered:  # As the rows lie, which may be by item, the last ones would be no sample.
+    if not is_ordered:  # The order of the rows, which may be by item, would not be a fair draw.
         order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
     counted = _count_positives(events, min_positives, order)
     if kind == "held_out_users":
@@ -90,7 +89,7 @@ def split_by_time(
 ) -> ibis.Table:
     """Splits at two moments, the same for all users; shares become moments (see `Log.split`).
 
-    Positives of one moment are not parted, so that a part may hold a few more than its share.
+    Positives of one moment stay together, so that a part may exceed its share a little.
     """
     if "timestamp" not in events.columns:
         raise DataError(
@@ -124,8 +123,8 @@ def split_last(
 ) -> ibis.Table:
     """Splits off each user's last positives, a number or a share of them (see `Log.split`).
 
-    By share, of a user's n positives the last ceil(test n) are the test, of the m before them the
-    last ceil(validation m) the validation part.
+    By share, the last ceil(test n) of a user's n positives are the test, and the last
+    ceil(validation m) of the m before them the validation part.
     """
     for name, amount in (("validation", validation), ("test", test)):
         if kind == "last_n" and (amount < 0 or not float(amount).is_integer()):
@@ -141,7 +140,7 @@ def split_last(
     else:
         num_before_test = num_positives - round_up(num_positives * test)
         num_train = num_before_test - round_up(num_before_test * validation)
-    # Where a user has too few positives for all parts, what lies before the first is still train.
+    # If a user has too few positives for all parts, events before the first one are still train.
     part = ibis.cases(
         (num_so_far > ibis.greatest(num_before_test, 0), "test"),
         (num_so_far > ibis.greatest(num_train, 0), "validation"),
@@ -159,10 +158,10 @@ def split_held_out_users(
     min_positives: int,
     seed: int,
 ) -> ibis.Table:
-    """Holds out users drawn at random, at once: none of their events is trained on.
+    """Holds out users drawn at random: none of their events is trained on.
 
-    A held-out user's last ceil(target_share n) positives are the ones to find ("validation" or
-    "test"); the events before them are "fold_in", the history that a query may show.
+    A held-out user's last ceil(target_share n) positives are the targets ("validation" or "test");
+    the events before them are "fold_in", the history of a query.
     """
     _check_shares(validation, test)
     if not 0 < target_share < 1 or min_positives < 2:
@@ -188,11 +187,11 @@ def split_held_out_users(
 
 
 def split_by_column(events: ibis.Table) -> ibis.Table:
-    """Splits as the log's own column `part` says; events of no part (null) are dropped."""
+    """Splits by the log's own column `part`; events without a part (null) are dropped."""
     if "part" not in events.columns:
         raise DataError(
-            "The log has no column 'part', by which it is to be split. Set columns to say which "
-            "column it is, or split.kind to another kind."
+            "The log has no column 'part' to be split by. Set columns to say which column it is, "
+            "or split.kind to another kind."
         )
     counts = events.group_by("part").agg(num=events.count(), positives=is_positive(events).sum())
     rows = {row["part"]: row for row in counts.to_pyarrow().to_pylist()}
@@ -219,17 +218,17 @@ def split_by_column(events: ibis.Table) -> ibis.Table:
 
 
 def is_positive(events: ibis.Table) -> ir.BooleanValue:
-    """Says which events are positives."""
+    """Marks the events that are positives."""
     return events["stage"] == Stage.CLICKED.value
 
 
 def _time_cuts(
     events: ibis.Table, validation_share: float, test_share: float
 ) -> tuple[datetime, datetime]:
-    """Finds the moments of the first validation and of the first test positive.
+    """Finds the times of the first validation and of the first test positive.
 
-    Where many positives have one time, as in a log of dates, validation is of the last before the
-    test's.
+    If many positives share a time, as in a log of dates, validation starts at the last one before
+    the test's.
     """
     _check_shares(validation_share, test_share)
     times = events.filter(is_positive).select("timestamp")
@@ -260,8 +259,8 @@ def _time_cuts(
 
 
 def in_order(times: ibis.Table) -> tuple[int, Callable[[int], datetime]]:
-    """Counts the timestamps of a table; the second finds the one at a place, from 0, in order."""
-    # Each hour's: few numbers, however many the timestamps are.
+    """Counts timestamps, and returns a function that finds the one at a place, from 0, in order."""
+    # By hour: few numbers, however many timestamps.
     hours = times.group_by(hour=_hour(times)).agg(num=times.count()).order_by("hour").to_pyarrow()
     counts = hours["num"].to_numpy()
     ends = np.cumsum(counts)
@@ -282,20 +281,19 @@ def _hour(times: ibis.Table) -> ir.IntegerValue:
 
 
 def _columns(events: ibis.Table) -> list[str]:
-    """Names the columns that a split keeps: a `part` that the log came with gives way to it."""
+    """Names the columns that a split keeps: all but the log's own `part`."""
     return [name for name in events.columns if name != "part"]
 
 
 def order_keys(events: ibis.Table) -> list[str]:
-    """Names the columns that a user's events are in order of."""
+    """Names the columns that order a user's events."""
     return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]
 
 
 def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -> ibis.Table:
-    """Adds _num_positives of the user and _num_so_far, those up to and including the event.
+    """Adds the user's _num_positives and _num_so_far, up to and including the event.
 
-    Events that the order does not tell apart, an item's copies, count each other: no cut parts
-    them.
+    Events at the same place, an item's copies, count each other: no cut separates them.
     """
     positives = is_positive(events).cast("int64")
     so_far = ibis.range_window(preceding=None, following=0, group_by="user_id", order_by=order)
@@ -313,7 +311,7 @@ def num_in_share(share: float, num: int) -> int:
 
 
 def round_up(value: ir.NumericValue) -> ir.IntegerValue:
-    """Rounds a share of a number up to int64, but for the hair that binary fractions are off."""
+    """Rounds a share of a number up to int64, except for binary rounding errors."""
     return (value - _CEIL_SLACK).ceil().cast("int64")
 
 

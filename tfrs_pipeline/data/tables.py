@@ -74,7 +74,7 @@ def store_sound(
 
 
 def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
-    """Checks that each row was either kept or dropped and counted: else a `RuntimeError`."""
+    """Raises a `RuntimeError` if a row was neither kept nor dropped and counted."""
     num_dropped = sum(each.num_rows for each in dropped)
     if num_in != num_kept + num_dropped:
         raise RuntimeError(
@@ -92,10 +92,10 @@ def load_raw(
     remedy: str = "",
     id_of_events: str = "",
 ) -> RawTable | None:
-    """Opens an item or user table; None where there is none, a `ValueError` if it has features.
+    """Opens an item or user table; returns None if there is none, and refuses features then.
 
-    `remedy` says what to do if it lacks a column, in place of setting its name; `id_of_events` is
-    the column of the events that holds these ids, suggested if this table has it as well.
+    `remedy` replaces the advice to set a missing column's name; `id_of_events` is the events'
+    column of these ids, which is suggested if this table has it too.
     """
     kind = id_name.removesuffix("_id")
     if source is None:
@@ -133,10 +133,9 @@ def type_entities(
     features: Mapping[str, FeatureKind],
     reading: Reading,
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
-    """Types and stores an item or user table: id, features and, of items, a column `title`.
+    """Types and stores an item or user table: id, features and, for items, a column `title`.
 
-    Returns the table, one row an id; what was dropped of it; and what is missing in it, in lines
-    for a person. A feature that cannot be used is missing.
+    Returns the table, one row an id; what was dropped; and notes for a person.
     """
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
     notes = type_features(raw, columns, features, reading)
@@ -191,7 +190,7 @@ def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) 
 
 
 def describe_dropped(source: Source, dropped: Iterable[Dropped]) -> list[str]:
-    """Says what was dropped of an item or user table, in lines for a person."""
+    """Says what was dropped from an item or user table, in lines for a person."""
     return [f"{source.name}: dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in dropped]
 
 
@@ -202,11 +201,10 @@ def load_items(
     item_features: Mapping[str, FeatureKind],
     reading: Reading,
 ) -> tuple[ibis.Table, list[str]]:
-    """Loads an item table by itself, such as today's for a model of last week's.
+    """Loads an item table alone, such as today's for a model of last week.
 
-    Ids are integers where those of the events were that the model was trained on, else text. The
-    rows are item_id, the features, and `title` where there is one, by ascending item_id. Returns
-    them, and what was dropped or is missing, in lines for a person.
+    Ids become integers if the model's are. Returns item_id, the features and, if there is one,
+    `title`, by ascending item_id; and what was dropped or is missing, in lines for a person.
     """
     remedy = "Name the columns as the item table of the training did."
     raw = load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)
@@ -217,20 +215,13 @@ def load_items(
             "Give the ids of the events that it was trained on."
         )
     items, dropped, notes = type_entities(
-        raw,
-        "item_id",
-        as_integer=is_integer_id,
-        features=item_features,
-        reading=reading,
+        raw, "item_id", as_integer=is_integer_id, features=item_features, reading=reading
     )
     return items.order_by("item_id"), describe_dropped(raw.source, dropped) + notes
 
 
 def store(expression: ibis.Table, source: Source) -> ibis.Table:
-    """Stores an expression as a table of its own.
-
-    What the engine refuses is a `DataError`, a full disk a `StorageError`.
-    """
+    """Stores an expression as a new table; a `DataError` if the engine refuses it."""
     try:
         connection, name = expression.get_backend(), ibis.util.gen_name("log")
         connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')

@@ -1,4 +1,4 @@
-"""Times of any writing turned into UTC: the only place for them."""
+"""Converts times in any form to UTC."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfrs_pipeline.data.schema import DataError, TimestampUnit
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-# A time of 1973 or later, as a number, tells its unit: the four ranges do not overlap until 5138.
+# The size of a number tells its unit from 1973 to 5138: the four ranges do not overlap.
 _UNIT_FROM = {"s": 1.0, "ms": 1e11, "us": 1e14, "ns": 1e17}
 # What Python's calendar holds.
 _FIRST, _END = datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
@@ -45,10 +45,9 @@ def to_timestamp(
 ) -> ir.TimestampValue:
     """Makes UTC timestamps of numbers, of times with an offset, or of naive ones in a time zone.
 
-    They are null where there is none or it is a fault (`RawTable.fault`), such as one outside the
-    period; without one they may be all that a calendar has. A `DataError` if the column is of
-    another type, most numbers count in another unit, or times have no zone and `reading` names
-    none.
+    Null where there is none, or a fault (`RawTable.fault`), such as a time outside the period, if
+    one is given. A `DataError` if the column has another type, most numbers another unit, or times
+    no zone and `reading` names none.
     """
     first, end = period or (_FIRST, _END)
     value = raw.table[column]
@@ -85,13 +84,10 @@ def to_timestamp(
 
 
 def _read_time(raw: RawTable, column: str) -> ir.Value:
-    """Reads times written as text, in the way that most are: numbers, or ISO 8601.
-
-    With an offset or without is another way.
-    """
+    """Reads times written as text, as most are: numbers, or ISO 8601 with an offset or without."""
     value = raw.table[column]
     number = value.try_cast("float64")
-    text = number.isnull().ifelse(value, ibis.null("string"))  # A try that fails takes its time.
+    text = number.isnull().ifelse(value, ibis.null("string"))  # A failing cast is slow.
     zoned = text.try_cast(_UTC)
     has_offset = text.re_search(r"(Z|UTC|[+-]\d\d(:?\d\d)?)$") & text.contains(":")
     is_time = zoned.notnull()
@@ -106,7 +102,7 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
     usual = max(ways, key=lambda name: counts[name] or 0)
     time, is_usual = ways[usual]
     if usual == "number" and counts["whole"] == counts["number"]:
-        time = value.try_cast("int64")  # Nanoseconds are past the whole numbers that a float holds.
+        time = value.try_cast("int64")  # Nanoseconds exceed the integers that a float holds.
     raw.fault(column, value.notnull() & ~(number.notnull() | is_time), rules.NOT_A_TIME)
     raw.fault(column, value.notnull() & ~is_usual, rules.TIME_OF_ANOTHER_KIND)
     return is_usual.ifelse(time, ibis.null(time.type()))
@@ -119,7 +115,7 @@ def _check_unit(
     unit: TimestampUnit | None,
     period: Period | None,
 ) -> None:
-    """Refuses numbers that count in another unit than they must: all, most or some of them."""
+    """Refuses numbers of which all, most or some count in another unit."""
     own = unit or "s"
     number = value.cast("float64")
     size, infinity = number.abs(), float("inf")
@@ -162,11 +158,11 @@ def _check_unit(
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
-    """Makes times of numbers; null where no calendar has such a year."""
+    """Makes times of numbers; null if no calendar has such a year."""
     factor = _MICROSECONDS[unit or "s"]
     is_time = value.cast("float64").abs() * factor < _END.timestamp() * 1e6
     value = is_time.ifelse(value, ibis.null(value.type()))
-    if unit == "ns" and value.type().is_integer():  # Past the whole numbers that a float holds.
+    if unit == "ns" and value.type().is_integer():  # They exceed the integers of a float.
         naive = _from_nanoseconds(value.try_cast("int64")).cast(_NAIVE)
         return _in_time_zone(ibis.literal("UTC"), naive)
     if value.type().is_integer():
@@ -175,7 +171,7 @@ def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.Time
 
 
 def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
-    """Refuses years read as seconds, which all fall into the same half hour of 1970."""
+    """Refuses years read as seconds, which all fall into half an hour of 1970."""
     row = raw.table.aggregate(first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
     if row["first"] is None:
         return
@@ -191,5 +187,5 @@ def refuse_years(raw: RawTable, time: ir.TimestampValue, column: str) -> None:
 
 
 def is_integer_text(value: ir.StringValue) -> ir.BooleanValue:
-    """Says which text is written as int64 is ("7", not "007", "7.0" or "+7")."""
+    """Marks text that is written as an int64 ("7", not "007", "7.0" or "+7")."""
     return value == ibis.coalesce(value.try_cast("int64").cast("string"), "")

