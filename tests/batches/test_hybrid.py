@@ -355,7 +355,7 @@ def test_refusals() -> None:
             make_batches(order, negatives=[Uniform(3), OwnInBatch()])
     with pytest.raises(ValueError, match="UserSets gives a query many positives"):
         make_batches("sets", hard=HARD)
-    with pytest.raises(ValueError, match=r"request features are those of one.*'single'"):
+    with pytest.raises(ValueError, match=r"request features belong to one.*'single'"):
         make_batches("sets", REQUESTED)
     sizes: list[Any] = [0, 2.5]
     for order in ORDERS:

@@ -33,11 +33,11 @@ def seed_of(seed: int, use: Use, key: tf.Tensor) -> tf.Tensor:
 class Examples(Protocol):
     """An order of the training samples: one by one, whole sequences, or sets of a user's items.
 
-    A batch is a function of (seed, step). `choose` says what a step's batch holds (`dataset` does
-    so for many), and `read` gathers that from the samples' arrays, in NumPy.
+    A batch is a function of (seed, step). `choose` decides what a step's batch holds, `dataset` for
+    many steps, and `read` gathers it from the samples' arrays.
 
     Attributes:
-        batch_size: B, positives of a batch, about or exactly.
+        batch_size: B, positives in a batch, about or exactly.
         steps_per_epoch: Batches per pass over the samples.
         rate: [num_candidates + 1] rates at which positives are drawn, by candidate; None if each
             comes once an epoch.
@@ -74,9 +74,9 @@ class Examples(Protocol):
 
 @dataclass(eq=False)
 class EpochChoices:
-    """What an epoch's batches hold, drawn an epoch at a time in NumPy, by (seed, epoch).
+    """Decides what batches hold, an epoch at a time in NumPy, by (seed, epoch).
 
-    `draw` returns a structure of arrays for each batch of an epoch, and `signature` is theirs.
+    `draw` returns a structure of arrays for each batch of an epoch; `signature` has their types.
     """
 
     seed: int
@@ -111,6 +111,6 @@ class EpochChoices:
 
 
 def blocks(num_samples: int) -> Iterator[slice]:
-    """Cuts samples into blocks, of whose arrays copies may be in memory."""
+    """Cuts samples into blocks that are small enough to be copied into memory."""
     for start in range(0, num_samples, _SAMPLES_PER_BLOCK):
         yield slice(start, min(start + _SAMPLES_PER_BLOCK, num_samples))

@@ -18,15 +18,15 @@ from tfrs_pipeline.negatives.mixture import hard_log_q
 from tfrs_pipeline.samples.store import RowLists, Samples
 
 HardNegatives: TypeAlias = FunnelLosers | Mined
-"""A kind of hard negative: its `share` f, `num` columns for each row and pool, and the `pools` of
-the samples to draw from, weighed alike."""
+"""A kind of hard negative. It has a `share` f, and draws `num` columns for each row from each of
+its `pools`, which weigh alike."""
 
 
 class HardDraws:
     """Draws each row's hard negatives from the pools of its sample.
 
-    A pool that the samples lack is empty until `set_pool`. A `DataError` if losers of the funnel
-    are asked for and no sample has one.
+    A pool that the samples lack is empty until `set_pool`. A `DataError` if `hard` asks for losers
+    of the funnel and no sample has one.
     """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
@@ -49,10 +49,10 @@ class HardDraws:
             )
 
     def set_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool that is drawn from, in datasets that are made from now on.
+        """Replaces a pool in datasets that are made from now on.
 
-        It holds, per sample, the candidate rows of its hard negatives, in random order. A
-        `ValueError` if it is not drawn from, or has no list for each sample.
+        For each sample it holds the candidate rows of its hard negatives, in random order. A
+        `ValueError` if the kind has no such pool, or the number of lists is another.
         """
         if name not in self._hard.pools:
             raise ValueError(
@@ -64,11 +64,11 @@ class HardDraws:
                 f"A pool must hold one list for each of {self._num_samples} samples. "
                 f"Received: {len(pool)}"
             )
-        # A new dict: a data set goes on with the pools that it was made with.
+        # A new dict, because a dataset keeps the pools that it was made with.
         self.pools = {**self.pools, name: pool}
 
     def has_any(self, place: slice) -> np.ndarray:
-        """Tells which samples have a hard negative in any pool: [n] bool."""
+        """Finds which samples have a hard negative in any pool: [n] bool."""
         ends = slice(place.start + 1, place.stop + 1)
         has_some = [pool.offsets[ends] > pool.offsets[place] for pool in self.pools.values()]
         return np.any(has_some, axis=0)
@@ -86,7 +86,7 @@ class HardDraws:
             seed = seed_of(self._seed, Use.HARD, step)
             seed = tf.random.experimental.stateless_fold_in(seed, i)
             drawn = draw_from_lists(pool, self._hard.num, seed)
-            # Graphs lose the static shape on the way; the loss wants its rank.
+            # A graph loses the static shape on the way; the loss needs the rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
             is_good &= ~Guard.of_own(never, drawn, name)
@@ -104,11 +104,10 @@ class HardDraws:
 
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
-    """Draws `num` entries of each list, of random order; 0s from an empty one: [n, num] int32.
+    """Draws `num` entries of each list, itself in random order; 0s if it is empty: [n, num] int32.
 
-    They are consecutive from a random start, around the end: each column is a uniform draw, and
-    entries repeat only once all have come, which keeps the mean over them steadier than independent
-    draws would.
+    They follow each other from a random start, around the end. Each column is a uniform draw, and
+    entries repeat only after all have come: their mean varies less than that of independent draws.
     """
     lengths = lists.row_lengths()[:, tf.newaxis]
     drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)

@@ -1,8 +1,7 @@
 """Hybrid batches: positives, easy and hard negatives, the log_q of every column, the masks.
 
-A batch is a function of (seed, step) alone: the order of the samples is one, and draws are
-stateless. The same seed gives the same batches whatever the parallelism, and a run goes on from any
-step by starting there.
+A batch is a function of (seed, step): so is the order of the samples, and draws are stateless. The
+same seed gives the same batches whatever the parallelism, and a run can start at any step.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _LATER = "items that came later"
 
 
 class _Found(NamedTuple):
-    """What a batch needs of the samples' arrays, or the types of that.
+    """What a batch reads from the samples' arrays, or the types of these parts.
 
     `batch` is what the examples read, with weights and request features. `slot` is the place of
-    each query among the distinct ones, `never` is of these, and `pools` of the positives.
+    each query among the distinct ones; `never` is by distinct query, a pool by positive.
     """
 
     batch: Batch
@@ -44,15 +43,12 @@ class _Found(NamedTuple):
 class HybridBatches:
     """Builds the training batches of one mixture of negatives.
 
-    A batch holds P positives of W queries (W = P = B unless a query has several), C negatives that
-    its rows share and, with hard negatives, H of each row's own.
-
     Args:
         samples: The training samples.
         examples: Which positives come together: `SinglePositives`, `WholeSequences` or `UserSets`.
-        negatives: Kinds of shared negatives, one or more.
-        hard: Hard negatives of each row's own; None draws none.
-        seed: Of the draws.
+        negatives: Kinds of negatives that the rows of a batch share, one or more.
+        hard: Each row's own hard negatives; None draws none.
+        seed: Seed of the draws.
         positive_weight: [num_candidates + 1] factors for the weights of the samples, by candidate,
             scaled to a mean of 1 over the samples.
 
@@ -61,7 +57,7 @@ class HybridBatches:
         frame: What they are drawn from.
         expected_count: [num_candidates + 1] float64, n(c).
         positive_share: [num_candidates + 1] float64, each candidate's share of the positives'
-            weight: of the draws, times their weights.
+            weight: how often it is drawn, times the weights.
 
     Raises:
         ValueError: If there is no negative at all, a kind's expected counts are wrong, or the
@@ -69,8 +65,6 @@ class HybridBatches:
         DataError: If `hard` asks for losers of the funnel and no positive has any.
 
     Example:
-        The batches as they are, for a training loop of one's own:
-
         >>> from tfrs_pipeline.batches.single import SinglePositives
         >>> from tfrs_pipeline.negatives.uniform import Uniform
         >>> samples = Samples.from_pairs([1, 1, 2], [1, 2, 3], num_queries=2, num_candidates=9)
@@ -91,23 +85,22 @@ class HybridBatches:
         seed: int,
         positive_weight: np.ndarray | None = None,
     ) -> None:
-        has_in_batch = any(isinstance(kind, InBatch) for kind in negatives)
-        if has_in_batch and not examples.is_fair_draw:
+        name = type(examples).__name__
+        if not examples.is_fair_draw and any(isinstance(kind, InBatch) for kind in negatives):
             raise ValueError(
                 "In-batch negatives need batches that are a fair draw of the positives, and "
-                f"{type(examples).__name__} puts all positives of a user together. Use popularity "
-                "with alpha 1 in place of in_batch: it draws from the same distribution."
+                f"{name} puts all positives of a user together. Use popularity with alpha 1 in "
+                "place of in_batch: it draws from the same distribution."
             )
-        if hard is not None and not examples.has_one_positive:
-            raise ValueError(
-                f"{type(examples).__name__} gives a query many positives, and hard negatives are "
-                "those of one. Set hard to none, or training.examples to 'single'."
-            )
-        if samples.request_columns and not examples.has_one_positive:
-            raise ValueError(
-                f"{type(examples).__name__} gives a query many positives, and request features are "
-                "those of one. Leave request_features out, or set training.examples to 'single'."
-            )
+        for given, of_one, remedy in (
+            (hard is not None, "hard negatives", "Set hard to none"),
+            (samples.request_columns, "request features", "Leave request_features out"),
+        ):
+            if given and not examples.has_one_positive:
+                raise ValueError(
+                    f"{name} gives a query many positives, and {of_one} belong to one. {remedy}, "
+                    "or set training.examples to 'single'."
+                )
         self.samples = samples
         self.examples = examples
         self.negatives = tuple(negatives)
@@ -136,7 +129,7 @@ class HybridBatches:
 
     @property
     def num_unreachable(self) -> int:
-        """Candidates that no kind can draw, without those that came later and do not count."""
+        """Candidates that no kind can draw, without those that came after the training."""
         is_never = self.expected_count[1:] <= 0
         if self.samples.is_later is not None:
             is_never &= ~self.samples.is_later[1:]
@@ -144,7 +137,7 @@ class HybridBatches:
 
     @property
     def mean_hard_share(self) -> float:
-        """Mean of f over the samples as they are drawn: it is 0 where a sample has no pool."""
+        """Mean of f over the samples as they are drawn; a sample without a pool has 0."""
         if self._hard is None:
             return 0.0
         rate = self.examples.rate
@@ -165,15 +158,12 @@ class HybridBatches:
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None
     ) -> tf.data.Dataset:
-        """Streams the batches of steps `start_step`, `start_step` + 1, ...
+        """Returns a dataset of the batches of steps `start_step`, `start_step` + 1, ...
 
         Args:
-            start_step: First step; continuing from it gives what an unbroken run would have seen.
+            start_step: First step; the batches from there on are those of an unbroken run.
             num_steps: How many batches; endless if None.
-            slices: These of each batch, one after the other, instead of the whole.
-
-        Returns:
-            Dataset of `Batch`.
+            slices: Which slices of each batch to return, one after the other, in place of it.
         """
         chosen = self.examples.dataset(start_step, num_steps)
         if slices is not None:
@@ -224,10 +214,10 @@ class HybridBatches:
         )
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
-        """Gathers all that a batch needs of the samples' arrays, in NumPy."""
+        """Gathers what a batch needs from the samples' arrays, in NumPy."""
         batch = self.examples.read(chosen)
         index = batch.index
-        # Each query is looked up once: one of very many events may hold much of a batch.
+        # Each query is looked up once: one with very many events may fill much of a batch.
         distinct, slot = np.unique(batch.query_row, return_inverse=True)
         return _Found(
             batch._replace(
@@ -241,7 +231,7 @@ class HybridBatches:
 
     @functools.cached_property
     def _signature(self) -> _Found:
-        """Types of what `_read` returns."""
+        """The types of what `_read` returns."""
         batch = self.examples.signature
         num = batch.index.shape[0]
 
@@ -284,11 +274,10 @@ class HybridBatches:
         return share / share.sum()
 
     def masked_shares(self, num_steps: int = 5) -> dict[str, float]:
-        """Counts why shared columns do not count, over the first batches.
+        """Computes, over the first batches, what share of the shared columns each reason masks.
 
-        Returns:
-            By reason, the share of the columns: accidental hits (the same candidate again, a row's
-            own in-batch column not counted), known positives, exposed items, items that came later.
+        The reasons are accidental hits (the same candidate again; a row's own in-batch column is
+        left out), known positives, exposed items, and items that came later.
         """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
         if self._is_later is not None:

@@ -1,8 +1,7 @@
 """Whole sequences: one pass over a user's items trains all positions (sequence-level training).
 
-A sample's history is a beginning of its query's sequence (`Samples`), so that an encoder which
-reads a sequence once, each output knowing only what comes before, has the query of every sample in
-it.
+A sample's history is a beginning of its query's sequence (`Samples`). An encoder whose outputs know
+only what comes before them therefore has the query of every sample after one pass.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from tfrs_pipeline.batches.examples import EpochChoices
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 
-# Windows of like length are batched together, out of this many batches' worth in random order.
+# Windows of similar length are batched together, within this many batches in random order.
 BATCHES_PER_POOL = 16
 
 
 class WholeSequences:
     """Every position of a sequence is a positive.
 
-    A sequence is cut into windows of `history_length` items from its end; a window trains the
-    samples whose histories end in it, which it truncates to itself: so the first samples of a later
-    window have short histories. Batches hold about `batch_size` positives each, and as many windows
-    as it takes; windows of like length come together, which leaves little padding.
+    A sequence is cut into windows of `history_length` items from its end. A window trains the
+    samples whose histories end in it, and cuts these at its start: the first samples of a later
+    window have short histories. A batch holds as many windows as give it about `batch_size`
+    positives. Windows of similar length come together, which leaves little padding.
 
     Batches have P = W positives (about B). Instead of history_rows they hold sequence_rows, state
     and, for a log with timestamps, sequence_times (see `Batch`).
@@ -36,11 +35,11 @@ class WholeSequences:
         samples: The training samples, of a log with an order.
         batch_size: Positives in a batch, about; twice those of any window is always enough.
         history_length: L, longest window.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: If the samples have no order, `batch_size`, `history_length` or `seed` is no
-            whole number or out of range, or a batch would be too small for its windows.
+        ValueError: If the samples have no order, a number is not an integer or out of range, or a
+            batch would be too small for its windows.
     """
 
     is_fair_draw = False
@@ -73,7 +72,7 @@ class WholeSequences:
         self._num_samples = len(samples)
         self._num_positives = np.diff(windows.samples.offsets)
         longest = int(self._num_positives.max())
-        # Else a stretch of that many positives might hold the middle of no window.
+        # Otherwise that many positives in a row might not hold the middle of any window.
         if self.steps_per_epoch > 1 and len(samples) / self.steps_per_epoch <= longest:
             raise ValueError(
                 f"training.batch_size = {batch_size} is too small: a window trains up to {longest} "
@@ -112,7 +111,7 @@ class WholeSequences:
         num_read = samples.num_earlier[index] - starts[window]
         times = None
         if samples.sequence_times is not None:
-            # A window ends with the last history, after which there is the event that it is of.
+            # After a window, which ends with the last history, comes the event with that history.
             times = padded_lines(
                 samples.sequence_times, first, lengths + 1, width + 1, missing=np.nan
             )
@@ -128,10 +127,10 @@ class WholeSequences:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows of sequences and the samples that each of them trains.
+    """Windows of sequences, and the samples that each trains.
 
-    Of each: its query, the place of its first item in the query's sequence, and the number of items
-    that it reads, [num_windows] int32.
+    A window has a query, the place of its first item in the query's sequence, and the number of
+    items that it reads, [num_windows] int32.
     """
 
     query_rows: np.ndarray
@@ -159,7 +158,7 @@ class _Windows:
         query_rows = (distinct >> 32).astype(np.int32)
         end = last[query_rows] - (distinct & 0xFFFFFFFF) * length
         starts = np.maximum(end - length, 0)
-        # A window whose last samples fell to a tie reads no further than its own samples do.
+        # A window whose last samples are elsewhere because of a tie reads as far as its own ones.
         furthest = np.maximum.reduceat(samples.num_earlier[order], first)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return cls(

@@ -16,7 +16,7 @@ INT32_MAX = np.iinfo(np.int32).max
 
 
 def check_one_batch(num_positives: int, batch_size: int) -> None:
-    """Refuses (`ValueError`) fewer positives than a batch holds."""
+    """Refuses (`ValueError`) fewer positives than fill a batch."""
     if num_positives < batch_size:
         raise ValueError(
             f"A batch needs {batch_size} positives and the training part has {num_positives}: "
@@ -25,22 +25,22 @@ def check_one_batch(num_positives: int, batch_size: int) -> None:
 
 
 class SinglePositives:
-    """Every sample once an epoch, in an order that is a permutation evaluated in the graph.
+    """Every sample once an epoch, in a random order that the graph computes.
 
-    Epochs are strung together, so that every batch is full. With rates, an epoch is as many draws
-    with replacement: of a candidate, and of one of its samples.
+    Epochs follow each other within a batch, so that every batch is full. With rates, an epoch is as
+    many draws with replacement: first a candidate, then one of its samples.
 
     Args:
         samples: The training samples.
         batch_size: B.
         history_length: N, most recent history rows per query.
-        seed: Of the order.
-        rate: [num_candidates + 1] rates at which positives are drawn, by candidate; None is every
-            sample once an epoch.
+        seed: Seed of the order.
+        rate: [num_candidates + 1] rates at which positives are drawn, by candidate; with None every
+            sample comes once an epoch.
 
     Raises:
-        ValueError: If `batch_size` is below 1, there are fewer samples, or more than one order
-            holds.
+        ValueError: If `batch_size` is below 1, or there are fewer samples than that, or 2^31 or
+            more.
     """
 
     is_fair_draw = True
@@ -96,7 +96,7 @@ class SinglePositives:
         return steps.map(lambda step: (step, self._samples_of(step)))
 
     def read(self, chosen: np.ndarray) -> Batch:
-        """Looks up what was chosen; see `Examples`."""
+        """Reads what was chosen; see `Examples`."""
         index = chosen if self._sampler is None else self._by_candidate[chosen]
         times = None
         if self._samples.sequence_times is not None:
@@ -116,7 +116,7 @@ class SinglePositives:
         place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
         index = tf.cast(place % self._num_samples, tf.int32)
         first_epoch = step * self.batch_size // self._num_samples
-        # A batch is no larger than an epoch, so it reaches into the next one at most.
+        # A batch is not larger than an epoch, so that it ends in the next one at the latest.
         is_next = place // self._num_samples > first_epoch
         return tf.where(
             is_next, self._shuffled(index, first_epoch + 1), self._shuffled(index, first_epoch)
@@ -127,10 +127,10 @@ class SinglePositives:
         return tf.random.experimental.index_shuffle(index, seed, self._num_samples - 1)
 
     def _drawn(self, sampler: AliasSampler, seed: tf.Tensor) -> tf.Tensor:
-        """Draws candidates, and of each one of its samples: [B] int32 places in their order."""
+        """Draws candidates, and a sample of each: [B] int32 places in the order of candidates."""
         seed, within_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
         candidate = sampler.sample(self.batch_size, seed)
-        # As many bits as make the remainder fair to within one in 2^31.
+        # With 63 bits the remainder is fair to within one in 2^31.
         bits = tf.random.stateless_uniform(
             [self.batch_size], within_seed, minval=None, maxval=None, dtype=tf.int64
         )

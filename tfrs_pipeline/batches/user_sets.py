@@ -1,7 +1,7 @@
-"""Sets of a user's items: a random half of them is input, the other half the target.
+"""Sets of a user's items, for logs without an order: one random half is input, the other target.
 
-For logs without an order. A query's embedding, and its scores with the shared negatives, serve all
-of its targets, where single positives compute them once each.
+All targets of a query use its embedding and its scores with the shared negatives, which single
+positives compute once for each.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ from tfrs_pipeline.samples.store import Samples, padded_lines
 
 
 class UserSets:
-    """A user's positives are input in part and target in part.
+    """Some of a user's positives are input, the others are targets.
 
-    An epoch visits every user once, in random order, and flips a coin for each of its candidates:
-    those of the one side are input, the history, all of the other side are targets, the positives
-    of that query. Copies of a candidate stay together, so that no target is in its own input. A
-    user without input has an empty history; one without targets is excluded from the epoch. An
-    order, if the log has one, plays no part.
+    An epoch visits every user once, in random order, and flips a coin for each of the user's
+    candidates: it is input, part of the history, or a target, one of the query's positives. Copies
+    of a candidate stay together, so that no target is in its own input. A user without input has an
+    empty history; one without targets is excluded from the epoch. If the log has an order, it is
+    ignored.
 
-    An epoch has as many batches as put `batch_size` positives into each on average, and its users
-    are spread over them evenly, their numbers differing by one at most: how many positives a batch
-    holds varies with its users. In a tiny log whose coins leave fewer users than batches they are
-    flipped again.
+    The number of batches in an epoch gives each `batch_size` positives on average. Users are spread
+    over them evenly, so that the number of positives varies. If the coins leave fewer users than
+    batches, as in a tiny log, they are flipped again.
 
     Batches have a positive_query, and history_rows in random order, as wide as the longest of the
-    batch, `history_length` at most. The shared columns
-    of a query count for all of its positives alike, so that all of these must be masked, and there
-    are no hard negatives, which are those of one positive.
+    batch, `history_length` at most. The shared columns of a query count for all of its positives,
+    all of which are therefore masked. There are no hard negatives: they belong to one positive.
 
     Args:
         samples: The training samples.
         batch_size: Positives in a batch, about.
         history_length: Longest history; more input than that is drawn from at random.
-        seed: Of the order and the coins.
+        seed: Seed of the order and the coins.
 
     Raises:
-        ValueError: If `batch_size` or `seed` is no whole number or out of range.
+        ValueError: If `batch_size` or `seed` is not an integer or out of range.
     """
 
     is_fair_draw = False
@@ -64,12 +62,12 @@ class UserSets:
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
-        # The distinct (query, candidate) that have a coin, and those of each sample.
+        # The distinct pairs of a query and a candidate, which have a coin each.
         pairs = samples.query_rows.astype(np.int64) << 32 | samples.candidate_rows
         distinct, self._pair = np.unique(pairs, return_inverse=True)
         self._queries, query_of_pair = np.unique(distinct >> 32, return_inverse=True)
         self._query_of_sample = query_of_pair[self._pair]
-        # Half of all draws at least have as many users left as their mean, rounded down.
+        # At least half of all draws leave as many users as the mean, rounded down.
         mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
         wanted = round(len(samples) * 0.5 / batch_size)
         self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
@@ -83,8 +81,8 @@ class UserSets:
         order = rng.permutation(np.flatnonzero(num_targets))
         turn = np.full(len(self._queries), -1)
         turn[order] = np.arange(len(order))
-        # One sort: by the turn of the user, and at random within, which chooses the history out of
-        # more than `history_length`. Users without targets, of turn -1, come first.
+        # One sort by the turn of the user, random within, which also chooses the history out of
+        # more than `history_length`. Users without targets have turn -1 and come first.
         turns = turn[self._query_of_sample]
         visited = np.argsort(turns + rng.random(self._num_samples))[np.count_nonzero(turns < 0) :]
         is_input = is_input[visited]
@@ -93,7 +91,7 @@ class UserSets:
         num_inputs = np.bincount(turns[visited[is_input]], minlength=len(order)).astype(np.int32)
         num_targets = num_targets[order].astype(np.int32)
         query_row = self._queries[order].astype(np.int32)
-        # Where each batch begins: among the users, and among their targets and inputs.
+        # Where each batch begins among the users, and among their targets and inputs.
         begin = np.arange(self.steps_per_epoch + 1) * len(order) // self.steps_per_epoch
         begin_target, begin_input = (
             np.concatenate([[0], np.cumsum(numbers)])[begin]

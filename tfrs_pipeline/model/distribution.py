@@ -1,4 +1,4 @@
-"""Training by several replicas: devices of one machine, or workers that TF_CONFIG names."""
+"""Training on several replicas: devices of one machine, or workers that TF_CONFIG names."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 class WorkerLost(RuntimeError):
-    """Another worker of the training has failed, or does not answer."""
+    """Another worker of the training has failed or does not answer."""
 
 
 def training_strategy() -> tf.distribute.Strategy:
-    """Returns how to train: the strategy in scope, else that of TF_CONFIG, else of all GPUs.
+    """Returns the strategy in scope, else one for TF_CONFIG's workers, else for all GPUs.
 
-    A `ValueError` if TF_CONFIG is wrong, or the strategy in scope is none in which every replica
-    holds all weights and steps together with the others; a `RuntimeError` if TF_CONFIG names
-    several workers and TensorFlow has been used before.
+    A `ValueError` if TF_CONFIG is wrong, or the strategy in scope does not keep all weights on
+    every replica in step; a `RuntimeError` if TF_CONFIG names several workers and TensorFlow has
+    been used before.
     """
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
@@ -54,7 +54,7 @@ _of_gpus = functools.cache(tf.distribute.MirroredStrategy)
 
 @functools.cache
 def _of_workers() -> tf.distribute.Strategy:
-    """Joins the other workers; once a process, and before TensorFlow does anything else."""
+    """Joins the other workers, once per process and before TensorFlow does anything else."""
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
@@ -63,14 +63,14 @@ def _of_workers() -> tf.distribute.Strategy:
             "could be joined. Call TwoTower.fit before any other use of TensorFlow; or "
             f"unset TF_CONFIG to train alone. TensorFlow says: {error}"
         ) from error
-    # TensorFlow now takes SIGTERM for a notice and goes on: what is told to stop shall stop.
+    # TensorFlow now treats SIGTERM as a notice and continues; this process must stop.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     return strategy
 
 
 def check_shared(folder: Path | str | None) -> None:
-    """Refuses (`ValueError`) several workers without a folder that all of them see."""
+    """Refuses (`ValueError`) several workers without a folder that all of them can read."""
     if folder is None and this_worker().count > 1:
         raise ValueError(
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
@@ -98,11 +98,10 @@ def dataset_of(
 
 
 def on_chief(work: Callable[[], Any]) -> Any:
-    """Does work on the chief alone while the other workers wait; each gets its JSON-able result.
+    """Does work on the chief while the other workers wait; each gets its JSON-able result.
 
-    All workers must call this, in the same order. A process that works alone does just that. The
-    others raise `WorkerLost` if the work fails, with the chief's error; any does if a worker does
-    not answer any more.
+    All workers must call this, in the same order; a single process just does the work. If it fails,
+    the others raise `WorkerLost` with the chief's error, as does any if a worker stops answering.
     """
     worker = this_worker()
     if worker.count == 1:
@@ -123,7 +122,7 @@ def on_chief(work: Callable[[], Any]) -> Any:
 
 
 def chief_first(work: Callable[[], T]) -> T:
-    """Does work on the chief, then on the others, which find the files that it has made."""
+    """Does work on the chief, then on the others, which find the chief's files."""
     done: list[T] = []
     on_chief(lambda: done.append(work()))
     return done[0] if done else work()
@@ -131,7 +130,7 @@ def chief_first(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Has failures of the block that come of another worker's end say so, as `WorkerLost`."""
+    """Turns failures that another worker's end has caused into `WorkerLost`."""
     try:
         yield
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
@@ -148,7 +147,7 @@ def naming_lost_workers() -> Iterator[None]:
 
 
 def _from_chief(message: bytes) -> bytes:
-    """Sends bytes from the chief to all workers; what the others give is ignored."""
+    """Sends bytes from the chief to all workers; the others' bytes are ignored."""
     (length,) = _sum_of_workers(np.array([len(message)]))
     codes = np.zeros(length, np.int64)
     if message:
@@ -157,7 +156,7 @@ def _from_chief(message: bytes) -> bytes:
 
 
 def _sum_of_workers(numbers: np.ndarray) -> np.ndarray:
-    """Sums up [n] int64 of every worker, each worker's counted once."""
+    """Sums [n] int64 over the workers, each counted once."""
     strategy = training_strategy()
     with naming_lost_workers():
         summed = _summing(strategy)(tf.constant(numbers, tf.int64))

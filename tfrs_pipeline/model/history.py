@@ -11,11 +11,11 @@ import tensorflow as tf
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_slice
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
-# The seconds from one event to the next, by their logarithm: the last bucket begins at 68 years.
+# Buckets of the seconds between events, by their logarithm: the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
-# Share of the gaps, and of the sequences with all of theirs, that training takes for unknown, so
-# that a request may come without times: as of request features.
+# Share of the gaps, and of the sequences with all their gaps, that training makes unknown, so that
+# a request may come without times.
 GAP_DROPOUT = 0.05
 # About the standard deviation of a new embedding's entries.
 _EMBEDDING_SCALE = 0.03
@@ -27,16 +27,15 @@ class HistoryEncoder(tf.keras.layers.Layer):
     Each pooling gives one vector:
 
     - "mean": the mean of the items' embeddings.
-    - "recency": their mean with weights that fall by `recency_decay` a step from the latest item.
+    - "recency": their mean with weights that fall by `recency_decay` per step from the latest item.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
-      `reads_times`, it knows how long after the item before it each item came, and how long after
-      the last one the query; times that are not given are unknown. If the tower adds up its inputs
-      (`combination` "sum"), it starts as long as a new embedding.
+      `reads_times`, it knows the time from each item to the next, and from the last one to the
+      query; times that are not given are unknown. If the tower adds up its inputs (`combination`
+      "sum"), the output starts as long as a new embedding.
 
-    A history with nothing left has a learned vector per pooling; there are `num_vectors`, one a
-    pooling. `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim], to
-    read the items with; None is an embedding of the history's own, of `num_candidates` rows beside
-    row 0.
+    An empty history has a learned vector for each pooling; `num_vectors` counts the poolings.
+    `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim]; with None the
+    history has an embedding of `num_candidates` rows and row 0.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 dropout=settings.attention_dropout,
                 reads_gaps=reads_times,
             )
-            # Normalised vectors have entries of about 1, and would drown the features that a tower
-            # adds to them. Joined end to end, a layer weighs both.
+            # Normalised vectors have entries of about 1, and would outweigh the features that a
+            # tower adds to them. Where they are concatenated, a layer weighs both.
             self._attention_scale = _EMBEDDING_SCALE if settings.combination == "sum" else 1.0
 
     def call(
@@ -87,11 +86,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         Args:
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
             training: Whether items are dropped.
-            dropout_seed: [2] int32 that the dropout is a function of; None draws anew each time.
-            dropout_slice: [2] int32 of a slice of a batch, whose dropout is that of the whole: the
-                number of its first history, and how many the whole has.
-            times: [B, N + 1] float64, in seconds the time of the query and of each item, NaN where
-                it is not known; None is not known at all.
+            dropout_seed: [2] int32 that decides the dropout; None draws anew each time.
+            dropout_slice: [2] int32, in a slice: the number of its first history and the number of
+                histories in the whole batch, whose dropout the slice has.
+            times: [B, N + 1] float64, the query's time and each item's in seconds, NaN where it is
+                unknown; None is unknown throughout.
         """
         seed = pass_seed(training, dropout_seed)
         kept = self._kept(history_rows, seed, dropout_slice)
@@ -102,8 +101,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if seed is None:
-                # Only as wide as the longest history; in training that of a slice may be shorter
-                # than that of its batch, whose dropout it has to have.
+                # Only as wide as the longest history; not in training, where a slice needs the
+                # dropout of its batch, which may be wider.
                 width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
             oldest_first, kept = (
                 tf.reverse_sequence(values, lengths, seq_axis=1)[:, :width]
@@ -125,13 +124,13 @@ class HistoryEncoder(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes every beginning of sequences in one pass.
 
-        `sequence_rows`, [W, L] int32, come oldest first, 0 is padding and comes last. `times`,
-        [W, L + 1] float64, are of each item and of the last entry's query: the query of entry j
-        comes at the time of item j + 1. What else is given is as of `call`.
+        `sequence_rows`, [W, L] int32, come oldest first, 0 is padding and comes last. `times`, [W,
+        L + 1] float64, are the items' and the last query's: the query of entry j has the time of
+        item j + 1. For the other arguments see `call`.
 
         Returns:
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
-            beyond a sequence's length mean nothing.
+            beyond a sequence's length have no meaning.
         """
         seed = pass_seed(training, dropout_seed)
         kept = self._kept(sequence_rows, seed, dropout_slice)
@@ -144,7 +143,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
     @property
     def item_table(self) -> tf.Variable | None:
-        """The table that items are read with, a row a candidate; None if it is not its own."""
+        """The embedding table of items, one row per candidate; None if it is another layer's."""
         return None if self._is_shared else self._embedding.embeddings
 
     def _kept(
@@ -178,17 +177,17 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
 
     def _pooled(self, history_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-        """Pools histories, [B, N] rows and what of them counts: [B, num_pooled * dim]."""
+        """Pools histories, [B, N] rows with 1 where they count: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
         weights = {"mean": kept, "recency": kept * self._recency_decay**steps_ago}
-        # Only what counts is looked up: of long histories, most places are padding or dropped.
+        # Only what counts is looked up: most places of long histories are padding or dropped.
         place = tf.where(kept > 0)
         vectors = self._embedding(tf.gather_nd(history_rows, place))
         num_rows = tf.shape(history_rows)[0]
         pooled = []
         for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], place)[:, tf.newaxis]
-            # Of sorted places, several times faster than of unsorted ones, and so is its gradient.
+            # For sorted places: several times faster than for unsorted ones, gradient included.
             total = tf.math.segment_sum(weighted, place[:, 0])
             total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
@@ -205,7 +204,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         dropout_slice: tf.Tensor | None,
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
-        # The place of a dropped item stays; it only says nothing.
+        # A dropped item keeps its place, with a vector of zeros.
         vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
         gaps = None
         if self._reads_times and times is not None:
@@ -216,15 +215,15 @@ class HistoryEncoder(tf.keras.layers.Layer):
 
 
 class SelfAttention(tf.keras.layers.Layer):
-    """A causal Transformer with learned positions: each output has seen what comes before alone.
+    """A causal Transformer with learned positions: an output depends only on what comes before.
 
     Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
-    normalised once more. A learned vector stands before the first item, so that there is an output
-    for nothing too. Besides the positions, each head of each block has a learned relative position
-    bias, zero at first: it helps where few sequences are long enough to train the late positions.
-    Padding must come last: causality then keeps it out of all that counts. A place may also know
-    the gap between its item and what comes next: a vector a gap is added to it, which begins as
-    zeros.
+    normalised once more. A learned vector before the first item gives the output of an empty
+    history. Besides the positions, each head of each block has a learned relative position bias,
+    zero at first: it helps where few sequences are long enough to train the late positions. Padding
+    must come last, where causality keeps it out of the outputs that count. A place may also know
+    the gap between its item and what comes next: each bucket of gaps has a vector, at first zeros,
+    that is added.
 
     Inputs and outputs are of size `dim`, a multiple of `ATTENTION_HEADS` (else a `ValueError`);
     training drops the share `dropout` of the activations.
@@ -295,14 +294,14 @@ class SelfAttention(tf.keras.layers.Layer):
             f"A history may hold {self._positions.shape[0] - 1} items at most: give the latest.",
         )
         start = tf.tile(self._start, [shape[0], 1, 1])
-        # As in SASRec: without it the positions would weigh as much as the items.
+        # As in SASRec: otherwise the positions would weigh as much as the items.
         hidden = tf.concat([start, vectors * self._scale], axis=1)
         hidden += self._positions[: shape[1] + 1]
         if self._gaps is not None:
             if gaps is None:
                 gaps = tf.zeros_like(hidden[:, :, 0], tf.int32)
             hidden += tf.gather(self._gaps, gaps)
-        # A seed for each place where something is dropped; none outside training.
+        # One seed for each place where something is dropped, None outside training.
         seed = None if dropout_seed is None else fold(dropout_seed, Stream.ATTENTION)
         seeds = (None if seed is None else fold(seed, i) for i in itertools.count())
         hidden = self._dropped(hidden, seeds, dropout_slice)
@@ -347,11 +346,11 @@ def _normal() -> tf.keras.initializers.Initializer:
 
 
 def gap_buckets(times: tf.Tensor) -> tf.Tensor:
-    """Tells how long after the time before it each time is, by [W, L + 1] float64 seconds.
+    """Buckets the time that has passed since the entry before, of [W, L + 1] float64 seconds.
 
     Returns:
-        [W, L + 1] int32: 0 where a time is not known (NaN), and at the first place, which has none
-        before it; else 1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
+        [W, L + 1] int32: 0 at the first place and where a time is unknown (NaN); else
+        1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
         >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()
@@ -361,14 +360,14 @@ def gap_buckets(times: tf.Tensor) -> tf.Tensor:
     is_known = tf.math.is_finite(seconds)
     # A clock may go backwards.
     seconds = tf.maximum(tf.where(is_known, seconds, 0.0), 0.0)
-    # Seconds are whole: a hair keeps rounding from choosing the bucket at its lowest.
+    # Seconds are integers: the addend keeps rounding from choosing the bucket below.
     steps = tf.floor(_GAPS_PER_DOUBLING * tf.math.log1p(seconds) / math.log(2) + 1e-6)
     buckets = tf.minimum(1 + tf.cast(steps, tf.int32), NUM_GAPS - 1)
     return tf.pad(tf.where(is_known, buckets, 0), [[0, 0], [1, 0]])
 
 
 def _drop_gaps(gaps: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None) -> tf.Tensor:
-    """Takes some gaps for unknown, and all of some sequences'."""
+    """Makes some gaps unknown, and all gaps of some sequences."""
     shape = tf.shape(gaps)
     drawn = uniform_of_slice(tf.stack([shape[0], shape[1] + 1]), seed, dropout_slice)
     is_kept = (drawn[:, :1] >= GAP_DROPOUT) & (drawn[:, 1:] >= GAP_DROPOUT)

@@ -19,8 +19,8 @@ from tfrs_pipeline.model.settings import TwoTowerSettings
 
 # Candidates embedded at once when the whole corpus is.
 CORPUS_BLOCK = 65_536
-# Share of the request features that training drops, so that a request may come without: as many as
-# ids are dropped for users and items that come later.
+# Share of the request features that training drops, so that a request may come without them; as
+# large as the ID dropout.
 REQUEST_DROPOUT = 0.05
 _READ_BY_QUERIES = (
     *("history_rows", "history_times", "sequence_rows", "sequence_times", "state"),
@@ -31,18 +31,20 @@ _READ_BY_QUERIES = (
 class TwoTowerNetwork(tfrs.Model):
     """A query tower and a candidate tower, for `fit` and `evaluate` on `HybridBatches`.
 
-    A tower is any Keras layer. It is called with a dict: `row`, [n] int32, of users or items, 0 is
-    unknown; `features`, encoded, by name, those of the request among the query tower's, of which
-    training drops some; `dropout_seed`, [2] int32, in training, also `dropout_slice` where several
-    replicas train (see `Slices.take`); the query tower's also with `history_rows`, [n, N] int32,
-    most recent first, padded with 0, or with `sequence_rows` and `state` (see `WholeSequences`);
-    where the corpus has times and the settings read them (`history_pooling` is attention), also
-    with `history_times` or `sequence_times` (see `Batch`). It returns [n, D] float32. A
-    `ValueError` if a tower returns something else, the two do not go together, or Keras has another
-    policy than float32.
+    A tower is any Keras layer that returns [n, D] float32. It is called with a dict:
 
-    Encoded features of the corpus become constants of the model; those in `candidate_table` the
-    query tower may read too.
+    - `row`: [n] int32, users or items, 0 is unknown.
+    - `features`: Encoded, by name; the query tower's include request features, of which training
+      drops some.
+    - `dropout_seed`: [2] int32, in training; with several replicas also `dropout_slice`.
+    - For queries, `history_rows`, or `sequence_rows` and `state`; where the corpus has times and
+    the
+      settings read them (`history_pooling` is attention), also `history_times` or `sequence_times`.
+      They are those of `Batch`.
+
+    A `ValueError` if a tower returns something else, the two do not go together, or Keras has
+    another policy than float32. Encoded features of the corpus become constants of the model; the
+    query tower may also read those in `candidate_table`.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TwoTowerNetwork(tfrs.Model):
         self.task = HybridRetrieval(settings.temperature)
         self._is_corrected = settings.correction != "none"
         self._make_loss_metric()
-        # Replicas report the same, the metric's value over all of them; not to be added up.
+        # All replicas report the metric's value over all of them, which must not be added up.
         self.distribute_reduction_method = "first"
         self._build_variables()
         self._check_variables()
@@ -86,7 +88,7 @@ class TwoTowerNetwork(tfrs.Model):
     ) -> tf.Tensor:
         """Embeds queries: [B, D] float32; see `Exportable`.
 
-        A request feature that is not there is missing, and so are times that are not given.
+        Request features and times that are not given are missing.
         """
         batch = Batch(query_rows, history_rows=history_rows, history_times=history_times)
         return self._queries(batch, features)
@@ -104,7 +106,7 @@ class TwoTowerNetwork(tfrs.Model):
             "row": candidate_rows,
             "features": self.candidate_table(candidate_rows) if features is None else features,
         }
-        if dropout_seed is not None:  # Not the draws of the query tower.
+        if dropout_seed is not None:  # Other draws than the query tower's.
             inputs["dropout_seed"] = fold(dropout_seed, Stream.CANDIDATES)
         return self.candidate_tower(inputs, training=training)
 
@@ -139,7 +141,7 @@ class TwoTowerNetwork(tfrs.Model):
     def _of_request(
         self, batch: Batch, given: Mapping[str, tf.Tensor], training: bool
     ) -> dict[str, tf.Tensor]:
-        """Returns the request features that are given, or in a batch, or missing."""
+        """Returns the request features: given, or those of the batch, or missing."""
         rows, known = batch.query_row, {**(batch.requests or {}), **given}
         features = {}
         for feature in self._request_features:
@@ -205,13 +207,13 @@ class TwoTowerNetwork(tfrs.Model):
         columns = [inputs.candidate_row, inputs.shared_row]
         if hard_rows is not None:
             columns.append(tf.reshape(hard_rows, [-1]))
-        # Copies of a candidate are separate columns; the tower's work is shared.
+        # Copies of a candidate are separate columns that the tower embeds once.
         distinct, slot = tf.unique(tf.concat(columns, axis=0))
         embedded = self.embed_candidates(
             distinct, training=training, dropout_seed=inputs.dropout_seed
         )
         slots = tf.split(slot, [tf.shape(rows)[0] for rows in columns])
-        # The static number of columns, which the loss checks log_q against, is lost on the way.
+        # The split loses the static number of columns, which the loss checks log_q against.
         positives, shared, *hard = (
             tf.gather(embedded, tf.ensure_shape(part, rows.shape))
             for part, rows in zip(slots, columns, strict=True)
@@ -223,8 +225,8 @@ class TwoTowerNetwork(tfrs.Model):
 
     @tf.__internal__.tracking.no_automatic_dependency_tracking
     def _make_loss_metric(self) -> None:
-        # In no checkpoint, and none of the weights: each replica has its own part of it, which one
-        # worker could not read alone.
+        # Neither in checkpoints nor among the weights: each replica has its own part of it, which
+        # one worker could not read alone.
         self._loss_metric = tf.keras.metrics.Mean(name="loss")
 
     @property
@@ -234,12 +236,12 @@ class TwoTowerNetwork(tfrs.Model):
 
     @property
     def losses(self) -> list[tf.Tensor]:
-        """Regularization losses of own towers: their replica's share, since gradients add up."""
+        """Regularization losses of own towers, a replica's share of them: gradients add up."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return [loss / replicas for loss in super().losses]
 
     def train_step(self, inputs: Batch) -> dict[str, tf.Tensor]:
-        """Runs one step; the loss it reports is the epoch's mean so far."""
+        """Runs one step; returns the epoch's mean loss so far."""
         super().train_step(inputs)
         return {"loss": self._loss_metric.result()}
 
@@ -249,11 +251,11 @@ class TwoTowerNetwork(tfrs.Model):
         return {"loss": self._loss_metric.result()}
 
     def diagnose(self, inputs: Batch) -> dict[str, float]:
-        """Computes what tells a training gone wrong, from one batch; nothing is changed.
+        """Computes figures of one batch that show when training goes wrong; changes nothing.
 
-        These are "log_q/min" and "log_q/max", over the shared columns that count, unless nothing is
-        corrected; "masked_share", of the shared columns those that do not count; "norm/query" and
-        "norm/candidate", the mean length of the batch's embeddings.
+        With a correction, "log_q/min" and "log_q/max" over the shared columns that count;
+        "masked_share" of the shared columns that do not count; "norm/query" and "norm/candidate",
+        the mean length of the batch's embeddings.
         """
         is_counted, log_q = inputs.is_counted, self.log_q(inputs)
         candidates = self.embed_candidates(inputs.candidate_row)
@@ -268,7 +270,7 @@ class TwoTowerNetwork(tfrs.Model):
         return {name: float(figure) for name, figure in figures.items()}
 
     def _build_variables(self) -> None:
-        """Makes every variable now, so that weights can be loaded before the first step."""
+        """Creates every variable, so that weights can be loaded before the first step."""
         row = tf.zeros([1], tf.int32)
         history = tf.zeros([1, self.history_length], tf.int32)
         query = self._queries(Batch(row, history_rows=history))
@@ -298,7 +300,7 @@ class TwoTowerNetwork(tfrs.Model):
         try:
             self._queries(batch)
         except KeyError as error:
-            # Keras adds all that was given to the message.
+            # Keras adds the arguments of the call to the message.
             if "history_" not in str(error.args[0]).partition("Call arguments")[0]:
                 raise
             raise ValueError(
@@ -309,7 +311,7 @@ class TwoTowerNetwork(tfrs.Model):
             ) from error
 
     def _check_variables(self) -> None:
-        """Refuses towers with statistics of their own replica where several train."""
+        """Refuses towers with statistics per replica where several replicas train."""
         own = [
             variable.name
             for variable in (*self.query_tower.weights, *self.candidate_tower.weights)

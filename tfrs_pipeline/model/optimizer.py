@@ -12,20 +12,19 @@ from tfrs_pipeline.model.settings import Decay, OptimizerName
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
 class LazyAdam(tf.keras.optimizers.Adam):
-    """Adam whose update of an embedding touches only the rows that the gradient has.
+    """Adam whose update of an embedding touches only the rows that are in the gradient.
 
-    With g the sum of a row's gradients, t the number of the step from 1, for every row in the
-    gradient, and for every weight of a dense one, as in `tf.keras.optimizers.Adam`:
+    With g the sum of a row's gradients and t the number of the step from 1, each row in the
+    gradient, and each weight of a dense one, is updated as in `tf.keras.optimizers.Adam`:
 
         m <- m + (1 - beta_1) * (g - m)
         v <- v + (1 - beta_2) * (g^2 - v)
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
-    To Adam, rows that are not in a batch have a gradient of 0: their moments decay and they move on
-    by what is left of m, so that a step costs as much as the whole table. Here they keep
-    their weights and moments as they are until their next gradient. A rare row so remembers its
-    last gradients for longer, and does not move between them. With every row in every gradient the
-    two are the same.
+    Adam gives rows that are not in a batch a gradient of 0: their moments decay and m still moves
+    them, so that a step touches the whole table. Here they keep weights and moments until their
+    next gradient: a rare row remembers its last gradients for longer and does not move between
+    them. With every row in every gradient the two are the same.
 
     Args:
         learning_rate: A number or a `LearningRateSchedule`.
@@ -54,11 +53,11 @@ class LazyAdam(tf.keras.optimizers.Adam):
                     f"Received: {option}={kwargs[option]!r}. Remove it, or use "
                     "tf.keras.optimizers.Adam."
                 )
-        # XLA would compile the update anew for each number of distinct rows.
+        # XLA would compile the update again for each number of distinct rows.
         super().__init__(learning_rate, **{"jit_compile": False, "name": "LazyAdam", **kwargs})
 
     def update_step(self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable) -> None:
-        """Updates one variable by a dense gradient, or by the rows of a table, each once.
+        """Updates one variable by a dense gradient, or by one of distinct rows.
 
         `apply_gradients` sums copies of a row before it calls this.
         """
@@ -88,14 +87,13 @@ class LazyAdam(tf.keras.optimizers.Adam):
 def _update_rows(
     table: tf.Variable, rows: tf.Tensor, update: Callable[[tf.Tensor], tf.Tensor]
 ) -> tf.Tensor:
-    """Replaces distinct rows of a table by a function of them, and returns the new ones."""
+    """Replaces distinct rows of a table by a function of them, and returns the new rows."""
     new = update(tf.gather(table, rows))
     table.scatter_update(tf.IndexedSlices(new, rows))
     return new
 
 
-# A step of Adagrad and of LazyAdam costs what the batch touches; Adam's moments decay over whole
-# tables each step.
+# A step of Adagrad or LazyAdam touches the batch's rows; Adam's moments decay in whole tables.
 _OPTIMIZERS: dict[OptimizerName, type[tf.keras.optimizers.Optimizer]] = {
     "adagrad": tf.keras.optimizers.Adagrad,
     "adam": tf.keras.optimizers.Adam,
@@ -104,7 +102,7 @@ _OPTIMIZERS: dict[OptimizerName, type[tf.keras.optimizers.Optimizer]] = {
 
 
 def slots_of(optimizer: tf.keras.optimizers.Optimizer, variable: tf.Variable) -> list[tf.Variable]:
-    """Returns what a built optimizer keeps of a variable: tables of its shape."""
+    """Returns what a built optimizer keeps for a variable: tables of its shape."""
     number = optimizer._index_dict[optimizer._var_key(variable)]
     kept = ("_momentums", "_velocities", "_accumulators")
     return [getattr(optimizer, name)[number] for name in kept if hasattr(optimizer, name)]
@@ -136,14 +134,14 @@ def make_optimizer(
 ) -> tf.keras.optimizers.Optimizer:
     """Makes an optimizer by name, with a warm-up and a decay of its learning rate.
 
-    The rate is a function of the optimizer's count of steps alone, which is in the checkpoint: a
-    stopped run goes on at the rate it had come to.
+    The rate depends only on the optimizer's count of steps, which is in the checkpoint: a resumed
+    run continues with the rate it had reached.
 
     Args:
-        name: Of `OptimizerName`.
-        learning_rate: Or the peak of it; a plain number in the optimizer where it stays the same.
-        num_steps: Steps after which a decay has come to its end.
-        warmup_steps: Steps over which it rises from 0; 0 is no warm-up.
+        name: The optimizer.
+        learning_rate: The peak; the optimizer has it as a plain number if it stays the same.
+        num_steps: Steps until the decay ends.
+        warmup_steps: Steps over which the rate rises from 0; 0 is no warm-up.
         decay: "cosine" falls to 0 after the warm-up, "none" stays.
         first_step: Step at which warm-up and decay begin; a warm start counts on from there.
 

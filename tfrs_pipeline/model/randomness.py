@@ -1,4 +1,4 @@
-"""Seeds of what training drops at random: one a batch, and one of its own for each use."""
+"""Seeds of what training drops at random: one per batch, from which each use derives its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROWS_DRAWN = 2**14
 
 
 class Stream(IntEnum):
-    """What a batch's seed is used for; draws of one use tell nothing of another's."""
+    """What a batch's seed is used for; draws of one use are independent of another's."""
 
     HISTORY = 1
     ATTENTION = 2
@@ -23,7 +23,7 @@ class Stream(IntEnum):
 
 
 def pass_seed(training: bool, dropout_seed: tf.Tensor | None) -> tf.Tensor | None:
-    """Returns the seed of a pass: none outside training, a new one where none is given."""
+    """Returns the seed of a pass: None outside training, a new one if none is given."""
     if not training:
         return None
     if dropout_seed is not None:
@@ -39,8 +39,8 @@ def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Draws a number in [0, 1) for each of [n] int32 rows, a function of the row and the seed.
 
-    Where in a batch a row stands, and what else is there, plays no part: every slice of a batch has
-    the draws of the whole. A row that comes twice in a batch has one draw.
+    It does not depend on the rest of the batch: slices have the draws of the whole, and a row that
+    comes twice has one draw.
     """
     return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
 
@@ -48,10 +48,10 @@ def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 def uniform_of_slice(
     shape: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None
 ) -> tf.Tensor:
-    """Draws numbers in [0, 1) for the lines of a batch, or for a slice of them what the whole has.
+    """Draws numbers in [0, 1) for the lines of a batch, or for a slice what the whole has there.
 
-    The lines are the first dimension of `shape`. `dropout_slice`, [2] int32, is the number of the
-    first one in the whole batch, and of its lines; None is the whole.
+    Lines are the first dimension of `shape`. `dropout_slice`, [2] int32, is the number of the first
+    line in the whole batch, and the number of the batch's lines; None is a whole batch.
     """
     if dropout_slice is None:
         return tf.random.stateless_uniform(shape, seed)

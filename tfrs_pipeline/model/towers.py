@@ -16,23 +16,22 @@ from tfrs_pipeline.model.history import HistoryEncoder
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
-# Beside features, of which none has a name that begins so.
+# Inputs besides the features, whose names do not begin with an underscore.
 _HISTORY, _ID = "_history", "_id"
 
 
 class Tower(tf.keras.layers.Layer):
     """Embeds rows and features, and maps them to the shared space.
 
-    The inputs, which are the id's embedding, each feature's and the history's vectors, are joined
-    end to end ("concat") and mapped by an MLP whose last layer is linear; or each is brought to the
-    size of the output and they are added up ("sum"), with an MLP on top only if it has hidden
-    layers.
+    The inputs are the id's embedding and the vectors of each feature and of the history. With
+    "concat" they are concatenated and mapped by an MLP whose last layer is linear; with "sum" each
+    is projected to the size of the output and they are added up, followed by an MLP if there are
+    hidden layers.
 
-    It has an embedding of `num_ids` ids beside row 0, or, if that is None, no embedding of ids.
-    Those of `are_trained`, [num_ids + 1] bool, have their own; the others have that of row 0, which
-    is trained in place of ids that are dropped.
-    With the `bias` "id" each id has a number of its own besides, the last entry of its output;
-    "ones" is the other tower's part of it, a 1. A `ValueError` if the tower would have no input, or
+    There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that
+    `are_trained`, [num_ids + 1] bool, leaves out share the one of row 0, which is trained in place
+    of ids that are dropped. With the `bias` "id" the last entry of an output is a learned number of
+    the id; with "ones", for the other tower, it is 1. A `ValueError` if there would be no input, or
     a bias without an id.
     """
 
@@ -71,7 +70,7 @@ class Tower(tf.keras.layers.Layer):
         self._feature_dropout = settings.feature_dropout
         self._features = {x.name: x.layer(settings.feature_dim) for x in features}
         self._is_sum = settings.combination == "sum"
-        # A history of one vector has the size of the output.
+        # A history of one vector already has the size of the output.
         projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
         self._projections = {
             name: tf.keras.layers.Dense(
@@ -90,7 +89,7 @@ class Tower(tf.keras.layers.Layer):
     def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
         """Embeds queries or candidates: [n, dim] float32; with a bias, one entry more.
 
-        For the inputs see `TwoTowerNetwork`; without a `dropout_seed`, training draws anew.
+        See `TwoTowerNetwork` for the inputs; without a `dropout_seed`, training draws anew.
         """
         seed = pass_seed(training, inputs.get("dropout_seed"))
         features = inputs["features"]
@@ -112,12 +111,12 @@ class Tower(tf.keras.layers.Layer):
             output = tf.math.l2_normalize(output, axis=1)
         if self._appends_one:
             return tf.concat([output, tf.ones_like(output[:, :1])], axis=1)
-        # That of the unknown id where the id is dropped: it is trained with row 0.
+        # Where the id is dropped, the bias of row 0 is trained.
         return output if self._bias is None else tf.concat([output, self._bias(rows)], axis=1)
 
     @property
     def id_tables(self) -> list[tf.Variable]:
-        """The tables with a row an id of the tower's own."""
+        """The tower's own tables with one row per id."""
         return [x.embeddings for x in (self.id_embedding, self._bias) if x is not None]
 
     def feature_table(self, name: str) -> tf.Variable | None:
@@ -125,7 +124,7 @@ class Tower(tf.keras.layers.Layer):
         return self._features[name].table
 
     def vectors(self, rows: tf.Tensor, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Embeds candidates as `call` does, not normalised and without dropout: [n, dim]."""
+        """Embeds candidates as `call` does, without normalisation and dropout: [n, dim]."""
         if self._row_of_id is not None:
             rows = tf.gather(self._row_of_id, rows)
         return self._joined(rows, self._embedded(features))
@@ -134,7 +133,7 @@ class Tower(tf.keras.layers.Layer):
         return {name: embed(features[name]) for name, embed in self._features.items()}
 
     def _joined(self, rows: tf.Tensor, parts: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Maps features, history and ids, in this order, to the shared space."""
+        """Maps features, history and ids, in this order, to the output."""
         for name, project in self._projections.items():
             parts[name] = project(parts[name])
         if self.id_embedding is not None:
@@ -148,7 +147,7 @@ class Tower(tf.keras.layers.Layer):
     def _read_history(
         self, inputs: Mapping[str, Any], training: bool, seed: tf.Tensor | None
     ) -> tf.Tensor:
-        """Encodes [n, N] histories, or picks [n] states of sequences that are read once."""
+        """Encodes [n, N] histories, or takes the [n] states of sequences that are read once."""
         assert self.history is not None
         given = {"dropout_seed": seed, "dropout_slice": inputs.get("dropout_slice")}
         if "sequence_rows" not in inputs:
@@ -160,17 +159,17 @@ class Tower(tf.keras.layers.Layer):
 
 
 def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
-    """Initialises a projection of joined vectors by their mean: [num_vectors * dim, dim].
+    """Initialises a projection of joined vectors with their mean: [num_vectors * dim, dim].
 
-    So a history read with the candidates' vectors begins near the items it holds, where a random
-    projection would first have to learn that.
+    A history read with the candidates' vectors then starts near its items, which a random
+    projection would first have to learn.
     """
     num_vectors = shape[0] // shape[1]
     return tf.tile(tf.eye(shape[1], dtype=dtype or tf.float32), [num_vectors, 1]) / num_vectors
 
 
 class ItemVectors(tf.keras.layers.Layer):
-    """Embeds the items of a history by what the candidate tower knows of them: id and features."""
+    """Embeds the items of a history like the candidate tower, from id and features."""
 
     def __init__(self, tower: Tower, table: FeatureTable) -> None:
         super().__init__(name="item_vectors")
@@ -203,8 +202,8 @@ def query_tower(
 ) -> Tower:
     """Makes the built-in query tower.
 
-    It may read a history's items as the candidate tower does, if that is the built-in one and knows
-    ids; else it has an embedding of their ids.
+    It may share the item vectors of the candidate tower, if that is the built-in one with ids;
+    otherwise it has its own embedding of items.
     """
     history = shared = None
     knows_ids = isinstance(candidate_tower, Tower) and candidate_tower.id_embedding is not None

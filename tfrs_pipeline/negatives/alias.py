@@ -1,8 +1,8 @@
 """Draws from a fixed distribution over the corpus: in the graph, exactly, in constant time.
 
-An alias table (Walker 1977) spends one integer and one float draw on each negative,
-whatever the size of the corpus. An inverse CDF in float32 would give the tail of a large corpus
-probability zero.
+An alias table (Walker 1977) takes one integer and one float draw for each negative, whatever the
+size of the corpus. An inverse CDF in float32 would give the tail of a large corpus probability
+zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Builds an alias table of a distribution, by sums along it: no loop over rows.
+    """Builds an alias table of a distribution with cumulative sums, without a loop over rows.
 
     Slot i yields i with probability accept[i] and alias[i] otherwise, so that
 
@@ -38,14 +38,14 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Rounding may leave none at 1 or above.
     is_large = mass >= min(1.0, mass.max())
     small, large = np.flatnonzero(~is_large), np.flatnonzero(is_large)
-    # Small rows take what they lack from large ones, in order: all that lack beside all that is
-    # spare, on one line. A row takes from the one whose spare mass its own stretch begins in; where
-    # the stretch ends beyond, that one has given too much and takes it back from the next.
+    # Small rows take what they lack from large ones, in order: think of all lacking and all spare
+    # mass as two lines side by side. A row takes from the large one beside its own start; where it
+    # ends beyond that one, that one has given too much and takes it back from the next.
     lacking, spare = np.cumsum(1 - mass[small]), np.cumsum(mass[large] - 1)
     alias = np.arange(len(mass), dtype=np.int32)
     begins = np.append(0.0, lacking[:-1])[: len(small)]
     donor = np.searchsorted(spare, begins, side="right")
-    # Spare mass is what is lacking, but for rounding, which must not reach beyond the last row.
+    # Spare and lacking mass are equal up to rounding, which must not reach beyond the last row.
     alias[small] = large[np.minimum(donor, len(large) - 1)]
     last = np.searchsorted(lacking, spare)  # The row that takes more than there is.
     gives_too_much = (last < len(small)) & (np.arange(len(large)) < len(large) - 1)
@@ -57,11 +57,11 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class AliasSampler:
-    """Draws candidate rows from a distribution as of `build_alias_table`, with replacement.
+    """Draws candidate rows from a distribution (see `build_alias_table`), with replacement.
 
-    The same seed gives the same rows, on any number of threads. Thresholds have steps of 2^-23, so
-    that of a row with a mass p(c) V near that or below it the draws are coarse: no kind that counts
-    clicks to a power of 1 or less comes there with under a million clicks an item.
+    The same seed gives the same rows, on any number of threads. Thresholds have steps of 2^-23:
+    rows with a mass p(c) V near that are drawn coarsely. Kinds that raise clicks to a power of 1 or
+    less do not come near it with fewer than a million clicks per item.
     """
 
     def __init__(self, probability: np.ndarray) -> None:

@@ -14,7 +14,7 @@ _MOST_HOURS = 100_000_000  # 11,000 years: more is no interval of an engine.
 
 
 def _split(stages: Any) -> Any:
-    """Reads stages as typed after a flag, with commas between."""
+    """Reads stages as typed after a flag, separated by commas."""
     return stages.split(",") if isinstance(stages, str) else stages
 
 
@@ -23,10 +23,10 @@ Stages = Annotated[tuple[HardStage, ...], BeforeValidator(_split)]
 
 @dataclass(frozen=True)
 class FunnelLosers:
-    """Items of the positive's own request, or the user's recent ones, that lost to it.
+    """Items that lost to the positive in its own request, or lost in the user's recent ones.
 
-    Stages are weighed alike. `samples.hard_pools` finds the losers when samples are built, behind
-    the exposure guard.
+    Stages weigh alike. `samples.hard_pools` finds the losers when samples are built, without the
+    exposed items and known positives.
 
     Args:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold, in rows that
@@ -35,15 +35,15 @@ class FunnelLosers:
         stages: Furthest stages that the losers reached: "retrieved" lost in pre-rank, "pre_ranked"
             lost in rank, "ranked" ended low in rank.
         num: Columns drawn for each row from its pool of a stage.
-        min_pool: A stage with fewer losers in the positive's own request takes those of the user's
-            recent requests too, the latest `max_pool` of them.
-        max_pool: Losers kept for a positive and stage, drawn at random.
-        window_hours: How far back recent requests may lie; in a log without timestamps, any.
-        bottom_share: Low part of the ranked list, in (0, 1]: a share of the request's ranks.
-            Like `min_rank` it chooses among "ranked" items alone.
-        min_rank: Low part as a rank instead (0 is the best): this one and worse.
+        min_pool: A stage with fewer losers in the positive's own request also takes the latest
+            `max_pool` of the user's recent requests.
+        max_pool: Most losers kept for a positive and stage, drawn at random.
+        window_hours: How far back recent requests may lie; ignored in a log without timestamps.
+        bottom_share: For "ranked": the low part of the ranked list, as a share of the request's
+            ranks in (0, 1].
+        min_rank: For "ranked": the low part as a rank instead, this one (0 is the best) and worse.
         allow_exposed: Whether "exposed", items that were shown and not clicked, may be a stage.
-            They are for ranking to learn from; this is to measure what they do to retrieval.
+            Ranking learns from them; this option measures what they do to retrieval.
 
     Raises:
         ValueError: If an argument is out of range, "exposed" is a stage without `allow_exposed`, or
@@ -63,7 +63,7 @@ class FunnelLosers:
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        # However they were written, equal ones are one setting.
+        # Equal settings compare as equal, however they were written.
         object.__setattr__(self, "stages", tuple(_split(self.stages)))
         for name in ("window_hours", "bottom_share"):
             object.__setattr__(self, name, float(getattr(self, name)))
@@ -100,7 +100,7 @@ class FunnelLosers:
             )
 
     def of_stages(self, stages: tuple[HardStage, ...]) -> FunnelLosers:
-        """Returns these losers with other stages, and without what chooses in one that is gone."""
+        """Returns these losers with other stages, without options of a stage that is left out."""
         if "ranked" in stages:
             return replace(self, stages=stages)
         common = FunnelLosers.bottom_share
@@ -113,7 +113,7 @@ class FunnelLosers:
 
 
 def check_share(share: float) -> None:
-    """Refuses (`ValueError`) a hard share outside (0, 1), and says what to do instead of 0."""
+    """Refuses (`ValueError`) a hard share outside (0, 1)."""
     if not 0 < share < 1:
         raise ValueError(
             f"share must be in (0, 1); without hard negatives, set hard to none. Received: {share}"

@@ -1,8 +1,8 @@
-"""Hard negatives mined from the model itself, for logs that hold no losers of a funnel.
+"""Hard negatives mined from the model itself, for logs without losers of a funnel.
 
 The current model retrieves for every sample's query. Known positives and exposed items are dropped,
-and of what is left the ranks from a to b are kept: the top is full of items that the user would
-like and has not met, which would be false negatives.
+and the ranks from a to b of the rest are kept: the top is full of items that the user would like
+but has not met, which would be false negatives.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Mined:
     Args:
         share: f in (0, 1), share of the negatives' weight that hard negatives hold.
         num: Columns drawn for each row from its pool.
-        min_rank: Best rank to keep, 0 being the top, counted once known positives and exposed items
-            are dropped.
+        min_rank: Best rank to keep; 0 is the top, after known positives and exposed items are
+            dropped.
         max_rank: First rank not to keep.
-        max_pool: Items kept for a sample, at most, drawn at random.
-        every: Epochs between two minings; before the first there are none: a model that has learned
-            nothing ranks at random.
+        max_pool: Most items kept for a sample, drawn at random.
+        every: Epochs between two minings. Before the first there are none, because a model that has
+            learned nothing ranks at random.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,9 +94,9 @@ class Mined:
     def draw_pools(
         self, is_left: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draws up to `max_pool` places of each line of [b, k] bool, in random order.
+        """Draws up to `max_pool` True places of each line, [b, k], in random order.
 
-        Returns [b, at most max_pool] places, and [b] how many of the first of them were drawn.
+        Returns [b, at most max_pool] places, and how many at the start of each line count, [b].
         """
         # What is not left sorts last.
         keys = np.where(is_left, rng.random(is_left.shape, np.float32), np.float32(2))

@@ -1,21 +1,20 @@
 """log_q of every column of a batch: what each sampled negative weighs.
 
-The loss of one positive c+ of query x, with corpus size V (items that came later are left out),
-excluded items E(x) (c+ itself, the other known positives, the exposed items), hard share f and pool
-shares w_k, aims at
+With corpus size V (without items that came later), excluded items E(x) (c+ itself, the other known
+positives, the exposed items), hard share f and pool shares w_k, the loss of one positive c+ of
+query x is
 
     -s(x, c+) + log( exp s(x, c+) + (1-f) * sum over c not in E(x) of exp s(x, c)
                      + f * V * sum_k w_k * mean over h in hard_k(x) of exp s(x, h) ).
 
-Both sums are estimated from sampled columns with the logit s - log_q:
+Both sums are estimated from sampled columns with the logit s - log_q, where log_q is
 
     the row's own positive                 0
     a shared column holding candidate c    log( n(c) / (1-f) )
     one of H_k own hard negatives          log( H_k / (V * f * w_k) )
 
-n(c) is the expected number of copies of c among the shared columns, whichever kind drew them: a
-column does not remember its kind, and need not. Then the expectation of the sum over columns is
-the sum over the corpus.
+n(c) is the expected number of copies of c among the shared columns, whichever kind drew them. The
+expectation of the sum over columns is then the sum over the corpus.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import tensorflow as tf
 from tfrs_pipeline.negatives.in_batch import counts_as_in_batch
 from tfrs_pipeline.negatives.protocol import Negatives, SamplingFrame
 
-_NUM_TRIES = 16  # Of draws, before training: enough for a slip that most batches have.
+_NUM_TRIES = 16  # Draws before training, enough to find a mistake that most batches show.
 
 
 class Mixture:
@@ -43,13 +42,13 @@ class Mixture:
             a row's shared columns; 0 where no kind can draw the candidate.
 
     Raises:
-        TypeError: If something is no kind of negative.
+        TypeError: If something is not a kind of negative.
         ValueError: If a kind's counts do not match the corpus, are negative or not finite, or give
-            row 0 a count; if it draws what is no candidate, or has a count of 0; if there is no
+            row 0 a count; if it draws rows outside the corpus or with a count of 0; if there is no
             negative at all.
 
     Example:
-        The negatives of a batch for a loss of one's own, of items counted 3 and 1 times:
+        The negatives of a batch for your own loss, with items that have 3 and 1 positives:
 
         >>> from tfrs_pipeline.negatives.in_batch import InBatch
         >>> from tfrs_pipeline.negatives.uniform import Uniform
@@ -83,15 +82,14 @@ class Mixture:
 
         Args:
             positive_rows: [B] integers, the positives of the batch.
-            seed: [2] integers, such as `[7, step]`, in a graph too; the draw is a function of it, a
-                kind's draws apart from another's.
+            seed: [2] integers, such as `[7, step]`, which decide the draws of all kinds.
 
         Returns:
             [C] int32 candidate rows, kind by kind; 0, whose log_q is -inf, where a positive of the
-            batch is unknown. A row must mask those that are its own positive.
+            batch is unknown. A row must mask its own positive.
 
         Raises:
-            ValueError: If the seed is no pair, or a batch is too large for in-batch negatives
+            ValueError: If the seed is not a pair, or the batch is too large for in-batch negatives
                 (see `InBatch.draw`).
         """
         seed = tf.convert_to_tensor(seed)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Popularity:
-    """`num` candidates a batch with p(c) proportional to clicks(c)^alpha, with replacement.
+    """`num` candidates per batch, p(c) proportional to clicks(c)^alpha, with replacement.
 
     Args:
-        num: Draws a batch, 1 or more, shared by its rows.
-        alpha: Exponent of the training clicks, above 0; .75 is word2vec's, 1 draws as in-batch
-            negatives do. Items without a click are never drawn.
+        num: Draws per batch, 1 or more, shared by its rows.
+        alpha: Exponent of the training clicks, above 0; .75 is word2vec's, 1 draws like in-batch
+            negatives. Items without a click are never drawn.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -52,7 +52,7 @@ class Popularity:
 
 @functools.lru_cache(maxsize=8)
 def _sampler(frame: SamplingFrame, alpha: float) -> AliasSampler:
-    """Builds the table of draws once for all batches of a frame."""
+    """Builds the alias table once for all batches of a frame."""
     from tfrs_pipeline.negatives.alias import AliasSampler
 
     return AliasSampler(sampling_probability(frame.counts, alpha))
@@ -65,8 +65,7 @@ def sampling_probability(counts: np.ndarray, alpha: float) -> np.ndarray:
     in-batch negatives; .75 lies between (word2vec; Mikolov et al. 2013).
 
     Args:
-        counts: [num_rows] training positives per candidate row. Row 0 is "unknown" and is never
-            drawn, whatever its count.
+        counts: [num_rows] training positives per candidate row. Row 0, "unknown", is never drawn.
         alpha: Exponent, 0 or more.
 
     Returns:
@@ -83,7 +82,7 @@ def sampling_probability(counts: np.ndarray, alpha: float) -> np.ndarray:
         raise ValueError(f"alpha must be 0 or more: it is a power of the counts. Received: {alpha}")
     if len(counts) < 2:
         raise ValueError("The corpus is empty: row 0 is 'unknown', candidates start at row 1.")
-    # 0^0 is 1 here, as wanted: uniform draws from items without a click too.
+    # 0^0 is 1, as intended: uniform draws include items without a click.
     mass = np.power(np.asarray(counts, np.float64), alpha)
     mass[0] = 0.0
     total = mass.sum()

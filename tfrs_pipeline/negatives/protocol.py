@@ -20,10 +20,10 @@ class SamplingFrame:
 
     Args:
         counts: [num_candidates + 1] training positives by candidate row; at row 0 those of unknown
-            items, if batches hold such.
+            items, if batches hold any.
         q_positive: [num_candidates + 1] float64, the distribution that the positives of a batch are
-            drawn from, the share of unknown ones at row 0.
-        batch_size: B, positives of a batch.
+            drawn from; the share of unknown items at row 0.
+        batch_size: B, positives in a batch.
     """
 
     counts: np.ndarray
@@ -34,12 +34,12 @@ class SamplingFrame:
     def of_counts(cls, counts: Sequence[int] | np.ndarray, batch_size: int) -> SamplingFrame:
         """Makes the frame of batches that are a fair draw of the counted positives.
 
-        Those of unknown items take part in the batch, but are never a negative: their columns have
-        a log_q of -inf.
+        Unknown items take part in the batch but are never a negative: their columns have a log_q of
+        -inf.
 
         Raises:
-            ValueError: If counts are negative, not finite, or all 0 but for row 0, or `batch_size`
-                is no whole number or below 1.
+            ValueError: If counts are negative, not finite, or all 0 apart from row 0, or
+                `batch_size` is not an integer or below 1.
         """
         counts = np.asarray(counts)
         is_count = np.isfinite(counts) & (counts >= 0)
@@ -60,8 +60,8 @@ class SamplingFrame:
 class Negatives(Protocol):
     """A kind of negative that the rows of a batch share.
 
-    These two methods are all that a kind of one's own needs: log_q of every column then comes out
-    right, whatever other kinds are in the mixture (see `mixture`).
+    Your own kind needs these two methods and nothing else: log_q of every column is then right,
+    whatever other kinds are in the mixture (see `mixture`).
     """
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -80,7 +80,7 @@ class Negatives(Protocol):
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes how many copies of each candidate `draw` is expected to return.
 
-        Of copies that are another row's positive (`InBatch`), those that a row meets count.
+        Where these are the rows' positives (`InBatch`), a row's own does not count.
 
         Returns:
             [num_candidates + 1] float64, 0 at row 0.

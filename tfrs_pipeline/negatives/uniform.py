@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform:
-    """`num` candidates of the corpus a batch, each equally likely, with replacement.
+    """`num` candidates per batch, each of the corpus equally likely, with replacement.
 
     Args:
-        num: Draws a batch, 1 or more, shared by its rows.
+        num: Draws per batch, 1 or more, shared by its rows.
 
     Raises:
-        ValueError: If `num` is no whole number or below 1.
+        ValueError: If `num` is not an integer or below 1.
     """
 
     num: int = 256
@@ -42,7 +42,7 @@ class Uniform:
         return tf.cast(rows, tf.int32)
 
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
-        """Computes num / num_candidates, of every candidate alike."""
+        """Computes num / num_candidates for every candidate."""
         count = np.full(frame.num_candidates + 1, self.num / frame.num_candidates)
         count[0] = 0.0
         return count
