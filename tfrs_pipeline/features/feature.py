@@ -26,36 +26,20 @@ TIME_TYPES = {"timestamp": "timestamp('UTC', 6)"}
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of a raw table (CSV, Parquet, Arrow), as `data` hands it to a kind.
+    """A column of a raw table (CSV, Parquet, Arrow), as `data` hands it to a kind."""
 
-    Args:
-        place: Table and name of the column, to start messages with.
-        value: The column as it came.
-        num_rows: Number of rows of the table.
-        list_separator: Separates the values of lists that are stored as text.
-        id: Reads ids: int64 if all are integers, otherwise string.
-        number: Reads finite float64 numbers.
-        time: Reads moments, in UTC.
-        aggregate: Computes aggregates, given by keyword, over the rows.
-        fault: Given a condition and what the problem is, makes these rows missing; `remedy` and
-            `setting` are optional.
-        refusal: Makes the error of a column that cannot be used, of a message and a setting.
-        wrong_type: Makes the error of a column of another type than the wanted one.
-        notes: Lines for the user.
-    """
-
-    place: str
-    value: ir.Value
+    place: str  # Table and name of the column, to start messages with.
+    value: ir.Value  # The column as it came.
     num_rows: int
-    list_separator: str
-    id: Callable[[], ir.Value]
-    number: Callable[[], ir.Value]
-    time: Callable[[], ir.Value]
-    aggregate: Callable[..., Mapping[str, Any]]
-    fault: Callable[..., None]
-    refusal: Callable[..., Exception]
-    wrong_type: Callable[[str], Exception]
-    notes: list[str]
+    list_separator: str  # Between the values of lists that are stored as text.
+    id: Callable[[], ir.Value]  # Reads ids: int64 if all are integers, otherwise string.
+    number: Callable[[], ir.Value]  # Reads finite float64 numbers.
+    time: Callable[[], ir.Value]  # Reads moments, in UTC.
+    aggregate: Callable[..., Mapping[str, Any]]  # Computes aggregates, by keyword, over the rows.
+    fault: Callable[..., None]  # Of (condition, problem, remedy=, setting=): makes rows missing.
+    refusal: Callable[..., Exception]  # Of (message, setting): the error of an unusable column.
+    wrong_type: Callable[[str], Exception]  # The error of a column that is not of the wanted type.
+    notes: list[str]  # Lines for the user.
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,11 @@ An array with a type is converted at once, a list value by value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
-
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
 # A sequence, a NumPy array, or an Arrow array, chunked or not, which has no type hints.
 Column: TypeAlias = Any
@@ -27,7 +25,7 @@ _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def in_blocks(column: Column) -> Iterator[Column]:
-    """Cuts a column, so that what is made of it at once stays small; an empty one is one block."""
+    """Cuts a column into blocks of bounded size; an empty one is one block."""
     for start in range(0, max(len(column), 1), ROWS_PER_CALL):
         yield column[start : start + ROWS_PER_CALL]
 
@@ -38,7 +36,7 @@ def has_booleans(values: Collection[str]) -> bool:
 
 
 def to_text(value: Any) -> str:
-    """Returns `str(value)`; of a boolean true or false, also where a table has it as text."""
+    """Returns `str(value)`, but true or false for a boolean, also one that is text already."""
     text = str(value)
     return text.lower() if text in BOOLEANS else text
 
@@ -57,7 +55,7 @@ def to_texts(column: Column) -> Any:
     if not isinstance(column, pa.Array):
         return pa.array(["" if is_missing(v) else to_text(v) for v in column], pa.string())
     if pa.types.is_floating(column.type):
-        # Arrow would write them otherwise than Python: once for each value.
+        # Arrow formats floats differently from Python: format each distinct value here.
         encoded = column.dictionary_encode()
         texts = to_texts(encoded.dictionary.to_pylist())
         return texts.take(encoded.indices).fill_null("")
@@ -68,10 +66,10 @@ def to_texts(column: Column) -> Any:
 
 
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
-    """Returns the values of lists, an Arrow array of strings, and how many each of n rows has.
+    """Returns the values of lists, an Arrow array of strings, and their number in each of n rows.
 
-    Missing values and empty strings within a list are dropped; a value that is in no list is one of
-    its own.
+    Missing values and empty strings within a list are dropped. A value outside a list counts as a
+    list of one.
 
     Example:
         >>> values, lengths = to_text_lists([["a", 7, None, ""], None, "b"])
@@ -99,7 +97,7 @@ def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
 
 
 def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
-    """Puts lists, given end to end, into rows: [n, longest] object array, padded with ""."""
+    """Puts concatenated lists into rows: [n, longest] object array, padded with ""."""
     width = int(lengths.max(initial=0))
     rows = np.full((len(lengths), width), "", object)
     rows[np.arange(width) < lengths[:, np.newaxis]] = values.to_numpy(zero_copy_only=False)
@@ -107,7 +105,7 @@ def padded(values: Any, lengths: np.ndarray) -> np.ndarray:
 
 
 def to_numbers(name: str, column: Column) -> np.ndarray:
-    """Returns [n] float64, NaN where missing; a `ValueError` if an entry is no number."""
+    """Returns [n] float64, NaN where missing; a `ValueError` if an entry is not a number."""
     import pyarrow as pa
 
     column = typed(column)
@@ -131,7 +129,7 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
 def to_seconds(name: str, column: Column) -> np.ndarray:
     """Returns [n] float64 seconds since 1970 (UTC), NaN where missing.
 
-    A `ValueError` if an entry is no datetime, or one without a time zone.
+    A `ValueError` if an entry is not a datetime, or has no time zone.
     """
     import pyarrow as pa
 
@@ -154,45 +152,8 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
     return seconds
 
 
-def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
-    """Returns the time of each item of each query's history: float64 seconds since 1970 or NaN.
-
-    The `history_timestamps` of a query, if there are any, are one an item: a `datetime` with a time
-    zone, or None where it is not known; or all are numbers, of seconds since 1970, NaN where it is
-    not known. A `ValueError` if there are more or fewer of them, or something else.
-    """
-    times = []
-    for query in queries:
-        num_items = len(history_of(query))
-        given = query.get(HISTORY_TIMESTAMPS)
-        if given is None:
-            times.append(np.full(num_items, np.nan))
-            continue
-        if len(given) != num_items:
-            raise ValueError(
-                f"{HISTORY_TIMESTAMPS} must be one time an item of the history, None where it is "
-                f"not known. Received: {len(given)} times for {num_items} items."
-            )
-        seconds = np.asarray(given)
-        if seconds.dtype.kind not in "iuf":
-            seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
-        elif (seconds > MAX_SECONDS).any():
-            raise ValueError(
-                f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
-                f"Received: {np.nanmax(seconds)}, which is after the year 5000"
-            )
-        times.append(seconds.astype(np.float64))
-    return times
-
-
-def history_of(query: Query) -> Sequence[Any]:
-    """Returns the history of a query, which may be missing or, read from a file, None."""
-    history = query.get("history")
-    return () if history is None else history
-
-
 def typed(column: Column) -> Any:
-    """Returns an Arrow array of a column that has a type; a list, or objects, as they are."""
+    """Converts a column that has a type to an Arrow array; returns lists and objects unchanged."""
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):

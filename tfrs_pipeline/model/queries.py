@@ -18,10 +18,16 @@ from tfrs_pipeline.features.encoding import (
     request_signature,
 )
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.raw import history_of, item_times
+from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.retrieval import Query, check_ids, check_queries, check_requests
+from tfrs_pipeline.retrieval import (
+    HISTORY_TIMESTAMPS,
+    Query,
+    check_ids,
+    check_queries,
+    check_requests,
+)
 from tfrs_pipeline.samples.store import RowLists
 
 QUERY_BATCH = 1024
@@ -141,3 +147,40 @@ class QueryEncoder:
             rows, histories, *times = (tf.constant(column[place]) for column in columns)
             blocks.append(self._embed(rows, histories, of_block, *times).numpy())
         return np.concatenate(blocks)
+
+
+def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
+    """Returns the time of each item of each query's history: float64 seconds since 1970 or NaN.
+
+    A query may have `history_timestamps`, one per item: datetimes with a time zone, None where
+    unknown; or seconds since 1970, NaN where unknown. A `ValueError` if their number differs or
+    they are something else.
+    """
+    times = []
+    for query in queries:
+        num_items = len(history_of(query))
+        given = query.get(HISTORY_TIMESTAMPS)
+        if given is None:
+            times.append(np.full(num_items, np.nan))
+            continue
+        if len(given) != num_items:
+            raise ValueError(
+                f"{HISTORY_TIMESTAMPS} must be one time an item of the history, None where it is "
+                f"not known. Received: {len(given)} times for {num_items} items."
+            )
+        seconds = np.asarray(given)
+        if seconds.dtype.kind not in "iuf":
+            seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
+        elif (seconds > MAX_SECONDS).any():
+            raise ValueError(
+                f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
+                f"Received: {np.nanmax(seconds)}, which is after the year 5000"
+            )
+        times.append(seconds.astype(np.float64))
+    return times
+
+
+def history_of(query: Query) -> Sequence[Any]:
+    """Returns the history of a query, which may be missing or, read from a file, None."""
+    history = query.get("history")
+    return () if history is None else history

@@ -20,8 +20,8 @@ from tfrs_pipeline.features.encoding import (
 )
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
-from tfrs_pipeline.features.raw import history_of, item_times
 from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.queries import history_of, item_times
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.id_tensors import (
     id_dtype,

@@ -23,9 +23,9 @@ from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.raw import history_of, item_times
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.queries import history_of, item_times
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.encoder import (

@@ -119,7 +119,7 @@ def refresh_index(
             replace(
                 options,
                 index=index or options.index,
-                keep_versions=keep_versions or options.keep_versions,
+                keep_versions=options.keep_versions if keep_versions is None else keep_versions,
             ),
             encoder=retriever.saved_model.encoder,
             embeddings=embeddings,
