@@ -1,11 +1,9 @@
-"""Request features and times in service: every way in gives what the model in memory gives."""
+"""Request features and times in service, against the model in memory."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,13 @@ from prometheus_client import REGISTRY
 from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
-from tfrs_pipeline import cli
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.multi_categorical import MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric
-from tfrs_pipeline.features.text import Text
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.serving import export as export_module
-from tfrs_pipeline.serving import page, rest, retriever
+from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.encoder import Encoder, embed_queries
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
@@ -38,7 +34,7 @@ from tfrs_pipeline.serving.versions import ServedVersion
 pytestmark = pytest.mark.usefixtures("trusted_exports")
 PROVE = export_module.prove
 FEATURES = (
-    # As an input it would be called like the user's feature.
+    # Its input would have the name of the user's feature.
     Categorical.fit("Gender", ["ios", "web"]),
     Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True),
     Numeric.fit("free space", [1.0, 4.0]),
@@ -54,6 +50,9 @@ REQUESTS: list[dict[str, Any]] = [
     {"timestamp": TIME, "free space": -3.0},
     {},
 ]
+# A request as typed, and as read.
+TYPED = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
+READ = {"Gender": "ios", "timestamp": TIME, "free space": 2.0, "words": ["a", "c"]}
 K = 9
 
 
@@ -79,7 +78,7 @@ def model(version: ServedVersion) -> LoadedRetriever:
 
 
 def times_of(served: Served, row: int) -> list[datetime]:
-    """When the user's items were, oldest first."""
+    """Returns the times of a user's items, oldest first."""
     assert served.history_times is not None
     of_user = slice(*served.exportable().histories.offsets[row : row + 2])
     seconds = served.history_times[of_user][::-1]
@@ -96,18 +95,18 @@ def user_queries(served: Served, requests: list[dict[str, Any]]) -> list[dict[st
 
 
 def stored_queries(served: Served) -> list[dict[str, Any]]:
-    """What is stored of each user, with a request."""
+    """Makes queries of what is stored about each user, with a request."""
     pairs = zip(export_module.stored_queries(served.exportable()), itertools.cycle(REQUESTS))
     return [{**query, "request": request} for query, request in pairs]
 
 
 def requests_of(served: Served) -> list[dict[str, Any]]:
-    """Each request with each of two histories."""
+    """Combines each request with two histories."""
     return [{"history": served.known(row), "request": x} for x in REQUESTS for row in (2, 4)]
 
 
 def timed_queries(served: Served) -> list[dict[str, Any]]:
-    """Times that are whole, in part, of the items alone, of the request alone, and missing."""
+    """Makes queries with all times, some, the items' alone, the request's alone, and none."""
     times, known = times_of(served, 5), served.known(5)
     now, unknown = {"request": {"timestamp": TIME, "hour": 7}}, {"request": {"hour": 7}}
     return [
@@ -155,22 +154,22 @@ def test_requests_are_answered_as_in_memory(served: Served, model: LoadedRetriev
     assert got_ids.tolist() == ids.tolist()
     products = model.embed_queries(queries) @ served.model.embed_corpus().T
     np.testing.assert_allclose(-np.sort(-products, axis=1)[:, :K], scores, atol=1e-5)
-    # Each part of a request tells; what is unknown or missing does not.
+    # Each part of a request changes the answer, unless it is unknown or missing.
     rounded = np.round(scores, 4)
     assert len(np.unique(rounded[: len(asked) : 2], axis=0)) == len(REQUESTS)
     unknown: list[dict[str, Any]] = [{}, {"Gender": "fridge"}, {"hour": None}]
     alone = [model.retrieve([{**asked[0], "request": x}], K)[1] for x in unknown]
     assert np.ptp(alone, axis=0).max() == 0
-    # Where the time is known, so is the hour; given, it goes before.
+    # The time implies the hour, unless that is given.
     hours = [{"timestamp": TIME}, {"hour": 7}, {"timestamp": TIME, "hour": 8}, {"hour": 8}]
     found = model.retrieve([{"history": [], "request": x} for x in hours], K)[1]
     np.testing.assert_allclose(found[[0, 2]], found[[1, 3]], atol=1e-6)
     assert np.abs(found[0] - found[3]).max() > 1e-3
-    # Each time tells, but that of a request without a past, or with one at no time.
+    # Each time changes the answer, unless the history is empty or has no times.
     rounded = rounded[len(asked) :]
     assert len(np.unique(rounded, axis=0)) == len(timed) - 1
     assert rounded[4].tolist() == rounded[5].tolist()
-    # Seconds say the same as a datetime, and items that the model does not know take their times.
+    # Seconds mean the same as a datetime, and unknown items take their times along.
     strange = dict(timed[0])
     strange["history"] = [strange["history"][0], 10**6, *strange["history"][1:]]
     seconds = [time.timestamp() for time in strange["history_timestamps"]]
@@ -193,7 +192,7 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
     np.testing.assert_allclose(model.retrieve_user(users, K)[1], expected, atol=1e-5)
     answer = model.saved_model.signatures["serving_default"](user_id=np.array(users))
     np.testing.assert_allclose(answer["scores"][:, :K], expected, atol=1e-5)
-    # The user's own gender, given: what the model holds of it.
+    # Giving the user's own gender is the same as the stored one.
     queries = user_queries(served, REQUESTS[:1])
     genders = [
         {**q, "features": {"gender": g}} for q, g in zip(queries, served.genders, strict=True)
@@ -204,10 +203,10 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
     )
 
 
-def test_request_features_of_a_log_that_the_model_does_not_read_say_nothing(
+def test_request_features_that_the_model_does_not_read_are_ignored(
     served: Served, model: LoadedRetriever
 ) -> None:
-    """As a holdout brings them."""
+    """A holdout brings all those of its log."""
     for asked in (served.in_memory, model):
         expected, _ = asked.retrieve([{"request": {"Gender": "ios"}}], K)
         found, _ = asked.retrieve([{"request": {"Gender": "ios", "battery": 3}}], K)
@@ -216,7 +215,7 @@ def test_request_features_of_a_log_that_the_model_does_not_read_say_nothing(
             asked.retrieve([{"request": {"Gendr": "ios", "battery": 3}}], K)
 
 
-def test_what_the_model_does_not_read_is_refused(model: LoadedRetriever) -> None:
+def test_wrong_requests_and_times_are_refused(model: LoadedRetriever) -> None:
     for query, message in (
         ({"request": {"houre": 3}}, r"no request feature 'houre'; did you mean 'hour'\?"),
         (
@@ -278,7 +277,7 @@ def test_rest_takes_what_is_given_and_names_what_is_wrong(
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
 
-def test_rest_knows_a_time_and_which_side_a_feature_is_of_whatever_they_are_called(
+def test_rest_tells_times_and_sides_apart_whatever_their_names(
     tmp_path: Path,
 ) -> None:
     since = Timestamp.fit("app since", [TIME])
@@ -316,129 +315,20 @@ def test_unknown_values_of_a_request_are_counted(version: ServedVersion) -> None
     assert counted() == before + 2
 
 
-def test_the_page_and_the_command_line_send_requests_and_times(
-    served: Served,
-    folder: Path,
-    version: ServedVersion,
-    model: LoadedRetriever,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_page_sends_requests(
+    served: Served, version: ServedVersion, model: LoadedRetriever
 ) -> None:
-    typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
-    request = {"Gender": "ios", "timestamp": TIME, "free space": 2.0, "words": ["a", "c"]}
-    query = query_of(served, 3, request=request)
+    query = query_of(served, 3, request=READ)
     history = query["history"]
 
     def best(query: dict[str, Any]) -> list[int]:
         return list(model.retrieve([query], K, [history])[0][0].tolist())
 
-    body = json.dumps({"items": history, "k": K, "request": typed}).encode()
+    body = json.dumps({"items": history, "k": K, "request": TYPED}).encode()
     answer = page.answer(version, body, ServeSettings())
     shown = [item["item_id"] for item in answer["index"]["items"]]
-    assert shown == best({"history": history, "request": request}) != best(query)
+    assert shown == best({"history": history, "request": READ}) != best(query)
     assert page.card(version)["request"] == [*(f.name for f in FEATURES), "timestamp"]
-    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
-    times = ["--history_timestamps", *(x.isoformat() for x in query["history_timestamps"])]
-    later = query["history_timestamps"][1:-1]
-    unknown = ["--history_timestamps", "none", *(x.isoformat() for x in later), ""]
-    command = ["query", str(folder), "--history", *map(str, history), "-k", str(K), "--json"]
-    for flags, found in (
-        ([*times, "--request", *(f"{n}={x}" for n, x in typed.items())], best(query)),
-        (unknown, best({**query_of(served, 3), "history_timestamps": [None, *later, None]})),
-        (["--history_timestamps", "soon"], "history_timestamps is a time: write one with its zone"),
-        (
-            ["--history_timestamps", "2024-05-01"],
-            "Received: '2024-05-01' (it has no zone: write 2024-05-01T00:00:00Z if it is UTC)",
-        ),
-        (["--request", "place=north"], "place is a vector: write its numbers with commas, such as"),
-        (["--request", "free space=much"], "free space is a number: write one, such as 1.5. "),
-    ):
-        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-        monkeypatch.setattr(sys, "stderr", err := io.StringIO())
-        code = cli.main([*command, *flags])
-        if isinstance(found, str):
-            assert code
-            assert found in err.getvalue().replace("\n", " ")
-        else:
-            assert [item["item_id"] for item in json.loads(out.getvalue())["items"]] == found
-
-
-def notes_of(command: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns what a query says above its table, the notes of its JSON."""
-    printed = []
-    for flags in ([], ["--json"]):
-        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-        assert cli.main([*command, *flags]) == 0
-        printed.append(out.getvalue())
-    table, answer = printed
-    notes: list[str] = json.loads(answer)["notes"]
-    assert table.splitlines()[: len(notes)] == notes
-    assert table.splitlines()[len(notes)].startswith("┏")
-    return notes
-
-
-def test_the_command_line_says_what_of_a_history_is_not_read(
-    served: Served,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    items = [str(item) for item in served.known(2)[:2]]
-    times = ["--history-timestamps", "none", "2024-05-01T07:30Z"]
-    unread = "This model reads no history: the items given are only left out of the answer."
-    no_times = "This model reads no times of a history: they change nothing."
-    unknown = "1 of 3 items of the history say nothing: the model's training did not have them"
-    of_ids = make_served("int", reads_history=False)
-    untimed = make_served("int", use_user_id=False)
-    ids, histories = (
-        export(of.exportable(), tmp_path / name / "model", index=Exact())
-        for name, of in (("ids", of_ids), ("histories", untimed))
-    )
-    for at, flags, expected in (
-        (ids, [], [unread]),
-        (ids, ["4"], [unread]),
-        (ids, times, [unread]),
-        (histories, [], []),
-        (histories, ["4"], [unknown]),
-        (histories, times, [no_times]),
-        (folder, times, []),
-    ):
-        found = notes_of(["query", str(at), "--history", *items, *flags], monkeypatch)
-        found = [note for note in found if "Not given" not in note]
-        assert len(found) == len(expected)
-        assert all(note.startswith(x) for note, x in zip(found, expected, strict=True))
-    found = notes_of(["query", str(histories), "--history", "4"], monkeypatch)
-    assert any(note.startswith("No item of the history was in the model's tr") for note in found)
-
-
-def test_the_command_line_says_what_a_request_lacks(
-    served: Served, folder: Path, model: LoadedRetriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retriever, "load", lambda *arguments, **options: model)
-    command = ["query", str(folder), "--history", str(served.known(2)[0])]
-    typed = {"Gender": "ios", "timestamp": "2024-05-01T07:30Z", "free space": "2", "words": "a,c"}
-    for request, lacking in (
-        ({}, "Gender, hour, free space, words, place (--request Gender=VALUE)"),
-        (typed, "place (--request place=VALUE)"),
-        (typed | {"place": "1,0"}, None),
-    ):
-        given = [f"{name}={value}" for name, value in request.items()]
-        notes = notes_of([*command, *(["--request", *given] if given else [])], monkeypatch)
-        assert notes == ([f"Not given, taken as missing: {lacking}."] if lacking else [])
-
-
-def test_the_command_line_says_that_no_word_of_a_text_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    search = Text.fit("search", ["red shoes", "blue shoes"])
-    served = make_served("int", use_user_id=False, request_features=(search,))
-    folder = export(served.exportable(), tmp_path / "model", index=Exact())
-    for text, num_notes in (("green hats", 1), ("green shoes", 0)):
-        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-        item = str(served.known(2)[0])
-        command = ["query", str(folder), "--history", item, "--request", f"search={text}"]
-        assert cli.main(command) == 0
-        told = "search 'green hats' is unknown to the model: taken as missing."
-        assert out.getvalue().count(told) == num_notes == out.getvalue().count("missing")
 
 
 def test_refreshed_items_and_exports_without_users_take_requests(
@@ -453,7 +343,7 @@ def test_refreshed_items_and_exports_without_users_take_requests(
         assert kept == {n: str(x) if n in ("Gender", "hour") else x for n, x in given}
     embeddings = model.embed_queries(held_out)
     np.testing.assert_allclose(embeddings, model.embed_queries(asked), atol=1e-6)
-    # As an index is tuned.
+    # The way in which an index is tuned.
     sides = {"query": served.query_features, "request": FEATURES}
     by_encoder = embed_queries(Encoder(served.exportable()), asked, sides)
     np.testing.assert_allclose(embeddings, by_encoder, atol=1e-6)

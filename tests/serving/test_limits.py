@@ -1,0 +1,211 @@
+"""What the server refuses, and that large, slow and hostile requests hold up nobody."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.serving.running_server import GOOD, JSON, PREDICT, TEXT, Running, retrieve_user
+from tfrs_pipeline.serving.versions import ServedVersion
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/other/metadata", 404),
+        ("POST", "/v1/models/other:predict", 404),
+        ("POST", "/v1/models/films/versions/2:predict", 404),
+        ("POST", "/v1/models/films/versions/x:predict", 404),
+        ("POST", f"/v1/models/films/versions/{'9' * 5000}:predict", 404),
+        ("GET", "/v1/models/films/versions/2", 404),
+        ("GET", "/v1/models/films/versions/%D9%A1/metadata", 404),
+        ("GET", PREDICT, 405),
+        ("GET", "/v1/models/films/versions/1:predict", 405),
+        ("PUT", PREDICT, 405),
+        ("OPTIONS", PREDICT, 405),
+        ("DELETE", "/v1/models/films", 405),
+        ("POST", "/v1/models/films:classify", 405),
+        ("GET", "/page/query", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/../etc/passwd", 404),
+    ],
+)
+def test_wrong_addresses_and_methods(small: Running, method: str, path: str, status: int) -> None:
+    response = small.run(small.client.request(method, path, content=TEXT, headers=JSON))
+    assert response.status_code == status
+    assert set(response.json()) == {"error"}
+    assert len(response.text) < 1000
+    if path.endswith(":predict") and status == 405:
+        assert response.headers["allow"] == "POST"
+
+
+def test_another_host_is_refused(small: Running) -> None:
+    """A web page whose name resolves to this machine must not reach the server."""
+    for host, status in {
+        "localhost:8501": 200,
+        "LOCALHOST": 200,
+        "127.0.0.1": 200,
+        "[::1": 400,
+        "evil.example": 400,
+        "localhost.evil.example": 400,
+        "": 400,
+    }.items():
+        response = small.post(PREDICT, json=GOOD, headers={"host": host})
+        assert response.status_code == status, host
+        assert status == 200 or "among --allowed-hosts" in response.json()["error"]
+
+
+# Contents that get a 400; all but text and bytes are written as JSON.
+BAD: dict[str, Any] = {
+    "not JSON": "{",
+    "an unterminated string in lists": b"[" * 20 + b'"\\' * 490_000,
+    "deep lists": "[" * 1_000_000,
+    "deep objects": '{"inputs":' * 100_000,
+    "deep and closed": '{"inputs":' + "[" * 190 + "]" * 190 + "}",
+    "thousands of digits": '{"inputs": [%s]}' % ("9" * 9_000),
+    "many unknown keys": {str(i): 0 for i in range(60_000)},
+    "many unknown inputs": {"inputs": {str(i): 0 for i in range(60_000)}},
+    "many wrong values": {"inputs": [[]] * 200_000, "items": [[]] * 20_000},
+    "many wrong rows": {"instances": ["x"] * 150_000},
+    "unknown signature": {**GOOD, "signature_name": "__saved_model_init_op"},
+    "binary": bytes(range(256)),
+}
+HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
+    name: (400, {"content": x if isinstance(x, str | bytes) else json.dumps(x)})
+    for name, x in BAD.items()
+} | {
+    "a form": (415, {"content": TEXT, "headers": {"content-type": "text/plain"}}),
+    "an encoded form": (415, {"data": {"inputs": "[1]"}, "headers": {}}),
+    "a file": (415, {"files": {"file": b"x"}, "headers": {}}),
+    "no type": (415, {"content": TEXT, "headers": {}}),
+    "compressed": (415, {"content": b"\x1f\x8b", "headers": {**JSON, "content-encoding": "gzip"}}),
+    "long": (413, {"content": b" " * 1_000_001}),
+    "longer than what is discarded": (413, {"content": b" " * 33_000_000}),
+}
+
+
+@pytest.mark.parametrize("path", [PREDICT, "/page/query"])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_input_is_refused_and_holds_up_nobody(small: Running, case: str, path: str) -> None:
+    status, options = HOSTILE[case]
+
+    async def ask() -> tuple[httpx.Response, httpx.Response]:
+        bad = asyncio.create_task(small.client.post(path, **{"headers": JSON, **options}))
+        while not bad.done():
+            assert (await small.client.get("/healthz")).status_code == 200
+            await asyncio.sleep(0.001)
+        return await bad, await small.client.post(PREDICT, json=GOOD)
+
+    bad, good = small.run(ask())
+    assert bad.status_code == status, bad.text
+    assert set(bad.json()) == {"error"}
+    assert len(bad.text) < 1000
+    assert len(good.json()["outputs"]["candidate_ids"][0]) == 5
+
+
+def test_what_is_refused_is_explained(small: Running) -> None:
+    for num_users, num_excluded, k, message in (
+        (1, 0, 101, "inputs.k: Input should be less than or equal to 100. Received: 101"),
+        (11, 0, 1, "List should have at most 10 items"),
+        (9, 0, 89, "(--max-results). Received: 9 x 89"),
+        (1, 51, 1, "inputs.exclude.0: List should have at most 50 items"),
+    ):
+        document = retrieve_user([1] * num_users, [[3] * num_excluded] * num_users, k)
+        assert message in small.post(PREDICT, json=document).json()["error"]
+    edge = retrieve_user([101] * 8, [list(range(50))] * 8, 100)
+    assert len(small.predict(**edge)["outputs"]["scores"]) == 8
+    padded = TEXT + " " * (1_000_000 - len(TEXT))
+    typed = {"content-type": "Application/JSON; charset=utf-8"}
+    assert small.post(PREDICT, content=padded, headers=typed).status_code == 200
+
+
+def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield TEXT[:10].encode()
+        await asyncio.sleep(20)
+        yield TEXT[10:].encode()
+
+    async def ask() -> None:
+        start = time.monotonic()
+        posts = [small.client.post(PREDICT, content=drip(), headers=JSON) for _ in range(20)]
+        slow = [asyncio.create_task(post) for post in posts]
+        await asyncio.sleep(0.05)
+        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert not any(task.done() for task in slow)
+        for response in await asyncio.gather(*slow):
+            assert response.status_code == 408
+            assert response.headers["connection"] == "close"
+            assert "within 0.5 s" in response.json()["error"]
+        assert time.monotonic() - start < 15
+
+    small.run(ask())
+
+
+def test_a_slow_call_holds_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real = threading.Event(), ServedVersion.call
+    called: list[None] = []
+
+    def slow(*arguments: Any) -> Any:
+        called.append(None)
+        assert len(called) > 1 or gate.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(ServedVersion, "call", slow)
+
+    async def ask() -> None:
+        first = asyncio.create_task(small.client.post(PREDICT, json=GOOD))
+        while not called:
+            await asyncio.sleep(0.01)
+        assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert (await small.client.get("/healthz")).status_code == 200
+        assert not first.done()
+        gate.set()
+        assert (await first).status_code == 200
+
+    small.run(ask())
+
+
+def test_slices_of_large_requests_take_turns_and_small_ones_overtake(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [100, 101, 102, 103, 104, 105]
+    alone = small.predict(**retrieve_user(users, [[]] * 6, 20))["outputs"]
+    for i, user in enumerate(users):
+        one = small.predict(**retrieve_user([user], [[]], 20))["outputs"]
+        assert one["candidate_ids"] == alone["candidate_ids"][i : i + 1]
+        np.testing.assert_allclose(one["scores"], alone["scores"][i : i + 1], rtol=1e-5)
+    gate, real, asked = threading.Event(), ServedVersion.call, []
+
+    def watched(version: ServedVersion, signature: str, inputs: Any) -> Any:
+        asked.append(int(inputs["k"]))
+        assert inputs["k"] == 5 or gate.wait(20)
+        return real(version, signature, inputs)
+
+    monkeypatch.setattr(ServedVersion, "call", watched)
+
+    async def ask() -> None:
+        large = [
+            asyncio.create_task(small.client.post(PREDICT, json=retrieve_user(users, [[]] * 6, k)))
+            for k in (98, 99, 100) * 3
+        ]
+        while not asked:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            assert (await small.client.post(PREDICT, json=GOOD)).status_code == 200
+        assert not any(task.done() for task in large)
+        gate.set()
+        assert {(await task).status_code for task in large} == {200}
+
+    small.run(ask())
+    large = [k for k in asked if k != 5]
+    # Nine requests of two slices each: all first slices come before any second one.
+    assert sorted(large[:9]) == sorted((98, 99, 100) * 3)
+    assert len(large) == 18
