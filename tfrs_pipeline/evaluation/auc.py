@@ -10,26 +10,15 @@ import numpy as np
 def auc(positive_scores: np.ndarray, negative_scores: np.ndarray) -> float:
     """Computes the share of (positive, negative) pairs in which the positive scores higher.
 
-    The area under the ROC curve (Mann-Whitney); a tie counts a half.
-
-    Args:
-        positive_scores: [num_positives] floats.
-        negative_scores: [num_negatives] floats.
-
-    Returns:
-        In [0, 1]; NaN if either is empty.
-
-    Raises:
-        ValueError: If a score is NaN.
+    The area under the ROC curve (Mann-Whitney); a tie counts a half. NaN if either array is empty;
+    a `ValueError` if a score is NaN.
 
     Example:
         >>> auc(np.array([2.0, 0.5]), np.array([1.0, 0.5]))
         0.625
     """
     if np.isnan(positive_scores).any() or np.isnan(negative_scores).any():
-        raise ValueError(
-            "Scores are NaN and cannot be ranked: the model has diverged or a feature is NaN."
-        )
+        raise ValueError("Scores are NaN: the model has diverged or a feature is NaN.")
     if not len(positive_scores) or not len(negative_scores):
         return float("nan")
     in_order = np.sort(negative_scores)
@@ -46,22 +35,16 @@ def auc_per_query(
 ) -> np.ndarray:
     """Computes the AUC of each query's positives against its own negatives, by dot products.
 
-    Args:
-        query_embeddings: [num_queries, dim] floats.
-        candidate_embeddings: [num_candidates, dim] floats; row r is at index r - 1.
-        positive_rows: One array of candidate rows, from 1, for each query.
-        negative_rows: The same.
-
-    Returns:
-        [num_queries] float64 in [0, 1]; NaN where a query lacks positives or negatives.
+    Embeddings are [num_queries, dim] and [num_candidates, dim] floats. Each query has an array of
+    candidate rows, from 1, of either kind. Returns [num_queries] float64 in [0, 1]; NaN where a
+    query lacks positives or negatives.
     """
     values = []
     for query, positives, negatives in zip(
         query_embeddings, positive_rows, negative_rows, strict=True
     ):
-        scores = (
-            candidate_embeddings[np.concatenate([positives, negatives]).astype(int) - 1] @ query
-        )
+        rows = np.concatenate([positives, negatives]).astype(int)
+        scores = candidate_embeddings[rows - 1] @ query
         values.append(auc(scores[: len(positives)], scores[len(positives) :]))
     return np.array(values)
 

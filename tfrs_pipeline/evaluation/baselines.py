@@ -159,9 +159,7 @@ class Ease:
 
     def __post_init__(self) -> None:
         if self.l2 <= 0:
-            raise ValueError(
-                f"l2 must be above 0, or the matrix may be singular. Received: {self.l2}."
-            )
+            raise ValueError(f"l2 must be above 0. Received: {self.l2}.")
 
     def fit(self, train: Log | Interactions) -> HistoryRetriever:
         """Solves for the item-to-item weights; a `ValueError` if the corpus is too large."""
@@ -169,9 +167,8 @@ class Ease:
         num_candidates = len(train.items)
         if num_candidates > self.max_candidates:
             raise ValueError(
-                f"EASE inverts a matrix of {num_candidates} x {num_candidates} candidates, "
-                f"{num_candidates**2 * 12 / 1e9:.0f} GB of memory, and max_candidates is "
-                f"{self.max_candidates}. Use Ials instead, or raise max_candidates."
+                f"EASE needs {num_candidates**2 * 12 / 1e9:.0f} GB of memory for {num_candidates} "
+                f"candidates; max_candidates is {self.max_candidates}. Use Ials, or raise it."
             )
         weights = _ease_weights(train.matrix.astype(np.float64), self.l2)
         return _by_product(train, lambda histories: histories @ weights)
@@ -208,11 +205,8 @@ class Ials:
     num_threads: int = field(default=0, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        if (
-            min(self.num_factors, self.num_iterations) < 1
-            or self.regularization < 0
-            or self.alpha <= 0
-        ):
+        is_whole = min(self.num_factors, self.num_iterations) >= 1
+        if not is_whole or self.regularization < 0 or self.alpha <= 0:
             raise ValueError(
                 "num_factors and num_iterations must be 1 or more, regularization 0 or more, "
                 f"alpha above 0. Received: {self}, num_iterations={self.num_iterations}."

@@ -27,15 +27,10 @@ class Interactions:
 
     @classmethod
     def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
-        """Builds the matrix from pairs. Repeats count once; users without a pair are dropped.
+        """Builds the matrix from pairs of a user, 0 or more, and an item's row, from 1.
 
-        Args:
-            items: The corpus.
-            user_rows: [num_pairs] integers, 0 or more.
-            item_rows: [num_pairs] rows of `items`, from 1.
-
-        Raises:
-            ValueError: If the two differ in length, or an item is not in the corpus.
+        Repeats count once; users without a pair are dropped. A `ValueError` if the two arrays
+        differ in length, or an item is not in the corpus.
 
         Example:
             >>> items = Ids([10, 20, 30])

@@ -82,12 +82,8 @@ class RunFacts:
     """What the report says about a run.
 
     Args:
-        folder: The run's folder.
-        config: Its settings.
         metrics: Content of metrics.json.
         table_sizes: "events", "items", "users" -> rows.
-        dropped: As in `Log`.
-        log_notes: As `notes` of `Log`.
         events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" ->
             number of events.
         items_by_part: Part of the split -> distinct items.

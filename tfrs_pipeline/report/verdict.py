@@ -38,24 +38,12 @@ _WRITTEN = {
 
 @dataclass(frozen=True)
 class Compared:
-    """The model beside another, by one metric.
-
-    Args:
-        name: Of the other.
-        own: The model's mean.
-        other: The other's mean.
-        gain: The model minus the other, query by query; it has an interval.
-    """
+    """The model beside another by one metric: both means, and the model minus the other."""
 
     name: str
     own: float
     other: float
     gain: Interval
-
-    @property
-    def outcome(self) -> Outcome:
-        """How the model compares with the other."""
-        return self.gain.outcome
 
     @property
     def written(self) -> str:
@@ -117,13 +105,13 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
         ),
         Outcome.WORSE: f"the best baseline, {best.written}, beats it by {gap}",
     }
-    parts = [about_best[best.outcome]]
+    parts = [about_best[best.gain.outcome]]
     for outcome, words in (
         (Outcome.WORSE, "it is also behind"),
         (Outcome.LEVEL, "it does not clearly differ from"),
-        (Outcome.BETTER, "it also beats" if best.outcome is Outcome.BETTER else "it beats"),
+        (Outcome.BETTER, "it also beats" if best.gain.outcome is Outcome.BETTER else "it beats"),
     ):
-        if names := [x.written for x in others if x.outcome is outcome]:
+        if names := [x.written for x in others if x.gain.outcome is outcome]:
             parts.append(f"{words} {_listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "not clearly", Outcome.WORSE: "no"}
@@ -146,13 +134,13 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         lowest = _lowest(baselines)
         slices[lowest].append(part)
         if lowest is Outcome.WORSE:
-            ahead = (x for x in baselines if x.outcome is Outcome.WORSE)
+            ahead = (x for x in baselines if x.gain.outcome is Outcome.WORSE)
             rival = min(ahead, key=lambda x: x.gain.mean)
             numbers.append(f"{rival.written} {rival.other:.2f} against {rival.own:.2f}")
         variants += [
             f"{x.written} finds more {part} items ({x.other:.2f} against {x.own:.2f})"
             for x in compared
-            if _is_variant(x.name) and x.outcome is Outcome.WORSE
+            if _is_variant(x.name) and x.gain.outcome is Outcome.WORSE
         ]
     if not any(slices.values()):
         return Verdict("not compared", "no baseline was measured beside it", None)
@@ -187,7 +175,7 @@ def found_by_index(index: Metrics) -> Verdict:
 
 def _lowest(compared: Sequence[Compared]) -> Outcome:
     """Worse if any is worse, better if all are better, else level."""
-    outcomes = {x.outcome for x in compared}
+    outcomes = {x.gain.outcome for x in compared}
     return next(x for x in (Outcome.WORSE, Outcome.LEVEL, Outcome.BETTER) if x in outcomes)
 
 
