@@ -16,9 +16,8 @@ from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.requests import at_request
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.features.kinds import FeatureKind
 
-FEATURES: dict[str, FeatureKind] = {
+FEATURES: dict[str, str] = {
     "device": "categorical",
     "speed": "numeric",
     "hour": "categorical",
@@ -46,7 +45,7 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def made(table: list[dict[str, Any]], features: dict[str, FeatureKind], **options: Any) -> Log:
+def made(table: list[dict[str, Any]], features: dict[str, str], **options: Any) -> Log:
     table_of = pa.Table.from_pylist(table)
     return Log.from_table(table_of, request_features=features, **arguments(**options))
 
@@ -172,7 +171,7 @@ def test_a_feature_that_no_request_can_bring_is_refused() -> None:
     with pytest.raises(DataError, match=r"no column 'wat'. Nearest: wait"):
         made(table, {"wat": "numeric"})
     with pytest.raises(ValueError, match=r"'wait' has .*'number'"):
-        made(table, {"wait": "number"})  # type: ignore[dict-item]
+        made(table, {"wait": "number"})
     users = pa.table({"user_id": list(range(12)), "device": ["web"] * 12})
     with pytest.raises(ValueError, match=r"request_features\.device: is a user feature"):
         made(table, {"device": "categorical"}, users=users, user_features={"device": "categorical"})

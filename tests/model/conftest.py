@@ -13,7 +13,6 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
@@ -33,11 +32,11 @@ tf.config.set_logical_device_configuration(
 # The id of row r is 10 * r for items, 100 + r for users.
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 30, 24, 3
 LENGTH = 3
-REQUEST_FEATURES: Mapping[str, FeatureKind] = {"device": "categorical", "hour": "numeric"}
+REQUEST_FEATURES: Mapping[str, str] = {"device": "categorical", "hour": "numeric"}
 LOSERS = FunnelLosers(share=0.3, num=2, stages=("pre_ranked",))
 
 
-def make_log(request_features: Mapping[str, FeatureKind] | None = None) -> Log:
+def make_log(request_features: Mapping[str, str] | None = None) -> Log:
     """Of each user, 6 clicks of the own taste, 2 exposures and 3 losers of the rank.
 
     On one device every second item is clicked, on the other one the rest; it is not always known.

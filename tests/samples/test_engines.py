@@ -16,7 +16,6 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError, SplitKind
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import part_files
-from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.run.data import load_log
@@ -26,7 +25,7 @@ from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 HARD = FunnelLosers(stages=("retrieved", "ranked"), min_pool=40, max_pool=25, window_hours=72)
 
 
-REQUEST_FEATURES: dict[str, FeatureKind] = {
+REQUEST_FEATURES: dict[str, str] = {
     "place": "categorical",
     "near": "vector",
     "hour": "numeric",

@@ -24,7 +24,7 @@ from tfrs_pipeline.data.schema import (
 from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
-from tfrs_pipeline.features.kinds import KINDS, FeatureKind
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import sentence
 
 # Type of a column -> what a log stores it as.
@@ -69,7 +69,7 @@ def check_engine(events: Any, *others: Any) -> None:
 
 
 def check_events(
-    events: ibis.Table, source: Source, request_features: Mapping[str, FeatureKind]
+    events: ibis.Table, source: Source, request_features: Mapping[str, str]
 ) -> ibis.Table:
     """Checks that a table holds what `Log` says of events; a `DataError` if not.
 
@@ -109,7 +109,7 @@ def check_entities(
     entities: ibis.Table | None,
     id_name: str,
     events: ibis.Table,
-    features: Mapping[str, FeatureKind],
+    features: Mapping[str, str],
 ) -> ibis.Table:
     """Checks an item or user table, or makes one, and adds the ids that only events have."""
     source = Source(f"{id_name.removesuffix('_id')} table")

@@ -37,7 +37,6 @@ from tfrs_pipeline.data.schema import (
 )
 from tfrs_pipeline.data.tables import describe_missing, store_sound, type_features
 from tfrs_pipeline.data.times import to_timestamp
-from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import printable
 
 _NUM_LOOKED_AT = 1000
@@ -75,7 +74,7 @@ def stage_column(reading: Reading, scanned: Scan) -> str | None:
 def load_events(
     scanned: Scan,
     reading: Reading,
-    request_features: Mapping[str, FeatureKind],
+    request_features: Mapping[str, str],
     others: Mapping[str, RawTable | None],
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an event table; its ids and those of `others` become one type.

@@ -17,7 +17,6 @@ from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.requests import at_request, whole_seconds
 from tfrs_pipeline.data.schema import DataError, Exclude, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive, order_keys
-from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -170,7 +169,7 @@ def make_holdout(
     items: ibis.Table,
     training: ibis.Table,
     *,
-    request_features: Mapping[str, FeatureKind],
+    request_features: Mapping[str, str],
     max_queries: int | None = None,
     seed: int = 0,
 ) -> Holdout:
@@ -277,7 +276,7 @@ def _is_of_first_request(rows: pa.Table, user_ids: np.ndarray) -> np.ndarray:
 
 
 def _first_requests(
-    events: ibis.Table, part: EvaluationPart, features: Mapping[str, FeatureKind]
+    events: ibis.Table, part: EvaluationPart, features: Mapping[str, str]
 ) -> list[dict[str, Any]] | None:
     """Returns the request features of each user's first positive of a part, by user id."""
     if not features:

@@ -34,7 +34,6 @@ from tfrs_pipeline.data.schema import (
 from tfrs_pipeline.data.settle import make_tables
 from tfrs_pipeline.data.split import read_amount, split_events
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
-from tfrs_pipeline.features.kinds import FeatureKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +92,9 @@ class Log:
     events: ibis.Table
     items: ibis.Table
     users: ibis.Table
-    item_features: Mapping[str, FeatureKind] = field(default_factory=dict)
-    user_features: Mapping[str, FeatureKind] = field(default_factory=dict)
-    request_features: Mapping[str, FeatureKind] = field(default_factory=dict)
+    item_features: Mapping[str, str] = field(default_factory=dict)
+    user_features: Mapping[str, str] = field(default_factory=dict)
+    request_features: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
     is_ordered: bool = True
@@ -114,9 +113,9 @@ class Log:
         *,
         items: Any = None,
         users: Any = None,
-        item_features: Mapping[str, FeatureKind] | None = None,
-        user_features: Mapping[str, FeatureKind] | None = None,
-        request_features: Mapping[str, FeatureKind] | None = None,
+        item_features: Mapping[str, str] | None = None,
+        user_features: Mapping[str, str] | None = None,
+        request_features: Mapping[str, str] | None = None,
         reading: Reading | None = None,
         connection: DuckDB | None = None,
     ) -> Log:
@@ -164,9 +163,9 @@ class Log:
         *,
         items: Any = None,
         users: Any = None,
-        item_features: Mapping[str, FeatureKind] | None = None,
-        user_features: Mapping[str, FeatureKind] | None = None,
-        request_features: Mapping[str, FeatureKind] | None = None,
+        item_features: Mapping[str, str] | None = None,
+        user_features: Mapping[str, str] | None = None,
+        request_features: Mapping[str, str] | None = None,
         reading: Reading | None = None,
         connection: DuckDB | None = None,
     ) -> Log:
@@ -201,9 +200,9 @@ class Log:
         *,
         items: ibis.Table | None = None,
         users: ibis.Table | None = None,
-        item_features: Mapping[str, FeatureKind] | None = None,
-        user_features: Mapping[str, FeatureKind] | None = None,
-        request_features: Mapping[str, FeatureKind] | None = None,
+        item_features: Mapping[str, str] | None = None,
+        user_features: Mapping[str, str] | None = None,
+        request_features: Mapping[str, str] | None = None,
         is_ordered: bool = True,
     ) -> Log:
         """Makes a log of tables where they lie: in DuckDB, or in Spark past one machine.

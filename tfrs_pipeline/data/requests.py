@@ -14,7 +14,7 @@ from tfrs_pipeline.data.schema import (
     case_problem,
     require_column,
 )
-from tfrs_pipeline.features.kinds import KINDS, FeatureKind
+from tfrs_pipeline.features.kinds import KINDS
 
 FROM_TIMESTAMP = ("hour", "weekday")
 """Request features that are made from the timestamp, in UTC, if the log has no such column."""
@@ -60,7 +60,7 @@ def check_names(
             )
 
 
-def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKind]) -> None:
+def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> None:
     """Refuses (`DataError`) request features that events do not have."""
     source = Source("event table")
     for name, kind in features.items():
@@ -83,7 +83,7 @@ def check_request_features(events: ibis.Table, features: Mapping[str, FeatureKin
             )
 
 
-def at_request(events: ibis.Table, features: Mapping[str, FeatureKind]) -> dict[str, ir.Value]:
+def at_request(events: ibis.Table, features: Mapping[str, str]) -> dict[str, ir.Value]:
     """Returns the request features of each event, by name.
 
     A column has the event's value. The hour (0 to 23) and the weekday (0 is Monday) are those of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
+from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.messages import printable, sentence
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ class Source:
 
 
 def checked_kinds(
-    items: Mapping[str, FeatureKind] | None,
-    users: Mapping[str, FeatureKind] | None,
-    requests: Mapping[str, FeatureKind] | None,
-) -> tuple[dict[str, FeatureKind], dict[str, FeatureKind], dict[str, FeatureKind]]:
+    items: Mapping[str, str] | None,
+    users: Mapping[str, str] | None,
+    requests: Mapping[str, str] | None,
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Returns the features of items, users and requests; a `ValueError` if one cannot be."""
     tables = dict(items or {}), dict(users or {}), dict(requests or {})
     for own_id, features in zip(("item_id", "user_id"), tables, strict=False):

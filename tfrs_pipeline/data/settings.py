@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import SplitKind, part_problems
-from tfrs_pipeline.features.kinds import FeatureKind, kind_problem
+from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.settings import Config, refuse
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -27,7 +27,7 @@ def _kind(value: Any) -> Any:
     return value
 
 
-Kind: TypeAlias = Annotated[FeatureKind, BeforeValidator(_kind)]
+Kind: TypeAlias = Annotated[str, BeforeValidator(_kind)]
 # Setting -> the sources that heed it; the others are read as they were published, or are a log.
 _HEEDED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(Reading.model_fields, ("files",)),

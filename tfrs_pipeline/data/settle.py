@@ -29,11 +29,10 @@ from tfrs_pipeline.data.tables import (
     store,
     type_entities,
 )
-from tfrs_pipeline.features.kinds import FeatureKind
 from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.settings import refuse
 
-Features: TypeAlias = Mapping[str, FeatureKind]
+Features: TypeAlias = Mapping[str, str]
 Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]
 """Events, items and users."""
 

@@ -28,7 +28,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
     require_column,
 )
-from tfrs_pipeline.features.kinds import KINDS, FeatureKind
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 
@@ -87,7 +87,7 @@ def load_raw(
     connection: DuckDB,
     source: Any,
     columns: Mapping[str, str],
-    features: Mapping[str, FeatureKind],
+    features: Mapping[str, str],
     id_name: str,
     remedy: str = "",
     id_of_events: str = "",
@@ -130,7 +130,7 @@ def type_entities(
     id_name: str,
     *,
     as_integer: bool,
-    features: Mapping[str, FeatureKind],
+    features: Mapping[str, str],
     reading: Reading,
 ) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
     """Types and stores an item or user table: id, features and, for items, a column `title`.
@@ -164,7 +164,7 @@ def type_entities(
 def type_features(
     raw: RawTable,
     columns: dict[str, ir.Value],
-    features: Mapping[str, FeatureKind],
+    features: Mapping[str, str],
     reading: Reading,
 ) -> list[str]:
     """Types features, whose unusable values will be missing; returns notes for a person."""
@@ -198,7 +198,7 @@ def load_items(
     source: Any,
     *,
     is_integer_id: bool,
-    item_features: Mapping[str, FeatureKind],
+    item_features: Mapping[str, str],
     reading: Reading,
 ) -> tuple[ibis.Table, list[str]]:
     """Loads an item table alone, such as today's for a model of last week.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from tfrs_pipeline.features.bucketized import Bucketized
 from tfrs_pipeline.features.categorical import Categorical
@@ -17,10 +17,7 @@ from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.messages import suggest
 
-FeatureKind: TypeAlias = str
-"""Name of a kind, a key of `KINDS`."""
-
-KINDS: dict[FeatureKind, type[Feature]] = {
+KINDS: dict[str, type[Feature]] = {
     cls.kind: cls
     for cls in (
         *(Categorical, Hashed, MultiCategorical, Text),
@@ -32,7 +29,7 @@ KINDS: dict[FeatureKind, type[Feature]] = {
 
 def kind_problem(kind: object) -> str:
     """Says what is meant by what is not a kind of feature; "" if it is one."""
-    if kind in KINDS:
+    if isinstance(kind, str) and kind in KINDS:
         return ""
     name = str(kind).lower()
     meant = [known for known, cls in KINDS.items() if name in cls.names_elsewhere]

@@ -19,7 +19,7 @@ from tfrs_pipeline.data.schema import DataError, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import hold_to, is_whole, read_record, refuse_others, write_record
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.kinds import KINDS, FeatureKind
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.requests import encoded_columns, read_raw
@@ -96,7 +96,7 @@ def later_rows(log: Log, candidate_ids: Ids) -> np.ndarray | None:
 
 def _encode(
     table: ibis.Table,
-    kinds: Mapping[str, FeatureKind],
+    kinds: Mapping[str, str],
     end: datetime | None,
     is_there: np.ndarray | None = None,
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:

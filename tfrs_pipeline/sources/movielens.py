@@ -26,17 +26,16 @@ import pyarrow.csv
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.features.kinds import FeatureKind
 
 logger = logging.getLogger(__name__)
 
 MIN_CLICKED_RATING = 4
-ITEM_FEATURES: Mapping[str, FeatureKind] = {
+ITEM_FEATURES: Mapping[str, str] = {
     "title": "text",
     "year": "categorical",
     "genres": "multi_categorical",
 }
-USER_FEATURES: Mapping[str, FeatureKind] = {
+USER_FEATURES: Mapping[str, str] = {
     "age_group": "categorical",
     "gender": "categorical",
     "occupation": "categorical",
@@ -71,9 +70,9 @@ class FetchError(OSError):
 def load_movielens_100k(
     folder: Path | None = None,
     *,
-    item_features: Mapping[str, FeatureKind] | None = None,
-    user_features: Mapping[str, FeatureKind] | None = None,
-    request_features: Mapping[str, FeatureKind] | None = None,
+    item_features: Mapping[str, str] | None = None,
+    user_features: Mapping[str, str] | None = None,
+    request_features: Mapping[str, str] | None = None,
     cache_dir: Path | None = None,
     fetchers: Mapping[str, Fetcher] | None = None,
 ) -> Log:
