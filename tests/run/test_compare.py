@@ -28,7 +28,7 @@ from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.run.compare import (
     PlanComparison,
-    _auc_rows,
+    auc_rows,
     compare,
 )
 from tfrs_pipeline.run.data import prepare
@@ -330,7 +330,7 @@ def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
         assert row.metrics[column].mean == pytest.approx(np.mean(values), abs=1e-6)
     # Rivals of users without a positive to find are no column.
     nothing = replace(test, relevant=[ids[:0] for ids in test.relevant])
-    assert _auc_rows(plain, replace(data, test=nothing))[1] == {}
+    assert auc_rows(plain, replace(data, test=nothing))[1] == {}
 
 
 def test_figure_shows_the_rows(compared: PlanComparison) -> None:

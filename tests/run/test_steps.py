@@ -65,7 +65,7 @@ def test_an_artifact_in_memory_is_made_each_time(tmp_path: Path) -> None:
 
 
 def test_the_page_draws_the_steps_of_a_run() -> None:
-    steps = run_steps(RunConfig(), RunFolder(Path("run")))
+    steps = run_steps(RunConfig())
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     (drawn,) = re.findall(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
     assert drawn == as_diagram(steps)
@@ -73,7 +73,7 @@ def test_the_page_draws_the_steps_of_a_run() -> None:
 
 def test_each_step_reads_what_one_before_it_wrote() -> None:
     known: set[str] = set()
-    steps = run_steps(RunConfig(), RunFolder(Path("run")))
+    steps = run_steps(RunConfig())
     for step in steps:
         assert set(step.reads) <= known
         known.add(step.writes)

@@ -162,7 +162,7 @@ def _check(command: str, config: RunConfig) -> int:
         steps = plan_steps(config)
         if command == "run":
             check_source(config)
-            steps = run_steps(config, runner.folder)
+            steps = run_steps(config)
         runner.run([step for step in steps if step.writes in ("log", "split", "samples", "plans")])
         if command == "run":
             for model in variants(config).values():

@@ -83,11 +83,12 @@ def compare(
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A folder that holds a stopped comparison of the same config is resumed: trained plans are
-    measured again from their checkpoints, the one at hand goes on from its last epoch. `on_step` is
-    called as each plan ends, `on_progress` within it, as by `run`.
+    measured again from their checkpoints, the one at hand goes on from its last epoch. `on_step`
+    and `on_progress` are called as by `run`.
 
-    A `ConfigError` if there is a run to start from, a `ValueError` if the folder holds something
-    else, or the data is refused (`DataError`).
+    Raises:
+        ConfigError: If there is a run to start from.
+        ValueError: If the folder holds something else, or the data is refused (`DataError`).
     """
     if config.warm_start is not None:
         message = "the plans of a comparison all start from nothing; leave it out"
@@ -97,34 +98,21 @@ def compare(
     place = RunFolder(folder)
     with place.claim(config, is_run=False):
         runner = Runner(config, place, on_step, on_progress)
-        plans: Plans = runner.run(plan_steps(config))
-        data = runner.artifacts["samples"]
-        rows_of_queries = _auc_rows(config, data)
+        plans, notes = runner.run(plan_steps(config))
+        data: RunData = runner.artifacts["samples"]
+        measure = functools.partial(_measure, auc_rows(config, data))
         measured: dict[str, _Measured] = {}
-        for name, planned in plans.configs.items():
-            train = training_step(name, planned, place.plan(name))
-            measure = functools.partial(_measure, rows_of_queries)
+        for name, plan in plans.items():
+            planned = _planned(config, plan, data)
             measured[name] = runner.run(
-                [train, Step(f"measure {name}", ("samples", name), "measured", measure)]
+                [
+                    training_step(name, planned, f"plans/{name}/checkpoints"),
+                    Step(f"measure {name}", ("samples", name), "measured", measure),
+                ]
             )
             del runner.artifacts[name]  # One network at a time.
-        unmined = [f"{name}: {note}" for name, x in measured.items() for note in x.unmined]
-        return _write(_rows(measured, config), config, [*plans.notes, *unmined], plans, place)
-
-
-@dataclass(frozen=True)
-class Plans:
-    """The plans of a comparison.
-
-    Attributes:
-        changes: By name, what a plan changes in the config.
-        configs: By name, the settings that a plan trains with.
-        notes: What is missing, and what the comparison cannot show.
-    """
-
-    changes: Mapping[str, Plan]
-    configs: Mapping[str, RunConfig]
-    notes: Sequence[str]
+        notes += [f"{name}: {note}" for name, x in measured.items() for note in x.unmined]
+        return _write(_rows(measured, config), config, notes, plans, folder)
 
 
 def plan_steps(config: RunConfig) -> list[Step]:
@@ -135,23 +123,23 @@ def plan_steps(config: RunConfig) -> list[Step]:
     ]
 
 
-def _make_plans(runner: Runner, data: RunData) -> Plans:
-    """Makes the plans, and refuses each that cannot be trained before the first one is."""
+def _make_plans(runner: Runner, data: RunData) -> tuple[dict[str, Plan], list[str]]:
+    """Makes the plans, with notes, and refuses each that cannot be trained, before any is."""
     config = runner.config
     pools = data.final.samples.hard_pools
     logged = [name for name, pool in pools.items() if len(pool.values)]
     num_candidates = len(data.final.corpus.candidate_ids)
-    max_epochs = _max_epochs(config, len(data.selection.samples))
-    changes, notes = sampling_plans(config, logged, num_candidates, max_epochs)
-    configs = {
-        name: with_settings(config, {**change, "training.max_epochs": max_epochs})
-        for name, change in changes.items()
-    }
-    for planned in configs.values():
-        check_trainable(data, planned)
-    notes += about_exposed(config, data.test, changes.values())
-    runner.note(f"{counted(len(changes), 'plan')}: {', '.join(changes)}", *notes)
-    return Plans(changes, configs, notes)
+    plans, notes = sampling_plans(config, logged, num_candidates, _max_epochs(config, data))
+    for plan in plans.values():
+        check_trainable(data, _planned(config, plan, data))
+    notes += about_exposed(config, data.test, plans.values())
+    runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
+    return plans, notes
+
+
+def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
+    """Returns the settings that a plan trains with, within the budget."""
+    return with_settings(config, {**plan, "training.max_epochs": _max_epochs(config, data)})
 
 
 def _measure(
@@ -184,7 +172,7 @@ def _about_mining(data: RunData, model: FittedTwoTower) -> list[str]:
     ]
 
 
-def _auc_rows(
+def auc_rows(
     config: RunConfig, data: RunData
 ) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
     """Finds rows of each test query: its positives, and by AUC column their rivals."""
@@ -209,11 +197,11 @@ def _auc_rows(
     }
 
 
-def _max_epochs(config: RunConfig, num_samples: int) -> int:
+def _max_epochs(config: RunConfig, data: RunData) -> int:
     """Returns the budget of a plan in epochs."""
     if config.compare.max_steps is None:
         return config.training.max_epochs
-    steps_per_epoch = max(1, round(num_samples / config.training.batch_size))
+    steps_per_epoch = max(1, round(len(data.selection.samples) / config.training.batch_size))
     return math.ceil(config.compare.max_steps / steps_per_epoch)
 
 
@@ -254,19 +242,17 @@ def _write(
     rows: Sequence[PlanRow],
     config: RunConfig,
     notes: Sequence[str],
-    plans: Plans,
-    place: RunFolder,
+    plans: Mapping[str, Plan],
+    folder: Path,
 ) -> PlanComparison:
-    folder, cutoffs = place.path, config.evaluation.cutoffs
-    reference = config.compare.reference
+    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
         "plans": [
-            {**row.as_dict(), "settings": to_jsonable_python(plans.changes[row.name])}
-            for row in rows
+            {**row.as_dict(), "settings": to_jsonable_python(plans[row.name])} for row in rows
         ],
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))

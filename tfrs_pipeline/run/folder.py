@@ -65,10 +65,6 @@ class RunFolder:
         """Returns where the two trainings of a model are."""
         return self.path / "checkpoints" / model
 
-    def plan(self, name: str) -> Path:
-        """Returns where the two trainings of a sampling plan are."""
-        return self.path / "plans" / name / "checkpoints"
-
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or what is left of one."""
         return any((self.path / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))

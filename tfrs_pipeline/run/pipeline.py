@@ -38,14 +38,14 @@ class RunResult:
         return None if written is None else Path(written)
 
 
-def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+def run_steps(config: RunConfig) -> list[Step]:
     """Returns the steps of a run, in order."""
-    return [*data_steps(config), *_model_steps(config, folder), *_closing_steps(config)]
+    return [*data_steps(config), *_model_steps(config), *_closing_steps(config)]
 
 
-def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+def _model_steps(config: RunConfig) -> list[Step]:
     models = variants(config).items()
-    return [training_step(name, each, folder.checkpoints(name)) for name, each in models]
+    return [training_step(name, each, f"checkpoints/{name}") for name, each in models]
 
 
 def _closing_steps(config: RunConfig) -> list[Step]:
@@ -103,7 +103,7 @@ def run(
             return finished
         runner = Runner(config, place, on_step, on_progress)
         chief_first(lambda: runner.run(data_steps(config)))
-        runner.run(_model_steps(config, place))
+        runner.run(_model_steps(config))
         return chief_first(lambda: _conclude(runner))
 
 

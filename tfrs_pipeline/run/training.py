@@ -32,22 +32,22 @@ Training: TypeAlias = Literal["selection", "refit"]
 TRAINED_FILE = "trained.json"
 
 
-def training_step(name: str, config: RunConfig, folder: Path) -> Step:
-    """Returns the step that trains a model of these settings, and keeps it in a folder."""
+def training_step(name: str, config: RunConfig, place: str) -> Step:
+    """Returns the step that trains a model of these settings, and keeps it in the run's folder."""
 
     def make(runner: Runner, data: RunData) -> FittedTwoTower:
-        progress = runner.on_progress
+        folder, progress = runner.folder.path / place, runner.on_progress
         model = train_and_refit(config, data, name=name, folder=folder, on_progress=progress)
         runner.note(*model.notes)
         return model
 
     def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        model = read_trained(config, data, folder, name)
+        model = read_trained(config, data, runner.folder.path / place, name)
         if model is not None:
             runner.note(*model.notes)
         return model
 
-    return Step(f"train {name}", ("samples",), name, make, read, f"{folder.parent.name}/{name}/")
+    return Step(f"train {name}", ("samples",), name, make, read, place)
 
 
 def check_trainable(data: RunData, config: RunConfig) -> None:

@@ -40,7 +40,7 @@ class Refreshed:
         num_unknown: By feature of categories, the items that have only values that the training did
             not have: taken as missing.
         has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
-            was trained, or there is none; None where the manifest does not tell.
+            was trained, or there is none; None if the manifest does not say.
         index: What was built, as the manifest has it.
         notes: What of the file was dropped or is missing, in lines for a person.
     """
@@ -68,75 +68,93 @@ def refresh_index(
 ) -> Refreshed:
     """Writes a new version of an exported model whose index holds the items of a file.
 
-    Every item is embedded anew, by its id, where the training had it, and by its features. The
-    towers, and what is known of the users, stay as they are: the history of a user may hold items
-    that are gone, and items that are new mean nothing in a history. A new item has the embedding of
-    an unknown id beside its features. Where the training had no ID dropout that was not trained,
-    and the item is seldom found.
+    Every item is embedded anew, by its features and by its id, if the training had it. A new item
+    has the embedding of an unknown id, which is of use only if ID dropout has trained it. The
+    towers and what is known of users stay: new items mean nothing in a history.
 
     Args:
-        model: A model's folder, whose newest version is taken, or a version's.
-        items: CSV or Parquet with item_id, every item feature of the model under its name and,
-            if there is one, title: the items to be retrieved, all of them.
-        index: How to search; None takes what the version before was exported with.
-        keep_versions: How many versions to keep, as of `export`; None likewise.
-        allow_all_new: Whether the file may hold no item of the version before nor of the training
-            (else: ids of another kind), of a feature several categories and none that is known
-            (else: written in another way), or no value of a feature of which the training had
-            some, as far as its encoding tells (else: a column that was lost).
+        model: A model's folder, for its newest version, or a version's.
+        items: CSV or Parquet of all items to retrieve: item_id, every item feature of the model
+            under its name and, if there is one, title.
+        index: How to search; None searches as the version before.
+        keep_versions: How many versions to keep, as in `export`; None keeps as many as before.
+        allow_all_new: Whether to accept a file without any known item, without any known value of
+            a feature of several categories, or without any value of a feature that had some.
         on_progress: Called with a task's name, steps done and steps in all.
 
     Raises:
-        DataError: If the file cannot be read, lacks a column, or holds no item for the index; if it
-            holds no known item, several categories of a feature and none that is known, or no value
-            of one that had some, and `allow_all_new` is not set.
+        DataError: If the file cannot be read, lacks a column, holds no item for the index, or only
+            what `allow_all_new` would accept.
         FileNotFoundError: If there is no exported model.
-        ValueError: If the model's folder is no numbered version, or ScaNN is asked to index fewer
-            than 16 items.
+        ValueError: If the model's folder is not a numbered version, or ScaNN is asked to index
+            fewer than 16 items.
         ExportError: As `export`; so is RuntimeError.
     """
-    path = Path(items)
     # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
     with publishing(version_at(model).parent):
         retriever = _load_numbered(model)
-        before = set(retriever.candidate_ids())
-        found = _read_items(path, retriever, allow_all_new=allow_all_new)
         # Checked before the items are embedded, which takes long.
-        table, embeddings, is_trained = _embed(path, found.table, retriever, on_progress)
-        ids = table["item_id"].to_pylist()
-        if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
-            raise DataError(
-                f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
-                f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
-                "on; if all are meant to be new, set allow_all_new."
-            )
-        num_untrained = int((~is_trained).sum())
+        found = _read_items(Path(items), retriever, allow_all_new=allow_all_new)
+        embedded = _embed(found, retriever, allow_all_new=allow_all_new, on_progress=on_progress)
         on_progress("index", 0, 0)
-        options = ExportOptions.of(retriever.manifest)
-        number = int(retriever.folder.name)
-        folder, manifest = export_index(
-            retriever.folder.parent,
-            replace(
-                options,
-                index=index or options.index,
-                keep_versions=options.keep_versions if keep_versions is None else keep_versions,
-            ),
-            encoder=retriever.saved_model.encoder,
-            embeddings=embeddings,
-            items=table,
-            queries=retriever.held_out_queries(),
-            manifest={
-                **retriever.manifest,
-                "refreshed": {
-                    "from_version": number,
-                    # The version that its training was exported as.
-                    "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
-                    "items": {path.name: file_hash(path)},
-                    "num_items": len(ids),
-                    "num_untrained": num_untrained,
-                },
-            },
+        before = ExportOptions.of(retriever.manifest)
+        keep = before.keep_versions if keep_versions is None else keep_versions
+        options = replace(before, index=index or before.index, keep_versions=keep)
+        return _publish(retriever, found, embedded, options)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Items of a file, lines on what was dropped of it, and `Refreshed.num_unknown`."""
+
+    path: Path
+    table: pa.Table
+    notes: Sequence[str]
+    num_unknown: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """Items that a model can embed: [n, D] float32, and [n] whether the training had each."""
+
+    table: pa.Table
+    embeddings: np.ndarray
+    is_trained: np.ndarray
+
+
+def _load_numbered(model: str | Path) -> LoadedRetriever:
+    # The brute-force fallback needs no ScaNN, and has the same encoder.
+    retriever = load(model, exact=True)
+    if not retriever.folder.name.isdecimal():
+        raise ValueError(
+            "A version's folder is named by its number, such as saved_models/NAME/3: the new "
+            f"one is written beside it. Received: {retriever.folder}"
         )
+    return retriever
+
+
+def _publish(
+    retriever: LoadedRetriever, found: _Found, embedded: _Embedded, options: ExportOptions
+) -> Refreshed:
+    number, before = int(retriever.folder.name), set(retriever.candidate_ids())
+    ids, num_untrained = embedded.table["item_id"].to_pylist(), int((~embedded.is_trained).sum())
+    refreshed = {
+        "from_version": number,
+        # The version that its training was exported as.
+        "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
+        "items": {found.path.name: file_hash(found.path)},
+        "num_items": len(ids),
+        "num_untrained": num_untrained,
+    }
+    folder, manifest = export_index(
+        retriever.folder.parent,
+        options,
+        encoder=retriever.saved_model.encoder,
+        embeddings=embedded.embeddings,
+        items=embedded.table,
+        queries=retriever.held_out_queries(),
+        manifest={**retriever.manifest, "refreshed": refreshed},
+    )
     return Refreshed(
         folder=folder,
         num_items=len(ids),
@@ -149,17 +167,6 @@ def refresh_index(
         index=manifest["index"],
         notes=found.notes,
     )
-
-
-def _load_numbered(model: str | Path) -> LoadedRetriever:
-    # The brute-force fallback needs no ScaNN, and has the same encoder.
-    retriever = load(model, exact=True)
-    if not retriever.folder.name.isdecimal():
-        raise ValueError(
-            "A version's folder is named by its number, such as saved_models/NAME/3: the new "
-            f"one is written beside it. Received: {retriever.folder}"
-        )
-    return retriever
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
@@ -202,15 +209,6 @@ def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
     return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Items of a file, lines on what was dropped of it, and `Refreshed.num_unknown`."""
-
-    table: pa.Table
-    notes: Sequence[str]
-    num_unknown: dict[str, int]
-
-
 def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) -> _Found:
     items, notes = load_items(
         path,
@@ -227,38 +225,43 @@ def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) 
     num_unknown = {
         feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
         for feature in features
-        if feature.holds_categories
+        if feature.kind in ("categorical", "multi_categorical")
     }
-    return _Found(table, notes, num_unknown)
+    return _Found(path, table, notes, num_unknown)
 
 
 def _embed(
-    path: Path,
-    items: pa.Table,
+    found: _Found,
     retriever: LoadedRetriever,
+    *,
+    allow_all_new: bool,
     on_progress: Callable[[str, int, int], None],
-) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Embeds the items that the model can embed.
-
-    Returns of these their table, embeddings [n, D] float32, and [n] whether the training had each.
-    """
-    features, blocks = list(_kinds(retriever)), []
+) -> _Embedded:
+    """Embeds the items that the model can embed; refuses (`DataError`) ids of another kind."""
+    path, items, features, blocks = found.path, found.table, list(_kinds(retriever)), []
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         on_progress("embed items", start, items.num_rows)
         block = items.slice(start, ITEMS_PER_CALL)
         columns = {name: block[name] for name in features}
         blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
     embeddings, is_trained = map(np.concatenate, zip(*blocks, strict=True))
-    if features:
-        return items, embeddings, is_trained
-    # By id alone: without features an unknown item says nothing.
-    if not is_trained.any():
+    if not features:  # By id alone an unknown item says nothing.
+        if not is_trained.any():
+            raise DataError(
+                f"{path} holds no item that the model can embed: it reads no item features, and "
+                f"its training had none of the {len(is_trained)} ids. Give items of its log, or "
+                "train it with item features."
+            )
+        items, embeddings = items.filter(pa.array(is_trained)), embeddings[is_trained]
+        is_trained = is_trained[is_trained]
+    ids, before = items["item_id"].to_pylist(), set(retriever.candidate_ids())
+    if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
         raise DataError(
-            f"{path} holds no item that the model can embed: it reads no item features, and "
-            f"its training had none of the {len(is_trained)} ids. Give items of its log, or train "
-            "it with item features."
+            f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
+            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+            "on; if all are meant to be new, set allow_all_new."
         )
-    return items.filter(pa.array(is_trained)), embeddings[is_trained], is_trained[is_trained]
+    return _Embedded(items, embeddings, is_trained)
 
 
 def _refuse_lost_features(path: Path, items: pa.Table, features: Sequence[Feature]) -> None:
