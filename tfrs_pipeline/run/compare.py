@@ -161,7 +161,7 @@ def _measure(
 
 
 def _about_mining(data: RunData, model: FittedTwoTower) -> list[str]:
-    """Notes a plan whose measured training was over before the first mining."""
+    """Returns a note if the training that is measured ended before its first mining."""
     hard, result = model.settings.hard, model.result
     num_epochs = result.best_epoch if data.has_refit else result.num_epochs
     if not isinstance(hard, Mined) or num_epochs > hard.every:

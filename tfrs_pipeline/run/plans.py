@@ -40,12 +40,22 @@ def _losers_of(config: RunConfig) -> FunnelLosers:
 def sampling_plans(
     config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
 ) -> tuple[dict[str, Plan], list[str]]:
-    """Turns the plans of a config into settings, by name; says what is missing.
+    """Turns the plans of a config into settings.
 
-    Plans of one kind of negative draw as many shared columns as the config's mixture has, so that
-    all of them but in-batch alone see the same number. `logged` are the stages whose losers the
-    samples hold, `max_epochs` is a plan's budget, None that of the training. A `ValueError` if the
-    reference is missing, or a plan does not go with the other settings.
+    A plan of one kind of negative draws as many shared columns as the config's mixture, so that all
+    plans except in-batch alone see the same number.
+
+    Args:
+        config: The settings that plans change.
+        logged: Stages whose losers the samples hold.
+        num_candidates: Items of the corpus.
+        max_epochs: Budget of a plan; None takes that of the training.
+
+    Returns:
+        The plans by name, and notes on those that are missing.
+
+    Raises:
+        ValueError: If the reference is missing, or a plan contradicts the other settings.
     """
     common: dict[str, Any] = {
         "model.correction": "mixture",
@@ -77,7 +87,7 @@ def sampling_plans(
 def _plans_of_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[dict[str, Plan], str]:
-    """Turns a kind of plan into settings, several for those with a list of values; with a note."""
+    """Returns the plans of a kind, several if it has a list of values, and a note on them."""
     num = sum(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
         for shared in config.model.negatives
@@ -139,9 +149,9 @@ def _hard_kind(
 
 
 def about_exposed(config: RunConfig, test: Holdout, plans: Iterable[Plan]) -> list[str]:
-    """Warns of a gain that is none: exposed items that cannot come back as test positives.
+    """Warns if exposed items cannot come back as test positives and are not excluded.
 
-    A plan that pushes them down frees places for what can be found, unless they are excluded.
+    A plan that pushes them down then frees places for other items, which looks like a gain.
     """
     if config.evaluation.exclude != "clicked":
         return []
