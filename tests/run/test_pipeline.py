@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,7 +492,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     """Of the settings of another folder, and stopped again and again, it ends as that one did."""
     config = load_config(of_stages.folder / "config.toml")
     told: list[tuple[str, int]] = []
-    for stop in [("samples", 0), ("two_tower, selection", 1), ("two_tower, refit", 1)]:
+    epoch_stops = [("two_tower, selection", 1), ("two_tower, refit", 1)]
+    for stop in [("samples", 0), *epoch_stops, ("baselines", 0)]:
         with pytest.raises(Stopped):
             run(config, tmp_path / "run", on_progress=stop_at(*stop, told))
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -501,6 +503,23 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     # No epoch was run twice.
     epochs = [step for step in told if step[1] and ", " in step[0] and "ease" not in step[0]]
     assert max(Counter(epochs).values()) == 1
+
+
+def test_a_trained_model_is_read_back_unless_it_is_damaged(
+    tmp_path: Path, of_stages: Finished
+) -> None:
+    folder = Path(shutil.copytree(of_stages.folder, tmp_path / "run"))
+    config = with_settings(of_stages.config, {"export.index": "none"})
+    (saved,) = (folder / "checkpoints" / "two_tower" / "refit").glob("epoch-*.data-*")
+    for is_damaged in (False, True):
+        if is_damaged:
+            saved.write_bytes(saved.read_bytes()[:-1])
+        (folder / "metrics.json").unlink()
+        told: list[tuple[str, int]] = []
+        again = run(config, folder, on_progress=stop_at("", 0, told))
+        for name in ("models", "training"):
+            assert again.metrics[name] == of_stages.metrics[name]
+        assert any("refit" in task for task, _ in told) == is_damaged
 
 
 def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finished) -> None:
