@@ -261,7 +261,7 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
 
 
 def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "_SAMPLES_PER_BLOCK", 7)
+    monkeypatch.setattr(examples, "SAMPLES_PER_BLOCK", 7)
     single = make_batches(examples={"rate": RATE}).examples
     drawn = np.concatenate([single.read(single.choose(step)).index for step in range(300)])
     assert RATE is not None

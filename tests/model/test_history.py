@@ -10,22 +10,26 @@ from tfrs_pipeline.model.history import (
     NUM_GAPS,
     HistoryEncoder,
     SelfAttention,
-    _drop_gaps,
+    drop_gaps,
     gap_buckets,
 )
+from tfrs_pipeline.model.randomness import Dropout
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
 ALL = ("mean", "recency", "attention")
 LENGTHS = [8, 3, 0, 5]
 
 
-def make_encoder(*poolings: str, dropout: float = 0.5, reads_times: bool = False) -> HistoryEncoder:
+def make_encoder(
+    *poolings: str, dropout: float = 0.5, attention_dropout: float = 0.2, reads_times: bool = False
+) -> HistoryEncoder:
     settings = TwoTowerSettings(
         dim=4,
         history_pooling=poolings or ALL,
         recency_decay=0.5,
         history_dropout=dropout,
         history_length=8,
+        attention_dropout=attention_dropout,
     )
     encoder = HistoryEncoder(9, settings, reads_times=reads_times)
     encoder(tf.zeros([1, 1], tf.int32))
@@ -36,7 +40,7 @@ def make_encoder(*poolings: str, dropout: float = 0.5, reads_times: bool = False
 def timed() -> HistoryEncoder:
     """Attends with gaps that tell."""
     encoder = make_encoder("attention", reads_times=True)
-    gaps: Any = encoder._attention._gaps
+    gaps: Any = encoder.attention.gap_vectors
     gaps.assign(tf.random.stateless_normal(gaps.shape, [5, 6]))
     return encoder
 
@@ -154,7 +158,7 @@ def test_gaps_are_sorted_by_their_logarithm() -> None:
 def test_training_drops_gaps_and_sometimes_all() -> None:
     rng = np.random.default_rng(0)
     gaps = tf.constant(rng.integers(1, NUM_GAPS, (4000, 6)), tf.int32)
-    dropped = _drop_gaps(gaps, tf.constant([1, 2]), None).numpy()
+    dropped = drop_gaps(gaps, Dropout(tf.constant([1, 2]))).numpy()
     np.testing.assert_array_equal(dropped[dropped > 0], gaps.numpy()[dropped > 0])
     is_whole = (dropped == 0).all(axis=1)
     # Five standard deviations of 5%.
@@ -167,13 +171,12 @@ def test_dropout_is_a_function_of_its_seed_and_of_training(pooling: str) -> None
     encoder, rows = make_encoder(pooling), tf.constant(sequences([8] * 50))
     for encode in (encoder, encoder.states):
         first, again, other = (
-            encode(rows, training=True, dropout_seed=tf.constant(seed)).numpy()
+            encode(rows, dropout=Dropout(tf.constant(seed))).numpy()
             for seed in ([1, 2], [1, 2], [1, 3])
         )
         np.testing.assert_array_equal(first, again)
         assert (first != other).any()
         assert (first != encode(rows).numpy()).any()
-        np.testing.assert_array_equal(encode(rows, training=False), encode(rows))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
@@ -183,14 +186,12 @@ def test_a_slice_of_a_batch_drops_what_the_whole_does(pooling: str, timed: Histo
     histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
     times = tf.constant(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1)))
     seed = tf.constant([3, 4], tf.int32)
-    whole = encoder(histories, training=True, dropout_seed=seed, times=times)
+    whole = encoder(histories, times, Dropout(seed))
     slices = [
         encoder(
             histories[first:last],
-            training=True,
-            dropout_seed=seed,
-            dropout_slice=tf.constant([first, 5], tf.int32),
-            times=times[first:last],
+            times[first:last],
+            Dropout(seed, tf.constant([first, 5], tf.int32)),
         )
         for first, last in ((0, 3), (3, 5))
     ]
@@ -203,7 +204,7 @@ def test_dropout_drops_its_share() -> None:
     # Row i's embedding is its indicator: a pooled vector shows what was kept.
     table_of(encoder).assign(np.eye(10, 4, k=-1))
     rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
-    pooled = encoder(rows, training=True, dropout_seed=tf.constant([0, 1])).numpy()
+    pooled = encoder(rows, dropout=Dropout(tf.constant([0, 1]))).numpy()
     is_empty = (pooled == empty).all(axis=1)
     share = (pooled[~is_empty] > 0).sum() / rows.shape.num_elements()
     # 4 standard errors of 12,000 draws.
@@ -211,14 +212,11 @@ def test_dropout_drops_its_share() -> None:
     assert abs(is_empty.mean() - 0.3**3) < 4 * np.sqrt(0.027 / 4000)
 
 
-def test_one_pass_drops_an_item_for_every_pooling_or_for_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    encoder = make_encoder()
-    monkeypatch.setattr(encoder._attention, "_dropout", 0.0)
+def test_one_pass_drops_an_item_for_every_pooling_or_for_none() -> None:
+    encoder = make_encoder(attention_dropout=0.0)
     rows = tf.constant([[4] + [0] * 7] * 99)
     empty, whole = encoder(tf.zeros([1, 8], tf.int32)).numpy(), encoder(rows[:1]).numpy()
-    trained = encoder(rows, training=True, dropout_seed=tf.constant([1, 5])).numpy()
+    trained = encoder(rows, dropout=Dropout(tf.constant([1, 5]))).numpy()
     parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
     is_whole = [np.isclose(trained[:, x], whole[:, x], atol=1e-5).all(axis=1) for x in parts]
     np.testing.assert_array_equal(is_whole[0], is_whole[1])
@@ -238,8 +236,8 @@ def test_attention_is_that_of_a_loop() -> None:
     for variable in layer.trainable_variables:  # No zeros and ones that hide a missing term.
         variable.assign(variable + tf.random.stateless_normal(variable.shape, [1, 2], stddev=0.3))
     got = layer(tf.constant(vectors), gaps=tf.constant(gaps)).numpy()
-    block = {name: [w.numpy() for w in part.weights] for name, part in layer._blocks[0].items()}
-    of_heads = layer._by_distance[0].numpy()
+    block = {name: [w.numpy() for w in part.weights] for name, part in layer.blocks[0].items()}
+    of_heads = layer.by_distance[0].numpy()
 
     def norm(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         gamma, beta = weights
@@ -250,9 +248,9 @@ def test_attention_is_that_of_a_loop() -> None:
         return x @ weights[0] + weights[1]
 
     for sequence, of_gaps, expected in zip(vectors, gaps, got, strict=True):
-        start = layer._start.numpy()[0]
-        hidden = np.concatenate([start, sequence * 2.0]) + layer._positions.numpy()[:4]
-        table: Any = layer._gaps
+        start = layer.start.numpy()[0]
+        hidden = np.concatenate([start, sequence * 2.0]) + layer.positions.numpy()[:4]
+        table: Any = layer.gap_vectors
         hidden = hidden + table.numpy()[of_gaps]
         projected = dense(norm(hidden, block["attention_norm"]), block["query_key_value"])
         query, key, value = projected[:, :4], projected[:, 4:8], projected[:, 8:]
@@ -265,7 +263,7 @@ def test_attention_is_that_of_a_loop() -> None:
         hidden = hidden + dense(attended, block["attended"])
         inner = np.maximum(dense(norm(hidden, block["mlp_norm"]), block["hidden"]), 0)
         hidden = hidden + dense(inner, block["output"])
-        weights = [w.numpy() for w in layer._norm.weights]
+        weights = [w.numpy() for w in layer.norm.weights]
         np.testing.assert_allclose(norm(hidden, weights), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.messages import check_integer
 
-_SAMPLES_PER_BLOCK = 1 << 20
+SAMPLES_PER_BLOCK = 1 << 20
 
 
 class Use(IntEnum):
@@ -112,5 +112,5 @@ class EpochChoices:
 
 def blocks(num_samples: int) -> Iterator[slice]:
     """Cuts samples into blocks that are small enough to be copied into memory."""
-    for start in range(0, num_samples, _SAMPLES_PER_BLOCK):
-        yield slice(start, min(start + _SAMPLES_PER_BLOCK, num_samples))
+    for start in range(0, num_samples, SAMPLES_PER_BLOCK):
+        yield slice(start, min(start + SAMPLES_PER_BLOCK, num_samples))

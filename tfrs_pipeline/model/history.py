@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_slice
+from tfrs_pipeline.model.randomness import Dropout, Stream
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
 # Buckets of the seconds between events, by their logarithm: the last begins at 68 years.
@@ -62,7 +62,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
             )
         self._has_attention = "attention" in settings.history_pooling
         if self._has_attention:
-            self._attention = SelfAttention(
+            self.attention = SelfAttention(
                 dim,
                 max_length=settings.history_length,
                 num_blocks=settings.attention_blocks,
@@ -76,31 +76,25 @@ class HistoryEncoder(tf.keras.layers.Layer):
     def call(
         self,
         history_rows: tf.Tensor,
-        training: bool = False,
-        dropout_seed: tf.Tensor | None = None,
-        dropout_slice: tf.Tensor | None = None,
         times: tf.Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> tf.Tensor:
         """Encodes histories: [B, num_poolings * dim] float32.
 
         Args:
             history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
-            training: Whether items are dropped.
-            dropout_seed: [2] int32 that decides the dropout; None draws anew each time.
-            dropout_slice: [2] int32, in a slice: the number of its first history and the number of
-                histories in the whole batch, whose dropout the slice has.
             times: [B, N + 1] float64, the query's time and each item's in seconds, NaN where it is
                 unknown; None is unknown throughout.
+            dropout: What training drops; None outside training.
         """
-        seed = pass_seed(training, dropout_seed)
-        kept = self._kept(history_rows, seed, dropout_slice)
+        kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
         parts = []
         if self._means:
             parts.append(self._pooled(history_rows, kept))
         if self._has_attention:
             width = tf.shape(history_rows)[1]
-            if seed is None:
+            if dropout is None:
                 # Only as wide as the longest history; not in training, where a slice needs the
                 # dropout of its batch, which may be wider.
                 width = tf.reduce_max(tf.concat([lengths, [0]], axis=0))
@@ -110,17 +104,15 @@ class HistoryEncoder(tf.keras.layers.Layer):
             )
             if times is not None:
                 times = tf.reverse_sequence(times, lengths + 1, seq_axis=1)[:, : width + 1]
-            states = self._attended(oldest_first, kept, times, seed, dropout_slice)
+            states = self._attended(oldest_first, kept, times, dropout)
             parts.append(tf.gather(states, lengths, batch_dims=1))
         return tf.concat(parts, axis=1)
 
     def states(
         self,
         sequence_rows: tf.Tensor,
-        training: bool = False,
-        dropout_seed: tf.Tensor | None = None,
-        dropout_slice: tf.Tensor | None = None,
         times: tf.Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> tf.Tensor:
         """Encodes every beginning of sequences in one pass.
 
@@ -132,13 +124,12 @@ class HistoryEncoder(tf.keras.layers.Layer):
             [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
             beyond a sequence's length have no meaning.
         """
-        seed = pass_seed(training, dropout_seed)
-        kept = self._kept(sequence_rows, seed, dropout_slice)
+        kept = self._kept(sequence_rows, dropout)
         parts = []
         if self._means:
             parts.append(self._pooled_states(sequence_rows, kept))
         if self._has_attention:
-            parts.append(self._attended(sequence_rows, kept, times, seed, dropout_slice))
+            parts.append(self._attended(sequence_rows, kept, times, dropout))
         return tf.concat(parts, axis=2)
 
     @property
@@ -146,14 +137,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """The embedding table of items, one row per candidate; None if it is another layer's."""
         return None if self._is_shared else self._embedding.embeddings
 
-    def _kept(
-        self, rows: tf.Tensor, seed: tf.Tensor | None, dropout_slice: tf.Tensor | None
-    ) -> tf.Tensor:
+    def _kept(self, rows: tf.Tensor, dropout: Dropout | None) -> tf.Tensor:
         """Returns 1 for items that count and 0 for padding and dropped ones: float32."""
         is_kept = rows > 0
-        if seed is not None and self._dropout:
-            drawn = uniform_of_slice(tf.shape(rows), fold(seed, Stream.HISTORY), dropout_slice)
-            is_kept &= drawn >= self._dropout
+        if dropout is not None and self._dropout:
+            is_kept &= dropout.of(Stream.HISTORY).uniform(tf.shape(rows)) >= self._dropout
         return tf.cast(is_kept, tf.float32)
 
     def _pooled_states(self, sequence_rows: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
@@ -200,8 +188,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         sequence_rows: tf.Tensor,
         kept: tf.Tensor,
         times: tf.Tensor | None,
-        seed: tf.Tensor | None,
-        dropout_slice: tf.Tensor | None,
+        dropout: Dropout | None,
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
         # A dropped item keeps its place, with a vector of zeros.
@@ -209,9 +196,9 @@ class HistoryEncoder(tf.keras.layers.Layer):
         gaps = None
         if self._reads_times and times is not None:
             gaps = gap_buckets(times)
-            if seed is not None:
-                gaps = _drop_gaps(gaps, fold(seed, Stream.GAPS), dropout_slice)
-        return self._attention(vectors, seed, dropout_slice, gaps) * self._attention_scale
+            if dropout is not None:
+                gaps = drop_gaps(gaps, dropout.of(Stream.GAPS))
+        return self.attention(vectors, gaps, dropout) * self._attention_scale
 
 
 class SelfAttention(tf.keras.layers.Layer):
@@ -247,14 +234,16 @@ class SelfAttention(tf.keras.layers.Layer):
             raise ValueError(f"dim must be a multiple of {ATTENTION_HEADS} heads. Received: {dim}")
         self._dropout = dropout
         self._scale = dim**0.5
-        self._start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
-        self._positions = self.add_weight(
+        self.start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
+        self.positions = self.add_weight(
             name="positions", shape=[max_length + 1, dim], initializer=_normal()
         )
-        self._gaps = None
+        self.gap_vectors = None
         if reads_gaps:
-            self._gaps = self.add_weight(name="gaps", shape=[NUM_GAPS, dim], initializer="zeros")
-        self._blocks = [
+            self.gap_vectors = self.add_weight(
+                name="gaps", shape=[NUM_GAPS, dim], initializer="zeros"
+            )
+        self.blocks = [
             {
                 "attention_norm": tf.keras.layers.LayerNormalization(epsilon=1e-6),
                 "query_key_value": tf.keras.layers.Dense(3 * dim),
@@ -265,7 +254,7 @@ class SelfAttention(tf.keras.layers.Layer):
             }
             for _ in range(num_blocks)
         ]
-        self._by_distance = [
+        self.by_distance = [
             self.add_weight(
                 name=f"by_distance_{i}",
                 shape=[ATTENTION_HEADS, max_length + 1],
@@ -273,49 +262,48 @@ class SelfAttention(tf.keras.layers.Layer):
             )
             for i in range(num_blocks)
         ]
-        self._norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
+        self.norm = tf.keras.layers.LayerNormalization(epsilon=1e-6)
 
     def call(
         self,
         vectors: tf.Tensor,
-        dropout_seed: tf.Tensor | None = None,
-        dropout_slice: tf.Tensor | None = None,
         gaps: tf.Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> tf.Tensor:
         """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
 
-        These are [W, L, dim] float32, oldest first, L at most `max_length`. Without a seed there is
-        no dropout. `gaps`, [W, L + 1] int32, are as of `gap_buckets`; None is unknown.
+        Vectors are [W, L, dim] float32, oldest first, L at most `max_length`; `gaps`, [W, L + 1]
+        int32, come from `gap_buckets`, None is unknown.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
             shape[1],
-            self._positions.shape[0],
-            f"A history may hold {self._positions.shape[0] - 1} items at most: give the latest.",
+            self.positions.shape[0],
+            f"A history may hold {self.positions.shape[0] - 1} items at most: give the latest.",
         )
-        start = tf.tile(self._start, [shape[0], 1, 1])
+        start = tf.tile(self.start, [shape[0], 1, 1])
         # As in SASRec: otherwise the positions would weigh as much as the items.
         hidden = tf.concat([start, vectors * self._scale], axis=1)
-        hidden += self._positions[: shape[1] + 1]
-        if self._gaps is not None:
+        hidden += self.positions[: shape[1] + 1]
+        if self.gap_vectors is not None:
             if gaps is None:
                 gaps = tf.zeros_like(hidden[:, :, 0], tf.int32)
-            hidden += tf.gather(self._gaps, gaps)
-        # One seed for each place where something is dropped, None outside training.
-        seed = None if dropout_seed is None else fold(dropout_seed, Stream.ATTENTION)
-        seeds = (None if seed is None else fold(seed, i) for i in itertools.count())
-        hidden = self._dropped(hidden, seeds, dropout_slice)
+            hidden += tf.gather(self.gap_vectors, gaps)
+        # One for each place where something is dropped, None outside training.
+        own = None if dropout is None else dropout.of(Stream.ATTENTION)
+        dropouts = (None if own is None else own.of(i) for i in itertools.count())
+        hidden = self._dropped(hidden, dropouts)
         steps = tf.range(shape[1] + 1)
         steps_ago = steps[:, tf.newaxis] - steps
-        for block, by_distance in zip(self._blocks, self._by_distance, strict=True):
+        for block, by_distance in zip(self.blocks, self.by_distance, strict=True):
             bias = tf.gather(by_distance, tf.maximum(steps_ago, 0), axis=1)
             bias = tf.where(steps_ago >= 0, bias, bias.dtype.min)
             attended = self._attend(block, block["attention_norm"](hidden), bias)
             attended = block["attended"](attended)
-            hidden += self._dropped(attended, seeds, dropout_slice)
+            hidden += self._dropped(attended, dropouts)
             output = block["output"](block["hidden"](block["mlp_norm"](hidden)))
-            hidden += self._dropped(output, seeds, dropout_slice)
-        return self._norm(hidden)
+            hidden += self._dropped(output, dropouts)
+        return self.norm(hidden)
 
     def _attend(
         self, block: dict[str, tf.keras.layers.Layer], hidden: tf.Tensor, bias: tf.Tensor
@@ -331,14 +319,12 @@ class SelfAttention(tf.keras.layers.Layer):
         attended = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
         return tf.reshape(attended, shape)
 
-    def _dropped(
-        self, values: tf.Tensor, seeds: Iterator[tf.Tensor | None], dropout_slice: tf.Tensor | None
-    ) -> tf.Tensor:
-        seed = next(seeds)
-        if seed is None or not self._dropout:
+    def _dropped(self, values: tf.Tensor, dropouts: Iterator[Dropout | None]) -> tf.Tensor:
+        dropout = next(dropouts)
+        if dropout is None or not self._dropout:
             return values
-        drawn = uniform_of_slice(tf.shape(values), seed, dropout_slice)
-        return tf.where(drawn >= self._dropout, values / (1.0 - self._dropout), 0.0)
+        is_kept = dropout.uniform(tf.shape(values)) >= self._dropout
+        return tf.where(is_kept, values / (1.0 - self._dropout), 0.0)
 
 
 def _normal() -> tf.keras.initializers.Initializer:
@@ -366,9 +352,9 @@ def gap_buckets(times: tf.Tensor) -> tf.Tensor:
     return tf.pad(tf.where(is_known, buckets, 0), [[0, 0], [1, 0]])
 
 
-def _drop_gaps(gaps: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None) -> tf.Tensor:
+def drop_gaps(gaps: tf.Tensor, dropout: Dropout) -> tf.Tensor:
     """Makes some gaps unknown, and all gaps of some sequences."""
     shape = tf.shape(gaps)
-    drawn = uniform_of_slice(tf.stack([shape[0], shape[1] + 1]), seed, dropout_slice)
+    drawn = dropout.uniform(tf.stack([shape[0], shape[1] + 1]))
     is_kept = (drawn[:, :1] >= GAP_DROPOUT) & (drawn[:, 1:] >= GAP_DROPOUT)
     return tf.where(is_kept, gaps, 0)

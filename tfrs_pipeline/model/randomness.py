@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -45,16 +46,26 @@ def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
 
 
-def uniform_of_slice(
-    shape: tf.Tensor, seed: tf.Tensor, dropout_slice: tf.Tensor | None
-) -> tf.Tensor:
-    """Draws numbers in [0, 1) for the lines of a batch, or for a slice what the whole has there.
+class Dropout(NamedTuple):
+    """Draws what training drops in a batch; in a slice of one, what the whole drops there.
 
-    Lines are the first dimension of `shape`. `dropout_slice`, [2] int32, is the number of the first
-    line in the whole batch, and the number of the batch's lines; None is a whole batch.
+    Attributes:
+        seed: [2] int32.
+        part: [2] int32 in a slice: the number of its first line (history or sequence) in the whole
+            batch, and how many lines that has. None is a whole batch.
     """
-    if dropout_slice is None:
-        return tf.random.stateless_uniform(shape, seed)
-    first, num_lines = dropout_slice[0], dropout_slice[1]
-    whole = tf.random.stateless_uniform(tf.concat([[num_lines], shape[1:]], axis=0), seed)
-    return whole[first : first + shape[0]]
+
+    seed: tf.Tensor
+    part: tf.Tensor | None = None
+
+    def of(self, number: int) -> Dropout:
+        """Derives the draws of one use (see `fold`)."""
+        return Dropout(fold(self.seed, number), self.part)
+
+    def uniform(self, shape: tf.Tensor) -> tf.Tensor:
+        """Draws numbers in [0, 1), for lines along the first dimension of `shape`."""
+        if self.part is None:
+            return tf.random.stateless_uniform(shape, self.seed)
+        first, num_lines = self.part[0], self.part[1]
+        whole = tf.random.stateless_uniform(tf.concat([[num_lines], shape[1:]], axis=0), self.seed)
+        return whole[first : first + shape[0]]

@@ -13,7 +13,7 @@ from tfrs_pipeline.features.layers import layer_name
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
 from tfrs_pipeline.model.history import HistoryEncoder
-from tfrs_pipeline.model.randomness import Stream, fold, pass_seed, uniform_of_rows
+from tfrs_pipeline.model.randomness import Dropout, Stream, fold, pass_seed, uniform_of_rows
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
 # Inputs besides the features, whose names do not begin with an underscore.
@@ -99,7 +99,8 @@ class Tower(tf.keras.layers.Layer):
             )
         parts = self._embedded(features)
         if self.history is not None:
-            parts[_HISTORY] = self._read_history(inputs, training, seed)
+            dropout = None if seed is None else Dropout(seed, inputs.get("dropout_slice"))
+            parts[_HISTORY] = _read_history(self.history, inputs, dropout)
         rows = inputs["row"]
         if self._row_of_id is not None:
             rows = tf.gather(self._row_of_id, rows)
@@ -144,18 +145,15 @@ class Tower(tf.keras.layers.Layer):
             hidden = layer(hidden)
         return hidden if self._output is None else self._output(hidden)
 
-    def _read_history(
-        self, inputs: Mapping[str, Any], training: bool, seed: tf.Tensor | None
-    ) -> tf.Tensor:
-        """Encodes [n, N] histories, or takes the [n] states of sequences that are read once."""
-        assert self.history is not None
-        given = {"dropout_seed": seed, "dropout_slice": inputs.get("dropout_slice")}
-        if "sequence_rows" not in inputs:
-            given["times"] = inputs.get("history_times")
-            return self.history(inputs["history_rows"], training=training, **given)
-        given["times"] = inputs.get("sequence_times")
-        states = self.history.states(inputs["sequence_rows"], training=training, **given)
-        return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
+
+def _read_history(
+    encoder: HistoryEncoder, inputs: Mapping[str, Any], dropout: Dropout | None
+) -> tf.Tensor:
+    """Encodes [n, N] histories, or takes the [n] states of sequences that are read once."""
+    if "sequence_rows" not in inputs:
+        return encoder(inputs["history_rows"], inputs.get("history_times"), dropout)
+    states = encoder.states(inputs["sequence_rows"], inputs.get("sequence_times"), dropout)
+    return tf.gather(tf.reshape(states, [-1, states.shape[-1]]), inputs["state"])
 
 
 def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
