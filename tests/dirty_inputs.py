@@ -114,7 +114,6 @@ def make_case(seed: int) -> Case:
     kind = rng.choice(["clicks", "ratings", "funnel", "label"])
     is_text = form.startswith("csv")
     time = rng.choice(["", "s", "ms", "us", "zoned", "naive", *([] if is_text else ["stamp"])])
-    num_rows = rng.randint(30, 90)
     as_user: Callable[[int], Any] = int if rng.random() < 0.5 else "u{}".format
     as_item: Callable[[int], Any] = int if rng.random() < 0.5 else "i{}".format
     truth = [
@@ -126,28 +125,49 @@ def make_case(seed: int) -> Case:
             "stage": rng.choice(STAGES[3:] if kind != "funnel" else STAGES),
             "weight": 1.0,
         }
-        for n in range(num_rows)
+        for n in range(rng.randint(30, 90))
     ]
     truth[0]["stage"] = "clicked"
-    cells: dict[str, list[Any]] = {
-        name: [row[name] for row in truth] for name in ("user_id", "item_id")
-    }
     options: dict[str, Any] = {}
+    events = clean_events(rng, kind, time, truth, options)
+    items: Table | None = None
+    features: dict[str, dict[str, Any]] = {}
+    if rng.random() < 0.6:
+        items, features = clean_items(as_item, is_text=is_text)
+        options["item_features"] = {"price": "numeric", "kind": "categorical", "v": "vector"}
+    is_lost = [False] * len(truth)
+    case = Case(rng, form, kind, time, events, items, truth, is_lost, features, options)
+    for table, argument in ((events, "columns"), (items, "item_columns")):
+        if table is not None and rng.random() < 0.5:
+            table.names = {n: f"{n} of {table.name}" for n in table.cells if rng.random() < 0.5}
+            options[argument] = dict(table.names)
+    drawn = rng.sample(DIRT, rng.choices([0, 1, 2, 3], [1, 8, 4, 2])[0])
+    # In this order: what holds of a row may depend on what came before.
+    for dirty in sorted(drawn, key=DIRT.index):
+        with contextlib.suppress(NotHere):
+            dirty(case)
+            case.dirt.append(dirty.__name__)
+    return case
+
+
+def clean_events(
+    rng: random.Random, kind: str, time: str, truth: list[dict[str, Any]], options: dict[str, Any]
+) -> Table:
+    """Writes down the truth as a log of a kind, with the options that read it."""
+    cells: dict[str, list[Any]] = {n: [row[n] for row in truth] for n in ("user_id", "item_id")}
     if kind == "clicks":
         for row in truth:
             row["stage"] = "clicked"
     elif kind == "ratings":
-        cells["rating"] = [
-            rng.randint(4, 5) if is_click(row) else rng.randint(1, 3) for row in truth
-        ]
+        cells["rating"] = [rng.randint(*((4, 5) if is_click(row) else (1, 3))) for row in truth]
         options["rating_threshold"] = 4
     elif kind == "label":
         cells["liked"] = [float(is_click(row)) for row in truth]
         options["label"] = {"liked": 1.0}
     else:
         cells["stage"] = [row["stage"] for row in truth]
-        cells["request_id"] = [n // 5 for n in range(num_rows)]
-        cells["rank"] = [n % 5 for n in range(num_rows)]
+        cells["request_id"] = [n // 5 for n in range(len(truth))]
+        cells["rank"] = [n % 5 for n in range(len(truth))]
     if time:
         cells["timestamp"] = [written(row["time"], time) for row in truth]
         if time in UNITS and (time != "s" or rng.random() < 0.3):
@@ -158,33 +178,23 @@ def make_case(seed: int) -> Case:
         cells["weight"] = [rng.choice([0.5, 1.0, 2.0]) for _ in truth]
         for row, weight in zip(truth, cells["weight"], strict=True):
             row["weight"] = weight
-    events = Table("events", cells)
-    items, features = None, {}
-    if rng.random() < 0.6:
-        features = {
-            str(as_item(n)): {"price": n / 2, "kind": f"k{n % 3}", "v": [float(n), 0.5]}
-            for n in range(1, 16)
-        }
-        columns: dict[str, list[Any]] = {"item_id": [as_item(n) for n in range(1, 16)]}
-        columns |= {name: [f[name] for f in features.values()] for name in ("price", "kind", "v")}
-        if is_text:
-            columns["v"] = ["|".join(map(str, v)) for v in columns["v"]]
-        items = Table("items", columns)
-        kinds = {"price": "numeric", "kind": "categorical", "v": "vector"}
-        options["item_features"] = kinds
-    case = Case(rng, form, kind, time, events, items, truth, [False] * num_rows, features, options)
-    for table, argument in ((events, "columns"), (items, "item_columns")):
-        if table is not None and rng.random() < 0.5:
-            table.names = {n: f"{n} of {table.name}" for n in table.cells if rng.random() < 0.5}
-            if table.names:
-                options[argument] = dict(table.names)
-    drawn = rng.sample(DIRT, rng.choices([0, 1, 2, 3], [1, 8, 4, 2])[0])
-    # In this order: what holds of a row may depend on what came before.
-    for dirty in sorted(drawn, key=DIRT.index):
-        with contextlib.suppress(NotHere):
-            dirty(case)
-            case.dirt.append(dirty.__name__)
-    return case
+    return Table("events", cells)
+
+
+def clean_items(
+    as_item: Callable[[int], Any], *, is_text: bool
+) -> tuple[Table, dict[str, dict[str, Any]]]:
+    """Makes an item table, and its features by item id."""
+    numbers = range(1, 16)
+    features = {
+        str(as_item(n)): {"price": n / 2, "kind": f"k{n % 3}", "v": [float(n), 0.5]}
+        for n in numbers
+    }
+    columns: dict[str, list[Any]] = {"item_id": [as_item(n) for n in numbers]}
+    columns |= {name: [f[name] for f in features.values()] for name in ("price", "kind", "v")}
+    if is_text:
+        columns["v"] = ["|".join(map(str, v)) for v in columns["v"]]
+    return Table("items", columns), features
 
 
 def is_click(row: dict[str, Any]) -> bool:
@@ -213,6 +223,7 @@ def needs(what: T | None) -> T:
 
 
 # Each kind of dirt changes a case, or raises before it has.
+Dirt = Callable[[Case], None]
 
 
 def no_id(case: Case) -> None:
@@ -269,16 +280,6 @@ def ids_past_int64(case: Case) -> None:
         case.events.cells["user_id"][row] = case.truth[row]["user_id"] = 2**63 + row
 
 
-def a_line_break_in_an_id(case: Case) -> None:
-    needs(case.is_text)
-    case.put("user_id", "a\nb")
-
-
-def no_time(case: Case) -> None:
-    needs(case.time)
-    case.put("timestamp", None)
-
-
 def an_implausible_time(case: Case) -> None:
     if case.time in UNITS:
         values: list[Any] = [0, -5 * UNITS[case.time], 3 * 10**10 * UNITS[case.time]]
@@ -287,23 +288,12 @@ def an_implausible_time(case: Case) -> None:
         values = [datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)]
     elif case.time:
         end = "Z" if case.time == "zoned" else ""
-        days = (
-            "1970-01-01",
-            "0001-01-01",
-            "9999-12-31",
-            "12023-01-01",
-            "2262-04-12",
-            "0044-03-15 (BC)",
-        )
+        days = ["1970-01-01", "0001-01-01", "9999-12-31", "12023-01-01", "2262-04-12"]
+        days.append("0044-03-15 (BC)")
         values = [f"{day} 00:00:00{end}" for day in days] + ["infinity", "-infinity"]
     else:
         raise NotHere
     case.put("timestamp", *values)
-
-
-def an_unreadable_time(case: Case) -> None:
-    needs(case.time and (case.is_text or case.time in ("zoned", "naive")))
-    case.put("timestamp", "yesterday", "31/01/2023", "2023-13-01", "12:30", "N/A", LONG)
 
 
 def a_time_in_another_unit(case: Case) -> None:
@@ -330,19 +320,6 @@ def an_undated_zone(case: Case) -> None:
     case.must_refuse = "time zone"
 
 
-def a_bad_rating(case: Case) -> None:
-    needs(case.kind == "ratings")
-    case.put(
-        "rating", *([None, "nan", "inf", "good", LONG] if case.is_text else [None, float("nan")])
-    )
-
-
-def a_bad_outcome(case: Case) -> None:
-    needs(case.kind == "label")
-    needs(case.form != "pandas")  # To pandas, NaN is a missing value: the outcome does not hold.
-    case.put("liked", *(["nan", "inf", "maybe"] if case.is_text else [float("nan"), float("inf")]))
-
-
 def a_missing_outcome(case: Case) -> None:
     needs(case.kind == "label")
     for row in case.rows("liked"):
@@ -352,50 +329,10 @@ def a_missing_outcome(case: Case) -> None:
 def a_bad_weight(case: Case) -> None:
     needs("weight" in case.events.cells)
     for row in case.rows("weight"):
-        bad = [
-            None,
-            0.0,
-            -1.0,
-            float("inf"),
-            float("nan"),
-            1e38,
-            *(["heavy"] if case.is_text else []),
-        ]
+        bad = [None, 0.0, -1.0, INF, NAN, 1e38, *(["heavy"] if case.is_text else [])]
         case.events.cells["weight"][row] = case.rng.choice(bad)
         case.truth[row]["weight"] = 1.0
         case.is_lost[row] |= case.kind == "clicks" or is_click(case.truth[row])
-
-
-def an_unknown_stage(case: Case) -> None:
-    needs(case.kind == "funnel")
-    case.put("stage", "liked", "Clicked")
-    case.must_refuse = "stage"
-
-
-def no_stage(case: Case) -> None:
-    needs(case.kind == "funnel")
-    case.put("stage", None)
-
-
-def a_bad_rank(case: Case) -> None:
-    needs(case.kind == "funnel")
-    case.put("rank", *([1.5, "first"] if case.is_text else [1.5]))
-
-
-def a_line_of_another_length(case: Case) -> None:
-    needs(case.is_text)
-    for row in case.rows("user_id"):
-        case.events.lines[row] = case.rng.choice([lambda line: line + b",x", lambda line: b"1"])
-        case.is_lost[row] = True
-    case.columns.add("line")
-
-
-def a_line_that_is_not_utf8(case: Case) -> None:
-    needs(case.is_text)
-    for row in case.rows("user_id"):
-        case.events.lines[row] = lambda line: b"\xff\xfe" + line
-        case.is_lost[row] = True
-    case.columns.add("line")
 
 
 def an_open_quote(case: Case) -> None:
@@ -410,33 +347,11 @@ def has_line_breaks(case: Case) -> bool:
     return any("\n" in str(cell) for cell in case.events.cells["user_id"])
 
 
-def windows_line_ends(case: Case) -> None:
-    needs(case.is_text and not has_line_breaks(case))
-    case.events.text.append(lambda text: text.replace(b"\n", b"\r\n"))
-
-
-def a_byte_order_mark(case: Case) -> None:
-    needs(case.is_text)
-    case.events.text.append(lambda text: b"\xef\xbb\xbf" + text)
-
-
-def empty_lines(case: Case) -> None:
-    needs(case.is_text)
-    case.events.text.append(lambda text: text + (b"\r\n" if b"\r\n" in text else b"\n") * 2)
-
-
 def a_cut_file(case: Case) -> None:
     needs(case.form in ("csv.gz", "parquet"))
     case.must_refuse, share = "a cut file", case.rng.random()
     case.columns.add("cannot be read")
     case.events.raw.append(lambda raw: raw[: int(len(raw) * share)])
-
-
-def a_wrong_checksum(case: Case) -> None:
-    needs(case.form == "csv.gz")
-    case.must_refuse = "a checksum"
-    case.columns.add("cannot be read")
-    case.events.raw.append(lambda raw: raw[:-6] + bytes([raw[-6] ^ 1]) + raw[-5:])
 
 
 def a_file_named_like_a_pattern(case: Case) -> None:
@@ -542,24 +457,102 @@ def a_bad_feature(case: Case) -> None:
     name = case.rng.choice(["price", "v"])
     case.columns.add(items.names.get(name, name))
     bad: dict[str, list[Any]] = {
-        "price": [None, float("inf"), float("nan"), *(["cheap", LONG] if case.is_text else [])],
-        "v": ["1|x", "1|nan", "1|2|3", None]
-        if case.is_text
-        else [None, [1.0], [1.0, float("nan")], []],
+        "price": [None, INF, NAN, *(["cheap", LONG] if case.is_text else [])],
+        "v": ["1|x", "1|nan", "1|2|3", None] if case.is_text else [None, [1.0], [1.0, NAN], []],
     }
     row = case.rng.randrange(1, len(case.features))  # The first may be repeated.
     items.cells[name][row] = case.rng.choice(bad[name])
     list(case.features.values())[row][name] = None
 
 
-DIRT: list[Callable[[Case], None]] = [
-    *(no_id, a_word_for_no_id, white_space_around_ids, leading_zeros, a_line_break_in_an_id),
-    *(a_reserved_id, ids_past_int64, ids_as_floats, item_ids_as_floats),
-    *(no_time, an_implausible_time, an_unreadable_time, a_time_in_another_unit, a_wrong_unit),
-    *(an_undated_zone, a_bad_rating, a_bad_outcome, a_missing_outcome, a_bad_weight),
-    *(an_unknown_stage, no_stage, a_bad_rank, a_line_of_another_length, a_line_that_is_not_utf8),
-    *(an_open_quote, windows_line_ends, a_byte_order_mark, empty_lines, a_cut_file),
-    *(a_wrong_checksum, a_file_named_like_a_pattern, several_files),
+def putting(
+    name: str, column: str, goes: Callable[[Case], Any], *values: Any, must_refuse: str = ""
+) -> Dirt:
+    """Makes dirt that puts values into a column; a tuple holds those of text, then all others."""
+
+    def dirty(case: Case) -> None:
+        needs(goes(case))
+        of_form = [v[not case.is_text] if isinstance(v, tuple) else (v,) for v in values]
+        case.put(column, *(value for several in of_form for value in several))
+        case.must_refuse = case.must_refuse or must_refuse
+
+    dirty.__name__ = name
+    return dirty
+
+
+def changing(
+    name: str, goes: Callable[[Case], Any], change: Callable[[bytes], bytes], must_refuse: str = ""
+) -> Dirt:
+    """Makes dirt that changes the bytes of the text, or of a file that must then be refused."""
+
+    def dirty(case: Case) -> None:
+        needs(goes(case))
+        (case.events.raw if must_refuse else case.events.text).append(change)
+        if must_refuse:
+            case.must_refuse = must_refuse
+            case.columns.add("cannot be read")
+
+    dirty.__name__ = name
+    return dirty
+
+
+def replacing(name: str, *changes: Callable[[bytes], bytes]) -> Dirt:
+    """Makes dirt that changes single lines, which cannot be kept."""
+
+    def dirty(case: Case) -> None:
+        needs(case.is_text)
+        for row in case.rows("user_id"):
+            case.events.lines[row] = case.rng.choice(changes)
+            case.is_lost[row] = True
+        case.columns.add("line")
+
+    dirty.__name__ = name
+    return dirty
+
+
+def is_text(case: Case) -> bool:
+    return case.is_text
+
+
+def is_kind(kind: str) -> Callable[[Case], bool]:
+    return lambda case: case.kind == kind
+
+
+NAN, INF = float("nan"), float("inf")
+PUT = [
+    putting("a_line_break_in_an_id", "user_id", is_text, "a\nb"),
+    putting("no_time", "timestamp", lambda case: case.time, None),
+    putting("an_unreadable_time", "timestamp",
+            lambda case: case.time and (case.is_text or case.time in ("zoned", "naive")),
+            "yesterday", "31/01/2023", "2023-13-01", "12:30", "N/A", LONG),
+    putting("a_bad_rating", "rating", is_kind("ratings"),
+            ((None, "nan", "inf", "good", LONG), (None, NAN))),
+    # To pandas, NaN is a missing value: the outcome does not hold.
+    putting("a_bad_outcome", "liked", lambda case: case.kind == "label" and case.form != "pandas",
+            (("nan", "inf", "maybe"), (NAN, INF))),
+    putting("an_unknown_stage", "stage", is_kind("funnel"), "liked", "Clicked",
+            must_refuse="stage"),
+    putting("no_stage", "stage", is_kind("funnel"), None),
+    putting("a_bad_rank", "rank", is_kind("funnel"), ((1.5, "first"), (1.5,))),
+]  # fmt: skip
+CHANGED = [
+    replacing("a_line_of_another_length", lambda line: line + b",x", lambda line: b"1"),
+    replacing("a_line_that_is_not_utf8", lambda line: b"\xff\xfe" + line),
+    changing("windows_line_ends", lambda case: case.is_text and not has_line_breaks(case),
+             lambda text: text.replace(b"\n", b"\r\n")),
+    changing("a_byte_order_mark", is_text, lambda text: b"\xef\xbb\xbf" + text),
+    changing("empty_lines", is_text,
+             lambda text: text + (b"\r\n" if b"\r\n" in text else b"\n") * 2),
+    changing("a_wrong_checksum", lambda case: case.form == "csv.gz",
+             lambda raw: raw[:-6] + bytes([raw[-6] ^ 1]) + raw[-5:], "a checksum"),
+]  # fmt: skip
+
+DIRT: list[Dirt] = [
+    *(no_id, a_word_for_no_id, white_space_around_ids, leading_zeros, a_reserved_id),
+    *(ids_past_int64, ids_as_floats, item_ids_as_floats, *PUT),
+    *(an_implausible_time, a_time_in_another_unit, a_wrong_unit, an_undated_zone),
+    *(a_missing_outcome, a_bad_weight, an_open_quote, *CHANGED, a_cut_file),
+    *(a_file_named_like_a_pattern, several_files),
     *(a_repeated_column, a_folder_named_like_a_column),
     *(columns_named_as_within, a_missing_column, no_rows, unknown_items, other_ids),
     *(repeated_events, items_without_id, a_repeated_item, a_bad_feature),
