@@ -161,7 +161,7 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     with stage("validation", stages):
         holdout = split.holdout("validation", options.users)
         corpus = data.corpus
-        encoder = QueryEncoder(network, corpus.query_ids, corpus.candidate_ids)
+        encoder = QueryEncoder(network, corpus)
         retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
         tp.evaluate(retriever, holdout, num_bootstrap=0)
     files = list((folder / "samples" / "columns").iterdir())

@@ -175,7 +175,7 @@ def package_loop(
         data = ids_alone(data)
     network, batches = package_model(config, data)
     steps, corpus = batches.steps_per_epoch, data.corpus
-    encoder = QueryEncoder(network, corpus.query_ids, corpus.candidate_ids)
+    encoder = QueryEncoder(network, corpus)
 
     def fit(num_epochs: int) -> None:
         step = int(network.optimizer.iterations)

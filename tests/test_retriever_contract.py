@@ -136,7 +136,8 @@ def ials(problem: Problem) -> Retriever:
 
 def two_tower(problem: Problem) -> Retriever:
     network = problem.trained_model
-    encoder = QueryEncoder(network, Ids(np.arange(NUM_USERS)), Ids(problem.candidate_ids))
+    corpus = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS)))
+    encoder = QueryEncoder(network, corpus)
     return ExactRetriever(problem.candidate_ids, network.embed_corpus(), encoder)
 
 

@@ -26,11 +26,11 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.serving import export, page
-from tfrs_pipeline.serving.encoder import Encoder
 from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 

@@ -163,7 +163,7 @@ def tracing_once() -> Iterator[None]:
 def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
     """A model as it would be after no step."""
     network = plan.build(corpus)
-    encoder = QueryEncoder.of(network, corpus)
+    encoder = QueryEncoder(network, corpus)
     result = TrainingResult({}, 0, 0.0)
     return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result)
 

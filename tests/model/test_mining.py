@@ -25,6 +25,7 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.mining import MinedPools, mine_pools
+from tfrs_pipeline.model.queries import RowRetriever
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
@@ -73,7 +74,7 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unb
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
     pools, _ = mine_pools(
-        model.encoder.row_retrieval(), samples, Mined(min_rank=4, max_rank=12), seed=0,
+        RowRetriever(model.network).of_now(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
     )  # fmt: skip
     for i, (user, own) in enumerate(zip(samples.query_rows, samples.candidate_rows, strict=True)):
@@ -111,7 +112,7 @@ def test_a_stopped_training_mines_what_an_unbroken_one_does(
 
 def test_what_was_not_mined_is_said(data: TrainingSet, unbroken: Unbroken) -> None:
     batches = PLAN.batches(data.samples)
-    retrieval = unbroken.model.encoder.row_retrieval
+    retrieval = RowRetriever(unbroken.model.network).of_now
     before = MinedPools(batches, MINED, make_retrieval=retrieval, history_length=LENGTH, seed=0)
     before.prepare(0)
     assert batches.mean_hard_share == 0

@@ -17,13 +17,13 @@ from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.multi_categorical import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
+from tfrs_pipeline.model.encoder import Encoder, embed_corpus
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.encoder import Encoder, embed_corpus
 from tfrs_pipeline.serving.index import Exact, ExactIndex, Level, Scann, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
@@ -77,8 +77,8 @@ class Served:
 
     @functools.cached_property
     def in_memory(self) -> ExactRetriever:
-        ids = Ids(self.query_ids), Ids(self.candidate_ids)
-        encoder = QueryEncoder(self.model, *ids, self.request_features)
+        ids = Ids(self.candidate_ids), Ids(self.query_ids)
+        encoder = QueryEncoder(self.model, Corpus(*ids, request_features=self.request_features))
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:

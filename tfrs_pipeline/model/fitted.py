@@ -83,7 +83,7 @@ class FittedTwoTower:
 
     @functools.cached_property
     def _retriever(self) -> ExactRetriever:
-        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder)
+        return ExactRetriever(self.candidate_ids, self.network.embed_corpus(), self.encoder.embed)
 
     def fingerprint(self) -> str:
         """Identifies the training: returns a hash of its ids, weights and number of steps."""

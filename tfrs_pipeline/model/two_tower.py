@@ -41,7 +41,7 @@ from tfrs_pipeline.model.notes import (
     writers,
 )
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer
-from tfrs_pipeline.model.queries import QueryEncoder
+from tfrs_pipeline.model.queries import QueryEncoder, RowRetriever
 from tfrs_pipeline.model.settings import (
     SharedKind,
     TrainingSettings,
@@ -255,10 +255,10 @@ class TwoTower(TwoTowerSettings):
             tf.keras.utils.set_random_seed(self.seed)
             with strategy.scope():
                 network = self.build(corpus)
-            encoder = QueryEncoder.of(network, corpus)
+            encoder = QueryEncoder(network, corpus)
             start = self._start(source, corpus, data.samples, folder)
             batches = self.batches(data.samples)
-            mining = self._mining(batches, encoder, folder, on_progress)
+            mining = self._mining(batches, network, folder, on_progress)
             validate = None
             if validation is not None:
                 validation = validation.sample(self.training.validation_users, self.seed)
@@ -347,7 +347,7 @@ class TwoTower(TwoTowerSettings):
     def _mining(
         self,
         batches: HybridBatches,
-        encoder: QueryEncoder,
+        network: TwoTowerNetwork,
         folder: Path | None,
         on_progress: OnProgress,
     ) -> MinedPools | None:
@@ -356,7 +356,7 @@ class TwoTower(TwoTowerSettings):
         return MinedPools(
             batches,
             self.hard,
-            make_retrieval=encoder.row_retrieval,
+            make_retrieval=RowRetriever(network).of_now,
             history_length=self.history_length,
             seed=self.seed,
             folder=folder,
@@ -373,7 +373,7 @@ def validation_metrics(
     cutoffs: Sequence[int],
 ) -> dict[str, float]:
     """Measures a network as it is now: means by name, and the recall of the tail."""
-    retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder)
+    retriever = ExactRetriever(corpus.candidate_ids.values, network.embed_corpus(), encoder.embed)
     result = evaluate(retriever, holdout, exclude=exclude, cutoffs=cutoffs, num_bootstrap=0)
     measured = result.first
     tail = measured.slices["tail"].intervals

@@ -203,7 +203,7 @@ def read_training(
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
     result = read_epoch(network, config.training, folder, epoch)
-    encoder = QueryEncoder.of(network, corpus)
+    encoder = QueryEncoder(network, corpus)
     return FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
 
 

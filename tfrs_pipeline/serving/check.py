@@ -18,12 +18,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.features.encoding import raw_signature
+from tfrs_pipeline.model.encoder import features_of, query_inputs
+from tfrs_pipeline.model.graph_functions import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.encoder import features_of, query_inputs
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import EXACT_FOLDER
 from tfrs_pipeline.serving.saved_model import RetrievalModule
-from tfrs_pipeline.serving.signatures import ask, call, missing_input, signature_inputs
+from tfrs_pipeline.serving.signatures import ask, missing_input
 
 # A reloaded model may run other kernels: the same answer, not the same bits.
 SCORE_TOLERANCE = 1e-4

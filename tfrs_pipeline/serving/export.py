@@ -24,17 +24,19 @@ from tfrs_pipeline.durable import naming, write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.queries import history_of, item_times
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
-from tfrs_pipeline.serving.check import example_values, prove
-from tfrs_pipeline.serving.encoder import (
+from tfrs_pipeline.model.encoder import (
     Encoder,
     embed_corpus,
     embed_queries,
     features_of,
+    history_of,
+    item_times,
     known_rows,
 )
+from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.graph_functions import signature_inputs
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.index import (
     SMALLEST_SCANN_CORPUS,
     Auto,
@@ -53,7 +55,6 @@ from tfrs_pipeline.serving.publish import (
     new_version,
 )
 from tfrs_pipeline.serving.saved_model import RetrievalModule
-from tfrs_pipeline.serving.signatures import signature_inputs
 from tfrs_pipeline.serving.tune import Requests, measure_requests, tune_index
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, Validatio
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.serving.encoder import request_inputs
+from tfrs_pipeline.model.encoder import request_inputs
+from tfrs_pipeline.model.id_tensors import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import Retrieval, ask, empty_id
+from tfrs_pipeline.serving.signatures import Retrieval, ask
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")

@@ -19,7 +19,7 @@ from tfrs_pipeline.data.tables import load_items
 from tfrs_pipeline.durable import Damaged, file_hash, read_record
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
-from tfrs_pipeline.serving.encoder import ITEMS_PER_CALL
+from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
 from tfrs_pipeline.serving.export import ExportOptions, export_index
 from tfrs_pipeline.serving.index import Search
 from tfrs_pipeline.serving.publish import ITEMS_FILE, MANIFEST_FILE, publishing, versions_of

@@ -15,6 +15,14 @@ from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.model.encoder import (
+    as_inputs,
+    features_of,
+    known_rows,
+    query_inputs,
+    request_inputs,
+)
+from tfrs_pipeline.model.id_tensors import id_list, id_lists
 from tfrs_pipeline.retrieval import (
     Excluded,
     Query,
@@ -24,14 +32,6 @@ from tfrs_pipeline.retrieval import (
     check_queries,
     check_requests,
 )
-from tfrs_pipeline.serving.encoder import (
-    as_inputs,
-    features_of,
-    known_rows,
-    query_inputs,
-    request_inputs,
-)
-from tfrs_pipeline.serving.id_tensors import id_list, id_lists
 from tfrs_pipeline.serving.index import load_scann_ops
 from tfrs_pipeline.serving.publish import (
     EXACT_FOLDER,

@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.serving.encoder import Encoder
-from tfrs_pipeline.serving.id_tensors import lookup, row_table, stored, with_empty
+from tfrs_pipeline.model.encoder import Encoder
+from tfrs_pipeline.model.graph_functions import call, signature_inputs, traced
+from tfrs_pipeline.model.id_tensors import lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
-from tfrs_pipeline.serving.signatures import (
-    EMBEDDINGS,
-    RETRIEVALS,
-    Retrieval,
-    call,
-    missing_input,
-    signature_inputs,
-    traced,
-)
+from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, missing_input
 
 DEFAULT_K = 100
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
+
+from tfrs_pipeline.model.graph_functions import signature_inputs
+from tfrs_pipeline.model.id_tensors import empty_id
 
 
 @dataclass(frozen=True)
@@ -45,30 +48,6 @@ RETRIEVALS = (*_UNFILTERED, *(replace(each, is_filtered=True) for each in _UNFIL
 EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
 
-def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
-    """Makes a graph of a function of named inputs, for `call`.
-
-    The specs name the inputs: a feature's name may be no Python argument.
-    """
-    names = [spec.name for spec in specs]
-    return tf.function(
-        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
-    )
-
-
-def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
-    """Returns the inputs of a `traced` function or a signature by name, in order."""
-    if hasattr(function, "get_concrete_function"):
-        function = function.get_concrete_function()
-    positional, named = function.structured_input_signature
-    return {spec.name: spec for spec in positional} | dict(named)
-
-
-def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:
-    """Calls a `traced` function, also a loaded one, with those of the inputs that it takes."""
-    return function(*(inputs[name] for name in signature_inputs(function)))
-
-
 def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Asks a signature of a loaded model."""
     specs = signature_inputs(signature)
@@ -92,8 +71,3 @@ def missing_value(dtype: tf.DType) -> Any:
     if dtype.is_floating:
         return np.nan
     return b"" if dtype == tf.string else empty_id(dtype)
-
-
-def empty_id(dtype: tf.DType) -> Any:
-    """Returns the id of an empty slot: -1 or ""."""
-    return -1 if dtype == tf.int64 else ""

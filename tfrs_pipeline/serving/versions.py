@@ -20,6 +20,7 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.model.graph_functions import signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import (
@@ -31,7 +32,7 @@ from tfrs_pipeline.serving.publish import (
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import ask, missing_input, signature_inputs
+from tfrs_pipeline.serving.signatures import ask, missing_input
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.retrieval import check_ids
-from tfrs_pipeline.serving.signatures import empty_id
 
 
 def id_dtype(ids: np.ndarray) -> tf.DType:
@@ -17,23 +17,39 @@ def id_dtype(ids: np.ndarray) -> tf.DType:
     return tf.int64 if ids.dtype == np.int64 else tf.string
 
 
+def empty_id(dtype: tf.DType) -> Any:
+    """Returns the id of an empty slot: -1 or ""."""
+    return -1 if dtype == tf.int64 else ""
+
+
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     """Makes ids a tensor [n]; None is the empty id. A `ValueError` if one is not of the type."""
     check_ids([ids], are_text=dtype == tf.string)
-    return tf.constant([_in_graph(id_, dtype) for id_ in ids], dtype, [len(ids)])
+    return _ids_in_graph(ids, dtype)
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes lists of ids a tensor [n, any], padded with the empty id; otherwise as `id_list`."""
+    """Makes lists of ids a tensor [n, longest], padded with the empty id; else as `id_list`."""
     check_ids(lists, are_text=dtype == tf.string)
-    known = [[_in_graph(id_, dtype) for id_ in ids] for ids in lists]
-    return tf.ragged.constant(known, dtype, ragged_rank=1).to_tensor(empty_id(dtype))
+    values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
+    return padded(values, lists, empty_id(dtype))
 
 
-def _in_graph(id_: Any, dtype: tf.DType) -> Any:
-    """Returns an id that the graph takes: of those beyond int64, no model has one."""
-    is_beyond = dtype == tf.int64 and id_ is not None and not -(2**63) <= id_ < 2**63
-    return empty_id(dtype) if id_ is None or is_beyond else id_
+def padded(values: tf.Tensor, lists: Sequence[Collection[Any]], default: Any) -> tf.Tensor:
+    """Puts the values of lists, given end to end, into rows: [n, longest], padded at the end."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False).to_tensor(default)
+
+
+def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
+    """Makes a tensor of ids: the empty id for None and for integers beyond int64."""
+    if dtype == tf.string:
+        return tf.constant(["" if id_ is None else id_ for id_ in ids], dtype, [len(ids)])
+    array = np.asarray(ids)
+    if array.dtype.kind != "i":
+        fits = [id_ is not None and -(2**63) <= id_ < 2**63 for id_ in ids]
+        array = [id_ if fit else empty_id(dtype) for id_, fit in zip(ids, fits, strict=True)]
+    return tf.constant(array, dtype, [len(ids)])
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:

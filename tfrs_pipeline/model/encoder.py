@@ -20,22 +20,23 @@ from tfrs_pipeline.features.encoding import (
 )
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
+from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.queries import history_of, item_times
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
-from tfrs_pipeline.serving.id_tensors import (
+from tfrs_pipeline.model.graph_functions import call, signature_inputs, traced
+from tfrs_pipeline.model.id_tensors import (
     id_dtype,
     id_list,
     id_lists,
     lookup,
+    padded,
     row_table,
     stored,
     with_empty,
 )
-from tfrs_pipeline.serving.signatures import call, signature_inputs, traced
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 
 ITEMS_PER_CALL = 8192
-_QUERIES_PER_CALL = 256
+QUERIES_PER_CALL = 1024
 
 
 class Encoder(tf.Module):
@@ -242,8 +243,8 @@ def embed_queries(
 ) -> np.ndarray:
     """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
     blocks = []
-    for start in range(0, max(len(queries), 1), _QUERIES_PER_CALL):
-        block = queries[start : start + _QUERIES_PER_CALL]
+    for start in range(0, max(len(queries), 1), QUERIES_PER_CALL):
+        block = queries[start : start + QUERIES_PER_CALL]
         inputs = query_inputs(encoder.embed_query, block)
         requests = [query.get("request") for query in block]
         inputs |= request_inputs(encoder.embed_query, features, requests)
@@ -297,9 +298,47 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
     if "history" in specs:
         inputs["history"] = id_lists(list(map(history_of, queries)), specs["history"].dtype)
     if HISTORY_TIMESTAMPS in specs:
-        lists = tf.ragged.constant(item_times(queries), tf.float64, ragged_rank=1)
-        inputs[HISTORY_TIMESTAMPS] = lists.to_tensor(np.nan)
+        times = item_times(queries)
+        values = tf.constant(np.concatenate([np.zeros(0), *times]))
+        inputs[HISTORY_TIMESTAMPS] = padded(values, times, np.nan)
     return inputs
+
+
+def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
+    """Returns the time of each item of each query's history: float64 seconds since 1970 or NaN.
+
+    A query may have `history_timestamps`, one per item: datetimes with a time zone, None where
+    unknown; or seconds since 1970, NaN where unknown. A `ValueError` if their number differs or
+    they are something else.
+    """
+    times = []
+    for query in queries:
+        num_items = len(history_of(query))
+        given = query.get(HISTORY_TIMESTAMPS)
+        if given is None:
+            times.append(np.full(num_items, np.nan))
+            continue
+        if len(given) != num_items:
+            raise ValueError(
+                f"{HISTORY_TIMESTAMPS} must be one time an item of the history, None where it is "
+                f"not known. Received: {len(given)} times for {num_items} items."
+            )
+        seconds = np.asarray(given)
+        if seconds.dtype.kind not in "iuf":
+            seconds = to_seconds(HISTORY_TIMESTAMPS, list(given))
+        elif (seconds > MAX_SECONDS).any():
+            raise ValueError(
+                f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
+                f"Received: {np.nanmax(seconds)}, which is after the year 5000"
+            )
+        times.append(seconds.astype(np.float64))
+    return times
+
+
+def history_of(query: Query) -> Sequence[Any]:
+    """Returns the history of a query, which may be missing or, read from a file, None."""
+    history = query.get("history")
+    return () if history is None else history
 
 
 def known_rows(
@@ -308,8 +347,8 @@ def known_rows(
     """Returns the rows, among items, of the known positives of each query's user."""
     table = row_table(item_ids)
     found: list[np.ndarray] = []
-    for start in range(0, len(queries), _QUERIES_PER_CALL):
-        users = [query.get("user_id") for query in queries[start : start + _QUERIES_PER_CALL]]
+    for start in range(0, len(queries), QUERIES_PER_CALL):
+        users = [query.get("user_id") for query in queries[start : start + QUERIES_PER_CALL]]
         (spec,) = signature_inputs(encoder.known_items).values()
         rows = lookup(table, encoder.known_items(id_list(users, spec.dtype))).numpy()
         found += [np.unique(line[line > 0]) for line in rows]
