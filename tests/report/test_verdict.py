@@ -70,7 +70,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
             {"ease": 0.32, "ials": 0.4},
             WORSE,
             "no",
-            "iALS, beats it by 0.1000 [0.0900, 0.1100]; it is also behind EASE",
+            "iALS, beats it by 0.1000 [0.0900, 0.1100]; it also is behind EASE",
         ),
         ({}, None, "not compared", "no baseline"),
     ],

@@ -107,12 +107,13 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
     }
     parts = [about_best[best.gain.outcome]]
     for outcome, words in (
-        (Outcome.WORSE, "it is also behind"),
-        (Outcome.LEVEL, "it does not clearly differ from"),
-        (Outcome.BETTER, "it also beats" if best.gain.outcome is Outcome.BETTER else "it beats"),
+        (Outcome.WORSE, "is behind"),
+        (Outcome.LEVEL, "does not clearly differ from"),
+        (Outcome.BETTER, "beats"),
     ):
         if names := [x.written for x in others if x.gain.outcome is outcome]:
-            parts.append(f"{words} {_listed(names)}")
+            also = "also " if outcome is best.gain.outcome else ""
+            parts.append(f"it {also}{words} {_listed(names)}")
     lowest = _lowest(compared)
     answers = {Outcome.BETTER: "yes", Outcome.LEVEL: "not clearly", Outcome.WORSE: "no"}
     return Verdict(answers[lowest], f"in {metric} {'; '.join(parts)}", lowest)
