@@ -1,4 +1,4 @@
-"""Somebody's own layers, exported and loaded."""
+"""A user's own layers, exported and loaded."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("trusted_exports")
 
 
 class OwnModel(tf.Module):
-    """Keras layers of somebody's own, which know nothing of features and times."""
+    """A user's own Keras layers, which take no features or times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
         "items": pa.table({"item_id": ["a", "b", "c"]}),
         "query_ids": np.array([7, 8, 9]),
         "history_length": 3,
-        # Most recent first; 0 is an item that came after the training.
+        # Most recent first; 0 is an item that is newer than the training.
         "histories": RowLists.from_lists(
             [np.arange(0), np.array([1, 2]), np.array([0, 2, 0, 1]), np.array([0])]
         ),
@@ -64,7 +64,7 @@ def exportable(model: OwnModel | None = None, **changes: Any) -> Exportable:
 
 
 class LookedUp(tf.keras.layers.Layer):
-    """Vectors behind lookup tables: of Keras, within layers, and one of its own."""
+    """Vectors behind lookup tables: those of Keras layers, and one of its own."""
 
     def __init__(self, corpus: Corpus) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ def test_lookup_tables_of_an_own_tower_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", ["exact", Exact])
-def test_an_index_is_one_of_the_three(tmp_path: Path, index: Any) -> None:
+def test_refuses_another_index(tmp_path: Path, index: Any) -> None:
     with pytest.raises(TypeError, match=r"index must be tp.Exact\(\), .*Received: .*xact"):
         export(exportable(), tmp_path / "own", index=index)
 
 
-def test_what_embeds_nothing_cannot_be_exported(tmp_path: Path) -> None:
+def test_refuses_models_that_embed_nothing(tmp_path: Path) -> None:
     for no_embeddings in (Ease(), OwnModel()):
         name = type(no_embeddings).__name__
         with pytest.raises(TypeError, match=rf"or a tp\.Exportable of .* Received: .*{name}"):
@@ -133,7 +133,7 @@ def test_two_functions_and_the_items_are_enough(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0], np.array([30, 10, 20])[np.argsort(-scores)])
     np.testing.assert_allclose(found_scores[0], np.sort(scores)[::-1], rtol=1e-5)
     assert set(loaded.retrieve([{}], 2, allowed=[["a"]])[0][0]) == {20, 30}
-    # Nobody is known, and nothing of anyone.
+    # The model knows no users.
     assert loaded.held_out_queries() == []
     ids, _, is_known = loaded.retrieve_user([7], 3)
     assert (ids.tolist(), is_known.tolist()) == (found.tolist(), [False])
@@ -155,7 +155,7 @@ def test_own_layers_are_exported_and_loaded_without_the_rest(tmp_path: Path) -> 
     corpus = model.embed_candidates(np.array([1, 2, 3]))
     expected = tf.matmul(model.embed_queries(rows, history), corpus, transpose_b=True).numpy()
     retriever = load(folder)
-    # What the model does not know is left out of a stored query.
+    # Items that the model does not know are left out of a stored query.
     assert retriever.held_out_queries() == [
         {"user_id": 7, "history": ["b", "a"]},
         {"user_id": 8, "history": ["a", "b"]},
@@ -192,7 +192,7 @@ def test_some_of_the_items_are_retrieved_and_all_are_read(tmp_path: Path) -> Non
             export(model, tmp_path / "own", item_ids=ids)
 
 
-def test_what_a_manifest_says_of_its_own_is_not_replaced(tmp_path: Path) -> None:
+def test_names_that_a_manifest_has_cannot_be_given(tmp_path: Path) -> None:
     for name in ("config", "run", "features"):
         with pytest.raises(ValueError, match=f"manifest must not have {name}: .*another name"):
             export(exportable(), tmp_path / "own", manifest={name: {"model": "two tower v3"}})
@@ -216,7 +216,7 @@ def test_repeated_ids_lists_of_others_and_unknown_filters_are_refused(tmp_path: 
     assert not (tmp_path / "own").exists()
     with pytest.raises(ValueError, match="1 ids occur more than once, first 'b'"):
         exportable(items=pa.table({"item_id": ["b", "b", "a"]}))
-    # Lists of the users alone would be read as those of their neighbours.
+    # Without a list for row 0, each user would have a neighbour's.
     for name in ("histories", "known_positives"):
         lists: dict[str, Any] = {name: RowLists.from_lists([np.array([1])] * 3)}
         with pytest.raises(ValueError, match=rf"{name} must be 4 lists: of row 0.*Received: 3"):

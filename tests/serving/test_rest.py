@@ -95,7 +95,7 @@ def test_a_time_without_an_item_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["inputs", "instances"])
-def test_a_time_of_what_fills_up_a_history_is_refused(key: str) -> None:
+def test_a_time_of_padding_is_refused(key: str) -> None:
     """However long the other histories of the batch are."""
 
     def read(times: list[list[float | None]]) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_numbers_with_a_fraction_may_be_whole_or_missing() -> None:
     assert arrays["vector"].dtype == np.float32
 
 
-def test_null_is_a_missing_value_of_a_feature_and_no_id() -> None:
+def test_null_is_a_missing_feature_but_no_id() -> None:
     given: dict[str, list[Any]] = {
         "user_id": ["a", "b"],
         "price": [None, 2.5],
@@ -167,7 +167,7 @@ def test_null_is_a_missing_value_of_a_feature_and_no_id() -> None:
             parsed(body)
 
 
-def test_nothing_to_exclude_is_a_list_of_empty_lists_and_limits_hold_at_their_edge() -> None:
+def test_empty_lists_and_the_edge_of_limits_are_accepted() -> None:
     _, arrays, _ = parsed(inputs("retrieve", user_id=["a", "b"], exclude=[[], []], k=10))
     assert arrays["exclude"].shape == (2, 0)
     _, arrays, _ = parsed(inputs("retrieve", user_id=["a"], exclude=[["b"] * 3], k=1))
@@ -272,7 +272,7 @@ def test_a_refusal_says_what_is_wrong(body: Any, message: str) -> None:
     st.sampled_from(["inputs", "instances"]),
 )
 def test_any_json_is_read_or_refused(value: Any, signature: str, key: str) -> None:
-    # Nothing but a refusal is raised.
+    # Only refusals are raised.
     with contextlib.suppress(HTTPException):
         parsed({"signature_name": signature, key: value})
 

@@ -24,7 +24,7 @@ from tfrs_pipeline.serving.settings import ServeSettings
 
 @pytest.fixture(scope="module")
 def folder(exported: Exported) -> Path:
-    """Of a model with a ScaNN index: its op must be there in a fresh process."""
+    """A model with a ScaNN index, whose op must be loaded in a fresh process."""
     return exported("int", "scann")
 
 
@@ -48,7 +48,7 @@ def port_of(process: subprocess.Popen[str]) -> int:
 
 
 def begun(port: int, num_bytes: int) -> socket.socket:
-    """Opens a connection and sends a request but for the end of its body."""
+    """Opens a connection and sends a request without the end of its body."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     head = (
         f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -67,7 +67,7 @@ def answer_of(connection: socket.socket) -> str:
 
 
 def begins_to_stop(port: int) -> None:
-    """Waits until no new connection is taken."""
+    """Waits until new connections are refused."""
     for _ in range(300):
         try:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -93,7 +93,7 @@ def test_slow_and_long_bodies_and_sigterm(process: subprocess.Popen[str]) -> Non
         garbage.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
         assert answer_of(garbage).startswith("HTTP/1.1 400 ")
 
-        # What is under way when the signal comes is answered.
+        # A request under way when the signal comes is answered.
         late = begun(port, 20)
         client.get("/healthz")  # The server has read the request's beginning by now.
         process.send_signal(signal.SIGTERM)
@@ -111,9 +111,9 @@ def test_slow_and_long_bodies_and_sigterm(process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.slow
 def test_everything_at_once_and_no_good_request_fails() -> None:
-    """The short form of the benchmark, which fails where a good request does.
+    """Runs a short form of the benchmark, which fails if a good request does.
 
-    New versions, broken ones, stops, hostile and slow requests, on many connections.
+    It has new and broken versions, stops, hostile and slow requests, on many connections.
     """
     script = Path(__file__).parents[2] / "benchmarks" / "mixed_load.py"
     flags = ["--candidates", "2000", "--minutes", "0.25", "--stops", "1"]
@@ -136,7 +136,7 @@ def test_a_stop_while_the_first_version_loads_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
-    # As the system does by default, without ending the tests.
+    # Like the system's default, but without ending the tests.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     monkeypatch.setattr(
         server.ModelVersions, "load_first", lambda self: signal.raise_signal(number)
@@ -155,7 +155,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
-def test_a_port_in_use_is_said_before_a_model_is_loaded(
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: pytest.fail("loaded"))
@@ -163,15 +163,14 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(
         port = other.getsockname()[1]
         code, err = run(capsys, folder, "--port", port)
     assert code == 1
-    assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use." in err
-    assert "Set --port to another one, or to 0 for a free one" in err
+    assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use. Set --port" in err
 
 
 def test_wrong_flags_and_folders(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, folder, "--max-k", "0")[0] == 2
-    code, err = run(capsys, folder, "--host", "")  # As of a variable that is not set.
+    code, err = run(capsys, folder, "--host", "")  # As from a variable that is not set.
     assert (code, err) == (2, "error: host: got ''; string should have at least 1 character\n")
     code, err = run(capsys, tmp_path)
     assert code == 1

@@ -1,4 +1,4 @@
-"""Exports that tell of nobody."""
+"""Exports without user data."""
 
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ pytestmark = pytest.mark.usefixtures("trusted_exports")
 
 
 def bytes_of(folder: Path) -> bytes:
-    """Reads every file of an export, tables also as the text of their values."""
+    """Reads every file of an export, and the values of its tables as text."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     tables = [str(pq.read_table(f).to_pydict()) for f in files if f.suffix == ".parquet"]
     return b"".join(path.read_bytes() for path in files) + "".join(tables).encode()
 
 
-def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, exported: Exported) -> None:
+def test_an_export_without_user_data_says_nothing_about_users(
+    tmp_path: Path, exported: Exported
+) -> None:
     served = make_served("str", use_user_id=False)
     left_out = export(
         served.exportable(), tmp_path / "films", index=Scann(recall=0.9), user_data=False
@@ -40,7 +42,7 @@ def test_an_export_without_user_data_tells_of_nobody(tmp_path: Path, exported: E
         assert user.encode() not in without
     model = load(left_out)
     assert not any("user" in name or "default" in name for name in model.saved_model.signatures)
-    # The features of users are gone, not only their ids.
+    # The users' features are gone too.
     (by_user,) = {column.shape[0] for column in served.model.query_table.variables}
     parts = tf.train.TrackableView(model.saved_model.encoder).descendants()
     variables = [x for x in parts if isinstance(x, tf.Variable)]
@@ -72,7 +74,7 @@ def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: 
 
 
 def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: Path) -> None:
-    """Of a model with an embedding of each user, which theirs has not been trained."""
+    """In a model with an embedding of each user, theirs is untrained."""
     events = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
     events["stage"] = np.where(events["user_id"].between(1, 7), "clicked", "exposed")
     log = tp.Log.from_table(events)
@@ -80,7 +82,7 @@ def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: 
     settings: dict[str, Any] = {"dim": 4, "use_user_id": True, "negatives": ["uniform:num=8"]}
     model = tp.TwoTower(**settings, training=training).fit(log)
     loaded = load(export(model, tmp_path / "m", index=tp.Exact()))
-    # Two who clicked, one who only saw, one who is new.
+    # Two users who clicked, one who only saw items, and a new one.
     queries: list[dict[str, Any]] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 77)]
     ids, scores = loaded.retrieve(queries, 10)
     expected_ids, expected = model.retrieve(queries, 10)
@@ -88,5 +90,5 @@ def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: 
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     np.testing.assert_allclose(scores[2], scores[3], atol=1e-6)
     assert np.abs(scores[1] - scores[0]).max() > 1e-3
-    with pytest.raises(ValueError, match="use_user_id=False"):  # The first user is such a one.
+    with pytest.raises(ValueError, match="use_user_id=False"):  # The first user has no positive.
         export(model, tmp_path / "left_out", user_data=False)

@@ -147,13 +147,13 @@ def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -
         if array.shape != expected[key].shape:
             return f"{key} has shape {array.shape} instead of {expected[key].shape}"
     for key, array in expected.items():
-        if array.dtype.kind == "f":
-            if not np.allclose(answer[key], array, rtol=0, atol=SCORE_TOLERANCE):
-                finite = np.isfinite(array) & np.isfinite(answer[key])
-                worst = np.abs(np.where(finite, answer[key] - array, 0)).max(initial=0)
-                return f"{key} differ by up to {worst}"
-        elif array.dtype == bool and (array != answer[key]).any():
-            return f"{key} differ"
+        if array.dtype.kind not in "fb":
+            continue
+        array, other = array.astype(float), answer[key].astype(float)
+        if not np.allclose(other, array, rtol=0, atol=SCORE_TOLERANCE):
+            finite = np.isfinite(array) & np.isfinite(other)
+            worst = np.abs(other[finite] - array[finite]).max(initial=0)
+            return f"{key} differ by up to {worst}"
     if "candidate_ids" not in expected:
         return ""
     ids, scores = answer["candidate_ids"], expected["scores"]
