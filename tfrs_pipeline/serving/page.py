@@ -75,7 +75,6 @@ def card(version: ServedVersion) -> dict[str, Any]:
             for x in retriever.features["query"]
         ],
         "request": list(manifest.get("feature_inputs", {}).get("request", ())),
-        "can_compare": version.exact not in (None, retriever),
     }
 
 
