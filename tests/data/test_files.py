@@ -430,28 +430,21 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
 @pytest.mark.parametrize(
     "text, options, message",
     [
-        ("uid,item_id\n1,2\n", {},
-         "no column 'user_id'. Nearest: uid.*Set columns to say which column is user_id"),
+        ("uid,item_id\n1,2\n", {}, "no column 'user_id'. Nearest: uid.*Set columns"),
         ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
         ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
         ("", {}, r"events\.csv: 0 rows, and no header"),
         ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
-        ("user_id,item_id\n1,2\n1,2,3,4\n", {},
-         r"events\.csv: no whole line: .*Columns: 2 Found: 3 \(first: line 3 of events\.csv\) "
-         r"\(1 of 2 lines\)\. Give CSV"),
-        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {},
-         r"line 3 of events\.csv has another line ending than the header.*the same line ending"),
+        ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
+        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
         ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
         ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
-        ("user_id,item_id\n-1,2\n", {},
-         r"'user_id' is -1 \(reserved for empty slots\) in 1 of 1 rows"),
+        ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
         (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
         (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
         (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),
-        (CLICKS.replace("1700000000", "yesterday"), {},
-         "must hold times and does not in 1 of 3 rows, such as 'yesterday'"),
-        (CLICKS.replace("1700000000", "2024-01-01"), {},
-         "times written one way and does not in 1 of 3 rows, such as '2024-01-01' .first: row 3"),
+        (CLICKS.replace("1700000000", "yesterday"), {}, "times and .* 1 of 3 rows, .*'yesterday'"),
+        (CLICKS.replace("1700000000", "2024-01-01"), {}, "one way .*'2024-01-01' .first: row 3"),
         (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
         ("user_id,item_id,timestamp\n1,2,2024-01-31\n", {}, "without a time zone.*1 rows"),
         ("user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
@@ -459,16 +452,11 @@ def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
         ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
         (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
         ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
-        ("user_id,item_id,score\n1,2,good\n", {},
-         "'score' must hold finite numbers .* and does not in 1 of 1 rows"),
-        ("user_id,item_id,stage\n1,2,liked\n", {},
-         "in 1 of 1 rows, such as 'liked' .first: row 1.. Known"),
-        ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4},
-         "none of 1 rows is a positive"),
-        ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4},
-         "'rating' is null or NaN in 1 of 2 rows"),
-        (pa.table({"user_id": [1.5], "item_id": [2]}), {},
-         r"'user_id' must be an integer or a string and is not in 1 of 1 rows, such as 1\.5"),
+        ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
+        ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
+        ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
+        ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
+        (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),
         (pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}), {},
          "'timestamp' must be a timestamp"),
     ],
@@ -478,45 +466,33 @@ def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message:
         load(text, **options)
 
 
+VECTOR: dict[str, Any] = {"item_features": {"v": "vector"}}
+TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
+
+
 @pytest.mark.parametrize(
     "items, options, message",
     [
         ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
-        ("item_id,title\n7,a\n5,a\n5,b\n", {},
-         r"'item_id' holds 2 different ids in 3 rows that differ, such as those of 5\. One row"),
-        ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0},
-         r"'item_id' .* in 1 of 2 rows(?!.*max_bad_share)"),
+        ("item_id,title\n7,a\n5,a\n5,b\n", {}, r"2 different ids in 3 .* of 5\. One"),
+        ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0}, "1 of 2 rows(?!.*max_bad_share)"),
         ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
         ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),
-        ("item_id\nsku6\n", {"unknown_items": "drop"},
-         r"none of 1 rows holds one of the items of .*items\.csv, whose ids look like 'sku6', "
-         r"not '5'\. Set columns or item_columns"),
-        ("item_id,v\n5,1|2\n6,1;2\n", {"item_features": {"v": "vector"}},
-         r"items\.csv: column 'v' must hold numbers separated by '\|' \(list_separator\) "
-         "and does not in 1 of 2 rows, such as '1;2'"),
-        ("item_id,v\n5,1|\n", {"item_features": {"v": "vector"}}, "does not in 1 of 1 rows"),
-        ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", {"item_features": {"v": "vector"}},
-         r"items\.csv: column 'v' must hold vectors of one length, 2 as most, and does not in 1 "
-         r"of 4 rows, such as '1\|2\|3'"),
-        ("item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n", {"item_features": {"v": "vector"}},
-         r"items\.csv: column 'v' does not hold finite numbers.* in 3 of 4 rows"),
-        (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}),
-         {"item_features": {"v": "vector"}},
+        ("item_id\nsku6\n", {"unknown_items": "drop"}, "none of 1 .*like 'sku6', not '5'"),
+        ("item_id,v\n5,1|2\n6,1;2\n", VECTOR, r"'v' must .* by '\|' .* 1 of 2 rows, such as '1;2'"),
+        ("item_id,v\n5,1|\n", VECTOR, "does not in 1 of 1 rows"),
+        ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", VECTOR, r"2 as most, .* 1 of 4 .*'1\|2\|3'"),
+        ("item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n", VECTOR, "'v' .* in 3 of 4 rows"),
+        (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
          r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
-        (pa.table({"item_id": [5], "v": [["1"]]}), {"item_features": {"v": "vector"}},
-         "must be a list of numbers or a string, it is array<string>"),
-        ("item_id,v\n5,\n", {"item_features": {"v": "vector"}}, "none of 1 rows holds a vector"),
-        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}},
-         "finite numbers.* in 1 of 1 rows"),
-        ("item_id,t\n5,2024-01-31\n", {"item_features": {"t": "timestamp"}},
-         r"items\.csv: column 't' holds times without a time zone \(1 rows\)"),
-        ("item_id,t\n5,1999\n6,\n7,2024\n", {"item_features": {"t": "timestamp"}},
-         r"'t' holds numbers from 1999 to 2024 \(3 rows\), which look like years"),
+        (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
+        ("item_id,v\n5,\n", VECTOR, "none of 1 rows holds a vector"),
+        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
+        ("item_id,t\n5,2024-01-31\n", TIME, r"'t' holds times without a time zone \(1 rows\)"),
+        ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
         ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
-         {"item_features": {"t": "timestamp"}, "time_zone": "UTC"},
-         r"items\.csv: column 't' has no year of 2 to 9998 in 3 of 5 rows"),
-        (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}},
-         "'c' must be an integer or a string"),
+         TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),
+        (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
     ],
 )  # fmt: skip
 def test_item_files_that_are_refused(
@@ -528,15 +504,9 @@ def test_item_files_that_are_refused(
 
 
 UNMAPPED = {
-    "reached": (
-        ["Clicked", "exposed", " recalled"],
-        "holds stages, .*Add stage=reached to columns and the stages of Clicked, recalled to ",
-    ),
+    "reached": (["Clicked", "exposed", " recalled"], "holds stages, .* of Clicked, recalled to "),
     # One known stage tells that the others are stages by a team's own names.
-    "found": (
-        ["shown", None, "clicked"],
-        "holds stages, .*Add stage=found to columns and the stages of shown to stage_values; or",
-    ),
+    "found": (["shown", None, "clicked"], "holds stages, .*Add stage=found .* of shown to stage_v"),
     "at": (["2024-01-31", "2024-02-01T10:00Z", ""], "holds times, .*Add timestamp=at to columns"),
     "day": ([date(2024, 1, 31), date(2024, 2, 1), None], "holds times, .*Add timestamp=day"),
 }
