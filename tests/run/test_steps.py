@@ -68,7 +68,7 @@ def test_the_page_draws_the_steps_of_a_run() -> None:
     steps = run_steps(RunConfig())
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     (drawn,) = re.findall(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
-    assert drawn == as_diagram(steps)
+    assert drawn == as_diagram(steps), "Put what as_diagram draws on the page."
 
 
 def test_each_step_reads_what_one_before_it_wrote() -> None:
