@@ -229,7 +229,9 @@ def test_a_feature_may_have_another_name_in_the_log() -> None:
 
 def test_a_log_without_times_has_no_hour(log: Log) -> None:
     table = [{"user_id": row["user_id"], "item_id": row["item_id"]} for row in rows()]
-    with pytest.raises(DataError, match=r"'hour' is among request_features .* no timestamp to make it from"):
+    with pytest.raises(
+        DataError, match=r"'hour' is among request_features .* no timestamp to make it from"
+    ):
         made(table, {"hour": "categorical"})
     with pytest.raises(DataError, match=r"'weekday' .* cannot be text. Make it one of categ"):
         made(rows(), {"weekday": "text"})

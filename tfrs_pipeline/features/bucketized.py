@@ -19,7 +19,7 @@ MAX_BUCKETS = 32
 
 @dataclass(frozen=True)
 class Bucketized(Number):
-    """A number's bucket between quantiles of the column.
+    """A number's bucket between quantiles of the column, in float64.
 
     Args:
         boundaries: Lowest value of each bucket but the first, ascending.

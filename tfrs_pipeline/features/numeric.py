@@ -46,7 +46,8 @@ class Numeric(Number):
     """A number, less the mean, divided by the standard deviation.
 
     It is clipped to 10 deviations on either side, so that no absurd value drowns a tower. Keras'
-    `Normalization` computes in float32, which is too coarse for counts above 16 million.
+    `Normalization` computes in float32, too coarse for counts above 16 million, and raises
+    deviations below 1e-7 to that.
 
     Args:
         mean: Mean of the column.
@@ -112,6 +113,7 @@ def describe_move(there: tuple[float, float], here: tuple[float, float]) -> str:
 
 
 def _spread(numbers: np.ndarray) -> float:
+    """Returns the length of the shortest interval that holds three in four finite numbers."""
     known = np.sort(numbers[np.isfinite(numbers)])
     if len(known) == 0:
         return 0.0
