@@ -24,7 +24,7 @@ from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.settings import Config, ConfigError, Distinct, Several, refuse, setting_names
 
-# Those from mined on only if asked for.
+# The last two only if asked for.
 PlanKind: TypeAlias = Literal[
     "in_batch_uncorrected",
     "in_batch",
@@ -214,7 +214,7 @@ def movielens_config() -> RunConfig:
 
 
 def load_config(path: Path | str) -> RunConfig:
-    """Reads settings from a TOML file: a table a stage; one that is not in it has its default.
+    """Reads settings from a TOML file with a table for each stage; what is missing has its default.
 
     Raises:
         ConfigError: If the file cannot be read, is not TOML, or holds settings that cannot be used;
@@ -227,7 +227,7 @@ def load_config(path: Path | str) -> RunConfig:
         raise ConfigError([("", f"cannot be read: {error.strerror}")], str(path)) from error
     except ValueError as error:  # Not UTF-8, or not TOML: its message holds line and column.
         raise ConfigError([("", f"is not a TOML file: {error}")], str(path)) from error
-    if not settings:  # Of a full disk, as a rule: the defaults are another run.
+    if not settings:  # Usually the disk was full. The defaults would be another run.
         raise ConfigError(
             [("", "holds no setting: it is cut, or not a config of a run; write it again")],
             str(path),
@@ -265,7 +265,7 @@ def dump_changes(config: RunConfig) -> str:
 
 
 def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Keeps what is not as usual, of tables within too."""
+    """Returns the settings that differ from the usual ones, in inner tables too."""
     changed = {}
     for name, value in settings.items():
         before = usual.get(name)

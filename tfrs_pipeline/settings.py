@@ -35,8 +35,8 @@ class Config(pydantic.BaseModel):
     """A table of settings: frozen, checked when made, unknown keys refused.
 
     Raises:
-        ConfigError: If a value is out of range or a key unknown; all such problems at once, and
-            what does not fit together once the values by themselves are right.
+        ConfigError: If values are out of range or keys unknown, with all such problems at once; or,
+            once each value is valid, if values contradict each other.
     """
 
     model_config = pydantic.ConfigDict(
@@ -89,8 +89,8 @@ def _alone(values: Any) -> Any:
     return (values,) if is_one else values
 
 
-# Types of settings that list values, of which one may be given alone; of `Distinct` none is there
-# twice, and of `Several` there is one at least.
+# Types of settings that list values; a single value may be given alone. `Distinct` values differ,
+# and `Several` needs at least one.
 if TYPE_CHECKING:  # A list does as well, and becomes a tuple.
     Listed: TypeAlias = Sequence[T]
     Distinct: TypeAlias = Sequence[T]
@@ -107,7 +107,7 @@ def refuse(problems: Iterable[tuple[str, str]]) -> None:
         raise ConfigError(found)
 
 
-# What the library says of a text that is none of these tells of its parser.
+# For these errors the library's own message describes its parser.
 _NOT_READ = {
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",

@@ -118,7 +118,7 @@ def _newest(folder: Path, without: Path | None) -> Path | None:
 def _feature_reader(
     log: Log, names: Sequence[str]
 ) -> Callable[[Sequence[Any]], list[dict[str, Any]]]:
-    """Makes a function that looks up the raw features of users by their ids; none of unknown."""
+    """Returns a function that looks up raw features by user id, none for unknown users."""
 
     def read(user_ids: Sequence[Any]) -> list[dict[str, Any]]:
         asked = log.users.filter(log.users["user_id"].isin(list(user_ids)))
@@ -132,12 +132,20 @@ def _feature_reader(
 def refuse_worse(
     evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
 ) -> str:
-    """Refuses a model that finds less than the version in service, by a metric such as "ndcg@100".
+    """Refuses a model that finds less than the version in service.
 
-    The evaluation is of the new model, first, and of `IN_SERVICE`, on the same queries; the folder
-    is the model's, `without` as of `version_in_service`. Returns what was found, in a line for a
-    person; `NotPublished` if the version in service is better by more than the 95% interval of the
-    difference, query by query.
+    Args:
+        evaluation: Of the new model, which comes first, and of `IN_SERVICE`, on the same queries.
+        metric: What decides, such as "ndcg@100".
+        folder: The model's folder.
+        without: As in `version_in_service`.
+
+    Returns:
+        What was found, in a line for a person.
+
+    Raises:
+        NotPublished: If the version in service is better, query by query, and the 95% interval of
+            the difference excludes 0.
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
@@ -145,7 +153,7 @@ def refuse_worse(
         result.overall.intervals[metric].mean
         for result in (evaluation.first, evaluation.results[IN_SERVICE])
     )
-    better = evaluation.differences[IN_SERVICE][metric]  # By how much that in service is.
+    better = evaluation.differences[IN_SERVICE][metric]  # The version in service minus the model.
     # Taken from 0: the negative of 0.0 would be shown as -0.0000.
     found = (
         f"{metric} {new:.4f}, and {old:.4f} of version {version.name} in service: "
@@ -160,9 +168,9 @@ def refuse_worse(
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find each version lacks, by the ids of its items.
+    """Says how many of the items to find each version lacks.
 
-    `in_service` are those that `version_in_service` finds, `exported` those of the new index: the
+    `in_service` are the ids that `version_in_service` finds, `exported` those of the new index. The
     new model is measured with what its export leaves out, too.
     """
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)

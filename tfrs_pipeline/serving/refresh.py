@@ -170,7 +170,7 @@ def _publish(
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
-    """Says what a version of other items, about to be published, undoes of a refresh.
+    """Says which part of a refresh a new version, about to be published, undoes.
 
     Args:
         model: The model's folder, of which the newest version counts.
