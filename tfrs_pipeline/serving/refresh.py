@@ -225,7 +225,7 @@ def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) 
     num_unknown = {
         feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
         for feature in features
-        if feature.kind in ("categorical", "multi_categorical")
+        if feature.holds_categories
     }
     return _Found(path, table, notes, num_unknown)
 
