@@ -108,7 +108,7 @@ class Batch(NamedTuple):
     shared_row: Annotated[tf.Tensor, Axis.COLUMN] = None
     log_q: Annotated[tf.Tensor, Axis.QUERY] = None
     is_counted: Annotated[tf.Tensor, Axis.QUERY] = None
-    hard: Annotated[HardColumns | None, Axis.QUERY] = None
+    hard: Annotated[HardColumns, Axis.QUERY] = None  # type: ignore[assignment]
     dropout_seed: Annotated[tf.Tensor, Axis.NONE] = None
     dropout_slice: Annotated[tf.Tensor, Axis.NONE] = None
     total_weight: Annotated[tf.Tensor, Axis.NONE] = None

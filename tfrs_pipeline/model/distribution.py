@@ -106,6 +106,7 @@ def on_chief(work: Callable[[], Any]) -> Any:
     worker = this_worker()
     if worker.count == 1:
         return work()
+    training_strategy()  # The work may use TensorFlow, after which no worker can be joined.
     if not worker.is_chief:
         answer = json.loads(_from_chief(b""))
         if "error" in answer:

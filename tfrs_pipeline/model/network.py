@@ -172,7 +172,7 @@ class TwoTowerNetwork(tfrs.Model):
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
         own: dict[str, tf.Tensor] = {}
-        if hard is not None:
+        if inputs.hard is not None:
             log_q = inputs.hard.log_q
             own = {
                 "hard_embeddings": hard,
