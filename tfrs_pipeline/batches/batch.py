@@ -104,7 +104,7 @@ class Batch(NamedTuple):
     sequence_rows: Annotated[tf.Tensor, Axis.SEQUENCE] = None
     sequence_times: Annotated[tf.Tensor, Axis.SEQUENCE] = None
     state: Annotated[tf.Tensor, Axis.POSITIVE] = None
-    requests: Annotated[Mapping[str, tf.Tensor] | None, Axis.QUERY] = None
+    requests: Annotated[Mapping[str, tf.Tensor], Axis.QUERY] = None  # type: ignore[assignment]
     shared_row: Annotated[tf.Tensor, Axis.COLUMN] = None
     log_q: Annotated[tf.Tensor, Axis.QUERY] = None
     is_counted: Annotated[tf.Tensor, Axis.QUERY] = None

@@ -36,8 +36,8 @@ class _Found(NamedTuple):
 
     batch: Batch
     slot: Any
-    never: dict[str, Any]
-    pools: dict[str, Any]
+    never: Mapping[str, Any]
+    pools: Mapping[str, Any]
 
 
 class HybridBatches:
