@@ -88,36 +88,29 @@ def train(
 ) -> TrainingResult:
     """Trains a network and leaves it with its best weights.
 
-    A batch and the dropout are functions of (seed, step), so that a run that was stopped goes on
-    from its last whole epoch and ends as an unbroken one would have.
+    A batch and its dropout are functions of (seed, step): a stopped training resumes after its last
+    whole epoch and ends like an unbroken one.
 
     Args:
         network: Compiled here.
         batches: Training batches.
-        settings: The decay goes over the steps of `settings.max_epochs`, whatever `max_epochs`: a
-            second training for the number of epochs that a first one chose then has its learning
-            rates. A decay squeezed into fewer epochs would be another training, that nothing has
-            validated.
-        max_epochs: Epochs at most, exactly without validation; None is the settings' number.
-        validate: Measures the network as it is: metrics by name, such as "ndcg@100". None trains
-            all epochs and keeps the last weights.
-        max_seconds: No epoch is begun once training has taken this long, as
-            `TrainingResult.seconds` counts.
+        settings: The decay goes over all `settings.max_epochs`, so that a refit for fewer epochs
+            has the learning rates that validation has seen.
+        max_epochs: Most epochs, exact without validation; None is the settings' number.
+        validate: Measures the network: metrics by name. None trains all epochs and keeps the last.
+        max_seconds: No epoch begins after training has taken so long (`TrainingResult.seconds`).
         mining: Prepares the batches before the first epoch and every few epochs from then on.
         start: Applied before the first epoch.
-        folder: Where every epoch is saved and a stopped run is resumed from; None keeps the best
-            one in a temporary folder.
-        callbacks: Further ones of Keras.
+        folder: Keeps every epoch, to resume from; None keeps the best one in a temporary folder.
+        callbacks: Further callbacks of Keras.
         on_epoch: Called after each epoch with what was done so far.
 
     Raises:
         ValueError: If `validate` does not measure the monitored metric, the warm-up leaves no step
             for the decay, or the loss is not finite.
     """
-    steps = batches.steps_per_epoch
-    max_epochs = settings.max_epochs if max_epochs is None else max_epochs
     first_step = 0 if start is None else start.first_step
-    _compile(network, settings, settings.max_epochs * steps, first_step)
+    _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
         keeper = _BestEpoch(
             settings,
@@ -127,31 +120,45 @@ def train(
             saves_all=folder is not None,
             on_epoch=on_epoch,
         )
-        epoch = keeper.restore(network, mining)
-        if not epoch and start is not None:
+        first_epoch = keeper.restore(network, mining)
+        if not first_epoch and start is not None:
             start.apply(network)
         all_callbacks = [*callbacks, keeper]
         if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
             # The keeper comes last: an epoch that counts as done has its events.
             all_callbacks = [_Diagnostics(batches), *callbacks, board, keeper]
-        while epoch < max_epochs and not keeper.is_over:
-            until = max_epochs
-            if mining is not None:
-                due = epoch - epoch % mining.every
-                chief_first(functools.partial(mining.prepare, due))
-                until = min(due + mining.every, max_epochs)
-            network.fit(
-                dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
-                initial_epoch=epoch,
-                epochs=until,
-                steps_per_epoch=steps,
-                callbacks=all_callbacks,
-                verbose=0,
-            )
-            epoch = until
+        last = settings.max_epochs if max_epochs is None else max_epochs
+        _train_epochs(network, batches, mining, all_callbacks, first_epoch, last)
         keeper.keep_best(network)
     return keeper.result
+
+
+def _train_epochs(
+    network: TwoTowerNetwork,
+    batches: HybridBatches,
+    mining: MinedPools | None,
+    callbacks: Sequence[tf.keras.callbacks.Callback],
+    epoch: int,
+    max_epochs: int,
+) -> None:
+    """Trains the epochs after `epoch`, until the last callback, the keeper, is over."""
+    keeper, steps = callbacks[-1], batches.steps_per_epoch
+    while epoch < max_epochs and not keeper.is_over:
+        until = max_epochs
+        if mining is not None:
+            due = epoch - epoch % mining.every
+            chief_first(functools.partial(mining.prepare, due))
+            until = min(due + mining.every, max_epochs)
+        network.fit(
+            dataset_of(network, batches, epoch * steps, (until - epoch) * steps),
+            initial_epoch=epoch,
+            epochs=until,
+            steps_per_epoch=steps,
+            callbacks=callbacks,
+            verbose=0,
+        )
+        epoch = until
 
 
 def read_epoch(

@@ -45,7 +45,7 @@ def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
     """Makes a tensor of ids: the empty id for None and for integers beyond int64."""
     if dtype == tf.string:
         return tf.constant(["" if id_ is None else id_ for id_ in ids], dtype, [len(ids)])
-    array = np.asarray(ids)
+    array: Any = np.asarray(ids)
     if array.dtype.kind != "i":
         fits = [id_ is not None and -(2**63) <= id_ < 2**63 for id_ in ids]
         array = [id_ if fit else empty_id(dtype) for id_, fit in zip(ids, fits, strict=True)]

@@ -48,10 +48,10 @@ def mine_pools(
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[RowLists, MiningReport]:
-    """Mines a pool of hard negatives for every sample, in random order, and counts the dropped.
+    """Mines a pool of hard negatives for every sample, in random order, and counts dropped items.
 
-    Samples of one query state, those of a user with the same history, are retrieved for once.
-    Nothing is excluded by the retrieval itself: what the filters drop can then be counted.
+    Retrieves once for all samples of a user with the same history. The retrieval itself excludes
+    nothing, so that what the filters drop can be counted.
 
     Args:
         retrieve: By the current model.
@@ -63,9 +63,7 @@ def mine_pools(
         on_progress: Called after each batch with the samples done and their total.
     """
     num_candidates = len(samples.counts) - 1
-    is_later = samples.is_later
-    if is_later is None:
-        is_later = np.zeros(num_candidates + 1, bool)
+    is_later = np.zeros(num_candidates + 1, bool) if samples.is_later is None else samples.is_later
     batch_size = min(batch_size, max(1, _CELLS_PER_BATCH // (num_candidates + 1)))
     order, first = _by_state(samples)
     rng = np.random.default_rng(seed)
@@ -78,9 +76,7 @@ def mine_pools(
         batch, states = order[ends[0] : ends[-1]], order[ends[:-1]]
         keys = samples.query_rows[states]
         masks = [lists.take(keys) for lists in (samples.known_positives, samples.exposed)]
-        num_dropped_at_most = np.sum([np.diff(lists.offsets) for lists in masks], axis=0)
-        num_more = int(num_dropped_at_most.max() + is_later.sum())
-        k = min(num_candidates, mined.max_rank + num_more)
+        k = min(num_candidates, mined.max_rank + _num_masked(masks) + int(is_later.sum()))
         found = retrieve(keys, samples.latest(states, history_length), k)
         is_known, is_exposed = (are_listed(found, lists, num_candidates) for lists in masks)
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
@@ -101,6 +97,11 @@ def mine_pools(
     pool = as_mined.take(np.argsort(order))
     num_without = int(np.count_nonzero(sizes == 0))
     return pool, MiningReport(len(samples), num_without, num_retrieved, len(pool.values), dropped)
+
+
+def _num_masked(masks: Sequence[RowLists]) -> int:
+    """Returns the most items that the filters drop for any query."""
+    return int(np.sum([np.diff(lists.offsets) for lists in masks], axis=0).max())
 
 
 def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:

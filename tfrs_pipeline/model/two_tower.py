@@ -150,51 +150,40 @@ class TwoTower(TwoTowerSettings):
         on_epoch: OnEpoch | None = None,
         verbose: bool | None = None,
     ) -> FittedTwoTower:
-        """Fits the model to the events of a log.
+        """Fits the model to the events of a log; returns the fitted model.
 
         Args:
             train: The training part. The model has rows for all its items and users.
-            validation: Chooses the epoch to keep and stops training early; None trains all of
-                `training.max_epochs`.
-            warm_start: The fitted model to start from (`WarmStart` says how), also one that
-                `trained_in` reads: of the same shape, and trained on nothing that validates or
-                tests here.
-            folder: Where samples and checkpoints are kept, so that a stopped training can resume;
-                one folder for each training, with the same log, settings and code of own parts. A
-                resumed training ends like an unbroken one, bit for bit, unless an own tower draws
-                from a state of its own, as `tf.keras.layers.Dropout` does. None is a temporary
-                folder. Several workers need one that all see (`docs/guides/scale.md`).
+            validation: Chooses the epoch to keep and stops training early; None trains all epochs.
+            warm_start: The fitted model to start from (see `WarmStart`), also one that `trained_in`
+                reads: of the same shape, trained on nothing that validates or tests here.
+            folder: Keeps samples and checkpoints, so that a stopped training can resume; one folder
+                for each training, with the same log, settings and code of own parts. A resumed
+                training ends like an unbroken one, bit for bit, unless an own tower draws from a
+                state of its own, as `tf.keras.layers.Dropout` does. None is a temporary folder.
+                Several workers need one that all see (`docs/guides/scale.md`).
             exclude: What validation excludes from a user's ranking.
             on_epoch: Called after each epoch with what was done so far.
-            verbose: Whether to write each epoch, and the steps of a long one, to standard error;
-                None writes them only on a terminal.
-
-        Returns:
-            The fitted model.
+            verbose: Whether to write epochs to standard error; None writes them on a terminal.
 
         Raises:
-            TypeError: If `train`, `validation`, `warm_start` or an own tower has another type.
-            DataError: If there is no positive to train on, no item is left as anyone's negative, or
-                `hard` asks for losers and there is none.
-            ConfigError: If the model to start from is of another shape.
-            ValueError: If there are too few positives for a batch, training diverges, several
-                workers have no folder, the folder belongs to another log, other settings or no
-                training, an own layer has been trained before, or validation has nothing to find.
+            TypeError: If an argument or an own tower has another type.
+            DataError: If there is no positive, no negative for anyone, or no loser for `hard`.
+            ConfigError: If `warm_start` is of another shape.
+            ValueError: If positives are too few for a batch, training diverges, several workers
+                have no folder, the folder belongs to another or no training, an own layer has been
+                trained before, or validation has nothing to find.
             WorkerLost: If another worker fails or does not answer.
         """
         check_log(train)
         if validation is not None:
             check_holdout(validation)
         training_strategy()  # Joins the other workers, if there are any: nothing may come before.
+        check_shared(folder)
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
-            check_shared(folder)
             source = None if folder is None else _checked(warm_start)
-            chosen_by = {
-                "validation": None if validation is None else validation.fingerprint(),
-                "exclude": exclude,
-                "warm_start": None if source is None else source.fingerprint(),
-            }
+            chosen_by = {"validation": validation, "warm_start": source, "exclude": exclude}
             data = chief_first(lambda: self._training_set(train, place, chosen_by))
             write_epoch, write_steps = writers(self.training, verbose)
             return self.fit_samples(
@@ -218,7 +207,11 @@ class TwoTower(TwoTowerSettings):
             hard=self.hard if isinstance(self.hard, FunnelLosers) else None,
             min_positives=self.training.min_positives,
         )
-        hold_to(folder / MADE_OF_FILE, self._made_of(log, data.samples) | chosen_by)
+        told = {
+            name: part.fingerprint() if hasattr(part, "fingerprint") else part
+            for name, part in chosen_by.items()
+        }
+        hold_to(folder / MADE_OF_FILE, self._made_of(log, data.samples) | told)
         return data
 
     def fit_samples(
@@ -237,19 +230,17 @@ class TwoTower(TwoTowerSettings):
         on_progress: OnProgress = lambda *task: None,
         log: Log | None = None,
     ) -> FittedTwoTower:
-        """Fits the model to samples that are built already; `fit` says what is not said here.
+        """Fits the model to samples that are built already; see also `fit`.
 
-        `max_epochs` stands for the settings' number (see `fit.train`), and no epoch is begun after
-        `max_seconds`. Checkpoints are kept in `folder`. `cutoffs` are those of validation's
-        metrics, besides the cutoff of the monitored one. `on_steps` is called now and then in a
-        long epoch, `on_progress` while mining with a task's name, steps done and in all. An export
-        needs the `log` of the samples.
+        `max_epochs` replaces the settings' number; no epoch begins after `max_seconds`. `folder`
+        keeps checkpoints. `on_steps` is called now and then in a long epoch, `on_progress` while
+        mining, with a task's name, steps done and in all. An export needs the samples' `log`.
         """
         strategy = training_strategy()
         check_shared(folder)
         data.check_negatives_left(self.hard)
         source, corpus = _checked(warm_start), data.corpus
-        if source is not None:  # What is later in this log may be known from an earlier one.
+        if source:  # What is later in this log may be known from an earlier one.
             corpus = dataclasses.replace(corpus, is_later=None)
         with naming_lost_workers():
             tf.keras.utils.set_random_seed(self.seed)
@@ -261,12 +252,9 @@ class TwoTower(TwoTowerSettings):
             mining = self._mining(batches, network, folder, on_progress)
             validate = None
             if validation is not None:
-                validation = validation.sample(self.training.validation_users, self.seed)
-                check_measurable(validation, exclude)
-                cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
-                validate = functools.partial(
-                    validation_metrics, network, corpus, encoder, validation, exclude, cutoffs
-                )
+                validation = self._validation(validation, exclude)
+                measured = network, corpus, encoder, validation, exclude, self._cutoffs(cutoffs)
+                validate = functools.partial(validation_metrics, *measured)
             # Also where no step is left to train: a checkpoint is read.
             mark_trained(network.query_tower, network.candidate_tower)
             result = train(
@@ -320,6 +308,15 @@ class TwoTower(TwoTowerSettings):
     @property
     def _own_towers(self) -> dict[str, TowerLike | None]:
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
+
+    def _validation(self, holdout: Holdout, exclude: Exclude) -> Holdout:
+        """Samples the users that choose the epoch."""
+        sample = holdout.sample(self.training.validation_users, self.seed)
+        check_measurable(sample, exclude)
+        return sample
+
+    def _cutoffs(self, cutoffs: Sequence[int]) -> list[int]:
+        return sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
 
     def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
         frame = SamplingFrame.of_counts(samples.counts, self.training.batch_size)
