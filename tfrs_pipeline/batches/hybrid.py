@@ -309,7 +309,7 @@ def _of_rows(never: Never, slot: tf.Tensor) -> Never:
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
-def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> dict[str, Any] | None:
+def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> Any:
     """Returns a value of each request feature's column; None if there is no request feature."""
     return {name: value(column) for name, column in samples.request_columns.items()} or None
 
