@@ -26,6 +26,7 @@ from index_libraries import synthetic
 from record import write_json
 
 from tfrs_pipeline.evaluation.table import format_cells
+from tfrs_pipeline.model.encoder import known_rows
 from tfrs_pipeline.serving.index import ScannIndex
 from tfrs_pipeline.serving.item_filter import Allowed
 from tfrs_pipeline.serving.retriever import load
@@ -207,10 +208,11 @@ def main() -> None:
     corpora = []
     if options.model:
         retriever = load(options.model, exact=True)
-        held_out = retriever.held_out_requests()
-        num = options.queries
-        tuning = Requests(held_out.queries[num:], held_out.known[num:])
-        corpora.append((retriever.candidate_embeddings(), tuning, held_out.queries[:num]))
+        queries, ids = retriever.held_out_queries(), np.array(retriever.candidate_ids())
+        known = known_rows(retriever.saved_model.encoder, queries, ids)
+        held_out, num = retriever.embed_queries(queries), options.queries
+        tuning = Requests(held_out[num:], known[num:])
+        corpora.append((retriever.candidate_embeddings(), tuning, held_out[:num]))
     results = []
     for num_vectors in () if options.model else options.vectors:
         total = options.tuning_queries + options.queries

@@ -330,11 +330,11 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
          "history_timestamps: given without --history ITEM"),
         ("query model --user 3 -k ten", "k: got 'ten'; must be a whole number"),
         ("query model --user 3 -k 0", "k: got '0'; must be greater than 0"),
-        ("tune-index model --target-recall 2", "target_recall: got '2'; must be less than or"),
+        ("refresh-index model --target-recall 2", "target_recall: got '2'; must be less than or"),
         ("refresh-index model", "required: --items"),
         ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
         ("server", "unknown command 'server'; did you mean 'serve'?"),
-        ("", "no command; known: run, compare, report, query, serve, tune-index, refresh-index"),
+        ("", "no command; known: run, compare, report, query, serve, refresh-index"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_told_in_a_line(

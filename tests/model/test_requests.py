@@ -87,8 +87,6 @@ def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: P
     for texts in (words, upper, lower):
         raw = tf.reshape(tf.constant(texts), [4, *(1 for _ in feature.raw_spec.shape[1:])])
         np.testing.assert_array_equal(feature.encode(raw), of_samples)
-    if kind == "categorical":
-        assert feature.known_texts >= {"", *words, *upper, *lower}
 
 
 @pytest.mark.parametrize("kind", ["categorical", "hashed"])
@@ -103,7 +101,6 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
     for column in (values, [3, 4, None, 3], ["3", "4", "", "3"], np.array(values)):
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
-    assert kind == "hashed" or {"3", "3.0", ""} <= feature.known_texts
     # As text, too, as a client sends it.
     np.testing.assert_array_equal(feature.encode(tf.constant(["3.0", "4.0", "", "3"])), of_samples)
     # Not where the values are no integers: 3.0 is one of them then.

@@ -164,12 +164,7 @@ def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     """What of the metrics must come out the same again."""
     # The notes hold how many positives a second were trained.
     other = ("date", "seconds", "notes", "export_folder")
-    same = {name: value for name, value in metrics.items() if name not in other}
-    requests = [
-        {name: x for name, x in request.items() if name not in ("ms", "exact_ms")}
-        for request in same["index"].get("requests", ())
-    ]
-    return {**same, "index": {**same["index"], "requests": requests}}
+    return {name: value for name, value in metrics.items() if name not in other}
 
 
 # What a run reports

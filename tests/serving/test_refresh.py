@@ -425,9 +425,6 @@ def test_the_command_says_what_it_did(
     assert versions_of(folder) == [2]
     assert load(folder).manifest["index"]["kind"] == "scann"
     assert "exact search alone would do" in said
-    assert main(["tune-index", str(folder), "--target-recall", "0.9"]) == 0
-    said = capsys.readouterr().out
-    assert all(column in said for column in ("of 1 leaves", "excluded", "recall", "known"))
 
 
 def test_items_are_read_as_those_of_the_log_were(

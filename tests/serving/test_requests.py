@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prometheus_client import REGISTRY
 from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
@@ -299,20 +298,6 @@ def test_rest_tells_times_and_sides_apart_whatever_their_names(
     with pytest.raises(HTTPException, match="genres: Missing named input"):
         answer("embed_candidate", item_id=[3])
     assert answer("embed_candidate", item_id=[3], genres=[["a", "b"]])["is_known_item"].all()
-
-
-def test_unknown_values_of_a_request_are_counted(version: ServedVersion) -> None:
-    def counted() -> float | None:
-        return REGISTRY.get_sample_value("tfrs_unknown_values_total", {"feature": "Gender"})
-
-    before = counted()
-    assert before is not None
-    body = {"inputs": {"user_id": [100, 101, 102, 103], "Gender_": ["ios", "IOS", "", "?"]}}
-    call = rest.parse_predict(
-        json.dumps({"signature_name": "embed_user", **body}).encode(), version.signatures
-    )
-    version.call(call.signature, call.inputs)
-    assert counted() == before + 2
 
 
 def test_the_page_sends_requests(

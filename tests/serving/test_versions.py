@@ -200,21 +200,6 @@ def test_the_watch_follows_and_survives_a_broken_disk(
     assert num_looks > 1
 
 
-def test_a_numbered_folder_without_a_manifest_is_logged_once(
-    model: ModelVersions, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / "9").mkdir()
-    (folder / "notes").mkdir()
-    for _ in range(3):
-        model.refresh()
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told == [f"{folder / '9'} has no manifest.json and is passed over"]
-    assert states(model) == {1: "AVAILABLE"}
-    (folder / "9" / "manifest.json").touch()
-    model.refresh()
-    assert states(model) == {9: "AVAILABLE"}
-
-
 def test_no_version_at_all_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No exported model at"):
         versions_of(tmp_path / "nowhere")

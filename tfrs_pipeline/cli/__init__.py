@@ -13,7 +13,7 @@ from typing import Any
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
-from tfrs_pipeline.cli.models import RefreshIndex, Serve, TuneIndex
+from tfrs_pipeline.cli.models import RefreshIndex, Serve
 from tfrs_pipeline.cli.query import Query
 from tfrs_pipeline.cli.runs import BRIEF, INTERRUPTED, Compare, Report, Run, train
 from tfrs_pipeline.serving.publish import NotPublished
@@ -28,7 +28,6 @@ COMMANDS: dict[str, Any] = {
     "report": Report,
     "query": Query,
     "serve": Serve,
-    "tune-index": TuneIndex,
     "refresh-index": RefreshIndex,
 }
 COMMAND_LINE = CommandLine(

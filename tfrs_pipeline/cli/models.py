@@ -1,4 +1,4 @@
-"""The commands that serve an exported model, or measure or exchange its index."""
+"""The commands that serve an exported model, or exchange its items."""
 
 from __future__ import annotations
 
@@ -38,33 +38,6 @@ class Serve(ServeSettings, OfModel):
         logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
         settings = ServeSettings(**self.model_dump(include=set(ServeSettings.model_fields)))
         serve(self.model, settings, lambda at: print(f"serving {self.model} at {at}", flush=True))
-        return 0
-
-
-class TuneIndex(OfModel):
-    """Measure the recall and the latency of an index.
-
-    Builds a ScaNN index over the items of an exported model, as `run` and `refresh-index` do, and
-    prints its recall of the exact answers to the model's held-out queries and the time of a query,
-    by k and by excluded items, compared with exact search. The model stays as it is.
-    """
-
-    target_recall: TargetRecall | None = None
-    """Recall target, in (0, 1]; if not given, that of the model's export."""
-
-    def __call__(self) -> int:
-        """Builds, measures and prints."""
-        from tfrs_pipeline.serving.index import Scann
-        from tfrs_pipeline.serving.retriever import load
-        from tfrs_pipeline.serving.tune import index_tables, measure_requests, tune_index
-
-        retriever = load(self.model, exact=True)
-        asked = retriever.manifest["export"]["index"]
-        recall = self.target_recall or asked.get("recall", Scann.recall)
-        tuning, measured = retriever.held_out_requests().parted()
-        with native_errors_to(Path(os.devnull)):  # ScaNN logs every index that it builds.
-            index = tune_index(retriever.candidate_embeddings(), tuning, target_recall=recall)
-        say(Console(), index_tables(index, measure_requests(index, measured)))
         return 0
 
 

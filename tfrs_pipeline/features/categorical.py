@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.raw import BOOLEANS, WHOLE_FLOAT, Column, has_booleans, to_texts
-from tfrs_pipeline.features.vocabulary import Vocabulary, count_rows, takes_whole_floats
+from tfrs_pipeline.features.raw import WHOLE_FLOAT, Column, to_texts
+from tfrs_pipeline.features.vocabulary import Vocabulary, count_rows
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
@@ -63,16 +62,3 @@ class Categorical(Category, Vocabulary):
         from tfrs_pipeline.features import graph
 
         return self.codes(graph.cleaned(raw, self.vocabulary))
-
-    @functools.cached_property
-    def known_texts(self) -> frozenset[str]:
-        """What a request may contain, as text, to be understood, or missing.
-
-        Example:
-            >>> sorted(Categorical("shelf", ("7", "top")).known_texts)
-            ['', '7', '7.0', 'top']
-        """
-        whole = [x for x in self.vocabulary if x.removeprefix("-").isdecimal()]
-        also = [f"{x}.0" for x in whole] if takes_whole_floats(self.vocabulary) else []
-        also += BOOLEANS if has_booleans(self.vocabulary) else ()
-        return frozenset(("", *self.vocabulary, *also))

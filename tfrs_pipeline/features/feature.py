@@ -175,11 +175,6 @@ class Feature(ABC):
         return ()
 
     @property
-    def known_texts(self) -> frozenset[str] | None:
-        """What a request may contain to be understood, or missing; None if that is not listed."""
-        return None
-
-    @property
     def had_values(self) -> bool:
         """Whether the fitted column had any value, as far as the encoding shows."""
         return self != self.fit(self.name, [None])

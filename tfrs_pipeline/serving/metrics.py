@@ -17,11 +17,6 @@ CALL_SECONDS = Histogram("tfrs_model_call_seconds", "Seconds of a model call.", 
 CALL_QUERIES = Histogram(
     "tfrs_model_call_queries", "Queries in a model call.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
 )
-UNKNOWN_VALUES = Counter(
-    "tfrs_unknown_values",
-    "Values of a request's categorical feature that the training did not have: taken as missing.",
-    ["feature"],
-)
 VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
 LOADS = Counter(
     "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]

@@ -42,12 +42,6 @@ def versions_of(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
-def incomplete_versions_of(folder: Path) -> set[str]:
-    """Names the numbered folders below a model's that have no manifest."""
-    numbered = (child for child in folder.glob("[0-9]*") if child.name.isdecimal())
-    return {child.name for child in numbered if not (child / MANIFEST_FILE).is_file()}
-
-
 def no_model_at(path: Path) -> FileNotFoundError:
     """Makes the error for a path without a complete version; it suggests a model near by."""
     within, beside = (

@@ -18,7 +18,6 @@ from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.model.encoder import (
     as_inputs,
     features_of,
-    known_rows,
     query_inputs,
     request_inputs,
 )
@@ -42,7 +41,6 @@ from tfrs_pipeline.serving.publish import (
     versions_of,
 )
 from tfrs_pipeline.serving.signatures import Retrieval
-from tfrs_pipeline.serving.tune import Requests
 
 
 def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
@@ -239,12 +237,6 @@ class LoadedRetriever:
     def held_out_queries(self) -> list[Query]:
         """Reads the queries that the index was measured on."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
-
-    def held_out_requests(self) -> Requests:
-        """Embeds the held-out queries, and looks up the rows of what their users know."""
-        queries, ids = self.held_out_queries(), np.array(self.candidate_ids())
-        known = known_rows(self.saved_model.encoder, queries, ids)
-        return Requests(self.embed_queries(queries), known)
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of the candidates by id; empty if they have none."""

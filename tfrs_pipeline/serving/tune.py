@@ -1,11 +1,11 @@
-"""Tunes how widely an index searches, and measures what that finds and costs."""
+"""Tunes how widely an index searches, and measures what that finds."""
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,9 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import are_listed
-from tfrs_pipeline.evaluation.table import format_cells
 from tfrs_pipeline.evaluation.topk import top_k_in_blocks
-from tfrs_pipeline.serving.index import ExactIndex, Level, Scann, ScannIndex
+from tfrs_pipeline.serving.index import ExactIndex, Level, ScannIndex
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +41,15 @@ _Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 class Requests(NamedTuple):
     """What an index is tuned and measured on.
 
-    Attributes:
-        queries: [num_queries, D] float32, at least one, better 200 or more.
-        known: For each query the rows, from 1, that its user knows, so that a request excludes
-            them.
+    `queries` are [num_queries, D] float32; `known` holds for each the rows, from 1, that its user
+    knows.
     """
 
     queries: np.ndarray
     known: Sequence[np.ndarray]
 
     def parted(self) -> tuple[Requests, Requests]:
-        """Holds out 128 queries for measurement, second; below 384, uses all for both.
-
-        The queries that an index was tuned on would flatter it.
-        """
+        """Holds out 128 queries for measurement, second; below 384, uses all for both."""
         num = _REPORTED_QUERIES
         if len(self.queries) < 3 * num:
             return self, self
@@ -66,20 +60,13 @@ class Requests(NamedTuple):
 def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: float) -> ScannIndex:
     """Builds a ScaNN index that reaches a recall target with the least work, at each depth.
 
-    The depth of a request is its k plus its number of excluded candidates. If a request excludes
-    the nearest, its answer lies at the end of the depth: the mean recall there must reach the
-    target, and so must that of real requests, which exclude what the user knows. Each counts less
-    three standard errors, and with a quarter of what may be missed to spare, so that other queries
-    reach the target too. Exact search serves the depths, after the first, at which it is no more
-    work. Work is computed, not timed: equal data give an equal index.
-
-    Embeddings, [num_candidates, D] float32, need no unit length: scores are dot products.
-
-    Raises:
-        RuntimeError: If no search reaches the target at the first depth.
-        ValueError: If the target is not in (0, 1], or the arrays do not fit each other.
+    The depth of a request is its k plus its number of excluded candidates.
     """
-    _check(embeddings, requests.queries, target_recall)
+    num_queries = len(requests.queries)
+    if not num_queries:
+        raise ValueError("There must be queries to measure on. Received: 0 queries")
+    if num_queries < _FEW_QUERIES:
+        logger.warning("the index is tuned on no more than %d queries", num_queries)
     index = ScannIndex(ExactIndex(embeddings))
     depths = _depths(len(embeddings))
     ranking, scores = exact_ranking(embeddings, requests.queries, depths[-1])
@@ -92,9 +79,10 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         return lowest_recall(is_found, is_known[:, :depth])
 
     exact_work = WORK_OF_EXACT_SCORE * index.num_candidates
-    # What was chosen for its measure is a little worse than measured.
+    # With a quarter of what may be missed to spare: other queries must reach the target too.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
+    # Work is computed, not timed: equal data give an equal index.
     for depth in depths:
         if levels and work_of(Level(depth, 1, depth), index) >= exact_work:
             break
@@ -111,22 +99,6 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
     index.levels = tuple(levels)
     logger.info("index of %d leaves: %s", index.num_leaves, index.levels)
     return index
-
-
-def _check(embeddings: np.ndarray, queries: np.ndarray, target_recall: float) -> None:
-    Scann(target_recall)
-    if not (embeddings.ndim == queries.ndim == 2 and embeddings.shape[1] == queries.shape[1]):
-        raise ValueError(
-            "embeddings and queries must be matrices of the same width. Received: "
-            f"embeddings.shape={embeddings.shape}, queries.shape={queries.shape}"
-        )
-    if not len(embeddings) or not len(queries):
-        raise ValueError(
-            "There must be candidates to search and queries to measure on. Received: "
-            f"{len(embeddings)} candidates, {len(queries)} queries"
-        )
-    if len(queries) < _FEW_QUERIES:
-        logger.warning("the index is tuned on no more than %d queries", len(queries))
 
 
 def exact_ranking(
@@ -148,10 +120,8 @@ def _depths(num_candidates: int) -> list[int]:
 def _least(
     index: ScannIndex, recall: Callable[[int, int], float], depth: int, wanted: float
 ) -> Level | None:
-    """Finds the fewest candidates to rescore, then the fewest leaves; None if no search suffices.
-
-    Half of what may be missed is left to the leaves. Recall nearly always rises with both.
-    """
+    """Finds the fewest candidates to rescore, then the fewest leaves; None if none suffices."""
+    # Half of what may be missed is left to the leaves. Recall nearly always rises with both.
     most, half = index.num_candidates, (1 + wanted) / 2
     options = sorted({min(round(x * depth), most) for x in _REORDERED_OVER_DEPTH} | {most})
     place = bisect.bisect_left(options, True, key=lambda n: recall(index.num_leaves, n) >= half)
@@ -178,6 +148,7 @@ def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
     The arrays, [num_queries, depth], say which places of the exact ranking are found and known.
     """
     depth = is_found.shape[1]
+    # If a request excludes the nearest, its answer lies at the end of the depth.
     kinds = [is_found[:, -max(10, depth // 32) :].mean(axis=1)]
     num_known = is_known.sum(axis=1)
     # The answer is all that is not known, since the request needs the whole depth.
@@ -188,11 +159,9 @@ def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
 
 
 def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
-    """Returns which places of the exact answers, [num_queries, depth], a search has found.
-
-    Candidates with equal scores are interchangeable: one that scores like the last of an exact
-    answer replaces a missed one with that score.
-    """
+    """Returns which places of the exact answers, [num_queries, depth], a search has found."""
+    # Candidates with equal scores are interchangeable: one that scores like the last of an exact
+    # answer replaces a missed one with that score.
     (rows, scores), (found_rows, found_scores) = exact, found
     num = max(rows.max(), found_rows.max())
     last, rounding = scores[:, -1:], _EQUAL * np.abs(scores).max(axis=1, keepdims=True)
@@ -204,57 +173,25 @@ def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
 
 
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
-    """Measures recall and time of requests with several k and exclusions, beside exact search.
-
-    Returns a dict for each: "k"; "excluded", how many of the nearest, or "known"; "recall"; "ms"
-    and "exact_ms", milliseconds per query in calls of 16.
-    """
+    """Measures "recall" by "k" and "excluded": how many of the nearest, or "known"."""
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)
     ranking, _ = exact_ranking(index.exact.embeddings.numpy(), queries, most)
     cases: dict[int | str, Any] = {n: ranking[:, :n] for n in REPORTED_EXCLUSIONS}
     cases["known"] = requests.known[: len(queries)]
     searches = [compiled(x.search, 1, num_lists=1) for x in (index, index.exact)]
-    return [
-        {"k": k, "excluded": name, **_compared(searches, queries, k, excluded)}
-        for k in REPORTED_KS
-        for name, excluded in cases.items()
-        if k + max(map(len, excluded)) < num
-    ]
-
-
-def _compared(
-    searches: Sequence[_Search], queries: np.ndarray, k: int, excluded: Sequence[Any]
-) -> dict[str, float]:
-    """Measures an approximate and an exact search; more candidates are left than asked for."""
-    lists = np.zeros((len(queries), max(map(len, excluded))), np.int32)
-    for line, rows in zip(lists, excluded, strict=True):
-        line[: len(rows)] = rows
-    seconds: list[float] = []
-    answers: list[_Answer] = []
-    for search in searches:
-        _in_calls(search, queries[:_QUERIES_PER_CALL], k, excluded=lists)
-        start = time.perf_counter()
-        answers.append(_in_calls(search, queries, k, excluded=lists))
-        seconds.append(time.perf_counter() - start)
-    found, exact = answers
-    is_found = found_places(exact, found)
-    ms, exact_ms = (round(1e3 * x / len(queries), 4) for x in seconds)
-    return {"recall": round(float(is_found.mean()), 4), "ms": ms, "exact_ms": exact_ms}
-
-
-def index_tables(index: ScannIndex, requests: Sequence[dict[str, Any]]) -> str:
-    """Formats the levels of an index, and what `measure_requests` returned, as plain text."""
-    levels = [["k + excluded", f"of {index.num_leaves} leaves", "rescored"]]
-    for level in index.levels:
-        cells = level.depth, level.num_leaves_to_search, level.num_reordered
-        levels.append([f"{cell:,}" for cell in cells])
-    levels.append(["more", "exact", "all"])
-    lines = [["k", "excluded", "recall", "ms", "exact ms"]]
-    for x in requests:
-        figures = f"{x['recall']:.4f}", f"{x['ms']:.3f}", f"{x['exact_ms']:.3f}"
-        lines.append([str(x["k"]), str(x["excluded"]), *figures])
-    return f"{format_cells(levels)}\n\n{format_cells(lines)}"
+    measured = []
+    for k, (name, excluded) in itertools.product(REPORTED_KS, cases.items()):
+        width = max(map(len, excluded))
+        if k + width >= num:
+            continue
+        lists = np.zeros((len(queries), width), np.int32)
+        for line, rows in zip(lists, excluded, strict=True):
+            line[: len(rows)] = rows
+        found, exact = (_in_calls(search, queries, k, excluded=lists) for search in searches)
+        recall = round(float(found_places(exact, found).mean()), 4)
+        measured.append({"k": k, "excluded": name, "recall": recall})
+    return measured
 
 
 def _in_calls(

@@ -25,7 +25,6 @@ from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import (
     MANIFEST_FILE,
-    incomplete_versions_of,
     no_model_at,
     versions_of,
 )
@@ -99,14 +98,6 @@ class ServedVersion:
                 nullable={HISTORY_TIMESTAMPS}.union(*(x.values() for x in named.values())),
                 times=times,
             )
-        self._vocabularies = {
-            of_side["request"][feature.name]: (
-                metrics.UNKNOWN_VALUES.labels(feature.name),
-                frozenset(map(str.encode, known)),
-            )
-            for feature in self.retriever.features["request"]
-            if (known := feature.known_texts) is not None
-        }
         # The first call is slow, and reveals a broken model.
         for retriever in self._retrievers():
             for name, inputs in specs.items():
@@ -116,9 +107,6 @@ class ServedVersion:
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Calls a signature with arrays of as many queries each."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
-        of_request = {} if "item_id" in inputs else self._vocabularies
-        for name, (counter, known) in of_request.items():
-            counter.inc(sum(value not in known for value in inputs.get(name, ())))
         with metrics.CALL_SECONDS.time():
             return ask(self._functions[signature], inputs)
 
@@ -186,7 +174,6 @@ class ModelVersions:
         self._retired: list[ServedVersion] = []
         # What was wrong with each version, and when to try again.
         self._failures: dict[Identity, tuple[str, float]] = {}
-        self._passed_over: set[str] = set()
         if not self._on_disk():
             raise no_model_at(path)
 
@@ -200,7 +187,6 @@ class ModelVersions:
     def refresh(self) -> None:
         """Switches to the newest version on disk, loading it first; frees unused older ones."""
         on_disk = self._on_disk()
-        self._tell_passed_over()
         self._failures = {i: failure for i, failure in self._failures.items() if i in on_disk}
         for identity in sorted(on_disk, reverse=True):
             if identity == self._identity:
@@ -269,13 +255,6 @@ class ModelVersions:
             folders = [self._path / str(number) for number in versions_of(self._path)]
         identities = ((_identity(folder), folder) for folder in folders)
         return {identity: folder for identity, folder in identities if identity is not None}
-
-    def _tell_passed_over(self) -> None:
-        """Logs numbered folders without a manifest, once each; some are still being copied."""
-        incomplete = set() if self._is_version else incomplete_versions_of(self._path)
-        for name in sorted(incomplete - self._passed_over):
-            logger.warning("%s has no %s and is passed over", self._path / name, MANIFEST_FILE)
-        self._passed_over = incomplete
 
     def _load(self, identity: Identity, folder: Path) -> bool:
         self._loading = identity[0]
