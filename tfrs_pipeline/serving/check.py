@@ -1,18 +1,17 @@
-"""Loads SavedModels in a fresh process, and compares their answers with recorded ones.
+"""Loads SavedModels in a fresh process, and compares their answers with expected ones.
 
-    python -m tfrs_pipeline.serving.check FOLDER...
-
-A folder holds the model and its `probe.npz`. Brute-force fallbacks come first, before ScaNN's op is
-loaded. Exits with 0 if all answers are the same, else with 1 and the differences on standard error.
+`python -m tfrs_pipeline.serving.check` reads what to ask and to expect from standard input,
+and exits with 0 if all answers are the same, else with 1 and the differences on standard error.
 """
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -21,20 +20,22 @@ from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model.encoder import features_of, query_inputs
 from tfrs_pipeline.model.graph_functions import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.index import load_scann_ops
-from tfrs_pipeline.serving.publish import EXACT_FOLDER
+from tfrs_pipeline.serving.index import ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.saved_model import RetrievalModule
-from tfrs_pipeline.serving.signatures import ask, missing_input
+from tfrs_pipeline.serving.signatures import ask, completed
 
 # A reloaded model may run other kernels: the same answer, not the same bits.
 SCORE_TOLERANCE = 1e-4
-PROBE_FILE = "probe.npz"
 # Last on the path, so that it hides no module of the standard library.
 _PROGRAM = """
 import runpy, sys
 sys.path.append(sys.argv.pop(1))
 runpy.run_module("tfrs_pipeline.serving.check", run_name="__main__", alter_sys=True)
 """
+
+_Arrays: TypeAlias = dict[str, np.ndarray]
+# By signature: the inputs and the outputs.
+_Expected: TypeAlias = dict[str, tuple[_Arrays, _Arrays]]
 
 
 class ExportError(RuntimeError):
@@ -59,7 +60,37 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _probe(
+def prove(
+    modules: Mapping[Path, RetrievalModule],
+    queries: Sequence[Query],
+    item_ids: Sequence[Any],
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Has a fresh process load what was saved, by folder, and answer like the modules in memory.
+
+    Asks with `queries` and `item_ids`; other inputs have their `example_values`, or are missing.
+    """
+    probes: list[tuple[str, bool, _Expected]] = []
+    for folder, module in modules.items():
+        expected: _Expected = {}
+        for name, function in module.exported.items():
+            inputs = _inputs(function, queries, item_ids, values)
+            sides = inputs, call(function, inputs)
+            given, answer = ({key: x.numpy() for key, x in side.items()} for side in sides)
+            expected[name] = given, answer
+        needs_scann = any(isinstance(part, ScannIndex) for part in module.submodules)
+        probes.append((str(folder), needs_scann, expected))
+    # Brute-force fallbacks come first, before ScaNN's op is loaded.
+    probes.sort(key=lambda probe: probe[1])
+    # With -P, a file of the working directory such as queue.py is no module there.
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
+    done = subprocess.run(command, input=pickle.dumps(probes), capture_output=True, check=False)
+    if done.returncode:
+        problems = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise ExportError(f"A fresh process could not use the export: {problems}")
+
+
+def _inputs(
     function: Any,
     queries: Sequence[Query],
     item_ids: Sequence[Any],
@@ -72,80 +103,17 @@ def _probe(
     if "item_id" in specs:
         num_rows, of_side = len(item_ids), values["candidate"]
         inputs["item_id"] = tf.constant(item_ids, specs["item_id"].dtype)
-    for name, spec in specs.items():
-        if name in of_side:
-            shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
-            inputs[name] = tf.fill(shape, tf.constant(of_side[name], spec.dtype))
-        elif name not in inputs:
-            inputs[name] = missing_input(spec, num_rows)
-    return {name: inputs[name] for name in specs}
+    for name in specs.keys() & of_side:
+        shape = [num_rows, *(size or 1 for size in specs[name].shape[1:])]
+        inputs[name] = tf.fill(shape, tf.constant(of_side[name], specs[name].dtype))
+    return completed(specs, inputs, num_rows)
 
 
-def prove(
-    modules: Mapping[Path, RetrievalModule],
-    queries: Sequence[Query],
-    item_ids: Sequence[Any],
-    values: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Has a fresh process load what was saved, by folder, and answer like the modules in memory.
-
-    Asks with `queries` and `item_ids`; other inputs have their `example_values`, or are missing. An
-    `ExportError` if the process fails or an answer differs.
-    """
-    for folder, module in modules.items():
-        arrays: dict[str, np.ndarray] = {}
-        for name, function in module.exported.items():
-            inputs = _probe(function, queries, item_ids, values)
-            outputs = call(function, inputs)
-            for role, tensors in (("input", inputs), ("output", outputs)):
-                arrays |= {f"{name}/{role}/{key}": _plain(x.numpy()) for key, x in tensors.items()}
-        np.savez(folder / PROBE_FILE, allow_pickle=False, **arrays)
-    # With -P, a file of the working directory such as queue.py is no module there.
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
-    command += map(str, modules)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for folder in modules:
-        (folder / PROBE_FILE).unlink()
-    if done.returncode:
-        raise ExportError(
-            f"A fresh process could not use the export: {done.stderr.strip()[-2000:]}"
-        )
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """Decodes byte strings, so that an array can be saved without pickle."""
-    if values.dtype != object:
-        return values
-    return np.char.decode(values.astype(bytes), "utf-8") if values.size else values.astype(str)
-
-
-def differences(folder: Path) -> str:
-    """Describes how a reloaded model's answers differ from its probe; "" if they do not."""
-    with np.load(folder / PROBE_FILE) as probe:
-        arrays = {tuple(name.split("/", 2)): array for name, array in probe.items()}
-    loaded = tf.saved_model.load(str(folder))
-    problems = []
-    for signature in dict.fromkeys(name for name, _, _ in arrays):
-        given, expected = (
-            {
-                key: array
-                for (name, r, key), array in arrays.items()
-                if (name, r) == (signature, role)
-            }
-            for role in ("input", "output")
-        )
-        if problem := difference(expected, ask(loaded.signatures[signature], given)):
-            problems.append(f"{signature}: {problem}")
-    return "; ".join(problems)
-
-
-def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -> str:
+def difference(expected: _Arrays, answer: _Arrays) -> str:
     """Describes how an answer differs, "" if it does not; equal scores may be in any order."""
-    if set(expected) != set(answer):
-        return f"{sorted(answer)} instead of {sorted(expected)}"
-    for key, array in answer.items():
-        if array.shape != expected[key].shape:
-            return f"{key} has shape {array.shape} instead of {expected[key].shape}"
+    shapes, others = ({key: x.shape for key, x in side.items()} for side in (expected, answer))
+    if shapes != others:
+        return f"shapes {others} instead of {shapes}"
     for key, array in expected.items():
         if array.dtype.kind not in "fb":
             continue
@@ -156,36 +124,28 @@ def difference(expected: dict[str, np.ndarray], answer: dict[str, np.ndarray]) -
             return f"{key} differ by up to {worst}"
     if "candidate_ids" not in expected:
         return ""
-    ids, scores = answer["candidate_ids"], expected["scores"]
-    if ids.dtype == object:
-        ids = np.char.decode(ids.astype(bytes), "utf-8")
+    scores, is_other = expected["scores"], answer["candidate_ids"] != expected["candidate_ids"]
     # Ids are compared where no neighbour has the same score.
     is_tied = np.zeros(scores.shape, bool)
     is_close = np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE
     is_tied[:, 1:] |= is_close
     is_tied[:, :-1] |= is_close
-    num_other = int(((ids != expected["candidate_ids"]) & ~is_tied & np.isfinite(scores)).sum())
-    return f"{num_other} of {ids.size} candidate ids differ" if num_other else ""
+    num_other = int((is_other & ~is_tied & np.isfinite(scores)).sum())
+    return f"{num_other} of {scores.size} candidate ids differ" if num_other else ""
 
 
 def main() -> int:
-    """Checks the folders on the command line."""
+    """Checks the probes on standard input."""
     problems = []
-    for folder in sorted(map(Path, sys.argv[1:]), key=_may_need_scann):
-        if _may_need_scann(folder):
-            try:
-                load_scann_ops()
-            except ImportError as error:
-                print(error, file=sys.stderr)
-        if problem := differences(folder):
-            problems.append(f"{folder}: {problem}")
+    for folder, needs_scann, expected in pickle.load(sys.stdin.buffer):
+        if needs_scann:
+            load_scann_ops()
+        loaded = tf.saved_model.load(folder)
+        for name, (given, outputs) in expected.items():
+            if problem := difference(outputs, ask(loaded.signatures[name], given)):
+                problems.append(f"{folder}: {name}: {problem}")
     print(*problems, sep="\n", file=sys.stderr)
     return int(bool(problems))
-
-
-def _may_need_scann(folder: Path) -> bool:
-    # By the whole ending: a model or a folder above may be called "exact" too.
-    return folder.parts[-len(EXACT_FOLDER.parts) :] != EXACT_FOLDER.parts
 
 
 if __name__ == "__main__":

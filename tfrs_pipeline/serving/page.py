@@ -40,11 +40,7 @@ PAGE_HEADERS = {
 
 
 class PageQuery(BaseModel):
-    """A query of the page: by a user's stored history, or by items and features.
-
-    The items are excluded from the answer. `filter` has values of the item filter. Features and
-    requests are as typed (see `Feature.parse`).
-    """
+    """A query of the page: by a user's stored history, or by items and features as typed."""
 
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
@@ -66,15 +62,15 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "index": manifest["index"],
         "num_candidates": len(version.titles),
         "has_titles": any(version.titles.values()),
-        "has_users": manifest.get("user_data", True),
-        "example_user": manifest.get("example_user"),
+        "has_users": manifest["user_data"],
+        "example_user": manifest["example_user"],
         "example_items": _shown(ids[0].tolist(), version.titles),
         "filter": {**item_filter, "values": item_filter["values"][:MAX_CHOICES]},
         "inputs": [
             {"name": x.name, "example": x.example, "values": _choices(x)}
             for x in retriever.features["query"]
         ],
-        "request": list(manifest.get("feature_inputs", {}).get("request", ())),
+        "request": list(manifest["feature_inputs"]["request"]),
     }
 
 
@@ -96,11 +92,7 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
 
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
-    """Answers a `PageQuery` by the index and, if that is approximate, exactly too.
-
-    Both answer the call in the answer's `request`, a path and a body. An `HTTPException` 400 if
-    `body` is no such query, or beyond a limit.
-    """
+    """Answers a `PageQuery` by the index and, if that is approximate, exactly too."""
     try:
         query = PageQuery.model_validate_json(body)
     except ValidationError as error:
@@ -129,13 +121,10 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
-    """Makes the predict call for a query.
-
-    A `ValueError` if the model lacks users or a feature, or an id is of another type.
-    """
+    """Makes the predict call for a query."""
     inputs: dict[str, Any]
     if query.user_id is not None:
-        if not retriever.manifest.get("user_data", True):
+        if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
         user = retriever.parse_user_id(str(query.user_id))
         inputs = {"user_id": [user], "exclude": [[]]}

@@ -23,7 +23,7 @@ from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import missing_input, missing_value
+from tfrs_pipeline.serving.signatures import completed, missing_value
 
 DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")
@@ -34,12 +34,8 @@ _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(v
 class SignatureInputs:
     """Checks the inputs of a signature in JSON against limits, and turns them into arrays.
 
-    Args:
-        specs: The inputs by name.
-        limits: The server's settings.
-        optional: Inputs that a request may leave out, which are missing then.
-        nullable: Inputs in which null is a missing value: features, and times.
-        times: Features that are times, in seconds since 1970.
+    A request may leave out the `optional` ones. Null is a missing value in the `nullable` ones.
+    `times` are features in seconds since 1970.
     """
 
     def __init__(
@@ -52,6 +48,8 @@ class SignatureInputs:
     ) -> None:
         self._specs = dict(specs)
         self._times = {TIMESTAMP, HISTORY_TIMESTAMPS, *times}
+        nullable = {TIMESTAMP, HISTORY_TIMESTAMPS, *nullable}
+        optional = {HISTORY_TIMESTAMPS, *optional}
         self._max_results = limits.max_results
         types = {
             name: _value_type(name, spec, limits, is_nullable=name in nullable)
@@ -65,10 +63,13 @@ class SignatureInputs:
         rows = _list_of(_object_of(types, optional), limits.max_queries, min_length=1)
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
-    def of_columns(self, inputs: Any) -> dict[str, np.ndarray]:
-        """Reads `inputs`: an object with a column for each input, or the column of the only one."""
-        columns = _checked(self._columns, self._named(inputs), "inputs")
-        arrays = {name: self._column(columns[name], name) for name in columns}
+    def read(self, given: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
+        """Reads `instances`, an object for each query, or `inputs`, with a column for each input.
+
+        In place of an object there may be the value, or the column, of the only input.
+        """
+        columns = self._of_rows(given) if is_row_format else self._of_columns(given)
+        arrays = {name: self._column(column, name) for name, column in columns.items()}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
             raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
@@ -79,13 +80,14 @@ class SignatureInputs:
                 f"A request may ask for {self._max_results} results, its queries times k "
                 f"(--max-results). Received: {num_queries} x {k}"
             )
-        return {  # In the signature's order.
-            name: arrays[name] if name in arrays else missing_input(spec, num_queries).numpy()
-            for name, spec in self._specs.items()
-        }
+        inputs = completed(self._specs, arrays, num_queries)
+        return {name: np.asarray(x) for name, x in inputs.items()}
 
-    def of_rows(self, instances: Any) -> dict[str, np.ndarray]:
-        """Reads `instances`: for each query an object, or the value of the only input."""
+    def _of_columns(self, inputs: Any) -> dict[str, Any]:
+        columns: dict[str, Any] = _checked(self._columns, self._named(inputs), "inputs")
+        return columns
+
+    def _of_rows(self, instances: Any) -> dict[str, Any]:
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
             raise bad_request(
                 f"Input {scalars[0]!r} is one value for the whole request, which rows cannot give: "
@@ -94,9 +96,7 @@ class SignatureInputs:
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
         rows = _checked(self._rows, instances, "instances")
-        arrays = {name: self._column([row.get(name) for row in rows], name) for name in self._specs}
-        _check_times(arrays)
-        return arrays
+        return {name: [row.get(name) for row in rows] for name in self._specs}
 
     def _column(self, column: Any, name: str) -> np.ndarray:
         array = _array(column, self._specs[name], name)
@@ -118,10 +118,7 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """A signature's name and the array of each input: numbers, or objects that are `bytes`.
-
-    A call that came as `instances` is in row format, and is answered with `predictions`.
-    """
+    """A signature's name and the array of each input: numbers, or objects that are `bytes`."""
 
     signature: str
     inputs: dict[str, np.ndarray]
@@ -150,19 +147,7 @@ class PredictCall(NamedTuple):
 
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
-    """Reads the body of a predict call, in time proportional to its length.
-
-    Args:
-        body: `{"signature_name": name, "inputs": {...}}`, or `instances` instead of `inputs`. It
-            may hold the number NaN, and null for a missing feature; of a repeated key, the last
-            value counts.
-        signatures: The inputs of each signature of the model.
-
-    Raises:
-        HTTPException: 400, if it is not JSON, the signature is unknown, an input is missing,
-            unknown, of another type or rank, or beyond a limit, or inputs differ in their number of
-            queries.
-    """
+    """Reads the body of a predict call, in time proportional to its length, or refuses it (400)."""
     try:
         document = from_json(body)
     except ValueError as error:
@@ -185,25 +170,13 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
     is_row_format = "instances" in document
     if is_row_format == ("inputs" in document):
         raise bad_request("A request has either 'inputs' or 'instances'.")
-    inputs = signatures[name]
-    if is_row_format:
-        return PredictCall(name, inputs.of_rows(document["instances"]), True)
-    return PredictCall(name, inputs.of_columns(document["inputs"]), False)
+    given = document["instances" if is_row_format else "inputs"]
+    inputs = signatures[name].read(given, is_row_format=is_row_format)
+    return PredictCall(name, inputs, is_row_format)
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
-    """Writes an answer from arrays [num_queries, ...] of numbers, bools, or objects with `bytes`.
-
-    Numbers that are not finite are the bare words NaN, Infinity and -Infinity, as in TensorFlow
-    Serving: Python reads them, JavaScript and strict parsers do not.
-
-    Example:
-        >>> outputs = {"ids": np.array([[7, 3]]), "scores": np.array([[0.5, -np.inf]], np.float32)}
-        >>> format_outputs(outputs, is_row_format=False)
-        b'{"outputs":{"ids":[[7,3]],"scores":[[0.5,-Infinity]]}}'
-        >>> format_outputs(outputs, is_row_format=True)
-        b'{"predictions":[{"ids":[7,3],"scores":[0.5,-Infinity]}]}'
-    """
+    """Writes an answer, arrays [num_queries, ...] of numbers, bools or `bytes`, as JSON."""
     columns = {name: array.tolist() for name, array in outputs.items()}
     # A single output stands without its name.
     answer: Any = columns if len(columns) > 1 else next(iter(columns.values()))
@@ -211,6 +184,7 @@ def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> by
         rows = zip(*columns.values(), strict=True)
         answer = [dict(zip(columns, row, strict=True)) for row in rows]
     document = {"predictions" if is_row_format else "outputs": answer}
+    # NaN, Infinity and -Infinity as bare words, as in TensorFlow Serving.
     return to_json(document, inf_nan_mode="constants")
 
 

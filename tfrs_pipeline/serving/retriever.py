@@ -99,7 +99,7 @@ class LoadedRetriever:
         self.saved_model: Any = tf.saved_model.load(str(folder / place))
         spec = self.saved_model.signatures["retrieve"].structured_input_signature[1]
         self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
-        self.item_filter: dict[str, Any] | None = self.manifest.get("filter")
+        self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         self.features = features_of(self.manifest)
 
     def retrieve(
@@ -131,7 +131,7 @@ class LoadedRetriever:
                 without an item filter, or has a value that no item has.
         """
         answer = self._retrieved(queries, "history", k, exclude, allowed)
-        return _decoded(answer["candidate_ids"]), answer["scores"]
+        return answer["candidate_ids"], answer["scores"]
 
     def retrieve_user(
         self,
@@ -154,7 +154,7 @@ class LoadedRetriever:
             ValueError: As `retrieve`; if the model was exported without user data, or an id is of
                 another type.
         """
-        if not self.manifest.get("user_data", True):
+        if not self.manifest["user_data"]:
             raise ValueError(
                 "This model was exported without user data and knows no users. Ask by history: "
                 "`retrieve`, or --history on the command line."
@@ -166,7 +166,7 @@ class LoadedRetriever:
             check_one_each("requests", requests, len(queries))
             queries = [{**x, "request": y} for x, y in zip(queries, requests, strict=True)]
         answer = self._retrieved(queries, "user", k, exclude, allowed)
-        return _decoded(answer["candidate_ids"]), answer["scores"], answer["is_known_user"]
+        return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, read or refused as by `retrieve`: [n, D] float32."""
@@ -261,38 +261,36 @@ class LoadedRetriever:
             lists = tf.ragged.constant(texts, tf.string, ragged_rank=1)
             asked["allowed"] = lists.to_tensor("")
         names = [Retrieval(asks_by, x, allowed is not None).name for x in (False, True)]
-        return self._answer(queries, names, asked)
+        answer = self._answer(queries, names, asked)
+        return {**answer, "candidate_ids": _decoded(answer["candidate_ids"])}
 
     def _answer(
         self, queries: Sequence[Query], names: Sequence[str], asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
         """Asks the first signature for queries without features, the second for the others."""
-        function = self.saved_model.signatures[names[0]]
         requests = [query.get("request") for query in queries]
         check_requests(requests, self._request_names, may_have_others=True)
-        inputs = {
-            **query_inputs(function, queries),
-            **request_inputs(function, self.features, requests),
-            **asked,
-        }
         has_features = np.array([query.get("features") is not None for query in queries], bool)
-        if not has_features.any():
-            answer = function(**inputs)
-            return {name: tensor.numpy() for name, tensor in answer.items()}
-        order = [np.flatnonzero(~has_features), np.flatnonzero(has_features)]
-        raw = self.raw_query_features([queries[i] for i in order[1].tolist()])
-        parts = [
-            self.saved_model.signatures[name](
-                **{n: x if n == "k" else tf.gather(x, places) for n, x in inputs.items()}, **more
-            )
-            for places, name, more in zip(order, names, ({}, raw), strict=True)
-        ]
+        parts, order = [], []
+        for which in np.unique(has_features) if len(queries) else [False]:
+            places = np.flatnonzero(has_features == which)
+            some = [queries[i] for i in places]
+            given = self.raw_query_features(some) if which else {}
+            function = self.saved_model.signatures[names[int(which)]]
+            given |= query_inputs(function, some)
+            given |= request_inputs(function, self.features, [requests[i] for i in places])
+            for name, values in asked.items():
+                is_whole = name == "k" or len(some) == len(queries)
+                given[name] = values if is_whole else tf.gather(values, places)
+            parts.append({name: x.numpy() for name, x in function(**given).items()})
+            order.append(places)
         back = np.argsort(np.concatenate(order))
-        return {name: np.concatenate([p[name].numpy() for p in parts])[back] for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
         """Makes the inputs for given features; a `ValueError` if the model does not read one."""
-        names = [feature.name for feature in self.features["query"]]
+        read = self.features["query"]
+        names = [feature.name for feature in read]
         if not names:
             raise ValueError(
                 "The model reads no user features: remove `features` from the queries."
@@ -303,7 +301,6 @@ class LoadedRetriever:
                 f"{', '.join(names)}"
             )
         columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        read = self.features["query"]
         return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,29 +14,17 @@ from tfrs_pipeline.model.graph_functions import call, signature_inputs, traced
 from tfrs_pipeline.model.id_tensors import lookup, row_table, stored, with_empty
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
-from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, missing_input
+from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, completed
 
 DEFAULT_K = 100
 
 
 class RetrievalModule(tf.Module):
-    """An encoder and an index behind raw ids.
+    """An encoder, built or loaded, and an index behind raw ids.
 
     Its signatures, which saved_models/README.md lists, are attributes too. They take, in this
     order, the inputs of the encoder's function that embeds such a query, `exclude`, `k` and
-    `allowed`. The encoder's are: `user_id`; `history` and, if the model reads times,
-    `history_timestamps` ([B, L] float64 seconds since 1970, NaN if unknown); the features of the
-    user; what a request brings (`request_signature`). `serving_default` takes the user id alone.
-    A model without users has none of `serving_default`, `retrieve_user...` and `embed_user`.
-
-    Args:
-        encoder: An `Encoder`, built or loaded.
-        index: Over the candidates' embeddings.
-        candidate_ids: [num_candidates] item ids, in the order of the embeddings.
-        item_filter: Values that requests may filter by.
-
-    Attributes:
-        exported: The signatures by name.
+    `allowed`. `candidate_ids` are in the order of the index's embeddings.
     """
 
     def __init__(
@@ -91,9 +79,8 @@ class RetrievalModule(tf.Module):
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         retrieval = Retrieval("user")
         specs = signature_inputs(getattr(self, retrieval.name))
-        missing = {name: missing_input(x, tf.shape(user_id)[0]) for name, x in specs.items()}
         given = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
-        return self._answer(retrieval, **(missing | given))
+        return self._answer(retrieval, **completed(specs, given, tf.shape(user_id)[0]))
 
     def _answer(
         self,
@@ -108,8 +95,11 @@ class RetrievalModule(tf.Module):
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
         embedded = call(getattr(self.encoder, retrieval.embed_name), query)
+        # Items of a given history are not excluded, unless `exclude` holds them.
+        if retrieval.asks_by == "user":
+            exclude = tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
         # Row 0 is padding, an unknown item, or one that the index does not have.
-        excluded = lookup(self._candidate_rows, self._excluded(retrieval, query, exclude))
+        excluded = lookup(self._candidate_rows, exclude)
         chosen = None
         if self._item_filter is not None and allowed is not None:
             chosen = self._item_filter.choose(allowed)
@@ -119,17 +109,6 @@ class RetrievalModule(tf.Module):
             "scores": scores,
             "is_known_user": embedded["is_known_user"],
         }
-
-    def _excluded(
-        self, retrieval: Retrieval, query: Mapping[str, tf.Tensor], exclude: tf.Tensor
-    ) -> tf.Tensor:
-        """Returns what queries exclude, [B, any] ids: `exclude`, and a stored user's known items.
-
-        Items of a given history are not excluded unless `exclude` holds them.
-        """
-        if retrieval.asks_by == "history":
-            return exclude
-        return tf.concat([self.encoder.known_items(query["user_id"]), exclude], axis=1)
 
 
 def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:

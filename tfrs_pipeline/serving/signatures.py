@@ -15,13 +15,7 @@ from tfrs_pipeline.model.id_tensors import empty_id
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A signature that retrieves, by its parts; saved_models/README.md lists their inputs.
-
-    Attributes:
-        asks_by: "user", whose stored history and known items count, or "history", a given one.
-        has_features: Whether a query brings features of the user, instead of the stored ones.
-        is_filtered: Whether a query brings values of the item filter.
-    """
+    """A signature that retrieves, by its parts; saved_models/README.md lists their inputs."""
 
     asks_by: Literal["user", "history"]
     has_features: bool = False
@@ -55,15 +49,20 @@ def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     return {name: tensor.numpy() for name, tensor in signature(**given).items()}
 
 
-def missing_input(spec: tf.TensorSpec, num_rows: int) -> tf.Tensor:
-    """Makes an input that says nothing about `num_rows` queries or items; a k of 1.
-
-    Ids are empty, lists have no entry, features are missing.
-    """
-    if spec.shape.rank == 0:
-        return tf.constant(1, spec.dtype)
-    shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
-    return tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+def completed(
+    specs: Mapping[str, tf.TensorSpec], given: Mapping[str, Any], num_rows: Any
+) -> dict[str, Any]:
+    """Returns all inputs of a signature, in its order; those not given say nothing, a k is 1."""
+    inputs = {}
+    for name, spec in specs.items():
+        if name in given:
+            inputs[name] = given[name]
+        elif spec.shape.rank == 0:
+            inputs[name] = tf.constant(1, spec.dtype)
+        else:
+            shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
+            inputs[name] = tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
+    return inputs
 
 
 def missing_value(dtype: tf.DType) -> Any:

@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.model.graph_functions import signature_inputs
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import (
     MANIFEST_FILE,
@@ -31,7 +30,7 @@ from tfrs_pipeline.serving.publish import (
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import ask, missing_input
+from tfrs_pipeline.serving.signatures import ask, completed
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +45,8 @@ Identity: TypeAlias = tuple[int, int, int]
 class ServedVersion:
     """A loaded version of a model, whose folder is named by its number.
 
-    Attributes:
-        retriever: Answers requests.
-        exact: Exact search over the same items: the brute-force fallback, or `retriever` if that is
-            exact; None if it was not loaded because there is no page.
-        titles: Title of each item by id, in the order of the corpus, None if it has none. Read for
-            the page alone, and at once, because the version's folder may be deleted.
-        search_lines: Title and id of each item, case-folded, to search in.
-        signatures: The inputs of each signature.
-        signature_def: The same in the form of TensorFlow Serving's metadata.
-        num_uses: Number of requests being answered; see `ModelVersions.use`.
+    `exact` is exact search over the same items: the brute-force fallback, or `retriever` itself;
+    None without a page.
     """
 
     def __init__(self, folder: Path, settings: ServeSettings) -> None:
@@ -70,6 +61,7 @@ class ServedVersion:
         self.exact: LoadedRetriever | None = self.retriever
         if self.retriever.manifest["index"]["kind"] == "scann":
             self.exact = load(folder, exact=True) if settings.page else None
+        # Read for the page, and at once, because the version's folder may be deleted.
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
@@ -79,30 +71,25 @@ class ServedVersion:
         self.signature_def = _signature_def(folder)
         self._functions = dict(self.retriever.saved_model.signatures)
         specs = {name: signature_inputs(function) for name, function in self._functions.items()}
-        of_side = self.retriever.manifest.get("feature_inputs", {})
+        names = self.retriever.manifest["feature_inputs"]
         self.signatures = {}
-        for name, inputs in specs.items():
+        for signature, inputs in specs.items():
             # A feature of items may be called like one of users or requests.
             sides = ("candidate",) if "item_id" in inputs else ("query", "request")
-            named = {side: of_side.get(side, {}) for side in sides}
-            times = [
-                named[side][feature.name]
-                for side in sides
-                for feature in self.retriever.features[side]
-                if feature.is_time
-            ]
-            self.signatures[name] = SignatureInputs(
+            features = {
+                names[side][x.name]: x for side in sides for x in self.retriever.features[side]
+            }
+            self.signatures[signature] = SignatureInputs(
                 inputs,
                 settings,
-                optional={*named.get("request", {}).values(), HISTORY_TIMESTAMPS},
-                nullable={HISTORY_TIMESTAMPS}.union(*(x.values() for x in named.values())),
-                times=times,
+                optional=names["request"].values() if "request" in sides else (),
+                nullable=features,
+                times=[name for name, feature in features.items() if feature.is_time],
             )
         # The first call is slow, and reveals a broken model.
         for retriever in self._retrievers():
             for name, inputs in specs.items():
-                one = {key: missing_input(spec, 1) for key, spec in inputs.items()}
-                retriever.saved_model.signatures[name](**one)
+                retriever.saved_model.signatures[name](**completed(inputs, {}, 1))
 
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Calls a signature with arrays of as many queries each."""
@@ -114,10 +101,8 @@ class ServedVersion:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
 
     def release(self) -> None:
-        """Frees the memory of a version, which must not be called any more.
-
-        TensorFlow keeps hash tables and ScaNN's index by name: they would outlive the model.
-        """
+        """Frees the memory of a version, which must not be called any more."""
+        # TensorFlow keeps hash tables and ScaNN's index by name: they would outlive the model.
         for handles in self.handles():
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
@@ -151,13 +136,7 @@ def _signature_def(folder: Path) -> dict[str, Any]:
 class ModelVersions:
     """The version in use of a model's folder, and the states of the others.
 
-    Only the newest version is served, as in TensorFlow Serving's default. A new one is loaded and
-    asked once while the old one answers; then requests go to the new one, and the old one is freed
-    after its last request. A version that cannot be loaded changes nothing but its status, and is
-    tried again later.
-
-    `path` is a model's folder, which is watched, or a version's, which is served for good. A
-    `FileNotFoundError` if there is no version.
+    `path` is a model's folder, which is watched, or a version's, which is served for good.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
@@ -212,10 +191,7 @@ class ModelVersions:
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
-        """Yields the version in use, and keeps it loaded within the block.
-
-        An `HTTPException` 404 if it does not have the number.
-        """
+        """Yields the version in use, and keeps it loaded within the block; a 404 for another."""
         with self._lock:
             version = self._current
             if version is None or number not in (None, str(version.number)):
@@ -253,8 +229,13 @@ class ModelVersions:
         folders = [self._path]
         if not self._is_version:
             folders = [self._path / str(number) for number in versions_of(self._path)]
-        identities = ((_identity(folder), folder) for folder in folders)
-        return {identity: folder for identity, folder in identities if identity is not None}
+        found = {}
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):  # It was deleted meanwhile.
+                stat = (folder / MANIFEST_FILE).stat()
+                number = int(folder.name) if folder.name.isdigit() else 0
+                found[number, stat.st_ino, stat.st_mtime_ns] = folder
+        return found
 
     def _load(self, identity: Identity, folder: Path) -> bool:
         self._loading = identity[0]
@@ -288,13 +269,3 @@ class ModelVersions:
             version.release()
             logger.info("%s: version %d unloaded", self.name, version.number)
         return bool(idle)
-
-
-def _identity(folder: Path) -> Identity | None:
-    """Identifies a version; None if it has no manifest."""
-    try:
-        stat = (folder / MANIFEST_FILE).stat()
-    except FileNotFoundError:
-        return None
-    number = int(folder.name) if folder.name.isdigit() else 0
-    return number, stat.st_ino, stat.st_mtime_ns
