@@ -269,7 +269,7 @@ def test_attention_is_that_of_a_loop() -> None:
 
 def test_added_to_features_a_history_is_as_long_as_an_embedding() -> None:
     """Features of the request, which start as embeddings do, are not drowned."""
-    settings = TwoTowerSettings(history_pooling=("attention",), combination="sum")
+    settings = TwoTowerSettings(history_pooling=("attention",))
     encoder = HistoryEncoder(500, settings)
     rows = tf.reshape(tf.range(1, 501), [20, 25])
     vectors = encoder(rows)

@@ -198,18 +198,18 @@ def test_without_ids_of_candidates_the_history_has_its_own(
 
 
 @pytest.mark.parametrize("poolings", [["mean"], ["mean", "recency"]])
-@pytest.mark.parametrize("combination", ["sum", "concat"])
+@pytest.mark.parametrize("has_other_layers", [False, True])
 def test_a_shared_item_is_read_with_its_features(
-    data: TrainingSet, combination: str, poolings: list[str]
+    data: TrainingSet, has_other_layers: bool, poolings: list[str]
 ) -> None:
     """The mean of one item is that item: with its id, its genre and the layers over both.
 
     Of several poolings, before training.
     """
-    options = {"share_item_embedding": True, "history_pooling": poolings, "combination": "sum"}
+    options = {"share_item_embedding": True, "history_pooling": poolings}
     network = tiny(**options).build(data.corpus)
-    if combination == "concat":  # A query tower that only sums, beside another candidate tower.
-        settings = tiny(**{**options, "combination": "concat", "hidden_layers": [5]}).settings
+    if has_other_layers:  # A query tower that only sums, beside another candidate tower.
+        settings = tiny(**{**options, "hidden_layers": [5]}).settings
         table = feature_table(data.corpus, "candidate")
         candidate = candidate_tower(settings, data.corpus)
         summing = tiny(**options).settings

@@ -38,7 +38,7 @@ def test_normalised_output_has_length_one() -> None:
 
 
 def test_a_sum_adds_up_what_the_tower_reads() -> None:
-    tower = make_tower(features=[GENRE], combination="sum")
+    tower = make_tower(features=[GENRE])
     both = embed(tower, [2, 3], [1, 4])
     table = {v.shape[0]: v.numpy() for v in tower.trainable_variables if "embeddings" in v.name}
     (kernel,) = (v.numpy() for v in tower.trainable_variables if "kernel" in v.name)
@@ -46,14 +46,12 @@ def test_a_sum_adds_up_what_the_tower_reads() -> None:
     np.testing.assert_allclose(both, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("combination", ["concat", "sum"])
 @pytest.mark.parametrize("name", ["id", "history"])
-def test_a_feature_called_as_another_input_is_read_beside_it(name: str, combination: str) -> None:
-    options: dict[str, Any] = {"combination": combination, "num_ids": 6}
+def test_a_feature_called_as_another_input_is_read_beside_it(name: str) -> None:
     settings = TwoTowerSettings(dim=4, history_pooling=("mean", "recency"), history_dropout=0)
     history = HistoryEncoder(6, settings)
     spec = Categorical(name, tuple("abcd"))
-    tower = make_tower(**options, features=[spec], history=history)
+    tower = make_tower(num_ids=6, features=[spec], history=history)
 
     def embedded(row: int, code: int, item: int) -> np.ndarray:
         inputs = {"row": tf.constant([row]), "features": {name: tf.constant([code])}}

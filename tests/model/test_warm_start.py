@@ -236,7 +236,6 @@ OTHERS: dict[str, Any] = {
     "dim": 16,
     "normalize": False,
     "hidden_layers": (4,),
-    "combination": "concat",
     "use_user_id": True,
     "use_candidate_id": False,
     "candidate_bias": True,

@@ -123,8 +123,7 @@ def make_served(
     all_genres[7] = ["", "b"]
     all_genres[8] = [""]
     query_ids, candidate_ids = _ids_of(ids)
-    # Concatenated, each input shows in the answers of an untrained model.
-    changes: dict[str, Any] = {"combination": "concat", "share_item_embedding": False}
+    changes: dict[str, Any] = {"share_item_embedding": False}
     if reads_times or not reads_history:
         changes["history_pooling"] = ("attention",) if reads_times else ()
     model = TwoTower(
@@ -141,13 +140,13 @@ def make_served(
             reads_times,
         )
     )
-    # An untrained Keras embedding is nearly zero: spread the answers out.
-    model.set_weights(
-        [
-            w if w.dtype.kind == "i" else rng.normal(size=w.shape).astype(np.float32)
-            for w in model.get_weights()
-        ]
-    )
+    # An untrained Keras embedding is nearly zero: spread the answers out. Other inputs of a query
+    # must not hide the self-attention over its history, which begins small.
+    small = 0.05 if reads_times else 1.0
+    for weight in model.weights:
+        if weight.dtype.is_floating:
+            scale = 1.0 if "attention" in weight.name else small
+            weight.assign(scale * rng.normal(size=weight.shape))
     histories = [np.zeros(0, np.int32)] + [
         rng.permutation(np.arange(1, NUM_CANDIDATES + 1))[: 2 * i].astype(np.int32)
         for i in range(NUM_QUERIES)

@@ -17,7 +17,8 @@ _GAPS_PER_DOUBLING = 2
 # Share of the gaps, and of the sequences with all their gaps, that training makes unknown, so that
 # a request may come without times.
 GAP_DROPOUT = 0.05
-# About the standard deviation of a new embedding's entries.
+# About the standard deviation of a new embedding's entries. Normalised vectors, whose entries are
+# about 1, would outweigh the features that a tower adds to them.
 _EMBEDDING_SCALE = 0.03
 
 
@@ -30,8 +31,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
     - "recency": their mean with weights that fall by `recency_decay` per step from the latest item.
     - "attention": the last output of a causal Transformer over them (`SelfAttention`). If it
       `reads_times`, it knows the time from each item to the next, and from the last one to the
-      query; times that are not given are unknown. If the tower adds up its inputs (`combination`
-      "sum"), the output starts as long as a new embedding.
+      query; times that are not given are unknown. The output starts as long as a new embedding.
 
     An empty history has a learned vector for each pooling; `num_vectors` counts the poolings.
     `item_embedding` is the layer that embeds candidate rows of any shape, [..., dim]; with None the
@@ -69,9 +69,6 @@ class HistoryEncoder(tf.keras.layers.Layer):
                 dropout=settings.attention_dropout,
                 reads_gaps=reads_times,
             )
-            # Normalised vectors have entries of about 1, and would outweigh the features that a
-            # tower adds to them. Where they are concatenated, a layer weighs both.
-            self._attention_scale = _EMBEDDING_SCALE if settings.combination == "sum" else 1.0
 
     def call(
         self,
@@ -198,7 +195,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
             gaps = gap_buckets(times)
             if dropout is not None:
                 gaps = drop_gaps(gaps, dropout.of(Stream.GAPS))
-        return self.attention(vectors, gaps, dropout) * self._attention_scale
+        return self.attention(vectors, gaps, dropout) * _EMBEDDING_SCALE
 
 
 class SelfAttention(tf.keras.layers.Layer):

@@ -23,7 +23,6 @@ from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.settings import Config, Distinct, Listed, from_text, refuse
 
 DropoutShare: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Combination: TypeAlias = Literal["concat", "sum"]
 OptimizerName: TypeAlias = Literal["adagrad", "adam", "lazy_adam"]
 Decay: TypeAlias = Literal["none", "cosine"]
 
@@ -82,9 +81,6 @@ class TwoTowerSettings(Config):
     one."""
     hidden_layers: Listed[PositiveInt] = ()
     """Sizes of the hidden layers of each tower."""
-    combination: Combination = "sum"
-    """How a tower combines its inputs: sum, each mapped to the embedding's length and added up; or
-    concat, end to end, mapped by its layers."""
     use_user_id: bool = False
     """Whether the query tower has an embedding for each user id."""
     use_candidate_id: bool = True

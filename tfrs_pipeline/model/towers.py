@@ -23,10 +23,9 @@ _HISTORY, _ID = "_history", "_id"
 class Tower(tf.keras.layers.Layer):
     """Embeds rows and features, and maps them to the shared space.
 
-    The inputs are the id's embedding and the vectors of each feature and of the history. With
-    "concat" they are concatenated and mapped by an MLP whose last layer is linear; with "sum" each
-    is projected to the size of the output and they are added up, followed by an MLP if there are
-    hidden layers.
+    The inputs are the id's embedding and the vectors of each feature and of the history. Each is
+    projected to the size of the output, and they are added up. With hidden layers an MLP follows,
+    whose last layer is linear.
 
     There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that
     `are_trained`, [num_ids + 1] bool, leaves out share the one of row 0, which is trained in place
@@ -69,7 +68,6 @@ class Tower(tf.keras.layers.Layer):
         self._droppable = tuple(features)
         self._feature_dropout = settings.feature_dropout
         self._features = {x.name: x.layer(settings.feature_dim) for x in features}
-        self._is_sum = settings.combination == "sum"
         # A history of one vector already has the size of the output.
         projected = [*self._features, *([_HISTORY] if history and history.num_vectors > 1 else [])]
         self._projections = {
@@ -78,12 +76,10 @@ class Tower(tf.keras.layers.Layer):
                 kernel_initializer=_mean_of_vectors if name == _HISTORY else "glorot_uniform",
                 name=f"{layer_name(name.removeprefix('_'))}_projection",
             )
-            for name in (projected if self._is_sum else [])
+            for name in projected
         }
         self._hidden = [tf.keras.layers.Dense(size, "relu") for size in settings.hidden_layers]
-        self._output = (
-            None if self._is_sum and not self._hidden else tf.keras.layers.Dense(dim, name="output")
-        )
+        self._output = tf.keras.layers.Dense(dim, name="output") if self._hidden else None
         self._normalize = settings.normalize
 
     def call(self, inputs: Mapping[str, Any], training: bool = False) -> tf.Tensor:
@@ -139,8 +135,7 @@ class Tower(tf.keras.layers.Layer):
             parts[name] = project(parts[name])
         if self.id_embedding is not None:
             parts[_ID] = self.id_embedding(rows)
-        joined = list(parts.values())
-        hidden = tf.add_n(joined) if self._is_sum else tf.concat(joined, axis=1)
+        hidden = tf.add_n(list(parts.values()))
         for layer in self._hidden:
             hidden = layer(hidden)
         return hidden if self._output is None else self._output(hidden)

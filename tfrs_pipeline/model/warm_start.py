@@ -22,7 +22,7 @@ from tfrs_pipeline.settings import refuse
 
 # What makes the weights of two models mean the same.
 SHAPE = (
-    *("dim", "normalize", "hidden_layers", "combination"),
+    *("dim", "normalize", "hidden_layers"),
     *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
     *("feature_dim", "history_pooling"),
 )
