@@ -12,6 +12,8 @@ from tests.serving.conftest import Exported, Served
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.gate import version_in_service
 
+pytestmark = pytest.mark.usefixtures("trusted_exports")
+
 
 @pytest.mark.parametrize(
     ("kind", "first", "others"), [("str", "film-é-0", [1, 2]), ("int", 3, ["3", "10"])]

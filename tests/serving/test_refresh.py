@@ -338,12 +338,12 @@ def test_a_feature_that_the_training_had_must_have_a_value(kind: Any, values: li
     path, given = Path("today.csv"), pa.array(values)
     nothing = pa.nulls(2, given.type)
     feature = KINDS[kind].fit("price", given, reference=datetime(2024, 6, 1, tzinfo=UTC))
-    refresh._refuse_lost_features(path, pa.table({"price": given}), [feature])
+    refresh.refuse_lost(feature, path, pa.table({"price": given}))
     with pytest.raises(DataError, match=r"none of 2 items has a value of 'price'.*allow_all_new"):
-        refresh._refuse_lost_features(path, pa.table({"price": nothing}), [feature])
+        refresh.refuse_lost(feature, path, pa.table({"price": nothing}))
     if kind != "vector":
         unfitted = KINDS[kind].fit("price", nothing)
-        refresh._refuse_lost_features(path, pa.table({"price": nothing}), [unfitted])
+        refresh.refuse_lost(unfitted, path, pa.table({"price": nothing}))
 
 
 def test_what_is_missing_or_dropped_is_told_and_a_feature_without_any_value_is_refused(

@@ -85,7 +85,6 @@ def export_best(runner: Runner, data: RunData, measured: Measured) -> Exported:
             config.export.filter_by,
             config.export.keep_versions,
         ),
-        item_ids=None,
         user_data=config.export.user_data,
         # A ScaNN index is tuned and measured on these; the first user is the manifest's example.
         queries=data.test.as_queries(),

@@ -110,11 +110,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that stops gently, as the module says.
-
-    If `is_loading` returns True at the end, the process exits at once: a load in its thread cannot
-    be stopped, and Python would wait for it.
-    """
+    """A server that stops gently, as the module says."""
 
     def __init__(
         self, config: uvicorn.Config, is_loading: Callable[[], bool] = lambda: False
@@ -131,7 +127,7 @@ class Server(uvicorn.Server):
             listener.close()
         await self._sleep(LAST_SECONDS)
         await super().shutdown(sockets)
-        if self._is_loading():
+        if self._is_loading():  # A load in its thread cannot be stopped, and Python would wait.
             logging.shutdown()
             sys.stdout.flush()
             os._exit(0)

@@ -114,7 +114,8 @@ def export(
         path: The model's folder, such as "saved_models/videos"; its name is the model's.
         index: `Exact()`, `Scann()`, or `Auto()`, which None is: by the number of items.
         filter_by: Column of the items by whose values requests may filter.
-        keep_versions: How many versions to keep, as `ExportConfig.keep_versions` says.
+        keep_versions: How many versions to keep: the newest two, then the newest of each training,
+            then further refreshes; the others are deleted. None keeps all.
         item_ids: The model's items to retrieve; histories may hold its other items too. None takes
             the items of the log's item table, or all without one.
         user_data: Whether to export users' ids, histories, features and held-out queries. Without
@@ -155,13 +156,20 @@ def export_version(
     path: str | Path,
     options: ExportOptions,
     *,
-    item_ids: Collection[Any] | None,
+    item_ids: Collection[Any] | None = None,
     user_data: bool,
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model as `export` does, and returns the manifest too (see `export_index`)."""
-    model = _exportable(model)
+    """Exports a model within one process, and returns the manifest too (see `export_index`)."""
+    if not isinstance(model, Exportable):
+        # The module of its class would load what only a training needs.
+        if not hasattr(model, "exportable"):
+            raise TypeError(
+                "Exports what TwoTower.fit returns, or a tp.Exportable of another model that "
+                f"embeds queries and candidates. Received: {model!r:.200}."
+            )
+        model = model.exportable()
     items = model.items
     places = _places(items, item_ids)
     if not user_data:
@@ -198,19 +206,6 @@ def export_version(
     )
 
 
-def _exportable(model: Exportable | FittedTwoTower) -> Exportable:
-    """Returns the `Exportable` of a model; a `TypeError` if it has none."""
-    if isinstance(model, Exportable):
-        return model
-    # The module of its class would load what only a training needs.
-    if not hasattr(model, "exportable"):
-        raise TypeError(
-            "Exports what TwoTower.fit returns, or a tp.Exportable of another model that embeds "
-            f"queries and candidates. Received: {model!r:.200}."
-        )
-    return model.exportable()
-
-
 def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
     """Returns the positions of the items to be retrieved, ascending."""
     if item_ids is None:
@@ -236,22 +231,19 @@ def export_index(
     queries: Sequence[Query],
     manifest: Mapping[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports an index over candidates behind an encoder.
+    """Exports an index over candidates behind an encoder, built or loaded.
 
-    Args:
-        path: The model's folder.
-        options: See `export`.
-        encoder: An `Encoder`, built or loaded.
-        embeddings: [num_candidates, D] float32, a row for each of `items`.
-        items: `item_id`, the column of the filter and, if there is one, `title`.
-        queries: To tune and measure on.
-        manifest: About the model; this adds what it knows about the export.
-
-    Returns:
-        The folder of the new version, and its manifest, which another export may have deleted.
+    `embeddings` has a row for each of `items`. Returns the folder of the new version, and its
+    manifest, which another export may have deleted.
     """
-    queries = queries[:NUM_QUERIES]
-    item_filter = _filter_by(items, options.filter_by)
+    queries, item_filter = queries[:NUM_QUERIES], None
+    if (name := options.filter_by) is not None:
+        if name not in items.column_names:
+            known = ", ".join(items.column_names)
+            raise ValueError(
+                f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
+            )
+        item_filter = ItemFilter(name, items[name].to_pylist())
     ids = items["item_id"].to_numpy()
     features = features_of(manifest)
     search, description = _built(options.index, embeddings, ids, encoder, queries, features)
@@ -274,9 +266,11 @@ def export_index(
         for folder, module in saved.items():
             with naming(folder, tf.errors.OpError):
                 tf.saved_model.save(module, str(folder), module.exported, with_scann)
+        (version.partial / ITEMS_FILE).parent.mkdir()
+        pq.write_table(_shown(items), version.partial / ITEMS_FILE)
         read = signature_inputs(encoder.embed_query)
         asked = query_table(queries, items, features["request"], read)
-        _write_tables(version.partial, items, asked)
+        pq.write_table(asked, version.partial / QUERIES_FILE)
         files = [path for path in version.partial.rglob("*") if path.is_file()]
         full = json.loads(json.dumps(full, default=str))
         write_record(version.partial / MANIFEST_FILE, full, files)
@@ -284,25 +278,12 @@ def export_index(
     return version.folder, full
 
 
-def _write_tables(folder: Path, items: pa.Table, queries: pa.Table) -> None:
-    """Writes the tables beside a SavedModel: ids and titles, and held-out queries."""
+def _shown(items: pa.Table) -> pa.Table:
+    """Returns ids and titles, to read answers with."""
     shown = {"item_id": items["item_id"]}
     if "title" in items.column_names:
         shown["title"] = items["title"].cast(pa.string())
-    (folder / ITEMS_FILE).parent.mkdir()
-    pq.write_table(pa.table(shown), folder / ITEMS_FILE)
-    pq.write_table(queries, folder / QUERIES_FILE)
-
-
-def _filter_by(items: pa.Table, name: str | None) -> ItemFilter | None:
-    if name is None:
-        return None
-    if name not in items.column_names:
-        raise ValueError(
-            f"filter_by must name a column of the items. Received: {name!r}; known: "
-            f"{', '.join(items.column_names)}"
-        )
-    return ItemFilter(name, items[name].to_pylist())
+    return pa.table(shown)
 
 
 def _built(

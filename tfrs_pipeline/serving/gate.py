@@ -32,22 +32,10 @@ def version_in_service(
 ) -> ExactRetriever | None:
     """Loads a model's newest version to be measured beside a new one; None if there is none.
 
-    Both are searched exactly, so that they differ only in what they have learned. The version finds
-    those of its items that the new model has too, and nothing that is new.
-
-    Args:
-        folder: The model's folder.
-        candidate_ids: The new model's items.
-        exported: Those that the new model's export retrieves; None if all. The new model is
-            measured with the others as well, so the version finds them too if it was trained on
-            them.
-        log: The log of the new model. An export without user data takes a user's features from it,
-            where a request would bring them.
-        without: A version that is passed over.
-
-    Raises:
-        ValueError: If the version has none of the candidates.
+    `candidate_ids` are the new model's items, `exported` those that its export retrieves, None if
+    all. From `log` an export without user data takes the features of users.
     """
+    # Both are searched exactly, so that they differ only in what they have learned.
     newest = _newest(folder, without)
     if newest is None:
         return None
@@ -71,6 +59,7 @@ def _comparable(
             "another export.name, or export without export.gate."
         )
     known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
+    # The new model is measured with these too, so the version finds them if it was trained on them.
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
     if not len(left_out):
@@ -90,7 +79,7 @@ def _query_embedder(
         asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
     read = request_signature(asked_for, reads_times=True)
     of_user = None
-    if log is not None and not retriever.manifest.get("user_data", True):
+    if log is not None and not retriever.manifest["user_data"]:
         kinds = log.user_features
         names = [x.name for x in retriever.features["query"] if kinds.get(x.name) == x.kind]
         of_user = _feature_reader(log, names) if names else None
@@ -132,20 +121,9 @@ def _feature_reader(
 def refuse_worse(
     evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
 ) -> str:
-    """Refuses a model that finds less than the version in service.
+    """Refuses a model that finds less than the version in service; else says what was found.
 
-    Args:
-        evaluation: Of the new model, which comes first, and of `IN_SERVICE`, on the same queries.
-        metric: What decides, such as "ndcg@100".
-        folder: The model's folder.
-        without: As in `version_in_service`.
-
-    Returns:
-        What was found, in a line for a person.
-
-    Raises:
-        NotPublished: If the version in service is better, query by query, and the 95% interval of
-            the difference excludes 0.
+    The evaluation is of the new model, first, and of `IN_SERVICE`, on the same queries.
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
@@ -168,11 +146,7 @@ def refuse_worse(
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find each version lacks.
-
-    `in_service` are the ids that `version_in_service` finds, `exported` those of the new index. The
-    new model is measured with what its export leaves out, too.
-    """
+    """Says how many of the items to find each version lacks, by the ids of its items."""
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)
     if excluded is not None:
         relevant = list(map(np.setdiff1d, relevant, excluded))

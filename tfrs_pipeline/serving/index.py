@@ -85,10 +85,7 @@ def search_of(kind: str, recall: float = Scann.recall) -> Search:
 
 
 def load_scann_ops() -> Any:
-    """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded.
-
-    An `ImportError` if the package is missing or was built for another TensorFlow.
-    """
+    """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded."""
     try:
         from scann import scann_ops
     except Exception as error:  # A TensorFlow of another version fails in the loader.
@@ -116,17 +113,10 @@ class ExactIndex(tf.Module):
     def search(
         self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds the k best candidates that are not excluded.
+        """Finds the k best candidates of [B, D] queries: rows and scores, [B, k], best first.
 
-        Args:
-            queries: [B, D] float32.
-            k: Scalar int32, 1 or more; may exceed the corpus.
-            excluded: [B, E] int32 rows, from 1, that each query must not find; 0 is padding.
-            allowed: Which candidates each query may find; None is all.
-
-        Returns:
-            rows: [B, k] int32 from 1, best first, ties by the smaller row; 0 in empty slots.
-            scores: [B, k] float32, -inf in empty slots.
+        Rows are int32 from 1, also in `excluded` [B, E]; 0 is padding or an empty slot, whose score
+        is -inf.
         """
         scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
         if allowed is not None:
@@ -142,11 +132,7 @@ class ExactIndex(tf.Module):
 
 @dataclass(frozen=True)
 class Level:
-    """How widely to search for the best `depth` candidates.
-
-    It serves requests whose k and number of excluded candidates add up to `depth` at most.
-    `num_reordered` candidates, at least `depth`, are rescored exactly.
-    """
+    """How widely to search for requests whose k and exclusions add up to `depth` at most."""
 
     depth: int
     num_leaves_to_search: int
@@ -163,10 +149,7 @@ def num_leaves_of(num_candidates: int) -> int:
 
 
 def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leaves: int) -> Any:
-    """Builds a searcher of dot products; each search says how widely to search.
-
-    `builder` is ScaNN's: `scann_ops.builder`, or `scann_ops_pybind.builder` without TensorFlow.
-    """
+    """Builds a searcher of dot products with ScaNN's builder; each search says how widely."""
     sample = min(len(embeddings), _TRAINING_SAMPLE)
     configured = builder(embeddings, 1, "dot_product")
     if num_leaves > 1:
@@ -187,19 +170,11 @@ def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leav
 class ScannIndex(tf.Module):
     """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
 
-    Built on `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
-    threshold nor settings for each search.
-
-    Args:
-        exact: Searches the same candidates, for requests beyond the levels.
-        num_leaves: Partitions of the corpus; None chooses by its size.
-        levels: By depth, ascending; deeper requests are answered exactly.
-
-    Raises:
-        ImportError: If ScaNN is missing.
-        ValueError: If there are fewer than 16 candidates.
+    `levels` are by depth, ascending; `exact` answers deeper requests.
     """
 
+    # On `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
+    # threshold nor settings for each search.
     def __init__(
         self, exact: ExactIndex, num_leaves: int | None = None, levels: Sequence[Level] = ()
     ) -> None:
@@ -226,15 +201,7 @@ class ScannIndex(tf.Module):
         num_leaves_to_search: tf.Tensor,
         num_reordered: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds roughly the best `depth` candidates of [B, D] float32 queries, B at least 1.
-
-        The others are scalar int32 too; `num_reordered` is at least `depth`.
-
-        Returns:
-            rows: [B, depth] int32 from 1, best first; 0 in empty slots, as when the searched leaves
-                hold fewer.
-            scores: [B, depth] float32, -inf in empty slots.
-        """
+        """Finds roughly the best `depth` candidates: rows and scores as of `ExactIndex.search`."""
         searcher = self._ops.searcher_from_module(self._state)
         places, scores = searcher.search_batched(
             queries,
@@ -249,12 +216,7 @@ class ScannIndex(tf.Module):
     def search(
         self, queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor, allowed: Allowed | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`.
-
-        Each query is searched at the level of its own depth, and excluded candidates are dropped
-        from the result. Queries beyond the last level, and those left with too few candidates, are
-        answered exactly.
-        """
+        """Finds roughly the k best candidates that are not excluded; see `ExactIndex.search`."""
         lists = _as_lists(excluded)
         num_excluded = tf.cast(lists.row_lengths(), tf.int32)
         num_wanted = tf.minimum(k, self.num_candidates - num_excluded)
@@ -283,6 +245,7 @@ class ScannIndex(tf.Module):
             shape_invariants=(tf.TensorShape([]), *2 * [tf.TensorShape([None, None])]),
             parallel_iterations=1,
         )
+        # Queries beyond the last level, and those left with too few candidates.
         short = tf.where(tf.math.count_nonzero(rows, axis=1, dtype=tf.int32) < num_wanted)
         exact_rows, exact_scores = self.exact.search(
             tf.gather_nd(queries, short),

@@ -14,17 +14,11 @@ from tfrs_pipeline.model.id_tensors import lookup, row_table, stored
 
 
 class Allowed(NamedTuple):
-    """Which candidates each query may find: those that have one of its values.
+    """Which candidates each query may find: those that have one of its values."""
 
-    Attributes:
-        is_chosen: [B, num_codes] bool, the values that each query chose; code 0 is no value.
-        codes: [num_candidates + 1, P] int32 codes of the values of each row, padded with 0.
-        share: [B] float32, roughly the share of the candidates that may be found.
-    """
-
-    is_chosen: tf.Tensor
-    codes: tf.Tensor
-    share: tf.Tensor
+    is_chosen: tf.Tensor  # [B, num_codes] bool; code 0 is no value.
+    codes: tf.Tensor  # [num_candidates + 1, P] int32, the values of each row, padded with 0.
+    share: tf.Tensor  # [B] float32, roughly of the candidates that may be found.
 
     def of_queries(self, lines: tf.Tensor) -> Allowed:
         """Takes the queries with the numbers `lines`, [b]."""
@@ -46,10 +40,7 @@ class Allowed(NamedTuple):
 
 
 class ItemFilter(tf.Module):
-    """Values by which a request may choose items, such as their genres.
-
-    The column `name` has a value or a list of values for each candidate; None and "" are no value.
-    """
+    """Values by which a request may choose items; None and "" are no value."""
 
     def __init__(self, name: str, column: Sequence[Any]) -> None:
         super().__init__(name="item_filter")
@@ -71,10 +62,7 @@ class ItemFilter(tf.Module):
         return {"name": self._column, "values": list(self._values)}
 
     def choose(self, allowed: tf.Tensor) -> Allowed:
-        """Finds the candidates with one of a query's `allowed` values.
-
-        These are [B, F], padded with ""; a query without values may have every candidate.
-        """
+        """Finds the candidates with one of the `allowed` values, [B, F]; without any, all."""
         if has_booleans(self._values):
             allowed = lower_booleans(allowed)
         codes = lookup(self._table, allowed)

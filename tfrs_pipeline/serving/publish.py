@@ -58,11 +58,7 @@ def no_model_at(path: Path) -> FileNotFoundError:
 
 @contextlib.contextmanager
 def publishing(parent: Path) -> Iterator[None]:
-    """Locks a model's folder, which is made if missing; others wait to publish there.
-
-    The newest version stays the newest within the block, so that the block can compare the next one
-    with it.
-    """
+    """Locks a model's folder, so that its newest version stays the newest within the block."""
     with naming(parent):
         parent.mkdir(parents=True, exist_ok=True)
     with locked(parent / _LOCK, wait=True):
@@ -71,16 +67,7 @@ def publishing(parent: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion]:
-    """Yields a `partial` folder for a version, and renames it to `folder` if the block succeeds.
-
-    The folder is below `parent`, the model's, which is made if missing. Keeps `keep` complete
-    versions: the newest two, then the newest of each training, then further refreshes; None keeps
-    all.
-
-    Raises:
-        StorageError: If the folder cannot be written.
-        ValueError: If the block leaves no manifest in `partial`, or `keep` is below 1.
-    """
+    """Yields a `partial` folder for a version, and renames it to `folder` if the block succeeds."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
     with naming(parent), publishing(parent):
@@ -102,7 +89,11 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         for number in _least_needed_first(parent)[:-keep] if keep else ():
-            _discard(parent / str(number))
+            # Renamed first, so that it is no version at any moment.
+            hidden = parent / f"{_DISCARDED}{uuid.uuid4().hex}"
+            os.rename(parent / str(number), hidden)
+            logger.info("deleted version %s of %s", number, parent)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 @dataclass
@@ -114,11 +105,7 @@ class NewVersion:
 
 
 def _least_needed_first(parent: Path) -> list[int]:
-    """Lists the complete versions in the order in which to delete them.
-
-    The newest two stay longest, because servers may still load them. Next comes the newest of each
-    training: its other refreshes have the same towers.
-    """
+    """Lists the complete versions in the order in which to delete them."""
     numbers, training_of = versions_of(parent), dict[int, int]()
     for number in numbers:
         try:
@@ -126,13 +113,6 @@ def _least_needed_first(parent: Path) -> list[int]:
         except (Damaged, OSError):  # Counts as a training of its own.
             manifest = {}
         training_of[number] = manifest.get("refreshed", {}).get("trained_as", number)
+    # Servers may still load the newest two. Other refreshes of a training have the same towers.
     newest = {training: number for number, training in training_of.items()}.values()
     return sorted(numbers, key=lambda number: (number in numbers[-2:], number in newest, number))
-
-
-def _discard(folder: Path) -> None:
-    """Deletes a version, which is first renamed so that it is no version at any moment."""
-    hidden = folder.with_name(f"{_DISCARDED}{uuid.uuid4().hex}")
-    os.rename(folder, hidden)
-    logger.info("deleted version %s of %s", folder.name, folder.parent)
-    shutil.rmtree(hidden, ignore_errors=True)

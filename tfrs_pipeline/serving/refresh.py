@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,31 +28,16 @@ from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What became of a model's items.
-
-    Args:
-        folder: The new version.
-        num_items: Items of its index.
-        num_new: Of them, those that the version before did not have.
-        num_untrained: Of them, those that the training did not have: embedded by their features.
-        num_dropped: Items of the version before that are gone.
-        num_skipped: Items of the file that cannot be embedded.
-        num_unknown: By feature of categories, the items that have only values that the training did
-            not have: taken as missing.
-        has_trained_unknown: Whether the embedding that an untrained item has in place of its id's
-            was trained, or there is none; None if the manifest does not say.
-        index: What was built, as the manifest has it.
-        notes: What of the file was dropped or is missing, in lines for a person.
-    """
+    """What became of a model's items, compared with the version before."""
 
     folder: Path
     num_items: int
     num_new: int
     num_untrained: int
     num_dropped: int
-    num_skipped: int
-    num_unknown: dict[str, int]
-    has_trained_unknown: bool | None
+    num_skipped: int  # Of the file: they cannot be embedded.
+    num_unknown: dict[str, int]  # By feature: items with only values that the training lacked.
+    has_trained_unknown: bool | None  # The unknown id's embedding; None if nothing says it.
     index: dict[str, Any]
     notes: Sequence[str]
 
@@ -68,31 +53,17 @@ def refresh_index(
 ) -> Refreshed:
     """Writes a new version of an exported model whose index holds the items of a file.
 
-    Every item is embedded anew, by its features and by its id, if the training had it. A new item
-    has the embedding of an unknown id, which is of use only if ID dropout has trained it. The
-    towers and what is known of users stay: new items mean nothing in a history.
-
-    Args:
-        model: A model's folder, for its newest version, or a version's.
-        items: CSV or Parquet of all items to retrieve: item_id, every item feature of the model
-            under its name and, if there is one, title.
-        index: How to search; None searches as the version before.
-        keep_versions: How many versions to keep, as in `export`; None keeps as many as before.
-        allow_all_new: Whether to accept a file without any known item, without any known value of
-            a feature of several categories, or without any value of a feature that had some.
-        on_progress: Called with a task's name, steps done and steps in all.
-
-    Raises:
-        DataError: If the file cannot be read, lacks a column, holds no item for the index, or only
-            what `allow_all_new` would accept.
-        FileNotFoundError: If there is no exported model.
-        ValueError: If the model's folder is not a numbered version, or ScaNN is asked to index
-            fewer than 16 items.
-        ExportError: As `export`; so is RuntimeError.
+    The towers and what is known of users stay: new items mean nothing in a history.
     """
     # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
     with publishing(version_at(model).parent):
-        retriever = _load_numbered(model)
+        # The brute-force fallback needs no ScaNN, and has the same encoder.
+        retriever = load(model, exact=True)
+        if not retriever.folder.name.isdecimal():
+            raise ValueError(
+                "A version's folder is named by its number, such as saved_models/NAME/3: the new "
+                f"one is written beside it. Received: {retriever.folder}"
+            )
         # Checked before the items are embedded, which takes long.
         found = _read_items(Path(items), retriever, allow_all_new=allow_all_new)
         embedded = _embed(found, retriever, allow_all_new=allow_all_new, on_progress=on_progress)
@@ -103,8 +74,7 @@ def refresh_index(
         return _publish(retriever, found, embedded, options)
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """Items of a file, lines on what was dropped of it, and `Refreshed.num_unknown`."""
 
     path: Path
@@ -113,24 +83,12 @@ class _Found:
     num_unknown: dict[str, int]
 
 
-@dataclass(frozen=True)
-class _Embedded:
+class _Embedded(NamedTuple):
     """Items that a model can embed: [n, D] float32, and [n] whether the training had each."""
 
     table: pa.Table
     embeddings: np.ndarray
     is_trained: np.ndarray
-
-
-def _load_numbered(model: str | Path) -> LoadedRetriever:
-    # The brute-force fallback needs no ScaNN, and has the same encoder.
-    retriever = load(model, exact=True)
-    if not retriever.folder.name.isdecimal():
-        raise ValueError(
-            "A version's folder is named by its number, such as saved_models/NAME/3: the new "
-            f"one is written beside it. Received: {retriever.folder}"
-        )
-    return retriever
 
 
 def _publish(
@@ -155,6 +113,10 @@ def _publish(
         queries=retriever.held_out_queries(),
         manifest={**retriever.manifest, "refreshed": refreshed},
     )
+    model, has_trained_unknown = retriever.manifest.get("config", {}).get("model"), None
+    if model is not None:
+        reads_no_id = not model.get("use_candidate_id", True)
+        has_trained_unknown = model.get("id_dropout", 0) > 0 or reads_no_id
     return Refreshed(
         folder=folder,
         num_items=len(ids),
@@ -163,24 +125,14 @@ def _publish(
         num_dropped=len(before - set(ids)),
         num_skipped=found.table.num_rows - len(ids),
         num_unknown=found.num_unknown,
-        has_trained_unknown=_has_trained_unknown(retriever.manifest),
+        has_trained_unknown=has_trained_unknown,
         index=manifest["index"],
         notes=found.notes,
     )
 
 
 def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
-    """Says which part of a refresh a new version, about to be published, undoes.
-
-    Args:
-        model: The model's folder, of which the newest version counts.
-        since: When the run began, with a zone. A refresh before it does not count.
-        item_ids: [n] int64, or object of str: the items of the version to come.
-
-    Returns:
-        A line for a person; None if there is no version, it is damaged or lacks its items, was not
-        refreshed since, or has the same items.
-    """
+    """Describes what a new version of these items would undo of a refresh; None if nothing."""
     if not (versions := versions_of(model)):
         return None
     newest = model / str(versions[-1])
@@ -202,13 +154,6 @@ def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str |
     )
 
 
-def _has_trained_unknown(manifest: Mapping[str, Any]) -> bool | None:
-    model = manifest.get("config", {}).get("model")
-    if model is None:
-        return None
-    return model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)
-
-
 def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) -> _Found:
     items, notes = load_items(
         path,
@@ -219,14 +164,12 @@ def _read_items(path: Path, retriever: LoadedRetriever, *, allow_all_new: bool) 
     table = items.to_pyarrow()
     if not table.num_rows:
         raise DataError(f"{path} holds no row. List all items to retrieve in it.")
-    features = retriever.features["candidate"]
-    if not allow_all_new:
-        _refuse_lost_features(path, table, features)
-    num_unknown = {
-        feature.name: _num_unknown(path, table, feature, allow_all=allow_all_new)
-        for feature in features
-        if feature.holds_categories
-    }
+    num_unknown = {}
+    for feature in retriever.features["candidate"]:
+        if not allow_all_new:
+            refuse_lost(feature, path, table)
+        if feature.holds_categories:
+            num_unknown[feature.name] = _num_unknown(path, table, feature, allow_all_new)
     return _Found(path, table, notes, num_unknown)
 
 
@@ -237,7 +180,7 @@ def _embed(
     allow_all_new: bool,
     on_progress: Callable[[str, int, int], None],
 ) -> _Embedded:
-    """Embeds the items that the model can embed; refuses (`DataError`) ids of another kind."""
+    """Embeds the items that the model can embed; refuses ids of another kind."""
     path, items, features, blocks = found.path, found.table, list(_kinds(retriever)), []
     for start in range(0, items.num_rows, ITEMS_PER_CALL):
         on_progress("embed items", start, items.num_rows)
@@ -264,25 +207,20 @@ def _embed(
     return _Embedded(items, embeddings, is_trained)
 
 
-def _refuse_lost_features(path: Path, items: pa.Table, features: Sequence[Feature]) -> None:
-    """Refuses (`DataError`) items none of which has a feature that items of the training had."""
-    for feature in features:
-        raws = map(feature.to_raw, in_blocks(items[feature.name]))
-        if not all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws):
-            continue
-        if feature.had_values:
-            raise DataError(
-                f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
-                "which the training had some: a join that failed leaves such a column. Fill it; if "
-                "it is meant to be empty, set allow_all_new."
-            )
+def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
+    """Refuses items none of which has a feature that items of the training had."""
+    raws = map(feature.to_raw, in_blocks(items[feature.name]))
+    is_lost = all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws)
+    if is_lost and feature.had_values:
+        raise DataError(
+            f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
+            "which the training had some: a join that failed leaves such a column. Fill it; if "
+            "it is meant to be empty, set allow_all_new."
+        )
 
 
-def _num_unknown(path: Path, items: pa.Table, feature: Feature, *, allow_all: bool) -> int:
-    """Counts the items that have only unknown values.
-
-    Refuses (`DataError`) where there are several values and none is known; one alone may be new.
-    """
+def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool) -> int:
+    """Counts the items that have only unknown values; refuses several values if none is known."""
     num_known, num_unknown, unknown = 0, 0, set[str]()
     for block in in_blocks(items[feature.name]):
         raw = feature.to_raw(block)

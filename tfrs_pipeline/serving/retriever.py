@@ -273,7 +273,7 @@ class LoadedRetriever:
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts, order = [], []
         for which in np.unique(has_features) if len(queries) else [False]:
-            places = np.flatnonzero(has_features == which)
+            places = np.flatnonzero(has_features == which).tolist()
             some = [queries[i] for i in places]
             given = self.raw_query_features(some) if which else {}
             function = self.saved_model.signatures[names[int(which)]]

@@ -59,10 +59,7 @@ T = TypeVar("T")
 
 
 class ModelServer:
-    """A model's versions, and the threads that ask them.
-
-    A `FileNotFoundError` if the folder holds no version.
-    """
+    """A model's versions, and the threads that ask them."""
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
         self.settings = settings
@@ -88,10 +85,7 @@ class ModelServer:
             return await _run(self.large, work, version)
 
     async def predict(self, number: str | None, body: bytes) -> bytes:
-        """Answers the body of a predict call: small ones at once, large ones in slices.
-
-        The slices of all large calls take turns.
-        """
+        """Answers the body of a predict call: small ones at once, large ones in slices by turns."""
 
         def begin(version: ServedVersion) -> bytes | rest.PredictCall:
             call = rest.parse_predict(body, version.signatures)
@@ -223,11 +217,7 @@ def _add_page(app: fastapi.FastAPI, server: ModelServer) -> None:
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:
-    """Reads the body of a request.
-
-    An `HTTPException` 413 if it is too long, 408 if it is too slow, 415 if its type is not JSON: a
-    web page can send forms, or bodies without a type, to a server on its reader's machine.
-    """
+    """Reads the body of a request, or refuses it: too long, too slow, or not JSON."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(settings.body_timeout_seconds):
@@ -245,6 +235,7 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
     if size > settings.max_body_bytes:
         most = settings.max_body_bytes
         raise HTTPException(413, f"The body may have {most} bytes (--max-body-bytes).", CLOSE)
+    # A web page can send forms, or bodies without a type, to a server on its reader's machine.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity")
     if (kind, encoding) != ("application/json", "identity"):
@@ -270,16 +261,7 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 
 
 def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
-    """Serves a model until SIGTERM or Ctrl-C, then finishes the requests in flight.
-
-    Calls `on_ready` with the address once the server listens.
-
-    Raises:
-        FileNotFoundError: If there is no version.
-        RuntimeError: If no version can be loaded.
-        OSError: If the address is in use or not this machine's.
-        SystemExit: With code 0, after a signal.
-    """
+    """Serves a model until SIGTERM or Ctrl-C; calls `on_ready` with the address at the start."""
     server = ModelServer(model, settings)
     with _listener(settings.host, settings.port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -311,8 +293,7 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         sys.setswitchinterval(SWITCH_SECONDS)
-        versions = server.versions
-        Server(config, lambda: versions.is_loading).run(sockets=[listener])
+        Server(config, lambda: server.versions.is_loading).run(sockets=[listener])
 
 
 def _listener(host: str, port: int) -> socket.socket:
