@@ -115,10 +115,8 @@ def main() -> None:
         )
         result = compare(config, folder, on_step=show)
         saved = json.loads((result.folder / "comparison.json").read_text())
-    print(result.table, *result.notes, sep="\n")
+    print(result.table(), *result.notes, sep="\n")
     if options.json:
-        for plan in saved["plans"]:
-            del plan["summary"]  # The metrics hold what the table shows.
         figures = {**saved, "settings": SETTINGS, "seconds": time.monotonic() - start}
         write_json(options.json, figures, seed=options.seed)
 

@@ -23,7 +23,7 @@ NUM_USERS, NUM_ITEMS, NUM_GROUPS = 200, 160, 4
 MAX_BYTES = {QUICKSTART: 400_000, SAMPLING: 700_000, SERVING: 700_000}
 FIGURES = {
     QUICKSTART: ("popularity", "curve", "slices", "nearest"),
-    SAMPLING: ("positives", "samplers", "correction", "hard", "auc", "exposed", "figure"),
+    SAMPLING: ("positives", "samplers", "correction", "hard", "exposed", "figure"),
     SERVING: ("ranks", "space", "nearest"),
 }
 # The check of an export in a fresh process takes seconds and has its own tests.

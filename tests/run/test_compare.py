@@ -5,36 +5,26 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
-from tests.small_log import SMALL_TRAINING, Stopped, event_table, small_config, stop_at, write
+from tests.small_log import SMALL_TRAINING, Stopped, small_config, stop_at
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
-from tfrs_pipeline.evaluation.comparison import (
-    PlanRow,
-    compared_in_words,
-    comparison_figure,
-    comparison_table,
-)
+from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_figure
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
-from tfrs_pipeline.run.compare import (
-    PlanComparison,
-    auc_rows,
-    compare,
-)
+from tfrs_pipeline.run.compare import PlanComparison, compare
 from tfrs_pipeline.run.data import prepare
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.plans import every_loser, sampling_plans
-from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
@@ -103,8 +93,7 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     samples = read_record(compared.folder / "samples" / "selection" / "report.json")
     for stage, pool in samples["hard_negatives"].items():
         assert f"hard negatives, {stage}: {pool['num_samples']:,} positives have some" in shown
-    plans = [row.name for row in compared.rows]
-    assert f"{len(plans)} plans: {', '.join(plans)}\n" in shown
+    assert "3 plans: in_batch_uncorrected, mixed, hybrid_0.1\n" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["compare.toml"]
 
 
@@ -253,129 +242,96 @@ def test_a_run_to_start_from_is_refused_as_all_plans_start_from_nothing(tmp_path
 # What comes out
 
 
-def test_rows_and_differences(compared: PlanComparison) -> None:
-    assert [row.name for row in compared.rows] == ["in_batch_uncorrected", "mixed", "hybrid_0.1"]
-    uncorrected, mixed, _ = compared.rows
-    assert mixed.differences == {}
-    for metric, interval in uncorrected.differences.items():
-        expected = uncorrected.metrics[metric].mean - mixed.metrics[metric].mean
+def test_plans_are_compared_with_the_reference_query_by_query(compared: PlanComparison) -> None:
+    evaluation = compared.evaluation
+    mixed, uncorrected, hybrid = evaluation.results.values()
+    assert list(evaluation.results) == ["mixed", "in_batch_uncorrected", "hybrid_0.1"]
+    assert list(evaluation.differences) == ["in_batch_uncorrected", "hybrid_0.1"]
+    for metric, values in mixed.per_query.items():
+        interval = evaluation.differences["hybrid_0.1"][metric]
+        expected = np.nanmean(hybrid.per_query[metric] - values)
         assert interval.mean == pytest.approx(expected, abs=1e-12), metric
         assert interval.low <= interval.mean <= interval.high
-    aucs = {name for name in mixed.metrics if name.startswith("auc_")}
-    assert aucs == {"auc_corpus", "auc_pre_rank_losers", "auc_rank_losers", "auc_exposed"}
     # Tighter than the two intervals apart: queries are paired.
-    width = uncorrected.differences["ndcg@20"].high - uncorrected.differences["ndcg@20"].low
-    apart = [row.metrics["ndcg@20"] for row in (uncorrected, mixed)]
-    assert width < sum(interval.high - interval.low for interval in apart)
+    difference = evaluation.differences["in_batch_uncorrected"]["ndcg@20"]
+    apart = [x.overall.intervals["ndcg@20"] for x in (uncorrected, mixed)]
+    assert difference.high - difference.low < sum(x.high - x.low for x in apart)
 
 
-def test_files_hold_the_rows(compared: PlanComparison) -> None:
+def test_files_hold_the_plans(compared: PlanComparison) -> None:
     saved = json.loads((compared.folder / "comparison.json").read_text())
-    assert saved["plans"][2]["metrics"] == {
-        name: interval.as_dict() for name, interval in compared.rows[2].metrics.items()
-    }
+    evaluation = compared.evaluation
+    assert {name: saved[name] for name in ("models", "differences")} == evaluation.summary()
+    assert saved["plans"]["mixed"]["epochs"] == compared.trainings["mixed"].best_epoch
     text = (compared.folder / "comparison.md").read_text()
-    for row in compared.rows:
-        assert row.name in text
-        assert f"{row.metrics['recall@20'].mean:.4f}" in compared.table
-    assert "auc_rank_losers" in text
+    for name, result in evaluation.results.items():
+        assert name in text
+        assert f"{result.overall.intervals['recall@20'].mean:.4f}" in compared.table()
     assert (compared.folder / "comparison.svg").read_text().startswith("<svg xmlns=")
     (note,) = compared.notes
     assert note == "plan mined is missing: 400 items have no rank 400 (model.hard.min_rank)"
     assert f"P{note[1:]}.\n" in text
+    # A terminal gets the columns that fit, the first ones; none is wrapped.
+    whole, narrow = compared.table(), compared.table(width=80)
+    assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
+    assert [line[:30] for line in narrow.split("\n")] == [line[:30] for line in whole.split("\n")]
 
 
-def test_mixed_is_the_model_of_a_run_and_its_auc_that_of_scikit_learn(
+def test_mixed_is_the_model_of_a_run(
     config: RunConfig, compared: PlanComparison, tmp_path: Path
 ) -> None:
     data = prepare(config, tmp_path)
-    split, test = data.split, data.test
     plain = with_settings(config, {"model.hard": None, "training.max_epochs": NUM_EPOCHS})
-    model = train_and_refit(plain, data)
-    result = evaluate_all(plain, {"model": model}, test).first
-    row = compared.rows[1]
-    for metric, interval in result.overall.intervals.items():
-        assert row.metrics[metric].mean == pytest.approx(interval.mean, abs=1e-9), metric
-    tail = result.slices["tail"].intervals["recall@20"].mean
-    assert row.metrics["tail/recall@20"].mean == pytest.approx(tail, abs=1e-9)
-
-    # What each user met in the test part alone, from the rows of the split.
-    order = ["retrieved", "pre_ranked", "ranked", "exposed", "clicked"]
-    furthest: dict[tuple[int, int], int] = Counter()
-    met_before = set()
-    for event in split.events.to_pyarrow().to_pylist():
-        key = (event["user_id"], event["item_id"])
-        furthest[key] = max(furthest[key], order.index(event["stage"]))
-        if event["part"] != "test":
-            met_before.add(key)
-    place = {id_: i for i, id_ in enumerate(test.candidate_ids.tolist())}
-    scores = model.query_embeddings(test.as_queries()) @ model.network.embed_corpus().T
-    for column, stage in (("auc_corpus", None), ("auc_exposed", 3), ("auc_rank_losers", 1)):
-        values = []
-        for i, user in enumerate(test.user_ids.tolist()):
-            known = set(test.clicked[i].tolist())
-            positives = [place[id_] for id_ in test.relevant[i].tolist() if id_ not in known]
-            negatives = [
-                place[item]
-                for (who, item), reached in furthest.items()
-                if who == user and reached == stage and (who, item) not in met_before
-            ]
-            if stage is None:  # Of 400 items all are compared, but those of the user's own events.
-                met = {item for who, item in furthest if who == user}
-                negatives = [row for item, row in place.items() if item not in met]
-            if positives and negatives:
-                labels = [1] * len(positives) + [0] * len(negatives)
-                values.append(roc_auc_score(labels, scores[i, positives + negatives]))
-        assert len(values) > 10
-        assert row.metrics[column].mean == pytest.approx(np.mean(values), abs=1e-6)
-    # Rivals of users without a positive to find are no column.
-    nothing = replace(test, relevant=[ids[:0] for ids in test.relevant])
-    assert auc_rows(plain, replace(data, test=nothing))[1] == {}
+    result = evaluate_all(plain, {"model": train_and_refit(plain, data)}, data.test).first
+    mixed = compared.evaluation.results["mixed"]
+    assert mixed.overall.intervals == result.overall.intervals
+    assert mixed.slices["tail"].intervals == result.slices["tail"].intervals
 
 
-def test_figure_shows_the_rows(compared: PlanComparison) -> None:
-    figure = comparison_figure(compared.rows, "mixed", (5, 20))
-    gains, slices, aucs = figure.axes
-    assert [label.get_text() for label in gains.get_yticklabels()] == [
-        row.name for row in compared.rows
-    ]
+def test_figure_shows_the_plans(compared: PlanComparison) -> None:
+    results = compared.evaluation.results
+    gains, slices = comparison_figure(compared.evaluation).axes
+    assert [label.get_text() for label in gains.get_yticklabels()] == list(results)
     (tail,) = (line for line in slices.lines if line.get_label() == "tail")
-    expected = [row.summary["slices"]["tail"]["recall@20"]["mean"] for row in compared.rows]
+    expected = [x.slices["tail"].intervals["recall@20"].mean for x in results.values()]
     assert np.asarray(tail.get_xdata()).tolist() == expected
-    (corpus,) = (line for line in aucs.lines if line.get_label() == "the corpus")
-    expected = [row.metrics["auc_corpus"].mean for row in compared.rows]
-    assert np.asarray(corpus.get_xdata()).tolist() == expected
 
 
 # How it runs
 
 
-def test_what_a_comparison_comes_to_is_said(compared: PlanComparison) -> None:
-    def row(name: str, mean: float, low: float | None = None, high: float = 0.0) -> PlanRow:
-        differences = {} if low is None else {"ndcg@5": Interval(0.0, low, high)}
-        return PlanRow(name, {"ndcg@5": Interval(mean, 0, 1)}, differences, {}, 1, 1.0)
-
-    rows = [
-        row("mixed", 0.3),
-        row("uniform", 0.2, -0.11, -0.09),
-        row("mined", 0.31, -0.01, 0.03),
-        row("hybrid", 0.4, 0.09, 0.11),
-        row("one query", 0.3, np.nan, np.nan),
-    ]
-    assert compared_in_words(rows, "ndcg@5", "mixed") == (
-        "in ndcg@5 best: hybrid; better than mixed: hybrid; level with mixed: mined, one query; "
-        "worse than mixed: uniform"
+def compared_with_first(mean: float, others: dict[str, tuple[float, float, float]]) -> Any:
+    """Makes an evaluation of "mixed" and others, by their mean and ends of their difference."""
+    means = {"mixed": mean, **{name: x[0] for name, x in others.items()}}
+    return SimpleNamespace(
+        results={
+            name: SimpleNamespace(overall=SimpleNamespace(intervals={"ndcg@5": Interval(x, 0, 1)}))
+            for name, x in means.items()
+        },
+        differences={name: {"ndcg@5": Interval(0.0, *x[1:])} for name, x in others.items()},
     )
-    # The best one may be level, or the reference itself.
-    said = compared_in_words([rows[0], rows[2]], "ndcg@5", "mixed")
-    assert said == "in ndcg@5 best: mined; level with mixed: mined"
-    said = compared_in_words(rows[:2], "ndcg@5", "mixed")
-    assert said == "in ndcg@5 best: mixed; worse than mixed: uniform"
-    # A terminal gets the columns that fit, the first ones; none is wrapped.
-    whole = comparison_table(compared.rows, (5, 20), markdown=False)
-    narrow = comparison_table(compared.rows, (5, 20), markdown=False, width=80)
-    assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))
-    assert [line[:30] for line in narrow.split("\n")] == [line[:30] for line in whole.split("\n")]
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (
+            {
+                "uniform": (0.2, -0.11, -0.09),
+                "mined": (0.31, -0.01, 0.03),
+                "hybrid": (0.4, 0.09, 0.11),
+                "one query": (0.3, np.nan, np.nan),
+            },
+            "best: hybrid; better than mixed: hybrid; level with mixed: mined, one query; "
+            "worse than mixed: uniform",
+        ),
+        # The best one may be level, or the reference itself.
+        ({"mined": (0.31, -0.01, 0.03)}, "best: mined; level with mixed: mined"),
+        ({"uniform": (0.2, -0.11, -0.09)}, "best: mixed; worse than mixed: uniform"),
+    ],
+)
+def test_what_a_comparison_comes_to_is_said(others: Any, said: str) -> None:
+    assert compared_in_words(compared_with_first(0.3, others), "ndcg@5") == f"in ndcg@5 {said}"
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(
@@ -390,9 +346,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     with pytest.raises(Stopped):
         compare(config, folder, on_progress=stop_at("mixed, selection", 1, told))
     again = compare(config, folder, on_progress=stop_at("", 0, told))
-    for row, expected in zip(again.rows, compared.rows, strict=True):
-        assert row.metrics == expected.metrics
-        assert row.differences == expected.differences
+    assert again.evaluation.summary() == compared.evaluation.summary()
     epochs = Counter(step for step in told if ", " in step[0] and step[1])
     names = ("mixed, selection", "hybrid_0.1, selection")
     assert epochs == {(name, i): 1 for name in names for i in range(1, NUM_EPOCHS + 1)}
@@ -405,31 +359,3 @@ def epochs_of(folder: Path, plan: str) -> list[str]:
 
 def test_the_budget_in_steps(compared: PlanComparison) -> None:
     assert epochs_of(compared.folder, "mixed")[-1] == f"epoch-{NUM_EPOCHS}"
-
-
-def test_a_gain_of_exposed_negatives_that_is_none_is_told(tmp_path: Path) -> None:
-    """Ratings: a rated item cannot come back, so that pushing it down frees a place."""
-    path = write(event_table("int"), tmp_path / "ratings.parquet")
-    data = {"source": "files", "path": path, "rating_threshold": 3, "stage_values": {}}
-    plans = {"plans": ["mixed", "exposed"], "hard_shares": [0.1]}
-    config = small_config(tmp_path, data, split={"kind": "last_share"}, compare=plans)
-    exposed = FunnelLosers(stages=("exposed",), allow_exposed=True)
-    hybrid = with_settings(config, {"compare.plans": ["mixed", "hybrid"], "model.hard": exposed})
-
-    def notes_of(config: RunConfig, folder: Path, plan: str = "exposed_0.1") -> list[str]:
-        reports: list[StepReport] = []
-
-        def on_step(report: StepReport) -> None:
-            reports.append(report)
-            if report.name == "plans":
-                raise Stopped
-
-        with pytest.raises(Stopped):
-            compare(config, folder, on_step=on_step)
-        assert f"2 plans: mixed, {plan}" in reports[-1].notes
-        return list(reports[-1].notes)
-
-    assert any("seem better than they are" in note for note in notes_of(config, tmp_path / "run"))
-    assert any("seem better" in x for x in notes_of(hybrid, tmp_path / "own", "hybrid_0.1"))
-    excluding = with_settings(config, {"evaluation.exclude": "seen"})
-    assert not any("seem better" in note for note in notes_of(excluding, tmp_path / "excluding"))

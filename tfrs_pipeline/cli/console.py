@@ -170,14 +170,15 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
 
 def print_comparison(console: Console, config: RunConfig, result: PlanComparison) -> None:
     """Prints the table of a comparison, its conclusion and its files."""
-    from tfrs_pipeline.evaluation.comparison import compared_in_words, comparison_table
+    from tfrs_pipeline.evaluation.comparison import compared_in_words
 
-    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
+    reference = config.compare.reference
     width = console.width if console.is_terminal else None
     say(console, "")
-    say(console, comparison_table(result.rows, cutoffs, markdown=False, width=width))
+    say(console, result.table(width=width))
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
-    say(console, compared_in_words(result.rows, f"ndcg@{max(cutoffs)}", reference))
+    metric = f"ndcg@{max(config.evaluation.cutoffs)}"
+    say(console, compared_in_words(result.evaluation, metric))
     for note in result.notes:
         say(console, note)
     for kind in ("md", "svg", "json"):

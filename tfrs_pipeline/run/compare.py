@@ -6,71 +6,52 @@ same budget; only what a positive is compared with differs, and how it is weighe
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.outcomes import items_by_stage, items_met
-from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.drawing import finish
-from tfrs_pipeline.evaluation.auc import auc_per_query, draw_corpus_rows
-from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.comparison import PlanRow, comparison_figure, comparison_table
-from tfrs_pipeline.evaluation.results import EvaluationResult
+from tfrs_pipeline.evaluation.comparison import comparison_figure, comparison_table
+from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
-from tfrs_pipeline.run.plans import Plan, about_exposed, every_loser, sampling_plans
+from tfrs_pipeline.run.plans import Plan, every_loser, sampling_plans
 from tfrs_pipeline.run.steps import OnStep, Runner, Step
 from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
 
-# Of the corpus, drawn uniformly, that positives are compared with in the AUC.
-NUM_CORPUS_ITEMS = 1000
-# Column -> stage of the items that positives are compared with: of those that the user met in the
-# test part alone. "auc_corpus" compares them with items of which the user has no event at all.
-AUC_STAGES: dict[str, Stage] = {
-    "auc_pre_rank_losers": Stage.RETRIEVED,
-    "auc_rank_losers": Stage.PRE_RANKED,
-    "auc_exposed": Stage.EXPOSED,
-}
-
-
-@dataclass(frozen=True)
-class _Measured:
-    summary: dict[str, Any]
-    per_query: dict[str, np.ndarray]
-    training: TrainingResult
-    unmined: list[str]
-
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """What a comparison left behind: a row a plan, the table of them, and notes.
+    """The plans of a comparison, measured, the reference first.
 
     The folder holds comparison.json, comparison.md, comparison.svg and a folder a plan.
     """
 
     folder: Path
-    rows: Sequence[PlanRow]
-    table: str
+    evaluation: Evaluation
+    trainings: Mapping[str, TrainingResult]
     notes: Sequence[str]
+
+    def table(self, *, markdown: bool = False, width: int | None = None) -> str:
+        """Formats the plans, as Markdown or text, with as many columns as fit in a width."""
+        trained = {
+            name: {"epochs": training.best_epoch, "seconds": round(training.seconds)}
+            for name, training in self.trainings.items()
+        }
+        return comparison_table(self.evaluation, trained, markdown=markdown, width=width)
 
 
 def compare(
@@ -100,19 +81,17 @@ def compare(
         runner = Runner(config, place, on_step, on_progress)
         plans, notes = runner.run(plan_steps(config))
         data: RunData = runner.artifacts["samples"]
-        measure = functools.partial(_measure, auc_rows(config, data))
-        measured: dict[str, _Measured] = {}
+        measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
         for name, plan in plans.items():
             planned = _planned(config, plan, data)
             measured[name] = runner.run(
                 [
                     training_step(name, planned, f"plans/{name}/checkpoints"),
-                    Step(f"measure {name}", ("samples", name), "measured", measure),
+                    Step(f"measure {name}", ("samples", name), "measured", _measure),
                 ]
             )
             del runner.artifacts[name]  # One network at a time.
-        notes += [f"{name}: {note}" for name, x in measured.items() for note in x.unmined]
-        return _write(_rows(measured, config), config, notes, plans, folder)
+        return _write(config, measured, notes, plans, folder)
 
 
 def plan_steps(config: RunConfig) -> list[Step]:
@@ -132,7 +111,6 @@ def _make_plans(runner: Runner, data: RunData) -> tuple[dict[str, Plan], list[st
     plans, notes = sampling_plans(config, logged, num_candidates, _max_epochs(config, data))
     for plan in plans.values():
         check_trainable(data, _planned(config, plan, data))
-    notes += about_exposed(config, data.test, plans.values())
     runner.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 
@@ -143,58 +121,10 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
 
 
 def _measure(
-    rows_of_queries: tuple[list[np.ndarray], dict[str, list[np.ndarray]]],
-    runner: Runner,
-    data: RunData,
-    model: FittedTwoTower,
-) -> _Measured:
-    config, (positives, others) = runner.config, rows_of_queries
-    result = evaluate_all(config, {model.network.name: model}, data.test, runner.on_progress).first
-    queries = model.query_embeddings(data.test.as_queries())
-    candidates = model.network.embed_corpus()
-    per_query = _per_query(result, data.test, max(config.evaluation.cutoffs))
-    per_query |= {
-        column: auc_per_query(queries, candidates, positives, rows)
-        for column, rows in others.items()
-    }
-    return _Measured(result.summary(), per_query, model.result, _about_mining(data, model))
-
-
-def _about_mining(data: RunData, model: FittedTwoTower) -> list[str]:
-    """Returns a note if the training that is measured ended before its first mining."""
-    hard, result = model.settings.hard, model.result
-    num_epochs = result.best_epoch if data.has_refit else result.num_epochs
-    if not isinstance(hard, Mined) or num_epochs > hard.every:
-        return []
-    return [
-        "no hard negatives were mined: training ended within the first "
-        f"{hard.every} epochs (model.hard.every)"
-    ]
-
-
-def auc_rows(
-    config: RunConfig, data: RunData
-) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """Finds rows of each test query: its positives, and by AUC column their rivals."""
-    test = data.test
-    ids = Ids(test.candidate_ids)
-    positives = [ids.known_rows(items) for items in test.relevant]
-    # As the ranking: what it excludes is not to be found, here either.
-    if (excluded := test.excluded(config.evaluation.exclude)) is not None:
-        rows = (ids.known_rows(items) for items in excluded)
-        positives = [np.setdiff1d(a, b) for a, b in zip(positives, rows, strict=True)]
-    events, drawn = data.split.events, draw_corpus_rows(len(ids), NUM_CORPUS_ITEMS, config.seed)
-    of_drawn = events.filter(events["item_id"].isin(ids.take(drawn).tolist()))
-    met = items_met(of_drawn, test.user_ids)
-    others = {"auc_corpus": [np.setdiff1d(drawn, ids.rows(items)) for items in met]}
-    of_stages = items_by_stage(events, "test", test.user_ids, [*AUC_STAGES.values()])
-    for name, stage in AUC_STAGES.items():
-        others[name] = [ids.known_rows(items) for items in of_stages[stage]]
-    return positives, {
-        name: rows
-        for name, rows in others.items()
-        if any(len(own) and len(other) for own, other in zip(positives, rows, strict=True))
-    }
+    runner: Runner, data: RunData, model: FittedTwoTower
+) -> tuple[Evaluation, TrainingResult]:
+    named = {model.network.name: model}
+    return evaluate_all(runner.config, named, data.test, runner.on_progress), model.result
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:
@@ -205,65 +135,42 @@ def _max_epochs(config: RunConfig, data: RunData) -> int:
     return math.ceil(config.compare.max_steps / steps_per_epoch)
 
 
-def _per_query(result: EvaluationResult, test: Holdout, longest: int) -> dict[str, np.ndarray]:
-    """Returns a plan's metrics of each test query, NaN where it was not measured."""
-    place = {user: i for i, user in enumerate(result.user_ids.tolist())}
-    of_result = [place.get(user, -1) for user in test.user_ids.tolist()]
-    tail = result.slices["tail"].per_query[f"recall@{longest}"]
-    columns = {**result.per_query, f"tail/recall@{longest}": tail}
-    return {name: np.append(values, np.nan)[of_result] for name, values in columns.items()}
-
-
-def _rows(measured: Mapping[str, _Measured], config: RunConfig) -> list[PlanRow]:
-    """Compares every plan with the reference, query by query."""
-    reference = measured[config.compare.reference].per_query
-    names = list(reference)
-    rows = []
-    for plan, of_plan in measured.items():
-        values = np.stack([of_plan.per_query[metric] for metric in names], axis=1)
-        against = values - np.stack([reference[metric] for metric in names], axis=1)
-        # One draw of queries for both, so that the intervals belong together.
-        intervals = bootstrap_intervals(np.concatenate([values, against], axis=1), seed=config.seed)
-        differences = dict(zip(names, intervals[len(names) :], strict=True))
-        rows.append(
-            PlanRow(
-                name=plan,
-                metrics=dict(zip(names, intervals[: len(names)], strict=True)),
-                differences={} if plan == config.compare.reference else differences,
-                summary=of_plan.summary,
-                num_epochs=of_plan.training.best_epoch,
-                seconds=of_plan.training.seconds,
-            )
-        )
-    return rows
-
-
 def _write(
-    rows: Sequence[PlanRow],
     config: RunConfig,
+    measured: Mapping[str, tuple[Evaluation, TrainingResult]],
     notes: Sequence[str],
     plans: Mapping[str, Plan],
     folder: Path,
 ) -> PlanComparison:
-    cutoffs, reference = config.evaluation.cutoffs, config.compare.reference
+    reference = config.compare.reference
+    measured = {reference: measured[reference], **measured}
+    results = {name: evaluation.first for name, (evaluation, _) in measured.items()}
+    evaluation = dataclasses.replace(measured[reference][0], results=results)
+    trainings = {name: training for name, (_, training) in measured.items()}
+    comparison = PlanComparison(folder, evaluation, trainings, notes)
     content = {
         "reference": reference,
         "exclude": config.evaluation.exclude,
         "seed": config.seed,
         "notes": list(notes),
-        "plans": [
-            {**row.as_dict(), "settings": to_jsonable_python(plans[row.name])} for row in rows
-        ],
+        **evaluation.summary(),
+        "plans": {
+            name: {
+                "settings": to_jsonable_python(plans[name]),
+                "epochs": training.best_epoch,
+                "seconds": training.seconds,
+            }
+            for name, training in trainings.items()
+        },
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2))
     lines = [
-        comparison_table(rows, cutoffs, markdown=True),
+        comparison.table(markdown=True),
         "",
         f"Differences are from {reference}, query by query, with 95% bootstrap intervals.",
         *(f"{note[0].upper()}{note[1:]}." for note in notes),
     ]
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
-    label = f"What each plan gains over {reference}, what it finds and what it tells apart"
-    drawing = finish(comparison_figure(rows, reference, cutoffs), label)
-    (folder / "comparison.svg").write_text(drawing.card())
-    return PlanComparison(folder, rows, comparison_table(rows, cutoffs, markdown=False), notes)
+    label = f"What each plan gains over {reference}, and what it finds by popularity"
+    (folder / "comparison.svg").write_text(finish(comparison_figure(evaluation), label).card())
+    return comparison

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.in_batch import InBatch
 from tfrs_pipeline.negatives.mined import Mined
@@ -40,22 +37,10 @@ def _losers_of(config: RunConfig) -> FunnelLosers:
 def sampling_plans(
     config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int | None = None
 ) -> tuple[dict[str, Plan], list[str]]:
-    """Turns the plans of a config into settings.
+    """Turns the plans of a config into settings by name, with notes on those that are missing.
 
-    A plan of one kind of negative draws as many shared columns as the config's mixture, so that all
-    plans except in-batch alone see the same number.
-
-    Args:
-        config: The settings that plans change.
-        logged: Stages whose losers the samples hold.
-        num_candidates: Items of the corpus.
-        max_epochs: Budget of a plan; None takes that of the training.
-
-    Returns:
-        The plans by name, and notes on those that are missing.
-
-    Raises:
-        ValueError: If the reference is missing, or a plan contradicts the other settings.
+    `logged` are the stages whose losers the samples hold. A `ValueError` if the reference is
+    missing, or a plan contradicts the other settings.
     """
     common: dict[str, Any] = {
         "model.correction": "mixture",
@@ -88,6 +73,7 @@ def _plans_of_kind(
     kind: str, config: RunConfig, logged: Sequence[str], num_candidates: int, max_epochs: int
 ) -> tuple[dict[str, Plan], str]:
     """Returns the plans of a kind, several if it has a list of values, and a note on them."""
+    # As many shared columns as in the config's mixture for every plan but in-batch alone.
     num = sum(
         config.training.batch_size - 1 if isinstance(shared, InBatch) else shared.num
         for shared in config.model.negatives
@@ -146,24 +132,3 @@ def _hard_kind(
         return mined, ""
     of_stages = " or ".join(losers.stages)
     return mined, f"plan {kind}: the log holds no losers of {of_stages}; mined instead"
-
-
-def about_exposed(config: RunConfig, test: Holdout, plans: Iterable[Plan]) -> list[str]:
-    """Warns if exposed items cannot come back as test positives and are not excluded.
-
-    A plan that pushes them down then frees places for other items, which looks like a gain.
-    """
-    if config.evaluation.exclude != "clicked":
-        return []
-    if not any("exposed" in getattr(plan["model.hard"], "stages", ()) for plan in plans):
-        return []
-    comes_back = any(
-        len(np.intersect1d(relevant, np.setdiff1d(seen, clicked)))
-        for relevant, seen, clicked in zip(test.relevant, test.seen, test.clicked, strict=True)
-    )
-    if comes_back:
-        return []
-    return [
-        "no exposed item comes back as a test positive in this log, so that plans with exposed "
-        "negatives seem better than they are: set evaluation.exclude to 'seen'"
-    ]
