@@ -72,11 +72,3 @@ def test_the_interval_holds_within_the_values(values: Any) -> None:
         assert min(finite) - slack <= interval.low <= interval.high <= max(finite) + slack
     else:
         assert interval.as_dict() == {"mean": next(iter(finite), None), "low": None, "high": None}
-
-
-@pytest.mark.parametrize(
-    "values, options", [(np.zeros(3), {}), (np.zeros((3, 1)), {"num_bootstrap": -1})]
-)
-def test_refuses_what_does_not_fit(values: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Received"):
-        bootstrap_intervals(values, **options)

@@ -350,14 +350,6 @@ def test_refuses_what_cannot_be_measured(
         measure_all(retrievers, holdout, **options)
 
 
-@pytest.mark.parametrize("count", [-1, np.nan, np.inf])
-def test_counts_that_are_no_number_or_negative_are_refused(count: float) -> None:
-    counts = np.array([count, *COUNTS[1:]])
-    holdout = dataclasses.replace(make_holdout([[102]]), candidate_counts=counts)
-    with pytest.raises(ValueError, match="candidate_counts must be one finite number"):
-        measure(Scores(np.zeros((1, 12))), holdout)
-
-
 def test_a_retriever_may_return_lists() -> None:
     holdout, scores = make_holdout([[102]]), np.arange(12.0)[np.newaxis]
     as_lists = Scores(scores, spoil=lambda ids, scores: (ids.tolist(), scores.tolist()))

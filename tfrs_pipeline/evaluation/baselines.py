@@ -15,7 +15,7 @@ from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log, check_log
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.split import in_order, is_positive, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
@@ -40,10 +40,9 @@ class MostPopular:
         ValueError: If `latest` is not in (0, 1].
 
     Example:
-        >>> train = Interactions.from_rows(
-        ...     Ids(["a", "b"]), np.array([0, 1, 1]), np.array([2, 2, 1])
-        ... )
-        >>> MostPopular().fit(train).retrieve([{"user_id": 7}], k=1)[0]
+        >>> import pyarrow as pa
+        >>> log = Log.from_table(pa.table({"user_id": [1, 2, 2], "item_id": ["b", "b", "a"]}))
+        >>> MostPopular().fit(log).retrieve([{"user_id": 7}], k=1)[0]
         array([['b']], dtype=object)
     """
 
@@ -62,8 +61,8 @@ class MostPopular:
             if self.latest < 1:
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             return FittedPopularity(train.items, train.counts)
-        check_log(train)
-        positives, items = train.events.filter(is_positive), items_of(train)
+        items = items_of(train)
+        positives = train.events.filter(is_positive)
         counts = count_users(positives, items)
         if self.latest < 1:
             counts = count_users(_latest(positives, self.latest), items) + _below_one(counts)
@@ -115,10 +114,10 @@ class Repeats:
     `MostPopular`.
 
     Example:
-        >>> train = Interactions.from_rows(Ids(["a", "b", "c"]), np.array([0, 1]), np.array([3, 3]))
-        >>> query = {"history": ["b", "a", "b", "a", "x"]}
-        >>> Repeats().fit(train).retrieve([query], k=3)[0]
-        array([['a', 'b', 'c']], dtype=object)
+        >>> import pyarrow as pa
+        >>> log = Log.from_table(pa.table({"user_id": [1, 2, 2], "item_id": ["c", "c", "b"]}))
+        >>> Repeats().fit(log).retrieve([{"history": ["b", "b", "x"]}], k=2)[0]
+        array([['b', 'c']], dtype=object)
     """
 
     def fit(self, train: Log | Interactions) -> HistoryRetriever:

@@ -48,26 +48,9 @@ def bootstrap_intervals(
     Whole queries are drawn with replacement, the same ones for every column, so columns stay
     paired: for the interval of a difference, pass a column of differences.
 
-    Args:
-        values: [num_queries, num_columns] floats. A mean skips NaN.
-        num_bootstrap: Number of resamples. 0 computes means only; low and high are NaN.
-        seed: The same seed and number of queries give the same resamples.
-
-    Returns:
-        One interval for each column.
-
-    Raises:
-        ValueError: If `values` is not a matrix, or a number is out of range.
-
-    Example:
-        >>> bootstrap_intervals(np.array([[1.0], [1.0], [np.nan]]))
-        [Interval(mean=1.0, low=1.0, high=1.0)]
+    Values are [num_queries, num_columns]; a mean skips NaN. The same seed and number of queries
+    give the same resamples. Without resamples, low and high are NaN.
     """
-    if values.ndim != 2 or num_bootstrap < 0:
-        raise ValueError(
-            "Needs values [num_queries, num_columns] and num_bootstrap of 0 or more. "
-            f"Received: `values.shape` = {values.shape}, num_bootstrap={num_bootstrap}."
-        )
     is_measured = ~np.isnan(values)
     filled = np.where(is_measured, values, 0.0)
     # Each resample divides by its own number of measured queries.

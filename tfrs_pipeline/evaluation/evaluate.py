@@ -107,28 +107,10 @@ def popularity_slices(candidate_counts: np.ndarray) -> dict[str, np.ndarray]:
     """Cuts the candidates into head, torso and tail by their training counts.
 
     By falling count, ties by row: the head is the fewest candidates that hold half of the training
-    positives, the torso the next ones up to 80%, the tail all others. Candidates without a count
-    are always tail.
-
-    Args:
-        candidate_counts: [num_candidates] training positives, 0 or more.
-
-    Returns:
-        "head", "torso", "tail" -> [num_candidates] bool; each candidate is in exactly one.
-
-    Raises:
-        ValueError: If a count is negative or not finite.
-
-    Example:
-        >>> {name: np.flatnonzero(x) for name, x in popularity_slices([1, 5, 0, 3, 1]).items()}
-        {'head': array([1]), 'torso': array([3]), 'tail': array([0, 2, 4])}
+    positives, the torso the next ones up to 80%, the tail all others, and all without a count.
+    Returns name -> [num_candidates] bool.
     """
-    counts = np.asarray(candidate_counts)
-    if counts.ndim != 1 or not np.all(np.isfinite(counts) & (counts >= 0)):
-        raise ValueError(
-            "candidate_counts must be one finite number a candidate, 0 or more. Received: "
-            f"`candidate_counts.shape` = {counts.shape}, from {counts.min(initial=0)}"
-        )
+    counts = candidate_counts
     order = np.argsort(-counts, kind="stable")
     held_by_more_popular = np.cumsum(counts[order]) - counts[order]
     # .8 of a sum can be a hair off; counts are whole, so half of one is margin.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ibis
 import numpy as np
+import pyarrow as pa
 import scipy.sparse
 
 from tfrs_pipeline.data.ids import Ids
@@ -27,24 +28,7 @@ class Interactions:
 
     @classmethod
     def from_rows(cls, items: Ids, user_rows: np.ndarray, item_rows: np.ndarray) -> Interactions:
-        """Builds the matrix from pairs of a user, 0 or more, and an item's row, from 1.
-
-        Repeats count once; users without a pair are dropped. A `ValueError` if the two arrays
-        differ in length, or an item is not in the corpus.
-
-        Example:
-            >>> items = Ids([10, 20, 30])
-            >>> rows = items.rows([10, 10, 20])
-            >>> Interactions.from_rows(items, np.array([7, 7, 9]), rows).matrix.toarray()
-            array([[1., 0., 0.],
-                   [0., 1., 0.]], dtype=float32)
-        """
-        if len(user_rows) != len(item_rows):
-            raise ValueError(
-                "user_rows and item_rows must be columns of one table. "
-                f"Received: {len(user_rows)} and {len(item_rows)} rows."
-            )
-        _check_candidates(item_rows, "events are of items")
+        """Marks pairs of a user, 0 or more, and an item's row, from 1; users without one go."""
         shape = (int(user_rows.max(initial=-1)) + 1, len(items))
         matrix = _zero_one_matrix(user_rows, item_rows, shape)
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
@@ -56,15 +40,12 @@ class Interactions:
         pairs = log.events.filter(is_positive).select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = pairs["user_id"].combine_chunks().dictionary_encode().indices
-        return cls.from_rows(items, users.to_numpy(), items.rows(pairs["item_id"].to_numpy()))
+        return cls.from_rows(items, users.to_numpy(), _clicked_rows(pairs, items))
 
     @classmethod
     def of(cls, train: Log | Interactions) -> Interactions:
         """Returns interactions as they are, and collects those of a log."""
-        if isinstance(train, Interactions):
-            return train
-        check_log(train)
-        return cls.from_log(train)
+        return train if isinstance(train, Interactions) else cls.from_log(train)
 
     @property
     def counts(self) -> np.ndarray:
@@ -73,28 +54,31 @@ class Interactions:
 
 
 def items_of(log: Log) -> Ids:
-    """Returns the items of a log, ordered by id."""
+    """Returns the items of a log, ordered by id; a `TypeError` if it is not a log."""
+    check_log(log)
     return Ids(log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy())
 
 
 def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
-    """Counts the users of each item in a table of positives: [num_items] int64.
-
-    A `ValueError` if a clicked item is not in the corpus.
-    """
+    """Counts the users of each item in a table of positives: [num_items] int64."""
     found = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
-    rows = items.rows(found["item_id"].to_numpy())
-    _check_candidates(rows, "clicked items are items")
     counts = np.zeros(len(items), np.int64)
-    counts[rows - 1] = found["num"].to_numpy()
+    counts[_clicked_rows(found, items) - 1] = found["num"].to_numpy()
     return counts
 
 
-def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
-    """Marks the items of each history: [num_queries, num_items] float32 of 0 and 1.
+def _clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:
+    """Looks up the rows of clicked items; a `ValueError` if the log's items lack one."""
+    rows = items.rows(clicked["item_id"].to_numpy())
+    if num_unknown := np.count_nonzero(rows < 1):
+        raise ValueError(
+            f"{num_unknown} of {len(rows)} clicked items are not among the log's items."
+        )
+    return rows
 
-    A `ValueError` if a query has no history.
-    """
+
+def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_matrix:
+    """Marks the items of each history: [num_queries, num_items] float32 of 0 and 1."""
     histories = history_columns(queries, items)
     rows = np.repeat(np.arange(len(queries)), [len(h) for h in histories])
     columns = np.concatenate([*histories, np.empty(0, np.int32)])
@@ -102,10 +86,7 @@ def history_matrix(queries: Sequence[Query], items: Ids) -> scipy.sparse.csr_mat
 
 
 def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
-    """Looks up the known items of each history: one array of columns a query, oldest first.
-
-    A `ValueError` if a query has no history.
-    """
+    """Looks up the known items of each history: one array of columns a query, oldest first."""
     for query in queries:
         if query.get("history") is None:
             raise ValueError(
@@ -114,15 +95,6 @@ def history_columns(queries: Sequence[Query], items: Ids) -> list[np.ndarray]:
             )
     histories = [items.rows(query["history"]) for query in queries]
     return [rows[rows > 0] - 1 for rows in histories]
-
-
-def _check_candidates(item_rows: np.ndarray, what: str) -> None:
-    """Refuses (`ValueError`) row 0, which stands for items outside the corpus."""
-    if num_unknown := np.count_nonzero(item_rows < 1):
-        raise ValueError(
-            f"{num_unknown} of {len(item_rows)} {what} that are not candidates. "
-            "Drop them, or add the items."
-        )
 
 
 def _zero_one_matrix(

@@ -14,24 +14,11 @@ def format_table(
     markdown: bool = False,
     width: int | None = None,
 ) -> str:
-    """Formats measurements as a table with a line for each model.
+    """Formats summaries of models, by name, as a table with a line for each.
 
-    An interval is shown as its mean and half its width, a missing value as "-".
-
-    Args:
-        models: Name -> `EvaluationResult.summary()`.
-        columns: Names of metrics; slices have names such as "tail/recall@20".
-        differences: Name -> metric -> difference from the model without an entry, as in
-            `Evaluation.summary()`; shown beside the metric's column.
-        markdown: Whether to write a Markdown table instead of lines of equal length.
-        width: Most characters of a line. Last columns that do not fit are left out, but never the
-            first. None keeps all.
-
-    Example:
-        >>> summary = {"recall@20": {"mean": 0.25, "low": 0.24, "high": 0.26}, "coverage@20": 0.5}
-        >>> print(format_table({"ease": summary}, ["recall@20", "coverage@20"]))
-        model       recall@20  coverage@20
-        ease   0.2500 ±0.0100       0.5000
+    An interval is shown as its mean and half its width, a missing value as "-". Slices have columns
+    such as "tail/recall@20". The differences of `Evaluation.summary()` stand beside their metric.
+    Last columns that do not fit in `width` characters are left out, but never the first.
     """
     differences = differences or {}
     compared = {metric for of_model in differences.values() for metric in of_model}
@@ -52,32 +39,17 @@ def format_table(
 
 
 def format_cells(lines: Sequence[Sequence[str]]) -> str:
-    """Formats cells as plain text, the first column aligned left, the others right.
-
-    Example:
-        >>> print(format_cells([["plan", "n"], ["a", "12"]]))
-        plan   n
-        a     12
-    """
+    """Formats cells as plain text, the first column aligned left, the others right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    rows = []
+    for first, *rest in lines:
+        others = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        rows.append("  ".join([first.ljust(widths[0]), *others]))
+    return "\n".join(rows)
 
 
 def format_markdown_cells(lines: Sequence[Sequence[str]]) -> str:
-    """Formats cells as a Markdown table; the first line is its header.
-
-    Example:
-        >>> print(format_markdown_cells([["plan", "n"], ["a", "12"]]))
-        | plan | n |
-        |---|---:|
-        | a | 12 |
-    """
+    """Formats cells as a Markdown table; the first line is its header."""
     header, *rest = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rest])
 

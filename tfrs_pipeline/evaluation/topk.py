@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.retrieval import (
-    Excluded,
-    Query,
-    Retrieved,
-    check_asked,
-    check_k,
-    check_one_each,
-)
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_asked
 
 # Scores held at a time: 64 MB as float32.
 _SCORES_PER_BLOCK = 1 << 24
@@ -33,33 +26,11 @@ def top_k_in_blocks(
     Exact, and the same for any block size: equal scores are ordered by row, the smaller first.
     Scores are compared as float32.
 
-    Args:
-        score_block: Given a slice of the queries, returns their scores, [len(slice),
-            num_candidates]; column c is the candidate of row c + 1. -inf keeps a candidate out of
-            the result.
-        num_queries: How many queries.
-        num_candidates: How many candidates.
-        k: How many to find for each query, 1 or more; may exceed `num_candidates`.
-        exclude_rows: One array of candidate rows a query, never to be returned for it. Repeats and
-            row 0 are harmless. None excludes nothing.
-
-    Returns:
-        rows: [num_queries, k] int32 from 1, best first, 0 in empty slots.
-        scores: [num_queries, k] float32, -inf in empty slots.
-
-    Raises:
-        ValueError: If a score is NaN, a row is out of range, a shape is not as described, or k is
-            below 1.
-
-    Example:
-        >>> scores = np.array([[0.5, 2.0, 2.0, 1.0]])
-        >>> rows, _ = top_k_in_blocks(lambda block: scores[block], 1, 4, k=2)
-        >>> rows
-        array([[2, 3]], dtype=int32)
+    `score_block` returns the scores of a slice of the queries, [len(slice), num_candidates]; column
+    c is the candidate of row c + 1, and -inf keeps it out of the result. `exclude_rows` has an
+    array of rows from 1 for each query. Returns [num_queries, k] int32 rows, 0 in empty slots, and
+    float32 scores, -inf in them. A `ValueError` if a score is NaN.
     """
-    check_k(k)
-    if exclude_rows is not None:
-        check_one_each("exclude_rows", exclude_rows, num_queries)
     rows = np.zeros((num_queries, k), np.int32)
     scores = np.full((num_queries, k), -np.inf, np.float32)
     num_found = min(k, num_candidates)
@@ -78,7 +49,7 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Copies scores to float32, so that excluding does not write into the caller's array."""
     if scores.shape != shape:
         raise ValueError(
-            f"score_block must return [num_queries_in_block, num_candidates] = {shape}. "
+            f"Scores must be [num_queries, num_candidates] = {shape}. "
             f"Received: `scores.shape` = {scores.shape}."
         )
     scores = scores.astype(np.float32)
@@ -93,16 +64,8 @@ def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def _exclude(scores: np.ndarray, exclude_rows: Sequence[np.ndarray]) -> None:
     """Sets the scores of excluded rows to -inf, in place."""
-    rows = np.concatenate(exclude_rows)
-    if not len(rows):
-        return
-    if not 0 <= rows.min() <= rows.max() <= scores.shape[1]:
-        raise ValueError(
-            f"Excluded rows must lie in [0, {scores.shape[1]}], 0 standing for unknown candidates. "
-            f"Received: {rows.min()} to {rows.max()}."
-        )
     queries = np.repeat(np.arange(len(scores)), [len(of_query) for of_query in exclude_rows])
-    scores[queries[rows > 0], rows[rows > 0] - 1] = -np.inf
+    scores[queries, np.concatenate(exclude_rows) - 1] = -np.inf
 
 
 def _top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,10 +92,7 @@ def retrieve_by_scores(
     k: int,
     exclude: Excluded = None,
 ) -> Retrieved:
-    """Answers `Retriever.retrieve` for anything that can score every candidate of its queries.
-
-    `score_queries` returns [num_queries, num_candidates], columns in the order of the corpus.
-    """
+    """Retrieves by scores, [num_queries, num_candidates] in the order of the corpus."""
     check_asked(queries, k, exclude, ids_are_text=corpus.are_text)
     exclude_rows = exclude_rows_of(corpus, exclude)
     rows, scores = top_k_in_blocks(
@@ -149,15 +109,7 @@ def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
 class ExactRetriever:
     """Scores every candidate by a dot product: exact, and linear in the size of the corpus.
 
-    Candidates are distinct ids, int or str, whose order breaks ties, and [num_candidates, dim]
-    floats; a `ValueError` if the two do not match. `embed_queries`, the query tower, turns queries
-    into [num_queries, dim].
-
-    Example:
-        >>> tower = lambda queries: np.array([[1.0, 0.0]] * len(queries))
-        >>> retriever = ExactRetriever(["a", "b"], np.array([[0.1, 0.9], [0.8, 0.2]]), tower)
-        >>> retriever.retrieve([{"user_id": "u"}], k=1)[0]
-        array([['b']], dtype=object)
+    `embed_queries`, the query tower, turns queries into [num_queries, dim].
     """
 
     def __init__(
@@ -168,14 +120,12 @@ class ExactRetriever:
     ) -> None:
         self.corpus = Ids(candidate_ids)
         self.candidate_embeddings = np.asarray(candidate_embeddings, np.float32)
-        self._embed_queries = embed_queries
-        if self.candidate_embeddings.ndim != 2 or len(self.candidate_embeddings) != len(
-            self.corpus
-        ):
+        if len(self.candidate_embeddings) != len(self.corpus):
             raise ValueError(
                 f"candidate_embeddings must be [{len(self.corpus)}, dim], one row a candidate id. "
                 f"Received: `candidate_embeddings.shape` = {self.candidate_embeddings.shape}."
             )
+        self._embed_queries = embed_queries
 
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`."""
@@ -183,10 +133,4 @@ class ExactRetriever:
 
     def _scores(self, queries: Sequence[Query]) -> np.ndarray:
         embeddings = np.asarray(self._embed_queries(queries), np.float32)
-        expected = (len(queries), self.candidate_embeddings.shape[1])
-        if embeddings.shape != expected:
-            raise ValueError(
-                f"embed_queries must return [num_queries, dim] = {expected}. "
-                f"Received: `embeddings.shape` = {embeddings.shape}."
-            )
         return embeddings @ self.candidate_embeddings.T

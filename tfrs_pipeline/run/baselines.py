@@ -28,16 +28,9 @@ def fit_baselines(
     *,
     grids: Mapping[str, Sequence[Baseline]] | None = None,
 ) -> tuple[dict[str, Retriever], list[str]]:
-    """Fits the baselines of a config.
+    """Fits the baselines of a config, with notes on what was chosen and what was skipped.
 
-    Args:
-        config: Names them.
-        data: What they are fitted to, and the validation part that chooses among several.
-        on_progress: Called while one is chosen.
-        grids: By name, baselines to choose from on validation, in place of the usual one.
-
-    Returns:
-        The fitted baselines by name, and notes on what was chosen and what was skipped.
+    `grids` are, by name, baselines to choose from on validation, in place of the usual one.
     """
     latest = _LATEST if data.split.kind == "time" else (1.0,)
     choices: dict[str, Sequence[Baseline]] = {

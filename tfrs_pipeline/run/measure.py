@@ -34,12 +34,9 @@ EXAMPLE_LENGTH = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """What the test has shown.
+    """The trained models by name, the first to be exported, and their test.
 
-    Attributes:
-        models: The trained models, by name; the first is to be exported.
-        evaluation: They, the baselines and the version in service, on the same queries.
-        in_service: The version in service; None if there is none or it is not compared.
+    The evaluation also holds the baselines and the version in service, if one is compared.
     """
 
     models: dict[str, FittedTwoTower]
@@ -97,10 +94,7 @@ def evaluate_all(
 
 
 def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str, Any]:
-    """Gathers what metrics.json holds of the data, the trainings and the test.
-
-    The differences say by how much others are above the two-tower model, query by query.
-    """
+    """Gathers what metrics.json holds of the data, the trainings and the test."""
     return {
         "dataset": config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,12 +121,7 @@ def metrics_of(config: RunConfig, data: RunData, measured: Measured) -> dict[str
 
 
 def _examples(retriever: Retriever, holdout: Holdout, config: RunConfig) -> list[dict[str, Any]]:
-    """Shows what a few test queries are answered, chosen by length of history, short to long.
-
-    Each has `EXAMPLE_LENGTH` ids at most of the history, the latest first, and of the recommended
-    items, the best first, without what the evaluation excludes; found are the recommended ones that
-    are among the items to find.
-    """
+    """Shows what a few test queries are answered, chosen by length of history, short to long."""
     order = np.argsort([len(history) for history in holdout.histories], kind="stable")
     places = np.linspace(0, len(order) - 1, NUM_EXAMPLES + 2)[1:-1].round().astype(int)
     numbers = list(dict.fromkeys(order[places].tolist()))
