@@ -188,7 +188,7 @@ def _history_notes(
     """Says what the model does not read of a query's history, given its unknown items."""
     import numpy as np
 
-    from tfrs_pipeline.model.graph_functions import signature_inputs
+    from tfrs_pipeline.model.graph import signature_inputs
 
     history = query["history"]
     without = {n: x for n, x in query.items() if n not in ("history", HISTORY_TIMESTAMPS)}

@@ -22,15 +22,17 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph_functions import call, signature_inputs, traced
-from tfrs_pipeline.model.id_tensors import (
+from tfrs_pipeline.model.graph import (
+    call,
     id_dtype,
     id_list,
     id_lists,
     lookup,
     padded,
     row_table,
+    signature_inputs,
     stored,
+    traced,
     with_empty,
 )
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query

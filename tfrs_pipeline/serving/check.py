@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model.encoder import features_of, query_inputs
-from tfrs_pipeline.model.graph_functions import call, signature_inputs
+from tfrs_pipeline.model.graph import call, signature_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.index import ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.saved_model import RetrievalModule

@@ -34,7 +34,7 @@ from tfrs_pipeline.model.encoder import (
     known_rows,
 )
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph_functions import signature_inputs
+from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.index import (

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.features.graph import lower_booleans
 from tfrs_pipeline.features.raw import has_booleans, padded, to_text_lists
-from tfrs_pipeline.model.id_tensors import lookup, row_table, stored
+from tfrs_pipeline.model.graph import lookup, row_table, stored
 
 
 class Allowed(NamedTuple):

@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.encoder import request_inputs
-from tfrs_pipeline.model.id_tensors import empty_id
+from tfrs_pipeline.model.graph import empty_id
 from tfrs_pipeline.serving.rest import PredictCall, bad_request, parse_predict, refusal
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings

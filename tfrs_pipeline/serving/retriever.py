@@ -21,7 +21,7 @@ from tfrs_pipeline.model.encoder import (
     query_inputs,
     request_inputs,
 )
-from tfrs_pipeline.model.id_tensors import id_list, id_lists
+from tfrs_pipeline.model.graph import id_list, id_lists
 from tfrs_pipeline.retrieval import (
     Excluded,
     Query,

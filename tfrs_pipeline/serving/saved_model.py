@@ -10,8 +10,15 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.model.encoder import Encoder
-from tfrs_pipeline.model.graph_functions import call, signature_inputs, traced
-from tfrs_pipeline.model.id_tensors import lookup, row_table, stored, with_empty
+from tfrs_pipeline.model.graph import (
+    call,
+    lookup,
+    row_table,
+    signature_inputs,
+    stored,
+    traced,
+    with_empty,
+)
 from tfrs_pipeline.serving.index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.item_filter import ItemFilter
 from tfrs_pipeline.serving.signatures import EMBEDDINGS, RETRIEVALS, Retrieval, completed

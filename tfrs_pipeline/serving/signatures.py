@@ -9,8 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.model.graph_functions import signature_inputs
-from tfrs_pipeline.model.id_tensors import empty_id
+from tfrs_pipeline.model.graph import (
+    empty_id,
+    signature_inputs,
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.model.graph_functions import signature_inputs
+from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
 from tfrs_pipeline.serving.publish import (
     MANIFEST_FILE,

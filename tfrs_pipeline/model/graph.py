@@ -1,9 +1,7 @@
-"""Ids as tensors: as callers give them, and the tables of their rows."""
-
-from __future__ import annotations
+"""Ids as tensors, tables of their rows, and functions of named inputs in a saved graph."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,3 +80,27 @@ def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf
     """Looks up rows: int32, of the shape of `ids`."""
     # Such a table tells nothing of the shape.
     return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)
+
+
+def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
+    """Makes a graph of a function of named inputs, for `call`.
+
+    The specs name the inputs: a feature's name may be no Python argument.
+    """
+    names = [spec.name for spec in specs]
+    return tf.function(
+        lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
+    )
+
+
+def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
+    """Returns the inputs of a `traced` function or a signature by name, in order."""
+    if hasattr(function, "get_concrete_function"):
+        function = function.get_concrete_function()
+    positional, named = function.structured_input_signature
+    return {spec.name: spec for spec in positional} | dict(named)
+
+
+def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:
+    """Calls a `traced` function, also a loaded one, with those of the inputs that it takes."""
+    return function(*(inputs[name] for name in signature_inputs(function)))
