@@ -294,7 +294,7 @@ BLIND = {"model.history_pooling": (), "model.use_candidate_id": False}
         (FEATURES, {"export.filter_by": "title"}, "export.filter_by", "got 'title'.*title, year"),
         ({"model.use_user_id": True}, {"export.user_data": False}, "export.user_data",
          "each user is user data"),
-        ({}, {"model.hard": "funnel:min_rank=-5"}, "model.hard.funnel", "min_rank must be a whole"),
+        ({}, {"model.hard": "funnel:min_rank=-5"}, "model.hard.funnel.min_rank", "equal to 0"),
         ({}, {"model.hard": "mined:every=1:every=2"}, "model.hard", "sets every twice"),
         ({"export.index": "none"}, {"export.gate": True}, "export.gate", "which exports nothing"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small_batches import make_samples
-from tfrs_pipeline.model.mining import MiningReport, mine_pools
+from tfrs_pipeline.model.mining import mine_pools
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.store import RowLists, Samples
 
@@ -69,26 +69,21 @@ def test_pools_are_what_a_slow_loop_keeps(
         samples = dataclasses.replace(samples, num_earlier=None)
     retrieval = TableRetrieval(np.random.default_rng(seed))
     mined = Mined(min_rank=min_rank, max_rank=min_rank + width, max_pool=max_pool)
-    pools, report = mine_pools(
+    pools = mine_pools(
         retrieval, samples, mined, seed=seed, history_length=NUM_ITEMS, batch_size=batch_size
     )
     # Once for each user and history; of what is left without the positive, some are alike.
     assert len(retrieval.asked) == len(set(retrieval.asked)) or not is_ordered
     assert len(retrieval.asked) <= len(samples)
-    assert len(pools) == len(samples) == report.num_samples
-    num_eligible = 0
+    assert len(pools) == len(samples)
     for i in range(len(samples)):
         expected = eligible(samples, retrieval, mined, i)
-        num_eligible += len(expected)
         assert len(pools[i]) == min(len(expected), max_pool)
         assert len(set(pools[i].tolist())) == len(pools[i])
         assert set(pools[i].tolist()) <= expected
-    assert report.num_kept + report.dropped["beyond the pool's size"] == num_eligible
-    assert report.num_without == sum(len(pools[i]) == 0 for i in range(len(samples)))
-    assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
 
 
-def mined_by_row(samples: Samples, mined: Mined) -> tuple[RowLists, MiningReport]:
+def mined_by_row(samples: Samples, mined: Mined) -> RowLists:
     """Mines by a retrieval that ranks rows 1, 2, ... for everybody."""
 
     def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:
@@ -97,27 +92,17 @@ def mined_by_row(samples: Samples, mined: Mined) -> tuple[RowLists, MiningReport
     return mine_pools(retrieve, samples, mined, seed=0, history_length=3)
 
 
-def test_counts_by_reason() -> None:
+def test_ranks_count_what_may_be_a_negative() -> None:
     # User 1 clicked 1 and 4, was shown 2. Left: 3 5 6 7 8 9, ranks 0 to 5.
     samples = dataclasses.replace(
         Samples.from_pairs([1, 1], [1, 4], num_queries=1, num_candidates=9),
         exposed=RowLists.from_lists([np.zeros(0), np.array([2])]),
     )
-    pools, report = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=2))
-    assert set(pools[0].tolist()) <= {5, 6, 7}
-    assert report == MiningReport(
-        num_samples=2,
-        num_without=0,
-        num_retrieved=14,  # Of each sample max_rank + 2 known + 1 exposed.
-        num_kept=4,
-        dropped={
-            "known positives": 4,
-            "exposed and not clicked": 2,
-            "of a better rank": 2,
-            "of a worse rank": 0,
-            "beyond the pool's size": 2,
-        },
-    )
+    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4))
+    assert sorted(pools[0].tolist()) == [5, 6, 7]
+    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=2))
+    assert len(pools.values) == 4
+    assert set(pools.values.tolist()) <= {5, 6, 7}
 
 
 def test_items_that_came_later_are_nobodys_hard_negatives() -> None:
@@ -125,17 +110,15 @@ def test_items_that_came_later_are_nobodys_hard_negatives() -> None:
     later = np.isin(np.arange(10), [3, 4, 9])
     samples = dataclasses.replace(samples, is_later=later)
     # Left: 2 5 6 7 8, ranks 0 to 4.
-    pools, report = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=9))
+    pools = mined_by_row(samples, Mined(min_rank=1, max_rank=4, max_pool=9))
     assert sorted(pools[0].tolist()) == [5, 6, 7]
-    assert report.dropped["came after the training"] == 2  # The ninth is of a rank below all asked.
-    assert report.num_retrieved == report.num_kept + sum(report.dropped.values())
 
 
 def test_draw_is_uniform_and_in_random_order() -> None:
     num = 4000
     samples = Samples.from_pairs([1] * num, [60] * num, num_queries=1, num_candidates=60)
     # Ranks 10 to 29 are rows 11 to 30.
-    pools, _ = mined_by_row(samples, Mined(min_rank=10, max_rank=30, max_pool=5))
+    pools = mined_by_row(samples, Mined(min_rank=10, max_rank=30, max_pool=5))
     rows = np.stack([pools[i] for i in range(num)])
     assert set(np.unique(rows).tolist()) == set(range(11, 31))
     for place in range(5):  # Each place of a pool is a uniform draw of the 20.

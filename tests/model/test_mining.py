@@ -73,7 +73,7 @@ def unbroken(data: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Unb
 
 def test_the_model_mines_by_its_own_ranking(data: TrainingSet, unbroken: Unbroken) -> None:
     model, samples = unbroken.model, data.samples
-    pools, _ = mine_pools(
+    pools = mine_pools(
         RowRetriever(model.network).of_now(), samples, Mined(min_rank=4, max_rank=12), seed=0,
         history_length=LENGTH,
     )  # fmt: skip

@@ -174,12 +174,6 @@ def test_refusals_of_counts() -> None:
         build_alias_table(np.array([0.25, 0.25]))
     with pytest.raises(ValueError, match="0 or more"):
         build_alias_table(np.array([1.5, -0.5]))
-    with pytest.raises(ValueError, match=r"alpha must be 0 or more.*-1"):
-        sampling_probability(np.array([0, 1]), -1)
-    with pytest.raises(ValueError, match="corpus is empty"):
-        sampling_probability(np.array([0]), 0)
-    with pytest.raises(ValueError, match=r"alpha=0\.75\. Use the kind uniform"):
-        sampling_probability(np.array([0, 0]), 0.75)
     with pytest.raises(DataError, match="holds no positive"):
         positive_probability(np.array([0, 0]))
     for kinds, batch_size in (([InBatch()], 1), ([], 5)):
@@ -270,32 +264,32 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (Popularity, {"num": 0}, "num must be a whole number, 1 or more"),
         (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
         (resampling_rate, {"counts": np.ones(2), "exponent": 1.5}, "exponent must be in"),
-        (FunnelLosers, {"share": 0.0}, "share must be in.*set hard to none"),
-        (FunnelLosers, {"share": 1.0}, "share must be in"),
-        (FunnelLosers, {"stages": ()}, "stages must be one or more"),
-        (FunnelLosers, {"stages": ("foo",)}, r"one or more of retrieved, .*\('foo',\)"),
-        (FunnelLosers, {"stages": ("ranked", "ranked")}, "each once"),
+        (FunnelLosers, {"share": 0.0}, "share.*greater than 0"),
+        (FunnelLosers, {"share": 1.0}, "share.*less than 1"),
+        (FunnelLosers, {"stages": ()}, "stages.*at least one value"),
+        (FunnelLosers, {"stages": ("foo",)}, "'retrieved', .* or 'exposed'.*'foo'"),
+        (FunnelLosers, {"stages": ("ranked", "ranked")}, "stages.*a value twice"),
         (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
-        (FunnelLosers, {"min_pool": -1}, "min_pool must be a whole number, 0 or more"),
-        (FunnelLosers, {"window_hours": 0.0}, "window_hours must be above 0"),
-        (FunnelLosers, {"window_hours": np.inf}, "window_hours must be .* the whole log"),
-        (FunnelLosers, {"window_hours": 1e12}, "window_hours must be .* 100,000,000 at most"),
-        (FunnelLosers, {"bottom_share": 0.0}, "bottom_share must be in"),
+        (FunnelLosers, {"min_pool": -1}, "min_pool.*greater than or equal to 0"),
+        (FunnelLosers, {"window_hours": 0.0}, "window_hours.*greater than 0"),
+        (FunnelLosers, {"window_hours": np.inf}, "window_hours.*less than or equal to 100000000"),
+        (FunnelLosers, {"window_hours": 1e12}, "window_hours.*less than or equal to 100000000"),
+        (FunnelLosers, {"bottom_share": 0.0}, "bottom_share.*greater than 0"),
         (
             FunnelLosers,
             {"bottom_share": 0.3},
             "among items of the stage 'ranked'. Add it to stages",
         ),
         (FunnelLosers, {"min_rank": 3}, "0.5 and 3, stages .'retrieved', 'pre_ranked'"),
-        (Mined, {"share": 2.0}, "share must be in"),
+        (Mined, {"share": 2.0}, "share.*less than 1"),
         (Mined, {"min_rank": 5, "max_rank": 5}, "min_rank < max_rank"),
-        (Mined, {"min_rank": 2.5}, "min_rank must be a whole number"),
-        (Mined, {"max_rank": 10.5}, "max_rank must be a whole number"),
-        (Mined, {"max_pool": 0}, "max_pool must be a whole number, 1 or more"),
+        (Mined, {"min_rank": 2.5}, "min_rank.*valid integer"),
+        (Mined, {"max_rank": 10.5}, "max_rank.*valid integer"),
+        (Mined, {"max_pool": 0}, "max_pool.*greater than 0"),
     ],
 )
 def test_kinds_refuse_arguments(kind: type, arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         kind(**arguments)
 
 

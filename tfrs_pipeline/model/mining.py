@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.ids import are_listed
-from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
+from tfrs_pipeline.durable import is_whole, naming, write_record
 from tfrs_pipeline.model.queries import RetrieveRows
 from tfrs_pipeline.negatives.mined import Mined
 from tfrs_pipeline.samples.columns import map_column
@@ -23,21 +23,6 @@ logger = logging.getLogger(__name__)
 _CELLS_PER_BATCH = 1 << 26
 
 
-@dataclass(frozen=True)
-class MiningReport:
-    """What became of the retrieved items, all samples together.
-
-    `num_samples` were mined for, `num_without` of them left with no hard negative. `dropped` are
-    numbers of items by reason, in the order of the filters.
-    """
-
-    num_samples: int
-    num_without: int
-    num_retrieved: int
-    num_kept: int
-    dropped: dict[str, int]
-
-
 def mine_pools(
     retrieve: RetrieveRows,
     samples: Samples,
@@ -47,11 +32,10 @@ def mine_pools(
     history_length: int,
     batch_size: int = 1024,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[RowLists, MiningReport]:
-    """Mines a pool of hard negatives for every sample, in random order, and counts dropped items.
+) -> RowLists:
+    """Mines a pool of hard negatives for every sample, in random order.
 
-    Retrieves once for all samples of a user with the same history. The retrieval itself excludes
-    nothing, so that what the filters drop can be counted.
+    Retrieves once for all samples of a user with the same history.
 
     Args:
         retrieve: By the current model.
@@ -69,8 +53,6 @@ def mine_pools(
     rng = np.random.default_rng(seed)
     sizes = np.zeros(len(samples), np.int64)
     kept: list[np.ndarray] = []
-    dropped: dict[str, int] = {}
-    num_retrieved = 0
     for start in range(0, len(first) - 1, batch_size):
         ends = first[start : start + batch_size + 1]
         batch, states = order[ends[0] : ends[-1]], order[ends[:-1]]
@@ -82,21 +64,14 @@ def mine_pools(
         state_of = np.repeat(np.arange(len(states)), np.diff(ends))
         rows = found[state_of]
         is_own = rows == samples.candidate_rows[batch][:, np.newaxis]
-        is_found = (rows > 0) & ~is_later[rows]
-        left, by_reason = mined.keep(is_found, is_known[state_of] | is_own, is_exposed[state_of])
-        if samples.is_later is not None:
-            by_reason["came after the training"] = int(is_later[rows].sum())
+        is_never = is_own | (is_known | is_exposed)[state_of] | is_later[rows]
+        left = mined.keep((rows > 0) & ~is_never)
         places, sizes[batch] = mined.draw_pools(left, rng)
         is_drawn = np.arange(places.shape[1]) < sizes[batch][:, np.newaxis]
         kept.append(np.take_along_axis(rows, places, axis=1)[is_drawn].astype(np.int32))
-        by_reason["beyond the pool's size"] = int(left.sum()) - len(kept[-1])
-        dropped = {name: dropped.get(name, 0) + count for name, count in by_reason.items()}
-        num_retrieved += int(np.count_nonzero(rows > 0))
         on_progress(int(ends[-1]), len(samples))
     as_mined = RowLists(np.append(0, np.cumsum(sizes[order])), np.concatenate(kept))
-    pool = as_mined.take(np.argsort(order))
-    num_without = int(np.count_nonzero(sizes == 0))
-    return pool, MiningReport(len(samples), num_without, num_retrieved, len(pool.values), dropped)
+    return as_mined.take(np.argsort(order))
 
 
 def _num_masked(masks: Sequence[RowLists]) -> int:
@@ -128,9 +103,9 @@ class MinedPools:
 
     It prepares the batches, which draw from the pool "mined", when `every` epochs are done, twice
     `every`, and so on. A stopped training goes on between two preparations, with the pools that
-    `folder` keeps. `reports` tell, by the epochs done, what the mining then kept and dropped;
-    `on_progress` is called while mining with the samples done and their total. A `ValueError` if
-    the corpus has no rank `min_rank`.
+    `folder` keeps. `pools` has what was mined, by the epochs done; `on_progress` is called while
+    mining with the samples done and their total. A `ValueError` if the corpus has no rank
+    `min_rank`.
     """
 
     batches: HybridBatches
@@ -140,7 +115,7 @@ class MinedPools:
     seed: int
     folder: Path | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None
-    reports: dict[int, MiningReport] = field(default_factory=dict)
+    pools: dict[int, RowLists] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_candidates = len(self.batches.samples.counts) - 1
@@ -152,14 +127,14 @@ class MinedPools:
         self.every = self.mined.every
         kept = [] if self.folder is None else sorted(self.folder.glob("mined-*.json"))
         for path in kept:
-            # A training that is over asks for no more pools: what it had is what it reports.
+            # A training that is over asks for no more pools: it describes the one that it had.
             if (pool := self._load(int(path.stem.partition("-")[2]))) is not None:
                 self.batches.set_hard_pool("mined", pool)
 
     def can_go_on(self, epoch: int) -> bool:
         """Whether the pools of the epochs that follow are kept, or to be mined now."""
         due = epoch - epoch % self.every
-        return due in (0, epoch) or due in self.reports
+        return due in (0, epoch) or due in self.pools
 
     def prepare(self, epoch: int) -> None:
         """Gives the batches the pools of the next epochs: mined now, or kept from before."""
@@ -169,7 +144,7 @@ class MinedPools:
             return
         pool = self._load(epoch)
         if pool is None:
-            pool, report = mine_pools(
+            mined = mine_pools(
                 self.make_retrieval(),
                 samples,
                 self.mined,
@@ -177,32 +152,30 @@ class MinedPools:
                 history_length=self.history_length,
                 on_progress=self.on_progress,
             )
-            self.reports[epoch] = report
-            logger.info("mined after epoch %d: %s", epoch, report)
-            pool = self._save(epoch, pool)
+            pool = self._save(epoch, mined)
+            self.pools = {epoch: pool}
+            logger.info(*self.describe())
         self.batches.set_hard_pool("mined", pool)
 
     def describe(self) -> list[str]:
-        """Says what the last mining kept and dropped."""
-        if not self.reports:
+        """Says how many hard negatives the last mining has found."""
+        if not self.pools:
             return [
                 "no hard negatives were mined: training ended within the first "
                 f"{self.every} epochs (model.hard.every)"
             ]
-        epoch, report = max(self.reports.items())
-        reasons = ", ".join(f"{count:,} {why}" for why, count in report.dropped.items() if count)
+        epoch, pool = max(self.pools.items())
+        num_with = np.count_nonzero(np.diff(pool.offsets))
         return [
-            f"mined after epoch {epoch}: {report.num_kept:,} hard negatives for "
-            f"{report.num_samples - report.num_without:,} of {report.num_samples:,} positives",
-            f"dropped of {report.num_retrieved:,} retrieved: {reasons}",
+            f"mined after epoch {epoch}: {len(pool.values):,} hard negatives for "
+            f"{num_with:,} of {len(pool):,} positives"
         ]
 
     def _load(self, epoch: int) -> RowLists | None:
         if self.folder is None or not is_whole(self.folder / f"mined-{epoch}.json"):
             return None
-        report = read_record(self.folder / f"mined-{epoch}.json", check_files=False)
-        self.reports[epoch] = MiningReport(**report)
-        return RowLists(*(map_column(path) for path in self._files(epoch)))
+        self.pools[epoch] = RowLists(*(map_column(path) for path in self._files(epoch)))
+        return self.pools[epoch]
 
     def _save(self, epoch: int, pool: RowLists) -> RowLists:
         """Writes a pool, if there is a folder, and maps what it wrote."""
@@ -213,7 +186,7 @@ class MinedPools:
             for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
                 np.save(path, array)
         record = self.folder / f"mined-{epoch}.json"
-        write_record(record, asdict(self.reports[epoch]), self._files(epoch))
+        write_record(record, {}, self._files(epoch))
         for old in self.folder.glob("mined-*"):
             if old.name.partition(".")[0] != record.stem:
                 old.unlink()

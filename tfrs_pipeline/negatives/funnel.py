@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
-from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.settings import Several
 
-HardStage = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
-_MOST_HOURS = 100_000_000  # 11,000 years: more is no interval of an engine.
+HardShare: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+HardStage: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
 
 
 def _split(stages: Any) -> Any:
@@ -18,7 +20,9 @@ def _split(stages: Any) -> Any:
     return stages.split(",") if isinstance(stages, str) else stages
 
 
-Stages = Annotated[tuple[HardStage, ...], BeforeValidator(_split)]
+Stages: TypeAlias = Annotated[Several[HardStage], BeforeValidator(_split)]
+# 11,000 years: more is not an interval that an engine knows.
+Hours: TypeAlias = Annotated[float, Field(gt=0, le=100_000_000)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class FunnelLosers:
         min_pool: A stage with fewer losers in the positive's own request also takes the latest
             `max_pool` of the user's recent requests.
         max_pool: Most losers kept for a positive and stage, drawn at random.
-        window_hours: How far back recent requests may lie; ignored in a log without timestamps.
+        window_hours: How far back recent requests may lie; ignored in a log without timestamps. For
+            no limit give the hours of the whole log.
         bottom_share: For "ranked": the low part of the ranked list, as a share of the request's
             ranks in (0, 1].
         min_rank: For "ranked": the low part as a rank instead, this one (0 is the best) and worse.
@@ -50,29 +55,18 @@ class FunnelLosers:
             a low part is given without "ranked".
     """
 
-    share: float = 0.01
+    share: HardShare = 0.01
     stages: Stages = ("retrieved", "pre_ranked")
-    num: int = 4
-    min_pool: int = 4
-    max_pool: int = 100
-    window_hours: float = 24.0
-    bottom_share: float = 0.5
-    min_rank: int | None = None
+    num: PositiveInt = 4
+    min_pool: NonNegativeInt = 4
+    max_pool: PositiveInt = 100
+    window_hours: Hours = 24.0
+    bottom_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    min_rank: NonNegativeInt | None = None
     allow_exposed: bool = False
     kind: Literal["funnel"] = "funnel"
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        # Equal settings compare as equal, however they were written.
-        object.__setattr__(self, "stages", tuple(_split(self.stages)))
-        for name in ("window_hours", "bottom_share"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        known, given = get_args(HardStage), set(self.stages)
-        if not given or not given <= set(known) or len(given) < len(self.stages):
-            raise ValueError(
-                f"stages must be one or more of {', '.join(known)}, each once. Received: "
-                f"{self.stages!r}"
-            )
         if "exposed" in self.stages and not self.allow_exposed:
             raise ValueError(
                 "stages holds 'exposed'. An item that was exposed to a user and not clicked is "
@@ -80,17 +74,6 @@ class FunnelLosers:
                 "it, and the lack of a click says as much of its position as of it. It is for "
                 "ranking. To see what such negatives do to retrieval, set allow_exposed."
             )
-        check_integer(1, num=self.num, max_pool=self.max_pool)
-        check_integer(0, min_pool=self.min_pool)
-        if self.min_rank is not None:
-            check_integer(0, min_rank=self.min_rank)
-        if not 0 < self.window_hours <= _MOST_HOURS:
-            raise ValueError(
-                f"window_hours must be above 0 and {_MOST_HOURS:,} at most. Received: "
-                f"{self.window_hours}; for no limit give the hours of the whole log"
-            )
-        if not 0 < self.bottom_share <= 1:
-            raise ValueError(f"bottom_share must be in (0, 1]. Received: {self.bottom_share}")
         low_part = self.bottom_share, self.min_rank
         if "ranked" not in self.stages and low_part != (FunnelLosers.bottom_share, None):
             raise ValueError(
@@ -99,7 +82,7 @@ class FunnelLosers:
                 f"stages {self.stages!r}"
             )
 
-    def of_stages(self, stages: tuple[HardStage, ...]) -> FunnelLosers:
+    def of_stages(self, stages: Sequence[HardStage]) -> FunnelLosers:
         """Returns these losers with other stages, without options of a stage that is left out."""
         if "ranked" in stages:
             return replace(self, stages=stages)
@@ -110,11 +93,3 @@ class FunnelLosers:
     def pools(self) -> tuple[str, ...]:
         """Names of the pools that rows draw from."""
         return tuple(self.stages)
-
-
-def check_share(share: float) -> None:
-    """Refuses (`ValueError`) a hard share outside (0, 1)."""
-    if not 0 < share < 1:
-        raise ValueError(
-            f"share must be in (0, 1); without hard negatives, set hard to none. Received: {share}"
-        )

@@ -7,13 +7,13 @@ but has not met, which would be false negatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
-from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.negatives.funnel import check_share
+from tfrs_pipeline.negatives.funnel import HardShare
 
 
 @dataclass(frozen=True)
@@ -34,62 +34,37 @@ class Mined:
         ValueError: If an argument is out of range.
     """
 
-    share: float = 0.01
-    num: int = 8
-    min_rank: int = 100
-    max_rank: int = 500
-    max_pool: int = 100
-    every: int = 3
+    share: HardShare = 0.01
+    num: PositiveInt = 8
+    min_rank: NonNegativeInt = 100
+    max_rank: NonNegativeInt = 500
+    max_pool: PositiveInt = 100
+    every: PositiveInt = 3
     kind: Literal["mined"] = "mined"
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        check_integer(0, min_rank=self.min_rank, max_rank=self.max_rank)
         if not self.min_rank < self.max_rank:
             raise ValueError(
-                "Mined ranks must be 0 <= min_rank < max_rank. "
+                "Mined ranks must be min_rank < max_rank. "
                 f"Received: {self.min_rank} and {self.max_rank}"
             )
-        check_integer(1, num=self.num, max_pool=self.max_pool, every=self.every)
 
     @property
     def pools(self) -> tuple[str, ...]:
         """Names of the pools that rows draw from."""
         return ("mined",)
 
-    def keep(
-        self, is_found: np.ndarray, is_known: np.ndarray, is_exposed: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, int]]:
-        """Chooses among retrieved items, best first.
+    def keep(self, is_allowed: np.ndarray) -> np.ndarray:
+        """Chooses among retrieved items, best first, those of a rank to keep: [b, k] bool.
 
-        Args:
-            is_found: [b, k] bool, False in empty slots.
-            is_known: [b, k] bool, the sample's positive and the user's other known ones.
-            is_exposed: [b, k] bool, shown to the user and never clicked.
-
-        Returns:
-            [b, k] bool, and how many each filter dropped, in the order in which they apply.
+        Ranks count the allowed items, [b, k] bool: known positives and exposed items have none.
 
         Example:
-            >>> found = np.ones((1, 5), bool)
-            >>> known, exposed = found & False, found & False
-            >>> known[0, 1] = True
-            >>> Mined(min_rank=1, max_rank=3).keep(found, known, exposed)[0]
+            >>> Mined(min_rank=1, max_rank=3).keep(np.array([[True, False, True, True, True]]))
             array([[False, False,  True,  True, False]])
         """
-        left, dropped = is_found, {}
-
-        def drop(reason: str, is_dropped: np.ndarray) -> None:
-            nonlocal left
-            dropped[reason] = int(np.count_nonzero(left & is_dropped))
-            left = left & ~is_dropped
-
-        drop("known positives", is_known)
-        drop("exposed and not clicked", is_exposed)
-        rank = np.cumsum(left, axis=1) - 1
-        drop("of a better rank", rank < self.min_rank)
-        drop("of a worse rank", rank >= self.max_rank)
-        return left, dropped
+        rank = np.cumsum(is_allowed, axis=1) - 1
+        return is_allowed & (rank >= self.min_rank) & (rank < self.max_rank)
 
     def draw_pools(
         self, is_left: np.ndarray, rng: np.random.Generator
