@@ -323,7 +323,7 @@ def test_what_would_be_answered_as_something_else_is_refused(
     of_other_type = rf"This model's ids are {kind}. Received: {other!r}"
     refused: list[tuple[Any, str]] = [
         ({"history": [item]}, r"Queries come in a list, also a single one: \[\{"),
-        ([[item]], r"A query is a mapping, such as .* Received: \["),
+        ([[item]], r"A query is a mapping, .* Received: \["),
         ([{"histroy": [item]}], r"Unknown key 'histroy' in a query; did you mean 'history'\?"),
         ([{"history": [item], 3: 4}], "Unknown key '3' in a query"),
         ([{"history": item}], rf"history .* must be a list.*; did you mean \[{item!r}\]"),

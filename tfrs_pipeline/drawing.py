@@ -143,12 +143,7 @@ def label_lines(
 
 
 def spread_apart(heights: np.ndarray, least: float) -> np.ndarray:
-    """Moves heights as little as possible until neighbours are `least` apart, in the same order.
-
-    Example:
-        >>> spread_apart(np.array([5.0, 0.0, 5.0]), 2.0).tolist()
-        [4.0, 0.0, 6.0]
-    """
+    """Moves heights as little as possible until neighbours are `least` apart, in the same order."""
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(heights, kind="stable")

@@ -18,12 +18,7 @@ def check_integer(least: int, **values: object) -> None:
 
 
 def printable(text: str, max_chars: int = 80) -> str:
-    r"""Cuts text from outside to one short line, with control characters escaped.
-
-    Example:
-        >>> print(printable("a film\x1b[2J and more", max_chars=11))
-        a film\x1b[2J ...
-    """
+    r"""Cuts text from outside to one short line, with control characters escaped."""
     cut = text if len(text) <= max_chars else text[:max_chars] + "..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
@@ -34,33 +29,18 @@ def sentence(text: str) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """Writes a count with its noun.
-
-    Example:
-        >>> counted(1, "epoch"), counted(1000, "query")
-        ('1 epoch', '1,000 queries')
-    """
+    """Writes a count with its noun."""
     many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
     return f"{number:,} {what if number == 1 else many}"
 
 
 def kept_new_gone(what: str, num_kept: int, num_here: int, num_there: int) -> str:
-    """Says how many of `num_here` are kept from `num_there`, and how many are new and gone.
-
-    Example:
-        >>> kept_new_gone("items", 90, 100, 1200)
-        '90 items kept, 10 new, 1,110 gone'
-    """
+    """Says how many of `num_here` are kept from `num_there`, and how many are new and gone."""
     return f"{num_kept:,} {what} kept, {num_here - num_kept:,} new, {num_there - num_kept:,} gone"
 
 
 def in_percent(part: int, whole: int) -> str:
-    """Writes a part of a whole in percent; only zero is 0.0%.
-
-    Example:
-        >>> in_percent(1, 8), in_percent(0, 8), in_percent(67, 143_609)
-        ('12.5%', '0.0%', '<0.1%')
-    """
+    """Writes a part of a whole in percent; only zero is 0.0%."""
     percent = f"{part / whole:.1%}"
     return "<0.1%" if part and percent == "0.0%" else percent
 

@@ -77,30 +77,28 @@ def check_asked(queries: Sequence[Query], k: int, exclude: Excluded, *, ids_are_
 def check_queries(queries: Sequence[Query], *, ids_are_text: bool) -> None:
     """Refuses (`ValueError`) queries that would be answered as if they said something else.
 
-    A misspelt key, or a history with ids of another type, would get the answer for an empty
-    history. Each model checks user ids and names of features itself.
+    Each model checks user ids and names of features itself.
     """
     if isinstance(queries, Mapping):
         raise ValueError(f"Queries come in a list, also a single one: [{dict(queries)!r}]")
     histories = []
     for query in queries:
-        if not isinstance(query, Mapping):
-            raise ValueError(
-                "A query is a mapping, such as {'history': [...]} or {'user_id': ...}. "
-                f"Received: {query!r}"
-            )
+        _check_mapping("A query", query)
         if unknown := sorted(map(str, query.keys() - _KEYS)):
             raise ValueError(f"Unknown key {unknown[0]!r} in a query; {suggest(unknown[0], _KEYS)}")
         for name in ("features", "request"):
-            values = query.get(name)
-            if values is not None and not isinstance(values, Mapping):
-                raise ValueError(
-                    f"{name!r} of a query is a mapping, values by name. Received: {values!r}"
-                )
+            if query.get(name) is not None:
+                _check_mapping(f"{name!r} of a query", query[name])
         if query.get("history") is not None:
             _check_collection("the history of a query", query["history"])
             histories.append(query["history"])
     check_ids(histories, are_text=ids_are_text)
+
+
+def _check_mapping(name: str, values: Any) -> None:
+    """Refuses (`ValueError`) what is not a mapping."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is a mapping, values by name. Received: {values!r}")
 
 
 def check_requests(
@@ -111,8 +109,7 @@ def check_requests(
 ) -> None:
     """Refuses (`ValueError`) requests with a feature that the model does not read.
 
-    `timestamp` is always allowed. With `may_have_others` a name is refused only if it looks
-    misspelt: a holdout has all request features of its log, and a model may read only some.
+    With `may_have_others`, as in a holdout, a name is refused only if it looks misspelt.
     """
     known = {*known, "timestamp"}
     given = {name for request in requests for name in request or ()}
@@ -152,12 +149,9 @@ def _check_collection(name: str, values: Any) -> None:
 
 
 def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
-    """Refuses (`ValueError`) ids of another type than the model's: they would count as unknown.
-
-    None stands for a missing id and is allowed.
-    """
+    """Refuses (`ValueError`) ids of another type than the model's: they would count as unknown."""
     allowed = str if are_text else (int, np.integer)
-    fine: set[type] = {type(None)}
+    fine: set[type] = {type(None)}  # A missing id.
     for ids in lists:
         # By type, not by id: an evaluation checks tens of thousands of queries.
         if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and not are_text:
@@ -165,9 +159,6 @@ def check_ids(lists: Iterable[Iterable[Any]], *, are_text: bool) -> None:
         for kind in set(map(type, ids)) - fine:
             if not issubclass(kind, allowed):
                 wrong = next(id_ for id_ in ids if type(id_) is kind)
-                if are_text:
-                    what, hint = "strings", f"; did you mean '{wrong}'?"
-                else:
-                    what, hint = "integers", ""
-                raise ValueError(f"This model's ids are {what}. Received: {wrong!r}{hint}")
+                what = "strings" if are_text else "integers"
+                raise ValueError(f"This model's ids are {what}. Received: {wrong!r}")
             fine.add(kind)

@@ -178,10 +178,6 @@ def from_text(value: Any) -> Any:
     """Reads a table from JSON or from a short form, as typed after a flag; other values stay.
 
     A validator for before: `Annotated[Uniform | Popularity, BeforeValidator(from_text)]`.
-
-    Example:
-        >>> from_text("popularity:num=256:alpha=0.75")
-        {'kind': 'popularity', 'num': '256', 'alpha': '0.75'}
     """
     if not isinstance(value, str):
         return value

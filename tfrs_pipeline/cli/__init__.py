@@ -40,12 +40,10 @@ COMMAND_LINE = CommandLine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command given by the arguments, by default those of the process.
+    """Runs a command and returns its exit code.
 
-    Returns:
-        Exit code: 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting,
-        3 for a model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads
-        the output any more.
+    It is 0 for success, 1 for refused data or a failed run, 2 for a wrong flag or setting, 3 for a
+    model that is worse than the one in service, 130 after Ctrl-C, 141 if nobody reads the output.
     """
     # Failures in TensorFlow's C++ log also come as Python errors.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -45,13 +45,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Values(argparse.Action):
-    """Collects the values after a flag as JSON for pydantic: a list, or an object of NAME=VALUE.
-
-    A flag that is not a setting of a config file may be repeated, as `--history=-a --history=-b`,
-    and takes "none" as a value.
-    """
+    """Collects the values after a flag as JSON for pydantic: a list, or an object of NAME=VALUE."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, flag: Any = None) -> None:
+        # What is no setting of a config file may be repeated, and has "none" as a value.
         if "." not in self.dest.partition(".")[2]:
             given = json.loads(getattr(namespace, self.dest, None) or "[]")
             if isinstance(given, dict):
@@ -82,10 +79,10 @@ class OfModel(Command):
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A program's commands, read by `read`.
+    """A program's commands; the docstring of each is its help.
 
-    A command's docstring is its help; the list of commands shows its first paragraph. For a command
-    with many settings, `brief` names those that `--help` shows; `--help-all` shows all.
+    For a command with many settings, `brief` names those that `--help` shows; `--help-all` shows
+    all.
     """
 
     program: str
@@ -96,11 +93,7 @@ class CommandLine:
     _flags: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Reads a command and its flags' settings by dotted name; values are not yet checked.
-
-        A `UsageError` if a command or flag is unknown, or a value is missing; a `SystemExit` after
-        printing a help.
-        """
+        """Reads a command and its flags' settings by dotted name; values are not yet checked."""
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
@@ -177,7 +170,8 @@ class CommandLine:
             names = tuple(_spelled(name) for name in names)
             self._flags[command] += names
             if "metavar" in options:
-                options["metavar"] = _metavar(options["metavar"])
+                has_kinds = setting.endswith("_features")
+                options["metavar"] = "NAME=KIND" if has_kinds else _metavar(options["metavar"])
         parser.add_argument(*names, **options)
 
 
@@ -214,12 +208,7 @@ def explained(field: FieldInfo) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """Writes a value as one types it after its flag.
-
-    Example:
-        >>> as_typed((64, 32)), as_typed({"title": "text"}), as_typed(True), as_typed(None)
-        ('64 32', 'title=text', 'yes', 'none')
-    """
+    """Writes a value as one types it after its flag."""
     if isinstance(value, tuple | list):
         return " ".join(map(as_typed, value)) or "none"
     plain = to_jsonable_python(value)

@@ -37,7 +37,7 @@ from tfrs_pipeline.report.verdict import (
     compared_with_baselines,
     found_by_index,
 )
-from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.samples.positives import positive_probability
 from tfrs_pipeline.samples.store import read_ids, read_samples
 
@@ -49,12 +49,8 @@ DROPPED = "dropped"
 class PopularityFacts:
     """How often each candidate is a positive or drawn as a negative; arrays are [num_candidates].
 
-    Args:
-        counts: Training positives.
-        before: Shares of the positives as logged, sum 1.
-        after: Shares of the positives' weight as trained on, after resampling and weights.
-        negatives: Kind -> the distribution that it draws from.
-        num_unreachable: Candidates that no kind can draw.
+    `before` and `after` are shares of the positives as logged and as trained on; `negatives` has
+    the distribution that each kind draws from, and no kind can draw the unreachable ones.
     """
 
     counts: np.ndarray
@@ -81,18 +77,8 @@ class PopularityFacts:
 class RunFacts:
     """What the report says about a run.
 
-    Args:
-        metrics: Content of metrics.json.
-        table_sizes: "events", "items", "users" -> rows.
-        events_by_stage: Stage, from the first of the funnel -> part of the split, or "dropped" ->
-            number of events.
-        items_by_part: Part of the split -> distinct items.
-        samples: Report of the samples that the model in service was trained on.
-        masked_shares: Reason -> share of the shared columns that are masked.
-        mean_hard_share: Mean of f over the positives; None where hard negatives are mined, because
-            it changes during training.
-        popularity: Popularity in the same samples.
-        titles: Item id -> title, for the items shown.
+    Events are counted by stage, from the first of the funnel, and part of the split or "dropped".
+    Samples, masked shares (by reason) and popularity are of what the exported model was trained on.
     """
 
     folder: str
@@ -105,7 +91,7 @@ class RunFacts:
     items_by_part: Mapping[str, int]
     samples: Mapping[str, Any]
     masked_shares: Mapping[str, float]
-    mean_hard_share: float | None
+    mean_hard_share: float | None  # None where mined: it changes during training.
     popularity: PopularityFacts
     titles: Mapping[Any, str]
 
@@ -141,18 +127,10 @@ class RunFacts:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the report of a finished run as one HTML file; returns its path.
-
-    `output` is the file, or a folder for report.html; the run's folder by default. A `ValueError`
-    if the folder holds no finished run, or there is no folder to write to.
-    """
+    """Writes the report of a finished run, in its folder or as `output`; returns its path."""
     path = output or folder
-    if output is None or output.is_dir():
+    if path.is_dir():
         path /= REPORT_FILE
-    elif not output.parent.is_dir():
-        raise ValueError(
-            f"{output.parent} is not a folder: make it first, or write {output} elsewhere."
-        )
     path.write_text(report_page(gather_facts(folder)), encoding="utf-8")
     return path
 
@@ -244,7 +222,11 @@ def _popularity_figures(popularity: PopularityFacts) -> list[Drawing]:
 
 def gather_facts(folder: Path) -> RunFacts:
     """Reads all that the report needs from a run's folder."""
-    require_finished_run(folder)
+    if not (folder / "metrics.json").is_file():
+        raise ValueError(
+            f"{folder} holds no finished run: it has no metrics.json. If it holds one that was "
+            f"stopped, finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(folder))}"
+        )
     config = RunFolder(folder).settings()
     metrics = read_record(folder / "metrics.json")
     log = Log.read(folder / "data")
@@ -272,27 +254,6 @@ def gather_facts(folder: Path) -> RunFacts:
         popularity=_popularity(batches),
         titles=_titles(log, metrics),
     )
-
-
-def require_finished_run(folder: Path) -> None:
-    """Refuses a folder that holds no finished run, and says what to do."""
-    if (folder / "comparison.json").is_file():
-        raise ValueError(
-            f"{folder} holds a comparison, and its report is there: {folder / 'comparison.md'}, "
-            f"with the figure {folder / 'comparison.svg'}"
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{folder} is not a run: it has no {CONFIG_FILE}. Give the folder that "
-            "`tfrs-pipeline run` named first, runs/... by default"
-        )
-    if not (folder / "metrics.json").is_file():
-        command = "compare" if (folder / "plans").is_dir() else "run"
-        again = shlex.join(["tfrs-pipeline", command, "--run-dir", str(folder)])
-        raise ValueError(
-            f"{folder} holds a {'comparison' if command == 'compare' else 'run'} that is not "
-            f"finished; finish it with:  {again}"
-        )
 
 
 def _events_by_stage(events: ibis.Table, split: ibis.Table) -> dict[str, dict[str, int]]:

@@ -87,11 +87,7 @@ def curves_figure(
 def popularity_figure(
     curves: Mapping[str, np.ndarray], slices: Mapping[str, int], what: str
 ) -> Drawing:
-    """Draws values by popularity rank, both axes logarithmic; zeros are not drawn.
-
-    `curves` are [num_candidates] in order of falling training count; `slices` are the numbers of
-    candidates in "head", "torso" and "tail".
-    """
+    """Draws values by popularity rank on logarithmic axes; `slices` are numbers of candidates."""
     figure, (axes,) = new_figure(*_SIZE)
     ends = {}
     for number, (label, values) in enumerate(curves.items()):
@@ -143,14 +139,9 @@ def _plain_numbers(axes: Any) -> None:
 
 
 def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages values over ranks that are close on a logarithmic axis, for a curve of few points.
+    """Averages values over ranks that are close on a logarithmic axis, the first ones alone.
 
-    Returns ranks, from 1, each the geometric middle of its group, and the groups' means. The first
-    ranks are groups of one.
-
-    Example:
-        >>> thinned(np.array([4.0, 2.0, 0.0]))
-        (array([1., 2., 3.]), array([4., 2., 0.]))
+    Returns ranks, from 1, each the geometric middle of its group, and the groups' means.
     """
     edges = np.unique(np.geomspace(1, len(values) + 1, _MAX_POINTS).round().astype(np.int64))
     starts, stops = edges[:-1], edges[1:] - 1

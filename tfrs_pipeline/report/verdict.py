@@ -7,24 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
-from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.presets import PRESETS
 
 # With fewer positives an item, an embedding an item learns little.
 _FEW_POSITIVES = 10
-# No larger model.feature_dim is suggested: docs/guides/new_items.md.
-_LARGE_FEATURE_DIM = 32
 # Above this share of new items, the numbers are mostly about them.
 _MANY_NEW = 0.3
-# Above it a model tends to rank by popularity alone: docs/guides/debugging.md.
-_HIGH_TEMPERATURE = 0.2
-_READS_HISTORIES = ("ease", "ials")
 
 Metrics = Mapping[str, Any]
 # How people write the models that a run names.
@@ -53,10 +45,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to a question that a run is made for, and the sentence that it rests on.
-
-    `outcome` is None where nothing was measured.
-    """
+    """The answer to a question about a run, why, and an outcome where something was measured."""
 
     answer: str
     why: str
@@ -64,10 +53,7 @@ class Verdict:
 
 
 def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
-    """Compares the model, the first, with each other model that was measured with an interval.
-
-    `part` is a slice, or empty for the whole corpus.
-    """
+    """Compares the model, the first, with each other that has an interval; `part` is a slice."""
     models = {
         name: (model["slices"][part] if part else model)[metric]["mean"]
         for name, model in metrics["models"].items()
@@ -84,10 +70,7 @@ def _compare(metrics: Metrics, metric: str, part: str = "") -> list[Compared]:
 
 
 def _is_variant(name: str) -> bool:
-    """Whether a model is another form of the two-tower model, or an earlier version of it.
-
-    `serving.gate` calls the earlier version "in_service".
-    """
+    """Whether a model is another form of the two-tower model, or the version in service."""
     return name.startswith("two_tower_") or name == "in_service"
 
 
@@ -120,10 +103,7 @@ def compared_with_baselines(metrics: Metrics, metric: str) -> Verdict:
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
-    """Says in which slices the model beats every baseline, and in which a baseline beats it.
-
-    Where a variant of the model, such as the uncorrected one, finds more, that is said besides.
-    """
+    """Says in which slices the model, or a variant of it, beats every baseline or is beaten."""
     slices: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     numbers, variants = [], []
     first = next(iter(metrics["models"].values()))
@@ -189,8 +169,8 @@ def _gap(gain: Interval) -> str:
 def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try, from what was measured; never what the settings have already.
 
-    Models are compared by `metric`. A model that is clearly better gets only advice on longer
-    training, the correction and what the test measures.
+    A model that is clearly better in `metric` gets only advice on longer training, the correction
+    and what the test measures.
     """
     models, monitor = metrics["models"], config.training.monitor
     first, *_ = models
@@ -214,26 +194,15 @@ def advice(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     slices = models[first]["slices"].values()
     num_items = max(sum(part["num_candidates"] for part in slices), 1)
     num_positives = metrics["split"]["train"]["num_positives"]
-    is_small = num_positives < _FEW_POSITIVES * num_items
-    if is_small:
+    if num_positives < _FEW_POSITIVES * num_items:
         yield (
             f"too few positives: {num_positives:,} in training for {num_items:,} items, "
-            f"{num_positives / num_items:.1f} each. A longer log, or {_for_few_positives(config)}"
+            f"{num_positives / num_items:.1f} each; a longer log may help"
         )
-    if "popularity" in models:
-        yield from _beside_popularity(metrics, metric, config)
-    if not _is_better("popularity", metrics, metric):
-        yield from _behind_linear_models(metrics, metric, config, is_small)
-
-
-def _for_few_positives(config: RunConfig) -> str:
-    """Says what may help, besides a longer log, where items have few positives."""
-    features, length = config.data.item_features, config.model.feature_dim
-    if not features:
-        return "item features (data.item_features)"
-    if length < _LARGE_FEATURE_DIM and any(KINDS[x].is_embedded for x in features.values()):
-        return f"a model.feature_dim above {length}"
-    return "a smaller model.dim"
+    if _is_better("popularity", metrics, metric):
+        yield from _behind_popularity(config)
+    else:
+        yield from _behind_linear_models(metrics, metric, config)
 
 
 def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
@@ -261,49 +230,31 @@ def _beside_the_question(model: Metrics, config: RunConfig) -> Iterator[str]:
         )
 
 
-def _beside_popularity(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
-    """Says what to try where popularity beats the model, or is level with EASE and iALS."""
-    models, model = metrics["models"], config.model
+def _behind_popularity(config: RunConfig) -> Iterator[str]:
+    """Says what to try where popularity beats the model."""
     remedies = []
-    if model.use_candidate_id and not model.candidate_bias:
+    if config.model.use_candidate_id and not config.model.candidate_bias:
         remedies.append("set model.candidate_bias")
-    if model.temperature < _HIGH_TEMPERATURE:
-        remedies.append(f"raise model.temperature, which is {model.temperature:g}")
     if config.split.kind in (None, "time"):
         remedies.append("check with split.kind last_share whether popularity has changed over time")
-    if remedies and _is_better("popularity", metrics, metric):
+    if remedies:
         yield f"behind popularity: {', or '.join(remedies)}"
-    popular = models["popularity"][metric]
-    reading = {n: models[n][metric] for n in _READS_HISTORIES if n in models}
-    if reading and popular["high"] and all(x["mean"] <= popular["high"] for x in reading.values()):
-        written, is_one = [_WRITTEN[name] for name in reading], len(reading) == 1
-        yield (
-            f"{_listed(written)}, which {'reads' if is_one else 'read'} neither order nor "
-            f"features, {'does' if is_one else 'do'} not clearly beat popularity either. "
-            "Check what counts as a click, and whether training and test cover the same period"
-        )
 
 
-def _behind_linear_models(
-    metrics: Metrics, metric: str, config: RunConfig, is_small: bool
-) -> Iterator[str]:
+def _behind_linear_models(metrics: Metrics, metric: str, config: RunConfig) -> Iterator[str]:
     """Says what to try where EASE or iALS is better than the model."""
-    better = [name for name in _READS_HISTORIES if _is_better(name, metrics, metric)]
+    better = [_WRITTEN[name] for name in ("ease", "ials") if _is_better(name, metrics, metric)]
     if not better:
         return
     model, remedies = config.model, []
-    if all(attrgetter(name)(config) == value for name, value in PRESETS["quick"][1].items()):
-        remedies.append("leave out --preset quick, a small model of ten epochs at most")
-    else:
-        if not config.data.is_ordered and config.training.examples != "sets":
-            remedies.append("take --preset sets")
-        reads_ids = model.use_candidate_id or model.history_pooling
-        if reads_ids and model.item_init == "random" and config.warm_start is None:
-            remedies.append("set model.item_init svd")
-        if not (config.data.item_features or is_small):  # In a small log that has been said.
-            remedies.append("give features of the items (data.item_features)")
-        remedies.append("more model.negatives")
-    yield f"behind {_listed([_WRITTEN[name] for name in better])}: {', or '.join(remedies)}"
+    if not config.data.is_ordered and config.training.examples != "sets":
+        remedies.append("take --preset sets")
+    reads_ids = model.use_candidate_id or model.history_pooling
+    if reads_ids and model.item_init == "random" and config.warm_start is None:
+        remedies.append("set model.item_init svd")
+    if not config.data.item_features:
+        remedies.append("give features of the items (data.item_features)")
+    yield f"behind {_listed(better)}: {', or '.join([*remedies, 'more model.negatives'])}"
 
 
 def _is_better(name: str, metrics: Metrics, metric: str) -> bool:
