@@ -49,7 +49,7 @@ WITHOUT_TENSORFLOW = (
     "negatives.funnel",
     "negatives.mined",
     "serving.settings",
-    *("features.feature", "features.kinds", "features.raw", "features.vocabulary"),
+    *("features.feature", "features.kinds", "features.raw", "features.lists"),
 )
 
 

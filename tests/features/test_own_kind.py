@@ -39,12 +39,11 @@ class Cyclic(Feature):
     kind: ClassVar[str] = "cyclic"
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
-    how_typed = "a number of a circle: write one"
     example = "3"
 
     @classmethod
     def read(cls, column: TableColumn) -> Any:
-        return column.number()
+        return column.read("number")
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
@@ -122,7 +121,7 @@ def test_a_request_is_answered_by_its_values(folder: Path) -> None:
         return model.embed_queries([{"history": items, "request": request}])
 
     assert model.parse_request({"season": "3"}) == {"season": 3.0}
-    with pytest.raises(ValueError, match="season is a number of a circle: write one, such as 3"):
+    with pytest.raises(ValueError, match=r"season \(cyclic\) is written like 3\."):
         model.parse_request({"season": "spring"})
     np.testing.assert_allclose(embedded(season=3), embedded(season=15), atol=1e-5)
     for other in ({"season": 9}, {}):

@@ -20,9 +20,8 @@ from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.evaluate import evaluate
-from tfrs_pipeline.features.categorical import Categorical
+from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import encode_requests, raw_requests, request_signature
-from tfrs_pipeline.features.hashed import Hashed
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.raw import to_seconds
 from tfrs_pipeline.model.corpus import TrainingSet

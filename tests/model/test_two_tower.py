@@ -297,54 +297,6 @@ def test_an_order_that_the_log_has_not_is_told() -> None:
         assert any(note.startswith(told) for note in model.notes) == is_told
 
 
-@pytest.mark.usefixtures("in_eager_steps")
-def test_what_texts_and_lists_lose_is_told() -> None:
-    events = pd.DataFrame({"user_id": np.arange(40) % 5, "item_id": np.arange(40) % 9})
-    titles = ["a film", "a show", "film", "nobody's", "else", "", "a " * 65, "a", "show"]
-    tags = [["x"]] * 8 + [list("abcdefghijklmnopqrst")]
-    log = Log.from_table(
-        events,
-        items=pd.DataFrame({"item_id": np.arange(9), "title": titles, "tags": tags, "all": "one"}),
-        item_features={"title": "text", "tags": "multi_categorical", "all": "text"},
-    )
-    notes = tiny(training={"max_epochs": 1}).fit(log).notes
-    assert [note for note in notes if " feature " in note] == [
-        "text feature title: 3 of 9 rows have no word that two rows share; of up to 65 the first "
-        "64 count",
-        "multi_categorical feature tags: of up to 20 the first 16 count",
-    ]
-
-
-@pytest.mark.usefixtures("in_eager_steps")
-def test_numbers_that_far_ones_push_together_are_told() -> None:
-    rng = np.random.default_rng(0)
-    events = pd.DataFrame({"user_id": np.arange(400) % 5, "item_id": np.arange(400) % 100})
-    price = rng.lognormal(size=100)
-    items = pd.DataFrame(
-        {
-            "item_id": np.arange(100),
-            "typo": np.where(np.arange(100) == 7, 1e9, price),
-            "absurd": np.where(np.arange(100) == 7, 1e30, price),
-            "unknown": np.where(np.arange(100) % 5 == 0, 999_999_999, price),
-            "none": np.nan,
-            "flag": (np.arange(100) == 7).astype(float),
-            "price": price,
-            "steep": rng.lognormal(sigma=3, size=100),
-        }
-    )
-    log = Log.from_table(
-        events,
-        items=items,
-        item_features=dict.fromkeys(items.columns[1:], "numeric"),
-    )
-    model = tiny(training={"max_epochs": 1}).fit(log)
-    assert [note for note in model.notes if " feature " in note] == [
-        f"numeric feature {name}: three in four values are within a thousandth of a standard "
-        "deviation of each other, beside far ones: bucketized tells them apart"
-        for name in ("typo", "absurd", "unknown")
-    ]
-
-
 def test_settings_are_given_by_name_or_as_a_table() -> None:
     settings = TwoTowerSettings(dim=32, temperature=0.2, hard={"kind": "mined"})
     model = TwoTower(**{**dict(settings), "dim": 16, "negatives": ["uniform:num=5"]})

@@ -15,7 +15,7 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.multi_categorical import MultiCategorical
+from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.encoder import Encoder, embed_corpus
 from tfrs_pipeline.model.exportable import Exportable

@@ -21,8 +21,7 @@ from tests.serving.conftest import (
     Served,
     make_served,
 )
-from tfrs_pipeline.features.categorical import Categorical
-from tfrs_pipeline.features.hashed import Hashed
+from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving.check import ExportError
 from tfrs_pipeline.serving.export import export, query_table

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from tests.serving.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline.features.categorical import Categorical
-from tfrs_pipeline.features.multi_categorical import MultiCategorical
+from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.features.vector import Vector

@@ -146,7 +146,11 @@ def to_context(raw: RawTable, column: str) -> ir.Value:
 def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
     """Hands a column to the kind of feature that reads it."""
 
-    def time() -> ir.Value:
+    def read(what: Literal["id", "number", "time"]) -> ir.Value:
+        if what == "id":
+            return to_id(raw, name, as_integer=is_integer(raw, name))
+        if what == "number":
+            return to_number(raw, name)
         moment = to_timestamp(raw, name, reading)
         if reading.timestamp_unit is None:
             refuse_years(raw, moment, name)
@@ -162,11 +166,8 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
     return TableColumn(
         place=raw.source.column(name),
         value=raw.table[name],
-        num_rows=raw.num_rows,
         list_separator=reading.list_separator,
-        id=lambda: to_id(raw, name, as_integer=is_integer(raw, name)),
-        number=lambda: to_number(raw, name),
-        time=time,
+        read=read,
         aggregate=aggregate,
         fault=fault,
         refusal=DataError,

@@ -1,18 +1,30 @@
-"""One value a row, of a vocabulary."""
+"""One value a row: of a vocabulary, or of very many."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
+
 from tfrs_pipeline.features.feature import ID_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.raw import WHOLE_FLOAT, Column, to_texts
-from tfrs_pipeline.features.vocabulary import Vocabulary, count_rows
+from tfrs_pipeline.features.raw import (
+    BOOLEANS,
+    WHOLE_FLOAT,
+    Column,
+    has_booleans,
+    in_blocks,
+    to_texts,
+)
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
     import tensorflow as tf
+
+MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 
 
 class Category(Feature):
@@ -32,11 +44,45 @@ class Category(Feature):
             if column.aggregate(found=is_fraction.any())["found"]:
                 number = value.cast("float64") if dtype.is_decimal() else value
                 return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
-        return column.id()
+        return column.read("id")
 
-    def storable(self, values: list[Any]) -> list[Any]:
-        """Returns texts, None where missing."""
-        return [text or None for text in to_texts(values).to_pylist()]
+
+@dataclass(frozen=True)
+class Vocabulary(Feature):
+    """A feature whose values have codes by their place in a vocabulary, from 1."""
+
+    vocabulary: tuple[str, ...] = ()
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the vocabulary."""
+        return len(self.vocabulary)
+
+    def codes(self, values: tf.Tensor) -> tf.Tensor:
+        """Looks up values, [n] string: int32, 0 where unknown."""
+        import tensorflow as tf
+
+        if not self.vocabulary:
+            return tf.zeros_like(values, tf.int32)
+        return tf.cast(self._lookup(values), tf.int32)
+
+    @functools.cached_property
+    def _lookup(self) -> tf.keras.layers.StringLookup:
+        import tensorflow as tf
+
+        # What is unknown has the code of the empty string, which no vocabulary holds.
+        vocabulary = np.array(self.vocabulary, object)
+        return tf.keras.layers.StringLookup(vocabulary=vocabulary, oov_token="")
+
+    @property
+    def graph_resource(self) -> Any:
+        """The lookup table."""
+        return self._lookup.lookup_table if self.vocabulary else None
+
+    def codes_of(self, there: Self) -> np.ndarray:
+        """Returns the code there of each value here."""
+        codes = {value: code for code, value in enumerate(there.vocabulary, 1)}
+        return np.array([0, *(codes.get(value, 0) for value in self.vocabulary)], np.int64)
 
 
 @dataclass(frozen=True)
@@ -59,6 +105,96 @@ class Categorical(Category, Vocabulary):
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32."""
-        from tfrs_pipeline.features import graph
+        return self.codes(cleaned(raw, self.vocabulary))
 
-        return self.codes(graph.cleaned(raw, self.vocabulary))
+
+@dataclass(frozen=True)
+class Hashed(Category):
+    """A value's bucket by its hash (FarmHash), the same in every process.
+
+    Args:
+        num_buckets: Number of buckets, a power of two.
+    """
+
+    num_buckets: int
+
+    kind: ClassVar[str] = "hashed"
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Takes the next power of two above twice the number of values.
+
+        A value shares its bucket with another one in at most 4 of 10 cases. More do at the limit
+        of 2^20, which keeps the table below 16 MB at 4 dimensions.
+        """
+        num_values = len(count_rows(column)[0])
+        wanted = 2 ** (2 * num_values - 1).bit_length()
+        return cls(name, min(max(wanted, MIN_BUCKETS), MAX_BUCKETS))
+
+    @property
+    def num_codes(self) -> int:
+        """Number of buckets."""
+        return self.num_buckets
+
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B] int32 buckets from 1, 0 where missing."""
+        import tensorflow as tf
+
+        # Keras keeps bucket 0 for the mask.
+        hashing = tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")
+        return hashing(cleaned(raw))
+
+    def codes_of(self, there: Self) -> np.ndarray:
+        """Returns the bucket there of which each bucket here is a part, or which is part of it."""
+        return np.concatenate([[0], 1 + np.arange(self.num_buckets) % there.num_buckets])
+
+
+def count_rows(
+    column: Column, split: Callable[[Column], tuple[Any, np.ndarray]] | None = None
+) -> tuple[dict[str, int], int]:
+    """Counts the rows of each value, and the values of the longest row.
+
+    `split` makes a block of rows an Arrow array of all values and their number in each row; if
+    None, every row is a value.
+    """
+    import pyarrow as pa
+
+    counts, longest = [], 0
+    for block in in_blocks(column):
+        if split is None:
+            values = to_texts(block)
+            lengths = np.ones(len(values), np.int64)
+        else:
+            values, lengths = split(block)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        pairs = pa.table({"row": rows, "value": values}).group_by(["row", "value"]).aggregate([])
+        counts.append(pairs.group_by("value").aggregate([("row", "count")]))
+        longest = max(longest, int(lengths.max(initial=0)))
+    total = pa.concat_tables(counts).group_by("value").aggregate([("row_count", "sum")])
+    values, numbers = total["value"].to_pylist(), total["row_count_sum"].to_pylist()
+    return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
+
+
+def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
+    """Rewrites values as a log does, unless the vocabulary distinguishes them: spaces, 7.0, True.
+
+    Without a vocabulary, all of them are rewritten.
+    """
+    import tensorflow as tf
+
+    if all(value == value.strip() for value in vocabulary):
+        texts = tf.strings.strip(texts)
+    # A table writes 7 as 7.0 in a column where others are missing.
+    if not any(value.endswith(".0") for value in vocabulary):
+        texts = tf.strings.regex_replace(texts, r"^(-?[0-9]+)\.0$", r"\1")
+    return lower_booleans(texts) if not vocabulary or has_booleans(vocabulary) else texts
+
+
+def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
+    """Writes True and FALSE, as tables have them, as `to_text` does."""
+    import tensorflow as tf
+
+    for word in ("true", "false"):
+        spellings = "|".join(x for x in BOOLEANS if x.lower() == word)
+        texts = tf.strings.regex_replace(texts, f"^({spellings})$", word)
+    return texts

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -30,11 +30,9 @@ class TableColumn:
 
     place: str  # Table and name of the column, to start messages with.
     value: ir.Value  # The column as it came.
-    num_rows: int
     list_separator: str  # Between the values of lists that are stored as text.
-    id: Callable[[], ir.Value]  # Reads ids: int64 if all are integers, otherwise string.
-    number: Callable[[], ir.Value]  # Reads finite float64 numbers.
-    time: Callable[[], ir.Value]  # Reads moments, in UTC.
+    # Reads ids (int64 if all are integers, otherwise string), finite float64 numbers, or UTC times.
+    read: Callable[[Literal["id", "number", "time"]], ir.Value]
     aggregate: Callable[..., Mapping[str, Any]]  # Computes aggregates, by keyword, over the rows.
     fault: Callable[..., None]  # Of (condition, problem, remedy=, setting=): makes rows missing.
     refusal: Callable[..., Exception]  # Of (message, setting): the error of an unusable column.
@@ -68,8 +66,6 @@ class Feature(ABC):
     """Ibis type of a column of a log -> the type that the log stores."""
     raw_dtype: ClassVar[str] = "string"
     """TensorFlow dtype of raw values: string, float32 or float64."""
-    how_typed: ClassVar[str] = ""
-    """What a typed value must be, for error messages, such as "a number: write one"."""
     example: ClassVar[str] = ""
     """A typed value, for error messages and the empty field of the served page."""
     holds_categories: ClassVar[bool] = False
@@ -121,6 +117,16 @@ class Feature(ABC):
         """The largest code, if values are encoded as codes from 1; None if as numbers."""
         return None
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The values that have codes of their own, in the order of the codes."""
+        return ()
+
+    @property
+    def scale(self) -> float:
+        """What numbers are divided by."""
+        return 1.0
+
     def layer(self, dim: int) -> tf.keras.layers.Layer:
         """Makes the layer that embeds encoded values: [n] or [n, m] become [n, d] float32."""
         from tfrs_pipeline.features.layers import CodeEmbedding, FlaggedNumbers
@@ -170,30 +176,13 @@ class Feature(ABC):
         return None
 
     @property
-    def known_values(self) -> tuple[str, ...]:
-        """The values that have codes of their own."""
-        return ()
-
-    @property
     def had_values(self) -> bool:
         """Whether the fitted column had any value, as far as the encoding shows."""
         return self != self.fit(self.name, [None])
 
-    def describe(self, encoded: np.ndarray) -> Iterator[str]:
-        """Yields what a user should know of the encoded column that it was fitted to."""
-        yield from ()
-
     def codes_of(self, there: Self) -> np.ndarray:
         """Returns the code in another model of each code here, 0 where it has none."""
         return np.arange(1 + (self.num_codes or 0))
-
-    def describe_change(self, there: Self) -> str:
-        """Says how the encoding differs from another model's; "" if it hardly does."""
-        return ""
-
-    def storable(self, values: list[Any]) -> list[Any]:
-        """Gives the values of requests, which may be of several types, one type for a table."""
-        return values
 
     @staticmethod
     def from_text(text: str) -> Any:
@@ -201,12 +190,12 @@ class Feature(ABC):
         return text
 
     def parse(self, text: str) -> Any:
-        """Converts a typed value; the `ValueError` says what to write."""
+        """Converts a typed value; the `ValueError` shows how to write one."""
         try:
             return self.from_text(text)
         except ValueError as error:
             raise ValueError(
-                f"{self.name} is {self.how_typed}, such as {self.example}. Received: {text!r} "
+                f"{self.name} ({self.kind}) is written like {self.example}. Received: {text!r} "
                 f"({error})"
             ) from None
 

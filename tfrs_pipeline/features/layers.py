@@ -42,7 +42,9 @@ class CodeEmbedding(tf.keras.layers.Layer):
         embedded = self._embedding(codes)
         if codes.shape.rank == 1:
             return embedded
-        return weighted_mean(embedded, tf.cast(codes > 0, tf.float32))
+        is_value = tf.cast(codes > 0, tf.float32)[:, :, tf.newaxis]
+        summed = tf.reduce_sum(embedded * is_value, axis=1)
+        return tf.math.divide_no_nan(summed, tf.reduce_sum(is_value, axis=1))
 
 
 class FlaggedNumbers(tf.keras.layers.Layer):
@@ -70,10 +72,3 @@ class FlaggedNumbers(tf.keras.layers.Layer):
         if self._projection is not None:
             filled = self._projection(filled)
         return tf.concat([filled, tf.cast(is_missing, tf.float32)], axis=1)
-
-
-def weighted_mean(vectors: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Computes the mean of [n, m, d] vectors by [n, m] weights: [n, d], 0 where all weights are."""
-    total = tf.reduce_sum(weights, axis=1, keepdims=True)
-    summed = tf.reduce_sum(vectors * weights[:, :, tf.newaxis], axis=1)
-    return tf.math.divide_no_nan(summed, total)

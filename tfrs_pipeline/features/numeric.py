@@ -1,8 +1,7 @@
-"""Numbers, standardised."""
+"""Numbers: standardised, or in buckets for effects that are not linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,20 +15,22 @@ if TYPE_CHECKING:
     import ibis.expr.types as ir
     import tensorflow as tf
 
+MAX_BUCKETS = 32
+MAX_DEVIATIONS = 10.0
+
 
 class Number(Feature):
     """A number a row, however it is encoded."""
 
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
-    how_typed = "a number: write one"
     example = "1.5"
     takes_whole_numbers = True
 
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
         """Reads finite numbers."""
-        return column.number()
+        return column.read("number")
 
     def to_raw(self, column: Column) -> np.ndarray:
         """Returns [n] float64, NaN where missing."""
@@ -52,12 +53,10 @@ class Numeric(Number):
     Args:
         mean: Mean of the column.
         scale: Standard deviation of the column.
-        spread: Length of the shortest interval that holds three in four values, in deviations.
     """
 
     mean: float = 0.0
     scale: float = 1.0
-    spread: float = 0.0
 
     kind: ClassVar[str] = "numeric"
     names_elsewhere = ("number", "float", "double", "integer", "int", "real")
@@ -66,28 +65,53 @@ class Numeric(Number):
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Computes mean and standard deviation."""
-        numbers = to_numbers(name, column)
-        mean, scale = moments(numbers)
-        return cls(name, mean, scale, _spread(numbers) / scale)
+        return cls(name, *moments(to_numbers(name, column)))
 
     def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] float32, NaN where missing or infinite."""
-        from tfrs_pipeline.features import graph
+        return where_finite(raw, standardised(raw - self.mean, self.scale))
 
-        return graph.where_finite(raw, graph.standardised(raw - self.mean, self.scale))
 
-    def describe(self, encoded: np.ndarray) -> Iterator[str]:
-        """Says if far values hide the differences between the others."""
-        # Equal values, as most of a rare flag are, are well told from the others.
-        if 0 < self.spread < 1e-3:
-            yield (
-                "three in four values are within a thousandth of a standard deviation of each "
-                "other, beside far ones: bucketized tells them apart"
-            )
+@dataclass(frozen=True)
+class Bucketized(Number):
+    """A number's bucket between quantiles of the column, in float64.
 
-    def describe_change(self, there: Self) -> str:
-        """Says if the scale is another one."""
-        return describe_move((there.mean, there.scale), (self.mean, self.scale))
+    Args:
+        boundaries: Lowest value of each bucket but the first, ascending.
+    """
+
+    boundaries: tuple[float, ...] = ()
+
+    kind: ClassVar[str] = "bucketized"
+
+    @classmethod
+    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
+        """Takes quantiles of the finite numbers, so that each bucket holds some."""
+        numbers = to_numbers(name, column)
+        known = numbers[np.isfinite(numbers)]
+        if len(known) == 0:
+            return cls(name)
+        shares = np.arange(1, MAX_BUCKETS) / MAX_BUCKETS
+        # "higher" picks a number of the column, which opens its bucket; none opens at the lowest.
+        quantiles = np.unique(np.quantile(known, shares, method="higher"))
+        return cls(name, tuple(quantiles[quantiles > known.min()].tolist()))
+
+    @property
+    def num_codes(self) -> int:
+        """Number of buckets."""
+        return len(self.boundaries) + 1
+
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B] int32 buckets from 1, 0 where missing or infinite."""
+        import tensorflow as tf
+
+        codes = 1 + tf.searchsorted(tf.constant(self.boundaries, tf.float64), raw, side="right")
+        return tf.where(tf.math.is_finite(raw), codes, 0)
+
+    def codes_of(self, there: Self) -> np.ndarray:
+        """Returns the bucket there that holds the lowest value of each bucket here."""
+        lowest = np.array([-np.inf, *self.boundaries])
+        return np.concatenate([[0], 1 + np.searchsorted(there.boundaries, lowest, side="right")])
 
 
 def moments(numbers: np.ndarray) -> tuple[float, float]:
@@ -101,22 +125,17 @@ def moments(numbers: np.ndarray) -> tuple[float, float]:
     return size * float((known / size).mean()), scale or 1.0
 
 
-def describe_move(there: tuple[float, float], here: tuple[float, float]) -> str:
-    """Says if a mean moved by half a scale or more, or a scale to less than half or over twice."""
-    (old_mean, old_scale), (mean, scale) = there, here
-    if abs(mean - old_mean) <= old_scale / 2 and 0.5 <= scale / old_scale <= 2:
-        return ""
-    return (
-        "read on another scale, which changes what was learned of it: mean "
-        f"{old_mean:.4g} there, {mean:.4g} here; scale {old_scale:.4g} there, {scale:.4g} here"
-    )
+def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
+    """Divides by a scale other than 0, clips, and returns float32."""
+    import tensorflow as tf
+
+    # A graph would turn `/` into a multiplication by the reciprocal, rounded otherwise.
+    scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
+    return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
 
 
-def _spread(numbers: np.ndarray) -> float:
-    """Returns the length of the shortest interval that holds three in four finite numbers."""
-    known = np.sort(numbers[np.isfinite(numbers)])
-    if len(known) == 0:
-        return 0.0
-    num = len(known) - len(known) // 4
-    with np.errstate(over="ignore"):
-        return float((known[num - 1 :] - known[: len(known) - num + 1]).min())
+def where_finite(raw: tf.Tensor, encoded: tf.Tensor) -> tf.Tensor:
+    """Returns what is encoded, NaN where the raw value is missing or infinite."""
+    import tensorflow as tf
+
+    return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))

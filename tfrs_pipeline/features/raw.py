@@ -42,12 +42,7 @@ def to_text(value: Any) -> str:
 
 
 def to_texts(column: Column) -> Any:
-    """Returns an Arrow array of what `to_text` gives, "" where the value is missing.
-
-    Example:
-        >>> to_texts(["a", 7, None, float("nan"), True, "True"]).to_pylist()
-        ['a', '7', '', '', 'true', 'true']
-    """
+    """Returns an Arrow array of what `to_text` gives, "" where the value is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -68,13 +63,7 @@ def to_texts(column: Column) -> Any:
 def to_text_lists(column: Column) -> tuple[Any, np.ndarray]:
     """Returns the values of lists, an Arrow array of strings, and their number in each of n rows.
 
-    Missing values and empty strings within a list are dropped. A value outside a list counts as a
-    list of one.
-
-    Example:
-        >>> values, lengths = to_text_lists([["a", 7, None, ""], None, "b"])
-        >>> values.to_pylist(), lengths.tolist()
-        (['a', '7', 'b'], [2, 0, 1])
+    Missing values and empty strings within a list are dropped. Another value is a list of one.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -114,23 +103,17 @@ def to_numbers(name: str, column: Column) -> np.ndarray:
             return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         except pa.ArrowException:
             column = column.to_pylist()
-    numbers = np.full(len(column), np.nan)
-    for i, value in enumerate(column):
-        try:
-            numbers[i] = np.nan if value is None else value
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"Feature '{name}' must hold numbers. Received: {value!r} in row {i} of "
-                f"{len(column)}. Correct it, or use None: it is missing."
-            ) from None
-    return numbers
+    values = (np.nan if value is None else value for value in column)
+    try:
+        return np.fromiter(values, np.float64, len(column))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"Feature '{name}' must hold numbers: {error}. Correct it, or use None: it is missing."
+        ) from None
 
 
 def to_seconds(name: str, column: Column) -> np.ndarray:
-    """Returns [n] float64 seconds since 1970 (UTC), NaN where missing.
-
-    A `ValueError` if an entry is not a datetime, or has no time zone.
-    """
+    """Returns [n] float64 seconds since 1970 (UTC) of datetimes with a zone, NaN where missing."""
     import pyarrow as pa
 
     column = typed(column)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import TIME_TYPES, Feature, TableColumn
-from tfrs_pipeline.features.numeric import describe_move, moments
+from tfrs_pipeline.features.numeric import moments, standardised, where_finite
 from tfrs_pipeline.features.raw import Column, to_seconds
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
     import tensorflow as tf
-
-logger = logging.getLogger(__name__)
 
 DAY_SECONDS = 86_400.0
 
@@ -44,7 +41,6 @@ class Timestamp(Feature):
     names_elsewhere = ("time", "date", "datetime")
     column_types = TIME_TYPES
     raw_dtype = "float64"
-    how_typed = "a time: write one with its zone"
     example = "2026-01-31T08:00Z"
     is_embedded = False
     is_time = True
@@ -52,7 +48,7 @@ class Timestamp(Feature):
     @classmethod
     def read(cls, column: TableColumn) -> ir.Value:
         """Reads moments in UTC."""
-        return column.time()
+        return column.read("time")
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
@@ -62,12 +58,6 @@ class Timestamp(Feature):
         start = float(known.max()) if len(known) else 0.0
         if reference is not None:
             start = float(to_seconds(name, [reference])[0])
-        if len(known) and known.min() >= start and known.max() > start:
-            logger.warning(
-                "Feature %r: no time is before %s, from which ages count: the age of all is 0.",
-                name,
-                reference,
-            )
         mean, scale = moments(np.log1p(np.maximum(start - known, 0.0) / DAY_SECONDS))
         return cls(name, mean, scale, start)
 
@@ -79,25 +69,19 @@ class Timestamp(Feature):
         """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
         import tensorflow as tf
 
-        from tfrs_pipeline.features import graph
-
         age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
-        values = [graph.standardised(age - self.mean, self.scale)]
+        values = [standardised(age - self.mean, self.scale)]
         of_day = tf.math.floormod(raw, DAY_SECONDS)
         # 1970 began on a Thursday; a weekday is one point of its circle, whatever the hour.
         of_week = tf.math.floormod(raw - of_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
         for angle in (of_day * (2 * np.pi / DAY_SECONDS), of_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
-        return graph.where_finite(raw[:, tf.newaxis], tf.stack(values, axis=1))
+        return where_finite(raw[:, tf.newaxis], tf.stack(values, axis=1))
 
     @property
     def had_values(self) -> bool:
         """Whether the column had a time; the reference does not come from the column."""
         return dataclasses.replace(self, reference=0.0) != self.fit(self.name, [None])
-
-    def describe_change(self, there: Self) -> str:
-        """Says if the scale of the ages is another one."""
-        return describe_move((there.mean, there.scale), (self.mean, self.scale))
 
     @staticmethod
     def from_text(text: str) -> Any:

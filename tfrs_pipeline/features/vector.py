@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
-from tfrs_pipeline.features.numeric import describe_move
+from tfrs_pipeline.features.numeric import standardised
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, Column, is_missing, list_lengths, typed
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Vector(Feature):
     names_elsewhere = ("embedding", "floats")
     column_types = {"array": "array<float32>"}
     raw_dtype = "float32"
-    how_typed = "a vector: write its numbers with commas"
     example = "1,2,3"
 
     @classmethod
@@ -64,8 +63,7 @@ class Vector(Feature):
         usual = found["usual"]
         if usual is None and not found["is_faulty"]:
             raise column.refusal(
-                f"{column.place}: none of {column.num_rows} rows holds a vector. Name another "
-                "column, or drop the feature."
+                f"{column.place}: no row holds a vector. Name another column, or drop the feature."
             )
         problem = f"must hold vectors of one length, {usual} as most, and does not"
         column.fault(length != usual, problem, **mend)
@@ -92,10 +90,8 @@ class Vector(Feature):
         """Returns [B, num_values] float32, NaN where a number is missing or infinite."""
         import tensorflow as tf
 
-        from tfrs_pipeline.features import graph
-
         is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
-        return tf.where(is_known, graph.standardised(raw, self.scale), np.float32(np.nan))
+        return tf.where(is_known, standardised(raw, self.scale), np.float32(np.nan))
 
     def layer(self, dim: int) -> tf.keras.layers.Layer:
         """Makes a linear map to `dim` numbers, and a column that flags missing rows."""
@@ -108,10 +104,6 @@ class Vector(Feature):
         """True: a column without any vector cannot be fitted."""
         return True
 
-    def describe_change(self, there: Self) -> str:
-        """Says if the scale is another one."""
-        return describe_move((0.0, there.scale), (0.0, self.scale))
-
     @staticmethod
     def from_text(text: str) -> Any:
         """Converts numbers with commas between them."""
@@ -123,6 +115,7 @@ def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndar
     import pyarrow as pa
 
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)
+    mend = "Correct them, or use None for the row: it is missing."
     column, of_numbers = typed(column), pa.list_(pa.float32())
     try:
         if isinstance(column, pa.Array):
@@ -130,28 +123,23 @@ def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndar
         else:
             lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
     except pa.ArrowException as error:
-        raise ValueError(
-            f"{must_hold} vectors: in each of its {num_rows} rows a list of numbers, or None. "
-            f"Received others. {error}."
-        ) from None
+        raise ValueError(f"{must_hold} lists of numbers, or None: {error}.") from None
     is_known = lists.is_valid().to_numpy(zero_copy_only=False)
     lengths = list_lengths(lists)[is_known]
     if length is None:
         length = int(np.bincount(lengths, minlength=1).argmax())
         if not length:
             raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
-    others = lengths[lengths != length]
-    if len(others):
+    if len(others := lengths[lengths != length]):
         raise ValueError(
             f"{must_hold} vectors of length {length}. Received: {len(others)} of {num_rows} rows "
-            f"of another length, such as {others[0]}. Correct them, or use None: it is missing."
+            f"of another length, such as {others[0]}. {mend}"
         )
     vectors = np.full((num_rows, length), np.nan, np.float32)
     vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
-    num_bad = int((is_known & ~np.isfinite(vectors).all(axis=1)).sum())
-    if num_bad:
+    if num_bad := int((is_known & ~np.isfinite(vectors).all(axis=1)).sum()):
         raise ValueError(
             f"{must_hold} finite float32 numbers. Received: others in {num_bad} of {num_rows} "
-            "rows. Correct them, or use None for the row: it is missing."
+            f"rows. {mend}"
         )
     return vectors

@@ -13,8 +13,8 @@ import tensorflow as tf
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.data.holdout import Holdout
-from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.model.corpus import Corpus, TrainingSet
+from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
@@ -61,7 +61,6 @@ def describe_training(
         *(start.describe() if start else []),
         *describe_sample(validation),
         *(mining.describe() if mining else []),
-        *describe_features(data.corpus),
         *describe_order(data.samples, settings),
         *describe_batches(batches, settings),
     ]
@@ -107,19 +106,6 @@ def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
         f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log has "
         "none: take mean, or --preset sets"
     ]
-
-
-def describe_features(corpus: Corpus) -> list[str]:
-    """Says which lists and texts lack values or are cut, and which numbers far ones hide."""
-    notes = []
-    for features, columns in (
-        (corpus.candidate_features, corpus.candidate_columns),
-        (corpus.query_features, corpus.query_columns),
-    ):
-        for feature in features:
-            if parts := "; ".join(feature.describe(columns[feature.name])):
-                notes.append(f"{feature.kind} feature {printable(feature.name)}: {parts}")
-    return notes
 
 
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:

@@ -89,7 +89,7 @@ class WarmStart:
         notes = [f"warm start: {items}; {users}"]
         sides = (_features(there, here, side) for side in ("candidate", "query", "request"))
         for old, new in itertools.chain.from_iterable(zip(*side, strict=True) for side in sides):
-            if change := new.describe_change(old):
+            if change := _change(old, new):
                 notes.append(f"    {new.name}: {change}")
         if len(set(self._optimizers)) > 1:
             before, now = self._optimizers
@@ -188,6 +188,16 @@ def _problems(
 def _specification(feature: Feature) -> str:
     lengths = (f" of {length} numbers" for length in feature.raw_shape if length)
     return f"{feature.name}={feature.kind}{''.join(lengths)}"
+
+
+def _change(old: Feature, new: Feature) -> str:
+    """Says which values a feature keeps, or that its numbers have another scale; "" if neither."""
+    if old.vocabulary or new.vocabulary:
+        num_kept = int(np.count_nonzero(new.codes_of(old)))
+        return kept_new_gone("values", num_kept, len(new.vocabulary), len(old.vocabulary))
+    if 0.5 <= new.scale / old.scale <= 2:
+        return ""
+    return f"on another scale than its weights: {old.scale:.4g} there, {new.scale:.4g} here"
 
 
 def _listed(features: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for side, features in (("candidate", sides["candidate"]), ("query", of_query)):
         values[side] = {}
         for feature, spec in zip(features, raw_signature(features).values(), strict=True):
-            known = (*feature.known_values, "1")[0]
+            known = (*feature.vocabulary, "1")[0]
             values[side][spec.name] = known if spec.dtype == tf.string else 1.0
     if manifest["filter"] and manifest["filter"]["values"]:
         values["query"]["allowed"] = manifest["filter"]["values"][0]

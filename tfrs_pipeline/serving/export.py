@@ -355,8 +355,11 @@ def query_table(
         columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
     if request or TIMESTAMP in read:
         asked = [query.get("request") or {} for query in queries]
-        values = {x.name: x.storable([given.get(x.name) for given in asked]) for x in request}
-        values[TIMESTAMP] = [given.get(TIMESTAMP) for given in asked]
+        names = [*(feature.name for feature in request), TIMESTAMP]
+        values = {name: [given.get(name) for given in asked] for name in names}
+        for feature in request:  # Categories of several types become one.
+            if feature.raw_dtype == "string":
+                values[feature.name] = feature.to_raw(values[feature.name]).tolist()
         rows = zip(*values.values(), strict=True)
         columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
     return pa.table(columns)

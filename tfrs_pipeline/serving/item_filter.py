@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.features.graph import lower_booleans
+from tfrs_pipeline.features.categorical import lower_booleans
 from tfrs_pipeline.features.raw import has_booleans, padded, to_text_lists
 from tfrs_pipeline.model.graph import lookup, row_table, stored
 

@@ -76,7 +76,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
 
 def _choices(feature: Feature) -> list[str]:
     is_one_of_few = feature.holds_categories and feature.raw_shape == ()
-    values = feature.known_values
+    values = feature.vocabulary
     return list(values) if is_one_of_few and len(values) <= MAX_CHOICES else []
 
 

@@ -231,10 +231,10 @@ def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool)
         num_unknown += int(is_unknown.sum())
         if len(unknown) < 2:
             unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
-    if feature.known_values and len(unknown) > 1 and not (num_known or allow_all):
+    if feature.vocabulary and len(unknown) > 1 and not (num_known or allow_all):
         raise DataError(
             f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
-            f"model, whose values are like {feature.known_values[0]!r}. Write them as in the log "
+            f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
             "that it was trained on; if all are meant to be new, set allow_all_new."
         )
     return num_unknown
