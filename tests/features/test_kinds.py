@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import tfrs_pipeline
-from tests.features.test_features import NUM_NEW, fitted_features, new_columns, new_tensors
+from tests.features.columns import NUM_NEW, fitted_features, new_columns, new_tensors
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import dump_config

@@ -40,6 +40,7 @@ class Cyclic(Feature):
     column_types = NUMBER_TYPES
     raw_dtype = "float64"
     example = "3"
+    is_embedded = False
 
     @classmethod
     def read(cls, column: TableColumn) -> Any:

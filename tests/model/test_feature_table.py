@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.features.test_features import FITTED, fit
+from tests.features.columns import FITTED, fit
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
@@ -71,7 +71,7 @@ def test_no_rate_drops_nothing_and_the_full_one_everything() -> None:
 
 def test_a_table_refuses_columns_that_do_not_fit() -> None:
     table = FeatureTable([Categorical("gender", ("F", "M"))], 3, name="users")
-    with pytest.raises(ValueError, match=r"shape \(2,\).*\(3,\)"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
         table.assign({"gender": np.zeros(3, np.int32)})
-    with pytest.raises(ValueError, match="'gender' is missing"):
+    with pytest.raises(KeyError, match="gender"):
         table.assign({})

@@ -30,18 +30,7 @@ def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
 
     Each spec has the name of its input in an exported signature: the feature's, if TensorFlow
     allows it and no other input has it, otherwise one of ASCII letters, digits and underscores.
-
-    Raises:
-        ValueError: If two features have the same name.
-
-    Example:
-        >>> from tfrs_pipeline.features.numeric import Numeric
-        >>> raw_signature([Numeric("release date")])
-        {'release date': TensorSpec(shape=(None,), dtype=tf.float64, name='release_date')}
     """
-    names = [feature.name for feature in features]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Features must have different names. Received twice: {repeated}.")
     taken = set(_OTHER_INPUTS)
     signature = {}
     for feature in features:
@@ -53,6 +42,8 @@ def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
         while name.lower() in taken or keyword.iskeyword(name) or name == "self":
             name += "_"
         taken.add(name.lower())
+        if feature.name in signature:
+            raise ValueError(f"Features must have different names. Received twice: {feature.name}.")
         spec = feature.raw_spec
         signature[feature.name] = tf.TensorSpec(spec.shape, spec.dtype, name)
     return signature
@@ -65,7 +56,8 @@ def raw_columns(
 
     A `ValueError` if a column is missing or does not have `num_rows` rows, or as in `to_raw`.
     """
-    _check_given(features, columns)
+    if missing := [feature.name for feature in features if feature.name not in columns]:
+        raise ValueError(f"Features {missing} are missing. Received: {sorted(columns)}.")
     for feature in features:
         if (length := len(columns[feature.name])) != num_rows:
             raise ValueError(
@@ -75,8 +67,7 @@ def raw_columns(
 
 
 def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Encodes the arrays of `raw_signature`; a `ValueError` if a feature is missing."""
-    _check_given(features, raw)
+    """Encodes the arrays of `raw_signature`."""
     return {feature.name: feature.encode(raw[feature.name]) for feature in features}
 
 
@@ -84,11 +75,6 @@ def graph_resources(features: Sequence[Feature]) -> dict[str, Any]:
     """Returns what a module that encodes must hold, such as lookup tables, by feature."""
     resources = {feature.name: feature.graph_resource for feature in features}
     return {name: resource for name, resource in resources.items() if resource is not None}
-
-
-def _check_given(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
-    if missing := [feature.name for feature in features if feature.name not in given]:
-        raise ValueError(f"Features {missing} are missing. Received: {sorted(given)}.")
 
 
 def request_signature(
@@ -114,17 +100,13 @@ def raw_requests(
 ) -> dict[str, np.ndarray]:
     """Converts requests to the arrays of `request_signature`; absent values are missing.
 
-    The timestamp is a `datetime` with a time zone; other keys are ignored. A `ValueError` as in
-    `Feature.to_raw`.
+    The timestamp is a `datetime` with a time zone; other keys are ignored.
     """
-
-    def column(name: str) -> list[Any]:
-        return [(request or {}).get(name) for request in requests]
-
-    columns = {feature.name: column(feature.name) for feature in features}
+    names = request_signature(features, reads_times=reads_times)
+    columns = {name: [(request or {}).get(name) for request in requests] for name in names}
     raw = raw_columns(features, columns, len(requests))
-    if TIMESTAMP in request_signature(features, reads_times=reads_times):
-        raw[TIMESTAMP] = to_seconds(TIMESTAMP, column(TIMESTAMP))
+    if TIMESTAMP in columns:
+        raw[TIMESTAMP] = to_seconds(TIMESTAMP, columns[TIMESTAMP])
     return raw
 
 

@@ -73,7 +73,7 @@ class Feature(ABC):
     takes_whole_numbers: ClassVar[bool] = False
     """Whether the hour and the weekday can be of this kind."""
     is_embedded: ClassVar[bool] = True
-    """Whether the layer has weights, so that the setting `feature_dim` matters."""
+    """Whether the layer has weights, for `feature_dim` numbers a row."""
     is_time: ClassVar[bool] = False
     """Whether raw values are seconds since 1970."""
 
@@ -131,9 +131,9 @@ class Feature(ABC):
         """Makes the layer that embeds encoded values: [n] or [n, m] become [n, d] float32."""
         from tfrs_pipeline.features.layers import CodeEmbedding, FlaggedNumbers
 
-        if self.num_codes is None:
-            return FlaggedNumbers(self.name)
-        return CodeEmbedding(self.name, 1 + self.num_codes, dim)
+        if self.num_codes is not None:
+            return CodeEmbedding(self.name, 1 + self.num_codes, dim)
+        return FlaggedNumbers(self.name, dim if self.is_embedded else None)
 
     @property
     def raw_spec(self) -> tf.TensorSpec:
@@ -201,6 +201,4 @@ class Feature(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the feature as JSON can hold it; `feature_from_dict` restores it."""
-        values = dataclasses.asdict(self)
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {"kind": self.kind, **lists}
+        return {"kind": self.kind, **dataclasses.asdict(self)}

@@ -93,12 +93,6 @@ class Vector(Feature):
         is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
         return tf.where(is_known, standardised(raw, self.scale), np.float32(np.nan))
 
-    def layer(self, dim: int) -> tf.keras.layers.Layer:
-        """Makes a linear map to `dim` numbers, and a column that flags missing rows."""
-        from tfrs_pipeline.features.layers import FlaggedNumbers
-
-        return FlaggedNumbers(self.name, dim)
-
     @property
     def had_values(self) -> bool:
         """True: a column without any vector cannot be fitted."""
@@ -115,7 +109,6 @@ def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndar
     import pyarrow as pa
 
     must_hold, num_rows = f"Feature '{name}' must hold", len(column)
-    mend = "Correct them, or use None for the row: it is missing."
     column, of_numbers = typed(column), pa.list_(pa.float32())
     try:
         if isinstance(column, pa.Array):
@@ -124,22 +117,20 @@ def _to_vectors(name: str, column: Column, length: int | None = None) -> np.ndar
             lists = pa.array([None if is_missing(row) else row for row in column], of_numbers)
     except pa.ArrowException as error:
         raise ValueError(f"{must_hold} lists of numbers, or None: {error}.") from None
-    is_known = lists.is_valid().to_numpy(zero_copy_only=False)
-    lengths = list_lengths(lists)[is_known]
+    is_given, lengths = lists.is_valid().to_numpy(zero_copy_only=False), list_lengths(lists)
     if length is None:
-        length = int(np.bincount(lengths, minlength=1).argmax())
+        length = int(np.bincount(lengths[is_given], minlength=1).argmax())
         if not length:
             raise ValueError(f"{must_hold} vectors. Received: {num_rows} rows without.")
-    if len(others := lengths[lengths != length]):
-        raise ValueError(
-            f"{must_hold} vectors of length {length}. Received: {len(others)} of {num_rows} rows "
-            f"of another length, such as {others[0]}. {mend}"
-        )
+    fits = is_given & (lengths == length)
     vectors = np.full((num_rows, length), np.nan, np.float32)
-    vectors[is_known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
-    if num_bad := int((is_known & ~np.isfinite(vectors).all(axis=1)).sum()):
+    vectors[fits] = lists.filter(fits).flatten().to_numpy(zero_copy_only=False).reshape(-1, length)
+    is_bad = is_given & ~np.isfinite(vectors).all(axis=1)
+    if is_bad.any():
+        row = int(is_bad.argmax())
         raise ValueError(
-            f"{must_hold} finite float32 numbers. Received: others in {num_bad} of {num_rows} "
-            f"rows. {mend}"
+            f"{must_hold} vectors of {length} finite float32 numbers, or None: it is missing. "
+            f"Received: others in {is_bad.sum()} of {num_rows} rows, such as row {row}, of length "
+            f"{lengths[row]}."
         )
     return vectors

@@ -34,20 +34,9 @@ class FeatureTable(tf.keras.layers.Layer):
         return frozenset(self._columns)
 
     def assign(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays "missing".
-
-        A `ValueError` if a feature is missing or has the wrong shape.
-        """
+        """Sets the encoded rows 1, 2, ... of each feature; row 0 stays "missing"."""
         for name, variable in self._columns.items():
-            if name not in columns:
-                raise ValueError(f"Feature '{name}' is missing. Received: {sorted(columns)}")
-            expected = (variable.shape[0] - 1, *variable.shape[1:])
-            if columns[name].shape != expected:
-                raise ValueError(
-                    f"Feature '{name}' must have shape {expected}. Received: {columns[name].shape}"
-                )
-            first = variable[:1].numpy()
-            variable.assign(np.concatenate([first, columns[name]]))
+            variable.assign(np.concatenate([variable[:1], columns[name]]))
 
     def call(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
         """Gathers the features of `rows`, [n] int32."""
@@ -61,16 +50,10 @@ def drop_features(
     seed: tf.Tensor,
     rows: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
-    """Sets encoded features to missing at random, each by itself in each row.
+    """Sets encoded features to missing at random, each by itself in each row, at a `rate`.
 
     A model that trains on the rest leans on no single feature, and learns what a missing one means.
-
-    Args:
-        encoded: Encoded values by the features' names; those not among `features` stay.
-        features: The features to drop.
-        rate: Probability of dropping one.
-        seed: [2] int32; other draws of the same seed are independent.
-        rows: [n] int32, the rows whose features these are (see `uniform_of_rows`).
+    `seed` is [2] int32; `rows`, [n] int32, are those whose features these are.
     """
     dropped = dict(encoded)
     if not features or not rate:
