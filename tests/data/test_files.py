@@ -311,7 +311,7 @@ def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: An
         r"\"\['war', 'drama'\]\"\. Store them as lists",
     ):
         notes("['war', 'drama']", " ['war']")
-    with pytest.raises(DataError, match="in 2 of 4 rows"):
+    with pytest.raises(DataError, match="in 2 rows"):
         notes("['war', 'drama']", "['war']", "noir")
 
 

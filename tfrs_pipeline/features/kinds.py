@@ -41,6 +41,8 @@ def feature_from_dict(settings: Mapping[str, Any]) -> Feature:
             f"The kind of feature {settings.get('name')!r} must be one of {', '.join(KINDS)}. "
             f"Received: {settings.get('kind')!r}. Add a kind of your own to KINDS first."
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+    }
     del values["kind"]
     return known(**values)
