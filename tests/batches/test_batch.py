@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tests.small_batches import REQUESTED, UNORDERED, batch_list, flat, make_batches
-from tfrs_pipeline.batches.batch import Axis, Batch, Slices, axes_of, declares_axes
+from tfrs_pipeline.batches.batch import Axis, Batch, Slices, axes_of
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
 HARD = FunnelLosers(share=0.3, num=2)
@@ -60,9 +60,9 @@ def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
 
 
 def test_a_field_without_an_axis_cannot_be_declared() -> None:
-    with pytest.raises(TypeError, match=r"Odd\.weight must declare its axis"):
+    class Odd(NamedTuple):
+        row: Annotated[tf.Tensor, Axis.QUERY]
+        weight: tf.Tensor
 
-        @declares_axes
-        class Odd(NamedTuple):
-            row: Annotated[tf.Tensor, Axis.QUERY]
-            weight: tf.Tensor
+    with pytest.raises(TypeError, match=r"Odd\.weight must declare its axis"):
+        axes_of(Odd)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 import tensorflow as tf
-
-_Record = TypeVar("_Record", bound=type)
 
 
 class Axis(Enum):
@@ -24,9 +22,8 @@ class Axis(Enum):
 
 def axes_of(record: type) -> dict[str, Axis]:
     """Returns the axis of each field of a NamedTuple; a `TypeError` if one declares none."""
-    hints = get_type_hints(record, include_extras=True)
     axes = {}
-    for name, hint in hints.items():
+    for name, hint in get_type_hints(record, include_extras=True).items():
         found = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Axis)]
         if len(found) != 1:
             raise TypeError(
@@ -35,12 +32,6 @@ def axes_of(record: type) -> dict[str, Axis]:
             )
         axes[name] = found[0]
     return axes
-
-
-def declares_axes(record: _Record) -> _Record:
-    """Refuses a NamedTuple with a field that declares no axis (see `axes_of`)."""
-    axes_of(record)
-    return record
 
 
 class HardColumns(NamedTuple):
@@ -59,7 +50,6 @@ class HardColumns(NamedTuple):
     share: tf.Tensor
 
 
-@declares_axes
 class Batch(NamedTuple):
     """P positives of W queries, the C columns that the queries share, and their corrections.
 
@@ -133,11 +123,9 @@ class Slices:
     def take(self, number: tf.Tensor, batch: Batch) -> tuple[Batch, slice]:
         """Takes a slice of a batch whose columns are not masked and corrected yet.
 
-        A slice is some of the queries, with their positives and their own hard negatives, and all
-        of the columns that queries share. Losses and gradients of the slices add up to the batch's.
-        Whole sequences stay whole, and so do sets: slices differ in size by one sequence or set.
-
-        Returns the slice, and which of the batch's queries it holds.
+        It holds some of the queries, with their positives and own hard negatives, and all shared
+        columns; sequences and sets stay whole. Losses and gradients of the slices add up to the
+        batch's. Returns the slice, and which of the batch's queries it holds.
         """
         # What is cut: sequences, sets or single positives; and which of them a positive belongs to.
         if batch.sequence_rows is not None:
@@ -165,11 +153,9 @@ class Slices:
 
 def _cut(batch: Batch, places: Mapping[Axis, slice]) -> Batch:
     """Cuts each field along its axis, if that has a place."""
-    return Batch(
-        *(
-            field
-            if field is None or _AXES[name] not in places
-            else tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
-            for name, field in batch._asdict().items()
-        )
-    )
+    cut = {
+        name: tf.nest.map_structure(lambda x, at=places[_AXES[name]]: x[at], field)
+        for name, field in batch._asdict().items()
+        if field is not None and _AXES[name] in places
+    }
+    return batch._replace(**cut)

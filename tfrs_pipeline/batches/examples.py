@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -72,33 +71,38 @@ class Examples(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class EpochChoices:
-    """Decides what batches hold, an epoch at a time in NumPy, by (seed, epoch).
+class EpochExamples:
+    """Whole users: what their batches hold is drawn in NumPy, an epoch at a time.
 
-    `draw` returns a structure of arrays for each batch of an epoch; `signature` has their types.
+    `drawn` has the types of what is drawn for a batch, a structure of arrays.
     """
 
-    seed: int
-    steps_per_epoch: int
-    draw: Callable[[np.random.Generator], Sequence[Any]]
-    signature: Any
-    _drawn: tuple[int, Sequence[Any]] | None = None
+    is_fair_draw = False
+    rate: np.ndarray | None = None
 
-    def __post_init__(self) -> None:
-        check_integer(0, seed=self.seed)
+    def __init__(self, *, batch_size: int, steps_per_epoch: int, seed: int, drawn: Any) -> None:
+        check_integer(0, seed=seed)
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self._seed = seed
+        self._spec = drawn
+        self._drawn: tuple[int, Sequence[Any]] | None = None
+
+    def draw_epoch(self, rng: np.random.Generator) -> Sequence[Any]:
+        """Draws what each batch of an epoch holds."""
+        raise NotImplementedError
 
     def choose(self, step: int) -> Any:
-        """Returns what a step's batch holds."""
+        """Returns what a step's batch holds; see `Examples`."""
         epoch, place = divmod(step, self.steps_per_epoch)
         drawn = self._drawn  # A dataset's thread may ask for another epoch meanwhile.
         if drawn is None or drawn[0] != epoch:
-            rng = np.random.default_rng([self.seed, Use.ORDER, epoch])
-            drawn = self._drawn = epoch, self.draw(rng)
+            rng = np.random.default_rng([self._seed, Use.ORDER, epoch])
+            drawn = self._drawn = epoch, self.draw_epoch(rng)
         return drawn[1][place]
 
     def dataset(self, start_step: int, num_steps: int | None) -> tf.data.Dataset:
-        """Returns pairs of a step and what its batch holds."""
+        """Returns pairs of a step and what its batch holds; see `Examples`."""
 
         def pairs() -> Iterator[tuple[int, Any]]:
             step = start_step
@@ -106,8 +110,8 @@ class EpochChoices:
                 yield step, self.choose(step)
                 step += 1
 
-        signature = (tf.TensorSpec([], tf.int64), self.signature)
-        return tf.data.Dataset.from_generator(pairs, output_signature=signature)
+        specs = (tf.TensorSpec([], tf.int64), self._spec)
+        return tf.data.Dataset.from_generator(pairs, output_signature=specs)
 
 
 def blocks(num_samples: int) -> Iterator[slice]:

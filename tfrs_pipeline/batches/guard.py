@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -16,13 +16,11 @@ Never = Mapping[str, tf.RaggedTensor]
 
 
 class Guard:
-    """Finds the columns that are no negatives of their row's query, from training events alone.
+    """Finds the columns that are never negatives of their row's query: known, or exposed."""
 
-    These are its known positives, and what was exposed to it and not clicked: that the user passed
-    an item over among a few says nothing about retrieval among millions, and is left to ranking.
-    Samples were cleared of them when they were built; the masks of a batch do not trust that.
-    """
-
+    # That a user passed over an exposed item among a few says nothing about retrieval among
+    # millions, and is left to ranking. Pools were cleared of such items when the samples were
+    # built; the masks of a batch do not trust that.
     def __init__(self, samples: Samples) -> None:
         self._never = {KNOWN: samples.known_positives, EXPOSED: samples.exposed}
 
@@ -33,15 +31,16 @@ class Guard:
     @staticmethod
     def of_shared(never: Never, columns: tf.Tensor) -> tf.Tensor:
         """Finds which shared columns, [C] int32, are never a row's negative: [n, C] bool."""
-        return contains([never[reason] for reason in REASONS], columns)
+        kinds = [never[reason] for reason in REASONS]
+        parts = [part for lists in kinds for part in (lists.values, lists.row_splits)]
+        # In NumPy, because TensorFlow's search and scatter take four times as long.
+        found = tf.numpy_function(contains, [columns, *parts], tf.bool, stateful=False)
+        return tf.ensure_shape(found, [kinds[0].shape[0], columns.shape[0]])
 
     @staticmethod
     def of_own(never: Never, rows: tf.Tensor, pool: str) -> tf.Tensor:
-        """Finds which of each row's own candidates, [n, H], are never negatives of its query.
-
-        A pool of exposed items exists only where `allow_exposed` asks for it: it is checked for
-        known positives alone.
-        """
+        """Finds which of each row's own candidates, [n, H], are never negatives of its query."""
+        # A pool of exposed items exists only where `allow_exposed` asks for it.
         reasons = (KNOWN,) if pool == "exposed" else REASONS
         found = [is_member(never[reason], rows) for reason in reasons]
         return tf.reduce_any(tf.stack(found), axis=0)
@@ -58,18 +57,11 @@ def is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(tf.reshape(tf.gather(padded, place) == keys, tf.shape(rows)), rows.shape)
 
 
-def contains(kinds: Sequence[tf.RaggedTensor], columns: tf.Tensor) -> tf.Tensor:
+def contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
     """Finds which columns' candidates are in any of each row's lists: [num_rows, num_columns] bool.
 
-    `kinds` are one or more [num_rows, None] int32, candidate rows from 1; columns may repeat.
+    `parts` are the values and the offsets of one or more `RowLists` of `num_rows` lists.
     """
-    # In NumPy, because TensorFlow's search and scatter take four times as long.
-    parts = [part for lists in kinds for part in (lists.values, lists.row_splits)]
-    found = tf.numpy_function(_contains, [columns, *parts], tf.bool, stateful=False)
-    return tf.ensure_shape(found, [kinds[0].shape[0], columns.shape[0]])
-
-
-def _contains(columns: np.ndarray, *parts: np.ndarray) -> np.ndarray:
     distinct, place = np.unique(columns, return_inverse=True)
     largest = max(rows.max(initial=0) for rows in (columns, *parts[::2]))
     # The line of each candidate in the table, from 1; 0 for one that is in no column.

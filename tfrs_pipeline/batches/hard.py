@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns
@@ -25,15 +24,14 @@ its `pools`, which weigh alike."""
 class HardDraws:
     """Draws each row's hard negatives from the pools of its sample.
 
-    A pool that the samples lack is empty until `set_pool`. A `DataError` if `hard` asks for losers
-    of the funnel and no sample has one.
+    A pool that the samples lack is empty until it is replaced in `pools`. A `DataError` if `hard`
+    asks for losers of the funnel and no sample has one.
     """
 
     def __init__(self, samples: Samples, hard: HardNegatives, *, seed: int) -> None:
         self.share = hard.share
         self._hard = hard
         self._seed = seed
-        self._num_samples = len(samples)
         self._num_possible = samples.num_possible_negatives
         nothing = RowLists.empty(len(samples))
         self.pools = {name: samples.hard_pools.get(name, nothing) for name in hard.pools}
@@ -43,35 +41,10 @@ class HardDraws:
             needs = ranked if "ranked" in hard.stages else ""
             raise DataError(
                 f"model.hard asks for losers of the stages {', '.join(hard.stages)}, and none of "
-                f"{self._num_samples:,} positives has one. The log must hold items of these "
+                f"{len(samples):,} positives has one. The log must hold items of these "
                 f"stages, of the same users within window_hours{needs}; or set model.hard to "
                 "mined, or to none."
             )
-
-    def set_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool in datasets that are made from now on.
-
-        For each sample it holds the candidate rows of its hard negatives, in random order. A
-        `ValueError` if the kind has no such pool, or the number of lists is another.
-        """
-        if name not in self._hard.pools:
-            raise ValueError(
-                f"No hard negatives are drawn from a pool {name!r}. Drawn from: "
-                f"{', '.join(self._hard.pools)}"
-            )
-        if len(pool) != self._num_samples:
-            raise ValueError(
-                f"A pool must hold one list for each of {self._num_samples} samples. "
-                f"Received: {len(pool)}"
-            )
-        # A new dict, because a dataset keeps the pools that it was made with.
-        self.pools = {**self.pools, name: pool}
-
-    def has_any(self, place: slice) -> np.ndarray:
-        """Finds which samples have a hard negative in any pool: [n] bool."""
-        ends = slice(place.start + 1, place.stop + 1)
-        has_some = [pool.offsets[ends] > pool.offsets[place] for pool in self.pools.values()]
-        return np.any(has_some, axis=0)
 
     def draw(
         self,
@@ -86,7 +59,7 @@ class HardDraws:
             seed = seed_of(self._seed, Use.HARD, step)
             seed = tf.random.experimental.stateless_fold_in(seed, i)
             drawn = draw_from_lists(pool, self._hard.num, seed)
-            # A graph loses the static shape on the way; the loss needs the rank.
+            # A graph loses the static shape on the way, and the loss needs the rank.
             drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._hard.num])
             is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
             is_good &= ~Guard.of_own(never, drawn, name)
@@ -104,11 +77,9 @@ class HardDraws:
 
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
-    """Draws `num` entries of each list, itself in random order; 0s if it is empty: [n, num] int32.
-
-    They follow each other from a random start, around the end. Each column is a uniform draw, and
-    entries repeat only after all have come: their mean varies less than that of independent draws.
-    """
+    """Draws `num` entries of each list, itself in random order; 0s if it is empty: [n, num] int32."""
+    # They follow each other from a random start, around the end. Each column is a uniform draw, and
+    # entries repeat only after all have come: their mean varies less than that of independent ones.
     lengths = lists.row_lengths()[:, tf.newaxis]
     drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
     start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)

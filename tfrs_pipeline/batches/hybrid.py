@@ -30,8 +30,8 @@ _LATER = "items that came later"
 class _Found(NamedTuple):
     """What a batch reads from the samples' arrays, or the types of these parts.
 
-    `batch` is what the examples read, with weights and request features. `slot` is the place of
-    each query among the distinct ones; `never` is by distinct query, a pool by positive.
+    `slot` is the place of each query among the distinct ones; `never` is by distinct query, a pool
+    by positive.
     """
 
     batch: Batch
@@ -112,20 +112,17 @@ class HybridBatches:
         self.expected_count = self._mixture.expected_count
         self._factor = None
         if positive_weight is not None:
-            mean = np.average(positive_weight, weights=samples.counts)
-            self._factor = positive_weight / mean
+            self._factor = positive_weight / np.average(positive_weight, weights=samples.counts)
         self.positive_share = self._positive_share()
         self._guard = Guard(samples)
         self._is_later = None if samples.is_later is None else tf.constant(samples.is_later)
         self._hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     def set_hard_pool(self, name: str, pool: RowLists) -> None:
-        """Replaces a pool of hard negatives; see `HardDraws.set_pool`."""
-        if self._hard is None:
-            raise ValueError(
-                f"These batches draw no hard negatives: give them `hard`. Received: pool {name!r}"
-            )
-        self._hard.set_pool(name, pool)
+        """Replaces a pool of the hard negatives by a list for each sample."""
+        assert self._hard is not None
+        # A new dict, because a dataset keeps the pools that it was made with.
+        self._hard.pools = {**self._hard.pools, name: pool}
 
     @property
     def num_unreachable(self) -> int:
@@ -143,7 +140,9 @@ class HybridBatches:
         rate = self.examples.rate
         total = drawn = 0.0
         for place in blocks(len(self.samples)):
-            has_any = self._hard.has_any(place)
+            ends = slice(place.start, place.stop + 1)
+            num_in = [np.diff(pool.offsets[ends]) for pool in self._hard.pools.values()]
+            has_any = np.any(num_in, axis=0)
             rows = self.samples.candidate_rows[place]
             rates = np.ones(len(rows)) if rate is None else rate[rows]
             total += rates.sum()
@@ -214,7 +213,6 @@ class HybridBatches:
         )
 
     def _read(self, pools: Mapping[str, RowLists], chosen: Any) -> _Found:
-        """Gathers what a batch needs from the samples' arrays, in NumPy."""
         batch = self.examples.read(chosen)
         index = batch.index
         # Each query is looked up once: one with very many events may fill much of a batch.
@@ -231,7 +229,6 @@ class HybridBatches:
 
     @functools.cached_property
     def _signature(self) -> _Found:
-        """The types of what `_read` returns."""
         batch = self.examples.signature
         num = batch.index.shape[0]
 
@@ -258,7 +255,6 @@ class HybridBatches:
         return is_counted & (columns[tf.newaxis, :] != batch.candidate_row[:, tf.newaxis])
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
-        """Gathers the weights of samples: [n] float32."""
         weights = self.samples.weights[index]
         if self._factor is None:
             return weights
@@ -280,32 +276,30 @@ class HybridBatches:
         left out), known positives, exposed items, and items that came later.
         """
         masked = dict.fromkeys(("accidental hits", *REASONS), 0)
-        if self._is_later is not None:
+        if self.samples.is_later is not None:
             masked[_LATER] = 0
         num_cells = 0
         for step in range(num_steps):
             batch = self.batch(step)
-            columns, query_row = batch.shared_row, batch.query_row
+            columns, query_row = batch.shared_row.numpy(), batch.query_row.numpy()
             if batch.positive_query is not None:  # Counted once a positive, as without it.
-                query_row = tf.gather(query_row, batch.positive_query)
-            is_hit = columns[tf.newaxis, :] == batch.candidate_row[:, tf.newaxis]
-            is_left = tf.ones_like(is_hit)
-            never = self._guard.read(query_row.numpy())
-            found = {"accidental hits": is_hit}
-            found |= {reason: contains([_ragged(never[reason])], columns) for reason in REASONS}
-            if self._is_later is not None:
-                found[_LATER] = tf.gather(self._is_later, columns)[tf.newaxis, :]
-            for name, is_masked in found.items():
-                masked[name] += int(tf.math.count_nonzero(is_masked & is_left))
+                query_row = query_row[batch.positive_query]
+            never = self._guard.read(query_row)
+            found = [columns == batch.candidate_row.numpy()[:, np.newaxis]]
+            found += [contains(columns, x.values, x.offsets) for x in never.values()]
+            if self.samples.is_later is not None:
+                found.append(self.samples.is_later[columns][np.newaxis, :])
+            is_left = np.ones_like(found[0])
+            for name, is_masked in zip(masked, found, strict=True):
+                masked[name] += int(np.count_nonzero(is_masked & is_left))
                 is_left &= ~is_masked
-            num_own = len(batch.candidate_row) * self._num_in_batch
+            num_own = len(query_row) * self._num_in_batch
             masked["accidental hits"] -= num_own
-            num_cells += int(tf.size(is_hit)) - num_own
+            num_cells += is_left.size - num_own
         return {name: count / num_cells for name, count in masked.items()}
 
 
 def _of_rows(never: Never, slot: tf.Tensor) -> Never:
-    """Gathers lists of distinct queries for the rows of a batch."""
     return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
 
 
@@ -315,20 +309,11 @@ def _requests_of(samples: Samples, value: Callable[[np.ndarray], Any]) -> Any:
 
 
 def _lists_spec(num_lists: int | None) -> tf.RaggedTensorSpec:
-    """Describes lists of candidate rows."""
     return tf.RaggedTensorSpec([num_lists, None], tf.int32, row_splits_dtype=tf.int64)
 
 
-def _ragged(lists: RowLists) -> tf.RaggedTensor:
-    return tf.RaggedTensor.from_row_splits(lists.values, lists.offsets, validate=False)
-
-
 def look_up(read: Callable[[Any], _Found], chosen: Any, signature: _Found) -> _Found:
-    """Reads arrays at places that are tensors, in NumPy, where a file's arrays stay uncopied.
-
-    `read` is given `chosen`, a structure of tensors, as arrays. `signature` has the type of each
-    part that it returns. Returns the parts as tensors, `RowLists` as ragged ones.
-    """
+    """Reads what was chosen in NumPy, where a file's arrays stay uncopied; returns tensors."""
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = []

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.examples import EpochChoices
+from tfrs_pipeline.batches.examples import EpochExamples
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 
@@ -20,7 +20,7 @@ from tfrs_pipeline.samples.store import RowLists, Samples, padded_lines
 BATCHES_PER_POOL = 16
 
 
-class WholeSequences:
+class WholeSequences(EpochExamples):
     """Every position of a sequence is a positive.
 
     A sequence is cut into windows of `history_length` items from its end. A window trains the
@@ -42,9 +42,7 @@ class WholeSequences:
             batch would be too small for its windows.
     """
 
-    is_fair_draw = False
     has_one_positive = True
-    rate: np.ndarray | None = None
 
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
@@ -67,8 +65,12 @@ class WholeSequences:
         if samples.sequence_times is not None:
             times = tf.TensorSpec([None, None], tf.float64)
             self.signature = self.signature._replace(sequence_times=times)
-        self.batch_size = batch_size
-        self.steps_per_epoch = max(1, round(len(samples) / batch_size))
+        super().__init__(
+            batch_size=batch_size,
+            steps_per_epoch=max(1, round(len(samples) / batch_size)),
+            seed=seed,
+            drawn=tf.TensorSpec([None], tf.int32),
+        )
         self._num_samples = len(samples)
         self._num_positives = np.diff(windows.samples.offsets)
         longest = int(self._num_positives.max())
@@ -79,18 +81,15 @@ class WholeSequences:
                 f"positives (those of one moment share a history). Use {2 * longest} or more, a "
                 "shorter history, or training.examples = 'single'."
             )
-        self._choices = EpochChoices(
-            seed, self.steps_per_epoch, self._draw_epoch, tf.TensorSpec([None], tf.int32)
-        )
-        self.choose, self.dataset = self._choices.choose, self._choices.dataset
         self._samples = samples
         self._windows = windows
 
-    def _draw_epoch(self, rng: np.random.Generator) -> list[np.ndarray]:
+    def draw_epoch(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Draws the windows of each batch, [S] int32."""
         order = rng.permutation(len(self._num_positives))
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         pool = done * self.steps_per_epoch // (self._num_samples * BATCHES_PER_POOL)
-        # Within a pool by length, so that a batch has windows of like length.
+        # By length within a pool, so that a batch has windows of similar length.
         order = order[np.lexsort([self._num_positives[order], pool])]
         done = np.cumsum(self._num_positives[order]) - self._num_positives[order] / 2
         batch = (done * self.steps_per_epoch / self._num_samples).astype(np.int64)
@@ -99,7 +98,7 @@ class WholeSequences:
         return [batches[i] for i in rng.permutation(self.steps_per_epoch)]
 
     def read(self, chosen: np.ndarray) -> Batch:
-        """Reads windows, [S] int32; see the class."""
+        """Reads windows; see the class."""
         samples, windows = self._samples, self._windows
         assert samples.num_earlier is not None
         of_windows = windows.samples.take(chosen)
@@ -127,24 +126,18 @@ class WholeSequences:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows of sequences, and the samples that each trains.
-
-    A window has a query, the place of its first item in the query's sequence, and the number of
-    items that it reads, [num_windows] int32.
-    """
+    """Windows of sequences, and the samples that each trains; arrays are [num_windows] int32."""
 
     query_rows: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    starts: np.ndarray  # Places of their first items in the queries' sequences.
+    lengths: np.ndarray  # Items that they read.
     samples: RowLists
 
     @classmethod
     def cut(cls, samples: Samples, length: int) -> _Windows:
-        """Cuts sequences from their ends, the last window ending with the last history.
-
-        A window that starts at s trains the samples with s < num_earlier <= s + length, the first
-        one of a sequence also those with an empty history.
-        """
+        """Cuts sequences from their ends, the last window ending with the last history."""
+        # A window that starts at s trains the samples with s < num_earlier <= s + length, the first
+        # one of a sequence also those with an empty history.
         assert samples.num_earlier is not None
         last = np.zeros(len(samples.sequences), np.int64)
         np.maximum.at(last, samples.query_rows, samples.num_earlier)

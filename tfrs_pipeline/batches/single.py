@@ -110,7 +110,6 @@ class SinglePositives:
         )
 
     def _samples_of(self, step: tf.Tensor) -> tf.Tensor:
-        """Returns [B] samples of a permutation an epoch, or draws by rate."""
         if self._sampler is not None:
             return self._drawn(self._sampler, seed_of(self._seed, Use.ORDER, step))
         place = step * self.batch_size + tf.range(self.batch_size, dtype=tf.int64)
@@ -139,7 +138,7 @@ class SinglePositives:
 
 
 def _sort_by_candidate(samples: Samples) -> np.ndarray:
-    """Sorts samples by candidate, a block at a time: [num_samples] int32."""
+    """Sorts samples by candidate, a block at a time in memory: [num_samples] int32."""
     place = np.cumsum(samples.counts) - samples.counts
     by_candidate = np.empty(len(samples), np.int32)
     for block in blocks(len(samples)):

@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.batches.examples import EpochChoices
+from tfrs_pipeline.batches.examples import EpochExamples
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.samples.store import Samples, padded_lines
 
 
-class UserSets:
+class UserSets(EpochExamples):
     """Some of a user's positives are input, the others are targets.
 
     An epoch visits every user once, in random order, and flips a coin for each of the user's
@@ -42,9 +42,7 @@ class UserSets:
         ValueError: If `batch_size` or `seed` is not an integer or out of range.
     """
 
-    is_fair_draw = False
     has_one_positive = False
-    rate: np.ndarray | None = None
 
     def __init__(
         self, samples: Samples, *, batch_size: int, history_length: int, seed: int
@@ -58,7 +56,6 @@ class UserSets:
             positive_query=row,
             history_rows=tf.TensorSpec([None, None], tf.int32),
         )
-        self.batch_size = batch_size
         self._history_length = history_length
         self._num_samples = len(samples)
         self._rows = samples.candidate_rows
@@ -70,13 +67,16 @@ class UserSets:
         # At least half of all draws leave as many users as the mean, rounded down.
         mean_left = np.sum(1 - 0.5 ** np.bincount(query_of_pair))
         wanted = round(len(samples) * 0.5 / batch_size)
-        self.steps_per_epoch = max(1, min(wanted, int(mean_left)))
         names = ("query_row", "target", "num_targets", "input", "num_inputs")
-        drawn = dict.fromkeys(names, row)
-        self._choices = EpochChoices(seed, self.steps_per_epoch, self._draw_epoch, drawn)
-        self.choose, self.dataset = self._choices.choose, self._choices.dataset
+        super().__init__(
+            batch_size=batch_size,
+            steps_per_epoch=max(1, min(wanted, int(mean_left))),
+            seed=seed,
+            drawn=dict.fromkeys(names, row),
+        )
 
-    def _draw_epoch(self, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+    def draw_epoch(self, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
+        """Draws each batch's users with their targets and inputs, one after the other."""
         is_input, num_targets = self._flip_coins(rng)
         order = rng.permutation(np.flatnonzero(num_targets))
         turn = np.full(len(self._queries), -1)
