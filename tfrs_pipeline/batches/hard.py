@@ -77,7 +77,7 @@ class HardDraws:
 
 
 def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
-    """Draws `num` entries of each list, itself in random order; 0s if it is empty: [n, num] int32."""
+    """Draws `num` entries of each list, which is in random order; 0s if empty: [n, num] int32."""
     # They follow each other from a random start, around the end. Each column is a uniform draw, and
     # entries repeat only after all have come: their mean varies less than that of independent ones.
     lengths = lists.row_lengths()[:, tf.newaxis]
