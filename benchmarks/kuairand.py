@@ -30,8 +30,8 @@ import duckdb
 import tensorflow as tf
 from record import write_json
 
+from tfrs_pipeline.messages import Progress, StepReport
 from tfrs_pipeline.run.compare import compare
-from tfrs_pipeline.run.steps import StepReport
 
 SETTINGS = {
     "data": {
@@ -86,9 +86,12 @@ def config_of(folder: Path, events: Path) -> RunConfig:
     return RunConfig(**{**SETTINGS, "data": {**SETTINGS["data"], **data}})
 
 
-def show(report: StepReport) -> None:
-    """Prints a step as it ends."""
-    print(f"{report.name}  {report.seconds:.0f} s", *report.notes, sep="\n    ", flush=True)
+class Printed(Progress):
+    """Prints steps."""
+
+    def step(self, report: StepReport) -> None:
+        """Prints a step as it ends."""
+        print(f"{report.name}  {report.seconds:.0f} s", *report.notes, sep="\n    ", flush=True)
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
             {"seed": options.seed, "training.max_epochs": options.max_epochs}
             | ({"compare.plans": options.plans} if options.plans else {}),
         )
-        result = compare(config, folder, on_step=show)
+        result = compare(config, folder, progress=Printed())
         saved = json.loads((result.folder / "comparison.json").read_text())
     print(result.table(), *result.notes, sep="\n")
     if options.json:

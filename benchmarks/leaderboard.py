@@ -52,6 +52,7 @@ from pydantic_core import to_jsonable_python
 from record import COMMIT, command, machine, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
+from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.baselines import fit_baselines
@@ -227,6 +228,14 @@ class Model:
     is_seeded: bool = True
 
 
+class Printed(Progress):
+    """Prints tasks, a line a step."""
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        """Prints where a task is."""
+        print(f"    {name} {done}/{total} {note}", flush=True)
+
+
 def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
     """Trains the package's model as its pipeline does: epochs by validation, then a refit."""
     model = train_and_refit(
@@ -234,9 +243,7 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | 
         data,
         max_seconds=budget,
         folder=folder,
-        on_progress=lambda what, done, total, note="": print(
-            f"    {what} {done}/{total} {note}", flush=True
-        ),
+        progress=Printed(),
     )
     chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]

@@ -43,7 +43,7 @@ from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
 from tfrs_pipeline.evaluation.metrics import query_metrics
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.run.data import load_log
-from tfrs_pipeline.serving.refresh import refresh_index
+from tfrs_pipeline.run.refresh import refresh_index
 
 NEW_SHARE = 0.1
 CUTOFFS = {"all items": 100, "new items": 20}

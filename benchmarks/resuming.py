@@ -47,7 +47,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
 from tests.damage import DAMAGES, damage
-from tests.small_log import event_table, item_table, small_config, write
+from tests.small_log import Stopped, Watched, event_table, item_table, small_config, write
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.serving import export
@@ -56,10 +56,6 @@ from tfrs_pipeline.serving.retriever import load
 HALF_WRITTEN = ("_temp", ".partial", "_work-", ".partial-")
 # A run that is neither killed nor done by then hangs.
 MAX_SECONDS = 300.0
-
-
-class Stopped(Exception):
-    """Ends a run in its refit."""
 
 
 def config_in(folder: Path) -> RunConfig:
@@ -235,12 +231,8 @@ def damages(folder: Path, num_damages: int) -> dict[str, Any]:
     """
     config = config_in(folder)
 
-    def stop(task: str, done: int, total: int, note: str = "", /) -> None:
-        if (task, done) == ("two_tower, refit", 2):
-            raise Stopped
-
     with contextlib.suppress(Stopped):
-        run(config, folder / "run", on_progress=stop)
+        run(config, folder / "run", progress=Watched(("two_tower, refit", 2)))
     keep(folder, "half done")
     expected, _ = outcome_of(config, folder / "run")
     keep(folder, "finished")
@@ -303,13 +295,14 @@ def full_disk(folder: Path) -> dict[str, Any]:
     size, stops, num_raw = shutil.disk_usage(folder).used // 1024 + 20, Counter[str](), 0
     while True:
         subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
-        tasks = ["before the data"]
+        watched = Watched()
         try:
-            run(config, folder / "run", on_progress=lambda task, *_, at=tasks: at.append(task))
+            run(config, folder / "run", progress=watched)
             break
         except Exception as error:
-            print(f"{size} kB, {tasks[-1]}: {error}", flush=True)
-            stops[tasks[-1]] += 1
+            task = watched.tasks[-1][0] if watched.tasks else "before the data"
+            print(f"{size} kB, {task}: {error}", flush=True)
+            stops[task] += 1
             num_raw += "\n" in str(error) or not str(error).startswith(str(folder))
         size += 30
     same, _ = outcome_of(config, folder / "run")

@@ -1,5 +1,6 @@
 """A generated log of users with a taste, and settings that run the pipeline on it in seconds."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.model.notes import OnProgress
+from tfrs_pipeline.messages import Progress, StepReport
 
 NUM_USERS, NUM_ITEMS, NUM_TASTES = 150, 80, 4
 EVENTS_PER_USER = 24
@@ -115,13 +116,29 @@ class Stopped(Exception):
     """Stands for a kill in the middle of a run."""
 
 
-def stop_at(name: str, step: int, told: list[tuple[str, int]] | None = None) -> OnProgress:
-    """Stops a run as it tells of a step of a task; `told` takes all that it tells of."""
+class Watched(Progress):
+    """Keeps what a run tells: reports by step, and tasks; stops it as asked.
 
-    def on_progress(task: str, done: int, total: int, note: str = "", /) -> None:
-        if told is not None:
-            told.append((task, done))
-        if (task, done) == (name, step):
+    `stop` is the name of a step, at whose end the run stops, or a task with the number of its step.
+    `on_step` is called with each report.
+    """
+
+    def __init__(
+        self,
+        stop: str | tuple[str, int] = "",
+        on_step: Callable[[StepReport], object] = lambda report: None,
+    ) -> None:
+        self.reports: dict[str, StepReport] = {}
+        self.tasks: list[tuple[str, int]] = []
+        self._stop, self._on_step = stop, on_step
+
+    def step(self, report: StepReport) -> None:
+        self.reports[report.name] = report
+        self._on_step(report)
+        if report.name == self._stop:
             raise Stopped
 
-    return on_progress
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        self.tasks.append((name, done))
+        if (name, done) == self._stop:
+            raise Stopped

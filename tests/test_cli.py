@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import cli
-from tfrs_pipeline.cli.console import print_result, progress
+from tfrs_pipeline.cli.console import print_result, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
 from tfrs_pipeline.cli.runs import BRIEF
 from tfrs_pipeline.config import (
@@ -31,13 +31,13 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.negatives.popularity import Popularity
 from tfrs_pipeline.negatives.uniform import Uniform
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.serving import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
@@ -698,15 +698,15 @@ def without_colours(text: str) -> str:
 
 def test_the_bar_counts_and_forgets_the_count_of_what_came_before() -> None:
     def show(console: Console) -> None:
-        with progress(console) as (_, on_progress):
+        with shown(console) as progress:
             for done in (500, 1500):
-                on_progress("evaluate", done, 1500)
+                progress.task("evaluate", done, 1500)
             time.sleep(0.15)  # A bar is drawn ten times a second.
-            on_progress("export", 0, 0)
+            progress.task("export", 0, 0)
 
-    shown = rendered(100, show)
+    text = rendered(100, show)
     whole_bar = "━" * 40  # One of an unknown length is drawn in changing colours.
-    before, _, after = shown.rpartition("export")
+    before, _, after = text.rpartition("export")
     assert "1,500/1,500" in without_colours(before)
     assert whole_bar in before
     assert "/" not in without_colours(after)
@@ -718,28 +718,28 @@ def test_an_epoch_is_told_within_the_terminal(width: int) -> None:
     note = "loss 4.876, validation ndcg@100 0.2932, best 0.2932 (epoch 6), 0:01:00 left"
 
     def show(console: Console) -> None:
-        with progress(console) as (_, on_progress):
-            on_progress("two_tower_uncorrected, selection", 6, 30, note)
+        with shown(console) as progress:
+            progress.task("two_tower_uncorrected, selection", 6, 30, note)
             time.sleep(0.3)
 
     lines = [line.split("\r")[-1] for line in without_colours(rendered(width, show)).splitlines()]
     assert max(map(len, lines)) <= width
     assert any("6/30" in line for line in lines)
-    shown = [line.strip() for line in lines if line.startswith("  loss 4.876")]
-    assert shown
-    assert width < 80 or set(shown) == {note}
+    notes = [line.strip() for line in lines if line.startswith("  loss 4.876")]
+    assert notes
+    assert width < 80 or set(notes) == {note}
 
 
 def test_the_lines_of_a_stage_stand_as_they_are() -> None:
     note = "no [b]markup[/b] :star: 12 " + "x" * 100
 
     def show(console: Console) -> None:
-        with progress(console) as (on_step, _):
-            on_step(StepReport("data", [note], 12.34))
+        with shown(console) as progress:
+            progress.step(StepReport("data", [note], 12.34))
 
-    shown = without_colours(rendered(80, show))
-    assert f"data{' ' * 24}    12.3 s\n" in shown
-    assert f"    {note}\n" in shown
+    text = without_colours(rendered(80, show))
+    assert f"data{' ' * 24}    12.3 s\n" in text
+    assert f"    {note}\n" in text
 
 
 def test_ctrl_c_before_the_first_stage_can_be_gone_on_from(

@@ -1,12 +1,35 @@
-"""Words of messages, and checks that many rooms share."""
+"""Words of messages, progress of long work, and checks that many rooms share."""
 
 from __future__ import annotations
 
 import difflib
 import numbers
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 SECONDS_BETWEEN_LINES = 15.0  # Of progress, where each report is a new line.
+
+
+@dataclass
+class StepReport:
+    """What a step did: its name, lines for the user, seconds of wall time."""
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Progress:
+    """Is told how long work goes on, and shows nothing; subclasses do."""
+
+    def step(self, report: StepReport) -> None:
+        """Is called as each step ends."""
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        """Is called within long steps, with a task's name, its steps done and in all."""
+
+
+SILENT = Progress()
 
 
 def check_integer(least: int, **values: object) -> None:

@@ -30,8 +30,8 @@ from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.report import facts
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export, page
-from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 
 ITEM_KINDS = {

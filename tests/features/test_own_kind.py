@@ -19,9 +19,9 @@ from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import NUMBER_TYPES, Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
 from tfrs_pipeline.features.raw import Column, to_numbers
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export, page, rest
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.small_log import SMALL_TRAINING, Stopped, small_config, stop_at
+from tests.small_log import SMALL_TRAINING, Stopped, Watched, small_config
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import read_record
@@ -342,12 +342,12 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     for path in (*folder.glob("comparison.*"), *folder.glob("plans/mixed/checkpoints/*/*")):
         path.unlink()
     shutil.rmtree(folder / "plans" / "hybrid_0.1")
-    told: list[tuple[str, int]] = []
+    first, second = Watched(("mixed, selection", 1)), Watched()
     with pytest.raises(Stopped):
-        compare(config, folder, on_progress=stop_at("mixed, selection", 1, told))
-    again = compare(config, folder, on_progress=stop_at("", 0, told))
+        compare(config, folder, progress=first)
+    again = compare(config, folder, progress=second)
     assert again.evaluation.summary() == compared.evaluation.summary()
-    epochs = Counter(step for step in told if ", " in step[0] and step[1])
+    epochs = Counter(step for step in first.tasks + second.tasks if ", " in step[0] and step[1])
     names = ("mixed, selection", "hybrid_0.1, selection")
     assert epochs == {(name, i): 1 for name in names for i in range(1, NUM_EPOCHS + 1)}
 

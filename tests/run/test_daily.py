@@ -18,23 +18,23 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from tests.small_log import Stopped, event_table, item_id, item_table, small_config, stop_at, write
+from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
 from tfrs_pipeline import cli
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.data.log import Split
 from tfrs_pipeline.durable import InUse, locked, read_record, write_record
 from tfrs_pipeline.evaluation.evaluate import evaluate
+from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
-from tfrs_pipeline.run.steps import StepReport
+from tfrs_pipeline.run.refresh import describe_undone, refresh_index
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.run.versions import with_source
 from tfrs_pipeline.serving.gate import IN_SERVICE, refuse_worse, version_in_service
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
-from tfrs_pipeline.serving.refresh import describe_undone, refresh_index
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.settings import ConfigError
 
@@ -105,13 +105,10 @@ def today(place: Path, **settings: Any) -> RunConfig:
 def warm(yesterday: RunResult, place: Path) -> Warm:
     """Today's run, from the model in service and through the gate into its place."""
     settings = {"warm_start": model_folder(place), "export.gate": True}
-    reports: dict[str, StepReport] = {}
     started_from: list[str] = []
     alone: list[str] = []
 
     def on_step(report: StepReport) -> None:
-        reports[report.name] = report
-
         def try_publishing() -> None:
             try:
                 with locked(model_folder(place) / ".lock"):
@@ -127,10 +124,11 @@ def warm(yesterday: RunResult, place: Path) -> Warm:
         started_from.append(step)
         return trained_in(folder, step, name)
 
+    watched = Watched(on_step=on_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "trained_in", read)
-        result = run(today(place, **settings), place / "runs" / "today", on_step=on_step)
-    return Warm(result, reports, started_from, alone)
+        result = run(today(place, **settings), place / "runs" / "today", progress=watched)
+    return Warm(result, watched.reports, started_from, alone)
 
 
 def test_a_run_starts_from_the_run_that_made_the_model(
@@ -269,12 +267,8 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
         name: (warm.result.folder / name).read_bytes() for name in ("metrics.json", CONFIG_FILE)
     }
     (warm.result.folder / "metrics.json").unlink()
-    notes: dict[str, list[str]] = {}
-    again = run(
-        today(place, **settings),
-        warm.result.folder,
-        on_step=lambda report: notes.update({report.name: report.notes}),
-    )
+    watched = Watched()
+    again = run(today(place, **settings), warm.result.folder, progress=watched)
     assert versions_of(model_folder(place)) == [1, 2, 3][:newest]
     for name in ("models", "differences"):
         expected = dict(warm.result.metrics[name])
@@ -284,7 +278,11 @@ def test_a_run_that_was_killed_after_its_export_keeps_its_version(
     if newest == 2:
         assert again.export_folder == warm.result.export_folder
         assert again.metrics["index"] == warm.result.metrics["index"]
-        assert notes["export"][0].endswith("2, exported before the run was stopped, is kept")
+        assert (
+            watched.reports["export"]
+            .notes[0]
+            .endswith("2, exported before the run was stopped, is kept")
+        )
     else:
         shutil.rmtree(model_folder(place) / "3")
     for name, content in kept.items():
@@ -316,14 +314,8 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
     table = item_table("str")
     pq.write_table(table.filter(pc.is_in(table["item_id"], pa.array(sorted(listed)))), items)
     shutil.copytree(model_folder(place) / "1", folder / "1")
-    notes: dict[str, list[str]] = {}
-
-    def on_step(report: StepReport) -> None:
-        notes[report.name] = report.notes
-        if report.name == "split":
-            refresh_index(folder, items)
-
-    result = run(today(place, **quick), place / "runs" / "hourly", on_step=on_step)
+    watched = Watched(on_step=lambda x: x.name == "split" and refresh_index(folder, items))
+    result = run(today(place, **quick), place / "runs" / "hourly", progress=watched)
     ours = load(str(result.export_folder)).candidate_ids()
     num_lost, num_again = len(listed - set(ours)), len(set(ours) - listed)
     assert num_lost != num_again
@@ -331,7 +323,7 @@ def test_a_run_tells_which_refresh_it_undoes(yesterday: RunResult, place: Path) 
         f"version 2 is a refresh made after this run began: of its items {num_lost} are not in "
         f"this version, and {num_again} of this version are not in it. Run refresh-index for "
         "today's items"
-    ) in notes["export"]
+    ) in watched.reports["export"].notes
 
     def told(version: str, since: datetime, ids: Iterable[str]) -> str | None:
         model = place / "told" / version
@@ -385,7 +377,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     folder = place / "runs" / "stopped"
     for name in ("two_tower, selection", "two_tower, refit"):
         with pytest.raises(Stopped):
-            run(config, folder, on_progress=stop_at(name, 1))
+            run(config, folder, progress=Watched((name, 1)))
     ended = run(config, folder)
     assert ended.metrics["training"] == whole.metrics["training"]
     assert ended.metrics["models"]["two_tower"] == whole.metrics["models"]["two_tower"]
@@ -552,15 +544,10 @@ def test_a_source_that_has_seen_the_test_is_told(yesterday: RunResult, place: Pa
     by_time = {"split.kind": "time", "training.max_epochs": 1, "split.test": 0.1}
     first = run(config_of(place, "yesterday", YESTERDAY, **by_time), place / "runs" / "a day")
     settings = {**by_time, "split.test": 0.6, "warm_start": first.folder, "export.name": "timed"}
-    reports: dict[str, StepReport] = {}
-
-    def stop(report: StepReport) -> None:
-        reports[report.name] = report
-        if report.name == "train two_tower":
-            raise Stopped
-
+    watched = Watched("train two_tower")
     with pytest.raises(Stopped):
-        run(today(place, **settings), place / "runs" / "too early", on_step=stop)
-    told = [x for x in reports["train two_tower"].notes if "what it measures here is too good" in x]
+        run(today(place, **settings), place / "runs" / "too early", progress=watched)
+    notes = watched.reports["train two_tower"].notes
+    told = [x for x in notes if "what it measures here is too good" in x]
     assert len(told) == 2
     assert json.dumps(told).count("test begins") == 1

@@ -20,11 +20,11 @@ from tests.small_log import (
     NUM_USERS,
     Ids,
     Stopped,
+    Watched,
     event_table,
     item_id,
     item_table,
     small_config,
-    stop_at,
     user_id,
     user_table,
     write,
@@ -36,13 +36,13 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.evaluation.baselines import Ease, MostPopular
 from tfrs_pipeline.evaluation.evaluate import evaluate, popularity_slices
+from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import final_part, prepare
 from tfrs_pipeline.run.folder import exported_version
 from tfrs_pipeline.run.pipeline import RunResult, run
-from tfrs_pipeline.run.steps import StepReport
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
 from tfrs_pipeline.serving.publish import versions_of
@@ -80,22 +80,16 @@ class Finished:
 
 
 def go(config: RunConfig, folder: Path, ids: Ids = "str") -> Finished:
-    reports: list[StepReport] = []
-    result = run(config, folder, on_step=reports.append)
-    return Finished(config, result, {report.name: report for report in reports}, ids)
+    watched = Watched()
+    result = run(config, folder, progress=watched)
+    return Finished(config, result, watched.reports, ids)
 
 
 def run_until(config: RunConfig, folder: Path, stage: str) -> dict[str, StepReport]:
-    reports = {}
-
-    def on_step(report: StepReport) -> None:
-        reports[report.name] = report
-        if report.name == stage:
-            raise Stopped
-
+    watched = Watched(stage)
     with pytest.raises(Stopped):
-        run(config, folder, on_step=on_step)
-    return reports
+        run(config, folder, progress=watched)
+    return watched.reports
 
 
 def split_of(folder: Path) -> Split:
@@ -486,17 +480,18 @@ def test_the_weights_of_the_last_checkpoint_are_those_in_service(of_stages: Fini
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: Finished) -> None:
     """Of the settings of another folder, and stopped again and again, it ends as that one did."""
     config = load_config(of_stages.folder / "config.toml")
-    told: list[tuple[str, int]] = []
     epoch_stops = [("two_tower, selection", 1), ("two_tower, refit", 1)]
-    for stop in [("samples", 0), *epoch_stops, ("baselines", 0)]:
+    *stopped, last = map(Watched, [("samples", 0), *epoch_stops, ("baselines", 0), ""])
+    for watched in stopped:
         with pytest.raises(Stopped):
-            run(config, tmp_path / "run", on_progress=stop_at(*stop, told))
+            run(config, tmp_path / "run", progress=watched)
     assert not (tmp_path / "run" / "metrics.json").exists()
-    again = run(config, tmp_path / "run", on_progress=stop_at("", 0, told))
+    again = run(config, tmp_path / "run", progress=last)
     assert numbers(again.metrics) == numbers(of_stages.metrics)
     assert again.export_folder != of_stages.export_folder
     # No epoch was run twice.
-    epochs = [step for step in told if step[1] and ", " in step[0] and "ease" not in step[0]]
+    told = [task for watched in (*stopped, last) for task in watched.tasks]
+    epochs = [task for task in told if task[1] and ", " in task[0] and "ease" not in task[0]]
     assert max(Counter(epochs).values()) == 1
 
 
@@ -510,18 +505,18 @@ def test_a_trained_model_is_read_back_unless_it_is_damaged(
         if is_damaged:
             saved.write_bytes(saved.read_bytes()[:-1])
         (folder / "metrics.json").unlink()
-        told: list[tuple[str, int]] = []
-        again = run(config, folder, on_progress=stop_at("", 0, told))
+        watched = Watched()
+        again = run(config, folder, progress=watched)
         for name in ("models", "training"):
             assert again.metrics[name] == of_stages.metrics[name]
-        assert any("refit" in task for task, _ in told) == is_damaged
+        assert any("refit" in task for task, _ in watched.tasks) == is_damaged
 
 
 def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finished) -> None:
-    reports: list[StepReport] = []
-    again = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
+    watched = Watched()
+    again = run(of_ratings.config, of_ratings.folder, progress=watched)
     assert again.export_folder == of_ratings.export_folder
-    assert [report.name for report in reports] == ["finished before"]
+    assert list(watched.reports) == ["finished before"]
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
     # From another folder, too.
     assert again.export_folder is not None
@@ -542,10 +537,11 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     other = again.export_folder.rename(again.export_folder.parent / "7")
     for metrics in (moved, again.metrics):
         write_record(path, metrics)
-        once_more = run(of_ratings.config, of_ratings.folder, on_step=reports.append)
+        once_more = run(of_ratings.config, of_ratings.folder, progress=watched)
         assert once_more.metrics == metrics
         assert versions_of(other.parent) == [7]
-        assert "is gone, and a finished run is not exported again" in reports[-1].notes[-1]
+        notes = watched.reports["finished before"].notes
+        assert "is gone, and a finished run is not exported again" in notes[-1]
     path.write_bytes(kept)
     other.rename(again.export_folder)
 
@@ -627,9 +623,9 @@ def test_nothing_of_the_validation_part_is_known_before(
 ) -> None:
     events = with_other_items(event_table("str"), of_stages.folder, ("validation", "test"))
     folders = of_stages.folder, tmp_path / "run"
-    stop = stop_at("two_tower, selection", 2)
+    stop = Watched(("two_tower, selection", 2))
     with pytest.raises(Stopped):
-        run(stages_config(tmp_path, events), folders[1], on_progress=stop)
+        run(stages_config(tmp_path, events), folders[1], progress=stop)
     assert_same_training(*folders, "selection", "selection", 2)
     assert_same_histories(holdout_of(folders[1], "validation"), of_stages.holdout("validation"))
     # The refit trains on the validation part, so there the change shows.

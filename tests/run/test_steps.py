@@ -9,23 +9,25 @@ import pytest
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run_steps
-from tfrs_pipeline.run.steps import Runner, Step, StepReport, as_diagram, as_lines
+from tfrs_pipeline.run.refresh import refresh_steps
+from tfrs_pipeline.run.steps import Runner, Step, as_diagram, as_lines
 
 ROOT = Path(__file__).parents[2]
 
 
-def counted_step(name: str, reads: tuple[str, ...], done: list[str]) -> Step:
+def counted_step(name: str, reads: tuple[str, ...], done: list[str], folder: Path) -> Step:
     """A step that writes the names of all that it was made from into a file."""
 
+    path = folder / name
+
     def read(runner: Runner, *given: str) -> str | None:
-        path = runner.folder.path / name
         return path.read_text() if path.is_file() else None
 
     def make(runner: Runner, *given: str) -> str:
         done.append(name)
         runner.note(f"made {name}")
         text = " ".join([*given, name])
-        (runner.folder.path / name).write_text(text)
+        path.write_text(text)
         return text
 
     return Step(name, reads, name, make, read, place=name)
@@ -40,41 +42,49 @@ def test_what_is_whole_is_read_and_the_rest_is_made(
     tmp_path: Path, lost: tuple[str, ...], made: list[str]
 ) -> None:
     done: list[str] = []
-    steps = [counted_step(*x, done) for x in (("a", ()), ("b", ("a",)), ("c", ("a", "b")))]
-    runner = Runner(RunConfig(), RunFolder(tmp_path))
+    steps = [
+        counted_step(*x, done, tmp_path) for x in (("a", ()), ("b", ("a",)), ("c", ("a", "b")))
+    ]
+    runner = Runner()
     assert runner.run(steps) == "a a b c"
     for name in lost:
         (tmp_path / name).unlink()
     done.clear()
-    reports: list[StepReport] = []
-    again = Runner(RunConfig(), RunFolder(tmp_path), reports.append)
+    again = Runner()
     assert again.run(steps) == "a a b c"
     assert done == made
     assert again.artifacts == runner.artifacts
-    assert [report.name for report in reports] == ["a", "b", "c"]
-    assert [report.notes for report in reports] == [
-        [f"made {name}"] if name in made else [] for name in "abc"
+    assert [(report.name, report.notes) for report in again.reports] == [
+        (name, [f"made {name}"] if name in made else []) for name in "abc"
     ]
 
 
-def test_an_artifact_in_memory_is_made_each_time(tmp_path: Path) -> None:
+def test_an_artifact_in_memory_is_made_each_time() -> None:
     made: list[Any] = []
     step = Step("count", (), "number", lambda runner: made.append(1) or len(made))
-    runner = Runner(RunConfig(), RunFolder(tmp_path))
+    runner = Runner()
     assert [runner.run([step]) for _ in range(2)] == [1, 2]
 
 
-def test_the_page_draws_the_steps_of_a_run() -> None:
-    steps = run_steps(RunConfig())
+STEPS = {
+    "a run": run_steps(RunConfig(), RunFolder(Path("run"))),
+    "a refresh": refresh_steps(Path("model"), Path("items.csv"), {}, allow_all_new=False),
+}
+
+
+@pytest.mark.parametrize("work", STEPS)
+def test_the_page_draws_the_steps(work: str) -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
-    (drawn,) = re.findall(r"```mermaid\n(.*?)\n```", page, re.DOTALL)
-    assert drawn == as_diagram(steps), "Put what as_diagram draws on the page."
+    section = page.partition(f"## The steps of {work}\n")[2].partition("\n## ")[0]
+    (drawn,) = re.findall(r"```mermaid\n(.*?)\n```", section, re.DOTALL)
+    assert drawn == as_diagram(STEPS[work]), "Put what as_diagram draws on the page."
+    lines = re.findall(r"```\n(.*?)\n```", section, re.DOTALL)
+    assert lines == ["\n".join(as_lines(STEPS[work]))], "Put what as_lines lists on the page."
 
 
-def test_each_step_reads_what_one_before_it_wrote() -> None:
+@pytest.mark.parametrize("work", STEPS)
+def test_each_step_reads_what_one_before_it_wrote(work: str) -> None:
     known: set[str] = set()
-    steps = run_steps(RunConfig())
-    for step in steps:
+    for step in STEPS[work]:
         assert set(step.reads) <= known
         known.add(step.writes)
-    assert as_lines(steps)[1] == "split: log -> split (data/split.parquet)"

@@ -17,10 +17,10 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.two_tower import TwoTower
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")

@@ -14,17 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.small_log import Watched
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import KINDS
+from tfrs_pipeline.run import refresh
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
-from tfrs_pipeline.serving import refresh
 from tfrs_pipeline.serving.export import ExportOptions, export
 from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.serving.refresh import refresh_index
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -304,11 +305,11 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     num_other = sum(not any(x) for x in genres[1:]) + any(genres[0])
     assert refresh_index(folder, items_file).num_unknown == {"genres": num_other}
     write([[y.upper() for y in x] for x in genres])
-    steps: list[str] = []
+    watched = Watched()
     with pytest.raises(DataError, match=r"no value of 'genres', such as '[A-C]', is known.*'a'"):
-        refresh_index(folder, items_file, on_progress=lambda step, *num: steps.append(step))
+        refresh_index(folder, items_file, progress=watched)
     assert len(asked) == 1
-    assert steps == []  # Before the items are embedded.
+    assert watched.tasks[-1] == ("check", 0)  # Before the items are embedded.
     command = ["refresh-index", str(folder), "--items", str(items_file), "--allow-all-new"]
     assert main(command) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -447,12 +448,20 @@ def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
 ) -> None:
     loaded = load(folder)
     monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
-    assert refresh_index(folder, items_file).has_trained_unknown is None
+    told = "2 were in no training: embedded by their features alone"
+
+    def notes() -> list[str]:
+        notes = refresh_index(folder, items_file).notes
+        return notes[notes.index(told) + 1 : -2]
+
+    assert "an unknown id: if that was not trained, they will seldom" in notes()[0]
     for model, is_trained in (
         ({"id_dropout": 0.1}, True),
         ({"id_dropout": 0.0}, False),
         ({"id_dropout": 0.0, "use_candidate_id": False}, True),
     ):
         loaded.manifest["config"] = {"model": model}
-        assert refresh_index(folder, items_file).has_trained_unknown is is_trained
+        about = notes()
+        assert is_trained == (about == [])
+        assert is_trained or "an unknown id, which was not trained: they will" in about[0]
         assert asked[-1]["manifest"]["config"] == {"model": model}

@@ -21,11 +21,11 @@ from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.timestamp import Timestamp
 from tfrs_pipeline.features.vector import Vector
 from tfrs_pipeline.model.encoder import Encoder, embed_queries
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 
 from tfrs_pipeline.evaluation.bootstrap import Outcome
-from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, counted
+from tfrs_pipeline.messages import SECONDS_BETWEEN_LINES, Progress, StepReport
 from tfrs_pipeline.report.verdict import advice, by_popularity, compared_with_baselines
 from tfrs_pipeline.run.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig
-    from tfrs_pipeline.model.notes import OnProgress
     from tfrs_pipeline.run.compare import PlanComparison
     from tfrs_pipeline.run.pipeline import RunResult
-    from tfrs_pipeline.run.steps import OnStep, StepReport
 
 PROGRAM = "tfrs-pipeline"
 
@@ -48,52 +47,46 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-@contextlib.contextmanager
-def progress(console: Console) -> Iterator[tuple[OnStep, OnProgress]]:
-    """Shows a bar for the current task, and a line with notes for each finished stage.
+class Shown(Progress):
+    """A bar for the current task, and a line with notes for each finished step.
 
     Without a terminal it prints a line for each epoch and, now and then, for other long tasks.
-    Yields `on_step` and `on_progress`, as `run` and `compare` take them.
     """
-    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
-    bar = Progress(*columns, TimeElapsedColumn(), console=console)
-    bar.add_task("starting", total=None, count="")
-    remark = Text(no_wrap=True, overflow="ellipsis")
-    said = time.monotonic()
 
-    def on_progress(name: str, done: int, total: int, note: str = "", /) -> None:
-        nonlocal said
-        if not console.is_terminal:
-            if note or (total and time.monotonic() - said > SECONDS_BETWEEN_LINES):
-                said = time.monotonic()
-                say(console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
+    def __init__(self, console: Console, bar: Bar, remark: Text) -> None:
+        self._console, self._bar, self._remark = console, bar, remark
+        self._said = time.monotonic()
+
+    def step(self, report: StepReport) -> None:
+        """Prints the step's name, time and notes."""
+        say(self._console, f"{report.name:<28}{report.seconds:8.1f} s")
+        for note in report.notes:
+            say(self._console, f"    {note}")
+
+    def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
+        """Moves the bar, or prints a line if it is time."""
+        if not self._console.is_terminal:
+            if note or (total and time.monotonic() - self._said > SECONDS_BETWEEN_LINES):
+                self._said = time.monotonic()
+                say(self._console, f"    {name} {done:,}/{total:,}{f': {note}' if note else ''}")
             return
-        (task,) = bar.tasks
+        bar, (task,) = self._bar, self._bar.tasks
         if task.description != name:  # A task cannot lose its total, nor start its clock again.
             bar.remove_task(task.id)
             bar.add_task(name, total=total or None, count="")
         bar.update(bar.task_ids[0], completed=done, count=f"{done:,}/{total:,}" if total else "")
-        remark.plain = f"  {note}" if note else ""
+        self._remark.plain = f"  {note}" if note else ""
 
-    def on_step(report: StepReport) -> None:
-        say(console, f"{report.name:<28}{report.seconds:8.1f} s")
-        for note in report.notes:
-            say(console, f"    {note}")
 
+@contextlib.contextmanager
+def shown(console: Console) -> Iterator[Shown]:
+    """Yields the progress that a console shows while the block runs."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    bar = Bar(*columns, TimeElapsedColumn(), console=console)
+    bar.add_task("starting", total=None, count="")
+    remark = Text(no_wrap=True, overflow="ellipsis")
     with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
-        yield on_step, on_progress
-
-
-def kept_in(folder: Path) -> str:
-    """Says what a stopped run has finished, which another process will not do again."""
-    kept = [name for name in ("data", "samples") if any((folder / name).rglob("*.json"))]
-    epochs = list(folder.rglob("epoch-*.json"))
-    if epochs:
-        last = max(epochs, key=lambda path: path.stat().st_mtime)
-        number = int(last.stem.removeprefix("epoch-"))
-        training = last.parent.relative_to(folder).as_posix().replace("checkpoints/", "")
-        kept.append(f"{counted(number, 'epoch')} of the training {training}")
-    return f"kept: {', '.join(kept)}" if kept else "nothing was finished yet"
+        yield Shown(console, bar, remark)
 
 
 @contextlib.contextmanager

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliToggleFlag
 from rich.console import Console
 
-from tfrs_pipeline.cli.console import native_errors_to, progress, say
+from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel
 from tfrs_pipeline.serving.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.serving.refresh import Refreshed
 
 TargetRecall: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
@@ -64,12 +60,11 @@ class RefreshIndex(OfModel):
     value of it."""
 
     def __call__(self) -> int:
-        """Writes the new version and says what changed."""
+        """Writes the new version and says where it is."""
         from tfrs_pipeline.durable import read_record
-        from tfrs_pipeline.serving.export import describe_index
+        from tfrs_pipeline.run.refresh import refresh_index
         from tfrs_pipeline.serving.index import Scann, search_of
         from tfrs_pipeline.serving.publish import MANIFEST_FILE
-        from tfrs_pipeline.serving.refresh import refresh_index
         from tfrs_pipeline.serving.retriever import version_at
 
         index = None
@@ -78,45 +73,14 @@ class RefreshIndex(OfModel):
             recall = before["export"]["index"].get("recall", Scann.recall)
             index = search_of(self.index or "scann", self.target_recall or recall)
         console = Console()
-        with native_errors_to(Path(os.devnull)), progress(console) as (_, on_progress):
+        with native_errors_to(Path(os.devnull)), shown(console) as progress:
             done = refresh_index(
                 self.model,
                 self.items,
                 index=index,
                 keep_versions=self.keep_versions,
                 allow_all_new=self.allow_all_new,
-                on_progress=on_progress,
+                progress=progress,
             )
-        for line in (*_changes(done), describe_index(done.index, done.num_items)):
-            say(console, line)
         say(console, f"model  {done.folder}")
         return 0
-
-
-def _changes(done: Refreshed) -> Iterator[str]:
-    yield (
-        f"{done.num_items:,} items: {done.num_new:,} are new, {done.num_dropped:,} gone since the "
-        "version before"
-    )
-    if done.num_untrained:
-        yield f"{done.num_untrained:,} were in no training: embedded by their features alone"
-        if not done.has_trained_unknown:
-            how = ": if that was not trained, they"
-            if done.has_trained_unknown is False:
-                how = ", which was not trained: they"
-            yield (
-                f"    beside the embedding of an unknown id{how} will seldom be found. Train with "
-                "model.id_dropout above 0, such as 0.1"
-            )
-    for name, num in done.num_unknown.items():
-        if num:
-            yield (
-                f"{name}: {num:,} of {done.num_items:,} items have no value that the training had: "
-                "taken as missing"
-            )
-    if done.num_skipped:
-        yield (
-            f"skipped {done.num_skipped:,} of the file: the model reads no item features, and "
-            "its training did not have them"
-        )
-    yield from done.notes

@@ -17,13 +17,12 @@ from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 
 from tfrs_pipeline.cli.console import (
-    kept_in,
     native_errors_to,
     print_comparison,
     print_result,
     program,
-    progress,
     say,
+    shown,
 )
 from tfrs_pipeline.cli.flags import Command, UsageError
 from tfrs_pipeline.cluster import this_worker
@@ -35,6 +34,7 @@ from tfrs_pipeline.config import (
     with_settings,
 )
 from tfrs_pipeline.durable import read_record
+from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.versions import check_model_name, with_source
@@ -130,13 +130,15 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             # At once, for a run that is stopped while libraries are still being imported.
             place.claim(config, is_run=command == "run"),
             native_errors_to(folder / "native.log") if is_chief else contextlib.nullcontext(),
-            progress(console) as (on_step, on_progress),
+            shown(console) as progress,
         ):
             say(console, f"run folder: {folder}")
-            result, refusal = work(config, folder, on_step=on_step, on_progress=on_progress)
+            result, refusal = work(config, folder, progress=progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
-        say(console, f"\n{kept_in(folder)}\nstopped; go on with:  {again}")
+        kept = place.kept()
+        say(console, f"\nkept: {', '.join(kept)}" if kept else "\nnothing was finished yet")
+        say(console, f"stopped; go on with:  {again}")
         return INTERRUPTED
     if is_chief:
         show(console, config, result)
@@ -151,18 +153,18 @@ def _check(command: str, config: RunConfig) -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         native_errors_to(Path(folder) / "native.log"),
-        progress(console) as callbacks,
+        shown(console) as progress,
     ):
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
         from tfrs_pipeline.run.steps import Runner, as_lines
         from tfrs_pipeline.run.training import check_source, check_trainable, variants
 
-        runner = Runner(config, RunFolder(Path(folder)), *callbacks)
-        steps = plan_steps(config)
+        runner, place = Runner(progress), RunFolder(Path(folder))
+        steps = plan_steps(config, place)
         if command == "run":
             check_source(config)
-            steps = run_steps(config)
+            steps = run_steps(config, place)
         runner.run([step for step in steps if step.writes in ("log", "split", "samples", "plans")])
         if command == "run":
             for model in variants(config).values():
@@ -211,7 +213,7 @@ def _no_run_in(folder: Path) -> UsageError:
 
 
 def _run(
-    config: RunConfig, folder: Path, **callbacks: Any
+    config: RunConfig, folder: Path, progress: Progress
 ) -> tuple[RunResult, NotPublished | None]:
     """Runs and writes the report, of a refused model too; returns the refusal beside the result."""
     from tfrs_pipeline.report.facts import write_report
@@ -219,19 +221,19 @@ def _run(
 
     refusal = None
     try:
-        result = run(config, folder, **callbacks)
+        result = run(config, folder, progress=progress)
     except NotPublished as error:
         result, refusal = RunResult(folder, read_record(folder / "metrics.json")), error
-    callbacks["on_progress"]("report", 0, 0)
+    progress.task("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
     return result, refusal
 
 
-def _compare(config: RunConfig, folder: Path, **callbacks: Any) -> tuple[PlanComparison, None]:
+def _compare(config: RunConfig, folder: Path, progress: Progress) -> tuple[PlanComparison, None]:
     from tfrs_pipeline.run.compare import compare
 
-    return compare(config, folder, **callbacks), None
+    return compare(config, folder, progress=progress), None
 
 
 _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {

@@ -7,6 +7,7 @@ same budget; only what a positive is compared with differs, and how it is weighe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,14 @@ from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.drawing import finish
 from tfrs_pipeline.evaluation.comparison import comparison_figure, comparison_table
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.plans import Plan, every_loser, sampling_plans
-from tfrs_pipeline.run.steps import OnStep, Runner, Step
+from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_trainable, training_step
 from tfrs_pipeline.settings import ConfigError
 
@@ -58,14 +58,13 @@ def compare(
     config: RunConfig,
     folder: Path,
     *,
-    on_step: OnStep = lambda report: None,
-    on_progress: OnProgress = lambda *task: None,
+    progress: Progress = SILENT,
 ) -> PlanComparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A folder that holds a stopped comparison of the same config is resumed: trained plans are
-    measured again from their checkpoints, the one at hand goes on from its last epoch. `on_step`
-    and `on_progress` are called as by `run`.
+    measured again from their checkpoints, the one at hand goes on from its last epoch. `progress`
+    is told how the work goes on.
 
     Raises:
         ConfigError: If there is a run to start from.
@@ -78,33 +77,35 @@ def compare(
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     place = RunFolder(folder)
     with place.claim(config, is_run=False):
-        runner = Runner(config, place, on_step, on_progress)
-        plans, notes = runner.run(plan_steps(config))
+        runner = Runner(progress)
+        plans, notes = runner.run(plan_steps(config, place))
+        measure = functools.partial(_measure, config)
         data: RunData = runner.artifacts["samples"]
         measured: dict[str, tuple[Evaluation, TrainingResult]] = {}
         for name, plan in plans.items():
             planned = _planned(config, plan, data)
             measured[name] = runner.run(
                 [
-                    training_step(name, planned, f"plans/{name}/checkpoints"),
-                    Step(f"measure {name}", ("samples", name), "measured", _measure),
+                    training_step(name, planned, place, f"plans/{name}/checkpoints"),
+                    Step(f"measure {name}", ("samples", name), "measured", measure),
                 ]
             )
             del runner.artifacts[name]  # One network at a time.
         return _write(config, measured, notes, plans, folder)
 
 
-def plan_steps(config: RunConfig) -> list[Step]:
+def plan_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     """Returns the steps that make the data and the plans of a comparison; they train nothing."""
     return [
-        *data_steps(config, every_loser(config)),
-        Step("plans", ("samples",), "plans", _make_plans),
+        *data_steps(config, folder, every_loser(config)),
+        Step("plans", ("samples",), "plans", functools.partial(_make_plans, config)),
     ]
 
 
-def _make_plans(runner: Runner, data: RunData) -> tuple[dict[str, Plan], list[str]]:
+def _make_plans(
+    config: RunConfig, runner: Runner, data: RunData
+) -> tuple[dict[str, Plan], list[str]]:
     """Makes the plans, with notes, and refuses each that cannot be trained, before any is."""
-    config = runner.config
     pools = data.final.samples.hard_pools
     logged = [name for name, pool in pools.items() if len(pool.values)]
     num_candidates = len(data.final.corpus.candidate_ids)
@@ -121,10 +122,10 @@ def _planned(config: RunConfig, plan: Plan, data: RunData) -> RunConfig:
 
 
 def _measure(
-    runner: Runner, data: RunData, model: FittedTwoTower
+    config: RunConfig, runner: Runner, data: RunData, model: FittedTwoTower
 ) -> tuple[Evaluation, TrainingResult]:
     named = {model.network.name: model}
-    return evaluate_all(runner.config, named, data.test, runner.on_progress), model.result
+    return evaluate_all(config, named, data.test, runner.progress.task), model.result
 
 
 def _max_epochs(config: RunConfig, data: RunData) -> int:

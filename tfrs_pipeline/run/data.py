@@ -50,27 +50,24 @@ class RunData:
         return self.final is not self.selection
 
 
-def data_steps(config: RunConfig, hard: FunnelLosers | None = None) -> list[Step]:
-    """Returns the steps that make the samples of a config, with the losers that `hard` asks for.
-
-    None asks for the losers of the config.
-    """
+def data_steps(
+    config: RunConfig, folder: RunFolder, hard: FunnelLosers | None = None
+) -> list[Step]:
+    """Returns the steps that make the samples; `hard` asks for other losers than the config's."""
     if hard is None and isinstance(config.model.hard, FunnelLosers):
         hard = config.model.hard
     seed, least = config.seed, config.training.min_positives
-    make_sets = functools.partial(TrainingSet.build, seed=seed, hard=hard, min_positives=least)
-    read_sets = functools.partial(TrainingSet.read, seed=seed, hard=hard)
+    build = functools.partial(TrainingSet.build, seed=seed, hard=hard, min_positives=least)
+    read = functools.partial(TrainingSet.read, seed=seed, hard=hard)
+    build_all, read_all = (functools.partial(_samples, get) for get in (build, read))
+
+    def bound(*functions: Callable[..., Any]) -> list[Callable[..., Any]]:
+        return [functools.partial(function, config, folder) for function in functions]
+
     return [
-        Step("data", (), "log", _make_log, _read_log, "data/"),
-        Step("split", ("log",), "split", _make_split, _read_split, "data/split.parquet"),
-        Step(
-            "samples",
-            ("split",),
-            "samples",
-            functools.partial(_samples, make_sets),
-            functools.partial(_samples, read_sets),
-            "samples/",
-        ),
+        Step("data", (), "log", *bound(_make_log, _read_log), "data/"),
+        Step("split", ("log",), "split", *bound(_make_split, _read_split), "data/split.parquet"),
+        Step("samples", ("split",), "samples", *bound(build_all, read_all), "samples/"),
     ]
 
 
@@ -82,22 +79,21 @@ def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None
         DataError: If the data is refused.
         ValueError: If validation or test has nothing to find.
     """
-    data: RunData = Runner(config, RunFolder(folder)).run(data_steps(config, hard))
+    data: RunData = Runner().run(data_steps(config, RunFolder(folder), hard))
     return data
 
 
-def _make_log(runner: Runner) -> Log | None:
-    runner.folder.data.mkdir(parents=True, exist_ok=True)
-    load_log(runner.config.data).write(runner.folder.data)
-    return _read_log(runner)
+def _make_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
+    folder.data.mkdir(parents=True, exist_ok=True)
+    load_log(config.data).write(folder.data)
+    return _read_log(config, folder, runner)
 
 
-def _read_log(runner: Runner) -> Log | None:
-    folder = runner.folder
+def _read_log(config: RunConfig, folder: RunFolder, runner: Runner) -> Log | None:
     if not (folder.data / "log.json").exists():
         return None
     try:
-        log = Log.read(folder.data, connect_engine(runner.config.data))
+        log = Log.read(folder.data, connect_engine(config.data))
     except Damaged as error:
         # Made again it might be of other events than what was trained on it.
         raise Damaged(
@@ -108,28 +104,35 @@ def _read_log(runner: Runner) -> Log | None:
     return log
 
 
-def _make_split(runner: Runner, log: Log) -> Split[Log] | None:
-    split = log.split(**dict(runner.config.split), seed=runner.config.seed)
-    split.write(runner.folder.split)
-    return _read_split(runner, log)
+def _make_split(
+    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
+) -> Split[Log] | None:
+    log.split(**dict(config.split), seed=config.seed).write(folder.split)
+    return _read_split(config, folder, runner, log)
 
 
-def _read_split(runner: Runner, log: Log) -> Split[Log] | None:
-    if not is_whole(runner.folder.split.with_suffix(".json")):
+def _read_split(
+    config: RunConfig, folder: RunFolder, runner: Runner, log: Log
+) -> Split[Log] | None:
+    if not is_whole(folder.split.with_suffix(".json")):
         return None
-    split = Split.read(log, runner.folder.split)
+    split = Split.read(log, folder.split)
     runner.note(*split.describe())
     return split
 
 
 def _samples(
-    get: Callable[[Log, Path], TrainingSet | None], runner: Runner, split: Split[Log]
+    get: Callable[[Log, Path], TrainingSet | None],
+    config: RunConfig,
+    folder: RunFolder,
+    runner: Runner,
+    split: Split[Log],
 ) -> RunData | None:
     """Gets the samples of both trainings, and the queries of validation and test."""
-    config, last = runner.config, final_part(runner.config, split)
-    selection = final = get(split.train, runner.folder.samples("selection"))
+    last = final_part(config, split)
+    selection = final = get(split.train, folder.samples("selection"))
     if last is not split.train:
-        final = get(last, runner.folder.samples("final"))
+        final = get(last, folder.samples("final"))
     if selection is None or final is None:
         return None
     runner.note(*describe_samples(final.report))

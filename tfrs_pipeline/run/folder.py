@@ -13,6 +13,7 @@ from typing import Any
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig, dump_config, load_config
 from tfrs_pipeline.durable import is_whole, locked, naming, read_record, replace_text, try_writing
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.settings import ConfigError
 
@@ -68,6 +69,16 @@ class RunFolder:
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or what is left of one."""
         return any((self.path / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))
+
+    def kept(self) -> list[str]:
+        """Lists what a stopped run has finished, which another process will not do again."""
+        kept = [x for x in ("data", "samples") if any((self.path / x).rglob("*.json"))]
+        if epochs := list(self.path.rglob("epoch-*.json")):
+            last = max(epochs, key=lambda path: path.stat().st_mtime)
+            number = int(last.stem.removeprefix("epoch-"))
+            training = last.parent.relative_to(self.path).as_posix().replace("checkpoints/", "")
+            kept.append(f"{counted(number, 'epoch')} of the training {training}")
+        return kept
 
     def metrics(self) -> dict[str, Any] | None:
         """Reads what a finished run has measured; None if it is not finished."""

@@ -45,24 +45,29 @@ class Measured:
 
 
 def measure(
-    runner: Runner, data: RunData, baselines: Mapping[str, Retriever], *models: FittedTwoTower
+    config: RunConfig,
+    folder: RunFolder,
+    runner: Runner,
+    data: RunData,
+    baselines: Mapping[str, Retriever],
+    *models: FittedTwoTower,
 ) -> Measured:
     """Evaluates the models of a run on the test beside the baselines: the step `evaluate`."""
-    config, named = runner.config, {model.network.name: model for model in models}
+    named = {model.network.name: model for model in models}
     measured: dict[str, Retriever] = {**named, **baselines}
     in_service = None
-    if is_compared(config, runner.folder):
+    if is_compared(config, folder):
         log = data.split.log
         in_service = version_in_service(
             config.model_folder,
             data.test.candidate_ids,
             log.listed_ids,
             log=log,
-            without=own_version(config, runner.folder.path),
+            without=own_version(config, folder.path),
         )
         if in_service is not None:
             measured[IN_SERVICE] = in_service
-    evaluation = evaluate_all(config, measured, data.test, runner.on_progress)
+    evaluation = evaluate_all(config, measured, data.test, runner.progress.task)
     first = evaluation.first
     num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
     runner.note(f"{counted(num_queries, 'query')}, {num_relevant:,} items to find")

@@ -1,7 +1,6 @@
 """`tfrs-pipeline run`: from a config to a model in service, one folder a run."""
 
-from __future__ import annotations
-
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import write_record
+from tfrs_pipeline.messages import SILENT, Progress, StepReport
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
-from tfrs_pipeline.model.notes import OnProgress
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.baselines import fit_baselines
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import RunFolder, exported_version
 from tfrs_pipeline.run.measure import is_compared, measure, metrics_of
-from tfrs_pipeline.run.publish import Exported, export_best, read_exported
-from tfrs_pipeline.run.steps import OnStep, Runner, Step, StepReport
+from tfrs_pipeline.run.publish import Exported, export_step
+from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_source, training_step, variants
 from tfrs_pipeline.run.versions import check_model_name, with_source
 from tfrs_pipeline.serving.publish import NotPublished, publishing, versions_of
@@ -38,38 +37,35 @@ class RunResult:
         return None if written is None else Path(written)
 
 
-def run_steps(config: RunConfig) -> list[Step]:
+def run_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
     """Returns the steps of a run, in order."""
-    return [*data_steps(config), *_model_steps(config), *_closing_steps(config)]
-
-
-def _model_steps(config: RunConfig) -> list[Step]:
-    models = variants(config).items()
-    return [training_step(name, each, f"checkpoints/{name}") for name, each in models]
-
-
-def _closing_steps(config: RunConfig) -> list[Step]:
     return [
-        Step("baselines", ("samples",), "baselines", _fit_baselines),
-        Step("evaluate", ("samples", "baselines", *variants(config)), "measured", measure),
-        Step(
-            "export",
-            ("samples", "measured"),
-            "version",
-            export_best,
-            read_exported,
-            place="export.directory/NAME/VERSION/",
-        ),
+        *data_steps(config, folder),
+        *_model_steps(config, folder),
+        *_closing_steps(config, folder),
     ]
 
 
-def run(
-    config: RunConfig,
-    folder: Path,
-    *,
-    on_step: OnStep = lambda report: None,
-    on_progress: OnProgress = lambda *task: None,
-) -> RunResult:
+def _model_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+    models = variants(config).items()
+    return [training_step(name, each, folder, f"checkpoints/{name}") for name, each in models]
+
+
+def _closing_steps(config: RunConfig, folder: RunFolder) -> list[Step]:
+    def fit(runner: Runner, data: RunData) -> dict[str, Retriever]:
+        baselines, notes = fit_baselines(config, data, runner.progress.task)
+        runner.note(*notes)
+        return baselines
+
+    measure_all = functools.partial(measure, config, folder)
+    return [
+        Step("baselines", ("samples",), "baselines", fit),
+        Step("evaluate", ("samples", "baselines", *variants(config)), "measured", measure_all),
+        export_step(config, folder),
+    ]
+
+
+def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
 
     A folder that holds a stopped run of the same config is resumed: finished data and samples are
@@ -81,8 +77,10 @@ def run(
     system that all see. They train together; the chief alone writes, by its own config, evaluates
     and exports, and the others wait for it.
 
-    `on_step` is called as each step ends, `on_progress` within long ones with a task's name, steps
-    done and steps in all.
+    Args:
+        config: The settings.
+        folder: Where the run is kept.
+        progress: Is told how the work goes on.
 
     Raises:
         NotPublished: If `export.gate` is set and the model is worse than the one in service; the
@@ -99,20 +97,19 @@ def run(
         check_source(config)
     with place.claim(config, is_run=True):
         if (finished := chief_first(lambda: read_result(config, place))) is not None:
-            on_step(StepReport("finished before", _describe_finished(finished, config)))
+            progress.step(StepReport("finished before", _describe_finished(finished, config)))
             return finished
-        runner = Runner(config, place, on_step, on_progress)
-        chief_first(lambda: runner.run(data_steps(config)))
-        runner.run(_model_steps(config))
-        return chief_first(lambda: _conclude(runner))
+        runner = Runner(progress)
+        chief_first(lambda: runner.run(data_steps(config, place)))
+        runner.run(_model_steps(config, place))
+        return chief_first(lambda: _conclude(config, place, runner))
 
 
-def _conclude(runner: Runner) -> RunResult:
+def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult:
     """Measures and exports what was trained, on the chief; other workers read what it has done."""
-    config, folder = runner.config, runner.folder
     if not this_worker().is_chief:
         return RunResult(folder.path, folder.metrics() or {})
-    baselines, *steps = _closing_steps(config)
+    baselines, *steps = _closing_steps(config, folder)
     runner.run([baselines])
     # What the model is compared with stays in service until the new version is there.
     is_held = is_compared(config, folder)
@@ -129,12 +126,6 @@ def _conclude(runner: Runner) -> RunResult:
     if exported.refusal is not None:
         raise NotPublished(exported.refusal)
     return RunResult(folder.path, metrics)
-
-
-def _fit_baselines(runner: Runner, data: RunData) -> dict[str, Retriever]:
-    baselines, notes = fit_baselines(runner.config, data, runner.on_progress)
-    runner.note(*notes)
-    return baselines
 
 
 def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:

@@ -1,7 +1,6 @@
 """The export of a run's model: past the gate, once, and never twice by the same training."""
 
-from __future__ import annotations
-
+import functools
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +12,13 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import Measured
-from tfrs_pipeline.run.steps import Runner
+from tfrs_pipeline.run.refresh import describe_undone
+from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.versions import name_of_log, own_version, trained_by
 from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_version
 from tfrs_pipeline.serving.gate import IN_SERVICE, describe_lacking, refuse_worse
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
-from tfrs_pipeline.serving.refresh import describe_undone
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,25 @@ class Exported:
         return {"index": self.index, "export_folder": str(self.folder.resolve())}
 
 
-def read_exported(runner: Runner, *_: Any) -> Exported | None:
+def export_step(config: RunConfig, folder: RunFolder) -> Step:
+    """Returns the step that exports a run's model."""
+    make, read = (functools.partial(x, config, folder) for x in (_export_best, _read_exported))
+    place = "export.directory/NAME/VERSION/"
+    return Step("export", ("samples", "measured"), "version", make, read, place)
+
+
+def _read_exported(
+    config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
+) -> Exported | None:
     """Reads the version that this training has made, if the run was killed right after that.
 
     None if there is no such version, or the run is to have another index by now.
     """
-    version = own_version(runner.config, runner.folder.path)
+    version = own_version(config, folder.path)
     if version is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
-    export = runner.config.export.model_dump(mode="json")
+    export = config.export.model_dump(mode="json")
     then = manifest["config"]["export"]
     if export["index"] != "none" and any(then[x] != export[x] for x in ("index", "target_recall")):
         return None
@@ -60,24 +68,26 @@ def read_exported(runner: Runner, *_: Any) -> Exported | None:
     return Exported(version, manifest["index"])
 
 
-def export_best(runner: Runner, data: RunData, measured: Measured) -> Exported:
-    """Exports the two-tower model, unless the version in service is better: the step `export`."""
-    config, listed = runner.config, data.split.log.listed_ids
+def _export_best(
+    config: RunConfig, folder: RunFolder, runner: Runner, data: RunData, measured: Measured
+) -> Exported:
+    """Exports the two-tower model, unless the version in service is better."""
+    listed = data.split.log.listed_ids
     if config.export.index == "none":
         runner.note("export.index is 'none': nothing is exported")
         return Exported()
     try:
-        runner.note(*_pass_gate(runner, measured))
+        runner.note(*_pass_gate(config, folder, measured))
     except NotPublished as error:
         runner.note("not exported: the version in service is better")
         return Exported(refusal=str(error))
     if measured.in_service is not None:
         known = {"in_service": measured.in_service.corpus.values, "exported": listed}
         runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
-    undone = describe_undone(config.model_folder, _began(runner.folder), listed)
+    undone = describe_undone(config.model_folder, _began(folder), listed)
     if undone is not None:
         runner.note(undone)
-    folder, manifest = export_version(
+    version, manifest = export_version(
         measured.models["two_tower"],
         config.model_folder,
         ExportOptions(
@@ -90,7 +100,7 @@ def export_best(runner: Runner, data: RunData, measured: Measured) -> Exported:
         queries=data.test.as_queries(),
         manifest={
             "config": config.model_dump(mode="json"),
-            **_made_by(config, runner.folder),
+            **_made_by(config, folder),
             "counts": data.final.report,
             "metrics": measured.evaluation.summary()["models"]["two_tower"],
         },
@@ -102,19 +112,18 @@ def export_best(runner: Runner, data: RunData, measured: Measured) -> Exported:
         )
     runner.note(describe_index(manifest["index"], len(listed)))
     runner.note("a fresh process loaded the export and gave the same answers")
-    return Exported(folder, manifest["index"])
+    return Exported(version, manifest["index"])
 
 
-def _pass_gate(runner: Runner, measured: Measured) -> list[str]:
+def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list[str]:
     """Compares the model with the version in service, but not with a version of itself.
 
     Returns lines for the user. Raises `NotPublished` if the gate is closed and the model worse.
     """
-    config = runner.config
     if IN_SERVICE not in measured.evaluation.results:
         return ["no version is in service yet"] if config.export.gate else []
     try:
-        own = own_version(config, runner.folder.path)
+        own = own_version(config, folder.path)
         monitor, models = config.training.monitor, config.model_folder
         return [refuse_worse(measured.evaluation, monitor, models, without=own)]
     except NotPublished as error:
@@ -122,7 +131,7 @@ def _pass_gate(runner: Runner, measured: Measured) -> list[str]:
             return [f"exported all the same, without the gate: {error}"]
         raise NotPublished(
             f"{error} {config.model_folder} stays as it is. The trained run is kept: --run-dir "
-            f"{runner.folder.path} with --no-export.gate exports it all the same."
+            f"{folder.path} with --no-export.gate exports it all the same."
         ) from None
 
 

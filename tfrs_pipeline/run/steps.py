@@ -1,36 +1,20 @@
-"""A run is a list of steps. What is whole in its folder is read, and the rest is made.
+"""Work as a list of steps. What is whole on disk is read, and the rest is made.
 
 This is the one place where a stopped run is resumed: the first step whose artifact cannot be read
 back is the first that does anything. Within a training, the epochs are the training's own affair.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.model.notes import OnProgress
-from tfrs_pipeline.run.folder import RunFolder
-
-
-@dataclass
-class StepReport:
-    """What a step did: its name, lines for the user, seconds of wall time."""
-
-    name: str
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-OnStep = Callable[[StepReport], None]
+from tfrs_pipeline.messages import SILENT, Progress, StepReport
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run.
+    """One step of a run, a comparison or a refresh.
 
     Attributes:
         name: Name for the user.
@@ -39,7 +23,7 @@ class Step:
         make: Makes the artifact. It is called with the runner and what the step reads, in order.
         read: Reads the artifact back, called in the same way; returns None if it is not whole. If
             `read` is None, the artifact lives in memory and is made each time.
-        place: Where the artifact lies in the folder; empty if in memory.
+        place: Where the artifact lies; empty if in memory.
     """
 
     name: str
@@ -51,26 +35,16 @@ class Step:
 
 
 class Runner:
-    """Runs steps in a folder, and shows each as it begins and ends.
+    """Runs steps, and shows each as it begins and ends.
 
     Attributes:
-        config: The settings of the run.
-        folder: Where artifacts are kept.
-        on_step: Called as each step ends.
-        on_progress: Called within a step with a task's name, steps done and steps in all.
+        progress: Is told how the work goes on.
         artifacts: What the steps have made or read back, by name.
         reports: What each step did; the last one is that of the step at hand.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        on_step: OnStep = lambda report: None,
-        on_progress: OnProgress = lambda *task: None,
-    ) -> None:
-        self.config, self.folder = config, folder
-        self.on_step, self.on_progress = on_step, on_progress
+    def __init__(self, progress: Progress = SILENT) -> None:
+        self.progress = progress
         self.artifacts: dict[str, Any] = {}
         self.reports: list[StepReport] = []
 
@@ -80,14 +54,14 @@ class Runner:
         for step in steps:
             report, start = StepReport(step.name), time.monotonic()
             self.reports.append(report)
-            self.on_progress(step.name, 0, 0)
+            self.progress.task(step.name, 0, 0)
             given = [self.artifacts[name] for name in step.reads]
             made = None if step.read is None else step.read(self, *given)
             if made is None:
                 made = step.make(self, *given)
             self.artifacts[step.writes] = made
             report.seconds = round(time.monotonic() - start, 3)
-            self.on_step(report)
+            self.progress.step(report)
         return made
 
     def note(self, *lines: str) -> None:

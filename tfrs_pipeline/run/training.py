@@ -10,13 +10,13 @@ from typing import Literal, TypeAlias
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import is_whole, read_record, write_record
-from tfrs_pipeline.messages import counted
+from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
 from tfrs_pipeline.model.fit import TrainingResult, optimizer_of, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.notes import OnProgress, describe_epoch, describe_steps
+from tfrs_pipeline.model.notes import describe_epoch, describe_steps
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import shape_problems
@@ -32,17 +32,18 @@ Training: TypeAlias = Literal["selection", "refit"]
 TRAINED_FILE = "trained.json"
 
 
-def training_step(name: str, config: RunConfig, place: str) -> Step:
+def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -> Step:
     """Returns the step that trains a model of these settings, and keeps it in the run's folder."""
+    checkpoints = folder.path / place
 
     def make(runner: Runner, data: RunData) -> FittedTwoTower:
-        folder, progress = runner.folder.path / place, runner.on_progress
-        model = train_and_refit(config, data, name=name, folder=folder, on_progress=progress)
+        told = runner.progress
+        model = train_and_refit(config, data, name=name, folder=checkpoints, progress=told)
         runner.note(*model.notes)
         return model
 
     def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        model = read_trained(config, data, runner.folder.path / place, name)
+        model = read_trained(config, data, checkpoints, name)
         if model is not None:
             runner.note(*model.notes)
         return model
@@ -72,7 +73,7 @@ def train_and_refit(
     name: str = "two_tower",
     folder: Path | None = None,
     max_seconds: float | None = None,
-    on_progress: OnProgress = lambda *task: None,
+    progress: Progress = SILENT,
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
@@ -84,13 +85,13 @@ def train_and_refit(
         name: Name of the model.
         folder: Where both trainings are kept, to be resumed if stopped.
         max_seconds: After these the first training begins no epoch.
-        on_progress: Called within both.
+        progress: Is told how both go on.
 
     Returns:
         The fitted model. Its `result` is that of the first training, its `notes` are about both.
     """
     check_trainable(data, config)
-    fit = functools.partial(_fit, config, data, name=name, folder=folder, on_progress=on_progress)
+    fit = functools.partial(_fit, config, data, name=name, folder=folder, progress=progress)
     model = fit("selection", config.training.max_epochs, max_seconds=max_seconds)
     chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]
@@ -126,17 +127,17 @@ def _fit(
     *,
     name: str,
     folder: Path | None,
-    on_progress: OnProgress,
+    progress: Progress,
     max_seconds: float | None = None,
 ) -> FittedTwoTower:
     task, source = f"{name}, {step}", config.warm_start
 
     def on_epoch(so_far: TrainingResult) -> None:
         note = describe_epoch(so_far, config.training.monitor, max_epochs)
-        on_progress(task, so_far.num_epochs, max_epochs, note)
+        progress.task(task, so_far.num_epochs, max_epochs, note)
 
     def on_steps(epoch: int, done: int, total: int) -> None:
-        on_progress(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
+        progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
 
     return plan_of(config, name).fit_samples(
         data.selection if step == "selection" else data.final,
@@ -149,7 +150,7 @@ def _fit(
         cutoffs=config.evaluation.cutoffs,
         on_epoch=on_epoch,
         on_steps=on_steps,
-        on_progress=on_progress,
+        on_progress=progress.task,
         log=data.split.train,
     )
 

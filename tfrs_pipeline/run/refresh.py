@@ -1,0 +1,294 @@
+"""An exported model over another set of items, without another training."""
+
+import functools
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow as tf
+
+from tfrs_pipeline.data.reading import Reading
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.data.tables import load_items
+from tfrs_pipeline.durable import Damaged, file_hash, read_record
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import in_blocks
+from tfrs_pipeline.messages import SILENT, Progress
+from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
+from tfrs_pipeline.run.steps import Runner, Step
+from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
+from tfrs_pipeline.serving.index import Search
+from tfrs_pipeline.serving.publish import ITEMS_FILE, MANIFEST_FILE, publishing, versions_of
+from tfrs_pipeline.serving.retriever import LoadedRetriever, load, version_at
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What became of a model's items, compared with the version before."""
+
+    folder: Path
+    num_items: int
+    num_new: int
+    num_untrained: int
+    num_dropped: int
+    num_skipped: int  # Of the file: they cannot be embedded.
+    num_unknown: dict[str, int]  # By feature: items with only values that the training lacked.
+    index: dict[str, Any]
+    notes: list[str]  # What was done, dropped or missing.
+
+
+class _Embedded(NamedTuple):
+    """Items that a model can embed: [n, D] float32, and [n] whether the training had each."""
+
+    table: pa.Table
+    embeddings: np.ndarray
+    is_trained: np.ndarray
+
+
+def refresh_index(
+    model: str | Path,
+    items: str | Path,
+    *,
+    index: Search | None = None,
+    keep_versions: int | None = None,
+    allow_all_new: bool = False,
+    progress: Progress = SILENT,
+) -> Refreshed:
+    """Writes a new version of an exported model whose index holds the items of a file.
+
+    The towers and what is known of users stay: new items mean nothing in a history. `index` and
+    `keep_versions` are as before unless given.
+    """
+    # Nobody publishes meanwhile: the new version would hide another's towers behind older ones.
+    with publishing(version_at(model).parent):
+        asked = {"index": index, "keep_versions": keep_versions}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        steps = refresh_steps(Path(model), Path(items), asked, allow_all_new=allow_all_new)
+        done: Refreshed = Runner(progress).run(steps)
+        return done
+
+
+def refresh_steps(
+    model: Path, items: Path, options: dict[str, Any], *, allow_all_new: bool
+) -> list[Step]:
+    """Returns the steps of a refresh; `options` replace those of the version's export."""
+    check = functools.partial(_check, items, allow_all_new=allow_all_new)
+    embed = functools.partial(_embed, items, allow_all_new=allow_all_new)
+    return [
+        Step("model", (), "model", functools.partial(_load_numbered, model)),
+        Step("items", ("model",), "items", functools.partial(_read_items, items)),
+        # Before the items are embedded, which takes long.
+        Step("check", ("model", "items"), "unknown", check),
+        Step("embed", ("model", "items"), "embedded", embed),
+        Step(
+            "export",
+            ("model", "items", "unknown", "embedded"),
+            "version",
+            functools.partial(_export, items, options),
+            place="NAME/VERSION/",
+        ),
+    ]
+
+
+def _load_numbered(model: Path, runner: Runner) -> LoadedRetriever:
+    # The brute-force fallback needs no ScaNN, and has the same encoder.
+    retriever = load(model, exact=True)
+    if not retriever.folder.name.isdecimal():
+        raise ValueError(
+            "A version's folder is named by its number, such as saved_models/NAME/3: the new "
+            f"one is written beside it. Received: {retriever.folder}"
+        )
+    return retriever
+
+
+def _read_items(path: Path, runner: Runner, retriever: LoadedRetriever) -> pa.Table:
+    items, notes = load_items(
+        path,
+        is_integer_id=retriever.item_dtype == tf.int64,
+        item_features={x.name: x.kind for x in retriever.features["candidate"]},
+        reading=Reading(**retriever.manifest.get("reading", {})),
+    )
+    table = items.to_pyarrow()
+    if not table.num_rows:
+        raise DataError(f"{path} holds no row. List all items to retrieve in it.")
+    runner.note(*notes)
+    return table
+
+
+def _check(
+    path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
+) -> dict[str, int]:
+    """Counts the items that have only unknown values, by feature of categories."""
+    num_unknown = {}
+    for feature in retriever.features["candidate"]:
+        if not allow_all_new:
+            refuse_lost(feature, path, items)
+        if feature.holds_categories:
+            num = _num_unknown(path, items, feature, allow_all_new)
+            num_unknown[feature.name] = num
+            if num:
+                runner.note(
+                    f"{feature.name}: {num:,} of {items.num_rows:,} items have no value that the "
+                    "training had: taken as missing"
+                )
+    return num_unknown
+
+
+def refuse_lost(feature: Feature, path: Path, items: pa.Table) -> None:
+    """Refuses items none of which has a feature that items of the training had."""
+    raws = map(feature.to_raw, in_blocks(items[feature.name]))
+    is_lost = all((raw == "" if raw.dtype == object else np.isnan(raw)).all() for raw in raws)
+    if is_lost and feature.had_values:
+        raise DataError(
+            f"{path}: none of {items.num_rows:,} items has a value of '{feature.name}', of "
+            "which the training had some: a join that failed leaves such a column. Fill it; if "
+            "it is meant to be empty, set allow_all_new."
+        )
+
+
+def _num_unknown(path: Path, items: pa.Table, feature: Feature, allow_all: bool) -> int:
+    """Counts the items that have only unknown values; refuses several values if none is known."""
+    num_known, num_unknown, unknown = 0, 0, set[str]()
+    for block in in_blocks(items[feature.name]):
+        raw = feature.to_raw(block)
+        is_known = (feature.encode(raw).numpy().reshape(len(block), -1) > 0).any(axis=1)
+        is_given = raw.reshape(len(block), -1) != ""
+        is_unknown = is_given.any(axis=1) & ~is_known
+        num_known += int(is_known.sum())
+        num_unknown += int(is_unknown.sum())
+        if len(unknown) < 2:
+            unknown.update(raw.reshape(is_given.shape)[is_unknown[:, np.newaxis] & is_given])
+    if feature.vocabulary and len(unknown) > 1 and not (num_known or allow_all):
+        raise DataError(
+            f"{path}: no value of '{feature.name}', such as {min(unknown)!r}, is known to the "
+            f"model, whose values are like {feature.vocabulary[0]!r}. Write them as in the log "
+            "that it was trained on; if all are meant to be new, set allow_all_new."
+        )
+    return num_unknown
+
+
+def _embed(
+    path: Path, runner: Runner, retriever: LoadedRetriever, items: pa.Table, *, allow_all_new: bool
+) -> _Embedded:
+    """Embeds the items that the model can embed; refuses ids of another kind."""
+    features, blocks = [x.name for x in retriever.features["candidate"]], []
+    for start in range(0, items.num_rows, ITEMS_PER_CALL):
+        runner.progress.task("embed items", start, items.num_rows)
+        block = items.slice(start, ITEMS_PER_CALL)
+        columns = {name: block[name] for name in features}
+        blocks.append(retriever.embed_candidates(block["item_id"].to_pylist(), columns))
+    embeddings, is_trained = map(np.concatenate, zip(*blocks, strict=True))
+    if not features:  # By id alone an unknown item says nothing.
+        if not is_trained.any():
+            raise DataError(
+                f"{path} holds no item that the model can embed: it reads no item features, and "
+                f"its training had none of the {len(is_trained)} ids. Give items of its log, or "
+                "train it with item features."
+            )
+        if num_skipped := int((~is_trained).sum()):
+            runner.note(
+                f"skipped {num_skipped:,} of the file: the model reads no item features, and its "
+                "training did not have them"
+            )
+        items, embeddings = items.filter(pa.array(is_trained)), embeddings[is_trained]
+        is_trained = is_trained[is_trained]
+    ids, before = items["item_id"].to_pylist(), set(retriever.candidate_ids())
+    if not (allow_all_new or is_trained.any()) and before.isdisjoint(ids):
+        raise DataError(
+            f"{path}: none of its {len(ids)} ids, such as {ids[0]!r}, is known to the model, "
+            f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
+            "on; if all are meant to be new, set allow_all_new."
+        )
+    if not is_trained.all():
+        runner.note(*_about_untrained(int((~is_trained).sum()), retriever.manifest))
+    return _Embedded(items, embeddings, is_trained)
+
+
+def _about_untrained(number: int, manifest: dict[str, Any]) -> list[str]:
+    """Says what embeds the items that the training did not have."""
+    model = manifest.get("config", {}).get("model")
+    how = ", which was not trained: they"
+    if model is None:
+        how = ": if that was not trained, they"
+    told = f"{number:,} were in no training: embedded by their features alone"
+    if model and (model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)):
+        return [told]
+    return [
+        told,
+        f"    beside the embedding of an unknown id{how} will seldom be found. Train with "
+        "model.id_dropout above 0, such as 0.1",
+    ]
+
+
+def _export(
+    path: Path,
+    options: dict[str, Any],
+    runner: Runner,
+    retriever: LoadedRetriever,
+    items: pa.Table,
+    num_unknown: dict[str, int],
+    embedded: _Embedded,
+) -> Refreshed:
+    """Exports the items as the model's next version."""
+    number, num_untrained = int(retriever.folder.name), int((~embedded.is_trained).sum())
+    ids, before = set(embedded.table["item_id"].to_pylist()), set(retriever.candidate_ids())
+    refreshed = {
+        "from_version": number,
+        # The version that its training was exported as.
+        "trained_as": retriever.manifest.get("refreshed", {}).get("trained_as", number),
+        "items": {path.name: file_hash(path)},
+        "num_items": len(ids),
+        "num_untrained": num_untrained,
+    }
+    folder, manifest = export_index(
+        retriever.folder.parent,
+        replace(ExportOptions.of(retriever.manifest), **options),
+        encoder=retriever.saved_model.encoder,
+        embeddings=embedded.embeddings,
+        items=embedded.table,
+        queries=retriever.held_out_queries(),
+        manifest={**retriever.manifest, "refreshed": refreshed},
+    )
+    num_new, num_dropped = len(ids - before), len(before - ids)
+    runner.note(
+        f"{len(ids):,} items: {num_new:,} are new, {num_dropped:,} gone since the version before",
+        describe_index(manifest["index"], len(ids)),
+    )
+    return Refreshed(
+        folder=folder,
+        num_items=len(ids),
+        num_new=num_new,
+        num_untrained=num_untrained,
+        num_dropped=num_dropped,
+        num_skipped=items.num_rows - len(ids),
+        num_unknown=num_unknown,
+        index=manifest["index"],
+        notes=[note for report in runner.reports for note in report.notes],
+    )
+
+
+def describe_undone(model: Path, since: datetime, item_ids: np.ndarray) -> str | None:
+    """Describes what a new version of these items would undo of a refresh; None if nothing."""
+    if not (versions := versions_of(model)):
+        return None
+    newest = model / str(versions[-1])
+    since = since.replace(microsecond=0)  # A manifest has whole seconds.
+    try:
+        manifest = read_record(newest / MANIFEST_FILE, check_files=False)
+        if "refreshed" not in manifest or datetime.fromisoformat(manifest["date"]) < since:
+            return None
+        items = pq.read_table(newest / ITEMS_FILE, columns=["item_id"])
+    except (Damaged, OSError, pa.ArrowInvalid):
+        return None
+    refreshed, ours = set(items["item_id"].to_pylist()), set(item_ids.tolist())
+    if refreshed == ours:
+        return None
+    return (
+        f"version {newest.name} is a refresh made after this run began: of its items "
+        f"{len(refreshed - ours):,} are not in this version, and {len(ours - refreshed):,} of this "
+        "version are not in it. Run refresh-index for today's items"
+    )
