@@ -61,8 +61,10 @@ def data_steps(
     read = functools.partial(TrainingSet.read, seed=seed, hard=hard)
     build_all, read_all = (functools.partial(_samples, get) for get in (build, read))
 
-    def bound(*functions: Callable[..., Any]) -> list[Callable[..., Any]]:
-        return [functools.partial(function, config, folder) for function in functions]
+    def bound(
+        make: Callable[..., Any], read: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return functools.partial(make, config, folder), functools.partial(read, config, folder)
 
     return [
         Step("data", (), "log", *bound(_make_log, _read_log), "data/"),
