@@ -14,18 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.small_log import Watched
 from tests.serving.conftest import NUM_CANDIDATES, Exported, Served, make_served
+from tests.small_log import Watched
 from tfrs_pipeline.cli import main
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
+from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import index as index_module
 from tfrs_pipeline.serving.export import ExportOptions, export
 from tfrs_pipeline.serving.index import Auto, Exact, Scann
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
-from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
