@@ -456,8 +456,8 @@ def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
 
     assert "an unknown id: if that was not trained, they will seldom" in notes()[0]
     for model, is_trained in (
-        ({"id_dropout": 0.1}, True),
-        ({"id_dropout": 0.0}, False),
+        ({"id_dropout": 0.1, "use_candidate_id": True}, True),
+        ({"id_dropout": 0.0, "use_candidate_id": True}, False),
         ({"id_dropout": 0.0, "use_candidate_id": False}, True),
     ):
         loaded.manifest["config"] = {"model": model}

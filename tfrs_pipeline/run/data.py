@@ -1,7 +1,5 @@
 """The data of a run: its log, the split of it and the samples, each a step."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -26,22 +24,12 @@ from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 @dataclass(frozen=True)
 class RunData:
-    """What the trainings of a run have in common.
-
-    Attributes:
-        split: The split of the log.
-        selection: Samples of the training part.
-        final: Samples of all that the tested models are trained on; `selection` if the run trains
-            once.
-        validation: Queries that choose the epoch, sampled if there are more than the config asks
-            for.
-        test: Queries that measure, sampled in the same way.
-    """
+    """What the trainings of a run have in common."""
 
     split: Split[Log]
     selection: TrainingSet
-    final: TrainingSet
-    validation: Holdout
+    final: TrainingSet  # Of all that the tested models are trained on.
+    validation: Holdout  # Chooses the epoch; sampled, as the test is, if it has too many users.
     test: Holdout
 
     @property
@@ -74,13 +62,7 @@ def data_steps(
 
 
 def prepare(config: RunConfig, folder: Path, *, hard: FunnelLosers | None = None) -> RunData:
-    """Makes the samples of a config in a folder, or reads those there; see `data_steps`.
-
-    Raises:
-        Damaged: If the folder's log is not as it was written.
-        DataError: If the data is refused.
-        ValueError: If validation or test has nothing to find.
-    """
+    """Makes the samples of a config in a folder, or reads those there; see `data_steps`."""
     data: RunData = Runner().run(data_steps(config, RunFolder(folder), hard))
     return data
 

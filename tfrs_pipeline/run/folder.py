@@ -1,7 +1,5 @@
 """The folder of a run: where things lie in it, who works in it, with which settings."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import shutil
@@ -85,13 +83,8 @@ class RunFolder:
         return read_record(self.metrics_file) if is_whole(self.metrics_file) else None
 
     def settings(self) -> RunConfig:
-        """Reads the settings that the run was begun with.
-
-        Raises:
-            ConfigError: If the file is missing, cut or changed: what is left of it might be the
-                settings of another run.
-        """
-        path = self.config_file
+        """Reads the settings that the run was begun with, unless they are lost, cut or changed."""
+        path = self.config_file  # What is left of it might be the settings of another run.
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         settings, _, written = text.rpartition(_HASH_LINE)
         if not written or written.strip() != _hash(settings):
@@ -111,12 +104,6 @@ class RunFolder:
         together, the chief claims the folder for all. If a run exports, the model's folder is
         tried too.
 
-        Raises:
-            ConfigError: If the folder's settings are damaged.
-            InUse: If another process works in it.
-            StorageError: If it, or the model's folder, cannot be written.
-            ValueError: If it holds a run with other settings, a comparison where a run is asked
-                for or the reverse, or TensorFlow could not use its path.
         """
         if not this_worker().is_chief:
             yield
@@ -190,12 +177,10 @@ class RunFolder:
 
 
 def exported_version(metrics: Mapping[str, Any], model_folder: Path) -> Path | None:
-    """Returns the version that a finished run has exported; another's may have taken its number.
-
-    It is looked for among the model's versions, and where it was written: all may have moved.
-    """
+    """Returns the version that a finished run has exported; another's may have taken its number."""
     if (made := metrics["export_folder"]) is None:
         return None
+    # Among the model's versions, or where it was written: all may have moved.
     places = (model_folder / Path(made).name, Path(made))
     return next((place for place in places if is_made_by(place, metrics)), None)
 

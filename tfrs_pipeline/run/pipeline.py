@@ -77,11 +77,6 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
     system that all see. They train together; the chief alone writes, by its own config, evaluates
     and exports, and the others wait for it.
 
-    Args:
-        config: The settings.
-        folder: Where the run is kept.
-        progress: Is told how the work goes on.
-
     Raises:
         NotPublished: If `export.gate` is set and the model is worse than the one in service; the
             trained run is kept.

@@ -23,17 +23,11 @@ from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of the export.
-
-    Attributes:
-        folder: The new version; None if the model is not exported.
-        index: What its index is, as the manifest has it.
-        refusal: Why the gate let the model not pass, if it is that.
-    """
+    """What became of the export: without a folder, the model is not exported."""
 
     folder: Path | None = None
     index: dict[str, Any] | None = None
-    refusal: str | None = None
+    refusal: str | None = None  # Why the gate is closed, if it is that.
 
     def as_metrics(self) -> dict[str, Any]:
         """Returns what metrics.json holds of it."""
@@ -52,10 +46,7 @@ def export_step(config: RunConfig, folder: RunFolder) -> Step:
 def _read_exported(
     config: RunConfig, folder: RunFolder, runner: Runner, *_: Any
 ) -> Exported | None:
-    """Reads the version that this training has made, if the run was killed right after that.
-
-    None if there is no such version, or the run is to have another index by now.
-    """
+    """Reads the version that this training has made, unless the run is to have another index."""
     version = own_version(config, folder.path)
     if version is None:
         return None
@@ -84,8 +75,10 @@ def _export_best(
     if measured.in_service is not None:
         known = {"in_service": measured.in_service.corpus.values, "exported": listed}
         runner.note(describe_lacking(data.test, config.evaluation.exclude, **known))
-    undone = describe_undone(config.model_folder, _began(folder), listed)
-    if undone is not None:
+    # No item was read before. A resumed run may write its settings anew: the older of the two.
+    files = folder.config_file, folder.data / "log.json"
+    began = datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
+    if (undone := describe_undone(config.model_folder, began, listed)) is not None:
         runner.note(undone)
     version, manifest = export_version(
         measured.models["two_tower"],
@@ -110,16 +103,15 @@ def _export_best(
             f"{counted(num_left, 'item')} of the log that the item table lacks: read in "
             "histories, not retrieved"
         )
-    runner.note(describe_index(manifest["index"], len(listed)))
-    runner.note("a fresh process loaded the export and gave the same answers")
+    runner.note(
+        describe_index(manifest["index"], len(listed)),
+        "a fresh process loaded the export and gave the same answers",
+    )
     return Exported(version, manifest["index"])
 
 
 def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list[str]:
-    """Compares the model with the version in service, but not with a version of itself.
-
-    Returns lines for the user. Raises `NotPublished` if the gate is closed and the model worse.
-    """
+    """Compares the model with the version in service, but not with a version of itself."""
     if IN_SERVICE not in measured.evaluation.results:
         return ["no version is in service yet"] if config.export.gate else []
     try:
@@ -133,13 +125,6 @@ def _pass_gate(config: RunConfig, folder: RunFolder, measured: Measured) -> list
             f"{error} {config.model_folder} stays as it is. The trained run is kept: --run-dir "
             f"{folder.path} with --no-export.gate exports it all the same."
         ) from None
-
-
-def _began(folder: RunFolder) -> datetime:
-    """Returns when a run began, at the latest: no item was read before it."""
-    # A resumed run may write its settings anew: the older of the two counts.
-    files = folder.config_file, folder.data / "log.json"
-    return datetime.fromtimestamp(min(file.stat().st_mtime for file in files), UTC)
 
 
 def _made_by(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

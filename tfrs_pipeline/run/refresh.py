@@ -203,25 +203,16 @@ def _embed(
             f"whose ids are like {min(before)!r}. Give the ids of the log that it was trained "
             "on; if all are meant to be new, set allow_all_new."
         )
-    if not is_trained.all():
-        runner.note(*_about_untrained(int((~is_trained).sum()), retriever.manifest))
+    if num_untrained := int((~is_trained).sum()):
+        runner.note(f"{num_untrained:,} were in no training: embedded by their features alone")
+        model = retriever.manifest.get("config", {}).get("model")
+        if model is None or (model["use_candidate_id"] and not model["id_dropout"]):
+            how = ", which was not trained:" if model else ": if that was not trained,"
+            runner.note(
+                f"    beside the embedding of an unknown id{how} they will seldom be found. Train "
+                "with model.id_dropout above 0, such as 0.1"
+            )
     return _Embedded(items, embeddings, is_trained)
-
-
-def _about_untrained(number: int, manifest: dict[str, Any]) -> list[str]:
-    """Says what embeds the items that the training did not have."""
-    model = manifest.get("config", {}).get("model")
-    how = ", which was not trained: they"
-    if model is None:
-        how = ": if that was not trained, they"
-    told = f"{number:,} were in no training: embedded by their features alone"
-    if model and (model.get("id_dropout", 0) > 0 or not model.get("use_candidate_id", True)):
-        return [told]
-    return [
-        told,
-        f"    beside the embedding of an unknown id{how} will seldom be found. Train with "
-        "model.id_dropout above 0, such as 0.1",
-    ]
 
 
 def _export(

@@ -1,7 +1,5 @@
 """The trainings of a run: made, read back, and started from by another run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path
@@ -36,29 +34,24 @@ def training_step(name: str, config: RunConfig, folder: RunFolder, place: str) -
     """Returns the step that trains a model of these settings, and keeps it in the run's folder."""
     checkpoints = folder.path / place
 
-    def make(runner: Runner, data: RunData) -> FittedTwoTower:
-        told = runner.progress
-        model = train_and_refit(config, data, name=name, folder=checkpoints, progress=told)
-        runner.note(*model.notes)
+    def noted(runner: Runner, model: FittedTwoTower | None) -> FittedTwoTower | None:
+        runner.note(*(model.notes if model else []))
         return model
 
+    def make(runner: Runner, data: RunData) -> FittedTwoTower | None:
+        told = runner.progress
+        return noted(
+            runner, train_and_refit(config, data, name=name, folder=checkpoints, progress=told)
+        )
+
     def read(runner: Runner, data: RunData) -> FittedTwoTower | None:
-        model = read_trained(config, data, checkpoints, name)
-        if model is not None:
-            runner.note(*model.notes)
-        return model
+        return noted(runner, read_trained(config, data, checkpoints, name))
 
     return Step(f"train {name}", ("samples",), name, make, read, place)
 
 
 def check_trainable(data: RunData, config: RunConfig) -> None:
-    """Refuses what either training would, before hours of the first.
-
-    Raises:
-        DataError: If nothing is left to train on, or losers are asked for and there is none.
-        ValueError: If there are too few positives for a batch, or the warm-up leaves no step for
-            the decay.
-    """
+    """Refuses what either training would, before hours of the first."""
     settings, training = config.model, config.training
     for part in (data.selection, data.final):
         part.check_negatives_left(settings.hard)
@@ -77,19 +70,11 @@ def train_and_refit(
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
 
-    Args:
-        config: The model and its trainings. If there is a run to start from (`warm_start`), the
-            first training starts from the first one there, which has seen nothing of what validates
-            here, the second from the second.
-        data: The samples of both trainings, and the validation part.
-        name: Name of the model.
-        folder: Where both trainings are kept, to be resumed if stopped.
-        max_seconds: After these the first training begins no epoch.
-        progress: Is told how both go on.
-
-    Returns:
-        The fitted model. Its `result` is that of the first training, its `notes` are about both.
+    `folder` keeps both trainings, to be resumed if stopped. The model's `result` is that of the
+    first, its `notes` are about both.
     """
+    # With a run to start from, the first training starts from the first one there, which has seen
+    # nothing of what validates here, the second from the second.
     check_trainable(data, config)
     fit = functools.partial(_fit, config, data, name=name, folder=folder, progress=progress)
     model = fit("selection", config.training.max_epochs, max_seconds=max_seconds)
@@ -193,12 +178,7 @@ def plan_of(config: RunConfig, name: str) -> TwoTower:
 def read_training(
     config: RunConfig, name: str, corpus: Corpus, log: Log, folder: Path, epoch: int
 ) -> FittedTwoTower:
-    """Reads a model from the checkpoints of a training, as it was after an epoch.
-
-    Raises:
-        Damaged: If a file is not as the training wrote it.
-        FileNotFoundError: If the epoch is not kept.
-    """
+    """Reads a model from the checkpoints of a training, as it was after an epoch."""
     if config.warm_start is not None:  # As it was trained.
         corpus = dataclasses.replace(corpus, is_later=None)
     with training_strategy().scope():
@@ -209,11 +189,7 @@ def read_training(
 
 
 def check_source(config: RunConfig) -> None:
-    """Checks the run to start from, before anything is done.
-
-    Raises:
-        ConfigError: If that run is not finished, or its model is of another shape.
-    """
+    """Refuses a run to start from that is not finished, or whose model is of another shape."""
     if config.warm_start is not None:
         refuse(shape_problems(settings_of_finished(config.warm_start).model, config.model))
 

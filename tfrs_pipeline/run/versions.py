@@ -1,7 +1,5 @@
 """The exported versions of a model, and the runs that have made them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tfrs_pipeline.config import RunConfig
@@ -34,12 +32,7 @@ def own_version(config: RunConfig, folder: Path) -> Path | None:
 
 
 def check_model_name(config: RunConfig) -> None:
-    """Checks a model's name that comes from the file of the events, before anything is done.
-
-    Raises:
-        ConfigError: If no folder can be named by it, or a model of other data has that name: it
-            gets a version only if it is named in the settings.
-    """
+    """Refuses a name that comes from the events' file, if it names no folder or another's model."""
     if config.export.name is not None:
         return
     if not config.model_name:
@@ -71,14 +64,9 @@ def name_of_log(data: DataConfig) -> str:
 
 
 def with_source(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """Returns the settings with the run to start from in place of the model that it made.
-
-    A model gets new versions: a stopped run must go on from the run that it began with, and so must
-    a run that is asked for again once its own version is the newest.
-
-    Raises:
-        ConfigError: If there is no run to start from.
-    """
+    """Returns the settings with the run to start from in place of the model that it made."""
+    # A model gets new versions: a stopped run must go on from the run that it began with, and so
+    # must a run that is asked for again once its own version is the newest.
     path = config.warm_start
     if path is None or RunFolder(path).config_file.is_file():
         return config

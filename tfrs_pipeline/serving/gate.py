@@ -1,7 +1,5 @@
 """A new model beside the version in service: published only if it is not worse."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,22 +76,25 @@ def _query_embedder(
     if log is not None:  # A feature that is of another kind by now says nothing.
         asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
     read = request_signature(asked_for, reads_times=True)
-    of_user = None
+    names: list[str] = []
     if log is not None and not retriever.manifest["user_data"]:
         kinds = log.user_features
         names = [x.name for x in retriever.features["query"] if kinds.get(x.name) == x.kind]
-        of_user = _feature_reader(log, names) if names else None
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
-        # A request feature that is new in this run says nothing to the version in service.
-        given = [query.get("request") or {} for query in queries]
-        requests = [{name: x for name, x in of.items() if name in read} for of in given]
-        asked: list[Query] = [
-            {**query, "request": of} for query, of in zip(queries, requests, strict=True)
-        ]
-        if of_user is not None:
-            features = of_user([query["user_id"] for query in queries])
-            asked = [{**query, "features": x} for query, x in zip(asked, features, strict=True)]
+        of_user: dict[Any, dict[str, Any]] = {}
+        if log is not None and names:
+            users = log.users.filter(log.users["user_id"].isin([x["user_id"] for x in queries]))
+            rows = users.select("user_id", *names).to_pyarrow().to_pylist()
+            of_user = {row.pop("user_id"): row for row in rows}
+        asked: list[Query] = []
+        for query in queries:
+            # A request feature that is new in this run says nothing to the version in service.
+            given = (query.get("request") or {}).items()
+            known: Query = {**query, "request": {name: x for name, x in given if name in read}}
+            if names:
+                known["features"] = of_user.get(query["user_id"], {})
+            asked.append(known)
         return retriever.embed_queries(asked)
 
     return embed
@@ -102,20 +103,6 @@ def _query_embedder(
 def _newest(folder: Path, without: Path | None) -> Path | None:
     versions = (folder / str(number) for number in reversed(versions_of(folder)))
     return next((version for version in versions if version != without), None)
-
-
-def _feature_reader(
-    log: Log, names: Sequence[str]
-) -> Callable[[Sequence[Any]], list[dict[str, Any]]]:
-    """Returns a function that looks up raw features by user id, none for unknown users."""
-
-    def read(user_ids: Sequence[Any]) -> list[dict[str, Any]]:
-        asked = log.users.filter(log.users["user_id"].isin(list(user_ids)))
-        rows = asked.select("user_id", *names).to_pyarrow().to_pylist()
-        of_user = {row.pop("user_id"): row for row in rows}
-        return [of_user.get(user_id, {}) for user_id in user_ids]
-
-    return read
 
 
 def refuse_worse(
