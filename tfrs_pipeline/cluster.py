@@ -1,7 +1,5 @@
 """This process's place among the workers of one training, as TF_CONFIG says it."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass
@@ -24,14 +22,7 @@ class Worker:
 
 
 def this_worker() -> Worker:
-    """Reads TF_CONFIG; without one, or with a cluster of one, the process works alone.
-
-    A `ValueError` if it is not JSON of a cluster of workers and of this task in it.
-
-    Example:
-        >>> this_worker()
-        Worker(number=0, count=1)
-    """
+    """Reads TF_CONFIG; without one, or with a cluster of one, the process works alone."""
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
         return Worker()

@@ -4,13 +4,11 @@ The sentence under each field is its documentation and its help in the command l
 settings refuses unknown keys and names the nearest known one.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 import tomli_w
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -81,7 +79,7 @@ class ExportConfig(Config):
     held-out queries. Without it, every request must send the user's history."""
 
     @model_validator(mode="after")
-    def _check(self) -> ExportConfig:
+    def _check(self) -> Self:
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             message = "must be letters, digits, '.', '_' and '-', a letter or digit first"
             refuse([("name", f"got {self.name!r}; {message}")])
@@ -106,7 +104,7 @@ class CompareConfig(Config):
     """Budget of a plan in steps, rounded up to whole epochs; if not given, training.max_epochs."""
 
     @model_validator(mode="after")
-    def _check(self) -> CompareConfig:
+    def _check(self) -> Self:
         if self.reference not in self.plans:
             message = f"got {self.reference!r}, which is not among compare.plans"
             refuse([("reference", message)])
@@ -137,7 +135,7 @@ class RunConfig(Config):
     """Seed of everything random in the run."""
 
     @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _check(self) -> Self:
         refuse(self._problems())
         return self
 
@@ -250,22 +248,13 @@ def dump_config(config: RunConfig) -> str:
 
 
 def dump_changes(config: RunConfig) -> str:
-    """Writes the settings that are not the defaults, as `dump_config` writes all of them.
-
-    Example:
-        >>> print(dump_changes(with_settings(RunConfig(), {"seed": 7, "split.test": 0.2})))
-        seed = 7
-        <BLANKLINE>
-        [split]
-        test = 0.2
-        <BLANKLINE>
-    """
+    """Writes the settings that are not the defaults, as `dump_config` writes all of them."""
     tables = (each.model_dump(mode="json", exclude_none=True) for each in (config, RunConfig()))
     return tomli_w.dumps(_changed(*tables))
 
 
 def _changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that differ from the usual ones, in inner tables too."""
+    # `model_dump(exclude_defaults=True)` would drop `kind`, and could not be read back.
     changed = {}
     for name, value in settings.items():
         before = usual.get(name)

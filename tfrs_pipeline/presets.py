@@ -1,7 +1,5 @@
 """Presets: what suits a kind of log, as settings that flags may replace."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tfrs_pipeline.negatives.funnel import FunnelLosers

@@ -1,7 +1,5 @@
 """The commands that serve an exported model, or exchange its items."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

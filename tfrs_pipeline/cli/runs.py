@@ -33,7 +33,6 @@ from tfrs_pipeline.config import (
     movielens_config,
     with_settings,
 )
-from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
@@ -133,7 +132,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             shown(console) as progress,
         ):
             say(console, f"run folder: {folder}")
-            result, refusal = work(config, folder, progress=progress)
+            result = work(config, folder, progress)
     except KeyboardInterrupt:
         again = shlex.join([program(), command, "--run-dir", str(folder)])
         kept = place.kept()
@@ -142,8 +141,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         return INTERRUPTED
     if is_chief:
         show(console, config, result)
-    if refusal:
-        raise refusal
+    if command == "run" and result.refusal:
+        raise NotPublished(result.refusal)
     return 0
 
 
@@ -186,7 +185,13 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     # What may change in a finished run does not begin another.
     is_named = flags.config or flags.preset or settings.keys() - set(MAY_CHANGE)
     if folder and holds_nothing and not is_named:
-        raise _no_run_in(folder)
+        runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
+        near = [str(folder.with_name(x)) for x in difflib.get_close_matches(folder.name, runs)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise UsageError(
+            f"--run-dir: there is no run in {folder}{hint} For a new run there, name its data too: "
+            "--data.path FILE, --config FILE, or --data.source movielens-100k"
+        )
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
@@ -201,39 +206,21 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     return with_settings(base, settings, preset=flags.preset)
 
 
-def _no_run_in(folder: Path) -> UsageError:
-    """Makes the error of a folder that is to be resumed and holds no run."""
-    runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}")]
-    near = [str(folder.with_name(name)) for name in difflib.get_close_matches(folder.name, runs)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    return UsageError(
-        f"--run-dir: there is no run in {folder}{hint} For a new run there, name its data too: "
-        "--data.path FILE, --config FILE, or --data.source movielens-100k"
-    )
-
-
-def _run(
-    config: RunConfig, folder: Path, progress: Progress
-) -> tuple[RunResult, NotPublished | None]:
-    """Runs and writes the report, of a refused model too; returns the refusal beside the result."""
+def _run(config: RunConfig, folder: Path, progress: Progress) -> RunResult:
     from tfrs_pipeline.report.facts import write_report
-    from tfrs_pipeline.run.pipeline import RunResult, run
+    from tfrs_pipeline.run.pipeline import run
 
-    refusal = None
-    try:
-        result = run(config, folder, progress=progress)
-    except NotPublished as error:
-        result, refusal = RunResult(folder, read_record(folder / "metrics.json")), error
+    result = run(config, folder, progress=progress)
     progress.task("report", 0, 0)
     if this_worker().is_chief:
         write_report(folder)
-    return result, refusal
+    return result
 
 
-def _compare(config: RunConfig, folder: Path, progress: Progress) -> tuple[PlanComparison, None]:
+def _compare(config: RunConfig, folder: Path, progress: Progress) -> PlanComparison:
     from tfrs_pipeline.run.compare import compare
 
-    return compare(config, folder, progress=progress), None
+    return compare(config, folder, progress=progress)
 
 
 _WORK: dict[str, tuple[str, Callable[..., Any], Callable[[Console, RunConfig, Any], None]]] = {

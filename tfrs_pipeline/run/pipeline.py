@@ -20,7 +20,7 @@ from tfrs_pipeline.run.publish import Exported, export_step
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.run.training import check_source, training_step, variants
 from tfrs_pipeline.run.versions import check_model_name, with_source
-from tfrs_pipeline.serving.publish import NotPublished, publishing, versions_of
+from tfrs_pipeline.serving.publish import publishing, versions_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class RunResult:
 
     folder: Path
     metrics: dict[str, Any]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why `export.gate` keeps the model out of service; None if it does not."""
+        refusal: str | None = self.metrics.get("refusal")
+        return refusal
 
     @property
     def export_folder(self) -> Path | None:
@@ -78,8 +84,6 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
     and exports, and the others wait for it.
 
     Raises:
-        NotPublished: If `export.gate` is set and the model is worse than the one in service; the
-            trained run is kept.
         ValueError: If the folder holds a run of another config, the run to start from is not
             finished or of another shape (`ConfigError`), or the data is refused (`DataError`).
         WorkerLost: If another worker fails or does not answer.
@@ -118,8 +122,6 @@ def _conclude(config: RunConfig, folder: RunFolder, runner: Runner) -> RunResult
         "seconds": {report.name: report.seconds for report in runner.reports},
     }
     write_record(folder.metrics_file, metrics)  # By it a run is finished.
-    if exported.refusal is not None:
-        raise NotPublished(exported.refusal)
     return RunResult(folder.path, metrics)
 
 

@@ -32,7 +32,8 @@ class Exported:
     def as_metrics(self) -> dict[str, Any]:
         """Returns what metrics.json holds of it."""
         if self.folder is None:
-            return {"index": {"kind": "none, not published"}, "export_folder": None}
+            refusal = {} if self.refusal is None else {"refusal": self.refusal}
+            return {"index": {"kind": "none, not published"}, "export_folder": None, **refusal}
         return {"index": self.index, "export_folder": str(self.folder.resolve())}
 
 
