@@ -180,6 +180,11 @@ def test_any_config_survives_its_file(
 # Every field
 
 
+def test_a_run_has_few_settings() -> None:
+    num_tables = sum(len(tables_in(table)) for table in tables(RunConfig))
+    assert len(FIELDS) - num_tables <= 80
+
+
 def test_a_field_has_a_sentence_for_the_help_and_a_default() -> None:
     for table, name in FIELDS:
         field = table.model_fields[name]

@@ -31,6 +31,18 @@ def begin(config: RunConfig, folder: Path) -> None:
         (folder / "data" / "log.json").write_text("{}")
 
 
+def refused(
+    folder: Path,
+    config: RunConfig,
+    message: str,
+    error: type[Exception] = ValueError,
+    *,
+    is_run: bool = True,
+) -> None:
+    with pytest.raises(error, match=message), RunFolder(folder).claim(config, is_run=is_run):
+        pytest.fail("the work began")
+
+
 def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Path) -> None:
     """A file cut at any place may be valid TOML of the defaults, which are another run."""
     begin(config, tmp_path / "run")
@@ -44,8 +56,7 @@ def test_settings_are_read_back_whole_or_refused(config: RunConfig, tmp_path: Pa
         path.write_bytes(broken)
         with pytest.raises(ConfigError, match=r"config\.toml:\n.*is not as the run wrote it"):
             RunFolder(tmp_path / "run").settings()
-        with pytest.raises(ConfigError), RunFolder(tmp_path / "run").claim(config, is_run=True):
-            pass
+        refused(tmp_path / "run", config, "is not as the run wrote it", ConfigError)
         assert path.read_bytes() == broken
     path.unlink()
     with pytest.raises(ConfigError, match="lost, cut or changed"):
@@ -57,11 +68,7 @@ def test_other_settings_are_refused_by_name(config: RunConfig, tmp_path: Path) -
     other = with_settings(config, {"training.batch_size": 512, "model.hidden_layers": [8]})
     changed = r"model.hidden_layers: \[\], now \[8\]; training.batch_size: 1024, now 512"
     expected = rf"holds a run with other settings \({changed}\). Choose another folder"
-    with (
-        pytest.raises(ValueError, match=expected),
-        RunFolder(tmp_path / "run").claim(other, is_run=True),
-    ):
-        pass
+    refused(tmp_path / "run", other, expected)
     assert RunFolder(tmp_path / "run").settings() == config
 
 
@@ -74,11 +81,7 @@ def test_settings_stay_where_the_data_was_deleted(
     shutil.rmtree(folder / "data")
     (folder / left).parent.mkdir(exist_ok=True)
     (folder / left).write_text("{}")
-    with (
-        pytest.raises(ValueError, match="other settings"),
-        RunFolder(folder).claim(with_settings(config, {"seed": 7}), is_run=True),
-    ):
-        pass
+    refused(folder, with_settings(config, {"seed": 7}), "other settings")
     assert RunFolder(folder).settings() == config
 
 
@@ -97,11 +100,7 @@ def test_how_to_export_may_change_until_it_is_done(config: RunConfig, tmp_path: 
     write_record(folder / "metrics.json", {**metrics, "export_folder": str(version)})
     for name, value in (("export.index", "scann"), ("export.target_recall", 0.9)):
         other = with_settings(changed, {name: value})
-        with (
-            pytest.raises(ValueError, match=rf"other settings \({name}: "),
-            RunFolder(folder).claim(other, is_run=True),
-        ):
-            pass
+        refused(folder, other, rf"other settings \({name}: ")
     with RunFolder(folder).claim(with_settings(changed, {"export.gate": True}), is_run=True):
         pass
     # Another run's version of that number is not its own.
@@ -117,11 +116,7 @@ def test_a_run_and_a_comparison_keep_to_their_folders(
     begin(config, tmp_path / "run")
     (tmp_path / "run" / left).mkdir()
     what = "comparison" if exports else "run"
-    with (
-        pytest.raises(ValueError, match=rf"holds a {what}\. Choose another folder"),
-        RunFolder(tmp_path / "run").claim(config, is_run=exports),
-    ):
-        pass
+    refused(tmp_path / "run", config, rf"holds a {what}\. Choose another folder", is_run=exports)
 
 
 @pytest.mark.parametrize("is_run", [True, False])
@@ -131,86 +126,63 @@ def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(
 ) -> None:
     (tmp_path / own).parent.mkdir(exist_ok=True)
     (tmp_path / own).write_text("seed = 3\n")
-    with (
-        pytest.raises(ValueError, match=r"holds .*Choose another folder"),
-        RunFolder(tmp_path).claim(config, is_run=is_run),
-    ):
-        pytest.fail("the work began")
+    refused(tmp_path, config, r"holds .*Choose another folder", is_run=is_run)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
+
+
+def fail(config: RunConfig, folder: Path, error: BaseException, *done: Path) -> None:
+    def work() -> None:
+        with RunFolder(folder).claim(config, is_run=True):
+            for path in (folder / "data", *done):
+                path.mkdir()
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
 
 
 def test_refused_data_leaves_no_folder_and_a_stopped_run_does(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    def work(error: BaseException, done: str = "") -> None:
-        with RunFolder(tmp_path / "run").claim(config, is_run=True):
-            (tmp_path / "run" / "data").mkdir()
-            if done:
-                (tmp_path / "run" / done).mkdir()
-            raise error
-
-    with pytest.raises(DataError):
-        work(DataError("no column"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "run").mkdir()  # One's own.
-    with pytest.raises(DataError):
-        work(DataError("no column"))
-    assert list((tmp_path / "run").iterdir()) == []
-    (tmp_path / "run" / "notes.txt").touch()
-    with pytest.raises(DataError):
-        work(DataError("no column"))
-    assert (tmp_path / "run" / "notes.txt").exists()
-    for error, done in ((KeyboardInterrupt(), ""), (ValueError("diverged"), "checkpoints")):
-        subprocess.run(["rm", "-r", tmp_path / "run"], check=True)
-        with pytest.raises(type(error)):
-            work(error, done)
-        assert RunFolder(tmp_path / "run").settings() == config
-
-
-def test_folders_made_for_what_is_refused_go_too(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
     folder = tmp_path / "mine" / "runs" / "today"
-    with pytest.raises(DataError), RunFolder(folder).claim(config, is_run=False):
-        raise DataError("no column")
+    (tmp_path / "mine").mkdir()
+    fail(config, folder, DataError("no column"))
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
-
-    def work() -> None:
-        with RunFolder(folder).claim(config, is_run=False):
-            (folder.parent / "another").mkdir()
-            raise DataError("no column")
-
-    with pytest.raises(DataError):
-        work()
+    # What others made meanwhile stays.
+    fail(config, folder, DataError("no column"), folder.parent / "another")
     assert list((tmp_path / "mine" / "runs").iterdir()) == [folder.parent / "another"]
+    folder.mkdir()  # One's own.
+    fail(config, folder, DataError("no column"))
+    assert list(folder.iterdir()) == []
+    (folder / "notes.txt").touch()
+    fail(config, folder, DataError("no column"))
+    assert (folder / "notes.txt").exists()
+    for number, error in enumerate((KeyboardInterrupt(), ValueError("diverged"))):
+        stopped = tmp_path / str(number)
+        fail(config, stopped, error, *[stopped / "checkpoints"] * number)
+        assert RunFolder(stopped).settings() == config
 
 
 def test_outputs_are_tried_before_the_work(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "saved_models").write_text("a file")
-    with (
-        pytest.raises(StorageError, match="saved_models/clicks: Not a directory"),
-        RunFolder(tmp_path / "run").claim(config, is_run=True),
-    ):
-        pytest.fail("the work began")
+    refused(tmp_path / "run", config, "saved_models/clicks: Not a directory", StorageError)
     assert [path.name for path in tmp_path.iterdir()] == ["saved_models"]
     (tmp_path / "saved_models").unlink()
     (tmp_path / "saved_models").symlink_to(tmp_path / "not mounted")
-    with (
-        pytest.raises(
-            StorageError, match=r"saved_models: is a link to .*not mounted, which is not"
-        ),
-        RunFolder(tmp_path / "run").claim(config, is_run=True),
-    ):
-        pytest.fail("the work began")
+    refused(
+        tmp_path / "run",
+        config,
+        "saved_models: is a link to .*not mounted, which is not",
+        StorageError,
+    )
     # Not the folder of the models alone, but that of the model, which may be another's.
     (tmp_path / "saved_models").unlink()
     (tmp_path / "saved_models").mkdir()
     (tmp_path / "saved_models" / "clicks").symlink_to(tmp_path / "not mounted")
-    with (
-        pytest.raises(StorageError, match=r"saved_models/clicks: is a link to .*not mounted"),
-        RunFolder(tmp_path / "run").claim(config, is_run=True),
-    ):
-        pytest.fail("the work began")
+    refused(
+        tmp_path / "run", config, r"saved_models/clicks: is a link to .*not mounted", StorageError
+    )
     with RunFolder(tmp_path / "run").claim(config, is_run=False):
         pass
     unexported = with_settings(config, {"export.index": "none"})

@@ -91,7 +91,7 @@ def _query_embedder(
         for query in queries:
             # A request feature that is new in this run says nothing to the version in service.
             given = (query.get("request") or {}).items()
-            known: Query = {**query, "request": {name: x for name, x in given if name in read}}
+            known = dict(query) | {"request": {name: x for name, x in given if name in read}}
             if names:
                 known["features"] = of_user.get(query["user_id"], {})
             asked.append(known)
