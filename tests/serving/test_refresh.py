@@ -100,25 +100,35 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def write_items(served: Served, path: Path, new_ids: list[Any]) -> pa.Table:
     """Writes today's items: the first ones are gone, two are new, one has changed its genres."""
     first, last = new_ids
-    rows: list[tuple[Any, list[str], str | None]] = [(first, ["a", "c"], "A premiere")]
-    rows += [
-        (id_, genres, f"title of {id_}")
-        for id_, genres in zip(
-            served.candidate_ids.tolist()[NUM_GONE:], served.genres[NUM_GONE:], strict=True
-        )
-    ]
-    rows[1] = (rows[1][0], ["c"], rows[1][2])
-    rows.append((last, [], None))
-    ids, genres, titles = zip(*rows, strict=True)
-    table = pa.table(
-        {
-            "title": list(titles),
-            "genres": pa.array(list(genres), pa.list_(pa.string())),
-            "item_id": list(ids),
-        }
-    )
+    kept = served.candidate_ids.tolist()[NUM_GONE:]
+    ids = [first, *kept, last]
+    genres = [["a", "c"], ["c"], *served.genres[NUM_GONE + 1 :], []]
+    titles = ["A premiere", *(f"title of {id_}" for id_ in kept), None]
+    column = pa.array(genres, pa.list_(pa.string()))
+    table = pa.table({"title": titles, "genres": column, "item_id": ids})
     pq.write_table(table.take(np.random.default_rng(0).permutation(len(ids))), path)
     return table
+
+
+def write_all(served: Served, folder: Path) -> Path:
+    """Writes the items of the training."""
+    path = folder / "all.parquet"
+    items = {"item_id": served.candidate_ids.tolist(), "genres": served.genres}
+    pq.write_table(pa.table(items), path)
+    return path
+
+
+def command_of(folder: Path, items: Path, *flags: str) -> list[str]:
+    return ["refresh-index", str(folder), "--items", str(items), *flags]
+
+
+def with_genres(table: pa.Table, genres: Any) -> pa.Table:
+    place, kind = table.column_names.index("genres"), table.schema.field("genres")
+    return table.set_column(place, kind, pa.array(genres, kind.type))
+
+
+def without_genres(table: pa.Table) -> pa.Table:
+    return with_genres(table, [None] * len(table))
 
 
 def expected_embeddings(served: Served, items: pa.Table) -> np.ndarray:
@@ -181,9 +191,7 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
     """An item that comes back has its trained embedding: the encoder never forgets."""
     folder = Path(shutil.copytree(refreshed.folder, tmp_path / "films"))
     served = refreshed.served
-    all_items = pa.table({"item_id": served.candidate_ids.tolist(), "genres": served.genres})
-    pq.write_table(all_items, tmp_path / "all.parquet")
-    done = refresh_index(folder, tmp_path / "all.parquet", keep_versions=2)
+    done = refresh_index(folder, write_all(served, tmp_path), keep_versions=2)
     assert (done.num_new, done.num_untrained, done.num_dropped) == (NUM_GONE, 0, 2)
     assert versions_of(folder) == [2, 3]
     expected, _ = served.in_memory.retrieve(served.queries(), 20)
@@ -198,9 +206,7 @@ def test_refreshing_again_goes_back_to_what_was_dropped(
 def test_an_index_by_the_number_of_items_is_chosen_anew(
     of_int: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "items.parquet"
-    items = {"item_id": of_int.candidate_ids.tolist(), "genres": of_int.genres}
-    pq.write_table(pa.table(items), path)
+    path = write_all(of_int, tmp_path)
     kinds = []
     for smallest, index in ((NUM_CANDIDATES + 1, Auto(0.9)), (NUM_CANDIDATES, None)):
         monkeypatch.setattr(index_module, "SMALLEST_SCANN_CORPUS", smallest)
@@ -213,10 +219,8 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
     of_int: Served, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """From exact search to ScaNN and on from there, the settings those of the last one."""
-    items = pa.table({"item_id": of_int.candidate_ids.tolist(), "genres": of_int.genres})
-    path = tmp_path / "items.parquet"
-    pq.write_table(items, path)
-    command = ["refresh-index", str(folder), "--items", str(path)]
+    path = write_all(of_int, tmp_path)
+    command = command_of(folder, path)
     assert main([*command, "--target-recall", "0.9", "--keep-versions", "1"]) == 0
     assert versions_of(folder) == [2]
     manifest = json.loads((folder / "2" / MANIFEST_FILE).read_text())
@@ -269,13 +273,12 @@ def test_paths_are_judged_before_the_work(
 
 def test_ids_of_another_kind_are_refused_unless_all_are_new(folder: Path, tmp_path: Path) -> None:
     """Whose filter has no value then, and allows nothing but all."""
-    nothing = pa.array([None] * 3, pa.list_(pa.string()))
     new, path = pa.table({"item_id": [2, 4, 5], "genres": [["a"]] * 3}), tmp_path / "new.parquet"
     pq.write_table(new, path)
     with pytest.raises(DataError, match=r"none of its 3 ids, such as 2, is known"):
         refresh_index(folder, path)
     assert versions_of(folder) == [1]
-    pq.write_table(new.set_column(1, "genres", nothing), path)
+    pq.write_table(without_genres(new), path)
     done = refresh_index(folder, path, allow_all_new=True)
     assert (done.num_items, done.num_untrained) == (3, 3)
     loaded = load(folder)
@@ -297,8 +300,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
     num_given = sum(map(any, genres))
 
     def write(lists: list[list[str]]) -> None:
-        place = table.column_names.index("genres")
-        pq.write_table(table.set_column(place, "genres", pa.array(lists)), items_file)
+        pq.write_table(with_genres(table, lists), items_file)
 
     # One known value among unknown ones is enough; no value at all is no other one.
     write([["A", *x] if i else [y.upper() for y in x] for i, x in enumerate(genres)])
@@ -310,8 +312,7 @@ def test_categories_that_the_training_did_not_have_are_counted_and_all_are_refus
         refresh_index(folder, items_file, progress=watched)
     assert len(asked) == 1
     assert watched.tasks[-1] == ("check", 0)  # Before the items are embedded.
-    command = ["refresh-index", str(folder), "--items", str(items_file), "--allow-all-new"]
-    assert main(command) == 0
+    assert main(command_of(folder, items_file, "--allow-all-new")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"genres: {num_given} of 55 items have no value that the training had" in said
     assert len(asked) == 2
@@ -357,7 +358,7 @@ def test_what_is_missing_or_dropped_is_told_and_a_feature_without_any_value_is_r
     table = pq.read_table(items_file)
     half = [without_genres(table.slice(0, 11)), table.slice(11), table.slice(54)]
     pq.write_table(pa.concat_tables(half), items_file)
-    command = ["refresh-index", str(folder), "--items", str(items_file)]
+    command = command_of(folder, items_file)
     assert main(command) == 0
     said = capsys.readouterr().out
     assert f"{items_file}: column 'genres' is missing in 11 of 56 rows (19.6%)" in said
@@ -367,11 +368,6 @@ def test_what_is_missing_or_dropped_is_told_and_a_feature_without_any_value_is_r
     assert "none of 55 items has a value of 'genres'" in capsys.readouterr().err
     assert len(asked) == 1
     assert main([*command, "--allow-all-new"]) == 0
-
-
-def without_genres(table: pa.Table) -> pa.Table:
-    place, kind = table.column_names.index("genres"), table.schema.field("genres")
-    return table.set_column(place, kind, pa.nulls(len(table), kind.type))
 
 
 cached_load = functools.cache(load)
@@ -414,7 +410,7 @@ def test_the_command_says_what_it_did(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export_module, "prove", PROVE)
-    command = ["refresh-index", str(folder), "--items", str(items_file)]
+    command = command_of(folder, items_file)
     assert main([*command, "--index", "scann", "--keep-versions", "1"]) == 0
     said = capsys.readouterr().out
     assert "55 items: 2 are new, 7 gone" in said
@@ -428,11 +424,17 @@ def test_the_command_says_what_it_did(
     assert "exact search alone would do" in said
 
 
+def load_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedRetriever:
+    """Loads a model whose manifest a test may change before the refresh reads it."""
+    loaded = load(folder)
+    monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
+    return loaded
+
+
 def test_items_are_read_as_those_of_the_log_were(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    loaded = load(folder)
-    monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
+    loaded = load_once(folder, monkeypatch)
     path = tmp_path / "items.csv"
     path.write_text("sku,genres\n10,a;b\n17,c\n")
     loaded.manifest["reading"] = {"list_separator": ";", "item_columns": {"item_id": "sku"}}
@@ -446,8 +448,7 @@ def test_items_are_read_as_those_of_the_log_were(
 def test_whether_the_unknown_id_was_trained_is_said_where_it_is_known(
     folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]
 ) -> None:
-    loaded = load(folder)
-    monkeypatch.setattr(refresh, "load", lambda *arguments, **options: loaded)
+    loaded = load_once(folder, monkeypatch)
     told = "2 were in no training: embedded by their features alone"
 
     def notes() -> list[str]:

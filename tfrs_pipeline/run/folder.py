@@ -66,7 +66,10 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or what is left of one."""
-        return any((self.path / name).exists() for name in (CONFIG_FILE, "plans", *_BEGUN))
+        return self._has(CONFIG_FILE, "plans", *_BEGUN)
+
+    def _has(self, *names: str) -> bool:
+        return any((self.path / name).exists() for name in names)
 
     def kept(self) -> list[str]:
         """Lists what a stopped run has finished, which another process will not do again."""
@@ -118,27 +121,24 @@ class RunFolder:
         with naming(self.path, duckdb.IOException):
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / "lock"):
-                self._refuse_other_command(is_run=is_run)
+                left = ("plans",) if is_run else ("checkpoints", METRICS_FILE)
+                if self._has(*left):
+                    what = "comparison" if is_run else "run"
+                    raise ValueError(
+                        f"{self.path} holds a {what}. Choose another folder with --run-dir."
+                    )
                 self._settle_settings(config)
                 try:
                     yield
                 except ValueError:
-                    is_trained = any((self.path / x).exists() for x in ("checkpoints", "plans"))
-                    if is_new and not is_trained:
+                    if is_new and not self._has("checkpoints", "plans"):
                         _remove(self.path, made)
                     raise
-
-    def _refuse_other_command(self, *, is_run: bool) -> None:
-        left, what = (
-            (("plans",), "comparison") if is_run else (("checkpoints", METRICS_FILE), "run")
-        )
-        if any((self.path / name).exists() for name in left):
-            raise ValueError(f"{self.path} holds a {what}. Choose another folder with --run-dir.")
 
     def _settle_settings(self, config: RunConfig) -> None:
         """Writes the settings, or checks that they are those of the run that is here."""
         # A run whose data was refused has left nothing behind: its settings may be mended in place.
-        if not any((self.path / x).exists() for x in _BEGUN):
+        if not self._has(*_BEGUN):
             self._refuse_files_of_others()
             self._write_settings(config)
             return

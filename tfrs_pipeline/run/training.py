@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and started from by another run."""
 
 import dataclasses
-import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -73,71 +73,64 @@ def train_and_refit(
     `folder` keeps both trainings, to be resumed if stopped. The model's `result` is that of the
     first, its `notes` are about both.
     """
-    # With a run to start from, the first training starts from the first one there, which has seen
-    # nothing of what validates here, the second from the second.
     check_trainable(data, config)
-    fit = functools.partial(_fit, config, data, name=name, folder=folder, progress=progress)
-    model = fit("selection", config.training.max_epochs, max_seconds=max_seconds)
-    chosen = model.result
-    monitored = chosen.history[f"val_{config.training.monitor}"]
-    notes = [
-        *(_about_source(config.warm_start, name, data) if config.warm_start else []),
-        f"best validation {config.training.monitor} {max(monitored):.4f} after epoch "
-        f"{chosen.best_epoch} of {len(monitored)}",
-    ]
-    results = [chosen]
-    if data.has_refit:
-        model = fit("refit", chosen.best_epoch)
-        results.append(model.result)
-        notes.append(
-            "trained again on training and validation positives for "
-            f"{counted(chosen.best_epoch, 'epoch')}"
+    source = config.warm_start
+
+    def fit(step: Training, max_epochs: int, max_seconds: float | None = None) -> FittedTwoTower:
+        task, is_first = f"{name}, {step}", step == "selection"
+
+        def on_epoch(so_far: TrainingResult) -> None:
+            note = describe_epoch(so_far, config.training.monitor, max_epochs)
+            progress.task(task, so_far.num_epochs, max_epochs, note)
+
+        def on_steps(epoch: int, done: int, total: int) -> None:
+            progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
+
+        return plan_of(config, name).fit_samples(
+            data.selection if is_first else data.final,
+            data.validation if is_first else None,
+            max_epochs=max_epochs,
+            max_seconds=max_seconds,
+            # The first there has seen nothing of what validates here.
+            warm_start=None if source is None else trained_in(source, step, name),
+            folder=None if folder is None else folder / step,
+            exclude=config.evaluation.exclude,
+            cutoffs=config.evaluation.cutoffs,
+            on_epoch=on_epoch,
+            on_steps=on_steps,
+            on_progress=progress.task,
+            log=data.split.train,
         )
-    notes += [
-        f"resumed after epoch {result.resumed_after}"
-        for result in results
-        if 0 < result.resumed_after < result.num_epochs
-    ]
-    model = dataclasses.replace(model, result=chosen, notes=[*notes, *model.notes])
+
+    models = [fit("selection", config.training.max_epochs, max_seconds)]
+    chosen = models[0].result
+    if data.has_refit:
+        models.append(fit("refit", chosen.best_epoch))
+    notes = _about_trainings(config, name, data, [model.result for model in models])
+    model = dataclasses.replace(models[-1], result=chosen, notes=[*notes, *models[-1].notes])
     if folder is not None:
         on_chief(lambda: _write_trained(folder, data, model))
     return model
 
 
-def _fit(
-    config: RunConfig,
-    data: RunData,
-    step: Training,
-    max_epochs: int,
-    *,
-    name: str,
-    folder: Path | None,
-    progress: Progress,
-    max_seconds: float | None = None,
-) -> FittedTwoTower:
-    task, source = f"{name}, {step}", config.warm_start
-
-    def on_epoch(so_far: TrainingResult) -> None:
-        note = describe_epoch(so_far, config.training.monitor, max_epochs)
-        progress.task(task, so_far.num_epochs, max_epochs, note)
-
-    def on_steps(epoch: int, done: int, total: int) -> None:
-        progress.task(task, epoch - 1, max_epochs, describe_steps(epoch, done, total))
-
-    return plan_of(config, name).fit_samples(
-        data.selection if step == "selection" else data.final,
-        data.validation if step == "selection" else None,
-        max_epochs=max_epochs,
-        max_seconds=max_seconds,
-        warm_start=None if source is None else trained_in(source, step, name),
-        folder=None if folder is None else folder / step,
-        exclude=config.evaluation.exclude,
-        cutoffs=config.evaluation.cutoffs,
-        on_epoch=on_epoch,
-        on_steps=on_steps,
-        on_progress=progress.task,
-        log=data.split.train,
+def _about_trainings(
+    config: RunConfig, name: str, data: RunData, results: Sequence[TrainingResult]
+) -> Iterator[str]:
+    """Says where a model has started, which epoch was best, and what was resumed."""
+    chosen, monitor = results[0], config.training.monitor
+    monitored = chosen.history[f"val_{monitor}"]
+    if config.warm_start is not None:
+        yield from _about_source(config.warm_start, name, data)
+    yield (
+        f"best validation {monitor} {max(monitored):.4f} after epoch "
+        f"{chosen.best_epoch} of {len(monitored)}"
     )
+    if data.has_refit:
+        epochs = counted(chosen.best_epoch, "epoch")
+        yield f"trained again on training and validation positives for {epochs}"
+    for result in results:
+        if 0 < result.resumed_after < result.num_epochs:
+            yield f"resumed after epoch {result.resumed_after}"
 
 
 def _write_trained(folder: Path, data: RunData, model: FittedTwoTower) -> None:
@@ -237,24 +230,24 @@ def split_in(folder: RunFolder) -> Split[Log]:
     return Split.read(Log.read(folder.data), folder.split)
 
 
-def _about_source(path: Path, name: str, data: RunData) -> list[str]:
+def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     """Says where a model has started, and warns if it has seen what is held out here."""
     folder = RunFolder(path)
     if not folder.checkpoints(name).is_dir():
-        return [f"from nothing: {path} has no {name}"]
-    notes = [f"started from {path}"]
+        yield f"from nothing: {path} has no {name}"
+        return
+    yield f"started from {path}"
     source = split_in(folder)
     if not data.split.kind == source.kind == "time":
-        return notes
+        return
     final = "before_test" if (folder.checkpoints(name) / "refit").is_dir() else "train"
     for part, held_out in (("train", "validation"), (final, "test")):
         last = getattr(source, part).events["timestamp"].max().to_pyarrow().as_py()
         events = data.split.events
-        of_part = events.filter(events["part"] == held_out)
-        first = of_part["timestamp"].min().to_pyarrow().as_py()
+        held = events.filter(events["part"] == held_out)
+        first = held["timestamp"].min().to_pyarrow().as_py()
         if first is not None and last >= first:
-            notes.append(
+            yield (
                 f"    which was trained on events up to {last:%Y-%m-%d %H:%M}, and {held_out} "
                 f"begins {first:%Y-%m-%d %H:%M}: what it measures here is too good"
             )
-    return notes
