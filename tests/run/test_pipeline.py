@@ -462,7 +462,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path: Path, of_stages: F
     """Of the settings of another folder, and stopped again and again, it ends as that one did."""
     config = load_config(of_stages.folder / "config.toml")
     epoch_stops = [("two_tower, selection", 1), ("two_tower, refit", 1)]
-    *stopped, last = map(Watched, [("samples", 0), *epoch_stops, ("baselines", 0), ""])
+    stopped = [Watched(stop) for stop in [("samples", 0), *epoch_stops, ("baselines", 0)]]
+    last = Watched()
     for watched in stopped:
         with pytest.raises(Stopped):
             run(config, tmp_path / "run", progress=watched)
