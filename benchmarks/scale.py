@@ -138,16 +138,22 @@ def fit(network: TwoTowerNetwork, batches: tp.HybridBatches, steps: int) -> dict
     return {"steps_per_second": steps / seconds, "cpu_ms_per_step": 1000 * cpu_seconds / steps}
 
 
+def open_duckdb(folder: Path, memory_limit: str) -> Any:
+    """Opens a DuckDB whose file lies beside the log, not in the system's temporary folder."""
+    tempfile.tempdir = str(folder)
+    return connect(memory_limit)
+
+
 def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Goes through the stages of a run."""
     stages: Stages = {}
     print(f"{num_events:,} events", flush=True)
     with stage("log", stages):
         log = tp.Log.from_files(
-            folder / "clicks.parquet", connection=connect(options.memory_limit, folder / "duckdb")
+            folder / "clicks.parquet", connection=open_duckdb(folder, options.memory_limit)
         )
         log.write(folder / "log")
-    connection = connect(options.memory_limit, folder / "duckdb")
+    connection = open_duckdb(folder, options.memory_limit)
     with stage("split", stages):
         log = tp.Log.read(folder / "log", connection)
         log.split("time").write(folder / "log" / "split.parquet")
@@ -181,7 +187,7 @@ def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict
     print(engine, flush=True)
     with stage("start", stages):
         if engine == "duckdb":
-            connection = connect(options.memory_limit, folder / "duckdb")
+            connection = open_duckdb(folder, options.memory_limit)
         else:
             heap = options.memory_limit.lower().removesuffix("b")
             os.environ["PYSPARK_SUBMIT_ARGS"] = f"--driver-memory {heap} pyspark-shell"
@@ -197,7 +203,7 @@ def make_samples(engine: str, folder: Path, options: argparse.Namespace) -> dict
 
 def write_log(folder: Path, memory_limit: str) -> None:
     """Makes a log of the clicks."""
-    connection = connect(memory_limit, folder / "duckdb")
+    connection = open_duckdb(folder, memory_limit)
     tp.Log.from_files(folder / "clicks.parquet", connection=connection).write(folder / "log")
 
 
@@ -220,7 +226,7 @@ def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> lis
     """Measures the training of several sizes in turn; ratios are to the first one, by round."""
     trainings = []
     for folder in folders:
-        log = tp.Log.read(folder / "log", connect(options.memory_limit, folder / "duckdb"))
+        log = tp.Log.read(folder / "log", open_duckdb(folder, options.memory_limit))
         split = Split.read(log, folder / "log" / "split.parquet")
         trainings.append(make_network(TrainingSet.build(split.train, folder / "samples", seed=0)))
         fit(*trainings[-1], WARM_UP_STEPS)

@@ -154,6 +154,8 @@ class RunConfig(Config):
             (self.split.kind == "column" and data.source == "movielens-100k", "split.kind",
              "got 'column' with source 'movielens-100k', whose log has no column part; choose "
              "another kind"),
+            (0 in (self.split.validation, self.split.test), "split",
+             "got 0 for a part: a run chooses its model on validation and measures it on the test"),
             (is_held_out and self.warm_start is not None, "warm_start",
              f"got {str(self.warm_start)!r} {of_held_out}"),
             (is_held_out and export.gate, "export.gate", f"got true {of_held_out}"),

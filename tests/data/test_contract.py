@@ -107,9 +107,12 @@ def test_other_engines_are_refused_with_what_copies_them() -> None:
         Log.from_ibis(table)
 
 
-def test_tables_larger_than_memory_lie_on_disk(tmp_path: Path) -> None:
+def test_tables_larger_than_memory_lie_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sorting 60 MB in 30 needs the disk, and nothing is left there in the end."""
-    connection = connect("30MB", tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    connection = connect("30MB")
     connection.con.execute("SET threads = 1")
     connection.con.execute("CREATE TABLE numbers AS SELECT range AS number FROM range(2_000_000)")
     numbers = connection.table("numbers")

@@ -13,8 +13,7 @@ import pytest
 from tests.dirty_inputs import DIRT, judge, make_case
 from tests.small_log import arguments
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import DataError, Dropped, Source
-from tfrs_pipeline.data.tables import check_account
+from tfrs_pipeline.data.schema import DataError, Dropped
 
 CLICKS = {"user_id": [n % 7 for n in range(40)], "item_id": [n % 9 for n in range(40)]}
 
@@ -95,12 +94,6 @@ def test_what_is_kept_is_counted_too() -> None:
         "event table: without stage, rating or label, every row is a click",
         "1 of 3 events repeat an earlier one in user_id, item_id, stage: kept",
     )
-
-
-def test_a_row_that_is_neither_kept_nor_counted_is_an_error() -> None:
-    check_account(Source("x"), 5, 3, [Dropped("a", 1), Dropped("b", 1)])
-    with pytest.raises(RuntimeError, match="of 5 rows 3 were kept, 1 dropped"):
-        check_account(Source("x"), 5, 3, [Dropped("a", 1)])
 
 
 @pytest.mark.parametrize("name", ["timestmp", "itemid", "_row", "event_number"])

@@ -292,30 +292,6 @@ def test_weights_that_differ_are_told_with_what_they_do() -> None:
         assert "weigh" not in "".join(Log.from_table(same).describe())
 
 
-@pytest.mark.parametrize(
-    ("counts", "told"),
-    [
-        ([1] * 3 + [2] * 2, ["3 of 5 users with positives have a single one"]),
-        ([1] * 3 + [2] * 3, []),
-        ([1] * 60 + [2] * 39 + [16], ["60 of 100 users with positives have a single one",
-                                      "10% of the positives are of one user, 'u99'"]),
-        ([2] * 99 + [22], []),
-        ([2] * 99 + [23], ["10% of the positives are of one user, 'u99'"]),
-        ([2] * 98 + [50], []),
-    ],
-)  # fmt: skip
-def test_users_of_one_positive_and_a_user_of_many_show(counts: list[int], told: list[str]) -> None:
-    """Not in a part of a log: one that holds out a positive a user has such users alone."""
-    users = [f"u{number}" for number, count in enumerate(counts) for _ in range(count)]
-    exposed = [f"v{number % 2}" for number in range(500)]
-    stages = ["clicked"] * len(users) + ["exposed"] * len(exposed)
-    events = {"user_id": users + exposed, "item_id": range(len(stages)), "stage": stages}
-    log = Log.from_table(pd.DataFrame(events))
-    assert [note for note in log.describe() if " positives " in note] == told
-    train = log.split("last_n").train
-    assert not [note for note in train.describe() if " positives " in note]
-
-
 def test_a_day_without_positives_shows() -> None:
     """By UTC; a day with exposures alone, and one without an event, are days without positives."""
     days = [1, 1, 1, 2, 2, 6, 7, 7]

@@ -81,39 +81,6 @@ def test_hour_and_weekday_are_those_of_the_start_of_the_request(log: Log) -> Non
     assert not {"hour", "weekday"} & set(log.events.columns)
 
 
-def test_request_numbers_that_restart_each_day_are_told(log: Log) -> None:
-    assert not [note for note in log.describe() if "longer than a day" in note]
-    # Numbers of each user's sessions of a day; one takes a day and no more, one has no number.
-    table = [
-        {
-            "user_id": user,
-            "item_id": 1,
-            "request_id": number,
-            "timestamp": START + timedelta(days=day, seconds=seconds),
-        }
-        for user, number, day, seconds in [
-            (5, 1, 0, 9),
-            (5, 1, 1, 9),
-            (5, 2, 0, 0),
-            (5, 2, 3, 0),
-            (4, 2, 2, 0),
-            (4, None, 0, 0),
-            (4, None, 3, 0),
-            (6, 1, 0, 0),
-            (6, 1, 1, 1),
-        ]
-    ]
-    told = (
-        "2 of 4 requests (events of one user and request_id) last longer than a day, such as 2 of "
-        "user 5 from 2024-02-26 to 2024-02-29: no history shows one event of a request to another. "
-        "If request_id restarts, join it with the day, or leave it out"
-    )
-    assert told in made(table, {}).describe()
-    for name in ("timestamp", "request_id"):
-        without = [{key: x for key, x in row.items() if key != name} for row in table]
-        assert not [note for note in made(without, {}).describe() if "longer than" in note]
-
-
 def test_a_column_of_the_log_is_not_made_of_the_timestamp() -> None:
     table = [{**row, "hour": f"local {number % 24}"} for number, row in enumerate(rows())]
     log = made(table, {"hour": "categorical"})
@@ -166,14 +133,14 @@ def test_a_feature_that_no_request_can_bring_is_refused() -> None:
     for name in ("rank", "weight", "stage", "event_number", "timestamp", "_wait"):
         with pytest.raises(ValueError, match=rf"request_features.{name}: .*known"):
             made(table, {name: "numeric"})
-    with pytest.raises(ValueError, match="an outcome is known only after the request"):
+    with pytest.raises(ValueError, match="an outcome or a user feature"):
         made(table, {"is_click": "numeric"}, label={"is_click": 1.0})
     with pytest.raises(DataError, match=r"no column 'wat'. Nearest: wait"):
         made(table, {"wat": "numeric"})
     with pytest.raises(ValueError, match=r"'wait' has .*'number'"):
         made(table, {"wait": "number"})
     users = pa.table({"user_id": list(range(12)), "device": ["web"] * 12})
-    with pytest.raises(ValueError, match=r"request_features\.device: is a user feature"):
+    with pytest.raises(ValueError, match=r"request_features\.device: is one of .* a user feature"):
         made(table, {"device": "categorical"}, users=users, user_features={"device": "categorical"})
 
 

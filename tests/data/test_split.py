@@ -18,6 +18,7 @@ import pytest
 from tfrs_pipeline.data.holdout import EvaluationPart
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.settings import ConfigError
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONNECTION = ibis.duckdb.connect()
@@ -106,7 +107,7 @@ def slow_parts(
 
 
 @pytest.mark.parametrize(
-    ("validation", "test", "min_positives"), [(1, 2, 0), (3, 0, 2), (0, 9, 1), (7, 6, 5), (9, 3, 3)]
+    ("validation", "test", "min_positives"), [(1, 2, 1), (3, 0, 2), (0, 9, 1), (7, 6, 5), (9, 3, 3)]
 )
 def test_splits_by_place_are_what_a_slow_loop_gives(
     validation: int, test: int, min_positives: int
@@ -525,14 +526,14 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
         ("time", {"validation": "2024-01-01", "test": START}),
         ("time", {"validation": START, "test": "yesterday"}),
         ("time", {"validation": START.date(), "test": START.date()}),
-        ("last_n", {"test": "2"}),
+        ("held_out_users", {"min_positives": 1}),
         ("time", {"test": 0.0}),
         ("column", {"validation": 0.5}),
         ("random", {}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"split\.\w+.*(Received|write)"):
+    with pytest.raises(ConfigError, match=r"^\w+: got .*(must|leave|only|write)|for both"):
         one_user("cccccc").split(kind, **options)
 
 
@@ -547,7 +548,7 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
             ValueError, match=rf"without a time zone; write {START.date()}T00:00:00Z"
         ):
             one_user("ccc").split("time", validation=day, test=day)
-    with pytest.raises(ValueError, match=r"split\.test must be a share.*Received: True"):
+    with pytest.raises(ConfigError, match="test: got True; must be a share"):
         one_user("ccc").split("last_n", test=True)
     with pytest.raises(DataError, match="leave none to train on"):
         one_user("c").split()

@@ -261,7 +261,7 @@ def test_hard_negatives_resampling_and_a_tuned_index_have_their_places() -> None
         samples={
             **FACTS.samples,
             "hard_negatives": {"retrieved": {"num_samples": 2500, "mean_pool": 12.25}},
-            "hard_negatives_removed": {"exposed to the user": 77},
+            "num_losers_removed": 77,
         },
         mean_hard_share=0.0251,
         popularity=dataclasses.replace(FACTS.popularity, after=np.full(400, 1 / 400)),

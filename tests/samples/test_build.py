@@ -230,13 +230,13 @@ def test_samples_from_pairs_match_a_loop(pairs: list[tuple[int, int]]) -> None:
 
 
 def test_pairs_out_of_range_are_refused() -> None:
-    for pairs, message in (
-        (([0, 1], [1, 2]), r"query_rows must lie in 1 \.\. 2: row 0.*Received: 0 to 1"),
-        (([1, 2], [1, 4]), r"candidate_rows must lie in 1 \.\. 3.*Received: 1 to 4"),
-        (([1, 2], [1]), "one length. Received: 2 and 1"),
-        (([1, 2], [1.0, 2.7]), "candidate_rows must be integers. Received: float64"),
+    for pairs, found in (
+        (([0, 1], [1, 2]), r"to 2\. Received: \[0 1\]"),
+        (([1, 2], [1, 4]), r"to 3\. Received: \[1 4\]"),
+        (([1, 2], [1]), r"one length .*\[1 2\]"),
+        (([1, 2], [1.0, 2.7]), r"integers .*\[1\. +2\.7\]"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=found):
             Samples.from_pairs(*pairs, num_queries=2, num_candidates=3)
 
 

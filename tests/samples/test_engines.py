@@ -111,17 +111,6 @@ def test_duckdb_and_spark_build_the_same_samples(logs: tuple[Log, Log], tmp_path
 
 
 @pytest.mark.slow
-def test_duckdb_and_spark_tell_of_the_same_long_requests(logs: tuple[Log, Log]) -> None:
-    notes = []
-    for log in logs:
-        restarting = log.events.mutate(request_id=log.events["event_number"] % 7)
-        notes.append(dataclasses.replace(log, events=restarting).describe())
-        assert not any("longer than a day" in note for note in log.describe())
-    assert notes[0] == notes[1]
-    assert any(" last longer than a day, such as 0 of user " in note for note in notes[0])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["last_share", "last_n", "held_out_users"])
 def test_duckdb_and_spark_draw_the_same_parts(logs: tuple[Log, Log], kind: SplitKind) -> None:
     found = []

@@ -5,9 +5,6 @@ leading zeros and fails late. An unusable value becomes null and a fault of its 
 (`RawTable.fault`), for `tables.py` to drop or refuse. NaN is a missing value and becomes null.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -21,12 +18,10 @@ from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
-from tfrs_pipeline.messages import printable
 
 _LARGEST_INT64 = 2**63 - 1
 # How programs write an id that is missing.
 _NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
-_FEW = 0.1
 
 
 def is_integer(raw: RawTable, column: str) -> bool:
@@ -41,28 +36,6 @@ def is_integer(raw: RawTable, column: str) -> bool:
     return not dtype.is_uint64() or not raw.has(raw.table[column] > _LARGEST_INT64)
 
 
-def describe_ids(raw: RawTable, column: str) -> Iterator[str]:
-    """Says that white space was stripped, and that a few odd ids turn integers into text."""
-    if not raw.table[column].type().is_string():
-        return
-    value, _, num_spaced = _read_text(raw, column)
-    if num_spaced:
-        yield (
-            f"{raw.source.column(column)} has white space around ids in {num_spaced:,} of "
-            f"{raw.num_rows:,} rows: stripped"
-        )
-    if not raw.is_text or is_integer(raw, column):
-        return
-    is_odd = ~is_integer_text(value)
-    found = raw.table.aggregate(num=is_odd.sum(), example=value.min(where=is_odd))
-    num, example = found.to_pyarrow().to_pylist()[0].values()
-    if num <= _FEW * raw.num_rows:
-        yield (
-            f"{raw.source.column(column)} is no integer in {num:,} of {raw.num_rows:,} rows, such "
-            f"as {printable(repr(example))}: all ids are kept as text"
-        )
-
-
 def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     """Makes int64 or string of an id; null where there is none."""
     value = raw.table[column]
@@ -70,7 +43,7 @@ def to_id(raw: RawTable, column: str, *, as_integer: bool) -> ir.Value:
     if not (dtype.is_string() or dtype.is_numeric()) or dtype.is_boolean():
         raise raw.wrong_type(column, "an integer or a string")
     if dtype.is_string():
-        value, *_ = _read_text(raw, column)
+        value, _ = _read_text(raw, column)
     elif not dtype.is_integer():
         whole = value.try_cast("int64")
         # A decimal is exact; a larger float may stand for several numbers.
@@ -172,27 +145,25 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
         fault=fault,
         refusal=DataError,
         wrong_type=partial(raw.wrong_type, name),
-        notes=[],
+        notes=raw.notes,
     )
 
 
-def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool, int]:
+def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
     """Removes what programs add to ids: white space, ".0", words for a missing one.
 
-    Returns the text, whether all of it is written as int64, and how many rows had white space.
+    Returns the text, and whether all of it is written as int64.
     """
     if column not in raw.texts:
         value = raw.table[column]
         text = value.re_replace(WHOLE_FLOAT, r"\1").strip()
         cleaned = text.isin(_NO_ID).ifelse(ibis.null("string"), text)
-        is_spaced = value != value.strip()
         found = raw.table.aggregate(
             is_other=(~is_integer_text(value)).any(),
-            is_unclean=(is_spaced | value.endswith(".0") | value.isin(_NO_ID)).any(),
-            num_spaced=is_spaced.sum(),
+            is_unclean=((value != value.strip()) | value.endswith(".0") | value.isin(_NO_ID)).any(),
         )
-        is_other, is_unclean, num_spaced = found.to_pyarrow().to_pylist()[0].values()
+        is_other, is_unclean = found.to_pyarrow().to_pylist()[0].values()
         if is_other and is_unclean:
             value, is_other = cleaned, raw.has(~is_integer_text(cleaned))
-        raw.texts[column] = value, not is_other, num_spaced or 0
+        raw.texts[column] = value, not is_other
     return raw.texts[column]

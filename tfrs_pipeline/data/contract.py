@@ -1,7 +1,5 @@
 """Checks of tables that are a log already, in their engine, without moving a row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

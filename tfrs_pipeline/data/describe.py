@@ -1,7 +1,5 @@
 """What a log holds, in lines for a person."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
@@ -10,12 +8,7 @@ from typing import Any
 import ibis
 
 from tfrs_pipeline.data.split import is_positive
-from tfrs_pipeline.messages import counted, printable
-
-# Above these shares a line says so: of users with a single positive, of positives of one user.
-_MOST_USERS = 0.5
-_LARGE_SHARE = 0.1
-_FEW_USERS = 100  # With fewer, each has a large share.
+from tfrs_pipeline.messages import counted
 
 
 def describe(log: Any) -> Iterator[str]:
@@ -31,7 +24,6 @@ def describe(log: Any) -> Iterator[str]:
     if log.part_of is not None:
         yield "a part of a log: what was dropped in the making is told by the whole"
         return
-    yield from _describe_users(log.events)
     num_dropped = sum(each.num_rows for each in log.dropped)
     num_read = counts["events"] + num_dropped
     dropped = f"{num_dropped:,} of {counted(num_read, 'row')}" if num_dropped else "nothing"
@@ -55,7 +47,6 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
     # A wrong unit shows here.
     yield f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
     yield from _describe_days(*(found[name].to_pylist() for name in ("day", "num")))
-    yield from _describe_long_requests(events)
 
 
 def _describe_weights(events: ibis.Table) -> Iterator[str]:
@@ -79,49 +70,4 @@ def _describe_days(days: Sequence[int], positives: Sequence[int]) -> Iterator[st
     yield (
         f"positives a day: {statistics.median_low(counts):,} by median, {lowest:,} on {when} at "
         f"the lowest, {counts[-1]:,} on the last day"
-    )
-
-
-def _describe_users(events: ibis.Table) -> Iterator[str]:
-    """Says if most users have a single positive, and if one has a large share of all positives."""
-    positives = events.filter(is_positive)
-    users = positives.group_by("user_id").agg(num=positives.count())
-    counts = users.agg(
-        users=users.count(),
-        single=(users["num"] == 1).sum(),
-        total=users["num"].sum(),
-        most=users["num"].max(),
-    )
-    (found,) = counts.to_pyarrow().to_pylist()
-    num_users, num_single = found["users"], found["single"]
-    total, most = found["total"], found["most"]
-    if not num_users:
-        return
-    if num_single > _MOST_USERS * num_users:
-        yield f"{num_single:,} of {counted(num_users, 'user')} with positives have a single one"
-    if num_users >= _FEW_USERS and most > _LARGE_SHARE * total:
-        user = users.filter(users["num"] == most)["user_id"].min().to_pyarrow().as_py()
-        yield f"{most / total:.0%} of the positives are of one user, {printable(repr(user))}"
-
-
-def _describe_long_requests(events: ibis.Table) -> Iterator[str]:
-    """Says how many requests last longer than a day, which numbers that restart cause."""
-    if not {"request_id", "timestamp"} <= set(events.columns):
-        return
-    time, keys = events["timestamp"], ["user_id", "request_id"]
-    requests = events.filter(events["request_id"].notnull()).group_by(keys)
-    spans = requests.agg(first=time.min(), last=time.max())
-    is_long = spans["last"].epoch_seconds() - spans["first"].epoch_seconds() > 86_400
-    found = spans.aggregate(num=spans.count(), num_long=is_long.sum()).to_pyarrow().to_pylist()[0]
-    if not found["num_long"]:
-        return
-    user, request, first, last = (
-        spans.filter(is_long).order_by(keys).limit(1).to_pyarrow().to_pylist()[0].values()
-    )
-    yield (
-        f"{found['num_long']:,} of {counted(found['num'], 'request')} (events of one user and "
-        f"request_id) last longer than a day, such as {printable(repr(request))} of user "
-        f"{printable(repr(user))} from {first:%Y-%m-%d} to {last:%Y-%m-%d}: no history shows one "
-        "event of a request to another. If request_id restarts, join it with the day, or leave it "
-        "out"
     )

@@ -3,8 +3,6 @@
 Both take the same Ibis expressions; their differences are here.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import shutil
@@ -25,16 +23,14 @@ _SPARK = "pyspark"
 ENGINES = ("duckdb", _SPARK)
 
 
-def connect(memory_limit: str | None = None, temporary_folder: Path | None = None) -> DuckDB:
+def connect(memory_limit: str | None = None) -> DuckDB:
     """Opens a DuckDB whose tables need not fit in memory: they lie in a file that goes with it.
 
     What exceeds `memory_limit`, such as "4GB", lies on disk too; None is DuckDB's own limit, four
-    fifths of the machine's memory. Both lie in `temporary_folder`, None is the system's, and take
-    about as much room as the events have uncompressed. A `ValueError` if the limit is no size.
+    fifths of the machine's memory. Both lie in the system's temporary folder, and take about as
+    much room as the events have uncompressed.
     """
-    if temporary_folder is not None:
-        temporary_folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="tfrs-pipeline-", dir=temporary_folder))
+    folder = Path(tempfile.mkdtemp(prefix="tfrs-pipeline-"))
     options = {} if memory_limit is None else {"memory_limit": memory_limit}
     connection = ibis.duckdb.connect(
         folder / "tables.duckdb", temp_directory=str(folder / "spilled"), **options

@@ -1,7 +1,5 @@
 """Turns a raw table into the event table of a log."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import operator
@@ -14,7 +12,6 @@ import pyarrow as pa
 
 from tfrs_pipeline.data import rules
 from tfrs_pipeline.data.columns import (
-    describe_ids,
     is_integer,
     to_context,
     to_id,
@@ -30,7 +27,6 @@ from tfrs_pipeline.data.schema import (
     LOG_COLUMNS,
     TIMES_ELSEWHERE,
     DataError,
-    Dropped,
     Source,
     Stage,
     require_column,
@@ -76,26 +72,23 @@ def load_events(
     reading: Reading,
     request_features: Mapping[str, str],
     others: Mapping[str, RawTable | None],
-) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
+) -> tuple[ibis.Table, RawTable]:
     """Types and stores an event table; its ids and those of `others` become one type.
 
-    Returns the events without the rows at fault; how many of these were dropped, and why; and
-    notes.
+    Returns the events without the rows at fault, and what they were made of, whose rows are gone.
     """
     stages_in = stage_column(reading, scanned)
     names, unread = _event_columns(scanned, stages_in, reading, request_features)
     raw = scanned.load(names)
     columns: dict[str, ir.Value] = {}
-    notes = []
     if unread:
-        notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
+        raw.notes.append(f"{scanned.name}: columns not read: {printable(', '.join(unread), 300)}")
     if stages_in is None and not reading.label:
-        notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
+        raw.notes.append(f"{scanned.name}: without stage, rating or label, every row is a click")
     for name in ("user_id", "item_id"):
         tables = [table for table in (raw, others[name]) if table is not None]
         # A list, not a generator: a wrong type in either table is refused.
         as_integer = all([is_integer(table, name) for table in tables])
-        notes += [note for table in tables for note in describe_ids(table, name)]
         columns[name] = to_required_id(raw, name, as_integer=as_integer)
     if "timestamp" in names:
         columns["timestamp"] = to_timestamp(raw, "timestamp", reading, reading.period())
@@ -103,7 +96,7 @@ def load_events(
     columns["event_number"] = raw.table["_row"]
     columns["stage"] = _stage(raw, stages_in, reading)
     requests = {k: v for k, v in request_features.items() if k in names}
-    notes += type_features(raw, columns, requests, reading)
+    type_features(raw, columns, requests, reading)
     for name in names:
         if name in reading.label:
             columns[name] = to_outcome(raw, name)
@@ -116,11 +109,10 @@ def load_events(
         weight = weight * _weight(raw, columns["stage"])
     if reading.label or "weight" in names:
         columns["weight"] = weight
-    events, dropped, missing = store_sound(raw, columns, reading.max_bad_share)
-    notes += missing
-    notes += describe_missing(events, requests, raw.source)
+    events = store_sound(raw, columns, reading.max_bad_share)
+    raw.notes.extend(describe_missing(events, requests, raw.source))
     raw.drop()
-    return events, dropped, notes
+    return events, raw
 
 
 def _event_columns(

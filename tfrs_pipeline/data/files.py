@@ -1,7 +1,5 @@
 """Opens what a log is made of: CSV or Parquet, a file or a folder, or a table in memory."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import csv
@@ -103,10 +101,10 @@ class Scan:
         except (duckdb.Error, TableNotFound) as error:
             raise _unreadable(self.name, error, self.csv_files) from error
 
-    def _dropped(self) -> tuple[Dropped, ...]:
+    def _dropped(self) -> list[Dropped]:
         """Counts the lines that were left out; refuses those that may hide others."""
         if not self.rejects:
-            return ()
+            return []
         sql = (
             "SELECT line, file_path, error_type, error_message FROM {0} "
             "JOIN {0}_files USING (scan_id, file_id) ORDER BY file_path, line"
@@ -118,10 +116,10 @@ class Scan:
                 reason = f"{message} (line {line})"
                 raise DataError(f"{path} cannot be read: {printable(reason, 300)} {LINES_REMEDY}")
         if not lines:
-            return ()
+            return []
         line, path, _, message = found[0]
         where = f"first: line {line} of {Path(path).name}"
-        return (Dropped(f"no whole line: {printable(message, 60)} ({where})", len(lines)),)
+        return [Dropped(f"no whole line: {printable(message, 60)} ({where})", len(lines))]
 
 
 def scan(connection: DuckDB, source: Any, name: str) -> Scan:
@@ -191,7 +189,7 @@ def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
     """Opens Parquet whose files hold the same columns; their footers are read."""
-    types: dict[str, tuple[pa.DataType, str]] = {}  # With the name of a file that has it.
+    of_all: pa.Schema | None = None
     for each in paths:
         try:
             schema = pyarrow.parquet.read_schema(each)
@@ -201,38 +199,31 @@ def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan
                 "Parquet."
             ) from error
         _check_names(each, schema.names, _folders(path, each))
+        schema = pa.schema([pa.field(column.name, _plain(column.type)) for column in schema])
+        of_all = schema if of_all is None else of_all
         # Columns that the first file lacks would silently be left out.
-        if types and (odd := sorted({*types} ^ {*schema.names})):
+        if odd := sorted({*of_all.names} ^ {*schema.names}):
             raise DataError(
                 f"{each} has other columns than {paths[0].name}: only one of them has "
                 f"{printable(', '.join(odd), 200)}. Give the files of a folder the same columns."
             )
-        for column in schema:
-            of = _plain(column.type)
-            known, where = types.setdefault(column.name, (of, each.name))
-            if _holds(known, of):
-                continue
-            if not _holds(of, known):
-                raise DataError(
-                    f"{Source(str(each)).column(column.name)} is {of}, in {where} {known}. Give "
-                    "the files of a folder the same types."
-                )
-            types[column.name] = of, each.name
+        try:
+            of_all = pa.unify_schemas([of_all, schema], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{each} has other types than the files before it: "
+                f"{sentence(printable(str(error), 200))} Give the files of a folder the same types."
+            ) from error
+    assert of_all is not None
     hive = f"hive_partitioning={_is_partitioned(path, paths)}"
     # By name, a column gets a type for the values of all files, not the first file's type.
     rows = f"read_parquet({_quote_all(paths)}, union_by_name=true, {hive})"
     # A column without any value has no type and would become integers; see `_plain_table`.
-    names = [f'"{_double(name)}"' for name, (of, _) in types.items() if pa.types.is_null(of)]
+    names = [f'"{_double(column.name)}"' for column in of_all if pa.types.is_null(column.type)]
     as_text = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in names)
     replaced = f"REPLACE ({as_text})" if names else ""
     relation = connection.con.sql(f"SELECT * {replaced} FROM {rows}")
     return Scan(connection, str(path), relation.columns, lambda columns: relation)
-
-
-def _holds(one: pa.DataType, other: pa.DataType) -> bool:
-    """Returns whether a type holds another's values: none, or integers where some are missing."""
-    is_wider = pa.types.is_float64(one) and pa.types.is_integer(other)
-    return one == other or is_wider or pa.types.is_null(other)
 
 
 def _plain(of: pa.DataType) -> pa.DataType:

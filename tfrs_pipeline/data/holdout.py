@@ -66,27 +66,20 @@ class Holdout:
     times: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("user_ids", "candidate_ids"):
-            object.__setattr__(self, name, as_id_array(getattr(self, name)))
-        for name in ("candidate_counts", "times"):
-            if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, np.asarray(values))
-        of_queries = ("histories", "relevant", "clicked", "seen", "requests", "history_times")
-        for name in of_queries:
-            if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, list(values))
-        for name in (*of_queries, "times"):
-            values = getattr(self, name)
-            if values is not None and (num := len(values)) != len(self):
+        for name, values in [*vars(self).items()]:
+            if values is None or name == "num_sampled_from":
+                continue
+            if name.endswith("_ids"):
+                values = as_id_array(values)
+            else:
+                values = np.asarray(values) if name in ("candidate_counts", "times") else [*values]
+            object.__setattr__(self, name, values)
+            of = "candidate_ids" if name.startswith("candidate") else "user_ids"
+            if len(values) != len(getattr(self, of)):
                 raise ValueError(
-                    f"{name} must hold one entry a query, for each of the {len(self)} user_ids. "
-                    f"Received: {num}"
+                    f"{name} must hold one entry for each of the {len(getattr(self, of))} {of}. "
+                    f"Received: {len(values)}"
                 )
-        if (num := len(self.candidate_counts)) != len(self.candidate_ids):
-            raise ValueError(
-                "candidate_counts must hold one count a candidate, for each of the "
-                f"{len(self.candidate_ids)} candidate_ids. Received: {num}"
-            )
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -179,14 +172,8 @@ def make_holdout(
     no history has them. Training had them, so a ranking excludes them. A `DataError` if there is no
     positive.
 
-    Args:
-        split: Events with `part`.
-        part: The part whose positives are to be found.
-        items: The log's item table: the candidates.
-        training: Events whose positives are the candidates' counts.
-        request_features: Features of the queries' requests (see `Log`).
-        max_queries: The engine draws that many users by `seed` and reads no others. None: all.
-        seed: See `max_queries`.
+    `split` are events with `part`; `items` the candidates; `training` the events whose positives
+    are the candidates' counts. The engine draws `max_queries` users by `seed` and reads no others.
     """
     asked = split.filter((split["part"] == part) & is_positive(split))
     users, num_users = _draw_users(asked, max_queries, seed)

@@ -1,7 +1,5 @@
 """The only map between ids and rows."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -15,24 +13,15 @@ class Ids:
 
     Row 0 is "unknown" and the empty slot, here and everywhere.
 
-    Args:
-        ids: [n] distinct integers or strings, n of 1 or more. -1 and "" are reserved.
-
-    Attributes:
-        values: [n] int64, or object holding str; the id of row r stands at r - 1.
-        are_text: Whether they are strings.
-        empty_id: -1 or "", by their type: the id of row 0.
-
-    Raises:
-        ValueError: If an id is reserved, occurs twice, or is neither an integer nor a string, or if
-            there are none.
+    `values` are the [n] ids, int64 or object holding str: the id of row r stands at r - 1.
+    `are_text` says whether they are strings; `empty_id`, -1 or "", is reserved: the id of row 0. A
+    `ValueError` if an id is reserved, occurs twice, or is neither an integer nor a string, or if
+    there are none.
 
     Example:
         >>> items = Ids(["b", "a"])
         >>> items.rows(["a", "zebra"])
         array([2, 0], dtype=int32)
-        >>> items.take(np.array([[2, 0]]))
-        array([['a', '']], dtype=object)
     """
 
     def __init__(self, ids: Collection[Any] | np.ndarray) -> None:
@@ -129,20 +118,9 @@ def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:
 
 
 def are_listed(rows: np.ndarray, lists: Iterable[np.ndarray], highest: int) -> np.ndarray:
-    """Finds which of the rows in each line are in that line's list.
+    """Finds which of the rows in each line, [num_lines, any], are in that line's list.
 
-    Args:
-        rows: [num_lines, any] rows, up to `highest`.
-        lists: For each line, some rows of the same range, in any order.
-        highest: Largest row of all.
-
-    Returns:
-        A bool for each of the rows.
-
-    Example:
-        >>> are_listed(np.array([[7, 3], [3, 7]]), [np.array([3]), np.array([9])], highest=9)
-        array([[False,  True],
-               [False, False]])
+    Lists hold rows up to `highest`, in any order. Returns a bool for each of the rows.
     """
     found = np.zeros(rows.shape, bool)
     is_in_list = np.zeros(highest + 1, bool)  # One for all lines: lists are short, a corpus is not.

@@ -27,12 +27,12 @@ from tfrs_pipeline.data.schema import (
     Dropped,
     Source,
     SplitKind,
-    check_choice,
     checked_kinds,
     count_rows,
 )
+from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.data.settle import make_tables
-from tfrs_pipeline.data.split import read_amount, split_events
+from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 
 
@@ -345,20 +345,14 @@ class Log:
 
         Raises:
             DataError: If the log cannot be split so.
-            ValueError: If a share or a number is out of range.
+            ConfigError: If a share or a number is out of range, or contradicts the kind.
         """
+        amounts: dict[str, Any] = {"validation": validation, "test": test}
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
-        check_choice("split.kind", kind, SplitKind)
-        events = split_events(
-            self.events,
-            kind,
-            validation=read_amount("validation", validation),
-            test=read_amount("test", test),
-            target_share=target_share,
-            min_positives=min_positives,
-            seed=seed,
-            is_ordered=self.order != "none",
+        config = SplitConfig(
+            kind=kind, target_share=target_share, min_positives=min_positives, **amounts
         )
+        events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")
         return Split(self, events, kind)
 
     def __repr__(self) -> str:

@@ -1,7 +1,5 @@
 """Request features: columns of the event that are known when the request comes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import ibis
@@ -30,34 +28,25 @@ def check_names(
 ) -> None:
     """Refuses (`ValueError`) request features that no request can bring, or with a taken name.
 
-    `others` are user features, which the query tower reads too, or outcomes. `columns` are those of
-    `Reading`; both names of a column are refused. So are names that differ only in case from
-    another request feature's or one of the log's own.
+    `others` are user features, which the query tower reads too, or outcomes; `columns` are those of
+    `Reading`: both names of a column are refused.
     """
     columns = columns or {}
     meaning = {columns.get(name, name): name for name in (*LOG_COLUMNS, *others)}
     by_case: dict[str, str] = {}
     for name in features:
-        if (other := by_case.setdefault(name.casefold(), name)) != name:
-            raise ValueError(
-                f"request_features.{name}: differs from {other} in case alone. Rename the column."
-            )
-        if problem := case_problem(name):
-            raise ValueError(f"request_features.{name}: {problem}.")
         own = meaning.get(columns.get(name, name), name)
-        named = f"request_features.{name}: is {'' if own == name else f'read as {own}, which is '}"
-        if own in (*LOG_COLUMNS, "event_number") or own.startswith("_"):
-            remedy = "give a column of what is known when the request comes"
-            if own == "timestamp":
-                remedy = f"of the timestamp there are {' and '.join(FROM_TIMESTAMP)}"
-            raise ValueError(
-                f"{named}the log's own column or is known only after the request; {remedy}."
+        problem = case_problem(name)
+        if (other := by_case.setdefault(name.casefold(), name)) != name:
+            problem = f"differs from {other} in case alone; rename the column"
+        elif own in (*LOG_COLUMNS, *others, "event_number") or own.startswith("_"):
+            problem = (
+                f"is {'' if own == name else f'read as {own}, which is '}one of the log's own "
+                "columns, an outcome or a user feature; give a column of its own that is known "
+                f"when the request comes (the timestamp gives {' and '.join(FROM_TIMESTAMP)})"
             )
-        if own in others:
-            raise ValueError(
-                f"{named}a user feature or an outcome too. Rename it; an outcome is known only "
-                "after the request, and can be no feature of it."
-            )
+        if problem:
+            raise ValueError(f"request_features.{name}: {problem}.")
 
 
 def check_request_features(events: ibis.Table, features: Mapping[str, str]) -> None:

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """What is wrong with a value, and what to do.
+    """What is wrong with a value (after the name of its column), and what to do.
 
-    Args:
-        problem: What is wrong; follows the name of the column in a message. May have blanks.
-        remedy: What to do.
-        setting: The option of `Reading` that mends it, if any. None: the one that names columns.
-        is_droppable: Whether a few such rows may be dropped. Not if one setting mends them all.
+    `setting` is the option of `Reading` that mends it, if any; None is the one that names columns.
+    A few such rows may be dropped (`is_droppable`), unless one setting mends them all.
     """
 
     problem: str
@@ -151,17 +148,18 @@ class RawTable:
 
     `is_text` says whether every column is a string that may stand for another type (CSV). `dropped`
     is what could not even be read as a row, `faults` what is wrong with values, in the order in
-    which these were typed; `texts` are columns of ids as `columns.py` has read them; `renaming` is
-    the option of `Reading` that names its columns.
+    which these were typed; `notes` say what else was found, to a person; `texts` are columns of ids
+    as `columns.py` has read them; `renaming` is the option of `Reading` that names its columns.
     """
 
     table: ibis.Table
     source: Source
     num_rows: int
     is_text: bool
-    dropped: tuple[Dropped, ...] = ()
+    dropped: list[Dropped]
+    notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    texts: dict[str, tuple[ir.StringValue, bool, int]] = field(default_factory=dict)
+    texts: dict[str, tuple[ir.StringValue, bool]] = field(default_factory=dict)
     renaming: str = "columns"
 
     def __contains__(self, column: str) -> bool:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import enum
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.messages import printable, sentence
@@ -116,13 +115,6 @@ def checked_kinds(
     return tables
 
 
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Refuses (`ValueError`) a value that is none of a `Literal`'s."""
-    known = get_args(choices)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}. Received: {value}.")
-
-
 def case_problem(name: str) -> str:
     """Says which of a log's own columns a name is to an engine, which ignores case."""
     lower = name.casefold()
@@ -146,25 +138,6 @@ def name_problem(name: str, columns: Collection[str] = ()) -> str:
     if name not in LOG_COLUMNS and near and near[0] not in columns:
         return f"unknown column; did you mean {near[0]!r}?"
     return ""
-
-
-def part_problems(kind: str | None, validation: Any, test: Any) -> Iterator[tuple[str, str]]:
-    """Yields which parts of a split are impossible, and why."""
-    given = {"validation": validation, "test": test}
-    for name, value in given.items():
-        if kind == "column" and value is not None:
-            yield (
-                name,
-                f"got {value} with kind 'column': the log's own column says it; leave it out",
-            )
-            continue
-        if isinstance(value, datetime) and value.tzinfo is None:
-            text = value.isoformat()
-            yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
-        if isinstance(value, datetime) and kind not in (None, "time"):
-            yield name, f"got a moment with kind {kind!r}: only with 'time'"
-    if len({isinstance(value, datetime) for value in given.values()}) > 1:
-        yield "", "give moments for both validation and test, or for neither"
 
 
 def require_column(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.schema import SplitKind, part_problems
+from tfrs_pipeline.data.schema import SplitKind
 from tfrs_pipeline.features.kinds import kind_problem
 from tfrs_pipeline.settings import Config, refuse
 
@@ -44,10 +44,10 @@ def _amount(value: Any) -> Any:
     for read in (int, float, datetime.fromisoformat):
         with contextlib.suppress(ValueError, TypeError):
             amount: Any = value if isinstance(value, int | float | datetime) else read(value)
-            is_number = isinstance(amount, int) and amount >= 1 and value is not True
-            if isinstance(amount, datetime) or is_number or 0 < amount < 1:
+            is_number = isinstance(amount, int) and amount >= 0 and not isinstance(value, bool)
+            if isinstance(amount, datetime) or is_number or 0 <= amount < 1:
                 return amount
-    raise ValueError("must be a share in (0, 1), a whole number of 1 or more, or a moment")
+    raise ValueError("must be a share below 1, a whole number, or a moment")
 
 
 Amount: TypeAlias = Annotated[int | float | datetime, BeforeValidator(_amount)]
@@ -140,5 +140,43 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
-        refuse(list(part_problems(self.kind, self.validation, self.test)))
+        refuse(self._problems())
         return self
+
+    def amounts(self) -> tuple[Any, Any]:
+        """Returns what validation and test get: shares, numbers or moments."""
+        defaults = (1, 1) if self.kind == "last_n" else (0.05, 0.1)
+        given = zip((self.validation, self.test), defaults, strict=True)
+        validation, test = (default if value is None else value for value, default in given)
+        return validation, test
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Yields which parts are impossible, and why."""
+        kind, moments = self.kind, []
+        for name, value in {"validation": self.validation, "test": self.test}.items():
+            if value is None:
+                continue
+            with_kind = f"got {value} with kind {kind!r}"
+            if kind == "column":
+                yield name, f"{with_kind}: the log's own column says it; leave it out"
+            elif isinstance(value, datetime):
+                moments.append(value)
+                if value.tzinfo is None:
+                    text = value.isoformat()
+                    yield name, f"got {text} without a time zone; write {text}Z if it is UTC"
+                if kind not in (None, "time"):
+                    yield name, f"got a moment with kind {kind!r}: only with 'time'"
+            elif kind == "last_n" and not isinstance(value, int):
+                yield name, f"{with_kind}: must be a number of positives"
+            elif kind not in (None, "last_n") and value >= 1:
+                yield name, f"{with_kind}: must be a share below 1"
+        if len(moments) == 1:
+            yield "", "give moments for both validation and test, or for neither"
+        elif len({moment.tzinfo is None for moment in moments}) == 1 and moments != sorted(moments):
+            yield "validation", f"got {moments[0]}: must not be after test, {moments[1]}"
+        elif kind in ("time", "held_out_users") and not moments:
+            validation, test = self.amounts()
+            if test == 0 or validation + test >= 1:
+                yield "test", f"got {test}: must be above 0, and below 1 with validation's share"
+        if kind == "held_out_users" and self.min_positives < 2:
+            yield "min_positives", f"got {self.min_positives}: must be 2 or more with kind {kind!r}"

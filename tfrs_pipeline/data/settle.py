@@ -1,7 +1,5 @@
 """Events settled with the item and user table: unknown ids, repeated events."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -12,6 +10,7 @@ from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.requests import check_names
+from tfrs_pipeline.data.rules import RawTable
 from tfrs_pipeline.data.schema import (
     LISTED,
     DataError,
@@ -22,13 +21,7 @@ from tfrs_pipeline.data.schema import (
     count_rows,
 )
 from tfrs_pipeline.data.split import is_positive
-from tfrs_pipeline.data.tables import (
-    check_account,
-    describe_dropped,
-    load_raw,
-    store,
-    type_entities,
-)
+from tfrs_pipeline.data.tables import describe_entities, load_raw, store, type_entities
 from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.settings import refuse
 
@@ -54,105 +47,69 @@ def make_tables(
     check_names(request_features, reading.label, reading.columns)
     refuse(reading.name_problems(request_features))
     scanned = scan(connection, source, "event table")
-    entities = {
+    given = {
         "item_id": (items, reading.item_columns, item_features),
         "user_id": (users, reading.user_columns, user_features),
     }
     raws = {
-        name: load_raw(connection, *entity, name, id_of_events=reading.columns.get(name, ""))
-        for name, entity in entities.items()
+        name: load_raw(connection, *of_table, name, id_of_events=reading.columns.get(name, ""))
+        for name, of_table in given.items()
     }
-    events, dropped, notes = load_events(scanned, reading, request_features, raws)
-    sources = {"events": Source(scanned.name, reading.columns)}
+    events, raw = load_events(scanned, reading, request_features, raws)
     tables = {}
-    for name, raw in raws.items():
-        if raw is None:
-            tables[name] = events.select(name).distinct()
-            continue
-        tables[name], lost, noted = type_entities(
-            raw,
-            name,
-            as_integer=events.schema()[name].is_int64(),
-            features=entities[name][2],
-            reading=reading,
-        )
-        notes += describe_dropped(raw.source, lost) + noted
-        sources[name] = raw.source
-        raw.drop()
-    settled, repeated, noted = settle(events, tables, sources, reading)
-    return settled, (*dropped, *repeated), (*notes, *noted)
-
-
-def settle(
-    events: ibis.Table,
-    entities: Mapping[str, ibis.Table],
-    sources: Mapping[str, Source],
-    reading: Reading,
-) -> tuple[Tables, list[Dropped], list[str]]:
-    """Settles unknown ids and repeated events, and stores the tables.
-
-    Returns events, items and users; what was dropped of the events; and notes for a person.
-    """
-    source = sources["events"]
-    num_in = num_rows = count_rows(events)
-    dropped: list[Dropped] = []
-    notes: list[str] = []
-    for name in ("item_id", "user_id"):
-        if name in sources:
+    for name, entity in raws.items():
+        tables[name] = events.select(name).distinct()
+        if entity is not None:
+            as_integer = events.schema()[name].is_int64()
+            tables[name] = type_entities(
+                entity, name, as_integer=as_integer, features=given[name][2], reading=reading
+            )
+            raw.notes.extend(describe_entities(entity))
+            entity.drop()
+    num_reasons = len(raw.dropped)
+    for name, entity in raws.items():
+        if entity is not None:
             unknown = reading.unknown_items if name == "item_id" else "keep"
-            table = (entities[name], sources[name].name)
-            events, told = _settle_unknown(events, source, *table, name, unknown, num_rows)
-            if isinstance(told, Dropped):
-                dropped.append(told)
-                num_rows -= told.num_rows
-            elif told:
-                notes.append(told)
-    events, told = _settle_duplicates(events, source, reading.duplicates, num_rows)
-    if isinstance(told, Dropped):
-        dropped.append(told)
-    elif told:
-        notes.append(told)
-    if dropped:
-        events = store(events, source)
+            events = _settle_unknown(events, raw, name, tables[name], entity.source.name, unknown)
+    events = _settle_duplicates(events, raw, reading.duplicates)
+    if len(raw.dropped) > num_reasons:
+        events = store(events, raw.source)
+    _check_positives(events, raw.source)
+    whole = (add_missing(table, events, name).order_by(name) for name, table in tables.items())
+    items, users = (store(table, raw.source) for table in whole)
+    return (events, items, users), tuple(raw.dropped), tuple(raw.notes)
+
+
+def _check_positives(events: ibis.Table, source: Source) -> None:
     counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
-    num_left, num_positives = counts.to_pyarrow().to_pylist()[0].values()
-    check_account(source, num_in, num_left, dropped)
-    if not num_left:
+    num_rows, num_positives = counts.to_pyarrow().to_pylist()[0].values()
+    if not num_rows:
         raise DataError(f"{source.name}: 0 rows. Give a log that holds events.")
     if not num_positives:
         raise DataError(
-            f"{source.name}: none of {num_left} rows is a positive (stage 'clicked'). Check "
+            f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked'). Check "
             "stage_values, rating_threshold or label."
         )
-    items, users = (
-        store(add_missing(entities[name], events, name).order_by(name), source)
-        for name in ("item_id", "user_id")
-    )
-    return (events, items, users), dropped, notes
 
 
 def _settle_unknown(
     events: ibis.Table,
-    source: Source,
+    raw: RawTable,
+    id_name: str,
     entities: ibis.Table,
     table: str,
-    id_name: str,
     unknown: UnknownItems,
-    num_rows: int,
-) -> tuple[ibis.Table, Dropped | str]:
-    """Keeps, drops or refuses events whose item or user its table lacks.
-
-    Returns the events that are kept, and what was dropped, or a note for a person.
-    """
-    where, kind = source.column(id_name), id_name.removesuffix("_id")
+) -> ibis.Table:
+    """Keeps, drops or refuses events whose item or user its table lacks; returns those kept."""
+    where, kind = raw.source.column(id_name), id_name.removesuffix("_id")
     lacking = events.anti_join(entities, id_name)
     lacks = lacking.aggregate(
         num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
     )
     num, num_ids, first = lacks.to_pyarrow().to_pylist()[0].values()
     if not num:
-        return events, ""
-    example = printable(repr(first))
+        return events
+    example, num_rows = printable(repr(first)), count_rows(events)
     if num == num_rows:
         other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
         raise DataError(
@@ -167,36 +124,38 @@ def _settle_unknown(
             "unknown_items",
         )
     if unknown == "drop":
-        kept = events.semi_join(entities, id_name)
-        return kept, Dropped(f"{kind} is not in the {kind} table", num)
-    return events, (
+        raw.dropped.append(Dropped(f"{kind} is not in the {kind} table", num))
+        return events.semi_join(entities, id_name)
+    raw.notes.append(
         f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
         f"{counted(num_ids, kind)} that {table} lacks, such as {example}: kept, with null features"
     )
+    return events
 
 
-def _settle_duplicates(
-    events: ibis.Table, source: Source, duplicates: Duplicates, num_rows: int
-) -> tuple[ibis.Table, Dropped | str]:
-    """Keeps, drops or refuses events that repeat an earlier one; returns as `_settle_unknown`."""
+def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates) -> ibis.Table:
+    """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
     # An event of the test part is not a repeat of one in the training part.
     keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
     keys = [name for name in keys if name in events.columns]
+    num_rows, what = count_rows(events), f"in {', '.join(keys)}"
     num_copies = num_rows - count_rows(events.select(*keys).distinct())
-    what = f"in {', '.join(keys)}"
-    if num_copies and duplicates == "error":
+    if not num_copies:
+        return events
+    if duplicates == "error":
         raise DataError(
-            f"{source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. Remove "
-            "them, or set duplicates to drop or keep.",
+            f"{raw.source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. "
+            "Remove them, or set duplicates to drop or keep.",
             "duplicates",
         )
-    if num_copies and duplicates == "drop":
-        same = ibis.window(group_by=keys, order_by="event_number")
-        numbered = events.mutate(_copy=ibis.row_number().over(same))
-        kept = numbered.filter(numbered["_copy"] == 0).drop("_copy")
-        return kept, Dropped("repeats an earlier event", num_copies)
-    note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
-    return events, note if num_copies else ""
+    if duplicates == "keep":
+        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        raw.notes.append(note)
+        return events
+    raw.dropped.append(Dropped("repeats an earlier event", num_copies))
+    same = ibis.window(group_by=keys, order_by="event_number")
+    numbered = events.mutate(_copy=ibis.row_number().over(same))
+    return numbered.filter(numbered["_copy"] == 0).drop("_copy")
 
 
 def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:

@@ -6,21 +6,18 @@ A split adds or replaces the column `part` of the event table: "train", "validat
 and without an order at random, a user's events of one item together. All expressions are lazy.
 """
 
-from __future__ import annotations
-
-import contextlib
 import math
-import numbers
 from collections.abc import Callable
-from datetime import UTC, date, datetime
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 import numpy as np
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import DataError, SplitKind, Stage, count_rows, part_problems
+from tfrs_pipeline.data.schema import DataError, Stage, count_rows
+from tfrs_pipeline.data.settings import SplitConfig
 
 PARTS = ("train", "validation", "test", "fold_in")
 COLUMN_PARTS = ("train", "validation", "test")
@@ -28,66 +25,29 @@ COLUMN_PARTS = ("train", "validation", "test")
 _CEIL_SLACK = 1e-9
 
 
-def read_amount(name: str, value: Any) -> Any:
-    """Reads a share, a number, a moment, also in ISO 8601, or a day, which means its midnight."""
-    if isinstance(value, str) or type(value) is date:  # A datetime is a date, too.
-        with contextlib.suppress(ValueError):
-            return datetime.fromisoformat(str(value))
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if value is None or is_number or isinstance(value, datetime):
-        return value
-    raise ValueError(
-        f"split.{name} must be a share, a number of positives, or a moment such as "
-        f"2024-01-31T00:00:00Z. Received: {value!r}."
-    )
-
-
 def split_events(
-    events: ibis.Table,
-    kind: SplitKind,
-    *,
-    validation: float | datetime | None,
-    test: float | datetime | None,
-    target_share: float,
-    min_positives: int,
-    seed: int,
-    is_ordered: bool = True,
+    events: ibis.Table, config: SplitConfig, *, seed: int, is_ordered: bool
 ) -> ibis.Table:
-    """Adds the column `part` (see `Log.split`)."""
-    for name, problem in part_problems(kind, validation, test):
-        raise ValueError(f"split.{name or kind}: {problem}. Received: {validation} and {test}.")
-    if validation is None:
-        validation = 1 if kind == "last_n" else 0.05
-    if test is None:
-        test = 1 if kind == "last_n" else 0.1
-    if kind == "column":
+    """Adds the column `part` (see `Log.split`); the kind of the split is set."""
+    if config.kind == "column":
         return split_by_column(events)
-    if kind == "time":
-        return split_by_time(events, validation, test)
-    assert not isinstance(validation, datetime)  # Refused above.
-    assert not isinstance(test, datetime)
+    if config.kind == "time":
+        return split_by_time(events, *config.amounts())
     order: list[Any] = order_keys(events)
     if not is_ordered:  # The order of the rows, which may be by item, would not be a fair draw.
         order = [random_key(events["user_id"], events["item_id"], seed=seed), "item_id"]
-    counted = _count_positives(events, min_positives, order)
-    if kind == "held_out_users":
-        counted = split_held_out_users(
-            counted,
-            validation,
-            test,
-            target_share=target_share,
-            min_positives=min_positives,
-            seed=seed,
-        )
+    counted = _count_positives(events, config.min_positives, order)
+    if config.kind == "held_out_users":
+        counted = split_held_out_users(counted, config, seed)
     else:
-        counted = split_last(counted, kind, validation, test)
-    return counted.select(*_columns(events), "part")
+        counted = split_last(counted, config)
+    return counted.select(*(name for name in events.columns if name != "part"), "part")
 
 
 def split_by_time(
     events: ibis.Table, validation: float | datetime, test: float | datetime
 ) -> ibis.Table:
-    """Splits at two moments, the same for all users; shares become moments (see `Log.split`).
+    """Splits at two moments, the same for all users; shares become moments.
 
     Positives of one moment stay together, so that a part may exceed its share a little.
     """
@@ -96,14 +56,7 @@ def split_by_time(
             "The log has no timestamp, so it cannot be split by time. Set split.kind to "
             "last_share, last_n or held_out_users, which need no time."
         )
-    if isinstance(validation, datetime) and isinstance(test, datetime):
-        if validation > test:
-            raise ValueError(
-                f"split.validation must not be after split.test. Received: {validation} and {test}."
-            )
-    else:
-        assert not isinstance(validation, datetime)  # Two moments or none.
-        assert not isinstance(test, datetime)
+    if not (isinstance(validation, datetime) and isinstance(test, datetime)):
         validation, test = _time_cuts(events, validation, test)
     time = events["timestamp"]
     return events.mutate(
@@ -115,28 +68,17 @@ def split_by_time(
     )
 
 
-def split_last(
-    counted: ibis.Table,
-    kind: Literal["last_n", "last_share"],
-    validation: float,
-    test: float,
-) -> ibis.Table:
-    """Splits off each user's last positives, a number or a share of them (see `Log.split`).
+def split_last(counted: ibis.Table, config: SplitConfig) -> ibis.Table:
+    """Splits off each user's last positives, a number or a share of them.
 
     By share, the last ceil(test n) of a user's n positives are the test, and the last
     ceil(validation m) of the m before them the validation part.
     """
-    for name, amount in (("validation", validation), ("test", test)):
-        if kind == "last_n" and (amount < 0 or not float(amount).is_integer()):
-            raise ValueError(
-                f"split.{name} must be a number of positives, 0 or more. Received: {amount}."
-            )
-        if kind == "last_share" and not 0 <= amount < 1:
-            raise ValueError(f"split.{name} must be a share in [0, 1). Received: {amount}.")
+    validation, test = config.amounts()
     num_positives, num_so_far = counted["_num_positives"], counted["_num_so_far"]
-    if kind == "last_n":
-        num_before_test = num_positives - int(test)
-        num_train = num_before_test - int(validation)
+    if config.kind == "last_n":
+        num_before_test = num_positives - test
+        num_train = num_before_test - validation
     else:
         num_before_test = num_positives - round_up(num_positives * test)
         num_train = num_before_test - round_up(num_before_test * validation)
@@ -149,26 +91,13 @@ def split_last(
     return counted.mutate(part=part)
 
 
-def split_held_out_users(
-    counted: ibis.Table,
-    validation: float,
-    test: float,
-    *,
-    target_share: float,
-    min_positives: int,
-    seed: int,
-) -> ibis.Table:
+def split_held_out_users(counted: ibis.Table, config: SplitConfig, seed: int) -> ibis.Table:
     """Holds out users drawn at random: none of their events is trained on.
 
     A held-out user's last ceil(target_share n) positives are the targets ("validation" or "test");
     the events before them are "fold_in", the history of a query.
     """
-    _check_shares(validation, test)
-    if not 0 < target_share < 1 or min_positives < 2:
-        raise ValueError(
-            "split.target_share must be in (0, 1) and split.min_positives 2 or more. Received: "
-            f"{target_share} and {min_positives}."
-        )
+    validation, test = config.amounts()
     users = counted.select("user_id").distinct()
     num_users = count_rows(users)
     num_test = num_in_share(test, num_users)
@@ -180,7 +109,8 @@ def split_held_out_users(
     )
     counted = counted.inner_join(users.mutate(_role=role), "user_id")
     num_positives = counted["_num_positives"]
-    is_target = counted["_num_so_far"] > num_positives - round_up(num_positives * target_share)
+    num_targets = round_up(num_positives * config.target_share)
+    is_target = counted["_num_so_far"] > num_positives - num_targets
     is_history = (counted["_role"] != "train") & ~is_target
     part = is_history.ifelse("fold_in", counted["_role"])
     return counted.mutate(part=part)
@@ -223,14 +153,13 @@ def is_positive(events: ibis.Table) -> ir.BooleanValue:
 
 
 def _time_cuts(
-    events: ibis.Table, validation_share: float, test_share: float
+    events: ibis.Table, validation_share: Any, test_share: Any
 ) -> tuple[datetime, datetime]:
     """Finds the times of the first validation and of the first test positive.
 
     If many positives share a time, as in a log of dates, validation starts at the last one before
     the test's.
     """
-    _check_shares(validation_share, test_share)
     times = events.filter(is_positive).select("timestamp")
     num_positives, time_of = in_order(times)
     num_test = num_in_share(test_share, num_positives)
@@ -280,11 +209,6 @@ def _hour(times: ibis.Table) -> ir.IntegerValue:
     return (times["timestamp"].epoch_seconds() / 3600).floor().cast("int64")
 
 
-def _columns(events: ibis.Table) -> list[str]:
-    """Names the columns that a split keeps: all but the log's own `part`."""
-    return [name for name in events.columns if name != "part"]
-
-
 def order_keys(events: ibis.Table) -> list[str]:
     """Names the columns that order a user's events."""
     return ["timestamp", "event_number"] if "timestamp" in events.columns else ["event_number"]
@@ -301,8 +225,7 @@ def _count_positives(events: ibis.Table, min_positives: int, order: list[Any]) -
         _num_positives=positives.sum().over(ibis.window(group_by="user_id")),
         _num_so_far=positives.sum().over(so_far),
     )
-    # A user without positives has nothing to train on and nothing to find.
-    return counted.filter(counted["_num_positives"] >= max(min_positives, 1))
+    return counted.filter(counted["_num_positives"] >= min_positives)
 
 
 def num_in_share(share: float, num: int) -> int:
@@ -317,11 +240,3 @@ def round_up(value: ir.NumericValue) -> ir.IntegerValue:
 
 def _moment(moment: datetime) -> ibis.Value:
     return ibis.literal(moment.astimezone(UTC), type="timestamp('UTC', 6)")
-
-
-def _check_shares(validation: float, test: float) -> None:
-    if not (validation >= 0 and test > 0 and validation + test < 1):
-        raise ValueError(
-            "split.test must be a share above 0, split.validation 0 or more, and both together "
-            f"below 1. Received: {test} and {validation}."
-        )

@@ -1,7 +1,5 @@
 """Raw tables typed and stored without the rows at fault; those of items and of users."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,51 +10,37 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
-from tfrs_pipeline.data.columns import (
-    feature_column,
-    is_integer,
-    to_required_id,
-)
+from tfrs_pipeline.data.columns import feature_column, is_integer, to_required_id
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.rules import Fault, RawTable, evaluate
-from tfrs_pipeline.data.schema import (
-    DataError,
-    Dropped,
-    Source,
-    count_rows,
-    require_column,
-)
+from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, require_column
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
 
 
-def store_sound(
-    raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float
-) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
+def store_sound(raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float) -> ibis.Table:
     """Stores typed columns of the rows that may stay, and counts the others by their first fault.
 
-    Returns the table; what was dropped; and which values are taken as missing, in lines. A
+    Adds to what was dropped of the table, and to its notes which values are taken as missing. A
     `DataError` if there are more of either than `max_bad_share`.
     """
     faults = sorted(raw.faults, key=lambda fault: fault.rule.is_droppable)
-    found = evaluate(raw.table, faults)
-    dropped, notes = [*raw.dropped], []
+    num_rows = raw.num_rows + sum(each.num_rows for each in raw.dropped)
     worst: tuple[bool, int, Fault] | None = None
-    for fault, num in zip(faults, found.num_bad, strict=True):
+    for fault, num in zip(faults, evaluate(raw.table, faults).num_bad, strict=True):
         if fault.is_missing and num > max_bad_share * raw.num_rows:
             raise fault.error(raw.table, raw.source, max_bad_share)
         if fault.is_missing and num:
             where = raw.source.column(fault.column)
-            notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
+            raw.notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
         elif num:
             of = printable(repr(raw.source.columns.get(fault.column, fault.column)))
-            dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
+            raw.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
             if worst is None or (not fault.rule.is_droppable, num) > worst[:2]:
                 worst = (not fault.rule.is_droppable, num, fault)
-    num_rows = raw.num_rows + sum(each.num_rows for each in raw.dropped)
-    is_too_much = sum(each.num_rows for each in dropped) > max_bad_share * num_rows
+    is_too_much = sum(each.num_rows for each in raw.dropped) > max_bad_share * num_rows
     if worst is not None and (is_too_much or worst[0]):
         raise worst[2].error(raw.table, raw.source, max_bad_share)
     if is_too_much:
@@ -68,19 +52,7 @@ def store_sound(
     rows = raw.table
     if worst is not None:
         rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
-    table = store(rows.select(**columns), raw.source)
-    check_account(raw.source, num_rows, count_rows(table), dropped)
-    return table, tuple(dropped), notes
-
-
-def check_account(source: Source, num_in: int, num_kept: int, dropped: Iterable[Dropped]) -> None:
-    """Raises a `RuntimeError` if a row was neither kept nor dropped and counted."""
-    num_dropped = sum(each.num_rows for each in dropped)
-    if num_in != num_kept + num_dropped:
-        raise RuntimeError(
-            f"{source.name}: of {num_in} rows {num_kept} were kept, {num_dropped} dropped, which "
-            "is not all of them. Report it as an error of this package."
-        )
+    return store(rows.select(**columns), raw.source)
 
 
 def load_raw(
@@ -132,18 +104,14 @@ def type_entities(
     as_integer: bool,
     features: Mapping[str, str],
     reading: Reading,
-) -> tuple[ibis.Table, tuple[Dropped, ...], list[str]]:
-    """Types and stores an item or user table: id, features and, for items, a column `title`.
-
-    Returns the table, one row an id; what was dropped; and notes for a person.
-    """
+) -> ibis.Table:
+    """Types and stores an item or user table, one row an id: features and a title of items."""
     columns = {id_name: to_required_id(raw, id_name, as_integer=as_integer)}
-    notes = type_features(raw, columns, features, reading)
+    type_features(raw, columns, features, reading)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities, dropped, missing = store_sound(raw, columns, reading.max_bad_share)
-    notes += missing
-    notes += describe_missing(entities, (name for name in columns if name != id_name), raw.source)
+    entities = store_sound(raw, columns, reading.max_bad_share)
+    raw.notes.extend(describe_missing(entities, [*columns][1:], raw.source))
     num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids < num_rows:
         entities = store(entities.distinct(), raw.source)
@@ -156,26 +124,18 @@ def type_entities(
                 f"that differ, such as those of {printable(repr(repeated))}. One row an id: remove "
                 "the repeated ones."
             )
-        dropped = (*dropped, Dropped(f"repeats a row of {raw.source.name}", num_rows - num_ids))
-        check_account(raw.source, num_rows, num_left, dropped[-1:])
-    return entities, dropped, notes
+        raw.dropped.append(Dropped(f"repeats a row of {raw.source.name}", num_rows - num_ids))
+    return entities
 
 
 def type_features(
-    raw: RawTable,
-    columns: dict[str, ir.Value],
-    features: Mapping[str, str],
-    reading: Reading,
-) -> list[str]:
-    """Types features, whose unusable values will be missing; returns notes for a person."""
+    raw: RawTable, columns: dict[str, ir.Value], features: Mapping[str, str], reading: Reading
+) -> None:
+    """Types features; their unusable values will be missing."""
     num_others = len(raw.faults)
-    notes: list[str] = []
     for name, kind in features.items():
-        column = feature_column(raw, name, reading)
-        columns[name] = KINDS[kind].read(column)
-        notes += column.notes
+        columns[name] = KINDS[kind].read(feature_column(raw, name, reading))
     raw.faults[num_others:] = [f._replace(is_missing=True) for f in raw.faults[num_others:]]
-    return notes
 
 
 def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) -> Iterator[str]:
@@ -189,9 +149,10 @@ def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) 
             yield f"{source.column(name)} is missing in {num:,} of {num_rows:,} rows ({share})"
 
 
-def describe_dropped(source: Source, dropped: Iterable[Dropped]) -> list[str]:
-    """Says what was dropped from an item or user table, in lines for a person."""
-    return [f"{source.name}: dropped {counted(d.num_rows, 'row')}: {d.reason}" for d in dropped]
+def describe_entities(raw: RawTable) -> list[str]:
+    """Says what was dropped from an item or user table and what else was found, in lines."""
+    dropped = (f"{counted(each.num_rows, 'row')}: {each.reason}" for each in raw.dropped)
+    return [*(f"{raw.source.name}: dropped {each}" for each in dropped), *raw.notes]
 
 
 def load_items(
@@ -214,10 +175,10 @@ def load_items(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
             "Give the ids of the events that it was trained on."
         )
-    items, dropped, notes = type_entities(
+    items = type_entities(
         raw, "item_id", as_integer=is_integer_id, features=item_features, reading=reading
     )
-    return items.order_by("item_id"), describe_dropped(raw.source, dropped) + notes
+    return items.order_by("item_id"), describe_entities(raw)
 
 
 def store(expression: ibis.Table, source: Source) -> ibis.Table:

@@ -1,7 +1,5 @@
 """Converts times in any form to UTC."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from datetime import UTC, datetime

@@ -184,8 +184,8 @@ def describe_samples(report: Mapping[str, Any]) -> list[str]:
             if has_losers
         ),
         *(
-            f"never hard negatives, {reason}: {counted(num_rows, 'row')}"
-            for reason, num_rows in report.get("hard_negatives_removed", {}).items()
-            if num_rows
+            f"losers that are never hard negatives: {num:,} (clicked or exposed, or not ranked low)"
+            for num in [report.get("num_losers_removed")]
+            if num
         ),
     ]

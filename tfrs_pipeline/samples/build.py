@@ -4,12 +4,10 @@ Ibis expressions run and write in the engine that holds the log: DuckDB out of c
 tables are flat, ordered rows, since engines hold lists in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,20 +53,10 @@ def build_samples(
     What comes before an event has an earlier timestamp, and is not of its request; in a log without
     times it has an earlier place; in one without order it is any other positive of the user.
 
-    Args:
-        log: Events; all items and users of the log get rows.
-        folder: Where to write; made if missing.
-        seed: Seed of the draw of hard pools.
-        hard: Which losers of the funnel become hard negatives.
-
-    Returns:
-        Counts by name: num_samples, num_empty_histories, num_candidates, num_queries,
-        num_known_positives, num_exposed, num_candidates_without_count; with hard negatives,
-        "hard_negatives" by stage (num_samples with some, mean_pool of these) and
-        "hard_negatives_removed" by reason.
-
-    Raises:
-        DataError: If no event is a positive.
+    All items and users of the log get rows. The seed draws the hard pools, from the losers that
+    `hard` asks for. Returns counts by name, with hard negatives also "hard_negatives" by stage
+    (num_samples with some, mean_pool of these) and num_losers_removed, which the guard or their
+    rank keeps from being hard negatives. A `DataError` if no event is a positive.
     """  # noqa: E501
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are not whole.
@@ -79,12 +67,12 @@ def build_samples(
         _write_counts(positives, work)
         _write_masks(events, positives, work)
         samples = positives if log.order == "none" else _with_num_earlier(positives)
-        removed: dict[str, int] = {}
+        num_removed = 0
         if hard is not None:
-            removed = _write_pools(events, positives, work, hard, seed)
+            num_removed = _write_pools(events, positives, work, hard, seed)
             samples = _with_pool_sizes(samples, work, hard)
         _write_samples(samples, work, log)
-        report = _report(work, hard, removed)
+        report = _report(work, hard, num_removed)
         files = work.publish(folder)
     write_record(folder / "report.json", report, files)
     return report
@@ -186,15 +174,15 @@ def _with_num_earlier(positives: ibis.Table) -> ibis.Table:
 
 def _write_pools(
     events: ibis.Table, positives: ibis.Table, work: _Work, hard: FunnelLosers, seed: int
-) -> dict[str, int]:
-    """Writes the pools of each stage; returns what was removed of the losers."""
-    losers, removed = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
+) -> int:
+    """Writes the pools of each stage; returns how many losers may be in none."""
+    losers = find_losers(events, hard, work.open("known_positives"), work.open("exposed"))
     losers = work.write("_losers", losers)
     for stage, pool in draw_pools(positives, losers, hard, seed).items():
         # A batch draws neighbours: in the order of rows, items of similar age would come together.
         pool = pool.order_by([*_IN_SEQUENCE, "place"])
         work.write(f"hard_{stage}", pool.select("event_number", "candidate_row"))
-    return removed
+    return count_rows(events.filter(events["stage"].isin(list(hard.stages)))) - count_rows(losers)
 
 
 def _with_pool_sizes(samples: ibis.Table, work: _Work, hard: FunnelLosers) -> ibis.Table:
@@ -224,7 +212,7 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     work.write("samples", in_order.rename(columns))
 
 
-def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) -> dict[str, Any]:
+def _report(work: _Work, hard: FunnelLosers | None, num_removed: int) -> dict[str, Any]:
     samples, corpus, known = map(work.open, ("samples", "corpus", "known_positives"))
     report: dict[str, Any] = {
         "num_samples": count_rows(samples),
@@ -239,7 +227,7 @@ def _report(work: _Work, hard: FunnelLosers | None, removed: Mapping[str, int]) 
         report["hard_negatives"] = {
             stage: _describe_pools(samples[pool_size_column(stage)]) for stage in hard.stages
         }
-        report["hard_negatives_removed"] = dict(removed)
+        report["num_losers_removed"] = num_removed
     return report
 
 

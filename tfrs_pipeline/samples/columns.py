@@ -1,7 +1,5 @@
 """Columns as files that are mapped into memory: written piece by piece, read as asked."""
 
-from __future__ import annotations
-
 import fcntl
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,15 +23,7 @@ def read_blocks(table: Path, column: str) -> Iterator[Any]:
 def write_column(
     path: Path, dtype: Any, blocks: Iterable[Any], row_shape: tuple[int, ...] = ()
 ) -> None:
-    """Writes blocks of numbers, or of rows of them, as one .npy file of a dtype.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "rows.npy"
-        >>> write_column(path, np.int32, [[5, 3], [8]])
-        >>> map_column(path)
-        array([5, 3, 8], dtype=int32)
-    """
+    """Writes blocks of numbers, or of rows of them, as one .npy file of a dtype."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0, *row_shape)}
     num_rows = 0
     with path.open("wb") as file:
@@ -52,10 +42,6 @@ def starts_of_keys(blocks: Iterable[np.ndarray], num_keys: int) -> np.ndarray:
 
     Blocks, not empty, hold the keys of some rows, 0 to num_keys - 1. Returns [num_keys + 1] int64,
     the number of rows last.
-
-    Example:
-        >>> starts_of_keys([np.array([1, 1]), np.array([1, 3])], num_keys=5)
-        array([0, 0, 3, 3, 4, 4])
     """
     num_before = np.zeros(num_keys + 1, np.int64)
     for keys in blocks:

@@ -5,12 +5,10 @@ The exposure guard comes first: an item that was exposed to the user and not cli
 user clicked anywhere in training, is never a negative of that user.
 """
 
-from __future__ import annotations
-
 import ibis
 
 from tfrs_pipeline.data.engines import random_key
-from tfrs_pipeline.data.schema import Stage, count_rows
+from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.data.split import round_up
 from tfrs_pipeline.negatives.funnel import FunnelLosers
 
@@ -20,35 +18,26 @@ _POSITIVE = ("query_row", "time", "event_number")
 
 def find_losers(
     events: ibis.Table, hard: FunnelLosers, known: ibis.Table, exposed: ibis.Table
-) -> tuple[ibis.Table, dict[str, int]]:
+) -> ibis.Table:
     """Finds the losers of each request that the guard allows as hard negatives.
 
-    Args:
-        events: Training events with query_row, candidate_row, stage, time and event_number;
-            optional request_id, rank.
-        hard: Which losers to take.
-        known: (query_row, candidate_row) pairs clicked in training.
-        exposed: (query_row, candidate_row) pairs exposed in training and never clicked.
-
-    Returns:
-        Table of query_row, candidate_row, stage, time, event_number and request_id (null if
-        unknown), and the numbers of rows removed, by reason.
+    Events have query_row, candidate_row, stage, time and event_number, and optional request_id and
+    rank. `known` and `exposed` are the pairs of query_row and candidate_row clicked in training,
+    and exposed and never clicked. Returns query_row, candidate_row, stage, time, event_number and
+    request_id (null if unknown).
     """
     if "request_id" not in events.columns:
         events = events.mutate(request_id=ibis.null("int64"))
     pairs = ["query_row", "candidate_row"]
     taken = events.filter(events["stage"].isin(list(hard.stages)))
-    removed: dict[str, int] = {}
     if Stage.RANKED in hard.stages:
-        taken, removed = _low_part(events, taken, hard)
+        taken = _low_part(events, taken, hard)
     losers = taken.select(*pairs, "stage", "time", "event_number", "request_id")
-    removed["clicked by the user in training"] = count_rows(losers.semi_join(known, pairs))
     losers = losers.anti_join(known, pairs)
     # The stage "exposed" itself is here only if `allow_exposed` is set.
     was_exposed = losers.filter(losers["stage"] == Stage.EXPOSED.value)
     others = losers.filter(losers["stage"] != Stage.EXPOSED.value)
-    removed["exposed to the user and not clicked"] = count_rows(others.semi_join(exposed, pairs))
-    return others.anti_join(exposed, pairs).union(was_exposed), removed
+    return others.anti_join(exposed, pairs).union(was_exposed)
 
 
 def draw_pools(
@@ -58,11 +47,9 @@ def draw_pools(
 
     Recent requests give their `max_pool` latest losers, so that the work grows with a user's
     events, not with their square. Positives have query_row, event_number, time and, if logged,
-    request_id; losers come from `find_losers`. The seed draws from pools above `max_pool`.
-
-    Returns:
-        Stage -> table of query_row, time and event_number of the positive, candidate_row of the
-        loser, each pair once, and its place in the pool, which is in random order.
+    request_id; losers come from `find_losers`. The seed draws from pools above `max_pool`. Returns,
+    by stage, query_row, time and event_number of the positive, candidate_row of the loser, each
+    pair once, and its place in the pool, which is in random order.
     """
     has_request = "request_id" in positives.columns
     keyed = positives if has_request else positives.mutate(request_id=ibis.null("int64"))
@@ -82,17 +69,13 @@ def draw_pools(
     return pools
 
 
-def _low_part(
-    events: ibis.Table, taken: ibis.Table, hard: FunnelLosers
-) -> tuple[ibis.Table, dict[str, int]]:
+def _low_part(events: ibis.Table, taken: ibis.Table, hard: FunnelLosers) -> ibis.Table:
     """Keeps only the `ranked` items at the low end of their request's ranks."""
     is_ranked = taken["stage"] == Stage.RANKED.value
-    ranked, others = taken.filter(is_ranked), taken.filter(~is_ranked)
+    others = taken.filter(~is_ranked)
     if "rank" not in events.columns:
-        return others, {"ranked without a rank": count_rows(ranked)}
-    without_request = 0
-    without_rank = count_rows(ranked.filter(ranked["rank"].isnull()))
-    ranked = ranked.filter(ranked["rank"].notnull())
+        return others
+    ranked = taken.filter(is_ranked & taken["rank"].notnull())
     if hard.min_rank is not None:
         low = ranked.filter(ranked["rank"] >= hard.min_rank)
     else:
@@ -103,7 +86,6 @@ def _low_part(
             & events["request_id"].notnull()
             & events["stage"].isin(last_stages)
         )
-        without_request = count_rows(ranked.filter(ranked["request_id"].isnull()))
         ranked = ranked.filter(ranked["request_id"].notnull())
         by_request = ibis.window(
             group_by=["query_row", "request_id"], order_by=["rank", "event_number"]
@@ -118,12 +100,7 @@ def _low_part(
         ranked = ranked.inner_join(place, "event_number")
         num_low = round_up(ranked["num_ranks"] * hard.bottom_share)
         low = ranked.filter(ranked["place"] > ranked["num_ranks"] - num_low)
-    removed = {
-        "ranked without a rank": without_rank,
-        "ranked without a request": without_request,
-        "ranked, not in the low part": count_rows(ranked) - count_rows(low),
-    }
-    return others.union(low.select(*others.columns)), removed
+    return others.union(low.select(*others.columns))
 
 
 def _recent_requests(

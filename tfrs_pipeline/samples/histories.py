@@ -1,7 +1,5 @@
 """The histories of users up to now, for a model in service."""
 
-from __future__ import annotations
-
 import ibis
 import ibis.expr.types as ir
 import numpy as np
@@ -19,12 +17,9 @@ def latest_histories(
 ) -> tuple[RowLists, RowLists, np.ndarray | None]:
     """Collects the positives of each user of a log, its test part included, in its engine.
 
-    Returns:
-        histories: Per query row from 0, the candidate rows of the user's positives, most recent
-            first; 0 for unknown items. Row 0, any unknown user, has none.
-        known_positives: The known ones of these, distinct and ascending.
-        times: [total] int64, seconds since 1970 of each value in `histories`; None in a log without
-            timestamps.
+    Returns, per query row from 0, the candidate rows of the user's positives, most recent first, 0
+    for unknown items; the known ones of these, distinct and ascending; and [total] int64, the
+    seconds since 1970 of each value in the histories, None in a log without timestamps.
     """
     users = _row_table("user_id", query_ids, "query_row")
     items = _row_table("item_id", candidate_ids, "candidate_row")

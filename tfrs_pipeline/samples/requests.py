@@ -1,7 +1,5 @@
 """Request features of samples: raw in Parquet, encoded in columns that are mapped."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Mapping

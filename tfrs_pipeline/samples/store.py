@@ -84,12 +84,7 @@ class RowLists:
         return cls(np.zeros(num_keys + 1, np.int64), np.zeros(0, np.int32))
 
     def take(self, keys: np.ndarray) -> RowLists:
-        """Gathers the lists of keys, [n] integers, repeats allowed: one list for each.
-
-        Example:
-            >>> RowLists.from_lists([[7], [], [3, 4]]).take(np.array([2, 0, 2])).values
-            array([3, 4, 7, 3, 4], dtype=int32)
-        """
+        """Gathers the lists of keys, [n] integers, repeats allowed: one list for each."""
         starts = self.offsets[keys]
         lengths = self.offsets[keys + 1] - starts
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -101,14 +96,7 @@ class RowLists:
         return RowLists(np.append(0, np.cumsum(is_kept))[self.offsets], self.values[is_kept])
 
     def latest(self, length: int) -> np.ndarray:
-        """Returns the ends of the lists, backwards, padded with 0: [num_keys, length] int32.
-
-        Example:
-            >>> RowLists.from_lists([[7], [], [3, 4, 5]]).latest(2)
-            array([[7, 0],
-                   [0, 0],
-                   [5, 4]], dtype=int32)
-        """
+        """Returns the ends of the lists, backwards, padded with 0: [num_keys, length] int32."""
         ends, lengths = self.offsets[1:], np.diff(self.offsets)
         return padded_lines(self.values, ends - 1, lengths, length, step=-1)
 
@@ -185,21 +173,12 @@ class Samples:
             array([5], dtype=int32)
         """
         queries, candidates = np.asarray(query_rows), np.asarray(candidate_rows)
-        if len(queries) != len(candidates):
-            raise ValueError(
-                "query_rows and candidate_rows must be of one length. "
-                f"Received: {len(queries)} and {len(candidates)}"
-            )
-        for name, rows, last in (
-            ("query_rows", queries, num_queries),
-            ("candidate_rows", candidates, num_candidates),
-        ):
-            if len(rows) and not np.issubdtype(rows.dtype, np.integer):
-                raise ValueError(f"{name} must be integers. Received: {rows.dtype}")
-            if len(rows) and not 1 <= rows.min() <= rows.max() <= last:
+        for rows, last in ((queries, num_queries), (candidates, num_candidates)):
+            is_row = np.issubdtype(rows.dtype, np.integer) & (rows >= 1) & (rows <= last)
+            if len(queries) != len(candidates) or not np.all(is_row):
                 raise ValueError(
-                    f"{name} must lie in 1 .. {last}: row 0 is 'unknown'. "
-                    f"Received: {rows.min()} to {rows.max()}"
+                    "query_rows and candidate_rows must be of one length and hold integers from 1 "
+                    f"(row 0 is 'unknown') to {last}. Received: {rows}"
                 )
         queries, candidates = queries.astype(np.int32), candidates.astype(np.int32)
         order = np.argsort(queries, kind="stable")

@@ -4,8 +4,6 @@ Ratings of 4 and 5 are clicks, lower ones exposures. Free for research; the data
 shipped. Every route to the files gives the same log.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import importlib.util
@@ -82,20 +80,11 @@ def load_movielens_100k(
     index can be reached, the copy inside the recbole wheel, which is opened as a zip file, never
     installed or imported.
 
-    Args:
-        folder: Holds GroupLens's own files u.data, u.item and u.user.
-        item_features: Some of `ITEM_FEATURES`; None means all.
-        user_features: Some of `USER_FEATURES`; None means all.
-        request_features: `hour` and `weekday` of the rating, or one of them.
-        cache_dir: Where fetched files are kept; None means `default_cache_dir()`.
-        fetchers: Route name -> fetcher, tried in order; None means the two routes above.
-
-    Returns:
-        Events in the order of the source; titles without the year, years null and genres empty if
-        unknown.
-
-    Raises:
-        DataError: If no route leads to the data, or a file has other contents.
+    `folder` holds GroupLens's own files u.data, u.item and u.user. Features are some of
+    `ITEM_FEATURES` and `USER_FEATURES`, None means all, and `hour` and `weekday` of the rating.
+    Fetched files are kept in `cache_dir`, None means `default_cache_dir()`. Routes are tried in
+    order. Events come in the order of the source; titles without the year, which is null if
+    unknown. A `DataError` if no route leads to the data, or a file has other contents.
     """
     if folder is None:
         folder = _fetch(cache_dir or default_cache_dir(), fetchers or FETCHERS)

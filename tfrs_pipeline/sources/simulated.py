@@ -21,8 +21,6 @@ shown or clicked items can come again. A click is a look times a liking: the exa
 (Craswell et al. 2008, "An experimental comparison of click position-bias models").
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -67,6 +65,8 @@ _EVENT_SCHEMA = pa.schema(
 class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
+    A `ValueError` if a number is out of range, not finite, or a count is not an integer.
+
     Args:
         num_retrieved: Items of the corpus that retrieval takes for a request.
         num_pre_ranked: Items that pre-rank keeps.
@@ -82,9 +82,6 @@ class FunnelOptions:
             looked at half as often as the first.
         device_weight: Weight of the device in the taste, 0 or more; the user's is 4. At 0 requests
             have no device.
-
-    Raises:
-        ValueError: If a number is out of range, not finite, or a count is not an integer.
     """
 
     num_retrieved: int = 100
@@ -203,20 +200,11 @@ def simulate_funnel(
     that memory grows with the event table alone, and a longer simulation starts with the requests
     of a shorter one, at other times.
 
-    Args:
-        num_users: 1 or more; a user may have no request.
-        num_items: At least `options.num_retrieved`.
-        num_requests: 1 or more; each logs `options.num_retrieved` events.
-        seed: 0 or more.
-        options: How the funnel works; None means `FunnelOptions()`.
-
-    Returns:
-        Events in the order of requests, with timestamp, request_id (from 0), rank and score (null
-        for what did not survive rank). Categorical features hint at the taste: genre of items,
-        favourite_genre of users and, with devices, device of requests.
-
-    Raises:
-        ValueError: If a number is out of range, or nothing was clicked.
+    A user may have no request; each request logs `options.num_retrieved` events. Returns events in
+    the order of requests, with timestamp, request_id (from 0), rank and score (null for what did
+    not survive rank). Categorical features hint at the taste: genre of items, favourite_genre of
+    users and, with devices, device of requests. A `ValueError` if a number is out of range, or
+    nothing was clicked.
 
     Example:
         >>> simulation = simulate_funnel(num_users=50, num_items=200, num_requests=100, seed=0)
