@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -28,6 +29,12 @@ def arguments(**options: Any) -> dict[str, Any]:
     """Returns the arguments of `Log.from_files`: options of a reading are put into one."""
     reading = {name: options.pop(name) for name in Reading.model_fields if name in options}
     return {**options, "reading": Reading(**reading)}
+
+
+def column(table: ibis.Table, name: str, order: str = "event_number") -> list[Any]:
+    """Returns the values of a column, in order."""
+    values: list[Any] = table.order_by(order)[name].to_pyarrow().to_pylist()
+    return values
 
 
 def user_id(number: int, ids: Ids) -> Any:

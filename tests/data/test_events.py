@@ -1,13 +1,216 @@
-"""The label: which exposed events are positives, and what they weigh."""
+"""Events: their types, stages, times and labels, and what is refused."""
 
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
+from tests.small_log import column
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.reading import Reading
 from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.samples.build import build_samples
+from tfrs_pipeline.samples.store import read_samples
+
+CLICKS = "user_id,item_id,timestamp\n7,a,1700000002\n8,b,1700000001\n7,b,1700000000\n"
+NAMES = {"user_id": "uid", "item_id": "movie"}
+
+
+def test_clicks(load: Any) -> None:
+    tables = load(CLICKS)
+    assert column(tables.events, "user_id") == [7, 8, 7]
+    assert column(tables.events, "item_id") == ["a", "b", "b"]
+    assert column(tables.events, "event_number") == [0, 1, 2]
+    assert column(tables.events, "timestamp")[2] == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+    assert column(tables.events, "stage") == ["clicked"] * 3
+    assert column(tables.items, "item_id", "item_id") == ["a", "b"]
+    assert column(tables.users, "user_id", "user_id") == [7, 8]
+    assert tables.dropped == ()
+
+
+def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
+    text = "uid;movie;stars\n1;2;3.5\n1;3;4\n1;4;4.5\n"
+    tables = load(text, columns=NAMES | {"rating": "stars"}, rating_threshold=4)
+    assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
+    assert "timestamp" not in tables.events.columns
+    assert "rating" not in tables.events.columns
+
+
+@pytest.mark.parametrize("dtype", [pa.float32(), pa.float64()])
+def test_a_rating_at_the_threshold_is_a_positive_in_any_precision(
+    load: Any, dtype: pa.DataType
+) -> None:
+    # 4.1 is 4.0999999 in float32.
+    ratings = pa.array([4.0, 4.1, 4.2], dtype)
+    events = pa.table({"user_id": [1] * 3, "item_id": [2, 3, 4], "rating": ratings})
+    tables = load(events, rating_threshold=4.1)
+    assert column(tables.events, "stage") == ["exposed", "clicked", "clicked"]
+
+
+def test_a_funnel_log_with_stages_ranks_and_context(load: Any) -> None:
+    text = (
+        "user_id,item_id,what,request_id,rank,score,page\n"
+        '1,10,buy,r1,0,0.5,"home, top"\n1,11,show,r1,1,0.25,home\n1,12,lost,r1,,,home\n'
+    )
+    tables = load(
+        text,
+        columns={"stage": "what", "page": "page"},
+        stage_values={"buy": "clicked", "show": "exposed", "lost": "pre_ranked"},
+    )
+    assert column(tables.events, "stage") == ["clicked", "exposed", "pre_ranked"]
+    assert column(tables.events, "rank") == [0, 1, None]
+    assert column(tables.events, "score") == [0.5, 0.25, None]
+    assert column(tables.events, "page") == ["home, top", "home", "home"]
+    assert column(tables.events, "request_id") == ["r1"] * 3
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        (["7", "10"], [7, 10]),
+        (["7", "x"], ["7", "x"]),
+        (["007", "7"], ["007", "7"]),
+        (["7.0", "8"], [7, 8]),
+        (["7.0", " x "], ["7", "x"]),
+        (["99999999999999999999", "7"], ["99999999999999999999", "7"]),
+        (["-5", "0"], [-5, 0]),
+    ],
+)
+def test_ids_in_csv_are_integers_only_if_all_are_written_so(
+    load: Any, ids: list[str], expected: list[Any]
+) -> None:
+    tables = load("user_id,item_id\n" + "".join(f"{value},1\n" for value in ids))
+    assert column(tables.events, "user_id") == expected
+
+
+def test_white_space_around_ids_is_stripped(load: Any) -> None:
+    log = load("user_id,item_id\n1, a  3\n 2 ,a 3\n3,b \n 4,b\n5,a  3\n")
+    assert column(log.events, "user_id") == [1, 2, 3, 4, 5]
+    assert column(log.events, "item_id") == ["a  3", "a 3", "b", "b", "a  3"]
+    table = Log.from_table(pa.table({"user_id": ["u", "v"], "item_id": [" a", "a"]}))
+    assert column(table.items, "item_id", "item_id") == ["a"]
+
+
+MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "value, options",
+    [
+        ("1706702400.5", {}),
+        ("1706702400500", {"timestamp_unit": "ms"}),
+        ("1706702400500000", {"timestamp_unit": "us"}),
+        ("1706702400500000999", {"timestamp_unit": "ns"}),
+        ("2024-01-31T12:00:00.5Z", {}),
+        ("2024-01-31 13:00:00.5+01:00", {}),
+        ("2024-01-31 13:00:00.5", {"time_zone": "Europe/Berlin"}),
+        ("2024-01-31T12:00:00.5", {"time_zone": "UTC"}),
+        (pa.array([1706702400500], pa.int64()), {"timestamp_unit": "ms"}),
+        (pa.array([1706702400.5], pa.float64()), {}),
+        (pa.array([MOMENT], pa.timestamp("us", "Asia/Tokyo")), {}),
+        (pa.array([MOMENT.replace(tzinfo=None)], pa.timestamp("ns")), {"time_zone": "UTC"}),
+    ],
+)
+def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -> None:
+    events: str | pa.Table = f"user_id,item_id,timestamp\n1,2,{value}\n"
+    if not isinstance(value, str):
+        events = pa.table({"user_id": [1], "item_id": [2], "timestamp": value})
+    assert column(load(events, **options).events, "timestamp") == [MOMENT]
+
+
+def test_duplicates_are_kept_dropped_or_refused(load: Any) -> None:
+    text = "user_id,item_id,timestamp\n1,5,1700000000\n1,5,1700000009\n1,5,1700000000\n"
+    assert column(load(text).events, "event_number") == [0, 1, 2]
+    dropped = load(text, duplicates="drop")
+    assert column(dropped.events, "event_number") == [0, 1]
+    assert dropped.dropped[0].num_rows == 1
+    with pytest.raises(DataError, match="1 of 3 rows repeat an earlier one"):
+        load(text, duplicates="error")
+
+
+def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
+    text = "user_id,item_id,{0}\n1,2,train\n1,3,\n1,2,test\n1,2,test\n"
+    for tables in (load(text.format("part")), load(text.format("fold"), columns={"part": "fold"})):
+        assert column(tables.events, "part") == ["train", None, "test", "test"]
+    dropped = load(text.format("part"), duplicates="drop")
+    assert column(dropped.events, "part") == ["train", None, "test"]
+
+
+def test_what_float32_cannot_tell_apart_is_refused() -> None:
+    """As tools that shrink tables make it."""
+    clicks = {"user_id": [1, 2], "item_id": np.array([2**24 - 1, 5], np.float32)}
+    assert sorted(column(Log.from_table(pd.DataFrame(clicks)).events, "item_id")) == [5, 2**24 - 1]
+    clicks["item_id"] = np.array([2**24 + 2, 5], np.float32)
+    with pytest.raises(DataError, match=r"must be an integer or a string .* in 1 of 2 rows"):
+        Log.from_table(pd.DataFrame(clicks))
+    times = {"user_id": [1, 2], "item_id": [1, 2], "timestamp": np.array([1.7e9, 2e9], np.float32)}
+    with pytest.raises(DataError, match=r"float32 \(2 rows\), .* Store them as int64 or float64"):
+        Log.from_table(pd.DataFrame(times))
+
+
+def test_an_empty_request_id_is_none(tmp_path: Path, load: Any) -> None:
+    # As one request, all events without would have been asked for at once, without a history.
+    rows = {"user_id": [1] * 4, "item_id": [5, 6, 7, 8], "request_id": ["", "r", " ", None]}
+    assert column(load(pa.table(rows)).events, "request_id") == [None, "r", None, None]
+    log = load('user_id,item_id,request_id\n1,5,""\n1,6,r\n1,7," "\n1,8,\n')
+    assert column(log.events, "request_id") == [None, "r", None, None]
+    build_samples(log, tmp_path, seed=0)
+    samples = read_samples(tmp_path)
+    assert [samples.history(i).tolist() for i in range(4)] == [[], [1], [1, 2], [1, 2, 3]]
+
+
+def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(load: Any) -> None:
+    columns = {"user_id": [1, 1], "item_id": [5, 6], "added": [1, 0]}
+    events = pa.table({**columns, "bought": pa.nulls(2)})
+    label = {"added": 1.0, "bought": 2.0}
+    for log in (load(events, label=label), Log.from_table(events, reading=Reading(label=label))):
+        assert column(log.events, "stage") == ["clicked", "exposed"]
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("uid,item_id\n1,2\n", {}, "no column 'user_id'. Nearest: uid.*Set columns"),
+        ("user_id,item_id\n1,2\n", {"columns": {"item_id": "film"}}, "no column 'film'"),
+        ("user_id,item_id\n", {}, r"events\.csv: 0 rows"),
+        ("", {}, r"events\.csv: 0 rows, and no header"),
+        ("user_id,item_id,user_id\n1,2,3\n", {}, "Repeated or empty: user_id"),
+        ("user_id,item_id\n1,2\n1,2,3,4\n", {}, r"line 3 of .*\(1 of 2 lines\)\. Give"),
+        ("user_id,item_id\n1,2\n3,4\r\n5,6\n", {}, "line 3 .* another line ending"),
+        ("user_id,item_id\r\n1,2\n3,4", {}, r"line 2 of events\.csv has another line ending"),
+        ("user_id,item_id\n,2\n1,2\n", {}, r"events\.csv: column 'user_id' is null in 1 of 2 rows"),
+        ("user_id,item_id\n-1,2\n", {}, r"'user_id' is -1 \(reserved .*\) in 1 of 1 rows"),
+        (CLICKS.replace("170", "170000"), {}, "look like milliseconds"),
+        (CLICKS.replace("170", "170000"), {"timestamp_unit": "us"}, "Set timestamp_unit to ms"),
+        (CLICKS, {"timestamp_unit": "ms"}, "look like seconds"),
+        (CLICKS.replace("1700000000", "yesterday"), {}, "times and .* 1 of 3 rows, .*'yesterday'"),
+        (CLICKS.replace("1700000000", "2024-01-01"), {}, "one way .*'2024-01-01' .first: row 3"),
+        (CLICKS.replace("1700000000", ""), {}, "'timestamp' is null in 1 of 3 rows"),
+        ("user_id,item_id,timestamp\n1,2,2024-01-31\n", {}, "without a time zone.*1 rows"),
+        ("user_id,item_id,timestamp\n1,2,2024-01-31 10:00:00\n1,2,2024-01-31T10:00:00Z\n",
+         {"time_zone": "UTC"}, "does not in 1 of 2 rows.* with an offset in all or in none"),
+        ("user_id,item_id,timestamp\n1,2,20240131\n", {}, "look like dates"),
+        (CLICKS.replace("1700", "2024-01-01 00:0"), {}, "must hold times"),
+        ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
+        ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
+        ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
+        ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
+        ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
+        (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),
+        (pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}), {},
+         "'timestamp' must be a timestamp"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(load: Any, text: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(text, **options)
+
+
+# The label: which exposed events are positives, and what they weigh.
 
 COLUMNS: dict[str, list[Any]] = {
     "user_id": [1] * 6,
@@ -59,6 +262,6 @@ def test_a_weighted_union_adds_what_holds_and_keeps_the_event_weight() -> None:
         ({"stage": 1.0}, {}, "made of outcomes, which stage is not"),
     ],
 )  # fmt: skip
-def test_what_is_refused(label: Any, more: Any, message: str) -> None:
+def test_labels_that_are_refused(label: Any, more: Any, message: str) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         labelled(label, **more)

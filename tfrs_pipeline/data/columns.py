@@ -5,6 +5,7 @@ leading zeros and fails late. An unusable value becomes null and a fault of its 
 (`RawTable.fault`), for `tables.py` to drop or refuse. NaN is a missing value and becomes null.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from tfrs_pipeline.data.rules import RawTable, Rule, id_faults
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.times import is_integer_text, refuse_years, to_timestamp
 from tfrs_pipeline.features.feature import TableColumn
+from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
 
 _LARGEST_INT64 = 2**63 - 1
@@ -147,6 +149,16 @@ def feature_column(raw: RawTable, name: str, reading: Reading) -> TableColumn:
         wrong_type=partial(raw.wrong_type, name),
         notes=raw.notes,
     )
+
+
+def type_features(
+    raw: RawTable, columns: dict[str, ir.Value], features: Mapping[str, str], reading: Reading
+) -> None:
+    """Types features; their unusable values will be missing."""
+    num_others = len(raw.faults)
+    for name, kind in features.items():
+        columns[name] = KINDS[kind].read(feature_column(raw, name, reading))
+    raw.faults[num_others:] = [f._replace(is_missing=True) for f in raw.faults[num_others:]]
 
 
 def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:

@@ -19,8 +19,8 @@ from tfrs_pipeline.data.schema import (
     name_problem,
     require_column,
 )
-from tfrs_pipeline.data.settle import add_missing
 from tfrs_pipeline.data.split import is_positive
+from tfrs_pipeline.data.tables import add_missing
 from tfrs_pipeline.features.feature import ID_TYPES, NUMBER_TYPES, TIME_TYPES
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.messages import sentence

@@ -15,9 +15,11 @@ import duckdb
 import ibis
 import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
+from ibis.common.exceptions import TableNotFound
 
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.durable import naming, part_files
+from tfrs_pipeline.durable import StorageError, naming, part_files
+from tfrs_pipeline.messages import printable
 
 _SPARK = "pyspark"
 ENGINES = ("duckdb", _SPARK)
@@ -107,6 +109,23 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def check_stored(error: Exception) -> None:
+    """Raises a `StorageError`, or a `DataError`, if DuckDB could not store what it has read."""
+    reason = printable(str(error).strip().partition("\n")[0], 300)
+    if is_lost := isinstance(error, TableNotFound):
+        reason = "a table is not there after it was written, as on a full disk"
+    if is_lost or "Could not write file" in reason:
+        raise StorageError(
+            f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
+            "in the environment to another folder."
+        ) from error
+    if "read-only mode" in reason:
+        raise DataError(
+            f"The log's tables are stored in its connection, which must be writable: {reason} "
+            "Open it for writing, or give none."
+        ) from error
 
 
 def random_key(*values: ir.Value, seed: int) -> ir.StringValue:

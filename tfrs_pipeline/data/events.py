@@ -18,6 +18,7 @@ from tfrs_pipeline.data.columns import (
     to_number,
     to_outcome,
     to_required_id,
+    type_features,
 )
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.reading import Reading
@@ -31,7 +32,6 @@ from tfrs_pipeline.data.schema import (
     Stage,
     require_column,
 )
-from tfrs_pipeline.data.tables import describe_missing, store_sound, type_features
 from tfrs_pipeline.data.times import to_timestamp
 from tfrs_pipeline.messages import printable
 
@@ -109,8 +109,8 @@ def load_events(
         weight = weight * _weight(raw, columns["stage"])
     if reading.label or "weight" in names:
         columns["weight"] = weight
-    events = store_sound(raw, columns, reading.max_bad_share)
-    raw.notes.extend(describe_missing(events, requests, raw.source))
+    events = raw.store_sound(columns, reading.max_bad_share)
+    raw.note_missing(events, requests)
     raw.drop()
     return events, raw
 

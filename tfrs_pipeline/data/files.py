@@ -19,15 +19,11 @@ import pyarrow.parquet
 from ibis.backends.duckdb import Backend as DuckDB
 from ibis.common.exceptions import TableNotFound
 
-from tfrs_pipeline.data.rules import RawTable
+from tfrs_pipeline.data.engines import check_stored
+from tfrs_pipeline.data.rules import LINES_REMEDY, RawTable
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows
-from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import printable, sentence
 
-LINES_REMEDY = (
-    "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "
-    "line, and quotes that close; or Parquet."
-)
 _LONGEST_HEADER = 1 << 20
 _CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 # Lines that DuckDB leaves out alone; an open quote may take any number of others with it.
@@ -259,23 +255,6 @@ def _check_names(name: str | Path, columns: Sequence[str], folders: Sequence[str
             f"{name} must name each column once, in its folders' names too. Repeated or empty: "
             f"{printable(', '.join(repeated) or 'a column without a name', 200)}. Rename them."
         )
-
-
-def check_stored(error: Exception) -> None:
-    """Raises a `StorageError`, or a `DataError`, if DuckDB could not store what it has read."""
-    reason = printable(str(error).strip().partition("\n")[0], 300)
-    if is_lost := isinstance(error, TableNotFound):
-        reason = "a table is not there after it was written, as on a full disk"
-    if is_lost or "Could not write file" in reason:
-        raise StorageError(
-            f"DuckDB cannot store the log's tables: {reason}. Make room there, or set TMPDIR "
-            "in the environment to another folder."
-        ) from error
-    if "read-only mode" in reason:
-        raise DataError(
-            f"The log's tables are stored in its connection, which must be writable: {reason} "
-            "Open it for writing, or give none."
-        ) from error
 
 
 def _unreadable(name: str | Path, error: Exception, csv_files: Sequence[Path] = ()) -> DataError:

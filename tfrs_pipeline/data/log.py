@@ -31,8 +31,8 @@ from tfrs_pipeline.data.schema import (
     count_rows,
 )
 from tfrs_pipeline.data.settings import SplitConfig
-from tfrs_pipeline.data.settle import make_tables
 from tfrs_pipeline.data.split import split_events
+from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
 
 

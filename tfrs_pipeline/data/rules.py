@@ -5,16 +5,23 @@ A kind of feature adds its own rules (`features/`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import duckdb
+import ibis
+import ibis.expr.types as ir
+from ibis.common.exceptions import TableNotFound
+
+from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, DataError, Dropped, Source, Stage
-from tfrs_pipeline.messages import printable
+from tfrs_pipeline.messages import in_percent, printable
 
-if TYPE_CHECKING:
-    import ibis
-    import ibis.expr.types as ir
+LINES_REMEDY = (
+    "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "
+    "line, and quotes that close; or Parquet."
+)
 
 
 class Rule(NamedTuple):
@@ -125,8 +132,6 @@ def evaluate(table: ibis.Table, faults: Sequence[Fault], **more: ir.Scalar) -> F
     A row that is dropped counts for the first of its faults; a value that becomes missing for each.
     `more` are other aggregates of the same pass, by name.
     """
-    import ibis
-
     first = ibis.null("int64")
     for i, fault in reversed([*enumerate(faults)]):
         if not fault.is_missing:
@@ -187,6 +192,62 @@ class RawTable:
         if rule.setting is None:
             rule = rule._replace(setting=self.renaming)
         self.faults.append(Fault(column, is_bad, rule))
+
+    def store_sound(self, columns: Mapping[str, ir.Value], max_bad_share: float) -> ibis.Table:
+        """Stores typed columns of the rows that may stay, counts the others by their first fault.
+
+        Adds to what was dropped, and to the notes which values are taken as missing. A `DataError`
+        if there are more of either than `max_bad_share`.
+        """
+        faults = sorted(self.faults, key=lambda fault: fault.rule.is_droppable)
+        num_rows = self.num_rows + sum(each.num_rows for each in self.dropped)
+        worst: tuple[bool, int, Fault] | None = None
+        for fault, num in zip(faults, evaluate(self.table, faults).num_bad, strict=True):
+            if fault.is_missing and num > max_bad_share * self.num_rows:
+                raise fault.error(self.table, self.source, max_bad_share)
+            if fault.is_missing and num:
+                where = self.source.column(fault.column)
+                self.notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
+            elif num:
+                of = printable(repr(self.source.columns.get(fault.column, fault.column)))
+                self.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
+                if worst is None or (not fault.rule.is_droppable, num) > worst[:2]:
+                    worst = (not fault.rule.is_droppable, num, fault)
+        is_too_much = sum(each.num_rows for each in self.dropped) > max_bad_share * num_rows
+        if worst is not None and (is_too_much or worst[0]):
+            raise worst[2].error(self.table, self.source, max_bad_share)
+        if is_too_much:
+            first = self.dropped[0]
+            raise DataError(
+                f"{self.source.name}: {first.reason} ({first.num_rows} of {num_rows} lines). "
+                f"{LINES_REMEDY}",
+                "max_bad_share",
+            )
+        rows = self.table
+        if worst is not None:
+            rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
+        return store(rows.select(**columns), self.source)
+
+    def note_missing(self, table: ibis.Table, columns: Iterable[str]) -> None:
+        """Notes which columns of a typed table have missing values, and in how many rows."""
+        nulls = {name: table[name].isnull().sum() for name in columns}
+        counts = table.aggregate(_rows=table.count(), **nulls).to_pyarrow().to_pylist()[0]
+        num_rows = counts.pop("_rows")
+        for name, num in counts.items():
+            if num:
+                where, share = self.source.column(name), in_percent(num, num_rows)
+                self.notes.append(f"{where} is missing in {num:,} of {num_rows:,} rows ({share})")
+
+
+def store(expression: ibis.Table, source: Source) -> ibis.Table:
+    """Stores an expression as a new table; a `DataError` if the engine refuses it."""
+    try:
+        connection, name = expression.get_backend(), ibis.util.gen_name("log")
+        connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
+        return connection.table(name)
+    except (duckdb.Error, TableNotFound) as error:
+        check_stored(error)
+        raise DataError(f"{source.name}: {str(error).strip()}") from error
 
 
 def id_faults(name: str, value: ir.Value) -> list[Fault]:

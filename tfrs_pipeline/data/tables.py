@@ -1,61 +1,183 @@
-"""Raw tables typed and stored without the rows at fault; those of items and of users."""
+"""The tables of a log: events, items and users, typed, stored and settled with each other."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
-import duckdb
 import ibis
-import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend as DuckDB
-from ibis.common.exceptions import TableNotFound
 
-from tfrs_pipeline.data.columns import feature_column, is_integer, to_required_id
+from tfrs_pipeline.data.columns import is_integer, to_required_id, type_features
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.files import LINES_REMEDY, check_stored, scan
+from tfrs_pipeline.data.events import load_events
+from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.reading import Reading
-from tfrs_pipeline.data.rules import Fault, RawTable, evaluate
-from tfrs_pipeline.data.schema import DataError, Dropped, Source, count_rows, require_column
-from tfrs_pipeline.features.kinds import KINDS
+from tfrs_pipeline.data.requests import check_names
+from tfrs_pipeline.data.rules import RawTable, store
+from tfrs_pipeline.data.schema import (
+    LISTED,
+    DataError,
+    Dropped,
+    Duplicates,
+    Source,
+    UnknownItems,
+    count_rows,
+    require_column,
+)
+from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.messages import counted, in_percent, printable, suggest
+from tfrs_pipeline.settings import refuse
+
+Features: TypeAlias = Mapping[str, str]
+Tables: TypeAlias = tuple[ibis.Table, ibis.Table, ibis.Table]
+"""Events, items and users."""
 
 
-def store_sound(raw: RawTable, columns: Mapping[str, ir.Value], max_bad_share: float) -> ibis.Table:
-    """Stores typed columns of the rows that may stay, and counts the others by their first fault.
+def make_tables(
+    connection: DuckDB,
+    source: Any,
+    items: Any,
+    users: Any,
+    features: tuple[Features, Features, Features],
+    reading: Reading,
+) -> tuple[Tables, tuple[Dropped, ...], tuple[str, ...]]:
+    """Reads, types, settles and stores the tables of a log; arguments as in `Log.from_files`.
 
-    Adds to what was dropped of the table, and to its notes which values are taken as missing. A
-    `DataError` if there are more of either than `max_bad_share`.
+    `features` are those of items, users and requests. Returns the tables; what was dropped of the
+    events; and notes for a person.
     """
-    faults = sorted(raw.faults, key=lambda fault: fault.rule.is_droppable)
-    num_rows = raw.num_rows + sum(each.num_rows for each in raw.dropped)
-    worst: tuple[bool, int, Fault] | None = None
-    for fault, num in zip(faults, evaluate(raw.table, faults).num_bad, strict=True):
-        if fault.is_missing and num > max_bad_share * raw.num_rows:
-            raise fault.error(raw.table, raw.source, max_bad_share)
-        if fault.is_missing and num:
-            where = raw.source.column(fault.column)
-            raw.notes.append(f"{where} {fault.rule.problem} in {num:,} rows: taken as missing")
-        elif num:
-            of = printable(repr(raw.source.columns.get(fault.column, fault.column)))
-            raw.dropped.append(Dropped(f"column {of} {fault.rule.problem}", num))
-            if worst is None or (not fault.rule.is_droppable, num) > worst[:2]:
-                worst = (not fault.rule.is_droppable, num, fault)
-    is_too_much = sum(each.num_rows for each in raw.dropped) > max_bad_share * num_rows
-    if worst is not None and (is_too_much or worst[0]):
-        raise worst[2].error(raw.table, raw.source, max_bad_share)
-    if is_too_much:
+    item_features, user_features, request_features = features
+    check_names(request_features, reading.label, reading.columns)
+    refuse(reading.name_problems(request_features))
+    scanned = scan(connection, source, "event table")
+    given = {
+        "item_id": (items, reading.item_columns, item_features),
+        "user_id": (users, reading.user_columns, user_features),
+    }
+    raws = {
+        name: _load_raw(connection, *of_table, name, id_of_events=reading.columns.get(name, ""))
+        for name, of_table in given.items()
+    }
+    events, raw = load_events(scanned, reading, request_features, raws)
+    tables = {}
+    for name, entity in raws.items():
+        tables[name] = events.select(name).distinct()
+        if entity is not None:
+            as_integer = events.schema()[name].is_int64()
+            tables[name] = _type_entities(
+                entity, name, as_integer=as_integer, features=given[name][2], reading=reading
+            )
+            raw.notes.extend(_describe(entity))
+            entity.drop()
+    num_reasons = len(raw.dropped)
+    for name, entity in raws.items():
+        if entity is not None:
+            unknown = reading.unknown_items if name == "item_id" else "keep"
+            events = _settle_unknown(events, raw, name, tables[name], entity.source.name, unknown)
+    events = _settle_duplicates(events, raw, reading.duplicates)
+    if len(raw.dropped) > num_reasons:
+        events = store(events, raw.source)
+    _check_positives(events, raw.source)
+    whole = (add_missing(table, events, name).order_by(name) for name, table in tables.items())
+    items, users = (store(table, raw.source) for table in whole)
+    return (events, items, users), tuple(raw.dropped), tuple(raw.notes)
+
+
+def _check_positives(events: ibis.Table, source: Source) -> None:
+    counts = events.aggregate(rows=events.count(), positives=is_positive(events).sum())
+    num_rows, num_positives = counts.to_pyarrow().to_pylist()[0].values()
+    if not num_rows:
+        raise DataError(f"{source.name}: 0 rows. Give a log that holds events.")
+    if not num_positives:
         raise DataError(
-            f"{raw.source.name}: {raw.dropped[0].reason} ({raw.dropped[0].num_rows} of {num_rows} "
-            f"lines). {LINES_REMEDY}",
-            "max_bad_share",
+            f"{source.name}: none of {num_rows} rows is a positive (stage 'clicked'). Check "
+            "stage_values, rating_threshold or label."
         )
-    rows = raw.table
-    if worst is not None:
-        rows = rows.filter(*(~f.is_bad.fill_null(False) for f in faults if not f.is_missing))
-    return store(rows.select(**columns), raw.source)
 
 
-def load_raw(
+def _settle_unknown(
+    events: ibis.Table,
+    raw: RawTable,
+    id_name: str,
+    entities: ibis.Table,
+    table: str,
+    unknown: UnknownItems,
+) -> ibis.Table:
+    """Keeps, drops or refuses events whose item or user its table lacks; returns those kept."""
+    where, kind = raw.source.column(id_name), id_name.removesuffix("_id")
+    lacking = events.anti_join(entities, id_name)
+    lacks = lacking.aggregate(
+        num=lacking.count(), ids=lacking[id_name].nunique(), first=lacking[id_name].min()
+    )
+    num, num_ids, first = lacks.to_pyarrow().to_pylist()[0].values()
+    if not num:
+        return events
+    example, num_rows = printable(repr(first)), count_rows(events)
+    if num == num_rows:
+        other = printable(repr(entities[id_name].min().to_pyarrow().as_py()))
+        raise DataError(
+            f"{where}: none of {num_rows} rows holds one of the {kind}s of {table}, whose ids "
+            f"look like {other}, not {example}. Set columns or {kind}_columns to the same ids.",
+            f"{kind}_columns",
+        )
+    if unknown == "error":
+        raise DataError(
+            f"{where}: {num} of {num_rows} rows hold a {kind} that {table} lacks, such as "
+            f"{example}. Add it there, or set unknown_items to keep (with null features) or drop.",
+            "unknown_items",
+        )
+    if unknown == "drop":
+        raw.dropped.append(Dropped(f"{kind} is not in the {kind} table", num))
+        return events.semi_join(entities, id_name)
+    raw.notes.append(
+        f"{num:,} of {num_rows:,} events ({in_percent(num, num_rows)}) are of "
+        f"{counted(num_ids, kind)} that {table} lacks, such as {example}: kept, with null features"
+    )
+    return events
+
+
+def _settle_duplicates(events: ibis.Table, raw: RawTable, duplicates: Duplicates) -> ibis.Table:
+    """Keeps, drops or refuses events that repeat an earlier one; returns those kept."""
+    # An event of the test part is not a repeat of one in the training part.
+    keys = ["user_id", "item_id", "timestamp", "stage", "request_id", "part"]
+    keys = [name for name in keys if name in events.columns]
+    num_rows, what = count_rows(events), f"in {', '.join(keys)}"
+    num_copies = num_rows - count_rows(events.select(*keys).distinct())
+    if not num_copies:
+        return events
+    if duplicates == "error":
+        raise DataError(
+            f"{raw.source.name}: {num_copies} of {num_rows} rows repeat an earlier one {what}. "
+            "Remove them, or set duplicates to drop or keep.",
+            "duplicates",
+        )
+    if duplicates == "keep":
+        note = f"{num_copies:,} of {num_rows:,} events repeat an earlier one {what}: kept"
+        raw.notes.append(note)
+        return events
+    raw.dropped.append(Dropped("repeats an earlier event", num_copies))
+    same = ibis.window(group_by=keys, order_by="event_number")
+    numbered = events.mutate(_copy=ibis.row_number().over(same))
+    return numbered.filter(numbered["_copy"] == 0).drop("_copy")
+
+
+def add_missing(entities: ibis.Table, events: ibis.Table, id_name: str) -> ibis.Table:
+    """Adds the ids of events that an item or user table lacks, with null features.
+
+    The column `LISTED` of items says whether the table had the item.
+    """
+    missing = events.select(id_name).distinct().anti_join(entities, id_name)
+    added: dict[str, Any] = {
+        name: ibis.null(dtype) for name, dtype in entities.schema().items() if name != id_name
+    }
+    if id_name == "item_id":
+        if LISTED not in entities.columns:
+            entities = entities.mutate(**{LISTED: True})
+        added[LISTED] = ibis.literal(False)
+    return entities.union(missing.mutate(**added).select(*entities.columns))
+
+
+def _load_raw(
     connection: DuckDB,
     source: Any,
     columns: Mapping[str, str],
@@ -97,7 +219,7 @@ def load_raw(
     return replace(scanned.load(names), renaming=setting)
 
 
-def type_entities(
+def _type_entities(
     raw: RawTable,
     id_name: str,
     *,
@@ -110,8 +232,8 @@ def type_entities(
     type_features(raw, columns, features, reading)
     if "title" in raw and id_name == "item_id":
         columns.setdefault("title", raw.table["title"].cast("string"))
-    entities = store_sound(raw, columns, reading.max_bad_share)
-    raw.notes.extend(describe_missing(entities, [*columns][1:], raw.source))
+    entities = raw.store_sound(columns, reading.max_bad_share)
+    raw.note_missing(entities, [*columns][1:])
     num_rows, num_ids = count_rows(entities), count_rows(entities.select(id_name).distinct())
     if num_ids < num_rows:
         entities = store(entities.distinct(), raw.source)
@@ -128,28 +250,7 @@ def type_entities(
     return entities
 
 
-def type_features(
-    raw: RawTable, columns: dict[str, ir.Value], features: Mapping[str, str], reading: Reading
-) -> None:
-    """Types features; their unusable values will be missing."""
-    num_others = len(raw.faults)
-    for name, kind in features.items():
-        columns[name] = KINDS[kind].read(feature_column(raw, name, reading))
-    raw.faults[num_others:] = [f._replace(is_missing=True) for f in raw.faults[num_others:]]
-
-
-def describe_missing(table: ibis.Table, columns: Iterable[str], source: Source) -> Iterator[str]:
-    """Says which columns have missing values, and in how many rows."""
-    nulls = {name: table[name].isnull().sum() for name in columns}
-    counts = table.aggregate(_rows=table.count(), **nulls).to_pyarrow().to_pylist()[0]
-    num_rows = counts.pop("_rows")
-    for name, num in counts.items():
-        if num:
-            share = in_percent(num, num_rows)
-            yield f"{source.column(name)} is missing in {num:,} of {num_rows:,} rows ({share})"
-
-
-def describe_entities(raw: RawTable) -> list[str]:
+def _describe(raw: RawTable) -> list[str]:
     """Says what was dropped from an item or user table and what else was found, in lines."""
     dropped = (f"{counted(each.num_rows, 'row')}: {each.reason}" for each in raw.dropped)
     return [*(f"{raw.source.name}: dropped {each}" for each in dropped), *raw.notes]
@@ -168,25 +269,14 @@ def load_items(
     `title`, by ascending item_id; and what was dropped or is missing, in lines for a person.
     """
     remedy = "Name the columns as the item table of the training did."
-    raw = load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)
+    raw = _load_raw(connect(), source, reading.item_columns, item_features, "item_id", remedy)
     assert raw is not None
     if is_integer_id and not is_integer(raw, "item_id"):
         raise DataError(
             f"{raw.source.column('item_id')} holds text, and the model's item ids are integers. "
             "Give the ids of the events that it was trained on."
         )
-    items = type_entities(
+    items = _type_entities(
         raw, "item_id", as_integer=is_integer_id, features=item_features, reading=reading
     )
-    return items.order_by("item_id"), describe_entities(raw)
-
-
-def store(expression: ibis.Table, source: Source) -> ibis.Table:
-    """Stores an expression as a new table; a `DataError` if the engine refuses it."""
-    try:
-        connection, name = expression.get_backend(), ibis.util.gen_name("log")
-        connection.con.execute(f'CREATE TABLE "{name}" AS {connection.compile(expression)}')
-        return connection.table(name)
-    except (duckdb.Error, TableNotFound) as error:
-        check_stored(error)
-        raise DataError(f"{source.name}: {str(error).strip()}") from error
+    return items.order_by("item_id"), _describe(raw)

@@ -1,0 +1,30 @@
+"""Logs of files that a test writes down."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.small_log import arguments
+from tfrs_pipeline.data.log import Log
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    """Writes events (and items) given as text or a table, and makes a log of the files."""
+
+    def run(text: str | pa.Table, items: str | pa.Table | None = None, **options: Any) -> Log:
+        paths: dict[str, Path] = {}
+        for name, content in (("events", text), ("items", items)):
+            if isinstance(content, str):
+                paths[name] = tmp_path / f"{name}.csv"
+                paths[name].write_text(content, encoding="utf-8")
+            elif content is not None:
+                paths[name] = tmp_path / f"{name}.parquet"
+                pq.write_table(content, paths[name])
+        made = arguments(items=paths.get("items"), **options)
+        return Log.from_files(paths["events"], **made)
+
+    return run

@@ -1,0 +1,264 @@
+"""Item and user tables: the types of features, ids that a table lacks, and what is refused."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.small_log import arguments, column
+from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.schema import DataError
+from tfrs_pipeline.features.categorical import Categorical
+
+ITEMS = "movie,title,genres,price,year\n5,Five,a|b | c,1.5,1999\n6,,,,\n"
+KINDS = {"genres": "multi_categorical", "price": "numeric", "year": "categorical"}
+
+
+def test_ids_of_two_files_get_one_type(load: Any) -> None:
+    tables = load("user_id,item_id\n1,5\n1,6\n", items="item_id,title\n5,Five\nx9,Nine\n")
+    assert column(tables.events, "item_id") == ["5", "6"]
+    assert column(tables.items, "item_id", "item_id") == ["5", "6", "x9"]
+
+
+def test_features_get_the_type_of_their_kind(load: Any) -> None:
+    tables = load(
+        "uid,movie\n1,5\n1,6\n",
+        items=ITEMS,
+        columns={"user_id": "uid", "item_id": "movie"},
+        item_columns={"item_id": "movie"},
+        item_features=KINDS,
+    )
+    assert tables.items.order_by("item_id").drop("_listed").to_pyarrow().to_pylist() == [
+        {"item_id": 5, "genres": ["a", "b", "c"], "price": 1.5, "year": 1999, "title": "Five"},
+        {"item_id": 6, "genres": None, "price": None, "year": None, "title": None},
+    ]
+    assert tables.item_features == KINDS
+
+
+def test_features_in_parquet(load: Any) -> None:
+    items = pa.table({"item_id": [5], "g": [[1, 2]], "p": [3], "c": [True], "t": ["x"]})
+    kinds = {"g": "multi_categorical", "p": "numeric", "c": "categorical", "t": "text"}
+    tables = load("user_id,item_id\n1,5\n", items=items, item_features=kinds)
+    assert tables.items.drop("_listed").to_pyarrow().to_pylist() == [
+        {"item_id": 5, "g": ["1", "2"], "p": 3.0, "c": "true", "t": "x"}
+    ]
+
+
+@pytest.mark.parametrize("kind", ["categorical", "hashed"])
+@pytest.mark.parametrize(
+    "type_", [pa.float64(), pa.float32(), pa.decimal128(4, 2), pa.string()], ids=str
+)
+def test_fractions_are_categories_and_one_in_every_format(
+    load: Any, type_: pa.DataType, kind: str
+) -> None:
+    def sizes(items: str | pa.Table) -> list[Any]:
+        log = load("user_id,item_id\n1,5\n", items=items, item_features={"size": kind})
+        assert not any("taken as missing" in note for note in log.notes)
+        found: list[Any] = log.items.order_by("item_id")["size"].to_pyarrow().to_pylist()
+        return found
+
+    def table(*values: float | None) -> pa.Table:
+        texts = [None if value is None else str(value) for value in values]
+        of_type = pa.array(texts).cast(type_)
+        return pa.table({"item_id": [5 + i for i in range(len(values))], "size": of_type})
+
+    in_csv = "item_id,size\n5,38.5\n6,38.0\n7,\n8,99.9\n"
+    expected = ["38.5", "38", None, "99.9"]
+    assert sizes(in_csv) == sizes(table(38.5, 38.0, None, 99.9)) == expected
+    # Of a request, as a Python value.
+    feature = Categorical.fit("size", expected)
+    asked = [38.5, 38.0, 38, None, "38.0", np.float32(99.9), 39.5]
+    assert feature.encode_column(asked).tolist() == [2, 1, 1, 0, 1, 3, 0]
+    # Whole ones are the integers that they are without missing values.
+    whole = "38" if pa.types.is_string(type_) else 38
+    assert sizes(table(38.0, None)) == [whole, None]
+    if pa.types.is_float64(type_):
+        assert sizes(table(38.5, float("nan"))) == ["38.5", None]
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+@pytest.mark.parametrize(
+    "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
+)
+def test_a_feature_without_any_value_in_parquet_is_missing(
+    tmp_path: Path, kind: Any, num_files: int
+) -> None:
+    """As pandas writes it: without a type."""
+    (tmp_path / "items").mkdir()
+    for i in range(num_files):
+        table = pa.table({"item_id": [5 + i], "the tags": pa.nulls(1)})
+        pq.write_table(table, tmp_path / "items" / f"{i}.parquet")
+    events = pa.table({"user_id": [1, 1], "item_id": [5, 6]})
+    for items in (tmp_path / "items", pq.read_table(tmp_path / "items")):
+        log = Log.from_table(events, items=items, item_features={"the tags": kind})
+        assert log.items["the tags"].to_pyarrow().to_pylist() == [None, None]
+
+
+def test_lists_of_one_value_each_are_told_and_lists_in_brackets_refused(load: Any) -> None:
+    def notes(*tags: str, **options: Any) -> list[str]:
+        items = "item_id,tags\n5,\n" + "".join(f'{6 + i},"{tag}"\n' for i, tag in enumerate(tags))
+        kinds = {"tags": "multi_categorical"}
+        log = load("user_id,item_id\n1,5\n", items=items, item_features=kinds, **options)
+        return [note for note in log.notes if "one value" in note]
+
+    (note,) = notes("war,drama", "war")
+    assert note.endswith(
+        "items.csv: column 'tags' has one value in each of 2 rows, such as 'war,drama', as no row "
+        "has a '|': if they hold several, set list_separator (--data.list_separator)"
+    )
+    assert notes("war,drama", "war", list_separator=",") == []
+    assert notes("war|drama", "war|") == notes("[war]|[drama]", "war|noir") == []
+    assert notes("[war]|[drama]") == []
+    assert notes("war|", "[drama]")
+    with pytest.raises(
+        DataError,
+        match=r"items\.csv: column 'tags' holds lists written as text in 2 rows, such as "
+        r"\"\['war', 'drama'\]\"\. Store them as lists",
+    ):
+        notes("['war', 'drama']", " ['war']")
+    with pytest.raises(DataError, match="in 2 rows"):
+        notes("['war', 'drama']", "['war']", "noir")
+
+
+NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
+MORE_KINDS = {"when": "timestamp", "v": "vector", "price": "bucketized", "author": "hashed"}
+IN_ORDER = ("item_id", "when", "v", "price", "author")
+
+
+def load_more(load: Any, table: str | pa.Table, **options: Any) -> list[dict[str, Any]]:
+    tables = load("user_id,item_id\n1,5\n1,9\n", items=table, item_features=MORE_KINDS, **options)
+    items = tables.items.drop("_listed")
+    assert items.columns == IN_ORDER
+    assert str(items.schema()["when"]).startswith("timestamp('UTC'")
+    assert str(items.schema()["v"]) == "array<float32>"
+    rows: list[dict[str, Any]] = items.order_by("item_id").to_pyarrow().to_pylist()
+    assert rows[-1] == dict.fromkeys(IN_ORDER) | {"item_id": 9}  # Of the events alone.
+    return rows[:-1]
+
+
+@pytest.mark.parametrize(
+    "moment, options",
+    [
+        ("1706702400", {}),
+        ("1706702400000", {"timestamp_unit": "ms"}),
+        ("2024-01-31T12:00:00Z", {}),
+        ("2024-01-31 13:00:00", {"time_zone": "Europe/Berlin"}),
+    ],
+)
+def test_times_vectors_buckets_and_hashes_in_csv(
+    load: Any, moment: str, options: dict[str, str]
+) -> None:
+    items = f"item_id,when,v,price,author\n5,{moment},0.5| -2e1|3,1.5,007\n6,,,,\n"
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [0.5, -20.0, 3.0], "price": 1.5, "author": "007"},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize(
+    "moment, type_, options",
+    [
+        (pa.array([NOON, None], pa.timestamp("ms", "Asia/Tokyo")), pa.list_(pa.float32()), {}),
+        (pa.array([datetime(2024, 1, 31, 12), None]), pa.list_(pa.float64(), 2),
+         {"time_zone": "UTC"}),
+        (pa.array([1_706_702_400, None]), pa.large_list(pa.int16()), {}),
+    ],
+)  # fmt: skip
+def test_times_vectors_buckets_and_hashes_in_parquet(
+    load: Any, moment: pa.Array, type_: pa.DataType, options: dict[str, str]
+) -> None:
+    columns = {"item_id": [5, 6], "when": moment, "v": pa.array([[4, -2], None], type_)}
+    items = pa.table(columns | {"price": [3, None], "author": [11, None]})
+    assert load_more(load, items, **options) == [
+        {"item_id": 5, "when": NOON, "v": [4.0, -2.0], "price": 3.0, "author": 11},
+        dict.fromkeys(IN_ORDER) | {"item_id": 6},
+    ]
+
+
+@pytest.mark.parametrize("column_type", [pa.float64(), pa.string()])
+def test_lists_of_nothing_but_nulls_are_no_vectors(load: Any, column_type: pa.DataType) -> None:
+    items = pa.table({"item_id": [5, 6], "v": pa.array([[], None], pa.list_(column_type))})
+    message = "no row holds a vector" if column_type == pa.float64() else "must be a list"
+    with pytest.raises(DataError, match=rf"items\.parquet: column 'v'.*{message}"):
+        load("user_id,item_id\n1,5\n", items=items, item_features={"v": "vector"})
+
+
+def test_items_that_the_item_table_lacks_are_kept_dropped_or_refused(load: Any) -> None:
+    text, items = "user_id,item_id\n1,5\n2,99\n2,98\n2,5\n", "item_id,title\n5,Five\n6,Six\n"
+    kept = load(text, items=items)
+    assert column(kept.items, "title", "item_id") == ["Five", "Six", None, None]
+    assert kept.dropped == ()
+    dropped = load(text, items=items, unknown_items="drop")
+    assert column(dropped.events, "event_number") == [0, 3]
+    assert [(each.reason, each.num_rows) for each in dropped.dropped] == [
+        ("item is not in the item table", 2)
+    ]
+    with pytest.raises(DataError, match=r"events\.csv.*2 of 4 rows.*such as 98.*unknown_items"):
+        load(text, items=items, unknown_items="error")
+
+
+def test_users_that_the_user_table_lacks_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user_id,item_id\n1,5\n2,5\n")
+    (tmp_path / "u.csv").write_text("user_id,age\n2,30\n3,40\n")
+    tables = Log.from_files(
+        tmp_path / "e.csv", users=tmp_path / "u.csv", user_features={"age": "numeric"}
+    )
+    assert column(tables.users, "age", "user_id") == [None, 30.0, 40.0]
+
+
+VECTOR: dict[str, Any] = {"item_features": {"v": "vector"}}
+TIME: dict[str, Any] = {"item_features": {"t": "timestamp"}}
+
+
+@pytest.mark.parametrize(
+    "items, options, message",
+    [
+        ("film,title\n5,Five\n", {}, r"items\.csv: no column 'item_id'"),
+        ("item_id,title\n7,a\n5,a\n5,b\n", {}, r"2 different ids in 3 .* of 5\. One"),
+        ("item_id,title\n,a\n5,b\n", {"max_bad_share": 0}, "1 of 2 rows(?!.*max_bad_share)"),
+        ("item_id\n5\n", {"item_features": {"genre": "text"}}, "no column 'genre'"),
+        ("item_id,p\n5,x\n", {"item_features": {"p": "numeric"}}, "'p' must hold finite numbers"),
+        ("item_id\nsku6\n", {"unknown_items": "drop"}, "none of 1 .*like 'sku6', not '5'"),
+        ("item_id,v\n5,1|2\n6,1;2\n", VECTOR, r"'v' must .* by '\|' .* 1 of 2 rows, such as '1;2'"),
+        ("item_id,v\n5,1|\n", VECTOR, "does not in 1 of 1 rows"),
+        ("item_id,v\n5,1|2\n6,\n7,1|2|3\n8,2|2\n", VECTOR, r"2 as most, .* 1 of 4 .*'1\|2\|3'"),
+        ("item_id,v\n5,1|2\n6,1|nan\n7,inf|1\n8,1e39|1\n", VECTOR, "'v' .* in 3 of 4 rows"),
+        (pa.table({"item_id": [5, 6, 7], "v": [[1.0, None], [1e300, 1.0], [1.0, 2.0]]}), VECTOR,
+         r"items\.parquet: column 'v' does not hold finite numbers.* in 2 of 3 rows"),
+        (pa.table({"item_id": [5], "v": [["1"]]}), VECTOR, "must be a list .* it is array<string>"),
+        ("item_id,v\n5,\n", VECTOR, "no row holds a vector"),
+        ("item_id,p\n5,inf\n", {"item_features": {"p": "numeric"}}, "finite .* in 1 of 1 rows"),
+        ("item_id,t\n5,2024-01-31\n", TIME, r"'t' holds times without a time zone \(1 rows\)"),
+        ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
+        ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
+         TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),
+        (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
+    ],
+)  # fmt: skip
+def test_item_files_that_are_refused(
+    load: Any, items: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        load("user_id,item_id\n1,5\n", items=items, **options)
+    assert raised.value.setting != "columns"  # Those of the events.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stage_values": {"1": "bought"}},
+        {"time_zone": "Mars/Base"},
+        {"label": {"x": 1.0}, "rating_threshold": 4},
+        {"columns": {"event_number": "n"}},
+        {"item_features": {"x": "text"}},
+        {"user_features": {"x": "text"}},
+    ],
+)
+def test_arguments_that_contradict_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(ValueError, match=r"time_zone|stage_values|made here|needs|set one"):
+        Log.from_files(tmp_path / "a.csv", **arguments(**options))
