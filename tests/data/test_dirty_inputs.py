@@ -128,9 +128,3 @@ def test_a_time_by_another_name_is_not_left_unread(header: str) -> None:
     with pytest.raises(DataError, match=r"columns.time: did you mean 'timestamp'"):
         load(mistyped, columns={"time": "when"})
     assert load(mistyped | {"timestamp": column[header]}, columns={"time": "when"}).is_ordered
-
-
-def test_parts_of_a_split_by_place() -> None:
-    split = load().split("last_n", min_positives=3)
-    train, validation, test = split
-    assert (split[0], split[1], split[-1]) == (train, validation, test)

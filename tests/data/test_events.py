@@ -20,18 +20,6 @@ CLICKS = "user_id,item_id,timestamp\n7,a,1700000002\n8,b,1700000001\n7,b,1700000
 NAMES = {"user_id": "uid", "item_id": "movie"}
 
 
-def test_clicks(load: Any) -> None:
-    tables = load(CLICKS)
-    assert column(tables.events, "user_id") == [7, 8, 7]
-    assert column(tables.events, "item_id") == ["a", "b", "b"]
-    assert column(tables.events, "event_number") == [0, 1, 2]
-    assert column(tables.events, "timestamp")[2] == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
-    assert column(tables.events, "stage") == ["clicked"] * 3
-    assert column(tables.items, "item_id", "item_id") == ["a", "b"]
-    assert column(tables.users, "user_id", "user_id") == [7, 8]
-    assert tables.dropped == ()
-
-
 def test_ratings_below_the_threshold_are_exposures(load: Any) -> None:
     text = "uid;movie;stars\n1;2;3.5\n1;3;4\n1;4;4.5\n"
     tables = load(text, columns=NAMES | {"rating": "stars"}, rating_threshold=4)
@@ -122,16 +110,6 @@ def test_timestamps(load: Any, value: str | pa.Array, options: dict[str, str]) -
     assert column(load(events, **options).events, "timestamp") == [MOMENT]
 
 
-def test_duplicates_are_kept_dropped_or_refused(load: Any) -> None:
-    text = "user_id,item_id,timestamp\n1,5,1700000000\n1,5,1700000009\n1,5,1700000000\n"
-    assert column(load(text).events, "event_number") == [0, 1, 2]
-    dropped = load(text, duplicates="drop")
-    assert column(dropped.events, "event_number") == [0, 1]
-    assert dropped.dropped[0].num_rows == 1
-    with pytest.raises(DataError, match="1 of 3 rows repeat an earlier one"):
-        load(text, duplicates="error")
-
-
 def test_the_part_that_a_log_names_is_carried_along(load: Any) -> None:
     text = "user_id,item_id,{0}\n1,2,train\n1,3,\n1,2,test\n1,2,test\n"
     for tables in (load(text.format("part")), load(text.format("fold"), columns={"part": "fold"})):
@@ -198,6 +176,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         ("user_id,item_id,rank\n1,2,1.5\n", {}, "'rank' must hold whole numbers.*'1.5'"),
         ("user_id,item_id,score\n1,2,good\n", {}, "'score' must hold finite .* 1 of 1"),
         ("user_id,item_id,stage\n1,2,liked\n", {}, "such as 'liked' .first: row 1.. Known"),
+        ("user_id,item_id\n1,5\n1,5\n", {"duplicates": "error"}, "1 of 2 rows repeat an earlier"),
         ("user_id,item_id,rating\n1,2,3\n", {"rating_threshold": 4}, "none of 1 rows is"),
         ("user_id,item_id,rating\n1,2,\n1,2,5\n", {"rating_threshold": 4}, "null or NaN in 1 of 2"),
         (pa.table({"user_id": [1.5], "item_id": [2]}), {}, r"'user_id' must be an integer .*1\.5"),

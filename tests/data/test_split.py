@@ -199,6 +199,7 @@ def check_holdout_by_a_loop(
 def test_the_parts_of_a_log_unpack_and_remember_the_whole() -> None:
     log = make_log([(user, i, i, "clicked") for user in (1, 2) for i in range(20)])
     train, validation, test = split = log.split()
+    assert (split[0], split[1], split[-1]) == (train, validation, test)
     assert split.kind == "time"  # Of a log that has timestamps.
     for part, names in ((train, {"train"}), (split.before_test, {"train", "validation"})):
         expected = {n for n, of in parts_of(split).items() if of in names}
@@ -533,7 +534,9 @@ def test_another_split_takes_the_place_of_the_column_and_keeps_all_others() -> N
     ],
 )
 def test_settings_out_of_range_are_refused(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^\w+: got .*(must|leave|only|write)|for both"):
+    with pytest.raises(
+        ConfigError, match=r"^split\.\w+: got .*(must|leave|only|write)|^split: give .* both"
+    ):
         one_user("cccccc").split(kind, **options)
 
 
@@ -548,7 +551,7 @@ def test_what_cannot_be_split_says_what_else_to_do() -> None:
             ValueError, match=rf"without a time zone; write {START.date()}T00:00:00Z"
         ):
             one_user("ccc").split("time", validation=day, test=day)
-    with pytest.raises(ConfigError, match="test: got True; must be a share"):
+    with pytest.raises(ConfigError, match=r"^split\.test: got True; must be a share"):
         one_user("ccc").split("last_n", test=True)
     with pytest.raises(DataError, match="leave none to train on"):
         one_user("c").split()

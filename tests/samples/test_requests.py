@@ -10,7 +10,7 @@ from tests.data.test_requests import FEATURES, expected, made, rows
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.build import build_samples
-from tfrs_pipeline.samples.requests import encoded_columns, read_raw
+from tfrs_pipeline.samples.columns import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import read_samples
 
 

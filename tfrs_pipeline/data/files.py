@@ -126,7 +126,12 @@ def scan(connection: DuckDB, source: Any, name: str) -> Scan:
     table in memory.
     """
     if isinstance(source, str | Path):
-        return _scan_files(connection, Path(source), *_list_files(Path(source)))
+        path = Path(source)
+        paths, is_text = _list_files(path)
+        try:
+            return (_scan_csv if is_text else _scan_parquet)(connection, path, paths)
+        except duckdb.Error as error:
+            raise _unreadable(path, error, paths if is_text else ()) from error
     try:
         if isinstance(source, ibis.Table):
             # Opened when it is read: an engine may have a single open query.
@@ -171,16 +176,10 @@ def _plain_table(table: pa.Table) -> pa.Table:
     return table
 
 
-def _scan_files(connection: DuckDB, path: Path, paths: Sequence[Path], is_text: bool) -> Scan:
-    try:
-        if not is_text:
-            return _scan_parquet(connection, path, paths)
-        rejects = ibis.util.gen_name("rejects")
-        relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
-        columns = relation.columns
-        return Scan(connection, str(path), columns, lambda columns: relation, paths, rejects)
-    except duckdb.Error as error:
-        raise _unreadable(path, error, paths if is_text else ()) from error
+def _scan_csv(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:
+    rejects = ibis.util.gen_name("rejects")
+    relation = connection.con.sql(f"SELECT * FROM {_csv_sql(path, paths, rejects)}")
+    return Scan(connection, str(path), relation.columns, lambda columns: relation, paths, rejects)
 
 
 def _scan_parquet(connection: DuckDB, path: Path, paths: Sequence[Path]) -> Scan:

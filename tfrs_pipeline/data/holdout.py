@@ -188,7 +188,10 @@ def make_holdout(
     user_ids, is_target = np.unique(columns["user_id"]), columns["_is_target"]
 
     def per_user(keep: np.ndarray, name: str = "item_id") -> list[np.ndarray]:
-        return by_user(columns["user_id"][keep], columns[name][keep], user_ids)
+        users, values = columns["user_id"][keep], columns[name][keep]
+        starts = np.searchsorted(users, user_ids, side="left")
+        ends = np.searchsorted(users, user_ids, side="right")
+        return [values[start:end] for start, end in zip(starts, ends, strict=True)]
 
     was_clicked = columns["_is_positive"] & ~is_target
     is_history = was_clicked & ~_is_of_first_request(rows, user_ids)
@@ -209,13 +212,6 @@ def make_holdout(
         requests=_first_requests(split.semi_join(users, "user_id"), part, request_features),
         **times,
     )
-
-
-def by_user(users: np.ndarray, values: np.ndarray, user_ids: np.ndarray) -> list[np.ndarray]:
-    """Groups values, whose users ascend: one array for each of `user_ids`, in the order given."""
-    starts = np.searchsorted(users, user_ids, side="left")
-    ends = np.searchsorted(users, user_ids, side="right")
-    return [values[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def _draw_users(

@@ -34,6 +34,7 @@ from tfrs_pipeline.data.settings import SplitConfig
 from tfrs_pipeline.data.split import split_events
 from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import part_files, read_record, refuse_others, write_record
+from tfrs_pipeline.settings import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,9 +350,12 @@ class Log:
         """
         amounts: dict[str, Any] = {"validation": validation, "test": test}
         kind = kind or ("time" if self.order == "timestamp" else "last_share")
-        config = SplitConfig(
-            kind=kind, target_share=target_share, min_positives=min_positives, **amounts
-        )
+        try:
+            config = SplitConfig(
+                kind=kind, target_share=target_share, min_positives=min_positives, **amounts
+            )
+        except ConfigError as error:
+            raise ConfigError([(f"split.{x}".rstrip("."), y) for x, y in error.problems]) from None
         events = split_events(self.events, config, seed=seed, is_ordered=self.order != "none")
         return Split(self, events, kind)
 

@@ -89,10 +89,9 @@ class Reading(Config):
         return self
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        if self.time_zone is not None and not _is_time_zone(self.time_zone):
-            zones = zoneinfo.available_timezones()
-            near = suggest(self.time_zone, zones)
-            yield "time_zone", f"unknown time zone {self.time_zone!r}; {near}"
+        zone = self.time_zone
+        if zone is not None and zone not in (zones := zoneinfo.available_timezones()):
+            yield "time_zone", f"unknown time zone {zone!r}; {suggest(zone, zones)}"
         if taken := sorted(set(_NOT_OUTCOMES) & {*self.label}):
             yield "label", f"is made of outcomes, which {', '.join(taken)} is not"
         if self.rating_threshold is not None and (self.label or self.stage_values):
@@ -115,11 +114,3 @@ class Reading(Config):
         if earliest.tzinfo is None:
             earliest = earliest.replace(tzinfo=UTC)
         return earliest, datetime.now(UTC) + timedelta(days=1)
-
-
-def _is_time_zone(name: str) -> bool:
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return False
-    return True

@@ -21,9 +21,9 @@ from tfrs_pipeline.data.schema import DataError, Stage, count_rows
 from tfrs_pipeline.data.split import is_positive
 from tfrs_pipeline.durable import part_files, write_record
 from tfrs_pipeline.negatives.funnel import FunnelLosers
+from tfrs_pipeline.samples.columns import request_column
 from tfrs_pipeline.samples.hard_pools import draw_pools, find_losers
 from tfrs_pipeline.samples.positives import NO_POSITIVE
-from tfrs_pipeline.samples.requests import request_column
 from tfrs_pipeline.samples.store import pool_size_column
 
 _WORK = "_work-"

@@ -1,15 +1,20 @@
-"""Columns as files that are mapped into memory: written piece by piece, read as asked."""
+"""Columns as files that are mapped into memory: written piece by piece, read as asked.
+
+Request features are raw in Parquet, and encoded in such columns.
+"""
 
 import fcntl
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.durable import is_whole, naming, part_files, read_record, write_record
+from tfrs_pipeline.durable import file_hash, is_whole, naming, part_files, read_record, write_record
 
 
 def read_blocks(table: Path, column: str) -> Iterator[Any]:
@@ -82,3 +87,40 @@ def _mapped(folder: Path) -> dict[str, np.ndarray]:
 def map_column(path: Path) -> np.ndarray:
     """Maps a .npy file: a read-only array, whose pages the system reads and drops."""
     return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def request_column(name: str) -> str:
+    """Names the column of `samples.parquet` that holds a request feature."""
+    return f"request_{name}"
+
+
+def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
+    """Reads a request feature of all samples in a folder; strings as codes of a dictionary."""
+    column = request_column(name)
+    parts = part_files(folder / "samples.parquet")
+    is_text = pa.types.is_string(pq.read_schema(parts[0]).field(column).type)
+    as_codes = [column] if is_text else None
+    tables = [pq.read_table(part, columns=[column], read_dictionary=as_codes) for part in parts]
+    return pa.chunked_array([chunk for table in tables for chunk in table[column].chunks])
+
+
+def encoded_columns(
+    folder: Path, encoders: Mapping[str, Callable[[Any], np.ndarray]], made_by: Any
+) -> dict[str, np.ndarray]:
+    """Maps the encoded request features of a folder's samples, written once, a part at a time.
+
+    `encoders` turn, by feature, an Arrow array of raw values into an array; `made_by`, JSON-able,
+    tells encoders apart. Returns, by feature, [num_samples, ...].
+    """
+
+    def write(columns: Path) -> None:
+        for i, (name, encode) in enumerate(encoders.items()):
+            blocks = map(encode, read_blocks(folder / "samples.parquet", request_column(name)))
+            first = next(blocks)
+            every = itertools.chain([first], blocks)
+            # By number: a feature's name may not be a valid file name.
+            write_column(columns / f"{i}.npy", first.dtype, every, first.shape[1:])
+
+    made_of = {"report": file_hash(folder / "report.json"), "encoders": made_by}
+    columns = map_columns(folder / "requests", made_of, write)
+    return {name: columns[str(i)] for i, name in enumerate(encoders)}
