@@ -263,20 +263,11 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
         (Uniform, {"num": True}, "num must be a whole number.*True"),
         (Popularity, {"num": 0}, "num must be a whole number, 1 or more"),
         (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
-<<<<<<< HEAD
-        (resampling_rate, {"counts": np.ones(2), "exponent": 1.5}, "exponent must be in"),
         (FunnelLosers, {"share": 0.0}, "share.*greater than 0"),
         (FunnelLosers, {"share": 1.0}, "share.*less than 1"),
         (FunnelLosers, {"stages": ()}, "stages.*at least one value"),
         (FunnelLosers, {"stages": ("foo",)}, "'retrieved', .* or 'exposed'.*'foo'"),
         (FunnelLosers, {"stages": ("ranked", "ranked")}, "stages.*a value twice"),
-=======
-        (FunnelLosers, {"share": 0.0}, "share must be in.*set hard to none"),
-        (FunnelLosers, {"share": 1.0}, "share must be in"),
-        (FunnelLosers, {"stages": ()}, "stages must be one or more"),
-        (FunnelLosers, {"stages": ("foo",)}, r"one or more of retrieved, .*\('foo',\)"),
-        (FunnelLosers, {"stages": ("ranked", "ranked")}, "each once"),
->>>>>>> c8f9a43 (Logs, splits and samples carry fewer notes, checks and layers)
         (FunnelLosers, {"stages": ("exposed",)}, "never a negative.*set allow_exposed"),
         (FunnelLosers, {"min_pool": -1}, "min_pool.*greater than or equal to 0"),
         (FunnelLosers, {"window_hours": 0.0}, "window_hours.*greater than 0"),
