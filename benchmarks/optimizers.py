@@ -19,7 +19,8 @@ from typing import Any, get_args
 import numpy as np
 
 # Before TensorFlow, since it selects Keras 2.
-from tfrs_pipeline.model.optimizer import OptimizerName, make_optimizer
+from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.settings import OptimizerName, TrainingSettings
 
 # isort: split
 import tensorflow as tf
@@ -40,7 +41,7 @@ def make_step(name: OptimizerName, num_rows: int, seed: int) -> Callable[[int], 
         tf.Variable(tf.random.stateless_uniform([num_rows, EMBEDDING_DIM], [seed, i], -0.05, 0.05))
         for i in range(2)
     ]
-    optimizer = make_optimizer(name, 0.002, num_steps=1)
+    optimizer = make_optimizer(TrainingSettings(optimizer=name), 1)
     optimizer.build(tables)
 
     @tf.function

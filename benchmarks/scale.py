@@ -122,9 +122,7 @@ def make_network(data: TrainingSet) -> tuple[TwoTowerNetwork, tp.HybridBatches]:
     """Makes the network, compiled, and its batches."""
     model = tp.TwoTower(dim=64, negatives=NEGATIVES)
     network, batches = model.build(data.corpus), model.batches(data.samples)
-    training = model.training
-    optimizer = make_optimizer(training.optimizer, training.learning_rate, num_steps=1)
-    network.compile(optimizer=optimizer)
+    network.compile(optimizer=make_optimizer(model.training, 1))
     return network, batches
 
 

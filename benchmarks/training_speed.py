@@ -155,13 +155,7 @@ def package_model(
     training = config.training
     model = tp.TwoTower(**dict(config.model), training=training, seed=config.seed)
     network, batches = model.build(data.corpus), model.batches(data.samples)
-    optimizer = make_optimizer(
-        training.optimizer,
-        training.learning_rate,
-        num_steps=training.max_epochs * batches.steps_per_epoch,
-        warmup_steps=training.warmup_steps,
-        decay=training.decay,
-    )
+    optimizer = make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
     network.compile(optimizer=optimizer)
     return network, batches
 

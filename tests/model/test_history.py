@@ -278,8 +278,6 @@ def test_added_to_features_a_history_is_as_long_as_an_embedding() -> None:
     assert 0.8 < length < 1.25
 
 
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="multiple of 2 heads"):
-        SelfAttention(3, max_length=5, num_blocks=1, dropout=0.3)
+def test_a_longer_history_is_refused() -> None:
     with pytest.raises(tf.errors.InvalidArgumentError, match="8 items at most"):
         make_encoder("attention").states(tf.ones([1, 9], tf.int32))

@@ -95,5 +95,3 @@ def test_feature_dropout_is_a_missing_feature_in_training_alone() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="has no input"):
         make_tower(num_ids=None)
-    with pytest.raises(ValueError, match="a bias is the id's"):
-        make_tower(bias="id", num_ids=None, features=[GENRE])

@@ -19,7 +19,7 @@ from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
-from tfrs_pipeline.model.settings import TwoTowerSettings
+from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import ATTENTION_SHAPE, SHAPE, WarmStart
 from tfrs_pipeline.settings import ConfigError
@@ -75,7 +75,7 @@ def started(source: FittedTwoTower, sets: tuple[TrainingSet, TrainingSet]) -> Fi
 def started_from(source: FittedTwoTower, plan: TwoTower, data: TrainingSet) -> FittedTwoTower:
     start = WarmStart(source, plan, plan.training, data.corpus)
     model = untrained(plan, data.corpus)
-    model.network.compile(optimizer=make_optimizer(plan.training.optimizer, 0.02, num_steps=1))
+    model.network.compile(optimizer=make_optimizer(plan.training, 1))
     model.network.optimizer.build(model.network.trainable_variables)
     start.apply(model.network)
     return model
@@ -222,8 +222,8 @@ def test_a_stopped_warm_start_goes_on_bit_for_bit(
 
 
 def test_warm_up_and_decay_begin_anew() -> None:
-    schedule: dict[str, Any] = {"num_steps": 20, "warmup_steps": 5, "decay": "cosine"}
-    rates = [make_optimizer("adam", 0.1, **schedule, first_step=first) for first in (0, 1000)]
+    settings = TrainingSettings(learning_rate=0.1, warmup_steps=5, decay="cosine")
+    rates = [make_optimizer(settings, 20, first) for first in (0, 1000)]
     for step in (0, 3, 5, 12, 20):
         for first, optimizer in zip((0, 1000), rates, strict=True):
             optimizer.iterations.assign(first + step)

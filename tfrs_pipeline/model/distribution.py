@@ -26,12 +26,7 @@ class WorkerLost(RuntimeError):
 
 
 def training_strategy() -> tf.distribute.Strategy:
-    """Returns the strategy in scope, else one for TF_CONFIG's workers, else for all GPUs.
-
-    A `ValueError` if TF_CONFIG is wrong, or the strategy in scope does not keep all weights on
-    every replica in step; a `RuntimeError` if TF_CONFIG names several workers and TensorFlow has
-    been used before.
-    """
+    """Returns the strategy in scope, else one for TF_CONFIG's workers, else for all GPUs."""
     if tf.distribute.has_strategy():
         strategy = tf.distribute.get_strategy()
         if not isinstance(
@@ -70,7 +65,7 @@ def _of_workers() -> tf.distribute.Strategy:
 
 
 def check_shared(folder: Path | str | None) -> None:
-    """Refuses (`ValueError`) several workers without a folder that all of them can read."""
+    """Refuses several workers without a folder that all of them can read."""
     if folder is None and this_worker().count > 1:
         raise ValueError(
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
@@ -81,7 +76,7 @@ def check_shared(folder: Path | str | None) -> None:
 def dataset_of(
     network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Returns the batches of some steps; for several replicas, each one's slices of all batches."""
+    """Returns the batches of some steps; for several replicas each one's slices."""
     strategy = network.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return batches.dataset(start_step, num_steps)
@@ -100,8 +95,7 @@ def dataset_of(
 def on_chief(work: Callable[[], Any]) -> Any:
     """Does work on the chief while the other workers wait; each gets its JSON-able result.
 
-    All workers must call this, in the same order; a single process just does the work. If it fails,
-    the others raise `WorkerLost` with the chief's error, as does any if a worker stops answering.
+    All workers must call this, in the same order. If the work fails, the others raise `WorkerLost`.
     """
     worker = this_worker()
     if worker.count == 1:

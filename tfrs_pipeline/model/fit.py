@@ -184,22 +184,8 @@ def _compile(
 ) -> None:
     """Gives a network its optimizer, with every variable of it."""
     with network.distribute_strategy.scope():
-        network.compile(optimizer=optimizer_of(settings, num_steps, first_step))
+        network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
         network.optimizer.build(network.trainable_variables)
-
-
-def optimizer_of(
-    settings: TrainingSettings, num_steps: int, first_step: int = 0
-) -> tf.keras.optimizers.Optimizer:
-    """Makes the optimizer of settings; see `make_optimizer`."""
-    return make_optimizer(
-        settings.optimizer,
-        settings.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=settings.warmup_steps,
-        decay=settings.decay,
-        first_step=first_step,
-    )
 
 
 class _Diagnostics(tf.keras.callbacks.Callback):

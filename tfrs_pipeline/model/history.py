@@ -78,11 +78,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Encodes histories: [B, num_poolings * dim] float32.
 
-        Args:
-            history_rows: [B, N] int32, most recent first, 0 is padding and comes last.
-            times: [B, N + 1] float64, the query's time and each item's in seconds, NaN where it is
-                unknown; None is unknown throughout.
-            dropout: What training drops; None outside training.
+        `history_rows`, [B, N] int32, come most recent first, padded with 0. `times`, [B, N + 1]
+        float64, are the query's and each item's in seconds, NaN where it is unknown.
         """
         kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
@@ -111,15 +108,11 @@ class HistoryEncoder(tf.keras.layers.Layer):
         times: tf.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """Encodes every beginning of sequences in one pass.
+        """Encodes every beginning of sequences: [W, L + 1, num_poolings * dim] float32.
 
-        `sequence_rows`, [W, L] int32, come oldest first, 0 is padding and comes last. `times`, [W,
-        L + 1] float64, are the items' and the last query's: the query of entry j has the time of
-        item j + 1. For the other arguments see `call`.
-
-        Returns:
-            [W, L + 1, num_poolings * dim] float32: entry j encodes the first j items. Entries
-            beyond a sequence's length have no meaning.
+        Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0. `times`,
+        [W, L + 1] float64, are the items' and the last query's; the query of entry j has that of
+        item j + 1.
         """
         kept = self._kept(sequence_rows, dropout)
         parts = []
@@ -135,7 +128,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return None if self._is_shared else self._embedding.embeddings
 
     def _kept(self, rows: tf.Tensor, dropout: Dropout | None) -> tf.Tensor:
-        """Returns 1 for items that count and 0 for padding and dropped ones: float32."""
+        """Returns 1 for items that count, 0 for padding and dropped ones: float32."""
         is_kept = rows > 0
         if dropout is not None and self._dropout:
             is_kept &= dropout.of(Stream.HISTORY).uniform(tf.shape(rows)) >= self._dropout
@@ -201,16 +194,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
 class SelfAttention(tf.keras.layers.Layer):
     """A causal Transformer with learned positions: an output depends only on what comes before.
 
-    Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)), and the outputs are
+    Blocks normalise first: x + Attention(norm(x)), then x + MLP(norm(x)); the outputs are
     normalised once more. A learned vector before the first item gives the output of an empty
-    history. Besides the positions, each head of each block has a learned relative position bias,
-    zero at first: it helps where few sequences are long enough to train the late positions. Padding
-    must come last, where causality keeps it out of the outputs that count. A place may also know
-    the gap between its item and what comes next: each bucket of gaps has a vector, at first zeros,
-    that is added.
-
-    Inputs and outputs are of size `dim`, a multiple of `ATTENTION_HEADS` (else a `ValueError`);
-    training drops the share `dropout` of the activations.
+    history. Each head has a learned relative position bias, zero at first, and each bucket of gaps
+    to what comes next a vector that is added. Padding must come last.
 
     References: Kang and McAuley 2018, "Self-Attentive Sequential Recommendation", ICDM. The bias:
     Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -227,8 +214,6 @@ class SelfAttention(tf.keras.layers.Layer):
         reads_gaps: bool = False,
     ) -> None:
         super().__init__(name="self_attention")
-        if dim % ATTENTION_HEADS:
-            raise ValueError(f"dim must be a multiple of {ATTENTION_HEADS} heads. Received: {dim}")
         self._dropout = dropout
         self._scale = dim**0.5
         self.start = self.add_weight(name="start", shape=[1, 1, dim], initializer=_normal())
@@ -251,6 +236,7 @@ class SelfAttention(tf.keras.layers.Layer):
             }
             for _ in range(num_blocks)
         ]
+        # It helps where few sequences are long enough to train the late positions.
         self.by_distance = [
             self.add_weight(
                 name=f"by_distance_{i}",
@@ -267,10 +253,9 @@ class SelfAttention(tf.keras.layers.Layer):
         gaps: tf.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """Attends: [W, L + 1, dim] float32, of which output j has seen the first j vectors.
+        """Attends to [W, L, dim] vectors, oldest first: [W, L + 1, dim], output j sees the first j.
 
-        Vectors are [W, L, dim] float32, oldest first, L at most `max_length`; `gaps`, [W, L + 1]
-        int32, come from `gap_buckets`, None is unknown.
+        `gaps`, [W, L + 1] int32, come from `gap_buckets`; None is unknown.
         """
         shape = tf.shape(vectors)
         tf.debugging.assert_less(
@@ -329,11 +314,10 @@ def _normal() -> tf.keras.initializers.Initializer:
 
 
 def gap_buckets(times: tf.Tensor) -> tf.Tensor:
-    """Buckets the time that has passed since the entry before, of [W, L + 1] float64 seconds.
+    """Buckets the time since the entry before, of [W, L + 1] float64 seconds: int32.
 
-    Returns:
-        [W, L + 1] int32: 0 at the first place and where a time is unknown (NaN); else
-        1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
+    That is 0 at the first place and where a time is unknown (NaN), else
+    1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
         >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()

@@ -132,7 +132,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
 def _parents_log_q(
     probability: tf.Tensor, log_q: tf.Tensor | None, negatives: tf.Tensor | None
 ) -> tf.Tensor:
-    """Returns the logarithm of sampling probabilities that the parent would not clip."""
     if log_q is not None or negatives is not None:
         raise ValueError(
             "candidate_sampling_probability is the parent's form, without negative_embeddings and "
@@ -183,7 +182,6 @@ def _hard_logits(
     log_q: tf.Tensor | None,
     mask: tf.Tensor | None,
 ) -> list[tf.Tensor]:
-    """Returns the logits of each row's own negatives, one block of [W, H], if there are any."""
     if hard is None:
         if log_q is not None or mask is not None:
             raise ValueError("hard_log_q and hard_mask need hard_embeddings, their negatives.")
@@ -201,7 +199,6 @@ def _check_embeddings(
     negatives: tf.Tensor,
     hard: tf.Tensor | None,
 ) -> None:
-    """Refuses embeddings that do not fit: one row would be broadcast to all."""
     rows = "W" if positive_query is None else "P"
     shapes = [(queries, "WD"), (positives, f"{rows}D"), (negatives, "CD")]
     if positive_query is not None:
@@ -220,14 +217,12 @@ def _as_float32(*given: tf.Tensor | None) -> list[tf.Tensor | None]:
 
 
 def _logits(scores: tf.Tensor, **given: tf.Tensor | None) -> tf.Tensor:
-    """Corrects scores, [W, C], by a log_q, then masks what a mask leaves out; both by name.
-
-    An infinite log_q masks too: the loss would be NaN.
-    """
+    """Corrects scores, [W, C], by a log_q, then masks what a mask leaves out; both by name."""
     (log_q_name, log_q), (mask_name, mask) = given.items()
     logits = scores
     if log_q is not None:
         log_q = _checked(log_q_name, log_q, logits, may_be_shared=log_q_name == "log_q")
+        # An infinite log_q masks too: the loss would be NaN.
         logits = logits - tf.where(tf.math.is_inf(log_q), -MASKED_LOGIT, log_q)
     if mask is None:
         return logits
@@ -237,10 +232,8 @@ def _logits(scores: tf.Tensor, **given: tf.Tensor | None) -> tf.Tensor:
 def _checked(
     name: str, given: tf.Tensor, logits: tf.Tensor, *, may_be_shared: bool = False
 ) -> tf.Tensor:
-    """Refuses another shape than the logits' [W, C]: a log_q of [W, 1] would correct nothing.
-
-    `may_be_shared` allows [C] and [1, C], the same for all rows.
-    """
+    """Refuses another shape than the logits' [W, C], or for all rows alike [C] or [1, C]."""
+    # A log_q of [W, 1] would be broadcast, and correct nothing.
     given, message = tf.convert_to_tensor(given), f"{name} must be [num_rows, num_columns]"
     shape, wanted = given.shape, logits.shape
     allowed = [wanted]
@@ -263,10 +256,8 @@ def _of_positives(rows: tf.Tensor, positive_query: tf.Tensor | None) -> tf.Tenso
 
 
 def _log_sum_exp(blocks: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Computes the log of the summed exponentials of each row over [W, any] blocks: [W].
-
-    They are not joined: a copy of the scores would cost half as much again as the rest.
-    """
+    """Computes the log of the summed exponentials of each row over [W, any] blocks: [W]."""
+    # They are not joined: a copy of the scores would cost half as much again as the rest.
     highest = functools.reduce(tf.maximum, [tf.reduce_max(block, axis=1) for block in blocks])
     highest = tf.stop_gradient(highest)
     total = tf.add_n(

@@ -38,9 +38,7 @@ class TwoTowerNetwork(tfrs.Model):
       drops some.
     - `dropout_seed`: [2] int32, in training; with several replicas also `dropout_slice`.
     - For queries, `history_rows`, or `sequence_rows` and `state`; where the corpus has times and
-    the
-      settings read them (`history_pooling` is attention), also `history_times` or `sequence_times`.
-      They are those of `Batch`.
+      `history_pooling` is attention, also `history_times` or `sequence_times`. See `Batch`.
 
     A `ValueError` if a tower returns something else, the two do not go together, or Keras has
     another policy than float32. Encoded features of the corpus become constants of the model; the
@@ -171,14 +169,9 @@ class TwoTowerNetwork(tfrs.Model):
             mark_trained(self.query_tower, self.candidate_tower)
         queries = self._queries(inputs, training=training)
         positives, shared, hard = self._embed_columns(inputs, training)
-        own: dict[str, tf.Tensor] = {}
-        if inputs.hard is not None:
-            log_q = inputs.hard.log_q
-            own = {
-                "hard_embeddings": hard,
-                "hard_log_q": log_q if self._is_corrected else tf.zeros_like(log_q),
-                "hard_mask": inputs.hard.is_counted,
-            }
+        hard_log_q = None if inputs.hard is None else inputs.hard.log_q
+        if hard_log_q is not None and not self._is_corrected:
+            hard_log_q = tf.zeros_like(hard_log_q)
         loss = self.task(
             queries,
             positives,
@@ -187,7 +180,9 @@ class TwoTowerNetwork(tfrs.Model):
             negative_embeddings=shared,
             log_q=self.log_q(inputs),
             positive_query=inputs.positive_query,
-            **own,
+            hard_embeddings=hard,
+            hard_log_q=hard_log_q,
+            hard_mask=None if inputs.hard is None else inputs.hard.is_counted,
         )
         # The task's loss is a sum; a mean keeps the learning rate free of the batch size.
         weight = tf.reduce_sum(inputs.weight)
@@ -203,10 +198,9 @@ class TwoTowerNetwork(tfrs.Model):
         self, inputs: Batch, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
         """Embeds a batch's candidates: positives [P, D], shared [C, D], own hard [W, H, D]."""
-        hard_rows = None if inputs.hard is None else inputs.hard.candidate_row
         columns = [inputs.candidate_row, inputs.shared_row]
-        if hard_rows is not None:
-            columns.append(tf.reshape(hard_rows, [-1]))
+        if inputs.hard is not None:
+            columns.append(tf.reshape(inputs.hard.candidate_row, [-1]))
         # Copies of a candidate are separate columns that the tower embeds once.
         distinct, slot = tf.unique(tf.concat(columns, axis=0))
         embedded = self.embed_candidates(
@@ -218,9 +212,9 @@ class TwoTowerNetwork(tfrs.Model):
             tf.gather(embedded, tf.ensure_shape(part, rows.shape))
             for part, rows in zip(slots, columns, strict=True)
         )
-        if hard_rows is None:
+        if inputs.hard is None:
             return positives, shared, None
-        shape = tf.concat([tf.shape(hard_rows), tf.shape(positives)[1:]], axis=0)
+        shape = tf.concat([tf.shape(inputs.hard.candidate_row), [-1]], axis=0)
         return positives, shared, tf.reshape(hard[0], shape)
 
     @tf.__internal__.tracking.no_automatic_dependency_tracking

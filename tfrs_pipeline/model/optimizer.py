@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfrs_pipeline.model.settings import Decay, OptimizerName
+from tfrs_pipeline.model.settings import OptimizerName, TrainingSettings
 
 
 @tf.keras.utils.register_keras_serializable(package="tfrs_pipeline")
@@ -21,17 +21,9 @@ class LazyAdam(tf.keras.optimizers.Adam):
         v <- v + (1 - beta_2) * (g^2 - v)
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
 
-    Adam gives rows that are not in a batch a gradient of 0: their moments decay and m still moves
-    them, so that a step touches the whole table. Here they keep weights and moments until their
-    next gradient: a rare row remembers its last gradients for longer and does not move between
-    them. With every row in every gradient the two are the same.
-
-    Args:
-        learning_rate: A number or a `LearningRateSchedule`.
-        **kwargs: Further arguments of `tf.keras.optimizers.Adam`.
-
-    Raises:
-        ValueError: If `weight_decay`, `use_ema` or `amsgrad` is set.
+    Adam also moves the rows that are not in a batch, by their decaying moments: a step touches the
+    whole table. Here they keep weights and moments until their next gradient. With every row in
+    every gradient the two are the same.
 
     Example:
         >>> table = tf.Variable([[1.0], [1.0], [1.0]])
@@ -46,13 +38,6 @@ class LazyAdam(tf.keras.optimizers.Adam):
         learning_rate: float | tf.keras.optimizers.schedules.LearningRateSchedule = 0.001,
         **kwargs: Any,
     ) -> None:
-        for option in ("weight_decay", "use_ema", "amsgrad"):
-            if kwargs.get(option):
-                raise ValueError(
-                    f"LazyAdam touches the rows of a gradient alone, and does not do {option}. "
-                    f"Received: {option}={kwargs[option]!r}. Remove it, or use "
-                    "tf.keras.optimizers.Adam."
-                )
         # XLA would compile the update again for each number of distinct rows.
         super().__init__(learning_rate, **{"jit_compile": False, "name": "LazyAdam", **kwargs})
 
@@ -124,42 +109,28 @@ class _From(tf.keras.optimizers.schedules.LearningRateSchedule):
 
 
 def make_optimizer(
-    name: OptimizerName,
-    learning_rate: float,
-    *,
-    num_steps: int,
-    warmup_steps: int = 0,
-    decay: Decay = "none",
-    first_step: int = 0,
+    settings: TrainingSettings, num_steps: int, first_step: int = 0
 ) -> tf.keras.optimizers.Optimizer:
-    """Makes an optimizer by name, with a warm-up and a decay of its learning rate.
+    """Makes the optimizer of settings, whose decay ends after `num_steps`.
 
-    The rate depends only on the optimizer's count of steps, which is in the checkpoint: a resumed
-    run continues with the rate it had reached.
-
-    Args:
-        name: The optimizer.
-        learning_rate: The peak; the optimizer has it as a plain number if it stays the same.
-        num_steps: Steps until the decay ends.
-        warmup_steps: Steps over which the rate rises from 0; 0 is no warm-up.
-        decay: "cosine" falls to 0 after the warm-up, "none" stays.
-        first_step: Step at which warm-up and decay begin; a warm start counts on from there.
-
-    Raises:
-        ValueError: If the warm-up leaves no step for the decay.
+    Warm-up and decay begin at `first_step`, from which a warm start counts on. The rate depends
+    only on the optimizer's count of steps, which is in the checkpoint. A `ValueError` if the
+    warm-up leaves no step for the decay.
     """
-    if not warmup_steps and decay == "none":
-        return _OPTIMIZERS[name](learning_rate)
-    if decay == "cosine" and num_steps <= warmup_steps:
+    make, rate = _OPTIMIZERS[settings.optimizer], settings.learning_rate
+    warmup_steps, has_decay = settings.warmup_steps, settings.decay == "cosine"
+    if not warmup_steps and not has_decay:
+        return make(rate)
+    if has_decay and num_steps <= warmup_steps:
         raise ValueError(
             f"A warm-up of {warmup_steps} steps leaves nothing of {num_steps} steps for the decay "
-            f"{decay!r}. Lower training.warmup_steps, or raise training.max_epochs."
+            f"{settings.decay!r}. Lower training.warmup_steps, or raise training.max_epochs."
         )
     schedule = tf.keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup_steps else learning_rate,
+        0.0 if warmup_steps else rate,
         decay_steps=max(num_steps - warmup_steps, 1),
-        alpha=0.0 if decay == "cosine" else 1.0,  # Share of the peak that it ends at.
-        warmup_target=learning_rate if warmup_steps else None,
+        alpha=0.0 if has_decay else 1.0,  # Share of the peak that it ends at.
+        warmup_target=rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )
-    return _OPTIMIZERS[name](_From(schedule, first_step) if first_step else schedule)
+    return make(_From(schedule, first_step) if first_step else schedule)

@@ -38,21 +38,15 @@ def fold(seed: tf.Tensor, number: int) -> tf.Tensor:
 
 
 def uniform_of_rows(rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws a number in [0, 1) for each of [n] int32 rows, a function of the row and the seed.
-
-    It does not depend on the rest of the batch: slices have the draws of the whole, and a row that
-    comes twice has one draw.
-    """
+    """Draws a number in [0, 1) for each of [n] int32 rows, a function of the row and the seed."""
+    # Not of the rest of the batch: slices have the draws of the whole.
     return tf.gather(tf.random.stateless_uniform([ROWS_DRAWN], seed), rows % ROWS_DRAWN)
 
 
 class Dropout(NamedTuple):
     """Draws what training drops in a batch; in a slice of one, what the whole drops there.
 
-    Attributes:
-        seed: [2] int32.
-        part: [2] int32 in a slice: the number of its first line (history or sequence) in the whole
-            batch, and how many lines that has. None is a whole batch.
+    `part` is the `dropout_slice` of a `Batch`.
     """
 
     seed: tf.Tensor

@@ -30,8 +30,7 @@ class Tower(tf.keras.layers.Layer):
     There is an embedding of `num_ids` ids and row 0; none if `num_ids` is None. Ids that
     `are_trained`, [num_ids + 1] bool, leaves out share the one of row 0, which is trained in place
     of ids that are dropped. With the `bias` "id" the last entry of an output is a learned number of
-    the id; with "ones", for the other tower, it is 1. A `ValueError` if there would be no input, or
-    a bias without an id.
+    the id; with "ones", for the other tower, it is 1.
     """
 
     def __init__(
@@ -48,8 +47,6 @@ class Tower(tf.keras.layers.Layer):
         super().__init__(name=name)
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
-        if bias == "id" and num_ids is None:
-            raise ValueError(f"The {name} has no id, and a bias is the id's: give it num_ids.")
         dim = settings.dim
         self.id_embedding = (
             None if num_ids is None else tf.keras.layers.Embedding(num_ids + 1, dim, name="id")
@@ -152,11 +149,8 @@ def _read_history(
 
 
 def _mean_of_vectors(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
-    """Initialises a projection of joined vectors with their mean: [num_vectors * dim, dim].
-
-    A history read with the candidates' vectors then starts near its items, which a random
-    projection would first have to learn.
-    """
+    """Initialises a projection of joined vectors with their mean: [num_vectors * dim, dim]."""
+    # A history read with the candidates' vectors then starts near its items.
     num_vectors = shape[0] // shape[1]
     return tf.tile(tf.eye(shape[1], dtype=dtype or tf.float32), [num_vectors, 1]) / num_vectors
 
@@ -193,11 +187,7 @@ def query_tower(
     candidate_tower: tf.keras.layers.Layer,
     candidate_table: FeatureTable,
 ) -> Tower:
-    """Makes the built-in query tower.
-
-    It may share the item vectors of the candidate tower, if that is the built-in one with ids;
-    otherwise it has its own embedding of items.
-    """
+    """Makes the built-in query tower, which may share the item vectors of a built-in other one."""
     history = shared = None
     knows_ids = isinstance(candidate_tower, Tower) and candidate_tower.id_embedding is not None
     if settings.share_item_embedding and knows_ids:

@@ -12,9 +12,10 @@ from tfrs_pipeline.messages import SILENT, Progress, counted
 from tfrs_pipeline.model.batching import make_batches
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.distribution import on_chief, training_strategy
-from tfrs_pipeline.model.fit import TrainingResult, optimizer_of, read_epoch
+from tfrs_pipeline.model.fit import TrainingResult, read_epoch
 from tfrs_pipeline.model.fitted import FittedTwoTower
 from tfrs_pipeline.model.notes import describe_epoch, describe_steps
+from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.queries import QueryEncoder
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import shape_problems
@@ -56,7 +57,7 @@ def check_trainable(data: RunData, config: RunConfig) -> None:
     for part in (data.selection, data.final):
         part.check_negatives_left(settings.hard)
         batches = make_batches(part.samples, settings, training, settings.negatives, seed=0)
-        optimizer_of(training, training.max_epochs * batches.steps_per_epoch)
+        make_optimizer(training, training.max_epochs * batches.steps_per_epoch)
 
 
 def train_and_refit(
