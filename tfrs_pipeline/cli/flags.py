@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.settings import Config
+from tfrs_pipeline.settings import Config, tables_in
 
 _NONE = "\0"  # The library reads it as None; "none" may be a setting's own value.
 _WORDS = {"str": "TEXT", "Path": "PATH", "int": "N", "float": "X", "datetime": "TIME"}
@@ -130,8 +130,14 @@ class CommandLine:
             for name, table in self.commands.items()
         }
 
+        groups: dict[str, Any] = {}
+
         def add_group(parser: Any, title: str, description: str) -> Any:
-            return parser.add_argument_group(title, description if shows_all else None)
+            table = title.rpartition(".")[0]
+            if table:  # A dataclass, which is the value of one flag.
+                return groups[f"{table} options"]
+            groups[title] = parser.add_argument_group(title, description if shows_all else None)
+            return groups[title]
 
         def add_parser(parsers: Any, name: str, **options: Any) -> _Parser:
             if name in self.brief:
@@ -156,9 +162,12 @@ class CommandLine:
 
     def _add_argument(self, shows_all: bool, parser: Any, *names: str, **options: Any) -> None:
         command, _, setting = str(options.get("dest", names[0])).partition(".")
-        if options["help"] == argparse.SUPPRESS:  # A whole table as JSON; its settings are flags.
-            return
         field = _field(self.commands[command], setting)
+        # A table, whose settings are flags, or a field of a dataclass, which is one flag.
+        if field is None or setting in tables_in(self.commands[command]):
+            return
+        if options.pop("const", None):
+            del options["nargs"]
         options["help"] = explained(field).replace("%", "%%")
         if "." in setting and not shows_all and setting not in self.brief.get(command, ()):
             options["help"] = argparse.SUPPRESS
@@ -193,11 +202,13 @@ def _metavar(annotation: str) -> str:
     return "[KIND:]NAME=VALUE:..." if re.search(r"JSON|[A-Z][a-z]", inner) else inner
 
 
-def _field(table: Any, setting: str) -> FieldInfo:
+def _field(table: Any, setting: str) -> FieldInfo | None:
     *tables, name = setting.split(".")
     for inner in tables:
-        table = table.model_fields[inner].annotation
-    return next(f for key, f in table.model_fields.items() if name in (key, f.alias))
+        if inner not in tables_in(table):
+            return None
+        table = tables_in(table)[inner]
+    return next((f for key, f in table.model_fields.items() if name in (key, f.alias)), None)
 
 
 def explained(field: FieldInfo) -> str:
