@@ -52,10 +52,8 @@ def file_hash(path: Path) -> str:
 
 
 def part_files(path: Path) -> list[Path]:
-    """Lists the files of a table in order: the file itself, or the parts in a folder.
-
-    Skips what engines leave beside the parts, such as _SUCCESS and .x.crc.
-    """
+    """Lists the files of a table in order: the file itself, or the parts in a folder."""
+    # Engines leave other files beside the parts, such as _SUCCESS and .x.crc.
     return [path] if path.is_file() else sorted(path.glob("[!._]*.parquet"))
 
 
@@ -91,10 +89,7 @@ def write_record(path: Path, content: Mapping[str, Any], files: Iterable[Path] =
 
 
 def refuse_others(paths: Iterable[Path], written_first: Path) -> None:
-    """Refuses (`ValueError`) to overwrite files that this package may not have written.
-
-    They are its own if `written_first`, the file that it writes before them, exists.
-    """
+    """Refuses to overwrite files, unless the one that this package writes before them exists."""
     found = [path for path in paths if path.exists()]
     if found and not written_first.exists():
         raise ValueError(
@@ -120,12 +115,7 @@ def hold_to(path: Path, made_of: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path, *, check_files: bool = True) -> dict[str, Any]:
-    """Reads a record, and checks that it and its files are as they were written.
-
-    Raises:
-        FileNotFoundError: If there is no record, so that its files are not whole.
-        Damaged: If a file was cut, changed or lost; it names the first one.
-    """
+    """Reads a record; `Damaged` names the first of its files that is not as it was written."""
     text = path.read_bytes()
     try:
         record = json.loads(text)
@@ -165,11 +155,9 @@ def _damaged(path: Path) -> Damaged:
 
 @contextlib.contextmanager
 def naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
-    """Turns disk failures within the block into a `StorageError`: one line that names a path.
+    """Turns disk failures, an `OSError` or one of `failures`, into one line that names a path.
 
-    These are an `OSError` whose `errno` is one of a disk's, and the types in `failures`, with which
-    a library reports them. The file that an error names comes before `path`, and the path of an
-    inner block before that of an outer one.
+    The file that an error names comes before `path`, an inner block's path before an outer one's.
     """
     try:
         yield
@@ -190,10 +178,7 @@ def _storage_error(path: Path | str, reason: str) -> StorageError:
 
 
 def try_writing(folder: Path) -> None:
-    """Raises a `StorageError` unless files can be written in a folder; leaves none there.
-
-    If the folder does not exist, its nearest parent is tried.
-    """
+    """Raises a `StorageError` unless files can be written in a folder; leaves none there."""
     place = folder
     while not place.exists() and place != place.parent:
         if place.is_symlink():  # For instance to a disk that is not mounted.
@@ -212,11 +197,10 @@ def try_writing(folder: Path) -> None:
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file within the block; the system frees it if this process is killed.
 
-    The thread that holds it may take it again. If another thread or process holds it, this waits
-    and logs that, or raises an `InUse` that names the holder (without `wait`).
+    If another thread or process holds it, this waits, or raises an `InUse` that names the holder.
     """
     key = path.resolve(), threading.get_ident()
-    if key in _held:
+    if key in _held:  # A thread may take its lock again.
         yield
         return
     with naming(path):
@@ -231,28 +215,26 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _lock(path: Path, wait: bool) -> int:
-    at_once = fcntl.LOCK_NB
+    how, is_held = fcntl.LOCK_EX | fcntl.LOCK_NB, False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | at_once)
+            fcntl.flock(descriptor, how)
             # The holder before may have removed the file after it was opened here.
             if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                is_held = True
                 return descriptor
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
             message = f"{path.parent} is in use by {holder}, which holds {path.name} there."
-            if wait:
-                logger.warning("%s Waiting until it ends.", message)
-                at_once = 0
-            else:
-                os.close(descriptor)
+            if not wait:
                 raise InUse(f"{message} Wait until it ends, or take another folder.") from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            logger.warning("%s Waiting until it ends.", message)
+            how = fcntl.LOCK_EX
+        except FileNotFoundError:
+            pass
+        finally:
+            if not is_held:
+                os.close(descriptor)

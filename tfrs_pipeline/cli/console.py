@@ -121,9 +121,7 @@ def print_result(console: Console, config: RunConfig, result: RunResult) -> None
     width = console.width if console.is_terminal else None
     table = format_table(result.metrics["models"], list(dict.fromkeys(columns)), width=width)
     excluded = {"clicked": ", clicked items excluded", "seen": ", seen items excluded", "none": ""}
-    say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:")
-    say(console, table)
-    say(console, "")
+    say(console, f"\nOn the test split{excluded[config.evaluation.exclude]}:\n{table}\n")
     for head, text in _findings(config, result.metrics):
         # Whole lines for readers of a pipe.
         width = min(console.width, 100) if console.is_terminal else 100_000
@@ -167,8 +165,7 @@ def print_comparison(console: Console, config: RunConfig, result: PlanComparison
 
     reference = config.compare.reference
     width = console.width if console.is_terminal else None
-    say(console, "")
-    say(console, result.table(width=width))
+    say(console, f"\n{result.table(width=width)}")
     say(console, f"\nDifferences are from {reference}, query by query, 95% intervals.")
     metric = f"ndcg@{max(config.evaluation.cutoffs)}"
     say(console, compared_in_words(result.evaluation, metric))

@@ -70,9 +70,9 @@ class Query(OfModel):
         from tfrs_pipeline.serving.retriever import load
 
         retriever = load(self.model, exact=self.exact)
-        about, notes = self._read(retriever)
-        ask = self._ask_user if self.history is None else self._ask_history
-        ids, scores = ask(retriever, about, notes)
+        about: dict[str, Any] = {}
+        notes = list(_request_notes(retriever, self.request))
+        ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
         items = [
             {"rank": rank, "item_id": id_, "title": titles.get(id_), "score": round(score, 6)}
@@ -95,66 +95,46 @@ class Query(OfModel):
             say(console, f"Left for this user: {counted(len(items), 'item')}.")
         return 0
 
-    def _read(self, retriever: LoadedRetriever) -> tuple[dict[str, Any], list[str]]:
-        """Returns what the JSON says about the question, and notes on request and exclusions."""
-        about = {} if self.user is None else {"user_id": retriever.parse_user_id(self.user)}
+    def _ask(
+        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
+    ) -> tuple[list[Any], list[float]]:
+        """Returns ids and scores; adds to what the JSON says, and to the notes."""
+        if self.user is not None:
+            about["user_id"] = retriever.parse_user_id(self.user)
         if self.request:
             about["request"] = dict(self.request)
-        notes = list(_request_notes(retriever, self.request))
-        if self.exclude:
-            exclude, known = self._excluded(retriever), set(retriever.candidate_ids())
+        exclude = list(map(retriever.parse_item_id, self.exclude))
+        if exclude:
+            known = set(retriever.candidate_ids())
             about["unknown_excluded"] = unknown = [id_ for id_ in exclude if id_ not in known]
             if unknown:
                 notes.append(
                     f"{len(unknown)} of {len(exclude)} items to exclude are not among this model's "
                     f"items, first {unknown[0]!r}."
                 )
-        return about, notes
-
-    def _ask_user(
-        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
-    ) -> tuple[list[Any], list[float]]:
-        ids, scores, (is_known,) = retriever.retrieve_user(
-            [about["user_id"]],
-            min(self.k, retriever.num_candidates),
-            [self._excluded(retriever)],
-            allowed=self._allowed,
-            requests=[retriever.parse_request(self.request)],
-        )
-        about["is_known_user"] = bool(is_known)
-        if not is_known:
-            notes.append(
-                f"User {self.user} is unknown to this model: the answer for an empty history."
+        k = min(self.k, retriever.num_candidates)
+        allowed = None if self.filter is None else [list(self.filter)]
+        request = retriever.parse_request(self.request)
+        if self.history is None:
+            ids, scores, (is_known,) = retriever.retrieve_user(
+                [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
             )
-        return ids[0].tolist(), scores[0].tolist()
-
-    def _ask_history(
-        self, retriever: LoadedRetriever, about: dict[str, Any], notes: list[str]
-    ) -> tuple[list[Any], list[float]]:
-        history = [retriever.parse_item_id(text) for text in self.history or ()]
-        query = {"history": history, "request": retriever.parse_request(self.request)}
-        if self.user is not None:
-            query["user_id"] = about["user_id"]
+            about["is_known_user"] = bool(is_known)
+            if not is_known:
+                notes.append(
+                    f"User {self.user} is unknown to this model: the answer for an empty history."
+                )
+            return ids[0].tolist(), scores[0].tolist()
+        history = list(map(retriever.parse_item_id, self.history))
+        query = {"user_id": about.get("user_id"), "history": history, "request": request}
         if self.history_timestamps is not None:
             query[HISTORY_TIMESTAMPS] = list(map(_parse_time, self.history_timestamps))
-        ids, scores = retriever.retrieve(
-            [query],
-            min(self.k, retriever.num_candidates),
-            [[*history, *self._excluded(retriever)]],
-            allowed=self._allowed,
-        )
+        ids, scores = retriever.retrieve([query], k, [[*history, *exclude]], allowed=allowed)
         is_known = retriever.knows(history)
         unknown = [id_ for id_, known in zip(history, is_known, strict=True) if not known]
         about |= {"history": history, "unknown_items": unknown}
         notes += _history_notes(retriever, query, unknown)
         return ids[0].tolist(), scores[0].tolist()
-
-    def _excluded(self, retriever: LoadedRetriever) -> list[Any]:
-        return [retriever.parse_item_id(text) for text in self.exclude]
-
-    @property
-    def _allowed(self) -> list[list[str]] | None:
-        return None if self.filter is None else [list(self.filter)]
 
 
 def _parse_time(text: str) -> Any:
