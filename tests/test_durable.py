@@ -28,7 +28,6 @@ from tfrs_pipeline.durable import (
     locked,
     naming,
     read_record,
-    replace_text,
     try_writing,
     write_record,
 )
@@ -246,10 +245,3 @@ def test_a_folder_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file.*: Not a directory"):
         try_writing(tmp_path / "file" / "below")
-
-
-def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
-    replace_text(tmp_path / "text", "old")
-    replace_text(tmp_path / "text", "né")
-    assert (tmp_path / "text").read_text(encoding="utf-8") == "né"
-    assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -61,19 +61,6 @@ def decoded(ids: tf.Tensor) -> list[list[Any]]:
     return [[i.decode() if isinstance(i, bytes) else i for i in row] for row in ids.numpy()]
 
 
-def test_retrieve_user_is_the_model_without_what_the_user_knows(
-    served: Served, module: RetrievalModule
-) -> None:
-    known = [served.known(row) for row in range(1, NUM_QUERIES + 1)]
-    expected_ids, expected_scores = served.in_memory.retrieve(served.queries(), 12, exclude=known)
-    answer = module.retrieve_user(
-        as_users(served, served.query_ids.tolist()), as_ids(served, [[]] * NUM_QUERIES), 12
-    )
-    assert decoded(answer["candidate_ids"]) == expected_ids.tolist()
-    np.testing.assert_allclose(answer["scores"], expected_scores, rtol=1e-4)
-    assert answer["is_known_user"].numpy().all()
-
-
 def test_an_unknown_user_gets_the_answer_for_an_empty_history(
     served: Served, module: RetrievalModule
 ) -> None:
@@ -145,36 +132,6 @@ def test_scores_are_products_of_the_embeddings(served: Served, module: Retrieval
     scores = stored["embeddings"].numpy() @ items["embeddings"].numpy().T
     answer = module.retrieve(users, histories, as_ids(served, [[]] * NUM_QUERIES), NUM_CANDIDATES)
     np.testing.assert_allclose(answer["scores"], -np.sort(-scores, axis=1), atol=1e-5)
-
-
-def test_a_new_item_is_embedded_by_its_features(served: Served, module: RetrievalModule) -> None:
-    new = 5 if served.ids == "int" else "premiere"
-    items = module.embed_candidate(
-        as_ids(served, [[new, new]])[0], tf.constant([["a", "c"], ["c", "new"]])
-    )
-    assert not items["is_known_item"].numpy().any()
-    encoded = served.candidate_features[0].encode_column([["a", "c"], ["c", "new"]])
-    expected = served.model.embed_candidates(tf.zeros([2], tf.int32), {"genres": encoded})
-    np.testing.assert_allclose(items["embeddings"], expected, atol=1e-6)
-    assert np.abs(expected[0] - expected[1]).max() > 0.01
-
-
-def test_features_of_a_query_replace_the_stored_ones(
-    served: Served, module: RetrievalModule
-) -> None:
-    users = as_users(served, [served.query_ids[0]] * 3)
-    history = as_ids(served, [served.known(3)] * 3)
-    nothing = as_ids(served, [[]] * 3)
-    genders = [served.genders[0], "F" if served.genders[0] == "M" else "M", ""]
-    answer = module.retrieve_with_features(users, history, tf.constant(genders), nothing, 8)
-    by_id = module.retrieve(users, history, nothing, 8)
-    np.testing.assert_allclose(answer["scores"][0], by_id["scores"][0], rtol=1e-5)
-    embedded = module.embed_query_with_features(users, history, tf.constant(genders))
-    embeddings = embedded["embeddings"].numpy()
-    expected = -np.sort(-embeddings @ served.model.embed_corpus().T, axis=1)[:, :8]
-    np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
-    for i, j in ((0, 1), (1, 2), (0, 2)):
-        assert np.abs(embeddings[i] - embeddings[j]).max() > 0.01
 
 
 @settings(max_examples=25, deadline=None)

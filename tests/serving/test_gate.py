@@ -61,18 +61,24 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(tmp_path: Path) -
         np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("user_data", [True, False])
-def test_users_have_their_features_in_a_version_without_user_data(
-    user_data: bool, tmp_path: Path
-) -> None:
-    """As requests bring them, whatever their type; without the log they are missing."""
+@pytest.fixture(scope="module")
+def of_users() -> tuple[tp.Log, tp.FittedTwoTower]:
+    """A model that reads features of users, and its log."""
     users = pd.DataFrame({"user_id": range(8), "seg": [*"aabb"] * 2, "age": [*range(7), None]})
     users["tags"] = [[tag] * (tag != "b") for tag in users["seg"]]
     kinds = {"seg": "categorical", "age": "numeric", "tags": "multi_categorical"}
     clicks = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
     log = tp.Log.from_table(clicks, users=users, user_features=kinds)
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
-    model = tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
+    return log, tp.TwoTower(dim=4, negatives=["uniform:num=8"], training=training).fit(log)
+
+
+@pytest.mark.parametrize("user_data", [True, False])
+def test_users_have_their_features_in_a_version_without_user_data(
+    of_users: tuple[tp.Log, tp.FittedTwoTower], user_data: bool, tmp_path: Path
+) -> None:
+    """As requests bring them, whatever their type; without the log they are missing."""
+    log, model = of_users
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
     expected_ids, expected = model.retrieve(queries, 10)

@@ -21,14 +21,6 @@ def exact_order(queries: np.ndarray, k: int) -> np.ndarray:
     return 1 + np.argsort(-(queries @ EMBEDDINGS.T), axis=1, kind="stable")[:, :k]
 
 
-def test_exact_index_is_a_full_sort() -> None:
-    nothing = tf.zeros([len(QUERIES), 0], tf.int32)
-    rows, scores = ExactIndex(EMBEDDINGS).search(tf.constant(QUERIES), 10, nothing)
-    np.testing.assert_array_equal(rows, exact_order(QUERIES, 10))
-    expected = np.take_along_axis(QUERIES @ EMBEDDINGS.T, rows.numpy() - 1, axis=1)
-    np.testing.assert_allclose(scores, expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("num_leaves", [1, 45])
 def test_scann_that_searches_all_is_exact_search(num_leaves: int) -> None:
     index = ScannIndex(ExactIndex(EMBEDDINGS), num_leaves)

@@ -78,46 +78,48 @@ def test_rows_and_columns_of_named_inputs_are_the_same() -> None:
         assert by_rows[name].tolist() == by_columns[name].tolist() == column
 
 
-@pytest.mark.parametrize("key", ["inputs", "instances"])
-def test_a_time_without_an_item_is_refused(key: str) -> None:
-    def read(history: list[int], times: list[float | None] | None) -> np.ndarray:
-        query = {"user_id": 1, "history": history, "history_timestamps": times}
-        given: Any = [query] if key == "instances" else {n: [x] for n, x in query.items()}
-        return parsed({"signature_name": "histories", key: given})[1]["history_timestamps"]
+def times_read(key: str, query: dict[str, list[Any]]) -> np.ndarray:
+    rows = [dict(zip(query, row, strict=True)) for row in zip(*query.values(), strict=True)]
+    given = rows if key == "instances" else query
+    return parsed({"signature_name": "histories", key: given})[1]["history_timestamps"]
 
-    np.testing.assert_array_equal(read([7, 8], [5.0, None]), [[5, np.nan]])
-    np.testing.assert_array_equal(read([7, 8], [5.0]), [[5]])
-    np.testing.assert_array_equal(read([7], [5.0, None]), [[5, np.nan]])
-    assert np.isnan(read([7], None)).all()
-    for history in ([7, 8], []):
-        with pytest.raises(HTTPException, match=f"3 times for {len(history)} items"):
-            read(history, [5.0, None, 6.0])
+
+ALONE, PADDED = [[7, 8]], [[7, -1, -1], [7, 8, 9]]
+NAN = np.nan
 
 
 @pytest.mark.parametrize("key", ["inputs", "instances"])
-def test_a_time_of_padding_is_refused(key: str) -> None:
-    """However long the other histories of the batch are."""
-
-    def read(times: list[list[float | None]]) -> np.ndarray:
-        query = {
-            "user_id": [1, 2],
-            "history": [[7, -1, -1], [7, 8, 9]],
-            "history_timestamps": times,
-        }
-        rows = [dict(zip(query, row, strict=True)) for row in zip(*query.values(), strict=True)]
-        given = rows if key == "instances" else query
-        return parsed({"signature_name": "histories", key: given})[1]["history_timestamps"]
-
-    nan = np.nan
-    found = read([[5, None, None], [5, 6, 7]])
-    np.testing.assert_array_equal(found, [[5, nan, nan], [5, 6, 7]])
-    np.testing.assert_array_equal(read([[5, None], [5, 6]]), [[5, nan], [5, 6]])
-    with pytest.raises(HTTPException, match=r"one time an item .*3 times for 1 item\."):
-        read([[5, None, 6], [5, 6, 7]])
-    with pytest.raises(HTTPException, match="2 times for 1 item"):
-        read([[5, 6], [5, 6]])
-    with pytest.raises(HTTPException, match="4 times for 3 items"):
-        read([[5, None, None, None], [5, 6, 7, 8]])
+@pytest.mark.parametrize(
+    ("history", "times", "expected"),
+    [
+        (ALONE, [[5.0, None]], [[5, NAN]]),
+        (ALONE, [[5.0]], [[5]]),
+        (ALONE, [None], np.zeros((1, 0))),
+        ([[7]], [[5.0, None]], [[5, NAN]]),
+        (ALONE, [[5.0, None, 6.0]], "3 times for 2 items"),
+        ([[]], [[5.0, None, 6.0]], "3 times for 0 items"),
+        # However long the other histories of the batch are.
+        (PADDED, [[5, None, None], [5, 6, 7]], [[5, NAN, NAN], [5, 6, 7]]),
+        (PADDED, [[5, None], [5, 6]], [[5, NAN], [5, 6]]),
+        (PADDED, [[5, None, 6], [5, 6, 7]], r"one time an item .*3 times for 1 item\."),
+        (PADDED, [[5, 6], [5, 6]], "2 times for 1 item"),
+        (PADDED, [[5, None, None, None], [5, 6, 7, 8]], "4 times for 3 items"),
+    ],
+    ids=str,
+)
+def test_a_time_without_an_item_is_refused(
+    key: str, history: list[list[int]], times: list[Any], expected: Any
+) -> None:
+    query = {
+        "user_id": [1, 2][: len(history)],
+        "history": history,
+        "history_timestamps": times,
+    }
+    if not isinstance(expected, str):
+        np.testing.assert_array_equal(times_read(key, query), expected)
+        return
+    with pytest.raises(HTTPException, match=expected):
+        times_read(key, query)
 
 
 def test_strings_come_as_utf_8_or_base64() -> None:
@@ -148,14 +150,13 @@ def test_null_is_a_missing_feature_but_no_id() -> None:
         "tags": [["x", None], None],
         "times": [None, [7, None]],
     }
-    nan = np.nan
     expected = {
         "user_id": [b"a", b"b"],
-        "price": [nan, 2.5],
-        "vector": [[nan] * 3, [1, 2, nan]],
+        "price": [NAN, 2.5],
+        "vector": [[NAN] * 3, [1, 2, NAN]],
         "city": [b"Rome", b""],
         "tags": [[b"x", b""], [b"", b""]],
-        "times": [[nan, nan], [7, nan]],
+        "times": [[NAN, NAN], [7, NAN]],
     }
     rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
     for body in (inputs("features", **given), {"signature_name": "features", "instances": rows}):
@@ -317,9 +318,3 @@ def test_a_single_output_stands_without_its_name() -> None:
     assert json.loads(format_outputs(outputs, is_row_format=True)) == {
         "predictions": [[1, 2], [3, 4]]
     }
-
-
-def test_an_answer_to_no_query_is_empty() -> None:
-    outputs = {"ids": np.zeros((0, 3), np.int64), "known": np.zeros(0, bool)}
-    text = format_outputs(outputs, is_row_format=False)
-    assert json.loads(text) == {"outputs": {"ids": [], "known": []}}

@@ -87,16 +87,6 @@ def test_a_filter_takes_what_is_allowed_from_the_whole_answer(
     assert filtered[0].tolist() == [id_ for id_ in ids.tolist() if id_ in with_b][:5]
 
 
-def test_scores_are_products_of_the_embeddings(
-    served: Served, loaded: LoadedRetriever, query: dict[str, Any]
-) -> None:
-    ids = served.candidate_ids.tolist()
-    items, is_known = loaded.embed_candidates(ids, {"genres": served.genres})
-    assert is_known.all()
-    expected = -np.sort(-loaded.embed_queries([query]) @ items.T, axis=1)
-    np.testing.assert_allclose(loaded.retrieve([query], 60)[1], expected, atol=1e-5)
-
-
 def test_refuses_what_it_cannot_answer(loaded: LoadedRetriever, user: Any) -> None:
     other = 7 if isinstance(user, str) else "7"
     wrong: dict[str, Any] = {
