@@ -166,15 +166,10 @@ def test_a_port_in_use_is_refused_before_a_model_is_loaded(
     assert f"Cannot listen on 127.0.0.1, port {port}: Address already in use. Set --port" in err
 
 
-def test_wrong_flags_and_folders(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, folder, "--max-k", "0")[0] == 2
     code, err = run(capsys, folder, "--host", "")  # As from a variable that is not set.
     assert (code, err) == (2, "error: host: got ''; string should have at least 1 character\n")
-    code, err = run(capsys, tmp_path)
-    assert code == 1
-    assert f"No exported model at '{tmp_path}'" in err
 
 
 def test_flags_become_settings(

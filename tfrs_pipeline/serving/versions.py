@@ -22,11 +22,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.model.graph import signature_inputs
 from tfrs_pipeline.serving import metrics
-from tfrs_pipeline.serving.publish import (
-    MANIFEST_FILE,
-    no_model_at,
-    versions_of,
-)
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
 from tfrs_pipeline.serving.rest import SignatureInputs
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 from tfrs_pipeline.serving.settings import ServeSettings
