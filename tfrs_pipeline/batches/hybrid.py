@@ -92,15 +92,11 @@ class HybridBatches:
                 f"{name} puts all positives of a user together. Use popularity with alpha 1 in "
                 "place of in_batch: it draws from the same distribution."
             )
-        for given, of_one, remedy in (
-            (hard is not None, "hard negatives", "Set hard to none"),
-            (samples.request_columns, "request features", "Leave request_features out"),
-        ):
-            if given and not examples.has_one_positive:
-                raise ValueError(
-                    f"{name} gives a query many positives, and {of_one} belong to one. {remedy}, "
-                    "or set training.examples to 'single'."
-                )
+        if not examples.has_one_positive and (hard is not None or samples.request_columns):
+            raise ValueError(
+                f"{name} gives a query many positives, and hard negatives and request features "
+                "belong to one. Leave them out, or set training.examples to 'single'."
+            )
         self.samples = samples
         self.examples = examples
         self.negatives = tuple(negatives)

@@ -1,8 +1,6 @@
 """Draws from a fixed distribution over the corpus: in the graph, exactly, in constant time.
 
-An alias table (Walker 1977) takes one integer and one float draw for each negative, whatever the
-size of the corpus. An inverse CDF in float32 would give the tail of a large corpus probability
-zero.
+An inverse CDF in float32 would give the tail of a large corpus probability zero.
 """
 
 from __future__ import annotations
@@ -12,14 +10,13 @@ import tensorflow as tf
 
 
 def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Builds an alias table of a distribution with cumulative sums, without a loop over rows.
+    """Builds an alias table of a distribution (Walker 1977), without a loop over rows.
 
     Slot i yields i with probability accept[i] and alias[i] otherwise, so that
 
         p(c) = ( accept[c] + sum over slots i with alias[i] = c of (1 - accept[i]) ) / num_rows.
 
-    The probability is [num_rows] float64, 0 or more, sum 1, else a `ValueError`. Returns `accept`,
-    [num_rows] float32 in [0, 1], and `alias`, [num_rows] int32.
+    Returns `accept`, [num_rows] float32 in [0, 1], and `alias`, [num_rows] int32.
 
     Example:
         >>> accept, alias = build_alias_table(np.array([0.25, 0.75]))
@@ -57,12 +54,10 @@ def build_alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class AliasSampler:
-    """Draws candidate rows from a distribution (see `build_alias_table`), with replacement.
+    """Draws candidate rows from a distribution (see `build_alias_table`), with replacement."""
 
-    The same seed gives the same rows, on any number of threads. Thresholds have steps of 2^-23:
-    rows with a mass p(c) V near that are drawn coarsely. Kinds that raise clicks to a power of 1 or
-    less do not come near it with fewer than a million clicks per item.
-    """
+    # Thresholds have steps of 2^-23: rows with a mass p(c) V near that are drawn coarsely. Powers
+    # of clicks up to 1 do not come near it with fewer than a million clicks per item.
 
     def __init__(self, probability: np.ndarray) -> None:
         accept, alias = build_alias_table(probability)

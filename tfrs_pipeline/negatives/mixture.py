@@ -125,15 +125,9 @@ class Mixture:
 
 
 def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Tensor:
-    """Computes log( H_k / (V * f * w_k) ) of a row's pools of hard negatives.
+    """Computes log( H_k / (V * f * w_k) ) of a row's pools of H_k: [W, num_pools] float32.
 
-    Args:
-        num_left: [W, num_pools] float32, H_k: how many hard negatives of each pool count.
-        share: f of the rows that have any.
-        num_candidates: V.
-
-    Returns:
-        [W, num_pools] float32; 0 where nothing is left. The pools with something left weigh alike.
+    Pools with something left weigh alike; it is 0 where nothing is left.
     """
     is_left = tf.cast(num_left > 0, tf.float32)
     pool_share = tf.math.divide_no_nan(is_left, tf.reduce_sum(is_left, axis=1, keepdims=True))
