@@ -212,7 +212,7 @@ class TwoTowerNetwork(tfrs.Model):
             tf.gather(embedded, tf.ensure_shape(part, rows.shape))
             for part, rows in zip(slots, columns, strict=True)
         )
-        if inputs.hard is None:
+        if not hard:
             return positives, shared, None
         shape = tf.concat([tf.shape(inputs.hard.candidate_row), [-1]], axis=0)
         return positives, shared, tf.reshape(hard[0], shape)
