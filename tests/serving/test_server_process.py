@@ -86,7 +86,7 @@ def test_slow_and_long_bodies_and_sigterm(process: subprocess.Popen[str]) -> Non
         for connection in slow:
             text = answer_of(connection)
             assert text.startswith("HTTP/1.1 408 ")
-            assert '{"error":"The body did not come within 3 s."}' in text
+            assert '{"error":"The body did not arrive within 3 s."}' in text
         long = client.post(PREDICT, content=b"x" * 1_000_000)
         assert long.status_code == 413
         garbage = socket.create_connection(("127.0.0.1", port), timeout=30)

@@ -1,7 +1,7 @@
 """Loads SavedModels in a fresh process, and compares their answers with expected ones.
 
-`python -m tfrs_pipeline.serving.check` reads what to ask and to expect from standard input,
-and exits with 0 if all answers are the same, else with 1 and the differences on standard error.
+`python -m tfrs_pipeline.serving.check` reads inputs and expected answers from standard input.
+It exits with 0 if all answers agree, else with 1 and the differences on standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tfrs_pipeline.serving.index import ScannIndex, load_scann_ops
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.signatures import ask, completed
 
-# A reloaded model may run other kernels: the same answer, not the same bits.
+# A reloaded model may run other kernels, so that scores differ in their last bits.
 SCORE_TOLERANCE = 1e-4
 # Last on the path, so that it hides no module of the standard library.
 _PROGRAM = """
@@ -34,18 +34,18 @@ runpy.run_module("tfrs_pipeline.serving.check", run_name="__main__", alter_sys=T
 """
 
 _Arrays: TypeAlias = dict[str, np.ndarray]
-# By signature: the inputs and the outputs.
+# The inputs and the outputs of each signature.
 _Expected: TypeAlias = dict[str, tuple[_Arrays, _Arrays]]
 
 
 class ExportError(RuntimeError):
-    """An export that cannot be loaded or answers otherwise than the model in memory."""
+    """An export cannot be loaded, or its answers differ from those of the model in memory."""
 
 
 def example_values(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns a value for every feature and the filter, by the name of its input.
+    """Returns an example value for every feature and the filter, by side and input name.
 
-    "candidate" and "query" are apart, because both may have a feature of that name.
+    "candidate" and "query" are separate, because both may have a feature of the same name.
     """
     sides = features_of(manifest)
     values: dict[str, dict[str, Any]] = {}
@@ -66,9 +66,9 @@ def prove(
     item_ids: Sequence[Any],
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Has a fresh process load what was saved, by folder, and answer like the modules in memory.
+    """Checks that a fresh process can load each folder and answers like its module in memory.
 
-    Asks with `queries` and `item_ids`; other inputs have their `example_values`, or are missing.
+    Asks with `queries` and `item_ids`; other inputs are filled from `values`, or are missing.
     """
     probes: list[tuple[str, bool, _Expected]] = []
     for folder, module in modules.items():
@@ -82,7 +82,7 @@ def prove(
         probes.append((str(folder), needs_scann, expected))
     # Brute-force fallbacks come first, before ScaNN's op is loaded.
     probes.sort(key=lambda probe: probe[1])
-    # With -P, a file of the working directory such as queue.py is no module there.
+    # With -P, Python does not import files such as queue.py from the working directory.
     command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])]
     done = subprocess.run(command, input=pickle.dumps(probes), capture_output=True, check=False)
     if done.returncode:
@@ -110,7 +110,7 @@ def _inputs(
 
 
 def difference(expected: _Arrays, answer: _Arrays) -> str:
-    """Describes how an answer differs, "" if it does not; equal scores may be in any order."""
+    """Describes how an answer differs, or returns ""; ids with equal scores may swap places."""
     shapes, others = ({key: x.shape for key, x in side.items()} for side in (expected, answer))
     if shapes != others:
         return f"shapes {others} instead of {shapes}"
@@ -125,7 +125,7 @@ def difference(expected: _Arrays, answer: _Arrays) -> str:
     if "candidate_ids" not in expected:
         return ""
     scores, is_other = expected["scores"], answer["candidate_ids"] != expected["candidate_ids"]
-    # Ids are compared where no neighbour has the same score.
+    # Ids are compared only where neither neighbour has the same score.
     is_tied = np.zeros(scores.shape, bool)
     is_close = np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE
     is_tied[:, 1:] |= is_close

@@ -1,9 +1,9 @@
-"""What uvicorn lacks: a deadline for headers, a 503 with `Retry-After`, a gentle stop.
+"""Adds to uvicorn: a deadline for headers, a 503 with `Retry-After`, a graceful stop.
 
-A stopping server answers requests that it has received or receives in the next second, on open and
-new connections, with `Connection: close`. It then closes idle connections, as HTTP allows at any
-time: a request that crosses with the close was not read, gets no byte of an answer, and can be sent
-again. New connections are refused.
+A stopping server accepts requests for one more second, on open and new connections, and answers
+with `Connection: close`. It then refuses new connections and closes idle ones, as HTTP allows at
+any time. A request sent while its connection closes is not read and gets no byte of an answer, so
+the client can send it again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tfrs_pipeline.serving import metrics
 
 # For the headers of a request, from its first byte or the opening of its connection.
 HEADER_SECONDS = 10.0
-# After a signal to stop: for new connections, and then for requests on the last of them.
+# After a signal to stop: time for new connections, then for requests on the last of them.
 DRAIN_SECONDS, LAST_SECONDS = 1.0, 0.5
 
 
 class CountRequests:
-    """ASGI middleware that measures requests by handler and code."""
+    """ASGI middleware that measures requests by handler and status code."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -55,7 +55,7 @@ class CountRequests:
             try:
                 await self._app(scope, receive, counting_send)
             finally:
-                # The function's name, not the path, to which clients could add labels.
+                # The function's name, because clients could add labels by asking for new paths.
                 handler = getattr(scope.get("endpoint"), "__name__", "none")
                 metrics.REQUEST_SECONDS.labels(handler, code).observe(time.perf_counter() - start)
 
@@ -79,12 +79,12 @@ class Connection(H11Protocol):
         """Starts to wait for a request."""
         super().connection_made(transport)
         self.limit_concurrency = None  # uvicorn's own 503 has no `Retry-After`.
-        # Connections before it go on.
+        # Only this connection is refused; older ones go on.
         self._is_one_too_many = self._is_over(self.connections)
         self._expect_headers(True)
 
     def data_received(self, data: bytes) -> None:
-        """Reads on, or answers 503: too many connections, or tasks whose clients left."""
+        """Reads on, or answers 503 if there are too many connections or unfinished tasks."""
         self._is_one_too_many &= self._is_over(self.connections)
         is_busy = self._is_one_too_many or self._is_over(self.tasks)
         self.app = _BUSY if is_busy else self.config.loaded_app
@@ -110,7 +110,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that stops gently, as the module says."""
+    """A server that stops gracefully, as the module's docstring says."""
 
     def __init__(
         self, config: uvicorn.Config, is_loading: Callable[[], bool] = lambda: False
@@ -119,15 +119,15 @@ class Server(uvicorn.Server):
         self._is_loading = is_loading
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops gently."""
-        # All connections share this list, even those whose requests are being answered.
+        """Stops gracefully."""
+        # All connections share this list, including those with a request in flight.
         self.server_state.default_headers.append((b"connection", b"close"))
         await self._sleep(DRAIN_SECONDS)
         for listener in (*self.servers, *(sockets or ())):
             listener.close()
         await self._sleep(LAST_SECONDS)
         await super().shutdown(sockets)
-        if self._is_loading():  # A load in its thread cannot be stopped, and Python would wait.
+        if self._is_loading():  # Python would wait for the loading thread, which cannot be stopped.
             logging.shutdown()
             sys.stdout.flush()
             os._exit(0)

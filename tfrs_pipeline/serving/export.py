@@ -61,20 +61,20 @@ if TYPE_CHECKING:
     from tfrs_pipeline.model.fitted import FittedTwoTower
 
 LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
-# Names in a manifest that an export or a run writes.
+# Manifest names that an export or a run writes itself.
 TAKEN = frozenset(
     (
         *("config", "date", "export", "feature_inputs", "features", "filter", "index"),
         *("log", "name", "reading", "refreshed", "run", "signatures", "user_data", "versions"),
     )
 )
-# Most queries to tune and measure an index on, and how many the reloaded model must repeat.
+# Most queries to tune and measure an index on; how many the reloaded model must answer alike.
 NUM_QUERIES, NUM_PROBES = 1000, 20
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of `export` that the next refresh keeps."""
+    """The options of `export` that the next refresh reuses."""
 
     index: Search
     filter_by: str | None = None
@@ -105,37 +105,37 @@ def export(
     queries: Sequence[Query] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a model's next version, checks it in a fresh process, and puts it in place.
+    """Writes a model's next version, checks it in a fresh process, and publishes it.
 
-    If several workers train, all call this: the chief writes, and the others wait for it.
+    If several workers train, all must call this: the chief writes, and the others wait.
 
     Args:
         model: A `FittedTwoTower`, or an `Exportable` of any model that embeds queries and items.
-        path: The model's folder, such as "saved_models/videos"; its name is the model's.
-        index: `Exact()`, `Scann()`, or `Auto()`, which None is: by the number of items.
-        filter_by: Column of the items by whose values requests may filter.
+        path: The model's folder, such as "saved_models/videos", whose name becomes the model's.
+        index: `Exact()`, `Scann()` or `Auto()`; None is `Auto()`, which goes by the item count.
+        filter_by: Item column by whose values requests may filter.
         keep_versions: How many versions to keep: the newest two, then the newest of each training,
-            then further refreshes; the others are deleted. None keeps all.
-        item_ids: The model's items to retrieve; histories may hold its other items too. None takes
-            the items of the log's item table, or all without one.
+            then other refreshes. The rest are deleted. None keeps all.
+        item_ids: Items to retrieve; histories may hold the model's other items too. None takes the
+            items of the log's item table, or all if there is none.
         user_data: Whether to export users' ids, histories, features and held-out queries. Without
             it requests bring the history, and an index is measured on queries of one item each.
         queries: Held-out queries with `user_id`, `history`, `history_timestamps` and `request`. A
-            ScaNN index is tuned and measured on the first 1,000, and the reloaded model must repeat
-            the answers to the first 20. None takes the model's users.
-        manifest: JSON-able content, such as metrics, to add to `manifest.json`.
+            ScaNN index is tuned and measured on the first 1,000; the reloaded model must answer
+            the first 20 alike. None takes the model's users.
+        manifest: Content to add to `manifest.json`, such as metrics.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        ExportError: If a fresh process cannot load the export or answers otherwise, in which case
-            no version is put in place or deleted.
+        ExportError: If a fresh process cannot load the export or answers differently. No version
+            is then published or deleted.
         RuntimeError: If no ScaNN index reaches the recall target.
-        TypeError: If `model` or `index` is of another type.
-        ValueError: If `item_ids` is empty or holds an id that the model lacks, the items lack the
-            column `filter_by`, `user_data` is False and the model has an embedding of each user,
-            `manifest` has a name that is taken, or the model was fitted to samples without a log.
+        TypeError: If `model` or `index` has the wrong type.
+        ValueError: If `item_ids` is empty or holds an unknown id, the items lack the column
+            `filter_by`, `user_data` is False for a model that embeds each user's id, `manifest`
+            uses a reserved name, or the model was fitted to samples without a log.
     """
     if taken := sorted(TAKEN.intersection(manifest or {})):
         raise ValueError(
@@ -163,7 +163,7 @@ def export_version(
 ) -> tuple[Path, dict[str, Any]]:
     """Exports a model within one process, and returns the manifest too (see `export_index`)."""
     if not isinstance(model, Exportable):
-        # The module of its class would load what only a training needs.
+        # Importing its class would load code that only training needs.
         if not hasattr(model, "exportable"):
             raise TypeError(
                 "Exports what TwoTower.fit returns, or a tp.Exportable of another model that "
@@ -207,7 +207,7 @@ def export_version(
 
 
 def _places(items: pa.Table, item_ids: Collection[Any] | None) -> np.ndarray:
-    """Returns the positions of the items to be retrieved, ascending."""
+    """Returns the positions of the items to retrieve, ascending."""
     if item_ids is None:
         is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
         return np.flatnonzero(is_retrieved)
@@ -233,8 +233,8 @@ def export_index(
 ) -> tuple[Path, dict[str, Any]]:
     """Exports an index over candidates behind an encoder, built or loaded.
 
-    `embeddings` has a row for each of `items`. Returns the folder of the new version, and its
-    manifest, which another export may have deleted.
+    `embeddings` has a row for each of `items`. Returns the new version's folder and its manifest:
+    another export may delete the file at any time.
     """
     queries, item_filter = queries[:NUM_QUERIES], None
     if (name := options.filter_by) is not None:
@@ -279,7 +279,7 @@ def export_index(
 
 
 def _shown(items: pa.Table) -> pa.Table:
-    """Returns ids and titles, to read answers with."""
+    """Returns the ids and titles with which people read answers."""
     shown = {"item_id": items["item_id"]}
     if "title" in items.column_names:
         shown["title"] = items["title"].cast(pa.string())
@@ -345,7 +345,7 @@ def stored_queries(model: Exportable) -> list[Query]:
 def query_table(
     queries: Sequence[Query], items: pa.Table, request: Sequence[Feature], read: Collection[str]
 ) -> pa.Table:
-    """Makes a table of queries, with the columns that the inputs `read` need."""
+    """Makes a table of queries, with the columns that the encoder's inputs `read` need."""
     ids = pa.list_(items.schema.field("item_id").type)
     columns = {
         "user_id": pa.array([query.get("user_id") for query in queries]),

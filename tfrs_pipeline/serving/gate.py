@@ -1,4 +1,4 @@
-"""A new model beside the version in service: published only if it is not worse."""
+"""Compares a new model with the version in service, and refuses one that is worse."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
-IN_SERVICE = "in_service"  # The version's name among what is evaluated.
+IN_SERVICE = "in_service"  # The version's name in an evaluation.
 
 
 def version_in_service(
@@ -28,12 +28,12 @@ def version_in_service(
     log: Log | None = None,
     without: Path | None = None,
 ) -> ExactRetriever | None:
-    """Loads a model's newest version to be measured beside a new one; None if there is none.
+    """Loads a model's newest version, to measure it beside a new one; None if there is none.
 
-    `candidate_ids` are the new model's items, `exported` those that its export retrieves, None if
-    all. From `log` an export without user data takes the features of users.
+    `candidate_ids` are the new model's items, and `exported` those that its export retrieves (None
+    means all). If the version holds no user data, users' features come from `log`.
     """
-    # Both are searched exactly, so that they differ only in what they have learned.
+    # Both models are searched exactly, so that they differ only in what they have learned.
     newest = _newest(folder, without)
     if newest is None:
         return None
@@ -46,7 +46,7 @@ def _comparable(
     retriever: LoadedRetriever, candidate_ids: np.ndarray, exported: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and embeddings of the candidates that a version finds."""
-    # Of either type, whatever this run's are; NumPy would compare each text with every other.
+    # The ids' type may differ from this run's. NumPy would compare each text with every other.
     known = as_id_array(retriever.candidate_ids())
     is_there = Ids(candidate_ids).rows(known) > 0
     if not is_there.any():
@@ -57,7 +57,7 @@ def _comparable(
             "another export.name, or export without export.gate."
         )
     known, embeddings = known[is_there], retriever.candidate_embeddings()[is_there]
-    # The new model is measured with these too, so the version finds them if it was trained on them.
+    # The new model may find these, so the version may too if it was trained on them.
     left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
     left_out = np.setdiff1d(left_out, known)
     if not len(left_out):
@@ -71,9 +71,9 @@ def _comparable(
 def _query_embedder(
     retriever: LoadedRetriever, log: Log | None
 ) -> Callable[[Sequence[Query]], np.ndarray]:
-    """Returns a function that embeds a run's queries with a version, by what both know."""
+    """Returns a function that embeds a run's queries with a version, by the features both have."""
     asked_for = retriever.features["request"]
-    if log is not None:  # A feature that is of another kind by now says nothing.
+    if log is not None:  # A feature whose kind has changed is left out.
         asked_for = tuple(x for x in asked_for if log.request_features.get(x.name) == x.kind)
     read = request_signature(asked_for, reads_times=True)
     names: list[str] = []
@@ -89,7 +89,7 @@ def _query_embedder(
             of_user = {row.pop("user_id"): row for row in rows}
         asked: list[Query] = []
         for query in queries:
-            # A request feature that is new in this run says nothing to the version in service.
+            # The version in service does not read request features that are new in this run.
             given = (query.get("request") or {}).items()
             known = dict(query) | {"request": {name: x for name, x in given if name in read}}
             if names:
@@ -108,9 +108,9 @@ def _newest(folder: Path, without: Path | None) -> Path | None:
 def refuse_worse(
     evaluation: Evaluation, metric: str, folder: Path, *, without: Path | None = None
 ) -> str:
-    """Refuses a model that finds less than the version in service; else says what was found.
+    """Raises `NotPublished` if the new model is significantly worse; else describes the result.
 
-    The evaluation is of the new model, first, and of `IN_SERVICE`, on the same queries.
+    The evaluation measures the new model, first, and `IN_SERVICE` on the same queries.
     """
     version = _newest(folder, without)
     assert version is not None  # It was measured.
@@ -133,7 +133,7 @@ def refuse_worse(
 def describe_lacking(
     holdout: Holdout, exclude: Exclude, *, in_service: np.ndarray, exported: np.ndarray
 ) -> str:
-    """Says how many of the items to find each version lacks, by the ids of its items."""
+    """Describes how many relevant items each version lacks, given the ids of its items."""
     relevant, excluded = holdout.relevant, holdout.excluded(exclude)
     if excluded is not None:
         relevant = list(map(np.setdiff1d, relevant, excluded))

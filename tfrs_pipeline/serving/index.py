@@ -33,10 +33,10 @@ class Exact:
 
 @dataclass(frozen=True)
 class Scann:
-    """A ScaNN index, tuned to reach a recall target at the least work.
+    """A ScaNN index, tuned to reach a recall target with the least work.
 
     The target holds for every k and any number of excluded candidates: each query is searched as
-    widely as its own request needs, and exactly if that is less work.
+    widely as its own request needs, or exactly if that is less work.
 
     Args:
         recall: Recall target: the share of the exact answer that must be found, in (0, 1].
@@ -55,7 +55,7 @@ class Scann:
 
 @dataclass(frozen=True)
 class Auto:
-    """Exact search below 20,000 candidates, else `Scann`; a refreshed index chooses anew.
+    """Exact search below 20,000 candidates, else `Scann`; each refresh chooses again.
 
     Args:
         recall: Recall target of a ScaNN index, in (0, 1].
@@ -68,7 +68,7 @@ class Auto:
     kind: Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        Scann(self.recall)  # Checks it: a small corpus would never do.
+        Scann(self.recall)  # Checks the target, which a small corpus would never use.
 
     def choose(self, num_candidates: int) -> Scann | Exact:
         """Chooses by the size of a corpus."""
@@ -85,10 +85,10 @@ def search_of(kind: str, recall: float = Scann.recall) -> Search:
 
 
 def load_scann_ops() -> Any:
-    """Imports ScaNN's TensorFlow ops, which a ScaNN SavedModel needs before it is loaded."""
+    """Imports ScaNN's TensorFlow ops, without which a ScaNN SavedModel cannot be loaded."""
     try:
         from scann import scann_ops
-    except Exception as error:  # A TensorFlow of another version fails in the loader.
+    except Exception as error:  # With another TensorFlow version, the op's loader fails.
         raise ImportError(
             "The ScaNN index needs the package scann, built for this TensorFlow "
             f"({tf.__version__}): pip install 'scann==1.4.2' with tensorflow 2.20, or use exact "
@@ -107,7 +107,7 @@ class ExactIndex(tf.Module):
 
     @property
     def exact(self) -> ExactIndex:
-        """This index; an approximate one has its exact search here."""
+        """The exact search over the same candidates: this index itself."""
         return self
 
     def search(
@@ -115,8 +115,8 @@ class ExactIndex(tf.Module):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Finds the k best candidates of [B, D] queries: rows and scores, [B, k], best first.
 
-        Rows are int32 from 1, also in `excluded` [B, E]; 0 is padding or an empty slot, whose score
-        is -inf.
+        Rows are int32 from 1, in `excluded` [B, E] too; 0 is padding, or an empty slot with the
+        score -inf.
         """
         scores = tf.linalg.matmul(queries, self.embeddings, transpose_b=True)
         if allowed is not None:
@@ -132,7 +132,7 @@ class ExactIndex(tf.Module):
 
 @dataclass(frozen=True)
 class Level:
-    """How widely to search for requests whose k and exclusions add up to `depth` at most."""
+    """How widely to search if k plus the number of excluded candidates is at most `depth`."""
 
     depth: int
     num_leaves_to_search: int
@@ -143,13 +143,13 @@ def num_leaves_of(num_candidates: int) -> int:
     """Returns the number of partitions of an index; 1 means none."""
     if num_candidates < SMALLEST_PARTITIONED_CORPUS:
         return 1
-    # Four times the square root that ScaNN advises: with smaller leaves, fewer candidates have to
-    # be searched.
+    # ScaNN advises the square root. Four times that makes smaller leaves, so fewer candidates have
+    # to be searched.
     return 4 * round(math.sqrt(num_candidates))
 
 
 def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leaves: int) -> Any:
-    """Builds a searcher of dot products with ScaNN's builder; each search says how widely."""
+    """Builds a dot-product searcher with ScaNN's builder; each search sets its own width."""
     sample = min(len(embeddings), _TRAINING_SAMPLE)
     configured = builder(embeddings, 1, "dot_product")
     if num_leaves > 1:
@@ -170,11 +170,11 @@ def build_searcher(builder: Callable[..., Any], embeddings: np.ndarray, num_leav
 class ScannIndex(tf.Module):
     """An approximate index: partitions, asymmetric hashing, exact rescoring of the best.
 
-    `levels` are by depth, ascending; `exact` answers deeper requests.
+    `levels` are sorted by depth, ascending; `exact` answers deeper requests.
     """
 
-    # On `scann_ops.builder`: the layer of TensorFlow Recommenders has neither the anisotropic
-    # threshold nor settings for each search.
+    # Uses `scann_ops.builder`, because the layer of TensorFlow Recommenders has neither the
+    # anisotropic threshold nor settings for each search.
     def __init__(
         self, exact: ExactIndex, num_leaves: int | None = None, levels: Sequence[Level] = ()
     ) -> None:
@@ -201,7 +201,7 @@ class ScannIndex(tf.Module):
         num_leaves_to_search: tf.Tensor,
         num_reordered: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds roughly the best `depth` candidates: rows and scores as of `ExactIndex.search`."""
+        """Finds roughly the `depth` best candidates: rows and scores as in `ExactIndex.search`."""
         searcher = self._ops.searcher_from_module(self._state)
         places, scores = searcher.search_batched(
             queries,
@@ -245,7 +245,7 @@ class ScannIndex(tf.Module):
             shape_invariants=(tf.TensorShape([]), *2 * [tf.TensorShape([None, None])]),
             parallel_iterations=1,
         )
-        # Queries beyond the last level, and those left with too few candidates.
+        # Exact search answers queries beyond the last level and those left with too few candidates.
         short = tf.where(tf.math.count_nonzero(rows, axis=1, dtype=tf.int32) < num_wanted)
         exact_rows, exact_scores = self.exact.search(
             tf.gather_nd(queries, short),
@@ -267,7 +267,7 @@ class ScannIndex(tf.Module):
         allowed: Allowed | None,
         lines: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Searches queries by number, `lines` [b, 1], at a level: rows and scores [b, k]."""
+        """Searches the queries numbered `lines` [b, 1] at a level: rows and scores [b, k]."""
         settings = tf.constant(
             [(x.depth, x.num_leaves_to_search, x.num_reordered) for x in self.levels],
             tf.int32,
@@ -282,10 +282,10 @@ class ScannIndex(tf.Module):
         return _filled_up(tf.gather(found, order, batch_dims=1), top_scores, k)
 
     def _levels_of(self, depth: tf.Tensor, allowed: Allowed | None) -> tf.Tensor:
-        """Returns the level of each query's depth, [B]; past the last level is exact search."""
+        """Returns each query's level, [B]; a number past the last level means exact search."""
         needed = tf.cast(depth, tf.float32)
         if allowed is not None:
-            # This many nearly always hold enough allowed ones: three standard deviations more.
+            # So many candidates nearly always include enough allowed ones: three deviations more.
             needed = (needed + 3 * tf.sqrt(needed)) / allowed.share
         return tf.searchsorted(tf.constant([x.depth for x in self.levels], tf.float32), needed)
 

@@ -1,4 +1,4 @@
-"""The item filter of a request: which candidates have one of the values that it chooses."""
+"""The item filter: which candidates have one of the values that a request chooses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Allowed(NamedTuple):
 
     is_chosen: tf.Tensor  # [B, num_codes] bool; code 0 is no value.
     codes: tf.Tensor  # [num_candidates + 1, P] int32, the values of each row, padded with 0.
-    share: tf.Tensor  # [B] float32, roughly of the candidates that may be found.
+    share: tf.Tensor  # [B] float32, rough share of the candidates that may be found.
 
     def of_queries(self, lines: tf.Tensor) -> Allowed:
         """Takes the queries with the numbers `lines`, [b]."""
@@ -31,7 +31,7 @@ class Allowed(NamedTuple):
 
     def has_all(self) -> tf.Tensor:
         """Returns which candidates each query may find: [B, num_candidates] bool."""
-        # One place of the lists at a time: all at once would take P times the memory.
+        # One list position at a time: all at once would take P times the memory.
         places = tf.unstack(self.codes[1:], axis=1)
         is_allowed = tf.gather(self.is_chosen, places[0], axis=1)
         for place in places[1:]:
@@ -40,7 +40,7 @@ class Allowed(NamedTuple):
 
 
 class ItemFilter(tf.Module):
-    """Values by which a request may choose items; None and "" are no value."""
+    """Values by which a request may choose items; None and "" mean that an item has none."""
 
     def __init__(self, name: str, column: Sequence[Any]) -> None:
         super().__init__(name="item_filter")
@@ -62,7 +62,7 @@ class ItemFilter(tf.Module):
         return {"name": self._column, "values": list(self._values)}
 
     def choose(self, allowed: tf.Tensor) -> Allowed:
-        """Finds the candidates with one of the `allowed` values, [B, F]; without any, all."""
+        """Finds candidates with one of the `allowed` values, [B, F]; an empty row allows all."""
         if has_booleans(self._values):
             allowed = lower_booleans(allowed)
         codes = lookup(self._table, allowed)

@@ -1,4 +1,4 @@
-"""The server's metrics for Prometheus, which adds the process's memory and time."""
+"""The server's Prometheus metrics; the client library adds the process's memory and CPU time."""
 
 from __future__ import annotations
 

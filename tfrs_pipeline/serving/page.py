@@ -1,4 +1,4 @@
-"""Answers what the page at / asks: the model's card, items by title, queries."""
+"""Answers the requests of the page at /: the model's card, items by title, queries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_HISTORY_SHOWN = 10
 MAX_CHOICES = 500
 NUM_EXAMPLE_ITEMS = 3
 
-# The page is one file that loads nothing else, and shows answers as text, never as markup.
+# The page is one file that loads nothing else. It shows answers as text, never as markup.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -40,7 +40,7 @@ PAGE_HEADERS = {
 
 
 class PageQuery(BaseModel):
-    """A query of the page: by a user's stored history, or by items and features as typed."""
+    """A query of the page: a user's stored history, or items and features as typed."""
 
     user_id: StrictInt | StrictStr | None = None
     items: Annotated[list[StrictInt | StrictStr], FailFast()] = []
@@ -51,7 +51,7 @@ class PageQuery(BaseModel):
 
 
 def card(version: ServedVersion) -> dict[str, Any]:
-    """Describes the model for the page, with an example of a query."""
+    """Describes the model for the page, with an example query."""
     retriever = version.retriever
     manifest = retriever.manifest
     ids, _ = retriever.retrieve([{}], min(NUM_EXAMPLE_ITEMS, len(version.titles)))
@@ -85,14 +85,14 @@ def _shown(ids: Iterable[Any], titles: Mapping[Any, str | None]) -> list[dict[st
 
 
 def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
-    """Finds the first items, in the order of the corpus, whose title or id holds `words`."""
+    """Finds the first items, in the order of the corpus, whose title or id contains `words`."""
     part = " ".join(words.casefold().split())
     ids = (id_ for id_, line in version.search_lines.items() if part and part in line)
     return _shown(itertools.islice(ids, MAX_FOUND), version.titles)
 
 
 def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
-    """Answers a `PageQuery` by the index and, if that is approximate, exactly too."""
+    """Answers a `PageQuery` with the index and, if it is approximate, with exact search too."""
     try:
         query = PageQuery.model_validate_json(body)
     except ValidationError as error:
@@ -158,7 +158,7 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
 def _asked(
     retriever: LoadedRetriever, asked: PredictCall, titles: Mapping[Any, str | None]
 ) -> dict[str, Any]:
-    # The first call of its kind prepares later ones: the second is timed.
+    # The first call is a warm-up; the second is timed.
     for _ in range(2):
         start = time.perf_counter()
         outputs = ask(retriever.saved_model.signatures[asked.signature], asked.inputs)

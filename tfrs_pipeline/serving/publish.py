@@ -1,7 +1,7 @@
 """The versions of a model on disk: a new one appears whole or not at all.
 
-A version is written beside its place and renamed once it is whole, so that readers never see a
-broken one. One process at a time publishes, and removes what a killed one left behind.
+A version is written to a temporary folder and renamed once it is complete, so that readers never
+see a broken one. One process publishes at a time, and removes what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
 class NotPublished(RuntimeError):
-    """A trained model that is not put into service."""
+    """A trained model was not put into service."""
 
 
 def versions_of(folder: Path) -> list[int]:
@@ -38,12 +38,12 @@ def versions_of(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
-    # 001 is no version: its number, 1, would not lead back to it.
+    # 001 is not a version: its number, 1, would not lead back to it.
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def no_model_at(path: Path) -> FileNotFoundError:
-    """Makes the error for a path without a complete version; it suggests a model near by."""
+    """Makes the error for a path without a complete version; it suggests a model nearby."""
     within, beside = (
         sorted(x.name for x in folder.iterdir() if versions_of(x)) if folder.is_dir() else []
         for folder in (path, path.parent)
@@ -58,7 +58,7 @@ def no_model_at(path: Path) -> FileNotFoundError:
 
 @contextlib.contextmanager
 def publishing(parent: Path) -> Iterator[None]:
-    """Locks a model's folder, so that its newest version stays the newest within the block."""
+    """Locks a model's folder, so that nobody else publishes a version within the block."""
     with naming(parent):
         parent.mkdir(parents=True, exist_ok=True)
     with locked(parent / _LOCK, wait=True):
@@ -67,7 +67,7 @@ def publishing(parent: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion]:
-    """Yields a `partial` folder for a version, and renames it to `folder` if the block succeeds."""
+    """Yields a version to write to `partial`, which becomes `folder` if the block succeeds."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be 1 or more, or None. Received: {keep}")
     with naming(parent), publishing(parent):
@@ -89,7 +89,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         for number in _least_needed_first(parent)[:-keep] if keep else ():
-            # Renamed first, so that it is no version at any moment.
+            # Renamed first, so that nobody sees a half-deleted version.
             hidden = parent / f"{_DISCARDED}{uuid.uuid4().hex}"
             os.rename(parent / str(number), hidden)
             logger.info("deleted version %s of %s", number, parent)
@@ -98,7 +98,7 @@ def new_version(parent: Path, *, keep: int | None = None) -> Iterator[NewVersion
 
 @dataclass
 class NewVersion:
-    """A version that is being written: its folder now and afterwards."""
+    """A version that is being written: its temporary folder, and its final one."""
 
     partial: Path
     folder: Path

@@ -1,6 +1,6 @@
 """TensorFlow Serving's REST form of a predict call: JSON to arrays and back.
 
-docs/guides/serving.md describes it, and says where this is stricter than TensorFlow Serving.
+docs/guides/serving.md describes it, and where it is stricter than TensorFlow Serving.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tfrs_pipeline.serving.signatures import completed, missing_value
 
 DEFAULT_SIGNATURE = "serving_default"
 KEYS = ("signature_name", "instances", "inputs")
-# Instead of a union with None, as Python cannot hash the types of lists.
+# Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
 
 
 class SignatureInputs:
-    """Checks the inputs of a signature in JSON against limits, and turns them into arrays.
+    """Checks the JSON inputs of a signature against limits, and turns them into arrays.
 
-    A request may leave out the `optional` ones. Null is a missing value in the `nullable` ones.
-    `times` are features in seconds since 1970.
+    A request may leave out `optional` inputs. Null is a missing value in `nullable` inputs.
+    `times` are inputs in seconds since 1970.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class SignatureInputs:
         self._rows: TypeAdapter[Any] = TypeAdapter(rows)
 
     def read(self, given: Any, *, is_row_format: bool) -> dict[str, np.ndarray]:
-        """Reads `instances`, an object for each query, or `inputs`, with a column for each input.
+        """Reads `instances` (an object for each query) or `inputs` (a column for each input).
 
-        In place of an object there may be the value, or the column, of the only input.
+        If the signature has one input, its value or column may stand in place of an object.
         """
         columns = self._of_rows(given) if is_row_format else self._of_columns(given)
         arrays = {name: self._column(column, name) for name, column in columns.items()}
         sizes = {name: len(array) for name, array in arrays.items() if array.ndim}
         if len(set(sizes.values())) > 1:
-            raise bad_request(f"The inputs must be of as many queries each. Received: {sizes}")
+            raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
         _check_times(arrays)
         num_queries, k = max(sizes.values()), int(arrays.get("k", 1))
         if num_queries * k > self._max_results:
@@ -90,8 +90,8 @@ class SignatureInputs:
     def _of_rows(self, instances: Any) -> dict[str, Any]:
         if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
             raise bad_request(
-                f"Input {scalars[0]!r} is one value for the whole request, which rows cannot give: "
-                "use 'inputs' instead of 'instances'."
+                f"Input {scalars[0]!r} is one value for the whole request, so it cannot be in a "
+                "row: use 'inputs' instead of 'instances'."
             )
         if isinstance(instances, list):
             instances = [self._named(row) for row in instances]
@@ -108,7 +108,7 @@ class SignatureInputs:
         return array
 
     def _named(self, value: Any) -> Any:
-        """Names a plain value by the only input; refuses unknown inputs."""
+        """Gives a plain value the name of the only input; refuses unknown inputs."""
         if not isinstance(value, dict) or "b64" in value:
             return value if len(self._specs) > 1 else dict.fromkeys(self._specs, value)
         if unknown := value.keys() - self._specs:
@@ -118,7 +118,7 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """A signature's name and the array of each input: numbers, or objects that are `bytes`."""
+    """A signature's name and the array of each input: numbers, or `bytes` objects."""
 
     signature: str
     inputs: dict[str, np.ndarray]
@@ -131,11 +131,11 @@ class PredictCall(NamedTuple):
 
     @property
     def num_results(self) -> int:
-        """Number of candidates asked for, if there is a k."""
+        """Number of candidates asked for: queries times k, which is 1 if absent."""
         return self.num_queries * int(self.inputs.get("k", 1))
 
     def slices(self, max_queries: int, max_results: int) -> list[dict[str, np.ndarray]]:
-        """Cuts the inputs into calls of at least one query, up to the given sizes."""
+        """Cuts the inputs into calls up to the given sizes, of at least one query each."""
         size = min(max_queries, max_results * self.num_queries // self.num_results) or 1
         return [
             {
@@ -176,7 +176,7 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
-    """Writes an answer, arrays [num_queries, ...] of numbers, bools or `bytes`, as JSON."""
+    """Writes an answer as JSON: arrays [num_queries, ...] of numbers, bools or `bytes`."""
     columns = {name: array.tolist() for name, array in outputs.items()}
     # A single output stands without its name.
     answer: Any = columns if len(columns) > 1 else next(iter(columns.values()))
@@ -285,7 +285,7 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
         return
     history, times = arrays["history"], arrays[HISTORY_TIMESTAMPS]
     is_item = history != missing_value(tf.as_dtype(history.dtype))
-    # Shorter histories are padded: the width says nothing about one query's.
+    # Shorter histories are padded, so the width is not the length of each query's history.
     is_time = ~np.isnan(times)
     width = min(history.shape[1], times.shape[1])
     is_alone = is_time.copy()

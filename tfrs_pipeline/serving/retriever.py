@@ -47,13 +47,13 @@ def load(path: str | Path, *, exact: bool = False) -> LoadedRetriever:
     """Loads an exported model.
 
     Args:
-        path: A version's folder, or the model's, whose newest complete version is loaded.
+        path: A version's folder, or a model's folder to load its newest complete version.
         exact: Whether to load the brute-force fallback instead of a ScaNN index.
 
     Raises:
         FileNotFoundError: If there is no complete export at `path`.
-        ImportError: If the index needs ScaNN, which is missing.
-        Damaged: If a file is not as it was exported.
+        ImportError: If the index needs ScaNN and it is not installed.
+        Damaged: If a file has changed since the export.
     """
     return LoadedRetriever(version_at(path), exact=exact)
 
@@ -79,7 +79,7 @@ class LoadedRetriever:
         user_dtype: Type of the user ids, int64 or string.
         item_dtype: Type of the item ids.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
-            and "candidate".
+            or "candidate".
         item_filter: "name" and "values" of the column that requests may filter by, or None.
     """
 
@@ -112,23 +112,23 @@ class LoadedRetriever:
     ) -> Retrieved:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
-        Only `exclude` is excluded: not what a user is known to have clicked.
+        Excludes only `exclude`; items that a user is known to have clicked are retrieved too.
 
         Args:
-            queries: `user_id`, `history`, `history_timestamps`, `features` and `request` are read.
-                `features`, raw values by name, replace all stored ones of the user. `request` holds
-                raw request features, any of which may be missing, and `timestamp`, an aware
-                datetime: the model derives from it a missing hour or weekday and, if it reads
+            queries: Each may have `user_id`, `history`, `history_timestamps`, `features` and
+                `request`. `features` are raw values by name; they replace all stored ones of the
+                user. `request` holds raw request features, all optional, and `timestamp`, an aware
+                datetime. From it the model derives a missing hour or weekday and, if it reads
                 times, the age of the history's items.
             k: See `Retriever.retrieve`.
             exclude: See `Retriever.retrieve`.
-            allowed: For each query, values of the item filter (`filter_by` of the export): only
-                items with one of them are retrieved. An empty list allows all.
+            allowed: Values of the item filter (`filter_by` of the export) for each query. Only
+                items with one of them are retrieved; an empty list allows all.
 
         Raises:
             ValueError: If a query has another key, a user feature that the model does not read, or
                 a request feature that looks misspelt (others are ignored); if `allowed` is given
-                without an item filter, or has a value that no item has.
+                without an item filter, or holds a value that no item has.
         """
         answer = self._retrieved(queries, "history", k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"]
@@ -142,17 +142,17 @@ class LoadedRetriever:
         allowed: Sequence[Collection[str]] | None = None,
         requests: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Retrieves by the stored history of users, and excludes their known positives.
+        """Retrieves by users' stored histories, and excludes their known positives.
 
-        Unknown users get the answer for an empty history. `exclude` adds ids to exclude; `allowed`
-        and `requests` are as in `retrieve`, one for each user.
+        Unknown users get the answer for an empty history. `exclude` adds ids to exclude. `allowed`
+        and `requests` have one entry for each user, as in `retrieve`.
 
         Returns:
             candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
 
         Raises:
-            ValueError: As `retrieve`; if the model was exported without user data, or an id is of
-                another type.
+            ValueError: As for `retrieve`; if the model was exported without user data, or an id
+                has the wrong type.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -169,7 +169,7 @@ class LoadedRetriever:
         return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries, read or refused as by `retrieve`: [n, D] float32."""
+        """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
         check_queries(queries, ids_are_text=self.item_dtype == tf.string)
         names = [Retrieval("history", has_features).embed_name for has_features in (False, True)]
         return self._answer(queries, names, {})["embeddings"]
@@ -179,11 +179,11 @@ class LoadedRetriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Embeds items, which need not be in the index.
 
-        Items that the training did not have are embedded by their `features`: [n] raw values by
-        name, as in the item table. None is missing; a `ValueError` if a whole feature is.
+        Items new since the training are embedded by their `features`: [n] raw values by name, as
+        in the item table; None is missing. Raises a `ValueError` if a whole feature is missing.
 
         Returns:
-            embeddings [n, D] float32, is_known_item [n] bool: whether the training had it.
+            embeddings [n, D] float32, is_known_item [n] bool: whether the training had the item.
         """
         read = self.features["candidate"]
         raw = as_inputs(raw_signature(read), raw_columns(read, features, len(item_ids)))
@@ -193,7 +193,7 @@ class LoadedRetriever:
         return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Returns which items the training had, [n] bool; others in a history are ignored."""
+        """Returns which items the training had, [n] bool; histories ignore all others."""
         nothing = {x.name: [None] * len(item_ids) for x in self.features["candidate"]}
         return self.embed_candidates(item_ids, nothing)[1]
 
@@ -214,8 +214,8 @@ class LoadedRetriever:
     def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
         """Parses typed request features, and the timestamp.
 
-        Lists have commas, times are ISO 8601 with their zone. A `ValueError` if the model does not
-        read a feature, or a value is of another kind.
+        Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
+        model does not read a feature, or a value is of the wrong kind.
         """
         check_requests([texts], self._request_names)
         known = {feature.name: feature for feature in self.features["request"]}
@@ -235,11 +235,11 @@ class LoadedRetriever:
         return self.saved_model.exact.embeddings.numpy()
 
     def held_out_queries(self) -> list[Query]:
-        """Reads the queries that the index was measured on."""
+        """Reads the queries stored with the export, 1,000 at most."""
         return pq.read_table(self.folder / QUERIES_FILE).to_pylist()
 
     def titles(self) -> dict[Any, str]:
-        """Reads the titles of the candidates by id; empty if they have none."""
+        """Reads the candidates' titles by id; empty if they have none."""
         items = pq.read_table(self.folder / ITEMS_FILE).to_pydict()
         return dict(zip(items["item_id"], items["title"], strict=True)) if "title" in items else {}
 
@@ -251,7 +251,7 @@ class LoadedRetriever:
         exclude: Excluded,
         allowed: Sequence[Collection[str]] | None,
     ) -> dict[str, np.ndarray]:
-        """Checks the arguments, and asks the signature for them."""
+        """Checks the arguments, and asks the signature that takes them."""
         check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
         exclude = [()] * len(queries) if exclude is None else exclude
         asked = {"k": tf.constant(k, tf.int32), "exclude": id_lists(exclude, self.item_dtype)}
@@ -267,7 +267,7 @@ class LoadedRetriever:
     def _answer(
         self, queries: Sequence[Query], names: Sequence[str], asked: Mapping[str, tf.Tensor]
     ) -> dict[str, np.ndarray]:
-        """Asks the first signature for queries without features, the second for the others."""
+        """Asks the first signature about queries without features, the second about the rest."""
         requests = [query.get("request") for query in queries]
         check_requests(requests, self._request_names, may_have_others=True)
         has_features = np.array([query.get("features") is not None for query in queries], bool)
@@ -288,7 +288,7 @@ class LoadedRetriever:
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
     def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs for given features; a `ValueError` if the model does not read one."""
+        """Makes the inputs for given features, or raises a `ValueError` if one is unknown."""
         read = self.features["query"]
         names = [feature.name for feature in read]
         if not names:

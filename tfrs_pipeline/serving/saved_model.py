@@ -29,9 +29,9 @@ DEFAULT_K = 100
 class RetrievalModule(tf.Module):
     """An encoder, built or loaded, and an index behind raw ids.
 
-    Its signatures, which saved_models/README.md lists, are attributes too. They take, in this
-    order, the inputs of the encoder's function that embeds such a query, `exclude`, `k` and
-    `allowed`. `candidate_ids` are in the order of the index's embeddings.
+    Its signatures are attributes too; saved_models/README.md lists them. Those that retrieve take
+    the inputs of the encoder's function for the query, then `exclude`, `k` and `allowed`.
+    `candidate_ids` are in the order of the index's embeddings.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RetrievalModule(tf.Module):
     def _export(
         self, name: str, function: Callable[..., Any], inputs: Sequence[tf.TensorSpec]
     ) -> None:
-        # As an attribute it can be called on the loaded object too.
+        # An attribute can be called on the loaded object too.
         setattr(self, name, traced(function, inputs))
         self._names += (name,)
 
@@ -98,7 +98,7 @@ class RetrievalModule(tf.Module):
         allowed: tf.Tensor | None = None,
         **query: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
-        """Answers queries; `exclude` [B, E] and `allowed` [B, F] are padded with ""."""
+        """Answers queries; empty ids pad `exclude` [B, E], and "" pads `allowed` [B, F]."""
         with tf.control_dependencies([tf.debugging.assert_positive(k, "k must be 1 or more")]):
             k = tf.identity(k)
         embedded = call(getattr(self.encoder, retrieval.embed_name), query)

@@ -1,6 +1,6 @@
-"""An exported model over HTTP, in TensorFlow Serving's own REST form.
+"""Serves an exported model over HTTP, with TensorFlow Serving's REST API.
 
-docs/guides/serving.md describes addresses, requests, limits and what a network needs.
+docs/guides/serving.md describes addresses, requests, limits and use on a network.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from tfrs_pipeline.serving.versions import ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)
 
-# A client that is still sending does not read an answer: a body that is too long is read and
-# discarded, up to this many times the limit.
+# A client reads no answer while it is sending, so a body that is too long is read and discarded,
+# up to this many times the limit.
 MAX_DISCARDED = 32
 CLOSE = {"Connection": "close"}
-# Larger requests are answered in slices, one at a time, so that small ones go on.
+# Larger requests are answered in slices, one at a time, so that small ones need not wait.
 SMALL_BODY_BYTES = 8_192
 SMALL_QUERIES, SMALL_RESULTS = 4, 500
-# Seconds after which a thread yields to another: Python's 5 ms are ten small requests.
+# Seconds after which a thread yields to another. Python's default, 5 ms, equals ten small requests.
 SWITCH_SECONDS = 0.0005
 # Monitors ask with HEAD.
 GET_OR_HEAD = ["GET", "HEAD"]
@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 class ModelServer:
-    """A model's versions, and the threads that ask them."""
+    """A model's versions, and the threads that call them."""
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
         self.settings = settings
@@ -68,7 +68,7 @@ class ModelServer:
         self.large = ThreadPoolExecutor(1, "large-requests")
 
     def number(self, request: Request) -> str | None:
-        """Reads the version in a request's path, None for any; a 404 for another model's name."""
+        """Reads the version in a request's path, None for any; raises a 404 for another model."""
         name = request.path_params["name"]
         if name != self.versions.name:
             raise HTTPException(
@@ -85,7 +85,7 @@ class ModelServer:
             return await _run(self.large, work, version)
 
     async def predict(self, number: str | None, body: bytes) -> bytes:
-        """Answers the body of a predict call: small ones at once, large ones in slices by turns."""
+        """Answers the body of a predict call: at once if it is small, else in slices by turns."""
 
         def begin(version: ServedVersion) -> bytes | rest.PredictCall:
             call = rest.parse_predict(body, version.signatures)
@@ -148,8 +148,8 @@ def _add_model(app: fastapi.FastAPI, server: ModelServer) -> None:
         answer = await server.predict(number, body)
         return Response(answer, media_type="application/json")
 
-    # Not through FastAPI, whose argument checks cost more than all the rest. With every method,
-    # because the paths below would take ":predict" as part of a name.
+    # Bypasses FastAPI, whose argument checks cost more than all the rest. Takes every method,
+    # because the routes below would read ":predict" as part of a name.
     for path in (f"{model}:predict", f"{version}:predict"):
         app.add_route(path, predict, list(http.HTTPMethod))
 
@@ -229,13 +229,13 @@ async def read_body(request: Request, settings: ServeSettings) -> bytes:
                     break
     except TimeoutError:
         seconds = settings.body_timeout_seconds
-        raise HTTPException(408, f"The body did not come within {seconds:g} s.", CLOSE) from None
+        raise HTTPException(408, f"The body did not arrive within {seconds:g} s.", CLOSE) from None
     except ClientDisconnect:
-        raise HTTPException(400, "The client went away before its body had come.") from None
+        raise HTTPException(400, "The client left before its body had arrived.") from None
     if size > settings.max_body_bytes:
         most = settings.max_body_bytes
         raise HTTPException(413, f"The body may have {most} bytes (--max-body-bytes).", CLOSE)
-    # A web page can send forms, or bodies without a type, to a server on its reader's machine.
+    # Any web page can send forms, or bodies without a type, to a server on its reader's machine.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = request.headers.get("content-encoding", "identity")
     if (kind, encoding) != ("application/json", "identity"):
@@ -256,7 +256,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    # Starlette raises the error again for the log; the client learns nothing about it.
+    # Starlette raises the error again for the log; the client gets no details.
     return JSONResponse({"error": "Internal error; the server's log has more."}, 500)
 
 
@@ -265,10 +265,10 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
     server = ModelServer(model, settings)
     with _listener(settings.host, settings.port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Before the first load, so that a signal can end it. uvicorn raises the signal again
-            # when it has stopped, and the default handler would exit with an error.
+            # Set before the first load, so that a signal can end it. After it stops, uvicorn raises
+            # the signal again, and the default handler would exit with an error.
             signal.signal(number, lambda *arguments: sys.exit(0))
-        # The libraries' objects live as long as the process: no collection need visit them again.
+        # The libraries' objects live as long as the process, so garbage collection can skip them.
         gc.collect()
         gc.freeze()
         server.versions.load_first()
@@ -297,7 +297,7 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Binds the address, so that one in use is refused before a model is loaded."""
+    """Binds the address before a model is loaded, so that one in use is refused at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -307,7 +307,7 @@ def _listener(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}, port {port}: {reason}. Set --port to another one, or to 0 "
             "for a free one."
         ) from error
-    # Connections inherit this. asyncio sets it only if a protocol is named; without it the body of
-    # an answer waits 40 ms for the client to acknowledge the headers.
+    # Connections inherit this option, which asyncio sets only if a protocol is named. Without it an
+    # answer's body waits 40 ms for the client to acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

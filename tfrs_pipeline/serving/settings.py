@@ -1,4 +1,4 @@
-"""The settings of the server, without TensorFlow: the command line reads them for its help."""
+"""The settings of the server; without TensorFlow, because the command line's help needs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HostName: TypeAlias = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*]+)$")]
 
 
 class ServeSettings(Config):
-    """How a model is served; the limits hold for each request by itself."""
+    """How a model is served; limits on a request hold for each one separately."""
 
     host: str = Field("127.0.0.1", min_length=1)  # An empty one would be every address.
     """Address to listen on. Any address but this machine's own opens the server to a network,

@@ -17,7 +17,7 @@ from tfrs_pipeline.model.graph import (
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A signature that retrieves, by its parts; saved_models/README.md lists their inputs."""
+    """A signature that retrieves; saved_models/README.md lists the inputs."""
 
     asks_by: Literal["user", "history"]
     has_features: bool = False
@@ -31,7 +31,7 @@ class Retrieval:
 
     @property
     def embed_name(self) -> str:
-        """Name of the encoder's function, and of the signature, that embeds such a query."""
+        """Name of the encoder's function, and of the signature, that embeds its queries."""
         return f"embed_{'user' if self.asks_by == 'user' else 'query'}{self._features}"
 
     @property
@@ -54,7 +54,7 @@ def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 def completed(
     specs: Mapping[str, tf.TensorSpec], given: Mapping[str, Any], num_rows: Any
 ) -> dict[str, Any]:
-    """Returns all inputs of a signature, in its order; those not given say nothing, a k is 1."""
+    """Returns all inputs of a signature, in its order; absent ones are missing values, k is 1."""
     inputs = {}
     for name, spec in specs.items():
         if name in given:
@@ -68,7 +68,7 @@ def completed(
 
 
 def missing_value(dtype: tf.DType) -> Any:
-    """Returns the value that says nothing: NaN, an empty string, or the empty id."""
+    """Returns the missing value of a type: NaN, an empty string, or the empty id."""
     if dtype.is_floating:
         return np.nan
     return b"" if dtype == tf.string else empty_id(dtype)

@@ -1,4 +1,4 @@
-"""Tunes how widely an index searches, and measures what that finds."""
+"""Tunes how widely an index searches, and measures its recall."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 # A level serves depths up to twice that of the level before.
 SMALLEST_DEPTH, LARGEST_DEPTH = 128, 8192
-# Requests in the report; real ones exclude what their user knows.
+# Requests in the report, besides those that exclude the items that a user knows.
 REPORTED_KS, REPORTED_EXCLUSIONS = (10, 100, 1000), (0, 100, 1000, 5000)
-# With fewer queries, a mean says little.
+# A mean over fewer queries is unreliable.
 _FEW_QUERIES = 20
 _QUERIES_PER_CALL = 16
 _REPORTED_QUERIES = 128
-# In units of one hashed candidate, measured at a million of 64 dimensions with 16 queries a call.
+# In units of one hashed candidate: a million of 64 dimensions, 16 queries a call.
 _WORK_OF_A_LEAF, _WORK_OF_RESCORING, _WORK_OF_A_RESULT, WORK_OF_EXACT_SCORE = 1, 9, 20, 3
-# Smaller differences, as a share of a query's largest score, are rounding.
+# Differences below this share of a query's largest score are rounding.
 _EQUAL = 1e-6
 # Candidates rescored exactly, per candidate looked for.
 _REORDERED_OVER_DEPTH = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -39,9 +39,9 @@ _Answer: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class Requests(NamedTuple):
-    """What an index is tuned and measured on.
+    """The queries on which an index is tuned and measured.
 
-    `queries` are [num_queries, D] float32; `known` holds for each the rows, from 1, that its user
+    `queries` are [num_queries, D] float32. `known` holds the rows, from 1, that each query's user
     knows.
     """
 
@@ -79,10 +79,10 @@ def tune_index(embeddings: np.ndarray, requests: Requests, *, target_recall: flo
         return lowest_recall(is_found, is_known[:, :depth])
 
     exact_work = WORK_OF_EXACT_SCORE * index.num_candidates
-    # With a quarter of what may be missed to spare: other queries must reach the target too.
+    # Aims a quarter of the allowed loss higher, so that other queries reach the target too.
     wanted = target_recall + (1 - target_recall) / 4
     levels: list[Level] = []
-    # Work is computed, not timed: equal data give an equal index.
+    # Work is computed, not timed, so that equal data give an equal index.
     for depth in depths:
         if levels and work_of(Level(depth, 1, depth), index) >= exact_work:
             break
@@ -121,7 +121,7 @@ def _least(
     index: ScannIndex, recall: Callable[[int, int], float], depth: int, wanted: float
 ) -> Level | None:
     """Finds the fewest candidates to rescore, then the fewest leaves; None if none suffices."""
-    # Half of what may be missed is left to the leaves. Recall nearly always rises with both.
+    # Half of the allowed loss is left for the leaves. Recall nearly always rises with both.
     most, half = index.num_candidates, (1 + wanted) / 2
     options = sorted({min(round(x * depth), most) for x in _REORDERED_OVER_DEPTH} | {most})
     place = bisect.bisect_left(options, True, key=lambda n: recall(index.num_leaves, n) >= half)
@@ -143,15 +143,15 @@ def work_of(level: Level, index: ScannIndex) -> float:
 
 
 def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
-    """Returns the lowest mean recall of the kinds of requests that need a depth, less its error.
+    """Returns the lowest mean recall over two kinds of requests, minus three standard errors.
 
-    The arrays, [num_queries, depth], say which places of the exact ranking are found and known.
+    The arrays, [num_queries, depth], mark the places of the exact ranking found and known.
     """
     depth = is_found.shape[1]
-    # If a request excludes the nearest, its answer lies at the end of the depth.
+    # If a request excludes the nearest candidates, its answer lies at the end of the depth.
     kinds = [is_found[:, -max(10, depth // 32) :].mean(axis=1)]
     num_known = is_known.sum(axis=1)
-    # The answer is all that is not known, since the request needs the whole depth.
+    # If a request excludes what its user knows, its answer is the rest of the depth.
     is_real = (num_known > 0) & (num_known < depth)
     if is_real.sum() >= _FEW_QUERIES:
         kinds.append((is_found & ~is_known)[is_real].sum(axis=1) / (depth - num_known[is_real]))
@@ -160,8 +160,8 @@ def lowest_recall(is_found: np.ndarray, is_known: np.ndarray) -> float:
 
 def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
     """Returns which places of the exact answers, [num_queries, depth], a search has found."""
-    # Candidates with equal scores are interchangeable: one that scores like the last of an exact
-    # answer replaces a missed one with that score.
+    # Candidates with equal scores are interchangeable: another candidate with the score of the
+    # last one may replace a missed candidate with that score.
     (rows, scores), (found_rows, found_scores) = exact, found
     num = max(rows.max(), found_rows.max())
     last, rounding = scores[:, -1:], _EQUAL * np.abs(scores).max(axis=1, keepdims=True)
@@ -173,7 +173,7 @@ def found_places(exact: _Answer, found: _Answer) -> np.ndarray:
 
 
 def measure_requests(index: ScannIndex, requests: Requests) -> list[dict[str, Any]]:
-    """Measures "recall" by "k" and "excluded": how many of the nearest, or "known"."""
+    """Measures "recall" by "k" and "excluded": a number of the nearest, or "known" items."""
     queries, num = requests.queries[:_REPORTED_QUERIES], index.num_candidates
     most = min(REPORTED_EXCLUSIONS[-1], num)
     ranking, _ = exact_ranking(index.exact.embeddings.numpy(), queries, most)
@@ -213,5 +213,5 @@ def compiled(search: _Search, num_options: int, num_lists: int = 0) -> _Search:
     options = [tf.TensorSpec([], tf.int32)] * num_options
     lists = [tf.TensorSpec([None, None], tf.int32)] * num_lists
     signature = [tf.TensorSpec([None, None], tf.float32), *options, *lists]
-    # A tf.function would warn when many indexes are built one after the other.
+    # A plain tf.function would warn of retracing when many indexes are built in turn.
     return tf.function(search, input_signature=signature).get_concrete_function()

@@ -30,19 +30,19 @@ from tfrs_pipeline.serving.signatures import ask, completed
 
 logger = logging.getLogger(__name__)
 
-# Until a version that could not be loaded is tried again: its folder may still be being copied.
+# Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
-# A version's number, inode and time: another one may take its number later.
+# A version's number, inode and time; a later version may reuse the number.
 Identity: TypeAlias = tuple[int, int, int]
 
 
 class ServedVersion:
-    """A loaded version of a model, whose folder is named by its number.
+    """A loaded version of a model, from a folder named by its number.
 
-    `exact` is exact search over the same items: the brute-force fallback, or `retriever` itself;
-    None without a page.
+    `exact` searches the same items exactly: the brute-force fallback of a ScaNN model (None without
+    the page), or else `retriever` itself.
     """
 
     def __init__(self, folder: Path, settings: ServeSettings) -> None:
@@ -57,7 +57,7 @@ class ServedVersion:
         self.exact: LoadedRetriever | None = self.retriever
         if self.retriever.manifest["index"]["kind"] == "scann":
             self.exact = load(folder, exact=True) if settings.page else None
-        # Read for the page, and at once, because the version's folder may be deleted.
+        # The page needs the titles. They are read now, because the folder may be deleted later.
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
@@ -70,7 +70,7 @@ class ServedVersion:
         names = self.retriever.manifest["feature_inputs"]
         self.signatures = {}
         for signature, inputs in specs.items():
-            # A feature of items may be called like one of users or requests.
+            # An item feature may have the name of a user or request feature.
             sides = ("candidate",) if "item_id" in inputs else ("query", "request")
             features = {
                 names[side][x.name]: x for side in sides for x in self.retriever.features[side]
@@ -82,13 +82,13 @@ class ServedVersion:
                 nullable=features,
                 times=[name for name, feature in features.items() if feature.is_time],
             )
-        # The first call is slow, and reveals a broken model.
+        # The first call is slow, and would fail for a broken model.
         for retriever in self._retrievers():
             for name, inputs in specs.items():
                 retriever.saved_model.signatures[name](**completed(inputs, {}, 1))
 
     def call(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Calls a signature with arrays of as many queries each."""
+        """Calls a signature with arrays that all have as many queries."""
         metrics.CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with metrics.CALL_SECONDS.time():
             return ask(self._functions[signature], inputs)
@@ -97,8 +97,8 @@ class ServedVersion:
         return {self.retriever} if self.exact is None else {self.retriever, self.exact}
 
     def release(self) -> None:
-        """Frees the memory of a version, which must not be called any more."""
-        # TensorFlow keeps hash tables and ScaNN's index by name: they would outlive the model.
+        """Frees the version's memory; it must not be called afterwards."""
+        # TensorFlow keeps hash tables and ScaNN's index by name, so they would outlive the model.
         for handles in self.handles():
             for handle in handles:
                 tf.raw_ops.DestroyResourceOp(resource=handle)
@@ -132,12 +132,12 @@ def _signature_def(folder: Path) -> dict[str, Any]:
 class ModelVersions:
     """The version in use of a model's folder, and the states of the others.
 
-    `path` is a model's folder, which is watched, or a version's, which is served for good.
+    `path` is a model's folder, watched for new versions, or one version's, served for good.
     """
 
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
         self._is_version = (path / MANIFEST_FILE).is_file()
-        # A link to a model keeps its own name, and is followed anew each time.
+        # A symbolic link to a model keeps its own name, and is followed again each time.
         path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._path = path
         self._load_version = load_version
@@ -170,24 +170,24 @@ class ModelVersions:
             if retry_at <= time.monotonic() and self._load(identity, on_disk[identity]):
                 break
         if self._release_idle():
-            # TensorFlow's objects refer to themselves: counting references frees nothing.
+            # TensorFlow's objects have reference cycles, which only the collector frees.
             gc.collect()
             # Each thread that loads has its own heap, which would keep the freed memory.
             with contextlib.suppress(AttributeError):  # Only glibc has it.
                 ctypes.CDLL(None).malloc_trim(0)
 
     async def watch(self, poll_seconds: float) -> None:
-        """Looks for another version, for ever."""
+        """Looks for new versions until it is cancelled."""
         while not self._is_version:
             await asyncio.sleep(poll_seconds)
             try:
                 await asyncio.to_thread(self.refresh)
-            except Exception:  # For instance a disk that is away: the next look may succeed.
+            except Exception:  # For instance a disk that is offline: the next look may succeed.
                 logger.exception("cannot look for versions of %s", self.name)
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
-        """Yields the version in use, and keeps it loaded within the block; a 404 for another."""
+        """Yields the version in use, kept loaded within the block; raises a 404 for another."""
         with self._lock:
             version = self._current
             if version is None or number not in (None, str(version.number)):
@@ -209,7 +209,7 @@ class ModelVersions:
         return self._loading is not None
 
     def statuses(self) -> dict[int, tuple[State, str]]:
-        """Returns state and error of each version that was loaded or failed to, newest first."""
+        """Returns the state and error of each version loaded, loading or failed, newest first."""
         with self._lock:
             found: dict[int, tuple[State, str]] = {
                 identity[0]: ("END", message) for identity, (message, _) in self._failures.items()
@@ -238,7 +238,7 @@ class ModelVersions:
         start = time.monotonic()
         try:
             version = self._load_version(folder)
-        except Exception as error:  # Whatever is wrong with it, the version in use goes on.
+        except Exception as error:  # Whatever is wrong, the version in use goes on.
             message = f"Version {folder.name} cannot be loaded: {type(error).__name__}: {error}"
             self._failures[identity] = (message, time.monotonic() + RETRY_SECONDS)
             metrics.LOADS.labels(self.name, "failed").inc()
