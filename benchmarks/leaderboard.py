@@ -169,8 +169,8 @@ EASE_GRIDS: dict[str, dict[str, Any]] = {
 
 # A retriever, and notes for the record, JSON-able.
 Fitted = tuple[tp.Retriever, dict[str, Any]]
-# Given settings, data, folder for checkpoints and the budget in seconds.
-Fit = Callable[[tp.RunConfig, RunData, Path, float | None], Fitted]
+# Given settings, data and a folder for checkpoints.
+Fit = Callable[[tp.RunConfig, RunData, Path], Fitted]
 
 
 @dataclass(frozen=True)
@@ -236,12 +236,11 @@ class Printed(Progress):
         print(f"    {name} {done}/{total} {note}", flush=True)
 
 
-def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+def fit_ours(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
     """Trains the package's model as its pipeline does: epochs by validation, then a refit."""
     model = train_and_refit(
         config,
         data,
-        max_seconds=budget,
         folder=folder,
         progress=Printed(),
     )
@@ -259,7 +258,7 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path, budget: float | 
 def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fit:
     """Makes the fit of one of the package's baselines, chosen from a grid on validation."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
         grids = None
         if grid:
@@ -272,7 +271,7 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
     return fit
 
 
-def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
     """Fits GF-CF with the settings that its published numbers have on Gowalla."""
     settings = {"alpha": 0.3, "num_factors": 256}
     return GfcfRetriever(**settings).fit(data.split.before_test), settings
@@ -281,7 +280,7 @@ def fit_gfcf(config: tp.RunConfig, data: RunData, folder: Path, budget: float | 
 def of_tutorial(num_epochs: int, *, corrected: bool) -> Fit:
     """Makes the fit of the tutorial's model, on everything before the test."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path, budget: float | None) -> Fitted:
+    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
         options = {"num_epochs": num_epochs, "corrected": corrected}
         retriever = tutorial.fit_tutorial(data.final, seed=config.seed, **options)
         return retriever, {**tutorial.SETTINGS, **options}
@@ -306,7 +305,7 @@ MODELS: dict[str, Model] = {
 }
 
 
-def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> dict[str, Any]:
+def run_model(task: Task, name: str, seed: int) -> dict[str, Any]:
     """Fits and measures one model with one seed, or reads the result that the folder holds.
 
     Returns:
@@ -317,11 +316,9 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     """
     model = MODELS[name]
     own = model.settings[task.data]
-    budget = max_seconds if name in OUR_MODELS else None
     grid = model.grids.get(task.data)
     settings = {**task.protocol.settings, **own, **(grid or {})}
-    asked: dict[str, Any] = {"settings": settings, "max_seconds": budget}
-    asked = to_jsonable_python(asked)  # As it is read back: tuples are lists.
+    asked = to_jsonable_python({"settings": settings})  # As it is read back: tuples are lists.
     folder = task.folder / "fits" / f"{name}-seed{seed}"
     _claim(folder, asked)
     if (folder / "result.json").exists():
@@ -332,7 +329,7 @@ def run_model(task: Task, name: str, seed: int, max_seconds: float | None) -> di
     tf.keras.backend.clear_session()
     prepared = time.monotonic()
     fit = baseline(name, grid) if grid else model.fit
-    retriever, notes = fit(config, data, folder, budget)
+    retriever, notes = fit(config, data, folder)
     fitted = time.monotonic()
     measured = tp.evaluate(
         retriever,
@@ -408,16 +405,14 @@ def summarise(task: Task, name: str, results: Sequence[dict[str, Any]]) -> dict[
     }
 
 
-def run(
-    task: Task, models: Sequence[str], num_seeds: int, max_seconds: float | None
-) -> dict[str, Any]:
+def run(task: Task, models: Sequence[str], num_seeds: int) -> dict[str, Any]:
     """Fits and measures the models, all of them with one seed before the next."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for seed in range(num_seeds):
         for name in models:
             if seed and not MODELS[name].is_seeded:
                 continue
-            result = run_model(task, name, seed, max_seconds)
+            result = run_model(task, name, seed)
             print(describe(name, result), flush=True)
             del result["is_new"]
             results[name].append(result)
@@ -468,12 +463,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="Folder of the data set; see the top.")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="Not all.")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        help="After this time the package's models begin no epoch of the training that chooses the "
-        "number of epochs; baselines take what they take.",
-    )
     parser.add_argument("--run-dir", type=Path, help="Where results are kept, to be resumed.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Where to write the figures.")
     options = parser.parse_args()
@@ -486,7 +475,7 @@ def main() -> None:
         protocol = PROTOCOLS[options.data]
         config = protocol.config(options.data_dir, folder / "source")
         task = Task(options.data, protocol, config, folder)
-        figures = run(task, models, options.seeds, options.max_seconds)
+        figures = run(task, models, options.seeds)
     print_table(task, figures)
     if options.json:
         write_json(options.json, figures)

@@ -2,11 +2,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tfrs_pipeline.evaluation import topk
 from tfrs_pipeline.evaluation.topk import ExactRetriever, top_k_in_blocks
+from tfrs_pipeline.serving.index import ExactIndex
 
 Problem: TypeAlias = tuple[np.ndarray, int, list[np.ndarray], int]
 
@@ -75,6 +77,36 @@ def test_equals_a_stable_sort_of_everything(problem: Any) -> None:
 def test_refuses_scores_that_cannot_be_ranked(scores: list[list[float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         top_k_in_blocks(lambda _: np.array(scores), 1, 2, k=1)
+
+
+def in_numpy(scores: np.ndarray, k: int, exclude_rows: np.ndarray) -> tuple[Any, Any]:
+    return top_k_in_blocks(
+        lambda block: scores[block], *scores.shape, k, [x[x > 0] for x in exclude_rows]
+    )
+
+
+def in_graph(scores: np.ndarray, k: int, exclude_rows: np.ndarray) -> tuple[Any, Any]:
+    queries = tf.eye(len(scores))
+    return ExactIndex(scores.T).search(queries, tf.constant(k), tf.constant(exclude_rows))
+
+
+@pytest.mark.parametrize("search", [in_numpy, in_graph])
+@pytest.mark.parametrize(
+    ("k", "excluded", "rows"),
+    [
+        (2, [[0, 0]] * 2, [[2, 3], [1, 2]]),  # Ties in row order, also at the last place.
+        (3, [[2, 2], [0, 1]], [[3, 4, 1], [2, 3, 4]]),  # Repeats do nothing.
+        (6, [[1, 2], [0, 0]], [[3, 4, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0]]),
+        (1, np.zeros([2, 0]), [[2], [1]]),
+    ],
+)
+def test_memory_and_graph_have_one_rule(search: Any, k: int, excluded: Any, rows: Any) -> None:
+    scores = np.array([[-1.5, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    found, top_scores = search(scores, k, np.array(excluded, np.int32))
+    np.testing.assert_array_equal(found, rows)
+    assert found.dtype == np.int32
+    by_row = np.concatenate([np.full([2, 1], -np.inf), scores], axis=1)
+    np.testing.assert_array_equal(top_scores, np.take_along_axis(by_row, np.array(rows), axis=1))
 
 
 def test_exact_retriever_scores_by_dot_product() -> None:

@@ -217,32 +217,6 @@ def test_a_damaged_epoch_is_trained_again(run: Run, whole: Whole, tmp_path: Path
         assert result.history["val_ndcg@5"] == metrics
 
 
-def test_no_epoch_is_begun_once_the_time_is_over(run: Run, tmp_path: Path) -> None:
-    _, result = run(folder=tmp_path, max_seconds=1e-9)
-    assert len(result.history["loss"]) == 1
-    assert result.seconds > 0
-    # Earlier parts of a resumed run count.
-    _, result = run(folder=tmp_path, max_seconds=1e-9)
-    assert len(result.history["loss"]) == 1
-
-
-def test_a_training_that_ran_out_of_time_while_it_wrote_is_over_when_resumed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1.0]
-    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    write = fit.write_record
-
-    def slowly(*arguments: Any) -> None:
-        write(*arguments)
-        now[0] += 10
-
-    monkeypatch.setattr(fit, "write_record", slowly)
-    _, first = run(folder=tmp_path, max_seconds=5, max_epochs=4)
-    _, again = run(folder=tmp_path, max_seconds=5, max_epochs=4)
-    assert first.num_epochs == again.num_epochs == 2
-
-
 def test_the_time_before_the_first_step_is_over_does_not_count(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, tiny
 from tests.small_batches import as_arrays
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.model import network as network_module
+from tfrs_pipeline.model import graph
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.towers import candidate_tower, query_tower
@@ -158,7 +158,7 @@ def test_the_corpus_is_embedded_in_blocks(
     network = tiny().build(data.corpus)
     at_once = network.embed_candidates(tf.range(1, NUM_ITEMS + 1)).numpy()
     np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
-    monkeypatch.setattr(network_module, "CORPUS_BLOCK", 7)
+    monkeypatch.setattr(graph, "CORPUS_BLOCK", 7)
     np.testing.assert_allclose(network.embed_corpus(), at_once, rtol=1e-6)
 
 

@@ -435,7 +435,7 @@ def test_layers_within_own_towers_are_of_one_training(data: TrainingSet) -> None
     assert loop.build(data.corpus) is not network
     network.compute_loss(batch, training=True)
     for trained in (inner, in_loop):
-        with pytest.raises(ValueError, match=r"query_tower <.*its <.*Embedding.* before, which"):
+        with pytest.raises(ValueError, match=r"query_tower <.*its <.*Embedding.* before: "):
             sharing(trained, OwnCandidates).fit_samples(data)
     inner.trainable = False
     fixed = tf.keras.layers.Lambda(lambda rows: tf.one_hot(rows, 6))  # Nothing to train.
@@ -499,7 +499,7 @@ def test_refusals(tmp_path: Path) -> None:
     # Whoever clicked nothing is none of them.
     with_another = Log.from_table(everything, users=pd.DataFrame({"user_id": [1, 2, 3]}))
     for log in (Log.from_table(everything), funnel, with_another):
-        with pytest.raises(DataError, match="who clicked anything clicked or saw every item"):
+        with pytest.raises(DataError, match="in the training part clicked or saw every item"):
             tiny(training={"batch_size": 2}).fit(log)
     exposed = FunnelLosers(stages=("exposed",), allow_exposed=True)
     TrainingSet.build(funnel, tmp_path / "funnel", seed=0).check_negatives_left(exposed)

@@ -17,7 +17,7 @@ from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.lists import MultiCategorical
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.encoder import Encoder, embed_corpus
+from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.queries import QueryEncoder
@@ -86,7 +86,7 @@ class Served:
         return self.candidate_ids[self.clicks[row][::-1] - 1].tolist()
 
     def module(self, kind: str, num_leaves_to_search: int = 8) -> RetrievalModule:
-        index: ExactIndex | ScannIndex = ExactIndex(embed_corpus(self.exportable()))
+        index: ExactIndex | ScannIndex = ExactIndex(self.model.embed_corpus())
         if kind == "scann":
             index = ScannIndex(index, 8, [Level(60, num_leaves_to_search, 60)])
         genres = ItemFilter("genres", self.genres)

@@ -219,7 +219,7 @@ def test_wrong_requests_and_times_are_refused(model: LoadedRetriever) -> None:
         ({"request": {"houre": 3}}, r"no request feature 'houre'; did you mean 'hour'\?"),
         (
             {"history": [3, 10], "history_timestamps": [TIME]},
-            r"one time an item .*Received: 1 times for 2 items",
+            r"one time for each item .*Received: 1 times for 2 items",
         ),
         ({"history": [3], "history_timestamps": [datetime(2024, 1, 1)]}, "time zone"),
     ):

@@ -101,7 +101,7 @@ NAN = np.nan
         # However long the other histories of the batch are.
         (PADDED, [[5, None, None], [5, 6, 7]], [[5, NAN, NAN], [5, 6, 7]]),
         (PADDED, [[5, None], [5, 6]], [[5, NAN], [5, 6]]),
-        (PADDED, [[5, None, 6], [5, 6, 7]], r"one time an item .*3 times for 1 item\."),
+        (PADDED, [[5, None, 6], [5, 6, 7]], r"one time for each item .*3 times for 1 item\."),
         (PADDED, [[5, 6], [5, 6]], "2 times for 1 item"),
         (PADDED, [[5, None, None, None], [5, 6, 7, 8]], "4 times for 3 items"),
     ],

@@ -1,6 +1,10 @@
-"""Exact top-k over every candidate, with exclusions: what approximate search is compared with."""
+"""Exact top-k over every candidate, with exclusions.
 
-from __future__ import annotations
+The rule: candidates are ordered by score, equal scores by row, the smaller first; an excluded one
+is not found; a slot without a candidate has row 0 and score -inf. `ExactIndex` of
+`serving/index.py` follows it too. There are two because a saved graph has no NumPy, while
+evaluation needs no TensorFlow and takes the scores of any baseline. Tests hold both to one table.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -23,9 +27,6 @@ def top_k_in_blocks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k best candidates of each query, scoring a block of queries at a time.
 
-    Exact, and the same for any block size: equal scores are ordered by row, the smaller first.
-    Scores are compared as float32.
-
     `score_block` returns the scores of a slice of the queries, [len(slice), num_candidates]; column
     c is the candidate of row c + 1, and -inf keeps it out of the result. `exclude_rows` has an
     array of rows from 1 for each query. Returns [num_queries, k] int32 rows, 0 in empty slots, and
@@ -46,7 +47,7 @@ def top_k_in_blocks(
 
 
 def _checked_scores(scores: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Copies scores to float32, so that excluding does not write into the caller's array."""
+    """Copies scores to float32: exclusion does not write into the caller's array."""
     if scores.shape != shape:
         raise ValueError(
             f"Scores must be [num_queries, num_candidates] = {shape}. "
@@ -73,12 +74,12 @@ def _top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     threshold = np.partition(scores, -k, axis=1)[:, [-k]]
     is_above = scores > threshold
     is_tie = scores == threshold
-    # Of those at the threshold, the first in row order fill what is left.
+    # Ties at the threshold fill the slots that are left, in row order.
     num_ties = k - is_above.sum(axis=1, keepdims=True, dtype=np.int32)
     is_found = is_above | (is_tie & (np.cumsum(is_tie, axis=1, dtype=np.int32) <= num_ties))
     places = np.nonzero(is_found)[1].reshape(-1, k)
     found = np.take_along_axis(scores, places, axis=1)
-    # Equal scores stand in row order within `places`, and a stable sort leaves them so.
+    # Equal scores are in row order within `places`, and a stable sort keeps them so.
     order = np.argsort(-found, axis=1, kind="stable")
     rows = np.take_along_axis(places, order, axis=1) + 1
     found = np.take_along_axis(found, order, axis=1)
@@ -102,7 +103,7 @@ def retrieve_by_scores(
 
 
 def exclude_rows_of(corpus: Ids, exclude: Excluded) -> list[np.ndarray] | None:
-    """Looks up the rows that are excluded, without unknown ids."""
+    """Looks up the rows of excluded ids; unknown ones are dropped."""
     return None if exclude is None else [corpus.known_rows(ids) for ids in exclude]
 
 

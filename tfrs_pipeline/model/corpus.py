@@ -1,12 +1,10 @@
-"""Ids, encoded features and samples of a log: what a model is built from and trained on."""
-
-from __future__ import annotations
+"""What a model is built from and trained on: ids, encoded features and samples of a log."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ibis
 import numpy as np
@@ -25,19 +23,27 @@ from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.columns import encoded_columns, read_raw
 from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
-# Beside samples and checkpoints: what made them.
+# Lies beside samples and checkpoints and says what they were made of.
 MADE_OF_FILE = "made_of.json"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Ids and features behind the rows of samples: `features` say how a column is encoded.
+    """The ids and features behind the rows of samples.
 
-    `columns` hold the encoded features by name, of rows 1, 2, ...; those of requests are no row's,
-    and the samples have them. `has_times` says whether the samples have times, `has_positive`, [1 +
-    users] bool, which query rows have a positive among them; None is all. `is_later`, [1 + items]
-    bool, says which items came after the training, as its log tells (`Log.later_items`): they are
-    new ones, of the unknown id, and no negatives. None is none.
+    Attributes:
+        candidate_ids: Item ids of the candidate rows 1, 2, ...
+        query_ids: User ids of the query rows.
+        candidate_features: Fitted features of the items.
+        query_features: Fitted features of the users.
+        candidate_columns: Encoded features of rows 1, 2, ... by name.
+        query_columns: The same for users.
+        request_features: Fitted features of requests; the samples hold their values.
+        has_times: Whether the samples have times.
+        has_positive: [1 + users] bool, the query rows with a positive; None is all.
+        is_later: [1 + items] bool, the items that came after the training (`Log.later_items`).
+            They are new: they have the unknown id's embedding and are never negatives. None is
+            none.
     """
 
     candidate_ids: Ids
@@ -52,8 +58,8 @@ class Corpus:
     is_later: np.ndarray | None = None
 
     @classmethod
-    def read(cls, log: Log, folder: Path) -> Corpus:
-        """Reads the ids behind the samples in a folder, and encodes the log's features of them."""
+    def read(cls, log: Log, folder: Path) -> Self:
+        """Reads the ids behind the samples in a folder, and encodes their features of the log."""
         candidate_ids, query_ids = read_ids(folder)
         end = None
         if "timestamp" in log.events.columns:
@@ -71,7 +77,7 @@ class Corpus:
             candidate_columns,
             query_columns,
             tuple(
-                # Fitted to the samples, which are of training alone.
+                # Fitted to the samples, which hold only the training part.
                 replace(
                     KINDS[kind].fit(name, read_raw(folder, name), reference=end),
                     is_from_timestamp=is_from_timestamp(name, log.events.columns),
@@ -100,10 +106,8 @@ def _encode(
     end: datetime | None,
     is_there: np.ndarray | None = None,
 ) -> tuple[tuple[Feature, ...], dict[str, np.ndarray]]:
-    """Fits features to the rows that are there, all if None, and encodes all rows.
-
-    Ages count from the end of the log, if it has times.
-    """
+    """Fits features to the rows where `is_there`, all if None, and encodes all rows."""
+    # Ages count from the end of the log.
     features, columns = [], {}
     data = table.select(*kinds).to_pyarrow() if kinds else {}
     for name, kind in kinds.items():
@@ -115,7 +119,7 @@ def _encode(
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Samples of a log, the corpus behind their rows, and the report of `build_samples`."""
+    """Samples of a log, the corpus behind their rows, and a report of how they were built."""
 
     samples: Samples
     corpus: Corpus
@@ -130,12 +134,20 @@ class TrainingSet:
         seed: int,
         hard: FunnelLosers | None = None,
         min_positives: int = 1,
-    ) -> TrainingSet:
-        """Builds the samples of a log, the training part, in a folder, or reads those there.
+    ) -> Self:
+        """Builds the samples of a training part in a folder, or reads those that are whole there.
 
-        `hard` says which losers of the funnel become hard negatives. A `DataError` if there is no
-        positive, a `ValueError`, before anything is built, if there are fewer than `min_positives`,
-        or if the folder holds samples of another log, seed or `hard`, or files that are none.
+        Args:
+            log: The training part.
+            folder: Where samples are kept.
+            seed: Seed of the draw of hard pools.
+            hard: Which losers of the funnel become hard negatives.
+            min_positives: Fewest positives.
+
+        Raises:
+            DataError: If there is no positive.
+            ValueError: If there are fewer than `min_positives`, or the folder holds samples of
+                another log, seed or `hard`, or other files.
         """
         folder = Path(folder)
         if (found := cls.read(log, folder, seed=seed, hard=hard)) is not None:
@@ -144,7 +156,7 @@ class TrainingSet:
             check_one_batch(num_positives, min_positives)
         refuse_others(folder.glob("[!.]*"), folder / MADE_OF_FILE)
         folder.mkdir(parents=True, exist_ok=True)
-        # Before them: samples without it would be taken for those of any log.
+        # Written first: without it, samples could be of any log.
         write_record(folder / MADE_OF_FILE, _made_of(log, seed, hard))
         build_samples(log, folder, seed=seed, hard=hard)
         return cls._open(log, folder)
@@ -152,8 +164,8 @@ class TrainingSet:
     @classmethod
     def read(
         cls, log: Log, folder: Path | str, *, seed: int, hard: FunnelLosers | None = None
-    ) -> TrainingSet | None:
-        """Reads the samples that `build` has left in a folder; None if they are not whole.
+    ) -> Self | None:
+        """Reads the samples that `build` made in a folder; None if they are not whole.
 
         A `ValueError` if they are of another log, seed or `hard`.
         """
@@ -164,7 +176,7 @@ class TrainingSet:
         return cls._open(log, folder)
 
     @classmethod
-    def _open(cls, log: Log, folder: Path) -> TrainingSet:
+    def _open(cls, log: Log, folder: Path) -> Self:
         report = read_record(folder / "report.json", check_files=False)
         samples, corpus = read_samples(folder), Corpus.read(log, folder)
         features = corpus.request_features
@@ -175,9 +187,9 @@ class TrainingSet:
         return cls(samples, corpus, report)
 
     def check_negatives_left(self, hard: object) -> None:
-        """Refuses (`DataError`) a log whose every user with a positive clicked or saw every item.
+        """Refuses (`DataError`) a log in which every user clicked or saw every item.
 
-        Masks leave nothing to train on there, unless exposures are hard negatives.
+        The masks leave no negatives there, unless exposed items are hard negatives (`hard`).
         """
         samples = self.samples
         users = np.unique(samples.query_rows)
@@ -186,14 +198,14 @@ class TrainingSet:
             never = never + np.diff(samples.exposed.offsets)[users]
         if (never >= samples.num_possible_negatives).all():
             raise DataError(
-                "No item is anyone's negative, so that there is nothing to train on: every user of "
-                "the training part who clicked anything clicked or saw every item. Give the log "
-                "items that were not shown to everyone, as the item table may hold."
+                "No item is anyone's negative, so there is nothing to train on: every user with a "
+                "click in the training part clicked or saw every item. Give the log items that "
+                "were not shown to everyone, for instance in the item table."
             )
 
 
 def _made_of(log: Log, seed: int, hard: FunnelLosers | None) -> dict[str, Any]:
-    """Returns what the samples of a log depend on, JSON-able."""
+    """Returns what the samples of a log depend on, as JSON."""
     return {
         "log": log.fingerprint(),
         "order": log.order,

@@ -1,6 +1,4 @@
-"""A model's towers behind raw ids: what stays when the items are exchanged."""
-
-from __future__ import annotations
+"""A model's towers behind raw ids, and the inputs that queries become."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -42,30 +40,23 @@ QUERIES_PER_CALL = 1024
 
 
 class Encoder(tf.Module):
-    """Embeds users, queries and candidates, and knows what each user has clicked.
+    """Embeds users, queries and candidates by ids, and holds what each user has clicked.
 
-    It speaks of ids alone, in the types of the logs (int64 or string; -1 or "" is an empty slot),
-    so that an index over other items than those of the training can stand beside it. An `Encoder`
-    that was saved within a module and loaded is called in the same way, by position: its functions
-    keep their input signatures.
+    Ids are int64 or strings; -1 or "" is an empty slot. Without `user_data` it holds no ids,
+    histories and features of users; a `ValueError` if the model has an embedding of each user.
 
-    Without `user_data` it holds nothing of what is known of users: their ids, histories and
-    features; a `ValueError` if the model has an embedding of each user.
-
-    Those of queries take the raw values of each request feature last (`request_signature`). Of a
-    model that reads times, those take the request's timestamp too, and those with a history the
-    time of each of its items after it: history_timestamps [B, L] in seconds since 1970, NaN where
-    it is not known, and wherever the history goes on beyond it.
+    Functions of queries take the raw values of request features last (`request_signature`). Those
+    of a model that reads times take the request's timestamp, and after a history the times of its
+    items: history_timestamps [B, L], seconds since 1970, NaN or too few where unknown.
 
     Attributes:
-        embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool: by the user's
-            stored history and features; None without user data.
-        embed_query: user_id [B], history [B, L] oldest first -> the same, by that history.
-        embed_query_with_features: user_id, history, each feature's raw values (`raw_signature`) ->
-            the same, by these features instead of the stored ones; None without query features.
-        embed_candidate: item_id [B], each feature's raw values -> embeddings [B, D] float32,
-            is_known_item [B] bool. An item that the training did not have is embedded by its
-            features and the unknown id's embedding.
+        embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool, from the
+            user's stored history and features; None without user data.
+        embed_query: user_id [B], history [B, L] oldest first -> the same, from that history.
+        embed_query_with_features: user_id, history, raw query features -> the same, from these
+            features in place of the stored ones; None without query features.
+        embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
+            bool. An item that training did not have gets the unknown id's embedding.
         known_items: user_id [B] -> [B, any] ids of the user's known positives.
         stored_history: user_id [B] -> [B, any] ids of the user's history, most recent first.
     """
@@ -119,11 +110,11 @@ class Encoder(tf.Module):
         self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
         self.known_items = traced(functools.partial(self._items_in, self._known), [user_id])
         self.stored_history = traced(functools.partial(self._items_in, self._histories), [user_id])
-        # Variables alone: tracking the layers would export their Keras machinery too.
+        # Only variables: tracking the layers would export their Keras machinery too.
         self._variables = list(model.variables)
         if not user_data:
             self._refuse_user_embeddings()
-            # Features of all users are among the model's, which nothing reads now.
+            # The model's variables also hold the features of all users, which nothing reads now.
             captured = self._captured()
             self._variables = [x for x in model.variables if _handle(x) in captured]
 
@@ -172,7 +163,7 @@ class Encoder(tf.Module):
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Encodes a signature's features of the user, where it has them, and of the request."""
+        """Encodes the features of the request and, where the signature has them, of the user."""
         of_user = raw_signature(self._query_features)
         given = {name: raw[spec.name] for name, spec in self._request_signature.items()}
         features = encode_requests(self._request_features, given)
@@ -188,14 +179,14 @@ class Encoder(tf.Module):
         }
 
     def _refuse_user_embeddings(self) -> None:
-        """Refuses a model that tells some of its users apart, all else being equal."""
+        """Refuses a model that embeds users differently who differ in nothing but their ids."""
         model = self._model()
-        # Not the first ones alone: users without a positive in training have no embedding.
+        # Spread over all rows: users without a positive in training have no embedding.
         rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
         history = tf.zeros([len(rows), model.history_length], tf.int32)
         missing = _given(self._missing_features(len(rows)))
         embedded = model.embed_queries(rows, history, **missing).numpy()
-        # The rows of one product of matrices may differ in their last bits.
+        # Rows of one matrix product may differ in their last bits.
         if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
             raise ValueError(
                 "A model that has learned an embedding of each user cannot be exported without "
@@ -224,20 +215,8 @@ class Encoder(tf.Module):
 
 
 def _given(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
-    """Gives features to functions that have some: others need not know the argument."""
+    """Returns the argument `features`, if there are any: other functions do not take it."""
     return {"features": features} if features else {}
-
-
-def embed_corpus(model: Exportable) -> np.ndarray:
-    """Embeds every candidate of a model, rows 1, 2, ...: [num_candidates, D] float32."""
-    row = tf.TensorSpec([None], tf.int32)
-    # Not called as a tf.function, which warns where many models are embedded, one after the other.
-    embed = tf.function(model.embed_candidates).get_concrete_function(row)
-    rows = np.arange(1, len(model.candidate_ids) + 1, dtype=np.int32)
-    starts = range(0, len(rows), ITEMS_PER_CALL)
-    return np.concatenate(
-        [embed(tf.constant(rows[start : start + ITEMS_PER_CALL])).numpy() for start in starts]
-    )
 
 
 def embed_queries(
@@ -255,7 +234,7 @@ def embed_queries(
 
 
 def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
-    """Reads the features of a model's manifest: those of query, request and candidate."""
+    """Reads the features of query, request and candidate from a model's manifest."""
     return {
         side: tuple(map(feature_from_dict, manifest.get("features", {}).get(side, ())))
         for side in ("query", "request", "candidate")
@@ -267,11 +246,7 @@ def request_inputs(
     features: Mapping[str, Sequence[Feature]],
     requests: Sequence[Mapping[str, Any] | None],
 ) -> dict[str, tf.Tensor]:
-    """Makes the inputs of a signature that requests bring, by name, in their order.
-
-    `features` are those of query and request, by side; `requests` are raw values by feature, and
-    the timestamp: what is not there is missing.
-    """
+    """Makes the inputs of a signature that requests bring: raw features and the timestamp."""
     reads_times = TIMESTAMP in signature_inputs(function)
     raw = raw_requests(features["request"], requests, reads_times=reads_times)
     specs = request_signature(features["request"], features["query"], reads_times=reads_times)
@@ -281,17 +256,14 @@ def request_inputs(
 def as_inputs(
     specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
 ) -> dict[str, tf.Tensor]:
-    """Makes arrays, by the keys of the specs, inputs of a signature, by the names in the specs."""
+    """Makes inputs of a signature, by the names of specs, from arrays by the specs' keys."""
     return {
         spec.name: tf.constant(raw[key], spec.dtype, raw[key].shape) for key, spec in specs.items()
     }
 
 
 def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-    """Makes those of a signature's inputs that are in queries, in their order.
-
-    These are user_id [B], history [B, any] and history_timestamps [B, any].
-    """
+    """Makes the inputs of a signature that queries bring: user_id, history and its timestamps."""
     specs = signature_inputs(function)
     inputs = {}
     if "user_id" in specs:
@@ -307,11 +279,9 @@ def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor
 
 
 def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
-    """Returns the time of each item of each query's history: float64 seconds since 1970 or NaN.
+    """Returns the times of each query's history: float64 seconds since 1970, NaN if unknown.
 
-    A query may have `history_timestamps`, one per item: datetimes with a time zone, None where
-    unknown; or seconds since 1970, NaN where unknown. A `ValueError` if their number differs or
-    they are something else.
+    A query's `history_timestamps` are datetimes with a time zone or None, or seconds since 1970.
     """
     times = []
     for query in queries:
@@ -322,8 +292,8 @@ def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
             continue
         if len(given) != num_items:
             raise ValueError(
-                f"{HISTORY_TIMESTAMPS} must be one time an item of the history, None where it is "
-                f"not known. Received: {len(given)} times for {num_items} items."
+                f"{HISTORY_TIMESTAMPS} must be one time for each item of the history, None where "
+                f"unknown. Received: {len(given)} times for {num_items} items."
             )
         seconds = np.asarray(given)
         if seconds.dtype.kind not in "iuf":
@@ -364,7 +334,7 @@ def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.Rag
 
 
 def _as_wide(times: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-    """Brings [B, any] times to the width of a [B, L] history: unknown where there are none."""
+    """Cuts or pads [B, any] times to the width of a [B, L] history, with NaN."""
     width = tf.shape(history)[1]
     num_more = tf.maximum(width - tf.shape(times)[1], 0)
     return tf.pad(times, [[0, 0], [0, num_more]], constant_values=np.nan)[:, :width]

@@ -1,6 +1,4 @@
-"""What an export needs to know of a model, of this package or not."""
-
-from __future__ import annotations
+"""What an export needs to know about a model of this package or another one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,42 +17,42 @@ from tfrs_pipeline.samples.store import RowLists
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Exportable:
-    """A model as `export` takes it: whatever embeds queries and candidates can be served.
+    """A model as `export` takes it: any model that embeds queries and candidates can be served.
 
-    Rows are int32: 0 is "unknown", 1, 2, ... are those of the ids in their order. A score is the
-    dot product of a query's and a candidate's embedding, both [n, D] float32.
+    Rows are int32: 0 is "unknown", and 1, 2, ... follow the order of the ids. A score is the dot
+    product of a query's and a candidate's embedding, both [n, D] float32.
 
     Args:
-        embed_queries: Embeds queries, within a graph too: called with their rows [B] and the
-            candidate rows of their histories [B, history_length], most recent first, padded with 0.
-            Where there are features, also with `features=`, encoded, by name: those of the request,
-            and all of the user's or none, which takes what the model holds of the rows. Where there
-            are `history_times`, also with `history_times=` [B, history_length + 1] float64: in
-            seconds since 1970, when the query comes and each item of the history did, NaN where it
-            is not known.
-        embed_candidates: Embeds candidates, likewise, by rows [n]. Where there are features, also
-            with `features=`, or without, which takes what the model holds of the rows.
-        variables: What the two read: variables, and lookup tables where there are any. They are
-            saved, and nothing else of the model.
-        items: One row a candidate: `item_id`, columns to filter by and, if there are such, `title`
-            and `_listed`, which is whether to retrieve it.
-        query_ids: [num_queries] int64, or object of `str`: the users' ids; empty is no user.
-        history_length: The most recent items of a history that `embed_queries` reads; 0 is none.
-        histories: Per query row from 0, candidate rows, most recent first, as known when exported;
-            without a list, nothing is known of anyone.
-        known_positives: Per query row from 0, the candidate rows that are not retrieved again;
-            likewise.
-        history_times: [total], of each of the histories' values its time in seconds since 1970;
-            None if `embed_queries` reads no times.
+        embed_queries: Embeds queries, also within a graph. It is called with query rows [B] and the
+            candidate rows of histories [B, history_length], most recent first, padded with 0. If
+            there are features, it also gets `features=`, encoded, by name: those of the request,
+            and either all of the user's or none, for which it uses the features that the model
+            holds for the rows. If there are `history_times`, it also gets `history_times=`
+            [B, history_length + 1] float64: the times of the query and of each item of the history,
+            in seconds since 1970, NaN where unknown.
+        embed_candidates: Embeds candidates by rows [n], also within a graph. If there are features,
+            it is called with `features=`, or without, and then uses those that the model holds.
+        variables: Variables and lookup tables that the two functions read. Nothing else of the
+            model is saved.
+        items: A row for each candidate: `item_id`, columns to filter by and, optionally, `title`
+            and `_listed`, whether to retrieve it.
+        query_ids: [num_queries] int64, or object array of `str`: the users' ids; may be empty.
+        history_length: Number of most recent items of a history that `embed_queries` reads.
+        histories: For each query row from 0, the candidate rows clicked before the export, most
+            recent first; empty if no history is known.
+        known_positives: For each query row from 0, the candidate rows not to retrieve again; empty
+            if there are none.
+        history_times: [total], the times of the values of `histories` in seconds since 1970; None
+            if `embed_queries` reads no times.
         query_features: Fitted features of the users, in the order in which requests list them.
-        request_features: Those of a request itself, likewise.
-        candidate_features: Those of the candidates.
+        request_features: Fitted features of requests, in that order.
+        candidate_features: Fitted features of the candidates.
         reading: How the item table was read (see `Log`).
 
     Raises:
-        ValueError: If the lists are not those of the query ids, the times not those of the
-            histories, the items no Arrow table, or there is none, or ids occur twice, are reserved
-            (-1, ""), or neither integers nor strings.
+        ValueError: If `histories`, `known_positives` or `history_times` have another length, the
+            items are not an Arrow table or empty, or ids occur twice, are reserved (-1, "") or are
+            neither integers nor strings.
     """
 
     embed_queries: Callable[..., tf.Tensor]
@@ -81,8 +79,8 @@ class Exportable:
                 object.__setattr__(self, name, RowLists.empty(num_rows))
             elif num_lists != num_rows:
                 raise ValueError(
-                    f"{name} must be {num_rows} lists: of row 0, which is the unknown user and has "
-                    f"none, and of each of the {num_rows - 1} query ids. Received: {num_lists}"
+                    f"{name} must be {num_rows} lists: an empty one for row 0, the unknown user, "
+                    f"and one for each of the {num_rows - 1} query ids. Received: {num_lists}"
                 )
         times, total = self.history_times, len(self.histories.values)
         if times is not None and len(times) != total:
@@ -94,7 +92,7 @@ class Exportable:
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:
-        """[num_candidates] int64, or object of `str`: the items' ids, in their order."""
+        """[num_candidates] int64, or object array of `str`: the items' ids, in their order."""
         if not isinstance(self.items, pa.Table) or "item_id" not in self.items.column_names:
             raise ValueError(
                 "items must be an Arrow table, such as pa.Table.from_pandas makes, with a column "

@@ -1,7 +1,5 @@
 """Encoded features as constants of a model, and their dropout in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

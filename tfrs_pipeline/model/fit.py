@@ -1,10 +1,7 @@
-"""Training: early stopping on the validation metric, budget, resume, diagnostics."""
-
-from __future__ import annotations
+"""Training: early stopping on the validation metric, resuming, diagnostics."""
 
 import contextlib
 import functools
-import logging
 import math
 import shutil
 import tempfile
@@ -12,21 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.cluster import this_worker
-from tfrs_pipeline.durable import Damaged, naming, read_record, write_record
+from tfrs_pipeline.durable import is_whole, naming, read_record, write_record
 from tfrs_pipeline.model.distribution import chief_first, dataset_of, on_chief
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings
-
-logger = logging.getLogger(__name__)
 
 Validate = Callable[[], dict[str, float]]
 
@@ -36,11 +30,10 @@ class TrainingResult:
     """What `train` did.
 
     Args:
-        history: Per logged name, one value an epoch.
-        best_epoch: Epochs after which the kept weights were reached, counted from 1.
-        seconds: Wall time from the end of the first step on, validation and earlier parts of a
-            resumed run included. What precedes it is left out: the first training of a process
-            would pay for TensorFlow's start.
+        history: One value an epoch, by logged name.
+        best_epoch: The epoch, from 1, whose weights were kept.
+        seconds: Wall time from the end of the first step on, with validation and the earlier parts
+            of a resumed training. The first step would include TensorFlow's start.
         resumed_after: Epochs that an earlier process had done.
     """
 
@@ -58,18 +51,8 @@ class TrainingResult:
 OnEpoch = Callable[[TrainingResult], None]
 
 
-class Start(Protocol):
-    """What a training begins with, instead of weights drawn at random."""
-
-    @property
-    def first_step(self) -> int:
-        """Steps that are done already."""
-
-    def apply(self, network: TwoTowerNetwork) -> None:
-        """Sets the weights of an untrained network, compiled and built."""
-
-    def describe(self) -> list[str]:
-        """Says what is carried over, for people."""
+Start = Callable[[TwoTowerNetwork], None]
+"""Sets what an untrained network, compiled, begins with in place of weights drawn at random."""
 
 
 def train(
@@ -79,9 +62,9 @@ def train(
     *,
     max_epochs: int | None = None,
     validate: Validate | None = None,
-    max_seconds: float | None = None,
     mining: MinedPools | None = None,
     start: Start | None = None,
+    first_step: int = 0,
     folder: Path | None = None,
     callbacks: Sequence[tf.keras.callbacks.Callback] = (),
     on_epoch: OnEpoch | None = None,
@@ -91,38 +74,25 @@ def train(
     A batch and its dropout are functions of (seed, step): a stopped training resumes after its last
     whole epoch and ends like an unbroken one.
 
-    Args:
-        network: Compiled here.
-        batches: Training batches.
-        settings: The decay goes over all `settings.max_epochs`, so that a refit for fewer epochs
-            has the learning rates that validation has seen.
-        max_epochs: Most epochs, exact without validation; None is the settings' number.
-        validate: Measures the network: metrics by name. None trains all epochs and keeps the last.
-        max_seconds: No epoch begins after training has taken so long (`TrainingResult.seconds`).
-        mining: Prepares the batches before the first epoch and every few epochs from then on.
-        start: Applied before the first epoch.
-        folder: Keeps every epoch, to resume from; None keeps the best one in a temporary folder.
-        callbacks: Further callbacks of Keras.
-        on_epoch: Called after each epoch with what was done so far.
-
-    Raises:
-        ValueError: If `validate` does not measure the monitored metric, the warm-up leaves no step
-            for the decay, or the loss is not finite.
+    `validate` measures the network: metrics by name; without it all epochs are trained, and the
+    last is kept. `max_epochs` replaces the settings' number. `mining` prepares the batches. A
+    network that another training has begun with goes on from `first_step`. `folder` keeps every
+    epoch, to resume from.
     """
-    first_step = 0 if start is None else start.first_step
+    # The decay goes over all epochs of the settings: a refit for fewer of them has the learning
+    # rates that validation has seen.
     _compile(network, settings, settings.max_epochs * batches.steps_per_epoch, first_step)
     with contextlib.ExitStack() as stack:
         keeper = _BestEpoch(
             settings,
             validate,
-            max_seconds=max_seconds,
             folder=folder or Path(stack.enter_context(tempfile.TemporaryDirectory())),
             saves_all=folder is not None,
             on_epoch=on_epoch,
         )
         first_epoch = keeper.restore(network, mining)
         if not first_epoch and start is not None:
-            start.apply(network)
+            start(network)
         all_callbacks = [*callbacks, keeper]
         if settings.tensorboard and folder is not None and this_worker().is_chief:
             board = tf.keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)
@@ -142,7 +112,7 @@ def _train_epochs(
     epoch: int,
     max_epochs: int,
 ) -> None:
-    """Trains the epochs after `epoch`, until the last callback, the keeper, is over."""
+    """Trains the epochs after `epoch`, until the last callback, the keeper, says stop."""
     keeper, steps = callbacks[-1], batches.steps_per_epoch
     while epoch < max_epochs and not keeper.is_over:
         until = max_epochs
@@ -164,14 +134,9 @@ def _train_epochs(
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
 ) -> TrainingResult:
-    """Gives a network the weights and the optimizer state that a training has saved.
+    """Compiles a network and gives it the weights and the optimizer state of a saved epoch.
 
-    The network, of the shape that was trained, is compiled here with the training's settings. The
-    folder keeps the best epoch and the last one. Returns the result as it was after that epoch.
-
-    Raises:
-        FileNotFoundError: If the folder does not keep the epoch.
-        Damaged: If a file of it is damaged.
+    Returns the result as it was after that epoch. The folder keeps the best epoch and the last one.
     """
     state = read_record(folder / f"epoch-{epoch}.json")
     _compile(network, settings, settings.warmup_steps + 1)
@@ -182,7 +147,7 @@ def read_epoch(
 def _compile(
     network: TwoTowerNetwork, settings: TrainingSettings, num_steps: int, first_step: int = 0
 ) -> None:
-    """Gives a network its optimizer, with every variable of it."""
+    """Gives a network its optimizer and every variable of the optimizer."""
     with network.distribute_strategy.scope():
         network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
         network.optimizer.build(network.trainable_variables)
@@ -201,17 +166,13 @@ class _Diagnostics(tf.keras.callbacks.Callback):
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):
-    """Early stopping that keeps the best weights, in a folder: not a second time in memory.
-
-    With `saves_all` every epoch is saved there, so that a stopped training can go on from it.
-    """
+    """Stops early and keeps the best epoch in a folder; `saves_all` keeps the last one too."""
 
     def __init__(
         self,
         settings: TrainingSettings,
         validate: Validate | None,
         *,
-        max_seconds: float | None,
         folder: Path,
         saves_all: bool,
         on_epoch: OnEpoch | None,
@@ -221,7 +182,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._supports_tf_logs = True
         self._settings = settings
         self._validate = validate
-        self._max_seconds = max_seconds
         self._folder = folder
         self._saves_all = saves_all
         self._on_epoch = on_epoch
@@ -246,11 +206,8 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         return int(np.argmax(values)) + 1 if values else 0
 
     def _has_ended(self) -> bool:
-        """Whether patience or the time has run out; by the chief's clock, where it is not alone."""
-        so_far, limit = self.result, self._max_seconds
-        if limit is not None and so_far.num_epochs and so_far.seconds >= limit:
-            return True
-        waited = so_far.num_epochs - so_far.best_epoch
+        """Returns whether patience has run out."""
+        waited = self.result.num_epochs - self.best_epoch
         return self._validate is not None and waited >= self._settings.patience
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
@@ -267,8 +224,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
         is_best = self._validate is not None and self.best_epoch == epoch + 1
-        # Before the time is written down: resumed, what was over is over still.
-        self.is_over = on_chief(self._has_ended)
+        self.is_over = self._has_ended()
         if self._saves_all or is_best:
             on_chief(lambda: self._save(self.model, epoch + 1))
         if self.is_over:
@@ -295,17 +251,14 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             _read_checkpoint(network, self._path(result.best_epoch))
 
     def restore(self, network: TwoTowerNetwork, mining: MinedPools | None) -> int:
-        """Loads the last saved epoch that is whole; the clock starts after the next step.
-
-        Returns its number, 0 if there is none.
-        """
+        """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
         epoch = int(on_chief(lambda: self._last_whole(mining)))
         self.history, self._seconds_before = {}, 0.0
         if epoch:
             state = read_record(self._path(epoch, ".json"), check_files=False)
             self.history, self._seconds_before = state["history"], state["seconds"]
             _read_checkpoint(network, self._path(epoch))
-        self.is_over = on_chief(self._has_ended)
+        self.is_over = self._has_ended()
         self._resumed_after = epoch
         return epoch
 
@@ -314,13 +267,11 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
             if mining is not None and not mining.can_go_on(epoch):
                 continue
-            try:
-                self.history = read_record(self._path(epoch, ".json"))["history"]
-                read_record(self._path(self.best_epoch, ".json"))
-            except (Damaged, FileNotFoundError) as error:
-                logger.warning("%s Training goes on from an earlier epoch.", error)
-                continue
-            return epoch
+            if is_whole(self._path(epoch, ".json")):
+                record = read_record(self._path(epoch, ".json"), check_files=False)
+                self.history = record["history"]
+                if is_whole(self._path(self.best_epoch, ".json")):
+                    return epoch
         return 0
 
     def _path(self, epoch: int, suffix: str = "") -> Path:

@@ -1,6 +1,4 @@
-"""A fitted two-tower model: it retrieves, and can be exported and trained on."""
-
-from __future__ import annotations
+"""A fitted two-tower model: it retrieves, can be exported, and can start another training."""
 
 import functools
 import hashlib
@@ -29,12 +27,12 @@ class FittedTwoTower:
     Attributes:
         settings: Settings of the model, without own parts.
         training: How it was fitted.
-        corpus: Ids and features behind the network's rows.
+        corpus: Ids and features behind the rows of the network.
         network: The Keras model, with its best weights.
         encoder: Embeds raw queries with the network.
         result: How training went.
-        notes: Lines for a person: what was masked and mined, and what is never drawn.
-        log: The log that it was fitted to. An export needs it; None if it was fitted to samples
+        notes: Lines for the user: what was masked and mined, and what is never drawn.
+        log: The log that it was fitted to, which an export needs; None if it was fitted to samples
             alone.
     """
 
@@ -65,19 +63,20 @@ class FittedTwoTower:
     def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
         """Retrieves the k best candidates of each query, exactly; see `Retriever.retrieve`.
 
-        Queries are read and refused as by `query_embeddings`; `exclude` holds ids of the items'
-        type.
+        Queries are read and checked as in `query_embeddings`. `exclude` holds item ids.
         """
         return self._retriever.retrieve(queries, k, exclude)
 
     def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32.
 
-        User features are those of the log; an exported model reads a query's `features` too.
+        Any of the three may be missing. Where the model reads times, `history_timestamps` is read
+        too. Unknown users are embedded as new ones, and unknown items are dropped from the history.
+        User features are those of the log; an exported model also reads a query's `features`.
 
         Raises:
-            ValueError: If a query has an unknown key, an id of another type than the log's or a
-                misspelt request feature; others that the model does not read are ignored.
+            ValueError: If a query has an unknown key, an id of another type than in the log, or a
+                misspelt request feature. Request features that the model does not read are ignored.
         """
         return self.encoder(queries)
 
@@ -96,7 +95,7 @@ class FittedTwoTower:
         return digest.hexdigest()
 
     def exportable(self) -> Exportable:
-        """Gathers what an export holds: the towers, and all that happened, test part included.
+        """Gathers what an export holds: the towers and the whole log, test part included.
 
         Raises:
             ValueError: If the model was fitted to samples without their log.

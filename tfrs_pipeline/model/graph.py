@@ -9,6 +9,9 @@ import tensorflow as tf
 
 from tfrs_pipeline.retrieval import check_ids
 
+# Candidates embedded at once when the whole corpus is.
+CORPUS_BLOCK = 65_536
+
 
 def id_dtype(ids: np.ndarray) -> tf.DType:
     """Returns the type in which ids enter the graph: int64 or string."""
@@ -21,20 +24,20 @@ def empty_id(dtype: tf.DType) -> Any:
 
 
 def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Makes ids a tensor [n]; None is the empty id. A `ValueError` if one is not of the type."""
+    """Makes a tensor [n] of ids; None is the empty id. A `ValueError` if one has another type."""
     check_ids([ids], are_text=dtype == tf.string)
     return _ids_in_graph(ids, dtype)
 
 
 def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes lists of ids a tensor [n, longest], padded with the empty id; else as `id_list`."""
+    """Makes a tensor [n, longest] of lists of ids, padded with the empty id."""
     check_ids(lists, are_text=dtype == tf.string)
     values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
     return padded(values, lists, empty_id(dtype))
 
 
 def padded(values: tf.Tensor, lists: Sequence[Collection[Any]], default: Any) -> tf.Tensor:
-    """Puts the values of lists, given end to end, into rows: [n, longest], padded at the end."""
+    """Puts the concatenated values of lists into rows [n, longest], padded at the end."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False).to_tensor(default)
 
@@ -57,19 +60,14 @@ def with_empty(ids: np.ndarray) -> tf.Tensor:
 
 
 def stored(values: Any) -> tf.Variable:
-    """Makes a variable of what never changes.
-
-    A constant would be written into the graph, which must not exceed 2 GB: histories of many users
-    do, and ids of many items.
-    """
+    """Makes a variable of values that never change."""
+    # Not a constant, which lies in the graph: it must not exceed 2 GB, and ids and histories may.
     return tf.Variable(values, trainable=False)
 
 
 def row_table(ids: np.ndarray) -> tf.lookup.experimental.MutableHashTable:
-    """Makes the table of rows 1, 2, ... by id; whatever else has row 0.
-
-    It never changes, but is of the kind whose entries are saved with the variables (see `stored`).
-    """
+    """Makes the table of rows 1, 2, ... by id; all other ids have row 0."""
+    # It never changes, but only a mutable table is saved with the variables, not in the graph.
     dtype = id_dtype(ids)
     table = tf.lookup.experimental.MutableHashTable(dtype, tf.int64, default_value=0)
     table.insert(tf.constant(ids.tolist(), dtype), tf.range(1, len(ids) + 1, dtype=tf.int64))
@@ -78,15 +76,13 @@ def row_table(ids: np.ndarray) -> tf.lookup.experimental.MutableHashTable:
 
 def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf.Tensor:
     """Looks up rows: int32, of the shape of `ids`."""
-    # Such a table tells nothing of the shape.
+    # A mutable table loses the shape.
     return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)
 
 
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
-    """Makes a graph of a function of named inputs, for `call`.
-
-    The specs name the inputs: a feature's name may be no Python argument.
-    """
+    """Makes a graph of a function of named inputs, for `call`."""
+    # By position: the name of a feature may not be a Python name.
     names = [spec.name for spec in specs]
     return tf.function(
         lambda *values: function(**dict(zip(names, values, strict=True))), input_signature=specs
@@ -102,5 +98,13 @@ def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
 
 
 def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:
-    """Calls a `traced` function, also a loaded one, with those of the inputs that it takes."""
+    """Calls a `traced` function, also a loaded one, with the inputs that it takes."""
     return function(*(inputs[name] for name in signature_inputs(function)))
+
+
+def embed_corpus(embed: Callable[[tf.Tensor], tf.Tensor], num_candidates: int) -> np.ndarray:
+    """Embeds candidate rows 1, 2, ... by a function of [n] int32 rows: [num_candidates, D]."""
+    rows = np.arange(1, num_candidates + 1, dtype=np.int32)
+    starts = range(0, num_candidates, CORPUS_BLOCK)
+    blocks = [embed(tf.constant(rows[start : start + CORPUS_BLOCK])).numpy() for start in starts]
+    return np.concatenate(blocks)

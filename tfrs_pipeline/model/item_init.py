@@ -1,8 +1,5 @@
-"""Item embeddings that begin with a singular value decomposition (SVD) of the clicks."""
+"""Initial item embeddings from a singular value decomposition (SVD) of the clicks."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +20,14 @@ _EXPONENT = 0.4
 
 
 def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
-    """Computes factors of items from who clicked them: those of the same users are near each other.
+    """Computes factors of items, which are close for items that the same users clicked.
 
-    Factors are V S^2, scaled to a mean length of 1 over the items with clicks; U S V^T is the
+    Factors are V S^2, scaled to a mean length of 1 over the items with clicks. U S V^T is the
     truncated singular value decomposition of the matrix, users by items, of
     1 / (clicks of the user * clicks of the item)^0.4 where the user clicked the item, else 0.
 
-    Args:
-        clicked: Per user, distinct candidate rows, 1 to `num_items`.
-        num_items: Number of candidates.
-        dim: Number of factors.
-
-    Returns:
-        [num_items + 1, dim] float32. Row 0 is 0; to rounding, so are the rows of items without
-        clicks, and columns beyond the rank of the clicks.
+    `clicked` lists the distinct candidate rows of each user. Returns [num_items + 1, dim] float32;
+    0 in row 0 and, to rounding, for items without clicks and in columns beyond the clicks' rank.
 
     Example:
         >>> clicked = RowLists.from_lists([[], [1, 2], [1, 2], [3]])
@@ -57,8 +48,8 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     transposed = clicks.T.tocsr()
     gram = LinearOperator((num_items, num_items), matvec=lambda x: transposed @ (clicks @ x))
     rng = np.random.default_rng(0)
-    # Not `svds`, which has no seed for the restarts that equal items need. One thread sums in one
-    # order.
+    # Not `svds`: it has no seed for the restarts that equal items need. A single thread adds up in
+    # a fixed order.
     with threadpool_limits(1, "blas"):
         values, vectors = eigsh(gram, num_vectors, v0=rng.random(num_items), rng=rng)
     found = vectors * values
@@ -66,52 +57,39 @@ def item_factors(clicked: RowLists, num_items: int, dim: int) -> np.ndarray:
     return factors
 
 
-@dataclass(frozen=True)
-class SvdStart:
+def add_item_factors(network: TwoTowerNetwork, clicked: RowLists, folder: Path | None) -> None:
     """Adds the factors of items (`item_factors`) to what their embeddings are drawn as.
 
-    An item table of the history's own gets the same. Of several workers the chief computes the
-    factors, and hands them to the others in a file.
-
-    Args:
-        clicked: Per query row, the candidate rows that it clicked in training, each once.
-        folder: Where that file is written for the moment; needed by several workers alone.
+    The item table of the history gets the same factors. Of several workers the chief computes them
+    and hands them to the others in a file in the folder. A `ConfigError` if there is no such table.
     """
+    query, candidate = network.query_tower, network.candidate_tower
+    tables: list[tf.Variable | None] = []
+    if isinstance(candidate, Tower) and candidate.id_embedding is not None:
+        tables.append(candidate.id_embedding.embeddings)
+    if isinstance(query, Tower) and query.history is not None:
+        tables.append(query.history.item_table)
+    own = [table for table in tables if table is not None]
+    if not own:
+        refuse([("model.item_init", "got 'svd', and no built-in tower embeds item ids")])
+    factors = _factors_of_chief(clicked, network.num_candidates, own[0].shape[1], folder)
+    for table in own:
+        table.assign_add(factors)
 
-    clicked: RowLists
-    folder: Path | None = None
-    first_step = 0
 
-    def apply(self, network: TwoTowerNetwork) -> None:
-        """Sets the item tables of an untrained network; `ConfigError` if it has none."""
-        query, candidate = network.query_tower, network.candidate_tower
-        tables: list[tf.Variable | None] = []
-        if isinstance(candidate, Tower) and candidate.id_embedding is not None:
-            tables.append(candidate.id_embedding.embeddings)
-        if isinstance(query, Tower) and query.history is not None:
-            tables.append(query.history.item_table)
-        own = [table for table in tables if table is not None]
-        if not own:
-            refuse([("model.item_init", "got 'svd', and no built-in tower embeds item ids")])
-        factors = self._factors(network.num_candidates, own[0].shape[1])
-        for table in own:
-            table.assign_add(factors)
+def _factors_of_chief(
+    clicked: RowLists, num_items: int, dim: int, folder: Path | None
+) -> np.ndarray:
+    if folder is None or this_worker().count == 1:
+        return item_factors(clicked, num_items, dim)
+    path = folder / "item_factors.npy"
 
-    def _factors(self, num_items: int, dim: int) -> np.ndarray:
-        if self.folder is None or this_worker().count == 1:
-            return item_factors(self.clicked, num_items, dim)
-        path = self.folder / "item_factors.npy"
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, item_factors(clicked, num_items, dim))
 
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, item_factors(self.clicked, num_items, dim))
-
-        on_chief(write)
-        factors = np.load(path)
-        on_chief(lambda: None)  # All have read it.
-        on_chief(lambda: path.unlink(missing_ok=True))
-        return factors
-
-    def describe(self) -> list[str]:
-        """Says nothing: the settings do."""
-        return []
+    on_chief(write)
+    factors = np.load(path)
+    on_chief(lambda: None)  # Every worker has read it.
+    on_chief(lambda: path.unlink(missing_ok=True))
+    return factors

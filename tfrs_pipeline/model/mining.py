@@ -1,7 +1,5 @@
 """Pools of hard negatives mined from the model as it trains."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,16 +33,8 @@ def mine_pools(
 ) -> RowLists:
     """Mines a pool of hard negatives for every sample, in random order.
 
-    Retrieves once for all samples of a user with the same history.
-
-    Args:
-        retrieve: By the current model.
-        samples: Training samples.
-        mined: Which ranks to keep.
-        seed: Of the draw where a pool exceeds `max_pool`, and of the order within a pool.
-        history_length: N, most recent items of a history in a query.
-        batch_size: States a call; fewer for a corpus of more than 65,000 items.
-        on_progress: Called after each batch with the samples done and their total.
+    The samples of a user with the same history are retrieved for once. `batch_size` is the number
+    of these at a time; it is less with more than 65,000 items.
     """
     num_candidates = len(samples.counts) - 1
     is_later = np.zeros(num_candidates + 1, bool) if samples.is_later is None else samples.is_later
@@ -75,17 +65,14 @@ def mine_pools(
 
 
 def _num_masked(masks: Sequence[RowLists]) -> int:
-    """Returns the most items that the filters drop for any query."""
+    """Returns the most items that are masked for any query."""
     return int(np.sum([np.diff(lists.offsets) for lists in masks], axis=0).max())
 
 
 def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts samples so that those of one query state, and states of one depth, come together.
-
-    The deepest state of a batch decides for all. Returns the samples in that order, and
-    [num_states + 1] where each state begins.
-    """
-    # Without an order, a history is what is left without the positive.
+    """Sorts samples by query state; returns the order, and [num_states + 1] where states begin."""
+    # States that mask equally many items stand together: the most of a batch decides its k. Without
+    # an order of events, a history is the user's other positives.
     history = samples.candidate_rows if samples.num_earlier is None else samples.num_earlier
     state = samples.query_rows.astype(np.int64) << 32 | history
     depth = sum(
@@ -99,13 +86,10 @@ def _by_state(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(eq=False)
 class MinedPools:
-    """Mines hard negatives every few epochs of a training.
+    """Mines hard negatives every few epochs of a training, for the batches' pool "mined".
 
-    It prepares the batches, which draw from the pool "mined", when `every` epochs are done, twice
-    `every`, and so on. A stopped training goes on between two preparations, with the pools that
-    `folder` keeps. `pools` has what was mined, by the epochs done; `on_progress` is called while
-    mining with the samples done and their total. A `ValueError` if the corpus has no rank
-    `min_rank`.
+    `folder` keeps the last pool for a training that is stopped. `pools` holds what was mined, by
+    the number of epochs done then. `on_progress` is called with samples done and in all.
     """
 
     batches: HybridBatches
@@ -127,17 +111,17 @@ class MinedPools:
         self.every = self.mined.every
         kept = [] if self.folder is None else sorted(self.folder.glob("mined-*.json"))
         for path in kept:
-            # A training that is over asks for no more pools: it describes the one that it had.
+            # A finished training prepares nothing more, and describes its last pool.
             if (pool := self._load(int(path.stem.partition("-")[2]))) is not None:
                 self.batches.set_hard_pool("mined", pool)
 
     def can_go_on(self, epoch: int) -> bool:
-        """Whether the pools of the epochs that follow are kept, or to be mined now."""
+        """Returns whether training can resume after an epoch: its pool is kept or due now."""
         due = epoch - epoch % self.every
         return due in (0, epoch) or due in self.pools
 
     def prepare(self, epoch: int) -> None:
-        """Gives the batches the pools of the next epochs: mined now, or kept from before."""
+        """Gives the batches the pool of the next epochs: a kept one, or newly mined."""
         samples = self.batches.samples
         if epoch == 0:
             self.batches.set_hard_pool("mined", RowLists.empty(len(samples)))
@@ -178,10 +162,10 @@ class MinedPools:
         return self.pools[epoch]
 
     def _save(self, epoch: int, pool: RowLists) -> RowLists:
-        """Writes a pool, if there is a folder, and maps what it wrote."""
+        """Writes a pool, if there is a folder, and returns it mapped from there."""
         if self.folder is None:
             return pool
-        with naming(self.folder, OSError):  # NumPy's has no number if the disk is full.
+        with naming(self.folder, OSError):  # NumPy's error has no number if the disk is full.
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, array in zip(self._files(epoch), (pool.offsets, pool.values), strict=True):
                 np.save(path, array)

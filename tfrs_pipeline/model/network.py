@@ -12,13 +12,12 @@ import tensorflow_recommenders as tfrs
 from tfrs_pipeline.batches.batch import Batch
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.feature_table import FeatureTable, drop_features
+from tfrs_pipeline.model.graph import embed_corpus
 from tfrs_pipeline.model.loss import HybridRetrieval
 from tfrs_pipeline.model.own import mark_trained
 from tfrs_pipeline.model.randomness import Stream, fold, pass_seed
 from tfrs_pipeline.model.settings import TwoTowerSettings
 
-# Candidates embedded at once when the whole corpus is.
-CORPUS_BLOCK = 65_536
 # Share of the request features that training drops, so that a request may come without them; as
 # large as the ID dropout.
 REQUEST_DROPOUT = 0.05
@@ -110,12 +109,7 @@ class TwoTowerNetwork(tfrs.Model):
 
     def embed_corpus(self) -> np.ndarray:
         """Embeds every candidate, rows 1, 2, ... : [num_candidates, D] float32."""
-        rows = np.arange(1, self.num_candidates + 1, dtype=np.int32)
-        blocks = [
-            self._embed_block(tf.constant(rows[start : start + CORPUS_BLOCK])).numpy()
-            for start in range(0, len(rows), CORPUS_BLOCK)
-        ]
-        return np.concatenate(blocks)
+        return embed_corpus(self._embed_block, self.num_candidates)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
     def _embed_block(self, candidate_rows: tf.Tensor) -> tf.Tensor:

@@ -1,6 +1,4 @@
-"""What a training has to say of its batches and its validation, in lines for a person."""
-
-from __future__ import annotations
+"""What training tells the user: progress of epochs, and notes on its data."""
 
 import sys
 import time
@@ -12,24 +10,21 @@ import tensorflow as tf
 
 from tfrs_pipeline import messages
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.data.holdout import Holdout
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fit import OnEpoch, Start, TrainingResult
-from tfrs_pipeline.model.mining import MinedPools
+from tfrs_pipeline.model.fit import OnEpoch, TrainingResult
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.mined import Mined
-from tfrs_pipeline.samples.store import Samples
 
 OnProgress: TypeAlias = Callable[..., None]
-"""Told of long work: a task's name, steps done and in all, and at times what there is to say."""
+"""Called during long work with a task's name, steps done and in all, and sometimes a note."""
 
 OnSteps: TypeAlias = Callable[[int, int, int], None]
-"""Told of an epoch that takes long: its number from 1, steps done and in all."""
+"""Called during a long epoch with its number from 1, steps done and in all."""
 
 
 class EpochProgress(tf.keras.callbacks.Callback):
-    """Tells of the steps of an epoch, now and then."""
+    """Reports the steps of an epoch, now and then."""
 
     def __init__(self, on_steps: OnSteps) -> None:
         super().__init__()
@@ -42,45 +37,27 @@ class EpochProgress(tf.keras.callbacks.Callback):
         self._epoch, self._told = epoch + 1, time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Tells how far it has come, if it is time."""
+        """Reports how far the epoch is, if it is time."""
         if time.monotonic() - self._told >= messages.SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             self._on_steps(self._epoch, batch + 1, self.params["steps"])
 
 
-def describe_training(
-    settings: TwoTowerSettings,
-    data: TrainingSet,
-    batches: HybridBatches,
-    start: Start | None,
-    validation: Holdout | None,
-    mining: MinedPools | None,
+def describe_data(
+    data: TrainingSet, batches: HybridBatches, settings: TwoTowerSettings
 ) -> list[str]:
-    """Says what a training began with, what it measured and mined, and what it never draws."""
-    return [
-        *(start.describe() if start else []),
-        *describe_sample(validation),
-        *(mining.describe() if mining else []),
-        *describe_order(data.samples, settings),
-        *describe_batches(batches, settings),
-    ]
-
-
-def describe_sample(validation: Holdout | None) -> list[str]:
-    """Says that validation ranks a sample of its users; nothing if it ranks all."""
-    if validation is None or validation.num_sampled_from is None:
-        return []
-    num_users = validation.num_sampled_from
-    return [f"validation ranks {len(validation):,} of {num_users:,} users, sampled"]
-
-
-def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list[str]:
-    """Says what the batches cannot draw and mask, and the mean share of hard negatives."""
-    is_later, unreachable = batches.samples.is_later, batches.num_unreachable
-    verb = "is" if unreachable == 1 else "are"
-    never = f"{counted(unreachable, 'item')} {verb} never drawn as negatives"
-    notes = [never] if unreachable else []
-    if is_later is not None:
+    """Says what histories lack, what batches never draw, and what they mask."""
+    notes = []
+    reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
+    if reading and data.samples.num_earlier is None:
+        notes.append(
+            f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log "
+            "has none: take mean, or --preset sets"
+        )
+    if unreachable := batches.num_unreachable:
+        verb = "is" if unreachable == 1 else "are"
+        notes.append(f"{counted(unreachable, 'item')} {verb} never drawn as negatives")
+    if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
         notes.append(
             f"{num} came after the training: nobody's negatives, and new unless known before"
@@ -97,19 +74,8 @@ def describe_batches(batches: HybridBatches, settings: TwoTowerSettings) -> list
     return notes
 
 
-def describe_order(samples: Samples, settings: TwoTowerSettings) -> list[str]:
-    """Warns if the model reads the order of histories and the log has none."""
-    reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
-    if samples.num_earlier is not None or not reading:
-        return []
-    return [
-        f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log has "
-        "none: take mean, or --preset sets"
-    ]
-
-
 def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str:
-    """Says what the last epoch came to: loss, validation, best so far, time left for all epochs."""
+    """Describes the last epoch: loss, validation, the best so far, time left for all epochs."""
     parts = [f"loss {so_far.history['loss'][-1]:.3f}"]
     if values := so_far.history.get(f"val_{monitor}"):
         parts.append(f"validation {monitor} {values[-1]:.4f}")
@@ -123,17 +89,14 @@ def describe_epoch(so_far: TrainingResult, monitor: str, max_epochs: int) -> str
 
 
 def describe_steps(epoch: int, done: int, total: int) -> str:
-    """Says how far an epoch has come."""
+    """Describes how far an epoch is."""
     return f"epoch {epoch}: {done:,}/{total:,} steps"
 
 
 def writers(
     training: TrainingSettings, verbose: bool | None
 ) -> tuple[OnEpoch | None, OnSteps | None]:
-    """Makes what writes a line an epoch to standard error, and of its steps if it takes long.
-
-    They are None if `verbose` is False, or None and it is no terminal.
-    """
+    """Makes writers of epochs and of their steps to standard error; None where nothing is shown."""
     if not (sys.stderr.isatty() if verbose is None else verbose):
         return None, None
 

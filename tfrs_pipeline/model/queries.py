@@ -1,6 +1,4 @@
-"""Raw queries embedded by the model in memory, and rows retrieved by it."""
-
-from __future__ import annotations
+"""Embeds raw queries, and retrieves rows, with the network in memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -22,7 +20,7 @@ rows, [n, k], best first, 0 in empty slots."""
 
 
 class QueryEncoder:
-    """Embeds raw queries with the `Encoder` that an export has, over the network as it is now."""
+    """Embeds raw queries with the current network, through the `Encoder` that an export has."""
 
     def __init__(self, network: TwoTowerNetwork, corpus: Corpus) -> None:
         self._candidate_ids = corpus.candidate_ids
@@ -42,21 +40,12 @@ class QueryEncoder:
         )
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries: [n, D] float32.
-
-        `user_id`, `history`, `request` and, where the model reads times, `history_timestamps` are
-        read; any may be missing. Unknown users have row 0, unknown items are dropped from the
-        history.
-
-        Raises:
-            ValueError: As `check_queries` and `check_requests`, or if a user id is of another type
-                than the model's.
-        """
+        """Checks queries and embeds them: [n, D] float32."""
         check_queries(queries, ids_are_text=self._candidate_ids.are_text)
         return self.embed(queries)
 
     def embed(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries that `check_queries` has passed, as `retrieve` does before it embeds."""
+        """Embeds queries that `check_queries` has passed: [n, D] float32."""
         known = [feature.name for feature in self._features["request"]]
         requests = [query.get("request") for query in queries]
         check_requests(requests, known, may_have_others=True)
@@ -64,7 +53,7 @@ class QueryEncoder:
 
 
 class RowRetriever:
-    """Retrieves candidate rows by query and history rows: exact, with nothing excluded."""
+    """Retrieves candidate rows for query and history rows, exactly and without exclusions."""
 
     def __init__(self, network: TwoTowerNetwork) -> None:
         self._network = network
@@ -75,7 +64,7 @@ class RowRetriever:
         )
 
     def of_now(self) -> RetrieveRows:
-        """Returns the retrieval with the candidates as the network embeds them now."""
+        """Returns the retrieval of the candidates as the network embeds them now."""
         corpus = self._network.embed_corpus()
 
         def retrieve(query_rows: np.ndarray, history_rows: np.ndarray, k: int) -> np.ndarray:

@@ -1,10 +1,8 @@
 """Settings of the two-tower model and of its training."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -35,7 +33,7 @@ EASY_KINDS = InBatch, Uniform, Popularity
 
 
 def _refuse_subclass(kind: _Kind) -> _Kind:
-    """Refuses a subclass: written down and read again, it would be what it derives from."""
+    """Refuses a subclass, which would be read back from a file as the class itself."""
     if type(kind) not in (*EASY_KINDS, FunnelLosers, Mined):
         raise ValueError(
             "is a subclass, and no setting; own kinds of easy negatives are given to "
@@ -117,7 +115,7 @@ class TwoTowerSettings(Config):
     """Share of the self-attention's activations that training drops, at random."""
 
     @model_validator(mode="after")
-    def _check(self) -> TwoTowerSettings:
+    def _check(self) -> Self:
         refuse(self._problems())
         return self
 
@@ -166,7 +164,7 @@ class TrainingSettings(Config):
     """Whether to write event files for TensorBoard beside the checkpoints."""
 
     @model_validator(mode="after")
-    def _check(self) -> TrainingSettings:
+    def _check(self) -> Self:
         if not re.fullmatch(r"(recall|ndcg)@[1-9]\d*", self.monitor):
             message = "must be recall or ndcg at a cutoff, such as 'ndcg@100'"
             refuse([("monitor", f"got {self.monitor!r}; {message}")])
@@ -179,27 +177,22 @@ class TrainingSettings(Config):
 
 
 def reads_times(model: TwoTowerSettings, training: TrainingSettings) -> bool:
-    """Tells whether a model reads the times of a log that has them.
-
-    The self-attention does. Sets have no order, and their items no time before a request.
-    """
+    """Returns whether a model reads the times of a log that has them: self-attention does."""
+    # Sets have no order, and their items no time before a request.
     return "attention" in model.history_pooling and training.examples != "sets"
 
 
 def check_examples(
     model: TwoTowerSettings, training: TrainingSettings
 ) -> Iterator[tuple[str, str]]:
-    """Yields what does not go with training many positives of a user at once: (setting, message).
-
-    The setting is dotted, such as "model.negatives".
-    """
+    """Yields (dotted setting, message) for what `training.examples` excludes."""
     if training.examples == "single":
         return
     reason = f"with training.examples {training.examples!r}"
     if InBatch() in model.negatives:
         yield (
             "model.negatives",
-            f"got in_batch {reason}: a batch holds whole users and is no fair draw; use "
+            f"got in_batch {reason}: a batch holds whole users, so its items are no fair draw; use "
             "popularity:num=512:alpha=1, which draws as often",
         )
     if not model.history_pooling:
@@ -207,8 +200,8 @@ def check_examples(
     if training.examples == "sets" and model.hard is not None:
         yield (
             "model.hard",
-            f"got {model.hard.kind!r} {reason}: hard negatives are those of one positive, where a "
-            "query has many",
+            f"got {model.hard.kind!r} {reason}: hard negatives belong to one positive, and a query "
+            "has many",
         )
     shortest = 2 * (model.history_length + 1)
     if training.examples == "sequences" and training.batch_size < shortest:

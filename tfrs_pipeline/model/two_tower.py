@@ -1,6 +1,4 @@
-"""The two-tower retrieval model, as it is to be trained."""
-
-from __future__ import annotations
+"""The two-tower retrieval model, before it is fitted."""
 
 import dataclasses
 import functools
@@ -8,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 import tensorflow as tf
 from pydantic import AfterValidator, Field, WrapValidator, model_validator
@@ -30,14 +28,14 @@ from tfrs_pipeline.model.distribution import (
 )
 from tfrs_pipeline.model.fit import OnEpoch, Start, train
 from tfrs_pipeline.model.fitted import FittedTwoTower
-from tfrs_pipeline.model.item_init import SvdStart
+from tfrs_pipeline.model.item_init import add_item_factors
 from tfrs_pipeline.model.mining import MinedPools
 from tfrs_pipeline.model.network import TwoTowerNetwork, feature_table
 from tfrs_pipeline.model.notes import (
     EpochProgress,
     OnProgress,
     OnSteps,
-    describe_training,
+    describe_data,
     writers,
 )
 from tfrs_pipeline.model.own import describe_own, is_own, mark_trained, own_layer
@@ -58,7 +56,7 @@ from tfrs_pipeline.samples.store import Samples
 from tfrs_pipeline.settings import Listed, refuse
 
 TowerLike: TypeAlias = Callable[..., Any]
-"""A Keras layer, or a function that makes one of the corpus, whose sizes it may need."""
+"""A Keras layer, or a function that makes one from the corpus, whose sizes it may need."""
 
 if TYPE_CHECKING:
     AnyKind: TypeAlias = Any
@@ -75,11 +73,11 @@ def _own_last(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class TwoTower(TwoTowerSettings):
-    """A two-tower model to be fitted: its settings, how it is trained, and its own parts.
+    """A two-tower model before it is fitted: settings, training and your own parts.
 
-    It never changes, and can be fitted several times: `fit` returns a new `FittedTwoTower`. Besides
-    the names below it takes those of `TwoTowerSettings`, such as `dim=32`; a table of these is
-    given as `TwoTower(**dict(settings))`.
+    It never changes and can be fitted several times: `fit` returns a new `FittedTwoTower`. It takes
+    the settings of `TwoTowerSettings` too, such as `dim=32`; pass a table of them as
+    `TwoTower(**dict(settings))`.
 
     Raises:
         ConfigError: If a setting is unknown, out of range or does not go with another.
@@ -102,10 +100,10 @@ class TwoTower(TwoTowerSettings):
     training: TrainingSettings = TrainingSettings()
     """How it is fitted."""
     query_tower: TowerLike | None = None
-    """Own Keras layer instead of the built-in tower, or a function that makes one of the `Corpus`;
-    see `TwoTowerNetwork` for what the layer is called with."""
+    """Your own Keras layer in place of the built-in tower, or a function that makes one from the
+    `Corpus`; `TwoTowerNetwork` says what the layer is called with."""
     candidate_tower: TowerLike | None = None
-    """Own Keras layer for the candidates, or a function that makes one of the `Corpus`."""
+    """The same for the candidates."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     name: str = "two_tower"
@@ -122,7 +120,7 @@ class TwoTower(TwoTowerSettings):
         return given
 
     @model_validator(mode="after")
-    def _check_training(self) -> TwoTower:
+    def _check_training(self) -> Self:
         refuse(check_examples(self, self.training))
         return self
 
@@ -220,7 +218,6 @@ class TwoTower(TwoTowerSettings):
         validation: Holdout | None = None,
         *,
         max_epochs: int | None = None,
-        max_seconds: float | None = None,
         warm_start: FittedTwoTower | None = None,
         folder: Path | None = None,
         exclude: Exclude = "clicked",
@@ -232,14 +229,14 @@ class TwoTower(TwoTowerSettings):
     ) -> FittedTwoTower:
         """Fits the model to samples that are built already; see also `fit`.
 
-        `max_epochs` replaces the settings' number; no epoch begins after `max_seconds`. `folder`
-        keeps checkpoints. `on_steps` is called now and then in a long epoch, `on_progress` while
-        mining, with a task's name, steps done and in all. An export needs the samples' `log`.
+        `max_epochs` replaces the settings' number. `folder` keeps checkpoints. `on_steps` is called
+        now and then in a long epoch, `on_progress` while mining, with a task's name, steps done and
+        in all. An export needs the samples' `log`.
         """
         strategy = training_strategy()
         check_shared(folder)
         data.check_negatives_left(self.hard)
-        source, corpus = _checked(warm_start), data.corpus
+        source, corpus, samples = _checked(warm_start), data.corpus, data.samples
         if source:  # What is later in this log may be known from an earlier one.
             corpus = dataclasses.replace(corpus, is_later=None)
         with naming_lost_workers():
@@ -247,13 +244,24 @@ class TwoTower(TwoTowerSettings):
             with strategy.scope():
                 network = self.build(corpus)
             encoder = QueryEncoder(network, corpus)
-            start = self._start(source, corpus, data.samples, folder)
-            batches = self.batches(data.samples)
+            warm = None if source is None else WarmStart(source, self, self.training, corpus)
+            start: Start | None = None if warm is None else warm.apply
+            if warm is None and self.item_init == "svd":
+                clicked = samples.known_positives
+                start = functools.partial(add_item_factors, clicked=clicked, folder=folder)
+            batches = self.batches(samples)
             mining = self._mining(batches, network, folder, on_progress)
+            notes = [] if warm is None else warm.describe()
             validate = None
             if validation is not None:
-                validation = self._validation(validation, exclude)
-                measured = network, corpus, encoder, validation, exclude, self._cutoffs(cutoffs)
+                ranked = validation.sample(self.training.validation_users, self.seed)
+                check_measurable(ranked, exclude)
+                if num_users := ranked.num_sampled_from:
+                    notes.append(
+                        f"validation ranks {len(ranked):,} of {num_users:,} users, sampled"
+                    )
+                all_cutoffs = sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
+                measured = network, corpus, encoder, ranked, exclude, all_cutoffs
                 validate = functools.partial(validation_metrics, *measured)
             # Also where no step is left to train: a checkpoint is read.
             mark_trained(network.query_tower, network.candidate_tower)
@@ -263,14 +271,15 @@ class TwoTower(TwoTowerSettings):
                 self.training,
                 max_epochs=max_epochs,
                 validate=validate,
-                max_seconds=max_seconds,
                 mining=mining,
                 start=start,
+                first_step=0 if warm is None else warm.first_step,
                 folder=folder,
                 callbacks=[] if on_steps is None else [EpochProgress(on_steps)],
                 on_epoch=on_epoch,
             )
-            notes = describe_training(self, data, batches, start, validation, mining)
+            notes += [] if mining is None else mining.describe()
+            notes += describe_data(data, batches, self)
         return FittedTwoTower(
             self.settings, self.training, corpus, network, encoder, result, notes, log
         )
@@ -309,37 +318,19 @@ class TwoTower(TwoTowerSettings):
     def _own_towers(self) -> dict[str, TowerLike | None]:
         return {"query_tower": self.query_tower, "candidate_tower": self.candidate_tower}
 
-    def _validation(self, holdout: Holdout, exclude: Exclude) -> Holdout:
-        """Samples the users that choose the epoch."""
-        sample = holdout.sample(self.training.validation_users, self.seed)
-        check_measurable(sample, exclude)
-        return sample
-
-    def _cutoffs(self, cutoffs: Sequence[int]) -> list[int]:
-        return sorted({*cutoffs, int(self.training.monitor.partition("@")[2])})
-
     def _made_of(self, log: Log, samples: Samples) -> dict[str, Any]:
         frame = SamplingFrame.of_counts(samples.counts, self.training.batch_size)
-        later = samples.is_later  # By the whole log, which may have grown since.
+        later = samples.is_later  # According to the whole log, which may have grown since.
+        later_items = None if later is None else hashlib.sha256(later.tobytes()).hexdigest()[:12]
         return {
             **self.settings.model_dump(mode="json"),
             **self.training.model_dump(mode="json"),
             "seed": self.seed,
-            "later_items": None
-            if later is None
-            else hashlib.sha256(later.tobytes()).hexdigest()[:12],
+            "later_items": later_items,
             "item_features": dict(log.item_features),
             "user_features": dict(log.user_features),
             **describe_own(self.negatives, self._own_towers, frame),
         }
-
-    def _start(
-        self, source: FittedTwoTower | None, corpus: Corpus, samples: Samples, folder: Path | None
-    ) -> Start | None:
-        """Makes what the training begins with; None is random weights."""
-        if source is not None:
-            return WarmStart(source, self, self.training, corpus)
-        return SvdStart(samples.known_positives, folder) if self.item_init == "svd" else None
 
     def _mining(
         self,

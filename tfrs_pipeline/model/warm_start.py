@@ -1,6 +1,4 @@
-"""A training that begins where another one ended: carried over by id, not by row."""
-
-from __future__ import annotations
+"""Training that starts from a fitted model: what was learned is carried over by id."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, rea
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.settings import refuse
 
-# What makes the weights of two models mean the same.
+# The settings that decide what weights mean.
 SHAPE = (
     *("dim", "normalize", "hidden_layers"),
     *("use_user_id", "use_candidate_id", "candidate_bias", "share_item_embedding"),
@@ -30,22 +28,15 @@ ATTENTION_SHAPE = ("history_length", "attention_blocks")
 
 
 class WarmStart:
-    """Gives a new network what another one has learned.
+    """Gives a new network what a fitted model has learned.
 
-    Items, users and values of features that are still there keep their embeddings and optimizer
-    state, whatever their rows were. New ones start from the embedding of row 0, which stands for
-    unknown ids, if that was trained (by `id_dropout`, or because a feature's value was missing),
-    else as in any training; their optimizer state is that of a row which has had no gradient. All
-    other weights and their state are carried over, and so is the count of steps (`first_step`); a
-    learning rate's warm-up and decay begin anew. Training counts are those of the new samples. What
-    of the optimizer's state cannot be carried over, because the optimizer is another one, starts
-    anew.
+    Items, users and feature values that are still there keep their embeddings and optimizer state.
+    New ones start from the embedding of row 0, which stands for unknown ids, if it was trained,
+    else as in any training. Their optimizer state is that of a row without a gradient. Other
+    weights, their state and the count of steps (`first_step`) are carried over, while a learning
+    rate's warm-up and decay begin anew. With another optimizer, its whole state starts anew.
 
-    Buckets of a number are carried over by their lowest value, those of hashes by the hash.
-
-    Raises:
-        ConfigError: If a setting that shapes the weights, or a feature, is another; if an own tower
-            hides what its rows stand for; if no item is still there.
+    A `ConfigError` if the weights of the two models mean different things, or no item is known.
     """
 
     def __init__(
@@ -59,7 +50,7 @@ class WarmStart:
         self._source = source.network
         self._corpora = source.corpus, corpus
         self._optimizers = source.training.optimizer, training.optimizer
-        # By row here, the row there: 0 is new.
+        # The source's row for each row here; 0 is new.
         self._candidate_rows = _source_rows(source.corpus.candidate_ids, corpus.candidate_ids)
         self._num_trained = len(source.corpus.candidate_ids)
         if (is_later := source.corpus.is_later) is not None:  # They were new to it, too.
@@ -97,14 +88,13 @@ class WarmStart:
         return notes
 
     def _tables(self, network: TwoTowerNetwork) -> Iterator[tuple[tf.Variable, np.ndarray]]:
-        """Yields the tables of a network, and for each of their rows the row of the source."""
+        """Yields the tables of a network with the source's row for each of their rows."""
         there, here = self._corpora
         for tower, own_rows, sides in (
             (network.candidate_tower, self._candidate_rows, ("candidate",)),
             (network.query_tower, self._query_rows, ("query", "request")),
         ):
-            for table in tower.id_tables:
-                yield table, own_rows
+            yield from ((table, own_rows) for table in tower.id_tables)
             if tower.history is not None and (table := tower.history.item_table) is not None:
                 yield table, self._candidate_rows
             for side in sides:
@@ -119,32 +109,25 @@ class WarmStart:
         source: tf.Variable,
         rows: np.ndarray | None,
     ) -> None:
-        """Carries over one weight and its optimizer state; of a table, row by row."""
+        """Carries over a weight and its optimizer state; a table row by row."""
         old_slots = slots_of(self._source.optimizer, source)
         new_slots = slots_of(network.optimizer, variable) if self.first_step else []
+        slots = list(zip(new_slots, old_slots, strict=bool(new_slots)))
         if rows is None:
-            variable.assign(source)
-            for new, old in zip(new_slots, old_slots, strict=bool(new_slots)):
+            for new, old in [(variable, source), *slots]:
                 new.assign(old)
             return
         is_new = (rows == 0) & (np.arange(len(rows)) > 0)
         # What an optimizer keeps of a weight that has had no gradient.
         at_first = getattr(self._source.optimizer, "initial_accumulator_value", 0.0)
         has_stand_in = any((slot[0].numpy() != at_first).any() for slot in old_slots)
-        variable.assign(_gathered(source, rows, variable, is_new & (not has_stand_in)))
-        for new, old in zip(new_slots, old_slots, strict=bool(new_slots)):
-            new.assign(_gathered(old, rows, new, is_new))
-
-
-def _gathered(
-    source: tf.Variable, rows: np.ndarray, own: tf.Variable, keeps_own: np.ndarray
-) -> tf.Tensor:
-    """Gathers the rows of a source, but for those that keep what they have."""
-    return tf.where(keeps_own[:, np.newaxis], own, tf.gather(source, rows))
+        keeps_own = is_new & (not has_stand_in)
+        for new, old, is_kept in [(variable, source, keeps_own), *((*x, is_new) for x in slots)]:
+            new.assign(tf.where(is_kept[:, np.newaxis], new, tf.gather(old, rows)))
 
 
 def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[tuple[str, str]]:
-    """Yields the settings that make weights here mean something else than there, with messages."""
+    """Yields (setting, message) for each setting that makes weights mean something else."""
     has_attention = "attention" in here.history_pooling
     for name in (*SHAPE, *(ATTENTION_SHAPE if has_attention else ())):
         old, new = getattr(there, name), getattr(here, name)
@@ -155,7 +138,7 @@ def shape_problems(there: TwoTowerSettings, here: TwoTowerSettings) -> Iterator[
 def _problems(
     source: FittedTwoTower, settings: TwoTowerSettings, training: TrainingSettings, corpus: Corpus
 ) -> Iterator[tuple[str, str]]:
-    """Yields what makes the weights of two models mean different things."""
+    """Yields (setting, message) for all that makes the weights mean different things."""
     yield from shape_problems(source.settings, settings)
     towers = source.network.query_tower, source.network.candidate_tower
     if not all(isinstance(tower, Tower) for tower in towers):
@@ -209,7 +192,7 @@ def _features(there: Corpus, here: Corpus, side: str) -> Any:
 
 
 def _source_rows(there: Ids, here: Ids) -> np.ndarray:
-    """Returns for every row here, 0 first, the row of the same id there, 0 where there is none."""
+    """Returns, for rows 0, 1, ... here, the row of the same id there; 0 if there is none."""
     return np.concatenate([[0], there.rows(here.values)])
 
 

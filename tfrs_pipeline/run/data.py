@@ -137,15 +137,18 @@ def connect_engine(config: DataConfig) -> Any:
     return connect_spark() if config.source == "spark" else connect(config.memory_limit)
 
 
-def load_log(config: DataConfig) -> Log:
-    """Loads the log that a config names."""
-    sides = ("item_features", "user_features", "request_features")
-    features: dict[str, Any] = {name: getattr(config, name) for name in sides}
+def load_log(config: DataConfig, connection: Any = None) -> Log:
+    """Loads the log that a config names, into a connection of `connect_engine`; None opens one."""
+    connection = connection or connect_engine(config)
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in names}
+
+    features = given("item_features", "user_features", "request_features")
     if config.source == "movielens-100k":
         log = load_movielens_100k(config.path, **features)
         return dataclasses.replace(log, is_ordered=config.is_ordered)
     assert config.path is not None  # The config's own check.
-    connection = connect_engine(config)
     if config.source == "spark":
         paths = {"events": config.path, "items": config.items_path, "users": config.users_path}
         tables = {

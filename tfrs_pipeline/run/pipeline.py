@@ -134,7 +134,6 @@ def read_result(config: RunConfig, folder: RunFolder) -> RunResult | None:
         return RunResult(folder.path, {**metrics, "export_folder": str(own.resolve())})
     result = RunResult(folder.path, metrics)
     if config.export.index == "none":
-        metrics.pop("refusal", None)  # Nothing is to be exported any more.
         return result
     if result.export_folder is None:  # Refused: the gate may be open now.
         return None

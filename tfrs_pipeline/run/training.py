@@ -66,7 +66,6 @@ def train_and_refit(
     *,
     name: str = "two_tower",
     folder: Path | None = None,
-    max_seconds: float | None = None,
     progress: Progress = SILENT,
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all that precedes the test.
@@ -77,7 +76,7 @@ def train_and_refit(
     check_trainable(data, config)
     source = config.warm_start
 
-    def fit(step: Training, max_epochs: int, max_seconds: float | None = None) -> FittedTwoTower:
+    def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         task, is_first = f"{name}, {step}", step == "selection"
 
         def on_epoch(so_far: TrainingResult) -> None:
@@ -91,7 +90,6 @@ def train_and_refit(
             data.selection if is_first else data.final,
             data.validation if is_first else None,
             max_epochs=max_epochs,
-            max_seconds=max_seconds,
             # The first there has seen nothing of what validates here.
             warm_start=None if source is None else trained_in(source, step, name),
             folder=None if folder is None else folder / step,
@@ -103,7 +101,7 @@ def train_and_refit(
             log=data.split.train,
         )
 
-    models = [fit("selection", config.training.max_epochs, max_seconds)]
+    models = [fit("selection", config.training.max_epochs)]
     chosen = models[0].result
     if data.has_refit:
         models.append(fit("refit", chosen.best_epoch))

@@ -26,7 +26,6 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.encoder import (
     Encoder,
-    embed_corpus,
     embed_queries,
     features_of,
     history_of,
@@ -34,7 +33,7 @@ from tfrs_pipeline.model.encoder import (
     known_rows,
 )
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.graph import signature_inputs
+from tfrs_pipeline.model.graph import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.serving.check import example_values, prove
 from tfrs_pipeline.serving.index import (
@@ -185,6 +184,10 @@ def export_version(
     inputs["request"] = request_signature(
         features["request"], features["query"], reads_times=model.history_times is not None
     )
+    # Not called as a tf.function, which warns where many models are embedded one after the other.
+    embed = tf.function(model.embed_candidates).get_concrete_function(
+        tf.TensorSpec([None], tf.int32)
+    )
     about = {
         "features": {side: [f.to_dict() for f in of_side] for side, of_side in features.items()},
         "feature_inputs": {
@@ -199,7 +202,7 @@ def export_version(
         path,
         options,
         encoder=Encoder(model, user_data=user_data),
-        embeddings=embed_corpus(model)[places],
+        embeddings=embed_corpus(embed, len(model.candidate_ids))[places],
         items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(places),
         queries=queries,
         manifest={**about, **manifest},
