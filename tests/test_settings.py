@@ -7,6 +7,7 @@ import pytest
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.cli.flags import CommandLine, as_typed
+from tfrs_pipeline.messages import counted, in_percent, printable
 from tfrs_pipeline.settings import Config, ConfigError, Listed, from_text
 
 
@@ -84,3 +85,10 @@ def test_what_is_no_kind_is_refused(shapes: list[Any], problem: tuple[str, str])
     with pytest.raises(ConfigError) as raised:
         Figure(shapes=shapes)
     assert raised.value.problems == (problem,)
+
+
+def test_counts_shares_and_text_from_outside_are_written_in_a_short_line() -> None:
+    assert [counted(1, "epoch"), counted(1000, "query")] == ["1 epoch", "1,000 queries"]
+    shares = [in_percent(part, 143_609) for part in (0, 67, 71_805)]
+    assert shares == ["0.0%", "<0.1%", "50.0%"]
+    assert printable("a film\x1b[2J and more", max_chars=11) == r"a film\x1b[2J ..."
