@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from tfrs_pipeline.cli.flags import CommandLine, as_typed
 from tfrs_pipeline.messages import counted, in_percent, printable
+from tfrs_pipeline.negatives.funnel import FunnelLosers
 from tfrs_pipeline.settings import Config, ConfigError, Listed, from_text
 
 
@@ -92,3 +93,21 @@ def test_counts_shares_and_text_from_outside_are_written_in_a_short_line() -> No
     shares = [in_percent(part, 143_609) for part in (0, 67, 71_805)]
     assert shares == ["0.0%", "<0.1%", "50.0%"]
     assert printable("a film\x1b[2J and more", max_chars=11) == r"a film\x1b[2J ..."
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "named"),
+    [
+        ((), {"share": 1.5}, "share: got 1.5; must be less than 1"),
+        ((1.5,), {}, "share: got 1.5"),
+        ((), {"shar": 0.1}, "shar: unknown setting; did you mean 'share'"),
+        ((), {"stages": ("clicked",)}, "stages.0: got 'clicked'"),
+        ((), {"stages": "exposed"}, "^stages holds 'exposed'"),
+        ((0.1,), {"share": 0.2}, "share"),
+    ],
+)
+def test_a_checked_dataclass_is_refused_as_settings_are(
+    values: tuple[Any, ...], settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        FunnelLosers(*values, **settings)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, dataclass_transform
 
 import pydantic
+import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import ErrorDetails
 
@@ -57,18 +60,40 @@ class Config(pydantic.BaseModel):
     if not TYPE_CHECKING:  # To an editor the fields are the arguments.
 
         def __init__(self, **settings: Any) -> None:
-            try:
+            with _translating(type(self)):
                 super().__init__(**settings)
-            except pydantic.ValidationError as error:
-                problems = [
-                    problem
-                    for details in error.errors(include_url=False)
-                    for problem in _problems(details, type(self))
-                ]
-                raise ConfigError(problems) from None
 
 
 T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def checked_dataclass(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass whose fields are checked as those of a `Config` are."""
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    made = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
+    checked, names = made.__init__, [field.name for field in dataclasses.fields(made)]
+
+    @functools.wraps(checked)
+    def init(self: Any, *values: Any, **settings: Any) -> None:
+        if len(values) <= len(names) and not settings.keys() & names[: len(values)]:
+            # Errors name an argument by its name alone.
+            values, settings = (), dict(zip(names, values, strict=False)) | settings
+        with _translating(made):
+            checked(self, *values, **settings)
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made
+
+
+@contextlib.contextmanager
+def _translating(table: type) -> Iterator[None]:
+    """Raises the errors of pydantic within as a ConfigError about a table or a dataclass."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)
+        raise ConfigError([x for details in found for x in _problems(details, table)]) from None
 
 
 def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -116,8 +141,8 @@ _NOT_READ = {
 }
 
 
-def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str, str]]:
-    """Translates one of pydantic's errors in a table into (setting, message) pairs."""
+def _problems(details: ErrorDetails, table: type) -> Iterator[tuple[str, str]]:
+    """Translates one of pydantic's errors in a table or dataclass into (setting, message) pairs."""
     setting = ".".join(str(key) for key in details["loc"])
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # From a table within this one, or from a check of it.
@@ -127,7 +152,8 @@ def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str,
         yield setting, f"unknown setting; {suggest(setting, setting_names(table))}"
     elif details["type"] == "unexpected_keyword_argument":
         name = str(details["loc"][-1])
-        kinds = _dataclasses_in(table.model_fields[str(details["loc"][0])].annotation)
+        of_table = getattr(table, "model_fields", {}).get(str(details["loc"][0]))
+        kinds = _dataclasses_in(table if of_table is None else of_table.annotation)
         known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
         yield setting, f"unknown setting; {suggest(name, known)}"
     elif details["type"] == "union_tag_invalid":
@@ -146,7 +172,7 @@ def _problems(details: ErrorDetails, table: type[Config]) -> Iterator[tuple[str,
     else:
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
         message = message[0].lower() + message[1:]
-        yield setting, f"got {details['input']!r}; {message}"
+        yield setting, f"got {details['input']!r}; {message}" if setting else message
 
 
 def _dataclasses_in(annotation: Any) -> Iterator[type]:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass
 
-from tfrs_pipeline.settings import Several
+from tfrs_pipeline.settings import Several, checked_dataclass
 
 HardShare: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 HardStage: TypeAlias = Literal["retrieved", "pre_ranked", "ranked", "exposed"]
@@ -25,7 +24,7 @@ Stages: TypeAlias = Annotated[Several[HardStage], BeforeValidator(_split)]
 Hours: TypeAlias = Annotated[float, Field(gt=0, le=100_000_000)]
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class FunnelLosers:
     """Items that lost to the positive in its own request, or lost in the user's recent ones.
 
@@ -51,8 +50,8 @@ class FunnelLosers:
             Ranking learns from them; this option measures what they do to retrieval.
 
     Raises:
-        ValueError: If an argument is out of range, "exposed" is a stage without `allow_exposed`, or
-            a low part is given without "ranked".
+        ConfigError: If an argument is unknown or out of range, "exposed" is a stage without
+            `allow_exposed`, or a low part is given without "ranked".
     """
 
     share: HardShare = 0.01

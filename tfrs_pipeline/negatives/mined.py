@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
-from pydantic.dataclasses import dataclass
 
 from tfrs_pipeline.negatives.funnel import HardShare
+from tfrs_pipeline.settings import checked_dataclass
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Mined:
     """Items that the model ranks from `min_rank` to `max_rank` for the sample's query.
 
@@ -31,7 +31,7 @@ class Mined:
             learned nothing ranks at random.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ConfigError: If an argument is out of range.
     """
 
     share: HardShare = 0.01
