@@ -294,8 +294,8 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
         row = is_alone.any(axis=1).argmax()
         num_times, num_items = int(np.flatnonzero(is_time[row])[-1]) + 1, int(is_item[row].sum())
         raise bad_request(
-            f"Input {HISTORY_TIMESTAMPS!r} takes one time an item of the history, null where it is "
-            f"not known. Received: {counted(num_times, 'time')} for {counted(num_items, 'item')}."
+            f"Input {HISTORY_TIMESTAMPS!r} takes one time for each item of the history, null where "
+            f"unknown. Received: {counted(num_times, 'time')} for {counted(num_items, 'item')}."
         )
 
 
