@@ -226,7 +226,7 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
             "exclude.0: List should have at most 3",
         ),
         (inputs("retrieve", **{**A, "exclude": [["b"], []]}), "lists of one length"),
-        (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries each"),
+        (inputs("retrieve", **{**A, "exclude": [["b"], ["c"]]}), "as many queries"),
         (inputs("retrieve", **{**A, "user_id": [7]}), "inputs.user_id.0: takes a string"),
         (inputs("retrieve", **{**A, "user_id": [{"b64": "?"}]}), "inputs.user_id.0"),
         (inputs("retrieve", **{**A, "user_id": [{"b64": 7}]}), "takes a string"),
